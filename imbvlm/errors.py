@@ -1,0 +1,44 @@
+"""What goes wrong, said to the user: every mistake of a file in one error, with its place and its mend."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class ImbvlmError(Exception):
+    """A failure that its user can mend; the command line prints its sentence and no traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""
+
+    message: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class ConfigError(ImbvlmError, ValueError):
+    """Every mistake of a configuration, search space or sweep at once; `problems` has them one by one."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        heading = "1 mistake" if count == 1 else f"{count} mistakes"
+        super().__init__("\n".join([f"{heading} in the configuration:", *(f"  {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
+        return (ConfigError, (self.problems,))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A clause that names the closest of the valid names, and all of them where they are few."""
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if len(names) <= 20:
+        return f"valid: {', '.join(names)}" if names else "nothing is valid here"
+    return f"{len(names)} names are valid, such as {', '.join(names[:5])}"
