@@ -28,6 +28,13 @@ _CORE_SCHEMA = (
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Nested aliases grow without bound, and a configuration has no need of them.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"aliases (*{event.anchor}) are not read; write it out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
 
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -89,7 +96,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: l
 
 
 def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
-    """Read one YAML 1.2 document; raises ConfigError for bad syntax, duplicate keys, aliases' cycles and unknown tags."""
+    """Read one YAML 1.2 document; raises ConfigError for bad syntax, duplicate keys, aliases and unknown tags."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
