@@ -23,7 +23,9 @@ def _as_counts(values: Sequence[int] | npt.ArrayLike, what: str) -> Counts:
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{what} must be one number per class, and has shape {array.shape}")
     if (array < 0).any() or not np.equal(np.mod(array, 1), 0).all():
-        raise ValueError(f"{what} must be whole numbers from 0 up, and has {array[(array < 0) | (np.mod(array, 1) != 0)][0]}")
+        raise ValueError(
+            f"{what} must be whole numbers from 0 up, and has {array[(array < 0) | (np.mod(array, 1) != 0)][0]}"
+        )
     return array.astype(np.int64)
 
 

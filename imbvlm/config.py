@@ -30,10 +30,13 @@ class DataConfig(Section):
     """Which images, which rows of them are validation, and how an epoch draws from them."""
 
     manifest: str = Field(description="path or s3:// URI of a manifest, or embedded:NAME")
-    split_seed: int = Field(0, ge=0, description="seed of the validation rows carved from training, where the data has none")
+    split_seed: int = Field(
+        0, ge=0, description="seed of the validation rows carved from training, where the data has none"
+    )
     class_sampling: ClassSampling = Field("instance_balanced", description="how often an epoch draws each class")
     on_bad_image: Literal["quarantine", "strict"] = Field(
-        "quarantine", description="quarantine: leave out and list files that can't be decoded; strict: stop at the first"
+        "quarantine",
+        description="quarantine: leave out and list files that can't be decoded; strict: stop at the first",
     )
 
 
@@ -43,14 +46,18 @@ class EncoderConfig(Section):
     name: str
     image_size: int | None = Field(None, ge=8, le=2048, description="pixels a side; null: the tower's own")
     weights: str | None = Field(None, description="path of a weights file to load instead of the tag's download")
-    quick_gelu: bool | None = Field(None, description="what local weights were trained with; null: what their own config says")
+    quick_gelu: bool | None = Field(
+        None, description="what local weights were trained with; null: what their own config says"
+    )
 
 
 class FeaturesConfig(Section):
     """How the tower's outputs are kept."""
 
     store: bool = Field(True, description="compute the frozen tower's output once and read it in every trial")
-    num_views: int = Field(1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop")
+    num_views: int = Field(
+        1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
+    )
     precision: Literal["float16", "float32"] = "float16"
 
 
@@ -119,7 +126,9 @@ class GeneralizedReweightConfig(Section):
 
 class BalancedSoftmaxConfig(Section):
     name: Literal["balanced_softmax"] = "balanced_softmax"
-    prior: PriorCounts = Field("sampled", description="sampled: the counts that class sampling really gives; train: the rows'")
+    prior: PriorCounts = Field(
+        "sampled", description="sampled: the counts that class sampling really gives; train: the rows'"
+    )
 
 
 class LogitAdjustmentConfig(Section):
@@ -133,7 +142,10 @@ class LdamConfig(Section):
     max_margin: float = Field(0.5, gt=0)
     margin_scale: float | None = Field(None, gt=0, description="null: 1/temperature with a cosine classifier, else 1")
     reweight_from: float | None = Field(
-        None, ge=0, lt=1, description="share of training after which classes are weighted by effective number; null: never"
+        None,
+        ge=0,
+        lt=1,
+        description="share of training after which classes are weighted by effective number; null: never",
     )
 
 
@@ -162,9 +174,12 @@ LossConfig = Annotated[
 class _OptimBase(Section):
     lr: float = Field(gt=0)
     weight_decay: float = Field(5e-4, ge=0)
-    warmup_fraction: float = Field(0.0625, ge=0, lt=1, description="share of the steps over which the rate rises linearly")
+    warmup_fraction: float = Field(
+        0.0625, ge=0, lt=1, description="share of the steps over which the rate rises linearly"
+    )
     lr_schedule: Literal["cosine", "half_cosine", "constant"] = Field(
-        "cosine", description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2"
+        "cosine",
+        description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2",
     )
     cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; 7/16 is the study's")
 
@@ -188,20 +203,28 @@ OptimConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
 class TrainConfig(Section):
     """How long and how large: exactly one of num_epochs and num_steps."""
 
-    num_epochs: int | None = Field(None, ge=1, description="passes over the epoch plan; 10 where num_steps is not given either")
+    num_epochs: int | None = Field(
+        None, ge=1, description="passes over the epoch plan; 10 where num_steps is not given either"
+    )
     num_steps: int | None = Field(None, ge=1, description="optimiser steps, as the study counts")
     batch_size: int = Field(256, ge=1, description="global: over all workers of the trial")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 elsewhere")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 elsewhere"
+    )
     clip_grad_norm: float | None = Field(1.0, gt=0)
     compile: bool = Field(False, description="run the model through torch.compile")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; null: the process's own. Numbers depend on it")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads; null: the process's own. Numbers depend on it"
+    )
     seed: int = Field(0, ge=0, description="of initial weights and of the epoch plan")
 
 
 class EvalConfig(Section):
     """How an image becomes a tower's input when it isn't augmented."""
 
-    resize: float = Field(8 / 7, ge=1, le=2, description="shorter side before the centre crop, as a multiple of the crop")
+    resize: float = Field(
+        8 / 7, ge=1, le=2, description="shorter side before the centre crop, as a multiple of the crop"
+    )
     interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the tower's own")
 
 
@@ -392,7 +415,10 @@ def _complete(located: YamlTree) -> tuple[Any, list[Problem]]:
     method = data.get("method")
     read = METHOD_SECTIONS.get(method) if isinstance(method, str) else None
     problems = [
-        Problem(f"method {method} doesn't read the section {key!r}; take it out or choose another method", located.where((key,)))
+        Problem(
+            f"method {method} doesn't read the section {key!r}; take it out or choose another method",
+            located.where((key,)),
+        )
         for key in data
         if read is not None and key in OPTIONAL_SECTIONS and key not in read
     ]
@@ -437,7 +463,11 @@ def _written_path(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[
     for part in parent:
         value = value[part] if isinstance(value, (dict, list)) else None
     if isinstance(value, dict):
-        tagged = [cls for cls in classes if any(_tag(cls, key) is not None and _tag(cls, key) == value.get(key) for key in ("name", "kind"))]
+        tagged = [
+            cls
+            for cls in classes
+            if any(_tag(cls, key) is not None and _tag(cls, key) == value.get(key) for key in ("name", "kind"))
+        ]
         classes = tagged or classes
     return tuple(path), classes
 
@@ -452,8 +482,15 @@ def _sentence(item: Any, path: KeyPath, classes: list[type[Section]], data: Any)
     if kind == "missing":
         return f"{dotted!r} is required and is not given"
     if kind in ("union_tag_invalid", "literal_error"):
-        valid = [word.strip().strip("'") for word in str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")]
-        got = value.get(str(context["discriminator"]).strip("'")) if kind == "union_tag_invalid" and isinstance(value, dict) else value
+        valid = [
+            word.strip().strip("'")
+            for word in str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
+        ]
+        got = (
+            value.get(str(context["discriminator"]).strip("'"))
+            if kind == "union_tag_invalid" and isinstance(value, dict)
+            else value
+        )
         name = f"{dotted}.{str(context['discriminator']).strip(chr(39))}" if kind == "union_tag_invalid" else dotted
         return f"{name} is {got!r}, which is not one of its values; {nearest(str(got), valid)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -476,19 +513,42 @@ def _disagreements(config: TrialConfig, written: Any) -> list[tuple[KeyPath, str
     found: list[tuple[KeyPath, str]] = []
     if config.train is not None and config.train.num_epochs is not None and config.train.num_steps is not None:
         found.append((("train", "num_steps"), "train.num_epochs and train.num_steps are both given; keep exactly one"))
-    if config.decoder is not None and config.decoder.width is not None and config.decoder.width % config.decoder.num_heads:
+    if (
+        config.decoder is not None
+        and config.decoder.width is not None
+        and config.decoder.width % config.decoder.num_heads
+    ):
         found.append(
-            (("decoder", "width"), f"decoder.width {config.decoder.width} must be a multiple of decoder.num_heads {config.decoder.num_heads}")
+            (
+                ("decoder", "width"),
+                f"decoder.width {config.decoder.width} must be a multiple of decoder.num_heads {config.decoder.num_heads}",
+            )
         )
-    if config.optim is not None and config.optim.lr_schedule != "cosine" and "cosine_cycles" in (written.get("optim") or {}):
+    if (
+        config.optim is not None
+        and config.optim.lr_schedule != "cosine"
+        and "cosine_cycles" in (written.get("optim") or {})
+    ):
         if config.optim.cosine_cycles != 0.5:
-            found.append((("optim", "cosine_cycles"), f"optim.cosine_cycles has no effect with lr_schedule {config.optim.lr_schedule}"))
+            found.append(
+                (
+                    ("optim", "cosine_cycles"),
+                    f"optim.cosine_cycles has no effect with lr_schedule {config.optim.lr_schedule}",
+                )
+            )
     if isinstance(config.prompts, PromptsConfig) and isinstance(config.prompts.templates, list):
         if not config.prompts.templates:
-            found.append((("prompts", "templates"), "prompts.templates is an empty list; give at least one sentence with {}"))
+            found.append(
+                (("prompts", "templates"), "prompts.templates is an empty list; give at least one sentence with {}")
+            )
         for index, template in enumerate(config.prompts.templates):
             if template.count("{}") != 1:
-                found.append((("prompts", "templates", index), f"template {template!r} must have exactly one {{}} for the class name"))
+                found.append(
+                    (
+                        ("prompts", "templates", index),
+                        f"template {template!r} must have exactly one {{}} for the class name",
+                    )
+                )
     if config.classifier is not None and config.classifier.init == "text" and config.method == "decoder":
         decoder = needed(config.decoder)
         if decoder.init != "identity" or decoder.width is not None or decoder.input_norm == "none":
@@ -502,5 +562,3 @@ def _disagreements(config: TrialConfig, written: Any) -> list[tuple[KeyPath, str
     if config.decoder is not None and config.decoder.init == "identity" and config.decoder.width is not None:
         found.append((("decoder", "init"), "decoder.init: identity keeps the tower's width; set decoder.width: null"))
     return found
-
-

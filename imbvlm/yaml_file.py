@@ -18,7 +18,9 @@ _CORE_SCHEMA = (
     ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
         list("-+.0123456789"),
     ),
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -32,7 +34,9 @@ class _Loader(yaml.SafeLoader):
         # Nested aliases grow without bound, and a configuration has no need of them.
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"aliases (*{event.anchor}) are not read; write it out", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases (*{event.anchor}) are not read; write it out", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -85,7 +89,9 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: l
                 continue
             key = str(key_node.value)
             if key in first:
-                problems.append(Problem(f"{key!r} is given twice, first on line {first[key]}; keep one", f"{file}:{line}"))
+                problems.append(
+                    Problem(f"{key!r} is given twice, first on line {first[key]}; keep one", f"{file}:{line}")
+                )
                 continue
             first[key] = line
             lines[(*path, key)] = line

@@ -1,0 +1,19 @@
+"""What several tests share: one local Ray cluster for those that need it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a local Ray cluster of two CPUs with its dashboard (Tune over Train hangs without one)."""
+    import ray
+
+    context = ray.init(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
