@@ -461,7 +461,7 @@ def _written_path(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[
     classes = _section_classes(parent)
     value: Any = data
     for part in parent:
-        value = value[part] if isinstance(value, (dict, list)) else None
+        value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):
         tagged = [
             cls

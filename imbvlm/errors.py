@@ -27,7 +27,9 @@ class ConfigError(ImbvlmError, ValueError):
         self.problems = tuple(problems)
         count = len(self.problems)
         heading = "1 mistake" if count == 1 else f"{count} mistakes"
-        super().__init__("\n".join([f"{heading} in the configuration:", *(f"  {problem}" for problem in self.problems)]))
+        super().__init__(
+            "\n".join([f"{heading} in the configuration:", *(f"  {problem}" for problem in self.problems)])
+        )
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
         return (ConfigError, (self.problems,))
