@@ -1,0 +1,316 @@
+"""Stored tower outputs: Arrow IPC shards that appear whole, prove themselves, and are read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from imbvlm import storage
+from imbvlm.errors import ImbvlmError
+from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+
+# Raise it when the meaning of an output or the layout of a shard changes: old stores are then computed again.
+FORMAT_VERSION = 1
+STORE_FILE = "store.json"
+TOWER_FILE = "tower.safetensors"
+Precision = Literal["float16", "float32"]
+Rows = npt.NDArray[np.int64]
+
+
+class StoreError(ImbvlmError):
+    """A feature store that can't be read or written; the sentence names the folder and the cause."""
+
+
+@dataclass(frozen=True)
+class StoreKey:
+    """Everything that determines a store's numbers; two stores with the same digest are interchangeable."""
+
+    rows: str
+    weights: str
+    preprocess: Mapping[str, Any]
+    num_views: int
+    precision: Precision
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits, the name of the store's folder."""
+        canonical = json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """How rows lie in shards: shard s has rows [s * rows_per_shard, ...), each with `num_views` entries in a row."""
+
+    digest: str
+    num_rows: int
+    num_views: int
+    rows_per_shard: int
+    precision: Precision
+    shapes: Mapping[OutputName, tuple[int, ...]]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def rows_of(self, shard: int) -> range:
+        """The manifest rows in one shard."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.num_rows))
+
+    def num_bytes(self, output: OutputName) -> int:
+        """Size of one output's numbers on disk, without Arrow's few kilobytes per shard."""
+        return self.num_rows * self.num_views * int(np.prod(self.shapes[output])) * np.dtype(self.precision).itemsize
+
+
+class Quarantined(NamedTuple):
+    """A row whose image could not be decoded, and why."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """One folder: the outputs of one tower for one official split, rows x views in manifest order.
+
+    `read` lists the outputs whose bad rows count (None: those that have a folder); a store may hold more, also
+    half-finished ones that another process is writing.
+    """
+
+    folder: str
+    layout: StoreLayout
+    read: tuple[OutputName, ...] | None = None
+    # Memory maps opened so far; a map costs address space, not memory.
+    _maps: dict[tuple[OutputName, int], npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def create(folder: str, layout: StoreLayout) -> FeatureStore:
+        """The store in a folder, begun where there is none; its layout on disk wins. Raises StoreError."""
+        if not storage.exists(storage.join(folder, STORE_FILE)):
+            text = json.dumps(asdict(layout), indent=1, sort_keys=True)
+            _write_once(storage.join(folder, STORE_FILE), text.encode())
+        store = FeatureStore.open(folder)
+        if (store.layout.digest, store.layout.num_rows) != (layout.digest, layout.num_rows):
+            raise StoreError(f"{folder} holds a store of other rows or another tower; delete it or choose another root")
+        return store
+
+    @staticmethod
+    def open(folder: str, outputs: Sequence[OutputName] | None = None) -> FeatureStore:
+        """Open a store to read `outputs` (None: those that have a folder). Raises StoreError."""
+        path = storage.join(folder, STORE_FILE)
+        try:
+            data = json.loads(storage.read_bytes(path))
+            shapes = {output: tuple(shape) for output, shape in data.pop("shapes").items()}
+            layout = StoreLayout(**data, shapes=shapes)
+        except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path} is not a feature store's description ({error})") from None
+        return FeatureStore(folder, layout, None if outputs is None else tuple(outputs))
+
+    @property
+    def num_rows(self) -> int:
+        return self.layout.num_rows
+
+    @property
+    def num_views(self) -> int:
+        return self.layout.num_views
+
+    @property
+    def outputs(self) -> tuple[OutputName, ...]:
+        if self.read is not None:
+            return self.read
+        return tuple(name for name in OUTPUT_NAMES if storage.exists(storage.join(self.folder, name)))
+
+    def shard_path(self, output: OutputName, shard: int) -> str:
+        """Where a shard lies or would lie."""
+        return storage.join(self.folder, output, f"shard-{shard:05d}.arrow")
+
+    def missing(self, output: OutputName) -> list[int]:
+        """Shards of an output that are absent, damaged or foreign; reads and checksums every byte of the others."""
+        shards = range(self.layout.num_shards)
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            intact = list(pool.map(lambda shard: self._is_intact(output, shard), shards))
+        return [shard for shard, good in zip(shards, intact, strict=True) if not good]
+
+    def write(
+        self, output: OutputName, shard: int, values: npt.NDArray[np.floating[Any]], reasons: Sequence[str | None]
+    ) -> int:
+        """Write one shard, values (rows, views, ...) and a reason or None per row; returns its bytes.
+
+        Raises StoreError for values that are not finite in the store's precision.
+        """
+        rows = self.layout.rows_of(shard)
+        expected = (len(rows), self.num_views, *self.layout.shapes[output])
+        if values.shape != expected or len(reasons) != len(rows):
+            raise ValueError(f"shard {shard} of {output} has shape {expected}, and was given {values.shape}")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values, dtype=self.layout.precision)
+        if not np.isfinite(stored).all():
+            raise StoreError(
+                f"{output} has values that are not finite in {self.layout.precision} (largest "
+                f"{np.abs(values).max():.4g}); set features.precision: float32, or look at the tower's weights"
+            )
+        data = _to_arrow(self.layout, output, shard, stored, reasons)
+        storage.write_bytes(self.shard_path(output, shard), data)
+        self._maps.pop((output, shard), None)
+        return len(data)
+
+    def view(self, output: OutputName, shard: int) -> Tensor:
+        """A shard's values (rows, views, ...) without a copy: memory that must not be written to."""
+        return _as_tensor(self._values(output, shard))
+
+    def gather(self, output: OutputName, rows: Rows, views: Rows | None = None) -> Tensor:
+        """The outputs (B, ...) of rows (B,) and their views (B,), the first view by default, in the order asked."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_rows:
+            raise IndexError(f"rows must be 0 to {self.num_rows - 1}, and span {rows.min()} to {rows.max()}")
+        entries = rows * self.num_views if views is None else rows * self.num_views + np.asarray(views, dtype=np.int64)
+        shape = self.layout.shapes[output]
+        gathered = np.empty((len(rows), int(np.prod(shape))), dtype=self.layout.precision)
+        per_shard = self.layout.rows_per_shard * self.num_views
+        shards = entries // per_shard
+        for shard in np.unique(shards):
+            positions = np.flatnonzero(shards == shard)
+            values = self._values(output, int(shard)).reshape(-1, gathered.shape[1])
+            gathered[positions] = values[entries[positions] - shard * per_shard]
+        return torch.from_numpy(gathered.reshape(len(rows), *shape))
+
+    @cached_property
+    def quarantine(self) -> tuple[Quarantined, ...]:
+        """Rows without an image, in order, over the outputs that are read."""
+        found: dict[int, str] = {}
+        for output in self.outputs:
+            for shard in range(self.layout.num_shards):
+                reasons = _open_shard(self.shard_path(output, shard)).column("reason").to_pylist()
+                first = self.layout.rows_of(shard).start
+                found |= {first + n // self.num_views: reason for n, reason in enumerate(reasons) if reason is not None}
+        return tuple(Quarantined(row, found[row]) for row in sorted(found))
+
+    @cached_property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """Which rows (num_rows,) have an image."""
+        flags = np.ones(self.num_rows, dtype=np.bool_)
+        flags[[entry.row for entry in self.quarantine]] = False
+        return flags
+
+    def _values(self, output: OutputName, shard: int) -> npt.NDArray[Any]:
+        key = (output, shard)
+        if key not in self._maps:
+            batch = _open_shard(self.shard_path(output, shard))
+            shape = (len(self.layout.rows_of(shard)), self.num_views, *self.layout.shapes[output])
+            self._maps[key] = _flat(batch, output).reshape(shape)
+        return self._maps[key]
+
+    def _is_intact(self, output: OutputName, shard: int) -> bool:
+        path = self.shard_path(output, shard)
+        if not storage.exists(path):
+            return False
+        try:
+            batch = _open_shard(path)
+            if not batch.schema.equals(_schema(output, self.layout)):
+                return False
+            batch.validate(full=True)
+        except (StoreError, pa.ArrowException):
+            return False
+        if batch.num_rows != len(self.layout.rows_of(shard)) * self.num_views:
+            return False
+        expected = _metadata(self.layout.digest, output, shard, _checksum(batch, output))
+        return bool(batch.schema.metadata == expected)
+
+
+def _write_once(uri: str, data: bytes) -> None:
+    """Write a file unless another process has just done so: all must agree on one layout."""
+    path = storage.local_path(uri)
+    temporary = storage.join(str(path.parent), f".{path.name}.{os.getpid()}")
+    storage.write_bytes(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        storage.delete(temporary)
+
+
+# ------------------------------------------------------------------------------------------- one shard's file
+
+
+def _metadata(digest: str, output: str, shard: int, checksum: int) -> dict[bytes, bytes]:
+    """What a shard says about itself, in its own file: a file beside it could go astray between two writers."""
+    facts = {"store": digest, "output": output, "shard": str(shard), "crc32": f"{checksum:08x}"}
+    return {f"imbvlm.{name}".encode(): value.encode() for name, value in facts.items()}
+
+
+def _schema(output: OutputName, layout: StoreLayout) -> pa.Schema:
+    """One entry per row and view: why its image is bad or null, and the values."""
+    width = int(np.prod(layout.shapes[output]))
+    values = pa.list_(pa.field("item", pa.from_numpy_dtype(layout.precision)), width)
+    return pa.schema([("row", pa.int64()), ("view", pa.int16()), ("reason", pa.string()), (output, values)])
+
+
+def _checksum(batch: pa.RecordBatch, output: OutputName) -> int:
+    checksum = zlib.crc32(_flat(batch, output).view(np.uint8).data)
+    for name in ("row", "view"):
+        checksum = zlib.crc32(batch.column(name).to_numpy().tobytes(), checksum)
+    return zlib.crc32(json.dumps(batch.column("reason").to_pylist()).encode(), checksum)
+
+
+def _flat(batch: pa.RecordBatch, output: OutputName) -> npt.NDArray[Any]:
+    """A batch's values, flat and without a copy."""
+    values: npt.NDArray[Any] = batch.column(output).flatten().to_numpy(zero_copy_only=True)
+    return values
+
+
+def _to_arrow(
+    layout: StoreLayout,
+    output: OutputName,
+    shard: int,
+    values: npt.NDArray[Any],
+    reasons: Sequence[str | None],
+) -> bytes:
+    """A shard's file, one record batch; its checksum lies in the schema's metadata."""
+    rows = layout.rows_of(shard)
+    schema = _schema(output, layout)
+    flat = pa.Array.from_buffers(pa.from_numpy_dtype(layout.precision), values.size, [None, pa.py_buffer(values)])
+    columns = [
+        pa.array(np.repeat(np.arange(rows.start, rows.stop, dtype=np.int64), layout.num_views)),
+        pa.array(np.tile(np.arange(layout.num_views, dtype=np.int16), len(rows))),
+        pa.array([reason for reason in reasons for _ in range(layout.num_views)], pa.string()),
+        pa.FixedSizeListArray.from_arrays(flat, type=schema.field(output).type),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    metadata = _metadata(layout.digest, output, shard, _checksum(batch, output))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
+        writer.write_batch(batch.replace_schema_metadata(metadata))
+    return sink.getvalue().to_pybytes()
+
+
+def _open_shard(path: str) -> pa.RecordBatch:
+    """The one record batch of a shard, memory-mapped; raises StoreError."""
+    try:
+        # The map outlives the file: a store of thousands of shards must not use up the process's file descriptors.
+        with pa.memory_map(path) as source:
+            return pa.ipc.open_file(source).get_batch(0)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StoreError(f"can't read the shard {path} ({error}); start again and it is computed anew") from None
+
+
+def _as_tensor(values: npt.NDArray[Any]) -> Tensor:
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and says so once; callers only read.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
