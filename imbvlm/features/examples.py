@@ -1,0 +1,178 @@
+"""What a trial reads: labels, counts and stored outputs of its rows. Needs no tower and no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from imbvlm import storage
+from imbvlm.class_stats import ClassStats
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import LabelRows, label_rows
+from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
+from imbvlm.models.encoder_info import EncoderInfo, OutputName
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Where the stored outputs of one tower lie, a folder per official split; JSON-able, given to trials."""
+
+    manifest: str
+    folders: Mapping[str, str]
+    outputs: tuple[OutputName, ...]
+    info: EncoderInfo
+    class_embeddings: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "folders": dict(self.folders), "info": self.info.to_dict()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> FeatureSet:
+        """Back from `to_dict`, also after a way through JSON."""
+        return FeatureSet(
+            data["manifest"],
+            dict(data["folders"]),
+            tuple(data["outputs"]),
+            EncoderInfo.from_dict(data["info"]),
+            data["class_embeddings"],
+        )
+
+    def store(self, split: str) -> FeatureStore:
+        """The store of an official split; raises StoreError where it was not extracted."""
+        if split not in self.folders:
+            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.folders)}")
+        return FeatureStore.open(self.folders[split], self.outputs)
+
+    def tower_tensors(self) -> dict[str, Tensor]:
+        """The tower's `final_norm.weight`, `final_norm.bias` and `projection`, those that it has."""
+        folder = next(iter(self.folders.values()))
+        return _load_tensors(storage.join(folder, TOWER_FILE))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows."""
+
+    store: FeatureStore
+    rows: Rows
+    labels: Rows
+    num_views: int = 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, output: OutputName, index: Rows, views: Rows | None = None) -> Tensor:
+        """Outputs (B, ...) of examples (B,) in the store's precision; views (B,), the evaluation crop by default."""
+        return self.store.gather(output, self.rows[index], views)
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """Everything a trial learns from. `class_stats` counts the rows in `train`, its shot groups are the official ones.
+
+    `tower` has the tensors of `FeatureSet.tower_tensors`, `class_embeddings` (C, E) is None where text was not asked
+    for, `warnings` are sentences for the user.
+    """
+
+    class_names: tuple[str, ...]
+    class_stats: ClassStats
+    train: Examples
+    val: Examples
+    info: EncoderInfo
+    tower: Mapping[str, Tensor] = field(default_factory=dict)
+    class_embeddings: Tensor | None = None
+    warnings: tuple[str, ...] = ()
+
+    @staticmethod
+    def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:
+        """Open training and validation rows without those that have no image; raises StoreError, StorageError.
+
+        Validation is the official split, or else is carved from training; `refit` gives carved rows back to training
+        and leaves `val` empty.
+        """
+        _check_tower(config, features)
+        table = label_rows(features.manifest)
+        train_store = features.store("train")
+        train_rows = table.rows_of("train")
+        carved = np.isin(train_rows, table.carve(config.data.split_seed))
+        train = _examples(train_store, table, train_rows, ~carved | refit, train_store.num_views)
+        if len(table.rows_of("val")):
+            val = TrialData.open_split(config, features, "val")
+        else:
+            val = _examples(train_store, table, train_rows, carved & (not refit), 1)
+        counts = np.bincount(train.labels, minlength=len(table.class_names))
+        stats = ClassStats.from_counts(counts, table.split_counts)
+        return TrialData(
+            class_names=table.class_names,
+            class_stats=stats,
+            train=train,
+            val=val,
+            info=features.info,
+            tower=features.tower_tensors(),
+            class_embeddings=_class_embeddings(features),
+            warnings=_warnings(table, stats, train_store),
+        )
+
+    @staticmethod
+    def open_split(config: TrialConfig, features: FeatureSet, split: str) -> Examples:
+        """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
+        _check_tower(config, features)
+        table, store = label_rows(features.manifest), features.store(split)
+        rows = table.rows_of(split)
+        return _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
+
+
+def _check_tower(config: TrialConfig, features: FeatureSet) -> None:
+    asked, stored = config.encoder, features.info
+    if asked.name != stored.name or asked.image_size not in (None, stored.image_size):
+        raise StoreError(
+            f"the configuration asks for encoder {asked.name} at {asked.image_size or stored.image_size} px, and these "
+            f"features are of {stored.name} at {stored.image_size} px; extract again with this configuration"
+        )
+
+
+def _examples(
+    store: FeatureStore, table: LabelRows, split_rows: Rows, keep: npt.NDArray[np.bool_], num_views: int
+) -> Examples:
+    if store.num_rows != len(split_rows):
+        raise StoreError(
+            f"the manifest has {len(split_rows)} rows where the store {store.folder} has {store.num_rows}: it was "
+            "changed after extraction; start again and the store is made anew"
+        )
+    rows = np.flatnonzero(keep & store.ok)
+    return Examples(store, rows, table.labels[split_rows[rows]], num_views)
+
+
+def _class_embeddings(features: FeatureSet) -> Tensor | None:
+    if features.class_embeddings is None:
+        return None
+    return _load_tensors(features.class_embeddings)["class_embeddings"]
+
+
+def _load_tensors(path: str) -> dict[str, Tensor]:
+    try:
+        return load_file(storage.local_path(path))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"can't read {path} ({error}); start again and it is made anew") from None
+
+
+def _warnings(table: LabelRows, stats: ClassStats, store: FeatureStore) -> tuple[str, ...]:
+    """Classes that have training images in the official list and none that could be decoded."""
+    labels = table.labels[table.rows_of("train")]
+    readable = np.bincount(labels[store.ok], minlength=stats.num_classes)
+    lost = np.flatnonzero((readable == 0) & (np.bincount(labels, minlength=stats.num_classes) > 0))
+    if not lost.size:
+        return ()
+    names = ", ".join(repr(table.class_names[label]) for label in lost[:5])
+    more = f" and {lost.size - 5} more" if lost.size > 5 else ""
+    return (f"no training image of {names}{more} could be decoded; they stay as classes and are never learnt",)
