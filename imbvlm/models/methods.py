@@ -1,0 +1,218 @@
+"""The methods a trial can be: which encoder output each reads, what it builds and what of it trains. METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from imbvlm.config import METHOD_SECTIONS, ClassifierConfig, TrialConfig, needed
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import Examples, TrialData
+from imbvlm.models.classifier import build_classifier
+from imbvlm.models.decoder import Decoder, FinalNorm
+from imbvlm.models.encoder_info import EncoderInfo, OutputName
+
+# Images whose features are in memory at once while class means are computed.
+CHUNK_SIZE = 512
+
+
+class FeatureClassifier(nn.Module):
+    """A classifier on stored features, behind a decoder or none: (B, ...) -> (B, C)."""
+
+    def __init__(self, decoder: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.classifier = classifier
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of tokens (B, T, D) or pooled features (B, P)."""
+        logits: Tensor = self.classifier(self.decoder(features))
+        return logits
+
+
+class ZeroShotClassifier(nn.Module):
+    """Scaled cosine similarity of image and text embeddings, nothing trained [Radford 2021, "CLIP"]."""
+
+    class_embeddings: Tensor
+    logit_scale: Tensor
+
+    def __init__(self, class_embeddings: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.register_buffer("class_embeddings", class_embeddings.float())
+        self.register_buffer("logit_scale", torch.tensor(logit_scale))
+
+    def forward(self, image_embedding: Tensor) -> Tensor:
+        """Logits (B, C) of image embeddings (B, E)."""
+        return self.logit_scale * functional.normalize(image_embedding, dim=-1) @ self.class_embeddings.T
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One method: the encoder output it reads, whether anything trains, and how its model is built.
+
+    `build(config, data, device)` gives a model that maps a batch of that output to logits (B, C). Random numbers are
+    drawn on the CPU from torch's global generator, so that weights don't depend on the device.
+    """
+
+    reads: OutputName
+    trains: bool
+    build: Callable[[TrialConfig, TrialData, torch.device], nn.Module]
+    summary: str
+    paper: str
+
+
+def build_model(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+    """The model of a trial on its device, initialised as the configuration says; raises ImbvlmError."""
+    return METHODS[config.method].build(config, data, device).to(device)
+
+
+def restore_model(
+    config: TrialConfig,
+    info: EncoderInfo,
+    num_classes: int,
+    final_norm: FinalNorm | None,
+    tensors: Mapping[str, Tensor],
+) -> nn.Module:
+    """A trained model from its configuration and exported tensors, without training data; raises ImbvlmError."""
+    model: nn.Module
+    if config.method == "zero_shot":
+        model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
+    else:
+        decoder, width = _decoder(config, info, final_norm)
+        model = FeatureClassifier(decoder, build_classifier(needed(config.classifier), width, num_classes))
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise ImbvlmError(f"the exported weights don't fit their configuration ({config.method}): {error}") from None
+    return model.eval()
+
+
+def needs_text(config: TrialConfig) -> bool:
+    """Whether a trial reads the class names' text embeddings."""
+    return config.method == "zero_shot" or (config.classifier is not None and config.classifier.init == "text")
+
+
+# --------------------------------------------------------------------------------------------------- builders
+
+
+def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+    return ZeroShotClassifier(_class_embeddings(config, data), data.info.logit_scale)
+
+
+def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+    """A linear probe or a decoder, by what its configuration has."""
+    decoder, width = _decoder(config, data.info, data.final_norm)
+    classifier = needed(config.classifier)
+    init_weight = _initial_weight(config, classifier, data, decoder.to(device), width, device)
+    return FeatureClassifier(
+        decoder, build_classifier(classifier, width, len(data.class_names), init_weight=init_weight)
+    )
+
+
+def _decoder(config: TrialConfig, info: EncoderInfo, final_norm: FinalNorm | None) -> tuple[nn.Module, int]:
+    """What stands before the classifier, and the width it gives."""
+    if config.decoder is None:
+        return nn.Identity(), info.pooled_width
+    decoder = Decoder(info.token_width, config.decoder, info.has_class_token, final_norm)
+    return decoder, config.decoder.width or info.token_width
+
+
+# --------------------------------------------------------------------------------- how a classifier's weights start
+
+
+def _initial_weight(
+    config: TrialConfig,
+    classifier: ClassifierConfig,
+    data: TrialData,
+    decoder: nn.Module,
+    width: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Weights (C, width) that the classifier starts from, None for random ones."""
+    if classifier.init == "text":
+        return text_weights(_class_embeddings(config, data), data.projection, width)
+    if classifier.init == "class_mean":
+        reads = METHODS[config.method].reads
+        return class_means(decoder, data.train, reads, len(data.class_names), width, device)
+    return None
+
+
+def text_weights(class_embeddings: Tensor, projection: Tensor | None, width: int) -> Tensor:
+    """Class embeddings (C, E) through the tower's transposed projection (width, E), normalised: (C, width) [LIFT].
+
+    Raises ImbvlmError where the tower has no projection or one of another width.
+    """
+    if projection is None:
+        raise ImbvlmError(
+            "classifier.init is text, and this tower has no projection from its pooled output to the text space; "
+            "set classifier.init: class_mean or random"
+        )
+    if tuple(projection.shape) != (width, class_embeddings.shape[1]):
+        raise ImbvlmError(
+            f"classifier.init is text, and the tower's projection is {tuple(projection.shape)} where the classifier "
+            f"reads {width} features and the text space has {class_embeddings.shape[1]}; "
+            "set classifier.init: class_mean or random"
+        )
+    return functional.normalize(class_embeddings.float() @ projection.float().T, dim=-1)
+
+
+@torch.no_grad()
+def class_means(
+    decoder: nn.Module, train: Examples, reads: OutputName, num_classes: int, width: int, device: torch.device
+) -> Tensor:
+    """Mean of each class's normalised features as the classifier will receive them, normalised: (C, width).
+
+    The evaluation crop of every training image is used; a class without images gets a random direction.
+    """
+    sums = torch.zeros(num_classes, width, dtype=torch.float64)
+    for start in range(0, len(train.labels), CHUNK_SIZE):
+        index = np.arange(start, min(start + CHUNK_SIZE, len(train.labels)))
+        features = decoder(train.batch(reads, index, None).to(device).float())
+        # Added on the CPU: on a GPU the order of additions, and so the last bits, would vary from run to run.
+        directions = functional.normalize(features.float(), dim=-1).to("cpu", torch.float64)
+        sums.index_add_(0, torch.from_numpy(train.labels[index]), directions)
+    random = torch.randn(num_classes, width, dtype=torch.float64)
+    empty = torch.from_numpy(np.bincount(train.labels, minlength=num_classes) == 0)
+    return functional.normalize(torch.where(empty[:, None], random, sums), dim=-1).float()
+
+
+def _class_embeddings(config: TrialConfig, data: TrialData) -> Tensor:
+    if data.class_embeddings is None:
+        raise ImbvlmError(
+            f"method {config.method} needs the class names' text embeddings, and this feature set has none; "
+            "extract the features again with image_embedding among the outputs"
+        )
+    return data.class_embeddings
+
+
+METHODS: Mapping[str, MethodEntry] = {
+    "zero_shot": MethodEntry(
+        reads="image_embedding",
+        trains=False,
+        build=_build_zero_shot,
+        summary="Compares image embeddings with the class names' text embeddings; nothing is trained.",
+        paper="Radford et al., ICML 2021",
+    ),
+    "linear_probe": MethodEntry(
+        reads="pooled",
+        trains=True,
+        build=_build_trained,
+        summary="Trains a linear or cosine classifier on the tower's pooled output.",
+        paper="Radford et al., ICML 2021",
+    ),
+    "decoder": MethodEntry(
+        reads="tokens",
+        trains=True,
+        build=_build_trained,
+        summary="Trains a light transformer decoder over all of the tower's tokens, and a classifier.",
+        paper="Wang et al., IJCV 2023",
+    ),
+}
+
+if set(METHODS) != set(METHOD_SECTIONS):
+    raise AssertionError(f"METHODS and config.METHOD_SECTIONS differ: {sorted(set(METHODS) ^ set(METHOD_SECTIONS))}")

@@ -1,0 +1,122 @@
+"""A trial's state and its exported weights on disk or S3: safetensors and JSON, whole or not at all, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from imbvlm import storage
+from imbvlm.errors import ImbvlmError
+
+FORMAT = 1
+INDEX_FILE = "checkpoint.json"
+MODEL_FILE = "model.safetensors"
+
+
+class CheckpointError(ImbvlmError):
+    """A checkpoint that is damaged, incomplete or of another trial; the sentence says which and where."""
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """Everything a trial needs to go on: `tensors` by name, and JSON-able `scalars` (epoch, step, best values)."""
+
+    tensors: Mapping[str, Tensor]
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(folder: str, state: TrialState) -> None:
+    """Write a checkpoint into a local or s3:// folder, replacing the one before.
+
+    The tensors go into a file of their own name first; the index, written last and whole, points at it. So a reader
+    sees the old checkpoint or the new one, whenever the writer dies, also where nothing can be renamed (S3).
+    """
+    data = save_safetensors(_portable(state.tensors))
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"state-{digest[:16]}.safetensors"
+    storage.write_bytes(storage.join(folder, name), data)
+    index = {"format": FORMAT, "tensors_file": name, "tensors_sha256": digest, "scalars": dict(state.scalars)}
+    storage.write_bytes(storage.join(folder, INDEX_FILE), json.dumps(index, indent=1).encode())
+    for other in storage.list_files(folder):
+        if other.startswith("state-") and other != name:
+            storage.delete(storage.join(folder, other))
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether a folder has a checkpoint, sound or damaged."""
+    return storage.exists(storage.join(folder, INDEX_FILE))
+
+
+def load(folder: str) -> TrialState:
+    """Read a checkpoint back; raises CheckpointError where it is absent, incomplete or damaged."""
+    where = storage.join(folder, INDEX_FILE)
+    if not has_checkpoint(folder):
+        raise CheckpointError(f"no checkpoint in {folder}: {INDEX_FILE} is not there")
+    try:
+        index = json.loads(storage.read_bytes(where))
+        version, name = index["format"], str(index["tensors_file"])
+        digest, scalars = str(index["tensors_sha256"]), dict(index["scalars"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's index {where} is damaged ({error!r}); {_mend(folder)}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{where} has format {version}, and this version reads {FORMAT}; {_mend(folder)}")
+    return TrialState(_read_tensors(folder, name, digest), scalars)
+
+
+def save_model(folder: str, model: nn.Module) -> None:
+    """Export a model's parameters and buffers as `model.safetensors` in a local or s3:// folder."""
+    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(model.state_dict())))
+
+
+def load_model_tensors(folder: str) -> dict[str, Tensor]:
+    """The tensors that `save_model` wrote, by name; raises CheckpointError where the file is damaged."""
+    where = storage.join(folder, MODEL_FILE)
+    return _parse(storage.read_bytes(where), where, "export the model again")
+
+
+def _read_tensors(folder: str, name: str, digest: str) -> dict[str, Tensor]:
+    where = storage.join(folder, name)
+    if not storage.exists(where):
+        raise CheckpointError(f"the checkpoint in {folder} is incomplete: {name} is not there; {_mend(folder)}")
+    data = storage.read_bytes(where)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(f"{where} is damaged: its content isn't what was written; {_mend(folder)}")
+    return _parse(data, where, _mend(folder))
+
+
+def _parse(data: bytes, where: str, mend: str) -> dict[str, Tensor]:
+    try:
+        return dict(load_safetensors(data))
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is damaged ({error}); {mend}") from None
+
+
+def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous and not sharing memory, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        if value.data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.data_ptr())
+        result[name] = value
+    return result
+
+
+def _mend(folder: str) -> str:
+    return f"remove {folder} to start this trial again from its first epoch"
+
+
+def as_tensor_names(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a mapping with a prefix before their names; other values are left out."""
+    return {f"{prefix}{name}": value for name, value in tensors.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,65 @@
+"""The workers that train one trial together, as the loop sees them: a rank, and sums over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class World(Protocol):
+    """Workers of one trial; also the Reducer that losses need."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over workers, a new tensor without gradient."""
+
+    def max(self, value: Tensor) -> Tensor:
+        """The elementwise maximum over workers, a new tensor without gradient."""
+
+
+class _SingleProcess:
+    rank = 0
+    world_size = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        return value
+
+
+SINGLE: World = _SingleProcess()
+
+
+@torch.no_grad()
+def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World) -> Tensor:
+    """Replace every gradient by its mean over workers; returns the mean of their losses (0-d).
+
+    One flat sum and not DDP: the loss rides along, so that all workers judge the same number; a worker with an
+    empty or shorter batch needs no special case; names in state_dict stay; and what trains here is small.
+    """
+    if world.world_size == 1:
+        return loss.detach()
+    gradients = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.detach().float().reshape(1)])
+    flat = world.sum(flat) / world.world_size
+    parts = flat.split([param.numel() for param in params] + [1])
+    for param, part in zip(params, parts[:-1], strict=True):
+        param.grad = part.view_as(param)
+    return parts[-1][0]
+
+
+@torch.no_grad()
+def copy_from_first(model: nn.Module, world: World) -> None:
+    """Give every worker rank 0's parameters and buffers: workers on unlike machines may round differently."""
+    if world.world_size > 1:
+        for value in model.state_dict().values():
+            value.copy_(world.sum(value if world.rank == 0 else torch.zeros_like(value)))

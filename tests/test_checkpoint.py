@@ -1,0 +1,130 @@
+"""A checkpoint is there whole or not at all, and a damaged one is said to be damaged."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from imbvlm.training import checkpoint
+from imbvlm.training.checkpoint import CheckpointError, TrialState
+
+
+@pytest.fixture
+def state():
+    tensors = {"model/weight": torch.randn(4, 3), "optimizer/weight/step": torch.tensor(7.0)}
+    return TrialState(tensors, {"epoch": 2, "best": {"top1_accuracy": 0.1 + 0.2}})
+
+
+def tensors_file(folder):
+    return next(path for path in folder.iterdir() if path.name.startswith("state-"))
+
+
+def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, state):
+    checkpoint.save(str(tmp_path / "new" / "folder"), state)
+    loaded = checkpoint.load(str(tmp_path / "new" / "folder"))
+    assert loaded.scalars == state.scalars
+    assert loaded.tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], state.tensors[name]) for name in state.tensors)
+
+
+def test_a_new_checkpoint_replaces_the_old_one_and_leaves_no_file_of_it(tmp_path, state):
+    checkpoint.save(str(tmp_path), state)
+    checkpoint.save(str(tmp_path), TrialState({"model/weight": torch.ones(2)}, {"epoch": 3}))
+    assert checkpoint.load(str(tmp_path)).scalars == {"epoch": 3}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_saving_the_same_state_twice_keeps_it(tmp_path, state):
+    checkpoint.save(str(tmp_path), state)
+    checkpoint.save(str(tmp_path), state)
+    assert checkpoint.load(str(tmp_path)).scalars == state.scalars
+
+
+def test_tensors_that_share_memory_or_are_transposed_are_saved(tmp_path):
+    base = torch.arange(6.0).reshape(2, 3)
+    checkpoint.save(str(tmp_path), TrialState({"a": base, "b": base, "c": base.T}))
+    assert torch.equal(checkpoint.load(str(tmp_path)).tensors["c"], base.T)
+
+
+def damage_tensors(folder):
+    path = tensors_file(folder)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate_tensors(folder):
+    path = tensors_file(folder)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def remove_tensors(folder):
+    tensors_file(folder).unlink()
+
+
+def truncate_index(folder):
+    path = folder / checkpoint.INDEX_FILE
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def empty_index(folder):
+    (folder / checkpoint.INDEX_FILE).write_text("[]")
+
+
+def future_format(folder):
+    path = folder / checkpoint.INDEX_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_tensors, truncate_tensors, remove_tensors, truncate_index, empty_index, future_format]
+)
+def test_damage_is_an_error_that_names_the_folder_and_the_mend(tmp_path, state, damage):
+    checkpoint.save(str(tmp_path), state)
+    damage(tmp_path)
+    assert checkpoint.has_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"remove {tmp_path}"):
+        checkpoint.load(str(tmp_path))
+
+
+def test_no_checkpoint_is_no_damage(tmp_path):
+    assert not checkpoint.has_checkpoint(str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.load(str(tmp_path / "none"))
+
+
+def save_for_ever(folder):
+    number = 0
+    while True:
+        number += 1
+        checkpoint.save(folder, TrialState({"x": torch.full((200_000,), float(number))}, {"epoch": number}))
+
+
+def test_a_writer_killed_at_any_time_leaves_a_sound_checkpoint(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for delay in (0.05, 0.08, 0.11, 0.14):
+        writer = context.Process(target=save_for_ever, args=(str(tmp_path),))
+        writer.start()
+        while not checkpoint.has_checkpoint(str(tmp_path)):
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        loaded = checkpoint.load(str(tmp_path))
+        assert loaded.tensors["x"][0] == loaded.scalars["epoch"]
+
+
+def test_exported_weights_keep_names_and_values(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    checkpoint.save_model(str(tmp_path), model)
+    tensors = checkpoint.load_model_tensors(str(tmp_path))
+    assert set(tensors) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert torch.equal(tensors["0.weight"], model[0].weight)
+    (tmp_path / checkpoint.MODEL_FILE).write_bytes(b"not tensors")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load_model_tensors(str(tmp_path))
