@@ -246,9 +246,8 @@ def _computing(logits: Tensor) -> Tensor:
 
 
 def _floored(class_counts: Tensor, logits: Tensor) -> Tensor:
-    """Counts for tables of weights: in float64 where the device has it, an empty class as half an image."""
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    return class_counts.to(device=logits.device, dtype=dtype).clamp(min=PRIOR_FLOOR)
+    """Counts in float64 for tables of weights, an empty class as half an image."""
+    return class_counts.to(device=logits.device, dtype=torch.float64).clamp(min=PRIOR_FLOOR)
 
 
 def _log_prior(class_counts: Tensor, logits: Tensor) -> Tensor:
