@@ -1,0 +1,85 @@
+"""Classifiers on features (B, D): linear, and cosine with a temperature; both give float32 logits (B, C) at least."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbvlm.config import CosineClassifierConfig, LinearClassifierConfig
+from imbvlm.errors import ImbvlmError
+
+# A vector shorter than this has no direction: it counts as zero and gets no gradient, which would be 1 / length.
+MIN_NORM = 1e-6
+
+
+class LinearClassifier(nn.Module):
+    """W x + b; weight (C, D), bias (C,)."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, num_classes)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        with _full_precision(features):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+class CosineClassifier(nn.Module):
+    """cos(w_c, x) / temperature; weight (C, D), no bias. A zero vector has similarity 0 with everything."""
+
+    def __init__(self, in_features: int, num_classes: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(unit(torch.randn(num_classes, in_features)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        with _full_precision(features):
+            return F.linear(unit(features.to(self.weight.dtype)), unit(self.weight)) / self.temperature
+
+
+def build_classifier(
+    config: LinearClassifierConfig | CosineClassifierConfig,
+    in_features: int,
+    num_classes: int,
+    *,
+    init_weight: Tensor | None = None,
+) -> LinearClassifier | CosineClassifier:
+    """The configured classifier, started from `init_weight` (C, D) where given, with a bias of 0; raises ImbvlmError.
+
+    A zero row of `init_weight` (the mean of a class without images) starts at random, for it has no direction to
+    learn from.
+    """
+    if isinstance(config, CosineClassifierConfig):
+        classifier: LinearClassifier | CosineClassifier = CosineClassifier(in_features, num_classes, config.temperature)
+    else:
+        classifier = LinearClassifier(in_features, num_classes)
+    if init_weight is not None:
+        _start_from(classifier, init_weight, config.init)
+    return classifier
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors (..., D) of length 1; a zero vector stays zero and has gradient 0."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors * torch.where(norms > MIN_NORM, 1 / norms.clamp(min=MIN_NORM), 0)
+
+
+def _start_from(classifier: LinearClassifier | CosineClassifier, init_weight: Tensor, source: str) -> None:
+    if init_weight.shape != classifier.weight.shape:
+        raise ImbvlmError(
+            f"classifier.init {source} gives weights of shape {tuple(init_weight.shape)}, and the classifier's are "
+            f"{tuple(classifier.weight.shape)}: its features must be those that the weights were made from"
+        )
+    with torch.no_grad():
+        given = init_weight.to(classifier.weight)
+        has_direction = torch.linalg.vector_norm(given, dim=-1, keepdim=True) > MIN_NORM
+        classifier.weight.copy_(torch.where(has_direction, given, classifier.weight))
+        if isinstance(classifier, LinearClassifier):
+            classifier.bias.zero_()
+
+
+def _full_precision(features: Tensor) -> torch.autocast:
+    """No autocast: bfloat16 logits of a cosine classifier, at 1 / temperature = 25, are 0.125 apart."""
+    return torch.autocast(features.device.type, enabled=False)

@@ -1,0 +1,120 @@
+"""The study's decoder: pre-norm transformer blocks over all of a tower's tokens, read at the class token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbvlm.config import DecoderConfig
+from imbvlm.errors import ImbvlmError
+
+FinalNorm = tuple[Tensor, Tensor, float]
+
+_INIT_STD = 0.02
+
+
+class Decoder(nn.Module):
+    """Tokens (B, T, D) to features (B, width) [Wang et al. 2023]; width is D unless `decoder.width` narrows it.
+
+    Without a class token the mean token is put first. `final_norm` (weight (D,), bias (D,), eps): the tower's, from
+    which `input_norm: layer_norm` starts. There is no norm at the end. Raises ImbvlmError where num_heads doesn't
+    divide the width.
+    """
+
+    def __init__(
+        self, width_in: int, config: DecoderConfig, has_class_token: bool, final_norm: FinalNorm | None = None
+    ) -> None:
+        super().__init__()
+        self.width = width_in if config.width is None else config.width
+        self.has_class_token = has_class_token
+        if self.width % config.num_heads:
+            raise ImbvlmError(
+                f"decoder.num_heads must divide the decoder's width of {self.width}, and is {config.num_heads}; "
+                f"{_divisor_near(self.width, config.num_heads)} does"
+            )
+        self.input_norm = _input_norm(width_in, final_norm) if config.input_norm == "layer_norm" else nn.Identity()
+        self.projection = nn.Identity() if config.width is None else _linear(width_in, config.width)
+        self.blocks = nn.ModuleList(Block(self.width, config) for _ in range(config.depth))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
+        if not self.has_class_token:
+            tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        if not self.blocks:
+            tokens = tokens[:, :1]
+        tokens = self.projection(self.input_norm(tokens))
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, first_only=number == len(self.blocks))
+        return tokens[:, 0]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with GELU: (B, T, D) to (B, T, D), first_only to (B, 1, D)."""
+
+    def __init__(self, width: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_width = config.num_heads, width // config.num_heads
+        hidden = max(1, round(width * config.mlp_ratio))
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = _linear(width, 3 * width)
+        self.attention_out = _linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = _linear(width, hidden)
+        self.mlp_out = _linear(hidden, width)
+        if config.init == "identity":
+            for branch in (self.attention_out, self.mlp_out):
+                nn.init.zeros_(branch.weight)
+
+    def forward(self, tokens: Tensor, first_only: bool = False) -> Tensor:
+        normed = self.attention_norm(tokens)
+        if first_only:
+            tokens, attended = tokens[:, :1], self._attend_from_first(normed)
+        else:
+            attended = self._attend(normed)
+        tokens = tokens + self.attention_out(attended)
+        return tokens + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(tokens))))
+
+    def _attend(self, normed: Tensor) -> Tensor:
+        by_head = (*normed.shape[:2], 3, self.num_heads, self.head_width)
+        query, key, value = self.query_key_value(normed).view(by_head).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    def _attend_from_first(self, normed: Tensor) -> Tensor:
+        """`_attend(normed)[:, :1]` without keys and values of every token.
+
+        With one query, q . (W_k x + b_k) is (W_k^T q) . x plus what all tokens share, which softmax ignores; and the
+        attention's weights sum to 1, so that W_v and b_v can wait until the tokens are averaged. Per image that is
+        2 D^2 + 2 heads T D multiplications instead of 2 T D^2.
+        """
+        batch, _, width = normed.shape
+        query_weight, key_weight, value_weight = self.query_key_value.weight.chunk(3)
+        query_bias, _, value_bias = self.query_key_value.bias.chunk(3)
+        by_head = (self.num_heads, self.head_width, width)
+        query = F.linear(normed[:, 0], query_weight, query_bias).view(batch, self.num_heads, self.head_width)
+        query_on_tokens = torch.einsum("bhe,hed->bhd", query, key_weight.view(by_head))
+        averaged = F.scaled_dot_product_attention(query_on_tokens, normed, normed, scale=self.head_width**-0.5)
+        attended = torch.einsum("bhd,hed->bhe", averaged, value_weight.view(by_head))
+        return (attended.flatten(1) + value_bias).unsqueeze(1)
+
+
+def _linear(width_in: int, width_out: int) -> nn.Linear:
+    layer = nn.Linear(width_in, width_out)
+    nn.init.trunc_normal_(layer.weight, std=_INIT_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _input_norm(width: int, final_norm: FinalNorm | None) -> nn.LayerNorm:
+    if final_norm is None:
+        return nn.LayerNorm(width)
+    weight, bias, eps = final_norm
+    norm = nn.LayerNorm(width, eps=eps)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    return norm
+
+
+def _divisor_near(width: int, wanted: int) -> int:
+    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - wanted))
