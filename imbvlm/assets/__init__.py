@@ -1,0 +1,27 @@
+"""Data and a small tower that come with the package; NOTICE.md has their licences, build.py remakes them."""
+
+from importlib import resources
+from pathlib import Path
+
+from imbvlm.errors import ImbvlmError, nearest
+
+MANIFESTS = ("emoji_lt", "fashion_mnist_lt")
+TOWERS = ("tinylit-lite0",)
+
+
+def manifest_path(name: str) -> Path:
+    """Where the Parquet file of an embedded manifest lies; raises ImbvlmError for an unknown name."""
+    if name not in MANIFESTS:
+        raise ImbvlmError(f"no embedded manifest is named {name!r}; {nearest(name, MANIFESTS)}")
+    return _folder() / f"{name}.parquet"
+
+
+def tower_path(name: str) -> Path:
+    """The folder of an embedded tower, as open_clip's `local-dir:` reads it; raises ImbvlmError for an unknown name."""
+    if name not in TOWERS:
+        raise ImbvlmError(f"no embedded tower is named {name!r}; {nearest(name, TOWERS)}")
+    return _folder() / name
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("imbvlm.assets")))

@@ -1,0 +1,281 @@
+"""From a file's bytes to pixels: fetching, decoding whatever the mode, and the crops that a tower is given."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
+
+from imbvlm.data.fetching import MissingError, read_object
+from imbvlm.errors import ImbvlmError
+
+Pixels = npt.NDArray[np.uint8]
+
+# Pillow's own bound for a decompression bomb. Larger JPEGs are decoded at a fraction of their size.
+MAX_PIXELS = 178_956_970
+# Formats with a signature in their first bytes; EPS and WMF are left out because Pillow starts other programs for them.
+FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "ICO", "PPM", "JPEG2000", "AVIF", "SGI", "PSD", "QOI",
+)  # fmt: skip
+# What Pillow's decoders raise on damaged files, besides OSError.
+DECODER_ERRORS = (
+    OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, MemoryError,
+    RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+    Image.DecompressionBombWarning, ImageCms.PyCMSError,
+)  # fmt: skip
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_BITS_PER_SAMPLE = 258
+
+
+class ImageError(ImbvlmError):
+    """An image that can't be had; `reason` is short, one line, and goes to the list of quarantined rows."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Pixels (H, W, 3) in RGB of an image file, upright, alpha on white, the first frame of several.
+
+    16-bit grey is scaled by 1/257; 32-bit grey too where it fits in 16 bits, else from its own minimum to maximum.
+    Float grey is taken as 0..1, 0..255 or 0..65535, the first that holds it, else from its own minimum to maximum; its
+    pixels that aren't finite become black. JPEGs above `max_pixels` are decoded at 1/2, 1/4 or 1/8 of their size.
+    Raises ImageError with a short reason.
+    """
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with _open(data, max_pixels) as image:
+            image.load()
+            return np.ascontiguousarray(_to_rgb(_upright(image)))
+    except DECODER_ERRORS as error:
+        raise ImageError(_reason(error, data)) from None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError:
+        # Pillow refuses before it knows that a JPEG can be read smaller.
+        if not data.startswith(b"\xff\xd8"):
+            raise
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    width, height = image.size
+    if width * height > max_pixels and isinstance(image, JpegImagePlugin.JpegImageFile):
+        scale = math.sqrt(max_pixels / (width * height))
+        _draft(image, scale)
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels is above the limit of {max_pixels:,}")
+    if not image.width * image.height:
+        raise ImageError("no pixels")
+    return image
+
+
+def _draft(image: JpegImagePlugin.JpegImageFile, scale: float) -> None:
+    """Let the JPEG decoder give the smallest of 1/2, 1/4, 1/8 that is needed to come below a scale."""
+    eighths = next((part for part in (4, 2, 1) if part / 8 <= scale), 1)
+    image.draft(None, (max(1, image.width * eighths // 8), max(1, image.height * eighths // 8)))
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        # Damaged EXIF says nothing on the pixels.
+        orientation = 1
+    method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.info = dict(image.info)
+    return turned
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        return _scaled_grey(image)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _on_white(image.convert("RGBA"))
+    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
+
+
+def _on_white(image: Image.Image) -> Pixels:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _scaled_grey(image: Image.Image) -> Pixels:
+    values = np.asarray(image)
+    if image.mode == "F":
+        grey = _float_to_bytes(values)
+    else:
+        bits = _tiff_bits(image)
+        grey = _float_to_bytes(values, top=float(2**bits - 1) if bits < 16 else 65535.0)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey = np.where(values == transparent, np.uint8(255), grey)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    """Bits a sample says it has: cameras and scanners write 12 of 16."""
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+    return int(bits[0]) if isinstance(bits, tuple) and 8 < bits[0] < 16 else 16
+
+
+def _float_to_bytes(values: npt.NDArray[Any], top: float | None = None) -> Pixels:
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ImageError("no finite pixel")
+    kept = values[finite]
+    low, high = float(kept.min()), float(kept.max())
+    tops = (1.0, 255.0, 65535.0) if top is None else (top,)
+    fitting = [bound for bound in tops if low >= 0 and high <= bound]
+    offset, span = (0.0, fitting[0]) if fitting else (low, (high - low) or 1.0)
+    scaled = (np.where(finite, values, offset).astype(np.float64) - offset) * (255.0 / span)
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _reason(error: BaseException, data: bytes) -> str:
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head", b"<error")):
+        return f"not an image (starts with {start[:14].decode('ascii', 'replace')}...)"
+    if isinstance(error, UnidentifiedImageError):
+        shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
+        return f"not an image (starts with {shown}...)"
+    text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"above the limit of {MAX_PIXELS:,} pixels"
+    if isinstance(error, EOFError) or "truncated" in text.lower() or "not enough" in text.lower():
+        return "truncated"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    return f"damaged ({text})"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pixels become a tower's input: the evaluation crop (view 0), or a random crop fixed by (row, view).
+
+    `resize` is the shorter side before the centre crop, as a multiple of `image_size`. Mean and deviation are applied
+    later, on the device: bytes go over the wire. Raises ImbvlmError for a mode or interpolation it doesn't know.
+    """
+
+    image_size: int
+    resize: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ImbvlmError(f"interpolation must be bicubic or bilinear, and is {self.interpolation!r}")
+        if self.resize_mode not in ("shortest", "squash"):
+            raise ImbvlmError(f"resize_mode must be shortest or squash, and is {self.resize_mode!r}")
+        if self.resize < 1:
+            raise ImbvlmError(f"eval.resize must be at least 1, and is {self.resize}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`."""
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Preprocess(**known)
+
+    def apply(self, image: Pixels, view: int = 0, row_id: int = 0) -> Pixels:
+        """Pixels (3, S, S) of the evaluation crop, or for view >= 1 a random resized crop, perhaps flipped."""
+        picture = Image.fromarray(image)
+        if view == 0:
+            return self._resized(picture, self._centre(*picture.size))
+        rng = np.random.default_rng((row_id, view))
+        pixels = self._resized(picture, random_crop(rng, *picture.size))
+        return np.ascontiguousarray(pixels[:, :, ::-1]) if rng.random() < 0.5 else pixels
+
+    def _centre(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of the image (left, top, right, bottom) that resizing and cropping would leave.
+
+        Resizing this box gives the same pixels as resizing the whole image and cropping, with less work.
+        """
+        side = round(self.image_size * self.resize)
+        if self.resize_mode == "squash":
+            new_width = new_height = side
+        elif width <= height:
+            new_width, new_height = side, int(side * height / width)
+        else:
+            new_width, new_height = int(side * width / height), side
+        across, down = width / new_width, height / new_height
+        left, top = round((new_width - self.image_size) / 2), round((new_height - self.image_size) / 2)
+        right, bottom = (left + self.image_size) * across, (top + self.image_size) * down
+        return left * across, top * down, min(right, width), min(bottom, height)
+
+    def _resized(self, picture: Image.Image, box: tuple[float, float, float, float]) -> Pixels:
+        size = (self.image_size, self.image_size)
+        resized = picture.resize(size, _INTERPOLATIONS[self.interpolation], box=box)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def random_crop(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) with a share of the area in `scale` and an aspect in `ratio` (Inception)."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
+            return left, top, left + across, top + down
+    # Very long images have no such box: the largest centred one with an allowed aspect.
+    across = min(width, max(1, round(height * ratio[1])))
+    down = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def fetch(uri: str | None, data: bytes | None) -> bytes:
+    """A row's file: its embedded bytes, or what lies at its local path, file:// or s3://.
+
+    Raises ImageError where the row's own file is missing or refused, StorageError where the store doesn't answer.
+    """
+    if data is not None:
+        return data
+    if not uri:
+        raise ImageError("neither a uri nor bytes")
+    try:
+        return read_object(uri)
+    except MissingError as error:
+        raise ImageError(str(error)) from None

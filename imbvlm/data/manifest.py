@@ -1,0 +1,301 @@
+"""A dataset as one Arrow table: where each image is, its label and its official split; and the class names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imbvlm import storage
+from imbvlm.assets import manifest_path
+from imbvlm.class_stats import ClassStats
+from imbvlm.data.table import (
+    SPLITS,
+    Rows,
+    absolute_uris,
+    conform,
+    content_groups,
+    missing_columns,
+    name_findings,
+    relative_uris,
+    row_findings,
+    split_codes,
+)
+from imbvlm.errors import ImbvlmError
+
+METADATA_KEY = b"imbvlm"
+EMBEDDED = "embedded:"
+# Validation rows of a class with n >= 5 training images: min(3, n // 5) (PROTOCOL, "Splits, counts, selection").
+CARVE_FROM = 5
+CARVE_AT_MOST = 3
+_ROW_GROUP = 65536
+_STAT_THREADS = 8
+
+
+class ManifestError(ImbvlmError):
+    """Everything that is wrong with a manifest at once; `findings` has the sentences one by one."""
+
+    def __init__(self, source: str, findings: Sequence[str]) -> None:
+        self.source, self.findings = source, tuple(findings)
+        heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
+        super().__init__("\n".join([f"{heading} wrong with the manifest {source}:", *(f"  {f}" for f in findings)]))
+
+    def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...]]]:
+        return (ManifestError, (self.source, self.findings))
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """Labels (N,), official splits and content groups of a manifest: all that a trial reads of it."""
+
+    labels: npt.NDArray[np.int64]
+    split_codes: npt.NDArray[np.int8]
+    groups: Rows
+    class_names: tuple[str, ...]
+    split_counts: npt.NDArray[np.int64]
+
+    def rows_of(self, split: str) -> Rows:
+        """Row numbers of an official split, in manifest order."""
+        return np.flatnonzero(self.split_codes == SPLITS.index(split))
+
+    def carve(self, seed: int) -> Rows:
+        """Manifest row numbers to take from training as validation; empty where the manifest has validation rows."""
+        if len(self.rows_of("val")):
+            return np.empty(0, dtype=np.int64)
+        train = self.rows_of("train")
+        return train[_carve(self.labels[train], self.groups[train], seed)]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Rows (uri or bytes, label, split, content) with class names; rows keep their order everywhere."""
+
+    table: pa.Table
+    class_names: tuple[str, ...]
+    name: str
+    split_counts: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+    # Class id in the source -> label, where the source's ids were not 0, 1, 2, ...
+    label_map: dict[str, int] | None = None
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    @staticmethod
+    def build(
+        table: pa.Table,
+        class_names: Sequence[str],
+        name: str,
+        *,
+        notes: Sequence[str] = (),
+        label_map: dict[str, int] | None = None,
+        split_counts: Sequence[int] | None = None,
+        source: str = "",
+    ) -> Manifest:
+        """Check a table with columns label, split and uri or bytes; raises ManifestError with every finding."""
+        missing = missing_columns(table)
+        findings, warnings = name_findings(class_names)
+        if not missing:
+            table = conform(table)
+            findings += row_findings(table, len(class_names))
+        if missing or findings:
+            raise ManifestError(source or name, [*missing, *findings])
+        counts = None if split_counts is None else tuple(int(count) for count in split_counts)
+        return Manifest(table, tuple(class_names), name, counts, tuple(notes), label_map, tuple(warnings))
+
+    @staticmethod
+    def read(source: str) -> Manifest:
+        """Read `embedded:NAME`, a local path or s3://; relative uris are resolved against its folder.
+
+        Raises ManifestError with every finding, StorageError where the file can't be read.
+        """
+        path = _resolve(source)
+        table = _read_parquet(path, None)
+        metadata = _metadata(table.schema, source)
+        return Manifest.build(
+            absolute_uris(table.replace_schema_metadata(None), path),
+            metadata["class_names"],
+            metadata.get("name", source),
+            notes=metadata.get("notes", ()),
+            label_map=metadata.get("label_map"),
+            split_counts=metadata.get("split_counts"),
+            source=source,
+        )
+
+    def write(self, path: str) -> None:
+        """Write as Parquet, whole or not at all; uris below the file's folder become relative, so both can move."""
+        metadata = {
+            "class_names": self.class_names,
+            "name": self.name,
+            "split_counts": self.split_counts,
+            "notes": self.notes,
+            "label_map": self.label_map,
+        }
+        table = relative_uris(self.table, path).replace_schema_metadata(
+            {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
+        )
+        sink = pa.BufferOutputStream()
+        # Images are compressed already and uris nearly differ row by row, so dictionaries only cost time and memory.
+        pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["split", "label"])
+        storage.write_bytes(path, sink.getvalue().to_pybytes())
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class ids (N,)."""
+        return self.table.column("label").to_numpy().astype(np.int64)
+
+    @cached_property
+    def _codes(self) -> npt.NDArray[np.int8]:
+        return split_codes(self.table.column("split"))
+
+    def rows_of(self, split: str) -> Rows:
+        """Row numbers of an official split, in manifest order."""
+        return np.flatnonzero(self._codes == SPLITS.index(split))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The official splits that have rows."""
+        return tuple(split for split in SPLITS if len(self.rows_of(split)))
+
+    def split(self, split: str) -> Manifest:
+        """Only the rows of an official split, in order; counts stay those of the whole manifest's training rows."""
+        return replace(self.take(self.rows_of(split)), split_counts=tuple(self._official_counts().tolist()))
+
+    def take(self, rows: Rows) -> Manifest:
+        """These rows, in this order."""
+        return replace(self, table=self.table.take(pa.array(rows)))
+
+    def class_stats(self, carved: Rows | None = None) -> ClassStats:
+        """Training counts per class; `carved` are row numbers that are not trained on (`carve_validation`)."""
+        rows = self.rows_of("train")
+        if carved is not None:
+            rows = np.setdiff1d(rows, carved, assume_unique=True)
+        counts = np.bincount(self.labels[rows], minlength=len(self.class_names))
+        return ClassStats.from_counts(counts, self._official_counts())
+
+    def label_rows(self) -> LabelRows:
+        """What trials read: labels, splits and groups of identical images."""
+        groups = content_groups(self.table)
+        return LabelRows(self.labels, self._codes, groups, self.class_names, self._official_counts())
+
+    def row_fingerprint(self, split: str) -> str:
+        """Hex digest of what determines a split's images: bytes, or uri with a local file's size and time of change."""
+        table = self.table.select(["uri", "content"]).take(pa.array(self.rows_of(split)))
+        embedded = table.column("content").is_valid()
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(np.packbits(embedded.to_numpy()).tobytes())
+        digest.update(b"".join(table.column("content").filter(embedded).to_pylist()))
+        uris = table.column("uri").filter(pc.invert(embedded)).to_pylist()
+        digest.update("\0".join(uris).encode("utf-8", "surrogateescape"))
+        digest.update(_file_states(uris).tobytes())
+        return digest.hexdigest()
+
+    def _official_counts(self) -> npt.NDArray[np.int64]:
+        if self.split_counts is not None:
+            return np.asarray(self.split_counts, dtype=np.int64)
+        return np.bincount(self.labels[self.rows_of("train")], minlength=len(self.class_names))
+
+
+def label_rows(source: str) -> LabelRows:
+    """Read only labels, splits and groups of identical images; the manifest was checked when the sweep began."""
+    path = _resolve(source)
+    table = _read_parquet(path, ["uri", "label", "split", "content"])
+    metadata = _metadata(table.schema, source)
+    manifest = Manifest(table, tuple(metadata["class_names"]), metadata["name"], metadata.get("split_counts"))
+    return manifest.label_rows()
+
+
+def carve_validation(manifest: Manifest, seed: int) -> Rows:
+    """Manifest row numbers to take from training as validation (PROTOCOL); empty where it has validation rows."""
+    return manifest.label_rows().carve(seed)
+
+
+def not_selectable(labels: npt.NDArray[np.int64], num_classes: int) -> Rows:
+    """Ids of the classes without a row in `labels`, the validation rows: selection can't see them."""
+    return np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _resolve(source: str) -> str:
+    return str(manifest_path(source.removeprefix(EMBEDDED))) if source.startswith(EMBEDDED) else source
+
+
+def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
+    filesystem, inner = storage.open_filesystem(path)
+    try:
+        with filesystem.open_input_file(inner) as stream:
+            file = pq.ParquetFile(stream)
+            present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            return file.read(columns=present)
+    except FileNotFoundError:
+        raise storage.StorageError(f"{path} is not there") from None
+    except (OSError, pa.ArrowInvalid) as error:
+        raise storage.StorageError(f"can't read the manifest {path}: {error}") from None
+
+
+def _metadata(schema: pa.Schema, source: str) -> dict[str, Any]:
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise ManifestError(
+            source, ["it has no class names, so it is not a manifest yet; make one with `imbvlm manifest build`"]
+        )
+    metadata: dict[str, Any] = json.loads(raw)
+    return metadata
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def _carve(labels: npt.NDArray[np.int64], groups: Rows, seed: int) -> Rows:
+    """Positions to carve: whole groups of identical images, never one that several classes share."""
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    first = np.concatenate([[0], np.cumsum(size)[:-1]]) if len(size) else np.empty(0, dtype=np.int64)
+    grouped_labels = labels[order]
+    one_class = np.minimum.reduceat(grouped_labels, first) == np.maximum.reduceat(grouped_labels, first)
+    group_label = grouped_labels[first]
+    counts = np.bincount(labels)
+    quota = np.where(counts >= CARVE_FROM, np.minimum(CARVE_AT_MOST, counts // CARVE_FROM), 0)
+    # Small groups come first, so that a class of mostly single images never fails to fill its quota.
+    chance = np.random.default_rng(seed).random(len(size))
+    ranked = np.lexsort((chance, size, group_label))
+    ranked = ranked[one_class[ranked]]
+    total = np.cumsum(size[ranked])
+    class_start = np.searchsorted(group_label[ranked], group_label[ranked], side="left")
+    within = total - np.concatenate([[0], total])[class_start]
+    taken = np.zeros(len(size), dtype=bool)
+    taken[ranked[within <= quota[group_label[ranked]]]] = True
+    return np.flatnonzero(taken[group])
+
+
+def _file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
+    local = [storage.local_path(uri) if storage.is_local(uri) else None for uri in uris]
+    if not any(local):
+        return np.empty((0, 2), dtype=np.int64)
+
+    def state(path: os.PathLike[str] | None) -> tuple[int, int]:
+        if path is None:
+            return (-1, -1)
+        try:
+            found = os.stat(path)
+        except OSError:
+            return (-1, -1)
+        return (found.st_size, found.st_mtime_ns)
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return np.array(list(pool.map(state, local, chunksize=4096)), dtype=np.int64).reshape(-1, 2)
