@@ -25,30 +25,30 @@ def tensors_file(folder):
 
 
 def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, state):
-    checkpoint.save(str(tmp_path / "new" / "folder"), state)
-    loaded = checkpoint.load(str(tmp_path / "new" / "folder"))
+    checkpoint.save_checkpoint(str(tmp_path / "new" / "folder"), state)
+    loaded = checkpoint.load_checkpoint(str(tmp_path / "new" / "folder"))
     assert loaded.scalars == state.scalars
     assert loaded.tensors.keys() == state.tensors.keys()
     assert all(torch.equal(loaded.tensors[name], state.tensors[name]) for name in state.tensors)
 
 
 def test_a_new_checkpoint_replaces_the_old_one_and_leaves_no_file_of_it(tmp_path, state):
-    checkpoint.save(str(tmp_path), state)
-    checkpoint.save(str(tmp_path), TrialState({"model/weight": torch.ones(2)}, {"epoch": 3}))
-    assert checkpoint.load(str(tmp_path)).scalars == {"epoch": 3}
+    checkpoint.save_checkpoint(str(tmp_path), state)
+    checkpoint.save_checkpoint(str(tmp_path), TrialState({"model/weight": torch.ones(2)}, {"epoch": 3}))
+    assert checkpoint.load_checkpoint(str(tmp_path)).scalars == {"epoch": 3}
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_saving_the_same_state_twice_keeps_it(tmp_path, state):
-    checkpoint.save(str(tmp_path), state)
-    checkpoint.save(str(tmp_path), state)
-    assert checkpoint.load(str(tmp_path)).scalars == state.scalars
+    checkpoint.save_checkpoint(str(tmp_path), state)
+    checkpoint.save_checkpoint(str(tmp_path), state)
+    assert checkpoint.load_checkpoint(str(tmp_path)).scalars == state.scalars
 
 
 def test_tensors_that_share_memory_or_are_transposed_are_saved(tmp_path):
     base = torch.arange(6.0).reshape(2, 3)
-    checkpoint.save(str(tmp_path), TrialState({"a": base, "b": base, "c": base.T}))
-    assert torch.equal(checkpoint.load(str(tmp_path)).tensors["c"], base.T)
+    checkpoint.save_checkpoint(str(tmp_path), TrialState({"a": base, "b": base, "c": base.T}))
+    assert torch.equal(checkpoint.load_checkpoint(str(tmp_path)).tensors["c"], base.T)
 
 
 def damage_tensors(folder):
@@ -85,24 +85,24 @@ def future_format(folder):
     "damage", [damage_tensors, truncate_tensors, remove_tensors, truncate_index, empty_index, future_format]
 )
 def test_damage_is_an_error_that_names_the_folder_and_the_mend(tmp_path, state, damage):
-    checkpoint.save(str(tmp_path), state)
+    checkpoint.save_checkpoint(str(tmp_path), state)
     damage(tmp_path)
     assert checkpoint.has_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match=f"remove {tmp_path}"):
-        checkpoint.load(str(tmp_path))
+        checkpoint.load_checkpoint(str(tmp_path))
 
 
 def test_no_checkpoint_is_no_damage(tmp_path):
     assert not checkpoint.has_checkpoint(str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoint.load(str(tmp_path / "none"))
+        checkpoint.load_checkpoint(str(tmp_path / "none"))
 
 
 def save_for_ever(folder):
     number = 0
     while True:
         number += 1
-        checkpoint.save(folder, TrialState({"x": torch.full((200_000,), float(number))}, {"epoch": number}))
+        checkpoint.save_checkpoint(folder, TrialState({"x": torch.full((200_000,), float(number))}, {"epoch": number}))
 
 
 def test_a_writer_killed_at_any_time_leaves_a_sound_checkpoint(tmp_path):
@@ -115,7 +115,7 @@ def test_a_writer_killed_at_any_time_leaves_a_sound_checkpoint(tmp_path):
         time.sleep(delay)
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-        loaded = checkpoint.load(str(tmp_path))
+        loaded = checkpoint.load_checkpoint(str(tmp_path))
         assert loaded.tensors["x"][0] == loaded.scalars["epoch"]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imbvlm.config import METHOD_SECTIONS, ClassifierConfig, TrialConfig, needed
+from imbvlm.config import METHOD_SECTIONS, ClassifierConfig, TrialConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, TrialData
 from imbvlm.models.classifier import build_classifier
@@ -71,20 +71,14 @@ def build_model(config: TrialConfig, data: TrialData, device: torch.device) -> n
     return METHODS[config.method].build(config, data, device).to(device)
 
 
-def restore_model(
-    config: TrialConfig,
-    info: EncoderInfo,
-    num_classes: int,
-    final_norm: FinalNorm | None,
-    tensors: Mapping[str, Tensor],
-) -> nn.Module:
-    """A trained model from its configuration and exported tensors, without training data; raises ImbvlmError."""
+def restore_model(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A trained model, ready to predict, from its configuration and exported tensors alone; raises ImbvlmError."""
     model: nn.Module
-    if config.method == "zero_shot":
+    if config.classifier is None:
         model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
     else:
-        decoder, width = _decoder(config, info, final_norm)
-        model = FeatureClassifier(decoder, build_classifier(needed(config.classifier), width, num_classes))
+        decoder, width = _decoder(config, info, {})
+        model = FeatureClassifier(decoder, build_classifier(config.classifier, width, num_classes))
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
@@ -106,20 +100,30 @@ def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device)
 
 def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
     """A linear probe or a decoder, by what its configuration has."""
-    decoder, width = _decoder(config, data.info, data.final_norm)
-    classifier = needed(config.classifier)
+    decoder, width = _decoder(config, data.info, data.tower)
+    classifier = config.classifier
+    assert classifier is not None, "TrialConfig gives every method that trains its classifier section"
     init_weight = _initial_weight(config, classifier, data, decoder.to(device), width, device)
     return FeatureClassifier(
         decoder, build_classifier(classifier, width, len(data.class_names), init_weight=init_weight)
     )
 
 
-def _decoder(config: TrialConfig, info: EncoderInfo, final_norm: FinalNorm | None) -> tuple[nn.Module, int]:
-    """What stands before the classifier, and the width it gives."""
+def _decoder(config: TrialConfig, info: EncoderInfo, tower: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
+    """What stands before the classifier, and the width it gives; `tower` may have the final norm's weights."""
     if config.decoder is None:
         return nn.Identity(), info.pooled_width
-    decoder = Decoder(info.token_width, config.decoder, info.has_class_token, final_norm)
-    return decoder, config.decoder.width or info.token_width
+    decoder = Decoder(info.token_width, config.decoder, info.has_class_token, _final_norm(info, tower))
+    return decoder, decoder.width
+
+
+def _final_norm(info: EncoderInfo, tower: Mapping[str, Tensor]) -> FinalNorm | None:
+    """The tower's final norm; with its own eps but no weights yet where `tower` hasn't got them."""
+    if info.final_norm_eps is None:
+        return None
+    weight = tower.get("final_norm.weight", torch.ones(info.token_width))
+    bias = tower.get("final_norm.bias", torch.zeros(info.token_width))
+    return weight, bias, info.final_norm_eps
 
 
 # --------------------------------------------------------------------------------- how a classifier's weights start
@@ -135,7 +139,7 @@ def _initial_weight(
 ) -> Tensor | None:
     """Weights (C, width) that the classifier starts from, None for random ones."""
     if classifier.init == "text":
-        return text_weights(_class_embeddings(config, data), data.projection, width)
+        return text_weights(_class_embeddings(config, data), data.tower.get("projection"), width)
     if classifier.init == "class_mean":
         reads = METHODS[config.method].reads
         return class_means(decoder, data.train, reads, len(data.class_names), width, device)
@@ -167,7 +171,8 @@ def class_means(
 ) -> Tensor:
     """Mean of each class's normalised features as the classifier will receive them, normalised: (C, width).
 
-    The evaluation crop of every training image is used; a class without images gets a random direction.
+    The evaluation crop of every training image is used; a class without images has zeros, for which the classifier
+    keeps its random start.
     """
     sums = torch.zeros(num_classes, width, dtype=torch.float64)
     for start in range(0, len(train.labels), CHUNK_SIZE):
@@ -176,9 +181,7 @@ def class_means(
         # Added on the CPU: on a GPU the order of additions, and so the last bits, would vary from run to run.
         directions = functional.normalize(features.float(), dim=-1).to("cpu", torch.float64)
         sums.index_add_(0, torch.from_numpy(train.labels[index]), directions)
-    random = torch.randn(num_classes, width, dtype=torch.float64)
-    empty = torch.from_numpy(np.bincount(train.labels, minlength=num_classes) == 0)
-    return functional.normalize(torch.where(empty[:, None], random, sums), dim=-1).float()
+    return functional.normalize(sums, dim=-1).float()
 
 
 def _class_embeddings(config: TrialConfig, data: TrialData) -> Tensor:

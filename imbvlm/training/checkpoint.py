@@ -18,7 +18,7 @@ from imbvlm import storage
 from imbvlm.errors import ImbvlmError
 
 FORMAT = 1
-INDEX_FILE = "checkpoint.json"
+INDEX_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 
 
@@ -34,7 +34,7 @@ class TrialState:
     scalars: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(folder: str, state: TrialState) -> None:
+def save_checkpoint(folder: str, state: TrialState) -> None:
     """Write a checkpoint into a local or s3:// folder, replacing the one before.
 
     The tensors go into a file of their own name first; the index, written last and whole, points at it. So a reader
@@ -56,8 +56,8 @@ def has_checkpoint(folder: str) -> bool:
     return storage.exists(storage.join(folder, INDEX_FILE))
 
 
-def load(folder: str) -> TrialState:
-    """Read a checkpoint back; raises CheckpointError where it is absent, incomplete or damaged."""
+def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialState:
+    """Read a checkpoint back onto a device; raises CheckpointError where it is absent, incomplete or damaged."""
     where = storage.join(folder, INDEX_FILE)
     if not has_checkpoint(folder):
         raise CheckpointError(f"no checkpoint in {folder}: {INDEX_FILE} is not there")
@@ -69,7 +69,8 @@ def load(folder: str) -> TrialState:
         raise CheckpointError(f"the checkpoint's index {where} is damaged ({error!r}); {_mend(folder)}") from None
     if version != FORMAT:
         raise CheckpointError(f"{where} has format {version}, and this version reads {FORMAT}; {_mend(folder)}")
-    return TrialState(_read_tensors(folder, name, digest), scalars)
+    tensors = _read_tensors(folder, name, digest)
+    return TrialState({key: tensor.to(device) for key, tensor in tensors.items()}, scalars)
 
 
 def save_model(folder: str, model: nn.Module) -> None:

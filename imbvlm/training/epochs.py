@@ -79,13 +79,14 @@ class TrialRun:
         compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
         self._params = [param for param in self.model.parameters() if param.requires_grad]
-        self._optimizer = build_optimizer(needed(config.optim), self._params) if self.entry.trains else None
+        self._optimizer = self._build_optimizer() if self.entry.trains else None
         self.num_epochs, self.num_steps = self._length()
 
     # ------------------------------------------------------------------------------------------------ training
 
     def epochs(self) -> Iterator[EpochResult]:
         """Train and evaluate epoch after epoch; a run that was restored at its end yields its last result again."""
+        self._agree_on_epoch()
         if self.epoch >= self.num_epochs and self.result is not None:
             yield self.result
             return
@@ -176,15 +177,12 @@ class TrialRun:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, examples: Examples) -> tuple[dict[str, float], Tensor]:
-        """Metrics by their plain names, and float32 logits (N, C) on the CPU; each worker does the whole of it."""
-        logits = self.logits(examples)
-        counters = ClassCounters(len(self.data.class_names))
-        counters.update(logits, torch.from_numpy(examples.labels))
-        return counters.compute(self.data.class_stats), logits
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """Metrics by their plain names over all examples; every worker must call it."""
+        return self.counters(examples).compute(self.data.class_stats)
 
     def logits(self, examples: Examples) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU."""
+        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed."""
         index = np.arange(len(examples.labels))
         parts = [logits.cpu() for logits, _ in self._outputs(examples, index)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.data.class_names))
@@ -195,14 +193,14 @@ class TrialRun:
         index = np.arange(self.world.rank, len(examples.labels), self.world.world_size)
         for logits, labels in self._outputs(examples, index):
             counters.update(logits, labels)
-        return counters.reduce(self.world)
+        return counters.reduced(self.world)
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
         if len(self.data.val.labels) == 0:
             return {}
         started = time.perf_counter()
-        metrics = self.counters(self.data.val).compute(self.data.class_stats)
+        metrics = self.evaluate(self.data.val)
         for name, value in metrics.items():
             if name.endswith("_accuracy"):
                 self.best[name] = max(value, self.best.get(name, value))
@@ -266,6 +264,16 @@ class TrialRun:
                 # A step count stays where the optimiser keeps it; what has the parameter's shape goes to its device.
                 self._optimizer.state[param] = {key: t.to(param.device, copy=True) for key, t in found.items()}
 
+    def _agree_on_epoch(self) -> None:
+        """Workers that start at different epochs would wait for each other for ever."""
+        epochs = torch.tensor([self.epoch, -self.epoch])
+        latest, earliest = self.world.max(epochs).tolist()
+        if latest != -earliest:
+            raise ImbvlmError(
+                f"the trial's workers were restored at different epochs ({-earliest} to {latest}): all of them must "
+                "see the same checkpoint, so keep it in shared storage (s3:// or a network file system)"
+            )
+
     def _identity(self) -> str:
         return hashlib.sha256(self.config.key().encode()).hexdigest()[:32]
 
@@ -293,8 +301,14 @@ class TrialRun:
         counts = self.data.class_stats.counts
         return Objective(self.config, counts, self.num_epochs, self.num_steps, self.device, self.world)
 
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        assert optim is not None, "TrialConfig gives every method that trains its optim section"
+        return build_optimizer(optim, self._params)
+
     def _lr(self, step: int) -> float:
-        optim = needed(self.config.optim)
+        optim = self.config.optim
+        assert optim is not None, "TrialConfig gives every method that trains its optim section"
         return optim.lr * lr_at(optim, step, self.num_steps)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imbvlm.config import CosineClassifierConfig, LdamConfig, TrialConfig, needed
+from imbvlm.config import CosineClassifierConfig, LdamConfig, TrialConfig
 from imbvlm.losses import BuiltLoss, build_loss, effective_number_weights
 from imbvlm.sampling import sampled_counts
 from imbvlm.training.world import World
@@ -27,7 +27,8 @@ class Objective:
         device: torch.device,
         world: World,
     ) -> None:
-        self._loss = needed(config.loss)
+        assert config.loss is not None, "TrialConfig gives every method that trains its loss section"
+        self._loss = config.loss
         self._class_sampling = config.data.class_sampling
         self._class_counts = class_counts
         self._num_epochs = num_epochs
@@ -65,7 +66,8 @@ class Objective:
 
 def loss_knobs(config: TrialConfig) -> dict[str, Any]:
     """The chosen loss's own knobs, resolved; what the loop itself reads (`prior`, `reweight_from`) is left out."""
-    loss, classifier = needed(config.loss), needed(config.classifier)
+    loss, classifier = config.loss, config.classifier
+    assert loss is not None and classifier is not None, "TrialConfig gives every method that trains both sections"
     knobs = loss.model_dump(exclude={"name", "prior", "reweight_from"})
     if isinstance(loss, LdamConfig) and loss.margin_scale is None:
         knobs["margin_scale"] = 1 / classifier.temperature if isinstance(classifier, CosineClassifierConfig) else 1.0

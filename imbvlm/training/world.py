@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -39,6 +40,27 @@ class _SingleProcess:
 SINGLE: World = _SingleProcess()
 
 
+class DistributedWorld:
+    """The workers of torch.distributed's default group, which must be there already; sums go through `device`."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = torch.device(device)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        # NCCL takes tensors on the GPU only, and counters of a worker without rows never got there.
+        buffer = value.detach().to(self._device, copy=True).contiguous()
+        dist.all_reduce(buffer, operation)
+        return buffer.to(value.device)
+
+
 @torch.no_grad()
 def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World) -> Tensor:
     """Replace every gradient by its mean over workers; returns the mean of their losses (0-d).
@@ -51,7 +73,7 @@ def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World
     gradients = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.detach().float().reshape(1)])
     flat = world.sum(flat) / world.world_size
-    parts = flat.split([param.numel() for param in params] + [1])
+    parts = torch.split(flat, [param.numel() for param in params] + [1])
     for param, part in zip(params, parts[:-1], strict=True):
         param.grad = part.view_as(param)
     return parts[-1][0]
