@@ -11,8 +11,6 @@ from imbvlm.errors import ImbvlmError
 
 FinalNorm = tuple[Tensor, Tensor, float]
 
-_INIT_STD = 0.02
-
 
 class Decoder(nn.Module):
     """Tokens (B, T, D) to features (B, width) [Wang et al. 2023]; width is D unless `decoder.width` narrows it.
@@ -55,7 +53,7 @@ class Block(nn.Module):
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
         self.num_heads, self.head_width = config.num_heads, width // config.num_heads
-        hidden = max(1, round(width * config.mlp_ratio))
+        hidden = max(1, int(width * config.mlp_ratio))
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = _linear(width, 3 * width)
         self.attention_out = _linear(width, width)
@@ -99,8 +97,8 @@ class Block(nn.Module):
 
 
 def _linear(width_in: int, width_out: int) -> nn.Linear:
+    """As the study starts its own: torch's weights, no bias."""
     layer = nn.Linear(width_in, width_out)
-    nn.init.trunc_normal_(layer.weight, std=_INIT_STD)
     nn.init.zeros_(layer.bias)
     return layer
 
