@@ -108,8 +108,12 @@ class SweepSpec(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the spec."""
-        Path(path).write_text(dump_yaml(self.to_tree()), encoding="utf-8")
+        """Write the spec with its space written out."""
+        Path(path).write_text(self.to_yaml_text(), encoding="utf-8")
+
+    def to_yaml_text(self) -> str:
+        """The spec with its space written out, so that it can be read where the space's file is not."""
+        return dump_yaml({**self.to_tree(), "space": self.read_space().tree})
 
     def with_settings(self, settings: Mapping[str, Any], origin: str = "--set") -> SweepSpec:
         """A copy with keys of the sweep or dotted keys of its trials set; a key that the space draws is fixed instead."""
@@ -147,6 +151,12 @@ class SweepSpec(Section):
         return TrialConfig.from_tree(
             YamlTree(drop_unused_sections(apply_overrides(self.base, draw), keep=draw), f"sweep {self.name}")
         )
+
+    def corner_trials(self, space: SearchSpace) -> Iterator[TrialConfig]:
+        """Configurations over every combination of choices that conditions or variants hang on."""
+        for draw, clash in _corner_draws(space, self.base):
+            if clash is None:
+                yield self.trial(draw)
 
     @property
     def best_objective(self) -> str:

@@ -1,0 +1,5 @@
+"""`python -m imbvlm` is the `imbvlm` command."""
+
+from imbvlm.cli import main
+
+main()

@@ -1,0 +1,211 @@
+"""The `imbvlm` command, also `python -m imbvlm`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from imbvlm import __version__
+from imbvlm.errors import ImbvlmError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; leaves with 0, with 1 where it failed (one sentence on stderr), with 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        command: Command = options.command
+        sys.exit(command(options))
+    except ImbvlmError as error:
+        print(f"imbvlm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="imbvlm", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_sweep(commands)
+    _add_export(commands)
+    _add_predict(commands)
+    return parser
+
+
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ train
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "Train one configuration and score it on validation.",
+        "imbvlm train best.yaml --set optim.lr=0.05",
+    )
+    parser.add_argument("config", help="a trial's YAML, such as an exported best.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted key of the configuration"
+    )
+    parser.add_argument("--storage", default="runs", help="where features are kept (default: runs)")
+    parser.add_argument("-o", "--out", help="folder for the trained weights (model.safetensors)")
+    parser.add_argument("--json", action="store_true", help="print the final metrics as JSON and nothing else")
+    parser.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from imbvlm.config import TrialConfig
+    from imbvlm.sweep.command import parse_settings
+    from imbvlm.sweep.single import train_one
+
+    config = TrialConfig.from_yaml(options.config).with_overrides(parse_settings(options.set))
+    metrics = train_one(config, options.storage, options.out, quiet=options.json)
+    if options.json:
+        print(json.dumps(metrics, indent=1))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ sweep
+
+
+def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from imbvlm.sweep.command import add_arguments
+
+    parser = _command(commands, "sweep", "Run a sweep from its YAML.", "imbvlm sweep my-sweep.yaml --dry-run")
+    parser.add_argument("spec", help="a SweepSpec as YAML, such as the sweep.yaml of an earlier sweep")
+    add_arguments(parser)
+    parser.set_defaults(command=_sweep)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.command import run_command
+    from imbvlm.sweep.spec import SweepSpec
+
+    return run_command(SweepSpec.from_yaml(options.spec), options)
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Write the best configuration and its model.",
+        "imbvlm export runs/quickstart-20261124-120000 -o my-model",
+    )
+    parser.add_argument("sweep", help="a sweep's folder")
+    parser.add_argument("-o", "--out", required=True, help="folder for best.yaml and model/")
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.export import export_sweep
+
+    record = export_sweep(options.sweep, options.out)
+    print(f"{record.trial_id} written to {options.out}: best.yaml and model/")
+    print(f"next: imbvlm predict {options.out} PHOTO.jpg")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- predict
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        "Classify images with an exported model.",
+        "imbvlm predict my-model photos/ --top 3 -o out.csv",
+    )
+    parser.add_argument("model", help="what `imbvlm export` wrote")
+    parser.add_argument("images", nargs="+", help="files, folders or s3:// URIs")
+    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument("-o", "--out", help="a CSV to write instead of printing")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.set_defaults(command=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from imbvlm.inference import load
+
+    images = _images(options.images)
+    model = load(options.model)
+    bad = 0
+    with open(options.out, "w", newline="", encoding="utf-8") if options.out else _stdout() as stream:
+        writer = csv.writer(stream)
+        if options.out and not options.json:
+            writer.writerow(
+                [
+                    "image",
+                    *(f"{what}_{rank}" for rank in range(1, options.top + 1) for what in ("class", "probability")),
+                    "error",
+                ]
+            )
+        for one in model.predict_stream(images, options.top):
+            bad += one.error is not None
+            pairs = list(zip(one.class_names, one.probabilities, strict=True))
+            if options.json:
+                classes = [{"class": name, "probability": value} for name, value in pairs]
+                stream.write(
+                    json.dumps({"image": one.source, "classes": classes, "error": one.error}, ensure_ascii=False) + "\n"
+                )
+            elif options.out:
+                cells = [cell for name, value in pairs for cell in (name, f"{value:.6f}")]
+                writer.writerow([one.source, *cells, *([""] * (2 * (options.top - len(pairs)))), one.error or ""])
+            else:
+                what = one.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in pairs)
+                stream.write(f"{one.source}: {what}\n")
+    if bad:
+        print(f"imbvlm: {bad} of {len(images)} images could not be read", file=sys.stderr)
+    return 1 if bad == len(images) else 0
+
+
+class _stdout:
+    """Standard output as a context that stays open."""
+
+    def __enter__(self) -> object:
+        return sys.stdout
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+
+def _images(arguments: list[str]) -> list[str]:
+    """Files as given; of folders the images below them, sorted; raises ImbvlmError where nothing is there."""
+    from imbvlm import storage
+
+    found: list[str] = []
+    for argument in arguments:
+        if storage.is_local(argument) and storage.local_path(argument).is_dir():
+            below = sorted(storage.local_path(argument).rglob("*"))
+            found += [str(path) for path in below if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        elif storage.is_local(argument) and not Path(argument).exists():
+            raise ImbvlmError(f"{argument} is not there")
+        else:
+            found.append(argument)
+    if not found:
+        raise ImbvlmError(f"no image in {', '.join(arguments)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found

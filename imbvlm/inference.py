@@ -1,0 +1,168 @@
+"""A model folder: written from a refit, loaded and asked without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from imbvlm import storage
+from imbvlm.config import EncoderConfig, TrialConfig
+from imbvlm.data.images import ImageError, Preprocess, decode
+from imbvlm.errors import ImbvlmError
+from imbvlm.models.decoder import FinalNorm
+from imbvlm.models.encoder import Encoder, save_tower
+from imbvlm.models.methods import METHODS, restore_model
+from imbvlm.training.checkpoint import MODEL_FILE, load_model_tensors
+from imbvlm.yaml_file import YamlTree
+
+CONFIG_FILE = "config.json"
+TOWER_FOLDER = "tower"
+FORMAT = 1
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first; `error` says why there are none."""
+
+    source: str
+    class_names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Model:
+    """An exported classifier with its own tower, preprocessing and class names."""
+
+    def __init__(
+        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, class_names: tuple[str, ...]
+    ) -> None:
+        self._encoder, self._classifier, self._config = encoder, classifier.eval(), config
+        self.class_names = class_names
+
+    def predict(self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5) -> list[Prediction]:
+        """Classify paths, URIs, encoded bytes or H x W x 3 uint8 arrays; an image that can't be read gets an error."""
+        return list(self.predict_stream(images, top))
+
+    def predict_stream(
+        self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5
+    ) -> Iterator[Prediction]:
+        """As `predict`, a batch at a time, in order."""
+        iterator = enumerate(images)
+        while batch := list(islice(iterator, BATCH_SIZE)):
+            yield from self._predict_batch(batch, min(top, len(self.class_names)))
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Logits (B, C) of preprocessed uint8 images (B, 3, S, S)."""
+        features = getattr(self._encoder.forward_images(pixels), METHODS[self._config.method].reads)
+        # What was trained on was stored in this precision.
+        stored = features.to(torch.float16 if self._config.features.precision == "float16" else torch.float32)
+        with torch.inference_mode():
+            logits: Tensor = self._classifier(stored.float())
+        return logits.float()
+
+    def _predict_batch(self, batch: Sequence[tuple[int, Any]], top: int) -> list[Prediction]:
+        results: dict[int, Prediction] = {}
+        pixels: list[npt.NDArray[np.uint8]] = []
+        sources: list[tuple[int, str]] = []
+        for index, image in batch:
+            source = str(image) if isinstance(image, (str, Path)) else f"image {index}"
+            try:
+                pixels.append(self._encoder.preprocess.apply(_load(image), 0, 0))
+                sources.append((index, source))
+            except (ImageError, storage.StorageError) as error:
+                results[index] = Prediction(source, error=str(error))
+        if pixels:
+            probabilities = self.logits(torch.from_numpy(np.stack(pixels))).softmax(dim=1).cpu()
+            values, labels = probabilities.topk(top, dim=1)
+            for (index, source), row, ids in zip(sources, values.tolist(), labels.tolist(), strict=True):
+                results[index] = Prediction(source, tuple(self.class_names[i] for i in ids), tuple(ids), tuple(row))
+        return [results[index] for index, _ in batch]
+
+
+def _load(image: str | Path | bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
+        return image
+    return decode(image if isinstance(image, bytes) else storage.read_bytes(str(image)))
+
+
+def write_model(
+    folder: str,
+    config: TrialConfig,
+    tensors: dict[str, Tensor],
+    encoder: Encoder,
+    class_names: Sequence[str],
+    scores: dict[str, Any],
+) -> None:
+    """Write weights, tower, class names and preprocessing; the folder needs nothing else to predict."""
+    info = encoder.info
+    save_tower(encoder, storage.join(folder, TOWER_FOLDER))
+    storage.write_bytes(storage.join(folder, MODEL_FILE), _safetensors(tensors))
+    description = {
+        "format": FORMAT,
+        "class_names": list(class_names),
+        "preprocess": encoder.preprocess.to_dict(),
+        "encoder": info.to_dict(),
+        "config": config.to_tree(),
+        "scores": scores,
+    }
+    storage.write_bytes(
+        storage.join(folder, CONFIG_FILE), json.dumps(description, indent=1, ensure_ascii=False).encode()
+    )
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save(tensors)
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """Load a model folder that `imbvlm export` wrote; raises ImbvlmError where it is incomplete or of other weights."""
+    where = storage.join(str(folder), CONFIG_FILE)
+    if not storage.exists(where) and storage.exists(storage.join(str(folder), "model", CONFIG_FILE)):
+        return load(storage.join(str(folder), "model"), device)
+    try:
+        description = json.loads(storage.read_bytes(where))
+        version = description["format"]
+        class_names, preprocess = tuple(description["class_names"]), Preprocess.from_dict(description["preprocess"])
+        tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
+    if version != FORMAT:
+        raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
+    config = TrialConfig.from_tree(YamlTree(tree, where))
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tower = EncoderConfig(
+        name=f"local-dir:{storage.local_path(storage.join(str(folder), TOWER_FOLDER))}",
+        image_size=config.encoder.image_size,
+    )
+    encoder = Encoder.from_config(tower, config.eval, target)
+    if encoder.info.weights_fingerprint != fingerprint:
+        raise ImbvlmError(
+            f"the tower in {folder} is not the one that the classifier was trained on; export the model again"
+        )
+    if encoder.preprocess != preprocess:
+        raise ImbvlmError(
+            f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of {preprocess}"
+        )
+    classifier = restore_model(
+        config, encoder.info, len(class_names), _final_norm(encoder), load_model_tensors(str(folder))
+    )
+    return Model(encoder, classifier.to(target), config, class_names)
+
+
+def _final_norm(encoder: Encoder) -> FinalNorm | None:
+    return encoder.final_norm()

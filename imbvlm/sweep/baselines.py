@@ -1,0 +1,93 @@
+"""What every sweep is measured against: zero-shot, and a plain linear softmax probe, once for each tower."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from imbvlm.config import Tree, TrialConfig, apply_overrides
+from imbvlm.errors import ConfigError, Problem
+from imbvlm.sweep.space import Draw, SearchSpace
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.yaml_file import YamlTree
+
+# The probe trains until validation hasn't improved for so many epochs.
+PROBE_PATIENCE = 10
+PROBE_EPOCHS = 100
+# What decides which features a trial reads.
+TOWER_SECTIONS = ("encoder", "features", "eval", "prompts")
+PROBE: Tree = {
+    "classifier": {"kind": "linear"},
+    "loss": {"name": "cross_entropy"},
+    # A constant rate: the first n epochs are then the same whatever the length, so the refit repeats them.
+    "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "lr_schedule": "constant", "warmup_fraction": 0.0},
+    "train": {"num_epochs": PROBE_EPOCHS},
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline's row name, its configuration, and whether it stops when validation stops improving."""
+
+    name: str
+    config: TrialConfig
+    patience: int | None
+
+
+def tower_draws(spec: SweepSpec, space: SearchSpace) -> list[Draw]:
+    """Every combination of towers and ways of reading images that a trial of the space can have."""
+    parameters = [p for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS]
+    continuous = [p for p in parameters if p.finite_values() is None]
+    if continuous:
+        raise ConfigError(
+            Problem(f"{p.key} decides what is extracted, so it must be a choice", p.where) for p in continuous
+        )
+    keys = {p.key for p in parameters}
+    draws: list[Draw] = [{}]
+    for parameter in parameters:
+        conditions = {key: values for key, values in parameter.when.items() if key in keys}
+        draws = [
+            {**draw, parameter.key: value}
+            for draw in draws
+            for value in (
+                parameter.finite_values() or ()
+                if all(draw.get(k) in v for k, v in conditions.items())
+                else (draw.get(parameter.key),)
+            )
+        ]
+    return list({json.dumps(draw, sort_keys=True): draw for draw in draws}.values())
+
+
+def tower_key(config: TrialConfig) -> str:
+    """Equal for configurations that read the same features."""
+    tree = config.to_tree()
+    prompts = tree.get("prompts") or {}
+    return json.dumps(
+        {**{key: tree[key] for key in ("encoder", "features", "eval")}, "prompts": prompts}, sort_keys=True
+    )
+
+
+def zero_shot_config(spec: SweepSpec, draw: Draw) -> TrialConfig:
+    """The zero-shot trial of one tower: also what the tower's features are extracted by."""
+    tree = apply_overrides(spec.base, draw)
+    kept = {key: tree[key] for key in ("data", *TOWER_SECTIONS) if key in tree}
+    kept["data"] = {key: value for key, value in kept["data"].items() if key != "class_sampling"}
+    return TrialConfig.from_tree(YamlTree({**kept, "method": "zero_shot"}, f"sweep {spec.name}"))
+
+
+def baselines(spec: SweepSpec, space: SearchSpace) -> list[Baseline]:
+    """Zero-shot and linear probe for each tower; their names carry the tower's where there are several."""
+    draws = tower_draws(spec, space)
+    found = []
+    for draw in draws:
+        zero_shot = zero_shot_config(spec, draw)
+        tower = f" {zero_shot.encoder.name}" if len(draws) > 1 else ""
+        train = {
+            key: value for key, value in spec.base.get("train", {}).items() if key not in ("num_epochs", "num_steps")
+        }
+        probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
+        found.append(Baseline(f"zero-shot{tower}", zero_shot, None))
+        found.append(
+            Baseline(f"linear probe{tower}", TrialConfig.from_tree(YamlTree(probe, "baseline")), PROBE_PATIENCE)
+        )
+    return found

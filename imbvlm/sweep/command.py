@@ -1,0 +1,138 @@
+"""The command line of a sweep: `sweeps/x.py` is `main(SweepSpec(...))`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from imbvlm import storage
+from imbvlm.config import Tree
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.yaml_file import parse_scalar, parse_yaml
+
+LATEST = "latest"
+
+
+def main(spec: SweepSpec, arguments: Sequence[str] | None = None) -> None:
+    """Run a sweep from the command line, and leave with 0, or with 1 where it could not or nothing came of it."""
+    parser = argparse.ArgumentParser(
+        description=f"Run the sweep {spec.name}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_arguments(parser)
+    sys.exit(run_command(spec, parser.parse_args(arguments)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every sweep has."""
+    parser.add_argument("--manifest", help="another data set: a manifest's path, s3:// URI or embedded:NAME")
+    parser.add_argument("--storage", help="folder or s3:// URI for sweeps and features")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="FOLDER",
+        help="go on with the newest sweep of this name, or with that folder",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done; start and write nothing")
+    parser.add_argument("--smoke", action="store_true", help="the same way in small, to see that it works")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the sweep or a dotted key of its trials",
+    )
+
+
+def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
+    """Apply the options and run; prints errors as sentences."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        spec = with_options(spec, options)
+        if options.dry_run:
+            from imbvlm.sweep.plan import describe_sweep
+
+            print(describe_sweep(spec))
+            return 0
+        from imbvlm.sweep.run import run
+
+        folder = _resumed_folder(spec, options.resume) if options.resume else _new_folder(spec)
+        try:
+            run(spec, folder, Console())
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; finished trials are kept. Go on with: --resume {folder}", file=sys.stderr)
+            return 130
+    except ImbvlmError as error:
+        print(f"imbvlm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
+    """The spec with --smoke, --manifest, --storage and --set in it; raises ConfigError."""
+    if options.smoke:
+        spec = spec.with_settings(spec.smoke, "--smoke")
+    settings = parse_settings(options.set)
+    if options.manifest:
+        settings["data.manifest"] = options.manifest
+    if options.storage:
+        settings["storage"] = options.storage
+    return spec.with_settings(settings) if settings else spec
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words as keys and YAML values; raises ConfigError."""
+    wrong = [Problem(f"--set takes KEY=VALUE, and got {item!r}") for item in items if "=" not in item]
+    if wrong:
+        raise ConfigError(wrong)
+    return {key.strip(): parse_scalar(text) for key, _, text in (item.partition("=") for item in items)}
+
+
+def _new_folder(spec: SweepSpec) -> str:
+    return storage.join(storage.absolute(spec.storage), f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _resumed_folder(spec: SweepSpec, wanted: str) -> str:
+    """The folder to go on in; raises ConfigError where it isn't a sweep or its spec is another."""
+    folder = wanted if wanted != LATEST else _latest(spec)
+    saved = storage.join(folder, "sweep.yaml")
+    if not storage.exists(saved):
+        raise ConfigError([Problem(f"{folder} is not a sweep's folder: it has no sweep.yaml")])
+    before = SweepSpec.from_tree(parse_yaml(storage.read_bytes(saved).decode(), saved))
+    differences = spec_differences(before, spec)
+    if differences:
+        raise ConfigError(
+            Problem(
+                f"{key} was {old!r} when the sweep began and is {new!r} now; start a new sweep, or set it back", folder
+            )
+            for key, old, new in differences
+        )
+    return storage.absolute(folder)
+
+
+def _latest(spec: SweepSpec) -> str:
+    names = [name for name in storage.list_files(spec.storage) if name.startswith(f"{spec.name}-")]
+    if not names:
+        raise ConfigError([Problem(f"there is no sweep {spec.name} under {spec.storage} to go on with")])
+    return storage.join(spec.storage, names[-1])
+
+
+def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, Any]]:
+    """Dotted keys that differ between two specs, with both values; where things are kept doesn't count."""
+
+    def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in tree.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
+    ignored = ("storage", "max_concurrent_trials", "max_failures", "smoke")
+    keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

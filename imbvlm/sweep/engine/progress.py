@@ -1,0 +1,88 @@
+"""Writes each trial's record as Tune reports it, and the live line; runs in the driver as a Tune callback."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from imbvlm.config import Tree
+from imbvlm.sweep.console import Console, duration, percent
+from imbvlm.sweep.results import TrialLog, TrialRecord
+
+NUMBER = (int, float)
+
+
+class ProgressCallback(tune.Callback):
+    """Keeps the trial log in step with Tune."""
+
+    def __init__(self, log: TrialLog, console: Console, best_objective: str, num_trials: int, num_known: int) -> None:
+        self._log, self._console, self._objective = log, console, best_objective
+        self._num_trials, self._num_known = num_trials, num_known
+        self._started = time.monotonic()
+        self._ended = 0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
+        if record.trial_id not in self._log.records or self._log.records[record.trial_id].state != "running":
+            self._log.save(record)
+        self._show()
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
+        # Tune adds its own keys; ours are `epoch`, `step` and those with a slash.
+        metrics = {
+            key: float(value)
+            for key, value in result.items()
+            if isinstance(value, NUMBER) and not isinstance(value, bool) and (key in ("epoch", "step") or "/" in key)
+        }
+        self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        result = trial.last_result or {}
+        record = self._log.records[_id(trial)]
+        if result.get("failure"):
+            record.state, record.stop_reason = "failed", str(result["failure"])
+        elif result.get("done_training"):
+            record.state, record.stop_reason = "finished", "trained to its end"
+        else:
+            record.state, record.stop_reason = "stopped", f"by the trial scheduler after epoch {result.get('epoch')}"
+        self._end(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        record = self._log.records[_id(trial)]
+        error = trial.get_error()
+        record.state, record.stop_reason = "error", _last_line(str(error)) if error else "its worker was lost"
+        self._end(record)
+
+    def _end(self, record: TrialRecord) -> None:
+        record.ended_at = time.time()
+        self._log.save(record)
+        self._ended += 1
+        self._show()
+
+    def _show(self) -> None:
+        records = self._log.of("search")
+        ended = [record for record in records if record.state != "running"]
+        running = sum(record.state == "running" for record in self._log.records.values())
+        best = self._log.best(self._objective.replace("best_", ""))
+        value = best[0].best_value(self._objective) if best else None
+        here = len(ended) - self._num_known
+        left = (time.monotonic() - self._started) / here * (self._num_trials - len(ended)) if here > 0 else math.nan
+        self._console.live(
+            f"{len(ended)}/{self._num_trials} trials done, {running} running; "
+            f"best {self._objective.removeprefix('val/best_').replace('_', ' ')} on validation {percent(value)}"
+            f"{f' ({best[0].trial_id})' if best else ''}; {duration(left) if math.isfinite(left) else '?'} left"
+        )
+
+
+def _id(trial: Trial) -> str:
+    return str(trial.config["record"]["trial_id"])
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "unknown"

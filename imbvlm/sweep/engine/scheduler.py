@@ -1,0 +1,63 @@
+"""ASHA apart for each method: a probe that learns fast must not stop a decoder that learns slowly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from imbvlm.config import Tree
+from imbvlm.sweep.spec import AshaConfig
+
+
+class AshaPerMethod(FIFOScheduler):
+    """Asks the bracket of the trial's method; baselines and refits (no bracket) run to their end."""
+
+    def __init__(self, make: Callable[[], AsyncHyperBandScheduler]) -> None:
+        super().__init__()
+        self._make = make
+        self._brackets: dict[str, AsyncHyperBandScheduler] = {}
+
+    def _bracket(self, trial: Trial) -> TrialScheduler | None:
+        record = trial.config["record"]
+        if record["kind"] != "search":
+            return None
+        method = record["config"]["method"]
+        if method not in self._brackets:
+            self._brackets[method] = self._make()
+        return self._brackets[method]
+
+    def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
+        bracket = self._bracket(trial)
+        if bracket is not None:
+            bracket.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: object, trial: Trial, result: Tree) -> str:
+        bracket = self._bracket(trial)
+        return str(
+            TrialScheduler.CONTINUE if bracket is None else bracket.on_trial_result(tune_controller, trial, result)
+        )
+
+    def on_trial_complete(self, tune_controller: object, trial: Trial, result: Tree) -> None:
+        bracket = self._bracket(trial)
+        if bracket is not None and not result.get("failure"):
+            bracket.on_trial_complete(tune_controller, trial, result)
+
+
+def asha(config: AshaConfig, best_objective: str, longest_epochs: int) -> AshaPerMethod:
+    """Rungs from `grace_fraction` of the longest trial up, on the running maximum over epochs."""
+    grace = max(1, math.ceil(config.grace_fraction * longest_epochs))
+
+    def make() -> AsyncHyperBandScheduler:
+        return AsyncHyperBandScheduler(
+            time_attr="epoch",
+            metric=best_objective,
+            mode="max",
+            grace_period=grace,
+            max_t=max(longest_epochs + 1, grace + 1),
+            reduction_factor=config.reduction_factor,
+        )
+
+    return AshaPerMethod(make)

@@ -1,0 +1,117 @@
+"""Runs jobs as Tune trials, in process or under Ray Train; the rest of the project sees only `run_jobs`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from imbvlm import storage
+from imbvlm.config import Tree
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.engine.progress import ProgressCallback
+from imbvlm.sweep.engine.scheduler import AshaPerMethod
+from imbvlm.sweep.engine.search import Job
+from imbvlm.sweep.engine.train_driver import ray_train_trial
+from imbvlm.sweep.engine.trainable import InProcessTrial
+from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
+from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.session import TrialSettings
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What all jobs of a sweep share: its spec, folder, log, console and how many run at once."""
+
+    spec: SweepSpec
+    folder: str
+    log: TrialLog
+    console: Console
+    max_concurrent: int
+
+    @property
+    def driver(self) -> str:
+        """The driver that `auto` chose."""
+        return "ray_train" if uses_ray_train(self.spec) else "in_process"
+
+    @property
+    def num_threads(self) -> int:
+        """Torch threads of one worker: its share of CPUs."""
+        return max(1, int(self.spec.cpus_per_worker))
+
+
+def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
+    """What Tune carries to a trial's process for a job."""
+
+    def of(job: Job) -> Tree:
+        record = TrialRecord(
+            trial_id=job.trial_id,
+            kind=job.kind,
+            name=job.name,
+            config=job.config.to_tree(),
+            draw=job.draw,
+            driver=lane.driver,
+            num_threads=lane.num_threads,
+        )
+        spec = lane.spec
+        return {
+            "record": record.model_dump(mode="json"),
+            "settings": settings(job).to_dict(),
+            "resources": {
+                "num_workers": spec.num_workers,
+                "cpus_per_worker": spec.cpus_per_worker,
+                "gpus_per_worker": spec.gpus_per_worker,
+            },
+            "train_storage": storage.join(lane.folder, "ray"),
+        }
+
+    return of
+
+
+def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None) -> None:
+    """Run what the searcher hands out until it has no more; records land in the lane's log."""
+    spec = lane.spec
+    trainable = tune.with_resources(*_trainable(lane))
+    progress = ProgressCallback(
+        lane.log,
+        lane.console,
+        spec.best_objective,
+        spec.num_trials,
+        sum(record.state != "running" for record in lane.log.of("search")),
+    )
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=lane.max_concurrent,
+            reuse_actors=lane.driver == "in_process",
+            trial_dirname_creator=lambda trial: str(trial.config["record"]["trial_id"]),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=storage.join(lane.folder, "ray"),
+            callbacks=[progress],
+            failure_config=tune.FailureConfig(max_failures=spec.max_failures),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    # Resuming reads our own records; Tune's snapshots have served.
+    storage.delete(storage.join(lane.folder, "ray"))
+
+
+def _trainable(lane: Lane) -> tuple[object, object]:
+    spec = lane.spec
+    if lane.driver == "ray_train":
+        return ray_train_trial, {"cpu": DRIVER_CPUS}
+    resources = {"cpu": spec.cpus_per_worker}
+    if spec.gpus_per_worker:
+        resources["gpu"] = spec.gpus_per_worker
+    return InProcessTrial, resources

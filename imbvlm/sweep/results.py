@@ -1,0 +1,171 @@
+"""What a sweep has found: one record per trial, written as it happens, and the typed table made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from imbvlm import storage
+from imbvlm.config import Tree, TrialConfig
+from imbvlm.errors import ImbvlmError
+
+TrialKind = Literal["baseline", "search", "refit"]
+TrialState = Literal["running", "finished", "stopped", "failed", "error"]
+ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
+
+
+class TrialRecord(BaseModel):
+    """One trial. `stopped` is the scheduler's doing, `failed` the configuration's, `error` the machine's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trial_id: str
+    kind: TrialKind
+    name: str = ""
+    state: TrialState = "running"
+    stop_reason: str = ""
+    config: Tree
+    draw: dict[str, Any] = {}
+    epochs: list[dict[str, float]] = []
+    started_at: float = 0.0
+    ended_at: float | None = None
+    driver: str = ""
+    num_threads: int | None = None
+
+    def trial_config(self) -> TrialConfig:
+        """The configuration, checked."""
+        return TrialConfig.from_tree(self.config)
+
+    @property
+    def views(self) -> str:
+        """How many stored crops an image had in training."""
+        return str(self.config["features"]["num_views"])
+
+    def best_value(self, best_objective: str) -> float | None:
+        """The objective's running maximum over epochs; None where no epoch has a finite one."""
+        values = [epoch[best_objective] for epoch in self.epochs if math.isfinite(epoch.get(best_objective, math.nan))]
+        return max(values) if values and self.state in ENDED and self.state != "failed" else None
+
+    def best_epoch(self, objective: str) -> dict[str, float] | None:
+        """The metrics of the first epoch with the objective's maximum."""
+        scored = [epoch for epoch in self.epochs if math.isfinite(epoch.get(objective, math.nan))]
+        return max(scored, key=lambda epoch: epoch[objective]) if scored and self.state != "failed" else None
+
+    def seconds(self) -> float:
+        """Wall time from start to end, or to now while it runs."""
+        return (self.ended_at or time.time()) - self.started_at
+
+
+class TrialLog:
+    """The records of a sweep's folder: `trials/<id>.json`, each rewritten whole when its trial starts and ends."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.records: dict[str, TrialRecord] = {}
+
+    @staticmethod
+    def read(folder: str) -> TrialLog:
+        """All records of a sweep; raises ImbvlmError for one that can't be read."""
+        log = TrialLog(folder)
+        for name in storage.list_files(storage.join(folder, "trials")):
+            if not name.endswith(".json"):
+                continue
+            uri = storage.join(folder, "trials", name)
+            try:
+                record = TrialRecord.model_validate_json(storage.read_bytes(uri))
+            except ValidationError as error:
+                raise ImbvlmError(
+                    f"{uri} is not a trial's record ({error.error_count()} mistakes); remove it to run that trial again"
+                ) from None
+            log.records[record.trial_id] = record
+        return log
+
+    def save(self, record: TrialRecord) -> None:
+        """Keep a record and write it."""
+        self.records[record.trial_id] = record
+        storage.write_bytes(
+            storage.join(self.folder, "trials", f"{record.trial_id}.json"), record.model_dump_json(indent=1).encode()
+        )
+
+    def add_epoch(self, trial_id: str, metrics: dict[str, float]) -> None:
+        """Add an epoch's metrics; an epoch that was run again after a restart replaces its first run."""
+        record = self.records[trial_id]
+        record.epochs = [epoch for epoch in record.epochs if epoch["epoch"] < metrics["epoch"]] + [metrics]
+
+    def of(self, kind: TrialKind) -> list[TrialRecord]:
+        """The records of one kind in the order of their ids."""
+        return [self.records[key] for key in sorted(self.records) if self.records[key].kind == kind]
+
+    def best(self, objective: str, kind: TrialKind = "search") -> list[TrialRecord]:
+        """Records that have a value, the best first; ties go to the earlier trial."""
+        key = objective.replace("val/", "val/best_")
+        valued = [(record.best_value(key), record) for record in self.of(kind)]
+        return [
+            record for value, record in sorted(((v, r) for v, r in valued if v is not None), key=lambda pair: -pair[0])
+        ]
+
+    def write_table(self) -> str:
+        """Write results.parquet, one row a trial, and return its location."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(results_table(list(self.records.values())), sink)
+        uri = storage.join(self.folder, "results.parquet")
+        storage.write_bytes(uri, sink.getvalue().to_pybytes())
+        return uri
+
+
+def flat_config(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of plain data."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flat_config(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def results_table(records: list[TrialRecord]) -> pa.Table:
+    """One row a trial: identity, state, times, every configured key (`config.*`), best-epoch and all epochs' metrics."""
+    rows = sorted(records, key=lambda record: (record.kind != "baseline", record.kind == "refit", record.trial_id))
+    columns: dict[str, pa.Array] = {
+        "trial_id": pa.array([row.trial_id for row in rows], pa.string()),
+        "kind": pa.array([row.kind for row in rows], pa.string()),
+        "name": pa.array([row.name for row in rows], pa.string()),
+        "state": pa.array([row.state for row in rows], pa.string()),
+        "stop_reason": pa.array([row.stop_reason for row in rows], pa.string()),
+        "views": pa.array([row.views for row in rows], pa.string()),
+        "driver": pa.array([row.driver for row in rows], pa.string()),
+        "num_threads": pa.array([row.num_threads for row in rows], pa.int64()),
+        "num_epochs": pa.array([len(row.epochs) for row in rows], pa.int64()),
+        "started_at": pa.array([int(row.started_at * 1e6) for row in rows], pa.timestamp("us", tz="UTC")),
+        "seconds": pa.array([row.seconds() for row in rows], pa.float64()),
+        "config": pa.array([json.dumps(row.config) for row in rows], pa.string()),
+    }
+    flats = [flat_config(row.config) for row in rows]
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        columns[f"config.{key}"] = _typed([flat.get(key) for flat in flats])
+    last = [row.epochs[-1] if row.epochs else {} for row in rows]
+    for key in sorted({key for epoch in last for key in epoch}):
+        columns[key] = pa.array([epoch.get(key) for epoch in last], pa.float64())
+    columns["epochs"] = pa.array(
+        [[list(epoch.items()) for epoch in row.epochs] for row in rows], pa.list_(pa.map_(pa.string(), pa.float64()))
+    )
+    return pa.table(columns)
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    """A column of one type: numbers, words or truth values as they are, anything mixed as JSON."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int} or kinds <= {bool} or kinds <= {str}:
+        return pa.array(
+            values, {int: pa.int64(), bool: pa.bool_(), str: pa.string()}[kinds.pop()] if kinds else pa.null()
+        )
+    if kinds <= {int, float}:
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())

@@ -1,0 +1,353 @@
+"""A sweep from its spec to the best configuration: check, extract, baselines and search, refit, one look at the test split."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+from imbvlm import storage
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.features.examples import FeatureSet
+from imbvlm.features.extract import ensure_features
+from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+from imbvlm.models.methods import METHODS
+from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
+from imbvlm.sweep.console import Console, duration
+from imbvlm.sweep.engine.cluster import Cluster, connected
+from imbvlm.sweep.engine.scheduler import asha
+from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
+from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
+from imbvlm.sweep.export import write_best
+from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials
+from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
+from imbvlm.sweep.space import SearchSpace
+from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
+from imbvlm.sweep.summary import search_table, test_table
+from imbvlm.training.session import TrialSettings
+
+SPEC_FILE = "sweep.yaml"
+TEST_FILE = "test.json"
+LOG_FILE = "ray.log"
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A configuration that is trained again on all training rows and scored on the test split, once a seed."""
+
+    name: str
+    record: TrialRecord
+    config: TrialConfig
+    seeds: tuple[int, ...]
+
+
+def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
+    """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError where all fail."""
+    started = time.monotonic()
+    space = check_spec(spec)
+    manifest = Manifest.read(spec.base["data"]["manifest"])
+    _check_manifest(spec, manifest)
+    log = TrialLog.read(folder)
+    log_file = storage.local_path(folder) / LOG_FILE if storage.is_local(folder) else Path(f"{spec.name}.log")
+    _announce(spec, space, manifest, folder, log, console)
+    with console.others_to(log_file):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        with connected() as cluster:
+            sweep = _Sweep(spec, space, manifest, folder, log, console, cluster)
+            sweep.search()
+            sweep.refit_and_score()
+            seconds = time.monotonic() - started
+    sweep.conclude(seconds)
+    return log
+
+
+class _Sweep:
+    """One run of a sweep's phases; each skips what an earlier run has finished."""
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        space: SearchSpace,
+        manifest: Manifest,
+        folder: str,
+        log: TrialLog,
+        console: Console,
+        cluster: Cluster,
+    ) -> None:
+        self.spec, self.space, self.manifest, self.folder, self.log, self.console = (
+            spec,
+            space,
+            manifest,
+            folder,
+            log,
+            console,
+        )
+        concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus)
+        self.lane = Lane(spec, folder, log, console, concurrent)
+        console.say(
+            f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
+            f"{'' if cluster.started_here else ' (a cluster that was running already)'}, dashboard {cluster.dashboard or 'off'}; "
+            f"driver {self.lane.driver}, {concurrent} trial{'s' if concurrent > 1 else ''} at a time"
+        )
+        storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
+        self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
+        self.scored: list[TrialRecord] = []
+
+    # ------------------------------------------------------------------------------------------------ phases
+
+    def search(self) -> None:
+        """Baselines, then trials of the space until the budget is used."""
+        jobs = [*self._baseline_jobs(), *self._unfinished_jobs()]
+        known = [record for record in self.log.of("search") if record.state in ENDED]
+        searcher = StudySearcher(self.spec, self.space, jobs, known, payload(self.lane, self._search_settings))
+        if jobs or len(known) < self.spec.num_trials:
+            run_jobs(self.lane, searcher, self._scheduler())
+        self.log.write_table()
+        self.console.end_live()
+        ended = [record for record in self.log.of("search") if record.state != "running"]
+        if searcher.exhausted:
+            self.console.say(
+                f"the space has no further configuration: {len(ended)} trials instead of {self.spec.num_trials}"
+            )
+        if searcher.num_repeats:
+            self.console.say(
+                f"{searcher.num_repeats} proposals were drawn before; they took the known value and didn't count"
+            )
+        failed = [record for record in ended if record.state in ("failed", "error")]
+        if failed:
+            self.console.say(_causes(failed))
+        if not self.log.best(self.spec.objective):
+            raise ImbvlmError(
+                f"no trial of {len(ended)} gave a result, so there is no best configuration; {self.folder} has their records"
+            )
+
+    def refit_and_score(self) -> None:
+        """Train winner and baselines again on all training rows over the seeds; the test split is read once for each."""
+        test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
+        jobs = [
+            Job(
+                f"refit-{_slug(refit.name)}-seed{seed}",
+                "refit",
+                refit.name,
+                refit.config.with_overrides(_seed(refit.config, seed)),
+            )
+            for refit in self._refits()
+            for seed in refit.seeds
+        ]
+        waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
+
+        def settings(job: Job) -> TrialSettings:
+            features = self.features[tower_key(job.config)]
+            test = test_features.get(tower_key(job.config))
+            if test is not None:
+                features = FeatureSet.from_dict({**features.to_dict(), "folders": {**features.folders, **test.folders}})
+            model = storage.join(self.folder, "refits", job.trial_id)
+            return self._settings(job, features, refit=True, score_test=test is not None, model_folder=model)
+
+        if waiting:
+            self.console.say(f"refitting the winner and the baselines on all training images: {len(waiting)} runs")
+            run_jobs(self.lane, FixedSearcher(waiting, payload(self.lane, settings)), None)
+        self.console.end_live()
+        self.scored = [self.log.records[job.trial_id] for job in jobs]
+        self.log.write_table()
+        if test_features:
+            self._record_reading()
+
+    def conclude(self, seconds: float) -> None:
+        """The tables, where everything is, and what to type next."""
+        say, best = self.console.say, self.log.best(self.spec.objective)[0]
+        say()
+        say(search_table(self.log, self.spec))
+        if any("test/top1_accuracy" in epoch for record in self.scored for epoch in record.epochs[-1:]):
+            say()
+            say(test_table(self.scored, self.spec))
+        write_best(self.folder, best)
+        say()
+        say(f"best: {best.trial_id} of {self.folder}, after {duration(seconds)}")
+        for name, what in (
+            ("best.yaml", "its configuration"),
+            ("results.parquet", "every trial"),
+            ("refits/", "the refitted weights"),
+        ):
+            say(f"  {storage.join(self.folder, name)}  {what}")
+        say("next:")
+        say(f"  imbvlm export {self.folder} -o my-model")
+        say("  imbvlm predict my-model PHOTO.jpg")
+        say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
+
+    # -------------------------------------------------------------------------------------------------- parts
+
+    def _extract(self, splits: tuple[str, ...]) -> dict[str, FeatureSet]:
+        """The stored features of each tower of the space, computed where they are missing."""
+        outputs = needed_outputs(self.spec, self.space)
+        root = storage.join(self.spec.storage, "features")
+        found: dict[str, FeatureSet] = {}
+        for draw in tower_draws(self.spec, self.space):
+            config = zero_shot_config(self.spec, draw)
+            features = ensure_features(config, self.manifest, root, outputs, splits, report=self.console.live)
+            self.console.end_live()
+            found[tower_key(config)] = features
+        self._check_models(found)
+        return found
+
+    def _check_models(self, found: dict[str, FeatureSet]) -> None:
+        problems: dict[Problem, None] = {}
+        for config in self.spec.corner_trials(self.space):
+            features = found.get(tower_key(config))
+            if features is not None:
+                problems.update(dict.fromkeys(check_model(config, features.info)))
+        if problems:
+            raise ConfigError(problems)
+
+    def _baseline_jobs(self) -> list[Job]:
+        self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.spec, self.space), 1)}
+        return [
+            Job(trial_id, "baseline", one.name, one.config)
+            for trial_id, one in self._baselines.items()
+            if not self._has_ended(trial_id)
+        ]
+
+    def _unfinished_jobs(self) -> list[Job]:
+        return [
+            Job(record.trial_id, "search", "", record.trial_config(), record.draw)
+            for record in self.log.of("search")
+            if record.state not in ENDED
+        ]
+
+    def _search_settings(self, job: Job) -> TrialSettings:
+        baseline: Baseline | None = self._baselines.get(job.trial_id)
+        patience = None if baseline is None else baseline.patience
+        return self._settings(job, self.features[tower_key(job.config)], patience=patience)
+
+    def _settings(
+        self,
+        job: Job,
+        features: FeatureSet,
+        *,
+        patience: int | None = None,
+        refit: bool = False,
+        score_test: bool = False,
+        model_folder: str | None = None,
+    ) -> TrialSettings:
+        return TrialSettings(
+            config=job.config.to_tree(),
+            feature_set=features.to_dict(),
+            checkpoint_folder=storage.join(self.folder, "checkpoints", job.trial_id),
+            objective=self.spec.objective,
+            num_threads=self.lane.num_threads,
+            patience=patience,
+            refit=refit,
+            score_test=score_test,
+            model_folder=model_folder,
+        )
+
+    def _scheduler(self) -> object:
+        config = self.spec.trial_scheduler
+        if not isinstance(config, AshaConfig):
+            return None
+        return asha(config, self.spec.best_objective, _longest_epochs(self.spec, self.space, self.manifest))
+
+    def _refits(self) -> list[Refit]:
+        """The winner; and of each kind of baseline the best over the towers."""
+        best = self.log.best(self.spec.objective)[0]
+        refits = [Refit("winner", best, best.trial_config(), tuple(self.spec.refit_seeds))]
+        ranked = self.log.best(self.spec.objective, "baseline")
+        for method, seeds in (("linear_probe", tuple(self.spec.refit_seeds)), ("zero_shot", (0,))):
+            record = next((one for one in ranked if one.config["method"] == method), None)
+            if record is not None:
+                refits.append(Refit(record.name, record, _refit_config(record, self.spec), seeds))
+        return refits
+
+    def _record_reading(self) -> None:
+        """Say in the folder what the test split has answered, and when."""
+        reading = {
+            "read_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "scores": {
+                record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test/")}
+                for record in self.scored
+                if record.epochs
+            },
+        }
+        uri = storage.join(self.folder, TEST_FILE)
+        if not storage.exists(uri):
+            storage.write_bytes(uri, json.dumps(reading, indent=1).encode())
+
+    def _has_ended(self, trial_id: str) -> bool:
+        record = self.log.records.get(trial_id)
+        return record is not None and record.state in ENDED
+
+
+def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]:
+    """What the space's methods and the baselines read of a tower."""
+    methods = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
+    reads: set[OutputName] = {METHODS[str(method)].reads for method in methods}
+    return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
+
+
+def _refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:
+    """A baseline that stopped by its patience is refitted for as many epochs as its best took."""
+    config, best = record.trial_config(), record.best_epoch(spec.objective)
+    if config.train is None or best is None:
+        return config
+    return config.with_overrides({"train.num_epochs": int(best["epoch"])})
+
+
+def _seed(config: TrialConfig, seed: int) -> dict[str, int]:
+    return {} if config.train is None else {"train.seed": seed}
+
+
+def _longest_epochs(spec: SweepSpec, space: SearchSpace, manifest: Manifest) -> int:
+    num_rows = len(manifest.rows_of("train"))
+    longest = 1
+    for config in spec.corner_trials(space):
+        if config.train is not None:
+            per_epoch = -(-num_rows // config.train.batch_size)
+            longest = max(longest, config.train.num_epochs or -(-(config.train.num_steps or 1) // per_epoch))
+    return longest
+
+
+def _check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
+    carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+    val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
+    counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
+    check_data(spec, manifest.class_stats(carved), counts.tolist())
+
+
+def _announce(
+    spec: SweepSpec, space: SearchSpace, manifest: Manifest, folder: str, log: TrialLog, console: Console
+) -> None:
+    stats = manifest.class_stats()
+    rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
+    console.say(f"sweep {spec.name}: {spec.num_trials} trials, objective {spec.best_objective}, in {folder}")
+    console.say(
+        f"data {spec.base['data']['manifest']}: {stats.num_classes:,} classes ({len(stats.many_shot)} many-, "
+        f"{len(stats.medium_shot)} medium-, {len(stats.few_shot)} few-shot), images: {rows}; imbalance factor {stats.imbalance_factor:g}"
+    )
+    if "val" not in manifest.splits:
+        carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+        console.say(
+            f"no validation split: {len(carved):,} training images are carved off for selection and returned for the refit"
+        )
+    if log.records:
+        ended = sum(record.state in ENDED for record in log.records.values())
+        console.say(f"resuming: {ended} of {len(log.records)} started trials have ended and stay")
+
+
+def _causes(failed: list[TrialRecord]) -> str:
+    grouped = Counter(record.stop_reason for record in failed)
+    lines = [f"{len(failed)} trial{'s' if len(failed) > 1 else ''} failed:"]
+    lines += [f"  {count} x {reason}" for reason, count in grouped.most_common(5)]
+    return "\n".join(lines)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

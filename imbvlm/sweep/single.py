@@ -1,0 +1,49 @@
+"""One configuration trained on its own: `imbvlm train`."""
+
+from __future__ import annotations
+
+from imbvlm import storage
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.extract import ensure_features
+from imbvlm.models.methods import METHODS, needs_text
+from imbvlm.sweep.console import Console, percent
+from imbvlm.training.session import TrialSession, TrialSettings, default_device
+
+OBJECTIVE = "val/balanced_accuracy"
+
+
+def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False) -> dict[str, float]:
+    """Extract what is missing, train, and return the last epoch's metrics with the best so far; raises ImbvlmError."""
+    console = Console()
+    say = (lambda text: None) if quiet else console.say
+    manifest = Manifest.read(config.data.manifest)
+    outputs = {METHODS[config.method].reads} | ({"image_embedding"} if needs_text(config) else set())
+    splits = tuple(split for split in manifest.splits if split != "test")
+    features = ensure_features(
+        config, manifest, storage.join(storage_folder, "features"), frozenset(outputs), splits, report=say
+    )
+    threads = config.train.num_threads if config.train else None
+    settings = TrialSettings(
+        config=config.to_tree(),
+        feature_set=features.to_dict(),
+        objective=OBJECTIVE,
+        num_threads=threads,
+        model_folder=out,
+    )
+    last: dict[str, float] = {}
+    for report in TrialSession(default_device()).reports(settings):
+        if report.get("failure"):
+            raise ImbvlmError(str(report["failure"]))
+        last = {
+            key: float(value)
+            for key, value in report.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        loss = f"train loss {last['train/loss']:.4f}, " if "train/loss" in last else ""
+        say(
+            f"epoch {int(last['epoch'])}: {loss}validation balanced {percent(last.get(OBJECTIVE))}, overall {percent(last.get('val/top1_accuracy'))}"
+        )
+    say(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
+    return last

@@ -1,0 +1,73 @@
+"""The tables at the end of a sweep: best trials beside the baselines on validation, then the one look at the test split."""
+
+from __future__ import annotations
+
+import statistics
+
+from imbvlm.sweep.console import percent, table
+from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
+
+METRICS = ("top1_accuracy", "balanced_accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
+HEADINGS = ("overall", "balanced", "many", "medium", "few")
+NUM_BEST = 8
+
+
+def search_table(log: TrialLog, spec: SweepSpec) -> str:
+    """The best trials and both baselines on validation, each at the epoch with its best objective; percent."""
+    rows = [_row(record, spec) for record in log.best(spec.objective)[:NUM_BEST]]
+    rows += [_row(record, spec) for record in log.of("baseline")]
+    return (
+        f"validation, at each trial's best epoch (%):\n{table(['trial', 'what', 'epochs', 'views', *HEADINGS], rows)}"
+    )
+
+
+def _row(record: TrialRecord, spec: SweepSpec) -> list[str]:
+    best = record.best_epoch(spec.objective) or {}
+    what = record.name or describe(record)
+    return [
+        record.trial_id,
+        what,
+        str(len(record.epochs)),
+        record.views,
+        *(percent(best.get(f"val/{metric}")) for metric in METRICS),
+    ]
+
+
+def describe(record: TrialRecord) -> str:
+    """A trial in a few words: method, loss, classifier, sampling, rate."""
+    config = record.config
+    loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
+    knobs = [
+        f"{key} {value:.3g}"
+        for key, value in loss.items()
+        if isinstance(value, (int, float)) and key in ("gamma", "tau", "exponent", "beta", "max_margin")
+    ]
+    parts = [
+        config["method"].replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else ""),
+        " ".join([loss.get("name", "").replace("_", " "), *knobs]),
+        classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
+        config["data"]["class_sampling"].replace("_", " "),
+        f"lr {optim['lr']:.2g}" if optim else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def test_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
+    """Refits on the test split: mean over seeds, and their standard deviation behind ±; percent."""
+    rows = []
+    for name in dict.fromkeys(record.name for record in scored):
+        last = [record.epochs[-1] for record in scored if record.name == name and record.epochs]
+        cells = [
+            _mean_and_spread([epoch[f"test/{metric}"] for epoch in last if f"test/{metric}" in epoch])
+            for metric in METRICS
+        ]
+        rows.append([name, str(len(last)), *cells])
+    return f"test split, read once, after refitting on all training images (%):\n{table(['what', 'seeds', *HEADINGS], rows)}"
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = percent(statistics.fmean(values))
+    return f"{mean} ± {percent(statistics.stdev(values))}" if len(values) > 1 else mean

@@ -1,0 +1,138 @@
+"""One trial from its settings to its last report, the same for every driver: restore, train, checkpoint, save, score."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imbvlm.config import Tree, TrialConfig
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.storage import StorageError
+from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, save_model
+from imbvlm.training.epochs import TrialRun, build_trial
+from imbvlm.training.world import SINGLE, World
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What a driver is told about one trial; JSON-able.
+
+    `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
+    weights; `score_test` reads the test split once, after the last epoch.
+    """
+
+    config: Tree
+    feature_set: Tree
+    objective: str
+    checkpoint_folder: str | None = None
+    checkpoint_seconds: float = 60.0
+    num_threads: int | None = None
+    patience: int | None = None
+    refit: bool = False
+    score_test: bool = False
+    model_folder: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> TrialSettings:
+        """Back from `to_dict`."""
+        return TrialSettings(**data)
+
+
+def default_device() -> torch.device:
+    """The first GPU that this process sees, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class TrialSession:
+    """Opens what a trial reads and yields its reports; data that the next trial shares stays open."""
+
+    def __init__(self, device: torch.device, world: World = SINGLE) -> None:
+        self._device, self._world = device, world
+        self._opened: tuple[str, TrialData] | None = None
+
+    def reports(self, settings: TrialSettings) -> Iterator[Report]:
+        """One report an epoch with `epoch` and metrics; the last has `done_training`, or `failure` where it broke.
+
+        What would come again is a report, so that nobody retries it; storage that is away for a while raises.
+        """
+        epoch = 0
+        try:
+            for report in self._reports(settings):
+                epoch = int(report["epoch"])
+                yield report
+        except (OSError, StorageError):
+            raise
+        except Exception as error:
+            # Other workers may be waiting in a sum for this one; only an exception ends them.
+            if self._world.world_size > 1:
+                raise
+            yield {"epoch": epoch, "failure": _sentence(error), "done": True}
+
+    def _reports(self, settings: TrialSettings) -> Iterator[Report]:
+        config = TrialConfig.from_tree(settings.config)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        feature_set = FeatureSet.from_dict(settings.feature_set)
+        run = build_trial(config, self._data(config, feature_set, settings), self._device, self._world)
+        folder = settings.checkpoint_folder
+        if folder is not None and has_checkpoint(folder):
+            run.load_state_dict(load_checkpoint(folder, self._device))
+        saved_at, best, best_epoch = time.monotonic(), float("-inf"), 0
+        for result in run.epochs():
+            report: Report = {"epoch": result.epoch, "step": result.step, **result.metrics}
+            value = result.metrics.get(settings.objective, float("-inf"))
+            if value > best:
+                best, best_epoch = value, result.epoch
+            patient = settings.patience is None or result.epoch - best_epoch < settings.patience
+            if result.failure is not None:
+                yield {**report, "failure": result.failure, "done": True}
+                return
+            if result.epoch == run.num_epochs or not patient:
+                yield {
+                    **report,
+                    **self._finish(run, config, feature_set, settings),
+                    "done_training": True,
+                    "done": True,
+                }
+                return
+            due = time.monotonic() - saved_at >= settings.checkpoint_seconds
+            if folder is not None and self._world.rank == 0 and due:
+                save_checkpoint(folder, run.state_dict())
+                saved_at = time.monotonic()
+            yield {**report, "done": False}
+
+    def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
+        key = f"{config.data.model_dump_json()} {feature_set.to_dict()} {settings.refit}"
+        if self._opened is None or self._opened[0] != key:
+            self._opened = (key, TrialData.open(config, feature_set, refit=settings.refit))
+        return self._opened[1]
+
+    def _finish(self, run: TrialRun, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> Report:
+        scored: Report = {}
+        if settings.score_test:
+            metrics = run.evaluate(TrialData.open_split(config, feature_set, "test"))
+            scored = {f"test/{name}": value for name, value in metrics.items()}
+        if settings.model_folder is not None and self._world.rank == 0:
+            save_model(settings.model_folder, run.model)
+        return scored
+
+
+def _sentence(error: Exception) -> str:
+    """The error for its user; what isn't ours says where it happened."""
+    if isinstance(error, ImbvlmError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"

@@ -1,0 +1,23 @@
+"""iNaturalist 2018 on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
+
+from imbvlm.sweep.command import main
+from imbvlm.sweep.spec import SweepSpec
+
+spec = SweepSpec(
+    name="inat",
+    base={
+        "data": {"manifest": "data/inat2018/manifest.parquet"},
+        "encoder": {"name": "openai_vit_b16"},
+        "optim": {"name": "sgd", "momentum": 0.9},
+        "train": {"batch_size": 128},
+    },
+    space="inat",
+    num_trials=64,
+    driver="ray_train",
+    gpus_per_worker=1,
+    cpus_per_worker=4,
+    smoke={"num_trials": 4, "train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0]},
+)
+
+if __name__ == "__main__":
+    main(spec)

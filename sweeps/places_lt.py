@@ -1,0 +1,23 @@
+"""Places-LT on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
+
+from imbvlm.sweep.command import main
+from imbvlm.sweep.spec import SweepSpec
+
+spec = SweepSpec(
+    name="places_lt",
+    base={
+        "data": {"manifest": "data/places_lt/manifest.parquet"},
+        "encoder": {"name": "openai_vit_b16"},
+        "optim": {"name": "sgd", "momentum": 0.9},
+        "train": {"batch_size": 128},
+    },
+    space="places_lt",
+    num_trials=96,
+    driver="ray_train",
+    gpus_per_worker=1,
+    cpus_per_worker=4,
+    smoke={"num_trials": 4, "train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0]},
+)
+
+if __name__ == "__main__":
+    main(spec)
