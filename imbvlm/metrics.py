@@ -38,9 +38,10 @@ class ClassCounters:
         """
         self._to(logits.device)
         predictions, valid = _predictions(logits)
-        self.total += _count(targets, self.num_classes)
-        self.predicted += _count(predictions[valid], self.num_classes)
-        self.correct += _count(targets[valid & (predictions == targets)], self.num_classes)
+        # Added by index and not by bincount or a mask of rows, whose sizes the host would have to wait for.
+        self.total.index_add_(0, targets, torch.ones_like(targets))
+        self.predicted.index_add_(0, predictions, valid.long())
+        self.correct.index_add_(0, targets, (valid & (predictions == targets)).long())
         losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
         self.nll += losses.sum(dtype=torch.float64)
 
@@ -58,7 +59,7 @@ class ClassCounters:
         result.correct, result.total, result.predicted = world.sum(
             torch.stack([self.correct, self.total, self.predicted])
         ).unbind()
-        result.nll = world.sum(self.nll)
+        result.nll = world.sum(self.nll.clone())
         return result
 
     def per_class_accuracy(self) -> npt.NDArray[np.float64]:
@@ -163,7 +164,3 @@ def macro_scores_of_confusion(confusion: npt.ArrayLike) -> dict[str, float]:
 def _predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted classes (B,), the lowest of equals, and which rows are free of NaN (B,)."""
     return logits.argmax(dim=-1), ~logits.isnan().any(dim=-1)
-
-
-def _count(labels: Tensor, num_classes: int) -> Tensor:
-    return torch.bincount(labels, minlength=num_classes)
