@@ -1,0 +1,183 @@
+"""Ray Data at work: blocks of images are loaded by tasks and go whole to a pool of tower workers.
+
+The only file that imports ray.data. A block is one row of the dataset from its descriptor to its summary, so Ray Data
+can't split, merge or drop what is in it, and a bad image is the block's own affair (its `ok` flags and reasons).
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data.context import DataContext
+
+from imbvlm.errors import ImbvlmError
+
+Block = dict[str, Any]
+Load = Callable[[Block], Block]
+
+_DESCRIPTOR, _REST = "descriptor", "rest"
+# Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
+_FREE_CPU_WAIT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """CPUs booked for each worker and each loading task, and how many tasks may run: never above what is free."""
+
+    per_worker: float
+    per_task: float
+    num_tasks: int
+
+
+def plan_cpus(free: float, num_workers: int, cpus_per_worker: float, gpus_per_worker: float) -> CpuPlan:
+    """Book CPUs so that both stages always fit at once: a stage that waits for the other's CPUs would wait for ever.
+
+    Workers get what they ask for as long as half of the free CPUs is left for loading (one CPU, with GPUs); on a
+    machine without free CPUs nothing is booked.
+    """
+    if free <= 0:
+        return CpuPlan(0, 0, 1)
+    left_for_loading = min(1.0, free / 2) if gpus_per_worker else free / 2
+    per_worker = _floor(min(float(cpus_per_worker), (free - left_for_loading) / num_workers))
+    left = free - per_worker * num_workers
+    num_tasks = max(1, int(left))
+    per_task = _floor(min(1.0, left / num_tasks))
+    # Stages that book the same are fused by Ray Data, and the worker would load its images itself.
+    return CpuPlan(per_worker, per_task - 0.01 if per_task == per_worker else per_task, num_tasks)
+
+
+def map_images(
+    blocks: Sequence[Block],
+    load: Load,
+    worker: type,
+    worker_args: tuple[Any, ...],
+    *,
+    num_workers: int,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float = 0,
+) -> Iterator[Block]:
+    """Summaries of the blocks, in the order in which they are done.
+
+    `load(descriptor)` runs in tasks and gives a dict whose numpy arrays travel without copies (read-only in the worker;
+    other values are pickled). `worker(*worker_args)` is made once per pool member; called with that dict it returns a
+    small summary. An ImbvlmError of either comes out as it was raised.
+    """
+    if not blocks:
+        return
+    cpus = plan_cpus(_free_cpus(num_workers * cpus_per_worker + 1), num_workers, cpus_per_worker, gpus_per_worker)
+    rows = [{_DESCRIPTOR: pickle.dumps(block)} for block in blocks]
+    with _quiet_context():
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(
+                _Load(load),
+                batch_size=1,
+                batch_format="numpy",
+                num_cpus=cpus.per_task,
+                concurrency=cpus.num_tasks,
+            )
+            .map_batches(
+                _Worker,
+                fn_constructor_args=(worker, worker_args),
+                batch_size=1,
+                batch_format="numpy",
+                zero_copy_batch=True,
+                num_cpus=cpus.per_worker,
+                num_gpus=gpus_per_worker,
+                concurrency=num_workers,
+            )
+        )
+        yield from _summaries(dataset)
+
+
+def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
+    try:
+        for row in dataset.iter_rows():
+            yield pickle.loads(row[_REST])
+    except ray.exceptions.RayTaskError as error:
+        raise _own_error(error) from None
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """The project's own error below Ray's wrappings, or else the error as it is."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ImbvlmError) and not isinstance(inner, ray.exceptions.RayError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+class _Load:
+    """First stage: a descriptor becomes a loaded block."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+
+    def __call__(self, batch: Mapping[str, Any]) -> Block:
+        return _pack(self.load(pickle.loads(batch[_DESCRIPTOR][0])))
+
+
+class _Worker:
+    """Second stage: a loaded block becomes a summary."""
+
+    def __init__(self, worker: type, worker_args: tuple[Any, ...]) -> None:
+        self.worker = worker(*worker_args)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Block:
+        return {_REST: [pickle.dumps(self.worker(_unpack(batch)))]}
+
+
+def _pack(block: Block) -> Block:
+    """Numeric arrays as tensor columns of one row, which are shared and not copied; the rest pickled."""
+    arrays = {
+        f"array:{k}": v[None] for k, v in block.items() if isinstance(v, np.ndarray) and v.dtype != object and v.size
+    }
+    rest = {k: v for k, v in block.items() if f"array:{k}" not in arrays}
+    return {**arrays, _REST: [pickle.dumps(rest)]}
+
+
+def _unpack(batch: Mapping[str, Any]) -> Block:
+    arrays = {key.removeprefix("array:"): value[0] for key, value in batch.items() if key.startswith("array:")}
+    return {**arrays, **pickle.loads(batch[_REST][0])}
+
+
+def _floor(cpus: float) -> float:
+    """Ray books CPUs in steps of 0.0001; whole CPUs above 1, as it wants."""
+    return float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
+
+
+def _free_cpus(wanted: float) -> float:
+    deadline = time.monotonic() + _FREE_CPU_WAIT_SECONDS
+    total = ray.cluster_resources().get("CPU", 0.0)
+    while (free := float(ray.available_resources().get("CPU", 0.0))) < min(wanted, total):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return free
+
+
+@contextmanager
+def _quiet_context() -> Iterator[None]:
+    """Ray Data without progress bars and chatter, for the datasets made and run inside."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.enable_auto_log_stats = False
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        logger.setLevel(level)
