@@ -139,11 +139,23 @@ def _initial_weight(
 ) -> Tensor | None:
     """Weights (C, width) that the classifier starts from, None for random ones."""
     if classifier.init == "text":
+        if config.decoder is not None:
+            _check_identity(data)
         return text_weights(_class_embeddings(config, data), data.tower.get("projection"), width)
     if classifier.init == "class_mean":
         reads = METHODS[config.method].reads
         return class_means(decoder, data.train, reads, len(data.class_names), width, device)
     return None
+
+
+def _check_identity(data: TrialData) -> None:
+    """An identity decoder gives the pooled output only where that is the class token behind the final norm."""
+    if not data.info.has_class_token or "final_norm.weight" not in data.tower:
+        raise ImbvlmError(
+            f"classifier.init is text behind a decoder, and the pooled output of {data.info.name} isn't its normed "
+            "class token, so that the decoder can't start from it; set method: linear_probe, or classifier.init: "
+            "class_mean"
+        )
 
 
 def text_weights(class_embeddings: Tensor, projection: Tensor | None, width: int) -> Tensor:

@@ -102,9 +102,11 @@ class TrialRun:
         if self._optimizer is not None:
             metrics, failure = self._train_epoch(self._optimizer)
             if failure is not None:
-                return EpochResult(self.epoch + 1, self.step, metrics, failure)
+                return EpochResult(self.epoch + 1, self.step, {}, failure)
         self.epoch += 1
         metrics |= self._validate()
+        if not math.isfinite(metrics.get("val/loss", 0.0)):
+            return EpochResult(self.epoch, self.step, {}, self._failure("validation loss", self.step - 1))
         return EpochResult(self.epoch, self.step, metrics)
 
     def _train_epoch(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], str | None]:
@@ -124,7 +126,7 @@ class TrialRun:
         shares = shares[: self.num_steps - self.step]
         sizes = [min(train.batch_size, len(plan.rows) - start * train.batch_size) for start in range(len(shares))]
         loss_at = self._objective().for_epoch(self.epoch)
-        record = _LossRecord()
+        record, first_step = _LossRecord(), self.step
         self.model.train()
 
         def load(share: Index) -> Batch:
@@ -139,15 +141,17 @@ class TrialRun:
         record.look()
         if self.epoch == 0:
             self.first_losses = record.losses[:NUM_FIRST_LOSSES]
+        if record.failed_at is not None:
+            self.step = first_step + record.failed_at + 1
+            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
+            return {}, self._failure(what, self.step - 1)
         seconds = time.perf_counter() - started
-        failure = None if record.failed_at is None else self._failure(record, self.step - len(record.losses))
-        trained = sizes[: len(record.losses)]
         return {
-            "train/loss": float(np.average(record.losses, weights=trained)),
+            "train/loss": float(np.average(record.losses, weights=sizes)),
             "train/lr": self._lr(self.step - 1),
-            "train/images_per_second": sum(trained) / seconds,
+            "train/images_per_second": sum(sizes) / seconds,
             "time/train_seconds": seconds,
-        }, failure
+        }, None
 
     def _train_step(
         self, optimizer: torch.optim.Optimizer, batch: Batch, loss_function: BuiltLoss
@@ -165,14 +169,13 @@ class TrialRun:
         optimizer.step()
         return mean_loss, norm
 
-    def _failure(self, record: _LossRecord, first_step: int) -> str:
-        failed = record.failed_at or 0
-        step = first_step + failed
-        what = "gradient" if math.isfinite(record.losses[failed]) else "loss"
+    def _failure(self, what: str, step: int) -> str:
+        if not self.entry.trains:
+            return f"the {what} of {self.config.method} isn't finite; look at the stored features"
         return (
-            f"the {what} wasn't finite in epoch {self.epoch + 1}, step {step + 1} of {self.num_steps} "
-            f"(learning rate {self._lr(step):.3g}, loss {self._objective().name}); lower optim.lr or raise "
-            "optim.warmup_fraction"
+            f"the {what} wasn't finite in epoch {step // self._steps_per_epoch() + 1}, step {step + 1} of "
+            f"{self.num_steps} (learning rate {self._lr(step):.3g}, loss {self._objective().name}); lower optim.lr or "
+            "raise optim.warmup_fraction"
         )
 
     # ---------------------------------------------------------------------------------------------- evaluation
@@ -288,14 +291,16 @@ class TrialRun:
         if not self.entry.trains:
             return 1, 0
         train = self._train_config
-        num_examples = len(self.data.train.labels)
-        if num_examples == 0:
+        if len(self.data.train.labels) == 0:
             raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
-        per_epoch = math.ceil(num_examples / train.batch_size)
+        per_epoch = self._steps_per_epoch()
         if train.num_steps is not None:
             return math.ceil(train.num_steps / per_epoch), train.num_steps
         num_epochs = train.num_epochs or 1
         return num_epochs, num_epochs * per_epoch
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train.labels) / self._train_config.batch_size)
 
     def _objective(self) -> Objective:
         counts = self.data.class_stats.counts
