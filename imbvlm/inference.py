@@ -18,7 +18,6 @@ from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
 from imbvlm.data.images import ImageError, Preprocess, decode
 from imbvlm.errors import ImbvlmError
-from imbvlm.models.decoder import FinalNorm
 from imbvlm.models.encoder import Encoder, save_tower
 from imbvlm.models.methods import METHODS, restore_model
 from imbvlm.training.checkpoint import MODEL_FILE, load_model_tensors
@@ -158,11 +157,5 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         raise ImbvlmError(
             f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of {preprocess}"
         )
-    classifier = restore_model(
-        config, encoder.info, len(class_names), _final_norm(encoder), load_model_tensors(str(folder))
-    )
+    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)))
     return Model(encoder, classifier.to(target), config, class_names)
-
-
-def _final_norm(encoder: Encoder) -> FinalNorm | None:
-    return encoder.final_norm()
