@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from safetensors.torch import save_file
 
-from imbvlm.class_stats import ClassStats
 from imbvlm.config import TrialConfig
-from imbvlm.features.examples import Examples, TrialData
-from imbvlm.features.store import FeatureStore, StoreLayout
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreLayout
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo
 
 CLASS_COUNTS = (120, 60, 30, 12, 5, 0)
@@ -41,40 +42,38 @@ def tiny_info(has_class_token: bool = True) -> EncoderInfo:
     )
 
 
-def tiny_data(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUNTS, seed: int = 0) -> TrialData:
-    """Features of separable classes; class embeddings point where their class's images do."""
+def tiny_features(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUNTS, seed: int = 0) -> FeatureSet:
+    """Stored features of separable classes; class embeddings point where their class's images do."""
     generator = np.random.default_rng(seed)
     num_classes = len(class_counts)
     centres = generator.normal(size=(num_classes, WIDTH))
-    norm = {"final_norm.weight": 1 + 0.2 * generator.normal(size=WIDTH), "final_norm.bias": np.full(WIDTH, 0.1)}
     projection = generator.normal(size=(WIDTH, EMBEDDING_WIDTH))
-    tower = {name: torch.tensor(value, dtype=torch.float32) for name, value in norm.items()}
-    tower["projection"] = torch.tensor(projection, dtype=torch.float32)
+    norm_weight, norm_bias = 1 + 0.2 * generator.normal(size=WIDTH), np.full(WIDTH, 0.1)
+    tower = {"final_norm.weight": norm_weight, "final_norm.bias": norm_bias, "projection": projection}
+    labels = {
+        "train": np.repeat(np.arange(num_classes), class_counts),
+        "val": np.repeat(np.arange(num_classes), VAL_PER_CLASS),
+        "test": np.repeat(np.arange(num_classes), VAL_PER_CLASS),
+    }
+    for split in labels:
+        noise = generator.normal(size=(len(labels[split]), NUM_VIEWS, NUM_TOKENS, WIDTH))
+        tokens = centres[labels[split]][:, None, None] + noise
+        first = tokens[:, :, 0] - tokens[:, :, 0].mean(axis=-1, keepdims=True)
+        pooled = first / np.sqrt(first.var(axis=-1, keepdims=True) + 1e-6) * norm_weight + norm_bias
+        _write_store(Path(folder) / split, {"tokens": tokens, "pooled": pooled, "image_embedding": pooled @ projection})
+        _write_tensors(Path(folder) / split / TOWER_FILE, tower)
+    text = centres @ projection
+    text_file = Path(folder) / "text.safetensors"
+    _write_tensors(text_file, {"class_embeddings": text / np.linalg.norm(text, axis=-1, keepdims=True)})
+    manifest = str(Path(folder) / "manifest.parquet")
+    _manifest(labels, num_classes).write(manifest)
+    folders = {split: str(Path(folder) / split) for split in labels}
+    return FeatureSet(manifest, folders, OUTPUT_NAMES, tiny_info(), str(text_file))
 
-    def examples(split: str, labels: np.ndarray) -> Examples:
-        tokens = centres[labels][:, None, None] + generator.normal(size=(len(labels), NUM_VIEWS, NUM_TOKENS, WIDTH))
-        pooled = torch.nn.functional.layer_norm(
-            torch.tensor(tokens[:, :, 0], dtype=torch.float32),
-            (WIDTH,),
-            tower["final_norm.weight"],
-            tower["final_norm.bias"],
-            1e-6,
-        ).numpy()
-        outputs = {"tokens": tokens, "pooled": pooled, "image_embedding": pooled @ projection}
-        return Examples(_store(Path(folder) / split, outputs), np.arange(len(labels)), labels, NUM_VIEWS)
 
-    train = examples("train", np.repeat(np.arange(num_classes), class_counts))
-    val = examples("val", np.repeat(np.arange(num_classes), VAL_PER_CLASS))
-    text = torch.tensor(centres @ projection, dtype=torch.float32)
-    return TrialData(
-        class_names=tuple(f"class {number}" for number in range(num_classes)),
-        class_stats=ClassStats.from_counts(class_counts),
-        train=train,
-        val=dataclasses.replace(val, num_views=1),
-        info=tiny_info(),
-        tower=tower,
-        class_embeddings=torch.nn.functional.normalize(text, dim=-1),
-    )
+def tiny_data(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUNTS, seed: int = 0) -> TrialData:
+    """What a trial reads of tiny_features."""
+    return TrialData.open(tiny_config("linear_probe"), tiny_features(folder, class_counts, seed))
 
 
 def tiny_config(method: str, **overrides: object) -> TrialConfig:
@@ -88,7 +87,19 @@ def tiny_config(method: str, **overrides: object) -> TrialConfig:
     )
 
 
-def _store(folder: Path, outputs: dict[str, np.ndarray]) -> FeatureStore:
+def _manifest(labels: dict[str, np.ndarray], num_classes: int) -> Manifest:
+    splits = [split for split in labels for _ in labels[split]]
+    table = pa.table(
+        {
+            "bytes": [f"image {number}".encode() for number in range(len(splits))],
+            "label": np.concatenate(list(labels.values())).astype(np.int32),
+            "split": splits,
+        }
+    )
+    return Manifest.build(table, [f"class {number}" for number in range(num_classes)], "tiny")
+
+
+def _write_store(folder: Path, outputs: dict[str, np.ndarray]) -> None:
     num_rows = len(outputs["tokens"])
     shapes = {name: outputs[name].shape[2:] for name in OUTPUT_NAMES}
     layout = StoreLayout(folder.name, num_rows, NUM_VIEWS, 100, "float16", shapes)
@@ -97,4 +108,7 @@ def _store(folder: Path, outputs: dict[str, np.ndarray]) -> FeatureStore:
         for shard in range(layout.num_shards):
             rows = layout.rows_of(shard)
             store.write(name, shard, outputs[name][rows.start : rows.stop].astype(np.float32), [None] * len(rows))
-    return FeatureStore.open(str(folder))
+
+
+def _write_tensors(path: Path, values: dict[str, np.ndarray]) -> None:
+    save_file({name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}, path)
