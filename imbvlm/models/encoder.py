@@ -1,0 +1,279 @@
+"""The frozen tower: one forward gives tokens, pooled and image embedding; text, preprocessing and identity with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from imbvlm.config import EncoderConfig, EvalConfig
+from imbvlm.data.images import Preprocess
+from imbvlm.errors import ImbvlmError
+from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.models.towers import (
+    ENCODERS,
+    EncoderEntry,
+    TowerSource,
+    absolute_encoder,
+    cached_file,
+    find_tower,
+    require_transformers,
+    unreachable,
+)
+from imbvlm.models.visual import OUTPUTS, EncoderOutput, FinalNorm, rules_of
+
+__all__ = [
+    "ENCODERS", "OUTPUTS", "Encoder", "EncoderEntry", "EncoderInfo", "EncoderOutput", "FinalNorm", "absolute_encoder",
+    "describe_encoder", "preprocess_of",
+]  # fmt: skip
+
+TEXTS_AT_ONCE = 256
+# What open_clip, timm and torch raise when weights and architecture don't go together.
+_BUILD_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError)
+
+
+class Encoder:
+    """An image-text tower that never trains here: eval mode, no gradients, float32 weights.
+
+    `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input.
+    """
+
+    def __init__(self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource) -> None:
+        self.model, self.info, self.preprocess, self._source = model, info, preprocess, source
+        self.device = next(model.parameters()).device
+        self._rules = rules_of(self.visual, info.name)
+        self._tokenizer: Callable[..., Tensor] | None = None
+        scale = 1 / torch.tensor(info.std)
+        self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
+        self._shift = (-torch.tensor(info.mean) * scale).view(1, 3, 1, 1).to(self.device)
+
+    @staticmethod
+    def from_config(config: EncoderConfig, evaluation: EvalConfig, device: str | torch.device = "cpu") -> Encoder:
+        """Load the tower that the configuration names.
+
+        Raises ImbvlmError for unknown names (with the nearest), a QuickGELU that contradicts the weights, weights that
+        can't be had or don't fit, an image size that the tower doesn't take, and outputs that aren't defined.
+        """
+        source = find_tower(config)
+        described = describe_encoder(config)
+        model = _load(source, config.image_size)
+        info = replace(
+            described,
+            logit_scale=float(model.logit_scale.detach().exp()),
+            weights_fingerprint=_fingerprint(model.visual, source),
+        )
+        model.to(device)
+        if described.kind == "convolution":
+            model.visual.to(memory_format=torch.channels_last)
+        return Encoder(model, info, preprocess_of(info, evaluation), source)
+
+    @property
+    def visual(self) -> Any:
+        return self.model.visual
+
+    @torch.inference_mode()
+    def forward_images(self, images: Tensor) -> EncoderOutput:
+        """Outputs (float32, on the tower's device) of crops (B, 3, S, S) in bytes, as `preprocess` makes them.
+
+        `image_embedding` is the model's own `encode_image`, not normalised. Convolutions and matrices run in bfloat16
+        on CUDA, where it pays, and in float32 elsewhere.
+        """
+        pixels = self.normalize(images)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            outputs = self._rules.outputs(self.visual, pixels)
+        return EncoderOutput(*(output.float() for output in outputs))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """The tower's input (B, 3, S, S), float32, of crops in bytes: mean and deviation taken out."""
+        pixels = images.to(self.device, non_blocking=True)
+        if self.info.kind == "convolution":
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self._shift, pixels, self._scale)
+
+    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
+        """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer(self._source)
+        if context_length is None:
+            return self._tokenizer(list(texts))
+        return self._tokenizer(list(texts), context_length=context_length)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens in a text, its start and end included."""
+        return self.tokenize([""]).shape[1]
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Normalised text features (N, E) in float32, on the tower's device."""
+        parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+        encoded = [self.model.encode_text(self.tokenize(part).to(self.device), normalize=True) for part in parts]
+        return torch.cat(encoded).float()
+
+    def final_norm(self) -> FinalNorm | None:
+        """The layer norm behind the last block; None where the tower has none."""
+        return self._rules.final_norm(self.visual)
+
+    def projection(self) -> Tensor | None:
+        """Matrix (P, E) with pooled @ projection = image_embedding up to a constant; None where it isn't linear."""
+        return self._rules.projection(self.visual)
+
+    def check(self) -> None:
+        """Compare the outputs with the model's own `encode_image` on a made-up image; raises ImbvlmError."""
+        size = self.info.image_size
+        image = torch.arange(3 * size * size, dtype=torch.int64).mul(2654435761).remainder(251).to(torch.uint8)
+        image = image.view(1, 3, size, size)
+        with torch.inference_mode():
+            expected = self.model.encode_image(self.normalize(image)).float()
+            got = self._rules.outputs(self.visual, self.normalize(image)).image_embedding.float()
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference < 1e-3:
+            raise ImbvlmError(
+                f"the encoder {self.info.name} can't be used: its {type(self.visual).__name__} computes something "
+                f"unknown here (outputs differ from its own encode_image by {difference:.2g} of the largest value)"
+            )
+
+
+def describe_encoder(config: EncoderConfig) -> EncoderInfo:
+    """A tower's facts without its weights, in a fraction of a second; `weights_fingerprint` is empty.
+
+    `logit_scale` is an untrained model's. Raises the ImbvlmErrors of `Encoder.from_config` that don't need weights.
+    """
+    source = find_tower(config)
+    with torch.device("meta"):
+        model = _build(source, None, "meta")
+        _resize(model.visual, config.image_size, source.name)
+        rules = rules_of(model.visual, source.name)
+        size = _square(model.visual.image_size, source.name)
+        with torch.no_grad():
+            model.eval()
+            tokens, pooled, embedding = rules.outputs(model.visual, torch.empty(1, 3, size, size))
+        norm = rules.final_norm(model.visual)
+    return EncoderInfo(
+        name=source.name,
+        kind="vit" if rules.is_vit(model.visual) else "convolution",
+        image_size=size,
+        num_tokens=tokens.shape[1],
+        token_width=tokens.shape[2],
+        pooled_width=pooled.shape[1],
+        embedding_width=embedding.shape[1],
+        has_class_token=rules.has_class_token(model.visual),
+        mean=tuple(source.preprocess["mean"]),
+        std=tuple(source.preprocess["std"]),
+        interpolation=source.preprocess["interpolation"],
+        resize_mode=source.preprocess["resize_mode"],
+        logit_scale=float(np.exp(source.model_config.get("init_logit_scale", np.log(1 / 0.07)))),
+        final_norm_eps=None if norm is None else norm.eps,
+        weights_fingerprint="",
+    )
+
+
+def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:
+    """How images become this tower's input; raises ImbvlmError for a mode or interpolation that isn't known."""
+    interpolation: Any = evaluation.interpolation or info.interpolation
+    mode: Any = info.resize_mode
+    return Preprocess(info.image_size, evaluation.resize, interpolation, info.mean, info.std, mode)
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def _load(source: TowerSource, image_size: int | None) -> Any:
+    model = _build(source, source.weights_file(), "cpu")
+    _resize(model.visual, image_size, source.name)
+    return model.eval().requires_grad_(False)
+
+
+def _build(source: TowerSource, weights: str | None, device: str) -> Any:
+    """open_clip's model with its weights, or without any on the meta device."""
+    text = source.model_config["text_cfg"]
+    if text.get("hf_model_name"):
+        require_transformers(source.name, "the text tower")
+    try:
+        with _quiet_logging():
+            return open_clip.create_model(
+                source.model,
+                pretrained=weights,
+                load_weights=device != "meta",
+                require_pretrained=device != "meta",
+                force_quick_gelu=source.quick_gelu,
+                device=device,
+            )
+    except _BUILD_ERRORS as error:
+        lines = str(error).strip().splitlines() or [""]
+        cause = " ".join(line.strip() for line in lines[:3])
+        if len(lines) > 3:
+            cause += f" and {len(lines) - 3} more such lines"
+        raise ImbvlmError(f"can't load the encoder {source.name} from {weights or source.model}: {cause}") from None
+
+
+def _resize(visual: Any, image_size: int | None, name: str) -> None:
+    rules = rules_of(visual, name)
+    if image_size is not None and image_size != _square(visual.image_size, name):
+        rules.resize(visual, image_size)
+
+
+def _square(size: int | Sequence[int], name: str) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ImbvlmError(
+            f"the encoder {name} takes images of {' x '.join(map(str, sorted(sides)))}; only squares can be used"
+        )
+    return int(sides.pop())
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Without open_clip's remarks, which it makes to the root logger, and without the handler that this would add."""
+    root, handler, before = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        root.removeHandler(handler)
+
+
+def _fingerprint(visual: Any, source: TowerSource) -> str:
+    """Hex digest of the visual weights by name, and of the switches that no weight shows."""
+    config = source.model_config
+    switches = {
+        "class": type(visual).__name__,
+        "quick_gelu": source.quick_gelu,
+        "embed_dim": config["embed_dim"],
+        "vision": config["vision_cfg"],
+    }
+    digest = hashlib.sha256(json.dumps(switches, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def _tokenizer(source: TowerSource) -> Callable[..., Tensor]:
+    hub_name = source.model_config["text_cfg"].get("hf_tokenizer_name")
+    if hub_name or ("siglip" in source.model.lower() and not source.is_local):
+        require_transformers(source.name, "the tokenizer")
+    if hub_name and not source.is_local and cached_file(hub_name, ["tokenizer_config.json", "tokenizer.json"]) is None:
+        cause = unreachable(f"https://huggingface.co/{hub_name}")
+        if cause is not None:
+            raise ImbvlmError(
+                f"can't download the tokenizer of {source.name}, {hub_name} ({cause}); fetch it beforehand where there "
+                "is a network, or use a method that needs no text"
+            )
+    try:
+        with _quiet_logging():
+            tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(source.model)
+            return tokenizer
+    except _BUILD_ERRORS as error:
+        raise ImbvlmError(f"can't load the tokenizer of {source.name}: {error}") from None
