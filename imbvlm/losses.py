@@ -59,7 +59,7 @@ def cross_entropy(
     label_smoothing: Knob = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
-    """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016, eq. 7]."""
+    """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016]."""
     log_probs = F.log_softmax(_computing(logits), dim=-1)
     smooth = -log_probs.mean(dim=-1)
     return _weighted_mean((1 - label_smoothing) * _nll(log_probs, targets) + label_smoothing * smooth, None, world)
@@ -91,7 +91,7 @@ def inverse_frequency(logits: Tensor, targets: Tensor, class_counts: Tensor, *, 
 def effective_number(
     logits: Tensor, targets: Tensor, class_counts: Tensor, *, beta: Knob = 0.9999, world: Reducer = ONE_WORKER
 ) -> Tensor:
-    """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019, eq. 2]."""
+    """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
     return _weighted_cross_entropy(
         logits, targets, effective_number_weights(_floored(class_counts, logits), beta), world
     )
@@ -100,14 +100,14 @@ def effective_number(
 def generalized_reweight(
     logits: Tensor, targets: Tensor, class_counts: Tensor, *, exponent: Knob = 1.2, world: Reducer = ONE_WORKER
 ) -> Tensor:
-    """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [DisAlign: Zhang et al. 2021, eq. 9]."""
+    """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
     log_weights = -exponent * torch.log(_floored(class_counts, logits))
     # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
     return _weighted_cross_entropy(logits, targets, torch.softmax(log_weights, dim=-1) * logits.shape[-1], world)
 
 
 def balanced_softmax(logits: Tensor, targets: Tensor, class_counts: Tensor, *, world: Reducer = ONE_WORKER) -> Tensor:
-    """CE(z + log prior) [Ren et al. 2020, eq. 4]."""
+    """CE(z + log prior) [Ren et al. 2020]."""
     return logit_adjustment(logits, targets, class_counts, tau=1.0, world=world)
 
 
@@ -129,7 +129,7 @@ def ldam(
     reweight: Tensor | None = None,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
-    """CE(z - margin_scale m_y on the target), m_c = max_margin n_c^-1/4 / max(n^-1/4) [Cao et al. 2019, eq. 13].
+    """CE(z - margin_scale m_y on the target), m_c = max_margin n_c^-1/4 / max(n^-1/4) [Cao et al. 2019].
 
     The maximum is over classes with images, and a class without any has the largest margin. Only the margin is
     scaled: a cosine classifier (margin_scale = 1 / temperature) has scaled the logits already. `reweight` (C,): class
@@ -229,7 +229,7 @@ def build_loss(
 
 
 def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: Knob = 0.9999) -> Tensor:
-    """(1 - beta) / (1 - beta^n) per class (C,), scaled to mean 1 [Cui et al. 2019, eq. 2]."""
+    """(1 - beta) / (1 - beta^n) per class (C,), scaled to mean 1 [Cui et al. 2019]."""
     counts = torch.as_tensor(class_counts)
     counts = counts if counts.is_floating_point() else counts.double()
     log_beta = torch.log(torch.as_tensor(beta, dtype=counts.dtype, device=counts.device))

@@ -14,7 +14,7 @@ from imbvlm.errors import ImbvlmError, nearest
 Rows = npt.NDArray[np.int64]
 Expected = npt.NDArray[np.float64]
 
-# p_j is proportional to n_j^q over the classes with rows [Kang et al. 2020, eq. 1].
+# p_j is proportional to n_j^q over the classes with rows [Kang et al. 2020].
 _EXPONENTS = {"instance_balanced": 1.0, "square_root": 0.5, "class_balanced": 0.0}
 # Keeps these draws apart from others that start from the same seed.
 _STREAM = 0x5A3D
@@ -36,7 +36,7 @@ class EpochPlan:
 def sampled_counts(class_counts: npt.ArrayLike, class_sampling: ClassSampling, epoch: int, num_epochs: int) -> Expected:
     """Expected rows per class (C,) of epoch `epoch` (from 0); they sum to the rows there are. Raises ImbvlmError.
 
-    progressively_balanced goes from instance- to class-balanced over the epochs [Kang et al. 2020, eq. 2].
+    progressively_balanced goes from instance- to class-balanced over the epochs [Kang et al. 2020].
     """
     if class_sampling not in get_args(ClassSampling):
         raise ImbvlmError(

@@ -22,7 +22,7 @@ class LinearClassifier(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, features: Tensor) -> Tensor:
-        with _full_precision(features):
+        with full_precision(features):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -35,7 +35,7 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(unit(torch.randn(num_classes, in_features)))
 
     def forward(self, features: Tensor) -> Tensor:
-        with _full_precision(features):
+        with full_precision(features):
             return F.linear(unit(features.to(self.weight.dtype)), unit(self.weight)) / self.temperature
 
 
@@ -80,6 +80,6 @@ def _start_from(classifier: LinearClassifier | CosineClassifier, init_weight: Te
             classifier.bias.zero_()
 
 
-def _full_precision(features: Tensor) -> torch.autocast:
+def full_precision(features: Tensor) -> torch.autocast:
     """No autocast: bfloat16 logits of a cosine classifier, at 1 / temperature = 25, are 0.125 apart."""
     return torch.autocast(features.device.type, enabled=False)

@@ -1,0 +1,176 @@
+"""Second stages: what is put on a finished, frozen first stage to serve the tail. SECOND_STAGES.
+
+Each takes the first stage's classifier and maps stored decoder outputs, features (B, D), to logits (B, C).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imbvlm.config import ClassSampling
+from imbvlm.errors import ImbvlmError, nearest
+from imbvlm.models.classifier import MIN_NORM, CosineClassifier, LinearClassifier, full_precision
+from imbvlm.posthoc import Choice, balanced_accuracy, choose
+
+Classifier = LinearClassifier | CosineClassifier
+
+# tau-normalization's list [Kang et al. 2020: tau in (0, 1)].
+NORM_TAUS = tuple(round(0.05 * step, 10) for step in range(21))
+_CONFIDENCE_SCALE = 0.1
+
+
+class _OnFrozenLogits(nn.Module):
+    """What changes the logits of a first stage's classifier, of which it has a frozen copy."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.first_stage = copy.deepcopy(classifier).requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.adjust(self.first_stage(features), features)
+
+    def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
+        """New logits (B, C) from the first stage's, stored or just computed, and its features (B, D)."""
+        raise NotImplementedError
+
+
+class LearnableWeightScaling(_OnFrozenLogits):
+    """s_c z_c, s (C,) learned, from 1 [Kang et al. 2020, "LWS"]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__(classifier)
+        self.scale = nn.Parameter(torch.ones(len(classifier.weight)))
+
+    def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
+        return self.scale * logits
+
+
+class DisAlign(_OnFrozenLogits):
+    """(1 + sigma(x) s) z + sigma(x) b, sigma(x) = sigmoid(v . x + c) [Zhang et al. 2021, "DisAlign"].
+
+    s (C,) starts from 1, b (C,) from 0, and v as torch's own times 0.1, so that sigma is near 1/2 for every image.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__(classifier)
+        num_classes, width = classifier.weight.shape
+        self.scale = nn.Parameter(torch.ones(num_classes))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.confidence = nn.Linear(width, 1)
+        with torch.no_grad():
+            self.confidence.weight.mul_(_CONFIDENCE_SCALE)
+
+    def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
+        with full_precision(features):
+            confidence = torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
+        return (1 + confidence * self.scale) * logits + confidence * self.bias
+
+
+class Marc(_OnFrozenLogits):
+    """a z + b ||w||, a (C,) from 1, b (C,) from 0, w the first stage's weights [Wang et al. 2022, "MARC"]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__(classifier)
+        self.scale = nn.Parameter(torch.ones(len(classifier.weight)))
+        self.bias = nn.Parameter(torch.zeros(len(classifier.weight)))
+        self.register_buffer("norms", torch.linalg.vector_norm(classifier.weight.detach(), dim=1))
+        self.norms: Tensor
+
+    def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
+        return self.scale * logits + self.bias * self.norms
+
+
+def retrained(classifier: Classifier) -> Classifier:
+    """A fresh classifier of the same kind and shape, at random [Kang et al. 2020, "cRT"]."""
+    num_classes, width = classifier.weight.shape
+    if isinstance(classifier, CosineClassifier):
+        return CosineClassifier(width, num_classes, classifier.temperature)
+    return LinearClassifier(width, num_classes)
+
+
+def tau_normalized(classifier: LinearClassifier, tau: float) -> LinearClassifier:
+    """w_c / ||w_c||^tau, without bias; nothing is learned [Kang et al. 2020]."""
+    result = copy.deepcopy(classifier).requires_grad_(False)
+    result.weight.mul_(_norm_powers(classifier, tau)[:, None])
+    result.bias.zero_()
+    return result
+
+
+def choose_tau_normalization(classifier: LinearClassifier, features: Tensor, targets: Tensor) -> Choice:
+    """tau of `tau_normalized` by balanced accuracy on validation features (N, D), targets (N,). Raises ImbvlmError.
+
+    Of equals the smallest, which changes least.
+    """
+    if len(targets) == 0:
+        raise ImbvlmError("tau_normalization chooses tau on validation rows, and there are none")
+    with torch.no_grad(), full_precision(features):
+        logits = F.linear(features.to(classifier.weight.dtype), classifier.weight)
+
+        def score(tau: float) -> float:
+            powers = _norm_powers(classifier, tau)
+            return balanced_accuracy(targets, len(powers), lambda rows: logits[rows] * powers)
+
+        return choose(NORM_TAUS, score, neutral=0.0)
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """One second stage: what is built on the first stage's classifier, and how its paper trains it.
+
+    `class_sampling` and `loss` are null where nothing trains. `reads_norms`: the lengths of the classifier's weights
+    matter, which a cosine classifier's don't.
+    """
+
+    build: Callable[[Classifier], nn.Module] | None
+    class_sampling: ClassSampling | None
+    loss: str | None
+    reads_norms: bool
+    summary: str
+
+
+SECOND_STAGES: Mapping[str, SecondStage] = {
+    "classifier_retraining": SecondStage(
+        retrained, "class_balanced", "cross_entropy", False, "a fresh classifier on the frozen decoder (cRT)"
+    ),
+    "learnable_weight_scaling": SecondStage(
+        LearnableWeightScaling, "class_balanced", "cross_entropy", False, "a learned scale per class (LWS)"
+    ),
+    "tau_normalization": SecondStage(
+        None, None, None, True, "weights divided by a power of their length, chosen on validation"
+    ),
+    "disalign": SecondStage(
+        DisAlign,
+        "instance_balanced",
+        "generalized_reweight",
+        False,
+        "a learned scale and bias per class, weighted by a confidence per image",
+    ),
+    "marc": SecondStage(
+        Marc, "instance_balanced", "generalized_reweight", True, "a learned scale, and a bias in lengths of weights"
+    ),
+}
+
+
+def check_second_stage(name: str, classifier_kind: str) -> SecondStage:
+    """The entry of SECOND_STAGES; raises ImbvlmError for an unknown name or one that this classifier can't have."""
+    if name not in SECOND_STAGES:
+        raise ImbvlmError(f"no second stage is called {name!r}; {nearest(name, SECOND_STAGES)}")
+    stage = SECOND_STAGES[name]
+    if stage.reads_norms and classifier_kind == "cosine":
+        free = ", ".join(other for other, entry in SECOND_STAGES.items() if not entry.reads_norms)
+        raise ImbvlmError(
+            f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier has none; "
+            f"set classifier.kind: linear, or choose one of {free}"
+        )
+    return stage
+
+
+def _norm_powers(classifier: LinearClassifier, tau: float) -> Tensor:
+    """||w_c||^-tau (C,)."""
+    return torch.linalg.vector_norm(classifier.weight.detach(), dim=1).clamp(min=MIN_NORM).pow(-tau)
