@@ -23,7 +23,7 @@ from imbvlm.models.methods import METHODS
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
 from imbvlm.sweep.console import Console, duration
 from imbvlm.sweep.engine.cluster import Cluster, connected
-from imbvlm.sweep.engine.scheduler import asha
+from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
 from imbvlm.sweep.export import write_best
@@ -110,7 +110,7 @@ class _Sweep:
         known = [record for record in self.log.of("search") if record.state in ENDED]
         searcher = StudySearcher(self.spec, self.space, jobs, known, payload(self.lane, self._search_settings))
         if jobs or len(known) < self.spec.num_trials:
-            run_jobs(self.lane, searcher, self._scheduler())
+            run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
         self.log.write_table()
         self.console.end_live()
         ended = [record for record in self.log.of("search") if record.state != "running"]
@@ -155,7 +155,7 @@ class _Sweep:
 
         if waiting:
             self.console.say(f"refitting the winner and the baselines on all training images: {len(waiting)} runs")
-            run_jobs(self.lane, FixedSearcher(waiting, payload(self.lane, settings)), None)
+            run_jobs(self.lane, FixedSearcher(waiting, payload(self.lane, settings)), None, "refit", len(jobs))
         self.console.end_live()
         self.scored = [self.log.records[job.trial_id] for job in jobs]
         self.log.write_table()
@@ -250,7 +250,7 @@ class _Sweep:
             model_folder=model_folder,
         )
 
-    def _scheduler(self) -> object:
+    def _scheduler(self) -> AshaPerMethod | None:
         config = self.spec.trial_scheduler
         if not isinstance(config, AshaConfig):
             return None

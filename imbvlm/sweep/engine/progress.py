@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial
 
 from imbvlm.config import Tree
 from imbvlm.sweep.console import Console, duration, percent
-from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 
 NUMBER = (int, float)
 
@@ -19,11 +19,15 @@ NUMBER = (int, float)
 class ProgressCallback(tune.Callback):
     """Keeps the trial log in step with Tune."""
 
-    def __init__(self, log: TrialLog, console: Console, best_objective: str, num_trials: int, num_known: int) -> None:
+    def __init__(self, log: TrialLog, console: Console, best_objective: str, kind: TrialKind, total: int) -> None:
         self._log, self._console, self._objective = log, console, best_objective
-        self._num_trials, self._num_known = num_trials, num_known
+        self._kind, self._total = kind, total
         self._started = time.monotonic()
-        self._ended = 0
+        self._num_known = self._num_ended()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks for a restore that we don't use.
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
@@ -61,21 +65,26 @@ class ProgressCallback(tune.Callback):
     def _end(self, record: TrialRecord) -> None:
         record.ended_at = time.time()
         self._log.save(record)
-        self._ended += 1
         self._show()
 
+    def _num_ended(self) -> int:
+        return sum(record.state != "running" for record in self._log.of(self._kind))
+
     def _show(self) -> None:
-        records = self._log.of("search")
-        ended = [record for record in records if record.state != "running"]
+        ended = self._num_ended()
         running = sum(record.state == "running" for record in self._log.records.values())
+        here = ended - self._num_known
+        left = (time.monotonic() - self._started) / here * (self._total - ended) if here > 0 else math.nan
         best = self._log.best(self._objective.replace("best_", ""))
-        value = best[0].best_value(self._objective) if best else None
-        here = len(ended) - self._num_known
-        left = (time.monotonic() - self._started) / here * (self._num_trials - len(ended)) if here > 0 else math.nan
+        name = self._objective.removeprefix("val/best_").replace("_", " ")
+        value = (
+            f"; best {name} on validation {percent(best[0].best_value(self._objective))} ({best[0].trial_id})"
+            if best
+            else ""
+        )
+        what = "refits" if self._kind == "refit" else "trials"
         self._console.live(
-            f"{len(ended)}/{self._num_trials} trials done, {running} running; "
-            f"best {self._objective.removeprefix('val/best_').replace('_', ' ')} on validation {percent(value)}"
-            f"{f' ({best[0].trial_id})' if best else ''}; {duration(left) if math.isfinite(left) else '?'} left"
+            f"{ended}/{self._total} {what} done, {running} running{value}{f'; {duration(left)} left' if math.isfinite(left) else ''}"
         )
 
 

@@ -33,7 +33,20 @@ class Job:
     asked: optuna.trial.Trial | None = None
 
 
-class FixedSearcher(Searcher):
+class _UnsavedSearcher(Searcher):
+    """A searcher that Tune has nothing to save of: resuming reads the trials' records, without unpickling."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class FixedSearcher(_UnsavedSearcher):
     """Hands out a given list of jobs; Optuna doesn't know them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree]) -> None:
@@ -49,14 +62,8 @@ class FixedSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
         """Nothing learns from these."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Resuming reads the trials' records, so there is nothing to keep."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """As `save`."""
-
-
-class StudySearcher(Searcher):
+class StudySearcher(_UnsavedSearcher):
     """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` are handed out.
 
     A proposal that was drawn before takes the known value and doesn't count. A finite space ends when every
@@ -109,12 +116,6 @@ class StudySearcher(Searcher):
         self._values[key] = value
         for asked in [job.asked, *self._same.pop(key, [])]:
             self._tell(asked, value)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Resuming reads the trials' records, so there is nothing to keep."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """As `save`."""
 
     # -------------------------------------------------------------------------------------- what Optuna does
 

@@ -18,7 +18,7 @@ from imbvlm.sweep.engine.search import Job
 from imbvlm.sweep.engine.train_driver import ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
-from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.session import TrialSettings
 
@@ -72,17 +72,11 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
     return of
 
 
-def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None) -> None:
-    """Run what the searcher hands out until it has no more; records land in the lane's log."""
+def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int) -> None:
+    """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`."""
     spec = lane.spec
     trainable = tune.with_resources(*_trainable(lane))
-    progress = ProgressCallback(
-        lane.log,
-        lane.console,
-        spec.best_objective,
-        spec.num_trials,
-        sum(record.state != "running" for record in lane.log.of("search")),
-    )
+    progress = ProgressCallback(lane.log, lane.console, spec.best_objective, kind, total)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
         trainable,
