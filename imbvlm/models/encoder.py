@@ -8,11 +8,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from imbvlm.config import EncoderConfig, EvalConfig
@@ -38,17 +40,21 @@ __all__ = [
 
 TEXTS_AT_ONCE = 256
 # What open_clip, timm and torch raise when weights and architecture don't go together.
-_BUILD_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError)
+_BUILD_ERRORS = (
+    RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError, EOFError,
+    SafetensorError, UnpicklingError,
+)  # fmt: skip
 
 
 class Encoder:
     """An image-text tower that never trains here: eval mode, no gradients, float32 weights.
 
-    `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input.
+    `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input, `source` what its name
+    meant.
     """
 
     def __init__(self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource) -> None:
-        self.model, self.info, self.preprocess, self._source = model, info, preprocess, source
+        self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
         self._rules = rules_of(self.visual, info.name)
         self._tokenizer: Callable[..., Tensor] | None = None
@@ -102,7 +108,7 @@ class Encoder:
     def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
         """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
         if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._source)
+            self._tokenizer = _tokenizer(self.source)
         if context_length is None:
             return self._tokenizer(list(texts))
         return self._tokenizer(list(texts), context_length=context_length)
