@@ -27,6 +27,7 @@ EMBEDDED = "embedded:"
 SUFFIX = "-quickgelu"
 CONFIG_FILE = "open_clip_config.json"
 _PROBE_SECONDS = 10.0
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,18 @@ class TowerSource:
     def weights_file(self) -> str | None:
         """The file to load, downloaded where need be; None for a folder, which open_clip searches itself.
 
-        Raises ImbvlmError where the download fails.
+        Raises ImbvlmError where there is none or the download fails.
         """
-        if self.is_local or self.weights is not None:
+        if self.weights is not None:
             return self.weights
+        if self.is_local:
+            folder = Path(self.model.removeprefix(LOCAL_DIR))
+            if not any(path.suffix in _WEIGHTS_SUFFIXES for path in folder.iterdir()):
+                raise ImbvlmError(
+                    f"encoder.name is {self.name!r}, and {folder} has no weights "
+                    f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)})"
+                )
+            return None
         return _download(self.name, get_pretrained_cfg(self.model, self.tag))
 
 
