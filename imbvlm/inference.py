@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
 from imbvlm.data.images import ImageError, Preprocess, decode
 from imbvlm.errors import ImbvlmError
-from imbvlm.models.encoder import Encoder, save_tower
+from imbvlm.models.encoder import Encoder
 from imbvlm.models.methods import METHODS, restore_model
+from imbvlm.models.tower_folder import save_tower
 from imbvlm.training.checkpoint import MODEL_FILE, load_model_tensors
 from imbvlm.yaml_file import YamlTree
 
@@ -106,14 +108,16 @@ def write_model(
     scores: dict[str, Any],
 ) -> None:
     """Write weights, tower, class names and preprocessing; the folder needs nothing else to predict."""
-    info = encoder.info
-    save_tower(encoder, storage.join(folder, TOWER_FOLDER))
-    storage.write_bytes(storage.join(folder, MODEL_FILE), _safetensors(tensors))
+    tower = storage.join(folder, TOWER_FOLDER)
+    save_tower(encoder, tower)
+    # Read back: what is described is what a user will load.
+    written = _load_tower(tower, config, encoder.device)
+    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(tensors))
     description = {
         "format": FORMAT,
         "class_names": list(class_names),
-        "preprocess": encoder.preprocess.to_dict(),
-        "encoder": info.to_dict(),
+        "preprocess": written.preprocess.to_dict(),
+        "encoder": written.info.to_dict(),
         "config": config.to_tree(),
         "scores": scores,
     }
@@ -122,10 +126,9 @@ def write_model(
     )
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors)
+def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
+    name = f"local-dir:{storage.local_path(folder)}"
+    return Encoder.from_config(EncoderConfig(name=name), config.eval, device)
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
@@ -144,11 +147,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
     config = TrialConfig.from_tree(YamlTree(tree, where))
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tower = EncoderConfig(
-        name=f"local-dir:{storage.local_path(storage.join(str(folder), TOWER_FOLDER))}",
-        image_size=config.encoder.image_size,
-    )
-    encoder = Encoder.from_config(tower, config.eval, target)
+    encoder = _load_tower(storage.join(str(folder), TOWER_FOLDER), config, target)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
             f"the tower in {folder} is not the one that the classifier was trained on; export the model again"

@@ -7,6 +7,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.inference import write_model
+from imbvlm.models.encoder import Encoder
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
@@ -47,7 +48,9 @@ def export_sweep(folder: str, out: str) -> TrialRecord:
     if refit is None:
         raise ImbvlmError(f"the winner of {folder} was not refitted yet; go on with --resume {folder}")
     write_best(out, ranked[0])
-    manifest = Manifest.read(ranked[0].trial_config().data.manifest)
+    config = refit.trial_config()
+    manifest = Manifest.read(config.data.manifest)
+    encoder = Encoder.from_config(config.encoder, config.eval)
     scores = {
         "validation": ranked[0].best_epoch(spec.objective),
         "refit": refit.epochs[-1] if refit.epochs else None,
@@ -56,9 +59,10 @@ def export_sweep(folder: str, out: str) -> TrialRecord:
     }
     write_model(
         storage.join(out, "model"),
-        refit.trial_config(),
+        config,
         load_model_tensors(storage.join(folder, "refits", refit.trial_id)),
-        manifest,
+        encoder,
+        manifest.class_names,
         scores,
     )
     return ranked[0]
