@@ -30,7 +30,7 @@ FORMATS = (
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, MemoryError,
     RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
-    Image.DecompressionBombWarning, ImageCms.PyCMSError,
+    ImageCms.PyCMSError, Warning,
 )  # fmt: skip
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +43,14 @@ _ORIENTATIONS = {
 }
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BITS_PER_SAMPLE = 258
+_MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head", b"<error")
+_SIGNATURES: Mapping[str, bytes | tuple[bytes, ...]] = {
+    "JPEG": b"\xff\xd8",
+    "PNG": b"\x89PNG",
+    "GIF": b"GIF8",
+    "WebP": b"RIFF",
+    "TIFF": (b"II*\0", b"MM\0*"),
+}
 
 
 class ImageError(ImbvlmError):
@@ -164,19 +172,25 @@ def _float_to_bytes(values: npt.NDArray[Any], top: float | None = None) -> Pixel
 
 def _reason(error: BaseException, data: bytes) -> str:
     start = data[:512].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head", b"<error")):
+    if start.startswith(_MARKUP):
         return f"not an image (starts with {start[:14].decode('ascii', 'replace')}...)"
-    if isinstance(error, UnidentifiedImageError):
-        shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
-        return f"not an image (starts with {shown}...)"
     text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"above the limit of {MAX_PIXELS:,} pixels"
-    if isinstance(error, EOFError) or "truncated" in text.lower() or "not enough" in text.lower():
+    if isinstance(error, EOFError) or "truncated" in text.lower() or "not enough" in text.lower() or _cut_webp(data):
         return "truncated"
+    if isinstance(error, UnidentifiedImageError):
+        known = next((name for name, signature in _SIGNATURES.items() if data.startswith(signature)), None)
+        shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
+        return f"truncated or damaged {known}" if known else f"not an image (starts with {shown}...)"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     return f"damaged ({text})"
+
+
+def _cut_webp(data: bytes) -> bool:
+    """Whether a WebP is shorter than it says; its decoder doesn't tell what is wrong."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from imbvlm.errors import ImbvlmError
 Block = dict[str, Any]
 Load = Callable[[Block], Block]
 
-_DESCRIPTOR, _REST = "descriptor", "rest"
+_DESCRIPTOR, _REST, _ERROR = "descriptor", "rest", "error"
 # Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
 _FREE_CPU_WAIT_SECONDS = 2.0
 
@@ -100,21 +100,11 @@ def map_images(
 
 
 def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
-    try:
-        for row in dataset.iter_rows():
-            yield pickle.loads(row[_REST])
-    except ray.exceptions.RayTaskError as error:
-        raise _own_error(error) from None
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """The project's own error below Ray's wrappings, or else the error as it is."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ImbvlmError) and not isinstance(inner, ray.exceptions.RayError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+    for row in dataset.iter_rows():
+        summary: Block = pickle.loads(row[_REST])
+        if _ERROR in summary:
+            raise summary[_ERROR]
+        yield summary
 
 
 class _Load:
@@ -124,7 +114,7 @@ class _Load:
         self.load = load
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
-        return _pack(self.load(pickle.loads(batch[_DESCRIPTOR][0])))
+        return _pack(_guarded(self.load, pickle.loads(batch[_DESCRIPTOR][0])))
 
 
 class _Worker:
@@ -134,15 +124,27 @@ class _Worker:
         self.worker = worker(*worker_args)
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
-        return {_REST: [pickle.dumps(self.worker(_unpack(batch)))]}
+        block = _unpack(batch)
+        summary = block if _ERROR in block else _guarded(self.worker, block)
+        return {_REST: [pickle.dumps(summary)]}
+
+
+def _guarded(stage: Load, block: Block) -> Block:
+    """The project's own errors travel as values: Ray Data would log them and hand on only their text."""
+    try:
+        return stage(block)
+    except ImbvlmError as error:
+        return {_ERROR: error}
 
 
 def _pack(block: Block) -> Block:
     """Numeric arrays as tensor columns of one row, which are shared and not copied; the rest pickled."""
     arrays = {
-        f"array:{k}": v[None] for k, v in block.items() if isinstance(v, np.ndarray) and v.dtype != object and v.size
+        f"array:{key}": value[None]
+        for key, value in block.items()
+        if isinstance(value, np.ndarray) and value.dtype != object and value.size
     }
-    rest = {k: v for k, v in block.items() if f"array:{k}" not in arrays}
+    rest = {key: value for key, value in block.items() if f"array:{key}" not in arrays}
     return {**arrays, _REST: [pickle.dumps(rest)]}
 
 

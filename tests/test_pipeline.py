@@ -1,0 +1,134 @@
+"""Blocks of images through Ray Data: whole, none lost, none waiting for ever, errors as they were raised."""
+
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+from ray import cloudpickle
+
+from imbvlm.data.pipeline import map_images, plan_cpus
+from imbvlm.storage import StorageError
+
+SIDE = 16
+# Workers don't have the folder of the tests on their path.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def load(descriptor):
+    num_images = descriptor["num_images"]
+    if descriptor.get("fail"):
+        raise StorageError("the bucket doesn't answer")
+    images = np.full((num_images, 3, SIDE, SIDE), descriptor["shard"], np.uint8)
+    return {
+        "shard": descriptor["shard"],
+        "images": images,
+        "ok": np.arange(num_images) % 3 > 0,
+        "reasons": ["truncated", None],
+        "pid": os.getpid(),
+    }
+
+
+class Tower:
+    """Stands for a tower: made once per worker, sees whole blocks."""
+
+    def __init__(self, scale):
+        self.scale = scale
+        self.calls = 0
+
+    def __call__(self, block):
+        self.calls += 1
+        if block["shard"] == 255:
+            raise StorageError("the disk is full")
+        return {
+            "shard": block["shard"],
+            "shape": block["images"].shape,
+            "sum": int(block["images"].sum()) * self.scale,
+            "num_bad": int((~block["ok"]).sum()),
+            "reasons": block["reasons"],
+            "loaded_here": block["pid"] == os.getpid(),
+            "pid": os.getpid(),
+            "calls": self.calls,
+        }
+
+
+def run(blocks, **options):
+    return sorted(map_images(blocks, load, Tower, (2,), num_workers=1, **options), key=lambda found: found["shard"])
+
+
+@pytest.mark.ray
+def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster):
+    blocks = [{"shard": shard, "num_images": 300 if shard < 7 else 5} for shard in range(8)]
+    found = run(blocks)
+    assert [row["shard"] for row in found] == list(range(8))
+    assert [row["shape"][0] for row in found] == [300] * 7 + [5]
+    assert [row["sum"] for row in found] == [2 * b["shard"] * b["num_images"] * 3 * SIDE * SIDE for b in blocks]
+    assert all(row["reasons"] == ["truncated", None] for row in found)
+    assert {row["pid"] for row in found} == {found[0]["pid"]}
+    assert max(row["calls"] for row in found) == 8
+    assert not any(row["loaded_here"] for row in found)
+
+
+@pytest.mark.ray
+def test_a_block_larger_than_ray_datas_own_block_size_is_not_split(ray_cluster):
+    num_images = 150 * 2**20 // (3 * SIDE * SIDE)
+    assert run([{"shard": 1, "num_images": num_images}])[0]["shape"] == (num_images, 3, SIDE, SIDE)
+
+
+@pytest.mark.ray
+def test_nothing_to_do_starts_nothing(ray_cluster):
+    assert run([]) == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("held", [1, 1.5, 2])
+def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster, held):
+    import ray
+
+    @ray.remote(num_cpus=held)
+    class Holder:
+        def ready(self):
+            return True
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote(), timeout=30)
+    try:
+        assert len(run([{"shard": shard, "num_images": 4} for shard in range(3)])) == 3
+    finally:
+        ray.kill(holder)
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"shard": 0, "num_images": 3, "fail": True}, "the bucket doesn't answer"),
+        ({"shard": 255, "num_images": 3}, "the disk is full"),
+    ],
+)
+def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block, message):
+    with pytest.raises(StorageError, match=message):
+        run([{"shard": 1, "num_images": 3}, block])
+
+
+@pytest.mark.ray
+def test_ray_data_prints_nothing(ray_cluster, capfd):
+    run([{"shard": shard, "num_images": 4} for shard in range(3)])
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "Dataset" not in shown.err
+    assert "Running" not in shown.err
+
+
+@pytest.mark.parametrize("free", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 16.0, 17.0])
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (8, 0), (1, 1), (0.5, 0.25)])
+def test_both_stages_always_fit_into_the_free_cpus_at_once(free, num_workers, cpus, gpus):
+    plan = plan_cpus(free, num_workers, cpus, gpus)
+    assert plan.num_tasks >= 1
+    assert plan.per_worker * num_workers + plan.per_task * plan.num_tasks <= free + 1e-9
+    assert 0 <= plan.per_worker <= cpus
+    assert free == 0 or plan.per_worker != plan.per_task
+    assert free == 0 or plan.per_task > 0
