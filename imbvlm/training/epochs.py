@@ -68,7 +68,9 @@ class TrialRun:
         self.entry = METHODS[config.method]
         self.epoch = 0
         self.step = 0
+        # Largest accuracies so far, and the epochs that first had them.
         self.best: dict[str, float] = {}
+        self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
         self.first_losses: list[float] = []
         seed = 0 if config.train is None else config.train.seed
@@ -205,8 +207,8 @@ class TrialRun:
         started = time.perf_counter()
         metrics = self.evaluate(self.data.val)
         for name, value in metrics.items():
-            if name.endswith("_accuracy"):
-                self.best[name] = max(value, self.best.get(name, value))
+            if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):
+                self.best[name], self.best_epoch[name] = value, self.epoch
         return {
             **{f"val/{name}": value for name, value in metrics.items()},
             **{f"val/best_{name}": value for name, value in self.best.items()},
@@ -239,8 +241,15 @@ class TrialRun:
             for name, param in self.model.named_parameters():
                 tensors |= as_tensor_names(f"optimizer/{name}/", self._optimizer.state.get(param, {}))
         metrics = {} if self.result is None else self.result.metrics
-        scalars = {"trial": self._identity(), "epoch": self.epoch, "step": self.step, "best": self.best}
-        return TrialState(tensors, {**scalars, "metrics": metrics})
+        scalars = {
+            "trial": self._identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "metrics": metrics,
+        }
+        return TrialState(tensors, scalars)
 
     def load_state_dict(self, state: TrialState) -> None:
         """Go on from a state; raises CheckpointError where it is another trial's or lacks something."""
@@ -249,7 +258,7 @@ class TrialRun:
         try:
             self._load_tensors(state)
             self.epoch, self.step = int(state.scalars["epoch"]), int(state.scalars["step"])
-            self.best = dict(state.scalars["best"])
+            self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
             self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint lacks what this trial needs: {error}") from None

@@ -1,4 +1,4 @@
-"""One trial from its settings to its last report, the same for every driver: restore, train, checkpoint, save, score."""
+"""One trial from settings to its last report, the same for every driver: restore, train, checkpoint, save, score."""
 
 from __future__ import annotations
 
@@ -90,13 +90,11 @@ class TrialSession:
         folder = settings.checkpoint_folder
         if folder is not None and has_checkpoint(folder):
             run.load_state_dict(load_checkpoint(folder, self._device))
-        saved_at, best, best_epoch = time.monotonic(), float("-inf"), 0
+        saved_at, objective = time.monotonic(), settings.objective.removeprefix("val/")
         for result in run.epochs():
             report: Report = {"epoch": result.epoch, "step": result.step, **result.metrics}
-            value = result.metrics.get(settings.objective, float("-inf"))
-            if value > best:
-                best, best_epoch = value, result.epoch
-            patient = settings.patience is None or result.epoch - best_epoch < settings.patience
+            waited = result.epoch - run.best_epoch.get(objective, 0)
+            patient = settings.patience is None or waited < settings.patience
             if result.failure is not None:
                 yield {**report, "failure": result.failure, "done": True}
                 return

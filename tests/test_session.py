@@ -1,0 +1,60 @@
+"""What a driver hears of one trial: each epoch, the end, and failures as reports; resumed as if never stopped."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from tiny_data import tiny_config, tiny_features
+
+from imbvlm.training.session import TrialSession, TrialSettings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TrialSettings(
+        config=tiny_config("linear_probe", train__num_epochs=30, optim__lr=0.3).to_tree(),
+        feature_set=tiny_features(tmp_path / "features").to_dict(),
+        checkpoint_folder=str(tmp_path / "checkpoint"),
+        objective="val/balanced_accuracy",
+        checkpoint_seconds=0.0,
+        patience=4,
+    )
+
+
+def reports_of(settings):
+    return TrialSession(torch.device("cpu")).reports(settings)
+
+
+def test_patience_ends_a_trial_early_and_survives_a_restart(settings):
+    whole = [
+        report["val/balanced_accuracy"] for report in reports_of(dataclasses.replace(settings, checkpoint_folder=None))
+    ]
+    best = max(range(len(whole)), key=whole.__getitem__)
+    assert len(whole) == best + 1 + 4 < 30
+    for stop in (1, best + 2):
+        stopped = reports_of(settings)
+        started = [next(stopped)["val/balanced_accuracy"] for _ in range(stop)]
+        stopped.close()
+        resumed = list(reports_of(settings))
+        assert started + [report["val/balanced_accuracy"] for report in resumed] == whole
+        assert resumed[-1]["done_training"]
+        assert [report["done"] for report in resumed] == [False] * (len(resumed) - 1) + [True]
+        shutil.rmtree(settings.checkpoint_folder)
+
+
+def test_a_damaged_checkpoint_is_a_failure_that_says_so(settings, tmp_path):
+    next(reports_of(settings))
+    (tmp_path / "checkpoint" / "state.json").write_text("{")
+    (report,) = reports_of(settings)
+    assert report["done"]
+    assert "is damaged" in report["failure"]
+    assert f"remove {tmp_path / 'checkpoint'}" in report["failure"]
+
+
+def test_a_diverging_trial_ends_with_a_failure(settings):
+    tree = tiny_config("linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None).to_tree()
+    (report,) = reports_of(dataclasses.replace(settings, config=tree))
+    assert report["done"]
+    assert "wasn't finite" in report["failure"]
+    assert not [key for key in report if key.startswith("val/")]
