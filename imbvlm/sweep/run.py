@@ -14,6 +14,7 @@ import optuna
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
+from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.examples import FeatureSet
@@ -22,7 +23,6 @@ from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.models.methods import METHODS
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
 from imbvlm.sweep.console import Console, duration
-from imbvlm.sweep.engine.cluster import Cluster, connected
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
