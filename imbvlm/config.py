@@ -1,27 +1,23 @@
-"""What one trial is: a strict, typed configuration, from YAML and dotted overrides, with every mistake named at once."""
+"""What one trial is: a strict, typed configuration, from YAML and dotted overrides, all mistakes named at once."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from imbvlm.errors import ConfigError, Problem, nearest
-from imbvlm.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
+from imbvlm.errors import ConfigError, Problem
+from imbvlm.schema import Section as Section
+from imbvlm.schema import Tree as Tree
+from imbvlm.schema import dotted_keys_of, explain, set_keys
+from imbvlm.yaml_file import YamlTree, dump_yaml, read_yaml
 
 T = TypeVar("T")
-Tree = dict[str, Any]
-
-
-class Section(BaseModel):
-    """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
+# Seeds go to torch and numpy alike.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 ClassSampling = Literal["instance_balanced", "square_root", "class_balanced", "progressively_balanced"]
 
@@ -30,9 +26,7 @@ class DataConfig(Section):
     """Which images, which rows of them are validation, and how an epoch draws from them."""
 
     manifest: str = Field(description="path or s3:// URI of a manifest, or embedded:NAME")
-    split_seed: int = Field(
-        0, ge=0, description="seed of the validation rows carved from training, where the data has none"
-    )
+    split_seed: Seed = Field(0, description="of the validation rows carved from training, where the data has none")
     class_sampling: ClassSampling = Field("instance_balanced", description="how often an epoch draws each class")
     on_bad_image: Literal["quarantine", "strict"] = Field(
         "quarantine",
@@ -64,9 +58,19 @@ class FeaturesConfig(Section):
 class PromptsConfig(Section):
     """Sentences that turn a class name into text features; several are averaged."""
 
-    templates: Literal["plain", "imagenet"] | list[str] = Field(
+    templates: Literal["plain", "imagenet"] | Annotated[tuple[str, ...], Field(strict=False)] = Field(
         "plain", description="plain: 'a photo of a {}.'; imagenet: open_clip's 80; or your own, each with one {}"
     )
+
+    @field_validator("templates")
+    @classmethod
+    def _each_has_one_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if templates == ():
+            raise ValueError("prompts.templates is an empty list; give at least one sentence with {}")
+        wrong = [one for one in templates if one.count("{}") != 1] if isinstance(templates, tuple) else []
+        if wrong:
+            raise ValueError(f"template {wrong[0]!r} must have exactly one {{}} for the class name")
+        return templates
 
 
 class DecoderConfig(Section):
@@ -78,6 +82,21 @@ class DecoderConfig(Section):
     width: int | None = Field(None, ge=1, description="narrower width behind a linear projection; null: the tower's")
     input_norm: Literal["layer_norm", "none"] = Field("layer_norm", description="starts from the tower's final norm")
     init: Literal["random", "identity"] = Field("random", description="identity: blocks add nothing at step 0")
+
+    @field_validator("width")
+    @classmethod
+    def _heads_divide_it(cls, width: int | None, info: ValidationInfo) -> int | None:
+        num_heads = info.data.get("num_heads")
+        if width is not None and num_heads is not None and width % num_heads:
+            raise ValueError(f"decoder.width {width} must be a multiple of decoder.num_heads {num_heads}")
+        return width
+
+    @field_validator("init")
+    @classmethod
+    def _identity_keeps_the_width(cls, init: str, info: ValidationInfo) -> str:
+        if init == "identity" and info.data.get("width") is not None:
+            raise ValueError("decoder.init: identity keeps the tower's width; set decoder.width: null")
+        return init
 
 
 class LinearClassifierConfig(Section):
@@ -183,6 +202,14 @@ class _OptimBase(Section):
     )
     cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; 7/16 is the study's")
 
+    @field_validator("cosine_cycles")
+    @classmethod
+    def _only_of_cosine(cls, cycles: float, info: ValidationInfo) -> float:
+        schedule = info.data.get("lr_schedule", "cosine")
+        if schedule != "cosine" and cycles != 0.5:
+            raise ValueError(f"optim.cosine_cycles has no effect with lr_schedule {schedule}; take it out")
+        return cycles
+
 
 class SgdConfig(_OptimBase):
     name: Literal["sgd"] = "sgd"
@@ -191,10 +218,13 @@ class SgdConfig(_OptimBase):
     nesterov: bool = True
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class AdamWConfig(_OptimBase):
     name: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
 
 
 OptimConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
@@ -216,7 +246,14 @@ class TrainConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads; null: the process's own. Numbers depend on it"
     )
-    seed: int = Field(0, ge=0, description="of initial weights and of the epoch plan")
+    seed: Seed = Field(0, description="of initial weights and of the epoch plan")
+
+    @field_validator("num_steps")
+    @classmethod
+    def _one_length(cls, num_steps: int | None, info: ValidationInfo) -> int | None:
+        if num_steps is not None and info.data.get("num_epochs") is not None:
+            raise ValueError("train.num_epochs and train.num_steps are both given; keep exactly one")
+        return num_steps
 
 
 class EvalConfig(Section):
@@ -264,6 +301,20 @@ class TrialConfig(Section):
     train: TrainConfig | None = None
     eval: EvalConfig = EvalConfig()
 
+    @field_validator("classifier")
+    @classmethod
+    def _text_needs_the_pooled_output(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
+        decoder = info.data.get("decoder")
+        if getattr(classifier, "init", None) != "text" or not isinstance(decoder, DecoderConfig):
+            return classifier
+        if decoder.init != "identity" or decoder.width is not None or decoder.input_norm == "none":
+            raise ValueError(
+                "classifier.init: text needs the tower's pooled output, and a random decoder changes it; set "
+                "decoder.init: identity (with decoder.width: null and decoder.input_norm: layer_norm), or method: "
+                "linear_probe"
+            )
+        return classifier
+
     @staticmethod
     def from_yaml(path: str | Path) -> TrialConfig:
         """Read a trial's file; raises ConfigError with every mistake, its line and the nearest valid name."""
@@ -273,13 +324,12 @@ class TrialConfig(Section):
     def from_tree(tree: YamlTree | Tree) -> TrialConfig:
         """Check plain data; sections that the method reads get their defaults. Raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        data, problems = _complete(located)
-        adapter: TypeAdapter[TrialConfig] = TypeAdapter(TrialConfig)
+        data = _complete(located.data)
+        problems = _unread_sections(located)
         try:
-            config = adapter.validate_python(data)
+            config = TrialConfig.model_validate(data)
         except ValidationError as error:
-            raise ConfigError([*problems, *_explain(error, located, data)]) from None
-        problems += [Problem(message, located.where(path)) for path, message in _disagreements(config, located.data)]
+            raise ConfigError([*problems, *explain(TrialConfig, error, located, data)]) from None
         if problems:
             raise ConfigError(problems)
         return config
@@ -312,253 +362,57 @@ def needed(section: T | None) -> T:
     return section
 
 
-# ------------------------------------------------------------------------------------------------ overrides
+def _complete(data: Any) -> Any:
+    """Plain data with what a section may leave out; anything but a section stays, for the check to refuse."""
+    if not isinstance(data, dict):
+        return data
+    complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
+    for key, default in _DEFAULT_SECTIONS.items():
+        section = complete.get(key, {} if key in _read_by(data) else None)
+        if isinstance(section, dict):
+            tags = {tag: value for tag, value in default.items() if tag in ("name", "kind") and tag not in section}
+            lengths = default if key == "train" and not (section.get("num_epochs") or section.get("num_steps")) else {}
+            complete[key] = {**tags, **section, **lengths}
+    return complete
 
-# Keys that choose a variant: other knobs of the section that the new variant doesn't have go with the old one.
-_VARIANT_KEYS = frozenset({"loss.name", "optim.name", "classifier.kind"})
-_ENCODER_KNOBS = ("weights", "quick_gelu")
+
+def _unread_sections(located: YamlTree) -> list[Problem]:
+    data = located.data
+    if not isinstance(data, dict) or not _read_by(data):
+        return []
+    message = "method {} doesn't read the section {!r}; take it out or choose another method"
+    unread = [key for key in data if key in OPTIONAL_SECTIONS - _read_by(data) and data[key] is not None]
+    return [Problem(message.format(data["method"], key), located.where((key,))) for key in unread]
+
+
+def _read_by(data: Tree) -> frozenset[str]:
+    """The optional sections that the data's method reads; none where its method isn't known."""
+    method = data.get("method")
+    return METHOD_SECTIONS.get(method, frozenset()) if isinstance(method, str) else frozenset()
+
+
+# -------------------------------------------------------------------------------------------------- dotted keys
+
+# Setting one of these lets go of what was said beside it: another tower's weights, the length in other units.
+_LETS_GO: Mapping[str, tuple[str, ...]] = {
+    "encoder.name": ("encoder.weights", "encoder.quick_gelu"),
+    "train.num_epochs": ("train.num_steps",),
+    "train.num_steps": ("train.num_epochs",),
+}
 
 
 def apply_overrides(tree: Tree, overrides: Mapping[str, Any]) -> Tree:
     """A deep copy of plain data with dotted keys set; choosing another variant drops the old variant's knobs."""
-    result = copy.deepcopy(tree)
-    for dotted in sorted(overrides, key=lambda key: (key != "method", key.rpartition(".")[2] not in ("name", "kind"))):
-        parts = dotted.split(".")
-        parent = result
-        for part in parts[:-1]:
-            if not isinstance(parent.get(part), dict):
-                parent[part] = {}
-            parent = parent[part]
-        value = copy.deepcopy(overrides[dotted])
-        if dotted in _VARIANT_KEYS and parent.get(parts[-1]) != value:
-            allowed = set(_variant_fields(parts[0], value))
-            for knob in [knob for knob in parent if knob not in allowed]:
-                del parent[knob]
-        if dotted == "encoder.name" and parent.get("name") != value:
-            for knob in _ENCODER_KNOBS:
-                parent.pop(knob, None)
-        if dotted in ("train.num_epochs", "train.num_steps") and value is not None:
-            other = "num_steps" if parts[-1] == "num_epochs" else "num_epochs"
-            if f"train.{other}" not in overrides:
-                parent.pop(other, None)
-        parent[parts[-1]] = value
-    return result
+    return set_keys(TrialConfig, tree, overrides, _LETS_GO)
 
 
 def drop_unused_sections(tree: Tree, keep: Iterable[str] = ()) -> Tree:
     """Without the sections that the tree's method doesn't read, except those named by the dotted keys in `keep`."""
-    method = tree.get("method")
-    read = METHOD_SECTIONS.get(method) if isinstance(method, str) else None
-    if read is None:
-        return tree
-    kept = {key.split(".")[0] for key in keep}
-    return {key: value for key, value in tree.items() if key not in OPTIONAL_SECTIONS or key in read or key in kept}
-
-
-# --------------------------------------------------------------------------------------------------- schema
-
-
-def _variants(annotation: Any) -> list[type[Section]]:
-    """The section classes that an annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [variant for part in get_args(annotation) for variant in _variants(part)]
-
-
-def _section_classes(path: KeyPath) -> list[type[Section]]:
-    """The section classes that may stand at a path of a trial's tree; empty where a plain value stands."""
-    classes: list[type[Section]] = [TrialConfig]
-    for part in path:
-        found = [cls.model_fields[str(part)] for cls in classes if str(part) in cls.model_fields]
-        classes = [variant for info in found for variant in _variants(info.annotation)]
-    return classes
-
-
-def _variant_fields(section: str, variant: Any) -> list[str]:
-    """The keys of one variant of a section; of all its variants where there is none of that name."""
-    classes = _section_classes((section,))
-    chosen = [cls for cls in classes if variant in (_tag(cls, "name"), _tag(cls, "kind"))]
-    return [name for cls in chosen or classes for name in cls.model_fields]
-
-
-def _tag(cls: type[Section], key: str) -> str | None:
-    info = cls.model_fields.get(key)
-    literals = get_args(info.annotation) if info is not None else ()
-    return literals[0] if literals and isinstance(literals[0], str) else None
+    read = _read_by(tree)
+    kept = read | {key.split(".")[0] for key in keep}
+    return {key: value for key, value in tree.items() if not read or key not in OPTIONAL_SECTIONS or key in kept}
 
 
 def dotted_keys() -> list[str]:
     """Every dotted key that a trial's configuration can have, over all variants."""
-    keys: list[str] = []
-
-    def walk(classes: list[type[Section]], prefix: str) -> None:
-        for cls in classes:
-            for name, info in cls.model_fields.items():
-                inner = _variants(info.annotation)
-                if inner:
-                    walk(inner, f"{prefix}{name}.")
-                elif f"{prefix}{name}" not in keys:
-                    keys.append(f"{prefix}{name}")
-
-    walk([TrialConfig], "")
-    return keys
-
-
-# --------------------------------------------------------------------------------------------------- errors
-
-
-def _complete(located: YamlTree) -> tuple[Any, list[Problem]]:
-    """Fill in what a section may leave out, and name the sections that the method doesn't read."""
-    if not isinstance(located.data, dict):
-        return located.data, []
-    data: Tree = {key: value for key, value in located.data.items() if not (value is None and key in OPTIONAL_SECTIONS)}
-    method = data.get("method")
-    read = METHOD_SECTIONS.get(method) if isinstance(method, str) else None
-    problems = [
-        Problem(
-            f"method {method} doesn't read the section {key!r}; take it out or choose another method",
-            located.where((key,)),
-        )
-        for key in data
-        if read is not None and key in OPTIONAL_SECTIONS and key not in read
-    ]
-    for key, default in _DEFAULT_SECTIONS.items():
-        value = data.get(key, {} if read is not None and key in read else None)
-        if not isinstance(value, dict):
-            continue
-        for name in ("name", "kind"):
-            if name in default and name not in value:
-                value = {name: default[name], **value}
-        if key == "train" and value.get("num_epochs") is None and value.get("num_steps") is None:
-            value = {**value, **default}
-        data[key] = value
-    return data, problems
-
-
-def _explain(error: ValidationError, located: YamlTree, data: Any) -> list[Problem]:
-    problems = []
-    for item in error.errors():
-        path, classes = _written_path(item["loc"], data)
-        problem = Problem(_sentence(item, path, classes, data), located.where(path))
-        if problem not in problems:
-            problems.append(problem)
-    return problems
-
-
-def _written_path(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[type[Section]]]:
-    """pydantic's location without the variant names it adds, and the sections that may stand above its last key."""
-    path: list[str | int] = []
-    here = data
-    for index, part in enumerate(loc):
-        last = index == len(loc) - 1
-        if isinstance(here, dict) and (part in here or last):
-            path.append(part)
-            here = here.get(part) if isinstance(part, str) else None
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            path.append(part)
-            here = here[part]
-    parent = tuple(path[:-1])
-    classes = _section_classes(parent)
-    value: Any = data
-    for part in parent:
-        value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, dict):
-        tagged = [
-            cls
-            for cls in classes
-            if any(_tag(cls, key) is not None and _tag(cls, key) == value.get(key) for key in ("name", "kind"))
-        ]
-        classes = tagged or classes
-    return tuple(path), classes
-
-
-def _sentence(item: Any, path: KeyPath, classes: list[type[Section]], data: Any) -> str:
-    dotted = ".".join(str(part) for part in path) or "the file"
-    kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
-    if kind == "extra_forbidden":
-        valid = [name for cls in classes for name in cls.model_fields]
-        owner = _owner(path, data)
-        return f"unknown key {dotted!r}{owner}; {nearest(str(path[-1]), valid)}"
-    if kind == "missing":
-        return f"{dotted!r} is required and is not given"
-    if kind in ("union_tag_invalid", "literal_error"):
-        valid = [
-            word.strip().strip("'")
-            for word in str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
-        ]
-        got = (
-            value.get(str(context["discriminator"]).strip("'"))
-            if kind == "union_tag_invalid" and isinstance(value, dict)
-            else value
-        )
-        name = f"{dotted}.{str(context['discriminator']).strip(chr(39))}" if kind == "union_tag_invalid" else dotted
-        return f"{name} is {got!r}, which is not one of its values; {nearest(str(got), valid)}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{dotted} must be a section of keys, and is {value!r}"
-    return f"{dotted} is {value!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-
-
-def _owner(path: KeyPath, data: Any) -> str:
-    """Which variant an unknown key was given to, such as `for loss cross_entropy`."""
-    section = data.get(path[0]) if isinstance(data, dict) and len(path) == 2 else None
-    if isinstance(section, dict):
-        for key in ("name", "kind"):
-            if f"{path[0]}.{key}" in _VARIANT_KEYS and isinstance(section.get(key), str):
-                return f" for {path[0]} {section[key]}"
-    return ""
-
-
-def _disagreements(config: TrialConfig, written: Any) -> list[tuple[KeyPath, str]]:
-    """Rules that tie several keys together."""
-    found: list[tuple[KeyPath, str]] = []
-    if config.train is not None and config.train.num_epochs is not None and config.train.num_steps is not None:
-        found.append((("train", "num_steps"), "train.num_epochs and train.num_steps are both given; keep exactly one"))
-    if (
-        config.decoder is not None
-        and config.decoder.width is not None
-        and config.decoder.width % config.decoder.num_heads
-    ):
-        found.append(
-            (
-                ("decoder", "width"),
-                f"decoder.width {config.decoder.width} must be a multiple of decoder.num_heads {config.decoder.num_heads}",
-            )
-        )
-    if (
-        config.optim is not None
-        and config.optim.lr_schedule != "cosine"
-        and "cosine_cycles" in (written.get("optim") or {})
-    ):
-        if config.optim.cosine_cycles != 0.5:
-            found.append(
-                (
-                    ("optim", "cosine_cycles"),
-                    f"optim.cosine_cycles has no effect with lr_schedule {config.optim.lr_schedule}",
-                )
-            )
-    if isinstance(config.prompts, PromptsConfig) and isinstance(config.prompts.templates, list):
-        if not config.prompts.templates:
-            found.append(
-                (("prompts", "templates"), "prompts.templates is an empty list; give at least one sentence with {}")
-            )
-        for index, template in enumerate(config.prompts.templates):
-            if template.count("{}") != 1:
-                found.append(
-                    (
-                        ("prompts", "templates", index),
-                        f"template {template!r} must have exactly one {{}} for the class name",
-                    )
-                )
-    if config.classifier is not None and config.classifier.init == "text" and config.method == "decoder":
-        decoder = needed(config.decoder)
-        if decoder.init != "identity" or decoder.width is not None or decoder.input_norm == "none":
-            found.append(
-                (
-                    ("classifier", "init"),
-                    "classifier.init: text needs the tower's pooled output, and a random decoder changes it; "
-                    "set decoder.init: identity (with decoder.width: null and input_norm: layer_norm), or method: linear_probe",
-                )
-            )
-    if config.decoder is not None and config.decoder.init == "identity" and config.decoder.width is not None:
-        found.append((("decoder", "init"), "decoder.init: identity keeps the tower's width; set decoder.width: null"))
-    return found
+    return dotted_keys_of(TrialConfig)

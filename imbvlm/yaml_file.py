@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -27,9 +27,10 @@ _CORE_SCHEMA = (
 )
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 
+
+class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         # Nested aliases grow without bound, and a configuration has no need of them.
         if self.check_event(yaml.AliasEvent):
@@ -41,12 +42,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
+# PyYAML's own resolvers read YAML 1.1: `off` as false, `1_000` and `1:30` as numbers, `<<` as a merge.
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
@@ -63,42 +65,46 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 @dataclass(frozen=True)
 class YamlTree:
-    """The plain data of a YAML document, and the 1-based line of each key and list item by its path."""
+    """The plain data of a YAML document, and where each key and list item was written (`file:line`) by its path."""
 
     data: Any
     file: str
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    places: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of a path, or of its nearest written ancestor."""
-        for end in range(len(path), -1, -1):
-            line = self.lines.get(path[:end])
-            if line is not None:
-                return f"{self.file}:{line}"
-        return self.file
+        """The place of a path, or of its nearest written ancestor."""
+        above = (self.places.get(path[:end]) for end in range(len(path), -1, -1))
+        return next((place for place in above if place is not None), self.file)
 
 
-def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], file: str) -> None:
-    lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
+def _walk(node: yaml.Node, path: KeyPath, places: dict[KeyPath, str], problems: list[Problem], file: str) -> None:
+    places.setdefault(path, _place(node, file))
+    if node.tag not in _TAGS:
+        problems.append(Problem(f"the tag {node.tag} is not read; write plain values", _place(node, file)))
+    elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                problems.append(Problem("a key must be a single word, not a list or a mapping", f"{file}:{line}"))
-                continue
-            key = str(key_node.value)
-            if key in first:
-                problems.append(
-                    Problem(f"{key!r} is given twice, first on line {first[key]}; keep one", f"{file}:{line}")
-                )
-                continue
-            first[key] = line
-            lines[(*path, key)] = line
-            _walk(value_node, (*path, key), lines, problems, file)
+            place = _place(key_node, file)
+            if key_node.tag != "tag:yaml.org,2002:str":
+                problems.append(Problem(f"a key must be a word, not {_named(key_node)}", place))
+            elif key_node.value in first:
+                line = first[key_node.value]
+                problems.append(Problem(f"{key_node.value!r} is given twice, first on line {line}; keep one", place))
+            else:
+                first[key_node.value] = key_node.start_mark.line + 1
+                places[(*path, key_node.value)] = place
+                _walk(value_node, (*path, key_node.value), places, problems, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*path, index), lines, problems, file)
+            _walk(item, (*path, index), places, problems, file)
+
+
+def _place(node: yaml.Node, file: str) -> str:
+    return f"{file}:{node.start_mark.line + 1}"
+
+
+def _named(key: yaml.Node) -> str:
+    return f"{key.value}; put it in quotes" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
 
 
 def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
@@ -108,12 +114,12 @@ def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
         node = loader.get_single_node()
         if node is None:
             return YamlTree({}, file, {})
-        lines: dict[KeyPath, int] = {}
+        places: dict[KeyPath, str] = {}
         problems: list[Problem] = []
-        _walk(node, (), lines, problems, file)
+        _walk(node, (), places, problems, file)
         if problems:
             raise ConfigError(problems)
-        return YamlTree(loader.construct_document(node), file, lines)
+        return YamlTree(loader.construct_document(node), file, places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -139,7 +145,8 @@ def read_yaml(path: str | Path) -> YamlTree:
 
 def parse_scalar(text: str) -> Any:
     """The value that a word on the command line has in YAML 1.2; raises ConfigError where it is not YAML."""
-    return parse_yaml(text, "<value>").data if text.strip() else ""
+    located = parse_yaml(text, "<value>")
+    return located.data if located.places else ""
 
 
 def dump_yaml(data: Any) -> str:

@@ -269,7 +269,7 @@ def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
             continue
         tree = drop_unused_sections(apply_overrides(spec.base, draw), keep=draw)
         try:
-            TrialConfig.from_tree(_MergedTree(tree, f"base of sweep {spec.name}", space=space, draw=draw))
+            TrialConfig.from_tree(YamlTree(tree, f"base of sweep {spec.name}", _places(space, draw)))
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
     return list(problems)
@@ -280,17 +280,9 @@ def _readers(section: str) -> str:
     return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
 
 
-class _MergedTree(YamlTree):
-    """A base with a draw set in it: a mistake at a drawn key is the space's."""
-
-    def __init__(self, data: Any, file: str, *, space: SearchSpace, draw: Draw) -> None:
-        super().__init__(data, file)
-        self.__dict__["origin"] = {key: _where_of(space, key) for key in draw}
-
-    def where(self, path: KeyPath) -> str:
-        origin: dict[str, str] = self.__dict__["origin"]
-        dotted = ".".join(str(part) for part in path)
-        return next((origin[key] for key in (dotted, f"{dotted}.name", f"{dotted}.kind") if key in origin), self.file)
+def _places(space: SearchSpace, draw: Draw) -> dict[KeyPath, str]:
+    """A mistake at a drawn key is the space's."""
+    return {tuple(key.split(".")): _where_of(space, key) for key in draw}
 
 
 def _where_of(space: SearchSpace, key: str) -> str:

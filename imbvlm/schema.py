@@ -1,0 +1,197 @@
+"""Strict sections: what every configuration is made of, dotted keys into them, and each mistake as a sentence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from imbvlm.errors import Problem, nearest
+from imbvlm.yaml_file import KeyPath, YamlTree
+
+Tree = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------------------- what may stand where
+
+
+def variants(annotation: Any) -> list[type[Section]]:
+    """The section classes that an annotation admits; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [variant for part in get_args(annotation) for variant in variants(part)]
+
+
+def section_classes(root: type[Section], path: KeyPath) -> list[type[Section]]:
+    """The section classes that may stand at a path below `root`; none where a plain value stands."""
+    classes = [root]
+    for part in path:
+        found = [cls.model_fields[str(part)] for cls in classes if str(part) in cls.model_fields]
+        classes = [variant for info in found for variant in variants(info.annotation)]
+    return classes
+
+
+def tag_of(cls: type[Section]) -> tuple[str, str] | None:
+    """What chooses this variant among its section's, such as ("name", "focal"); None for a section without variants."""
+    for key in ("name", "kind"):
+        info = cls.model_fields.get(key)
+        if info is not None and get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1:
+            return key, str(get_args(info.annotation)[0])
+    return None
+
+
+def dotted_keys_of(root: type[Section]) -> list[str]:
+    """Every dotted key of a plain value below `root`, over all variants."""
+    keys: dict[str, None] = {}
+
+    def walk(cls: type[Section], prefix: str) -> None:
+        for name, info in cls.model_fields.items():
+            inner = variants(info.annotation)
+            for variant in inner:
+                walk(variant, f"{prefix}{name}.")
+            if not inner:
+                keys[f"{prefix}{name}"] = None
+
+    walk(root, "")
+    return list(keys)
+
+
+def flat(tree: Tree, prefix: str = "") -> Tree:
+    """Dotted keys and plain values of nested data."""
+    found: Tree = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ dotted keys
+
+
+def set_keys(
+    root: type[Section], tree: Tree, values: Mapping[str, Any], lets_go: Mapping[str, tuple[str, ...]] | None = None
+) -> Tree:
+    """A deep copy of plain data with dotted keys set; sections on the way are made.
+
+    Choosing another variant lets go of the old one's knobs, except those that mean the same in the new one (of the
+    same default); setting a key of `lets_go` lets go of keys beside it, unless `values` sets them too.
+    """
+    result = copy.deepcopy(tree)
+    for dotted in sorted(values, key=lambda key: key.rpartition(".")[2] not in ("name", "kind")):
+        *above, last = dotted.split(".")
+        section = result
+        for part in above:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        value = copy.deepcopy(values[dotted])
+        if section.get(last) != value:
+            _drop_old_knobs(section_classes(root, tuple(above)), section, last, value)
+            for other in (lets_go or {}).get(dotted, ()):
+                if value is not None and other not in values:
+                    section.pop(other.rpartition(".")[2], None)
+        section[last] = value
+    return result
+
+
+def _drop_old_knobs(classes: list[type[Section]], section: Tree, tag: str, value: Any) -> None:
+    by_tag = {tag_of(cls): cls for cls in classes}
+    new, old = by_tag.get((tag, value)), by_tag.get((tag, section.get(tag, "")))
+    if new is None:
+        return
+    for knob in list(section):
+        info = new.model_fields.get(knob)
+        before = old.model_fields.get(knob) if old is not None else info
+        if info is None or (before is not None and before.default != info.default):
+            del section[knob]
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
+
+
+def explain(root: type[Section], error: ValidationError, located: YamlTree, data: Any) -> list[Problem]:
+    """Each mistake once, with its place in the file and its mend; `data` is what was checked against `root`."""
+    grouped: dict[KeyPath, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        grouped.setdefault(_written_path(item, data), []).append(item)
+    problems = []
+    for path, items in grouped.items():
+        # Of a list with a wrong item, only the item is the mistake.
+        if not any(other != path and other[: len(path)] == path for other in grouped):
+            problems.append(Problem(_sentence(root, path, items, data), located.where(path)))
+    return problems
+
+
+def _written_path(item: Any, data: Any) -> KeyPath:
+    """pydantic's location of a mistake without the names of variants that it adds."""
+    path: list[str | int] = []
+    here = data
+    for index, part in enumerate(item["loc"]):
+        missing = item["type"] == "missing" and index == len(item["loc"]) - 1
+        if isinstance(here, dict) and (part in here or missing):
+            path.append(part)
+            here = here.get(part)
+        elif isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here):
+            path.append(part)
+            here = here[part]
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(item["ctx"]["discriminator"].strip("'"))
+    return tuple(path)
+
+
+def _sentence(root: type[Section], path: KeyPath, items: list[Any], data: Any) -> str:
+    dotted = ".".join(map(str, path)) or "the file"
+    item = items[0]
+    kind, context, value = item["type"], item.get("ctx", {}), _shown(item.get("input"))
+    if len(items) > 1:
+        return f"{dotted} must be {' or '.join(dict.fromkeys(map(_rule, items)))}, and is {value}"
+    if kind == "extra_forbidden":
+        return _unknown_key(root, path, data)
+    if kind == "invalid_key":
+        return f"key {dotted} must be a word"
+    if kind == "missing":
+        return f"{dotted!r} is required and is not given"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "union_tag_not_found":
+        valid = sorted(tag[1] for cls in section_classes(root, path[:-1]) if (tag := tag_of(cls)) is not None)
+        return f"{dotted!r} is required and is not given; valid: {', '.join(valid)}"
+    if kind in ("union_tag_invalid", "literal_error"):
+        words = str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
+        got = item["input"].get(path[-1]) if kind == "union_tag_invalid" else item["input"]
+        mend = nearest(str(got), [word.strip().strip("'") for word in words])
+        return f"{dotted} is {_shown(got)}, which is not one of its values; {mend}"
+    rule = _rule(item)
+    return f"{dotted} must be {rule}, and is {value}" if rule != item["msg"] else f"{dotted} is {value}: {rule}"
+
+
+def _rule(item: Any) -> str:
+    """pydantic's rule in YAML's words, such as `a section of keys`."""
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a section of keys"
+    return str(item["msg"]).removeprefix("Input should be ").replace("tuple", "list").replace("Tuple", "list")
+
+
+def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
+    classes = section_classes(root, path[:-1])
+    section = data
+    for part in path[:-1]:
+        section = section[part]
+    chosen = [cls for cls in classes if (tag := tag_of(cls)) is not None and section.get(tag[0]) == tag[1]]
+    valid = [name for cls in chosen or classes for name in cls.model_fields]
+    owner = "".join(f" for {'.'.join(map(str, path[:-1]))} {tag_of(cls)[1]}" for cls in chosen)  # type: ignore[index]
+    others = [tag[1] for cls in classes if path[-1] in cls.model_fields and (tag := tag_of(cls)) is not None]
+    mend = f"only {', '.join(others)} has it" if others else nearest(str(path[-1]), valid)
+    return f"unknown key {'.'.join(map(str, path))!r}{owner}; {mend}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
