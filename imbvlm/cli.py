@@ -6,8 +6,10 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from imbvlm import __version__
 from imbvlm.errors import ImbvlmError
@@ -38,9 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_predict(commands)
     return parser
-
-
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _command(
@@ -154,7 +153,7 @@ def _predict(options: argparse.Namespace) -> int:
     images = _images(options.images)
     model = load(options.model)
     bad = 0
-    with open(options.out, "w", newline="", encoding="utf-8") if options.out else _stdout() as stream:
+    with _output(options.out) as stream:
         writer = csv.writer(stream)
         if options.out and not options.json:
             writer.writerow(
@@ -183,14 +182,15 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if bad == len(images) else 0
 
 
-class _stdout:
-    """Standard output as a context that stays open."""
-
-    def __enter__(self) -> object:
-        return sys.stdout
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def _output(path: str | None) -> Iterator[TextIO]:
+    """The file that `--out` names, or standard output, which stays open."""
+    if path is None:
+        yield sys.stdout
         sys.stdout.flush()
+        return
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        yield stream
 
 
 def _images(arguments: list[str]) -> list[str]:

@@ -7,11 +7,13 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.extract import ensure_features
+from imbvlm.models.encoder_info import OutputName
 from imbvlm.models.methods import METHODS, needs_text
 from imbvlm.sweep.console import Console, percent
 from imbvlm.training.session import TrialSession, TrialSettings, default_device
 
 OBJECTIVE = "val/balanced_accuracy"
+LOG_FILE = "train.log"
 
 
 def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False) -> dict[str, float]:
@@ -19,11 +21,13 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     console = Console()
     say = (lambda text: None) if quiet else console.say
     manifest = Manifest.read(config.data.manifest)
-    outputs = {METHODS[config.method].reads} | ({"image_embedding"} if needs_text(config) else set())
+    reads = METHODS[config.method].reads
+    outputs: frozenset[OutputName] = frozenset({reads, "image_embedding"} if needs_text(config) else {reads})
     splits = tuple(split for split in manifest.splits if split != "test")
-    features = ensure_features(
-        config, manifest, storage.join(storage_folder, "features"), frozenset(outputs), splits, report=say
-    )
+    root = storage.join(storage_folder, "features")
+    log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
+    with console.others_to(log):
+        features = ensure_features(config, manifest, root, outputs, splits, report=say)
     threads = config.train.num_threads if config.train else None
     settings = TrialSettings(
         config=config.to_tree(),
