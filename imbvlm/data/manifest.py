@@ -41,6 +41,7 @@ CARVE_FROM = 5
 CARVE_AT_MOST = 3
 _ROW_GROUP = 65536
 _STAT_THREADS = 8
+_STAT_CHUNK = 8192
 
 
 class ManifestError(ImbvlmError):
@@ -284,18 +285,19 @@ def _carve(labels: npt.NDArray[np.int64], groups: Rows, seed: int) -> Rows:
 
 def _file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
-    local = [storage.local_path(uri) if storage.is_local(uri) else None for uri in uris]
-    if not any(local):
-        return np.empty((0, 2), dtype=np.int64)
-
-    def state(path: os.PathLike[str] | None) -> tuple[int, int]:
-        if path is None:
-            return (-1, -1)
-        try:
-            found = os.stat(path)
-        except OSError:
-            return (-1, -1)
-        return (found.st_size, found.st_mtime_ns)
-
+    chunks = [uris[start : start + _STAT_CHUNK] for start in range(0, len(uris), _STAT_CHUNK)]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        return np.array(list(pool.map(state, local, chunksize=4096)), dtype=np.int64).reshape(-1, 2)
+        states = list(pool.map(_states_of, chunks))
+    return np.concatenate([np.empty((0, 2), dtype=np.int64), *states])
+
+
+def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    states = np.full((len(uris), 2), -1, dtype=np.int64)
+    for index, uri in enumerate(uris):
+        if storage.is_local(uri):
+            try:
+                found = os.stat(uri.removeprefix("file://"))
+            except (OSError, ValueError):
+                continue
+            states[index] = found.st_size, found.st_mtime_ns
+    return states
