@@ -24,7 +24,7 @@ def encoder() -> Encoder:
 @pytest.mark.parametrize("templates", ["plain", "imagenet"])
 def test_equal_to_open_clips_zero_shot_classifier(encoder: Encoder, templates: str) -> None:
     functions = {"plain": [lambda name: f"a photo of a {name}."], "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES}
-    tokenizer = open_clip.get_tokenizer(encoder._source.model)
+    tokenizer = open_clip.get_tokenizer(encoder.source.model)
     expected = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, NAMES, functions[templates])
     got = class_embeddings(encoder, NAMES, TEMPLATES[templates])
     torch.testing.assert_close(got, expected.T, atol=1e-5, rtol=1e-5)

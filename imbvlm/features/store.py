@@ -171,7 +171,7 @@ class FeatureStore:
 
     def view(self, output: OutputName, shard: int) -> Tensor:
         """A shard's values (rows, views, ...) without a copy: memory that must not be written to."""
-        return _as_tensor(self._values(output, shard))
+        return as_tensor(self._values(output, shard))
 
     def gather(self, output: OutputName, rows: Rows, views: Rows | None = None) -> Tensor:
         """The outputs (B, ...) of rows (B,) and their views (B,), the first view by default, in the order asked."""
@@ -309,7 +309,8 @@ def _open_shard(path: str) -> pa.RecordBatch:
         raise StoreError(f"can't read the shard {path} ({error}); start again and it is computed anew") from None
 
 
-def _as_tensor(values: npt.NDArray[Any]) -> Tensor:
+def as_tensor(values: npt.NDArray[Any]) -> Tensor:
+    """A tensor over the same memory, which may be read-only and must not be written to."""
     with warnings.catch_warnings():
         # torch has no read-only tensors and says so once; callers only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

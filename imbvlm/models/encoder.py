@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pickle import UnpicklingError
@@ -75,12 +75,19 @@ class Encoder:
         info = replace(
             described,
             logit_scale=float(model.logit_scale.detach().exp()),
-            weights_fingerprint=_fingerprint(model.visual, source),
+            weights_fingerprint=_visual_fingerprint(model.visual, source),
         )
         model.to(device)
         if described.kind == "convolution":
             model.visual.to(memory_format=torch.channels_last)
         return Encoder(model, info, preprocess_of(info, evaluation), source)
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """Move the tower to another device; returns itself."""
+        self.model.to(device)
+        self.device = next(self.model.parameters()).device
+        self._scale, self._shift = self._scale.to(self.device), self._shift.to(self.device)
+        return self
 
     @property
     def visual(self) -> Any:
@@ -132,6 +139,13 @@ class Encoder:
     def projection(self) -> Tensor | None:
         """Matrix (P, E) with pooled @ projection = image_embedding up to a constant; None where it isn't linear."""
         return self._rules.projection(self.visual)
+
+    def text_fingerprint(self) -> str:
+        """Hex digest of the text side: its weights by name, the activation, the tokenizer's settings."""
+        config = self.source.model_config
+        switches = {"quick_gelu": self.source.quick_gelu, "embed_dim": config["embed_dim"], "text": config["text_cfg"]}
+        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("visual.")}
+        return _fingerprint(state, switches)
 
     def check(self) -> None:
         """Compare the outputs with the model's own `encode_image` on a made-up image; raises ImbvlmError."""
@@ -250,8 +264,7 @@ def _quiet_logging() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def _fingerprint(visual: Any, source: TowerSource) -> str:
-    """Hex digest of the visual weights by name, and of the switches that no weight shows."""
+def _visual_fingerprint(visual: Any, source: TowerSource) -> str:
     config = source.model_config
     switches = {
         "class": type(visual).__name__,
@@ -259,10 +272,15 @@ def _fingerprint(visual: Any, source: TowerSource) -> str:
         "embed_dim": config["embed_dim"],
         "vision": config["vision_cfg"],
     }
+    return _fingerprint(visual.state_dict(), switches)
+
+
+def _fingerprint(state: Mapping[str, Tensor], switches: Mapping[str, Any]) -> str:
+    """Hex digest of weights by name, and of the switches that no weight shows."""
     digest = hashlib.sha256(json.dumps(switches, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(visual.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()
 
 

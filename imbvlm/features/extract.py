@@ -1,0 +1,259 @@
+"""The pass that fills the feature store: what is missing, whether the disk can hold it, and how far it is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import safetensors.torch
+
+from imbvlm import storage
+from imbvlm.config import TrialConfig
+from imbvlm.data.cluster import connected
+from imbvlm.data.images import Preprocess
+from imbvlm.data.manifest import EMBEDDED, Manifest
+from imbvlm.data.pipeline import map_images
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import FeatureSet
+from imbvlm.features.loading import Block, bad_image_error, load_block
+from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreKey, StoreLayout
+from imbvlm.features.text import ensure_class_embeddings
+from imbvlm.features.tower_pass import TowerWorker
+from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
+from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.models.methods import METHODS
+
+Report = Callable[[str], None]
+
+ROWS_PER_SHARD = 512
+# A block of crops, and the largest output of a shard, stay near this size in memory.
+SHARD_BYTES = 96_000_000
+# Small data is still cut into a few blocks, so that several workers share it.
+LEAST_SHARDS = 8
+# Few CPUs: a worker each. Many: a worker per this many, since each holds the whole tower.
+THREADS_PER_WORKER = 4
+_DISK_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one official split lacks: shard number -> outputs to compute."""
+
+    split: str
+    store: FeatureStore
+    rows: Manifest
+    missing: Mapping[int, tuple[OutputName, ...]]
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(self.store.layout.rows_of(shard)) for shard in self.missing) * self.store.num_views
+
+    def num_bytes(self, output: OutputName) -> int:
+        layout = self.store.layout
+        rows = sum(len(layout.rows_of(shard)) for shard, outputs in self.missing.items() if output in outputs)
+        return replace(layout, num_rows=rows).num_bytes(output)
+
+
+def ensure_features(
+    config: TrialConfig,
+    manifest: Manifest,
+    root: str,
+    outputs: frozenset[OutputName],
+    splits: tuple[str, ...],
+    *,
+    report: Report,
+) -> FeatureSet:
+    """The stored outputs of the configuration's tower for some official splits, computed where they are missing.
+
+    Shards that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Raises
+    ImbvlmError where the tower can't be had, the disk is too small, or `data.on_bad_image: strict` meets a bad image.
+    """
+    root = storage.absolute(root)
+    ordered = tuple(output for output in OUTPUT_NAMES if output in outputs)
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    works = [_plan_split(config, manifest, root, ordered, encoder, split) for split in splits]
+    _check_disk(config, root, works)
+    for work in works:
+        _write_tower(work.store.folder, encoder)
+    if any(work.missing for work in works):
+        encoder.check()
+        _fill(config, works, encoder.preprocess, report)
+    for work in works:
+        _check_quarantine(config, work, ordered, report)
+    embeddings = None
+    if "image_embedding" in outputs:
+        embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
+    folders = {work.split: work.store.folder for work in works}
+    source = config.data.manifest
+    location = source if source.startswith(EMBEDDED) else storage.absolute(source)
+    return FeatureSet(location, folders, ordered, encoder.info, embeddings)
+
+
+def plan_bytes(
+    config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName], splits: Sequence[str]
+) -> dict[OutputName, int]:
+    """Bytes on disk of each output over some official splits; needs no weights."""
+    info = describe_encoder(config.encoder)
+    layouts = [_layout(config, info, split, len(manifest.rows_of(split)), "") for split in splits]
+    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in OUTPUT_NAMES if output in outputs}
+
+
+# ------------------------------------------------------------------------------------------------- planning
+
+
+def _num_views(config: TrialConfig, split: str) -> int:
+    return config.features.num_views if split == "train" else 1
+
+
+def _layout(config: TrialConfig, info: EncoderInfo, split: str, num_rows: int, digest: str) -> StoreLayout:
+    views, precision = _num_views(config, split), config.features.precision
+    shapes = {output: info.shape(output) for output in OUTPUT_NAMES}
+    largest = max(math.prod(shape) for shape in shapes.values()) * np.dtype(precision).itemsize
+    bytes_per_row = views * max(largest, 3 * info.image_size**2)
+    rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // LEAST_SHARDS))
+    return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes)
+
+
+def _plan_split(
+    config: TrialConfig, manifest: Manifest, root: str, outputs: Sequence[OutputName], encoder: Encoder, split: str
+) -> _Work:
+    rows = manifest.split(split)
+    if not len(rows):
+        raise ImbvlmError(
+            f"the manifest {config.data.manifest} has no {split} rows; it has {', '.join(manifest.splits)}"
+        )
+    key = StoreKey(
+        rows=manifest.row_fingerprint(split),
+        weights=encoder.info.weights_fingerprint,
+        preprocess=encoder.preprocess.to_dict(),
+        num_views=_num_views(config, split),
+        precision=config.features.precision,
+    )
+    layout = _layout(config, encoder.info, split, len(rows), key.digest)
+    store = FeatureStore.create(storage.join(root, key.digest), layout)
+    missing: dict[int, tuple[OutputName, ...]] = {}
+    for output in outputs:
+        for shard in store.missing(output):
+            missing[shard] = (*missing.get(shard, ()), output)
+    return _Work(split, store, rows, dict(sorted(missing.items())))
+
+
+def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
+    needed = {output: sum(work.num_bytes(output) for work in works) for output in OUTPUT_NAMES}
+    total = sum(needed.values())
+    if not total or not storage.is_local(root):
+        return
+    free = shutil.disk_usage(storage.local_path(root)).free
+    if total * _DISK_MARGIN <= free:
+        return
+    features = config.features
+    knobs = [f"features.num_views ({features.num_views})", f"features.precision ({features.precision})"]
+    size = config.encoder.image_size or "the tower's own"
+    knobs.append(f"encoder.image_size ({size})")
+    if needed["tokens"]:
+        reading = ", ".join(name for name, entry in METHODS.items() if entry.reads == "tokens")
+        knobs.append(f"or leave out the methods that need tokens ({reading})")
+    parts = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
+    raise ImbvlmError(
+        f"the stored features need {size_text(total)} more ({parts}) and {root} has {size_text(free)} free; reduce "
+        f"{', '.join(knobs)}, or choose a storage folder on a larger disk"
+    )
+
+
+def size_text(num_bytes: float) -> str:
+    """A size for people: 57.1 MB, 230.2 GB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+# -------------------------------------------------------------------------------------------------- filling
+
+
+def _fill(config: TrialConfig, works: Sequence[_Work], preprocess: Preprocess, report: Report) -> None:
+    with connected() as cluster:
+        num_blocks = sum(len(work.missing) for work in works)
+        gpus = int(cluster.num_gpus)
+        threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
+        num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
+        blocks = [block for work in works for block in _blocks(config, work, preprocess)]
+        worker_args = (absolute_encoder(config.encoder), config.eval, threads, bool(gpus))
+        progress = _Progress(sum(work.num_images for work in works), report)
+        for summary in map_images(
+            blocks,
+            load_block,
+            TowerWorker,
+            worker_args,
+            num_workers=min(num_workers, num_blocks),
+            cpus_per_worker=1 if gpus else threads,
+            gpus_per_worker=1 if gpus else 0,
+        ):
+            progress.add(summary["num_images"])
+
+
+def _blocks(config: TrialConfig, work: _Work, preprocess: Preprocess) -> list[Block]:
+    return [
+        {
+            "folder": work.store.folder,
+            "shard": shard,
+            "outputs": outputs,
+            "split": work.split,
+            "first_row": rows.start,
+            "num_views": work.store.num_views,
+            "preprocess": preprocess.to_dict(),
+            "strict": config.data.on_bad_image == "strict",
+            "uri": work.rows.table.column("uri").slice(rows.start, len(rows)).to_pylist(),
+            "bytes": work.rows.table.column("bytes").slice(rows.start, len(rows)).to_pylist(),
+        }
+        for shard, outputs in work.missing.items()
+        for rows in [work.store.layout.rows_of(shard)]
+    ]
+
+
+class _Progress:
+    """Tells how far a pass is, how fast, and how long it still takes; workers' start isn't counted in the speed."""
+
+    def __init__(self, num_images: int, report: Report) -> None:
+        self.num_images, self.done, self.report = num_images, 0, report
+        self.first: tuple[int, float] | None = None
+        report(f"features: {num_images:,} images to compute")
+
+    def add(self, num_images: int) -> None:
+        self.done += num_images
+        if self.first is None:
+            self.first = (self.done, time.monotonic())
+        seconds = time.monotonic() - self.first[1]
+        text = f"features: {self.done:,} of {self.num_images:,} images"
+        if seconds > 0 and self.done > self.first[0]:
+            speed = (self.done - self.first[0]) / seconds
+            text += f", {speed:,.0f} a second, {(self.num_images - self.done) / speed:,.0f} s left"
+        self.report(text)
+
+
+# ------------------------------------------------------------------------------------------------ afterwards
+
+
+def _write_tower(folder: str, encoder: Encoder) -> None:
+    """The tower's tensors that trials start from, beside its outputs; small, and so made again each time it differs."""
+    norm, projection = encoder.final_norm(), encoder.projection()
+    tensors = {} if norm is None else {"final_norm.weight": norm.weight, "final_norm.bias": norm.bias}
+    if projection is not None:
+        tensors["projection"] = projection
+    data = safetensors.torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()})
+    path = storage.join(folder, TOWER_FILE)
+    if not storage.exists(path) or storage.read_bytes(path) != data:
+        storage.write_bytes(path, data)
+
+
+def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[OutputName], report: Report) -> None:
+    """Say how many images are left out; a store filled under `quarantine` isn't good enough for `strict`."""
+    bad = FeatureStore.open(work.store.folder, outputs).quarantine
+    if not bad:
+        return
+    uri = work.rows.table.column("uri")[bad[0].row].as_py()
+    name = uri or f"row {bad[0].row}"
+    if config.data.on_bad_image == "strict":
+        raise bad_image_error(work.split, name, bad[0].reason)
+    report(f"{len(bad):,} of {work.store.num_rows:,} {work.split} images are left out, such as {name}: {bad[0].reason}")

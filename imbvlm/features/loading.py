@@ -1,0 +1,56 @@
+"""What the loading tasks of the extraction pass do. Imports no torch, so that they start fast."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from imbvlm.data.images import ImageError, Preprocess, decode, fetch
+from imbvlm.errors import ImbvlmError
+
+Block = dict[str, Any]
+
+# Files are waited for side by side; decoding releases the interpreter for much of its time.
+FETCH_THREADS = 4
+
+
+def load_block(block: Block) -> Block:
+    """Fetch, decode and crop a block's rows: adds `images` (rows x views, 3, S, S) and a reason or None per row.
+
+    Raises ImbvlmError for an image that can't be had where the block is strict, StorageError where a store fails.
+    """
+    preprocess = Preprocess.from_dict(block["preprocess"])
+    uris, contents, views = block["uri"], block["bytes"], block["num_views"]
+    shape = (len(uris), views, 3, preprocess.image_size, preprocess.image_size)
+    images = np.zeros(shape, dtype=np.uint8)
+
+    def load_row(number: int) -> str | None:
+        try:
+            pixels = decode(fetch(uris[number], contents[number]))
+        except ImageError as error:
+            return error.reason
+        for view in range(views):
+            images[number, view] = preprocess.apply(pixels, view, block["first_row"] + number)
+        return None
+
+    if all(content is not None for content in contents):
+        reasons = [load_row(number) for number in range(len(uris))]
+    else:
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            reasons = list(pool.map(load_row, range(len(uris))))
+    bad = next((number for number, reason in enumerate(reasons) if reason is not None), None)
+    if block["strict"] and bad is not None:
+        name = uris[bad] or f"row {block['first_row'] + bad}"
+        raise bad_image_error(block["split"], name, str(reasons[bad]))
+    kept = {key: value for key, value in block.items() if key not in ("uri", "bytes")}
+    return {**kept, "images": images.reshape(-1, *shape[2:]), "reasons": reasons}
+
+
+def bad_image_error(split: str, name: str, reason: str) -> ImbvlmError:
+    """What `data.on_bad_image: strict` says of the first bad image."""
+    return ImbvlmError(
+        f"the {split} image {name} can't be used: {reason}; data.on_bad_image is strict, and quarantine would leave it "
+        "out and list it"
+    )

@@ -1,0 +1,54 @@
+"""Stored text features of the class names, for zero-shot, prompts and text initialisation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from imbvlm import storage
+from imbvlm.config import PromptsConfig, TrialConfig
+from imbvlm.models.encoder import Encoder
+from imbvlm.models.prompts import class_embeddings, templates_of, truncated_names
+
+_FOLDER = "class-embeddings"
+_CHECKSUM = "sha256"
+
+
+def ensure_class_embeddings(
+    config: TrialConfig, class_names: Sequence[str], root: str, encoder: Encoder, report: Callable[[str], None]
+) -> str:
+    """Path of a safetensors file with `class_embeddings` (C, E), written where it is missing or damaged.
+
+    Raises ImbvlmError where the tower's text side can't be had.
+    """
+    templates = templates_of(config.prompts or PromptsConfig())
+    key = {"tower": encoder.text_fingerprint(), "names": list(class_names), "templates": templates}
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = storage.join(root, _FOLDER, f"{digest}.safetensors")
+    if not _is_intact(path):
+        cut = truncated_names(encoder, class_names, templates)
+        if cut:
+            shown = ", ".join(repr(name) for name in cut[:3])
+            report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
+        report(f"text features: {len(class_names):,} class names in {len(templates)} sentences each")
+        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        tensor = class_embeddings(encoder, class_names, templates).contiguous()
+        checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))
+    return path
+
+
+def _is_intact(path: str) -> bool:
+    if not storage.exists(path):
+        return False
+    try:
+        with safe_open(storage.local_path(path), framework="pt") as file:
+            tensor, metadata = file.get_tensor("class_embeddings"), file.metadata() or {}
+    except (OSError, SafetensorError):
+        return False
+    return metadata.get(_CHECKSUM) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
