@@ -37,11 +37,11 @@ class ClassCounters:
         makes the loss NaN.
         """
         self._to(logits.device)
-        predictions, valid = _predictions(logits)
+        classes, valid = predictions(logits)
         # Added by index and not by bincount or a mask of rows, whose sizes the host would have to wait for.
         self.total.index_add_(0, targets, torch.ones_like(targets))
-        self.predicted.index_add_(0, predictions, valid.long())
-        self.correct.index_add_(0, targets, (valid & (predictions == targets)).long())
+        self.predicted.index_add_(0, classes, valid.long())
+        self.correct.index_add_(0, targets, (valid & (classes == targets)).long())
         losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
         self.nll += losses.sum(dtype=torch.float64)
 
@@ -99,12 +99,12 @@ class CalibrationBins:
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch of logits (B, C) and targets (B,); a row with a NaN is wrong with confidence 1."""
-        predictions, valid = _predictions(logits)
+        classes, valid = predictions(logits)
         probs = F.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1).amax(dim=-1)
         confidence = torch.where(valid, probs, 1).double()
         num_bins = self.counts.shape[1]
         bins = (torch.ceil(confidence * num_bins).long() - 1).clamp(0, num_bins - 1)
-        right = (valid & (predictions == targets)).double()
+        right = (valid & (classes == targets)).double()
         rows = torch.stack([torch.ones_like(right), right, confidence])
         self.counts = self.counts.to(logits.device).index_add(1, bins, rows)
 
@@ -161,6 +161,7 @@ def macro_scores_of_confusion(confusion: npt.ArrayLike) -> dict[str, float]:
     return macro_scores(np.diagonal(matrix), matrix.sum(axis=0), matrix.sum(axis=1))
 
 
-def _predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted classes (B,), the lowest of equals, and which rows are free of NaN (B,)."""
-    return logits.argmax(dim=-1), ~logits.isnan().any(dim=-1)
+def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted classes (B,) of logits (B, C), the lowest of equals, and which rows are free of NaN (B,)."""
+    largest, classes = logits.max(dim=-1)
+    return classes, ~largest.isnan()

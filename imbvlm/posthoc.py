@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imbvlm.class_stats import PRIOR_FLOOR
 from imbvlm.errors import ImbvlmError
-from imbvlm.metrics import CalibrationBins, per_class_accuracy
+from imbvlm.metrics import CalibrationBins, per_class_accuracy, predictions
 
 TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
 ALPHAS = tuple(round(0.05 * step, 10) for step in range(21))
@@ -25,6 +25,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 # Rows whose logits are changed in memory at once.
 CHUNK_SIZE = 1024
 _MAX_STEPS = 60
+_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
         step = inverse - slope / curvature if curvature > 0 else 0.0
         # A step that leaves the bracket, or has no curvature to go by, halves it instead.
         following = step if low < step < high else float(np.sqrt(low * high))
-        if abs(following - inverse) <= 1e-9 * inverse:
+        if abs(following - inverse) <= _TOLERANCE * inverse:
             break
         inverse = following
     before, after = _calibration(logits, targets, 1.0), _calibration(logits, targets, 1 / inverse)
@@ -131,23 +132,24 @@ def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[sl
     right = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     for start in range(0, len(targets), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
-        logits = logits_of(rows)
-        right[rows] = (logits.argmax(dim=1) == targets[rows]) & ~logits.isnan().any(dim=1)
+        classes, valid = predictions(logits_of(rows))
+        right[rows] = (classes == targets[rows]) & valid
     total = torch.bincount(targets, minlength=num_classes)
     correct = torch.bincount(targets[right], minlength=num_classes)
     return float(np.nanmean(per_class_accuracy(correct.cpu().numpy(), total.cpu().numpy())))
 
 
 def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the mean cross entropy of inverse * z, in float64."""
+    """First and second derivative of the mean cross entropy of inverse * z, added in float64."""
     slope = curvature = 0.0
     for start in range(0, len(targets), CHUNK_SIZE):
-        part = logits[start : start + CHUNK_SIZE].double()
+        part = _computing(logits[start : start + CHUNK_SIZE])
         part = part - part.gather(1, targets[start : start + CHUNK_SIZE, None])
         probs = torch.softmax(inverse * part, dim=1)
         mean = (probs * part).sum(dim=1, keepdim=True)
-        slope += float(mean.sum())
-        curvature += float((probs * (part - mean).square()).sum())
+        slope += float(mean.sum(dtype=torch.float64))
+        part -= mean
+        curvature += float((probs * part.square_()).sum(dtype=torch.float64))
     return slope / len(targets), curvature / len(targets)
 
 

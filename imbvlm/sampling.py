@@ -105,7 +105,6 @@ def _whole_quotas(expected: Expected, total: int, generator: np.random.Generator
     """Whole numbers that sum to `total`, by largest remainder; ties fall at random."""
     quotas = np.floor(expected + _TIE).astype(np.int64)
     remainders = np.round((expected - quotas) / _TIE)
-    remainders[expected == 0] = -np.inf
     order = np.lexsort((generator.random(len(expected)), -remainders))
     quotas[order[: total - quotas.sum()]] += 1
     return quotas

@@ -281,7 +281,7 @@ def test_training_serves_the_tail_and_leaves_the_first_stage_alone(first_stages,
     train(model, loss, x, labels, stage.class_sampling)
     at_last = loss(model(x[shown]), labels[shown]).item()
     assert at_last < 0.95 * at_first
-    assert balanced(model, val_x, val_labels) > balanced(first, val_x, val_labels) + 0.03
+    assert balanced(model, val_x, val_labels) > balanced(first, val_x, val_labels) + 0.02
     for key, value in before.items():
         assert torch.equal(first.state_dict()[key], value)
         if name in ON_LOGITS:

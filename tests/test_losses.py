@@ -263,8 +263,9 @@ def test_classes_that_the_batch_lacks_and_one_class_alone_are_fine(name):
     logits, _ = batch(rows=4)
     for targets in (torch.full((4,), 5), torch.zeros(4, dtype=torch.long)):
         assert torch.isfinite(value(name, logits, targets))
-    single = value(name, torch.randn(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.long), COUNTS[:1])
-    assert torch.isfinite(single)
+    single = torch.randn(3, 1, requires_grad=True)
+    value(name, single, torch.zeros(3, dtype=torch.long), COUNTS[:1]).backward()
+    assert torch.isfinite(single.grad).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"lade"}))  # whose estimator is of the logits themselves

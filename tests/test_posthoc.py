@@ -122,7 +122,7 @@ def test_any_logits_and_counts_give_a_choice(data):
 
 
 def test_balanced_accuracy_counts_classes_with_rows_and_a_nan_as_wrong(monkeypatch):
-    logits = torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 9, 0], [torch.nan, 9, 0]])
+    logits = torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 9, 0], [0, torch.nan, 9]])
     targets = torch.tensor([0, 1, 1, 1])
     expected = np.mean([1, 1 / 3])
     assert balanced_accuracy(targets, 3, lambda part: logits[part]) == pytest.approx(expected)
@@ -171,6 +171,16 @@ def test_where_the_loss_falls_for_ever_the_temperature_ends_at_a_bound():
 
 def test_equal_logits_stay_as_they_are():
     assert fit_temperature(torch.zeros(3, 4), torch.tensor([0, 1, 2])).temperature == 1.0
+
+
+def test_the_temperature_takes_few_passes_over_the_logits(monkeypatch):
+    """Each pass over iNaturalist's validation logits takes seconds."""
+    passes, slope = [], posthoc._slope
+    monkeypatch.setattr(posthoc, "_slope", lambda *given: passes.append(given) or slope(*given))
+    for scale in (0.3, 1.0, 4.0, 40.0):
+        passes.clear()
+        fit_temperature(*rows(scale=scale))
+        assert len(passes) <= 15
 
 
 def test_parts_in_memory_change_nothing(monkeypatch):
