@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,7 @@ from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 TOWER_FILE = "tower.safetensors"
+LEFTOVER_SECONDS = 3600
 Precision = Literal["float16", "float32"]
 Rows = npt.NDArray[np.int64]
 
@@ -107,6 +110,7 @@ class FeatureStore:
         store = FeatureStore.open(folder)
         if (store.layout.digest, store.layout.num_rows) != (layout.digest, layout.num_rows):
             raise StoreError(f"{folder} holds a store of other rows or another tower; delete it or choose another root")
+        store._remove_leftovers()
         return store
 
     @staticmethod
@@ -206,6 +210,14 @@ class FeatureStore:
         flags = np.ones(self.num_rows, dtype=np.bool_)
         flags[[entry.row for entry in self.quarantine]] = False
         return flags
+
+    def _remove_leftovers(self) -> None:
+        """Delete unfinished files of writers that were killed; young ones may be another process's work."""
+        oldest = time.time() - LEFTOVER_SECONDS
+        for path in storage.local_path(self.folder).glob("*/.shard-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def _values(self, output: OutputName, shard: int) -> npt.NDArray[Any]:
         key = (output, shard)
