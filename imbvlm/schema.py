@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from imbvlm.errors import Problem, nearest
 from imbvlm.yaml_file import KeyPath, YamlTree
@@ -64,6 +64,24 @@ def dotted_keys_of(root: type[Section]) -> list[str]:
     return list(keys)
 
 
+def refusal(root: type[Section], dotted: str, value: Any) -> str | None:
+    """The rule that a value of a dotted key breaks, such as `greater than 0`; None where some variant admits it."""
+    *above, last = dotted.split(".")
+    rules: dict[str, None] = {}
+    for cls in section_classes(root, tuple(above)):
+        info = cls.model_fields.get(last)
+        if info is None:
+            continue
+        annotated: Any = Annotated[info.annotation, info]
+        adapter: TypeAdapter[Any] = TypeAdapter(annotated, config=cls.model_config)
+        try:
+            adapter.validate_python(value)
+            return None
+        except ValidationError as error:
+            rules |= dict.fromkeys(_rule(item) for item in error.errors(include_url=False))
+    return " or ".join(rules) if rules else "a key of a trial"
+
+
 def flat(tree: Tree, prefix: str = "") -> Tree:
     """Dotted keys and plain values of nested data."""
     found: Tree = {}
@@ -102,8 +120,8 @@ def set_keys(
 
 
 def _drop_old_knobs(classes: list[type[Section]], section: Tree, tag: str, value: Any) -> None:
-    by_tag = {tag_of(cls): cls for cls in classes}
-    new, old = by_tag.get((tag, value)), by_tag.get((tag, section.get(tag, "")))
+    new = next((cls for cls in classes if tag_of(cls) == (tag, value)), None)
+    old = next((cls for cls in classes if tag_of(cls) == (tag, section.get(tag))), None)
     if new is None:
         return
     for knob in list(section):

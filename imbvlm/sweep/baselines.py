@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from imbvlm.config import Tree, TrialConfig, apply_overrides
-from imbvlm.errors import ConfigError, Problem
+from imbvlm.config import TrialConfig, apply_overrides
+from imbvlm.schema import Tree
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import YamlTree
@@ -35,27 +35,11 @@ class Baseline:
 
 
 def tower_draws(spec: SweepSpec, space: SearchSpace) -> list[Draw]:
-    """Every combination of towers and ways of reading images that a trial of the space can have."""
-    parameters = [p for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS]
-    continuous = [p for p in parameters if p.finite_values() is None]
-    if continuous:
-        raise ConfigError(
-            Problem(f"{p.key} decides what is extracted, so it must be a choice", p.where) for p in continuous
-        )
-    keys = {p.key for p in parameters}
-    draws: list[Draw] = [{}]
-    for parameter in parameters:
-        conditions = {key: values for key, values in parameter.when.items() if key in keys}
-        draws = [
-            {**draw, parameter.key: value}
-            for draw in draws
-            for value in (
-                parameter.finite_values() or ()
-                if all(draw.get(k) in v for k, v in conditions.items())
-                else (draw.get(parameter.key),)
-            )
-        ]
-    return list({json.dumps(draw, sort_keys=True): draw for draw in draws}.values())
+    """Every combination of towers and ways of reading images that a trial of the space can have.
+
+    Raises ConfigError for a continuous range, since each value is a pass over all images.
+    """
+    return space.choices_over([p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS], spec.base)
 
 
 def tower_key(config: TrialConfig) -> str:

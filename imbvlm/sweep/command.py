@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from imbvlm import storage
-from imbvlm.config import Tree
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.schema import flat
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
@@ -117,7 +118,8 @@ def _resumed_folder(spec: SweepSpec, wanted: str) -> str:
 
 
 def _latest(spec: SweepSpec) -> str:
-    names = [name for name in storage.list_files(spec.storage) if name.startswith(f"{spec.name}-")]
+    stamped = re.compile(rf"{re.escape(spec.name)}-\d{{8}}-\d{{6}}")
+    names = [name for name in storage.list_files(spec.storage) if stamped.fullmatch(name)]
     if not names:
         raise ConfigError([Problem(f"there is no sweep {spec.name} under {spec.storage} to go on with")])
     return storage.join(spec.storage, names[-1])
@@ -125,12 +127,6 @@ def _latest(spec: SweepSpec) -> str:
 
 def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, Any]]:
     """Dotted keys that differ between two specs, with both values; where things are kept doesn't count."""
-
-    def flat(tree: Tree, prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in tree.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
     ignored = ("storage", "max_concurrent_trials", "max_failures", "smoke")

@@ -32,7 +32,7 @@ class Console:
         """Replace the live line."""
         if self._is_terminal:
             self._clear()
-            self._live = text[: max(20, _columns() - 1)]
+            self._live = text[: max(20, self._columns() - 1)]
             self._stream.write(self._live)
             self._stream.flush()
         elif time.monotonic() - self._last_logged >= LIVE_SECONDS_IN_A_LOG:
@@ -48,9 +48,15 @@ class Console:
             self._stream.write("\r\x1b[2K")
             self._live = ""
 
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            return 100
+
     @contextmanager
     def others_to(self, log: Path | None) -> Iterator[None]:
-        """Send everything else that this process and its libraries print to a file; `say` and `live` go on to the user."""
+        """Send what else this process and its libraries print to a file; `say` and `live` go on to the user."""
         if log is None:
             yield
             return
@@ -61,26 +67,21 @@ class Console:
         with open(log, "ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
-        self._stream = os.fdopen(os.dup(saved_out), "w", buffering=1, encoding="utf-8")
+        if ours is sys.stdout:
+            self._stream = os.fdopen(os.dup(saved_out), "w", buffering=1, encoding="utf-8")
         try:
             yield
         finally:
             self._clear()
             sys.stdout.flush()
             sys.stderr.flush()
-            self._stream.close()
-            self._stream = ours
+            if self._stream is not ours:
+                self._stream.close()
+                self._stream = ours
             os.dup2(saved_out, 1)
             os.dup2(saved_err, 2)
             os.close(saved_out)
             os.close(saved_err)
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:
-        return 100
 
 
 def duration(seconds: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
-from imbvlm.class_stats import ClassStats
+from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder_info import EncoderInfo
@@ -20,87 +21,100 @@ def uses_ray_train(spec: SweepSpec) -> bool:
     return spec.driver == "ray_train" or (spec.driver == "auto" and (spec.num_workers > 1 or not stored))
 
 
-def concurrent_trials(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
-    """How many trials run at once on a cluster; raises ConfigError where not even one can."""
-    problems = []
-    need_cpus = spec.num_workers * spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
-    need_gpus = spec.num_workers * spec.gpus_per_worker
-    if spec.driver == "in_process" and spec.num_workers > 1:
-        problems.append(
-            Problem(
-                f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}; set driver: ray_train"
-            )
-        )
-    if need_gpus > num_gpus:
-        problems.append(
-            Problem(
-                f"a trial needs {need_gpus:g} GPUs (num_workers {spec.num_workers} x gpus_per_worker {spec.gpus_per_worker:g}) "
-                f"and the cluster has {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
-            )
-        )
-    if need_cpus > num_cpus:
-        problems.append(
-            Problem(
-                f"a trial needs {need_cpus:g} CPUs (num_workers {spec.num_workers} x cpus_per_worker {spec.cpus_per_worker:g}"
-                f"{f' + {DRIVER_CPUS:g} for its driver' if uses_ray_train(spec) else ''}) and the cluster has {num_cpus:g}; "
-                "lower num_workers or cpus_per_worker"
-            )
-        )
+def concurrent_trials(
+    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = ()
+) -> int:
+    """How many trials run at once on a cluster; raises ConfigError where not even one can.
+
+    `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
+    """
+    problems = [
+        Problem(message, spec.where("num_workers")) for message in _lacks(spec, num_cpus, num_gpus, nodes) if message
+    ]
     if problems:
         raise ConfigError(problems)
-    fitting = math.floor(num_cpus / need_cpus + 1e-9)
-    if need_gpus:
-        fitting = min(fitting, math.floor(num_gpus / need_gpus + 1e-9))
-    if spec.max_concurrent_trials is not None and spec.max_concurrent_trials > fitting:
-        raise ConfigError(
-            [
-                Problem(
-                    f"max_concurrent_trials is {spec.max_concurrent_trials} and the cluster holds {fitting} trials of "
-                    f"{need_cpus:g} CPUs and {need_gpus:g} GPUs at once; the others would starve. Set it to {fitting} or null"
-                )
-            ]
+    slots = sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes or [(num_cpus, num_gpus)])
+    fitting = slots // spec.num_workers
+    wanted = spec.max_concurrent_trials or fitting
+    need = f"{_need_cpus(spec):g} CPUs and {spec.num_workers * spec.gpus_per_worker:g} GPUs"
+    if not fitting:
+        message = (
+            f"a trial of {spec.num_workers} workers ({need}) doesn't fit on this cluster's machines; lower num_workers"
         )
-    return min(fitting, spec.max_concurrent_trials or fitting)
+        raise ConfigError([Problem(message, spec.where("num_workers"))])
+    if wanted > fitting:
+        message = (
+            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {need} at once; the "
+            f"others would starve. Set it to {fitting} or null"
+        )
+        raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
+    return wanted
+
+
+def _lacks(spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """Why a trial can never start, with both numbers and the mend."""
+    workers = f"num_workers {spec.num_workers}"
+    if spec.driver == "in_process" and spec.num_workers > 1:
+        yield f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}; set driver: ray_train"
+    need_gpus = spec.num_workers * spec.gpus_per_worker
+    if need_gpus > num_gpus:
+        yield (
+            f"a trial needs {need_gpus:g} GPUs ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and the cluster "
+            f"has {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
+        )
+    if _need_cpus(spec) > num_cpus:
+        driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
+        yield (
+            f"a trial needs {_need_cpus(spec):g} CPUs ({workers} x cpus_per_worker {spec.cpus_per_worker:g}{driver}) "
+            f"and the cluster has {num_cpus:g}; lower num_workers or cpus_per_worker"
+        )
+    elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
+        largest = max(nodes, key=lambda node: (node[1], node[0]))
+        yield (
+            f"a worker needs {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs on one machine, and the "
+            f"largest has {largest[0]:g} CPUs and {largest[1]:g} GPUs; lower cpus_per_worker or gpus_per_worker"
+        )
+
+
+def _need_cpus(spec: SweepSpec) -> float:
+    return spec.num_workers * spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+
+
+def _workers_on(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
+    """How many workers one machine holds, each with room for its trial's driver."""
+    cpus = spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+    by_cpus = math.floor(num_cpus / cpus + 1e-9)
+    return min(by_cpus, math.floor(num_gpus / spec.gpus_per_worker + 1e-9)) if spec.gpus_per_worker else by_cpus
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
     """Refuse an objective over classes that validation doesn't have; raises ConfigError."""
-    if not sum(val_labels_per_class):
-        raise ConfigError(
-            [
-                Problem(
-                    "no class has a validation image (carving needs classes of 5 or more training images), so nothing can be selected"
-                )
-            ]
-        )
     group = spec.objective.removeprefix("val/").removesuffix("_accuracy")
-    if group in ("many_shot", "medium_shot", "few_shot"):
-        members = getattr(stats, group)
-        if not any(val_labels_per_class[label] for label in members):
-            raise ConfigError(
-                [
-                    Problem(
-                        f"objective {spec.objective}: no {group} class has a validation image here; choose val/balanced_accuracy"
-                    )
-                ]
-            )
+    if not sum(val_labels_per_class):
+        message = (
+            "no class has a validation image (carving needs classes of 5 or more training images), so that nothing can "
+            "be selected"
+        )
+    elif group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group)):
+        message = (
+            f"objective {spec.objective}: no {group} class has a validation image here; choose val/balanced_accuracy"
+        )
+    else:
+        return
+    raise ConfigError([Problem(message, spec.where("objective"))])
 
 
 def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     """What a configuration asks of a tower that doesn't have it."""
+    if config.method != "decoder":
+        return []
     problems = []
-    if config.method == "decoder":
-        decoder = needed(config.decoder)
-        width = decoder.width or info.token_width
-        if width % decoder.num_heads:
-            problems.append(
-                Problem(
-                    f"decoder.num_heads {decoder.num_heads} doesn't divide the token width {width} of {info.name}; "
-                    "choose a divisor, or a decoder.width that it divides"
-                )
-            )
-        if decoder.init == "identity" and not info.has_class_token:
-            problems.append(
-                Problem(f"decoder.init: identity needs a tower with a class token, and {info.name} has none")
-            )
+    decoder = needed(config.decoder)
+    width = decoder.width or info.token_width
+    if width % decoder.num_heads:
+        message = f"decoder.num_heads {decoder.num_heads} doesn't divide the token width {width} of {info.name}; "
+        problems.append(Problem(message + "choose a divisor, or a decoder.width that it divides"))
+    if decoder.init == "identity" and not info.has_class_token:
+        message = f"decoder.init: identity needs a tower with a class token, and {info.name} has none"
+        problems.append(Problem(message))
     return problems

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imbvlm import storage
-from imbvlm.config import Tree, TrialConfig
+from imbvlm.config import TrialConfig
 from imbvlm.errors import ImbvlmError
+from imbvlm.schema import Tree, flat
 
 TrialKind = Literal["baseline", "search", "refit"]
 TrialState = Literal["running", "finished", "stopped", "failed", "error"]
@@ -23,7 +24,8 @@ ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 class TrialRecord(BaseModel):
     """One trial. `stopped` is the scheduler's doing, `failed` the configuration's, `error` the machine's."""
 
-    model_config = ConfigDict(extra="forbid")
+    # A diverged epoch has NaN in it; as JSON's null it couldn't be read back.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     trial_id: str
     kind: TrialKind
@@ -119,19 +121,8 @@ class TrialLog:
         return uri
 
 
-def flat_config(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and values of plain data."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flat_config(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def results_table(records: list[TrialRecord]) -> pa.Table:
-    """One row a trial: identity, state, times, every configured key (`config.*`), best-epoch and all epochs' metrics."""
+    """One row a trial: identity, state, times, every configured key (`config.*`), the last and all epochs' metrics."""
     rows = sorted(records, key=lambda record: (record.kind != "baseline", record.kind == "refit", record.trial_id))
     columns: dict[str, pa.Array] = {
         "trial_id": pa.array([row.trial_id for row in rows], pa.string()),
@@ -147,9 +138,9 @@ def results_table(records: list[TrialRecord]) -> pa.Table:
         "seconds": pa.array([row.seconds() for row in rows], pa.float64()),
         "config": pa.array([json.dumps(row.config) for row in rows], pa.string()),
     }
-    flats = [flat_config(row.config) for row in rows]
-    for key in dict.fromkeys(key for flat in flats for key in flat):
-        columns[f"config.{key}"] = _typed([flat.get(key) for flat in flats])
+    flats = [flat(row.config) for row in rows]
+    for key in dict.fromkeys(key for config in flats for key in config):
+        columns[f"config.{key}"] = _typed([config.get(key) for config in flats])
     last = [row.epochs[-1] if row.epochs else {} for row in rows]
     for key in sorted({key for epoch in last for key in epoch}):
         columns[key] = pa.array([epoch.get(key) for epoch in last], pa.float64())

@@ -1,28 +1,27 @@
-"""What a sweep is: base configuration, search space, objective, budget, resources; checked as a whole before anything starts."""
+"""What a sweep is: base configuration, space, objective, budget, resources; checked as a whole before it starts."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from imbvlm.config import (
     METHOD_SECTIONS,
     OPTIONAL_SECTIONS,
-    Section,
-    Tree,
+    Seed,
     TrialConfig,
     apply_overrides,
     dotted_keys,
     drop_unused_sections,
 )
 from imbvlm.errors import ConfigError, Problem, nearest
-from imbvlm.sweep.space import NEVER_SET, Draw, Parameter, SearchSpace, is_active, parse_space, read_space, value_in
+from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
+from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, value_in
+from imbvlm.sweep.space_file import parse_space, read_space
 from imbvlm.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
 
 # What a trial reports on validation and a sweep can maximise; each has its running maximum as val/best_...
@@ -39,7 +38,7 @@ class SearcherConfig(Section):
     """How Optuna proposes configurations."""
 
     name: Literal["tpe", "random"] = "tpe"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     num_startup_trials: int = Field(10, ge=1, description="random trials before TPE's model takes over")
 
 
@@ -58,6 +57,14 @@ class NoSchedulerConfig(Section):
 
 
 TrialSchedulerConfig = Annotated[AshaConfig | NoSchedulerConfig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a spec was written; two specs that say the same are equal wherever they come from."""
+
+    file: str = field(default="", compare=False)
+    places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False)
 
 
 class SweepSpec(Section):
@@ -81,10 +88,18 @@ class SweepSpec(Section):
     trial_scheduler: TrialSchedulerConfig = AshaConfig()
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
     first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
-    refit_seeds: list[int] = Field([0, 1, 2], min_length=1)
+    refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost")
     smoke: dict[str, Any] = Field({}, description="settings that --smoke makes")
     storage: str = Field("runs", description="folder or s3:// URI under which sweeps and features are kept")
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @field_validator("refit_seeds")
+    @classmethod
+    def _each_seed_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"refit_seeds has a seed twice: {', '.join(map(str, seeds))}")
+        return seeds
 
     @staticmethod
     def from_yaml(path: str | Path) -> SweepSpec:
@@ -95,13 +110,12 @@ class SweepSpec(Section):
     def from_tree(tree: YamlTree | Tree) -> SweepSpec:
         """Check plain data; raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        adapter: TypeAdapter[SweepSpec] = TypeAdapter(SweepSpec)
         try:
-            return adapter.validate_python(located.data)
+            spec = SweepSpec.model_validate(located.data)
         except ValidationError as error:
-            raise ConfigError(
-                Problem(_sentence(item), located.where(tuple(item["loc"]))) for item in error.errors()
-            ) from None
+            raise ConfigError(explain(SweepSpec, error, located, located.data)) from None
+        spec._origin = _Origin(located.file, located.places)
+        return spec
 
     def to_tree(self) -> Tree:
         """Plain data that `from_tree` reads back to an equal spec."""
@@ -116,47 +130,59 @@ class SweepSpec(Section):
         return dump_yaml({**self.to_tree(), "space": self.read_space().tree})
 
     def with_settings(self, settings: Mapping[str, Any], origin: str = "--set") -> SweepSpec:
-        """A copy with keys of the sweep or dotted keys of its trials set; a key that the space draws is fixed instead."""
-        tree, space = self.to_tree(), self.read_space()
+        """A copy with keys of the sweep or dotted keys of its trials set; a key that the space draws is fixed instead.
+
+        Raises ConfigError with every key that doesn't exist and every value that its key can't have.
+        """
         of_trials = {key: value for key, value in settings.items() if key.split(".")[0] in TrialConfig.model_fields}
-        unknown = [key for key in of_trials if key not in dotted_keys()]
-        problems = [Problem(f"{key!r} is no key of a trial; {nearest(key, dotted_keys())}", origin) for key in unknown]
-        for key in settings:
-            if key not in of_trials and key.split(".")[0] not in SweepSpec.model_fields:
-                problems.append(
-                    Problem(
-                        f"{key!r} is no key of a sweep or trial; {nearest(key, [*SweepSpec.model_fields, *dotted_keys()])}",
-                        origin,
-                    )
-                )
+        of_sweep = {key: value for key, value in settings.items() if key not in of_trials}
+        problems = [
+            Problem(mistake, origin) for key, value in settings.items() if (mistake := _setting_mistake(key, value))
+        ]
         if problems:
             raise ConfigError(problems)
-        tree["base"] = apply_overrides(tree["base"], of_trials)
-        drawn = [key for key in of_trials if any(parameter.key == key for parameter in space.parameters)]
-        if drawn:
-            tree["space"] = space.without(drawn).tree
-        for key, value in settings.items():
-            if key not in of_trials:
-                _set(tree, key.split("."), value)
-        return SweepSpec.from_tree(YamlTree(tree, origin))
+        places = dict(self._origin.places)
+        places |= {(*key.split("."),): origin for key in of_sweep}
+        places |= {("base", *key.split(".")): origin for key in of_trials}
+        spec = SweepSpec.from_tree(YamlTree(set_keys(SweepSpec, self.to_tree(), of_sweep), self._origin.file, places))
+        if not of_trials:
+            return spec
+        space = spec.read_space()
+        tree = {**spec.to_tree(), "base": apply_overrides(spec.base, of_trials)}
+        if any(parameter.key in of_trials for parameter in space.parameters):
+            tree["space"] = space.without(of_trials).tree
+        return SweepSpec.from_tree(YamlTree(tree, self._origin.file, places))
 
     def read_space(self) -> SearchSpace:
         """The search space, read and checked; raises ConfigError."""
-        if isinstance(self.space, str):
+        if not isinstance(self.space, str):
+            return parse_space(self._located("space", self.space))
+        try:
             return read_space(self.space)
-        return parse_space(YamlTree(self.space, f"space of sweep {self.name}"))
+        except ConfigError as error:
+            raise ConfigError(
+                p if p.where else Problem(p.message, self.where("space")) for p in error.problems
+            ) from None
 
     def trial(self, draw: Draw) -> TrialConfig:
         """The configuration of one draw: base and draw together, without the sections that its method doesn't read."""
-        return TrialConfig.from_tree(
-            YamlTree(drop_unused_sections(apply_overrides(self.base, draw), keep=draw), f"sweep {self.name}")
-        )
+        return TrialConfig.from_tree(YamlTree(self._trial_tree(draw), f"sweep {self.name}"))
+
+    def _trial_tree(self, draw: Draw) -> Tree:
+        return drop_unused_sections(apply_overrides(self.base, draw), keep=draw)
 
     def corner_trials(self, space: SearchSpace) -> Iterator[TrialConfig]:
         """Configurations over every combination of choices that conditions or variants hang on."""
-        for draw, clash in _corner_draws(space, self.base):
-            if clash is None:
-                yield self.trial(draw)
+        return map(self.trial, space.corner_draws(self.base)[0])
+
+    def where(self, *path: str | int) -> str:
+        """Where a key of the spec was written."""
+        return self._located(path[0], None).where(path[1:])
+
+    def _located(self, key: str | int, data: Any) -> YamlTree:
+        """A part of the spec with the places of its keys."""
+        inside = {path[1:]: place for path, place in self._origin.places.items() if path[:1] == (key,)}
+        return YamlTree(data, self._origin.file or f"{key} of sweep {self.name}", inside)
 
     @property
     def best_objective(self) -> str:
@@ -164,26 +190,22 @@ class SweepSpec(Section):
         return self.objective.replace("val/", "val/best_")
 
 
-def _set(tree: Tree, parts: list[str], value: Any) -> None:
-    for part in parts[:-1]:
-        child = tree.get(part)
-        tree = tree[part] if isinstance(child, dict) else tree.setdefault(part, {})
-    if parts[-1] == "name" and isinstance(tree.get("name"), str) and tree["name"] != value and len(parts) > 1:
-        tree.clear()
-    tree[parts[-1]] = value
+# Parts of a sweep that hold keys of their own.
+_WHOLE = frozenset({"base", "space", "smoke"})
 
 
-def _sentence(item: Any) -> str:
-    dotted = ".".join(str(part) for part in item["loc"] if part not in ("asha", "none", "str", "dict[str,any]"))
-    if item["type"] == "extra_forbidden":
-        scope = SweepSpec.model_fields if len(item["loc"]) == 1 else []
-        for cls in (SearcherConfig, AshaConfig):
-            if len(item["loc"]) > 1 and item["loc"][0] == ("searcher" if cls is SearcherConfig else "trial_scheduler"):
-                scope = cls.model_fields
-        return f"unknown key {dotted!r} of a sweep; {nearest(str(item['loc'][-1]), scope)}"
-    if item["type"] == "missing":
-        return f"{dotted!r} is required and is not given"
-    return f"{dotted} is {item.get('input')!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+def _setting_mistake(key: str, value: Any) -> str | None:
+    """What is wrong with setting a key of a sweep or a dotted key of its trials."""
+    first, _, rest = key.partition(".")
+    if first in TrialConfig.model_fields:
+        if key not in dotted_keys():
+            return f"{key!r} is no key of a trial; {nearest(key, dotted_keys())}"
+        rule = refusal(TrialConfig, key, value)
+        return f"{key} must be {rule}, and is {value!r}" if rule else None
+    if first in _WHOLE and rest:
+        return f"{key!r} is set as {rest!r}" if first == "base" else f"{first} is set as a whole, not {key!r}"
+    valid = [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
+    return None if key in valid else f"{key!r} is no key of a sweep or trial; {nearest(key, [*valid, *dotted_keys()])}"
 
 
 # ------------------------------------------------------------------------------------------------- the check
@@ -192,168 +214,104 @@ def _sentence(item: Any) -> str:
 def check_spec(spec: SweepSpec) -> SearchSpace:
     """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
     space = spec.read_space()
-    problems: list[Problem] = []
-    where = f"sweep {spec.name}"
-    if spec.objective not in OBJECTIVES:
-        problems.append(
-            Problem(f"objective {spec.objective!r} is not measured; {nearest(spec.objective, OBJECTIVES)}", where)
-        )
-    drawn = {parameter.key for parameter in space.parameters}
-    for parameter in space.parameters:
-        for key in parameter.when:
-            if key not in drawn and value_in(spec.base, key) is NEVER_SET:
-                problems.append(
-                    Problem(
-                        f"the condition of {parameter.key} names {key}, which neither base nor space sets",
-                        parameter.where,
-                    )
-                )
-    for key in spec.stratify:
-        sources = [parameter for parameter in space.parameters if parameter.key == key]
-        if not sources or any(source.finite_values() is None for source in sources):
-            problems.append(Problem(f"stratify names {key!r}, which the space doesn't choose from a list", where))
+    problems = space.corner_draws(spec.base)[1]
+    problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
     problems += _check_base(spec, space)
     if not problems:
-        problems += _check_draws(spec, space)
-    if not problems:
-        for index, draw in enumerate(spec.first_trials):
-            try:
-                space.names_of(draw, spec.base)
-            except ConfigError as error:
-                problems += [Problem(f"first_trials[{index}]: {problem.message}", where) for problem in error.problems]
+        problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if problems:
         raise ConfigError(problems)
     return space
 
 
-def _methods(spec: SweepSpec, space: SearchSpace) -> list[str]:
-    chosen = [value for parameter in space.parameters if parameter.key == "method" for value in parameter.values]
-    return [str(method) for method in chosen or [spec.base.get("method")]]
+def _check_objective(spec: SweepSpec) -> list[Problem]:
+    if spec.objective in OBJECTIVES:
+        return []
+    message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, OBJECTIVES)}"
+    return [Problem(message, spec.where("objective"))]
+
+
+def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    return [
+        Problem(f"the condition of {parameter.key} names {key}, which neither base nor space sets", parameter.where)
+        for parameter in space.parameters
+        for key in parameter.when
+        if not space.of(key) and value_in(spec.base, key) is NEVER_SET
+    ]
+
+
+def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    problems = []
+    for index, key in enumerate(spec.stratify):
+        ranges = space.of(key)
+        if not ranges or any(one.finite_values() is None for one in ranges):
+            mend = nearest(key, [one.key for one in space.parameters if one.kind == "choice"])
+            message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
+            problems.append(Problem(message, spec.where("stratify", index)))
+    return problems
 
 
 def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     """The base's sections are known and some method of the space reads them."""
-    where = f"base of sweep {spec.name}"
-    methods = [method for method in _methods(spec, space) if method in METHOD_SECTIONS]
+    chosen = [method for one in space.of("method") for method in one.values] or [spec.base.get("method")]
+    methods = [str(method) for method in chosen if method in METHOD_SECTIONS]
     read = frozenset[str]().union(*(METHOD_SECTIONS[method] for method in methods))
     problems = []
     for key in spec.base:
         if key not in TrialConfig.model_fields:
-            problems.append(Problem(f"unknown key {key!r}; {nearest(key, TrialConfig.model_fields)}", where))
+            message = f"unknown key {key!r}; {nearest(key, TrialConfig.model_fields)}"
+            problems.append(Problem(message, spec.where("base", key)))
         elif key in OPTIONAL_SECTIONS and methods and key not in read:
-            problems.append(
-                Problem(f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out", where)
-            )
+            message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out"
+            problems.append(Problem(message, spec.where("base", key)))
     return problems
 
 
 def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
-    """Build the trial of every combination of choices that decide what exists, at both ends of each range."""
+    """The trial of every combination of choices that decide what exists, at both ends of each range, can be built."""
     problems: dict[Problem, None] = {}
-    for draw, clash in _corner_draws(space, spec.base):
-        if clash is not None:
-            problems[clash] = None
-            continue
-        method = draw.get("method", spec.base.get("method"))
-        unread = [
-            Problem(
-                f"{key} is drawn when method = {method}, which doesn't read {key.split('.')[0]!r}; "
-                f"add when: {{method: {_readers(key.split('.')[0])}}}",
-                _where_of(space, key),
-            )
-            for key in draw
-            if method in METHOD_SECTIONS and key.split(".")[0] in OPTIONAL_SECTIONS - METHOD_SECTIONS[str(method)]
-        ]
+    base = spec._located("base", spec.base)
+    for draw in space.corner_draws(spec.base)[0]:
+        unread = _unread_keys(draw, space, str(draw.get("method", spec.base.get("method"))))
         if unread:
-            problems.update(dict.fromkeys(unread))
+            problems |= dict.fromkeys(unread)
             continue
-        tree = drop_unused_sections(apply_overrides(spec.base, draw), keep=draw)
+        # A mistake at a drawn key is the space's.
+        places = dict(base.places) | {(*key.split("."),): space.of(key)[0].where for key in draw}
         try:
-            TrialConfig.from_tree(YamlTree(tree, f"base of sweep {spec.name}", _places(space, draw)))
+            TrialConfig.from_tree(YamlTree(spec._trial_tree(draw), base.file, places))
         except ConfigError as error:
-            problems.update(dict.fromkeys(error.problems))
+            problems |= dict.fromkeys(error.problems)
     return list(problems)
 
 
-def _readers(section: str) -> str:
-    names = [method for method, sections in METHOD_SECTIONS.items() if section in sections]
-    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
+def _unread_keys(draw: Draw, space: SearchSpace, method: str) -> list[Problem]:
+    problems = []
+    for key in draw:
+        section = key.split(".")[0]
+        if method in METHOD_SECTIONS and section in OPTIONAL_SECTIONS - METHOD_SECTIONS[method]:
+            readers = [name for name, sections in METHOD_SECTIONS.items() if section in sections]
+            mend = f"add when: {{method: {readers[0] if len(readers) == 1 else '[' + ', '.join(readers) + ']'}}}"
+            message = f"{key} is drawn when method = {method}, which doesn't read {section!r}; {mend}"
+            problems.append(Problem(message, space.of(key)[0].where))
+    return problems
 
 
-def _places(space: SearchSpace, draw: Draw) -> dict[KeyPath, str]:
-    """A mistake at a drawn key is the space's."""
-    return {tuple(key.split(".")): _where_of(space, key) for key in draw}
+def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    problems = []
+    for index, draw in enumerate(spec.first_trials):
+        try:
+            space.names_of(draw, spec.base)
+        except ConfigError as error:
+            where = spec.where("first_trials", index)
+            problems += [Problem(f"first_trials[{index}]: {problem.message}", where) for problem in error.problems]
+    return problems
 
 
-def _where_of(space: SearchSpace, key: str) -> str:
-    return next(parameter.where for parameter in space.parameters if parameter.key == key)
-
-
-def _corner_draws(space: SearchSpace, base: Tree) -> Iterator[tuple[Draw, Problem | None]]:
-    """Draws over every combination of the choices that conditions or variants hang on, each at several values elsewhere."""
-    structural = {key for parameter in space.parameters for key in parameter.when}
-    structural |= {
-        parameter.key
-        for parameter in space.parameters
-        if parameter.key == "method" or parameter.key.endswith((".name", ".kind"))
-    }
-    # Towers differ in weights, not in the keys that they admit.
-    structural -= {"encoder.name"} - {key for parameter in space.parameters for key in parameter.when}
-    rounds = max(
-        (len(_samples(parameter)) for parameter in space.parameters if parameter.key not in structural), default=1
-    )
-
-    def extend(index: int, drawn: Draw, turn: int) -> Iterator[tuple[Draw, Problem | None]]:
-        if index == len(space.parameters):
-            yield dict(drawn), None
-            return
-        parameter = space.parameters[index]
-        if not is_active(parameter, drawn, base):
-            yield from extend(index + 1, drawn, turn)
-        elif parameter.key in drawn:
-            yield (
-                drawn,
-                Problem(
-                    f"two branches of {parameter.key} hold at once ({_conditions(space, parameter)}); make them exclusive",
-                    parameter.where,
-                ),
-            )
-        else:
-            samples = _samples(parameter)
-            values = samples if parameter.key in structural else [samples[min(turn, len(samples) - 1)]]
-            for value in values:
-                yield from extend(index + 1, {**drawn, parameter.key: value}, turn)
-
-    return itertools.chain.from_iterable(extend(0, {}, turn) for turn in range(rounds))
-
-
-def _samples(parameter: Parameter) -> list[Any]:
-    return list(parameter.finite_values() or parameter.values) if parameter.kind == "choice" else list(parameter.values)
-
-
-def _conditions(space: SearchSpace, parameter: Parameter) -> str:
-    return "; ".join(other.describe() for other in space.parameters if other.key == parameter.key)
-
-
-def canonical_key(config: TrialConfig) -> str:
-    """Equal for configurations that train the same thing: aliases of losses are folded (PROTOCOL, "Duplicates")."""
-    tree = copy.deepcopy(config.to_tree())
-    loss = tree.get("loss")
-    if isinstance(loss, dict):
-        tree["loss"] = _folded_loss(loss)
-    return json.dumps(tree, sort_keys=True)
-
-
-def _folded_loss(loss: Tree) -> Tree:
-    name = loss["name"]
-    if name == "logit_adjustment" and loss["tau"] == 1:
-        return {"name": "balanced_softmax", "prior": loss["prior"]}
-    if name == "logit_adjustment" and loss["tau"] == 0:
-        return {"name": "cross_entropy", "label_smoothing": 0.0}
-    if name == "generalized_reweight" and loss["exponent"] == 1:
-        return {"name": "inverse_frequency"}
-    if (name == "generalized_reweight" and loss["exponent"] == 0) or (name == "focal" and loss["gamma"] == 0):
-        return {"name": "cross_entropy", "label_smoothing": 0.0}
-    if name == "lade" and loss["weight"] == 0:
-        return {"name": "balanced_softmax", "prior": loss["prior"]}
-    return loss
+def _check_smoke(spec: SweepSpec) -> list[Problem]:
+    """`--smoke` would work: a misspelt setting shows before somebody needs it."""
+    try:
+        smoke = spec.with_settings(spec.smoke, "smoke")
+        return [] if smoke == spec else _check_draws(smoke, smoke.read_space())
+    except ConfigError as error:
+        return list(error.problems)

@@ -1,4 +1,4 @@
-"""The tables at the end of a sweep: best trials beside the baselines on validation, then the one look at the test split."""
+"""The tables at the end of a sweep: best trials beside the baselines on validation, then one look at the test split."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def search_table(log: TrialLog, spec: SweepSpec) -> str:
     """The best trials and both baselines on validation, each at the epoch with its best objective; percent."""
     rows = [_row(record, spec) for record in log.best(spec.objective)[:NUM_BEST]]
     rows += [_row(record, spec) for record in log.of("baseline")]
-    return (
-        f"validation, at each trial's best epoch (%):\n{table(['trial', 'what', 'epochs', 'views', *HEADINGS], rows)}"
-    )
+    header = ["trial", "what", "epochs", "views", *HEADINGS]
+    return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
 
 
 def _row(record: TrialRecord, spec: SweepSpec) -> list[str]:
@@ -63,7 +62,8 @@ def test_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
             for metric in METRICS
         ]
         rows.append([name, str(len(last)), *cells])
-    return f"test split, read once, after refitting on all training images (%):\n{table(['what', 'seeds', *HEADINGS], rows)}"
+    title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
+    return f"{title}\n{table(['what', 'seeds', *HEADINGS], rows)}"
 
 
 def _mean_and_spread(values: list[float]) -> str:

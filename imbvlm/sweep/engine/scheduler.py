@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from imbvlm.config import Tree
+from imbvlm.schema import Tree
 from imbvlm.sweep.spec import AshaConfig
 
 
@@ -48,7 +48,8 @@ class AshaPerMethod(FIFOScheduler):
 
 def asha(config: AshaConfig, best_objective: str, longest_epochs: int) -> AshaPerMethod:
     """Rungs from `grace_fraction` of the longest trial up, on the running maximum over epochs."""
-    grace = max(1, math.ceil(config.grace_fraction * longest_epochs))
+    # 1/3 of 9 must not become 4 by a rounding error.
+    grace = max(1, math.ceil(config.grace_fraction * longest_epochs - 1e-9))
 
     def make() -> AsyncHyperBandScheduler:
         return AsyncHyperBandScheduler(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from imbvlm.config import Tree, TrialConfig
-from imbvlm.errors import ConfigError
+from imbvlm.config import TrialConfig
+from imbvlm.schema import Tree
+from imbvlm.sweep.arms import Arms, RandomTrial
+from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.results import TrialKind, TrialRecord
 from imbvlm.sweep.space import Draw, SearchSpace
-from imbvlm.sweep.spec import SweepSpec, canonical_key
+from imbvlm.sweep.spec import SweepSpec
 
-# So many proposals in a row that were all tried before end the search of a space that can't be counted.
-MAX_REPEATS = 200
+# So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
+# value again and again proposes nothing else.
+MAX_REPEATS = 8
+# So many random draws of a space that can't be counted are tried until it is taken for exhausted.
+MAX_RANDOM_DRAWS = 500
 
 
 @dataclass
@@ -33,20 +38,7 @@ class Job:
     asked: optuna.trial.Trial | None = None
 
 
-class _UnsavedSearcher(Searcher):
-    """A searcher that Tune has nothing to save of: resuming reads the trials' records, without unpickling."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class FixedSearcher(_UnsavedSearcher):
+class FixedSearcher(Searcher):
     """Hands out a given list of jobs; Optuna doesn't know them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree]) -> None:
@@ -62,12 +54,19 @@ class FixedSearcher(_UnsavedSearcher):
     def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
         """Nothing learns from these."""
 
+    def save(self, checkpoint_path: str) -> None:
+        """Resuming reads the trials' records, so there is nothing to keep."""
 
-class StudySearcher(_UnsavedSearcher):
-    """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` are handed out.
+    def restore(self, checkpoint_path: str) -> None:
+        """As `save`."""
 
-    A proposal that was drawn before takes the known value and doesn't count. A finite space ends when every
-    draw has been tried; `exhausted` then says so.
+
+class StudySearcher(Searcher):
+    """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` have gone out.
+
+    A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
+    `stratify` the arm with the fewest trials is next, and an arm without an untried configuration is closed; when all
+    are, `exhausted` says so.
     """
 
     def __init__(
@@ -81,19 +80,20 @@ class StudySearcher(_UnsavedSearcher):
         super().__init__(metric=spec.best_objective, mode="max")
         self._spec, self._space, self._payload = spec, space, payload
         self._jobs = list(jobs)
-        self._size = space.size(spec.base)
+        self._first = list(spec.first_trials)
+        self._arms = Arms(spec, space)
         self._running: dict[str, Job] = {}
+        # By canonical key: the value of each configuration, and who waits for that of a running one.
         self._values: dict[str, float | None] = {}
-        self._same: dict[str, list[optuna.trial.Trial]] = {}
-        self._arms: Counter[tuple[Any, ...]] = Counter()
+        self._waiting: dict[str, list[optuna.trial.Trial]] = {}
         self._handed_out = 0
+        ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
+        self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
         self.study = optuna.create_study(direction="maximize", sampler=_sampler(spec, len(known)))
         for record in known:
             self._add_known(record)
-        for draw in spec.first_trials if not known else []:
-            self.study.enqueue_trial(space.names_of(draw, spec.base))
 
     # ------------------------------------------------------------------------------------ what Tune asks
 
@@ -110,48 +110,91 @@ class StudySearcher(_UnsavedSearcher):
         job = self._running.pop(trial_id, None)
         if job is None or job.asked is None:
             return
-        failed = error or not result or bool(result.get("failure"))
-        value = None if failed or result is None else float(result[self._spec.best_objective])
+        value = None if error or not result or result.get("failure") else self._value(result)
         key = canonical_key(job.config)
         self._values[key] = value
-        for asked in [job.asked, *self._same.pop(key, [])]:
+        for asked in [job.asked, *self._waiting.pop(key, [])]:
             self._tell(asked, value)
+
+    def _value(self, result: Tree) -> float | None:
+        """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best."""
+        value = result.get(self._spec.best_objective, math.nan)
+        return float(value) if math.isfinite(value) else None
+
+    def save(self, checkpoint_path: str) -> None:
+        """Resuming reads the trials' records, so there is nothing to keep."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """As `save`."""
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
     def _next_search_job(self) -> Job | None:
-        repeats = 0
-        while self._handed_out < self._spec.num_trials and not self.exhausted:
-            if self._size is not None and len(self._values) >= self._size:
-                break
-            if repeats == MAX_REPEATS // 4:
-                self._enqueue_untried()
-            if repeats > MAX_REPEATS:
-                break
-            self._enqueue_arm()
-            asked = self.study.ask()
-            draw = self._space.draw(asked, self._spec.base)
-            config = self._spec.trial(draw)
-            key = canonical_key(config)
-            if key not in self._values:
-                self._values[key] = None
-                return self._new_job(asked, draw, config)
-            repeats += 1
-            self._repeat(asked, key)
-        self.exhausted = self._handed_out < self._spec.num_trials
+        if self._handed_out >= self._spec.num_trials:
+            return None
+        while self._first:
+            job = self._propose(self._space.names_of(self._first.pop(0), self._spec.base))
+            if job is not None:
+                return job
+        for arm in self._arms.by_need():
+            job = self._untried_of(arm)
+            if job is not None:
+                return job
+            self._arms.close(arm)
+        self.exhausted = True
         return None
 
-    def _new_job(self, asked: optuna.trial.Trial, draw: Draw, config: TrialConfig) -> Job:
-        self._handed_out += 1
-        self._arms[self._arm(draw)] += 1
-        return Job(f"t{self._handed_out:05d}", "search", "", config, draw, asked)
+    def _untried_of(self, arm: Draw) -> Job | None:
+        """What the sampler proposes within an arm; where it repeats itself, an untried draw by chance."""
+        chance = random.Random(f"{self._spec.searcher.seed} {self._last_number}")
+        for _ in range(MAX_REPEATS):
+            job = self._propose(self._arms.fixed_names(arm, chance))
+            if job is not None:
+                return job
+        draws = self._space.finite_draws(self._spec.base, arm)
+        if draws is None:
+            drawn = (self._random_draw(arm, chance) for _ in range(MAX_RANDOM_DRAWS))
+            untried = next((draw for draw in drawn if self._is_untried(draw)), None)
+        else:
+            left = [draw for draw in draws if self._arms.of(draw) == arm and self._is_untried(draw)]
+            untried = chance.choice(left) if left else None
+        return None if untried is None else self._propose(self._space.names_of(untried, self._spec.base))
 
-    def _repeat(self, asked: optuna.trial.Trial, key: str) -> None:
+    def _random_draw(self, arm: Draw, chance: random.Random) -> Draw:
+        return self._space.draw(RandomTrial(chance, self._arms.fixed_names(arm, chance)), self._spec.base)
+
+    def _is_untried(self, draw: Draw) -> bool:
+        return canonical_key(self._spec.trial(draw)) not in self._values
+
+    def _propose(self, names: Mapping[str, Any]) -> Job | None:
+        """A new trial with some parameters given and the others from the sampler; None where it was drawn before."""
+        asked, draw = self._ask(names)
+        config = self._spec.trial(draw)
+        key = canonical_key(config)
+        if key not in self._values:
+            self._last_number += 1
+            job = Job(f"t{self._last_number:05d}", "search", "", config, draw, asked)
+            self._hand_out(job)
+            return job
         self.num_repeats += 1
-        if any(job.asked is not None and canonical_key(job.config) == key for job in self._running.values()):
-            self._same.setdefault(key, []).append(asked)
+        if key in self._waiting:
+            self._waiting[key].append(asked)
         else:
             self._tell(asked, self._values[key])
+        return None
+
+    def _ask(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Draw]:
+        # Put in and taken out at once: what is left in Optuna's queue would come up in another trial's place.
+        if names:
+            self.study.enqueue_trial(dict(names))
+        asked = self.study.ask()
+        return asked, self._space.draw(asked, self._spec.base)
+
+    def _hand_out(self, job: Job) -> None:
+        key = canonical_key(job.config)
+        self._values[key], self._waiting[key] = None, []
+        self._handed_out += 1
+        self._arms.count(job.draw)
 
     def _tell(self, asked: optuna.trial.Trial, value: float | None) -> None:
         if value is None:
@@ -159,41 +202,13 @@ class StudySearcher(_UnsavedSearcher):
         else:
             self.study.tell(asked, value)
 
-    def _enqueue_untried(self) -> None:
-        """Where the sampler keeps repeating itself in a finite space, an untried draw is next."""
-        if self._size is None:
-            return
-        untried = [
-            draw
-            for draw in self._space.all_draws(self._spec.base)
-            if canonical_key(self._spec.trial(draw)) not in self._values
-        ]
-        if not untried:
-            self.exhausted = True
-            return
-        chosen = random.Random(self._spec.searcher.seed + self._handed_out).choice(untried)
-        self.study.enqueue_trial(self._space.names_of(chosen, self._spec.base))
-
-    def _enqueue_arm(self) -> None:
-        """Under `stratify` the arm with the fewest trials is next; the sampler chooses the rest."""
-        waiting = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
-        if not self._spec.stratify or waiting:
-            return
-        arms = stratified_arms(self._space, self._spec)
-        arm = min(arms, key=lambda one: self._arms[tuple(one.get(key) for key in self._spec.stratify)])
-        names = {parameter.key: parameter.name for parameter in self._space.parameters}
-        self.study.enqueue_trial({names[key]: value for key, value in arm.items()})
-
-    def _arm(self, draw: Draw) -> tuple[Any, ...]:
-        return tuple(draw.get(key) for key in self._spec.stratify)
-
     # --------------------------------------------------------------------------------------- what is resumed
 
     def _add_known(self, record: TrialRecord) -> None:
         value = record.best_value(self._spec.best_objective)
         self._values[canonical_key(record.trial_config())] = value
         self._handed_out += 1
-        self._arms[self._arm(record.draw)] += 1
+        self._arms.count(record.draw)
         fixed = optuna.trial.FixedTrial(self._space.names_of(record.draw, self._spec.base))
         self._space.draw(fixed, self._spec.base)
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
@@ -205,12 +220,8 @@ class StudySearcher(_UnsavedSearcher):
 
     def _adopt(self, job: Job) -> None:
         """An unfinished trial of an earlier run goes on as a trial of this study."""
-        self.study.enqueue_trial(self._space.names_of(job.draw, self._spec.base))
-        job.asked = self.study.ask()
-        self._space.draw(job.asked, self._spec.base)
-        self._values[canonical_key(job.config)] = None
-        self._handed_out += 1
-        self._arms[self._arm(job.draw)] += 1
+        job.asked, _ = self._ask(self._space.names_of(job.draw, self._spec.base))
+        self._hand_out(job)
 
 
 def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:
@@ -221,21 +232,3 @@ def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=spec.searcher.num_startup_trials, multivariate=True, group=True, constant_liar=True
     )
-
-
-def stratified_arms(space: SearchSpace, spec: SweepSpec) -> list[Draw]:
-    """Every combination of choices of the stratified keys that the space can draw."""
-    arms: list[Draw] = [{}]
-    for parameter in space.parameters:
-        if parameter.key in spec.stratify:
-            extended = []
-            for arm in arms:
-                conditions: Mapping[str, tuple[Any, ...]] = parameter.when
-                holds = all(key not in arm or arm[key] in values for key, values in conditions.items())
-                extended += (
-                    [{**arm, parameter.key: value} for value in parameter.finite_values() or ()] if holds else [arm]
-                )
-            arms = extended
-    if not arms:
-        raise ConfigError([])
-    return arms

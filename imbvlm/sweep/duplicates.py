@@ -1,0 +1,36 @@
+"""When two configurations train the same thing (PROTOCOL, "Duplicates"): aliases of losses are folded into one."""
+
+from __future__ import annotations
+
+import json
+
+from imbvlm.config import Tree, TrialConfig
+from imbvlm.training.objective import loss_knobs
+
+CROSS_ENTROPY: Tree = {"name": "cross_entropy", "label_smoothing": 0.0}
+
+
+def canonical_key(config: TrialConfig) -> str:
+    """Equal for configurations that train the same thing."""
+    tree = config.to_tree()
+    if config.loss is not None:
+        tree["loss"] = _folded(config, tree["loss"])
+    return json.dumps(tree, sort_keys=True)
+
+
+def _folded(config: TrialConfig, loss: Tree) -> Tree:
+    if "prior" in loss and config.data.class_sampling == "instance_balanced":
+        # Sampling then gives the classes as often as training has them.
+        loss = {**loss, "prior": "train"}
+    match loss:
+        case {"name": "logit_adjustment", "tau": 0} | {"name": "generalized_reweight", "exponent": 0}:
+            return CROSS_ENTROPY
+        case {"name": "focal", "gamma": 0} | {"name": "effective_number", "beta": 0}:
+            return CROSS_ENTROPY
+        case {"name": "logit_adjustment", "tau": 1, "prior": prior} | {"name": "lade", "weight": 0, "prior": prior}:
+            return {"name": "balanced_softmax", "prior": prior}
+        case {"name": "generalized_reweight", "exponent": 1}:
+            return {"name": "inverse_frequency"}
+        case {"name": "ldam", "margin_scale": None}:
+            return {**loss, "margin_scale": loss_knobs(config)["margin_scale"]}
+    return loss
