@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import lru_cache
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
 from imbvlm import storage
+from imbvlm.data.packs import ByteRange, parse_range
+
+_ATTEMPTS = 5
+_ATTEMPTS_DENIED = 3
+_FIRST_WAIT_SECONDS = 0.2
 
 
 class MissingError(Exception):
@@ -16,44 +22,28 @@ class MissingError(Exception):
 
 
 def read_object(uri: str) -> bytes:
-    """The content at a location; a name that isn't there as written is tried with its percent escapes decoded.
+    """The content at a location, or the part of it that `#bytes=OFFSET+LENGTH` names.
 
-    Raises MissingError for this file's own faults, StorageError where the store doesn't answer.
+    A name that isn't there as written is tried with its percent escapes decoded. Raises MissingError for this file's
+    own faults, StorageError where the store doesn't answer.
     """
-    try:
-        return _read(uri)
-    except FileNotFoundError:
-        decoded = unquote(uri)
-        if decoded == uri:
-            raise MissingError("file not found") from None
-    try:
-        return _read(decoded)
-    except FileNotFoundError:
-        raise MissingError("file not found") from None
+    part = parse_range(uri)
+    whole = uri if part is None else part.uri
+    for name in dict.fromkeys((whole, unquote(whole))):
+        try:
+            return _read_local(name, part) if storage.is_local(name) else _read_remote(name, part)
+        except FileNotFoundError:
+            continue
+    raise MissingError("file not found")
 
 
-def _read(uri: str) -> bytes:
-    if storage.is_local(uri):
-        return _read_local(uri)
-    scheme, _, rest = uri.partition("://")
-    bucket = rest.partition("/")[0]
-    try:
-        with _bucket(f"{scheme}://{bucket}").open_input_stream(rest) as stream:
-            return bytes(stream.read())
-    except FileNotFoundError:
-        raise
-    except PermissionError:
-        raise MissingError("access denied") from None
-    except OSError as error:
-        if "ACCESS_DENIED" in str(error):
-            raise MissingError("access denied") from None
-        raise storage.StorageError(f"can't read {uri}: {error}") from None
-
-
-def _read_local(uri: str) -> bytes:
+def _read_local(uri: str, part: ByteRange | None) -> bytes:
     try:
         with open(os.path.expanduser(uri.removeprefix("file://")), "rb") as stream:
-            return stream.read()
+            if part is None:
+                return stream.read()
+            stream.seek(part.offset)
+            return stream.read(part.num_bytes)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(uri) from None
     except IsADirectoryError:
@@ -64,6 +54,39 @@ def _read_local(uri: str) -> bytes:
         raise MissingError("not a file name") from None
     except OSError as error:
         raise MissingError(error.strerror or "can't be read") from None
+
+
+def _read_remote(uri: str, part: ByteRange | None) -> bytes:
+    scheme, _, path = uri.partition("://")
+    bucket = path.partition("/")[0]
+    filesystem = _bucket(f"{scheme}://{bucket}")
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _read_once(filesystem, path, part)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            denied = "ACCESS_DENIED" in str(error) or isinstance(error, PermissionError)
+            # Stores under load refuse now and then what they allow; pyarrow itself doesn't ask again.
+            if attempt + 1 < (_ATTEMPTS_DENIED if denied else _ATTEMPTS):
+                time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
+                continue
+            if denied:
+                raise MissingError("access denied") from None
+            raise storage.StorageError(f"can't read {uri}: {_short(error)}") from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _read_once(filesystem: pafs.FileSystem, path: str, part: ByteRange | None) -> bytes:
+    if part is None:
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    with filesystem.open_input_file(path) as file:
+        return bytes(file.read_at(part.num_bytes, part.offset))
+
+
+def _short(error: OSError) -> str:
+    return str(error).splitlines()[0][:300]
 
 
 @lru_cache(maxsize=16)

@@ -89,6 +89,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     # Class id in the source -> label, where the source's ids were not 0, 1, 2, ...
     label_map: dict[str, int] | None = None
+    # False where the class names are only numbers that stand for names: text methods mean nothing then.
+    named: bool = True
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @staticmethod
@@ -100,6 +102,7 @@ class Manifest:
         notes: Sequence[str] = (),
         label_map: dict[str, int] | None = None,
         split_counts: Sequence[int] | None = None,
+        named: bool = True,
         source: str = "",
     ) -> Manifest:
         """Check a table with columns label, split and uri or bytes; raises ManifestError with every finding."""
@@ -111,7 +114,7 @@ class Manifest:
         if missing or findings:
             raise ManifestError(source or name, [*missing, *findings])
         counts = None if split_counts is None else tuple(int(count) for count in split_counts)
-        return Manifest(table, tuple(class_names), name, counts, tuple(notes), label_map, tuple(warnings))
+        return Manifest(table, tuple(class_names), name, counts, tuple(notes), label_map, named, tuple(warnings))
 
     @staticmethod
     def read(source: str) -> Manifest:
@@ -129,6 +132,7 @@ class Manifest:
             notes=metadata.get("notes", ()),
             label_map=metadata.get("label_map"),
             split_counts=metadata.get("split_counts"),
+            named=metadata.get("named", True),
             source=source,
         )
 
@@ -140,6 +144,7 @@ class Manifest:
             "split_counts": self.split_counts,
             "notes": self.notes,
             "label_map": self.label_map,
+            "named": self.named,
         }
         table = relative_uris(self.table, path).replace_schema_metadata(
             {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
@@ -200,7 +205,7 @@ class Manifest:
         digest.update(b"".join(table.column("content").filter(embedded).to_pylist()))
         uris = table.column("uri").filter(pc.invert(embedded)).to_pylist()
         digest.update("\0".join(uris).encode("utf-8", "surrogateescape"))
-        digest.update(_file_states(uris).tobytes())
+        digest.update(file_states(uris).tobytes())
         return digest.hexdigest()
 
     def _official_counts(self) -> npt.NDArray[np.int64]:
@@ -283,7 +288,7 @@ def _carve(labels: npt.NDArray[np.int64], groups: Rows, seed: int) -> Rows:
     return np.flatnonzero(taken[group])
 
 
-def _file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
     chunks = [uris[start : start + _STAT_CHUNK] for start in range(0, len(uris), _STAT_CHUNK)]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
@@ -296,7 +301,7 @@ def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     for index, uri in enumerate(uris):
         if storage.is_local(uri):
             try:
-                found = os.stat(uri.removeprefix("file://"))
+                found = os.stat(uri.removeprefix("file://").partition("#bytes=")[0])
             except (OSError, ValueError):
                 continue
             states[index] = found.st_size, found.st_mtime_ns

@@ -119,12 +119,12 @@ def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
     empty = [str(index) for index, name in enumerate(class_names) if not name.strip()]
     findings = [] if class_names else ["it has no class names"]
     if empty:
-        findings.append(f"{count_of(empty, 'class')} without a name: {listed(empty)}")
+        findings.append(f"{count_of(len(empty), 'class')} without a name: {listed(empty)}")
     ids: dict[str, list[str]] = {}
     for index, name in enumerate(class_names):
         ids.setdefault(name.strip().casefold(), []).append(str(index))
     twice = [f"{class_names[int(same[0])]!r} ({', '.join(same)})" for name, same in ids.items() if name and same[1:]]
-    warning = f"{count_of(twice, 'name')} of several classes, which text methods can't tell apart: {listed(twice)}"
+    warning = f"{count_of(len(twice), 'name')} of several classes, which text methods can't tell apart: {listed(twice)}"
     return findings, [warning] if twice else []
 
 
@@ -159,12 +159,14 @@ def _blank(uris: pa.ChunkedArray) -> pa.ChunkedArray:
 def _rows(mask: pa.ChunkedArray) -> str:
     rows = np.flatnonzero(mask.to_numpy())
     first = ", ".join(str(row) for row in rows[:3])
-    return f"{count_of(rows, 'row')} ({'row' if len(rows) == 1 else 'rows'} {first}{', ...' if len(rows) > 3 else ''})"
+    shown = f"{'row' if len(rows) == 1 else 'rows'} {first}{', ...' if len(rows) > 3 else ''}"
+    return f"{count_of(len(rows), 'row')} ({shown})"
 
 
-def count_of(items: Sequence[Any] | Rows, word: str) -> str:
+def count_of(number: int, word: str) -> str:
+    """`1 class`, `3 classes`."""
     plural = f"{word}es" if word.endswith("s") else f"{word}s"
-    return f"{len(items)} {word if len(items) == 1 else plural}"
+    return f"{number:,} {word if number == 1 else plural}"
 
 
 def listed(items: Sequence[str], most: int = 10) -> str:

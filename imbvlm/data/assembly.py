@@ -1,0 +1,150 @@
+"""From what a source says of each image to a manifest: split names, class ids, class names, and what is odd."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imbvlm import storage
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.table import count_of, listed
+from imbvlm.errors import nearest
+
+SPLIT_NAMES: Mapping[str, str] = {
+    "train": "train", "training": "train", "trn": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "tst": "test",
+}  # fmt: skip
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+)
+_MOST_SHOWN = 5
+
+Labels = Sequence[int] | Sequence[str] | npt.NDArray[np.int64]
+
+
+def assemble(
+    name: str,
+    labels: Labels,
+    splits: Sequence[str],
+    *,
+    uris: Sequence[str | None] | None = None,
+    data: Sequence[bytes | None] | None = None,
+    class_names: Sequence[str] | None = None,
+    folder_names: Mapping[int, str] | None = None,
+    notes: Sequence[str] = (),
+    source: str = "",
+) -> Manifest:
+    """Build a manifest from columns as the source has them.
+
+    `labels` are class ids or class names. Names without `class_names` are numbered in sorted order; ids without them
+    are called by `folder_names`, or by their number, and ids with gaps are mapped to 0, 1, 2, ... with the map kept.
+    Raises ManifestError with every finding.
+    """
+    columns = {"uri": uris, "bytes": None if data is None else pa.array(data, pa.large_binary())}
+    ids, names, label_map, odd, wrong = _number(labels, class_names, folder_names or {})
+    named = class_names is not None or _are_names(labels) or bool(folder_names)
+    table = pa.table(
+        {
+            **{key: column for key, column in columns.items() if column is not None},
+            "label": pa.array(ids, pa.int32()),
+            "split": [SPLIT_NAMES.get(split.lower(), split) for split in splits],
+        }
+    )
+    try:
+        return Manifest.build(
+            table, names, name, notes=[*notes, *odd], label_map=label_map, named=named, source=source or name
+        )
+    except ManifestError as error:
+        raise ManifestError(source or name, [*wrong, *error.findings]) from None
+
+
+def _are_names(labels: Labels) -> bool:
+    return len(labels) > 0 and isinstance(labels[0], str)
+
+
+def _number(
+    labels: Labels, class_names: Sequence[str] | None, folder_names: Mapping[int, str]
+) -> tuple[npt.NDArray[np.int64], list[str], dict[str, int] | None, list[str], list[str]]:
+    """Class ids, class names, the map of the source's ids, what is odd, what is wrong."""
+    if _are_names(labels):
+        texts = [str(label) for label in labels]
+        names = sorted(set(texts)) if class_names is None else list(class_names)
+        number = {text: index for index, text in reversed(list(enumerate(names)))}
+        unknown = sorted(set(texts) - number.keys())
+        wrong = (
+            [
+                f"{count_of(len(unknown), 'label')} that {'is' if len(unknown) == 1 else 'are'} not in the class list: "
+                f"{listed([repr(text) for text in unknown])}; {nearest(unknown[0], names)}"
+            ]
+            if unknown
+            else []
+        )
+        # A label outside the list has been said by name, and must not be said again by number.
+        return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, [], wrong
+    ids = np.asarray(labels, dtype=np.int64)
+    if class_names is not None:
+        return ids, list(class_names), None, _order_notes(class_names, folder_names), []
+    known, numbered = np.unique(ids, return_inverse=True)
+    gaps = len(known) > 0 and (known[0] != 0 or known[-1] != len(known) - 1)
+    names = [folder_names.get(int(label), f"class {label}") for label in known]
+    label_map = {str(label): index for index, label in enumerate(known.tolist())} if gaps else None
+    odd = [f"class ids {known[0]} to {known[-1]} with gaps were mapped to 0 to {len(known) - 1}"] if gaps else []
+    return numbered.astype(np.int64), names, label_map, odd, []
+
+
+def _order_notes(class_names: Sequence[str], folder_names: Mapping[int, str]) -> list[str]:
+    """A class list whose names are the folders of the images, but in another order, is almost surely a mistake."""
+    plain = [plain_name(name) for name in class_names]
+    folders = {label: plain_name(folder) for label, folder in folder_names.items() if label < len(plain)}
+    if not set(folders.values()) <= set(plain):
+        return []
+    off = [label for label, folder in sorted(folders.items()) if plain[label] != folder]
+    shown = [
+        f"{label} is {class_names[label]!r} in the class list, and its images lie in {folder_names[label]!r}"
+        for label in off[:_MOST_SHOWN]
+    ]
+    return [f"{ORDER_DISAGREES}: {'; '.join(shown)}{' and more' if len(off) > _MOST_SHOWN else ''}"] if off else []
+
+
+ORDER_DISAGREES = "the class list and the image folders disagree on the order"
+
+
+def plain_name(name: str) -> str:
+    """A class name for comparison: lower case, words separated by one space."""
+    return " ".join(re.split(r"[\s_\-/,]+", name.strip().lower()))
+
+
+def folders_of(uris: Sequence[str], labels: npt.NDArray[np.int64]) -> dict[int, str]:
+    """The folder of each class's images, where every class has one of its own: label -> folder's name."""
+    folders: dict[int, str] = {}
+    for uri, label in zip(uris, labels.tolist(), strict=True):
+        folder = uri.rpartition("/")[0].rpartition("/")[2]
+        if not folder or folders.setdefault(label, folder) != folder:
+            return {}
+    return folders if len(set(folders.values())) == len(folders) else {}
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that a file's name speaks of: `train-00000-of-00002.parquet`, `imagenet-val-000.tar`."""
+    words = re.split(r"[^a-z]+", path.rpartition("/")[2].lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+
+
+def read_class_names(path: str) -> list[str]:
+    """Class names by line, in the order of their ids; `ID NAME` lines are read by their ids. Raises ManifestError."""
+    lines = [line.strip() for line in storage.read_bytes(path).decode("utf-8-sig").splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    numbered = [re.fullmatch(r"(\d+)[\s,:]+(.+)", line) for line in lines]
+    if lines and all(numbered):
+        pairs = sorted((int(match[1]), match[2].strip()) for match in numbered if match)
+        if any(after[0] != before[0] + 1 for before, after in pairwise(pairs)) or pairs[0][0] != 0:
+            raise ManifestError(path, ["its numbered class names don't run 0, 1, 2, ..."])
+        return [name for _, name in pairs]
+    return lines

@@ -1,0 +1,255 @@
+"""What is wrong or odd with a manifest's images and names, in one list with a verdict."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imbvlm import storage
+from imbvlm.data.assembly import ORDER_DISAGREES
+from imbvlm.data.images import ImageError, decode, fetch
+from imbvlm.data.listing import list_tree
+from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
+from imbvlm.data.packs import parse_range
+from imbvlm.data.table import SPLITS, Rows, count_of, listed, split_codes
+
+Severity = Literal["error", "warning", "note"]
+
+_THREADS = 8
+_MOST_NAMED = 1000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing: errors keep a manifest from being used well, warnings lose something, notes are good to know."""
+
+    severity: Severity
+    message: str
+    # All rows or classes that it is about, by name.
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = f": {listed(self.examples, 5)}" if self.examples else ""
+        return f"{self.severity:8} {self.message}{shown}"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Findings, errors first."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        counts = Counter(finding.severity for finding in self.findings)
+        if counts["error"]:
+            return (
+                f"not usable as it is: {count_of(counts['error'], 'error')}, {count_of(counts['warning'], 'warning')}"
+            )
+        return f"usable, with {count_of(counts['warning'], 'warning')}" if counts["warning"] else "good"
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.findings), f"verdict  {self.verdict}"])
+
+
+def check_manifest(
+    manifest: Manifest,
+    *,
+    decode_all: bool = False,
+    split_seed: int = 0,
+    count_tokens: Callable[[str], int] | None = None,
+    context_length: int = 77,
+) -> CheckReport:
+    """Look at files, duplicates, names and splits.
+
+    `decode_all` reads every image; without it only files that may be the same in two splits are read. `count_tokens`
+    gives a class name's tokens in the text tower, start and end included. Raises StorageError.
+    """
+    findings = [
+        *_missing_files(manifest),
+        *_same_uri(manifest),
+        *_same_content(manifest),
+        *_names(manifest, count_tokens, context_length),
+        *_splits(manifest, split_seed),
+        *(_undecodable(manifest) if decode_all else ()),
+        *(Finding("error" if note.startswith(ORDER_DISAGREES) else "note", note) for note in manifest.notes),
+    ]
+    order = ("error", "warning", "note")
+    return CheckReport(tuple(sorted(findings, key=lambda finding: order.index(finding.severity))))
+
+
+def _missing_files(manifest: Manifest) -> Iterator[Finding]:
+    """All files that aren't there; objects are looked up by listing, not one by one."""
+    bare = manifest.table.column("bytes").is_null().to_numpy()
+    uris = manifest.table.column("uri").filter(pa.array(bare)).to_pylist()
+    local = np.array([storage.is_local(uri) for uri in uris], dtype=bool)
+    absent = np.zeros(len(uris), dtype=bool)
+    absent[local] = file_states([uri for uri, here in zip(uris, local, strict=True) if here])[:, 0] < 0
+    remote = [_whole(uri) for uri, here in zip(uris, local, strict=True) if not here]
+    if remote:
+        present = _listed_objects(remote)
+        absent[~local] = [uri not in present for uri in remote]
+    missing = [uri for uri, gone in zip(uris, absent, strict=True) if gone]
+    if missing:
+        yield Finding("error", f"{count_of(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
+
+
+def _whole(uri: str) -> str:
+    part = parse_range(uri)
+    return uri if part is None else part.uri
+
+
+def _listed_objects(uris: Sequence[str]) -> set[str]:
+    """The objects that exist below the deepest folder that is common to each bucket's uris."""
+    present: set[str] = set()
+    by_bucket: dict[str, list[str]] = {}
+    for uri in uris:
+        by_bucket.setdefault("/".join(uri.split("/", 3)[:3]), []).append(uri)
+    for group in by_bucket.values():
+        low, high = min(group), max(group)
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+        folder = low[:same].rpartition("/")[0]
+        present |= {f"{folder}/{file.path}" for file in list_tree(folder)}
+    return present
+
+
+def _same_uri(manifest: Manifest) -> Iterator[Finding]:
+    bare = pc.is_null(manifest.table.column("bytes"))
+    table = manifest.table.filter(bare)
+    yield from _across(table.column("uri"), table, "path", manifest)
+
+
+def _same_content(manifest: Manifest) -> Iterator[Finding]:
+    """Identical files: only files of equal size are read, and only where they lie in different splits or classes."""
+    contents = manifest.table.column("content").to_pylist()
+    uris = manifest.table.column("uri").to_pylist()
+    bare = [row for row, content in enumerate(contents) if content is None]
+    states = file_states([uris[row] for row in bare])
+    parts = [parse_range(uris[row]) for row in bare]
+    sizes = np.array([part.num_bytes if part else size for part, size in zip(parts, states[:, 0], strict=True)])
+    _, group, count = np.unique(sizes, return_inverse=True, return_counts=True)
+    twins = [row for row, size, many in zip(bare, sizes, count[group] > 1, strict=True) if many and size > 0]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for row, digest in zip(twins, pool.map(lambda row: _digest(uris[row]), twins), strict=True):
+            contents[row] = digest
+    known = pa.array([content is not None for content in contents])
+    keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(known)
+    yield from _across(keys, manifest.table.filter(known), "content", manifest)
+
+
+def _digest(uri: str) -> bytes | None:
+    try:
+        return hashlib.blake2b(fetch(uri, None), digest_size=16).digest()
+    except ImageError:
+        return None
+
+
+def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifest) -> Iterator[Finding]:
+    """Rows with equal keys: in two splits an error, under two labels or twice in one split a warning."""
+    if not len(keys):
+        return
+    encoded = pc.dictionary_encode(keys.combine_chunks()).indices.to_numpy()
+    splits, labels = split_codes(table.column("split")), table.column("label").to_numpy()
+    uris = table.column("uri")
+    order = np.argsort(encoded, kind="stable")
+    first = np.flatnonzero(np.concatenate([[True], np.diff(encoded[order]) > 0]))
+    size = np.diff(np.concatenate([first, [len(order)]]))
+
+    def differs(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        ordered = values[order]
+        return np.minimum.reduceat(ordered, first) != np.maximum.reduceat(ordered, first)
+
+    in_splits, in_labels = differs(splits), differs(labels)
+
+    def named(groups: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        names = []
+        for start, many in zip(first[groups][:_MOST_NAMED], size[groups][:_MOST_NAMED], strict=True):
+            rows = order[start : start + many]
+            where = "/".join(dict.fromkeys(SPLITS[splits[row]] for row in rows))
+            classes = "/".join(dict.fromkeys(manifest.class_names[labels[row]] for row in rows))
+            names.append(f"{uris[int(rows[0])].as_py() or f'row {rows[0]}'} ({where}; {classes})")
+        return tuple(names)
+
+    groups: list[tuple[Severity, str, npt.NDArray[np.bool_]]] = [
+        ("error", f"with the same {what} in two splits", in_splits),
+        ("warning", f"with the same {what} under two labels", in_labels),
+        ("warning", f"with the same {what} more than once in one split", (size > 1) & ~in_splits & ~in_labels),
+    ]
+    for severity, message, chosen in groups:
+        if chosen.any():
+            yield Finding(severity, f"{count_of(int(chosen.sum()), 'image')} {message}", named(chosen))
+
+
+def _names(manifest: Manifest, count_tokens: Callable[[str], int] | None, context_length: int) -> Iterator[Finding]:
+    for warning in manifest.warnings:
+        yield Finding("warning", warning)
+    if not manifest.named:
+        yield Finding("warning", "classes have numbers and no names, so text methods are refused")
+    if count_tokens is not None and manifest.named:
+        long = tuple(name for name in manifest.class_names if count_tokens(name) > context_length)
+        if long:
+            yield Finding(
+                "warning", f"{count_of(len(long), 'name')} above the text tower's context of {context_length}", long
+            )
+    if manifest.label_map is not None:
+        yield Finding("note", "the source's class ids are mapped; the map is kept in the manifest (label_map)")
+
+
+def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
+    stats, names = manifest.class_stats(), manifest.class_names
+    if len(stats.zero_train):
+        empty = tuple(names[label] for label in stats.zero_train)
+        yield Finding("warning", f"{count_of(len(empty), 'class')} without training images (zero_train)", empty)
+    if "test" not in manifest.splits:
+        yield Finding("warning", "no test split: a sweep can select, and can't score what it selected")
+    official = "val" in manifest.splits
+    rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)
+    lost = tuple(names[label] for label in not_selectable(manifest.labels[rows], len(names)))
+    if lost:
+        kind = "the validation split" if official else "validation carved from training (fewer than 5 images)"
+        yield Finding("warning" if official else "note", f"{count_of(len(lost), 'class')} absent from {kind}", lost)
+
+
+def _undecodable(manifest: Manifest) -> Iterator[Finding]:
+    uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
+    stats, splits = manifest.class_stats(), split_codes(manifest.table.column("split"))
+
+    def reason(row: int) -> str | None:
+        try:
+            decode(fetch(uris[row].as_py(), data[row].as_py()))
+        except ImageError as error:
+            return error.reason
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        reasons = list(pool.map(reason, range(len(manifest))))
+    bad = [(row, text) for row, text in enumerate(reasons) if text is not None]
+    if bad:
+        shown = tuple(
+            f"{uris[row].as_py() or f'row {row}'} ({text}; {SPLITS[splits[row]]}; "
+            f"{manifest.class_names[manifest.labels[row]]}, {stats.group_of(int(manifest.labels[row]))})"
+            for row, text in bad
+        )
+        yield Finding("warning", f"{count_of(len(bad), 'image')} of {len(manifest):,} can't be decoded", shown)
+    lost = np.setdiff1d(
+        np.unique(manifest.labels[manifest.rows_of("train")]),
+        manifest.labels[[row for row in manifest.rows_of("train") if reasons[row] is None]],
+    )
+    if len(lost):
+        names = tuple(manifest.class_names[label] for label in lost)
+        yield Finding("error", f"{count_of(len(lost), 'class')} would lose every training image", names)

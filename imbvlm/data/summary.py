@@ -1,0 +1,114 @@
+"""What a manifest has, as text: classes, splits, shot groups, bytes, and the curve of counts as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from imbvlm.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
+
+_PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -> str:
+    """Several lines of text, the last ones the plot of training images per class, sorted, on a log scale."""
+    stats = manifest.class_stats()
+    lines = [
+        f"manifest          {manifest.name}",
+        f"classes           {len(manifest.class_names):,}{'' if manifest.named else ' (without names)'}",
+        *_split_lines(manifest, split_seed),
+        f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
+        f"{int(stats.counts[stats.counts > 0].min()):,} training images a class)",
+        *_group_lines(stats),
+        f"bytes             {_size(num_bytes(manifest))}",
+        f"largest classes   {_examples(manifest, stats, -1, num_examples)}",
+        f"smallest classes  {_examples(manifest, stats, 1, num_examples)}",
+        *(f"note              {note}" for note in (*manifest.notes, *manifest.warnings)),
+        "",
+        *plot_counts(stats.counts),
+    ]
+    return "\n".join(lines)
+
+
+def num_bytes(manifest: Manifest) -> int:
+    """Bytes of all images that are embedded or on local disks; objects elsewhere count nothing."""
+    embedded = pc.sum(pc.binary_length(manifest.table.column("bytes"))).as_py() or 0
+    bare = manifest.table.filter(manifest.table.column("bytes").is_null())
+    sizes = file_states(bare.column("uri").to_pylist())[:, 0]
+    return int(embedded + sizes[sizes > 0].sum())
+
+
+def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
+    lines = [f"{split:17} {len(manifest.rows_of(split)):,} images" for split in manifest.splits]
+    if "val" in manifest.splits:
+        return lines
+    carved = carve_validation(manifest, split_seed)
+    lost = not_selectable(manifest.labels[carved], len(manifest.class_names))
+    note = f"{'val':17} none; {len(carved):,} training images will be carved off (seed {split_seed})"
+    return [*lines, f"{note}, {len(lost):,} classes without any" if len(lost) else note]
+
+
+def _group_lines(stats: ClassStats) -> list[str]:
+    found = {group: getattr(stats, group) for group in SHOT_GROUPS}
+    return [f"{group:17} {len(classes):,} classes" for group, classes in found.items() if len(classes)]
+
+
+def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:
+    order = np.argsort(direction * stats.counts, kind="stable")[:number]
+    return ", ".join(f"{manifest.class_names[label]} ({stats.counts[label]:,})" for label in order)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"
+
+
+def plot_counts(counts: npt.NDArray[np.int64], width: int = _PLOT_WIDTH, height: int = _PLOT_HEIGHT) -> list[str]:
+    """Counts (C,) from head to tail as lines of block characters; heights on a log scale from 1."""
+    ordered = np.sort(counts)[::-1]
+    width = min(width, len(ordered))
+    edges = np.linspace(0, len(ordered), width + 1).astype(int)
+    means = np.add.reduceat(ordered, edges[:-1]) / np.diff(edges)
+    means = means.repeat(max(1, _PLOT_WIDTH // width))
+    top = float(np.log1p(ordered.max()))
+    levels = np.rint(np.log1p(means) / max(top, 1e-9) * height * 8).astype(int)
+    lines = []
+    for row in range(height, 0, -1):
+        filled = np.clip(levels - (row - 1) * 8, 0, 8)
+        label = f"{round(np.expm1(top * row / height)):>9,} "
+        lines.append(label + "".join(_BLOCKS[level] for level in filled).rstrip())
+    return [*lines, " " * 10 + _axis(len(ordered), len(means))]
+
+
+def _axis(num_classes: int, width: int) -> str:
+    right = f"{num_classes:,} classes"
+    return right if len(right) + 2 > width else "1" + right.rjust(width - 1)
+
+
+def plot_svg(counts: Sequence[int] | npt.NDArray[np.int64], title: str) -> str:
+    """The same curve as an SVG picture, for reports and pages."""
+    from xml.sax.saxutils import escape
+
+    ordered = np.sort(np.asarray(counts))[::-1]
+    top = float(np.log10(max(10, ordered.max())))
+    across = np.linspace(60, 620, len(ordered)) if len(ordered) > 1 else np.array([60.0])
+    down = 300 - 260 * np.log10(np.maximum(ordered, 0.5)).clip(0) / top
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    ticks = "".join(
+        f'<text x="52" y="{300 - 260 * power / top + 4:.0f}" text-anchor="end">{10**power:,}</text>'
+        f'<path d="M56 {300 - 260 * power / top:.1f}H620" stroke="#ddd"/>'
+        for power in range(int(top) + 1)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" font-size="12">'
+        f'<rect width="640" height="340" fill="#fff"/><text x="60" y="22" font-size="14">{escape(title)}</text>{ticks}'
+        f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="2"/>'
+        f'<text x="60" y="326">classes from head to tail ({len(ordered):,}); training images, log scale</text></svg>'
+    )

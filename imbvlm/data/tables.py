@@ -1,0 +1,215 @@
+"""Manifests from tables: CSV, TSV, JSON lines and Parquet, also Parquet with embedded images as on Hugging Face."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+from imbvlm import storage
+from imbvlm.data.assembly import assemble, folders_of, split_of_file
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.packs import PackWriter
+from imbvlm.errors import nearest
+
+# The names under which tables have each column, the likeliest first.
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "uri": ("uri", "path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image", "img"),
+    "label": ("label", "labels", "class_id", "category_id", "class", "category", "target", "class_name", "fine_label"),
+    "split": ("split", "set", "subset", "partition"),
+    "bytes": ("bytes", "image_bytes", "image", "img", "jpg", "png"),
+}  # fmt: skip
+# Images up to this size in all stay inside the manifest; more go to pack files beside it, so that memory stays flat.
+EMBED_AT_MOST_BYTES = 128_000_000
+
+
+def from_table(
+    paths: Sequence[str],
+    root: str,
+    name: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    class_names: Sequence[str] | None = None,
+    pack_prefix: str | None = None,
+) -> Manifest:
+    """Rows of one or several tables; a relative path in them is below `root`.
+
+    `columns` names the table's columns for uri, label, split and bytes where they aren't found by their usual names;
+    without a split column the files' names tell it, or else every row is a training row. Embedded images stay in the
+    manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
+    """
+    root = storage.absolute(root)
+    rows = _Rows(name, PackWriter(pack_prefix, EMBED_AT_MOST_BYTES))
+    for path in paths:
+        for table in _batches(path):
+            rows.add(table, path, columns or {})
+    rows.pack.close()
+    names = class_names if class_names is not None else rows.class_names
+    uris = [None if uri is None else _located(uri, root) for uri in rows.uris]
+    folders = folders_of([uri or "" for uri in rows.uris], pa.array(rows.labels).to_numpy()) if rows.has_ids else {}
+    return assemble(
+        name,
+        rows.labels,
+        rows.splits,
+        uris=rows.pack.located(uris),
+        data=rows.pack.embedded,
+        class_names=names,
+        folder_names=folders,
+        notes=rows.notes,
+        source=", ".join(paths),
+    )
+
+
+class _Rows:
+    """Columns gathered from the tables of a source."""
+
+    def __init__(self, name: str, pack: PackWriter) -> None:
+        self.name, self.pack = name, pack
+        self.uris: list[str | None] = []
+        self.labels: list[Any] = []
+        self.splits: list[str] = []
+        self.notes: list[str] = []
+        self.class_names: list[str] | None = None
+
+    @property
+    def has_ids(self) -> bool:
+        return bool(self.labels) and isinstance(self.labels[0], int)
+
+    def add(self, table: pa.Table, path: str, chosen: Mapping[str, str]) -> None:
+        found = _find_columns(table, path, chosen)
+        self.class_names = self.class_names or _hub_class_names(table.schema, found["label"])
+        labels = table.column(found["label"])
+        if labels.null_count:
+            raise ManifestError(path, [f"{labels.null_count} rows have no {found['label']!r}"])
+        self.labels += _label_values(labels)
+        if "split" in found:
+            self.splits += table.column(found["split"]).cast(pa.string()).to_pylist()
+        else:
+            self._split_by_file(path, table.num_rows)
+        uris, data = _images(table, found)
+        self.uris += uris
+        self.pack.add(data if data is not None else [None] * table.num_rows)
+
+    def _split_by_file(self, path: str, num_rows: int) -> None:
+        split = split_of_file(path)
+        note = "no split column and no split in the files' names: every row is a training row"
+        if split is None and note not in self.notes:
+            self.notes.append(note)
+        self.splits += [split or "train"] * num_rows
+
+
+def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict[str, str]:
+    present, wrong = table.column_names, []
+    found = {}
+    for what, column in chosen.items():
+        if column in present:
+            found[what] = column
+        else:
+            wrong.append(f"there is no column {column!r} for {what}; {nearest(column, present)}")
+    lower = {name.lower(): name for name in reversed(present)}
+    for what, candidates in COLUMNS.items():
+        usable = [lower[name] for name in candidates if name in lower and _fits(what, table.schema.field(lower[name]))]
+        if what not in chosen and usable:
+            found[what] = usable[0]
+    if "label" not in found and "label" not in chosen:
+        wrong.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
+    if not {"uri", "bytes"} & found.keys() and not {"uri", "bytes"} & chosen.keys():
+        wrong.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
+    if wrong:
+        raise ManifestError(path, wrong)
+    return found
+
+
+def _fits(what: str, field: pa.Field) -> bool:
+    kind = field.type
+    if what == "bytes":
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind))
+    if what == "uri":
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return True
+
+
+def _label_values(labels: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_integer(labels.type):
+        return list(labels.to_pylist())
+    texts = labels.cast(pa.string())
+    if pc.all(pc.match_substring_regex(texts, r"^\d+$")).as_py():
+        return list(texts.cast(pa.int64()).to_pylist())
+    return list(texts.to_pylist())
+
+
+def _images(table: pa.Table, found: Mapping[str, str]) -> tuple[list[str | None], list[bytes | None] | None]:
+    uris: list[str | None] = [None] * table.num_rows
+    if "uri" in found:
+        uris = table.column(found["uri"]).to_pylist()
+    if "bytes" not in found:
+        return uris, None
+    column = table.column(found["bytes"])
+    if pa.types.is_struct(column.type):
+        if "uri" not in found and column.type.get_field_index("path") >= 0:
+            uris = pc.struct_field(column, "path").to_pylist()
+        column = pc.struct_field(column, "bytes")
+    return uris, column.to_pylist()
+
+
+def _hub_class_names(schema: pa.Schema, label: str) -> list[str] | None:
+    """Class names that the Hugging Face hub keeps in a Parquet file's metadata."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(raw).get("info", {}).get("features", {}) if raw else {}
+    names = features.get(label, {}).get("names")
+    return list(names) if names else None
+
+
+def _batches(path: str) -> Sequence[pa.Table] | Any:
+    """The table in pieces of bounded memory."""
+    suffix = path.rpartition(".")[2].lower()
+    readers = {
+        "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_json, "ndjson": _read_json, "json": _read_json,
+        "parquet": _read_parquet,
+    }  # fmt: skip
+    if suffix not in readers:
+        raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {nearest(suffix, readers)}"])
+    try:
+        yield from readers[suffix](path)
+    except pa.ArrowInvalid as error:
+        raise ManifestError(path, [f"it can't be read as {suffix}: {error}"]) from None
+
+
+def _read_csv(path: str) -> list[pa.Table]:
+    data = storage.read_bytes(path)
+    delimiter = "\t" if path.lower().endswith(".tsv") else ","
+    first = data[: data.find(b"\n") if b"\n" in data else len(data)].decode("utf-8-sig")
+    header = next(csv.reader(io.StringIO(first), delimiter=delimiter), [])
+    # Everything is read as text: a path or a label must not lose its zeros or become a date.
+    options = pa_csv.ConvertOptions(
+        column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True
+    )
+    parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return [pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)]
+
+
+def _read_json(path: str) -> list[pa.Table]:
+    return [pa_json.read_json(pa.BufferReader(storage.read_bytes(path)))]
+
+
+def _read_parquet(path: str) -> Any:
+    filesystem, inner = storage.open_filesystem(path)
+    try:
+        with filesystem.open_input_file(inner) as stream:
+            file = pq.ParquetFile(stream)
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group)
+    except FileNotFoundError:
+        raise storage.StorageError(f"{path} is not there") from None
+
+
+def _located(uri: str, root: str) -> str:
+    return uri if "://" in uri or uri.startswith("/") else storage.join(root, uri)
