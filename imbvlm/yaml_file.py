@@ -62,6 +62,17 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
+# Line breaks that PyYAML folds to spaces in any but double quotes.
+_UNUSUAL_BREAKS = re.compile("[\x85\u2028\u2029]")
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _UNUSUAL_BREAKS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
+
 
 @dataclass(frozen=True)
 class YamlTree:
@@ -109,8 +120,8 @@ def _named(key: yaml.Node) -> str:
 
 def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
     """Read one YAML 1.2 document; raises ConfigError for bad syntax, duplicate keys, aliases and unknown tags."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return YamlTree({}, file, {})
@@ -128,8 +139,6 @@ def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
-    finally:
-        loader.dispose()
 
 
 def read_yaml(path: str | Path) -> YamlTree:
