@@ -187,8 +187,6 @@ def test_under_bfloat16_autocast_the_last_block_stays_close():
 def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do():
     with pytest.raises(ImbvlmError, match=r"num_heads must divide the decoder's width of 24, and is 5; 4 does"):
         Decoder(24, config(num_heads=5), True)
-    with pytest.raises(ImbvlmError, match="width of 10"):
-        Decoder(24, config(num_heads=4, width=10), True)
 
 
 def test_the_same_seed_starts_the_same():
