@@ -371,7 +371,8 @@ def _complete(data: Any) -> Any:
         section = complete.get(key, {} if key in _read_by(data) else None)
         if isinstance(section, dict):
             tags = {tag: value for tag, value in default.items() if tag in ("name", "kind") and tag not in section}
-            lengths = default if key == "train" and not (section.get("num_epochs") or section.get("num_steps")) else {}
+            unset = section.get("num_epochs") is None and section.get("num_steps") is None
+            lengths = default if key == "train" and unset else {}
             complete[key] = {**tags, **section, **lengths}
     return complete
 
