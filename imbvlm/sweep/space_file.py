@@ -141,6 +141,8 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
         return f"{kind} of {key} is empty: low {low} is not below high {high}"
     if kind == "loguniform" and low <= 0:
         return f"loguniform of {key} must start above 0, and starts at {low}"
+    if kind != "int" and "integer" in (refusal(TrialConfig, key, (low + high) / 2) or ""):
+        return f"{kind} of {key} draws fractions, and {key} must be a whole number; use int"
     return None
 
 
