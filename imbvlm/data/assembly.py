@@ -56,12 +56,16 @@ def assemble(
             "split": [SPLIT_NAMES.get(split.lower(), split) for split in splits],
         }
     )
+    findings: tuple[str, ...] = ()
     try:
-        return Manifest.build(
+        manifest = Manifest.build(
             table, names, name, notes=[*notes, *odd], label_map=label_map, named=named, source=source or name
         )
     except ManifestError as error:
-        raise ManifestError(source or name, [*wrong, *error.findings]) from None
+        findings = error.findings
+    if wrong or findings:
+        raise ManifestError(source or name, [*wrong, *findings])
+    return manifest
 
 
 def _are_names(labels: Labels) -> bool:

@@ -1,0 +1,484 @@
+"""Every source becomes the same manifest, and what is wrong with it is said in one go."""
+
+import argparse
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imbvlm.data import commands
+from imbvlm.data.checks import check_manifest
+from imbvlm.data.datasets import DATASETS, build_dataset
+from imbvlm.data.images import decode, fetch
+from imbvlm.data.inaturalist import from_inaturalist
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.sources import from_folders, from_lists
+from imbvlm.data.summary import plot_counts, plot_svg, summary
+from imbvlm.data.tables import from_table
+from imbvlm.data.tails import tail_counts, with_tail
+from imbvlm.data.webdataset import from_shards
+from imbvlm.errors import ImbvlmError
+
+TREE = {
+    "train/cat/a 1.png": (0, "train"),
+    "train/cat/b é.png": (0, "train"),
+    "train/dog/deep/c.png": (1, "train"),
+    "valid/dog/d.png": (1, "val"),
+    "test/owl/e.png": (2, "test"),
+}
+CLASSES = ["cat", "dog", "owl"]
+
+
+def picture(number, size=(8, 6)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, (number * 40 % 256, 10, 20)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for number, path in enumerate(TREE):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(picture(number))
+    return tmp_path
+
+
+def assert_is_tree(manifest, ordered=False):
+    """The rows of TREE, each with the pixels of its number."""
+    assert list(manifest.class_names) == CLASSES
+    rows = manifest.table.to_pylist()
+    colours = [int(decode(fetch(row["uri"], row["bytes"]))[0, 0, 0]) // 40 for row in rows]
+    found = dict(zip(colours, ((row["label"], row["split"]) for row in rows), strict=True))
+    assert found == dict(enumerate(TREE.values()))
+    if ordered:
+        assert colours == sorted(colours)
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def test_folders_with_splits(tree):
+    (tree / "train" / "cat" / "notes.txt").write_text("no image")
+    (tree / "train" / ".hidden.png").write_bytes(picture(9))
+    found = from_folders(str(tree), "pets")
+    assert_is_tree(found)
+    assert found.notes == ("1 file left out by their suffix: .txt",)
+
+
+def test_folders_without_splits_are_training(tree):
+    found = from_folders(str(tree / "train"), "pets")
+    assert found.class_names == ("cat", "dog")
+    assert found.splits == ("train",)
+    assert len(found) == 3
+
+
+def test_a_folder_without_images_is_a_class_without_images(tree):
+    (tree / "train" / "bat").mkdir()
+    found = from_folders(str(tree), "pets")
+    assert found.class_names == ("bat", "cat", "dog", "owl")
+    assert found.class_stats().zero_train.tolist() == [0, 3]
+
+
+def test_folders_outside_the_class_list_are_named(tree):
+    with pytest.raises(ManifestError, match=r"not in the class list: 'owl'; did you mean 'owls'"):
+        from_folders(str(tree), "pets", class_names=["cat", "dog", "owls"])
+
+
+def test_a_folder_without_classes_says_what_it_should_look_like(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with pytest.raises(ManifestError, match=r"CLASS/image\.jpg"):
+        from_folders(str(tmp_path), "pets")
+
+
+@pytest.mark.parametrize("separator", [" ", "\t"])
+def test_list_files_with_ids_and_paths_with_spaces(tree, separator):
+    for split, official in (("train", "train"), ("val", "val"), ("test", "test")):
+        lines = [f"{path}{separator}{label}" for path, (label, where) in TREE.items() if where == official]
+        (tree / f"{split}.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    lists = {split: str(tree / f"{split}.txt") for split in ("train", "val", "test")}
+    assert_is_tree(from_lists(lists, str(tree), "pets", class_names=CLASSES), ordered=True)
+
+
+def test_bad_lines_are_all_named(tmp_path):
+    (tmp_path / "train.txt").write_text("a.png 0\nb.png\n\nc.png 1\nd.png\n")
+    with pytest.raises(ManifestError) as caught:
+        from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
+    assert [finding.partition("train.txt:")[2] for finding in caught.value.findings] == [
+        "2: 'b.png' is not a path and a label",
+        "5: 'd.png' is not a path and a label",
+    ]
+
+
+def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path):
+    (tmp_path / "train.txt").write_text("x/a.png 7\nx/b.png 3\ny/c.png 12\nx/d.png 7\n")
+    found = from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
+    found.write(str(tmp_path / "pets.parquet"))
+    found = Manifest.read(str(tmp_path / "pets.parquet"))
+    assert found.labels.tolist() == [1, 0, 2, 1]
+    assert found.label_map == {"3": 0, "7": 1, "12": 2}
+    assert found.class_names == ("class 3", "class 7", "class 12")
+    assert not found.named
+
+
+def test_ids_outside_the_class_list_are_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("a.png 0\nb.png 3\n")
+    with pytest.raises(ManifestError, match="label outside 0 to 2, the class names: 3"):
+        from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=CLASSES)
+
+
+def test_an_order_that_disagrees_between_list_and_names_is_an_error_of_the_check(tree):
+    (tree / "train.txt").write_text("train/cat/a 1.png 0\ntrain/dog/c.png 1\n")
+    lists = {"train": str(tree / "train.txt")}
+    wrong = from_lists(lists, str(tree), "pets", class_names=["dog", "cat", "owl"])
+    assert "0 is 'dog' in the class list, and its images lie in 'cat'" in str(check_manifest(wrong))
+    assert not check_manifest(wrong).ok
+    assert not from_lists(lists, str(tree), "pets", class_names=CLASSES).notes
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("as_names", [True, False])
+def test_tables(tree, suffix, as_names):
+    rows = [
+        {"image_path": path, "category": CLASSES[label] if as_names else label, "split": split}
+        for path, (label, split) in TREE.items()
+    ]
+    path = tree / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    else:
+        mark = "," if suffix == "csv" else "\t"
+        lines = [mark.join(rows[0])] + [mark.join(str(value) for value in row.values()) for row in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    names = None if as_names else CLASSES
+    assert_is_tree(from_table([str(path)], str(tree), "pets", class_names=names), ordered=True)
+
+
+def test_tables_with_columns_of_other_names(tree):
+    rows = [{"where": path, "what": CLASSES[label], "fold": split} for path, (label, split) in TREE.items()]
+    (tree / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    columns = {"uri": "where", "label": "what", "split": "fold"}
+    assert_is_tree(from_table([str(tree / "rows.jsonl")], str(tree), "pets", columns=columns))
+    with pytest.raises(ManifestError) as caught:
+        from_table([str(tree / "rows.jsonl")], str(tree), "pets", columns={"uri": "wher"})
+    assert "there is no column 'wher' for uri; did you mean 'where'?" in caught.value.findings[0]
+    assert "no column is named like a label" in caught.value.findings[1]
+
+
+def hub_files(folder):
+    """Parquet as the Hugging Face hub serves it: a struct of bytes and path, names in the metadata, splits by file."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
+    paths = []
+    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        chosen = [(number, label) for number, (label, where) in enumerate(TREE.values()) if where == split]
+        images = pa.array([{"bytes": picture(number), "path": f"{number}.png"} for number, _ in chosen], kind)
+        table = pa.table({"image": images, "label": pa.array([label for _, label in chosen], pa.int64())})
+        paths.append(str(folder / f"{name}-00000-of-00001.parquet"))
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), paths[-1])
+    return paths
+
+
+def test_parquet_of_the_hub_with_embedded_images(tmp_path):
+    assert_is_tree(from_table(hub_files(tmp_path), "", "pets"), ordered=True)
+
+
+def test_many_embedded_images_go_to_pack_files_that_move_with_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr("imbvlm.data.tables.EMBED_AT_MOST_BYTES", 150)
+    (tmp_path / "one").mkdir()
+    made = from_table(hub_files(tmp_path), "", "pets", pack_prefix=str(tmp_path / "one" / "pets.images"))
+    assert made.table.column("bytes").null_count == len(TREE)
+    made.write(str(tmp_path / "one" / "pets.parquet"))
+    (tmp_path / "one").rename(tmp_path / "two")
+    found = Manifest.read(str(tmp_path / "two" / "pets.parquet"))
+    assert_is_tree(found, ordered=True)
+    assert check_manifest(found).ok
+    before = found.row_fingerprint("train")
+    with open(tmp_path / "two" / "pets.images-00000.pack", "ab") as stream:
+        stream.write(b"more")
+    assert found.row_fingerprint("train") != before
+
+
+def test_tar_shards_are_read_where_they_lie(tmp_path):
+    paths = []
+    for split in ("train", "val", "test"):
+        paths.append(str(tmp_path / f"pets-{split}-0000.tar"))
+        with tarfile.open(paths[-1], "w") as archive:
+            for number, (label, where) in enumerate(TREE.values()):
+                if where == split:
+                    members = {"png": picture(number), "json": json.dumps({"label": CLASSES[label]}).encode()}
+                    for extension, content in members.items():
+                        info = tarfile.TarInfo(f"some folder/{number:05d}.{extension}")
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+    assert_is_tree(from_shards(paths, "pets"), ordered=True)
+
+
+def test_compressed_or_unlabelled_shards_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("x.png")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(ManifestError, match=r"neither a \.cls nor a \.json"):
+        from_shards([str(tmp_path / "a.tar")], "pets")
+    (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(ManifestError, match="uncompressed tar"):
+        from_shards([str(tmp_path / "b.tar")], "pets")
+
+
+# ------------------------------------------------------------------------------------------------ iNaturalist
+
+TAXA = [
+    {
+        "id": 0,
+        "name": "Felis catus",
+        "common_name": "Cat",
+        "genus": "Felis",
+        "family": "Felidae",
+        "kingdom": "Animalia",
+    },
+    {"id": 1, "name": "Felis chaus", "common_name": "", "genus": "Felis", "family": "Felidae", "kingdom": "Animalia"},
+    {"id": 2, "name": "Bellis perennis", "genus": "Bellis", "family": "Asteraceae", "kingdom": "Plantae"},
+]
+
+
+def annotations(path, categories, labels):
+    images = [{"id": 100 + n, "file_name": f"train_val/x/{n}.jpg"} for n in range(len(labels))]
+    notes = [{"id": n, "image_id": 100 + n, "category_id": label} for n, label in enumerate(labels)]
+    path.write_text(json.dumps({"images": images, "annotations": notes, "categories": categories}))
+    return str(path)
+
+
+def test_inaturalist_names_come_from_categories_and_are_lacking_without(tmp_path):
+    hidden = [{"id": n, "name": str(n), "supercategory": "Life"} for n in range(3)]
+    files = {
+        "train": annotations(tmp_path / "train2018.json", hidden, [0, 0, 2, 1]),
+        "test": annotations(tmp_path / "val2018.json", hidden, [1]),
+    }
+    bare = from_inaturalist(files, str(tmp_path), "inat")
+    assert not bare.named
+    assert "text methods are refused" in str(check_manifest(bare))
+    (tmp_path / "categories.json").write_text(json.dumps(TAXA))
+    found = from_inaturalist(files, str(tmp_path), "inat", categories=str(tmp_path / "categories.json"))
+    assert found.named
+    assert found.class_names == ("Felis catus", "Felis chaus", "Bellis perennis")
+    assert found.labels.tolist() == [0, 0, 2, 1, 1]
+    assert found.splits == ("train", "test")
+    assert found.table.column("uri")[2].as_py() == str(tmp_path / "train_val" / "x" / "2.jpg")
+
+
+def test_inaturalist_common_names_and_higher_ranks(tmp_path):
+    files = {"train": annotations(tmp_path / "train.json", TAXA, [0, 1, 2])}
+    assert from_inaturalist(files, "", "inat", names="common").class_names == ("Cat", "Felis chaus", "Bellis perennis")
+    genus = from_inaturalist(files, "", "inat", rank="genus")
+    assert genus.class_names == ("Bellis", "Felis")
+    assert genus.labels.tolist() == [1, 1, 0]
+    assert genus.label_map == {"0": 1, "1": 1, "2": 0}
+    with pytest.raises(ManifestError, match="3 categories have no order"):
+        from_inaturalist(files, "", "inat", rank="order")
+
+
+# ------------------------------------------------------------------------------------------------ benchmarks
+
+
+def write_lists(folder, prefix, sizes, class_counts, path_of):
+    counts = {"train": class_counts}
+    for split in ("val", "test"):
+        counts[split] = np.full(len(class_counts), sizes[split] // len(class_counts))
+    for split, per_class in counts.items():
+        labels = np.repeat(np.arange(len(class_counts)), per_class)
+        lines = [f"{path_of(split, label)}/{row:08d}.jpg {label}" for row, label in enumerate(labels)]
+        (folder / f"{prefix}_{split}.txt").write_text("\n".join(lines))
+
+
+def spread(total, least, most, num_classes):
+    """Counts from `most` to `least` that sum to a total."""
+    counts = np.full(num_classes, least)
+    counts[0] = most
+    rest = total - counts.sum()
+    middle = counts[1:-1]
+    middle += rest // len(middle)
+    middle[: rest % len(middle)] += 1
+    return counts
+
+
+def test_imagenet_lt_by_its_official_lists(tmp_path):
+    sizes = DATASETS["imagenet_lt"].sizes
+    counts = spread(sizes["train"], 5, 1280, 1000)
+    write_lists(tmp_path, "ImageNet_LT", sizes, counts, lambda split, label: f"{split}/n{label:08d}")
+    found = build_dataset("imagenet_lt", str(tmp_path))
+    assert found.class_names[0] == "tench"
+    assert "missile" in found.warnings[0]
+    assert "sunglasses" in found.warnings[0]
+    assert {split: len(found.rows_of(split)) for split in sizes} == dict(sizes)
+    assert any("image-net.org" in note for note in found.notes)
+
+
+def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path):
+    sizes = DATASETS["places_lt"].sizes
+    counts = spread(sizes["train"], 5, 4980, 365)
+    write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/airport_terminal-{label:03d}")
+    found = build_dataset("places_lt", str(tmp_path))
+    assert found.class_names[7] == "airport terminal 007"
+    assert found.named
+
+
+def test_wrong_sizes_are_said_with_the_right_ones(tmp_path):
+    sizes = {"train": 62_500, "val": 7_300, "test": 36_500}
+    counts = spread(62_400, 6, 4980, 365)
+    write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/{label}")
+    with pytest.raises(ManifestError) as caught:
+        build_dataset("places_lt", str(tmp_path))
+    assert caught.value.findings == (
+        "train has 62,400 images, and the official list has 62,500",
+        "classes have 6 to 4,980 training images, and the official list has 5 to 4,980",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"fashion_mnist_lt"}))
+def test_missing_files_are_all_named_with_where_to_get_them(tmp_path, name):
+    with pytest.raises(ManifestError) as caught:
+        build_dataset(name, str(tmp_path))
+    text = str(caught.value)
+    assert all(file in text for file in DATASETS[name].files)
+    assert "http" in text
+
+
+def test_the_embedded_benchmark_needs_no_files():
+    assert len(build_dataset("fashion_mnist_lt", "")) == 4980
+
+
+# ------------------------------------------------------------------------------------------------ tails
+
+
+def balanced(num_classes=10, per_class=200):
+    labels = np.repeat(np.arange(num_classes), per_class)
+    uris = [f"s3://bucket/{row}.jpg" for row in range(len(labels) + num_classes)]
+    table = pa.table(
+        {
+            "uri": uris,
+            "label": np.concatenate([labels, np.arange(num_classes)]),
+            "split": ["train"] * len(labels) + ["test"] * num_classes,
+        }
+    )
+    return Manifest.build(table, [f"c{label}" for label in range(num_classes)], "balanced")
+
+
+@pytest.mark.parametrize("shape", ["exponential", "pareto"])
+def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape):
+    made = balanced()
+    found = with_tail(made, 50, shape=shape, seed=1)
+    stats = found.class_stats()
+    assert stats.imbalance_factor == 50
+    assert sorted(stats.counts)[::-1] == tail_counts(10, 200, 50, shape).tolist()
+    assert stats.counts.tolist() == stats.split_counts.tolist()
+    assert len(found.rows_of("test")) == 10
+    assert found.table.equals(with_tail(made, 50, shape=shape, seed=1).table)
+    assert not found.table.equals(with_tail(made, 50, shape=shape, seed=2).table)
+
+
+def test_the_user_says_which_classes_are_the_tail():
+    order = [f"c{label}" for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    stats = with_tail(balanced(), 100, class_order=order).class_stats()
+    assert np.argsort(-stats.counts).tolist() == [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    with pytest.raises(ManifestError, match=r"'c10' is no class"):
+        with_tail(balanced(), 100, class_order=[*order[:-1], "c10"])
+
+
+def test_a_tail_that_cannot_be_is_refused():
+    with pytest.raises(ImbvlmError, match="at most 400"):
+        with_tail(balanced(), 1000)
+    with pytest.raises(ImbvlmError, match="at least 1"):
+        with_tail(balanced(), 0.5)
+    with pytest.raises(ManifestError, match="training images, and its place in the tail has"):
+        with_tail(Manifest.read("embedded:fashion_mnist_lt"), 2)
+
+
+# ------------------------------------------------------------------------------------------------ show and check
+
+
+def test_the_summary_names_counts_groups_splits_and_draws_the_curve():
+    text = summary(Manifest.read("embedded:emoji_lt"))
+    for part in (
+        "classes           68",
+        "2,306 images",
+        "25.7 (154 to 6",
+        "many_shot         3 classes",
+        "person role (154)",
+    ):
+        assert part in text
+    assert "176 training images will be carved off (seed 0)" in text
+    assert "█" in text
+
+
+@pytest.mark.parametrize("counts", [[5], [1000, 10], list(range(1, 1001)), [0, 0, 7]])
+def test_plots_hold_any_counts(counts):
+    lines = plot_counts(np.array(counts))
+    assert len(lines) == 11
+    assert max(len(line) for line in lines) <= 84
+    assert plot_svg(counts, "a <name>").count("<svg") == 1
+
+
+def test_the_check_names_everything_at_once(tree):
+    (tree / "train/cat/twin.png").write_bytes((tree / "test/owl/e.png").read_bytes())
+    (tree / "train/dog/page.png").write_text("<html>not found</html>")
+    (tree / "train/dog/deep/c.png").write_bytes(b"")
+    made = from_folders(str(tree), "pets")
+    (tree / "valid/dog/d.png").unlink()
+    report = check_manifest(made, decode_all=True, count_tokens=lambda name: 99 if name == "owl" else 3)
+    text = str(report)
+    assert not report.ok
+    for part in (
+        "error    1 file of 7 missing",
+        "valid/dog/d.png",
+        "error    1 image with the same content in two splits",
+        "error    1 class would lose every training image: dog",
+        "warning  3 images of 7 can't be decoded",
+        "page.png (not an image (starts with <html>not foun...); train; dog, few_shot)",
+        "warning  1 name above the text tower's context of 77: owl",
+        "warning  1 class without training images (zero_train): owl",
+        "warning  2 classes absent from the validation split: cat, owl",
+        "verdict  not usable as it is: 3 errors, 5 warnings",
+    ):
+        assert part in text
+
+
+def test_a_good_manifest_is_good():
+    report = check_manifest(Manifest.read("embedded:fashion_mnist_lt"), decode_all=True)
+    assert report.verdict == "good", str(report)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def run(which, *arguments):
+    parser = argparse.ArgumentParser()
+    getattr(commands, f"add_{which}_arguments")(parser)
+    return getattr(commands, which)(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_build_show_and_check_by_command(tree, capsys, monkeypatch):
+    monkeypatch.chdir(tree)
+    assert run("build", "--folders", ".", "--name", "pets", "-o", "out/pets.parquet") == 0
+    assert "imbvlm manifest check out/pets.parquet" in capsys.readouterr().out
+    assert_is_tree(Manifest.read("out/pets.parquet"))
+    assert run("show", "out/pets.parquet", "--plot", "curve.svg") == 0
+    assert "imbalance factor  2.0 (2 to 1" in capsys.readouterr().out
+    assert "<svg" in (tree / "curve.svg").read_text()
+    assert run("check", "out/pets.parquet") == 0
+    assert "verdict  usable" in capsys.readouterr().out
+    (tree / "train/cat/a 1.png").unlink()
+    assert run("check", "out/pets.parquet") == 1
+
+
+def test_build_options_that_cannot_be_are_said(tree):
+    with pytest.raises(ImbvlmError, match=r"--list takes train=.* or test=.*, and was given 'a.txt'"):
+        run("build", "--list", "a.txt", "-o", "x.parquet")
+    with pytest.raises(ImbvlmError, match="has no"):
+        run("build", "--webdataset", tree, "-o", "x.parquet")
