@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imbvlm.config import CosineClassifierConfig, LdamConfig, TrialConfig
+from imbvlm.config import CosineClassifierConfig, TrialConfig
+from imbvlm.config_losses import LdamConfig
 from imbvlm.losses import BuiltLoss, build_loss, effective_number_weights
 from imbvlm.sampling import sampled_counts
 from imbvlm.training.world import World
