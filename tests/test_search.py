@@ -1,0 +1,399 @@
+"""The searcher, driven by hand: nothing twice, ends when exhausted, failures told, equal arms, and going on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+from ray.tune.search import Searcher
+
+from imbvlm.config import TrialConfig
+from imbvlm.errors import ConfigError
+from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
+from imbvlm.sweep.results import TrialRecord
+from imbvlm.sweep.space_file import read_space
+from imbvlm.sweep.spec import SweepSpec, check_spec
+from imbvlm.yaml_file import parse_yaml
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"}
+BEST = "val/best_balanced_accuracy"
+COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
+TWELVE = "{decoder.depth: {choice: [1, 2, 3]}, loss.name: {choice: [focal, ldam]}, optim.lr: {choice: [0.1, 0.2]}}"
+WIDE = "{decoder.depth: {int: [1, 4]}, optim.lr: {loguniform: [1e-3, 1]}}"
+
+
+def spec(space: str, **fields: Any) -> SweepSpec:
+    parameters = parse_yaml(space).data
+    made = SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": parameters}, **fields})
+    check_spec(made)
+    return made
+
+
+def searcher(of: SweepSpec, jobs: list[Job] | None = None, known: list[TrialRecord] | None = None) -> StudySearcher:
+    return StudySearcher(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job})
+
+
+def next_job(search: Searcher, trial_id: str) -> Job | None:
+    suggested = search.suggest(trial_id)
+    return None if suggested == Searcher.FINISHED else suggested["job"]  # type: ignore[index]
+
+
+def drive(search: StudySearcher, value: Callable[[Job], float] = lambda job: 0.5) -> list[Job]:
+    """One trial at a time to the end."""
+    jobs: list[Job] = []
+    while (job := next_job(search, f"tune{len(jobs)}")) is not None:
+        search.on_trial_complete(f"tune{len(jobs)}", {BEST: value(job)})
+        jobs.append(job)
+    return jobs
+
+
+def record(job: Job, state: str, value: float | None) -> TrialRecord:
+    epochs = [] if value is None else [{"epoch": 1.0, BEST: value}]
+    return TrialRecord(
+        trial_id=job.trial_id, kind="search", config=job.config.to_tree(), draw=job.draw, state=state, epochs=epochs
+    )
+
+
+def told(search: StudySearcher) -> list[tuple[Any, float | None]]:
+    return [(trial.state, trial.value) for trial in search.study.trials]
+
+
+# --------------------------------------------------------------------------------------------------- duplicates
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_finite_space_is_tried_once_all_over_and_ends_early(name: str) -> None:
+    search = searcher(spec(TWELVE, num_trials=50, searcher={"name": name}))
+    jobs = drive(search, lambda job: job.draw["optim.lr"] + job.draw["decoder.depth"])
+    assert len(jobs) == 12
+    assert len({job.config.key() for job in jobs}) == 12
+    assert [job.trial_id for job in jobs] == [f"t{number:05d}" for number in range(1, 13)]
+    assert search.exhausted
+    assert next_job(search, "again") is None
+
+
+def test_untried_ones_are_found_though_the_sampler_proposes_nothing_but_the_best() -> None:
+    of = spec(
+        """
+method: {choice: [zero_shot, linear_probe]}
+optim.lr: {uniform: [0.1, 1], when: {method: linear_probe}}
+""",
+        num_trials=20,
+    )
+    search = searcher(of)
+    jobs = drive(search, lambda job: 0.9 if job.config.method == "zero_shot" else 0.1)
+    assert Counter(job.config.method for job in jobs) == {"zero_shot": 1, "linear_probe": 19}
+    assert not search.exhausted
+
+
+def test_aliases_are_one_configuration() -> None:
+    search = searcher(
+        spec(
+            """
+loss.name: {choice: [cross_entropy, focal, balanced_softmax, logit_adjustment, generalized_reweight, inverse_frequency]}
+loss.gamma: {choice: [0, 2], when: {loss.name: focal}}
+loss.tau: {choice: [0, 1, 2], when: {loss.name: logit_adjustment}}
+loss.exponent: {choice: [0, 1, 2], when: {loss.name: generalized_reweight}}
+""",
+            num_trials=50,
+        )
+    )
+    jobs = drive(search)
+    # Of 11 draws gamma 0, tau 0, tau 1, exponent 0 and exponent 1 are others by another name.
+    assert len(jobs) == 6
+    assert len({canonical_key(job.config) for job in jobs}) == 6
+    assert search.exhausted
+
+
+def config(**sections: Any) -> TrialConfig:
+    return TrialConfig.from_tree({**BASE, **sections})
+
+
+def loss(name: str, **knobs: float | str) -> TrialConfig:
+    return config(loss={"name": name, **knobs}, data={"manifest": "m", "class_sampling": "square_root"})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (loss("logit_adjustment", tau=1), loss("balanced_softmax")),
+        (loss("logit_adjustment", tau=1, prior="train"), loss("balanced_softmax", prior="train")),
+        (loss("lade", weight=0), loss("balanced_softmax")),
+        (loss("generalized_reweight", exponent=0), loss("cross_entropy")),
+        (loss("generalized_reweight", exponent=1), loss("inverse_frequency")),
+        (loss("focal", gamma=0), loss("cross_entropy")),
+        (loss("effective_number", beta=0), loss("cross_entropy")),
+        (loss("logit_adjustment", tau=0), loss("cross_entropy")),
+        (loss("ldam"), loss("ldam", margin_scale=25.0)),
+        (config(loss={"name": "balanced_softmax", "prior": "train"}), config(loss={"name": "balanced_softmax"})),
+        (config(optim={"lr": 1}), config(optim={"lr": 1.0})),
+    ],
+)
+def test_what_trains_the_same_is_the_same(one: TrialConfig, other: TrialConfig) -> None:
+    assert canonical_key(one) == canonical_key(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (loss("logit_adjustment", tau=1.01), loss("balanced_softmax")),
+        (loss("balanced_softmax", prior="train"), loss("balanced_softmax")),
+        (loss("focal", gamma=0), loss("cross_entropy", label_smoothing=0.1)),
+        (loss("ldam"), loss("ldam", margin_scale=1.0)),
+        (config(train={"num_epochs": 9}), config()),
+    ],
+)
+def test_what_trains_another_thing_is_not(one: TrialConfig, other: TrialConfig) -> None:
+    assert canonical_key(one) != canonical_key(other)
+
+
+def test_a_repeat_takes_the_known_value_and_does_not_count() -> None:
+    of = spec("{decoder.depth: {choice: [1, 2]}}", num_trials=2, searcher={"name": "random", "seed": 3})
+    search = searcher(of)
+    jobs = drive(search, lambda job: job.draw["decoder.depth"] / 10)
+    assert len(jobs) == 2
+    assert search.num_repeats == len(search.study.trials) - 2
+    assert not search.exhausted
+    for trial in search.study.trials:
+        assert trial.value == trial.params["decoder.depth"] / 10
+
+
+@pytest.mark.parametrize(("result", "state", "value"), [({BEST: 0.7}, COMPLETE, 0.7), ({"failure": "NaN"}, FAIL, None)])
+def test_a_repeat_of_a_running_trial_waits_for_its_value(
+    result: dict[str, Any], state: Any, value: float | None
+) -> None:
+    search = searcher(spec("{decoder.depth: {choice: [1, 2]}}", num_trials=3))
+    first, second = next_job(search, "a"), next_job(search, "b")
+    assert first is not None
+    assert second is not None
+    assert next_job(search, "c") is None
+    assert search.exhausted
+    running = [trial for trial in search.study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+    assert len(running) == len(search.study.trials) > 2
+    search.on_trial_complete("a", result)
+    same = [trial for trial in search.study.trials if trial.params == first.draw]
+    assert {(trial.state, trial.value) for trial in same} == {(state, value)}
+    search.on_trial_complete("b", {BEST: 0.1})
+    assert all(trial.state.is_finished() for trial in search.study.trials)
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [
+        ({"failure": "the loss is NaN", BEST: 0.9}, False),
+        ({BEST: math.nan}, False),
+        ({BEST: math.inf}, False),
+        ({"epoch": 1}, False),
+        (None, False),
+        ({BEST: 0.9}, True),
+    ],
+)
+def test_what_has_no_value_is_told_as_failed_and_never_best(result: dict[str, Any] | None, error: bool) -> None:
+    search = searcher(spec(WIDE, num_trials=3))
+    next_job(search, "a")
+    search.on_trial_complete("a", result, error)
+    next_job(search, "b")
+    search.on_trial_complete("b", {BEST: 0.2})
+    assert told(search) == [(FAIL, None), (COMPLETE, 0.2)]
+    assert search.study.best_value == 0.2
+
+
+def test_trials_that_nobody_knows_are_ignored() -> None:
+    search = searcher(spec(WIDE))
+    search.on_trial_complete("never started", {BEST: 0.9})
+    assert search.study.trials == []
+
+
+# ------------------------------------------------------------------------------------------------- first trials
+
+
+def test_first_trials_come_first_in_their_order_and_count() -> None:
+    first = [{"decoder.depth": 4, "optim.lr": 0.5}, {"decoder.depth": 1, "optim.lr": 0.25}]
+    jobs = drive(searcher(spec(WIDE, num_trials=5, first_trials=first)))
+    assert [job.draw for job in jobs[:2]] == first
+    assert len(jobs) == 5
+
+
+def test_first_trials_outside_the_space_are_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        spec(WIDE, first_trials=[{"decoder.depth": 4, "optim.lr": 0.5}, {"decoder.depth": 9, "optim.lr": 0.5}])
+    assert "first_trials[1]: decoder.depth = 9 is outside int 1 .. 4" in str(error.value)
+
+
+def test_baselines_go_out_first_and_optuna_does_not_know_them() -> None:
+    first = {"decoder.depth": 4, "optim.lr": 0.5}
+    baseline = Job("b00001", "baseline", "zero-shot", TrialConfig.from_tree({**BASE, "method": "zero_shot"}))
+    search = searcher(spec(WIDE, num_trials=2, first_trials=[first]), [baseline])
+    jobs = drive(search)
+    assert [job.trial_id for job in jobs] == ["b00001", "t00001", "t00002"]
+    assert jobs[1].draw == first
+    assert len(search.study.trials) == 2
+
+
+def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
+    jobs = [Job(f"refit-{number}", "refit", "winner", config()) for number in range(2)]
+    search = FixedSearcher(jobs, lambda job: {"job": job})
+    assert [next_job(search, name) for name in "abc"] == [*jobs, None]
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+
+
+def test_going_on_ends_with_the_same_number_and_repeats_none() -> None:
+    of = spec(TWELVE, num_trials=10)
+    before = searcher(of)
+    jobs = [next_job(before, f"a{number}") for number in range(6)]
+    known = [record(job, "finished", 0.1 * number) for number, job in enumerate(jobs[:3])]
+    known.append(record(jobs[3], "failed", None))
+    unfinished = [Job(job.trial_id, "search", "", job.config, job.draw) for job in jobs[4:6]]
+
+    after = searcher(of, list(unfinished), known)
+    more = drive(after)
+    assert [job.trial_id for job in more] == ["t00005", "t00006", "t00007", "t00008", "t00009", "t00010"]
+    assert [job.draw for job in more[:2]] == [job.draw for job in jobs[4:6]]
+    assert len({job.config.key() for job in [*jobs[:4], *more]}) == 10
+    assert told(after)[:4] == [(COMPLETE, 0.0), (COMPLETE, 0.1), (COMPLETE, 0.2), (FAIL, None)]
+    assert after.study.trials[4].params == jobs[4].draw
+    assert after.study.trials[4].value == 0.5
+
+
+def test_an_unfinished_trial_keeps_its_own_values_beside_pinned_ones() -> None:
+    first = [{"decoder.depth": depth, "optim.lr": 0.5} for depth in (1, 2, 3)]
+    of = spec(WIDE, num_trials=4, first_trials=first)
+    before = searcher(of)
+    jobs = [next_job(before, name) for name in "ab"]
+    unfinished = [Job(job.trial_id, "search", "", job.config, job.draw) for job in jobs if job is not None]
+    after = searcher(of, unfinished)
+    more = drive(after, lambda job: job.draw["decoder.depth"] / 10)
+    assert [job.draw for job in more[:3]] == first  # the third wasn't started before, and is not forgotten
+    assert len(more) == 4
+    for trial in after.study.trials[:2]:
+        assert trial.value == trial.params["decoder.depth"] / 10
+
+
+def test_new_ids_do_not_take_those_of_kept_records() -> None:
+    of = spec(WIDE, num_trials=4)
+    jobs = [next_job(searcher(of), "a") for _ in range(1)]
+    kept = record(jobs[0], "finished", 0.5)
+    kept.trial_id = "t00003"  # records 1 and 2 were removed to be run again
+    assert [job.trial_id for job in drive(searcher(of, [], [kept]))] == ["t00004", "t00005", "t00006"]
+
+
+def test_a_finished_sweep_has_nothing_more_to_do() -> None:
+    of = spec(WIDE, num_trials=3)
+    known = [record(job, "finished", 0.5) for job in drive(searcher(of))]
+    search = searcher(of, [], known)
+    assert next_job(search, "a") is None
+    assert not search.exhausted
+
+
+# ---------------------------------------------------------------------------------------------------- stratified
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_every_arm_gets_the_same_number(name: str) -> None:
+    of = spec(
+        """
+method: {choice: [linear_probe, decoder]}
+decoder.depth: {choice: [1, 2, 3], when: {method: decoder}}
+loss.name: {choice: [focal, ldam, lade]}
+loss.gamma: {uniform: [0.5, 3], when: {loss.name: focal}}
+optim.lr: {loguniform: [1e-3, 1]}
+""",
+        num_trials=30,
+        stratify=["method", "loss.name"],
+        searcher={"name": name},
+    )
+    jobs = drive(searcher(of), lambda job: 0.9 if job.draw["loss.name"] == "focal" else 0.1)
+    counts = Counter((job.draw["method"], job.draw["loss.name"]) for job in jobs)
+    assert set(counts.values()) == {5}
+    assert len(counts) == 6
+
+
+def test_arms_of_branches_get_the_same_number() -> None:
+    """In the large spaces ldam needs a cosine classifier and focal a linear one."""
+    of = SweepSpec.from_tree({"name": "s", "base": BASE, "space": "inat", "num_trials": 45, "stratify": ["loss.name"]})
+    check_spec(of)
+    jobs = drive(searcher(of))
+    counts = Counter(job.draw["loss.name"] for job in jobs)
+    assert set(counts.values()) == {5}
+    assert len(counts) == 9
+    kinds = {(job.draw["loss.name"], job.draw["classifier.kind"]) for job in jobs}
+    assert ("ldam", "linear") not in kinds
+    assert {("cross_entropy", "linear"), ("lade", "cosine")} & kinds  # elsewhere the sampler chooses
+
+
+def test_a_conditional_key_has_an_arm_for_where_it_is_absent() -> None:
+    of = spec(
+        """
+method: {choice: [zero_shot, linear_probe]}
+loss.name: {choice: [focal, ldam], when: {method: linear_probe}}
+optim.lr: {loguniform: [1e-3, 1], when: {method: linear_probe}}
+""",
+        num_trials=9,
+        stratify=["loss.name"],
+    )
+    search = searcher(of)
+    jobs = drive(search)
+    # Zero-shot has one configuration in all; the others share what is left.
+    assert Counter(job.draw.get("loss.name") for job in jobs) == {None: 1, "focal": 4, "ldam": 4}
+    assert not search.exhausted
+
+
+def test_arms_are_kept_equal_over_a_restart() -> None:
+    of = spec(
+        "{loss.name: {choice: [focal, ldam]}, optim.lr: {loguniform: [1e-3, 1]}}", stratify=["loss.name"], num_trials=8
+    )
+    jobs = drive(searcher(of))
+    known = [record(job, "finished", 0.5) for job in jobs if job.draw["loss.name"] == "focal"]
+    assert len(known) == 4
+    assert [job.draw["loss.name"] for job in drive(searcher(of, [], known))] == ["ldam"] * 4
+
+
+def test_stratifying_by_what_is_not_chosen_from_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stratify names 'optim.lr', which the space doesn't choose from a list"):
+        spec(WIDE, stratify=["optim.lr"])
+    with pytest.raises(ConfigError, match=r"stratify names 'los.name'.*did you mean 'loss.name'\?"):
+        spec(TWELVE, stratify=["los.name"])
+
+
+# ------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_the_same_seed_proposes_the_same_and_another_does_not() -> None:
+    def draws(seed: int) -> list[dict[str, Any]]:
+        return [job.draw for job in drive(searcher(spec(WIDE, num_trials=6, searcher={"seed": seed})))]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+
+
+def test_the_search_learns() -> None:
+    jobs = drive(searcher(spec(WIDE, num_trials=60)), lambda job: -abs(math.log10(job.draw["optim.lr"] / 0.03)))
+    early, late = ([abs(math.log10(job.draw["optim.lr"] / 0.03)) for job in part] for part in (jobs[:20], jobs[-20:]))
+    assert sum(late) < 0.75 * sum(early)
+
+
+def test_proposing_costs_little_beside_a_trial() -> None:
+    of = SweepSpec.from_tree({"name": "s", "base": BASE, "space": "inat", "num_trials": 40})
+    started = time.process_time()
+    assert len(drive(searcher(of))) == 40
+    assert (time.process_time() - started) / 40 < 0.1
+
+
+def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
+    for name in ("quickstart", "inat", "imagenet_lt", "places_lt"):
+        arms = read_space(name).choices_over(["method", "loss.name"], BASE)
+        assert all(set(arm) == {"method", "loss.name"} for arm in arms)
