@@ -44,7 +44,7 @@ FASHION_NAMES = (
 FASHION_COUNTS = (1000, 215, 359, 77, 28, 46, 10, 599, 129, 17)
 FASHION_FOLDER = "usr/share/datasets/fashion-mnist"
 FASHION_VAL, FASHION_TEST = 50, 200
-EMOJI_SIDE, EMOJI_MIN = 64, 6
+EMOJI_SIDE, EMOJI_MIN, EMOJI_TEST = 64, 8, 5
 
 
 def fashion_mnist_lt(source: Path) -> Manifest:
@@ -76,14 +76,14 @@ def emoji_lt(source: Path) -> Manifest:
     entries = json.loads((source / "emoji-datasource-google" / "emoji.json").read_text(encoding="utf-8"))
     groups: dict[str, list[dict[str, str]]] = {}
     for entry in entries:
-        if entry["category"] != "Component":
+        if entry["category"] not in ("Component", "Flags"):
             groups.setdefault(entry["subcategory"], []).append(entry)
     names = sorted(name for name, members in groups.items() if len(members) >= EMOJI_MIN)
     rows = []
     for label, name in enumerate(names):
         members = sorted(groups[name], key=lambda entry: entry["unified"])
         order = np.random.default_rng(label).permutation(len(members))
-        test = set(order[: min(5, len(members) // 2)].tolist())
+        test = set(order[:EMOJI_TEST].tolist())
         for index, entry in enumerate(members):
             split = "test" if index in test else "train"
             for vendor in ("google", "twitter"):
@@ -91,7 +91,7 @@ def emoji_lt(source: Path) -> Manifest:
                 if picture.is_file():
                     uri = f"emoji/{split}/{name}/{vendor}-{picture.stem}.webp"
                     rows.append((uri, _webp_on_white(picture), label, split))
-    return _manifest(rows, [name.replace("-", " ") for name in names], "emoji_lt")
+    return _manifest(rows, [name.replace("-", " ").replace("&", "and") for name in names], "emoji_lt")
 
 
 def _manifest(rows: list[tuple[str, bytes, int, str]], names: tuple[str, ...] | list[str], name: str) -> Manifest:
