@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.errors import ConfigError, Problem
+from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 
 # The process that starts a Ray Train trial's workers waits for most of its life.
@@ -102,6 +104,20 @@ def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[in
     else:
         return
     raise ConfigError([Problem(message, spec.where("objective"))])
+
+
+def check_models(spec: SweepSpec, space: SearchSpace) -> dict[str, EncoderInfo]:
+    """Describe every tower of the space without its weights, and refuse what a trial asks of one that hasn't it."""
+    towers: dict[str, EncoderInfo] = {}
+    problems: dict[Problem, None] = {}
+    for config in spec.corner_trials(space):
+        key = config.encoder.model_dump_json()
+        if key not in towers:
+            towers[key] = describe_encoder(config.encoder)
+        problems.update(dict.fromkeys(check_model(config, towers[key])))
+    if problems:
+        raise ConfigError(problems)
+    return towers
 
 
 def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.errors import ImbvlmError
 from imbvlm.features.extract import plan_bytes
-from imbvlm.models.encoder import describe_encoder
+from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
-from imbvlm.sweep.feasibility import check_model, uses_ray_train
+from imbvlm.sweep.feasibility import check_models, uses_ray_train
 from imbvlm.sweep.run import needed_outputs
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
@@ -18,18 +20,12 @@ from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 def describe_sweep(spec: SweepSpec) -> str:
     """Trials, every choice, towers with the bytes of their features, and what would be read; raises ConfigError."""
     space = check_spec(spec)
-    problems = [
-        problem
-        for config in spec.corner_trials(space)
-        for problem in check_model(config, describe_encoder(config.encoder))
-    ]
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
+    towers = check_models(spec, space)
     return "\n".join(
         [
             *_budget(spec, space),
             *_choices(spec, space),
-            *_reading(spec, space),
+            *_reading(spec, space, towers),
             "dry run: nothing was started or written",
         ]
     )
@@ -62,7 +58,7 @@ def _choices(spec: SweepSpec, space: SearchSpace) -> list[str]:
     return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
 
 
-def _reading(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def _reading(spec: SweepSpec, space: SearchSpace, towers: Mapping[str, EncoderInfo]) -> list[str]:
     source = spec.base["data"]["manifest"]
     lines = ["would read:"]
     manifest: Manifest | None = None
@@ -76,15 +72,21 @@ def _reading(spec: SweepSpec, space: SearchSpace) -> list[str]:
         rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
         lines.append(f"  manifest    {source}: {len(manifest.class_names):,} classes, {rows} images")
     for draw in tower_draws(spec, space):
-        lines.append(f"  tower       {_tower(spec, space, zero_shot_config(spec, draw), manifest)}")
+        lines.append(f"  tower       {_tower(spec, space, zero_shot_config(spec, draw), towers, manifest)}")
     lines.append(
         f"would write:  {storage.join(spec.storage, spec.name)}-... and {storage.join(spec.storage, 'features')}"
     )
     return lines
 
 
-def _tower(spec: SweepSpec, space: SearchSpace, config: TrialConfig, manifest: Manifest | None) -> str:
-    info = describe_encoder(config.encoder)
+def _tower(
+    spec: SweepSpec,
+    space: SearchSpace,
+    config: TrialConfig,
+    towers: Mapping[str, EncoderInfo],
+    manifest: Manifest | None,
+) -> str:
+    info = towers[config.encoder.model_dump_json()]
     outputs = needed_outputs(spec, space)
     text = f"{config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, pooled {info.pooled_width}"
     if manifest is None:

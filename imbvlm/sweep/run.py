@@ -16,7 +16,7 @@ from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
-from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
@@ -27,7 +27,8 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
 from imbvlm.sweep.export import write_best
-from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials
+from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
+from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
@@ -54,7 +55,8 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     started = time.monotonic()
     space = check_spec(spec)
     manifest = Manifest.read(spec.base["data"]["manifest"])
-    _check_manifest(spec, manifest)
+    check_manifest(spec, manifest)
+    check_models(spec, space)
     log = TrialLog.read(folder)
     log_file = storage.local_path(folder) / LOG_FILE if storage.is_local(folder) else Path(f"{spec.name}.log")
     _announce(spec, space, manifest, folder, log, console)
@@ -99,6 +101,7 @@ class _Sweep:
             f"driver {self.lane.driver}, {concurrent} trial{'s' if concurrent > 1 else ''} at a time"
         )
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
+        self._quarantined: list[dict[str, str | int]] = []
         self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
         self.scored: list[TrialRecord] = []
 
@@ -196,17 +199,15 @@ class _Sweep:
             features = ensure_features(config, self.manifest, root, outputs, splits, report=self.console.live)
             self.console.end_live()
             found[tower_key(config)] = features
-        self._check_models(found)
+        self._say_quarantined(next(iter(found.values())))
         return found
 
-    def _check_models(self, found: dict[str, FeatureSet]) -> None:
-        problems: dict[Problem, None] = {}
-        for config in self.spec.corner_trials(self.space):
-            features = found.get(tower_key(config))
-            if features is not None:
-                problems.update(dict.fromkeys(check_model(config, features.info)))
-        if problems:
-            raise ConfigError(problems)
+    def _say_quarantined(self, features: FeatureSet) -> None:
+        """Towers decode the same files, so the first one's list is everybody's."""
+        bad = quarantined_rows(self.manifest, features)
+        if bad:
+            self._quarantined += bad
+            self.console.say(describe_quarantine(bad, write_quarantine(self.folder, self._quarantined)))
 
     def _baseline_jobs(self) -> list[Job]:
         self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.spec, self.space), 1)}
@@ -315,7 +316,7 @@ def _longest_epochs(spec: SweepSpec, space: SearchSpace, manifest: Manifest) -> 
     return longest
 
 
-def _check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
+def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
