@@ -15,7 +15,7 @@ spec = SweepSpec(
         "eval": {"resize": 1.0},
     },
     space="quickstart",
-    num_trials=24,
+    num_trials=30,
     smoke={"num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},
 )
 

@@ -38,7 +38,21 @@ class Job:
     asked: optuna.trial.Trial | None = None
 
 
-class FixedSearcher(Searcher):
+class _UnsavedSearcher(Searcher):
+    """A searcher that Tune can't save or pickle anything of: resuming reads the trials' records."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its searcher for a restore that we don't use; ours holds the console and the manifest.
+        return {}
+
+
+class FixedSearcher(_UnsavedSearcher):
     """Hands out a given list of jobs; Optuna doesn't know them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree]) -> None:
@@ -54,14 +68,8 @@ class FixedSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
         """Nothing learns from these."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Resuming reads the trials' records, so there is nothing to keep."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """As `save`."""
-
-
-class StudySearcher(Searcher):
+class StudySearcher(_UnsavedSearcher):
     """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` have gone out.
 
     A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
@@ -120,12 +128,6 @@ class StudySearcher(Searcher):
         """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best."""
         value = result.get(self._spec.best_objective, math.nan)
         return float(value) if math.isfinite(value) else None
-
-    def save(self, checkpoint_path: str) -> None:
-        """Resuming reads the trials' records, so there is nothing to keep."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """As `save`."""
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
