@@ -148,7 +148,10 @@ class SweepSpec(Section):
         if not of_trials:
             return spec
         space = spec.read_space()
-        tree = {**spec.to_tree(), "base": apply_overrides(spec.base, of_trials)}
+        base = apply_overrides(spec.base, of_trials)
+        if "method" in of_trials:
+            base = drop_unused_sections(base, keep=of_trials)
+        tree = {**spec.to_tree(), "base": base}
         if any(parameter.key in of_trials for parameter in space.parameters):
             tree["space"] = space.without(of_trials).tree
         return SweepSpec.from_tree(YamlTree(tree, self._origin.file, places))
