@@ -194,7 +194,7 @@ def test_export_predict_and_train_again(smoke, home):
 
 def test_all_trials_failing_leaves_with_an_error_and_the_causes_grouped(smoke, home):
     printed = run(
-        QUICKSTART, "--smoke", "--set", "num_trials=3", "--set", "optim.lr=1.0e+30", "--set", "method=linear_probe",
+        QUICKSTART, "--smoke", "--set", "num_trials=2", "--set", "optim.lr=1.0e+30", "--set", "method=linear_probe",
         "--set", "classifier.kind=linear", "--set", "loss.name=cross_entropy", "--set", "train.clip_grad_norm=null", cwd=home, code=1,
     )  # fmt: skip
     assert "failed:" in printed
