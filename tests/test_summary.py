@@ -1,0 +1,128 @@
+"""What stands at the end of a sweep: percent, best first, baselines below, dashes for what isn't there."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imbvlm.config import TrialConfig
+from imbvlm.sweep import summary
+from imbvlm.sweep.console import Console, duration, percent, table
+from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.summary import NUM_BEST, describe, search_table
+
+BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
+SPEC = SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}})
+
+
+def record(
+    trial_id: str, value: float, method: str = "linear_probe", kind: TrialKind = "search", name: str = ""
+) -> TrialRecord:
+    metrics = {"val/balanced_accuracy": value, "val/best_balanced_accuracy": value, "val/many_shot_accuracy": 0.5}
+    worse = {**metrics, "val/balanced_accuracy": value / 2, "val/many_shot_accuracy": 0.9}
+    return TrialRecord(
+        trial_id=trial_id,
+        kind=kind,
+        name=name,
+        state="finished",
+        config=TrialConfig.from_tree({**BASE, "method": method}).to_tree(),
+        epochs=[{"epoch": 1.0, **metrics}, {"epoch": 2.0, **worse}],
+    )
+
+
+def test_best_trials_then_baselines_at_their_best_epochs() -> None:
+    log = TrialLog("unused")
+    for number in range(12):
+        log.records[f"t{number:05d}"] = record(f"t{number:05d}", 0.5 + number / 100)
+    log.records["b00001"] = record("b00001", 0.9, "zero_shot", "baseline", "zero-shot")
+    lines = search_table(log, SPEC).splitlines()
+    assert lines[1].split() == ["trial", "what", "epochs", "views", "overall", "balanced", "many", "medium", "few"]
+    rows = lines[3:]
+    assert [row.split()[0] for row in rows] == [f"t{number:05d}" for number in range(11, 11 - NUM_BEST, -1)] + [
+        "b00001"
+    ]
+    # The best epoch's balanced and many-shot accuracy; no class is medium- or few-shot, and that is no 0.
+    assert rows[0].split()[-6:] == ["1", "-", "61.0", "50.0", "-", "-"]
+    assert "zero-shot" in rows[-1]
+
+
+def test_a_trial_in_a_few_words() -> None:
+    config = TrialConfig.from_tree({**BASE, "method": "decoder", "loss": {"name": "focal", "gamma": 1.234}})
+    one = TrialRecord(trial_id="t", kind="search", config=config.to_tree())
+    assert describe(one) == "decoder depth 3, focal gamma 1.23, cosine 0.04, instance balanced, lr 0.03"
+    one.config = TrialConfig.from_tree({**BASE, "method": "zero_shot"}).to_tree()
+    assert describe(one) == "zero shot, instance balanced"
+
+
+def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
+    scored = []
+    for seed, value in enumerate((0.70, 0.72, 0.74)):
+        one = record(f"refit-{seed}", 0.1, kind="refit", name="winner")
+        one.epochs = [{"epoch": 1.0}, {"epoch": 2.0, "test/top1_accuracy": value, "test/few_shot_accuracy": 0.5}]
+        scored.append(one)
+    single = record("refit-zero", 0.1, "zero_shot", "refit", "zero-shot")
+    single.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.6}]
+    lines = summary.test_table([*scored, single], SPEC).splitlines()
+    assert "standard deviation" in lines[0]
+    assert lines[3].split("  ")[0] == "winner"
+    assert "72.0 ± 2.0" in lines[3]
+    assert "50.0 ± 0.0" in lines[3]
+    assert lines[4].split()[-6:] == ["1", "60.0", "-", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (-3, "0 s")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_percent_and_columns() -> None:
+    assert percent(0.12345) == "12.3"
+    assert percent(None) == "-"
+    assert table(["what", "n"], [["a", "1.0"], ["bcd", "-"]]) == "what    n\n----  ---\na     1.0\nbcd     -"
+    assert table(["what"], []) == "what\n----"
+
+
+def test_libraries_write_to_the_log_and_sentences_to_the_user(tmp_path: Path) -> None:
+    code = """
+import os, subprocess, sys
+from pathlib import Path
+from imbvlm.sweep.console import Console
+console = Console()
+with console.others_to(Path("deep/others.log")):
+    print("chatter")
+    print("more chatter", file=sys.stderr)
+    subprocess.run(["echo", "of another process"])
+    console.say("a sentence")
+console.say("another")
+print("and print is back")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "a sentence\nanother\nand print is back\n"
+    assert done.stderr == ""
+    log = (tmp_path / "deep" / "others.log").read_text()
+    assert sorted(log.splitlines()) == ["chatter", "more chatter", "of another process"]
+
+
+def test_a_stream_of_ones_own_stays_ones_own(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    with console.others_to(tmp_path / "others.log"):
+        console.say("inside")
+    console.say("outside")
+    assert stream.getvalue() == "inside\noutside\n"
+
+
+def test_a_log_file_gets_the_live_line_only_now_and_then() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    for number in range(100):
+        console.live(f"{number} done")
+    assert stream.getvalue() in ("", "0 done\n")
