@@ -200,15 +200,15 @@ _WHOLE = frozenset({"base", "space", "smoke"})
 def _setting_mistake(key: str, value: Any) -> str | None:
     """What is wrong with setting a key of a sweep or a dotted key of its trials."""
     first, _, rest = key.partition(".")
-    if first in TrialConfig.model_fields:
-        if key not in dotted_keys():
-            return f"{key!r} is no key of a trial; {nearest(key, dotted_keys())}"
-        rule = refusal(TrialConfig, key, value)
-        return f"{key} must be {rule}, and is {value!r}" if rule else None
     if first in _WHOLE and rest:
         return f"{key!r} is set as {rest!r}" if first == "base" else f"{first} is set as a whole, not {key!r}"
-    valid = [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
-    return None if key in valid else f"{key!r} is no key of a sweep or trial; {nearest(key, [*valid, *dotted_keys()])}"
+    of_trial = first in TrialConfig.model_fields
+    valid = dotted_keys() if of_trial else [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
+    if key not in valid:
+        owner, names = ("a trial", valid) if of_trial else ("a sweep or trial", [*valid, *dotted_keys()])
+        return f"{key!r} is no key of {owner}; {nearest(key, names)}"
+    rule = refusal(TrialConfig if of_trial else SweepSpec, key, value)
+    return f"{key} must be {rule}, and is {value!r}" if rule else None
 
 
 # ------------------------------------------------------------------------------------------------- the check

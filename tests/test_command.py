@@ -1,0 +1,100 @@
+"""The command line of a sweep: options become settings, --resume finds the right folder, mistakes are sentences."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imbvlm.errors import ConfigError
+from imbvlm.sweep import command
+from imbvlm.sweep.spec import SweepSpec
+
+SPEC = SweepSpec.from_tree(
+    {
+        "name": "inat",
+        "base": {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"},
+        "space": {"parameters": {"decoder.depth": {"choice": [1, 2]}}},
+        "smoke": {"num_trials": 2, "refit_seeds": [0]},
+    }
+)
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def sweep_folder(storage: Path, name: str, spec: SweepSpec = SPEC) -> Path:
+    (storage / name).mkdir(parents=True)
+    spec.to_yaml(storage / name / "sweep.yaml")
+    return storage / name
+
+
+def test_options_become_settings_and_set_has_the_last_word() -> None:
+    spec = command.with_options(
+        SPEC,
+        options(
+            "--smoke", "--manifest", "n", "--storage", "s3://b/x", "--set", "num_trials=5", "--set", "decoder.depth=1"
+        ),
+    )
+    assert (spec.num_trials, spec.refit_seeds, spec.storage) == (5, [0], "s3://b/x")
+    assert spec.base["data"]["manifest"] == "n"
+    assert spec.read_space().parameters == ()
+    assert command.with_options(SPEC, options()) == SPEC
+
+
+def test_resume_takes_the_newest_of_this_name_and_no_other(tmp_path: Path) -> None:
+    spec = SPEC.with_settings({"storage": str(tmp_path)})
+    for name in ("inat-20260101-000000", "inat-20260102-000000", "inat-small-20260103-000000", "inat-notes"):
+        sweep_folder(tmp_path, name, spec)
+    assert command._resumed_folder(spec, command.LATEST) == str(tmp_path / "inat-20260102-000000")
+    chosen = str(tmp_path / "inat-20260101-000000")
+    assert command._resumed_folder(spec, chosen) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (command.LATEST, "there is no sweep inat under"),
+        ("nowhere", "nowhere is not a sweep's folder: it has no sweep.yaml"),
+    ],
+)
+def test_nothing_to_go_on_with(tmp_path: Path, wanted: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        command._resumed_folder(SPEC.with_settings({"storage": str(tmp_path)}), wanted)
+
+
+def test_going_on_as_another_sweep_is_refused_with_both_values(tmp_path: Path) -> None:
+    folder = str(sweep_folder(tmp_path, "inat-20260101-000000"))
+    assert command._resumed_folder(SPEC.with_settings({"max_failures": 7}), folder) == folder
+    with pytest.raises(ConfigError) as error:
+        command._resumed_folder(SPEC.with_settings({"num_trials": 7, "decoder.depth": 1}), folder)
+    assert sorted(problem.message for problem in error.value.problems) == [
+        "base.decoder.depth was None when the sweep began and is 1 now; start a new sweep, or set it back",
+        "num_trials was 24 when the sweep began and is 7 now; start a new sweep, or set it back",
+        "space.parameters.decoder.depth.choice was [1, 2] when the sweep began and is None now; "
+        "start a new sweep, or set it back",
+    ]
+
+
+def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(SPEC, ["--dry-run", "--set", "optim.lrr=1", "--set", "num_trials=none"])
+    assert stop.value.code == 1
+    said: Any = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "imbvlm: 2 mistakes in the configuration:",
+        "  --set: 'optim.lrr' is no key of a trial; did you mean 'optim.lr'?",
+        "  --set: num_trials must be a valid integer, and is 'none'",
+    ]
+
+
+def test_wrong_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(SPEC, ["--dryrun"])
+    assert stop.value.code == 2

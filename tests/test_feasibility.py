@@ -1,0 +1,132 @@
+"""What could never run is refused with both numbers and the mend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_data import tiny_info
+
+from imbvlm.class_stats import ClassStats
+from imbvlm.config import TrialConfig
+from imbvlm.errors import ConfigError
+from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials, uses_ray_train
+from imbvlm.sweep.spec import SweepSpec
+
+BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
+
+
+def spec(**fields: Any) -> SweepSpec:
+    return SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "ray_train"),
+    [
+        ({}, False),
+        ({"num_workers": 2}, True),
+        ({"driver": "ray_train"}, True),
+        ({"base": {**BASE, "features": {"store": False}}}, True),
+        ({"driver": "in_process"}, False),
+    ],
+)
+def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> None:
+    assert uses_ray_train(spec(**fields)) == ray_train
+
+
+@pytest.mark.parametrize(
+    ("fields", "cpus", "gpus", "expected"),
+    [
+        ({}, 2, 0, 2),
+        ({"cpus_per_worker": 0.5}, 2, 0, 4),
+        ({"cpus_per_worker": 0.1}, 1, 0, 10),  # not 9 by a rounding error
+        ({"max_concurrent_trials": 1}, 4, 0, 1),
+        ({"driver": "ray_train"}, 2, 0, 1),  # two drivers and two workers on two CPUs would wait for each other
+        ({"driver": "ray_train", "cpus_per_worker": 0.5}, 2, 0, 3),
+        ({"num_workers": 2}, 8, 0, 3),
+        ({"gpus_per_worker": 1, "cpus_per_worker": 4}, 64, 8, 8),
+        ({"gpus_per_worker": 1, "cpus_per_worker": 8}, 36, 8, 4),
+        ({"gpus_per_worker": 0.25}, 64, 2, 8),
+    ],
+)
+def test_how_many_run_at_once(fields: dict[str, Any], cpus: float, gpus: float, expected: int) -> None:
+    assert concurrent_trials(spec(**fields), cpus, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "cpus", "gpus", "says"),
+    [
+        (
+            {"num_workers": 8},
+            2,
+            0,
+            r"needs 8.01 CPUs \(num_workers 8 x cpus_per_worker 1 \+ 0.01 for its driver\) and the cluster has 2; "
+            "lower num_workers or cpus_per_worker",
+        ),
+        (
+            {"gpus_per_worker": 1},
+            2,
+            0,
+            r"needs 1 GPUs \(num_workers 1 x gpus_per_worker 1\) and the cluster has 0; "
+            r"lower num_workers or gpus_per_worker \(0 trains on CPUs\)",
+        ),
+        ({"driver": "in_process", "num_workers": 2}, 8, 0, "in_process runs one worker a trial and num_workers is 2"),
+        (
+            {"max_concurrent_trials": 5},
+            2,
+            0,
+            "max_concurrent_trials is 5 and the cluster holds 2 trials .*Set it to 2 or null",
+        ),
+        ({"driver": "ray_train", "cpus_per_worker": 1}, 1, 0, "needs 1.01 CPUs"),
+    ],
+)
+def test_what_never_fits_is_refused(fields: dict[str, Any], cpus: float, gpus: float, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        concurrent_trials(spec(**fields), cpus, gpus)
+
+
+def test_all_that_lacks_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        concurrent_trials(spec(num_workers=4, gpus_per_worker=2, driver="in_process"), 2, 1)
+    assert len(error.value.problems) == 3
+
+
+def test_a_worker_must_fit_on_one_machine() -> None:
+    nodes = [(4.0, 0.0), (4.0, 0.0)]
+    with pytest.raises(
+        ConfigError, match="a worker needs 6 CPUs and 0 GPUs on one machine, and the largest has 4 CPUs"
+    ):
+        concurrent_trials(spec(cpus_per_worker=6), 8, 0, nodes)
+    assert concurrent_trials(spec(cpus_per_worker=3), 8, 0, nodes) == 2
+    with pytest.raises(ConfigError, match=r"a trial of 3 workers .* doesn't fit on this cluster's machines"):
+        concurrent_trials(spec(cpus_per_worker=2.5, num_workers=3), 8, 0, nodes)
+
+
+def test_objectives_that_the_data_can_not_give() -> None:
+    stats = ClassStats.from_counts([200, 50, 3])
+    check_data(spec(), stats, [3, 0, 0])
+    check_data(spec(objective="val/many_shot_accuracy"), stats, [3, 0, 0])
+    with pytest.raises(
+        ConfigError, match="no few_shot class has a validation image here; choose val/balanced_accuracy"
+    ):
+        check_data(spec(objective="val/few_shot_accuracy"), stats, [3, 3, 0])
+    with pytest.raises(ConfigError, match="no class has a validation image"):
+        check_data(spec(), stats, [0, 0, 0])
+
+
+def test_what_a_tower_has_not_got() -> None:
+    def model(**decoder: Any) -> TrialConfig:
+        return TrialConfig.from_tree({**BASE, "decoder": decoder})
+
+    info = tiny_info()  # 16 numbers a token
+    assert check_model(model(num_heads=4), info) == []
+    assert check_model(model(num_heads=3, width=48), info) == []
+    found = [problem.message for problem in check_model(model(num_heads=3), info)]
+    assert found == [
+        "decoder.num_heads 3 doesn't divide the token width 16 of tiny; choose a divisor, or a decoder.width that it "
+        "divides"
+    ]
+    assert check_model(model(init="identity"), info) == []
+    found = [problem.message for problem in check_model(model(init="identity"), tiny_info(has_class_token=False))]
+    assert found == ["decoder.init: identity needs a tower with a class token, and tiny has none"]
+    assert check_model(TrialConfig.from_tree({**BASE, "method": "linear_probe"}), info) == []
