@@ -1,0 +1,299 @@
+"""Extraction: what is missing is computed once, bad images are left out, what can't be held is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from towers import write_tower
+
+from imbvlm.config import TrialConfig
+from imbvlm.data.images import Preprocess, decode
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.features.extract import ensure_features, plan_bytes
+from imbvlm.features.loading import load_block
+from imbvlm.features.store import FeatureStore
+from imbvlm.models.encoder import Encoder
+
+NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
+ALL = frozenset({"tokens", "pooled", "image_embedding"})
+SPLITS = ("train", "val")
+
+
+def picture(number: int) -> Image.Image:
+    generator = np.random.default_rng(number)
+    return Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8))
+
+
+def trial(folder: Path, tower: str, features: dict | None = None, **data) -> TrialConfig:
+    tree = {
+        "data": {"manifest": str(folder / "data" / "manifest.parquet"), **data},
+        "encoder": {"name": tower},
+        "features": features or {},
+        "method": "zero_shot",
+    }
+    return TrialConfig.from_tree(tree)
+
+
+def make_data(folder: Path, broken: tuple[int, ...] = ()) -> Manifest:
+    """Training images of labels 0, 1, 2, ... in turn, then validation images; class 6 has images 6, 13 and 20."""
+    (folder / "data").mkdir()
+    uris = []
+    for number in range(NUM_TRAIN + NUM_VAL):
+        uris.append(str(folder / "data" / f"{number}.png"))
+        picture(number).save(uris[-1])
+        if number in broken:
+            content = Path(uris[-1]).read_bytes()
+            Path(uris[-1]).write_bytes(content[: len(content) // 2])
+    splits = ["train"] * NUM_TRAIN + ["val"] * NUM_VAL
+    labels = [number % 7 for number in range(NUM_TRAIN)] + list(range(NUM_VAL))
+    table = pa.table({"uri": uris, "label": labels, "split": splits})
+    manifest = Manifest.build(table, [f"class {label}" for label in range(7)], "pictures")
+    manifest.write(str(folder / "data" / "manifest.parquet"))
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tower(tmp_path_factory.mktemp("tower"), "vit")
+
+
+def extract(
+    folder: Path, config: TrialConfig, manifest: Manifest, outputs=ALL, splits=SPLITS
+) -> tuple[FeatureSet, list[str]]:
+    said: list[str] = []
+    found = ensure_features(config, manifest, str(folder / "features"), frozenset(outputs), splits, report=said.append)
+    return found, said
+
+
+def shard_times(features: FeatureSet) -> dict[str, int]:
+    files = [path for folder in features.folders.values() for path in Path(folder).rglob("*.arrow")]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+# -------------------------------------------------------------------------------------------- without Ray
+
+
+def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
+    manifest = make_data(tmp_path, broken=(2,))
+    preprocess = Preprocess(SIZE, resize=8 / 7)
+    block = {
+        "preprocess": preprocess.to_dict(), "num_views": 2, "first_row": 1, "strict": False, "split": "train",
+        "uri": manifest.table.column("uri").to_pylist()[1:4], "bytes": [None] * 3,
+    }  # fmt: skip
+    loaded = load_block(block)
+    assert loaded["images"].shape == (6, 3, SIZE, SIZE)
+    assert loaded["reasons"] == [None, "truncated", None]
+    pixels = decode(Path(manifest.table.column("uri")[3].as_py()).read_bytes())
+    assert np.array_equal(loaded["images"][4], preprocess.apply(pixels, 0, 3))
+    assert np.array_equal(loaded["images"][5], preprocess.apply(pixels, 1, 3))
+    assert not loaded["images"][2:4].any()
+    with pytest.raises(
+        ImbvlmError, match=r"train image .*2\.png can't be used: truncated; data.on_bad_image is strict"
+    ):
+        load_block({**block, "strict": True})
+
+
+def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path)
+    plan = plan_bytes(trial(tmp_path, tower, {"num_views": 3}), manifest, frozenset({"tokens", "pooled"}), SPLITS)
+    images = 3 * NUM_TRAIN + NUM_VAL
+    assert plan == {"tokens": images * 17 * 32 * 2, "pooled": images * 32 * 2}
+    embedded = Manifest.read("embedded:fashion_mnist_lt")
+    large = trial(tmp_path, "openai_vit_l14")
+    assert plan_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_data(tmp_path)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(ImbvlmError) as caught:
+        extract(tmp_path, trial(tmp_path, tower, {"num_views": 2}), manifest)
+    for word in (
+        "0.1 MB more",
+        "tokens",
+        "features.num_views (2)",
+        "features.precision (float16)",
+        "image_size",
+        "decoder",
+    ):
+        assert word in str(caught.value)
+    with pytest.raises(ImbvlmError) as caught:
+        extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"})
+    assert "decoder" not in str(caught.value)
+
+
+def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path)
+    with pytest.raises(ImbvlmError, match="has no test rows; it has train, val"):
+        extract(tmp_path, trial(tmp_path, tower), manifest, splits=("test",))
+
+
+# ------------------------------------------------------------------------------------------------ with Ray
+
+
+@pytest.mark.ray
+def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, {"num_views": 2, "precision": "float32"})
+    features, said = extract(tmp_path, config, manifest)
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    assert features.info == encoder.info
+    uris = manifest.table.column("uri").to_pylist()
+    for split, row, view in [("train", 0, 0), ("train", NUM_TRAIN - 1, 1), ("val", 2, 0)]:
+        pixels = decode(Path(uris[row + (NUM_TRAIN if split == "val" else 0)]).read_bytes())
+        expected = encoder.forward_images(torch.from_numpy(encoder.preprocess.apply(pixels, view, row))[None])
+        store = features.store(split)
+        for output in ALL:
+            got = store.gather(output, np.array([row]), np.array([view]))
+            torch.testing.assert_close(got, getattr(expected, output), atol=1e-5, rtol=1e-5)
+    assert features.store("val").num_views == 1
+    data = TrialData.open(config, features)
+    assert torch.equal(data.tower["projection"], encoder.visual.proj)
+    assert torch.equal(data.tower["final_norm.weight"], encoder.visual.ln_post.weight)
+    assert data.class_embeddings is not None
+    assert data.class_embeddings.shape == (7, encoder.info.embedding_width)
+    assert said[0] == f"features: {2 * NUM_TRAIN + NUM_VAL} images to compute"
+    assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
+
+
+@pytest.mark.ray
+def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    features, _ = extract(tmp_path, config, manifest, {"pooled"})
+    first = shard_times(features)
+    again, said = extract(tmp_path, config, manifest, {"pooled"})
+    assert (again, said) == (features, [])
+    assert shard_times(again) == first
+
+    store = features.store("train")
+    damaged, gone = store.shard_path("pooled", 1), store.shard_path("pooled", 2)
+    before = store.gather("pooled", np.arange(NUM_TRAIN)).clone()
+    content = bytearray(Path(damaged).read_bytes())
+    content[len(content) // 2] ^= 255
+    Path(damaged).write_bytes(content)
+    os.unlink(gone)
+    _, said = extract(tmp_path, config, manifest, {"pooled"})
+    changed = {path for path, at in shard_times(features).items() if at != first.get(path)}
+    assert changed == {damaged, gone}
+    after = features.store("train").gather("pooled", np.arange(NUM_TRAIN))
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+
+    kept = shard_times(features)
+    more, _ = extract(tmp_path, config, manifest, {"pooled", "tokens"})
+    assert more.folders == features.folders
+    assert kept.items() <= shard_times(more).items()
+    assert more.store("train").missing("tokens") == []
+
+
+@pytest.mark.ray
+def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest = make_data(tmp_path, broken=(3, 6, 13, 20))
+    os.unlink(tmp_path / "data" / f"{NUM_TRAIN}.png")
+    config = trial(tmp_path, tower)
+    features, said = extract(tmp_path, config, manifest)
+    train, val = features.store("train"), features.store("val")
+    assert [entry.row for entry in train.quarantine] == [3, 6, 13, 20]
+    assert {entry.reason for entry in train.quarantine} == {"truncated"}
+    assert val.quarantine == ((0, "file not found"),)
+    assert any("4 of 21 train images are left out, such as" in line and "3.png: truncated" in line for line in said)
+    data = TrialData.open(config, features)
+    assert data.class_stats.counts.tolist() == [3, 3, 3, 2, 3, 3, 0]
+    assert data.class_stats.split_counts.tolist() == [3] * 7
+    assert len(data.val) == NUM_VAL - 1
+    assert "'class 6'" in data.warnings[0]
+    # The store was filled under quarantine; strict doesn't take it, nor fills one of its own.
+    strict = trial(tmp_path, tower, on_bad_image="strict")
+    with pytest.raises(ImbvlmError, match=r"3\.png can't be used: truncated"):
+        extract(tmp_path, strict, manifest)
+    shutil.rmtree(tmp_path / "features")
+    with pytest.raises(ImbvlmError, match=r"\.png can't be used: (truncated|file not found)"):
+        extract(tmp_path, strict, manifest)
+
+
+@pytest.mark.ray
+def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    features, _ = extract(tmp_path, config, manifest)
+    text, norms = Path(features.class_embeddings), Path(features.folders["train"]) / "tower.safetensors"
+    # Copies: what safetensors loads is a map of the file that is damaged next.
+    expected, tensors = safetensors.torch.load(text.read_bytes()), safetensors.torch.load(norms.read_bytes())
+    for path in (text, norms):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 255
+        path.write_bytes(content)
+    again, said = extract(tmp_path, config, manifest)
+    assert again == features
+    torch.testing.assert_close(load_file(text)["class_embeddings"], expected["class_embeddings"])
+    assert all(torch.equal(load_file(norms)[name], tensor) for name, tensor in tensors.items())
+    assert [line for line in said if line.startswith("text features")]
+    other = config.with_overrides({"prompts.templates": ["a drawing of {}"]})
+    assert extract(tmp_path, other, manifest)[0].class_embeddings != features.class_embeddings
+
+
+SCRIPT = """
+import sys, ray
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.extract import ensure_features
+
+if __name__ == "__main__":
+    config = TrialConfig.from_yaml(sys.argv[1])
+    if sys.argv[3] == "ray":
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ensure_features(config, Manifest.read(config.data.manifest), sys.argv[2], frozenset({"pooled", "tokens"}),
+                    ("train",), report=lambda text: print(text, flush=True))
+    print("ray started:", ray.is_initialized())
+"""
+
+
+def _start(folder: Path, config: TrialConfig, ray: str) -> subprocess.Popen:
+    config.to_yaml(folder / "trial.yaml")
+    (folder / "script.py").write_text(SCRIPT)
+    arguments = [sys.executable, "script.py", "trial.yaml", str(folder / "features"), ray]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_pass_goes_on_and_a_complete_one_starts_no_ray(tmp_path: Path) -> None:
+    config = TrialConfig.from_tree(
+        {
+            "data": {"manifest": "embedded:fashion_mnist_lt"},
+            "encoder": {"name": "tinylit_lite0", "image_size": 64},
+            "method": "zero_shot",
+        }
+    )
+    process = _start(tmp_path, config, "ray")
+    while "of 2,480 images" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)
+    store = FeatureStore.open(str(next((tmp_path / "features").glob("*/store.json")).parent))
+    left = store.missing("tokens")
+    kept = {path: path.stat().st_mtime_ns for path in Path(store.folder).glob("*/*.arrow")}
+    assert kept
+    assert left
+    output = _start(tmp_path, config, "ray").communicate(timeout=150)[0]
+    assert f"{2480 - len(kept) // 2 * 310:,} images to compute" in output
+    assert store.missing("tokens") == store.missing("pooled") == []
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert "ray started: False" in _start(tmp_path, config, "no").communicate(timeout=150)[0]
