@@ -13,6 +13,7 @@ from towers import CONFIGS, write_config, write_tower
 from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import ENCODERS, OUTPUTS, Encoder, absolute_encoder, describe_encoder
+from imbvlm.models.towers import find_tower
 
 # Other image sizes that each kind can be given.
 OTHER_SIZE = {
@@ -240,8 +241,6 @@ def test_quick_gelu_that_contradicts_a_tag_names_the_right_value(config: dict, m
 
 @pytest.mark.parametrize("name", ["ViT-L-14/openai", "RN50/openai", "ViT-B-16/dfn2b", "ViT-B-32-quickgelu/openai"])
 def test_tags_that_need_quick_gelu_get_it(name: str) -> None:
-    from imbvlm.models.towers import find_tower
-
     assert find_tower(EncoderConfig(name=name)).quick_gelu
 
 
@@ -327,6 +326,17 @@ def test_weights_that_can_not_be_downloaded_are_a_sentence_and_quick() -> None:
     with pytest.raises(ImbvlmError, match=r"can't download the weights of openai_vit_b32 .*encoder\.weights"):
         load("openai_vit_b32")
     assert time.monotonic() - start < 30
+
+
+def test_weights_in_the_hubs_cache_are_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--timm--vit_base_patch32_clip_224.openai"
+    weights = repository / "snapshots" / "abc" / "open_clip_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_tower(EncoderConfig(name="openai_vit_b32")).weights_file() == str(weights)
 
 
 def test_fingerprint_knows_the_weights_and_not_where_they_lie(tmp_path: Path) -> None:
