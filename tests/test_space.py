@@ -379,7 +379,8 @@ def test_shipped_sweeps_are_right_and_all_their_draws_are_trials(name: str, monk
     monkeypatch.syspath_prepend(ROOT)
     spec: SweepSpec = importlib.import_module(f"sweeps.{name}").spec
     searched = check_spec(spec)
-    for draw, _ in draws(searched, 100, spec.base):
+    for draw, kept in draws(searched, 100, spec.base):
+        assert searched.names_of(draw, spec.base) == kept
         trial = spec.trial(draw)
         assert {key.split(".")[0] for key in draw} & OPTIONAL_SECTIONS <= METHOD_SECTIONS[trial.method]
         assert TrialConfig.from_tree(trial.to_tree()) == trial
