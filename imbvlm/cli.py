@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="imbvlm", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_manifest(commands)
     _add_train(commands)
     _add_sweep(commands)
     _add_export(commands)
@@ -52,6 +53,31 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+# ---------------------------------------------------------------------------------------------------- manifest
+
+
+def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    # Fetched here: importing the data side costs half a second that the other commands need not pay.
+    from imbvlm.data import commands as manifest
+
+    parser = _command(
+        commands, "manifest", "Make, show and check the list of your images.",
+        "imbvlm manifest build --folders photos/ -o photos.parquet",
+    )  # fmt: skip
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, what, example, add, run in (
+        ("build", "Turn folders, lists, tables, shards or a benchmark into a manifest.",
+         "imbvlm manifest build --folders photos/ -o photos.parquet", manifest.add_build_arguments, manifest.build),
+        ("show", "Classes, counts, shot groups and splits of a manifest.",
+         "imbvlm manifest show photos.parquet", manifest.add_show_arguments, manifest.show),
+        ("check", "Everything that is wrong or odd in a manifest, and a verdict.",
+         "imbvlm manifest check photos.parquet --decode", manifest.add_check_arguments, manifest.check),
+    ):  # fmt: skip
+        action = _command(actions, name, what, example)
+        add(action)
+        action.set_defaults(command=run)
 
 
 # ------------------------------------------------------------------------------------------------------ train
