@@ -76,6 +76,7 @@ class ClassCounters:
             "loss": float(self.nll) / num_rows,
             "top1_accuracy": int(self.correct.sum()) / num_rows,
             "balanced_accuracy": float(np.nanmean(accuracy)),
+            "balanced_standard_error": balanced_standard_error(self.correct.cpu().numpy(), self.total.cpu().numpy()),
         }
         return metrics | shot_group_accuracies(accuracy, stats)
 
@@ -124,6 +125,16 @@ class CalibrationBins:
         if float(rows.sum()) == 0:
             return {}
         return {"expected_calibration_error": float((right - confidence).abs().sum() / rows.sum())}
+
+
+def balanced_standard_error(correct: npt.NDArray[np.int64], total: npt.NDArray[np.int64]) -> float:
+    """Standard error of the macro accuracy over classes with rows: sqrt(sum p (1 - p) / n) / C.
+
+    p is (right + 1) / (rows + 2) [Agresti and Coull 1998]: a class that is all right in three rows isn't certain.
+    """
+    n = total[total > 0].astype(np.float64)
+    p = (correct[total > 0] + 1) / (n + 2)
+    return float(np.sqrt((p * (1 - p) / n).sum()) / len(n))
 
 
 def per_class_accuracy(correct: npt.ArrayLike, total: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -13,6 +13,7 @@ from imbvlm.losses import ONE_WORKER
 from imbvlm.metrics import (
     CalibrationBins,
     ClassCounters,
+    balanced_standard_error,
     macro_scores,
     macro_scores_of_confusion,
     per_class_accuracy,
@@ -48,7 +49,7 @@ def test_accuracies_by_hand():
     assert metrics["medium_shot_accuracy"] == pytest.approx(np.mean([1 / 2, 0]))
     assert metrics["few_shot_accuracy"] == pytest.approx(np.mean([1, 1 / 2]))
     assert metrics["zero_train_accuracy"] == 0
-    assert set(metrics) == {"loss", "top1_accuracy", "balanced_accuracy"} | {
+    assert set(metrics) == {"loss", "top1_accuracy", "balanced_accuracy", "balanced_standard_error"} | {
         f"{group}_shot_accuracy" for group in ("many", "medium", "few")
     } | {"zero_train_accuracy"}
 
@@ -221,3 +222,17 @@ def test_calibration_error_is_the_formula_on_random_logits():
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert bins.compute()["expected_calibration_error"] == pytest.approx(error, rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_repeated_draws():
+    generator = np.random.default_rng(0)
+    chance, total = np.array([0.9, 0.5, 0.7]), np.array([40, 60, 80])
+    draws = generator.binomial(total, chance, size=(4000, 3))
+    measured = (draws / total).mean(axis=1).std()
+    expected = np.mean([balanced_standard_error(draw, total) for draw in draws])
+    assert expected == pytest.approx(measured, rel=0.08)
+
+
+def test_the_standard_error_leaves_out_classes_without_rows_and_is_never_zero():
+    some = balanced_standard_error(np.array([3, 0]), np.array([3, 0]))
+    assert some == pytest.approx(np.sqrt(0.8 * 0.2 / 3))

@@ -32,7 +32,7 @@ from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
-from imbvlm.sweep.summary import search_table, test_table
+from imbvlm.sweep.summary import search_table, test_table, verdict
 from imbvlm.training.session import TrialSettings
 
 SPEC_FILE = "sweep.yaml"
@@ -170,6 +170,7 @@ class _Sweep:
         say, best = self.console.say, self.log.best(self.spec.objective)[0]
         say()
         say(search_table(self.log, self.spec))
+        say(verdict(self.log, self.spec))
         if any("test/top1_accuracy" in epoch for record in self.scored for epoch in record.epochs[-1:]):
             say()
             say(test_table(self.scored, self.spec))

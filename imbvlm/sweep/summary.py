@@ -21,6 +21,28 @@ def search_table(log: TrialLog, spec: SweepSpec) -> str:
     return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
 
 
+def verdict(log: TrialLog, spec: SweepSpec) -> str:
+    """Whether the best trial beats the best baseline on validation by more than the standard error."""
+    best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")
+    if not baselines:
+        return "no baseline gave a result"
+    name = baselines[0].name
+    gain = (best.best_value(spec.best_objective) or 0.0) - (baselines[0].best_value(spec.best_objective) or 0.0)
+    error = (best.best_epoch(spec.objective) or {}).get("val/balanced_standard_error")
+    if gain <= 0:
+        return f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points); try more trials or another space"
+    if spec.objective == "val/balanced_accuracy" and error is not None and gain <= error:
+        return (
+            f"the best trial is {100 * gain:+.1f} points from the baseline {name} on validation, within its standard "
+            f"error of {100 * error:.1f}: no difference is shown"
+        )
+    return f"the best trial is {100 * gain:+.1f} points above the baseline {name} on validation" + (
+        f" (standard error {100 * error:.1f})"
+        if error is not None and spec.objective == "val/balanced_accuracy"
+        else ""
+    )
+
+
 def _row(record: TrialRecord, spec: SweepSpec) -> list[str]:
     best = record.best_epoch(spec.objective) or {}
     what = record.name or describe(record)
