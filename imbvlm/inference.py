@@ -154,7 +154,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         )
     if encoder.preprocess != preprocess:
         raise ImbvlmError(
-            f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of {preprocess}"
+            f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of "
+            f"{preprocess}"
         )
     classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)))
     return Model(encoder, classifier.to(target), config, class_names)

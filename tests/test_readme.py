@@ -40,7 +40,12 @@ def test_the_tree_names_every_file_of_the_package_and_no_other():
 
 
 def test_the_tables_have_every_method_and_loss_with_its_knobs():
-    rows = {cells[0].strip(): cells for cells in (line.strip("|").split("|") for line in section("What it does").splitlines() if line.startswith("| `"))}
+    rows = {
+        cells[0].strip(): cells
+        for cells in (
+            line.strip("|").split("|") for line in section("What it does").splitlines() if line.startswith("| `")
+        )
+    }
     names = {name.strip("`") for name in rows}
     assert names == set(METHOD_SECTIONS) | set(LOSSES)
     for name in LOSSES:
@@ -88,7 +93,9 @@ def test_commands_run(clone, title):
         if "runs/quickstart-..." in command:
             newest = max((clone / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime)
             command = command.replace("runs/quickstart-...", f"runs/{newest.name}")
-        done = subprocess.run(shlex.split(command), cwd=clone, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            shlex.split(command), cwd=clone, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 

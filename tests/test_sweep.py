@@ -195,7 +195,8 @@ def test_export_predict_and_train_again(smoke, home):
 def test_all_trials_failing_leaves_with_an_error_and_the_causes_grouped(smoke, home):
     printed = run(
         QUICKSTART, "--smoke", "--set", "num_trials=2", "--set", "optim.lr=1.0e+30", "--set", "method=linear_probe",
-        "--set", "classifier.kind=linear", "--set", "loss.name=cross_entropy", "--set", "train.clip_grad_norm=null", cwd=home, code=1,
+        "--set", "classifier.kind=linear", "--set", "loss.name=cross_entropy", "--set", "train.clip_grad_norm=null",
+        cwd=home, code=1,
     )  # fmt: skip
     assert "failed:" in printed
     assert "wasn't finite" in printed
@@ -215,8 +216,8 @@ def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers(home, sett
 def test_ray_train_gives_the_numbers_of_the_process(smoke, home, driver):
     sweeps = []
     for chosen in ("in_process", driver):
-        run(QUICKSTART, "--smoke", "--set", "num_trials=1", "--set", "trial_scheduler.name=none", "--set", f"driver={chosen}",
-            "--set", "cpus_per_worker=0.9", cwd=home)  # fmt: skip
+        run(QUICKSTART, "--smoke", "--set", "num_trials=1", "--set", "trial_scheduler.name=none",
+            "--set", f"driver={chosen}", "--set", "cpus_per_worker=0.9", cwd=home)  # fmt: skip
         sweeps.append(trials(newest(home))["t00001"])
     values = [[epoch["train/loss"] for epoch in record["epochs"]] for record in sweeps]
     assert values[0] == values[1]

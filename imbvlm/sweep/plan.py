@@ -35,20 +35,22 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
     size = space.size(spec.base)
     scheduler = spec.trial_scheduler
     stopping = (
-        f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of the longest trial, one in {scheduler.reduction_factor} goes on)"
+        f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of the longest trial, "
+        f"one in {scheduler.reduction_factor} goes on)"
         if isinstance(scheduler, AshaConfig)
         else "none, every trial runs to its end"
     )
     driver = "ray_train" if uses_ray_train(spec) else "in_process"
     return [
         f"sweep {spec.name}",
-        f"  trials      {spec.num_trials} of {f'{size:,} possible configurations' if size is not None else 'a continuous space'}, "
+        f"  trials      {spec.num_trials} of {'a continuous space' if size is None else f'{size:,} configurations'}, "
         f"after {len(baselines(spec, space))} baselines; {len(spec.first_trials)} pinned first",
         f"  objective   {spec.best_objective}, the running maximum over epochs",
         f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}"
         + (f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""),
         f"  stopping    {stopping}",
-        f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs",
+        f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
+        f"and {spec.gpus_per_worker:g} GPUs",
         f"  refit       seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once",
     ]
 
@@ -88,7 +90,10 @@ def _tower(
 ) -> str:
     info = towers[config.encoder.model_dump_json()]
     outputs = needed_outputs(spec, space)
-    text = f"{config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, pooled {info.pooled_width}"
+    text = (
+        f"{config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
+        f"pooled {info.pooled_width}"
+    )
     if manifest is None:
         per_image = sum(_numbers(info.shape(output)) for output in outputs) * (
             2 if config.features.precision == "float16" else 4

@@ -1,11 +1,10 @@
-"""A sweep from its spec to the best configuration: check, extract, baselines and search, refit, one look at the test split."""
+"""A sweep from spec to best configuration: check, extract, baselines and search, refit, one look at the test split."""
 
 from __future__ import annotations
 
 import json
 import time
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
-from imbvlm.sweep.summary import search_table, test_table, verdict
+from imbvlm.sweep.summary import causes, opening, search_table, test_table, verdict
 from imbvlm.training.session import TrialSettings
 
 SPEC_FILE = "sweep.yaml"
@@ -51,7 +50,7 @@ class Refit:
 
 
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
-    """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError where all fail."""
+    """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError if all fail."""
     started = time.monotonic()
     space = check_spec(spec)
     manifest = Manifest.read(spec.base["data"]["manifest"])
@@ -59,7 +58,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     check_models(spec, space)
     log = TrialLog.read(folder)
     log_file = storage.local_path(folder) / LOG_FILE if storage.is_local(folder) else Path(f"{spec.name}.log")
-    _announce(spec, space, manifest, folder, log, console)
+    console.say(opening(spec, manifest, folder, log))
     with console.others_to(log_file):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -95,10 +94,10 @@ class _Sweep:
         )
         concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus)
         self.lane = Lane(spec, folder, log, console, concurrent)
+        joined = "" if cluster.started_here else " (a cluster that was running already)"
         console.say(
-            f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
-            f"{'' if cluster.started_here else ' (a cluster that was running already)'}, dashboard {cluster.dashboard or 'off'}; "
-            f"driver {self.lane.driver}, {concurrent} trial{'s' if concurrent > 1 else ''} at a time"
+            f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
+            f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {concurrent} trial{'s' if concurrent > 1 else ''} at a time"
         )
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
         self._quarantined: list[dict[str, str | int]] = []
@@ -127,14 +126,15 @@ class _Sweep:
             )
         failed = [record for record in ended if record.state in ("failed", "error")]
         if failed:
-            self.console.say(_causes(failed))
+            self.console.say(causes(failed))
         if not self.log.best(self.spec.objective):
             raise ImbvlmError(
-                f"no trial of {len(ended)} gave a result, so there is no best configuration; {self.folder} has their records"
+                f"no trial of {len(ended)} gave a result, so there is no best configuration; "
+                f"{self.folder} has their records"
             )
 
     def refit_and_score(self) -> None:
-        """Train winner and baselines again on all training rows over the seeds; the test split is read once for each."""
+        """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
         jobs = [
             Job(
@@ -322,33 +322,6 @@ def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
     check_data(spec, manifest.class_stats(carved), counts.tolist())
-
-
-def _announce(
-    spec: SweepSpec, space: SearchSpace, manifest: Manifest, folder: str, log: TrialLog, console: Console
-) -> None:
-    stats = manifest.class_stats()
-    rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
-    console.say(f"sweep {spec.name}: {spec.num_trials} trials, objective {spec.best_objective}, in {folder}")
-    console.say(
-        f"data {spec.base['data']['manifest']}: {stats.num_classes:,} classes ({len(stats.many_shot)} many-, "
-        f"{len(stats.medium_shot)} medium-, {len(stats.few_shot)} few-shot), images: {rows}; imbalance factor {stats.imbalance_factor:g}"
-    )
-    if "val" not in manifest.splits:
-        carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
-        console.say(
-            f"no validation split: {len(carved):,} training images are carved off for selection and returned for the refit"
-        )
-    if log.records:
-        ended = sum(record.state in ENDED for record in log.records.values())
-        console.say(f"resuming: {ended} of {len(log.records)} started trials have ended and stay")
-
-
-def _causes(failed: list[TrialRecord]) -> str:
-    grouped = Counter(record.stop_reason for record in failed)
-    lines = [f"{len(failed)} trial{'s' if len(failed) > 1 else ''} failed:"]
-    lines += [f"  {count} x {reason}" for reason, count in grouped.most_common(5)]
-    return "\n".join(lines)
 
 
 def _slug(name: str) -> str:

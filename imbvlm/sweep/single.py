@@ -47,7 +47,8 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
         }
         loss = f"train loss {last['train/loss']:.4f}, " if "train/loss" in last else ""
         say(
-            f"epoch {int(last['epoch'])}: {loss}validation balanced {percent(last.get(OBJECTIVE))}, overall {percent(last.get('val/top1_accuracy'))}"
+            f"epoch {int(last['epoch'])}: {loss}validation balanced {percent(last.get(OBJECTIVE))}, "
+            f"overall {percent(last.get('val/top1_accuracy'))}"
         )
     say(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
     return last

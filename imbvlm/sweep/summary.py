@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
+import numpy as np
+
+from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.sweep.console import percent, table
-from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 
 METRICS = ("top1_accuracy", "balanced_accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
 HEADINGS = ("overall", "balanced", "many", "medium", "few")
 NUM_BEST = 8
+
+
+def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> str:
+    """What is about to run, on which data, and what an earlier run has left."""
+    stats = manifest.class_stats()
+    rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
+    lines = [
+        f"sweep {spec.name}: {spec.num_trials} trials, objective {spec.best_objective}, in {folder}",
+        f"data {spec.base['data']['manifest']}: {stats.num_classes:,} classes ({len(stats.many_shot)} many-, "
+        f"{len(stats.medium_shot)} medium-, {len(stats.few_shot)} few-shot), images: {rows}; "
+        f"imbalance factor {stats.imbalance_factor:.3g}",
+    ]
+    if "val" not in manifest.splits:
+        carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+        coverage = ", ".join(
+            f"{len(np.intersect1d(getattr(stats, group), manifest.labels[carved]))} of {len(getattr(stats, group))} "
+            f"{group.replace('_', '-')}"
+            for group in SHOT_GROUPS
+            if len(getattr(stats, group))
+        )
+        lines.append(
+            f"no validation split: {len(carved):,} training images are carved off for selection and returned for the "
+            f"refit; they cover {coverage} classes"
+        )
+    if log.records:
+        ended = sum(record.state in ENDED for record in log.records.values())
+        lines.append(f"resuming: {ended} of {len(log.records)} started trials have ended and stay")
+    return "\n".join(lines)
+
+
+def causes(failed: list[TrialRecord]) -> str:
+    """Why trials failed, the commonest cause first."""
+    grouped = Counter(record.stop_reason for record in failed)
+    lines = [f"{len(failed)} trial{'s' if len(failed) > 1 else ''} failed:"]
+    return "\n".join(lines + [f"  {count} x {reason}" for reason, count in grouped.most_common(5)])
 
 
 def search_table(log: TrialLog, spec: SweepSpec) -> str:
@@ -30,7 +70,10 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     gain = (best.best_value(spec.best_objective) or 0.0) - (baselines[0].best_value(spec.best_objective) or 0.0)
     error = (best.best_epoch(spec.objective) or {}).get("val/balanced_standard_error")
     if gain <= 0:
-        return f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points); try more trials or another space"
+        return (
+            f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points); "
+            "try more trials or another space"
+        )
     if spec.objective == "val/balanced_accuracy" and error is not None and gain <= error:
         return (
             f"the best trial is {100 * gain:+.1f} points from the baseline {name} on validation, within its standard "

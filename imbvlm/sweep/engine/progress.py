@@ -84,7 +84,8 @@ class ProgressCallback(tune.Callback):
         )
         what = "refits" if self._kind == "refit" else "trials"
         self._console.live(
-            f"{ended}/{self._total} {what} done, {running} running{value}{f'; {duration(left)} left' if math.isfinite(left) else ''}"
+            f"{ended}/{self._total} {what} done, {running} running{value}"
+            f"{f'; {duration(left)} left' if math.isfinite(left) else ''}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A trial inside Tune's own process: no worker group starts, and the next trial reuses the process and its open data."""
+"""A trial inside Tune's own process: no worker group starts; the next trial reuses the process and its open data."""
 
 from __future__ import annotations
 
