@@ -95,9 +95,10 @@ class _Sweep:
         concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus)
         self.lane = Lane(spec, folder, log, console, concurrent)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
+        at_a_time = f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time"
         console.say(
             f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
-            f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {concurrent} trial{'s' if concurrent > 1 else ''} at a time"
+            f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {at_a_time}"
         )
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
         self._quarantined: list[dict[str, str | int]] = []
