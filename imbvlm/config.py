@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from imbvlm.config_losses import LossConfig as LossConfig
+from imbvlm.config_stages import READ_NORMS
+from imbvlm.config_stages import SecondStageConfig as SecondStageConfig
 from imbvlm.errors import ConfigError, Problem
+from imbvlm.schema import GONE_WITHOUT_NAME, dotted_keys_of, explain, set_keys
 from imbvlm.schema import Section as Section
 from imbvlm.schema import Tree as Tree
-from imbvlm.schema import dotted_keys_of, explain, set_keys
 from imbvlm.yaml_file import YamlTree, dump_yaml, read_yaml
 
 T = TypeVar("T")
@@ -199,8 +201,8 @@ Method = Literal["zero_shot", "linear_probe", "decoder"]
 TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train"})
 METHOD_SECTIONS: Mapping[str, frozenset[str]] = {
     "zero_shot": frozenset({"prompts"}),
-    "linear_probe": TRAINING_SECTIONS | {"prompts"},
-    "decoder": TRAINING_SECTIONS | {"prompts", "decoder"},
+    "linear_probe": TRAINING_SECTIONS | {"prompts", "second_stage"},
+    "decoder": TRAINING_SECTIONS | {"prompts", "decoder", "second_stage"},
 }
 OPTIONAL_SECTIONS = frozenset().union(*METHOD_SECTIONS.values())
 
@@ -227,6 +229,7 @@ class TrialConfig(Section):
     loss: LossConfig | None = None
     optim: OptimConfig | None = None
     train: TrainConfig | None = None
+    second_stage: Annotated[SecondStageConfig | None, GONE_WITHOUT_NAME] = None
     eval: EvalConfig = EvalConfig()
 
     @field_validator("classifier")
@@ -242,6 +245,17 @@ class TrialConfig(Section):
                 "linear_probe"
             )
         return classifier
+
+    @field_validator("second_stage")
+    @classmethod
+    def _lengths_need_a_linear_classifier(cls, stage: Section | None, info: ValidationInfo) -> Section | None:
+        name = getattr(stage, "name", None)
+        if name in READ_NORMS and isinstance(info.data.get("classifier"), CosineClassifierConfig):
+            raise ValueError(
+                f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier's mean "
+                "nothing; set classifier.kind: linear, or choose another second stage"
+            )
+        return stage
 
     @staticmethod
     def from_yaml(path: str | Path) -> TrialConfig:

@@ -14,6 +14,10 @@ from imbvlm.yaml_file import KeyPath, YamlTree
 Tree = dict[str, Any]
 
 
+# Beside the type of an optional section: setting its name or kind to null takes the section away.
+GONE_WITHOUT_NAME = "gone without a name"
+
+
 class Section(BaseModel):
     """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
 
@@ -48,6 +52,15 @@ def tag_of(cls: type[Section]) -> tuple[str, str] | None:
     return None
 
 
+def _goes_without_name(root: type[Section], dotted: str, value: Any) -> bool:
+    """Whether a dotted key is the name or kind of a section that a null there takes away, and the value is null."""
+    *above, section, last = ["", *dotted.split(".")]
+    if value is not None or last not in ("name", "kind"):
+        return False
+    found = [cls.model_fields.get(section) for cls in section_classes(root, tuple(above[1:]))]
+    return any(info is not None and GONE_WITHOUT_NAME in info.metadata for info in found)
+
+
 def dotted_keys_of(root: type[Section]) -> list[str]:
     """Every dotted key of a plain value below `root`, over all variants."""
     keys: dict[str, None] = {}
@@ -66,6 +79,8 @@ def dotted_keys_of(root: type[Section]) -> list[str]:
 
 def refusal(root: type[Section], dotted: str, value: Any) -> str | None:
     """The rule that a value of a dotted key breaks, such as `greater than 0`; None where some variant admits it."""
+    if _goes_without_name(root, dotted, value):
+        return None
     *above, last = dotted.split(".")
     rules: dict[str, None] = {}
     for cls in section_classes(root, tuple(above)):
@@ -99,9 +114,13 @@ def set_keys(
     """A deep copy of plain data with dotted keys set; sections on the way are made.
 
     Choosing another variant lets go of the old one's knobs, except those that mean the same in the new one (of the
-    same default); setting a key of `lets_go` lets go of keys beside it, unless `values` sets them too.
+    same default); setting a key of `lets_go` lets go of keys beside it, unless `values` sets them too. A null name
+    takes a section away that is marked as GONE_WITHOUT_NAME.
     """
     result = copy.deepcopy(tree)
+    values = {
+        key.rpartition(".")[0] if _goes_without_name(root, key, value) else key: value for key, value in values.items()
+    }
     for dotted in sorted(values, key=lambda key: key.rpartition(".")[2] not in ("name", "kind")):
         *above, last = dotted.split(".")
         section = result

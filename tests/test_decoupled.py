@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from imbvlm.config import CosineClassifierConfig, LinearClassifierConfig
+from imbvlm.config_stages import READ_NORMS, SecondStageConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.losses import LOSSES, build_loss
 from imbvlm.metrics import ClassCounters
@@ -16,12 +17,13 @@ from imbvlm.models.decoupled import (
     DisAlign,
     LearnableWeightScaling,
     Marc,
-    check_second_stage,
     choose_tau_normalization,
     retrained,
+    stage_module,
     tau_normalized,
 )
 from imbvlm.sampling import epoch_plan
+from imbvlm.schema import tag_of, variants
 
 WIDTH, CLASSES = 10, 6
 KINDS = {"linear": LinearClassifierConfig(), "cosine": CosineClassifierConfig()}
@@ -48,9 +50,7 @@ def scrambled(stage, seed=0):
 
 
 def allowed():
-    return [
-        (name, kind) for name in TRAINED for kind in KINDS if kind == "linear" or not SECOND_STAGES[name].reads_norms
-    ]
+    return [(name, kind) for name in TRAINED for kind in KINDS if kind == "linear" or name not in READ_NORMS]
 
 
 # --------------------------------------------------------------- the same formulas, written again in numpy
@@ -213,16 +213,16 @@ def test_each_stage_is_trained_as_its_paper_does():
             assert (stage.class_sampling == "class_balanced") == (stage.loss == "cross_entropy"), name
 
 
-@pytest.mark.parametrize("name", ["tau_normalization", "marc"])
-def test_stages_that_read_lengths_are_refused_with_a_cosine_classifier(name):
-    with pytest.raises(ImbvlmError, match=r"classifier\.kind: linear.*disalign"):
-        check_second_stage(name, "cosine")
-    assert check_second_stage(name, "linear") is SECOND_STAGES[name]
-
-
-def test_an_unknown_stage_is_refused_with_the_nearest():
-    with pytest.raises(ImbvlmError, match="classifier_retraining"):
-        check_second_stage("classifier_retrain", "linear")
+def test_stages_and_their_configurations_are_in_step():
+    sections = {tag_of(section)[1]: section for section in variants(SecondStageConfig)}
+    assert sections.keys() == SECOND_STAGES.keys()
+    for name, stage in SECOND_STAGES.items():
+        fields = sections[name].model_fields
+        assert ("lr" in fields) == ("num_epochs" in fields) == (stage.loss is not None), name
+        assert ("exponent" in fields) == (stage.loss == "generalized_reweight"), name
+        assert stage.summary[0].isupper()
+        assert stage.summary.endswith(".")
+        assert stage.paper
 
 
 def long_tailed(seed=0):
@@ -270,7 +270,7 @@ def first_stages():
 @pytest.mark.parametrize(("name", "kind"), allowed())
 def test_training_serves_the_tail_and_leaves_the_first_stage_alone(first_stages, name, kind):
     counts, x, labels, val_x, val_labels = long_tailed()
-    first, stage = first_stages[kind], check_second_stage(name, kind)
+    first, stage = first_stages[kind], SECOND_STAGES[name]
     before = {key: value.clone() for key, value in first.state_dict().items()}
     torch.manual_seed(1)
     model = stage.build(first).double()
@@ -301,7 +301,7 @@ def test_a_saved_stage_gives_the_same_logits_when_loaded(name, kind):
     x = features()
     model = scrambled(SECOND_STAGES[name].build(classifier(kind)))
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    again = SECOND_STAGES[name].build(classifier(kind, seed=9)).double()
+    again = stage_module(name, classifier(kind, seed=9)).double()
     again.load_state_dict(state)
     assert torch.equal(again(x), model(x))
 

@@ -202,7 +202,7 @@ def test_logits_are_in_order_and_agree_with_the_counters(data, monkeypatch):
     run = build_trial(tiny_config("decoder"), data)
     list(run.epochs())
     whole = run.logits(data.val)
-    monkeypatch.setattr("imbvlm.training.epochs.EVAL_BYTES", 0)
+    monkeypatch.setattr("imbvlm.training.evaluation.EVAL_BYTES", 0)
     assert run.logits(data.val).shape == whole.shape
     torch.testing.assert_close(run.logits(data.val), whole, atol=1e-4, rtol=1e-4)
     assert whole.dtype == torch.float32

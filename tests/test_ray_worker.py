@@ -24,6 +24,17 @@ CASES = [
     ("linear_probe", {"loss__name": "generalized_reweight", "train__batch_size": 50, "optim__name": "adamw"}),
     ("decoder", {"loss__name": "balanced_softmax", "train__batch_size": 113, "classifier__init": "class_mean"}),
     ("decoder", {"loss__name": "ldam", "loss__reweight_from": 0.5, "train__batch_size": 64}),
+    (
+        "decoder",
+        {
+            "train__num_epochs": 2,
+            "train__batch_size": 113,
+            "second_stage__name": "disalign",
+            "second_stage__num_epochs": 2,
+        },
+    ),
+    ("linear_probe", {"second_stage__name": "classifier_retraining", "second_stage__num_epochs": 2}),
+    ("linear_probe", {"classifier__kind": "linear", "second_stage__name": "tau_normalization"}),
     ("zero_shot", {}),
 ]
 

@@ -146,6 +146,32 @@ parameters:
         assert ("optim.momentum" in draw) == (draw["loss.name"] == "balanced_softmax")
 
 
+def test_a_second_stage_is_searched_beside_having_none() -> None:
+    """Null takes away what the base has; a name builds the section, without another name's knobs."""
+    searched = space("""
+parameters:
+  classifier.kind: {choice: [linear, cosine]}
+  second_stage.name:
+    - {choice: [null, disalign, tau_normalization], when: {classifier.kind: linear}}
+    - {choice: [null, disalign], when: {classifier.kind: cosine}}
+  second_stage.exponent: {uniform: [0.5, 1.5], when: {second_stage.name: disalign}}
+""")
+    base = {**BASE, "second_stage": {"name": "marc", "num_epochs": 3}}
+    for start in (BASE, base):
+        spec = SweepSpec(name="stages", base=start, space=searched.tree)
+        seen = set()
+        for draw, _ in draws(check_spec(spec), base=start):
+            stage = spec.trial(draw).to_tree().get("second_stage")
+            assert (stage is None) == (draw["second_stage.name"] is None)
+            assert (stage or {}).get("exponent") == draw.get("second_stage.exponent")
+            assert (stage or {}).get("num_epochs") in (None, 10 if start is BASE else 3)
+            seen.add(draw["second_stage.name"])
+        assert seen == {None, "disalign", "tau_normalization"}
+    refused = space("parameters: {second_stage.name: {choice: [null, marc]}}")
+    with pytest.raises(ConfigError, match="second_stage marc uses the lengths"):
+        check_spec(SweepSpec(name="stages", base=BASE, space=refused.tree))
+
+
 def test_truth_values_and_numbers_are_different_choices() -> None:
     searched = space("parameters: {optim.nesterov: {choice: [true, false]}, decoder.depth: {choice: [1, 0]}}")
     with pytest.raises(ConfigError, match=r"optim.nesterov = 1 is outside"):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbvlm.config import ClassSampling
-from imbvlm.errors import ImbvlmError, nearest
+from imbvlm.errors import ImbvlmError
 from imbvlm.models.classifier import MIN_NORM, CosineClassifier, LinearClassifier, full_precision
 from imbvlm.posthoc import Choice, balanced_accuracy, choose
 
@@ -123,52 +123,59 @@ def choose_tau_normalization(classifier: LinearClassifier, features: Tensor, tar
 class SecondStage:
     """One second stage: what is built on the first stage's classifier, and how its paper trains it.
 
-    `class_sampling` and `loss` are null where nothing trains. `reads_norms`: the lengths of the classifier's weights
-    matter, which a cosine classifier's don't.
+    `class_sampling` and `loss` are null where nothing trains.
     """
 
     build: Callable[[Classifier], nn.Module] | None
     class_sampling: ClassSampling | None
     loss: str | None
-    reads_norms: bool
     summary: str
+    paper: str
 
 
 SECOND_STAGES: Mapping[str, SecondStage] = {
     "classifier_retraining": SecondStage(
-        retrained, "class_balanced", "cross_entropy", False, "a fresh classifier on the frozen decoder (cRT)"
+        build=retrained,
+        class_sampling="class_balanced",
+        loss="cross_entropy",
+        summary="Trains a fresh classifier on the frozen decoder (cRT).",
+        paper="Kang et al., ICLR 2020",
     ),
     "learnable_weight_scaling": SecondStage(
-        LearnableWeightScaling, "class_balanced", "cross_entropy", False, "a learned scale per class (LWS)"
+        build=LearnableWeightScaling,
+        class_sampling="class_balanced",
+        loss="cross_entropy",
+        summary="Learns a factor on each class's logit (LWS).",
+        paper="Kang et al., ICLR 2020",
     ),
     "tau_normalization": SecondStage(
-        None, None, None, True, "weights divided by a power of their length, chosen on validation"
+        build=None,
+        class_sampling=None,
+        loss=None,
+        summary="Divides each class's weights by a power of their length, chosen on validation; nothing is trained.",
+        paper="Kang et al., ICLR 2020",
     ),
     "disalign": SecondStage(
-        DisAlign,
-        "instance_balanced",
-        "generalized_reweight",
-        False,
-        "a learned scale and bias per class, weighted by a confidence per image",
+        build=DisAlign,
+        class_sampling="instance_balanced",
+        loss="generalized_reweight",
+        summary="Learns a factor and an offset per class, weighted by a confidence per image.",
+        paper="Zhang et al., CVPR 2021",
     ),
     "marc": SecondStage(
-        Marc, "instance_balanced", "generalized_reweight", True, "a learned scale, and a bias in lengths of weights"
+        build=Marc,
+        class_sampling="instance_balanced",
+        loss="generalized_reweight",
+        summary="Learns a factor, and an offset in lengths of its weights, per class.",
+        paper="Wang et al., ACML 2022",
     ),
 }
 
 
-def check_second_stage(name: str, classifier_kind: str) -> SecondStage:
-    """The entry of SECOND_STAGES; raises ImbvlmError for an unknown name or one that this classifier can't have."""
-    if name not in SECOND_STAGES:
-        raise ImbvlmError(f"no second stage is called {name!r}; {nearest(name, SECOND_STAGES)}")
-    stage = SECOND_STAGES[name]
-    if stage.reads_norms and classifier_kind == "cosine":
-        free = ", ".join(other for other, entry in SECOND_STAGES.items() if not entry.reads_norms)
-        raise ImbvlmError(
-            f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier has none; "
-            f"set classifier.kind: linear, or choose one of {free}"
-        )
-    return stage
+def stage_module(name: str, classifier: Classifier) -> nn.Module:
+    """What a second stage puts in the place of the first stage's classifier, before it has learned anything."""
+    build = SECOND_STAGES[name].build
+    return copy.deepcopy(classifier) if build is None else build(classifier)
 
 
 def _norm_powers(classifier: LinearClassifier, tau: float) -> Tensor:

@@ -15,6 +15,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, TrialData
 from imbvlm.models.classifier import build_classifier
 from imbvlm.models.decoder import Decoder, FinalNorm
+from imbvlm.models.decoupled import stage_module
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 
 # Images whose features are in memory at once while class means are computed.
@@ -78,7 +79,8 @@ def restore_model(config: TrialConfig, info: EncoderInfo, num_classes: int, tens
         model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
     else:
         decoder, width = _decoder(config, info, {})
-        model = FeatureClassifier(decoder, build_classifier(config.classifier, width, num_classes))
+        classifier, stage = build_classifier(config.classifier, width, num_classes), config.second_stage
+        model = FeatureClassifier(decoder, classifier if stage is None else stage_module(stage.name, classifier))
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:

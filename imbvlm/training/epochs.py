@@ -8,30 +8,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imbvlm.config import TrainConfig, TrialConfig, needed
+from imbvlm.config import TrialConfig, needed
+from imbvlm.config_stages import num_stage_epochs
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, TrialData
-from imbvlm.losses import BuiltLoss
 from imbvlm.metrics import ClassCounters
-from imbvlm.models.methods import METHODS, build_model
-from imbvlm.sampling import batches, epoch_plan
+from imbvlm.models.methods import METHODS, FeatureClassifier, build_model
+from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
-from imbvlm.training.feed import Batch, Index, load_batch, read_ahead, to_device
+from imbvlm.training.course import Course, Span
+from imbvlm.training.evaluation import Evaluator
+from imbvlm.training.feed import load_batch
 from imbvlm.training.objective import Objective
-from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
-from imbvlm.training.world import SINGLE, World, average_gradients, copy_from_first
+from imbvlm.training.second_stage import SecondStageRun, check_can_choose
+from imbvlm.training.world import SINGLE, World, copy_from_first
 
-# Losses and gradient norms stay on the device for so many steps before they are looked at: each look waits for a GPU.
-CHECK_EVERY = 16
 NUM_FIRST_LOSSES = 8
-# Features and logits of an evaluation batch, in bytes of float32.
-EVAL_BYTES = 32 * 2**20
+# Keeps what a second stage starts from apart from what its first stage started from.
+_SECOND_STAGE_STREAM = 0x2D57
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ def build_trial(
 
 
 class TrialRun:
-    """One trial: its model, its optimiser and where it stands."""
+    """One trial: its model, what trains it at present, and where it stands.
+
+    With a second stage the epochs after the first stage's are its own: their metrics are those of the model with the
+    second stage's classifier, and the best values are the largest over both.
+    """
 
     def __init__(self, config: TrialConfig, data: TrialData, device: torch.device, world: World) -> None:
         self.config = config
@@ -73,16 +78,22 @@ class TrialRun:
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
         self.first_losses: list[float] = []
-        seed = 0 if config.train is None else config.train.seed
-        with self._threads(), _seeded(seed), _explained_memory(self._sizes()):
+        self._first, self._last = self._spans()
+        check_can_choose(config.second_stage, data)
+        with self._threads(), _seeded(self._seed), _explained_memory(self._sizes()):
             self.model = build_model(config, data, device)
         copy_from_first(self.model, world)
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
         compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
-        self._params = [param for param in self.model.parameters() if param.requires_grad]
-        self._optimizer = self._build_optimizer() if self.entry.trains else None
-        self.num_epochs, self.num_steps = self._length()
+        self._evaluator = Evaluator(data, self.entry.reads, device, world, self._computing)
+        self._course = self._first_course() if self.entry.trains else None
+        self._second: SecondStageRun | None = None
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of both stages; a method without training has one that only evaluates."""
+        return self._last.end_epoch
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -101,84 +112,75 @@ class TrialRun:
 
     def _run_epoch(self) -> EpochResult:
         metrics: dict[str, float] = {}
-        if self._optimizer is not None:
-            metrics, failure = self._train_epoch(self._optimizer)
-            if failure is not None:
-                return EpochResult(self.epoch + 1, self.step, {}, failure)
+        if self.epoch == self._first.end_epoch:
+            self._second = self._build_second_stage()
+            metrics |= self._second.start()
+        if self._second is not None:
+            self._second.prepare()
+        course = self._course
+        if course is not None:
+            trained = course.train_epoch(self.epoch, self.step)
+            self.step = trained.step
+            if self.epoch == 0:
+                self.first_losses = trained.losses[:NUM_FIRST_LOSSES]
+            if trained.failure is not None:
+                return EpochResult(self.epoch + 1, self.step, {}, trained.failure)
+            metrics |= trained.metrics
         self.epoch += 1
         metrics |= self._validate()
         if not math.isfinite(metrics.get("val/loss", 0.0)):
-            return EpochResult(self.epoch, self.step, {}, self._failure("validation loss", self.step - 1))
+            return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
         return EpochResult(self.epoch, self.step, metrics)
 
-    def _train_epoch(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], str | None]:
-        """One pass over the epoch plan, or what num_steps leaves of it; metrics, and why it failed or None."""
-        started = time.perf_counter()
-        config, train = self.config, self._train_config
-        plan = epoch_plan(
-            self.data.train.labels,
-            len(self.data.class_names),
-            config.data.class_sampling,
-            train.seed,
-            self.epoch,
-            self.num_epochs,
-            self.data.train.num_views,
-        )
-        shares = batches(plan, train.batch_size, self.world.rank, self.world.world_size)
-        shares = shares[: self.num_steps - self.step]
-        sizes = [min(train.batch_size, len(plan.rows) - start * train.batch_size) for start in range(len(shares))]
-        loss_at = self._objective().for_epoch(self.epoch)
-        record, first_step = _LossRecord(), self.step
-        self.model.train()
-
-        def load(share: Index) -> Batch:
-            return load_batch(self.data.train, self.entry.reads, plan.rows[share], plan.views[share], self.device)
-
-        for batch in read_ahead(load, shares):
-            loss, norm = self._train_step(optimizer, batch, loss_at(self.step))
-            record.add(loss, norm)
-            self.step += 1
-            if record.failed_at is not None:
-                break
-        record.look()
-        if self.epoch == 0:
-            self.first_losses = record.losses[:NUM_FIRST_LOSSES]
-        if record.failed_at is not None:
-            self.step = first_step + record.failed_at + 1
-            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
-            return {}, self._failure(what, self.step - 1)
-        seconds = time.perf_counter() - started
-        return {
-            "train/loss": float(np.average(record.losses, weights=sizes)),
-            "train/lr": self._lr(self.step - 1),
-            "train/images_per_second": sum(sizes) / seconds,
-            "time/train_seconds": seconds,
-        }, None
-
-    def _train_step(
-        self, optimizer: torch.optim.Optimizer, batch: Batch, loss_function: BuiltLoss
-    ) -> tuple[Tensor, Tensor]:
-        """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
-        features, labels = to_device(batch, self.device)
-        set_lr(optimizer, self._lr(self.step))
-        optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            logits = self._forward(features)
-        loss = loss_function(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        mean_loss = average_gradients(self._params, loss, self.world)
-        norm = clip_gradients(self._params, self._train_config.clip_grad_norm)
-        optimizer.step()
-        return mean_loss, norm
-
-    def _failure(self, what: str, step: int) -> str:
-        if not self.entry.trains:
+    def _failure(self, course: Course | None, what: str) -> str:
+        if course is None:
             return f"the {what} of {self.config.method} isn't finite; look at the stored features"
-        return (
-            f"the {what} wasn't finite in epoch {step // self._steps_per_epoch() + 1}, step {step + 1} of "
-            f"{self.num_steps} (learning rate {self._lr(step):.3g}, loss {self._objective().name}); lower optim.lr or "
-            "raise optim.warmup_fraction"
+        return course.failure(what, self.epoch - 1, self.step)
+
+    def _first_course(self) -> Course:
+        train, optim = needed(self.config.train), self.config.optim
+        assert optim is not None, "TrialConfig gives every method that trains its optim section"
+        objective = Objective(
+            self.config,
+            self.data.class_stats.counts,
+            self._first.num_epochs,
+            self._first.num_steps,
+            self.device,
+            self.world,
         )
+        return Course(
+            model=self.model,
+            forward=lambda features: self._forward(features),
+            optim=optim,
+            train=train,
+            span=self._first,
+            plan_of=partial(
+                epoch_plan,
+                self.data.train.labels,
+                len(self.data.class_names),
+                self.config.data.class_sampling,
+                train.seed,
+                num_epochs=self._first.num_epochs,
+                num_views=self.data.train.num_views,
+            ),
+            load=lambda rows, views: load_batch(self.data.train, self.entry.reads, rows, views, self.device),
+            losses_of=objective.for_epoch,
+            words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
+            device=self.device,
+            world=self.world,
+            autocast=self._autocast,
+        )
+
+    def _build_second_stage(self) -> SecondStageRun:
+        """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
+        config, model = self.config.second_stage, self.model
+        assert config is not None, "without a second stage there is no epoch behind the first's"
+        assert isinstance(model, FeatureClassifier), "METHOD_SECTIONS lets only such methods have a second stage"
+        seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
+        with _seeded(seed):
+            second = SecondStageRun(config, needed(self.config.train), model, self._last, self._evaluator)
+        self._forward, self._course = model, second.course
+        return second
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
@@ -188,24 +190,21 @@ class TrialRun:
 
     def logits(self, examples: Examples) -> Tensor:
         """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed."""
-        index = np.arange(len(examples.labels))
-        parts = [logits.cpu() for logits, _ in self._outputs(examples, index)]
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.data.class_names))
+        self.model.eval()
+        return self._evaluator.logits(self._forward, examples)
 
     def counters(self, examples: Examples) -> ClassCounters:
         """Per-class counts over the examples, added over workers: each does its strided share."""
-        counters = ClassCounters(len(self.data.class_names))
-        index = np.arange(self.world.rank, len(examples.labels), self.world.world_size)
-        for logits, labels in self._outputs(examples, index):
-            counters.update(logits, labels)
-        return counters.reduced(self.world)
+        self.model.eval()
+        return self._evaluator.counters(self._forward, examples)
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
         if len(self.data.val.labels) == 0:
             return {}
         started = time.perf_counter()
-        metrics = self.evaluate(self.data.val)
+        counters = self.counters(self.data.val) if self._second is None else self._second.validate()
+        metrics = counters.compute(self.data.class_stats)
         for name, value in metrics.items():
             if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):
                 self.best[name], self.best_epoch[name] = value, self.epoch
@@ -215,31 +214,14 @@ class TrialRun:
             "time/eval_seconds": time.perf_counter() - started,
         }
 
-    def _outputs(self, examples: Examples, index: Index) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float32 logits and labels of the examples at `index`, a batch at a time, on the device."""
-        info = self.data.info
-        numbers = max(math.prod(info.shape(self.entry.reads)), len(self.data.class_names))
-        size = min(max(EVAL_BYTES // (4 * numbers), 32), 4096)
-        chunks = [index[start : start + size] for start in range(0, len(index), size)]
-
-        def load(chunk: Index) -> Batch:
-            return load_batch(examples, self.entry.reads, chunk, None, self.device)
-
-        self.model.eval()
-        for batch in read_ahead(load, chunks):
-            features, labels = to_device(batch, self.device)
-            with self._threads(), _explained_memory(self._sizes()), torch.inference_mode(), self._autocast():
-                logits = self._forward(features).float()
-            yield logits, labels
-
     # ---------------------------------------------------------------------------------------------- its state
 
     def state_dict(self) -> TrialState:
         """All that a run built from the same configuration needs to go on with the same numbers."""
         tensors = as_tensor_names("model/", self.model.state_dict())
-        if self._optimizer is not None:
+        if self._course is not None:
             for name, param in self.model.named_parameters():
-                tensors |= as_tensor_names(f"optimizer/{name}/", self._optimizer.state.get(param, {}))
+                tensors |= as_tensor_names(f"optimizer/{name}/", self._course.optimizer.state.get(param, {}))
         metrics = {} if self.result is None else self.result.metrics
         scalars = {
             "trial": self._identity(),
@@ -256,8 +238,10 @@ class TrialRun:
         if state.scalars.get("trial") != self._identity():
             raise CheckpointError("the checkpoint is of a trial with another configuration; choose another folder")
         try:
-            self._load_tensors(state)
             self.epoch, self.step = int(state.scalars["epoch"]), int(state.scalars["step"])
+            if self.epoch > self._first.end_epoch:
+                self._second = self._build_second_stage()
+            self._load_tensors(state)
             self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
             self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
         except (KeyError, RuntimeError, ValueError) as error:
@@ -267,14 +251,14 @@ class TrialRun:
         prefix = "model/"
         model = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
         self.model.load_state_dict(model)
-        if self._optimizer is None:
+        if self._course is None:
             return
         for name, param in self.model.named_parameters():
             start = f"optimizer/{name}/"
             found = {key.removeprefix(start): t for key, t in state.tensors.items() if key.startswith(start)}
             if found:
                 # A step count stays where the optimiser keeps it; what has the parameter's shape goes to its device.
-                self._optimizer.state[param] = {key: t.to(param.device, copy=True) for key, t in found.items()}
+                self._course.optimizer.state[param] = {key: t.to(param.device, copy=True) for key, t in found.items()}
 
     def _agree_on_epoch(self) -> None:
         """Workers that start at different epochs would wait for each other for ever."""
@@ -291,39 +275,30 @@ class TrialRun:
 
     # --------------------------------------------------------------------------------------------- small things
 
-    @property
-    def _train_config(self) -> TrainConfig:
-        return needed(self.config.train)
+    def _spans(self) -> tuple[Span, Span]:
+        """The first stage's epochs and steps, and the second's behind them, which are none without one.
 
-    def _length(self) -> tuple[int, int]:
-        """Epochs and optimiser steps of the whole run; a method without training has one epoch that only evaluates."""
+        A method without training has one epoch that only evaluates.
+        """
         if not self.entry.trains:
-            return 1, 0
-        train = self._train_config
-        if len(self.data.train.labels) == 0:
+            return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
+        train, num_rows = needed(self.config.train), len(self.data.train.labels)
+        if num_rows == 0:
             raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
-        per_epoch = self._steps_per_epoch()
-        if train.num_steps is not None:
-            return math.ceil(train.num_steps / per_epoch), train.num_steps
-        num_epochs = train.num_epochs or 1
-        return num_epochs, num_epochs * per_epoch
+        per_epoch = math.ceil(num_rows / train.batch_size)
+        num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
+        first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
+        num_epochs = num_stage_epochs(self.config.second_stage)
+        return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
 
-    def _steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train.labels) / self._train_config.batch_size)
+    @property
+    def _seed(self) -> int:
+        return 0 if self.config.train is None else self.config.train.seed
 
-    def _objective(self) -> Objective:
-        counts = self.data.class_stats.counts
-        return Objective(self.config, counts, self.num_epochs, self.num_steps, self.device, self.world)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        optim = self.config.optim
-        assert optim is not None, "TrialConfig gives every method that trains its optim section"
-        return build_optimizer(optim, self._params)
-
-    def _lr(self, step: int) -> float:
-        optim = self.config.optim
-        assert optim is not None, "TrialConfig gives every method that trains its optim section"
-        return optim.lr * lr_at(optim, step, self.num_steps)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self._threads(), _explained_memory(self._sizes()), self._autocast():
+            yield
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision = "float32" if self.config.train is None else self.config.train.precision
@@ -347,31 +322,6 @@ class TrialRun:
     def _sizes(self) -> str:
         batch_size = "" if self.config.train is None else f"train.batch_size {self.config.train.batch_size} over "
         return f"{batch_size}{self.world.world_size} worker(s), {len(self.data.class_names)} classes, on {self.device}"
-
-
-class _LossRecord:
-    """Losses and gradient norms of an epoch's steps, looked at a few steps late."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.failed_at: int | None = None
-        self._waiting: list[Tensor] = []
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._waiting.append(torch.stack([loss.float(), norm.float()]))
-        if len(self._waiting) >= CHECK_EVERY:
-            self.look()
-
-    def look(self) -> None:
-        """Read what waits; the first step that wasn't finite ends the record."""
-        if not self._waiting or self.failed_at is not None:
-            return
-        for loss, norm in torch.stack(self._waiting).tolist():
-            self.losses.append(loss)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.failed_at = len(self.losses) - 1
-                break
-        self._waiting.clear()
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""One stage of a trial's training, an epoch at a time: what trains, on which batches, by which loss and rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imbvlm.config import OptimConfig, TrainConfig
+from imbvlm.losses import BuiltLoss
+from imbvlm.sampling import EpochPlan, Rows, batches
+from imbvlm.training.feed import Batch, Index, read_ahead, to_device
+from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
+from imbvlm.training.world import World, average_gradients
+
+# Losses and gradient norms stay on the device for so many steps before they are looked at: each look waits for a GPU.
+CHECK_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a stage lies in its trial: epochs from `first_epoch` (0-based), optimiser steps from `first_step`."""
+
+    first_epoch: int
+    num_epochs: int
+    first_step: int
+    num_steps: int
+
+    @property
+    def end_epoch(self) -> int:
+        return self.first_epoch + self.num_epochs
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.num_steps
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """What an epoch of training gave: steps so far, metrics, each step's loss, and why it failed or None."""
+
+    step: int
+    metrics: dict[str, float]
+    losses: list[float]
+    failure: str | None = None
+
+
+@dataclass
+class Course:
+    """A stage as the loop sees it.
+
+    `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `load` takes
+    rows and views; `words` name the loss, and what to change where numbers run away.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optim: OptimConfig
+    train: TrainConfig
+    span: Span
+    plan_of: Callable[[int], EpochPlan]
+    load: Callable[[Rows, Rows], Batch]
+    losses_of: Callable[[int], Callable[[int], BuiltLoss]]
+    words: tuple[str, str]
+    device: torch.device
+    world: World
+    autocast: Callable[[], AbstractContextManager[Any]]
+    params: list[nn.Parameter] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = [param for param in self.model.parameters() if param.requires_grad]
+        self.optimizer = build_optimizer(self.optim, self.params)
+
+    def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
+        """One pass over the epoch plan, or what is left of the stage's steps."""
+        started = time.perf_counter()
+        plan, size = self.plan_of(epoch), self.train.batch_size
+        shares = batches(plan, size, self.world.rank, self.world.world_size)[: self.span.end_step - step]
+        sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
+        loss_at = self.losses_of(epoch)
+        record, first_step = _LossRecord(), step
+        self.model.train()
+
+        def load(share: Index) -> Batch:
+            return self.load(plan.rows[share], plan.views[share])
+
+        for batch in read_ahead(load, shares):
+            record.add(*self._train_step(batch, loss_at(step), step))
+            step += 1
+            if record.failed_at is not None:
+                break
+        record.look()
+        if record.failed_at is not None:
+            step = first_step + record.failed_at + 1
+            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
+            return TrainedEpoch(step, {}, record.losses, self.failure(what, epoch, step))
+        seconds = time.perf_counter() - started
+        metrics = {
+            "train/loss": float(np.average(record.losses, weights=sizes)),
+            "train/lr": self.lr(step - 1),
+            "train/images_per_second": sum(sizes) / seconds,
+            "time/train_seconds": seconds,
+        }
+        return TrainedEpoch(step, metrics, record.losses)
+
+    def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
+        """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
+        features, labels = to_device(batch, self.device)
+        set_lr(self.optimizer, self.lr(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = self.forward(features)
+        loss = loss_function(logits, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        mean_loss = average_gradients(self.params, loss, self.world)
+        norm = clip_gradients(self.params, self.train.clip_grad_norm)
+        self.optimizer.step()
+        return mean_loss, norm
+
+    def lr(self, step: int) -> float:
+        """The learning rate at a step of the trial."""
+        return self.optim.lr * lr_at(self.optim, step - self.span.first_step, self.span.num_steps)
+
+    def failure(self, what: str, epoch: int, step: int) -> str:
+        """What is said of an epoch (0-based) after whose `step`-th step something wasn't finite."""
+        loss, mend = self.words
+        return (
+            f"the {what} wasn't finite in epoch {epoch + 1}, step {step} of {self.span.end_step} (learning rate "
+            f"{self.lr(step - 1):.3g}, loss {loss}); {mend}"
+        )
+
+
+class _LossRecord:
+    """Losses and gradient norms of an epoch's steps, looked at a few steps late."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.failed_at: int | None = None
+        self._waiting: list[Tensor] = []
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self._waiting.append(torch.stack([loss.float(), norm.float()]))
+        if len(self._waiting) >= CHECK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Read what waits; the first step that wasn't finite ends the record."""
+        if not self._waiting or self.failed_at is not None:
+            return
+        for loss, norm in torch.stack(self._waiting).tolist():
+            self.losses.append(loss)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.failed_at = len(self.losses) - 1
+                break
+        self._waiting.clear()

@@ -1,0 +1,151 @@
+"""The second stage of a trial: a frozen decoder's outputs in memory, and what is trained on them in seconds."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from imbvlm.config import SecondStageConfig, SgdConfig, TrainConfig
+from imbvlm.config_stages import TauNormalizationConfig
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import Examples, TrialData
+from imbvlm.losses import build_loss
+from imbvlm.metrics import ClassCounters
+from imbvlm.models.classifier import CosineClassifier, LinearClassifier
+from imbvlm.models.decoupled import SECOND_STAGES, choose_tau_normalization, stage_module, tau_normalized
+from imbvlm.models.methods import FeatureClassifier
+from imbvlm.sampling import Rows, epoch_plan
+from imbvlm.training.course import Course, Span
+from imbvlm.training.evaluation import Evaluator
+from imbvlm.training.feed import Batch
+from imbvlm.training.world import copy_from_first
+
+# Validation features whose logits are in memory at once.
+CHUNK_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The decoder's outputs on the device: of training rows (N, V, D) in V views, of validation (M, D)."""
+
+    train: Tensor
+    train_labels: Tensor
+    val: Tensor
+    val_labels: Tensor
+
+    def batch(self, rows: Rows, views: Rows) -> Batch:
+        index, view = (torch.from_numpy(one).to(self.train.device) for one in (rows, views))
+        return Batch(self.train[index, view], self.train_labels[index])
+
+
+class SecondStageRun:
+    """A second stage on a trial's model, whose decoder is frozen and whose classifier it replaces.
+
+    Building it needs no trained first stage (a resumed trial loads its tensors afterwards); `start` does. Random
+    numbers are drawn from torch's global generator. `course` is None where nothing trains.
+    """
+
+    def __init__(
+        self,
+        config: SecondStageConfig,
+        train: TrainConfig,
+        model: FeatureClassifier,
+        span: Span,
+        evaluator: Evaluator,
+    ) -> None:
+        self._config, self._train, self._model = config, train, model
+        self._span, self._evaluator = span, evaluator
+        self._first = model.classifier
+        self._memory: _Memory | None = None
+        model.decoder.requires_grad_(False)
+        model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
+        copy_from_first(model.classifier, evaluator.world)
+        self.course = self._build_course()
+
+    def start(self) -> dict[str, float]:
+        """What is decided as the first stage ends, as metrics: tau, the configured one or the best on validation."""
+        config, first = self._config, self._first
+        if not isinstance(config, TauNormalizationConfig) or not isinstance(first, LinearClassifier):
+            return {}
+        tau = config.tau
+        if tau is None:
+            memory = self.prepare()
+            tau = choose_tau_normalization(first, memory.val, memory.val_labels).value
+        self._model.classifier = tau_normalized(first, tau)
+        return {"second_stage/tau": tau}
+
+    def validate(self) -> ClassCounters:
+        """Per-class counts of validation, the same for every worker; every worker must call it."""
+        memory, counters = self.prepare(), ClassCounters(len(self._evaluator.data.class_names))
+        self._model.eval()
+        with torch.inference_mode():
+            for start in range(0, len(memory.val), CHUNK_SIZE):
+                part = slice(start, start + CHUNK_SIZE)
+                counters.update(self._model.classifier(memory.val[part]), memory.val_labels[part])
+        return counters
+
+    def prepare(self) -> _Memory:
+        """The decoder's outputs, computed by the first call; every worker must call it, and before it trains."""
+        if self._memory is None:
+            data, device = self._evaluator.data, self._evaluator.device
+            self._model.eval()
+            labels = [torch.from_numpy(one.labels).to(device) for one in (data.train, data.val)]
+            train = self._features(data.train) if self.course is not None else torch.empty(0, device=device)
+            self._memory = _Memory(train, labels[0], self._features(data.val)[:, 0], labels[1])
+        return self._memory
+
+    def _features(self, examples: Examples) -> Tensor:
+        return self._evaluator.all_views(self._model.decoder, examples, _known(self._first).weight.shape[1])
+
+    def _build_course(self) -> Course | None:
+        """The paper's sampling and reweighting; SGD with half a cosine."""
+        config, entry, evaluator = self._config, SECOND_STAGES[self._config.name], self._evaluator
+        if isinstance(config, TauNormalizationConfig) or entry.class_sampling is None or entry.loss is None:
+            return None
+        data, span = evaluator.data, self._span
+        counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
+        loss = build_loss(entry.loss, counts, world=evaluator.world, **config.model_dump(include={"exponent"}))
+        # Epochs are counted on from the first stage's, so that the two stages draw independently.
+        plan_of = partial(
+            epoch_plan,
+            data.train.labels,
+            len(data.class_names),
+            entry.class_sampling,
+            self._train.seed,
+            num_epochs=span.end_epoch,
+            num_views=data.train.num_views,
+        )
+        optim = SgdConfig(
+            lr=config.lr, weight_decay=config.weight_decay, warmup_fraction=0.0, lr_schedule="half_cosine"
+        )
+        return Course(
+            model=self._model.classifier,
+            forward=self._model.classifier,
+            optim=optim,
+            train=self._train,
+            span=span,
+            plan_of=plan_of,
+            load=lambda rows, views: self.prepare().batch(rows, views),
+            losses_of=lambda epoch: lambda step: loss,
+            words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
+            device=evaluator.device,
+            world=evaluator.world,
+            autocast=nullcontext,
+        )
+
+
+def check_can_choose(config: SecondStageConfig | None, data: TrialData) -> None:
+    """Raises ImbvlmError, before anything is trained, where tau would be chosen on validation that isn't there."""
+    if isinstance(config, TauNormalizationConfig) and config.tau is None and not len(data.val):
+        raise ImbvlmError(
+            "second_stage tau_normalization chooses tau on validation rows, and there are none; set second_stage.tau"
+        )
+
+
+def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
+    assert isinstance(classifier, (LinearClassifier, CosineClassifier)), "a first stage ends in one of these"
+    return classifier
