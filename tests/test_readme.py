@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from imbvlm.config import METHOD_SECTIONS
+from imbvlm.config_stages import SecondStageConfig
 from imbvlm.losses import LOSSES, loss_knobs
+from imbvlm.schema import tag_of, variants
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,15 +41,18 @@ def test_the_tree_names_every_file_of_the_package_and_no_other():
     assert there - named == {"build.py", "build_tower.py"}
 
 
-def test_the_tables_have_every_method_and_loss_with_its_knobs():
+def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
     rows = {
         cells[0].strip(): cells
         for cells in (
-            line.strip("|").split("|") for line in section("What it does").splitlines() if line.startswith("| `")
+            line.strip("|").split("|") for line in section("What it does").splitlines() if re.match(r"\| `\w+`", line)
         )
     }
     names = {name.strip("`") for name in rows}
-    assert names == set(METHOD_SECTIONS) | set(LOSSES)
+    stages = {tag_of(one)[1]: set(one.model_fields) - {"name"} for one in variants(SecondStageConfig)}
+    assert names == set(METHOD_SECTIONS) | set(LOSSES) | set(stages)
+    for name, knobs in stages.items():
+        assert set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1])) == knobs
     for name in LOSSES:
         knobs = set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1]))
         assert knobs - {"prior", "reweight_from"} == set(loss_knobs(name)) - {"reweight"}
