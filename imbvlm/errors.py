@@ -9,6 +9,10 @@ class ImbvlmError(Exception):
     """A failure that its user can mend; the command line prints its sentence and no traceback."""
 
 
+class StorageError(ImbvlmError):
+    """A file or bucket that can't be read or written; the sentence names it and the cause."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""

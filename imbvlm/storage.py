@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from imbvlm.errors import ImbvlmError
-
-
-class StorageError(ImbvlmError):
-    """A file or bucket that can't be read or written; the sentence names it and the cause."""
+from imbvlm import s3
+from imbvlm.errors import StorageError as StorageError
 
 
 def is_local(uri: str) -> bool:
@@ -40,10 +37,20 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if is_local(uri):
         return pafs.LocalFileSystem(), absolute(uri)
     try:
+        if uri.startswith(s3.SCHEME):
+            bucket, key = s3.split(uri)
+            return s3.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (OSError, ValueError) as error:
         raise StorageError(f"can't open {uri}: {error}") from None
     return filesystem, path
+
+
+def failure(what: str, uri: str, error: Exception) -> StorageError:
+    """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked."""
+    if uri.startswith(s3.SCHEME) and s3.is_denied(error):
+        return s3.denied(uri)
+    return StorageError(f"can't {what} {uri}: {error}")
 
 
 def exists(uri: str) -> bool:
@@ -52,7 +59,7 @@ def exists(uri: str) -> bool:
     try:
         return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
     except OSError as error:
-        raise StorageError(f"can't look at {uri}: {error}") from None
+        raise failure("look at", uri, error) from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -64,7 +71,7 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
-        raise StorageError(f"can't read {uri}: {error}") from None
+        raise failure("read", uri, error) from None
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -78,7 +85,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(data)
     except OSError as error:
-        raise StorageError(f"can't write {uri}: {error}") from None
+        raise failure("write", uri, error) from None
 
 
 def _write_local(path: Path, data: bytes) -> None:
@@ -102,7 +109,7 @@ def list_files(uri: str) -> list[str]:
     try:
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise StorageError(f"can't list {uri}: {error}") from None
+        raise failure("list", uri, error) from None
     return sorted(info.base_name for info in infos)
 
 
@@ -116,4 +123,4 @@ def delete(uri: str) -> None:
         elif kind == pafs.FileType.File:
             filesystem.delete_file(path)
     except OSError as error:
-        raise StorageError(f"can't remove {uri}: {error}") from None
+        raise failure("remove", uri, error) from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from functools import lru_cache
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
-from imbvlm import storage
+from imbvlm import s3, storage
 from imbvlm.data.packs import ByteRange, parse_range
 
 _ATTEMPTS = 5
@@ -57,23 +56,21 @@ def _read_local(uri: str, part: ByteRange | None) -> bytes:
 
 
 def _read_remote(uri: str, part: ByteRange | None) -> bytes:
-    scheme, _, path = uri.partition("://")
-    bucket = path.partition("/")[0]
-    filesystem = _bucket(f"{scheme}://{bucket}")
+    filesystem, path = storage.open_filesystem(uri)
     for attempt in range(_ATTEMPTS):
         try:
             return _read_once(filesystem, path, part)
         except FileNotFoundError:
             raise
         except OSError as error:
-            denied = "ACCESS_DENIED" in str(error) or isinstance(error, PermissionError)
+            denied = s3.is_denied(error)
             # Stores under load refuse now and then what they allow; pyarrow itself doesn't ask again.
             if attempt + 1 < (_ATTEMPTS_DENIED if denied else _ATTEMPTS):
                 time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
                 continue
             if denied:
                 raise MissingError("access denied") from None
-            raise storage.StorageError(f"can't read {uri}: {_short(error)}") from None
+            raise storage.failure("read", uri, error) from None
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -83,13 +80,3 @@ def _read_once(filesystem: pafs.FileSystem, path: str, part: ByteRange | None) -
             return bytes(stream.read())
     with filesystem.open_input_file(path) as file:
         return bytes(file.read_at(part.num_bytes, part.offset))
-
-
-def _short(error: OSError) -> str:
-    return str(error).splitlines()[0][:300]
-
-
-@lru_cache(maxsize=16)
-def _bucket(uri: str) -> pafs.FileSystem:
-    """One client per bucket and process: opening one asks the server for the bucket's region."""
-    return storage.open_filesystem(uri)[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from imbvlm import storage
+from imbvlm import s3, storage
 
 _S3_THREADS = 32
 
@@ -48,31 +48,29 @@ def _walk(root: str) -> Iterator[Found]:
 
 def _list_s3(root: str) -> list[Found]:
     """Prefixes of the first two levels are found one request each, and what is below them side by side."""
-    from imbvlm.data.s3 import client, explained
-
-    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    bucket, prefix = s3.split(root)
     prefix = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
-    s3 = client()
-    with explained(root), ThreadPoolExecutor(_S3_THREADS) as pool:
-        files, folders = _level(s3, bucket, prefix)
-        for level in pool.map(lambda folder: _level(s3, bucket, folder), folders):
+    client = s3.client()
+    with s3.explained(root), ThreadPoolExecutor(_S3_THREADS) as pool:
+        files, folders = _level(client, bucket, prefix)
+        for level in pool.map(lambda folder: _level(client, bucket, folder), folders):
             files += level[0]
-            for part in pool.map(lambda folder: _below(s3, bucket, folder), level[1]):
+            for part in pool.map(lambda folder: _below(client, bucket, folder), level[1]):
                 files += part
     if not files:
         raise storage.StorageError(f"nothing is below {root}")
     return [Found(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
 
 
-def _level(s3: Any, bucket: str, prefix: str) -> tuple[list[Found], list[str]]:
+def _level(client: Any, bucket: str, prefix: str) -> tuple[list[Found], list[str]]:
     files: list[Found] = []
     folders: list[str] = []
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
         files += [Found(item["Key"], item["Size"]) for item in page.get("Contents", ())]
         folders += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
     return files, folders
 
 
-def _below(s3: Any, bucket: str, prefix: str) -> list[Found]:
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+def _below(client: Any, bucket: str, prefix: str) -> list[Found]:
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return [Found(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]

