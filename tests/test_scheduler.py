@@ -15,8 +15,9 @@ BEST = "val/best_balanced_accuracy"
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 
 
-def trial(trial_id: str, method: str = "decoder", kind: str = "search") -> Trial:
-    record = {"kind": kind, "config": {"method": method}}
+def trial(trial_id: str, method: str = "decoder", kind: str = "search", stage: str | None = None) -> Trial:
+    second_stage = None if stage is None else {"name": stage}
+    record = {"kind": kind, "config": {"method": method, "second_stage": second_stage}}
     return Trial("trainable", config={"record": record}, trial_id=trial_id, stub=True)
 
 
@@ -44,6 +45,15 @@ def test_a_method_is_compared_with_its_own_kind_alone() -> None:
     assert run(scheduler, trial("d0", "decoder"), 0.1) == 12
     assert run(scheduler, trial("d1", "decoder"), 0.2) == 12
     assert run(scheduler, trial("p9", "linear_probe"), 0.1) == 4
+
+
+def test_a_first_stage_that_leaves_the_tail_to_a_second_is_not_stopped_by_trials_without_one() -> None:
+    scheduler = asha(AshaConfig(), BEST, 12)
+    for number in range(5):
+        assert run(scheduler, trial(f"p{number}"), 0.9 + number / 100) == 12
+    assert run(scheduler, trial("s0", stage="disalign"), 0.1) == 12
+    assert run(scheduler, trial("s1", stage="marc"), 0.1) == 12
+    assert run(scheduler, trial("p9"), 0.1) == 4
 
 
 @pytest.mark.parametrize("kind", ["baseline", "refit"])

@@ -49,10 +49,24 @@ class TrialRecord(BaseModel):
         """How many stored crops an image had in training."""
         return str(self.config["features"]["num_views"])
 
+    @property
+    def chosen_tau(self) -> float | None:
+        """What tau-normalisation chose on validation; None where nothing was chosen, or not yet."""
+        return next((epoch["second_stage/tau"] for epoch in self.epochs if "second_stage/tau" in epoch), None)
+
     def best_value(self, best_objective: str) -> float | None:
-        """The objective's running maximum over epochs; None where no epoch has a finite one."""
+        """The objective's running maximum over epochs; None where no epoch has a finite one.
+
+        None also for a trial that was stopped before it chose a tau, since it couldn't be refitted.
+        """
+        if self.state not in ENDED or self.state == "failed" or (self._chooses_tau() and self.chosen_tau is None):
+            return None
         values = [epoch[best_objective] for epoch in self.epochs if math.isfinite(epoch.get(best_objective, math.nan))]
-        return max(values) if values and self.state in ENDED and self.state != "failed" else None
+        return max(values) if values else None
+
+    def _chooses_tau(self) -> bool:
+        stage = self.config.get("second_stage") or {}
+        return stage.get("name") == "tau_normalization" and stage["tau"] is None
 
     def best_epoch(self, objective: str) -> dict[str, float] | None:
         """The metrics of the first epoch with the objective's maximum."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import optuna
 
 from imbvlm import storage
-from imbvlm.config import TrialConfig
+from imbvlm.config_stages import num_stage_epochs
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ImbvlmError
@@ -28,6 +27,7 @@ from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
 from imbvlm.sweep.export import write_best
 from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
+from imbvlm.sweep.refits import refits
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
@@ -37,16 +37,6 @@ from imbvlm.training.session import TrialSettings
 SPEC_FILE = "sweep.yaml"
 TEST_FILE = "test.json"
 LOG_FILE = "ray.log"
-
-
-@dataclass(frozen=True)
-class Refit:
-    """A configuration that is trained again on all training rows and scored on the test split, once a seed."""
-
-    name: str
-    record: TrialRecord
-    config: TrialConfig
-    seeds: tuple[int, ...]
 
 
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
@@ -138,14 +128,9 @@ class _Sweep:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
         jobs = [
-            Job(
-                f"refit-{_slug(refit.name)}-seed{seed}",
-                "refit",
-                refit.name,
-                refit.config.with_overrides(_seed(refit.config, seed)),
-            )
-            for refit in self._refits()
-            for seed in refit.seeds
+            Job(f"refit-{_slug(refit.name)}-seed{seed}", "refit", refit.name, config)
+            for refit in refits(self.log, self.spec)
+            for seed, config in refit.seeded()
         ]
         waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
 
@@ -259,17 +244,6 @@ class _Sweep:
             return None
         return asha(config, self.spec.best_objective, _longest_epochs(self.spec, self.space, self.manifest))
 
-    def _refits(self) -> list[Refit]:
-        """The winner; and of each kind of baseline the best over the towers."""
-        best = self.log.best(self.spec.objective)[0]
-        refits = [Refit("winner", best, best.trial_config(), tuple(self.spec.refit_seeds))]
-        ranked = self.log.best(self.spec.objective, "baseline")
-        for method, seeds in (("linear_probe", tuple(self.spec.refit_seeds)), ("zero_shot", (0,))):
-            record = next((one for one in ranked if one.config["method"] == method), None)
-            if record is not None:
-                refits.append(Refit(record.name, record, _refit_config(record, self.spec), seeds))
-        return refits
-
     def _record_reading(self) -> None:
         """Say in the folder what the test split has answered, and when."""
         reading = {
@@ -296,25 +270,14 @@ def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
 
 
-def _refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:
-    """A baseline that stopped by its patience is refitted for as many epochs as its best took."""
-    config, best = record.trial_config(), record.best_epoch(spec.objective)
-    if config.train is None or best is None:
-        return config
-    return config.with_overrides({"train.num_epochs": int(best["epoch"])})
-
-
-def _seed(config: TrialConfig, seed: int) -> dict[str, int]:
-    return {} if config.train is None else {"train.seed": seed}
-
-
 def _longest_epochs(spec: SweepSpec, space: SearchSpace, manifest: Manifest) -> int:
     num_rows = len(manifest.rows_of("train"))
     longest = 1
     for config in spec.corner_trials(space):
         if config.train is not None:
             per_epoch = -(-num_rows // config.train.batch_size)
-            longest = max(longest, config.train.num_epochs or -(-(config.train.num_steps or 1) // per_epoch))
+            first = config.train.num_epochs or -(-(config.train.num_steps or 1) // per_epoch)
+            longest = max(longest, first + num_stage_epochs(config.second_stage))
     return longest
 
 

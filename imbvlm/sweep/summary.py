@@ -99,7 +99,7 @@ def _row(record: TrialRecord, spec: SweepSpec) -> list[str]:
 
 
 def describe(record: TrialRecord) -> str:
-    """A trial in a few words: method, loss, classifier, sampling, rate."""
+    """A trial in a few words: method, loss, classifier, sampling, rate, second stage."""
     config = record.config
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
     knobs = [
@@ -113,6 +113,7 @@ def describe(record: TrialRecord) -> str:
         classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
         config["data"]["class_sampling"].replace("_", " "),
         f"lr {optim['lr']:.2g}" if optim else "",
+        f"then {config['second_stage']['name'].replace('_', ' ')}" if config.get("second_stage") else "",
     ]
     return ", ".join(part for part in parts if part)
 

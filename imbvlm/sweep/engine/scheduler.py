@@ -1,4 +1,4 @@
-"""ASHA apart for each method: a probe that learns fast must not stop a decoder that learns slowly."""
+"""ASHA apart for each method and second stage: a probe that learns fast must not stop a decoder that learns slowly."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from imbvlm.sweep.spec import AshaConfig
 
 
 class AshaPerMethod(FIFOScheduler):
-    """Asks the bracket of the trial's method; baselines and refits (no bracket) run to their end."""
+    """Asks the bracket of the trial's method and second stage; baselines and refits (no bracket) run to their end."""
 
     def __init__(self, make: Callable[[], AsyncHyperBandScheduler]) -> None:
         super().__init__()
         self._make = make
-        self._brackets: dict[str, AsyncHyperBandScheduler] = {}
+        self._brackets: dict[tuple[str, str | None], AsyncHyperBandScheduler] = {}
 
     def _bracket(self, trial: Trial) -> TrialScheduler | None:
         record = trial.config["record"]
         if record["kind"] != "search":
             return None
-        method = record["config"]["method"]
-        if method not in self._brackets:
-            self._brackets[method] = self._make()
-        return self._brackets[method]
+        # A first stage that leaves the tail to its second stage must not be judged beside one that doesn't.
+        stage = record["config"].get("second_stage") or {}
+        kind = (record["config"]["method"], stage.get("name"))
+        if kind not in self._brackets:
+            self._brackets[kind] = self._make()
+        return self._brackets[kind]
 
     def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
         bracket = self._bracket(trial)
