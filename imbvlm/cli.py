@@ -105,7 +105,7 @@ def _train(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import parse_settings
     from imbvlm.sweep.single import train_one
 
-    config = TrialConfig.from_yaml(options.config).with_overrides(parse_settings(options.set))
+    config = TrialConfig.from_yaml(options.config).with_overrides(parse_settings(options.set), "--set")
     metrics = train_one(config, options.storage, options.out, quiet=options.json)
     if options.json:
         print(json.dumps(metrics, indent=1))

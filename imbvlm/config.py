@@ -285,12 +285,12 @@ class TrialConfig(Section):
         """Write the whole configuration, defaults included."""
         Path(path).write_text(dump_yaml(self.to_tree()), encoding="utf-8")
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> TrialConfig:
+    def with_overrides(self, overrides: Mapping[str, Any], origin: str = "override") -> TrialConfig:
         """A checked copy with dotted keys replaced, such as {"optim.lr": 0.01}; raises ConfigError."""
         tree = apply_overrides(self.to_tree(), overrides)
         if "method" in overrides:
             tree = drop_unused_sections(tree, keep=overrides)
-        return TrialConfig.from_tree(YamlTree(tree, "override"))
+        return TrialConfig.from_tree(YamlTree(tree, origin))
 
     def key(self) -> str:
         """Canonical JSON: equal for equal configurations."""

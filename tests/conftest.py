@@ -17,5 +17,9 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
-    yield context.address_info["gcs_address"]
+    address = context.address_info["gcs_address"]
+    # Sweeps that tests start as processes join this cluster, whatever else runs on the machine.
+    os.environ["RAY_ADDRESS"] = address
+    yield address
+    del os.environ["RAY_ADDRESS"]
     ray.shutdown()

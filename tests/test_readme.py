@@ -67,7 +67,9 @@ def test_the_first_two_commands_are_what_continuous_integration_uses():
     quickstart, tests = code_blocks(README)[:2]
     assert quickstart.strip().endswith("python sweeps/quickstart.py")
     assert tests.strip().endswith("-m pytest")
-    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "readme_command tests" in ci
+    assert "readme_command quickstart" in ci
 
 
 @pytest.fixture(scope="module")

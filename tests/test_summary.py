@@ -67,7 +67,7 @@ def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
         scored.append(one)
     single = record("refit-zero", 0.1, "zero_shot", "refit", "zero-shot")
     single.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.6}]
-    lines = summary.test_table([*scored, single], SPEC).splitlines()
+    lines = summary.scores_table([*scored, single], SPEC).splitlines()
     assert "standard deviation" in lines[0]
     assert lines[3].split("  ")[0] == "winner"
     assert "72.0 ± 2.0" in lines[3]

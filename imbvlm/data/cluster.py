@@ -13,12 +13,13 @@ import ray
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a sweep may use: address of the dashboard, CPUs and GPUs in all, whether we started it."""
+    """What a sweep may use: the dashboard, CPUs and GPUs in all and of each machine, whether we started it."""
 
     dashboard: str
     num_cpus: float
     num_gpus: float
     started_here: bool
+    nodes: tuple[tuple[float, float], ...]
 
 
 @contextmanager
@@ -47,4 +48,11 @@ def connected() -> Iterator[Cluster]:
 def _describe(*, started_here: bool) -> Cluster:
     resources = ray.cluster_resources()
     url = ray._private.worker.get_dashboard_url() or ""
-    return Cluster(f"http://{url}" if url else "", resources.get("CPU", 0.0), resources.get("GPU", 0.0), started_here)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(
+        f"http://{url}" if url else "",
+        resources.get("CPU", 0.0),
+        resources.get("GPU", 0.0),
+        started_here,
+        tuple((machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines),
+    )

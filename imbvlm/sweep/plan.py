@@ -35,7 +35,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
     size = space.size(spec.base)
     scheduler = spec.trial_scheduler
     stopping = (
-        f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of the longest trial, "
+        f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of a trial, "
         f"one in {scheduler.reduction_factor} goes on)"
         if isinstance(scheduler, AshaConfig)
         else "none, every trial runs to its end"

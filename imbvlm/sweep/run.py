@@ -11,7 +11,6 @@ import numpy as np
 import optuna
 
 from imbvlm import storage
-from imbvlm.config_stages import num_stage_epochs
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ImbvlmError
@@ -31,7 +30,7 @@ from imbvlm.sweep.refits import refits
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
-from imbvlm.sweep.summary import causes, opening, search_table, test_table, verdict
+from imbvlm.sweep.summary import causes, opening, scores_table, search_table, verdict
 from imbvlm.training.session import TrialSettings
 
 SPEC_FILE = "sweep.yaml"
@@ -82,7 +81,7 @@ class _Sweep:
             log,
             console,
         )
-        concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus)
+        concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus, cluster.nodes)
         self.lane = Lane(spec, folder, log, console, concurrent)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         at_a_time = f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time"
@@ -159,7 +158,7 @@ class _Sweep:
         say(verdict(self.log, self.spec))
         if any("test/top1_accuracy" in epoch for record in self.scored for epoch in record.epochs[-1:]):
             say()
-            say(test_table(self.scored, self.spec))
+            say(scores_table(self.scored, self.spec))
         write_best(self.folder, best)
         say()
         say(f"best: {best.trial_id} of {self.folder}, after {duration(seconds)}")
@@ -242,7 +241,7 @@ class _Sweep:
         config = self.spec.trial_scheduler
         if not isinstance(config, AshaConfig):
             return None
-        return asha(config, self.spec.best_objective, _longest_epochs(self.spec, self.space, self.manifest))
+        return asha(config, self.spec.best_objective)
 
     def _record_reading(self) -> None:
         """Say in the folder what the test split has answered, and when."""
@@ -268,17 +267,6 @@ def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]
     methods = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
     reads: set[OutputName] = {METHODS[str(method)].reads for method in methods}
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
-
-
-def _longest_epochs(spec: SweepSpec, space: SearchSpace, manifest: Manifest) -> int:
-    num_rows = len(manifest.rows_of("train"))
-    longest = 1
-    for config in spec.corner_trials(space):
-        if config.train is not None:
-            per_epoch = -(-num_rows // config.train.batch_size)
-            first = config.train.num_epochs or -(-(config.train.num_steps or 1) // per_epoch)
-            longest = max(longest, first + num_stage_epochs(config.second_stage))
-    return longest
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:

@@ -46,7 +46,7 @@ class AshaConfig(Section):
     """Asynchronous successive halving, apart for each method."""
 
     name: Literal["asha"] = "asha"
-    grace_fraction: float = Field(1 / 3, gt=0, le=1, description="share of the longest trial before any is stopped")
+    grace_fraction: float = Field(1 / 3, gt=0, le=1, description="share of a trial before it may be stopped")
     reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
 
 

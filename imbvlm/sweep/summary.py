@@ -118,7 +118,7 @@ def describe(record: TrialRecord) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def test_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
+def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     """Refits on the test split: mean over seeds, and their standard deviation behind ±; percent."""
     rows = []
     for name in dict.fromkeys(record.name for record in scored):

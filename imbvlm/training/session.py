@@ -64,9 +64,10 @@ class TrialSession:
         self._opened: tuple[str, TrialData] | None = None
 
     def reports(self, settings: TrialSettings) -> Iterator[Report]:
-        """One report an epoch with `epoch` and metrics; the last has `done_training`, or `failure` where it broke.
+        """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
 
-        What would come again is a report, so that nobody retries it; storage that is away for a while raises.
+        The last has `done_training`, or `failure` where it broke. What would come again is a report,
+        so that nobody retries it; storage that is away for a while raises.
         """
         epoch = 0
         try:
@@ -92,7 +93,8 @@ class TrialSession:
             run.load_state_dict(load_checkpoint(folder, self._device))
         saved_at, objective = time.monotonic(), settings.objective.removeprefix("val/")
         for result in run.epochs():
-            report: Report = {"epoch": result.epoch, "step": result.step, **result.metrics}
+            progress = result.epoch / run.num_epochs
+            report: Report = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
             waited = result.epoch - run.best_epoch.get(objective, 0)
             patient = settings.patience is None or waited < settings.patience
             if result.failure is not None:

@@ -14,6 +14,7 @@ from imbvlm.sweep.console import Console, duration, percent
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 
 NUMBER = (int, float)
+SAVE_AFTER_SECONDS = 20.0
 
 
 class ProgressCallback(tune.Callback):
@@ -42,7 +43,11 @@ class ProgressCallback(tune.Callback):
             for key, value in result.items()
             if isinstance(value, NUMBER) and not isinstance(value, bool) and (key in ("epoch", "step") or "/" in key)
         }
+        record = self._log.records[_id(trial)]
         self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
+        # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
+        if record.seconds() > SAVE_AFTER_SECONDS:
+            self._log.save(record)
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

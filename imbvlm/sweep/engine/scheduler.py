@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from ray.tune.experiment import Trial
@@ -48,18 +47,22 @@ class AshaPerMethod(FIFOScheduler):
             bracket.on_trial_complete(tune_controller, trial, result)
 
 
-def asha(config: AshaConfig, best_objective: str, longest_epochs: int) -> AshaPerMethod:
-    """Rungs from `grace_fraction` of the longest trial up, on the running maximum over epochs."""
-    # 1/3 of 9 must not become 4 by a rounding error.
-    grace = max(1, math.ceil(config.grace_fraction * longest_epochs - 1e-9))
+def asha(config: AshaConfig, best_objective: str) -> AshaPerMethod:
+    """Rungs from `grace_fraction` of a trial's own length up, on the running maximum over epochs.
+
+    Trials of other lengths are compared at the same share of theirs: half-way through its schedule a long trial isn't
+    worse than a short one at its end.
+    """
 
     def make() -> AsyncHyperBandScheduler:
         return AsyncHyperBandScheduler(
-            time_attr="epoch",
+            time_attr="progress",
             metric=best_objective,
             mode="max",
-            grace_period=grace,
-            max_t=max(longest_epochs + 1, grace + 1),
+            # 4 of 12 epochs must not miss the rung at a third by a rounding error.
+            grace_period=config.grace_fraction - 1e-9,
+            # Above every progress: a trial ends by itself.
+            max_t=2.0,
             reduction_factor=config.reduction_factor,
         )
 
