@@ -79,14 +79,15 @@ def ensure_features(
     _check_disk(config, root, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
-    if any(work.missing for work in works):
-        encoder.check()
-        _fill(config, works, encoder.preprocess, report)
-    for work in works:
-        _check_quarantine(config, work, ordered, report)
     embeddings = None
     if "image_embedding" in outputs:
+        # Before the long part, so that a text tower that can't be had is known at once.
         embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
+    if any(work.missing for work in works):
+        encoder.check()
+        _fill(config, works, encoder, report)
+    for work in works:
+        _check_quarantine(config, work, ordered, report)
     folders = {work.split: work.store.folder for work in works}
     source = config.data.manifest
     location = source if source.startswith(EMBEDDED) else storage.absolute(source)
@@ -172,20 +173,20 @@ def size_text(num_bytes: float) -> str:
 # -------------------------------------------------------------------------------------------------- filling
 
 
-def _fill(config: TrialConfig, works: Sequence[_Work], preprocess: Preprocess, report: Report) -> None:
+def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
     with connected() as cluster:
         num_blocks = sum(len(work.missing) for work in works)
         gpus = int(cluster.num_gpus)
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
-        blocks = [block for work in works for block in _blocks(config, work, preprocess)]
-        worker_args = (absolute_encoder(config.encoder), config.eval, threads, bool(gpus))
+        blocks = [block for work in works for block in _blocks(config, work, encoder.preprocess)]
+        tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
         progress = _Progress(sum(work.num_images for work in works), report)
         for summary in map_images(
             blocks,
             load_block,
             TowerWorker,
-            worker_args,
+            (*tower, threads, bool(gpus)),
             num_workers=min(num_workers, num_blocks),
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,

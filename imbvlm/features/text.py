@@ -36,8 +36,10 @@ def ensure_class_embeddings(
             shown = ", ".join(repr(name) for name in cut[:3])
             report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
         report(f"text features: {len(class_names):,} class names in {len(templates)} sentences each")
-        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        device = encoder.device
+        encoder.to("cuda" if torch.cuda.is_available() else device)
         tensor = class_embeddings(encoder, class_names, templates).contiguous()
+        encoder.to(device)
         checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))
     return path
