@@ -44,7 +44,14 @@ def outcome(run):
     results = list(run.epochs())
     metrics = [{k: v for k, v in r.metrics.items() if not k.endswith(TIMES)} for r in results]
     weights = {name: value.tolist() for name, value in run.model.state_dict().items()}
-    return {"first_losses": run.first_losses, "metrics": metrics, "step": run.step, "weights": weights}
+    predicted = run.examine(run.data.val).predicted.tolist()
+    return {
+        "first_losses": run.first_losses,
+        "metrics": metrics,
+        "step": run.step,
+        "weights": weights,
+        "predicted": predicted,
+    }
 
 
 def join_group(rank, world_size, folder):
@@ -102,6 +109,10 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
                     torch.tensor(found["weights"][name]), torch.tensor(weight), atol=1e-3, rtol=0
                 )
         assert workers[0][case]["metrics"] == workers[1][case]["metrics"], "rank 0's report must be everybody's"
+        # Logits that nearly tie may fall the other way; each worker has everybody's predictions.
+        same = [mine == his for mine, his in zip(workers[0][case]["predicted"], alone["predicted"], strict=True)]
+        assert sum(same) >= len(same) - 1
+        assert workers[0][case]["predicted"] == workers[1][case]["predicted"]
         assert workers[0][case]["weights"] == workers[1][case]["weights"]
 
 

@@ -1,11 +1,12 @@
 """What a driver hears of one trial: each epoch, the end, and failures as reports; resumed as if never stopped."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
-from tiny_data import tiny_config, tiny_features
+from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
 from imbvlm.training.session import TrialSession, TrialSettings
 
@@ -58,3 +59,23 @@ def test_a_diverging_trial_ends_with_a_failure(settings):
     assert report["done"]
     assert "wasn't finite" in report["failure"]
     assert not [key for key in report if key.startswith("val/")]
+
+
+def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
+    """Counts, pairs and bins are of the same look at the test split as the scores; rows lead back to its images."""
+    refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=str(tmp_path / "refit"))
+    *_, last = reports_of(refit)
+    record = json.loads((tmp_path / "refit" / "per_class.json").read_text())
+    assert record["split_counts"] == list(CLASS_COUNTS)
+    assert record["num_trained_parameters"] == record["num_parameters"] > 0
+    found = record["splits"]["test"]
+    assert sum(found["correct"]) / sum(found["total"]) == pytest.approx(last["test/top1_accuracy"])
+    assert 0 <= last["test/expected_calibration_error"] <= 1
+    wrong = sum(found["total"]) - sum(found["correct"])
+    assert sum(pair["count"] for pair in found["confusions"]) == wrong > 0
+    counts = [pair["count"] for pair in found["confusions"]]
+    assert counts == sorted(counts, reverse=True)
+    for pair in found["confusions"]:
+        assert pair["label"] != pair["predicted"]
+        assert all(row // VAL_PER_CLASS == pair["label"] for row in pair["rows"])
+    assert sum(found["confidence_bins"][0]) == sum(found["total"])

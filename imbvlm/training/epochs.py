@@ -24,7 +24,7 @@ from imbvlm.models.methods import METHODS, FeatureClassifier, build_model
 from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.course import Course, Span
-from imbvlm.training.evaluation import Evaluator
+from imbvlm.training.evaluation import Evaluator, Examination
 from imbvlm.training.feed import load_batch
 from imbvlm.training.objective import Objective
 from imbvlm.training.second_stage import SecondStageRun, check_can_choose
@@ -83,6 +83,8 @@ class TrialRun:
         with self._threads(), _seeded(self._seed), _explained_memory(self._sizes()):
             self.model = build_model(config, data, device)
         copy_from_first(self.model, world)
+        trained = (one.numel() for one in self.model.parameters() if one.requires_grad and self.entry.trains)
+        self.num_trained_parameters = sum(trained)
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
         compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
@@ -197,6 +199,11 @@ class TrialRun:
         """Per-class counts over the examples, added over workers: each does its strided share."""
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
+
+    def examine(self, examples: Examples) -> Examination:
+        """As `counters`, with what a report shows besides; every worker must call it."""
+        self.model.eval()
+        return self._evaluator.examine(self._forward, examples)
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""

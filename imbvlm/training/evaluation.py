@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imbvlm.features.examples import Examples, TrialData
-from imbvlm.metrics import ClassCounters
+from imbvlm.metrics import CalibrationBins, ClassCounters, predictions
 from imbvlm.models.encoder_info import OutputName
 from imbvlm.training.feed import Batch, Index, load_batch, read_ahead, to_device
 from imbvlm.training.world import World
@@ -22,6 +22,15 @@ Forward = Callable[[Tensor], Tensor]
 
 # Features and logits of an evaluation batch, in bytes of float32.
 EVAL_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One look at a split: per-class counts, confidence bins, and the predicted class of every example (N,)."""
+
+    counters: ClassCounters
+    bins: CalibrationBins
+    predicted: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,17 @@ class Evaluator:
         for logits, labels in self.outputs(forward, examples, self.share(examples)):
             counters.update(logits, labels)
         return counters.reduced(self.world)
+
+    def examine(self, forward: Forward, examples: Examples) -> Examination:
+        """As `counters`, with what a report shows besides; every worker must call it."""
+        counters, bins = ClassCounters(len(self.data.class_names)), CalibrationBins()
+        predicted, share = torch.zeros(len(examples.labels), dtype=torch.int64), self.share(examples)
+        for logits, labels in self.outputs(forward, examples, share):
+            counters.update(logits, labels)
+            bins.update(logits, labels)
+            predicted[share[: len(labels)]] = predictions(logits)[0].cpu()
+            share = share[len(labels) :]
+        return Examination(counters.reduced(self.world), bins.reduced(self.world), self.world.sum(predicted).cpu())
 
     def logits(self, forward: Forward, examples: Examples) -> Tensor:
         """Float32 logits (N, C) of all examples in order, on the CPU; no other worker is needed."""

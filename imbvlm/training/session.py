@@ -16,6 +16,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.storage import StorageError
 from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, save_model
+from imbvlm.training.class_record import class_record, write_class_record
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.world import SINGLE, World
 
@@ -27,7 +28,7 @@ class TrialSettings:
     """What a driver is told about one trial; JSON-able.
 
     `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
-    weights; `score_test` reads the test split once, after the last epoch.
+    weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch.
     """
 
     config: Tree
@@ -122,11 +123,16 @@ class TrialSession:
 
     def _finish(self, run: TrialRun, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> Report:
         scored: Report = {}
+        examined = {}
         if settings.score_test:
-            metrics = run.evaluate(TrialData.open_split(config, feature_set, "test"))
+            examples = TrialData.open_split(config, feature_set, "test")
+            found = run.examine(examples)
+            metrics = found.counters.compute(run.data.class_stats) | found.bins.compute()
             scored = {f"test/{name}": value for name, value in metrics.items()}
+            examined["test"] = (examples, found)
         if settings.model_folder is not None and self._world.rank == 0:
             save_model(settings.model_folder, run.model)
+            write_class_record(settings.model_folder, class_record(run, examined))
         return scored
 
 
