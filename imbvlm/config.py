@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from imbvlm.config_losses import LossConfig as LossConfig
 from imbvlm.config_stages import READ_NORMS
 from imbvlm.config_stages import SecondStageConfig as SecondStageConfig
+from imbvlm.config_tower import AdapterConfig, AugmentationConfig, FineTuningConfig, LoraConfig, MemoryConfig
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.schema import GONE_WITHOUT_NAME, dotted_keys_of, explain, set_keys
 from imbvlm.schema import Section as Section
@@ -51,7 +52,11 @@ class EncoderConfig(Section):
 class FeaturesConfig(Section):
     """How the tower's outputs are kept."""
 
-    store: bool = Field(True, description="compute the frozen tower's output once and read it in every trial")
+    store: bool = Field(
+        True,
+        description="compute the frozen tower's output once and read it in every trial; false: run the tower on fresh "
+        "crops in every epoch",
+    )
     num_views: int = Field(
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
@@ -195,20 +200,31 @@ class EvalConfig(Section):
     interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the tower's own")
 
 
-Method = Literal["zero_shot", "linear_probe", "decoder"]
+Method = Literal["zero_shot", "linear_probe", "decoder", "adapter", "lora", "bias_tuning", "fine_tuning"]
 
 # Which optional sections each method reads; a section that it doesn't read is refused in its file.
 TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train"})
+# Those that train inside the tower read images, which only they vary at will.
+IMAGE_SECTIONS = TRAINING_SECTIONS | {"prompts", "augmentation", "memory"}
 METHOD_SECTIONS: Mapping[str, frozenset[str]] = {
     "zero_shot": frozenset({"prompts"}),
     "linear_probe": TRAINING_SECTIONS | {"prompts", "second_stage"},
     "decoder": TRAINING_SECTIONS | {"prompts", "decoder", "second_stage"},
+    "adapter": IMAGE_SECTIONS | {"adapter"},
+    "lora": IMAGE_SECTIONS | {"lora"},
+    "bias_tuning": IMAGE_SECTIONS,
+    "fine_tuning": IMAGE_SECTIONS | {"fine_tuning"},
 }
 OPTIONAL_SECTIONS = frozenset().union(*METHOD_SECTIONS.values())
 
 _DEFAULT_SECTIONS: Mapping[str, Tree] = {
     "prompts": {},
     "decoder": {},
+    "adapter": {},
+    "lora": {},
+    "fine_tuning": {},
+    "augmentation": {},
+    "memory": {},
     "classifier": {"kind": "cosine"},
     "loss": {"name": "balanced_softmax"},
     "optim": {"name": "sgd"},
@@ -225,6 +241,11 @@ class TrialConfig(Section):
     method: Method
     prompts: PromptsConfig | None = None
     decoder: DecoderConfig | None = None
+    adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
+    fine_tuning: FineTuningConfig | None = None
+    augmentation: AugmentationConfig | None = None
+    memory: MemoryConfig | None = None
     classifier: ClassifierConfig | None = None
     loss: LossConfig | None = None
     optim: OptimConfig | None = None
@@ -248,14 +269,33 @@ class TrialConfig(Section):
 
     @field_validator("second_stage")
     @classmethod
-    def _lengths_need_a_linear_classifier(cls, stage: Section | None, info: ValidationInfo) -> Section | None:
-        name = getattr(stage, "name", None)
+    def _stands_on_stored_features_and_lengths(cls, stage: Section | None, info: ValidationInfo) -> Section | None:
+        name, features = getattr(stage, "name", None), info.data.get("features")
+        if stage is not None and isinstance(features, FeaturesConfig) and not features.store:
+            raise ValueError("second_stage stands on stored features; set features.store: true, or second_stage: null")
         if name in READ_NORMS and isinstance(info.data.get("classifier"), CosineClassifierConfig):
             raise ValueError(
                 f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier's mean "
                 "nothing; set classifier.kind: linear, or choose another second stage"
             )
         return stage
+
+    @field_validator("classifier")
+    @classmethod
+    def _class_means_are_of_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
+        features = info.data.get("features")
+        stored = not isinstance(features, FeaturesConfig) or features.store
+        if getattr(classifier, "init", None) == "class_mean" and not stored:
+            raise ValueError(
+                "classifier.init: class_mean needs the stored features of all training images; set features.store: "
+                "true, or classifier.init: text or random"
+            )
+        return classifier
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the trial runs the tower itself, on images, instead of reading its stored output."""
+        return not self.features.store or METHOD_SECTIONS[self.method] >= IMAGE_SECTIONS
 
     @staticmethod
     def from_yaml(path: str | Path) -> TrialConfig:

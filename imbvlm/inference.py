@@ -65,6 +65,9 @@ class Model:
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits (B, C) of preprocessed uint8 images (B, 3, S, S)."""
+        if self._config.reads_images:
+            with torch.inference_mode():
+                return self._classifier(pixels.to(self._encoder.device)).float()
         features = getattr(self._encoder.forward_images(pixels), METHODS[self._config.method].reads)
         # What was trained on was stored in this precision.
         stored = features.to(torch.float16 if self._config.features.precision == "float16" else torch.float32)
@@ -157,5 +160,5 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
             f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of "
             f"{preprocess}"
         )
-    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)))
+    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)), encoder)
     return Model(encoder, classifier.to(target), config, class_names)

@@ -180,6 +180,8 @@ LOSSES: Mapping[str, LossFunction] = {
 
 # Those that correct for the prior: `loss.prior` says which counts they are given.
 PRIOR_CORRECTING = frozenset({"balanced_softmax", "logit_adjustment", "lade"})
+# What these give the reducer depends on logits; for the others on targets alone.
+NEEDS_ALL_LOGITS = frozenset({"lade"})
 
 
 # -------------------------------------------------------------------------------------------------- building
@@ -205,6 +207,10 @@ class BuiltLoss:
         self._counts = class_counts
         self._world = world
         self._knobs = dict(knobs)
+
+    def over(self, world: Reducer) -> BuiltLoss:
+        """The same loss with another reducer."""
+        return BuiltLoss(self.name, self._counts, world, self._knobs)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it

@@ -388,7 +388,7 @@ def test_dotted_keys_are_all_leaves_over_all_variants() -> None:
         ("classifier.temperature", 1, None),
         ("loss.name", "ldam", None),
         ("encoder.image_size", None, None),
-        ("method", "decodr", "'zero_shot', 'linear_probe' or 'decoder'"),
+        ("data.on_bad_image", "strct", "'quarantine' or 'strict'"),
         ("optim.lr", -1, "greater than 0"),
         ("optim.nothing", 1, "a key of a trial"),
     ],

@@ -6,20 +6,45 @@ import numpy as np
 import pytest
 import torch
 from tiny_data import CLASS_COUNTS, EMBEDDING_WIDTH, WIDTH, tiny_config, tiny_data, tiny_info
+from tiny_images import TinyImages
 from torch.nn import functional
 
 from imbvlm.errors import ImbvlmError
+from imbvlm.models.encoder import Encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES
 from imbvlm.models.methods import METHODS, build_model, class_means, needs_text, restore_model, text_weights
 from imbvlm.training import checkpoint
 
 CPU = torch.device("cpu")
 NUM_CLASSES = len(CLASS_COUNTS)
+# Every method, and on images also those that may read stored features.
+CASES = [(name, entry.trains_tower) for name, entry in METHODS.items()]
+CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_tower]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return TinyImages(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def case(request, data, images):
+    """Configuration, data, three inputs and the tower of a case of CASES."""
+    (method, on_images), *overrides = request.param
+    overrides = {"features__store": False, **overrides[0]} if overrides else {"features__store": False}
+    if not on_images:
+        del overrides["features__store"]
+        return tiny_config(method, **overrides), data, some_batch(data, method), None
+    if METHODS[method].trains_tower:
+        del overrides["features__store"]
+    config = images.config(method, **overrides)
+    batch = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    return config, images.data(config), batch, Encoder.from_config(config.encoder, config.eval)
 
 
 def some_batch(data, method):
@@ -39,33 +64,46 @@ def test_a_method_says_what_it_is_in_one_sentence(method):
     assert entry.paper
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_maps_its_output_to_finite_logits_of_every_class(data, method):
-    model = build_model(tiny_config(method), data, CPU)
-    logits = model(some_batch(data, method))
-    assert logits.shape == (3, NUM_CLASSES)
+@pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
+def test_a_method_maps_its_input_to_finite_logits_of_every_class(case):
+    config, data, batch, _ = case
+    model = build_model(config, data, CPU)
+    logits = model(batch)
+    assert logits.shape == (3, len(data.class_names))
     assert logits.isfinite().all()
-    assert model(some_batch(data, method)[:0]).shape == (0, NUM_CLASSES), "a worker's batch may be empty"
+    assert model(batch[:0]).shape == (0, len(data.class_names)), "a worker's batch may be empty"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains_exactly_where_it_says_so(data, method):
-    model = build_model(tiny_config(method), data, CPU)
+@pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
+def test_a_method_trains_exactly_where_it_says_so(case):
+    config, data, batch, _ = case
+    model = build_model(config, data, CPU)
     trainable = [param for param in model.parameters() if param.requires_grad]
-    assert bool(trainable) == METHODS[method].trains
+    assert bool(trainable) == METHODS[config.method].trains
     if trainable:
-        model(some_batch(data, method)).square().sum().backward()
+        model(batch).square().sum().backward()
         assert all(param.grad is not None for param in trainable)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize("method", METHODS)
-def test_exported_weights_predict_without_the_training_data(data, method, kind, tmp_path):
-    config = tiny_config(method) if method == "zero_shot" else tiny_config(method, classifier__kind=kind)
+KINDS = ({"classifier__kind": "linear"}, {"classifier__kind": "cosine"})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(case, kind) for case in CASES for kind in KINDS if METHODS[case[0]].trains] + [(("zero_shot", False),)],
+    indirect=True,
+    ids=str,
+)
+def test_exported_weights_predict_without_the_training_data(case, tmp_path):
+    config, data, batch, tower = case
     model = build_model(config, data, CPU).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.01 * torch.randn_like(param) if param.requires_grad else 0)
     checkpoint.save_model(str(tmp_path), model)
-    restored = restore_model(config, data.info, NUM_CLASSES, checkpoint.load_model_tensors(str(tmp_path)))
-    assert torch.equal(restored(some_batch(data, method)), model(some_batch(data, method)))
+    tensors = checkpoint.load_model_tensors(str(tmp_path))
+    restored = restore_model(config, data.info, len(data.class_names), tensors, tower)
+    assert torch.equal(restored(batch), model(batch))
 
 
 def test_weights_of_another_configuration_are_refused(data, tmp_path):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from imbvlm import storage
 from imbvlm.class_stats import ClassStats
-from imbvlm.config import TrialConfig
+from imbvlm.config import EncoderConfig, Tree, TrialConfig
+from imbvlm.data.image_rows import ImageRows
 from imbvlm.data.manifest import LabelRows, label_rows
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
@@ -24,13 +25,17 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Where the stored outputs of one tower lie, a folder per official split; JSON-able, given to trials."""
+    """Where the stored outputs of one tower lie, a folder per official split; JSON-able, given to trials.
+
+    `encoder` names the tower for trials that run it themselves, by a configuration that holds in any folder.
+    """
 
     manifest: str
     folders: Mapping[str, str]
     outputs: tuple[OutputName, ...]
     info: EncoderInfo
     class_embeddings: str | None = None
+    encoder: Tree | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -45,6 +50,7 @@ class FeatureSet:
             tuple(data["outputs"]),
             EncoderInfo.from_dict(data["info"]),
             data["class_embeddings"],
+            data["encoder"],
         )
 
     def store(self, split: str) -> FeatureStore:
@@ -76,22 +82,29 @@ class Examples:
         return self.store.gather(output, self.rows[index], views)
 
 
+# What a trial trains on or is evaluated on.
+Source = Examples | ImageRows
+
+
 @dataclass(frozen=True)
 class TrialData:
     """Everything a trial learns from. `class_stats` counts the rows in `train`, its shot groups are the official ones.
 
     `tower` has the tensors of `FeatureSet.tower_tensors`, `class_embeddings` (C, E) is None where text was not asked
-    for, `warnings` are sentences for the user.
+    for, `warnings` are sentences for the user. Where the trial reads images, `train` and `val` are rows of the
+    manifest, `stored` the same training rows in the store, and `encoder` is the tower to run.
     """
 
     class_names: tuple[str, ...]
     class_stats: ClassStats
-    train: Examples
-    val: Examples
+    train: Source
+    val: Source
     info: EncoderInfo
     tower: Mapping[str, Tensor] = field(default_factory=dict)
     class_embeddings: Tensor | None = None
     warnings: tuple[str, ...] = ()
+    stored: Examples | None = None
+    encoder: EncoderConfig | None = None
 
     @staticmethod
     def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:
@@ -105,11 +118,13 @@ class TrialData:
         train_store = features.store("train")
         train_rows = table.rows_of("train")
         carved = np.isin(train_rows, table.carve(config.data.split_seed))
-        train = _examples(train_store, table, train_rows, ~carved | refit, train_store.num_views)
+        stored = _examples(train_store, table, train_rows, ~carved | refit, train_store.num_views)
         if len(table.rows_of("val")):
             val = TrialData.open_split(config, features, "val")
         else:
-            val = _examples(train_store, table, train_rows, carved & (not refit), 1)
+            held_out = _examples(train_store, table, train_rows, carved & (not refit), 1)
+            val = _source(config, features, held_out, train_rows)
+        train = _source(config, features, stored, train_rows)
         counts = np.bincount(train.labels, minlength=len(table.class_names))
         stats = ClassStats.from_counts(counts, table.split_counts)
         return TrialData(
@@ -121,15 +136,24 @@ class TrialData:
             tower=features.tower_tensors(),
             class_embeddings=_class_embeddings(features),
             warnings=_warnings(table, stats, train_store),
+            stored=stored,
+            encoder=config.encoder if features.encoder is None else EncoderConfig.model_validate(features.encoder),
         )
 
     @staticmethod
-    def open_split(config: TrialConfig, features: FeatureSet, split: str) -> Examples:
+    def open_split(config: TrialConfig, features: FeatureSet, split: str) -> Source:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
         _check_tower(config, features)
         table, store = label_rows(features.manifest), features.store(split)
         rows = table.rows_of(split)
-        return _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
+        return _source(config, features, _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1), rows)
+
+
+def _source(config: TrialConfig, features: FeatureSet, examples: Examples, split_rows: Rows) -> Source:
+    """The examples as stored, or the same rows as images where the trial runs the tower itself."""
+    if not config.reads_images:
+        return examples
+    return ImageRows(features.manifest, examples.rows, split_rows[examples.rows], examples.labels)
 
 
 def _check_tower(config: TrialConfig, features: FeatureSet) -> None:

@@ -66,21 +66,23 @@ def ensure_features(
     splits: tuple[str, ...],
     *,
     report: Report,
+    text: bool = False,
 ) -> FeatureSet:
     """The stored outputs of the configuration's tower for some official splits, computed where they are missing.
 
-    Shards that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Raises
+    With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
+    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Raises
     ImbvlmError where the tower can't be had, the disk is too small, or `data.on_bad_image: strict` meets a bad image.
     """
     root = storage.absolute(root)
-    ordered = tuple(output for output in OUTPUT_NAMES if output in outputs)
+    ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
     encoder = Encoder.from_config(config.encoder, config.eval)
     works = [_plan_split(config, manifest, root, ordered, encoder, split) for split in splits]
     _check_disk(config, root, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
     embeddings = None
-    if "image_embedding" in outputs:
+    if text or "image_embedding" in outputs:
         # Before the long part, so that a text tower that can't be had is known at once.
         embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
     if any(work.missing for work in works):
@@ -91,7 +93,8 @@ def ensure_features(
     folders = {work.split: work.store.folder for work in works}
     source = config.data.manifest
     location = source if source.startswith(EMBEDDED) else storage.absolute(source)
-    return FeatureSet(location, folders, ordered, encoder.info, embeddings)
+    tower = absolute_encoder(config.encoder).model_dump(mode="json")
+    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower)
 
 
 def plan_bytes(
@@ -100,7 +103,8 @@ def plan_bytes(
     """Bytes on disk of each output over some official splits; needs no weights."""
     info = describe_encoder(config.encoder)
     layouts = [_layout(config, info, split, len(manifest.rows_of(split)), "") for split in splits]
-    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in OUTPUT_NAMES if output in outputs}
+    stored = [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
+    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
 # ------------------------------------------------------------------------------------------------- planning

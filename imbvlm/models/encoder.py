@@ -31,7 +31,7 @@ from imbvlm.models.towers import (
     require_transformers,
     unreachable,
 )
-from imbvlm.models.visual import OUTPUTS, EncoderOutput, FinalNorm, rules_of
+from imbvlm.models.visual import OUTPUTS, EncoderOutput, FinalNorm, Visual, rules_of
 
 __all__ = [
     "ENCODERS", "OUTPUTS", "Encoder", "EncoderEntry", "EncoderInfo", "EncoderOutput", "FinalNorm", "absolute_encoder",
@@ -93,6 +93,11 @@ class Encoder:
     def visual(self) -> Any:
         return self.model.visual
 
+    @property
+    def rules(self) -> Visual:
+        """What is known about the class of the image side."""
+        return self._rules
+
     @torch.inference_mode()
     def forward_images(self, images: Tensor) -> EncoderOutput:
         """Outputs (float32, on the tower's device) of crops (B, 3, S, S) in bytes, as `preprocess` makes them.
@@ -111,6 +116,10 @@ class Encoder:
         if self.info.kind == "convolution":
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return torch.addcmul(self._shift, pixels, self._scale)
+
+    def pixel_scale(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand (1, 3, 1, 1) that make the tower's input of crops in bytes."""
+        return self._scale, self._shift
 
     def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
         """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
@@ -194,6 +203,7 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
         logit_scale=float(np.exp(source.model_config.get("init_logit_scale", np.log(1 / 0.07)))),
         final_norm_eps=None if norm is None else norm.eps,
         weights_fingerprint="",
+        num_parameters=sum(param.numel() for param in model.visual.parameters()),
     )
 
 

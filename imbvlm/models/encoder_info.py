@@ -33,6 +33,8 @@ class EncoderInfo:
     logit_scale: float
     final_norm_eps: float | None
     weights_fingerprint: str
+    # Of the image side.
+    num_parameters: int = 0
 
     def shape(self, output: OutputName) -> tuple[int, ...]:
         """Shape of one image's output: (T, D) for tokens, (P,) for pooled, (E,) for image_embedding."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imbvlm.config import METHOD_SECTIONS, ClassifierConfig, TrialConfig
+from imbvlm.config import IMAGE_SECTIONS, METHOD_SECTIONS, ClassifierConfig, TrialConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, TrialData
 from imbvlm.models.classifier import build_classifier
 from imbvlm.models.decoder import Decoder, FinalNorm
 from imbvlm.models.decoupled import stage_module
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
+from imbvlm.models.tower_classifier import load_own_tensors
+
+if TYPE_CHECKING:
+    from imbvlm.models.encoder import Encoder
 
 # Images whose features are in memory at once while class means are computed.
 CHUNK_SIZE = 512
@@ -54,14 +59,16 @@ class ZeroShotClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One method: the encoder output it reads, whether anything trains, and how its model is built.
+    """One method: the encoder output its classifier reads, whether anything trains, and how its model is built.
 
-    `build(config, data, device)` gives a model that maps a batch of that output to logits (B, C). Random numbers are
-    drawn on the CPU from torch's global generator, so that weights don't depend on the device.
+    `build(config, data, device)` gives a model that maps a batch of that output to logits (B, C); of images where the
+    method trains inside the tower, or where nothing is stored. Random numbers are drawn on the CPU from torch's global
+    generator, so that weights don't depend on the device.
     """
 
     reads: OutputName
     trains: bool
+    trains_tower: bool
     build: Callable[[TrialConfig, TrialData, torch.device], nn.Module]
     summary: str
     paper: str
@@ -72,8 +79,17 @@ def build_model(config: TrialConfig, data: TrialData, device: torch.device) -> n
     return METHODS[config.method].build(config, data, device).to(device)
 
 
-def restore_model(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A trained model, ready to predict, from its configuration and exported tensors alone; raises ImbvlmError."""
+def restore_model(
+    config: TrialConfig,
+    info: EncoderInfo,
+    num_classes: int,
+    tensors: Mapping[str, Tensor],
+    encoder: Encoder | None = None,
+) -> nn.Module:
+    """A trained model, ready to predict, from its configuration and exported tensors; raises ImbvlmError.
+
+    Where the trial reads images it takes over the tower of `encoder`.
+    """
     model: nn.Module
     if config.classifier is None:
         model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
@@ -81,8 +97,12 @@ def restore_model(config: TrialConfig, info: EncoderInfo, num_classes: int, tens
         decoder, width = _decoder(config, info, {})
         classifier, stage = build_classifier(config.classifier, width, num_classes), config.second_stage
         model = FeatureClassifier(decoder, classifier if stage is None else stage_module(stage.name, classifier))
+    if config.reads_images:
+        if encoder is None:
+            raise ImbvlmError(f"a model of method {config.method} needs its tower")
+        model = _on_images(config, model, encoder, num_classes)
     try:
-        model.load_state_dict(dict(tensors))
+        load_own_tensors(model, tensors)
     except RuntimeError as error:
         raise ImbvlmError(f"the exported weights don't fit their configuration ({config.method}): {error}") from None
     return model.eval()
@@ -93,22 +113,59 @@ def needs_text(config: TrialConfig) -> bool:
     return config.method == "zero_shot" or (config.classifier is not None and config.classifier.init == "text")
 
 
+def tower_problem(config: TrialConfig, info: EncoderInfo) -> str | None:
+    """Why a method can't train inside a tower, a sentence with the mend; None where it can."""
+    if config.method in ("adapter", "lora") and info.kind == "convolution":
+        return (
+            f"method {config.method} needs a transformer's blocks, and {info.name} is a convolution tower; choose "
+            "method bias_tuning or fine_tuning, or a ViT as encoder.name"
+        )
+    return None
+
+
+def stored_outputs(config: TrialConfig) -> frozenset[OutputName]:
+    """The encoder outputs that must be stored before a trial starts."""
+    if not config.reads_images:
+        return frozenset({METHODS[config.method].reads})
+    starts_from_means = config.classifier is not None and config.classifier.init == "class_mean"
+    return frozenset({METHODS[config.method].reads} if starts_from_means else ())
+
+
 # --------------------------------------------------------------------------------------------------- builders
 
 
 def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
-    return ZeroShotClassifier(_class_embeddings(config, data), data.info.logit_scale)
+    model = ZeroShotClassifier(_class_embeddings(config, data), data.info.logit_scale)
+    return _with_tower(config, data, model, device) if config.reads_images else model
 
 
 def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
-    """A linear probe or a decoder, by what its configuration has."""
+    """A classifier behind a decoder or none, on the stored output or on the tower, by what its configuration has."""
     decoder, width = _decoder(config, data.info, data.tower)
     classifier = config.classifier
     assert classifier is not None, "TrialConfig gives every method that trains its classifier section"
     init_weight = _initial_weight(config, classifier, data, decoder.to(device), width, device)
-    return FeatureClassifier(
+    model = FeatureClassifier(
         decoder, build_classifier(classifier, width, len(data.class_names), init_weight=init_weight)
     )
+    return _with_tower(config, data, model, device) if config.reads_images else model
+
+
+def _with_tower(config: TrialConfig, data: TrialData, model: nn.Module, device: torch.device) -> nn.Module:
+    # Trials on stored features start faster without open_clip.
+    from imbvlm.models.tower_training import load_tower
+
+    encoder = load_tower(data.encoder or config.encoder, config.eval, data.info, device)
+    return _on_images(config, model, encoder, len(data.class_names))
+
+
+def _on_images(config: TrialConfig, model: nn.Module, encoder: Encoder, num_classes: int) -> nn.Module:
+    from imbvlm.models.tower_training import tower_classifier
+
+    problem = tower_problem(config, encoder.info)
+    if problem is not None:
+        raise ImbvlmError(problem)
+    return tower_classifier(config, encoder, METHODS[config.method].reads, model, num_classes)
 
 
 def _decoder(config: TrialConfig, info: EncoderInfo, tower: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
@@ -146,7 +203,10 @@ def _initial_weight(
         return text_weights(_class_embeddings(config, data), data.tower.get("projection"), width)
     if classifier.init == "class_mean":
         reads = METHODS[config.method].reads
-        return class_means(decoder, data.train, reads, len(data.class_names), width, device)
+        examples = data.train if isinstance(data.train, Examples) else data.stored
+        if examples is None:
+            raise ImbvlmError("classifier.init is class_mean, and the training images have no stored features")
+        return class_means(decoder, examples, reads, len(data.class_names), width, device)
     return None
 
 
@@ -211,6 +271,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "zero_shot": MethodEntry(
         reads="image_embedding",
         trains=False,
+        trains_tower=False,
         build=_build_zero_shot,
         summary="Compares image embeddings with the class names' text embeddings; nothing is trained.",
         paper="Radford et al., ICML 2021",
@@ -218,6 +279,7 @@ METHODS: Mapping[str, MethodEntry] = {
     "linear_probe": MethodEntry(
         reads="pooled",
         trains=True,
+        trains_tower=False,
         build=_build_trained,
         summary="Trains a linear or cosine classifier on the tower's pooled output.",
         paper="Radford et al., ICML 2021",
@@ -225,11 +287,46 @@ METHODS: Mapping[str, MethodEntry] = {
     "decoder": MethodEntry(
         reads="tokens",
         trains=True,
+        trains_tower=False,
         build=_build_trained,
         summary="Trains a light transformer decoder over all of the tower's tokens, and a classifier.",
         paper="Wang et al., IJCV 2023",
+    ),
+    "adapter": MethodEntry(
+        reads="pooled",
+        trains=True,
+        trains_tower=True,
+        build=_build_trained,
+        summary="Trains a narrow adapter beside the MLP in every block of a ViT, and a classifier on pooled output.",
+        paper="Chen et al., NeurIPS 2022; Shi et al., ICML 2024 (LIFT)",
+    ),
+    "lora": MethodEntry(
+        reads="pooled",
+        trains=True,
+        trains_tower=True,
+        build=_build_trained,
+        summary="Trains low-rank updates of attention in every block of a ViT, and a classifier on pooled output.",
+        paper="Hu et al., ICLR 2022",
+    ),
+    "bias_tuning": MethodEntry(
+        reads="pooled",
+        trains=True,
+        trains_tower=True,
+        build=_build_trained,
+        summary="Trains the biases of the tower, and a classifier on its pooled output.",
+        paper="Zaken et al., ACL 2022",
+    ),
+    "fine_tuning": MethodEntry(
+        reads="pooled",
+        trains=True,
+        trains_tower=True,
+        build=_build_trained,
+        summary="Trains the whole image tower, early blocks at lower rates, and a classifier on its pooled output.",
+        paper="Radford et al., ICML 2021",
     ),
 }
 
 if set(METHODS) != set(METHOD_SECTIONS):
     raise AssertionError(f"METHODS and config.METHOD_SECTIONS differ: {sorted(set(METHODS) ^ set(METHOD_SECTIONS))}")
+if any(entry.trains_tower != (METHOD_SECTIONS[name] >= IMAGE_SECTIONS) for name, entry in METHODS.items()):
+    raise AssertionError("a method trains inside the tower if and only if it reads config.IMAGE_SECTIONS")

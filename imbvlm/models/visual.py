@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from imbvlm.errors import ImbvlmError
@@ -32,13 +34,17 @@ class FinalNorm(NamedTuple):
 
 
 class Visual(NamedTuple):
-    """What is known about one visual class; every function takes the module."""
+    """What is known about one visual class; every function takes the module.
+
+    `blocks` are the modules that images pass one after another, by their names in the tower; empty where not known.
+    """
 
     outputs: Callable[[Any, Tensor], EncoderOutput]
     final_norm: Callable[[Any], FinalNorm | None]
     projection: Callable[[Any], Tensor | None]
     has_class_token: Callable[[Any], bool]
     is_vit: Callable[[Any], bool]
+    blocks: Callable[[Any], dict[str, nn.Module]]
     resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
 
@@ -85,6 +91,10 @@ def _vit_projection(visual: Any) -> Tensor:
     return _eye(visual.ln_post.weight) if visual.proj is None else visual.proj.detach()
 
 
+def _vit_blocks(visual: Any) -> dict[str, nn.Module]:
+    return _members("transformer.resblocks", visual.transformer.resblocks)
+
+
 def _vit_resize(visual: Any, image_size: int) -> None:
     patch = visual.patch_size[0]
     if image_size % patch:
@@ -101,6 +111,10 @@ def _resnet_outputs(visual: Any, images: Tensor) -> EncoderOutput:
     positions = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
     pooled = visual.attnpool(positions)
     return EncoderOutput(positions.flatten(2).transpose(1, 2), pooled, pooled)
+
+
+def _resnet_blocks(visual: Any) -> dict[str, nn.Module]:
+    return {name: getattr(visual, name) for name in ("layer1", "layer2", "layer3", "layer4")}
 
 
 def _resnet_resize(visual: Any, image_size: int) -> None:
@@ -167,6 +181,16 @@ def _timm_projection(visual: Any) -> Tensor | None:
     return steps[0].weight.detach().T if len(steps) == 1 and isinstance(steps[0], nn.Linear) else None
 
 
+def _timm_blocks(visual: Any) -> dict[str, nn.Module]:
+    """timm calls a trunk's blocks or stages by one of few names."""
+    for name in ("blocks", "stages", "layers"):
+        members = getattr(visual.trunk, name, None)
+        if isinstance(members, nn.Sequential | nn.ModuleList):
+            return _members(f"trunk.{name}", members)
+    numbered = (f"layer{number}" for number in range(1, 5))
+    return {f"trunk.{name}": getattr(visual.trunk, name) for name in numbered if hasattr(visual.trunk, name)}
+
+
 def _timm_resize(visual: Any, image_size: int) -> None:
     patch = getattr(getattr(visual.trunk, "patch_embed", None), "patch_size", None)
     if patch is not None and image_size % patch[0]:
@@ -180,6 +204,10 @@ def _timm_resize(visual: Any, image_size: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ small
+
+
+def _members(name: str, modules: nn.Sequential | nn.ModuleList) -> dict[str, nn.Module]:
+    return {f"{name}.{number}": module for number, module in enumerate(modules)}
 
 
 def _layer_norm(norm: nn.LayerNorm) -> FinalNorm:
@@ -221,6 +249,7 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
         projection=_vit_projection,
         has_class_token=lambda visual: True,
         is_vit=lambda visual: True,
+        blocks=_vit_blocks,
         resize=_vit_resize,
         refusal=_vit_refusal,
     ),
@@ -231,6 +260,7 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
         projection=lambda visual: _eye(visual.attnpool.c_proj.bias),
         has_class_token=lambda visual: False,
         is_vit=lambda visual: False,
+        blocks=_resnet_blocks,
         resize=_resnet_resize,
         refusal=_no_norm,
     ),
@@ -240,7 +270,16 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
         projection=_timm_projection,
         has_class_token=_timm_has_class_token,
         is_vit=_timm_is_vit,
+        blocks=_timm_blocks,
         resize=_timm_resize,
         refusal=_no_norm,
     ),
+}
+
+# Blocks that add attention(norm(x)) and then mlp(norm(x)): the second norm, and the last module before that addition.
+PRE_NORM_BLOCKS: dict[type[nn.Module], tuple[str, str]] = {
+    ResidualAttentionBlock: ("ln_2", "ls_2"),
+    CustomResidualAttentionBlock: ("ln_2", "ls_2"),
+    Block: ("norm2", "drop_path2"),
+    EvaBlock: ("norm2", "drop_path2"),
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 
@@ -19,8 +21,19 @@ DRIVER_CPUS = 0.01
 
 def uses_ray_train(spec: SweepSpec) -> bool:
     """What `driver: auto` means: one worker on stored features runs in process, anything else under Ray Train."""
-    stored = spec.base.get("features", {}).get("store", True)
-    return spec.driver == "ray_train" or (spec.driver == "auto" and (spec.num_workers > 1 or not stored))
+    if spec.driver != "auto":
+        return spec.driver == "ray_train"
+    return spec.num_workers > 1 or _reads_images(spec)
+
+
+def _reads_images(spec: SweepSpec) -> bool:
+    """Whether some trial of the sweep runs the tower itself."""
+    drawn: dict[str, list[Any]] = {"method": [], "features.store": []}
+    for parameter in spec.read_space().parameters:
+        drawn.get(parameter.key, []).extend(parameter.values)
+    methods = drawn["method"] or [spec.base.get("method")]
+    stored = drawn["features.store"] or [spec.base.get("features", {}).get("store", True)]
+    return not all(stored) or any(name in METHODS and METHODS[name].trains_tower for name in methods)
 
 
 def concurrent_trials(
@@ -122,6 +135,9 @@ def check_models(spec: SweepSpec, space: SearchSpace) -> dict[str, EncoderInfo]:
 
 def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     """What a configuration asks of a tower that doesn't have it."""
+    in_tower = tower_problem(config, info)
+    if in_tower is not None:
+        return [Problem(in_tower)]
     if config.method != "decoder":
         return []
     problems = []

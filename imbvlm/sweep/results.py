@@ -46,7 +46,9 @@ class TrialRecord(BaseModel):
 
     @property
     def views(self) -> str:
-        """How many stored crops an image had in training."""
+        """How many stored crops an image had in training, or `fresh` where each epoch had its own."""
+        if self.trial_config().reads_images:
+            return "fresh"
         return str(self.config["features"]["num_views"])
 
     @property

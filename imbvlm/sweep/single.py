@@ -7,8 +7,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.extract import ensure_features
-from imbvlm.models.encoder_info import OutputName
-from imbvlm.models.methods import METHODS, needs_text
+from imbvlm.models.methods import needs_text, stored_outputs
 from imbvlm.sweep.console import Console, percent
 from imbvlm.training.session import TrialSession, TrialSettings, default_device
 
@@ -21,13 +20,13 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     console = Console()
     say = (lambda text: None) if quiet else console.say
     manifest = Manifest.read(config.data.manifest)
-    reads = METHODS[config.method].reads
-    outputs: frozenset[OutputName] = frozenset({reads, "image_embedding"} if needs_text(config) else {reads})
     splits = tuple(split for split in manifest.splits if split != "test")
     root = storage.join(storage_folder, "features")
     log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
     with console.others_to(log):
-        features = ensure_features(config, manifest, root, outputs, splits, report=say)
+        features = ensure_features(
+            config, manifest, root, stored_outputs(config), splits, report=say, text=needs_text(config)
+        )
     threads = config.train.num_threads if config.train else None
     settings = TrialSettings(
         config=config.to_tree(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.errors import ImbvlmError
+from imbvlm.models.tower_classifier import own_tensors
 
 FORMAT = 1
 INDEX_FILE = "state.json"
@@ -74,8 +75,11 @@ def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialSta
 
 
 def save_model(folder: str, model: nn.Module) -> None:
-    """Export a model's parameters and buffers as `model.safetensors` in a local or s3:// folder."""
-    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(model.state_dict())))
+    """Export a model's own parameters and buffers as `model.safetensors` in a local or s3:// folder.
+
+    What is frozen inside a tower is left out: the tower has its own file.
+    """
+    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(own_tensors(model))))
 
 
 def load_model_tensors(folder: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm import storage
-from imbvlm.features.examples import Examples
+from imbvlm.features.examples import Source
 from imbvlm.training.epochs import TrialRun
 from imbvlm.training.evaluation import Examination
 
@@ -20,15 +20,15 @@ MAX_PAIRS = 200
 MAX_ROWS = 4
 
 
-def class_record(run: TrialRun, scored: dict[str, tuple[Examples, Examination]]) -> dict[str, Any]:
+def class_record(run: TrialRun, scored: dict[str, tuple[Source, Examination]]) -> dict[str, Any]:
     """Plain data of a trained run: class names and counts, and what it made of each scored split."""
     return {
         "format": FORMAT,
         "class_names": list(run.data.class_names),
         "split_counts": run.data.class_stats.split_counts.tolist(),
         "class_counts": run.data.class_stats.counts.tolist(),
-        "num_parameters": sum(one.numel() for one in run.model.parameters()),
-        "num_trained_parameters": run.num_trained_parameters,
+        "num_parameters": run.parameters.total,
+        "num_trained_parameters": run.parameters.trained,
         "splits": {split: _of_split(examples, found) for split, (examples, found) in scored.items()},
     }
 
@@ -39,7 +39,7 @@ def write_class_record(folder: str, record: dict[str, Any]) -> None:
     storage.write_bytes(uri, json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _of_split(examples: Examples, found: Examination) -> dict[str, Any]:
+def _of_split(examples: Source, found: Examination) -> dict[str, Any]:
     counters = found.counters
     return {
         "correct": counters.correct.tolist(),
@@ -55,7 +55,8 @@ def confusions(
     labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> list[dict[str, Any]]:
     """The pairs (label, predicted) of unlike classes that come up most, with some of their rows; ties by label."""
-    wrong = np.flatnonzero(labels != predicted)
+    # Images that couldn't be read have no prediction.
+    wrong = np.flatnonzero((labels != predicted) & (predicted >= 0))
     if not wrong.size:
         return []
     pairs = np.stack([labels[wrong], predicted[wrong]], axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from imbvlm.config import OptimConfig, TrainConfig
 from imbvlm.losses import BuiltLoss
-from imbvlm.sampling import EpochPlan, Rows, batches
-from imbvlm.training.feed import Batch, Index, read_ahead, to_device
+from imbvlm.models.tower_classifier import TowerClassifier
+from imbvlm.sampling import EpochPlan, batches
+from imbvlm.training.accumulation import backward_in_parts
+from imbvlm.training.feed import Batch, Index, to_device
 from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
 from imbvlm.training.world import World, average_gradients
 
@@ -56,8 +58,9 @@ class TrainedEpoch:
 class Course:
     """A stage as the loop sees it.
 
-    `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `load` takes
-    rows and views; `words` name the loss, and what to change where numbers run away.
+    `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `read` takes
+    an epoch's plan, a worker's places in it and the epoch; `words` name the loss, and what to change where numbers run
+    away. A worker computes its share of a batch in `num_parts`.
     """
 
     model: nn.Module
@@ -66,18 +69,21 @@ class Course:
     train: TrainConfig
     span: Span
     plan_of: Callable[[int], EpochPlan]
-    load: Callable[[Rows, Rows], Batch]
+    read: Callable[[EpochPlan, Sequence[Index], int], Iterator[Batch]]
     losses_of: Callable[[int], Callable[[int], BuiltLoss]]
     words: tuple[str, str]
     device: torch.device
     world: World
     autocast: Callable[[], AbstractContextManager[Any]]
-    params: list[nn.Parameter] = field(init=False)
+    num_parts: int = 1
+    params: dict[str, nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.params = [param for param in self.model.parameters() if param.requires_grad]
-        self.optimizer = build_optimizer(self.optim, self.params)
+        self.params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+        scales = self.model.lr_scales if isinstance(self.model, TowerClassifier) else {}
+        lr_scales = [scales.get(name, 1.0) for name in self.params]
+        self.optimizer = build_optimizer(self.optim, self.params.values(), lr_scales)
 
     def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
         """One pass over the epoch plan, or what is left of the stage's steps."""
@@ -88,11 +94,7 @@ class Course:
         loss_at = self.losses_of(epoch)
         record, first_step = _LossRecord(), step
         self.model.train()
-
-        def load(share: Index) -> Batch:
-            return self.load(plan.rows[share], plan.views[share])
-
-        for batch in read_ahead(load, shares):
+        for batch in self.read(plan, shares, epoch):
             record.add(*self._train_step(batch, loss_at(step), step))
             step += 1
             if record.failed_at is not None:
@@ -113,17 +115,19 @@ class Course:
 
     def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
-        features, labels = to_device(batch, self.device)
+        inputs, labels = to_device(batch, self.device)
         set_lr(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            logits = self.forward(features)
-        loss = loss_function(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        mean_loss = average_gradients(self.params, loss, self.world)
-        norm = clip_gradients(self.params, self.train.clip_grad_norm)
+        loss = backward_in_parts(self._logits, loss_function, self.world, inputs, labels, self.num_parts)
+        params = list(self.params.values())
+        mean_loss = average_gradients(params, loss, self.world)
+        norm = clip_gradients(params, self.train.clip_grad_norm)
         self.optimizer.step()
         return mean_loss, norm
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        with self.autocast():
+            return self.forward(inputs)
 
     def lr(self, step: int) -> float:
         """The learning rate at a step of the trial."""

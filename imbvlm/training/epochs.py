@@ -17,15 +17,19 @@ from torch import Tensor
 
 from imbvlm.config import TrialConfig, needed
 from imbvlm.config_stages import num_stage_epochs
+from imbvlm.config_tower import AugmentationConfig
+from imbvlm.data.crops import Augmentation
+from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError
-from imbvlm.features.examples import Examples, TrialData
+from imbvlm.features.examples import Source, TrialData
 from imbvlm.metrics import ClassCounters
 from imbvlm.models.methods import METHODS, FeatureClassifier, build_model
+from imbvlm.models.tower_classifier import TowerClassifier, count_parameters, load_own_tensors, own_tensors
 from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator, Examination
-from imbvlm.training.feed import load_batch
+from imbvlm.training.feed import Feed, ImageFeed, StoredFeed
 from imbvlm.training.objective import Objective
 from imbvlm.training.second_stage import SecondStageRun, check_can_choose
 from imbvlm.training.world import SINGLE, World, copy_from_first
@@ -49,13 +53,18 @@ class EpochResult:
 
 
 def build_trial(
-    config: TrialConfig, data: TrialData, device: str | torch.device = "cpu", world: World = SINGLE
+    config: TrialConfig,
+    data: TrialData,
+    device: str | torch.device = "cpu",
+    world: World = SINGLE,
+    stream: ImageStream = stream_in_threads,
 ) -> TrialRun:
     """A trial ready to run: the same configuration and seed give the same numbers whatever ran before it.
 
-    Raises ImbvlmError where the method can't be built on these features.
+    `stream` brings the images of a trial that reads them. Raises ImbvlmError where the method can't be built on these
+    features.
     """
-    return TrialRun(config, data, torch.device(device), world)
+    return TrialRun(config, data, torch.device(device), world, stream)
 
 
 class TrialRun:
@@ -65,7 +74,9 @@ class TrialRun:
     second stage's classifier, and the best values are the largest over both.
     """
 
-    def __init__(self, config: TrialConfig, data: TrialData, device: torch.device, world: World) -> None:
+    def __init__(
+        self, config: TrialConfig, data: TrialData, device: torch.device, world: World, stream: ImageStream
+    ) -> None:
         self.config = config
         self.data = data
         self.device = device
@@ -82,13 +93,13 @@ class TrialRun:
         check_can_choose(config.second_stage, data)
         with self._threads(), _seeded(self._seed), _explained_memory(self._sizes()):
             self.model = build_model(config, data, device)
-        copy_from_first(self.model, world)
-        trained = (one.numel() for one in self.model.parameters() if one.requires_grad and self.entry.trains)
-        self.num_trained_parameters = sum(trained)
+        copy_from_first(own_tensors(self.model), world)
+        self.parameters = count_parameters(self.model, data.info)
+        self.feed = self._build_feed(stream)
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
         compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
-        self._evaluator = Evaluator(data, self.entry.reads, device, world, self._computing)
+        self._evaluator = Evaluator(data, self.feed, device, world, self._computing)
         self._course = self._first_course() if self.entry.trains else None
         self._second: SecondStageRun | None = None
 
@@ -130,6 +141,8 @@ class TrialRun:
             metrics |= trained.metrics
         self.epoch += 1
         metrics |= self._validate()
+        if self.feed.unreadable:
+            metrics["data/unreadable_images"] = float(len(self.feed.unreadable))
         if not math.isfinite(metrics.get("val/loss", 0.0)):
             return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
         return EpochResult(self.epoch, self.step, metrics)
@@ -165,12 +178,26 @@ class TrialRun:
                 num_epochs=self._first.num_epochs,
                 num_views=self.data.train.num_views,
             ),
-            load=lambda rows, views: load_batch(self.data.train, self.entry.reads, rows, views, self.device),
+            read=partial(self.feed.train, self.data.train),
             losses_of=objective.for_epoch,
             words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
             device=self.device,
             world=self.world,
             autocast=self._autocast,
+            num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
+        )
+
+    def _build_feed(self, stream: ImageStream) -> Feed:
+        if not isinstance(self.model, TowerClassifier):
+            return StoredFeed(self.data.info, self.entry.reads, self.device)
+        return ImageFeed(
+            self.model.preprocess,
+            _augmentation(self.config.augmentation),
+            self._seed,
+            self._first.num_epochs,
+            stream,
+            self.device,
+            strict=self.config.data.on_bad_image == "strict",
         )
 
     def _build_second_stage(self) -> SecondStageRun:
@@ -186,21 +213,24 @@ class TrialRun:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, examples: Examples) -> dict[str, float]:
+    def evaluate(self, examples: Source) -> dict[str, float]:
         """Metrics by their plain names over all examples; every worker must call it."""
         return self.counters(examples).compute(self.data.class_stats)
 
-    def logits(self, examples: Examples) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed."""
+    def logits(self, examples: Source) -> Tensor:
+        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed.
+
+        Those of an image that can't be read are NaN.
+        """
         self.model.eval()
         return self._evaluator.logits(self._forward, examples)
 
-    def counters(self, examples: Examples) -> ClassCounters:
+    def counters(self, examples: Source) -> ClassCounters:
         """Per-class counts over the examples, added over workers: each does its strided share."""
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
 
-    def examine(self, examples: Examples) -> Examination:
+    def examine(self, examples: Source) -> Examination:
         """As `counters`, with what a report shows besides; every worker must call it."""
         self.model.eval()
         return self._evaluator.examine(self._forward, examples)
@@ -225,7 +255,7 @@ class TrialRun:
 
     def state_dict(self) -> TrialState:
         """All that a run built from the same configuration needs to go on with the same numbers."""
-        tensors = as_tensor_names("model/", self.model.state_dict())
+        tensors = as_tensor_names("model/", own_tensors(self.model))
         if self._course is not None:
             for name, param in self.model.named_parameters():
                 tensors |= as_tensor_names(f"optimizer/{name}/", self._course.optimizer.state.get(param, {}))
@@ -257,7 +287,7 @@ class TrialRun:
     def _load_tensors(self, state: TrialState) -> None:
         prefix = "model/"
         model = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
-        self.model.load_state_dict(model)
+        load_own_tensors(self.model, model)
         if self._course is None:
             return
         for name, param in self.model.named_parameters():
@@ -329,6 +359,14 @@ class TrialRun:
     def _sizes(self) -> str:
         batch_size = "" if self.config.train is None else f"train.batch_size {self.config.train.batch_size} over "
         return f"{batch_size}{self.world.world_size} worker(s), {len(self.data.class_names)} classes, on {self.device}"
+
+
+def _augmentation(section: AugmentationConfig | None) -> Augmentation:
+    """A frozen tower's fresh crops are drawn as its stored views are, so that both can be compared."""
+    if section is None:
+        return Augmentation(crop_scale=(0.5, 1.0))
+    knobs = section.model_dump(exclude={"min_scale", "color_jitter"})
+    return Augmentation(**knobs, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
 
 
 @contextmanager

@@ -1,19 +1,25 @@
-"""Batches on their way to the device: the next ones are gathered while one is trained on."""
+"""Batches on their way to the device: stored features or fresh crops, read ahead while one is trained on."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from imbvlm.features.examples import Examples
-from imbvlm.models.encoder_info import OutputName
+from imbvlm.data.crops import Augmentation, ImageBatch, StreamPlan
+from imbvlm.data.image_rows import ImageRows, ImageStream
+from imbvlm.data.images import Preprocess
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.examples import Examples, Source
+from imbvlm.features.store import as_tensor
+from imbvlm.models.encoder_info import EncoderInfo, OutputName
+from imbvlm.sampling import EpochPlan
 
 Index = npt.NDArray[np.int64]
 
@@ -22,40 +28,139 @@ READ_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """Features (B, ...) as stored, and labels (B,)."""
+    """A model's input (K, ...) as it travels, labels (K,), and which examples (K,) of their source these are."""
 
-    features: Tensor
+    inputs: Tensor
     labels: Tensor
+    examples: Index
 
 
-def load_batch(
-    examples: Examples, output: OutputName, index: Index, views: Index | None, device: torch.device
-) -> Batch:
-    """Gather a batch in main memory; pinned where it goes on to a GPU, so that the copy doesn't wait."""
-    features = examples.batch(output, index, views)
-    labels = torch.from_numpy(examples.labels[index])
-    if device.type == "cuda":
-        return Batch(features.pin_memory(), labels.pin_memory())
-    return Batch(features, labels)
+class Feed(Protocol):
+    """Where a trial's batches come from; they lie in main memory, and closing an iterator ends what works for it."""
+
+    @property
+    def numbers_per_example(self) -> int:
+        """Numbers in one example's input."""
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why an image was left out, by its row in the manifest; those met so far."""
+
+    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+        """The batches at some places (B,) of an epoch's plan."""
+
+    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+        """Examples (B,) in order, their evaluation crops or a stored view."""
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch as stored (half precision travels), and widen it to float32 where it arrived."""
-    features = batch.features.to(device, non_blocking=True)
-    return Batch(features.float(), batch.labels.to(device, non_blocking=True))
+class StoredFeed:
+    """Reads stored outputs of the tower."""
+
+    def __init__(self, info: EncoderInfo, output: OutputName, device: torch.device) -> None:
+        self._output, self._device = output, device
+        self.numbers_per_example = int(np.prod(info.shape(output)))
+        self.unreadable: dict[int, str] = {}
+
+    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+        return read_ahead(lambda share: self._load(source, plan.rows[share], plan.views[share]), shares)
+
+    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+        return read_ahead(
+            lambda chunk: self._load(source, chunk, None if view is None else np.full_like(chunk, view)), chunks
+        )
+
+    def _load(self, source: Source, examples: Index, views: Index | None) -> Batch:
+        assert isinstance(source, Examples), "a trial on stored features opens stored examples"
+        return _batch(source.batch(self._output, examples, views), source, examples, self._device)
 
 
-def read_ahead(load: Callable[[Index], Batch], batches: Sequence[Index]) -> Iterator[Batch]:
-    """load(batch) for each of the batches in order, some of them ahead in a thread.
+class ImageFeed:
+    """Reads images through a stream, for training crops of their own in every epoch.
+
+    What can't be read is left out of its batch, or with `strict` an ImbvlmError.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        augmentation: Augmentation,
+        seed: int,
+        num_epochs: int,
+        stream: ImageStream,
+        device: torch.device,
+        *,
+        strict: bool,
+    ) -> None:
+        self._preprocess, self._augmentation = preprocess, augmentation
+        self._seed, self._num_epochs = seed, num_epochs
+        self._stream, self._device, self._strict = stream, device, strict
+        self.numbers_per_example = 3 * preprocess.image_size**2
+        self.unreadable: dict[int, str] = {}
+
+    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+        """A place in an epoch has its own crop, whichever worker reads it."""
+        return self._read(source, plan.rows, shares, self._augmentation, epoch)
+
+    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+        assert view is None, "images have no stored views"
+        return self._read(source, np.arange(len(source)), chunks, None, 0)
+
+    def _read(
+        self, source: Source, examples: Index, shares: Sequence[Index], augmentation: Augmentation | None, epoch: int
+    ) -> Iterator[Batch]:
+        assert isinstance(source, ImageRows), "a trial on images opens rows of the manifest"
+        progress = epoch / self._num_epochs
+        rows = source.places[examples]
+        plan = StreamPlan(rows, shares, self._preprocess, augmentation, self._seed, epoch, progress)
+        num_read = 0
+        for share, batch in zip(shares, self._stream(source.manifest, plan), strict=True):
+            self._note(batch)
+            num_read += int(batch.ok.sum())
+            images = as_tensor(batch.images if batch.ok.all() else batch.images[batch.ok])
+            yield _batch(images, source, examples[share][batch.ok], self._device)
+        if not num_read and any(len(share) for share in shares):
+            row, reason = next(iter(self.unreadable.items()))
+            raise ImbvlmError(
+                f"no image of {source.manifest} could be read, the first of them (row {row}): {reason}; has the data "
+                "moved?"
+            )
+
+    def _note(self, batch: ImageBatch) -> None:
+        for row, reason in zip(batch.rows.tolist(), batch.reasons, strict=True):
+            if reason is not None and self._strict:
+                raise ImbvlmError(
+                    f"the image in row {row} of the manifest can't be used: {reason}; data.on_bad_image is strict, and "
+                    "quarantine would leave it out and count it"
+                )
+            if reason is not None:
+                self.unreadable[row] = reason
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and labels on the device; half precision travels and is widened to float32 where it arrived."""
+    inputs = batch.inputs.to(device, non_blocking=True)
+    return inputs.float() if inputs.is_floating_point() else inputs, batch.labels.to(device, non_blocking=True)
+
+
+def read_ahead(load: Callable[[Index], Batch], shares: Sequence[Index]) -> Iterator[Batch]:
+    """load(share) for each of the shares in order, some of them ahead in a thread.
 
     At most READ_AHEAD + 1 loaded batches exist at once; an error in `load` is raised here, in its turn; closing the
     generator ends the thread.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         pending: deque[Future[Batch]] = deque()
-        for batch in batches:
-            pending.append(pool.submit(load, batch))
+        for share in shares:
+            pending.append(pool.submit(load, share))
             if len(pending) > READ_AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _batch(inputs: Tensor, source: Source, index: Index, device: torch.device) -> Batch:
+    """Pinned where it goes on to a GPU, so that the copy doesn't wait."""
+    labels = torch.from_numpy(source.labels[index])
+    if device.type == "cuda":
+        return Batch(inputs.pin_memory(), labels.pin_memory(), index)
+    return Batch(inputs, labels, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -11,15 +11,26 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from imbvlm.config import AdamWConfig, OptimConfig
 
+# A parameter group's factor on the learning rate.
+LR_SCALE = "lr_scale"
 
-def build_optimizer(config: OptimConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+
+def build_optimizer(
+    config: OptimConfig, params: Iterable[nn.Parameter], lr_scales: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
     """The optimiser over those parameters that train; weight decay holds for all of them (LIFT does so).
 
-    Raises ValueError where no parameter trains: the method's table says whether one does.
+    `lr_scales` are factors on the learning rate, one per parameter. Raises ValueError where no parameter trains: the
+    method's table says whether one does.
     """
-    trainable = [param for param in params if param.requires_grad]
-    if not trainable:
+    params = list(params)
+    scaled: dict[float, list[nn.Parameter]] = {}
+    for param, scale in zip(params, lr_scales or [1.0] * len(params), strict=True):
+        if param.requires_grad:
+            scaled.setdefault(scale, []).append(param)
+    if not scaled:
         raise ValueError("no parameter trains, so there is nothing to optimise")
+    trainable = [{"params": members, LR_SCALE: scale} for scale, members in scaled.items()]
     if isinstance(config, AdamWConfig):
         first, second = config.betas
         return torch.optim.AdamW(
@@ -55,9 +66,9 @@ def lr_at(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[LR_SCALE]
 
 
 def clip_gradients(params: list[nn.Parameter], max_norm: float | None) -> torch.Tensor:

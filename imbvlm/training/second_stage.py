@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imbvlm.config import SecondStageConfig, SgdConfig, TrainConfig
 from imbvlm.config_stages import TauNormalizationConfig
 from imbvlm.errors import ImbvlmError
-from imbvlm.features.examples import Examples, TrialData
+from imbvlm.features.examples import Examples, Source, TrialData
 from imbvlm.losses import build_loss
 from imbvlm.metrics import ClassCounters
 from imbvlm.models.classifier import CosineClassifier, LinearClassifier
@@ -39,7 +39,7 @@ class _Memory:
 
     def batch(self, rows: Rows, views: Rows) -> Batch:
         index, view = (torch.from_numpy(one).to(self.train.device) for one in (rows, views))
-        return Batch(self.train[index, view], self.train_labels[index])
+        return Batch(self.train[index, view], self.train_labels[index], rows)
 
 
 class SecondStageRun:
@@ -63,7 +63,7 @@ class SecondStageRun:
         self._memory: _Memory | None = None
         model.decoder.requires_grad_(False)
         model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
-        copy_from_first(model.classifier, evaluator.world)
+        copy_from_first(model.classifier.state_dict(), evaluator.world)
         self.course = self._build_course()
 
     def start(self) -> dict[str, float]:
@@ -98,7 +98,8 @@ class SecondStageRun:
             self._memory = _Memory(train, labels[0], self._features(data.val)[:, 0], labels[1])
         return self._memory
 
-    def _features(self, examples: Examples) -> Tensor:
+    def _features(self, examples: Source) -> Tensor:
+        assert isinstance(examples, Examples), "TrialConfig lets only trials on stored features have a second stage"
         return self._evaluator.all_views(self._model.decoder, examples, _known(self._first).weight.shape[1])
 
     def _build_course(self) -> Course | None:
@@ -129,7 +130,9 @@ class SecondStageRun:
             train=self._train,
             span=span,
             plan_of=plan_of,
-            load=lambda rows, views: self.prepare().batch(rows, views),
+            read=lambda plan, shares, epoch: (
+                self.prepare().batch(plan.rows[share], plan.views[share]) for share in shares
+            ),
             losses_of=lambda epoch: lambda step: loss,
             words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
             device=evaluator.device,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from imbvlm.config import Tree, TrialConfig
+from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.storage import StorageError
@@ -60,8 +61,8 @@ def default_device() -> torch.device:
 class TrialSession:
     """Opens what a trial reads and yields its reports; data that the next trial shares stays open."""
 
-    def __init__(self, device: torch.device, world: World = SINGLE) -> None:
-        self._device, self._world = device, world
+    def __init__(self, device: torch.device, world: World = SINGLE, stream: ImageStream = stream_in_threads) -> None:
+        self._device, self._world, self._stream = device, world, stream
         self._opened: tuple[str, TrialData] | None = None
 
     def reports(self, settings: TrialSettings) -> Iterator[Report]:
@@ -88,7 +89,8 @@ class TrialSession:
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         feature_set = FeatureSet.from_dict(settings.feature_set)
-        run = build_trial(config, self._data(config, feature_set, settings), self._device, self._world)
+        data = self._data(config, feature_set, settings)
+        run = build_trial(config, data, self._device, self._world, self._stream)
         folder = settings.checkpoint_folder
         if folder is not None and has_checkpoint(folder):
             run.load_state_dict(load_checkpoint(folder, self._device))
@@ -116,7 +118,7 @@ class TrialSession:
             yield {**report, "done": False}
 
     def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
-        key = f"{config.data.model_dump_json()} {feature_set.to_dict()} {settings.refit}"
+        key = f"{config.data.model_dump_json()} {config.reads_images} {feature_set.to_dict()} {settings.refit}"
         if self._opened is None or self._opened[0] != key:
             self._opened = (key, TrialData.open(config, feature_set, refit=settings.refit))
         return self._opened[1]

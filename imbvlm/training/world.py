@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -80,8 +80,8 @@ def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World
 
 
 @torch.no_grad()
-def copy_from_first(model: nn.Module, world: World) -> None:
+def copy_from_first(tensors: Mapping[str, Tensor], world: World) -> None:
     """Give every worker rank 0's parameters and buffers: workers on unlike machines may round differently."""
     if world.world_size > 1:
-        for value in model.state_dict().values():
+        for value in tensors.values():
             value.copy_(world.sum(value if world.rank == 0 else torch.zeros_like(value)))
