@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_manifest(commands)
     _add_train(commands)
     _add_sweep(commands)
+    _add_report(commands)
     _add_export(commands)
     _add_predict(commands)
     return parser
@@ -129,6 +130,33 @@ def _sweep(options: argparse.Namespace) -> int:
     from imbvlm.sweep.spec import SweepSpec
 
     return run_command(SweepSpec.from_yaml(options.spec), options)
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "Write a sweep's report, one page that needs no network.",
+        "imbvlm report runs/quickstart-20261124-120000 -o report-files",
+    )
+    parser.add_argument("sweep", help="a sweep's folder or s3:// URI, also while it runs")
+    parser.add_argument(
+        "-o",
+        "--out",
+        help="a page (.html; default: report.html in the sweep's folder), or a folder: figures as SVG, tables as CSV "
+        "and LaTeX go beside the page",
+    )
+    parser.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.report.write import write_report
+
+    print(write_report(options.sweep, options.out))
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------- export

@@ -64,6 +64,8 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
     for row in ("zero-shot", "linear probe", "winner"):
         assert re.search(rf"^{row} ", test, re.MULTILINE)
     assert re.search(r"^b00001 .*zero-shot", validation, re.MULTILINE)
+    assert f"{sweep}/report.html" in printed
+    assert "points above linear probe" in (sweep / "report.html").read_text()
     for name in ("best.yaml", "results.parquet", "test.json", "ray.log", "refits/refit-winner-seed0/model.safetensors"):
         assert (sweep / name).exists()
     assert f"imbvlm export {sweep}" in printed

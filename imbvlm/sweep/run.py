@@ -27,6 +27,7 @@ from imbvlm.sweep.export import write_best
 from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import refits
+from imbvlm.sweep.report.write import write_report
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
@@ -160,10 +161,12 @@ class _Sweep:
             say()
             say(scores_table(self.scored, self.spec))
         write_best(self.folder, best)
+        report = write_report(self.folder)
         say()
         say(f"best: {best.trial_id} of {self.folder}, after {duration(seconds)}")
         for name, what in (
             ("best.yaml", "its configuration"),
+            (report.rpartition("/")[2], "what was found, in one page for a browser"),
             ("results.parquet", "every trial"),
             ("refits/", "the refitted weights"),
         ):

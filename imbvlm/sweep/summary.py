@@ -124,7 +124,7 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     for name in dict.fromkeys(record.name for record in scored):
         last = [record.epochs[-1] for record in scored if record.name == name and record.epochs]
         cells = [
-            _mean_and_spread([epoch[f"test/{metric}"] for epoch in last if f"test/{metric}" in epoch])
+            mean_and_spread([epoch[f"test/{metric}"] for epoch in last if f"test/{metric}" in epoch])
             for metric in METRICS
         ]
         rows.append([name, str(len(last)), *cells])
@@ -132,7 +132,7 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     return f"{title}\n{table(['what', 'seeds', *HEADINGS], rows)}"
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     if not values:
         return "-"
     mean = percent(statistics.fmean(values))

@@ -1,0 +1,1 @@
+"""A sweep's folder as one HTML page that needs no network."""

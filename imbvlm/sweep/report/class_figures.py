@@ -1,0 +1,186 @@
+"""Figures of classes: accuracy by shot group, over class size, calibration; readable for ten and for 8,142 classes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import numpy.typing as npt
+
+from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.metrics import balanced_standard_error, per_class_accuracy
+from imbvlm.sweep.console import percent
+from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, Figure
+from imbvlm.sweep.report.source import ClassRecord, Scored, Source
+from imbvlm.sweep.report.svg import Drawing, Scale, frame, legend, number, percent_tick
+
+# Up to here each class has a mark of its own; above, classes of like size are one.
+MAX_MARKS = 120
+NUM_BINS = 14
+MAX_POINTS = 200
+
+
+def colour(source: Source, scored: Scored) -> tuple[str, int]:
+    """The colour and shape of a refit's name, the same in every figure."""
+    index = source.scored.index(scored)
+    return f"c{index % 6}", index
+
+
+def shot_group_bars(source: Source) -> Figure | None:
+    """Accuracy by shot group on the test split, the winner beside the baselines; whiskers are the seeds' deviation."""
+    groups = [
+        group for group in ("top1", "balanced", *SHOT_GROUPS)
+        if any(one.values(f"test/{group}_accuracy") for one in source.scored)
+    ]  # fmt: skip
+    if not groups:
+        return None
+    drawing = Drawing(WIDTH, HEIGHT)
+    y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
+    frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
+    width = min(30.0, step * 0.8 / len(source.scored))
+    for place, group in enumerate(groups):
+        middle = 48 + step * (place + 0.5)
+        for index, scored in enumerate(source.scored):
+            values = scored.values(f"test/{group}_accuracy")
+            if not values:
+                continue
+            mean = statistics.fmean(values)
+            left = middle + (index - len(source.scored) / 2) * width
+            title = f"{scored.name}, {_group_name(group)}: {percent(mean)} %"
+            drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), colour(source, scored)[0], title)
+            drawing.text(left + width / 2, y(mean) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
+            if len(values) > 1:
+                deviation = statistics.stdev(values)
+                at = left + width / 2
+                drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
+        drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
+    legend(drawing, 48, 14, [(one.name, colour(source, one)[0], 0) for one in source.scored])
+    return Figure(
+        "shot_groups", "Accuracy by shot group",
+        "Test split. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19.", drawing,
+    )  # fmt: skip
+
+
+def _group_name(group: str) -> str:
+    return {"top1": "overall", "zero_train": "no training"}.get(group, group.removesuffix("_shot"))
+
+
+def accuracy_over_size(source: Source) -> Figure | None:
+    """Accuracy against training images of a class; curves over classes of like size, bands of a standard error."""
+    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    if not known:
+        return None
+    counts = known[0][1].stats.split_counts
+    drawing = Drawing(WIDTH, HEIGHT)
+    low, high = max(0.5, float(counts.min())), float(max(counts.max(), 2))
+    x, y = Scale(low * 0.85, high * 1.2, 52, WIDTH - 12, log=True), Scale(0, 1, HEIGHT - 46, TOP)
+    frame(drawing, x, y, ("training images of a class", "accuracy, test (%)"), x_format=number, y_format=percent_tick)
+    for limit in (19.5, 100.5):
+        if low < limit < high:
+            drawing.rule(x(limit), y.start, x(limit), y.end, "grid")
+    for index, (scored, record) in enumerate(known):
+        style, shape = colour(source, scored)
+        if len(counts) <= MAX_MARKS:
+            _class_marks(drawing, record, x, y, style, shape)
+        _size_curve(drawing, record, x, y, style, band=index == 0)
+    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
+    what = "Marks are classes, curves" if len(counts) <= MAX_MARKS else "Curves"
+    caption = f"{what} are means over classes of like size, the band the winner's standard error."
+    return Figure("class_size", "Accuracy against class size", caption, drawing)
+
+
+def _class_marks(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, shape: int) -> None:
+    for label, (right, total, count) in enumerate(
+        zip(record.correct, record.total, record.stats.split_counts, strict=True)
+    ):
+        if total:
+            title = f"{record.class_names[label]} ({count} training images): {percent(right / total)} %"
+            drawing.dot(x(max(0.5, count)), y(right / total), f"{style} dim", title, shape=shape, size=3)
+
+
+def _size_curve(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, *, band: bool) -> None:
+    points = [(x(size), mean, error) for size, mean, error in binned_accuracy(record)]
+    if band:
+        upper = [(at, y(min(1, mean + error))) for at, mean, error in points]
+        lower = [(at, y(max(0, mean - error))) for at, mean, error in points]
+        drawing.area([*upper, *reversed(lower)], style)
+    drawing.line([(at, y(mean)) for at, mean, _ in points], style)
+
+
+def binned_accuracy(record: ClassRecord) -> list[tuple[float, float, float]]:
+    """Size, mean accuracy and its standard error of groups of classes of like size, smallest first."""
+    scored = np.flatnonzero(record.total > 0)
+    order = scored[np.argsort(record.stats.split_counts[scored], kind="stable")]
+    groups = _groups_of_like_size(record.stats.split_counts[order])
+    found = []
+    for group in groups:
+        labels = order[group]
+        sizes = np.maximum(record.stats.split_counts[labels], 0.5)
+        accuracy = record.correct[labels] / record.total[labels]
+        # Seeds score the same images, so they don't make the error smaller.
+        seeds = max(1, record.num_seeds)
+        error = balanced_standard_error(record.correct[labels] // seeds, np.maximum(record.total[labels] // seeds, 1))
+        found.append((math.exp(float(np.log(sizes).mean())), float(accuracy.mean()), error))
+    return found
+
+
+def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Positions parted by equal steps of the logarithm of size; few classes are parted one by one."""
+    if len(sorted_counts) <= NUM_BINS:
+        return [np.flatnonzero(sorted_counts == size) for size in np.unique(sorted_counts)]
+    logs = np.log(np.maximum(sorted_counts, 0.5))
+    edges = np.linspace(logs[0], logs[-1] + 1e-9, NUM_BINS + 1)
+    bins = np.clip(np.searchsorted(edges, logs, side="right") - 1, 0, NUM_BINS - 1)
+    return [np.flatnonzero(bins == index) for index in np.unique(bins)]
+
+
+def calibration(source: Source) -> Figure | None:
+    """Accuracy against confidence of the winner and the baselines on the test split."""
+    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    if not known:
+        return None
+    drawing = Drawing(WIDTH, HEIGHT)
+    x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
+    frame(drawing, x, y, ("confidence (%)", "accuracy, test (%)"), x_format=percent_tick, y_format=percent_tick)
+    drawing.line([(x(0), y(0)), (x(1), y(1))], "faint", width=1.2, dash="5 4", title="perfect calibration")
+    for scored, record in known:
+        style, shape = colour(source, scored)
+        rows, right, confidence = record.confidence_bins
+        # A handful of images says nothing of their bin.
+        full = rows >= max(5, 0.002 * rows.sum())
+        points = [
+            (x(c / n), y(r / n), int(n)) for n, r, c in zip(rows[full], right[full], confidence[full], strict=True)
+        ]
+        drawing.line([(a, b) for a, b, _ in points], style, width=1.6)
+        for a, b, n in points:
+            drawing.dot(a, b, style, f"{scored.name}: {n // max(1, record.num_seeds):,} images", shape=shape, size=3.2)
+    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
+    caption = "Below the diagonal a model is surer than it should be. Confidences as trained, before any temperature."
+    return Figure("calibration", "Calibration", caption, drawing)
+
+
+def sorted_classes(source: Source) -> Figure | None:
+    """Every class's accuracy, the worst first, as one curve for each refit: readable for any number of classes."""
+    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    if not known:
+        return None
+    drawing = Drawing(WIDTH, HEIGHT)
+    x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
+    frame(
+        drawing, x, y, ("share of classes, the worst first (%)", "accuracy, test (%)"),
+        x_format=percent_tick, y_format=percent_tick,
+    )  # fmt: skip
+    for scored, record in known:
+        accuracy = per_class_accuracy(record.correct, record.total)
+        ranked = np.sort(accuracy[~np.isnan(accuracy)])
+        places = np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), MAX_POINTS)).round().astype(np.int64))
+        points = [(x((place + 0.5) / len(ranked)), y(ranked[place])) for place in places]
+        style, shape = colour(source, scored)
+        drawing.line(points, style)
+        if len(ranked) <= NUM_BINS:
+            for at, height in points:
+                drawing.dot(at, height, style, shape=shape, size=3)
+    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
+    caption = "A curve that leaves the bottom early has few classes that it never gets right."
+    return Figure("sorted_classes", "Classes by their accuracy", caption, drawing)

@@ -1,0 +1,239 @@
+"""Tables of a report: scores, best trials, arms, reasons for stopping, classes, confused pairs, quarantined files."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from imbvlm.metrics import per_class_accuracy
+from imbvlm.sweep.console import duration, percent
+from imbvlm.sweep.report.figure import Table
+from imbvlm.sweep.report.source import ClassRecord, Scored, Source
+from imbvlm.sweep.results import TrialRecord
+from imbvlm.sweep.summary import HEADINGS, METRICS, describe, mean_and_spread
+
+NUM_BEST = 12
+NUM_CLASSES = 8
+NUM_PAIRS = 12
+MAX_ROWS = 500
+
+
+def scores(source: Source) -> Table | None:
+    """The refits on the test split, in the papers' form."""
+    if not source.has_test:
+        return None
+    metrics = [*METRICS, "zero_train_accuracy", "expected_calibration_error"]
+    headings = [*HEADINGS, "no training", "calibration error"]
+    kept = [
+        (metric, heading) for metric, heading in zip(metrics, headings, strict=True)
+        if any(one.values(f"test/{metric}") for one in source.scored)
+    ]  # fmt: skip
+    rows = [
+        [
+            one.name,
+            one.records[0].views,
+            str(len(one.records)),
+            *(mean_and_spread(one.values(f"test/{metric}")) for metric, _ in kept),
+        ]
+        for one in source.scored
+    ]
+    header = ["what", "views", "seeds", *(heading for _, heading in kept)]
+    caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
+    return Table("scores", "Test split", header, rows, caption=caption)
+
+
+def best_trials(source: Source) -> Table:
+    """The best trials and the baselines on validation, each at its best epoch."""
+    best = source.log.best(source.spec.objective)[:NUM_BEST]
+    rows = [_trial_row(source, record) for record in [*best, *_baselines(source)]]
+    header = ["trial", "what", *HEADINGS, "epochs", "time", "views", "state"]
+    caption = (
+        "Percent, at each trial's best epoch; selection saw these numbers, so compare with others' on the test split."
+    )
+    return Table("best_trials", "Best trials", header, rows, 2, caption)
+
+
+def all_trials(source: Source) -> Table:
+    """Every trial of the search with what it drew."""
+    records = source.log.of("search")
+    keys = list(dict.fromkeys(key for record in records for key in record.draw))
+    rows = [
+        [
+            record.trial_id,
+            record.state,
+            record.stop_reason,
+            percent(source.value(record)),
+            str(len(record.epochs)),
+            f"{record.seconds():.1f}" if record.ended_at is not None else "-",
+            *(_cell(record.draw.get(key, "")) for key in keys),
+        ]
+        for record in records
+    ]
+    return Table("trials", "All trials", ["trial", "state", "why", "best", "epochs", "seconds", *keys], rows, 3)
+
+
+def arms(source: Source) -> list[Table]:
+    """For each stratified key (without any: the method), what its choices gave."""
+    found = []
+    for key in source.spec.stratify or ["method"]:
+        groups: dict[str, list[tuple[TrialRecord, float]]] = defaultdict(list)
+        for record, value in source.valued():
+            if key in record.draw:
+                groups[_cell(record.draw[key])].append((record, value))
+        rows = [
+            [
+                name,
+                str(len(pairs)),
+                percent(max(value for _, value in pairs)),
+                percent(statistics.median(value for _, value in pairs)),
+                _time(statistics.fmean(record.seconds() for record, _ in pairs)),
+            ]
+            for name, pairs in sorted(groups.items(), key=lambda item: -max(value for _, value in item[1]))
+        ]
+        if len(rows) > 1:
+            header = [key, "trials", "best", "median", "mean time"]
+            found.append(Table(f"arms_{key}", f"By {key}", header, rows))
+    return found
+
+
+def stops(source: Source) -> Table:
+    """Why trials ended, grouped."""
+    counts = Counter((record.state, _reason(record)) for record in source.log.of("search"))
+    rows = [[state, reason, str(count)] for (state, reason), count in counts.most_common(20)]
+    return Table("stops", "Why each trial stopped", ["state", "why", "trials"], rows, 2)
+
+
+def class_changes(source: Source) -> list[Table]:
+    """The classes that won and lost most against the best trained baseline."""
+    pair = compared_classes(source)
+    if pair is None:
+        return []
+    ours, theirs, name = pair
+    gain = per_class_accuracy(ours.correct, ours.total) - per_class_accuracy(theirs.correct, theirs.total)
+    known = np.flatnonzero(~np.isnan(gain))
+    order = known[np.argsort(-gain[known], kind="stable")]
+    header = ["class", "training images", name, "winner", "change"]
+    found = []
+    for title, key, labels in (
+        (f"Gained most over {name}", "gained", [label for label in order[:NUM_CLASSES] if gain[label] > 0]),
+        (f"Lost most against {name}", "lost", [label for label in order[::-1][:NUM_CLASSES] if gain[label] < 0]),
+    ):
+        rows = [
+            [
+                ours.class_names[label],
+                f"{ours.stats.split_counts[label]:,}",
+                percent(theirs.correct[label] / theirs.total[label]),
+                percent(ours.correct[label] / ours.total[label]),
+                f"{100 * gain[label]:+.1f}",
+            ]
+            for label in labels
+        ]
+        if rows:
+            found.append(Table(key, title, header, rows))
+    return found
+
+
+def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str] | None:
+    """The winner's class record and that of the first baseline that has one."""
+    winner = source.winner
+    other: Scored | None = next((one for one in source.references if one.classes is not None), None)
+    if winner is None or winner.classes is None or other is None or other.classes is None:
+        return None
+    return winner.classes, other.classes, other.name
+
+
+def per_class(source: Source) -> Table | None:
+    """Every class of every refit: for files beside the page, not for the page."""
+    known = [(one.name, one.classes) for one in source.scored if one.classes is not None]
+    if not known:
+        return None
+    first = known[0][1]
+    columns = [(name, per_class_accuracy(record.correct, record.total)) for name, record in known]
+    rows = [
+        [
+            class_name,
+            str(first.stats.split_counts[label]),
+            first.stats.group_of(label),
+            str(first.total[label] // max(1, first.num_seeds)),
+            *("" if np.isnan(accuracy[label]) else f"{accuracy[label]:.4f}" for _, accuracy in columns),
+        ]
+        for label, class_name in enumerate(first.class_names)
+    ]
+    header = ["class", "training_images", "shot_group", "test_images", *(f"{name}_accuracy" for name, _ in columns)]
+    return Table("per_class", "Per class", header, rows)
+
+
+def worst_pairs(record: ClassRecord) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """(label, predicted, count over seeds, rows) of the pairs confused most, of equals the larger share first."""
+    ranked = sorted(
+        record.confusions.items(),
+        key=lambda item: (-item[1][0], -item[1][0] / max(1, record.total[item[0][0]]), item[0]),
+    )
+    return [(label, predicted, count, rows) for (label, predicted), (count, rows) in ranked[:NUM_PAIRS]]
+
+
+def confused_pairs(source: Source) -> Table | None:
+    """The worst pairs as a table."""
+    record = source.classes
+    if record is None or not record.confusions:
+        return None
+    rows = [
+        [
+            record.class_names[label],
+            record.class_names[predicted],
+            f"{count / record.num_seeds:.1f}",
+            percent(count / record.total[label]),
+            f"{record.stats.split_counts[label]:,}",
+        ]
+        for label, predicted, count, _ in worst_pairs(record)
+    ]
+    header = ["class", "taken for", "images", "share of class", "training images"]
+    return Table("confused", "Confused most", header, rows, 2)
+
+
+def quarantine(source: Source) -> Table | None:
+    """Files that were left out, by class."""
+    if not source.quarantine:
+        return None
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in source.quarantine:
+        groups[row["class_name"], row["shot_group"]].append(row["reason"])
+    rows = [
+        [name, group.replace("_", "-"), str(len(reasons)), Counter(reasons).most_common(1)[0][0]]
+        for (name, group), reasons in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]
+    header = ["class", "shot group", "files", "commonest reason"]
+    return Table("quarantine_by_class", "Left out, by class", header, rows[:MAX_ROWS], 4)
+
+
+def _baselines(source: Source) -> list[TrialRecord]:
+    """The best first, those without a value last."""
+    return sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
+
+
+def _trial_row(source: Source, record: TrialRecord) -> list[str]:
+    best = record.best_epoch(source.spec.objective) or {}
+    return [
+        record.trial_id,
+        record.name or describe(record),
+        *(percent(best.get(f"val/{metric}")) for metric in METRICS),
+        str(len(record.epochs)),
+        _time(record.seconds()) if record.ended_at is not None else "-",
+        record.views,
+        record.state,
+    ]
+
+
+def _reason(record: TrialRecord) -> str:
+    # Each epoch would be a group of its own otherwise.
+    return "by the trial scheduler" if record.state == "stopped" else record.stop_reason or "still running"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

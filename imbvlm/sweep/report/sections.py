@@ -1,0 +1,323 @@
+"""What a report says, section by section, before any of it is HTML."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.sweep.console import duration, percent
+from imbvlm.sweep.report import class_figures, result_tables, search_figures
+from imbvlm.sweep.report.analysis import Margin, fairness, importances, margin, rungs, saved_by_stopping
+from imbvlm.sweep.report.figure import Figure, Table
+from imbvlm.sweep.report.source import Source
+from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
+from imbvlm.sweep.summary import describe, verdict
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classes that are taken for each other, with pictures (data: URIs) of some of the images."""
+
+    words: tuple[str, str]
+    detail: str
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Figures side by side; small ones go three in a row."""
+
+    figures: Sequence[Figure]
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Confused pairs as cards."""
+
+    title: str
+    pairs: Sequence[Pair]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A long table, closed at first."""
+
+    table: Table
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Tables side by side where there is room."""
+
+    tables: Sequence[Table]
+
+
+Block = Figure | Grid | Table | Columns | Pairs | Folded | str
+
+
+@dataclass
+class Section:
+    """A heading with blocks; a str is a paragraph."""
+
+    name: str
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of the headline."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page; `extra_tables` are only written beside it."""
+
+    title: str
+    subtitle: str
+    statement: str
+    is_win: bool
+    facts: list[Fact]
+    sections: list[Section]
+    extra_tables: list[Table]
+
+
+def build(source: Source) -> Report:
+    """The report of what a sweep's folder holds by now."""
+    sections = [_result(source), _classes(source), _search(source), _mattered(source), _compute(source), _data(source)]
+    statement, is_win = _statement(source)
+    extra = [table for table in (result_tables.per_class(source), result_tables.all_trials(source)) if table]
+    return Report(
+        title=source.spec.name,
+        subtitle=_subtitle(source),
+        statement=statement,
+        is_win=is_win,
+        facts=_facts(source),
+        sections=[section for section in sections if section.blocks],
+        extra_tables=extra,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- headline
+
+
+def _margins(source: Source) -> list[Margin]:
+    winner = source.winner
+    if winner is None:
+        return []
+    return [found for one in source.references if (found := margin(winner, one)) is not None]
+
+
+def _statement(source: Source) -> tuple[str, bool]:
+    """The result in sentences, and whether it is a win over the best baseline."""
+    best = source.log.best(source.spec.objective)
+    if not best:
+        return "No trial has given a result yet.", False
+    margins = sorted(_margins(source), key=lambda one: one.gain)
+    if not margins:
+        sentence = verdict(source.log, source.spec)
+        return f"{sentence[0].upper()}{sentence[1:]}. The test split has not been read.", False
+    first, words = margins[0], [_margin_words(one) for one in margins]
+    if first.shown:
+        return f"The winner is {' and '.join(words)} on the test split's balanced accuracy.", True
+    return f"No win is shown: the winner is {' and '.join(words)} on the test split's balanced accuracy.", False
+
+
+def _margin_words(one: Margin) -> str:
+    beside = [f"standard error {100 * one.standard_error:.1f}"] if one.standard_error is not None else []
+    beside += [f"spread of its seeds {100 * one.spread:.1f}"] if one.spread is not None else []
+    where = "above" if one.gain >= 0 else "below"
+    return f"{100 * abs(one.gain):.1f} points {where} {one.baseline}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _facts(source: Source) -> list[Fact]:
+    best = source.log.best(source.spec.objective)
+    facts = []
+    winner = source.winner
+    if winner is not None and source.has_test:
+        for group in ("balanced", "top1", *SHOT_GROUPS):
+            values = winner.values(f"test/{group}_accuracy")
+            if not values:
+                continue
+            note = []
+            for other in source.references:
+                theirs = other.values(f"test/{group}_accuracy")
+                note += [f"{other.name} {percent(statistics.fmean(theirs))}"] if theirs else []
+            label = {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
+            facts.append(Fact(label, f"{percent(statistics.fmean(values))} %", ", ".join(note)))
+    elif best:
+        name = source.spec.objective.removeprefix("val/").replace("_", " ")
+        facts.append(Fact(f"{name}, validation", f"{percent(source.value(best[0]))} %", best[0].trial_id))
+    return facts
+
+
+def _subtitle(source: Source) -> str:
+    search = source.log.of("search")
+    started = min((record.started_at for record in source.log.records.values() if record.started_at), default=None)
+    ended = max((record.ended_at for record in source.log.records.values() if record.ended_at), default=None)
+    words = [f"{sum(record.state != 'running' for record in search)} of {source.spec.num_trials} trials"]
+    words.append(f"on {source.spec.base['data']['manifest']}")
+    if started is not None and ended is not None:
+        words.append(f"in {duration(ended - started)}")
+    return ", ".join(words)
+
+
+# --------------------------------------------------------------------------------------------------- sections
+
+
+def _result(source: Source) -> Section:
+    section, best = Section("result", "Result"), source.log.best(source.spec.objective)
+    if best:
+        section.blocks.append(f"Winner: {best[0].trial_id}, {describe(best[0])}.")
+    scores, bars = result_tables.scores(source), class_figures.shot_group_bars(source)
+    section.blocks += [block for block in (scores,) if block]
+    sizes = class_figures.accuracy_over_size(source)
+    figures = [figure for figure in (bars, sizes) if figure]
+    section.blocks += [Grid(figures)] if figures else []
+    if best:
+        section.blocks.append(result_tables.best_trials(source))
+    return section
+
+
+def _classes(source: Source) -> Section:
+    section = Section("classes", "Classes")
+    changes = result_tables.class_changes(source)
+    section.blocks += [Columns(changes)] if changes else []
+    pairs = _pairs(source)
+    if pairs:
+        section.blocks.append(Pairs("Confused most", pairs))
+    confused = result_tables.confused_pairs(source)
+    section.blocks += [Folded(confused)] if confused else []
+    figures = [one for one in (class_figures.sorted_classes(source), class_figures.calibration(source)) if one]
+    section.blocks += [Grid(figures)] if figures else []
+    return section
+
+
+def _pairs(source: Source) -> list[Pair]:
+    record = source.classes
+    if record is None or not record.confusions:
+        return []
+    manifest = manifest_or_none(str(source.spec.base["data"]["manifest"]))
+    found = []
+    for label, predicted, count, rows in result_tables.worst_pairs(record):
+        share = percent(count / record.total[label])
+        detail = f"{share} % of its test images ({record.stats.split_counts[label]:,} training images)"
+        pictures = () if manifest is None else tuple(thumbnails(manifest, "test", rows))
+        found.append(Pair((record.class_names[label], record.class_names[predicted]), detail, pictures))
+    return found
+
+
+def _search(source: Source) -> Section:
+    figures = (
+        search_figures.history(source),
+        search_figures.against_cost(source),
+        search_figures.against_few_shot(source),
+        search_figures.rung_against_end(source),
+    )
+    section = Section("search", "Search")
+    found = [figure for figure in figures if figure is not None]
+    section.blocks += [Grid(found), result_tables.stops(source)] if found else []
+    trials = result_tables.all_trials(source)
+    if 0 < len(trials.rows) <= result_tables.MAX_ROWS:
+        section.blocks.append(Folded(trials))
+    return section
+
+
+def _mattered(source: Source) -> Section:
+    fair, words = fairness(source)
+    section = Section("mattered", "What mattered" if fair else "What may have mattered")
+    found = importances(source)
+    order = [one.key for one in found]
+    slices, lines = search_figures.slices(source, order), search_figures.parallel(source, order)
+    if not slices:
+        return section
+    section.blocks.append(words)
+    tables = result_tables.arms(source)
+    section.blocks += [Columns(tables)] if tables else []
+    bars = search_figures.importance_bars(found)
+    section.blocks += [Grid([bars])] if bars else ["There are too few trials to say how much each parameter mattered."]
+    section.blocks.append(Grid(slices, small=True))
+    section.blocks += [lines] if lines else []
+    return section
+
+
+def _compute(source: Source) -> Section:
+    section = Section("compute", "Compute")
+    search = source.log.of("search")
+    saved = saved_by_stopping(search)
+    rows = [["search", f"{len(search)} trials, {duration(saved.search_seconds)} of their own time"]]
+    if saved.num_stopped:
+        share = percent(saved.epochs / max(1, saved.planned_epochs))
+        rows.append(
+            [
+                "early stopping",
+                f"{saved.num_stopped} trials stopped early; {saved.epochs:,} of {saved.planned_epochs:,} epochs "
+                f"({share} %) were not run, about {duration(saved.seconds)}",
+            ]
+        )
+    for rung in rungs(source):
+        known = "too few to tell" if rung.correlation is None else f"{rung.correlation:.2f}"
+        rows.append(
+            [
+                f"rung at {rung.share:.0%}",
+                f"rank correlation with the end: {known}, over the {rung.num_trials} trials that finished",
+            ]
+        )
+    rows += [*_store_row(source), *_parameters_rows(source)]
+    section.blocks.append(Table("compute", "", ["", ""], rows, 2))
+    return section
+
+
+def _store_row(source: Source) -> list[list[str]]:
+    """How often trials read an image's stored output where the tower would have run."""
+    record = source.classes
+    if record is None:
+        return []
+    rows = int(record.stats.split_counts.sum())
+    epochs = sum(len(one.epochs) for one in source.log.records.values() if one.config["method"] != "zero_shot")
+    views = max(int(one.views) for one in source.log.records.values() if one.views.isdigit())
+    words = (
+        f"{epochs * rows:,} training images were read over {epochs:,} epochs; the tower saw {views * rows:,} "
+        f"({views} view{'s' if views > 1 else ''} of {rows:,}), {epochs / views:,.0f} times fewer"
+    )
+    return [["feature store", words]]
+
+
+def _parameters_rows(source: Source) -> list[list[str]]:
+    rows = []
+    for one in source.scored:
+        if one.classes is not None:
+            record = one.classes
+            words = f"{record.num_trained_parameters:,} trained of {record.num_parameters:,} behind the frozen tower"
+            rows.append([f"parameters, {one.name}", words])
+    return rows
+
+
+def _data(source: Source) -> Section:
+    section, record = Section("data", "Data"), source.classes
+    if record is not None:
+        stats = record.stats
+        groups = ", ".join(
+            f"{len(getattr(stats, group)):,} {group.replace('_', '-')}"
+            for group in SHOT_GROUPS
+            if len(getattr(stats, group))
+        )
+        section.blocks.append(
+            f"{stats.num_classes:,} classes ({groups}), {int(stats.split_counts.sum()):,} training images, imbalance "
+            f"factor {stats.imbalance_factor:,.4g}."
+        )
+    table = result_tables.quarantine(source)
+    if table is not None:
+        section.blocks += [f"{len(source.quarantine):,} files could not be decoded and were left out.", table]
+    elif section.blocks:
+        section.blocks.append("Every file could be decoded.")
+    if source.read_at is not None:
+        section.blocks.append(f"The test split was read once, at {source.read_at}.")
+    return section

@@ -1,0 +1,167 @@
+"""What a report is made of: all that a sweep's folder says, read once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imbvlm import storage
+from imbvlm.class_stats import ClassStats
+from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.quarantine import QUARANTINE_FILE
+from imbvlm.sweep.refits import WINNER
+from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.class_record import CLASS_RECORD_FILE
+from imbvlm.yaml_file import parse_yaml
+
+SPEC_FILE = "sweep.yaml"
+TEST_FILE = "test.json"
+TEST = "test"
+
+
+def read_spec(folder: str) -> SweepSpec:
+    """The spec in a sweep's folder; raises ImbvlmError where it isn't one."""
+    uri = storage.join(folder, SPEC_FILE)
+    if not storage.exists(uri):
+        raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")
+    return SweepSpec.from_tree(parse_yaml(storage.read_bytes(uri).decode(), uri))
+
+
+@dataclass(frozen=True)
+class ClassRecord:
+    """What some refits made of the classes, added over their seeds; arrays are per class (C,)."""
+
+    class_names: tuple[str, ...]
+    stats: ClassStats
+    correct: npt.NDArray[np.int64]
+    total: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    confidence_bins: npt.NDArray[np.float64]
+    # By (label, predicted): how often, and rows of the split.
+    confusions: Mapping[tuple[int, int], tuple[int, tuple[int, ...]]]
+    num_seeds: int
+    num_parameters: int
+    num_trained_parameters: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The refits of one name (winner, linear probe, ...), one record a seed."""
+
+    name: str
+    records: tuple[TrialRecord, ...]
+    classes: ClassRecord | None
+
+    def values(self, metric: str) -> list[float]:
+        """The metric of each seed that has it, such as `test/few_shot_accuracy`."""
+        return [record.epochs[-1][metric] for record in self.records if metric in record.epochs[-1]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sweep's folder, read."""
+
+    folder: str
+    spec: SweepSpec
+    log: TrialLog
+    scored: tuple[Scored, ...]
+    quarantine: tuple[Mapping[str, str], ...]
+    read_at: str | None
+
+    @staticmethod
+    def read(folder: str) -> Source:
+        """Read records, refits and lists; raises ImbvlmError where there is no sweep or no trial in it yet."""
+        spec, log = read_spec(folder), TrialLog.read(folder)
+        if not log.records:
+            raise ImbvlmError(f"{folder} has no trial yet, so there is nothing to report")
+        by_name: dict[str, list[TrialRecord]] = {}
+        for record in log.of("refit"):
+            if record.epochs and record.state == "finished":
+                by_name.setdefault(record.name, []).append(record)
+        order = sorted(by_name, key=lambda name: (name != WINNER, name == "zero-shot", name))
+        scored = tuple(Scored(name, tuple(by_name[name]), _classes(folder, by_name[name])) for name in order)
+        return Source(folder, spec, log, scored, _quarantine(folder), _read_at(folder))
+
+    @property
+    def winner(self) -> Scored | None:
+        """The winner's refits, where there are any."""
+        return next((one for one in self.scored if one.name == WINNER), None)
+
+    @property
+    def references(self) -> list[Scored]:
+        """The baselines' refits."""
+        return [one for one in self.scored if one.name != WINNER]
+
+    @property
+    def classes(self) -> ClassRecord | None:
+        """The winner's class record, or any that knows the classes."""
+        known = [one.classes for one in self.scored if one.classes is not None]
+        return known[0] if known else None
+
+    def value(self, record: TrialRecord) -> float | None:
+        """The objective's running maximum."""
+        return record.best_value(self.spec.best_objective)
+
+    def valued(self) -> list[tuple[TrialRecord, float]]:
+        """Search trials with a value, in the order in which they were started."""
+        pairs = [(record, self.value(record)) for record in self.log.of("search")]
+        return [(record, value) for record, value in pairs if value is not None]
+
+    @property
+    def has_test(self) -> bool:
+        return any(one.values("test/top1_accuracy") for one in self.scored)
+
+
+def _classes(folder: str, records: list[TrialRecord]) -> ClassRecord | None:
+    found = [one for record in records if (one := _class_file(folder, record)) and TEST in one["splits"]]
+    if not found:
+        return None
+    first, splits = found[0], [one["splits"][TEST] for one in found]
+    confusions: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+    for split in splits:
+        for pair in split["confusions"]:
+            key = (pair["label"], pair["predicted"])
+            count, rows = confusions.get(key, (0, ()))
+            confusions[key] = (count + pair["count"], tuple(dict.fromkeys([*rows, *pair["rows"]])))
+    sums = {name: np.sum([split[name] for split in splits], axis=0) for name in ("correct", "total", "predicted")}
+    return ClassRecord(
+        class_names=tuple(first["class_names"]),
+        stats=ClassStats.from_counts(first["class_counts"], first["split_counts"]),
+        **sums,
+        confidence_bins=np.sum([split["confidence_bins"] for split in splits], axis=0),
+        confusions=confusions,
+        num_seeds=len(found),
+        num_parameters=first["num_parameters"],
+        num_trained_parameters=first["num_trained_parameters"],
+    )
+
+
+def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:
+    uri = storage.join(folder, "refits", record.trial_id, CLASS_RECORD_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        raise ImbvlmError(f"{uri} is damaged; remove it to make a report without its classes") from None
+    return content
+
+
+def _quarantine(folder: str) -> tuple[Mapping[str, str], ...]:
+    uri = storage.join(folder, QUARANTINE_FILE)
+    if not storage.exists(uri):
+        return ()
+    return tuple(csv.DictReader(io.StringIO(storage.read_bytes(uri).decode())))
+
+
+def _read_at(folder: str) -> str | None:
+    uri = storage.join(folder, TEST_FILE)
+    return str(json.loads(storage.read_bytes(uri))["read_at"]) if storage.exists(uri) else None

@@ -1,0 +1,183 @@
+"""Small drawings as SVG text: scales, axes, marks. Colours are classes, so that a page decides on light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+Point = tuple[float, float]
+Format = Callable[[float], str]
+NUM_COLOURS = 6
+# What a drawing looks like outside the page.
+ALONE = (
+    "text{font:12px system-ui,sans-serif;fill:#1c2430}.grid{stroke:#d9dee7}.axis{stroke:#5c6675}.muted{fill:#5c6675}"
+    ".c0{color:#1d5fd1}.c1{color:#c4610a}.c2{color:#6b7280}.c3{color:#0f8a6b}.c4{color:#9333a8}.c5{color:#a88608}"
+    ".faint{color:#9aa3b0}"
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
+        return self.start if high == low else self.start + (at - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, wanted: int = 5) -> list[float]:
+        """Round values inside the range."""
+        if self.log:
+            return _log_ticks(self.low, self.high, wanted)
+        step = _nice_step((self.high - self.low) / max(1, wanted))
+        first = math.ceil(self.low / step - 1e-9)
+        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _nice_step(raw: float) -> float:
+    if raw <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+
+
+def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        found = [d * 10.0**power for power in range(first, last + 1) for d in digits]
+        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
+        if len(found) <= wanted + 1:
+            break
+    return found[:: math.ceil(len(found) / (wanted + 1))] or [low]
+
+
+def spread(values: Iterable[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Scale:
+    """A scale over some values with air at both ends."""
+    found = list(values)
+    low, high = min(found), max(found)
+    if log:
+        ratio = (high / low) ** pad if high > low else 1.5
+        return Scale(low / ratio, high * ratio, start, end, log=True)
+    air = (high - low) * pad or abs(high) * 0.05 or 0.5
+    return Scale(low - air, high + air, start, end)
+
+
+@dataclass
+class Drawing:
+    """Marks in the order in which they are painted."""
+
+    width: float
+    height: float
+    parts: list[str] = field(default_factory=list)
+
+    def line(self, points: Sequence[Point], style: str, *, width: float = 2, dash: str = "", title: str = "") -> None:
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        attributes = f'd="{path}" fill="none" stroke="currentColor" stroke-width="{width:g}"{dashes}'
+        self.parts.append(_mark("path", f'class="{style}" {attributes}', title))
+
+    def area(self, points: Sequence[Point], style: str, opacity: float = 0.15) -> None:
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + "Z"
+        self.parts.append(f'<path class="{style}" d="{path}" fill="currentColor" opacity="{opacity}"/>')
+
+    def dot(self, x: float, y: float, style: str, title: str = "", *, size: float = 3.6, shape: int = 0) -> None:
+        """A circle, square, triangle or rhombus, so that colour isn't alone in telling series apart."""
+        common = f'class="{style}" fill="currentColor"'
+        if shape % 4 == 0:
+            mark = _mark("circle", f'{common} cx="{x:.1f}" cy="{y:.1f}" r="{size:g}"', title)
+        else:
+            outlines = (
+                ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+                ((0.0, -1.2), (1.1, 0.9), (-1.1, 0.9)),
+                ((0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)),
+            )
+            corners = " ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in outlines[shape % 4 - 1])
+            mark = _mark("polygon", f'{common} points="{corners}"', title)
+        self.parts.append(mark)
+
+    def bar(self, x: float, y: float, width: float, height: float, style: str, title: str = "") -> None:
+        place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{max(0.0, height):.1f}" rx="1.5"'
+        self.parts.append(_mark("rect", f'class="{style}" fill="currentColor" {place}', title))
+
+    def rule(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
+        self.parts.append(f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        *,
+        anchor: str = "start",
+        style: str = "",
+        turn: float = 0,
+        size: float = 12,
+    ) -> None:
+        turned = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
+        attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}" font-size="{size:g}"{turned}'
+        self.parts.append(f"<text {attributes}>{escape(words)}</text>")
+
+    def svg(self, title: str, *, alone: bool = False) -> str:
+        """The drawing as an SVG element, or as a file of its own."""
+        head = f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(title)}"'
+        size = f' xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"' if alone else ""
+        background = f'<style>{ALONE}</style><rect width="100%" height="100%" fill="#fff"/>' if alone else ""
+        return f"<svg {head}{size}>{background}{''.join(self.parts)}</svg>"
+
+
+def _mark(tag: str, attributes: str, title: str) -> str:
+    return f"<{tag} {attributes}><title>{escape(title)}</title></{tag}>" if title else f"<{tag} {attributes}/>"
+
+
+def frame(
+    drawing: Drawing,
+    x: Scale,
+    y: Scale,
+    labels: tuple[str, str],
+    *,
+    x_format: Format | None = None,
+    y_format: Format | None = None,
+    num_ticks: tuple[int, int] = (6, 5),
+) -> None:
+    """Grid, axes, ticks and the names of both axes; `x_format` of None leaves the ticks of x to the caller."""
+    for value in y.ticks(num_ticks[1]):
+        drawing.rule(x.start, y(value), x.end, y(value), "grid")
+        drawing.text(x.start - 7, y(value) + 4, (y_format or number)(value), anchor="end", style="muted")
+    if x_format is not None:
+        for value in x.ticks(num_ticks[0]):
+            drawing.rule(x(value), y.start, x(value), y.start + 4, "axis")
+            drawing.text(x(value), y.start + 18, x_format(value), anchor="middle", style="muted")
+    drawing.rule(x.start, y.start, x.end, y.start, "axis")
+    if labels[0]:
+        drawing.text((x.start + x.end) / 2, drawing.height - 6, labels[0], anchor="middle")
+    if labels[1]:
+        drawing.text(x.start, y.end - 12, labels[1], anchor="start")
+
+
+def legend(drawing: Drawing, x: float, y: float, entries: Sequence[tuple[str, str, int]]) -> None:
+    """Names beside their marks in a row: (name, style, shape)."""
+    for name, style, shape in entries:
+        drawing.dot(x + 5, y - 4, style, shape=shape, size=4.2)
+        drawing.text(x + 14, y, name, size=11.5)
+        x += 24 + 6.3 * len(name)
+
+
+def number(value: float) -> str:
+    """A short number: 0.003, 12, 3,400."""
+    if value and abs(value) < 0.001:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent_tick(value: float) -> str:
+    """A fraction as percent on an axis."""
+    return f"{100 * value:.4g}"

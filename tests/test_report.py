@@ -1,0 +1,266 @@
+"""A report says what the sweep has found and no more, in one page that asks the network for nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sweep_folder import write_sweep
+
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs, saved_by_stopping
+from imbvlm.sweep.report.sections import build
+from imbvlm.sweep.report.source import Source
+from imbvlm.sweep.report.write import parts, write_report
+
+COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
+LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its tags close."""
+
+    VOID = frozenset({"meta", "link", "img", "path", "circle", "polygon", "rect", "line", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for key, value in attrs if key in ("src", "href", "srcset", "xlink:href", "data")]
+        if tag not in self.VOID and tag != "li":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID and tag != "li":
+            assert self.open.pop() == tag
+
+
+def page_of(folder: Path) -> str:
+    return Path(write_report(str(folder))).read_text(encoding="utf-8")
+
+
+def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
+    text = page_of(write_sweep(tmp_path / "made", COUNTS))
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(one.startswith(("#", "data:")) for one in page.references)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert len(text) < 1_000_000
+
+
+def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
+    report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.4))))
+    assert report.is_win
+    assert re.search(r"points above linear probe \(standard error 1\.4, spread of its seeds \d", report.statement)
+    assert "above zero-shot" in report.statement
+    facts = {fact.label: fact for fact in report.facts}
+    assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
+    assert "linear probe" in facts["few-shot"].note
+
+
+def test_a_gain_within_the_standard_error_is_no_win(tmp_path):
+    report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
+    assert not report.is_win
+    assert report.statement.startswith("No win is shown")
+
+
+def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    report = build(Source.read(str(folder)))
+    assert "on validation" in report.statement
+    assert "test split has not been read" in report.statement
+    assert "Test split" not in page_of(folder)
+
+
+def test_a_sweep_that_has_just_begun_has_a_page(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
+    (folder / "trials" / "t00001.json").unlink()
+    assert "No trial has given a result yet" in page_of(folder)
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(ImbvlmError, match=r"has no sweep\.yaml"):
+        write_report(str(tmp_path))
+    write_sweep(tmp_path / "made", COUNTS, refits=False)
+    shutil.rmtree(tmp_path / "made" / "trials")
+    with pytest.raises(ImbvlmError, match="no trial yet"):
+        write_report(str(tmp_path / "made"))
+
+
+def test_a_page_of_8142_classes_is_small_and_quick(tmp_path):
+    """Aggregated: no mark, row or name for each class."""
+    folder = write_sweep(tmp_path / "made", LONG_TAIL)
+    started = time.perf_counter()
+    text = page_of(folder)
+    assert time.perf_counter() - started < 20
+    assert len(text) < 1_000_000
+    assert sum(f">class {number}<" in text for number in range(len(LONG_TAIL))) < 60
+
+
+def test_hostile_names_are_words(tmp_path):
+    names = [f"<script>alert({number})</script>\"'&" for number in range(len(COUNTS))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    page = Page(page_of(folder))
+    assert "script" not in page.tags
+    assert page.open == []
+
+
+def test_quarantined_files_are_counted_by_class(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    lines = ["split,row,path,reason,label,class_name,shot_group"]
+    lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
+    (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "quarantine_by_class"]
+    assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
+
+
+def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path):
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    counts = manifest.class_stats().split_counts.tolist()
+    folder = write_sweep(tmp_path / "made", counts, class_names=list(manifest.class_names))
+    assert "<img" not in page_of(folder)
+    spec = (folder / "sweep.yaml").read_text().replace("gone.parquet", "embedded:fashion_mnist_lt")
+    (folder / "sweep.yaml").write_text(spec)
+    assert page_of(folder).count('<img src="data:image/webp;base64,') >= 12
+
+
+def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
+    adaptive = page_of(write_sweep(tmp_path / "tpe", COUNTS))
+    assert "What may have mattered" in adaptive
+    assert "A hint, not a finding" in adaptive
+    random = page_of(write_sweep(tmp_path / "random", COUNTS, searcher={"name": "random"}))
+    assert "drawn at random" in random
+    assert "not a finding" not in random
+    stratified = page_of(write_sweep(tmp_path / "even", COUNTS, stratify=["loss.name"]))
+    assert "Each choice of loss.name got the same number of trials" in stratified
+    assert "By loss.name" in stratified
+
+
+def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path):
+    found = importances(Source.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
+    assert found[0].key == "loss.name"
+    assert sum(one.share for one in found) == pytest.approx(1)
+    assert {one.key for one in found} == {"loss.name", "method", "decoder.depth", "optim.lr"}
+
+
+def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    saved = saved_by_stopping(source.log.of("search"))
+    assert (saved.num_stopped, saved.epochs, saved.planned_epochs) == (6, 6 * 8, 24 * 12)
+    assert saved.seconds == pytest.approx(6 * 8 * 2)
+    (rung,) = rungs(source)
+    assert rung.num_trials == 18
+    assert rung.correlation == pytest.approx(1)
+
+
+def test_a_front_has_no_trial_that_is_slower_and_worse():
+    assert pareto_front([3, 1, 2, 2, 5], [0.9, 0.5, 0.4, 0.6, 0.8]) == [1, 3, 0]
+    assert pareto_front([], []) == []
+
+
+def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_a_folder_gets_every_figure_and_table(tmp_path):
+    names = ["50 % & more_or_less", *(f"class {number}" for number in range(1, len(COUNTS)))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    page = Path(write_report(str(folder), str(tmp_path / "out")))
+    assert page == tmp_path / "out" / "report.html"
+    figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    wanted = {"shot_groups", "class_size", "sorted_classes", "calibration", "history", "cost", "few_shot", "rung"}
+    assert wanted | {"importance", "parallel", "slice_optim_lr"} <= figures
+    with open(tmp_path / "out" / "tables" / "per_class.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["training_images"]) for row in rows] == COUNTS
+    assert rows[0]["class"] == names[0]
+    latex = (tmp_path / "out" / "tables" / "scores.tex").read_text()
+    assert latex.startswith("\\begin{tabular}{lcccc")
+    assert re.search(r"winner & 1 & 2 & [\d.]+ \$\\pm\$ ", latex)
+
+
+def test_the_command_prints_where_the_page_is(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    command = [sys.executable, "-m", "imbvlm", "report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{folder}/report.html\n"
+    assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------- in a browser
+
+
+def chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on this machine; install it to see the report opened")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr"]
+    return subprocess.run([program, *quiet, *arguments], capture_output=True, text=True, timeout=100, check=True)
+
+
+def opened(page: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Lines of the console, and URLs of http(s) that were asked for."""
+    log = tmp_path / "net.json"
+    done = chromium(f"--log-net-log={log}", "--dump-dom", page.as_uri())
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # Chromium asks for things of its own besides; what a page asks for has this annotation (blink_resource_loader).
+    asked = re.findall(r'"traffic_annotation":101845102,"url":"(https?://[^"]+)"', log.read_text())
+    return console, asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [COUNTS, LONG_TAIL], ids=["10 classes", "8142 classes"])
+def test_chromium_opens_it_without_an_error_or_a_request(tmp_path, counts):
+    folder = write_sweep(tmp_path / "made", counts)
+    assert opened(Path(write_report(str(folder))), tmp_path) == ([], [])
+    # The same look does see a page that asks and complains.
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("no")</script>')
+    console, asked = opened(bad, tmp_path)
+    assert console
+    assert "http://127.0.0.1:9/x.png" in asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(tmp_path, width):
+    """Wide tables and figures scroll by themselves; the page doesn't."""
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    text = Path(write_report(str(folder))).read_text()
+    probe = tmp_path / "probe.html"
+    frame = json.dumps(text).replace("</", "<\\/")
+    # A frame of that width: headless windows have a least width of their own.
+    probe.write_text(
+        f'<iframe id="f" width="{width}" height="900"></iframe><p id="out"></p><script>'
+        f"const f=document.getElementById('f');f.onload=()=>{{const d=f.contentDocument.documentElement;"
+        f"document.getElementById('out').textContent='widths '+d.scrollWidth+' '+d.clientWidth}};"
+        f"f.srcdoc={frame}</script>"
+    )
+    done = chromium("--dump-dom", "--virtual-time-budget=5000", probe.as_uri())
+    found = re.search(r"widths (\d+) (\d+)", done.stdout)
+    assert found is not None
+    assert int(found[1]) <= int(found[2]) <= width
