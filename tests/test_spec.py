@@ -297,3 +297,38 @@ def test_corner_trials_have_every_combination_that_decides_what_exists() -> None
     assert len(seen) == 4
     assert {needed(trial.decoder).depth for trial in trials if trial.method == "decoder"} == {1, 2}
     assert {needed(trial.optim).lr for trial in trials} == {0.01, 1.0}
+
+
+PINNED = """\
+name: pinned
+base: {data: {manifest: m}, encoder: {name: tower}, method: decoder}
+space:
+  parameters:
+    decoder.depth: {choice: [1, 2]}
+    train.num_epochs: {choice: [5, 10]}
+    optim.lr: {uniform: [0.01, 0.1], when: {decoder.depth: 2}}
+first_trials: [{decoder.depth: 2, train.num_epochs: 10, optim.lr: 0.05}, {decoder.depth: 1, train.num_epochs: 5}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"train.num_epochs": 1}, [{"decoder.depth": 2, "optim.lr": 0.05}, {"decoder.depth": 1}]),
+        ({"decoder.depth": 2}, [{"train.num_epochs": 10, "optim.lr": 0.05}]),
+        ({"decoder.depth": 1}, [{"train.num_epochs": 5}]),
+        ({"optim.momentum": 0.5}, None),
+    ],
+)
+def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(settings, left) -> None:
+    spec = SweepSpec.from_tree(parse_yaml(PINNED, "sweep.yaml"))
+    check_spec(spec)
+    found = spec.with_settings(settings)
+    check_spec(found)
+    assert found.first_trials == (spec.first_trials if left is None else left)
+
+
+def test_a_pinned_trial_outside_the_space_is_refused_whatever_else_is_set() -> None:
+    text = PINNED.replace("optim.lr: 0.05", "optim.lr: 5.0")
+    with pytest.raises(ConfigError, match=r"first_trials\[0\]"):
+        check_spec(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")).with_settings({"train.num_epochs": 1}))

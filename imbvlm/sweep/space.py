@@ -128,6 +128,14 @@ class SearchSpace:
         """The parameters of one key: none, one, or its branches."""
         return [parameter for parameter in self.parameters if parameter.key == key]
 
+    def contains(self, draw: Draw, base: Tree) -> bool:
+        """Whether the space can draw exactly these keys and values."""
+        try:
+            self.names_of(draw, base)
+        except ConfigError:
+            return False
+        return True
+
     def without(self, keys: Iterable[str]) -> SearchSpace:
         """The space with some keys no longer drawn (they are set in the base instead)."""
         gone = frozenset(keys)

@@ -153,8 +153,22 @@ class SweepSpec(Section):
             base = drop_unused_sections(base, keep=of_trials)
         tree = {**spec.to_tree(), "base": base}
         if any(parameter.key in of_trials for parameter in space.parameters):
-            tree["space"] = space.without(of_trials).tree
+            rest = space.without(of_trials)
+            tree |= {"space": rest.tree, "first_trials": spec._first_trials_within(space, rest, base)}
         return SweepSpec.from_tree(YamlTree(tree, self._origin.file, places))
+
+    def _first_trials_within(self, space: SearchSpace, rest: SearchSpace, base: Tree) -> list[Draw]:
+        """The first trials without the keys that `rest` no longer draws; those that it can't draw are left out.
+
+        One that was outside the space before stays, to be refused with the others' mistakes.
+        """
+        fixed = {parameter.key for parameter in space.parameters} - {parameter.key for parameter in rest.parameters}
+        shorter = [{key: value for key, value in draw.items() if key not in fixed} for draw in self.first_trials]
+        return [
+            draw
+            for draw, whole in zip(shorter, self.first_trials, strict=True)
+            if rest.contains(draw, base) or not space.contains(whole, self.base)
+        ]
 
     def read_space(self) -> SearchSpace:
         """The search space, read and checked; raises ConfigError."""
