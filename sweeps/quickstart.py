@@ -3,6 +3,14 @@
 from imbvlm.sweep.command import main
 from imbvlm.sweep.spec import SweepSpec
 
+RECIPE = {
+    "classifier.kind": "cosine",
+    "classifier.temperature": 0.05,
+    "loss.name": "balanced_softmax",
+    "data.class_sampling": "instance_balanced",
+    "optim.lr": 0.05,
+}
+
 spec = SweepSpec(
     name="quickstart",
     base={
@@ -16,6 +24,8 @@ spec = SweepSpec(
     },
     space="quickstart",
     num_trials=30,
+    # What is known to work comes first, as the large sweeps pin their published recipes.
+    first_trials=[{**RECIPE, "method": "linear_probe"}, {**RECIPE, "method": "decoder", "decoder.depth": 1}],
     smoke={"num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},
 )
 
