@@ -6,11 +6,14 @@ Keys are taken as they are, spaces and percent signs included. boto3 is imported
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pyarrow.fs as pafs
 
@@ -20,7 +23,11 @@ SCHEME = "s3://"
 # Clients back off at 503 and slow answers this often; 403 and 404 aren't asked again by them.
 _ATTEMPTS = 6
 _CONNECTIONS = 64
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS, _READ_SECONDS = 5.0, 60.0
+_ATTEMPTS_DENIED = 3
+_FIRST_WAIT_SECONDS = 0.1
+# Refusals that another try can't change.
+_LASTING = (b"SignatureDoesNotMatch", b"InvalidAccessKeyId", b"ExpiredToken", b"InvalidToken", b"AccountProblem")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_TOKEN")
 _SETTINGS = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
@@ -43,17 +50,91 @@ def filesystem(bucket: str) -> pafs.S3FileSystem:
 
 @lru_cache(maxsize=32)
 def _filesystem(bucket: str, settings: tuple[str, ...]) -> pafs.S3FileSystem:
-    session, endpoint = _session(), urlsplit(client().meta.endpoint_url)
-    own = not (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    region = session.region_name or ("us-east-1" if own else pafs.resolve_s3_region(bucket))
+    endpoint, region = _place(bucket)
+    parts = urlsplit(endpoint or "https:")
     return pafs.S3FileSystem(
         region=region,
-        endpoint_override=endpoint.netloc if own else None,
-        scheme=endpoint.scheme,
-        anonymous=session.get_credentials() is None,
+        endpoint_override=parts.netloc or None,
+        scheme=parts.scheme,
+        anonymous=_session().get_credentials() is None,
         connect_timeout=_CONNECT_SECONDS,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
     )
+
+
+def _place(bucket: str) -> tuple[str | None, str]:
+    """The endpoint of another server than Amazon's, and the region of a bucket."""
+    endpoint = str(client().meta.endpoint_url)
+    own = not (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    region = _session().region_name or ("us-east-1" if own else pafs.resolve_s3_region(bucket))
+    return endpoint if own else None, str(region)
+
+
+def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
+    """An object, or a part of it, by one request: pyarrow asks twice for each object, and boto3 costs twice the CPU.
+
+    Bad answers are outlasted by a bounded number of tries, refusals too: a store under load refuses now and then what
+    it allows. Raises FileNotFoundError, PermissionError, StorageError.
+    """
+    bucket, key = split(uri)
+    reader = _reader(bucket, tuple(os.environ.get(name, "") for name in _SETTINGS))
+    headers = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
+    answer = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random()))
+        status, content = reader.ask(key, headers)
+        if status in (200, 206):
+            return content
+        if status == 404:
+            raise FileNotFoundError(uri)
+        code = re.search(rb"<Code>(\w+)</Code>", content)
+        answer = f"{status or ''} {code[1].decode() if code else content[:200].decode('utf-8', 'replace')}".strip()
+        if status == 403 and (attempt + 1 >= _ATTEMPTS_DENIED or (code is not None and code[1] in _LASTING)):
+            raise PermissionError(uri)
+        if (status is not None and 400 <= status < 500 and status not in (403, 408, 429)) or status in (301, 307):
+            break
+    raise StorageError(f"can't read {uri}: the store answers {answer}")
+
+
+class _Reader:
+    """Signed GET requests for the objects of a bucket, over connections that stay open."""
+
+    def __init__(self, bucket: str) -> None:
+        from botocore.auth import S3SigV4Auth
+        from botocore.httpsession import URLLib3Session
+        from botocore.utils import get_environ_proxies
+
+        endpoint, region = _place(bucket)
+        self.base = f"{endpoint or f'https://s3.{region}.amazonaws.com'}/{bucket}/"
+        credentials = _session().get_credentials()
+        self.auth = None if credentials is None else S3SigV4Auth(credentials, "s3", region)
+        options: dict[str, Any] = {
+            "verify": os.environ.get("AWS_CA_BUNDLE") or True,
+            "timeout": (_CONNECT_SECONDS, _READ_SECONDS),
+        }
+        self.session = URLLib3Session(
+            proxies=get_environ_proxies(self.base), max_pool_connections=_CONNECTIONS, **options
+        )
+
+    def ask(self, key: str, headers: Mapping[str, str]) -> tuple[int | None, bytes]:
+        """Status and content; no status, and the reason as content, where there was no answer."""
+        from botocore.awsrequest import AWSRequest
+        from botocore.exceptions import BotoCoreError
+
+        request = AWSRequest("GET", self.base + quote(key, safe="/~"), headers=dict(headers))
+        if self.auth is not None:
+            self.auth.add_auth(request)
+        try:
+            response = self.session.send(request.prepare())
+        except BotoCoreError as error:
+            return None, str(error).encode()
+        return int(response.status_code), bytes(response.content)
+
+
+@lru_cache(maxsize=32)
+def _reader(bucket: str, settings: tuple[str, ...]) -> _Reader:
+    return _Reader(bucket)
 
 
 def client() -> Any:

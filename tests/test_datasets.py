@@ -17,6 +17,7 @@ from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.images import decode, fetch
 from imbvlm.data.inaturalist import from_inaturalist
 from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.quarantine import limit_findings
 from imbvlm.data.sources import from_folders, from_lists
 from imbvlm.data.summary import plot_counts, plot_svg, summary
 from imbvlm.data.tables import from_table
@@ -482,3 +483,27 @@ def test_build_options_that_cannot_be_are_said(tree):
         run("build", "--list", "a.txt", "-o", "x.parquet")
     with pytest.raises(ImbvlmError, match="has no"):
         run("build", "--webdataset", tree, "-o", "x.parquet")
+
+
+# ------------------------------------------------------------------------------------------------ limits of loss
+
+
+def limits(bad, max_images=None, max_share=0.5, split="train"):
+    bad = dict.fromkeys(bad, "truncated")
+    return limit_findings(balanced(4, 5), split, bad, max_images=max_images, max_share=max_share)
+
+
+def test_few_bad_images_are_within_the_limits():
+    assert limits([0, 1, 2, 3, 5, 10, 15]) == []
+    assert limits([]) == []
+
+
+def test_limits_by_count_by_share_and_by_class_are_said_with_names():
+    by_count, by_share, by_class = limits([0, 1, 2, 3, 4, 7], max_images=5, max_share=0.25)
+    assert by_count.startswith(
+        "6 images of train can't be used, above data.max_bad_images 5: s3://bucket/0.jpg (truncated)"
+    )
+    assert by_share.startswith("6 images of train can't be used, 30.0% of 20, above data.max_bad_share 0.25")
+    assert by_class == "1 class would lose every training image: 'c0' (5)"
+    assert limits([0, 1], split="test") == []
+    assert len(limits([0, 1, 2], split="test")) == 1

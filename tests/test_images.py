@@ -400,3 +400,26 @@ def test_a_file_that_cannot_be_had_says_why(tmp_path):
         fetch(str(tmp_path / "a\0b.jpg"), None)
     with pytest.raises(ImageError, match="neither"):
         fetch(None, None)
+
+
+# ------------------------------------------------------------------------------------------------ smaller decoding
+
+
+@pytest.mark.parametrize(
+    ("least_side", "shape"), [(301, (300, 400)), (150, (150, 200)), (60, (75, 100)), (10, (38, 50))]
+)
+def test_jpegs_are_decoded_smaller_but_never_below_what_is_needed(least_side, shape):
+    found = decode(encode(photo(400, 300), "JPEG", quality=95), least_side=least_side)
+    assert found.shape == (*shape, 3)
+
+
+def test_other_formats_are_not_decoded_smaller():
+    assert decode(encode(photo(400, 300), "PNG"), least_side=10).shape == (300, 400, 3)
+
+
+def test_the_faster_crop_is_within_a_few_grey_levels_of_the_exact_one():
+    data = encode(photo(1200, 900), "JPEG", quality=90)
+    exact, fast = Preprocess(96, 8 / 7), Preprocess(96, 8 / 7, jpeg_downscale=2.0)
+    assert fast.decode(data).size == (300, 225)
+    assert off_by(fast.apply(fast.decode(data)), exact.apply(exact.decode(data)).astype(int)) <= 4
+    assert fast.decode(data, least_crop=0.5).size == (600, 450)

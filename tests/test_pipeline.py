@@ -34,6 +34,8 @@ class Tower:
     """Stands for a tower: made once per worker, sees whole blocks."""
 
     def __init__(self, scale):
+        if scale == 0:
+            raise StorageError("the tower's file is not there")
         self.scale = scale
         self.calls = 0
 
@@ -111,6 +113,13 @@ def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster, h
 def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block, message):
     with pytest.raises(StorageError, match=message):
         run([{"shard": 1, "num_images": 3}, block])
+
+
+@pytest.mark.ray
+def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster, capfd):
+    with pytest.raises(StorageError, match="the tower's file is not there"):
+        list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), num_workers=1))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.ray

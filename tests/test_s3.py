@@ -167,8 +167,7 @@ def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
 
 def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch):
     set_environment(monkeypatch, s3.settings("http://127.0.0.1:9"))
-    monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 1)
-    monkeypatch.setattr("imbvlm.data.fetching._ATTEMPTS", 2)
+    monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 3)
     with pytest.raises(StorageError, match="can't read s3://images/pets"):
         fetch(f"s3://{BUCKET}/pets/a.png", None)
 

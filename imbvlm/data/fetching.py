@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from urllib.parse import unquote
-
-import pyarrow.fs as pafs
 
 from imbvlm import s3, storage
 from imbvlm.data.packs import ByteRange, parse_range
-
-_ATTEMPTS = 5
-_ATTEMPTS_DENIED = 3
-_FIRST_WAIT_SECONDS = 0.2
 
 
 class MissingError(Exception):
@@ -56,27 +49,15 @@ def _read_local(uri: str, part: ByteRange | None) -> bytes:
 
 
 def _read_remote(uri: str, part: ByteRange | None) -> bytes:
-    filesystem, path = storage.open_filesystem(uri)
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _read_once(filesystem, path, part)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            denied = s3.is_denied(error)
-            # Stores under load refuse now and then what they allow; pyarrow itself doesn't ask again.
-            if attempt + 1 < (_ATTEMPTS_DENIED if denied else _ATTEMPTS):
-                time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
-                continue
-            if denied:
-                raise MissingError("access denied") from None
-            raise storage.failure("read", uri, error) from None
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _read_once(filesystem: pafs.FileSystem, path: str, part: ByteRange | None) -> bytes:
-    if part is None:
-        with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
-    with filesystem.open_input_file(path) as file:
-        return bytes(file.read_at(part.num_bytes, part.offset))
+    try:
+        if uri.startswith(s3.SCHEME):
+            return s3.get(uri) if part is None else s3.get(uri, part.offset, part.num_bytes)
+        filesystem, path = storage.open_filesystem(uri)
+        with filesystem.open_input_file(path) as file:
+            return bytes(file.read() if part is None else file.read_at(part.num_bytes, part.offset))
+    except FileNotFoundError:
+        raise
+    except PermissionError:
+        raise MissingError("access denied") from None
+    except OSError as error:
+        raise storage.failure("read", uri, error) from None

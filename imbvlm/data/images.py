@@ -19,6 +19,7 @@ from imbvlm.data.fetching import MissingError, read_object
 from imbvlm.errors import ImbvlmError
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 
 # Pillow's own bound for a decompression bomb. Larger JPEGs are decoded at a fraction of their size.
 MAX_PIXELS = 178_956_970
@@ -61,25 +62,31 @@ class ImageError(ImbvlmError):
         super().__init__(reason)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int | None = None) -> Pixels:
     """Pixels (H, W, 3) in RGB of an image file, upright, alpha on white, the first frame of several.
 
     16-bit grey is scaled by 1/257; 32-bit grey too where it fits in 16 bits, else from its own minimum to maximum.
     Float grey is taken as 0..1, 0..255 or 0..65535, the first that holds it, else from its own minimum to maximum; its
-    pixels that aren't finite become black. JPEGs above `max_pixels` are decoded at 1/2, 1/4 or 1/8 of their size.
-    Raises ImageError with a short reason.
+    pixels that aren't finite become black. JPEGs above `max_pixels` are decoded at 1/2, 1/4 or 1/8 of their size, and
+    with `least_side` every JPEG at the smallest of these whose shorter side isn't below it. Raises ImageError with a
+    short reason.
     """
+    return np.asarray(decode_picture(data, max_pixels=max_pixels, least_side=least_side))
+
+
+def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int | None = None) -> Image.Image:
+    """The same as `decode` as a Pillow image in mode RGB, which crops are made from without a copy."""
     if not data:
         raise ImageError("empty file")
     try:
-        with _open(data, max_pixels) as image:
+        with _open(data, max_pixels, least_side) as image:
             image.load()
-            return np.ascontiguousarray(_to_rgb(_upright(image)))
+            return _to_rgb(_upright(image))
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, data)) from None
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, least_side: int | None) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
@@ -88,9 +95,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             raise
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     width, height = image.size
-    if width * height > max_pixels and isinstance(image, JpegImagePlugin.JpegImageFile):
-        scale = math.sqrt(max_pixels / (width * height))
-        _draft(image, scale)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        eighths = _eighths(width, height, max_pixels, least_side)
+        image.draft(None, (max(1, width * eighths // 8), max(1, height * eighths // 8)))
     if image.width * image.height > max_pixels:
         raise ImageError(f"{width} x {height} pixels is above the limit of {max_pixels:,}")
     if not image.width * image.height:
@@ -98,10 +105,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _draft(image: JpegImagePlugin.JpegImageFile, scale: float) -> None:
-    """Let the JPEG decoder give the smallest of 1/2, 1/4, 1/8 that is needed to come below a scale."""
-    eighths = next((part for part in (4, 2, 1) if part / 8 <= scale), 1)
-    image.draft(None, (max(1, image.width * eighths // 8), max(1, image.height * eighths // 8)))
+def _eighths(width: int, height: int, max_pixels: int, least_side: int | None) -> int:
+    """Eighths of its size at which a JPEG is decoded: 8, 4, 2 or 1."""
+    eighths = 8
+    while eighths > 1 and least_side is not None and min(width, height) * (eighths // 2) >= least_side * 8:
+        eighths //= 2
+    while eighths > 1 and width * height * eighths**2 > max_pixels * 64:
+        eighths //= 2
+    return eighths
 
 
 @lru_cache(maxsize=1)
@@ -124,18 +135,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode.startswith("I") or mode == "F":
-        return _scaled_grey(image)
+        return Image.fromarray(_scaled_grey(image)).convert("RGB")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _on_white(image.convert("RGBA"))
-    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    return image if mode == "RGB" else image.convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Pixels:
+def _on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _scaled_grey(image: Image.Image) -> Pixels:
@@ -148,7 +159,7 @@ def _scaled_grey(image: Image.Image) -> Pixels:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey = np.where(values == transparent, np.uint8(255), grey)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    return grey
 
 
 def _tiff_bits(image: Image.Image) -> int:
@@ -207,6 +218,9 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     resize_mode: Literal["shortest", "squash"] = "shortest"
+    # Large JPEGs may be decoded smaller, their shorter side at least this multiple of what is needed: faster, and off
+    # by a few grey levels. None: exact.
+    jpeg_downscale: float | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in _INTERPOLATIONS:
@@ -215,6 +229,8 @@ class Preprocess:
             raise ImbvlmError(f"resize_mode must be shortest or squash, and is {self.resize_mode!r}")
         if self.resize < 1:
             raise ImbvlmError(f"eval.resize must be at least 1, and is {self.resize}")
+        if self.jpeg_downscale is not None and self.jpeg_downscale < 1:
+            raise ImbvlmError(f"jpeg_downscale must be at least 1, and is {self.jpeg_downscale}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -226,16 +242,31 @@ class Preprocess:
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return Preprocess(**known)
 
-    def apply(self, image: Pixels, view: int = 0, row_id: int = 0) -> Pixels:
-        """Pixels (3, S, S) of the evaluation crop, or for view >= 1 a random resized crop, perhaps flipped."""
-        picture = Image.fromarray(image)
-        if view == 0:
-            return self._resized(picture, self._centre(*picture.size))
-        rng = np.random.default_rng((row_id, view))
-        pixels = self._resized(picture, random_crop(rng, *picture.size))
-        return np.ascontiguousarray(pixels[:, :, ::-1]) if rng.random() < 0.5 else pixels
+    def decode(self, data: bytes, least_crop: float = 1.0) -> Image.Image:
+        """A picture for crops whose shorter side is `least_crop` of the image's or more; raises ImageError."""
+        if self.jpeg_downscale is None:
+            return decode_picture(data)
+        needed = self.image_size * max(self.resize, 1 / least_crop)
+        return decode_picture(data, least_side=math.ceil(needed * self.jpeg_downscale))
 
-    def _centre(self, width: int, height: int) -> tuple[float, float, float, float]:
+    def apply(
+        self, image: Pixels | Image.Image, view: int = 0, row_id: int = 0, *, out: Pixels | None = None
+    ) -> Pixels:
+        """Pixels (3, S, S) of the evaluation crop, or for view >= 1 a random resized crop, perhaps flipped.
+
+        They are written into `out` where it is given, such as a place in a batch.
+        """
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if view == 0:
+            resized = self.resized(picture, self.centre(*picture.size))
+        else:
+            rng = np.random.default_rng((row_id, view))
+            resized = self.resized(picture, random_crop(rng, *picture.size))
+            if rng.random() < 0.5:
+                resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return channels_first(resized, out)
+
+    def centre(self, width: int, height: int) -> Box:
         """The part of the image (left, top, right, bottom) that resizing and cropping would leave.
 
         Resizing this box gives the same pixels as resizing the whole image and cropping, with less work.
@@ -252,10 +283,18 @@ class Preprocess:
         right, bottom = (left + self.image_size) * across, (top + self.image_size) * down
         return left * across, top * down, min(right, width), min(bottom, height)
 
-    def _resized(self, picture: Image.Image, box: tuple[float, float, float, float]) -> Pixels:
-        size = (self.image_size, self.image_size)
-        resized = picture.resize(size, _INTERPOLATIONS[self.interpolation], box=box)
-        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    def resized(self, picture: Image.Image, box: Box) -> Image.Image:
+        """A part of a picture at the tower's size, with the tower's interpolation."""
+        return picture.resize((self.image_size, self.image_size), _INTERPOLATIONS[self.interpolation], box=box)
+
+
+def channels_first(picture: Image.Image, out: Pixels | None = None) -> Pixels:
+    """Pixels (3, H, W) of an RGB picture, written into `out` where it is given."""
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    if out is None:
+        return np.ascontiguousarray(pixels)
+    out[...] = pixels
+    return out
 
 
 def random_crop(
@@ -264,7 +303,7 @@ def random_crop(
     height: int,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[float, float, float, float]:
+) -> Box:
     """A box (left, top, right, bottom) with a share of the area in `scale` and an aspect in `ratio` (Inception)."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)

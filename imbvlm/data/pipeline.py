@@ -19,6 +19,8 @@ import ray
 import ray.data
 from ray.data.context import DataContext
 
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.errors import ImbvlmError
 
 Block = dict[str, Any]
@@ -99,6 +101,42 @@ def map_images(
         yield from _summaries(dataset)
 
 
+def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead: int = 2) -> Iterator[Block]:
+    """Loaded blocks in the order given, some made ahead of their use; arrays are read-only and not copied.
+
+    Its tasks book no CPU, as a DataLoader's workers don't: beside Train workers that hold every CPU it goes on too. An
+    ImbvlmError of `load` comes out as it was raised.
+    """
+    if not blocks:
+        return
+    rows = [{_DESCRIPTOR: pickle.dumps(block)} for block in blocks]
+    with _quiet_context() as context:
+        context.execution_options.preserve_order = True
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Load(load), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks
+        )
+        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
+            block = _unpack(batch)
+            if _ERROR in block:
+                raise block[_ERROR]
+            yield block
+
+
+class ImageStream:
+    """One Train worker's images of an epoch, in the plan's order and complete; iterate for ImageBatch."""
+
+    def __init__(self, manifest: Manifest, plan: StreamPlan, *, num_tasks: int = 1, start_batch: int = 0) -> None:
+        self.blocks = plan.blocks(manifest, start_batch)
+        self.num_tasks = num_tasks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        for block in stream_blocks(self.blocks, load_batch, num_tasks=self.num_tasks):
+            yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+
+
 def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
     for row in dataset.iter_rows():
         summary: Block = pickle.loads(row[_REST])
@@ -121,11 +159,15 @@ class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
     def __init__(self, worker: type, worker_args: tuple[Any, ...]) -> None:
-        self.worker = worker(*worker_args)
+        self.failure: Block | None = None
+        try:
+            self.worker: Load = worker(*worker_args)
+        except ImbvlmError as error:
+            self.failure = {_ERROR: error}
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
         block = _unpack(batch)
-        summary = block if _ERROR in block else _guarded(self.worker, block)
+        summary = self.failure or (block if _ERROR in block else _guarded(self.worker, block))
         return {_REST: [pickle.dumps(summary)]}
 
 
@@ -169,7 +211,7 @@ def _free_cpus(wanted: float) -> float:
 
 
 @contextmanager
-def _quiet_context() -> Iterator[None]:
+def _quiet_context() -> Iterator[DataContext]:
     """Ray Data without progress bars and chatter, for the datasets made and run inside."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -180,6 +222,6 @@ def _quiet_context() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with DataContext.current(context):
-            yield
+            yield context
     finally:
         logger.setLevel(level)

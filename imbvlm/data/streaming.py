@@ -1,0 +1,105 @@
+"""What a streamed batch is made of: which rows, in which order, and how each image is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imbvlm import storage
+from imbvlm.data.augment import Augmentation
+from imbvlm.data.images import ImageError, Pixels, Preprocess, fetch
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import Rows
+
+_REMOTE_THREADS = 16
+
+
+class ImageBatch(NamedTuple):
+    """Images (B, 3, S, S) in the plan's order; `ok` (B,) is False where an image couldn't be had, and it is black."""
+
+    images: Pixels
+    rows: Rows
+    ok: npt.NDArray[np.bool_]
+    reasons: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """One worker's share of an epoch: manifest rows (N,) by position in the epoch, and its batches of positions.
+
+    Random changes of an image come from (seed, epoch, position), so they don't depend on how many workers there are.
+    `progress` through training is from 0 to 1. `augmentation` None gives the evaluation crop.
+    """
+
+    rows: Rows
+    batches: Sequence[Rows]
+    preprocess: Preprocess
+    augmentation: Augmentation | None
+    seed: int
+    epoch: int
+    progress: float = 0.0
+
+    def blocks(self, manifest: Manifest, start_batch: int = 0) -> list[dict[str, Any]]:
+        """One descriptor per batch, from `start_batch` on: where to go on in the middle of an epoch."""
+        uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
+        common = {
+            "preprocess": self.preprocess.to_dict(),
+            "augmentation": None if self.augmentation is None else self.augmentation.to_dict(),
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "progress": self.progress,
+        }
+        blocks = []
+        for positions in self.batches[start_batch:]:
+            chosen = pa.array(self.rows[positions])
+            blocks.append(
+                {
+                    **common,
+                    "positions": np.asarray(positions, dtype=np.int64),
+                    "rows": self.rows[positions],
+                    "uri": uris.take(chosen).to_pylist(),
+                    "bytes": data.take(chosen).to_pylist(),
+                }
+            )
+        return blocks
+
+
+def each_row(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
+    """Call `load` for each row's number: one after another for local files, which are read faster than decoded, and
+    side by side for objects elsewhere, which are waited for."""
+    if all(uri is None or storage.is_local(uri) for uri in uris):
+        return [load(number) for number in range(len(uris))]
+    with ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+        return list(pool.map(load, range(len(uris))))
+
+
+def load_batch(block: dict[str, Any]) -> dict[str, Any]:
+    """Fetch, decode and change one batch's images; a bad one is black, with its reason. Raises StorageError."""
+    preprocess = Preprocess.from_dict(block["preprocess"])
+    augmentation = None if block["augmentation"] is None else Augmentation.from_dict(block["augmentation"])
+    uris, contents, positions = block["uri"], block["bytes"], block["positions"]
+    side = preprocess.image_size
+    least_crop = 1.0 if augmentation is None else augmentation.least_crop
+    images = np.zeros((len(uris), 3, side, side), dtype=np.uint8)
+
+    def load(number: int) -> str | None:
+        try:
+            picture = preprocess.decode(fetch(uris[number], contents[number]), least_crop)
+        except ImageError as error:
+            return error.reason
+        if augmentation is None:
+            preprocess.apply(picture, out=images[number])
+        else:
+            rng = np.random.default_rng((block["seed"], block["epoch"], int(positions[number])))
+            augmentation.apply(picture, preprocess, rng, block["progress"], out=images[number])
+        return None
+
+    reasons = tuple(each_row(load, uris))
+    ok = np.array([reason is None for reason in reasons], dtype=bool)
+    return {"images": images, "rows": block["rows"], "ok": ok, "reasons": reasons}

@@ -1,0 +1,234 @@
+"""Images streamed into training: every row once and in order, over any number of workers, always the same."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from imbvlm.data.augment import Augmentation, growing_crop
+from imbvlm.data.images import Preprocess
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.streaming import StreamPlan, load_batch
+from imbvlm.errors import ImbvlmError
+from imbvlm.sampling import batches, epoch_plan
+
+NUM_ROWS, SIDE = 103, 16
+
+
+def picture(number):
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 255, (5, 6, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    coarse.resize((48, 40), Image.Resampling.BICUBIC).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    data = [picture(number) for number in range(NUM_ROWS)]
+    data[7] = b"<html>"
+    labels = np.arange(NUM_ROWS) % 5
+    table = pa.table({"bytes": data, "label": labels, "split": ["train"] * NUM_ROWS})
+    return Manifest.build(table, list("abcde"), "streamed")
+
+
+def plan_for(manifest, rank=0, world_size=1, epoch=1, seed=0, batch_size=32, **options):
+    drawn = epoch_plan(manifest.labels, 5, "class_balanced", seed, epoch, 4)
+    augmentation = options.pop("augmentation", Augmentation(jitter=0.2, rand_ops=1))
+    return StreamPlan(
+        drawn.rows,
+        batches(drawn, batch_size, rank, world_size),
+        Preprocess(SIDE, 1.0),
+        augmentation,
+        seed,
+        epoch,
+        **options,
+    )
+
+
+def read(manifest, plan, start_batch=0):
+    """Without Ray: what the tasks do."""
+    return [load_batch(block) for block in plan.blocks(manifest, start_batch)]
+
+
+def join(loaded):
+    return {key: np.concatenate([batch[key] for batch in loaded]) for key in ("images", "rows", "ok")}
+
+
+def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest):
+    plan = plan_for(manifest)
+    found = join(read(manifest, plan))
+    assert found["rows"].tolist() == plan.rows.tolist()
+    assert (found["ok"] == (plan.rows != 7)).all()
+    assert not found["images"][~found["ok"]].any()
+    assert found["images"].shape == (NUM_ROWS, 3, SIDE, SIDE)
+    reasons = [reason for batch in read(manifest, plan) for reason in batch["reasons"]]
+    assert {reason for reason in reasons if reason} == {"not an image (starts with <html>...)"}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest, world_size):
+    alone = read(manifest, plan_for(manifest))
+    shares = [read(manifest, plan_for(manifest, rank, world_size)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    for number, whole in enumerate(alone):
+        parts = [share[number] for share in shares]
+        assert sum(len(part["rows"]) for part in parts) == len(whole["rows"])
+        for rank, part in enumerate(parts):
+            assert (part["rows"] == whole["rows"][rank::world_size]).all()
+            assert (part["images"] == whole["images"][rank::world_size]).all()
+
+
+def test_an_epoch_is_the_same_again_and_others_differ(manifest):
+    one, again = (join(read(manifest, plan_for(manifest)))["images"] for _ in range(2))
+    assert (one == again).all()
+    for other in (plan_for(manifest, epoch=2), plan_for(manifest, seed=1)):
+        assert (one != join(read(manifest, other))["images"]).any()
+
+
+def test_an_epoch_goes_on_in_the_middle(manifest):
+    plan = plan_for(manifest)
+    whole, rest = read(manifest, plan), read(manifest, plan, start_batch=2)
+    assert len(rest) == len(whole) - 2
+    assert all((one["images"] == two["images"]).all() for one, two in zip(whole[2:], rest, strict=True))
+
+
+def test_a_share_without_rows_is_an_empty_batch(manifest):
+    plan = plan_for(manifest, rank=3, world_size=4, batch_size=101)
+    assert [len(batch["rows"]) for batch in read(manifest, plan)] == [25, 0]
+
+
+@pytest.mark.ray
+def test_ray_data_gives_the_same_batches_in_order(manifest, ray_cluster):
+    from imbvlm.data.pipeline import ImageStream
+
+    plan = plan_for(manifest, batch_size=9)
+    wanted = read(manifest, plan)
+    stream = ImageStream(manifest, plan, num_tasks=2)
+    found = list(stream)
+    assert len(stream) == len(found) == len(wanted) == 12
+    for one, two in zip(found, wanted, strict=True):
+        assert (one.images == two["images"]).all()
+        assert (one.rows == two["rows"]).all()
+        assert (one.ok == two["ok"]).all()
+        assert one.reasons == two["reasons"]
+    assert list(ImageStream(manifest, plan, start_batch=12)) == []
+
+
+@pytest.mark.ray
+def test_two_workers_that_hold_every_cpu_both_finish(manifest, ray_cluster):
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def worker(rank, plan):
+        from imbvlm.data.pipeline import ImageStream
+
+        return [batch.rows.tolist() for batch in ImageStream(manifest, plan)]
+
+    plans = [plan_for(manifest, rank, 2) for rank in range(2)]
+    shares = ray.get([worker.remote(rank, plan) for rank, plan in enumerate(plans)], timeout=120)
+    rows = sorted(row for share in shares for batch in share for row in batch)
+    assert rows == sorted(plans[0].rows.tolist())
+
+
+@pytest.mark.ray
+def test_leaving_an_epoch_early_leaves_nothing_running(manifest, ray_cluster):
+    from imbvlm.data.pipeline import ImageStream
+
+    for _ in range(3):
+        assert len(next(iter(ImageStream(manifest, plan_for(manifest, batch_size=4)))).rows) == 4
+
+
+@pytest.mark.ray
+def test_a_store_that_fails_ends_the_stream_with_its_own_error(ray_cluster, monkeypatch):
+    from imbvlm.data.pipeline import ImageStream
+    from imbvlm.errors import StorageError
+
+    table = pa.table({"uri": ["unknown://x/y.jpg"], "label": [0], "split": ["train"]})
+    broken = Manifest.build(table, ["a"], "broken")
+    plan = StreamPlan(np.array([0]), [np.array([0])], Preprocess(SIDE, 1.0), None, 0, 0)
+    with pytest.raises(StorageError, match=r"unknown://x/y\.jpg"):
+        list(ImageStream(broken, plan))
+
+
+# ------------------------------------------------------------------------------------------------ augmentation
+
+
+def ramp(width=64, height=48):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(),
+        Augmentation(crop="growing"),
+        Augmentation(crop="center", flip=False),
+        Augmentation(jitter=0.4),
+        Augmentation(rand_ops=2, rand_magnitude=30),
+    ],
+)
+@pytest.mark.parametrize("shape", [(64, 48), (1, 1), (300, 3)])
+def test_every_augmentation_gives_the_towers_size_for_every_shape(augmentation, shape):
+    image = ramp(*shape)
+    for seed in range(20):
+        found = augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), seed / 19)
+        assert found.shape == (3, SIDE, SIDE)
+        assert found.dtype == np.uint8
+
+
+def test_no_augmentation_is_the_evaluation_crop():
+    preprocess = Preprocess(SIDE, 8 / 7)
+    found = Augmentation(crop="center", flip=False).apply(ramp(), preprocess, np.random.default_rng(0), 0.5)
+    assert (found == preprocess.apply(ramp())).all()
+
+
+@pytest.mark.parametrize(("progress", "least"), [(0.0, 0.08), (0.6, 0.08 + 0.2 * 0.92), (1.0, 1.0)])
+def test_growing_crops_are_squares_that_grow_as_lift_plus_says(progress, least):
+    rng = np.random.default_rng(0)
+    sides = []
+    for _ in range(400):
+        left, top, right, bottom = growing_crop(rng, 200, 200, (0.08, 1.0), progress)
+        assert right - left == bottom - top
+        assert 0 <= left < right <= 200
+        assert 0 <= top < bottom <= 200
+        sides.append(right - left)
+    shares = np.array(sides) ** 2 / 200**2
+    assert shares.min() >= least - 0.01
+    assert shares.min() <= least + 0.03
+    assert shares.max() > 0.97
+
+
+def test_growing_crops_of_long_images_stay_inside():
+    left, top, right, bottom = growing_crop(np.random.default_rng(0), 1000, 10, (0.08, 1.0), 1.0)
+    assert (right - left, bottom - top) == (10, 10)
+
+
+def test_half_of_the_images_are_flipped():
+    image, preprocess = ramp(), Preprocess(SIDE, 1.0)
+    augmentation = Augmentation(crop="center")
+    found = [augmentation.apply(image, preprocess, np.random.default_rng(seed), 0.0)[0, 0] for seed in range(200)]
+    assert 70 < sum(int(row[0]) > int(row[-1]) for row in found) < 130
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": "centre"},
+        {"crop_scale": (0.5, 1.5)},
+        {"crop_scale": (0.9, 0.5)},
+        {"jitter": 1.0},
+        {"rand_magnitude": 31},
+    ],
+)
+def test_values_that_mean_nothing_are_refused(options):
+    with pytest.raises(ImbvlmError, match=next(iter(options))):
+        Augmentation(**options)
+
+
+def test_augmentation_goes_through_plain_data():
+    augmentation = Augmentation(crop="growing", jitter=0.3, rand_ops=2)
+    assert Augmentation.from_dict(augmentation.to_dict()) == augmentation
