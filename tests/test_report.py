@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sweep_folder import write_sweep
 
 from imbvlm.data.manifest import Manifest
@@ -20,6 +22,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs, saved_by_stopping
 from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
+from imbvlm.sweep.report.svg import spread
 from imbvlm.sweep.report.write import parts, write_report
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
@@ -183,6 +186,15 @@ def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
     assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1)
     assert rank_correlation([1, 2], [1, 2]) is None
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), st.booleans(), st.integers(2, 8))
+def test_axes_have_ticks_inside_whatever_the_values(values, log, wanted):
+    scale = spread(values, 0, 100, log=log)
+    ticks = scale.ticks(wanted)
+    assert 1 <= len(ticks) <= 3 * wanted
+    assert all(-1 <= scale(tick) <= 101 for tick in ticks)
+    assert all(0 <= scale(value) <= 100 for value in values)
 
 
 def test_a_folder_gets_every_figure_and_table(tmp_path):

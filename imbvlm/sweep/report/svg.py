@@ -57,7 +57,8 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
         found = [value for value in found if low * 0.999 <= value <= high * 1.001]
         if len(found) <= wanted + 1:
             break
-    return found[:: math.ceil(len(found) / (wanted + 1))] or [low]
+    # Between two round values there is none: then the range's own middle.
+    return found[:: math.ceil(len(found) / (wanted + 1))] if found else [math.sqrt(low * high)]
 
 
 def spread(values: Iterable[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Scale:
