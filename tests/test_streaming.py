@@ -1,6 +1,7 @@
 """Images streamed into training: every row once and in order, over any number of workers, always the same."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from imbvlm.data.augment import Augmentation, growing_crop
+from imbvlm.data.image_rows import stream_in_threads
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.streaming import StreamPlan, load_batch
@@ -23,6 +25,13 @@ def picture(number):
     stream = io.BytesIO()
     coarse.resize((48, 40), Image.Resampling.BICUBIC).save(stream, "PNG")
     return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory, manifest):
+    path = str(tmp_path_factory.mktemp("streamed") / "manifest.parquet")
+    manifest.write(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +57,9 @@ def plan_for(manifest, rank=0, world_size=1, epoch=1, seed=0, batch_size=32, **o
     )
 
 
-def read(manifest, plan, start_batch=0):
+def read(manifest, plan):
     """Without Ray: what the tasks do."""
-    return [load_batch(block) for block in plan.blocks(manifest, start_batch)]
+    return [load_batch(block) for block in plan.blocks(manifest)]
 
 
 def join(loaded):
@@ -90,7 +99,7 @@ def test_an_epoch_is_the_same_again_and_others_differ(manifest):
 
 def test_an_epoch_goes_on_in_the_middle(manifest):
     plan = plan_for(manifest)
-    whole, rest = read(manifest, plan), read(manifest, plan, start_batch=2)
+    whole, rest = read(manifest, plan), read(manifest, replace(plan, batches=plan.batches[2:]))
     assert len(rest) == len(whole) - 2
     assert all((one["images"] == two["images"]).all() for one, two in zip(whole[2:], rest, strict=True))
 
@@ -101,56 +110,55 @@ def test_a_share_without_rows_is_an_empty_batch(manifest):
 
 
 @pytest.mark.ray
-def test_ray_data_gives_the_same_batches_in_order(manifest, ray_cluster):
-    from imbvlm.data.pipeline import ImageStream
+def test_ray_data_and_threads_give_the_same_batches_in_order(manifest, location, ray_cluster):
+    from imbvlm.data.pipeline import stream_in_ray
 
     plan = plan_for(manifest, batch_size=9)
     wanted = read(manifest, plan)
-    stream = ImageStream(manifest, plan, num_tasks=2)
-    found = list(stream)
-    assert len(stream) == len(found) == len(wanted) == 12
-    for one, two in zip(found, wanted, strict=True):
-        assert (one.images == two["images"]).all()
-        assert (one.rows == two["rows"]).all()
-        assert (one.ok == two["ok"]).all()
-        assert one.reasons == two["reasons"]
-    assert list(ImageStream(manifest, plan, start_batch=12)) == []
+    for found in (list(stream_in_ray(location, plan, num_tasks=2)), list(stream_in_threads(location, plan))):
+        assert len(found) == len(wanted) == 12
+        for one, two in zip(found, wanted, strict=True):
+            assert (one.images == two["images"]).all()
+            assert (one.rows == two["rows"]).all()
+            assert (one.ok == two["ok"]).all()
+            assert one.reasons == two["reasons"]
+    assert list(stream_in_ray(location, replace(plan, batches=[]))) == []
 
 
 @pytest.mark.ray
-def test_two_workers_that_hold_every_cpu_both_finish(manifest, ray_cluster):
+def test_two_workers_that_hold_every_cpu_both_finish(manifest, location, ray_cluster):
     import ray
 
     @ray.remote(num_cpus=1)
-    def worker(rank, plan):
-        from imbvlm.data.pipeline import ImageStream
+    def worker(plan):
+        from imbvlm.data.pipeline import stream_in_ray
 
-        return [batch.rows.tolist() for batch in ImageStream(manifest, plan)]
+        return [batch.rows.tolist() for batch in stream_in_ray(location, plan)]
 
     plans = [plan_for(manifest, rank, 2) for rank in range(2)]
-    shares = ray.get([worker.remote(rank, plan) for rank, plan in enumerate(plans)], timeout=120)
+    shares = ray.get([worker.remote(plan) for plan in plans], timeout=120)
     rows = sorted(row for share in shares for batch in share for row in batch)
     assert rows == sorted(plans[0].rows.tolist())
 
 
 @pytest.mark.ray
-def test_leaving_an_epoch_early_leaves_nothing_running(manifest, ray_cluster):
-    from imbvlm.data.pipeline import ImageStream
+def test_leaving_an_epoch_early_leaves_nothing_running(manifest, location, ray_cluster):
+    from imbvlm.data.pipeline import stream_in_ray
 
     for _ in range(3):
-        assert len(next(iter(ImageStream(manifest, plan_for(manifest, batch_size=4)))).rows) == 4
+        assert len(next(iter(stream_in_ray(location, plan_for(manifest, batch_size=4)))).rows) == 4
 
 
 @pytest.mark.ray
-def test_a_store_that_fails_ends_the_stream_with_its_own_error(ray_cluster, monkeypatch):
-    from imbvlm.data.pipeline import ImageStream
+def test_a_store_that_fails_ends_the_stream_with_its_own_error(tmp_path, ray_cluster):
+    from imbvlm.data.pipeline import stream_in_ray
     from imbvlm.errors import StorageError
 
     table = pa.table({"uri": ["unknown://x/y.jpg"], "label": [0], "split": ["train"]})
-    broken = Manifest.build(table, ["a"], "broken")
+    Manifest.build(table, ["a"], "broken").write(str(tmp_path / "broken.parquet"))
     plan = StreamPlan(np.array([0]), [np.array([0])], Preprocess(SIDE, 1.0), None, 0, 0)
     with pytest.raises(StorageError, match=r"unknown://x/y\.jpg"):
-        list(ImageStream(broken, plan))
+        list(stream_in_ray(str(tmp_path / "broken.parquet"), plan))
 
 
 # ------------------------------------------------------------------------------------------------ augmentation

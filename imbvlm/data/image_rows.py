@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from imbvlm.data.crops import ImageBatch, StreamPlan, load_batch
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.data.table import Rows
 
 # Batches read ahead of the one in use.

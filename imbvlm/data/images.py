@@ -44,6 +44,9 @@ _ORIENTATIONS = {
 }
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BITS_PER_SAMPLE = 258
+# The random crops of stored views: share of the area, aspect, and so the shorter side of the smallest one.
+CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
+LEAST_CROP = math.sqrt(CROP_SCALE[0] * CROP_RATIO[0])
 _MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head", b"<error")
 _SIGNATURES: Mapping[str, bytes | tuple[bytes, ...]] = {
     "JPEG": b"\xff\xd8",
@@ -301,8 +304,8 @@ def random_crop(
     rng: np.random.Generator,
     width: int,
     height: int,
-    scale: tuple[float, float] = (0.5, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
 ) -> Box:
     """A box (left, top, right, bottom) with a share of the area in `scale` and an aspect in `ratio` (Inception)."""
     for _ in range(10):

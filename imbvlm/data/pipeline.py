@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.data.context import DataContext
 
-from imbvlm.data.manifest import Manifest
+from imbvlm.data.image_rows import opened_manifest
 from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.errors import ImbvlmError
 
@@ -122,19 +122,10 @@ def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead:
             yield block
 
 
-class ImageStream:
-    """One Train worker's images of an epoch, in the plan's order and complete; iterate for ImageBatch."""
-
-    def __init__(self, manifest: Manifest, plan: StreamPlan, *, num_tasks: int = 1, start_batch: int = 0) -> None:
-        self.blocks = plan.blocks(manifest, start_batch)
-        self.num_tasks = num_tasks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        for block in stream_blocks(self.blocks, load_batch, num_tasks=self.num_tasks):
-            yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
+    """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
+    for block in stream_blocks(plan.blocks(opened_manifest(location)), load_batch, num_tasks=num_tasks):
+        yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
 
 
 def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:

@@ -45,8 +45,8 @@ class StreamPlan:
     epoch: int
     progress: float = 0.0
 
-    def blocks(self, manifest: Manifest, start_batch: int = 0) -> list[dict[str, Any]]:
-        """One descriptor per batch, from `start_batch` on: where to go on in the middle of an epoch."""
+    def blocks(self, manifest: Manifest) -> list[dict[str, Any]]:
+        """What `load_batch` takes, for each batch; to go on in the middle of an epoch leave out the batches before."""
         uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
         common = {
             "preprocess": self.preprocess.to_dict(),
@@ -56,7 +56,7 @@ class StreamPlan:
             "progress": self.progress,
         }
         blocks = []
-        for positions in self.batches[start_batch:]:
+        for positions in self.batches:
             chosen = pa.array(self.rows[positions])
             blocks.append(
                 {

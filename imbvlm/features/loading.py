@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from imbvlm.data.images import ImageError, Preprocess, decode, fetch
+from imbvlm.data.images import LEAST_CROP, ImageError, Preprocess, fetch
+from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
 
 Block = dict[str, Any]
-
-# Files are waited for side by side; decoding releases the interpreter for much of its time.
-FETCH_THREADS = 4
 
 
 def load_block(block: Block) -> Block:
@@ -28,18 +25,14 @@ def load_block(block: Block) -> Block:
 
     def load_row(number: int) -> str | None:
         try:
-            pixels = decode(fetch(uris[number], contents[number]))
+            picture = preprocess.decode(fetch(uris[number], contents[number]), LEAST_CROP if views > 1 else 1.0)
         except ImageError as error:
             return error.reason
         for view in range(views):
-            images[number, view] = preprocess.apply(pixels, view, block["first_row"] + number)
+            preprocess.apply(picture, view, block["first_row"] + number, out=images[number, view])
         return None
 
-    if all(content is not None for content in contents):
-        reasons = [load_row(number) for number in range(len(uris))]
-    else:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            reasons = list(pool.map(load_row, range(len(uris))))
+    reasons = each_row(load_row, uris)
     bad = next((number for number, reason in enumerate(reasons) if reason is not None), None)
     if block["strict"] and bad is not None:
         name = uris[bad] or f"row {block['first_row'] + bad}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from imbvlm.config import TrialConfig, needed
 from imbvlm.config_stages import num_stage_epochs
 from imbvlm.config_tower import AugmentationConfig
-from imbvlm.data.crops import Augmentation
+from imbvlm.data.augment import Augmentation
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Source, TrialData

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from imbvlm.data.crops import Augmentation, ImageBatch, StreamPlan
+from imbvlm.data.augment import Augmentation
 from imbvlm.data.image_rows import ImageRows, ImageStream
 from imbvlm.data.images import Preprocess
+from imbvlm.data.streaming import ImageBatch, StreamPlan
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, Source
 from imbvlm.features.store import as_tensor

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.pipeline import ImageStream, map_images
+from imbvlm.data.pipeline import map_images, stream_blocks
 from imbvlm.data.streaming import StreamPlan, load_batch
 
 SIDE, BATCH = 224, 128
@@ -93,9 +93,10 @@ def loader_rate(paths, num_processes, draft):
 
 
 def stream_rate(manifest, num_processes, jpeg_downscale):
-    plan = stream_plan(len(manifest), jpeg_downscale)
+    blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest)
     return rate(
-        lambda: sum(len(batch.images) for batch in ImageStream(manifest, plan, num_tasks=num_processes)), len(manifest)
+        lambda: sum(len(block["images"]) for block in stream_blocks(blocks, load_batch, num_tasks=num_processes)),
+        len(manifest),
     )
 
 
@@ -127,10 +128,11 @@ def main():
         manifest = manifest_of([str(path) for path in paths])
         ray.init(num_cpus=num_processes, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         for draft, words in ((False, "decoded in full"), (True, "with the decoder's downscaling")):
+            downscale = 1.0 if draft else None
             base = loader_rate(paths, num_processes, draft)
             show(f"torch DataLoader, {words}", base, base)
-            show(f"ImageStream (training), {words}", stream_rate(manifest, num_processes, 1.0 if draft else None), base)
-            show(f"map_images (extraction), {words}", pass_rate(manifest, num_processes, 1.0 if draft else None), base)
+            show(f"streamed into training, {words}", stream_rate(manifest, num_processes, downscale), base)
+            show(f"extraction pass, {words}", pass_rate(manifest, num_processes, downscale), base)
         ray.shutdown()
 
 
