@@ -10,6 +10,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from imbvlm.config_losses import LossConfig as LossConfig
+from imbvlm.config_methods import (
+    DEFAULT_SECTIONS,
+    IMAGE_SECTIONS,
+    METHOD_DEFAULTS,
+    METHOD_SECTIONS,
+    OPTIONAL_SECTIONS,
+    Method,
+)
+from imbvlm.config_prompts import PromptsConfig as PromptsConfig
+from imbvlm.config_prompts import PromptTuningConfig as PromptTuningConfig
 from imbvlm.config_stages import READ_NORMS
 from imbvlm.config_stages import SecondStageConfig as SecondStageConfig
 from imbvlm.config_tower import AdapterConfig, AugmentationConfig, FineTuningConfig, LoraConfig, MemoryConfig
@@ -61,24 +71,6 @@ class FeaturesConfig(Section):
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
     precision: Literal["float16", "float32"] = "float16"
-
-
-class PromptsConfig(Section):
-    """Sentences that turn a class name into text features; several are averaged."""
-
-    templates: Literal["plain", "imagenet"] | Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        "plain", description="plain: 'a photo of a {}.'; imagenet: open_clip's 80; or your own, each with one {}"
-    )
-
-    @field_validator("templates")
-    @classmethod
-    def _each_has_one_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if templates == ():
-            raise ValueError("prompts.templates is an empty list; give at least one sentence with {}")
-        wrong = [one for one in templates if one.count("{}") != 1] if isinstance(templates, tuple) else []
-        if wrong:
-            raise ValueError(f"template {wrong[0]!r} must have exactly one {{}} for the class name")
-        return templates
 
 
 class DecoderConfig(Section):
@@ -136,6 +128,18 @@ class _OptimBase(Section):
         description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2",
     )
     cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; 7/16 is the study's")
+    first_epoch_lr: float | None = Field(
+        None, gt=0, description="rate of the whole first epoch in place of a warm-up; the schedule follows"
+    )
+
+    @field_validator("first_epoch_lr")
+    @classmethod
+    def _one_warmup(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        if rate is not None and info.data.get("warmup_fraction"):
+            raise ValueError(
+                "optim.first_epoch_lr stands in place of a warm-up; set it to null, or optim.warmup_fraction to 0"
+            )
+        return rate
 
     @field_validator("cosine_cycles")
     @classmethod
@@ -200,38 +204,6 @@ class EvalConfig(Section):
     interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the tower's own")
 
 
-Method = Literal["zero_shot", "linear_probe", "decoder", "adapter", "lora", "bias_tuning", "fine_tuning"]
-
-# Which optional sections each method reads; a section that it doesn't read is refused in its file.
-TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train"})
-# Those that train inside the tower read images, which only they vary at will.
-IMAGE_SECTIONS = TRAINING_SECTIONS | {"prompts", "augmentation", "memory"}
-METHOD_SECTIONS: Mapping[str, frozenset[str]] = {
-    "zero_shot": frozenset({"prompts"}),
-    "linear_probe": TRAINING_SECTIONS | {"prompts", "second_stage"},
-    "decoder": TRAINING_SECTIONS | {"prompts", "decoder", "second_stage"},
-    "adapter": IMAGE_SECTIONS | {"adapter"},
-    "lora": IMAGE_SECTIONS | {"lora"},
-    "bias_tuning": IMAGE_SECTIONS,
-    "fine_tuning": IMAGE_SECTIONS | {"fine_tuning"},
-}
-OPTIONAL_SECTIONS = frozenset().union(*METHOD_SECTIONS.values())
-
-_DEFAULT_SECTIONS: Mapping[str, Tree] = {
-    "prompts": {},
-    "decoder": {},
-    "adapter": {},
-    "lora": {},
-    "fine_tuning": {},
-    "augmentation": {},
-    "memory": {},
-    "classifier": {"kind": "cosine"},
-    "loss": {"name": "balanced_softmax"},
-    "optim": {"name": "sgd"},
-    "train": {"num_epochs": 10},
-}
-
-
 class TrialConfig(Section):
     """One trial: the same file for `imbvlm train`, for a sweep's base, and for an exported best."""
 
@@ -240,6 +212,7 @@ class TrialConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     method: Method
     prompts: PromptsConfig | None = None
+    prompt_tuning: PromptTuningConfig | None = None
     decoder: DecoderConfig | None = None
     adapter: AdapterConfig | None = None
     lora: LoraConfig | None = None
@@ -349,13 +322,17 @@ def _complete(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
-    for key, default in _DEFAULT_SECTIONS.items():
+    own = METHOD_DEFAULTS.get(str(data.get("method")), {})
+    for key, general in DEFAULT_SECTIONS.items():
+        default = {**general, **own.get(key, {})}
         section = complete.get(key, {} if key in _read_by(data) else None)
         if isinstance(section, dict):
-            tags = {tag: value for tag, value in default.items() if tag in ("name", "kind") and tag not in section}
+            tags = {tag: value for tag, value in default.items() if tag in ("name", "kind")}
             unset = section.get("num_epochs") is None and section.get("num_steps") is None
             lengths = default if key == "train" and unset else {}
-            complete[key] = {**tags, **section, **lengths}
+            # Another optimiser than the paper's has its own defaults.
+            knobs = default if key != "train" and all(section.get(tag, tags[tag]) == tags[tag] for tag in tags) else {}
+            complete[key] = {**tags, **knobs, **section, **lengths}
     return complete
 
 

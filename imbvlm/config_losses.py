@@ -51,7 +51,7 @@ class LogitAdjustmentConfig(Section):
 class LdamConfig(Section):
     name: Literal["ldam"] = "ldam"
     max_margin: float = Field(0.5, gt=0)
-    margin_scale: float | None = Field(None, gt=0, description="null: 1/temperature with a cosine classifier, else 1")
+    margin_scale: float | None = Field(None, gt=0, description="null: as the logits are scaled")
     reweight_from: float | None = Field(
         None,
         ge=0,

@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from imbvlm.config import (
-    METHOD_SECTIONS,
-    OPTIONAL_SECTIONS,
     LossConfig,
-    Method,
     TrialConfig,
     apply_overrides,
     dotted_keys,
     needed,
 )
+from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS, Method
 from imbvlm.errors import ConfigError
 from imbvlm.losses import LOSSES, PRIOR_CORRECTING
 from imbvlm.models.methods import METHODS

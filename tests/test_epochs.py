@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("features"))
+    return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
 def numbers(results):
@@ -98,6 +98,7 @@ def test_another_seed_gives_other_numbers(data):
         ("linear_probe", {"optim__name": "adamw", "data__class_sampling": "progressively_balanced"}),
         ("linear_probe", {"train__num_epochs": None, "train__num_steps": 20, "optim__momentum": 0.0}),
         ("decoder", {"loss__name": "ldam", "loss__reweight_from": 0.5, "classifier__init": "class_mean"}),
+        ("prompt_tuning", {"prompt_tuning__per_class": True, "prompt_tuning__chunk_size": 4}),
     ],
 )
 def test_resuming_after_any_epoch_changes_no_number(data, tmp_path, method, overrides):
@@ -223,7 +224,8 @@ def test_no_row_to_train_on_is_said(data):
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data, method):
-    config = tiny_config(method, classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None)
+    own = {"optim__first_epoch_lr": None} if method == "prompt_tuning" else {"classifier__kind": "linear"}
+    config = tiny_config(method, optim__lr=1e38, train__clip_grad_norm=None, **own)
     results = list(build_trial(config, data).epochs())
     assert len(results) == 1
     assert results[0].epoch == 1
@@ -361,5 +363,5 @@ def test_a_compiled_model_gives_the_same_losses(data):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(first_losses(tiny_data(folder)), indent=1)
+        text = json.dumps(first_losses(tiny_data(folder, text_tower=True)), indent=1)
     FIRST_LOSSES.write_text(text + "\n")

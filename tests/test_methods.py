@@ -9,6 +9,7 @@ from tiny_data import CLASS_COUNTS, EMBEDDING_WIDTH, WIDTH, tiny_config, tiny_da
 from tiny_images import TinyImages
 from torch.nn import functional
 
+from imbvlm.config_methods import METHOD_SECTIONS
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES
@@ -24,7 +25,7 @@ CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_to
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("features"))
+    return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,8 @@ KINDS = ({"classifier__kind": "linear"}, {"classifier__kind": "cosine"})
 
 @pytest.mark.parametrize(
     "case",
-    [(case, kind) for case in CASES for kind in KINDS if METHODS[case[0]].trains] + [(("zero_shot", False),)],
+    [(case, kind) for case in CASES for kind in KINDS if "classifier" in METHOD_SECTIONS[case[0]]]
+    + [(case,) for case in CASES if "classifier" not in METHOD_SECTIONS[case[0]]],
     indirect=True,
     ids=str,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_data import tiny_config, tiny_data, tiny_features
+from tiny_data import tiny_config, tiny_data, tiny_features, with_text_tower
 
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
@@ -35,6 +35,7 @@ CASES = [
     ),
     ("linear_probe", {"second_stage__name": "classifier_retraining", "second_stage__num_epochs": 2}),
     ("linear_probe", {"classifier__kind": "linear", "second_stage__name": "tau_normalization"}),
+    ("prompt_tuning", {"loss__name": "lade", "optim__lr": 0.1, "prompt_tuning__chunk_size": 4}),
     ("zero_shot", {}),
 ]
 
@@ -62,7 +63,7 @@ def join_group(rank, world_size, folder):
 
 def run_cases(rank, world_size, folder, features):
     world = join_group(rank, world_size, folder)
-    data = TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features))
+    data = with_text_tower(TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features)))
     outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, world=world)) for method, knobs in CASES]
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
@@ -95,7 +96,7 @@ def in_processes(target, world_size, folder, features):
 
 def test_two_workers_give_one_workers_numbers(tmp_path):
     features = tiny_features(tmp_path / "features")
-    data = tiny_data(tmp_path / "features")
+    data = tiny_data(tmp_path / "features", text_tower=True)
     workers = in_processes(run_cases, 2, tmp_path, features)
     for case, (method, knobs) in enumerate(CASES):
         alone = outcome(build_trial(tiny_config(method, **knobs), data))

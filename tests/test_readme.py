@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imbvlm.config import METHOD_SECTIONS
+from imbvlm.config_methods import METHOD_SECTIONS
 from imbvlm.config_stages import SecondStageConfig
 from imbvlm.losses import LOSSES, loss_knobs
 from imbvlm.schema import tag_of, variants

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreLayout
@@ -71,14 +76,38 @@ def tiny_features(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUN
     return FeatureSet(manifest, folders, OUTPUT_NAMES, tiny_info(), str(text_file))
 
 
-def tiny_data(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUNTS, seed: int = 0) -> TrialData:
-    """What a trial reads of tiny_features."""
-    return TrialData.open(tiny_config("linear_probe"), tiny_features(folder, class_counts, seed))
+@functools.cache
+def tiny_tower() -> tuple[str, str]:
+    """A real tower whose text side fits the stored image embeddings: its name, and its weights' fingerprint."""
+    from towers import CONFIGS, write_config
+
+    from imbvlm.models.encoder import Encoder
+
+    folder = Path(tempfile.mkdtemp(prefix="imbvlm-tiny-tower-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    name = write_config(folder, {**CONFIGS["vit"], "embed_dim": EMBEDDING_WIDTH})
+    return name, Encoder.from_config(EncoderConfig(name=name), EvalConfig()).info.weights_fingerprint
+
+
+def tiny_data(
+    folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUNTS, seed: int = 0, *, text_tower: bool = False
+) -> TrialData:
+    """What a trial reads of tiny_features; with a `text_tower` the methods that need one can be built too."""
+    data = TrialData.open(tiny_config("linear_probe"), tiny_features(folder, class_counts, seed))
+    return with_text_tower(data) if text_tower else data
+
+
+def with_text_tower(data: TrialData) -> TrialData:
+    """The same data as of tiny_tower."""
+    name, fingerprint = tiny_tower()
+    info = dataclasses.replace(data.info, weights_fingerprint=fingerprint)
+    return dataclasses.replace(data, info=info, encoder=EncoderConfig(name=name))
 
 
 def tiny_config(method: str, **overrides: object) -> TrialConfig:
     """A configuration for tiny_data; dotted keys with a double underscore, such as optim__lr."""
-    tree = {"data": {"manifest": "tiny"}, "encoder": {"name": "tiny"}, "method": method}
+    encoder = tiny_tower()[0] if method == "prompt_tuning" else "tiny"
+    tree = {"data": {"manifest": "tiny"}, "encoder": {"name": encoder}, "method": method}
     if method != "zero_shot":
         tree["train"] = {"num_epochs": 3, "batch_size": 32}
         tree["loss"] = {"name": "cross_entropy"}

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imbvlm.config import IMAGE_SECTIONS, METHOD_SECTIONS, ClassifierConfig, TrialConfig
+from imbvlm.config import ClassifierConfig, TrialConfig, needed
+from imbvlm.config_methods import IMAGE_SECTIONS, METHOD_SECTIONS
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, TrialData
 from imbvlm.models.classifier import build_classifier
 from imbvlm.models.decoder import Decoder, FinalNorm
 from imbvlm.models.decoupled import stage_module
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
+from imbvlm.models.prompt_tuning import PromptClassifier, build_prompt_classifier
+from imbvlm.models.text_tower import TextTower, text_refusal
 from imbvlm.models.tower_classifier import load_own_tensors
 
 if TYPE_CHECKING:
@@ -91,7 +94,12 @@ def restore_model(
     Where the trial reads images it takes over the tower of `encoder`.
     """
     model: nn.Module
-    if config.classifier is None:
+    if config.method == "prompt_tuning":
+        # How much context there is, is in the weights alone.
+        context = next((one for name, one in tensors.items() if name.split(".")[-1] == "context"), torch.zeros(0))
+        embeddings = torch.zeros(num_classes, info.embedding_width)
+        model = PromptClassifier(torch.zeros_like(context), embeddings, info.logit_scale, None)
+    elif config.classifier is None:
         model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
     else:
         decoder, width = _decoder(config, info, {})
@@ -137,6 +145,21 @@ def stored_outputs(config: TrialConfig) -> frozenset[OutputName]:
 def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
     model = ZeroShotClassifier(_class_embeddings(config, data), data.info.logit_scale)
     return _with_tower(config, data, model, device) if config.reads_images else model
+
+
+def _build_prompt_tuning(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+    # Not imported with this file: open_clip takes seconds, and trials that read stored outputs do without it.
+    from imbvlm.models.prompts import prompt_tokens
+    from imbvlm.models.tower_training import load_tower
+
+    encoder = load_tower(data.encoder or config.encoder, config.eval, data.info, device)
+    prompts, text_config = needed(config.prompt_tuning), encoder.source.model_config["text_cfg"]
+    refusal = text_refusal(text_config, encoder.info.name, prompts.num_tokens)
+    if refusal is not None:
+        raise ImbvlmError(refusal)
+    tokens = prompt_tokens(encoder, data.class_names, prompts.init_words)
+    model = build_prompt_classifier(prompts, TextTower(encoder.model, text_config), tokens, data.info, device)
+    return _on_images(config, model, encoder, len(data.class_names)) if config.reads_images else model
 
 
 def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
@@ -275,6 +298,14 @@ METHODS: Mapping[str, MethodEntry] = {
         build=_build_zero_shot,
         summary="Compares image embeddings with the class names' text embeddings; nothing is trained.",
         paper="Radford et al., ICML 2021",
+    ),
+    "prompt_tuning": MethodEntry(
+        reads="image_embedding",
+        trains=True,
+        trains_tower=False,
+        build=_build_prompt_tuning,
+        summary="Learns the words around the class names, before the frozen text tower.",
+        paper="Zhou et al., IJCV 2022",
     ),
     "linear_probe": MethodEntry(
         reads="pooled",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imbvlm.config import PromptsConfig
 from imbvlm.models.encoder import TEXTS_AT_ONCE, Encoder
+from imbvlm.models.prompt_tuning import PromptTokens
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("a photo of a {}.",),
@@ -53,6 +54,22 @@ def truncated_names(encoder: Encoder, class_names: Sequence[str], templates: Seq
         cut = (tokens[:, context:] != padding).any(dim=1).tolist()
         found += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
     return tuple(found)
+
+
+def prompt_tokens(encoder: Encoder, class_names: Sequence[str], init_words: str | None) -> PromptTokens:
+    """Tokens of the texts "NAME." and of the words that learned context starts from."""
+    room = 4 * encoder.context_length
+    parts = [
+        encoder.tokenize([_fill("{}.", name) for name in class_names[start : start + TEXTS_AT_ONCE]], room)
+        for start in range(0, len(class_names), TEXTS_AT_ONCE)
+    ]
+    words: list[int] = []
+    if init_words is not None:
+        ids = encoder.tokenize([init_words], room)[0]
+        # An empty text is its start, its end, and padding.
+        end = int((encoder.tokenize([""], room)[0, 1] == ids).int().argmax())
+        words = ids[1:end].tolist()
+    return PromptTokens(torch.cat(parts), words, encoder.context_length)
 
 
 def _fill(template: str, name: str) -> str:

@@ -31,6 +31,6 @@ def _folded(config: TrialConfig, loss: Tree) -> Tree:
             return {"name": "balanced_softmax", "prior": prior}
         case {"name": "generalized_reweight", "exponent": 1}:
             return {"name": "inverse_frequency"}
-        case {"name": "ldam", "margin_scale": None}:
+        case {"name": "ldam", "margin_scale": None} if config.classifier is not None:
             return {**loss, "margin_scale": loss_knobs(config)["margin_scale"]}
     return loss

@@ -12,6 +12,8 @@ from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.methods import METHODS, tower_problem
+from imbvlm.models.text_tower import text_refusal
+from imbvlm.models.towers import find_tower
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 
@@ -138,6 +140,10 @@ def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     in_tower = tower_problem(config, info)
     if in_tower is not None:
         return [Problem(in_tower)]
+    if config.method == "prompt_tuning":
+        text_config = find_tower(config.encoder).model_config["text_cfg"]
+        refusal = text_refusal(text_config, info.name, needed(config.prompt_tuning).num_tokens)
+        return [] if refusal is None else [Problem(refusal)]
     if config.method != "decoder":
         return []
     problems = []

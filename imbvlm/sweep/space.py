@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from imbvlm.config import OPTIONAL_SECTIONS, Tree, apply_overrides, drop_unused_sections
+from imbvlm.config import Tree, apply_overrides, drop_unused_sections
+from imbvlm.config_methods import OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
 
 Draw = dict[str, Any]

@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from imbvlm.config import (
-    METHOD_SECTIONS,
-    OPTIONAL_SECTIONS,
     Seed,
     TrialConfig,
     apply_overrides,
     dotted_keys,
     drop_unused_sections,
 )
+from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
 from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, value_in

@@ -19,7 +19,7 @@ from imbvlm.models.tower_classifier import TowerClassifier
 from imbvlm.sampling import EpochPlan, batches
 from imbvlm.training.accumulation import backward_in_parts
 from imbvlm.training.feed import Batch, Index, to_device
-from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
+from imbvlm.training.optim import build_optimizer, clip_gradients, rate_at, set_lr
 from imbvlm.training.world import World, average_gradients
 
 # Losses and gradient norms stay on the device for so many steps before they are looked at: each look waits for a GPU.
@@ -68,6 +68,7 @@ class Course:
     optim: OptimConfig
     train: TrainConfig
     span: Span
+    steps_per_epoch: int
     plan_of: Callable[[int], EpochPlan]
     read: Callable[[EpochPlan, Sequence[Index], int], Iterator[Batch]]
     losses_of: Callable[[int], Callable[[int], BuiltLoss]]
@@ -131,7 +132,7 @@ class Course:
 
     def lr(self, step: int) -> float:
         """The learning rate at a step of the trial."""
-        return self.optim.lr * lr_at(self.optim, step - self.span.first_step, self.span.num_steps)
+        return rate_at(self.optim, step - self.span.first_step, self.span.num_steps, self.steps_per_epoch)
 
     def failure(self, what: str, epoch: int, step: int) -> str:
         """What is said of an epoch (0-based) after whose `step`-th step something wasn't finite."""

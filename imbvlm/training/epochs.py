@@ -162,6 +162,7 @@ class TrialRun:
             self._first.num_steps,
             self.device,
             self.world,
+            self.data.info.logit_scale,
         )
         return Course(
             model=self.model,
@@ -169,6 +170,7 @@ class TrialRun:
             optim=optim,
             train=train,
             span=self._first,
+            steps_per_epoch=self._steps_per_epoch(),
             plan_of=partial(
                 epoch_plan,
                 self.data.train.labels,
@@ -319,14 +321,16 @@ class TrialRun:
         """
         if not self.entry.trains:
             return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
-        train, num_rows = needed(self.config.train), len(self.data.train.labels)
-        if num_rows == 0:
+        train, per_epoch = needed(self.config.train), self._steps_per_epoch()
+        if per_epoch == 0:
             raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
-        per_epoch = math.ceil(num_rows / train.batch_size)
         num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
         first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
         num_epochs = num_stage_epochs(self.config.second_stage)
         return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train.labels) / needed(self.config.train).batch_size)
 
     @property
     def _seed(self) -> int:

@@ -17,7 +17,10 @@ from imbvlm.training.world import World
 
 
 class Objective:
-    """The losses of one trial over training class counts (C,), computed on `device`."""
+    """The losses of one trial over training class counts (C,), computed on `device`.
+
+    `logit_scale` is the factor on cosine similarities of a method that has no classifier of its own.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,7 @@ class Objective:
         num_steps: int,
         device: torch.device,
         world: World,
+        logit_scale: float = 1.0,
     ) -> None:
         assert config.loss is not None, "TrialConfig gives every method that trains its loss section"
         self._loss = config.loss
@@ -36,7 +40,7 @@ class Objective:
         self._num_steps = num_steps
         self._device = device
         self._world = world
-        self._knobs = loss_knobs(config)
+        self._knobs = loss_knobs(config, logit_scale)
 
     @property
     def name(self) -> str:
@@ -65,11 +69,15 @@ class Objective:
         return build_loss(self._loss.name, counts, world=self._world, **knobs)
 
 
-def loss_knobs(config: TrialConfig) -> dict[str, Any]:
-    """The chosen loss's own knobs, resolved; what the loop itself reads (`prior`, `reweight_from`) is left out."""
+def loss_knobs(config: TrialConfig, logit_scale: float = 1.0) -> dict[str, Any]:
+    """The chosen loss's own knobs, resolved; what the loop itself reads (`prior`, `reweight_from`) is left out.
+
+    A margin is scaled as the logits are: by 1 / temperature of a cosine classifier, by `logit_scale` without any.
+    """
     loss, classifier = config.loss, config.classifier
     assert loss is not None, "TrialConfig gives every method that trains its loss section"
     knobs = loss.model_dump(exclude={"name", "prior", "reweight_from"})
     if isinstance(loss, LdamConfig) and loss.margin_scale is None:
-        knobs["margin_scale"] = 1 / classifier.temperature if isinstance(classifier, CosineClassifierConfig) else 1.0
+        scale = logit_scale if classifier is None else 1.0
+        knobs["margin_scale"] = 1 / classifier.temperature if isinstance(classifier, CosineClassifierConfig) else scale
     return knobs

@@ -65,6 +65,15 @@ def lr_at(config: OptimConfig, step: int, num_steps: int) -> float:
     return math.cos(math.pi * config.cosine_cycles * progress)
 
 
+def rate_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate at a step (0-based): the factor of `lr_at`, behind a first epoch at `first_epoch_lr`."""
+    if config.first_epoch_lr is None:
+        return config.lr * lr_at(config, step, num_steps)
+    if step < steps_per_epoch:
+        return config.first_epoch_lr
+    return config.lr * lr_at(config, step - steps_per_epoch, num_steps - steps_per_epoch)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate, times its factor."""
     for group in optimizer.param_groups:

@@ -129,6 +129,7 @@ class SecondStageRun:
             optim=optim,
             train=self._train,
             span=span,
+            steps_per_epoch=span.num_steps // span.num_epochs,
             plan_of=plan_of,
             read=lambda plan, shares, epoch: (
                 self.prepare().batch(plan.rows[share], plan.views[share]) for share in shares

@@ -133,7 +133,7 @@ class TrialSession:
             scored = {f"test/{name}": value for name, value in metrics.items()}
             examined["test"] = (examples, found)
         if settings.model_folder is not None and self._world.rank == 0:
-            save_model(settings.model_folder, run.model)
+            save_model(settings.model_folder, run.model.eval())
             write_class_record(settings.model_folder, class_record(run, examined))
         return scored
 

@@ -1,0 +1,78 @@
+"""The frozen text tower from token embeddings on, for prompts whose words are learned; open_clip's own kinds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONTEXT_LENGTH = 77
+
+
+class TextTower(nn.Module):
+    """Takes embeddings of tokens instead of tokens; for CLIP's and its kin's towers, whose attention looks back only.
+
+    What stands behind the token that is read has no influence there, so that sequences can end at the last such token.
+    """
+
+    positions: Tensor
+    mask: Tensor
+
+    def __init__(self, model: Any, text_config: Mapping[str, Any]) -> None:
+        """`model` is open_clip's, `text_config` its text_cfg, which `text_refusal` has passed."""
+        super().__init__()
+        # CustomTextCLIP has its text side in one module, CLIP among its own attributes.
+        text = getattr(model, "text", model)
+        self.end_id: int | None = text_config.get("eos_id", 2) if _pool_type(text_config) == "eos" else None
+        self.token_embedding: nn.Embedding = text.token_embedding
+        self.transformer: nn.Module = text.transformer
+        self.final_norm: nn.Module = text.ln_final
+        self.projection: nn.Parameter | nn.Linear | None = text.text_projection
+        self.register_buffer("positions", text.positional_embedding.detach())
+        self.register_buffer("mask", text.attn_mask)
+        self.requires_grad_(False).eval()
+
+    @property
+    def width(self) -> int:
+        """Width of a token's embedding."""
+        return self.token_embedding.embedding_dim
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Where each text (N, T) of token ids has the token that is read (N,), by the tower's own rule."""
+        return ids.argmax(dim=-1) if self.end_id is None else (ids == self.end_id).int().argmax(dim=-1)
+
+    def forward(self, embeddings: Tensor, ends: Tensor) -> Tensor:
+        """Normalised text features (N, E) of token embeddings (N, T, D) that are read at `ends` (N,)."""
+        length = embeddings.shape[1]
+        hidden = self.transformer(embeddings + self.positions[:length], attn_mask=self.mask[:length, :length])
+        read = self.final_norm(hidden[torch.arange(len(hidden), device=hidden.device), ends])
+        if isinstance(self.projection, nn.Linear):
+            read = self.projection(read)
+        elif self.projection is not None:
+            read = read @ self.projection
+        return F.normalize(read.float(), dim=-1)
+
+
+def text_refusal(text_config: Mapping[str, Any], name: str, num_tokens: int | None) -> str | None:
+    """Why the prompts of a tower (open_clip's text_cfg) can't have learned context, so many tokens of it; or None."""
+    own = not any(text_config.get(key) for key in ("hf_model_name", "no_causal_mask", "embed_cls"))
+    if not own or _pool_type(text_config) not in ("argmax", "eos"):
+        return (
+            f"method prompt_tuning needs a text tower that reads a text's end token and attends backwards only, as "
+            f"CLIP's does, and that of {name} doesn't; choose a CLIP tower, or a method that trains on images alone"
+        )
+    # Start, end, and a token of the name.
+    most = text_config.get("context_length", CONTEXT_LENGTH) - 3
+    if num_tokens is not None and num_tokens > most:
+        return (
+            f"prompt_tuning.num_tokens is {num_tokens}, and a text of {name} has {most + 3} tokens, its start, its end "
+            f"and the class name included; at most {most} can be learned"
+        )
+    return None
+
+
+def _pool_type(text_config: Mapping[str, Any]) -> str:
+    return str(text_config.get("pool_type", "argmax"))
