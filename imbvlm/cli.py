@@ -15,12 +15,13 @@ from imbvlm import __version__
 from imbvlm.errors import ImbvlmError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SWEEP_ACTIONS = ("run", "resume", "list", "show")
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; leaves with 0, with 1 where it failed (one sentence on stderr), with 2 for wrong usage."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_with_sweep_action(sys.argv[1:] if arguments is None else arguments))
     try:
         command: Command = options.command
         sys.exit(command(options))
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_manifest(commands)
     _add_train(commands)
     _add_sweep(commands)
+    _add_compare(commands)
     _add_report(commands)
     _add_export(commands)
     _add_predict(commands)
@@ -119,17 +121,85 @@ def _train(options: argparse.Namespace) -> int:
 def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from imbvlm.sweep.command import add_arguments
 
-    parser = _command(commands, "sweep", "Run a sweep from its YAML.", "imbvlm sweep my-sweep.yaml --dry-run")
-    parser.add_argument("spec", help="a SweepSpec as YAML, such as the sweep.yaml of an earlier sweep")
-    add_arguments(parser)
-    parser.set_defaults(command=_sweep)
+    parser = _command(
+        commands, "sweep", "Run sweeps, go on with them, list and show them; `sweep FILE` is `sweep run FILE`.",
+        "imbvlm sweep run my-sweep.yaml --dry-run",
+    )  # fmt: skip
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    run = _command(actions, "run", "Run a sweep from its YAML.", "imbvlm sweep run my-sweep.yaml --smoke")
+    run.add_argument("spec", help="a SweepSpec as YAML, such as the sweep.yaml of an earlier sweep")
+    add_arguments(run)
+    run.set_defaults(command=_sweep_run)
+    resume = _command(
+        actions, "resume", "Go on with a sweep; no trial is run twice.", "imbvlm sweep resume runs/inat-20261124-120000"
+    )
+    resume.add_argument("sweep", help="a sweep's folder")
+    resume.set_defaults(command=_sweep_resume)
+    listing = _command(actions, "list", "The sweeps in a storage folder.", "imbvlm sweep list runs --json")
+    listing.add_argument("storage", nargs="?", default="runs", help="folder or s3:// URI (default: runs)")
+    listing.set_defaults(command=_sweep_list)
+    show = _command(actions, "show", "A sweep's tables by now.", "imbvlm sweep show runs/inat-20261124-120000")
+    show.add_argument("sweep", help="a sweep's folder")
+    show.set_defaults(command=_sweep_show)
+    for action in (listing, show):
+        action.add_argument("--json", action="store_true", help="print JSON, accuracies as fractions")
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _with_sweep_action(arguments: Sequence[str]) -> list[str]:
+    """`sweep FILE` as `sweep run FILE`."""
+    given = list(arguments)
+    if given[:1] == ["sweep"] and len(given) > 1 and given[1] not in (*SWEEP_ACTIONS, "-h", "--help"):
+        return ["sweep", "run", *given[1:]]
+    return given
+
+
+def _sweep_run(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import run_command
     from imbvlm.sweep.spec import SweepSpec
 
     return run_command(SweepSpec.from_yaml(options.spec), options)
+
+
+def _sweep_resume(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.command import resume_command
+
+    return resume_command(options.sweep)
+
+
+def _sweep_list(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.listing import list_table, sweeps_under
+
+    states = sweeps_under(options.storage)
+    if options.json:
+        print(json.dumps([state.to_dict() for state in states], indent=1))
+    elif states:
+        print(list_table(states))
+    else:
+        print(f"no sweep under {options.storage}")
+    return 0
+
+
+def _sweep_show(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.listing import SweepState, show_text
+
+    state = SweepState.read(options.sweep)
+    print(json.dumps(state.to_dict(), indent=1) if options.json else show_text(state))
+    return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "compare", "Several sweeps side by side.", "imbvlm compare runs/inat-20261124-* --json")
+    parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweeps' folders")
+    parser.add_argument("--json", action="store_true", help="print JSON, accuracies as fractions")
+    parser.set_defaults(command=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.listing import SweepState, compare_text
+
+    states = [SweepState.read(folder) for folder in options.sweeps]
+    print(json.dumps([state.to_dict() for state in states], indent=1) if options.json else compare_text(states))
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------- report

@@ -148,7 +148,7 @@ def test_a_killed_driver_resumes_to_the_same_number_of_trials_none_twice(smoke, 
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     before = {key: r for key, r in trials(killed).items() if r["state"] in ("finished", "stopped")}
-    printed = run(QUICKSTART, "--smoke", "--set", "num_trials=6", "--resume", str(killed), cwd=home)
+    printed = imbvlm("sweep", "resume", str(killed), cwd=home)
     after = trials(killed)
     assert "resuming" in printed
     assert sorted(key for key in after if key.startswith("t")) == [f"t{number:05d}" for number in range(1, 7)]

@@ -14,6 +14,7 @@ from imbvlm import storage
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.schema import flat
 from imbvlm.sweep.console import Console
+from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
 
@@ -73,6 +74,18 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def resume_command(folder: str) -> int:
+    """Go on with the sweep in a folder as its sweep.yaml says, its features beside it; prints errors as sentences."""
+    try:
+        spec = read_spec(folder)
+        parent = storage.absolute(folder).rpartition("/")[0]
+        options = argparse.Namespace(smoke=False, set=[], manifest=None, storage=parent, resume=folder, dry_run=False)
+    except ImbvlmError as error:
+        print(f"imbvlm: {error}", file=sys.stderr)
+        return 1
+    return run_command(spec, options)
 
 
 def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:

@@ -8,10 +8,10 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.inference import write_model
 from imbvlm.models.encoder import Encoder
+from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.results import TrialLog, TrialRecord
-from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
-from imbvlm.yaml_file import dump_yaml, parse_yaml
+from imbvlm.yaml_file import dump_yaml
 
 BEST_FILE = "best.yaml"
 
@@ -36,10 +36,7 @@ def write_best(folder: str, record: TrialRecord) -> str:
 
 def export_sweep(folder: str, out: str) -> TrialRecord:
     """Write best.yaml and model/ of a finished sweep; raises ImbvlmError where it has no refit of its winner yet."""
-    spec_uri = storage.join(folder, "sweep.yaml")
-    if not storage.exists(spec_uri):
-        raise ImbvlmError(f"{folder} is not a sweep's folder: it has no sweep.yaml")
-    spec = SweepSpec.from_tree(parse_yaml(storage.read_bytes(spec_uri).decode(), spec_uri))
+    spec = read_spec(folder)
     log = TrialLog.read(folder)
     ranked = log.best(spec.objective)
     if not ranked:

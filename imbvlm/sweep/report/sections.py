@@ -281,8 +281,11 @@ def _store_row(source: Source) -> list[list[str]]:
     if record is None:
         return []
     rows = int(record.stats.split_counts.sum())
-    epochs = sum(len(one.epochs) for one in source.log.records.values() if one.config["method"] != "zero_shot")
-    views = max(int(one.views) for one in source.log.records.values() if one.views.isdigit())
+    stored = [one for one in source.log.records.values() if one.views.isdigit()]
+    epochs = sum(len(one.epochs) for one in stored if one.config["method"] != "zero_shot")
+    if not epochs:
+        return []
+    views = max(int(one.views) for one in stored)
     words = (
         f"{epochs * rows:,} training images were read over {epochs:,} epochs; the tower saw {views * rows:,} "
         f"({views} view{'s' if views > 1 else ''} of {rows:,}), {epochs / views:,.0f} times fewer"
@@ -294,8 +297,9 @@ def _parameters_rows(source: Source) -> list[list[str]]:
     rows = []
     for one in source.scored:
         if one.classes is not None:
-            record = one.classes
-            words = f"{record.num_trained_parameters:,} trained of {record.num_parameters:,} behind the frozen tower"
+            trained, total = one.classes.num_trained_parameters, one.classes.num_parameters
+            where = "behind the frozen tower" if one.records[0].views.isdigit() else "in the model"
+            words = f"{trained:,} trained of {total:,} {where}" if trained else "nothing trained"
             rows.append([f"parameters, {one.name}", words])
     return rows
 

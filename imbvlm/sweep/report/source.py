@@ -15,24 +15,15 @@ import numpy.typing as npt
 from imbvlm import storage
 from imbvlm.class_stats import ClassStats
 from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.quarantine import QUARANTINE_FILE
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.class_record import CLASS_RECORD_FILE
-from imbvlm.yaml_file import parse_yaml
 
-SPEC_FILE = "sweep.yaml"
 TEST_FILE = "test.json"
 TEST = "test"
-
-
-def read_spec(folder: str) -> SweepSpec:
-    """The spec in a sweep's folder; raises ImbvlmError where it isn't one."""
-    uri = storage.join(folder, SPEC_FILE)
-    if not storage.exists(uri):
-        raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")
-    return SweepSpec.from_tree(parse_yaml(storage.read_bytes(uri).decode(), uri))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""Sweeps by their folders: listed with their state, shown, side by side, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sweep_folder import write_sweep
+
+from imbvlm import cli
+from imbvlm.sweep import command
+
+COUNTS = [500, 120, 60, 20, 8]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A storage folder with a finished sweep, an unfinished one, and features."""
+    home = tmp_path_factory.mktemp("runs")
+    write_sweep(home / "made-1", COUNTS, gain=0.3)
+    (home / "made-1" / "best.yaml").write_text("method: decoder\n")
+    write_sweep(home / "made-2", COUNTS, num_trials=10, refits=False, objective="val/few_shot_accuracy")
+    (home / "features").mkdir()
+    return home
+
+
+def imbvlm(capsys, *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(arguments))
+    assert left.value.code == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_list_has_every_sweep_with_its_state_and_best(home, capsys):
+    lines = imbvlm(capsys, "sweep", "list", str(home)).splitlines()
+    assert len(lines) == 4
+    assert lines[2].split()[:3] == [str(home / "made-1"), "finished", "24/24"]
+    assert lines[3].split()[:3] == [str(home / "made-2"), "unfinished", "10/24"]
+    found = json.loads(imbvlm(capsys, "sweep", "list", str(home), "--json"))
+    assert [(one["state"], one["num_ended"]) for one in found] == [("finished", 24), ("unfinished", 10)]
+    assert 0.7 < found[0]["best"]["value"] < 0.76
+    assert set(found[0]["test"]) == {"winner", "linear probe", "zero-shot"}
+    assert len(found[0]["test"]["winner"]["few_shot_accuracy"]) == 2
+
+
+def test_list_of_a_folder_without_sweeps_says_so(tmp_path, capsys):
+    assert imbvlm(capsys, "sweep", "list", str(tmp_path)) == f"no sweep under {tmp_path}\n"
+    assert json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json")) == []
+
+
+def test_show_has_the_tables_that_there_are(home, capsys):
+    finished = imbvlm(capsys, "sweep", "show", str(home / "made-1"))
+    assert "24 of 24 trials, finished" in finished
+    assert "test split, read once" in finished
+    assert finished.index("\nwinner ") < finished.index("\nlinear probe ")
+    unfinished = imbvlm(capsys, "sweep", "show", str(home / "made-2"))
+    assert f"imbvlm sweep resume {home / 'made-2'}" in unfinished
+    assert "test split" not in unfinished
+
+
+def test_compare_puts_winners_side_by_side_and_says_what_is_not_alike(home, capsys):
+    text = imbvlm(capsys, "compare", str(home / "made-1"), str(home / "made-2"))
+    assert [line.split()[0] for line in text.splitlines()[3:5]] == ["made-1", "made-2"]
+    assert "unlike objectives" in text
+    assert "unlike data" not in text
+    found = json.loads(imbvlm(capsys, "compare", str(home / "made-1"), str(home / "made-2"), "--json"))
+    assert [one["name"] for one in found] == ["made", "made"]
+
+
+@pytest.mark.parametrize("words", [("show",), ("resume",)])
+def test_what_is_no_sweep_is_refused_in_a_sentence(tmp_path, capsys, words):
+    assert "has no sweep.yaml" in imbvlm(capsys, "sweep", *words, str(tmp_path), code=1)
+
+
+def test_a_file_behind_sweep_is_run_and_resume_takes_the_spec_from_the_folder(home, capsys, monkeypatch):
+    heard = []
+    monkeypatch.setattr(command, "run_command", lambda spec, options: heard.append((spec, options)) or 0)
+    imbvlm(capsys, "sweep", str(home / "made-1" / "sweep.yaml"), "--smoke")
+    imbvlm(capsys, "sweep", "run", str(home / "made-1" / "sweep.yaml"), "--smoke")
+    imbvlm(capsys, "sweep", "resume", str(home / "made-1"))
+    (spec, options), (same, also), (saved, resumed) = heard
+    assert spec == same == saved
+    assert options.smoke
+    assert also.smoke
+    assert resumed.resume == str(home / "made-1")
+    # Features lie beside the sweep, wherever it was started from.
+    assert resumed.storage == str(home)
