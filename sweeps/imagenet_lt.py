@@ -1,27 +1,8 @@
 """ImageNet-LT on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
 
 from imbvlm.sweep.command import main
+from imbvlm.sweep.recipes import LIFT
 from imbvlm.sweep.spec import SweepSpec
-
-# LIFT's recipe [Shi et al., ICML 2024] for this data set, tried first.
-LIFT = {
-    "encoder.name": "openai_vit_b16",
-    "method": "adapter",
-    "adapter.width": 32,
-    "classifier.kind": "cosine",
-    "classifier.temperature": 0.04,
-    "classifier.init": "text",
-    "loss.name": "logit_adjustment",
-    "loss.tau": 1.0,
-    "data.class_sampling": "instance_balanced",
-    "optim.lr": 0.01,
-    "optim.weight_decay": 5e-4,
-    "optim.lr_schedule": "half_cosine",
-    "optim.warmup_fraction": 0.0,
-    "optim.nesterov": False,
-    "train.clip_grad_norm": None,
-    "train.num_epochs": 10,
-}
 
 spec = SweepSpec(
     name="imagenet_lt",
@@ -32,7 +13,7 @@ spec = SweepSpec(
         "train": {"batch_size": 128},
     },
     space="imagenet_lt",
-    first_trials=[LIFT],
+    first_trials=[{**LIFT, "adapter.width": 32, "train.num_epochs": 10}],
     num_trials=96,
     driver="ray_train",
     gpus_per_worker=1,
