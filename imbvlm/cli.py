@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="imbvlm", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_manifest(commands)
     _add_train(commands)
     _add_sweep(commands)
@@ -56,6 +57,32 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+# ------------------------------------------------------------------------------------------------------ doctor
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands, "doctor", "What a sweep will find on this machine, and the mend for what is missing.",
+        "imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16",
+    )  # fmt: skip
+    parser.add_argument(
+        "storage", nargs="*", default=["runs"], help="folders and s3:// URIs for sweeps (default: runs)"
+    )
+    parser.add_argument(
+        "--encoder", action="append", metavar="NAME", help="a tower whose weights are wanted (default: tinylit_lite0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from imbvlm.doctor import describe, examine, to_dicts
+
+    checks = examine(options.storage, options.encoder or ["tinylit_lite0"])
+    print(json.dumps(to_dicts(checks), indent=1) if options.json else describe(checks))
+    return int(any(check.state == "broken" for check in checks))
 
 
 # ---------------------------------------------------------------------------------------------------- manifest

@@ -45,6 +45,24 @@ def connected() -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def running_cluster() -> Cluster | None:
+    """The cluster that a sweep would join, or None; starts nothing. Raises RuntimeError where it can't be joined."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return _describe(started_here=False)
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise RuntimeError(f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and nothing answers there") from error
+        return None
+    try:
+        return _describe(started_here=False)
+    finally:
+        ray.shutdown()
+
+
 def _describe(*, started_here: bool) -> Cluster:
     resources = ray.cluster_resources()
     url = ray._private.worker.get_dashboard_url() or ""

@@ -61,6 +61,15 @@ ENCODERS: dict[str, EncoderEntry] = {
 
 
 @dataclass(frozen=True)
+class WeightsState:
+    """Whether a tower's weights are on this machine, where they come from, and why that place doesn't answer."""
+
+    present: bool
+    address: str
+    cause: str | None
+
+
+@dataclass(frozen=True)
 class TowerSource:
     """Everything about a tower but its weights: `model` is what open_clip takes, an architecture or a local folder."""
 
@@ -92,6 +101,15 @@ class TowerSource:
                 )
             return None
         return _download(self.name, get_pretrained_cfg(self.model, self.tag))
+
+    def weights_state(self) -> WeightsState:
+        """Where the weights are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
+        if self.weights is not None or self.is_local:
+            self.weights_file()
+            return WeightsState(True, self.weights or self.model, None)
+        tag_config = get_pretrained_cfg(self.model, self.tag)
+        cached, address = _cached(tag_config), _address(tag_config)
+        return WeightsState(cached is not None, address, None if cached else unreachable(address))
 
 
 def absolute_encoder(config: EncoderConfig) -> EncoderConfig:
@@ -265,8 +283,7 @@ def _download(name: str, tag_config: Mapping[str, Any]) -> str:
     cached = _cached(tag_config)
     if cached is not None:
         return cached
-    hub = tag_config.get("hf_hub")
-    address = f"{huggingface_hub.constants.ENDPOINT}/{hub}" if hub else tag_config.get("url", "")
+    address = _address(tag_config)
     cause = unreachable(address)
     if cause is None:
         try:
@@ -277,6 +294,11 @@ def _download(name: str, tag_config: Mapping[str, Any]) -> str:
         f"can't download the weights of {name} from {address} ({cause}); fetch them beforehand where there is a "
         "network, or set encoder.weights to a file (with encoder.quick_gelu), or encoder.name to local-dir:PATH"
     )
+
+
+def _address(tag_config: Mapping[str, Any]) -> str:
+    hub = tag_config.get("hf_hub")
+    return f"{huggingface_hub.constants.ENDPOINT}/{hub}" if hub else str(tag_config.get("url", ""))
 
 
 def _cached(tag_config: Mapping[str, Any]) -> str | None:
