@@ -122,7 +122,7 @@ def _ray() -> Check:
 
     try:
         cluster = running_cluster()
-    except (RuntimeError, OSError) as error:
+    except (ImbvlmError, RuntimeError, OSError) as error:
         cause = str(error).splitlines()[0]
         mend = "stop it with `ray stop`, unset RAY_ADDRESS, or use its versions of Ray and Python"
         return Check("Ray", "broken", f"a cluster can't be joined: {cause}", mend)

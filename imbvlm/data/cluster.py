@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+
+from imbvlm.errors import ImbvlmError
+
+_ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,14 @@ class Cluster:
 
 @contextmanager
 def connected() -> Iterator[Cluster]:
-    """Within, Ray is connected; a cluster that was started here is stopped afterwards."""
+    """Within, Ray is connected; a cluster that was started here is stopped afterwards.
+
+    Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer.
+    """
     if ray.is_initialized():
         yield _describe(started_here=False)
         return
+    _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Ray's accelerator probing warns about a change of default on every start otherwise.
@@ -46,21 +55,37 @@ def connected() -> Iterator[Cluster]:
 
 
 def running_cluster() -> Cluster | None:
-    """The cluster that a sweep would join, or None; starts nothing. Raises RuntimeError where it can't be joined."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    """The cluster that a sweep would join, or None; starts nothing.
+
+    Raises ImbvlmError where RAY_ADDRESS names one that doesn't answer, RuntimeError where its versions aren't ours.
+    """
     if ray.is_initialized():
         return _describe(started_here=False)
+    _check_address()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise RuntimeError(f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and nothing answers there") from error
+    except ConnectionError:
         return None
     try:
         return _describe(started_here=False)
     finally:
         ray.shutdown()
+
+
+def _check_address() -> None:
+    """Ray ends the whole process, without a word, where nothing listens at RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ImbvlmError(
+            f"RAY_ADDRESS is {address}, and no cluster answers there ({error}); unset it, or start the cluster"
+        ) from None
 
 
 def _describe(*, started_here: bool) -> Cluster:
