@@ -161,12 +161,12 @@ class _Sweep:
             say()
             say(scores_table(self.scored, self.spec))
         write_best(self.folder, best)
-        report = write_report(self.folder)
+        report = self._report()
         say()
         say(f"best: {best.trial_id} of {self.folder}, after {duration(seconds)}")
         for name, what in (
             ("best.yaml", "its configuration"),
-            (report.rpartition("/")[2], "what was found, in one page for a browser"),
+            *([(report.rpartition("/")[2], "what was found, in one page for a browser")] if report else []),
             ("results.parquet", "every trial"),
             ("refits/", "the refitted weights"),
         ):
@@ -175,6 +175,14 @@ class _Sweep:
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
         say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
+
+    def _report(self) -> str | None:
+        """The page's location; None, and a sentence, where it can't be drawn: a night's result must not hang on it."""
+        try:
+            return write_report(self.folder)
+        except Exception as error:  # noqa: BLE001
+            self.console.say(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
+            return None
 
     # -------------------------------------------------------------------------------------------------- parts
 
