@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_data import tiny_config, tiny_data, tiny_features, with_text_tower
+from tiny_images import TinyImages
 
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
@@ -143,7 +144,7 @@ def without_times(reports):
     return [{key: value for key, value in report.items() if not key.endswith(TIMES)} for report in reports]
 
 
-def under_ray_train(settings, folder, num_workers):
+def under_ray_train(settings, folder, num_workers, cpus=0.5):
     """The reports of worker 0."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -161,7 +162,7 @@ def under_ray_train(settings, folder, num_workers):
         train_worker,
         train_loop_config=settings.to_dict(),
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=train.ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
+        scaling_config=train.ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": cpus}),
         run_config=train.RunConfig(name="tiny", storage_path=str(folder), callbacks=[Keep()]),
     ).fit()
     return [json.loads(line) for line in written.read_text().splitlines()]
@@ -200,3 +201,26 @@ def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path, 
     reports = under_ray_train(settings, tmp_path / "ray", 1)
     assert len(reports) == 1
     assert "wasn't finite" in reports[0]["failure"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(tmp_path, ray_cluster, num_workers):
+    """Two workers of one CPU each on two CPUs leave none for loading, and there is a bad image on the way."""
+    problem = TinyImages(tmp_path, files=True, bad=(7,))
+    config = problem.config("adapter", train__num_epochs=2, train__num_threads=1, train__batch_size=25)
+    settings = TrialSettings(
+        config=config.to_tree(),
+        feature_set=problem.features(config).to_dict(),
+        objective="val/best_balanced_accuracy",
+        num_threads=1,
+        score_test=True,
+        model_folder=str(tmp_path / "model"),
+    )
+    reports = under_ray_train(settings, tmp_path / "ray", num_workers, cpus=2 / num_workers)
+    torch.set_num_threads(1)
+    alone = list(TrialSession(torch.device("cpu")).reports(settings))
+    for mine, reference in zip(without_times(reports), without_times(alone), strict=True):
+        assert mine == pytest.approx(reference, abs=1e-3 if num_workers > 1 else 1e-6)
+    assert reports[-1]["data/unreadable_images"] == 1
+    assert "test/balanced_accuracy" in reports[-1]

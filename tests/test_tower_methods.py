@@ -249,6 +249,34 @@ def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(vit, met
     assert all(torch.equal(own_tensors(resumed.model)[n], t) for n, t in own_tensors(whole.model).items())
 
 
+class Stopped(Exception):
+    """What ends a run between two of its steps."""
+
+
+@pytest.mark.parametrize("method", ["adapter", "linear_probe"])
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_resuming_within_an_epoch_changes_no_number(vit, method, after, tmp_path):
+    """4 steps an epoch: in the middle of the first, before its last step, in the middle of the second."""
+    store = {"features__store": False} if method == "linear_probe" else {}
+    overrides = {"data__class_sampling": "square_root", "loss__name": "balanced_softmax", **store}
+    whole = trial(vit, method, **overrides)
+    expected = numbers(whole)
+    run = trial(vit, method, **overrides)
+
+    def stop():
+        if run.step == after:
+            checkpoint.save_checkpoint(str(tmp_path), run.state_dict())
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        list(run.epochs(stop))
+    resumed = trial(vit, method, **overrides)
+    resumed.load_state_dict(checkpoint.load_checkpoint(str(tmp_path)))
+    assert numbers(resumed) == expected[after // 4 :]
+    assert resumed.first_losses == (whole.first_losses if after < 4 else [])
+    assert all(torch.equal(own_tensors(resumed.model)[n], t) for n, t in own_tensors(whole.model).items())
+
+
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_an_exported_model_predicts_the_same_logits(problems, kind, method, tmp_path):
     problem = problems[kind]

@@ -79,28 +79,42 @@ class Course:
     num_parts: int = 1
     params: dict[str, nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
+    _record: _LossRecord = field(init=False)
 
     def __post_init__(self) -> None:
         self.params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
         scales = self.model.lr_scales if isinstance(self.model, TowerClassifier) else {}
         lr_scales = [scales.get(name, 1.0) for name in self.params]
         self.optimizer = build_optimizer(self.optim, self.params.values(), lr_scales)
+        self._record = _LossRecord()
 
-    def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
-        """One pass over the epoch plan, or what is left of the stage's steps."""
+    def losses_so_far(self) -> list[float]:
+        """The losses of the steps of an epoch that isn't finished, for a run that goes on from here."""
+        self._record.look()
+        return list(self._record.losses)
+
+    def go_on_from(self, losses: Sequence[float]) -> None:
+        """Let the next epoch begin behind the steps that have given these losses."""
+        self._record.losses[:] = losses
+
+    def train_epoch(self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None) -> TrainedEpoch:
+        """One pass over the epoch plan, or what is left of the stage's steps; `after_step` is told the steps so far."""
         started = time.perf_counter()
         plan, size = self.plan_of(epoch), self.train.batch_size
-        shares = batches(plan, size, self.world.rank, self.world.world_size)[: self.span.end_step - step]
+        record, taken = self._record, len(self._record.losses)
+        first_step = step - taken
+        shares = batches(plan, size, self.world.rank, self.world.world_size)[: self.span.end_step - first_step]
         sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
         loss_at = self.losses_of(epoch)
-        record, first_step = _LossRecord(), step
         self.model.train()
-        for batch in self.read(plan, shares, epoch):
+        for batch in self.read(plan, shares[taken:], epoch):
             record.add(*self._train_step(batch, loss_at(step), step))
             step += 1
             if record.failed_at is not None:
                 break
+            after_step(step)
         record.look()
+        self._record = _LossRecord()
         if record.failed_at is not None:
             step = first_step + record.failed_at + 1
             what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
@@ -109,7 +123,7 @@ class Course:
         metrics = {
             "train/loss": float(np.average(record.losses, weights=sizes)),
             "train/lr": self.lr(step - 1),
-            "train/images_per_second": sum(sizes) / seconds,
+            "train/images_per_second": sum(sizes[taken:]) / seconds,
             "time/train_seconds": seconds,
         }
         return TrainedEpoch(step, metrics, record.losses)

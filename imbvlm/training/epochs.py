@@ -20,6 +20,7 @@ from imbvlm.config_stages import num_stage_epochs
 from imbvlm.config_tower import AugmentationConfig
 from imbvlm.data.augment import Augmentation
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
+from imbvlm.data.images import CROP_SCALE
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Source, TrialData
 from imbvlm.metrics import ClassCounters
@@ -110,20 +111,23 @@ class TrialRun:
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def epochs(self) -> Iterator[EpochResult]:
-        """Train and evaluate epoch after epoch; a run that was restored at its end yields its last result again."""
+    def epochs(self, after_step: Callable[[], None] = lambda: None) -> Iterator[EpochResult]:
+        """Train and evaluate epoch after epoch; a run that was restored at its end yields its last result again.
+
+        `after_step` is called where the run could be saved, in the middle of an epoch too.
+        """
         self._agree_on_epoch()
         if self.epoch >= self.num_epochs and self.result is not None:
             yield self.result
             return
         while self.epoch < self.num_epochs:
             with self._threads(), _explained_memory(self._sizes()):
-                self.result = self._run_epoch()
+                self.result = self._run_epoch(after_step)
             yield self.result
             if self.result.failure is not None:
                 return
 
-    def _run_epoch(self) -> EpochResult:
+    def _run_epoch(self, after_step: Callable[[], None]) -> EpochResult:
         metrics: dict[str, float] = {}
         if self.epoch == self._first.end_epoch:
             self._second = self._build_second_stage()
@@ -132,7 +136,7 @@ class TrialRun:
             self._second.prepare()
         course = self._course
         if course is not None:
-            trained = course.train_epoch(self.epoch, self.step)
+            trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
             self.step = trained.step
             if self.epoch == 0:
                 self.first_losses = trained.losses[:NUM_FIRST_LOSSES]
@@ -146,6 +150,12 @@ class TrialRun:
         if not math.isfinite(metrics.get("val/loss", 0.0)):
             return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
         return EpochResult(self.epoch, self.step, metrics)
+
+    def _stepped(self, after_step: Callable[[], None], step: int) -> None:
+        self.step = step
+        # Epochs of a second stage take seconds, and what it starts from isn't saved.
+        if self._second is None:
+            after_step()
 
     def _failure(self, course: Course | None, what: str) -> str:
         if course is None:
@@ -269,6 +279,7 @@ class TrialRun:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "metrics": metrics,
+            "losses": [] if self._course is None else self._course.losses_so_far(),
         }
         return TrialState(tensors, scalars)
 
@@ -281,6 +292,8 @@ class TrialRun:
             if self.epoch > self._first.end_epoch:
                 self._second = self._build_second_stage()
             self._load_tensors(state)
+            if self._course is not None:
+                self._course.go_on_from(state.scalars["losses"])
             self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
             self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
         except (KeyError, RuntimeError, ValueError) as error:
@@ -300,13 +313,14 @@ class TrialRun:
                 self._course.optimizer.state[param] = {key: t.to(param.device, copy=True) for key, t in found.items()}
 
     def _agree_on_epoch(self) -> None:
-        """Workers that start at different epochs would wait for each other for ever."""
-        epochs = torch.tensor([self.epoch, -self.epoch])
-        latest, earliest = self.world.max(epochs).tolist()
-        if latest != -earliest:
+        """Workers that start at different epochs or steps would wait for each other for ever."""
+        places = torch.tensor([self.epoch, -self.epoch, self.step, -self.step])
+        latest, earliest, last_step, first_step = self.world.max(places).tolist()
+        if latest != -earliest or last_step != -first_step:
             raise ImbvlmError(
-                f"the trial's workers were restored at different epochs ({-earliest} to {latest}): all of them must "
-                "see the same checkpoint, so keep it in shared storage (s3:// or a network file system)"
+                f"the trial's workers were restored at different epochs ({-earliest} to {latest}) or steps "
+                f"({-first_step} to {last_step}): all of them must see the same checkpoint, so keep it in shared "
+                "storage (s3:// or a network file system)"
             )
 
     def _identity(self) -> str:
@@ -368,7 +382,7 @@ class TrialRun:
 def _augmentation(section: AugmentationConfig | None) -> Augmentation:
     """A frozen tower's fresh crops are drawn as its stored views are, so that both can be compared."""
     if section is None:
-        return Augmentation(crop_scale=(0.5, 1.0))
+        return Augmentation(crop_scale=CROP_SCALE)
     knobs = section.model_dump(exclude={"min_scale", "color_jitter"})
     return Augmentation(**knobs, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
 

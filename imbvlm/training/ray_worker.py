@@ -21,10 +21,21 @@ def train_worker(settings: dict[str, Any]) -> None:
     added over workers.
     """
     device = ray.train.torch.get_device()
-    world_size = ray.train.get_context().get_world_size()
-    world: World = SINGLE if world_size == 1 else DistributedWorld(device)
-    # Each worker's images are loaded by its share of the cluster's CPUs.
-    num_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world_size)
-    stream = partial(stream_in_ray, num_tasks=num_tasks)
+    alone = ray.train.get_context().get_world_size() == 1
+    world: World = SINGLE if alone else DistributedWorld(device)
+    stream = partial(stream_in_ray, num_tasks=_loading_tasks())
     for report in TrialSession(device, world, stream).reports(TrialSettings.from_dict(settings)):
         ray.train.report(report)
+
+
+def _loading_tasks() -> int:
+    """How many tasks load this worker's images: one for each CPU that it has booked, or that falls to its GPUs.
+
+    They book none themselves. A worker's own CPUs wait most of the time; and the trials that run at once on machines
+    with GPUs share their CPUs as they share those.
+    """
+    mine, everything = ray.get_runtime_context().get_assigned_resources(), ray.cluster_resources()
+    falls_to_gpus = 0.0
+    if mine.get("GPU", 0.0) and everything.get("GPU", 0.0):
+        falls_to_gpus = everything.get("CPU", 0.0) * mine["GPU"] / everything["GPU"]
+    return max(1, int(mine.get("CPU", 1.0)), int(falls_to_gpus))

@@ -94,8 +94,16 @@ class TrialSession:
         folder = settings.checkpoint_folder
         if folder is not None and has_checkpoint(folder):
             run.load_state_dict(load_checkpoint(folder, self._device))
-        saved_at, objective = time.monotonic(), settings.objective.removeprefix("val/")
-        for result in run.epochs():
+        objective, saved_at = settings.objective.removeprefix("val/"), time.monotonic()
+
+        def save_when_due() -> None:
+            nonlocal saved_at
+            due = time.monotonic() - saved_at >= settings.checkpoint_seconds
+            if folder is not None and self._world.rank == 0 and due:
+                save_checkpoint(folder, run.state_dict())
+                saved_at = time.monotonic()
+
+        for result in run.epochs(save_when_due):
             progress = result.epoch / run.num_epochs
             report: Report = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
             waited = result.epoch - run.best_epoch.get(objective, 0)
@@ -111,10 +119,7 @@ class TrialSession:
                     "done": True,
                 }
                 return
-            due = time.monotonic() - saved_at >= settings.checkpoint_seconds
-            if folder is not None and self._world.rank == 0 and due:
-                save_checkpoint(folder, run.state_dict())
-                saved_at = time.monotonic()
+            save_when_due()
             yield {**report, "done": False}
 
     def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
