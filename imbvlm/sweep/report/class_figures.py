@@ -49,10 +49,9 @@ def shot_group_bars(source: Source) -> Figure | None:
             left = middle + (index - len(source.scored) / 2) * width
             title = f"{scored.name}, {_group_name(group)}: {percent(mean)} %"
             drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), colour(source, scored)[0], title)
-            drawing.text(left + width / 2, y(mean) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
-            if len(values) > 1:
-                deviation = statistics.stdev(values)
-                at = left + width / 2
+            deviation, at = statistics.stdev(values) if len(values) > 1 else 0.0, left + width / 2
+            drawing.text(at, y(min(1, mean + deviation)) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
+            if deviation:
                 drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
         drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
     legend(drawing, 48, 14, [(one.name, colour(source, one)[0], 0) for one in source.scored])

@@ -101,9 +101,8 @@ def _pairs(block: Pairs) -> str:
     for pair in block.pairs:
         images = "".join(f'<img src="{uri}" alt="{escape(pair.words[0])}" loading="lazy">' for uri in pair.images)
         words = f"<b>{escape(pair.words[0])}</b> taken for <b>{escape(pair.words[1])}</b>"
-        cards.append(
-            f"<li><div class='pictures'>{images}</div><p>{words}</p><p class='muted'>{escape(pair.detail)}</p>"
-        )
+        pictures = f"<div class='pictures'>{images}</div>" if images else ""
+        cards.append(f"<li>{pictures}<p>{words}</p><p class='muted'>{escape(pair.detail)}</p></li>")
     return f"<h3>{escape(block.title)}</h3><ul class='pairs'>{''.join(cards)}</ul>"
 
 
