@@ -35,7 +35,7 @@ def ensure_class_embeddings(
         if cut:
             shown = ", ".join(repr(name) for name in cut[:3])
             report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
-        report(f"text features: {len(class_names):,} class names in {len(templates)} sentences each")
+        report(f"text features: {len(class_names):,} class names, {len(templates)} sentence(s) each")
         device = encoder.device
         encoder.to("cuda" if torch.cuda.is_available() else device)
         tensor = class_embeddings(encoder, class_names, templates).contiguous()
