@@ -46,6 +46,10 @@ class DataConfig(Section):
         "quarantine",
         description="quarantine: leave out and list files that can't be decoded; strict: stop at the first",
     )
+    max_bad_images: int | None = Field(
+        None, ge=0, description="more in a split stop the run before training; null: only the share counts"
+    )
+    max_bad_share: float = Field(0.5, ge=0, le=1, description="a larger share of a split stops the run, too")
 
 
 class EncoderConfig(Section):

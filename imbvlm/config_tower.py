@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from imbvlm.schema import Section
@@ -33,11 +35,17 @@ class FineTuningConfig(Section):
 class AugmentationConfig(Section):
     """How training images vary from epoch to epoch."""
 
+    crop: Literal["random_resized", "growing"] = Field(
+        "random_resized",
+        description="growing: LIFT+'s square, whose smallest share of the image grows to all of it over training",
+    )
     min_scale: float = Field(0.08, gt=0, le=1, description="smallest share of the image's area that a crop has")
     flip: bool = Field(True, description="left and right are exchanged in every second crop")
     color_jitter: float = Field(
         0.0, ge=0, lt=1, description="brightness, contrast and saturation vary by this share up and down"
     )
+    rand_ops: int = Field(0, ge=0, le=8, description="operations of RandAugment after the crop")
+    rand_magnitude: int = Field(9, ge=0, le=30, description="of RandAugment's operations")
 
 
 class MemoryConfig(Section):

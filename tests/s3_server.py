@@ -1,11 +1,13 @@
 """A real S3-compatible server on this machine, and a proxy before it that is slow or refuses now and then."""
 
+import asyncio
 import http.client
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -162,3 +164,56 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
             yield f"http://127.0.0.1:{listening.server_address[1]}"
         finally:
             listening.shutdown()
+
+
+@contextmanager
+def delayed(server: S3Server, delay_seconds: float):
+    """An endpoint before the server that only adds latency to each request, in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    target = server.endpoint.rpartition(":")[2]
+    command = [sys.executable, __file__, str(port), target, str(delay_seconds)]
+    with subprocess.Popen(command) as process:
+        try:
+            _wait_for_port(port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing listens on port {port}"
+            time.sleep(0.1)
+
+
+async def _forward(port: int, target: int, delay_seconds: float) -> None:
+    async def pump(reader, writer, delay):
+        try:
+            while data := await reader.read(1 << 18):
+                if delay:
+                    await asyncio.sleep(delay)
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def connect(reader, writer):
+        there, back = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(pump(reader, back, delay_seconds), pump(there, writer, 0))
+
+    listening = await asyncio.start_server(connect, "127.0.0.1", port)
+    async with listening:
+        await listening.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_forward(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

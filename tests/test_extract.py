@@ -203,20 +203,24 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str,
 
 @pytest.mark.ray
 def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str, ray_cluster: str) -> None:
-    manifest = make_data(tmp_path, broken=(3, 6, 13, 20))
+    manifest = make_data(tmp_path, broken=(3, 6, 13))
     os.unlink(tmp_path / "data" / f"{NUM_TRAIN}.png")
     config = trial(tmp_path, tower)
     features, said = extract(tmp_path, config, manifest)
     train, val = features.store("train"), features.store("val")
-    assert [entry.row for entry in train.quarantine] == [3, 6, 13, 20]
+    assert [entry.row for entry in train.quarantine] == [3, 6, 13]
     assert {entry.reason for entry in train.quarantine} == {"truncated"}
     assert val.quarantine == ((0, "file not found"),)
-    assert any("4 of 21 train images are left out, such as" in line and "3.png: truncated" in line for line in said)
+    assert any("3 of 21 train images are left out, such as" in line and "3.png: truncated" in line for line in said)
     data = TrialData.open(config, features)
-    assert data.class_stats.counts.tolist() == [3, 3, 3, 2, 3, 3, 0]
+    assert data.class_stats.counts.tolist() == [3, 3, 3, 2, 3, 3, 1]
     assert data.class_stats.split_counts.tolist() == [3] * 7
     assert len(data.val) == NUM_VAL - 1
-    assert "'class 6'" in data.warnings[0]
+    # Limits stop the run before training, with names.
+    with pytest.raises(ImbvlmError, match=r"3 images of train can't be used, above data.max_bad_images 2: .*3\.png"):
+        extract(tmp_path, trial(tmp_path, tower, max_bad_images=2), manifest)
+    with pytest.raises(ImbvlmError, match=r"14.3% of 21, above data.max_bad_share 0.1"):
+        extract(tmp_path, trial(tmp_path, tower, max_bad_share=0.1), manifest)
     # The store was filled under quarantine; strict doesn't take it, nor fills one of its own.
     strict = trial(tmp_path, tower, on_bad_image="strict")
     with pytest.raises(ImbvlmError, match=r"3\.png can't be used: truncated"):
@@ -224,6 +228,13 @@ def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str, ray_cluster: s
     shutil.rmtree(tmp_path / "features")
     with pytest.raises(ImbvlmError, match=r"\.png can't be used: (truncated|file not found)"):
         extract(tmp_path, strict, manifest)
+
+
+@pytest.mark.ray
+def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest = make_data(tmp_path, broken=(6, 13, 20))
+    with pytest.raises(ImbvlmError, match=r"1 class would lose every training image: 'class 6' \(3\)"):
+        extract(tmp_path, trial(tmp_path, tower), manifest)
 
 
 @pytest.mark.ray

@@ -142,6 +142,32 @@ def test_two_workers_that_hold_every_cpu_both_finish(manifest, location, ray_clu
 
 
 @pytest.mark.ray
+def test_two_train_workers_on_two_cpus_read_an_epoch_each_their_share(manifest, location, ray_cluster, tmp_path):
+    """With `get_dataset_shard` this never ends: the loading tasks wait for a CPU."""
+    from ray import cloudpickle, train
+    from ray.train.torch import TorchTrainer
+
+    plans = cloudpickle.dumps([plan_for(manifest, rank, 2) for rank in range(2)])
+
+    def loop(config):
+        from imbvlm.data.pipeline import stream_in_ray
+
+        plan = cloudpickle.loads(config["plans"])[train.get_context().get_world_rank()]
+        rows = [row for batch in stream_in_ray(config["location"], plan, num_tasks=1) for row in batch.rows.tolist()]
+        (tmp_path / str(train.get_context().get_world_rank())).write_text(" ".join(map(str, rows)))
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"plans": plans, "location": location},
+        scaling_config=train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=train.RunConfig(storage_path=str(tmp_path), name="streams"),
+    )
+    trainer.fit()
+    read_rows = sorted(int(row) for rank in "01" for row in (tmp_path / rank).read_text().split())
+    assert read_rows == sorted(plan_for(manifest).rows.tolist())
+
+
+@pytest.mark.ray
 def test_leaving_an_epoch_early_leaves_nothing_running(manifest, location, ray_cluster):
     from imbvlm.data.pipeline import stream_in_ray
 

@@ -17,6 +17,7 @@ from imbvlm.data.cluster import connected
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.pipeline import map_images
+from imbvlm.data.quarantine import limit_findings
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
@@ -261,4 +262,10 @@ def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[Output
     name = uri or f"row {bad[0].row}"
     if config.data.on_bad_image == "strict":
         raise bad_image_error(work.split, name, bad[0].reason)
+    found = {entry.row: entry.reason for entry in bad}
+    limits = config.data.max_bad_images, config.data.max_bad_share
+    findings = limit_findings(work.rows, work.split, found, max_images=limits[0], max_share=limits[1])
+    if findings:
+        mend = "mend the files or take their rows out of the manifest; `imbvlm manifest check --decode` lists them all"
+        raise ImbvlmError("\n  ".join(["too many images can't be used:", *findings, mend]))
     report(f"{len(bad):,} of {work.store.num_rows:,} {work.split} images are left out, such as {name}: {bad[0].reason}")

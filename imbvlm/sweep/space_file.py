@@ -20,6 +20,8 @@ NOT_SEARCHED: Mapping[str, str] = {
     "data.manifest": "trials on different images can't be compared; run a sweep for each",
     "data.split_seed": "trials on different validation rows can't be compared",
     "data.on_bad_image": "it decides what is extracted, not how well a trial does",
+    "data.max_bad_images": "it decides when a run stops, not how well a trial does",
+    "data.max_bad_share": "it decides when a run stops, not how well a trial does",
     "train.seed": "the best seed is luck; refit_seeds trains the winner again over several",
 }
 

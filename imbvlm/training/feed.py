@@ -110,7 +110,7 @@ class ImageFeed:
         self, source: Source, examples: Index, shares: Sequence[Index], augmentation: Augmentation | None, epoch: int
     ) -> Iterator[Batch]:
         assert isinstance(source, ImageRows), "a trial on images opens rows of the manifest"
-        progress = epoch / self._num_epochs
+        progress = min(1.0, epoch / max(1, self._num_epochs - 1))
         rows = source.places[examples]
         plan = StreamPlan(rows, shares, self._preprocess, augmentation, self._seed, epoch, progress)
         num_read = 0

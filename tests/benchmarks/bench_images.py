@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ import pyarrow as pa
 import ray
 import torch
 from PIL import Image
+from ray import cloudpickle
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from s3_server import BUCKET, delayed, serve
 
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import Manifest
@@ -44,6 +47,9 @@ class Files(torch.utils.data.Dataset):
                 image.draft("RGB", (SIDE, SIDE))
             picture = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Sink:
@@ -114,6 +120,76 @@ def show(name, found, base):
     print(f"{name:58} {found:8,.0f} images/s  ratio {found / base:5.2f}", flush=True)
 
 
+def against_loader(paths, num_processes):
+    """Decoded in full and with the JPEG decoder's own downscaling, each on both sides."""
+    manifest = manifest_of([str(path) for path in paths])
+    plain = loader_rate(paths, num_processes, False)
+    small = loader_rate(paths, num_processes, True)
+    show("torch DataLoader, as people write it", plain, plain)
+    show("torch DataLoader, with downscaling", small, plain)
+    for words, downscale, base in (("in full", None, plain), ("with downscaling", 1.0, plain)):
+        show(f"streamed into training, decoded {words}", stream_rate(manifest, num_processes, downscale), base)
+        show(f"extraction pass, decoded {words}", pass_rate(manifest, num_processes, downscale), base)
+    show("streamed, with downscaling, against the same", stream_rate(manifest, num_processes, 1.0), small)
+
+
+def against_local(paths, num_processes, delay_seconds=0.005):
+    """The same files from an S3 server on this machine with more latency per request."""
+    local = manifest_of([str(path) for path in paths])
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as server:
+        os.environ.update(server.settings())
+        import boto3
+
+        client = boto3.client("s3")
+        for path in paths:
+            client.upload_file(str(path), BUCKET, path.name)
+        with delayed(server, delay_seconds) as endpoint:
+            os.environ.update(server.settings(endpoint))
+            remote = manifest_of([f"s3://{BUCKET}/{path.name}" for path in paths])
+            with cluster(num_processes):
+                base = stream_rate(local, num_processes, None)
+                show("streamed from disk", base, base)
+                found = stream_rate(remote, num_processes, None)
+                show(f"streamed from S3, {1000 * delay_seconds:g} ms more per request", found, base)
+
+
+def peak_memory(manifest, num_processes):
+    """Largest memory of this process and Ray's, shared pages counted once, while an epoch streams; in GB."""
+    blocks, peak = stream_plan(len(manifest), None).blocks(manifest), 0.0
+    for number, _ in enumerate(stream_blocks(blocks, load_batch, num_tasks=num_processes)):
+        if number % 4 == 0:
+            peak = max(peak, memory_of_tree())
+    return peak
+
+
+def memory_of_tree():
+    children, sizes = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                rollup = (entry / "smaps_rollup").read_text()
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+            sizes[int(entry.name)] = int(rollup.partition("\nPss:")[2].split()[0])
+    total, pending = 0, [os.getpid()]
+    while pending:
+        process = pending.pop()
+        total += sizes.get(process, 0)
+        pending += children.get(process, [])
+    return total / 1e6
+
+
+@contextmanager
+def cluster(num_cpus):
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-images", type=int, default=2000)
@@ -125,15 +201,14 @@ def main():
     print(f"{options.num_images:,} JPEGs of 500 x 500 to {SIDE} x {SIDE}, {num_processes} processes")
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(Path(folder), options.num_images)
-        manifest = manifest_of([str(path) for path in paths])
-        ray.init(num_cpus=num_processes, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        for draft, words in ((False, "decoded in full"), (True, "with the decoder's downscaling")):
-            downscale = 1.0 if draft else None
-            base = loader_rate(paths, num_processes, draft)
-            show(f"torch DataLoader, {words}", base, base)
-            show(f"streamed into training, {words}", stream_rate(manifest, num_processes, downscale), base)
-            show(f"extraction pass, {words}", pass_rate(manifest, num_processes, downscale), base)
-        ray.shutdown()
+        with cluster(num_processes):
+            against_loader(paths, num_processes)
+            if options.memory:
+                few = [str(path) for path in paths]
+                for uris in (few, few * 10):
+                    print(f"{len(uris):,} images: peak memory {peak_memory(manifest_of(uris), num_processes):.2f} GB")
+        if options.s3:
+            against_local(paths, num_processes)
 
 
 if __name__ == "__main__":
