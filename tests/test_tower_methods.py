@@ -355,8 +355,12 @@ def run_worker(rank, world_size, folder, cases):
     dist.destroy_process_group()
 
 
-def test_two_workers_give_one_workers_numbers(vit, tmp_path):
-    """51 images in batches of 25 leave one for the last batch: one of the workers has nothing to do in it."""
+def test_two_workers_give_one_workers_numbers(tmp_path):
+    """51 images in batches of 25 leave one for the last batch: one of the workers has nothing to do in it.
+
+    One of them can't be read, and either worker may meet it.
+    """
+    vit = TinyImages(tmp_path, "vit", bad=(3,))
     configs = [vit.config(method, train__num_epochs=2, **overrides) for method, overrides in WORKER_CASES]
     cases = [(config.to_tree(), vit.features(config).to_dict()) for config in configs]
     context = multiprocessing.get_context("spawn")
@@ -450,3 +454,17 @@ def test_an_adapter_is_nothing_at_first_and_learns_from_the_first_step():
     adapter(tokens).square().sum().backward()
     (adapter(tokens) + tokens).square().sum().backward()
     assert adapter.up.weight.grad.abs().sum() > 0
+
+
+def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs(vit):
+    """At a rate of almost nothing only the images change a loss."""
+    still = {"optim__lr": 1e-12, "optim__weight_decay": 0.0, "train__num_epochs": 2, "train__batch_size": 64}
+    plain = {"augmentation__min_scale": 1.0, "augmentation__flip": False}
+    knobs = [
+        {}, plain, {"augmentation__crop": "growing"}, {"augmentation__color_jitter": 0.5},
+        {"augmentation__rand_ops": 2}, {"augmentation__rand_ops": 2, "augmentation__rand_magnitude": 20},
+    ]  # fmt: skip
+    courses = [numbers(trial(vit, "adapter", **still, **(plain | one if one else {}))) for one in knobs]
+    losses = [[metrics["train/loss"] for _, _, metrics in course] for course in courses]
+    assert len({first for first, _ in losses}) == len(knobs)
+    assert all(first != second for first, second in losses)

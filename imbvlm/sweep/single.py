@@ -50,4 +50,9 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             f"overall {percent(last.get('val/top1_accuracy'))}"
         )
     say(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
+    if last.get("data/unreadable_images"):
+        say(
+            f"{int(last['data/unreadable_images'])} images could not be read and were left out; "
+            f"`imbvlm manifest check {config.data.manifest} --decode` names them"
+        )
     return last

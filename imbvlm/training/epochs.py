@@ -145,8 +145,9 @@ class TrialRun:
             metrics |= trained.metrics
         self.epoch += 1
         metrics |= self._validate()
-        if self.feed.unreadable:
-            metrics["data/unreadable_images"] = float(len(self.feed.unreadable))
+        num_unreadable = self.feed.count_unreadable(self.world)
+        if num_unreadable:
+            metrics["data/unreadable_images"] = float(num_unreadable)
         if not math.isfinite(metrics.get("val/loss", 0.0)):
             return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
         return EpochResult(self.epoch, self.step, metrics)

@@ -21,6 +21,7 @@ from imbvlm.features.examples import Examples, Source
 from imbvlm.features.store import as_tensor
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 from imbvlm.sampling import EpochPlan
+from imbvlm.training.world import World
 
 Index = npt.NDArray[np.int64]
 
@@ -47,6 +48,9 @@ class Feed(Protocol):
     def unreadable(self) -> dict[int, str]:
         """Why an image was left out, by its row in the manifest; those met so far."""
 
+    def count_unreadable(self, world: World) -> int:
+        """How many images some worker had to leave out so far; every worker must call it."""
+
     def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """The batches at some places (B,) of an epoch's plan."""
 
@@ -61,6 +65,9 @@ class StoredFeed:
         self._output, self._device = output, device
         self.numbers_per_example = int(np.prod(info.shape(output)))
         self.unreadable: dict[int, str] = {}
+
+    def count_unreadable(self, world: World) -> int:
+        return 0
 
     def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         return read_ahead(lambda share: self._load(source, plan.rows[share], plan.views[share]), shares)
@@ -97,6 +104,14 @@ class ImageFeed:
         self._stream, self._device, self._strict = stream, device, strict
         self.numbers_per_example = 3 * preprocess.image_size**2
         self.unreadable: dict[int, str] = {}
+
+    def count_unreadable(self, world: World) -> int:
+        """Workers meet the same image in different epochs: rows are counted once."""
+        rows = torch.tensor(sorted(self.unreadable), dtype=torch.int64)
+        length = int(world.max(torch.tensor([int(rows[-1]) + 1 if len(rows) else 0]))[0])
+        if not length:
+            return 0
+        return int(world.max(torch.zeros(length, dtype=torch.int64).index_fill_(0, rows, 1)).sum())
 
     def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """A place in an epoch has its own crop, whichever worker reads it."""
