@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -28,6 +29,11 @@ def spec(**fields: Any) -> SweepSpec:
         ({"driver": "ray_train"}, True),
         ({"base": {**BASE, "features": {"store": False}}}, True),
         ({"driver": "in_process"}, False),
+        ({"base": {**BASE, "method": "adapter"}}, True),
+        ({"space": {"parameters": {"method": {"choice": ["decoder", "fine_tuning"]}}}}, True),
+        ({"space": {"parameters": {"method": {"choice": ["decoder", "linear_probe"]}}}}, False),
+        ({"space": {"parameters": {"features.store": {"choice": [True, False]}}}}, True),
+        ({"base": {**BASE, "method": "adapter"}, "driver": "in_process"}, False),
     ],
 )
 def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> None:
@@ -130,3 +136,12 @@ def test_what_a_tower_has_not_got() -> None:
     found = [problem.message for problem in check_model(model(init="identity"), tiny_info(has_class_token=False))]
     assert found == ["decoder.init: identity needs a tower with a class token, and tiny has none"]
     assert check_model(TrialConfig.from_tree({**BASE, "method": "linear_probe"}), info) == []
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "bias_tuning", "fine_tuning"])
+def test_what_needs_a_transformer_is_refused_for_a_convolution_tower(method: str) -> None:
+    config = TrialConfig.from_tree({**BASE, "method": method})
+    assert check_model(config, tiny_info()) == []
+    found = [one.message for one in check_model(config, dataclasses.replace(tiny_info(), kind="convolution"))]
+    needs = method in ("adapter", "lora")
+    assert [f"method {method} needs a transformer's blocks" in message for message in found] == [True] * needs

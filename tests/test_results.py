@@ -173,3 +173,17 @@ def test_lists_and_mixed_values_are_json() -> None:
 
 def test_a_table_without_trials_can_be_written(tmp_path: Path) -> None:
     assert pq.read_table(TrialLog(str(tmp_path)).write_table()).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "views"),
+    [
+        ({"method": "decoder", "features": {"num_views": 4}}, "4"),
+        ({"method": "decoder", "features": {"store": False}}, "fresh"),
+        ({"method": "adapter", "features": {"num_views": 4}}, "fresh"),
+    ],
+)
+def test_views_are_a_number_of_stored_crops_or_fresh(fields: dict[str, Any], views: str) -> None:
+    one = record("t1", [0.5], config=TrialConfig.from_tree({**BASE, **fields}).to_tree())
+    assert one.views == views
+    assert results_table([one]).column("views").to_pylist() == [views]
