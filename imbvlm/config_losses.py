@@ -11,9 +11,12 @@ from imbvlm.schema import Section
 PriorCounts = Literal["sampled", "train"]
 
 
-class CrossEntropyConfig(Section):
+class _SmoothedLoss(Section):
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that all classes have alike")
+
+
+class CrossEntropyConfig(_SmoothedLoss):
     name: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
 class FocalConfig(Section):
@@ -21,28 +24,28 @@ class FocalConfig(Section):
     gamma: float = Field(2.0, ge=0)
 
 
-class InverseFrequencyConfig(Section):
+class InverseFrequencyConfig(_SmoothedLoss):
     name: Literal["inverse_frequency"] = "inverse_frequency"
 
 
-class EffectiveNumberConfig(Section):
+class EffectiveNumberConfig(_SmoothedLoss):
     name: Literal["effective_number"] = "effective_number"
     beta: float = Field(0.9999, ge=0, lt=1)
 
 
-class GeneralizedReweightConfig(Section):
+class GeneralizedReweightConfig(_SmoothedLoss):
     name: Literal["generalized_reweight"] = "generalized_reweight"
     exponent: float = Field(1.2, ge=0)
 
 
-class BalancedSoftmaxConfig(Section):
+class BalancedSoftmaxConfig(_SmoothedLoss):
     name: Literal["balanced_softmax"] = "balanced_softmax"
     prior: PriorCounts = Field(
         "sampled", description="sampled: the counts that class sampling really gives; train: the rows'"
     )
 
 
-class LogitAdjustmentConfig(Section):
+class LogitAdjustmentConfig(_SmoothedLoss):
     name: Literal["logit_adjustment"] = "logit_adjustment"
     tau: float = 1.0
     prior: PriorCounts = "sampled"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -20,13 +21,16 @@ from imbvlm.config import EncoderConfig, TrialConfig
 from imbvlm.data.images import ImageError, Preprocess, decode
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import Encoder
-from imbvlm.models.methods import METHODS, restore_model
+from imbvlm.models.encoder_info import OutputName
+from imbvlm.models.methods import METHODS, ZeroShotClassifier, restore_model
 from imbvlm.models.tower_folder import save_tower
+from imbvlm.posthoc import Adjustment
 from imbvlm.training.checkpoint import MODEL_FILE, load_model_tensors
 from imbvlm.yaml_file import YamlTree
 
 CONFIG_FILE = "config.json"
 TOWER_FOLDER = "tower"
+ZERO_SHOT_FILE = "zero_shot.safetensors"
 FORMAT = 1
 BATCH_SIZE = 64
 
@@ -42,14 +46,57 @@ class Prediction:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class PostHocStep:
+    """What is done to a model's logits before they become probabilities: an adjustment, chosen on validation.
+
+    `class_counts` (C,) are those that the model was trained on; `class_embeddings` (C, E) are there where zero-shot
+    logits are mixed in.
+    """
+
+    adjustment: Adjustment
+    class_counts: tuple[int, ...]
+    class_embeddings: Tensor | None = None
+
+    def apply(self, logits: Tensor, image_embedding: Callable[[], Tensor], logit_scale: float) -> Tensor:
+        """Adjusted logits (B, C); `image_embedding` gives the images' (B, E) where it is asked."""
+        zero_shot = None
+        if self.adjustment.alpha and self.class_embeddings is not None:
+            classifier = ZeroShotClassifier(self.class_embeddings.to(logits.device), logit_scale).to(logits.device)
+            zero_shot = classifier(image_embedding().to(logits.device))
+        return self.adjustment.apply(logits, torch.tensor(self.class_counts), zero_shot)
+
+    def write(self, folder: str) -> dict[str, Any]:
+        """Write what is too large for a description; the rest as plain data."""
+        if self.class_embeddings is not None:
+            tensors = {"class_embeddings": self.class_embeddings.float().cpu().contiguous()}
+            storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), save_safetensors(tensors))
+        return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
+
+    @staticmethod
+    def read(folder: str, data: Mapping[str, Any]) -> PostHocStep:
+        """Back from `write`; raises KeyError, TypeError or StorageError."""
+        values = dict(data)
+        counts = tuple(values.pop("class_counts"))
+        embeddings = None
+        if values["alpha"]:
+            embeddings = load_safetensors(storage.read_bytes(storage.join(folder, ZERO_SHOT_FILE)))["class_embeddings"]
+        return PostHocStep(Adjustment(**values), counts, embeddings)
+
+
 class Model:
     """An exported classifier with its own tower, preprocessing and class names."""
 
     def __init__(
-        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, class_names: tuple[str, ...]
+        self,
+        encoder: Encoder,
+        classifier: nn.Module,
+        config: TrialConfig,
+        class_names: tuple[str, ...],
+        post_hoc: PostHocStep | None = None,
     ) -> None:
         self._encoder, self._classifier, self._config = encoder, classifier.eval(), config
-        self.class_names = class_names
+        self._post_hoc, self.class_names = post_hoc, class_names
 
     def predict(self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5) -> list[Prediction]:
         """Classify paths, URIs, encoded bytes or H x W x 3 uint8 arrays; an image that can't be read gets an error."""
@@ -68,12 +115,23 @@ class Model:
         if self._config.reads_images:
             with torch.inference_mode():
                 return self._classifier(pixels.to(self._encoder.device)).float()
-        features = getattr(self._encoder.forward_images(pixels), METHODS[self._config.method].reads)
-        # What was trained on was stored in this precision.
-        stored = features.to(torch.float16 if self._config.features.precision == "float16" else torch.float32)
+        stored = self._stored(pixels, METHODS[self._config.method].reads)
         with torch.inference_mode():
-            logits: Tensor = self._classifier(stored.float())
+            logits: Tensor = self._classifier(stored)
         return logits.float()
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Probabilities (B, C) of preprocessed uint8 images (B, 3, S, S), after what was adjusted on validation."""
+        logits = self.logits(pixels)
+        if self._post_hoc is not None:
+            scale = self._encoder.info.logit_scale
+            logits = self._post_hoc.apply(logits, lambda: self._stored(pixels, "image_embedding"), scale)
+        return logits.softmax(dim=1)
+
+    def _stored(self, pixels: Tensor, output: OutputName) -> Tensor:
+        """An output of the tower in the precision in which what was trained on was stored."""
+        features: Tensor = getattr(self._encoder.forward_images(pixels), output)
+        return features.to(torch.float16 if self._config.features.precision == "float16" else torch.float32).float()
 
     def _predict_batch(self, batch: Sequence[tuple[int, Any]], top: int) -> list[Prediction]:
         results: dict[int, Prediction] = {}
@@ -87,7 +145,7 @@ class Model:
             except (ImageError, storage.StorageError) as error:
                 results[index] = Prediction(source, error=str(error))
         if pixels:
-            probabilities = self.logits(torch.from_numpy(np.stack(pixels))).softmax(dim=1).cpu()
+            probabilities = self.probabilities(torch.from_numpy(np.stack(pixels))).cpu()
             values, labels = probabilities.topk(top, dim=1)
             for (index, source), row, ids in zip(sources, values.tolist(), labels.tolist(), strict=True):
                 results[index] = Prediction(source, tuple(self.class_names[i] for i in ids), tuple(ids), tuple(row))
@@ -109,8 +167,9 @@ def write_model(
     encoder: Encoder,
     class_names: Sequence[str],
     scores: dict[str, Any],
+    post_hoc: PostHocStep | None = None,
 ) -> None:
-    """Write weights, tower, class names and preprocessing; the folder needs nothing else to predict."""
+    """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict."""
     tower = storage.join(folder, TOWER_FOLDER)
     save_tower(encoder, tower)
     # Read back: what is described is what a user will load.
@@ -123,6 +182,7 @@ def write_model(
         "encoder": written.info.to_dict(),
         "config": config.to_tree(),
         "scores": scores,
+        "post_hoc": None if post_hoc is None else post_hoc.write(folder),
     }
     storage.write_bytes(
         storage.join(folder, CONFIG_FILE), json.dumps(description, indent=1, ensure_ascii=False).encode()
@@ -144,6 +204,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         version = description["format"]
         class_names, preprocess = tuple(description["class_names"]), Preprocess.from_dict(description["preprocess"])
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
+        adjusted = description.get("post_hoc")
+        post_hoc = None if adjusted is None else PostHocStep.read(str(folder), adjusted)
     except (ValueError, KeyError, TypeError) as error:
         raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
     if version != FORMAT:
@@ -161,4 +223,4 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
             f"{preprocess}"
         )
     classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)), encoder)
-    return Model(encoder, classifier.to(target), config, class_names)
+    return Model(encoder, classifier.to(target), config, class_names, post_hoc)

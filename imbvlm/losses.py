@@ -59,10 +59,11 @@ def cross_entropy(
     label_smoothing: Knob = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
-    """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016]."""
-    log_probs = F.log_softmax(_computing(logits), dim=-1)
-    smooth = -log_probs.mean(dim=-1)
-    return _weighted_mean((1 - label_smoothing) * _nll(log_probs, targets) + label_smoothing * smooth, None, world)
+    """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016].
+
+    Other losses with `label_smoothing` have this in the place of -log p_y, with their own p and weights.
+    """
+    return _weighted_mean(_smoothed(F.log_softmax(_computing(logits), dim=-1), targets, label_smoothing), None, world)
 
 
 def focal(
@@ -82,41 +83,73 @@ def focal(
     )
 
 
-def inverse_frequency(logits: Tensor, targets: Tensor, class_counts: Tensor, *, world: Reducer = ONE_WORKER) -> Tensor:
+def inverse_frequency(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
     counts = _floored(class_counts, logits)
-    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, world)
+    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, world)
 
 
 def effective_number(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, beta: Knob = 0.9999, world: Reducer = ONE_WORKER
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    beta: Knob = 0.9999,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
-    return _weighted_cross_entropy(
-        logits, targets, effective_number_weights(_floored(class_counts, logits), beta), world
-    )
+    weights = effective_number_weights(_floored(class_counts, logits), beta)
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
 
 
 def generalized_reweight(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, exponent: Knob = 1.2, world: Reducer = ONE_WORKER
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    exponent: Knob = 1.2,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
     log_weights = -exponent * torch.log(_floored(class_counts, logits))
     # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
-    return _weighted_cross_entropy(logits, targets, torch.softmax(log_weights, dim=-1) * logits.shape[-1], world)
+    weights = torch.softmax(log_weights, dim=-1) * logits.shape[-1]
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
 
 
-def balanced_softmax(logits: Tensor, targets: Tensor, class_counts: Tensor, *, world: Reducer = ONE_WORKER) -> Tensor:
+def balanced_softmax(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
     """CE(z + log prior) [Ren et al. 2020]."""
-    return logit_adjustment(logits, targets, class_counts, tau=1.0, world=world)
+    return logit_adjustment(logits, targets, class_counts, tau=1.0, label_smoothing=label_smoothing, world=world)
 
 
 def logit_adjustment(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, tau: Knob = 1.0, world: Reducer = ONE_WORKER
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    tau: Knob = 1.0,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
     adjusted = _computing(logits) + (tau * _log_prior(class_counts, logits)).to(_computing(logits).dtype)
-    return _weighted_mean(_nll(F.log_softmax(adjusted, dim=-1), targets), None, world)
+    return _weighted_mean(_smoothed(F.log_softmax(adjusted, dim=-1), targets, label_smoothing), None, world)
 
 
 def ldam(
@@ -277,9 +310,16 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
     return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor, world: Reducer) -> Tensor:
+def _smoothed(log_probs: Tensor, targets: Tensor, label_smoothing: Knob) -> Tensor:
+    """Cross entropy (B,) with the smoothed target."""
+    return (1 - label_smoothing) * _nll(log_probs, targets) - label_smoothing * log_probs.mean(dim=-1)
+
+
+def _weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: Knob, world: Reducer
+) -> Tensor:
     log_probs = F.log_softmax(_computing(logits), dim=-1)
-    return _weighted_mean(_nll(log_probs, targets), class_weights[targets], world)
+    return _weighted_mean(_smoothed(log_probs, targets, label_smoothing), class_weights[targets], world)
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None, world: Reducer) -> Tensor:

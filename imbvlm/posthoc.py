@@ -1,13 +1,13 @@
 """After training, from stored validation logits: logit adjustment, temperature scaling, mixing with zero-shot logits.
 
-Nothing trains and no model is needed. What is chosen, is chosen on validation by balanced accuracy from a finite list
-that is kept whole, so that a report can show what else was tried.
+Nothing trains and no model is needed. What is chosen, is chosen on validation by the sweep's objective from a finite
+list that is kept whole, so that a report can show what else was tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imbvlm.class_stats import PRIOR_FLOOR
+from imbvlm.class_stats import PRIOR_FLOOR, ClassStats
 from imbvlm.errors import ImbvlmError
-from imbvlm.metrics import CalibrationBins, per_class_accuracy, predictions
+from imbvlm.metrics import CalibrationBins, predictions
 
 TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
 ALPHAS = tuple(round(0.05 * step, 10) for step in range(21))
@@ -29,12 +29,52 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """What is done to a trained model's logits: tau of logit adjustment, alpha of zero-shot logits, a temperature."""
+
+    tau: float = 0.0
+    alpha: float = 0.0
+    temperature: float = 1.0
+
+    def apply(
+        self, logits: Tensor, class_counts: npt.ArrayLike | Tensor, zero_shot_logits: Tensor | None = None
+    ) -> Tensor:
+        """Adjusted logits (B, C) of a model that was trained on (C,) counts; alpha needs `zero_shot_logits` (B, C)."""
+        adjusted = adjust_logits(logits, class_counts, self.tau)
+        if self.alpha:
+            if zero_shot_logits is None:
+                raise ImbvlmError("mixing with zero-shot logits needs them, and there are none")
+            adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
+        return adjusted / self.temperature
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether every prediction stays as it was, and only probabilities change."""
+        return self.tau == 0 and self.alpha == 0
+
+
+@dataclass(frozen=True)
 class Choice:
-    """The value with the best validation balanced accuracy, and everything tried: (value, balanced accuracy)."""
+    """The value with the best validation score, and everything tried: (value, score).
+
+    `standard_error` is that of its gain over the neutral value on the same rows, where it was asked for.
+    """
 
     value: float
     score: float
     tried: tuple[tuple[float, float], ...]
+    neutral: float = 0.0
+    standard_error: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """Score above that of the neutral value."""
+        return self.score - dict(self.tried)[self.neutral]
+
+    @property
+    def taken(self) -> float:
+        """The value where its gain is more than its standard error; the neutral one where it isn't shown to help."""
+        return self.value if self.gain > self.standard_error else self.neutral
 
 
 @dataclass(frozen=True)
@@ -52,7 +92,25 @@ def choose(values: Iterable[float], score: Callable[[float], float], neutral: fl
     """The value of the highest score; of equals the one nearest to `neutral`, which changes nothing."""
     tried = tuple((value, score(value)) for value in values)
     best, best_score = max(tried, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
-    return Choice(best, best_score, tried)
+    return Choice(best, best_score, tried, neutral)
+
+
+def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
+    """Weights (C,) such that the metric, an accuracy, is the weighted sum of per-class accuracies on these targets.
+
+    Raises ImbvlmError where no class of the metric's group has a row.
+    """
+    total = torch.bincount(targets, minlength=stats.num_classes).double()
+    if metric == "top1_accuracy":
+        return total / total.sum()
+    counted = total > 0
+    if metric != "balanced_accuracy":
+        members = torch.zeros_like(counted)
+        members[torch.from_numpy(getattr(stats, metric.removesuffix("_accuracy")))] = True
+        counted &= members
+    if not counted.any():
+        raise ImbvlmError(f"no class of {metric} has a validation row")
+    return counted.double() / counted.sum()
 
 
 def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float) -> Tensor:
@@ -66,16 +124,19 @@ def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: flo
 
 
 def choose_tau(
-    logits: Tensor, targets: Tensor, class_counts: npt.ArrayLike | Tensor, taus: Sequence[float] = TAUS
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: npt.ArrayLike | Tensor,
+    taus: Sequence[float] = TAUS,
+    weights: Tensor | None = None,
 ) -> Choice:
-    """tau of `adjust_logits` by balanced accuracy on validation logits (N, C), targets (N,). Raises ImbvlmError."""
+    """tau of `adjust_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+
+    Without weights by balanced accuracy. Raises ImbvlmError.
+    """
     _check(logits, targets)
-    return choose(
-        taus,
-        lambda tau: balanced_accuracy(
-            targets, logits.shape[1], lambda rows: adjust_logits(logits[rows], class_counts, tau)
-        ),
-        neutral=0.0,
+    return _choose_by_rows(
+        taus, targets, weights, logits.shape[1], lambda tau, rows: adjust_logits(logits[rows], class_counts, tau)
     )
 
 
@@ -84,20 +145,29 @@ def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor
     return (1 - alpha) * _computing(logits) + alpha * _computing(zero_shot_logits)
 
 
-def choose_alpha(logits: Tensor, zero_shot_logits: Tensor, targets: Tensor, alphas: Sequence[float] = ALPHAS) -> Choice:
-    """alpha of `mix_logits` by balanced accuracy on validation logits (N, C), targets (N,). Raises ImbvlmError."""
+def choose_alpha(
+    logits: Tensor,
+    zero_shot_logits: Tensor,
+    targets: Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    weights: Tensor | None = None,
+) -> Choice:
+    """alpha of `mix_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+
+    Without weights by balanced accuracy. Raises ImbvlmError.
+    """
     _check(logits, targets)
     if zero_shot_logits.shape != logits.shape:
         raise ImbvlmError(
             f"zero-shot logits must be of the same rows and classes as the model's, {tuple(logits.shape)}, and are "
             f"{tuple(zero_shot_logits.shape)}"
         )
-    return choose(
+    return _choose_by_rows(
         alphas,
-        lambda alpha: balanced_accuracy(
-            targets, logits.shape[1], lambda rows: mix_logits(logits[rows], zero_shot_logits[rows], alpha)
-        ),
-        neutral=0.0,
+        targets,
+        weights,
+        logits.shape[1],
+        lambda alpha, rows: mix_logits(logits[rows], zero_shot_logits[rows], alpha),
     )
 
 
@@ -129,14 +199,60 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
 
 def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[slice], Tensor]) -> float:
     """Mean accuracy over the classes with rows; `logits_of(rows)` gives logits (B, C). A row with a NaN is wrong."""
+    return _score(_right(targets, logits_of), targets, _balanced(targets, num_classes))
+
+
+def gain_standard_error(right: Tensor, before: Tensor, targets: Tensor, weights: Tensor) -> float:
+    """Standard error of a weighted accuracy's difference between two predictions of the same rows (N,) [McNemar 1947].
+
+    sqrt(sum_c (w_c / n_c)^2 k_c), k_c the rows of class c that one of the two has right and the other hasn't.
+    """
+    changed = torch.bincount(targets[right != before], minlength=len(weights)).double()
+    total = torch.bincount(targets, minlength=len(weights)).clamp(min=1).double()
+    return float(((weights.to(total) / total).square() * changed).sum().sqrt())
+
+
+def _choose_by_rows(
+    values: Sequence[float],
+    targets: Tensor,
+    weights: Tensor | None,
+    num_classes: int,
+    logits_at: Callable[[float, slice], Tensor],
+) -> Choice:
+    """By weighted accuracy, with the standard error of the gain over 0."""
+    weights = _balanced(targets, num_classes) if weights is None else weights
+
+    def right_at(value: float) -> Tensor:
+        return _right(targets, lambda rows: logits_at(value, rows))
+
+    choice = choose(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
+    if choice.value == choice.neutral:
+        return choice
+    error = gain_standard_error(right_at(choice.value), right_at(choice.neutral), targets, weights)
+    return replace(choice, standard_error=error)
+
+
+def _balanced(targets: Tensor, num_classes: int) -> Tensor:
+    present = torch.bincount(targets, minlength=num_classes) > 0
+    return present.double() / present.sum()
+
+
+def _right(targets: Tensor, logits_of: Callable[[slice], Tensor]) -> Tensor:
+    """Which rows (N,) are predicted right; those with a NaN aren't."""
     right = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     for start in range(0, len(targets), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
         classes, valid = predictions(logits_of(rows))
         right[rows] = (classes == targets[rows]) & valid
-    total = torch.bincount(targets, minlength=num_classes)
-    correct = torch.bincount(targets[right], minlength=num_classes)
-    return float(np.nanmean(per_class_accuracy(correct.cpu().numpy(), total.cpu().numpy())))
+    return right
+
+
+def _score(right: Tensor, targets: Tensor, weights: Tensor) -> float:
+    """Sum over classes of weight (C,) times accuracy."""
+    total = torch.bincount(targets, minlength=len(weights)).clamp(min=1)
+    correct = torch.bincount(targets[right], minlength=len(weights))
+    weights = weights.to(correct.device)
+    return float((weights * correct / total).sum() / weights.sum())
 
 
 def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, float]:

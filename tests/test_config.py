@@ -218,12 +218,16 @@ def test_defaults_are_those_of_the_protocol() -> None:
         "init": "random",
     }
     assert full["classifier"] == {"kind": "cosine", "temperature": 0.04, "init": "random"}
-    assert full["loss"] == {"name": "balanced_softmax", "prior": "sampled"}
+    assert full["loss"] == {"name": "balanced_softmax", "label_smoothing": 0.0, "prior": "sampled"}
     assert full["train"]["num_epochs"] == 10
     assert full["train"]["num_steps"] is None
     assert config(train={"num_steps": 8192}).to_tree()["train"]["num_epochs"] is None
     assert config(train={"num_epochs": None, "batch_size": 8}).to_tree()["train"]["num_epochs"] == 10
-    assert config(loss={"prior": "train"}).to_tree()["loss"] == {"name": "balanced_softmax", "prior": "train"}
+    assert config(loss={"prior": "train"}).to_tree()["loss"] == {
+        "name": "balanced_softmax",
+        "label_smoothing": 0.0,
+        "prior": "train",
+    }
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -84,6 +84,17 @@ def test_cross_entropy_is_torchs_own_with_smoothing_too():
     assert_same(value("cross_entropy", logits, targets, label_smoothing=0.1), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if "label_smoothing" in loss_knobs(name)])
+def test_smoothing_moves_a_share_of_the_target_to_all_classes(name):
+    """None: the loss without it. All: no class is more of a target than another. In between, so much of each."""
+    logits, targets = batch()
+    plain, everything = (value(name, logits, targets, label_smoothing=share) for share in (0.0, 1.0))
+    assert_same(plain, value(name, logits, targets))
+    assert_same(value(name, logits, targets, label_smoothing=0.3), 0.7 * plain + 0.3 * everything)
+    equal = torch.full((6,), 9)
+    assert_same(*(value(name, logits, y, equal, label_smoothing=1.0) for y in (targets, (targets + 1) % 6)))
+
+
 def test_a_weighted_loss_is_torchs_weighted_mean():
     logits, targets = batch()
     weights = COUNTS.double().clamp(min=0.5).pow(-1)
@@ -129,8 +140,13 @@ def numpy_prior(n):
     return n / n.sum()
 
 
-def numpy_weighted(z, y, w):
-    return (w[y] * numpy_nll(z, y)).sum() / w[y].sum()
+def numpy_smoothed(z, y, smoothing):
+    others = np.mean([numpy_nll(z, np.full(len(y), c)) for c in range(z.shape[1])], axis=0)
+    return (1 - smoothing) * numpy_nll(z, y) + smoothing * others
+
+
+def numpy_weighted(z, y, w, smoothing):
+    return (w[y] * numpy_smoothed(z, y, smoothing)).sum() / w[y].sum()
 
 
 def numpy_focal(z, y, n, gamma):
@@ -160,25 +176,34 @@ def numpy_lade(z, y, n, remine_lambda, weight):
 FORMULAS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
     "cross_entropy": (
         {"label_smoothing": 0.2},
-        lambda z, y, n, label_smoothing: (
-            (1 - label_smoothing) * numpy_nll(z, y).mean()
-            + label_smoothing * np.mean([numpy_nll(z, np.full(len(y), c)).mean() for c in range(z.shape[1])])
-        ),
+        lambda z, y, n, label_smoothing: numpy_smoothed(z, y, label_smoothing).mean(),
     ),
     "focal": ({"gamma": 1.7}, numpy_focal),
-    "inverse_frequency": ({}, lambda z, y, n: numpy_weighted(z, y, n.sum() / (len(n) * np.maximum(n, 0.5)))),
+    "inverse_frequency": (
+        {"label_smoothing": 0.1},
+        lambda z, y, n, label_smoothing: numpy_weighted(z, y, n.sum() / (len(n) * np.maximum(n, 0.5)), label_smoothing),
+    ),
     "effective_number": (
-        {"beta": 0.97},
-        lambda z, y, n, beta: numpy_weighted(z, y, (1 - beta) / (1 - beta ** np.maximum(n, 0.5))),
+        {"beta": 0.97, "label_smoothing": 0.3},
+        lambda z, y, n, beta, label_smoothing: numpy_weighted(
+            z, y, (1 - beta) / (1 - beta ** np.maximum(n, 0.5)), label_smoothing
+        ),
     ),
     "generalized_reweight": (
-        {"exponent": 0.8},
-        lambda z, y, n, exponent: numpy_weighted(z, y, np.maximum(n, 0.5) ** -exponent),
+        {"exponent": 0.8, "label_smoothing": 0.1},
+        lambda z, y, n, exponent, label_smoothing: numpy_weighted(
+            z, y, np.maximum(n, 0.5) ** -exponent, label_smoothing
+        ),
     ),
-    "balanced_softmax": ({}, lambda z, y, n: numpy_nll(z + np.log(numpy_prior(n)), y).mean()),
+    "balanced_softmax": (
+        {"label_smoothing": 0.15},
+        lambda z, y, n, label_smoothing: numpy_smoothed(z + np.log(numpy_prior(n)), y, label_smoothing).mean(),
+    ),
     "logit_adjustment": (
-        {"tau": 1.4},
-        lambda z, y, n, tau: numpy_nll(z + tau * np.log(numpy_prior(n)), y).mean(),
+        {"tau": 1.4, "label_smoothing": 0.1},
+        lambda z, y, n, tau, label_smoothing: numpy_smoothed(
+            z + tau * np.log(numpy_prior(n)), y, label_smoothing
+        ).mean(),
     ),
     "ldam": ({"max_margin": 0.4, "margin_scale": 12.0}, numpy_ldam),
     "lade": ({"remine_lambda": 0.3, "weight": 0.2}, numpy_lade),

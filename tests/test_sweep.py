@@ -69,6 +69,10 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
     for name in ("best.yaml", "results.parquet", "test.json", "ray.log", "refits/refit-winner-seed0/model.safetensors"):
         assert (sweep / name).exists()
     assert f"imbvlm export {sweep}" in printed
+    chosen = json.loads((sweep / "post_hoc.json").read_text())
+    assert set(chosen) == {"winner", "linear probe"}
+    assert "after training, chosen on validation, winner:" in test
+    assert re.search(r"expected calibration error \(%\) on validation [\d.]+ to [\d.]+, on test [\d.]+ to [\d.]+", test)
 
 
 def test_libraries_chatter_stays_in_the_log(smoke):

@@ -143,10 +143,16 @@ class TrialData:
     @staticmethod
     def open_split(config: TrialConfig, features: FeatureSet, split: str) -> Source:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
+        rows = label_rows(features.manifest).rows_of(split)
+        return _source(config, features, TrialData.open_stored(config, features, split), rows)
+
+    @staticmethod
+    def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> Examples:
+        """As `open_split`, as they are stored, also where the trial runs the tower itself; in the same order."""
         _check_tower(config, features)
         table, store = label_rows(features.manifest), features.store(split)
         rows = table.rows_of(split)
-        return _source(config, features, _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1), rows)
+        return _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
 
 
 def _source(config: TrialConfig, features: FeatureSet, examples: Examples, split_rows: Rows) -> Source:

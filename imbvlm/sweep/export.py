@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from imbvlm import storage
-from imbvlm.config import TrialConfig
+from imbvlm.config import PromptsConfig, TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
-from imbvlm.inference import write_model
+from imbvlm.inference import PostHocStep, write_model
 from imbvlm.models.encoder import Encoder
+from imbvlm.models.prompts import class_embeddings, templates_of
 from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.post_hoc import read_adjustment
+from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.training.checkpoint import load_model_tensors
+from imbvlm.training.class_record import CLASS_RECORD_FILE
 from imbvlm.yaml_file import dump_yaml
 
 BEST_FILE = "best.yaml"
@@ -41,13 +48,15 @@ def export_sweep(folder: str, out: str) -> TrialRecord:
     ranked = log.best(spec.objective)
     if not ranked:
         raise ImbvlmError(f"no trial of {folder} has a result yet; go on with --resume {folder}")
-    refit = next((r for r in log.of("refit") if r.name == "winner" and r.state == "finished"), None)
+    refit = next((r for r in log.of("refit") if r.name == WINNER and r.state == "finished"), None)
     if refit is None:
         raise ImbvlmError(f"the winner of {folder} was not refitted yet; go on with --resume {folder}")
     write_best(out, ranked[0])
     config = refit.trial_config()
     manifest = Manifest.read(config.data.manifest)
     encoder = Encoder.from_config(config.encoder, config.eval)
+    weights = storage.join(folder, "refits", refit.trial_id)
+    post_hoc = _post_hoc_step(folder, weights, config, manifest.class_names, encoder)
     scores = {
         "validation": ranked[0].best_epoch(spec.objective),
         "refit": refit.epochs[-1] if refit.epochs else None,
@@ -57,9 +66,24 @@ def export_sweep(folder: str, out: str) -> TrialRecord:
     write_model(
         storage.join(out, "model"),
         config,
-        load_model_tensors(storage.join(folder, "refits", refit.trial_id)),
+        load_model_tensors(weights),
         encoder,
         manifest.class_names,
         scores,
+        post_hoc,
     )
     return ranked[0]
+
+
+def _post_hoc_step(
+    folder: str, weights: str, config: TrialConfig, class_names: Sequence[str], encoder: Encoder
+) -> PostHocStep | None:
+    """What the sweep chose to do to its winner's logits; None where nothing could be chosen."""
+    chosen = read_adjustment(folder, WINNER)
+    if chosen is None:
+        return None
+    embeddings = None
+    if chosen.alpha:
+        embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
+    counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
+    return PostHocStep(chosen, tuple(counts), embeddings)

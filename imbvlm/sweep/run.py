@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,21 @@ from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
 from imbvlm.sweep.export import write_best
 from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
+from imbvlm.sweep.post_hoc import (
+    PostHoc,
+    choose_post_hoc,
+    describe_post_hoc,
+    logits_file,
+    prune_logits,
+    write_post_hoc,
+)
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import refits
 from imbvlm.sweep.report.write import write_report
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
-from imbvlm.sweep.summary import causes, opening, scores_table, search_table, verdict
+from imbvlm.sweep.summary import NUM_BEST, causes, opening, scores_table, search_table, verdict
 from imbvlm.training.session import TrialSettings
 
 SPEC_FILE = "sweep.yaml"
@@ -94,6 +103,7 @@ class _Sweep:
         self._quarantined: list[dict[str, str | int]] = []
         self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
         self.scored: list[TrialRecord] = []
+        self.post_hoc: dict[str, PostHoc] = {}
 
     # ------------------------------------------------------------------------------------------------ phases
 
@@ -115,6 +125,8 @@ class _Sweep:
             self.console.say(
                 f"{searcher.num_repeats} proposals were drawn before; they took the known value and didn't count"
             )
+        best = [record.trial_id for record in self.log.best(self.spec.objective)[:NUM_BEST]]
+        prune_logits(self.folder, [*best, *self._baselines])
         failed = [record for record in ended if record.state in ("failed", "error")]
         if failed:
             self.console.say(causes(failed))
@@ -127,12 +139,15 @@ class _Sweep:
     def refit_and_score(self) -> None:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
+        chosen = refits(self.log, self.spec)
         jobs = [
             Job(f"refit-{_slug(refit.name)}-seed{seed}", "refit", refit.name, config)
-            for refit in refits(self.log, self.spec)
+            for refit in chosen
             for seed, config in refit.seeded()
         ]
         waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
+        self.post_hoc = choose_post_hoc(self.folder, chosen, self.log, self.spec.objective)
+        write_post_hoc(self.folder, self.post_hoc)
 
         def settings(job: Job) -> TrialSettings:
             features = self.features[tower_key(job.config)]
@@ -140,7 +155,14 @@ class _Sweep:
             if test is not None:
                 features = FeatureSet.from_dict({**features.to_dict(), "folders": {**features.folders, **test.folders}})
             model = storage.join(self.folder, "refits", job.trial_id)
-            return self._settings(job, features, refit=True, score_test=test is not None, model_folder=model)
+            adjusted = self.post_hoc.get(job.name)
+            return replace(
+                self._settings(job, features),
+                refit=True,
+                score_test=test is not None,
+                model_folder=model,
+                post_hoc=None if adjusted is None else asdict(adjusted.adjustment),
+            )
 
         if waiting:
             self.console.say(f"refitting the winner and the baselines on all training images: {len(waiting)} runs")
@@ -160,6 +182,8 @@ class _Sweep:
         if any("test/top1_accuracy" in epoch for record in self.scored for epoch in record.epochs[-1:]):
             say()
             say(scores_table(self.scored, self.spec))
+        for name, one in self.post_hoc.items():
+            say(describe_post_hoc(name, one, self.scored))
         write_best(self.folder, best)
         report = self._report()
         say()
@@ -223,29 +247,19 @@ class _Sweep:
 
     def _search_settings(self, job: Job) -> TrialSettings:
         baseline: Baseline | None = self._baselines.get(job.trial_id)
-        patience = None if baseline is None else baseline.patience
-        return self._settings(job, self.features[tower_key(job.config)], patience=patience)
+        return replace(
+            self._settings(job, self.features[tower_key(job.config)]),
+            patience=None if baseline is None else baseline.patience,
+            logits_file=logits_file(self.folder, job.trial_id),
+        )
 
-    def _settings(
-        self,
-        job: Job,
-        features: FeatureSet,
-        *,
-        patience: int | None = None,
-        refit: bool = False,
-        score_test: bool = False,
-        model_folder: str | None = None,
-    ) -> TrialSettings:
+    def _settings(self, job: Job, features: FeatureSet) -> TrialSettings:
         return TrialSettings(
             config=job.config.to_tree(),
             feature_set=features.to_dict(),
             checkpoint_folder=storage.join(self.folder, "checkpoints", job.trial_id),
             objective=self.spec.objective,
             num_threads=self.lane.num_threads,
-            patience=patience,
-            refit=refit,
-            score_test=score_test,
-            model_folder=model_folder,
         )
 
     def _scheduler(self) -> AshaPerMethod | None:
@@ -259,7 +273,7 @@ class _Sweep:
         reading = {
             "read_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "scores": {
-                record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test/")}
+                record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test")}
                 for record in self.scored
                 if record.epochs
             },

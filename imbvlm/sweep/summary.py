@@ -123,11 +123,14 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     rows = []
     for name in dict.fromkeys(record.name for record in scored):
         last = [record.epochs[-1] for record in scored if record.name == name and record.epochs]
-        cells = [
-            mean_and_spread([epoch[f"test/{metric}"] for epoch in last if f"test/{metric}" in epoch])
-            for metric in METRICS
-        ]
-        rows.append([name, str(len(last)), *cells])
+        values, adjusted = (
+            [[epoch[f"{split}/{metric}"] for epoch in last if f"{split}/{metric}" in epoch] for metric in METRICS]
+            for split in ("test", "test_post_hoc")
+        )
+        rows.append([name, str(len(last)), *map(mean_and_spread, values)])
+        # A temperature alone changes no prediction.
+        if any(adjusted) and adjusted != values:
+            rows.append([f"{name}, post hoc", str(len(last)), *map(mean_and_spread, adjusted)])
     title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
     return f"{title}\n{table(['what', 'seeds', *HEADINGS], rows)}"
 

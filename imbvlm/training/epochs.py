@@ -30,9 +30,10 @@ from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator, Examination
-from imbvlm.training.feed import Feed, ImageFeed, StoredFeed
+from imbvlm.training.feed import Feed, ImageFeed, Index, StoredFeed
 from imbvlm.training.objective import Objective
 from imbvlm.training.second_stage import SecondStageRun, check_can_choose
+from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import SINGLE, World, copy_from_first
 
 NUM_FIRST_LOSSES = 8
@@ -89,6 +90,8 @@ class TrialRun:
         self.best: dict[str, float] = {}
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
+        # Of the last epoch; none where there would be too many.
+        self.val_logits: EpochLogits | None = None
         self.first_losses: list[float] = []
         self._first, self._last = self._spans()
         check_can_choose(config.second_stage, data)
@@ -243,17 +246,23 @@ class TrialRun:
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
 
-    def examine(self, examples: Source) -> Examination:
-        """As `counters`, with what a report shows besides; every worker must call it."""
+    def examine(self, examples: Source, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> Examination:
+        """As `counters`, with what a report shows besides, also of adjusted logits; every worker must call it."""
         self.model.eval()
-        return self._evaluator.examine(self._forward, examples)
+        return self._evaluator.examine(self._forward, examples, adjust)
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
         if len(self.data.val.labels) == 0:
             return {}
         started = time.perf_counter()
-        counters = self.counters(self.data.val) if self._second is None else self._second.validate()
+        shape = len(self.data.val.labels), len(self.data.class_names)
+        self.val_logits = EpochLogits(*shape) if EpochLogits.fits(*shape) else None
+        self.model.eval()
+        if self._second is None:
+            counters = self._evaluator.counters(self._forward, self.data.val, self.val_logits)
+        else:
+            counters = self._second.validate(self.val_logits)
         metrics = counters.compute(self.data.class_stats)
         for name, value in metrics.items():
             if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):

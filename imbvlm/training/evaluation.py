@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from imbvlm.class_stats import ClassStats
+from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, Source, TrialData
 from imbvlm.metrics import CalibrationBins, ClassCounters, predictions
+from imbvlm.models.methods import ZeroShotClassifier
+from imbvlm.posthoc import Adjustment
 from imbvlm.training.feed import Batch, Feed, Index, to_device
+from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import World
 
 Forward = Callable[[Tensor], Tensor]
@@ -27,12 +32,56 @@ EVAL_BYTES = 32 * 2**20
 class Examination:
     """One look at a split: per-class counts, confidence bins, and every example's predicted class (N,).
 
-    It is -1 for an image that can't be read.
+    It is -1 for an image that can't be read. `adjusted` is the same look at adjusted logits, where they were asked for.
     """
 
     counters: ClassCounters
     bins: CalibrationBins
     predicted: Tensor
+    adjusted: Examination | None = None
+
+    def metrics(self, stats: ClassStats) -> dict[str, float]:
+        """Accuracies, loss and calibration error by their plain names."""
+        return self.counters.compute(stats) | self.bins.compute()
+
+
+class LogitAdjuster:
+    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store."""
+
+    def __init__(self, adjustment: Adjustment, data: TrialData, stored: Examples, device: torch.device) -> None:
+        self._adjustment, self._counts, self._stored = adjustment, data.class_stats.counts, stored
+        self._zero_shot: ZeroShotClassifier | None = None
+        if adjustment.alpha:
+            if data.class_embeddings is None:
+                raise ImbvlmError("mixing with zero-shot logits needs the class names' text embeddings")
+            self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.logit_scale).to(device)
+
+    def __call__(self, logits: Tensor, examples: Index) -> Tensor:
+        """Adjusted logits (B, C) of the examples (B,)."""
+        zero_shot = None
+        if self._zero_shot is not None:
+            embedding = self._stored.batch("image_embedding", examples)
+            zero_shot = self._zero_shot(embedding.to(logits.device).float())
+        return self._adjustment.apply(logits, self._counts, zero_shot)
+
+
+class _Look:
+    """An Examination as it grows, of this worker's examples."""
+
+    def __init__(self, num_rows: int, num_classes: int) -> None:
+        self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
+        # Each example is one worker's: the sum over workers is its class plus 1, or 0 where its image can't be read.
+        self._found = torch.zeros(num_rows, dtype=torch.int64)
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        labels = batch.labels.to(logits.device)
+        self._counters.update(logits, labels)
+        self._bins.update(logits, labels)
+        self._found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
+
+    def examination(self, world: World) -> Examination:
+        counters, bins = self._counters.reduced(world), self._bins.reduced(world)
+        return Examination(counters, bins, world.sum(self._found).cpu() - 1)
 
 
 @dataclass(frozen=True)
@@ -65,24 +114,33 @@ class Evaluator:
         """The examples (indices) that fall to this worker: every world_size-th."""
         return np.arange(self.world.rank, len(examples.labels), self.world.world_size)
 
-    def counters(self, forward: Forward, examples: Source) -> ClassCounters:
-        """Per-class counts over the examples, added over workers: every worker must call it."""
+    def counters(self, forward: Forward, examples: Source, keep: EpochLogits | None = None) -> ClassCounters:
+        """Per-class counts over the examples, added over workers: every worker must call it.
+
+        `keep` is given this worker's logits.
+        """
         counters = ClassCounters(len(self.data.class_names))
         for logits, batch in self.outputs(forward, examples, self.share(examples)):
             counters.update(logits, batch.labels.to(logits.device))
+            if keep is not None:
+                keep.add(batch.examples, logits)
         return counters.reduced(self.world)
 
-    def examine(self, forward: Forward, examples: Source) -> Examination:
-        """As `counters`, with what a report shows besides; every worker must call it."""
-        counters, bins = ClassCounters(len(self.data.class_names)), CalibrationBins()
-        # Each example is one worker's: the sum over workers is its class plus 1, or 0 where its image can't be read.
-        found = torch.zeros(len(examples.labels), dtype=torch.int64)
+    def examine(
+        self, forward: Forward, examples: Source, adjust: Callable[[Tensor, Index], Tensor] | None = None
+    ) -> Examination:
+        """As `counters`, with what a report shows besides; every worker must call it.
+
+        `adjust` gives other logits from the logits and which examples they are of.
+        """
+        plain = _Look(len(examples.labels), len(self.data.class_names))
+        adjusted = _Look(len(examples.labels), len(self.data.class_names))
         for logits, batch in self.outputs(forward, examples, self.share(examples)):
-            labels = batch.labels.to(logits.device)
-            counters.update(logits, labels)
-            bins.update(logits, labels)
-            found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
-        return Examination(counters.reduced(self.world), bins.reduced(self.world), self.world.sum(found).cpu() - 1)
+            plain.add(logits, batch)
+            if adjust is not None:
+                adjusted.add(adjust(logits, batch.examples), batch)
+        found = plain.examination(self.world)
+        return found if adjust is None else replace(found, adjusted=adjusted.examination(self.world))
 
     def logits(self, forward: Forward, examples: Source) -> Tensor:
         """Float32 logits (N, C) of all examples in order, on the CPU; no other worker is needed.

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from imbvlm.sampling import Rows, epoch_plan
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator
 from imbvlm.training.feed import Batch
+from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import copy_from_first
 
 # Validation features whose logits are in memory at once.
@@ -78,14 +80,23 @@ class SecondStageRun:
         self._model.classifier = tau_normalized(first, tau)
         return {"second_stage/tau": tau}
 
-    def validate(self) -> ClassCounters:
-        """Per-class counts of validation, the same for every worker; every worker must call it."""
+    def validate(self, keep: EpochLogits | None = None) -> ClassCounters:
+        """Per-class counts of validation, the same for every worker; every worker must call it.
+
+        `keep` is given this worker's share of the logits.
+        """
         memory, counters = self.prepare(), ClassCounters(len(self._evaluator.data.class_names))
+        world = self._evaluator.world
         self._model.eval()
         with torch.inference_mode():
             for start in range(0, len(memory.val), CHUNK_SIZE):
                 part = slice(start, start + CHUNK_SIZE)
-                counters.update(self._model.classifier(memory.val[part]), memory.val_labels[part])
+                logits = self._model.classifier(memory.val[part])
+                counters.update(logits, memory.val_labels[part])
+                if keep is not None:
+                    rows = np.arange(start, start + len(logits))
+                    mine = rows % world.world_size == world.rank
+                    keep.add(rows[mine], logits[torch.from_numpy(mine)])
         return counters
 
     def prepare(self) -> _Memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.posthoc import Adjustment
 from imbvlm.storage import StorageError
 from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, save_model
 from imbvlm.training.class_record import class_record, write_class_record
 from imbvlm.training.epochs import TrialRun, build_trial
+from imbvlm.training.evaluation import LogitAdjuster
+from imbvlm.training.val_logits import LogitKeeper
 from imbvlm.training.world import SINGLE, World
 
 Report = dict[str, Any]
@@ -29,7 +32,8 @@ class TrialSettings:
     """What a driver is told about one trial; JSON-able.
 
     `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
-    weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch.
+    weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch, also
+    with the logits adjusted by `post_hoc` (an Adjustment); `logits_file` is where validation logits are kept.
     """
 
     config: Tree
@@ -42,6 +46,8 @@ class TrialSettings:
     refit: bool = False
     score_test: bool = False
     model_folder: str | None = None
+    post_hoc: dict[str, float] | None = None
+    logits_file: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -65,7 +71,7 @@ class TrialSession:
         self._device, self._world, self._stream = device, world, stream
         self._opened: tuple[str, TrialData] | None = None
 
-    def reports(self, settings: TrialSettings) -> Iterator[Report]:
+    def reports(self, settings: TrialSettings) -> Generator[Report, None, None]:
         """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
 
         The last has `done_training`, or `failure` where it broke. What would come again is a report,
@@ -94,7 +100,19 @@ class TrialSession:
         folder = settings.checkpoint_folder
         if folder is not None and has_checkpoint(folder):
             run.load_state_dict(load_checkpoint(folder, self._device))
-        objective, saved_at = settings.objective.removeprefix("val/"), time.monotonic()
+        keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
+        try:
+            yield from self._reports_of(run, feature_set, settings, keeper)
+        finally:
+            # A trial that the scheduler stops ends here, too.
+            if keeper is not None and self._world.rank == 0:
+                keeper.flush()
+
+    def _reports_of(
+        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: LogitKeeper | None
+    ) -> Iterator[Report]:
+        objective, folder = settings.objective.removeprefix("val/"), settings.checkpoint_folder
+        saved_at = time.monotonic()
 
         def save_when_due() -> None:
             nonlocal saved_at
@@ -106,21 +124,26 @@ class TrialSession:
         for result in run.epochs(save_when_due):
             progress = result.epoch / run.num_epochs
             report: Report = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
-            waited = result.epoch - run.best_epoch.get(objective, 0)
-            patient = settings.patience is None or waited < settings.patience
+            best_epoch = run.best_epoch.get(objective, 0)
+            patient = settings.patience is None or result.epoch - best_epoch < settings.patience
             if result.failure is not None:
                 yield {**report, "failure": result.failure, "done": True}
                 return
-            if result.epoch == run.num_epochs or not patient:
-                yield {
-                    **report,
-                    **self._finish(run, config, feature_set, settings),
-                    "done_training": True,
-                    "done": True,
-                }
+            is_last = result.epoch == run.num_epochs or not patient
+            if keeper is not None:
+                self._keep_logits(keeper, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
+            if is_last:
+                yield {**report, **self._finish(run, feature_set, settings), "done_training": True, "done": True}
                 return
             save_when_due()
             yield {**report, "done": False}
+
+    def _keep_logits(self, keeper: LogitKeeper, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
+        """Every worker must call it: each has the logits of its share alone."""
+        if run.val_logits is not None and (is_best or is_last):
+            logits = run.val_logits.gathered(self._world)
+            if self._world.rank == 0:
+                keeper.keep(epoch, logits, is_best=is_best, is_last=is_last)
 
     def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
         key = f"{config.data.model_dump_json()} {config.reads_images} {feature_set.to_dict()} {settings.refit}"
@@ -128,14 +151,20 @@ class TrialSession:
             self._opened = (key, TrialData.open(config, feature_set, refit=settings.refit))
         return self._opened[1]
 
-    def _finish(self, run: TrialRun, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> Report:
+    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> Report:
         scored: Report = {}
         examined = {}
         if settings.score_test:
-            examples = TrialData.open_split(config, feature_set, "test")
-            found = run.examine(examples)
-            metrics = found.counters.compute(run.data.class_stats) | found.bins.compute()
-            scored = {f"test/{name}": value for name, value in metrics.items()}
+            examples = TrialData.open_split(run.config, feature_set, "test")
+            adjust = None
+            if settings.post_hoc is not None:
+                stored = TrialData.open_stored(run.config, feature_set, "test")
+                adjust = LogitAdjuster(Adjustment(**settings.post_hoc), run.data, stored, self._device)
+            found = run.examine(examples, adjust)
+            scored = {f"test/{name}": value for name, value in found.metrics(run.data.class_stats).items()}
+            if found.adjusted is not None:
+                adjusted = found.adjusted.metrics(run.data.class_stats)
+                scored |= {f"test_post_hoc/{name}": value for name, value in adjusted.items()}
             examined["test"] = (examples, found)
         if settings.model_folder is not None and self._world.rank == 0:
             save_model(settings.model_folder, run.model.eval())

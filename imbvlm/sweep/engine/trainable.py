@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from ray import tune
 
@@ -18,6 +18,7 @@ class InProcessTrial(tune.Trainable):
         self._reports = self._start(config)
 
     def reset_config(self, new_config: Tree) -> bool:
+        self._reports.close()
         self._reports = self._start(new_config)
         return True
 
@@ -30,5 +31,9 @@ class InProcessTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Tree | None) -> None:
         """The session has read its own checkpoint already."""
 
-    def _start(self, config: Tree) -> Iterator[Report]:
+    def cleanup(self) -> None:
+        # What the session writes when a trial ends is written now, and not when the process happens to forget it.
+        self._reports.close()
+
+    def _start(self, config: Tree) -> Generator[Report, None, None]:
         return self._session.reports(TrialSettings.from_dict(config["settings"]))

@@ -1,0 +1,191 @@
+"""What is adjusted after training, chosen on validation: logit adjustment, zero-shot logits mixed in, calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbvlm import storage
+from imbvlm.errors import ImbvlmError
+from imbvlm.models.methods import METHODS
+from imbvlm.posthoc import (
+    Adjustment,
+    Calibration,
+    Choice,
+    accuracy_weights,
+    choose_alpha,
+    choose_tau,
+    fit_temperature,
+)
+from imbvlm.sweep.baselines import tower_key
+from imbvlm.sweep.console import percent
+from imbvlm.sweep.refits import Refit
+from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.training.val_logits import KeptLogits, read_logits
+
+LOGITS_FOLDER = "logits"
+POST_HOC_FILE = "post_hoc.json"
+
+
+@dataclass(frozen=True)
+class PostHoc:
+    """What validation says about adjusting a configuration's logits, with all that was tried.
+
+    `adjustment` has what was shown to help: a choice whose gain is within its standard error is left at neutral.
+    `alpha` is None where there are no zero-shot logits of the same rows.
+    """
+
+    metric: str
+    tau: Choice
+    alpha: Choice | None
+    calibration: Calibration
+
+    @property
+    def adjustment(self) -> Adjustment:
+        """What is done to the logits."""
+        alpha = 0.0 if self.alpha is None else self.alpha.taken
+        return Adjustment(self.tau.taken, alpha, self.calibration.temperature)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "metric": self.metric,
+            "tau": asdict(self.tau),
+            "alpha": None if self.alpha is None else asdict(self.alpha),
+            "calibration": asdict(self.calibration),
+            "adjustment": asdict(self.adjustment),
+        }
+
+
+def logits_file(folder: str, trial_id: str) -> str:
+    """Where a trial of a sweep keeps its validation logits."""
+    return storage.join(folder, LOGITS_FOLDER, f"{trial_id}.safetensors")
+
+
+def prune_logits(folder: str, keep: Sequence[str]) -> None:
+    """Delete the logits of every trial but some: they can be large, and only those of the best are asked for."""
+    wanted = {f"{trial_id}.safetensors" for trial_id in keep}
+    for name in storage.list_files(storage.join(folder, LOGITS_FOLDER)):
+        if name not in wanted:
+            storage.delete(storage.join(folder, LOGITS_FOLDER, name))
+
+
+def choose_post_hoc(folder: str, refits: Sequence[Refit], log: TrialLog, objective: str) -> dict[str, PostHoc]:
+    """For each refit that trains, by name, what its search's validation logits say; those without logits are absent."""
+    found = {}
+    for refit in refits:
+        if refit.config.train is not None:
+            kept = read_logits(logits_file(folder, refit.record.trial_id))
+            zero_shot = _zero_shot_logits(folder, refit, log)
+            if kept is not None and (chosen := _choose(refit, kept, zero_shot, objective)) is not None:
+                found[refit.name] = chosen
+    return found
+
+
+def write_post_hoc(folder: str, chosen: Mapping[str, PostHoc]) -> None:
+    """Write post_hoc.json into a sweep's folder."""
+    text = json.dumps({name: one.to_dict() for name, one in chosen.items()}, indent=1)
+    storage.write_bytes(storage.join(folder, POST_HOC_FILE), text.encode())
+
+
+def read_adjustment(folder: str, name: str) -> Adjustment | None:
+    """What a sweep does to the logits of a refit; None where nothing could be chosen. Raises ImbvlmError."""
+    uri = storage.join(folder, POST_HOC_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        chosen = json.loads(storage.read_bytes(uri)).get(name)
+        return None if chosen is None else Adjustment(**chosen["adjustment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); remove it and go on with --resume {folder}") from None
+
+
+def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord]) -> str:
+    """Lines on a refit's adjustments: which values were tried, what they gain, calibration before and after."""
+    metric, tau, alpha, calibration = chosen.metric.replace("_", " "), chosen.tau, chosen.alpha, chosen.calibration
+    lines = [f"after training, chosen on validation, {name}:", f"  logit adjustment: {_choice('tau', tau, metric)}"]
+    if alpha is not None:
+        lines.append(f"  zero-shot logits mixed in: {_choice('alpha', alpha, metric)}")
+    errors = [
+        _mean([r.epochs[-1].get(f"{split}/expected_calibration_error") for r in scored if r.name == name and r.epochs])
+        for split in ("test", "test_post_hoc")
+    ]
+    on_test = "" if None in errors else f", on test {percent(errors[0])} to {percent(errors[1])}"
+    lines.append(
+        f"  calibration: temperature {calibration.temperature:.3g}; expected calibration error (%) on validation "
+        f"{percent(calibration.calibration_error_before)} to {percent(calibration.calibration_error_after)}{on_test}"
+    )
+    return "\n".join(lines)
+
+
+def _choice(name: str, choice: Choice, metric: str) -> str:
+    values = [value for value, _ in choice.tried]
+    tried = f"{name} of {len(values)} values from {min(values):g} to {max(values):g}"
+    if choice.value == choice.neutral:
+        return f"{tried}: none is better than {choice.neutral:g}"
+    gain = f"{name} {choice.value:g} gains {100 * choice.gain:.1f} points of {metric}"
+    error = f"standard error {100 * choice.standard_error:.1f}"
+    if choice.taken == choice.value:
+        return f"{tried}: {gain} ({error})"
+    return f"{tried}: {gain}, within its {error}, so that it stays at {choice.neutral:g}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> KeptLogits | None:
+    """Those of the zero-shot baseline of the refit's tower; none where the tower itself was trained."""
+    if METHODS[refit.config.method].trains_tower:
+        return None
+    same = (
+        one
+        for one in log.of("baseline")
+        if one.config["method"] == "zero_shot" and tower_key(one.trial_config()) == tower_key(refit.config)
+    )
+    record = next(same, None)
+    return None if record is None else read_logits(logits_file(folder, record.trial_id))
+
+
+def _choose(refit: Refit, kept: KeptLogits, zero_shot: KeptLogits | None, objective: str) -> PostHoc | None:
+    """By the logits of the epoch that a refit ends at: a baseline's best, the last of a trial that came to its end."""
+    logits = kept.best() if refit.record.kind == "baseline" or kept.last() is None else kept.last()
+    if logits is None:
+        return None
+    other = None if zero_shot is None or not torch.equal(zero_shot.targets, kept.targets) else zero_shot.best()
+    seen = ~logits.isnan().any(dim=1)
+    if other is not None:
+        seen &= ~other.isnan().any(dim=1)
+    if not seen.any():
+        return None
+    logits, targets, metric = logits[seen].float(), kept.targets[seen], objective.removeprefix("val/")
+    weights = accuracy_weights(metric, targets, kept.stats)
+    counts = torch.from_numpy(kept.stats.counts)
+    tau = choose_tau(logits, targets, counts, weights=weights)
+    mixed = None if other is None else other[seen].float()
+    adjusted = Adjustment(tau=tau.taken).apply(logits, counts)
+    alpha = None if mixed is None else choose_alpha(adjusted, mixed, targets, weights=weights)
+    calibration = _calibrate(adjusted, mixed, alpha, targets, logits)
+    return PostHoc(metric, tau, alpha, calibration)
+
+
+def _calibrate(
+    adjusted: Tensor, zero_shot: Tensor | None, alpha: Choice | None, targets: Tensor, logits: Tensor
+) -> Calibration:
+    """The temperature of the adjusted logits; `before` is of the model's own."""
+    if zero_shot is not None and alpha is not None and alpha.taken:
+        adjusted = Adjustment(alpha=alpha.taken).apply(adjusted, torch.ones(adjusted.shape[1]), zero_shot)
+    before, after = fit_temperature(logits, targets), fit_temperature(adjusted, targets)
+    return Calibration(
+        after.temperature,
+        before.loss_before,
+        after.loss_after,
+        before.calibration_error_before,
+        after.calibration_error_after,
+    )
