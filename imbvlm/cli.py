@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_export(commands)
     _add_predict(commands)
+    _add_check_cluster(commands)
     return parser
 
 
@@ -360,3 +361,25 @@ def _images(arguments: list[str]) -> list[str]:
     if not found:
         raise ImbvlmError(f"no image in {', '.join(arguments)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
+
+
+# ---------------------------------------------------------------------------------------------- check-cluster
+
+
+def _add_check_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "check-cluster",
+        "Check a cluster's file before anything is started or paid for.",
+        "imbvlm check-cluster cluster/gpu.yaml && ray up cluster/gpu.yaml",
+    )
+    parser.add_argument("file", help="such as cluster/gpu.yaml or cluster/kuberay.yaml")
+    parser.set_defaults(command=_check_cluster)
+
+
+def _check_cluster(options: argparse.Namespace) -> int:
+    from imbvlm.cluster_file import check_cluster_file
+
+    check_cluster_file(options.file)
+    print(f"{options.file}: nothing is missing")
+    return 0

@@ -143,13 +143,33 @@ def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
 
 def read_yaml(path: str | Path) -> YamlTree:
     """Read a YAML 1.2 file; raises ConfigError when it is missing, not UTF-8, or not YAML."""
+    return parse_yaml(_read_text(path), str(path))
+
+
+def read_foreign_yaml(path: str | Path) -> YamlTree:
+    """Read a file that another tool reads too, as that tool does: YAML 1.1 with aliases. Raises ConfigError."""
+    text, file = _read_text(path), str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
+    places: dict[KeyPath, str] = {}
+    problems: list[Problem] = []
+    if node is not None:
+        _walk(node, (), places, problems, file)
+    if problems:
+        raise ConfigError(problems)
+    return YamlTree(data, file, places)
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError([Problem(f"can't read this file: {error.strerror or error}", str(path))]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([Problem(f"this file is not UTF-8 text: {error.reason}", str(path))]) from None
-    return parse_yaml(text, str(path))
 
 
 def parse_scalar(text: str) -> Any:

@@ -20,11 +20,11 @@ LAYERS = [
     *("class_stats", "losses", "sampling", "metrics", "posthoc"),
     *("assets", "data", "assets.build_tower", "assets.build"),
     *("models.encoder_info", "features.store", "features.examples", "models", "features"),
-    *("training", "inference", "sweep", "doctor", "cli", "__main__"),
+    *("training", "inference", "sweep", "cluster_file", "doctor", "cli", "__main__"),
 ]
 # Which files may import a library, by its longest dotted name here.
 EDGES = {
-    "ray": ("data.pipeline", "data.cluster", "training.ray_worker", "sweep.engine"),
+    "ray": ("data.pipeline", "data.cluster", "training.ray_worker", "sweep.engine", "cluster_file"),
     "ray.data": ("data.pipeline",),
     "ray.train": ("training.ray_worker", "sweep.engine"),
     "ray.tune": ("sweep.engine",),

@@ -78,6 +78,8 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
     trainable = tune.with_resources(*_trainable(lane))
     progress = ProgressCallback(lane.log, lane.console, spec.best_objective, kind, total)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # A failed trial's report has no metrics; the objective's name was checked with the spec.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     tuner = tune.Tuner(
