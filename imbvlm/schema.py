@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from imbvlm.errors import Problem, nearest
+from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.yaml_file import KeyPath, YamlTree
 
 Tree = dict[str, Any]
@@ -22,6 +22,18 @@ class Section(BaseModel):
     """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # Type checkers go on to see each field's name and type.
+
+        def __init__(self, /, **values: Any) -> None:
+            """Check values given in Python; raises ConfigError with every mistake and the nearest valid name."""
+            try:
+                self.__pydantic_validator__.validate_python(values, self_instance=self)
+            except ValidationError as error:
+                raise ConfigError(explain(type(self), error, YamlTree(values, ""), values)) from None
+
+        # What is read from a file goes around it, as around pydantic's own, and keeps the places of its mistakes.
+        __init__.__pydantic_base_init__ = True
 
 
 # ------------------------------------------------------------------------------------------- what may stand where

@@ -96,6 +96,18 @@ def test_python_and_yaml_say_the_same() -> None:
     assert SweepSpec(name="small", base=BASE, space=SPACE) == spec()
 
 
+def test_a_mistake_in_python_is_said_in_the_same_words() -> None:
+    with pytest.raises(ConfigError) as error:
+        SweepSpec(name="small", base=BASE, space=SPACE, num_trails=4, searcher={"sed": 1}, num_workers=0)
+    assert sorted(problems(error)) == [
+        "num_workers must be greater than or equal to 1, and is 0",
+        "unknown key 'num_trails'; did you mean 'num_trials'?",
+        "unknown key 'searcher.sed'; did you mean 'seed'?",
+    ]
+    with pytest.raises(ConfigError, match="unknown key 'grace'; did you mean 'grace_fraction'"):
+        AshaConfig(grace=0.5)
+
+
 # ---------------------------------------------------------------------------------------------------- settings
 
 

@@ -48,10 +48,28 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"  objective   {spec.best_objective}, the running maximum over epochs",
         f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}"
         + (f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""),
+        *_arms(spec, space),
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
         f"and {spec.gpus_per_worker:g} GPUs",
         f"  refit       seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once",
+    ]
+
+
+def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
+    """How evenly the trials fall on the arms of `stratify`."""
+    if not spec.stratify:
+        return []
+    num_arms = len(space.choices_over(spec.stratify, spec.base))
+    least, more = divmod(spec.num_trials, num_arms)
+    text = f"  arms        {num_arms} of {' x '.join(spec.stratify)}"
+    if not more:
+        return [f"{text}, {least} trials each"]
+    below, above = least * num_arms, (least + 1) * num_arms
+    even = f"num_trials {above}" if not below else f"num_trials {below} or {above}"
+    return [
+        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {least + 1} trials and "
+        f"{num_arms - more} have {least}; {even} gives each the same"
     ]
 
 
