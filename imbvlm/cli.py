@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_manifest(commands)
     _add_train(commands)
     _add_sweep(commands)
+    _add_plan(commands)
     _add_compare(commands)
     _add_report(commands)
     _add_export(commands)
@@ -213,6 +214,28 @@ def _sweep_show(options: argparse.Namespace) -> int:
     state = SweepState.read(options.sweep)
     print(json.dumps(state.to_dict(), indent=1) if options.json else show_text(state))
     return 0
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from imbvlm.sweep.command import add_measure_argument, add_setting_arguments
+
+    parser = _command(
+        commands, "plan", "What a sweep would do, read, take and cost; starts and writes nothing of it.",
+        "imbvlm plan my-sweep.yaml --price 2.5 --json",
+    )  # fmt: skip
+    parser.add_argument("spec", help="a SweepSpec as YAML, such as the sweep.yaml of an earlier sweep")
+    add_setting_arguments(parser)
+    add_measure_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from imbvlm.sweep.command import print_plan, with_options
+    from imbvlm.sweep.spec import SweepSpec
+
+    spec = with_options(SweepSpec.from_yaml(options.spec), options)
+    return print_plan(spec, options.measure, as_json=options.json)
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

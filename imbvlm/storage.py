@@ -1,6 +1,7 @@
 """Files by path or URI, local disk and S3 alike; what is written appears whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def absolute(uri: str) -> str:
 def join(uri: str, *parts: str) -> str:
     """A location below another."""
     return "/".join([uri.rstrip("/"), *parts]) if not is_local(uri) else str(local_path(uri).joinpath(*parts))
+
+
+def free_bytes(uri: str) -> int | None:
+    """Room on the disk of a location, also of one that isn't there yet; None for an object store."""
+    if not is_local(uri):
+        return None
+    path = Path(absolute(uri))
+    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from imbvlm.sweep.plan import describe_sweep
-from imbvlm.sweep.spec import SweepSpec
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ConfigError
+from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed
+from imbvlm.sweep.estimate import asha_share, commonest_shapes, sample_trials, shape_of
+from imbvlm.sweep.plan import calibrate_here, describe_plan, make_plan, plan_to_dict
+from imbvlm.sweep.spec import SweepSpec, check_spec
 
 BASE: dict[str, Any] = {
     "data": {"manifest": "embedded:fashion_mnist_lt"},
@@ -39,5 +46,95 @@ def spec(**fields: Any) -> SweepSpec:
     ],
 )
 def test_trials_that_do_not_fall_evenly_on_the_arms_are_said(num_trials: int, says: str) -> None:
-    text = describe_sweep(spec(num_trials=num_trials, stratify=["loss.name", "data.class_sampling"]))
+    text = describe_plan(make_plan(spec(num_trials=num_trials, stratify=["loss.name", "data.class_sampling"]), None))
     assert says in text
+
+
+TRAIN, VAL, TEST = 2480, 500, 2000  # of embedded:fashion_mnist_lt
+CPUS = len(os.sched_getaffinity(0))
+
+
+def known_speeds(spec, trials, towers):
+    """A millisecond an image in training, a tenth of it in evaluation; towers as fast."""
+    speeds = tuple(TrialSpeed(0.0 if one.train is None else 1e-3, 1e-4, 700_000_000, 0) for one in trials)
+    return Calibration(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
+
+
+def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp_path) -> None:
+    base = {**BASE, "train": {"num_epochs": 5}}
+    settings = {
+        "base": base, "num_trials": 12, "storage": str(tmp_path), "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0,
+        "max_concurrent_trials": 2, "refit_seeds": [0, 1], "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
+    }  # fmt: skip
+    plan = make_plan(spec(**settings), known_speeds)
+    found = plan_to_dict(plan)
+    epoch = TRAIN * 1e-3 + VAL * 1e-4
+    assert [one["epoch_seconds"] for one in found["measured"]] == pytest.approx([epoch, VAL * 1e-4])
+    assert found["mean_epochs"] == 5
+    trials = 12 * (0.4 + 5 * epoch) / 2
+    assert found["seconds"]["trials"] == pytest.approx([trials, trials])
+    # Zero-shot once; the probe at least for its patience of 10 epochs, at most for 100.
+    assert found["seconds"]["baselines"] == pytest.approx([(0.8 + VAL * 1e-4 + n * epoch) / 2 for n in (10, 100)])
+    again = TRAIN * 1e-3
+    refits = [(2 * (0.4 + 5 * again) + 2 * (0.4 + n * again) + 0.4) / 2 for n in (1, 100)]
+    assert found["seconds"]["refits"] == pytest.approx(refits)
+    total = found["seconds"]["total"]
+    assert found["seconds"]["features"] == pytest.approx((TRAIN + VAL + TEST) * 4e-3 / CPUS)
+    phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
+    assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
+    assert found["gpu_hours"] == pytest.approx([2 * value / 3600 for value in total])
+    assert found["cost"] == pytest.approx([2 * 2 * value / 3600 for value in total])
+    text = describe_plan(plan)
+    assert "NOT HERE: a trial needs 1 GPUs" in text
+    assert "max_hours   0.01: will end the search early" in text
+    assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
+
+
+def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: 1_000_000)
+    found = make_plan(spec(storage=str(tmp_path)), None)
+    assert plan_to_dict(found)["fits_disk"] is False
+    assert "ONLY 1.0 MB free" in describe_plan(found)
+
+
+@pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])
+def test_what_asha_runs_at_least(grace: float, factor: int, share: float) -> None:
+    scheduler = {"name": "asha", "grace_fraction": grace, "reduction_factor": factor}
+    assert asha_share(spec(trial_scheduler=scheduler)) == pytest.approx(share)
+
+
+def test_every_method_is_measured_before_any_has_two_kinds() -> None:
+    space = {"parameters": {"method": {"choice": ["linear_probe", "decoder"]},
+             "decoder.depth": {"int": [1, 4], "when": {"method": "decoder"}}}}  # fmt: skip
+    made = SweepSpec.from_tree({"name": "s", "base": {k: v for k, v in BASE.items() if k != "method"}, "space": space})
+    sample = sample_trials(made, check_spec(made))
+    assert {one.method for one in commonest_shapes(sample, 2)} == {"linear_probe", "decoder"}
+    assert len({shape_of(one) for one in commonest_shapes(sample, 9)}) == 5
+
+
+def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path) -> None:
+    """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
+    sizes = []
+    for num_classes in (10, 8142):
+        labels = np.resize(np.arange(num_classes, dtype=np.int32), 10_000)
+        table = pa.table({"bytes": [str(n).encode() for n in range(12_000)],
+                          "label": np.concatenate([labels, labels[:2000]]),
+                          "split": ["train"] * 10_000 + ["val"] * 2000})  # fmt: skip
+        path = str(tmp_path / f"{num_classes}.parquet")
+        Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
+        made = spec(storage=str(tmp_path / "runs")).with_settings({"data.manifest": path, "train.batch_size": 256})
+        plan = make_plan(made, calibrate_here)
+        (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
+        assert probe["epoch_seconds"] > 0
+        sizes.append(probe["host_bytes"])
+    width, batch, rows = 1280, 256, 2000
+    # Weights, gradients and momentum; at the least log-probabilities and the gradient of logits; validation logits.
+    grown = 4 * 3 * 8132 * width + 4 * 2 * batch * 8132 + 2 * rows * 8132
+    assert grown < sizes[1] - sizes[0] < 2 * grown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_limit_on_money_needs_a_price() -> None:
+    with pytest.raises(ConfigError, match="max_cost is 5, and without price_per_gpu_hour nothing has a cost"):
+        check_spec(spec(max_cost=5.0))
+    check_spec(spec(max_cost=5.0, price_per_gpu_hour=2.0))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
+from ray._private import services
 
 from imbvlm.errors import ImbvlmError
 
 _ANSWER_SECONDS = 5.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,27 @@ def connected() -> Iterator[Cluster]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Ray's accelerator probing warns about a change of default on every start otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
+    started = not _cluster_answers()
+    if not started:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
-        started = False
-    except ConnectionError:
+    else:
         # With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
-        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.WARNING)
-        started = True
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     try:
         yield _describe(started_here=started)
     finally:
         ray.shutdown()
+
+
+def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
+    """A call of a module's function on a machine of the connected cluster that has so many CPUs and GPUs free."""
+    return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))
 
 
 def running_cluster() -> Cluster | None:
@@ -64,14 +78,27 @@ def running_cluster() -> Cluster | None:
     _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
+    if not _cluster_answers():
         return None
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     try:
         return _describe(started_here=False)
     finally:
         ray.shutdown()
+
+
+def _cluster_answers() -> bool:
+    """Whether something listens where Ray would join: at a dead cluster's address it tries for minutes."""
+    try:
+        address = services.canonicalize_bootstrap_address("auto") or ""
+    except ConnectionError:
+        return False
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_address() -> None:

@@ -21,7 +21,7 @@ from imbvlm.data.quarantine import limit_findings
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
-from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreKey, StoreLayout
+from imbvlm.features.store import STORE_FILE, TOWER_FILE, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
 from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
@@ -108,6 +108,37 @@ def plan_bytes(
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
+def stored_images(
+    config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
+) -> tuple[int, int]:
+    """Crops that a pass would still compute, and bytes that it would still write, by the shards that are there now.
+
+    Needs the weights; writes nothing, and takes a shard that is there for whole. Raises ImbvlmError.
+    """
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    num_images = num_bytes = 0
+    for split in splits:
+        rows = manifest.split(split)
+        key = _store_key(config, rows, encoder, split)
+        folder, layout = storage.join(root, key.digest), _layout(config, encoder.info, split, len(rows), key.digest)
+        store = FeatureStore(folder, layout)
+        if storage.exists(storage.join(folder, STORE_FILE)):
+            store = FeatureStore.open(folder)
+        missing = {
+            output: [s for s in range(store.layout.num_shards) if not storage.exists(store.shard_path(output, s))]
+            for output in OUTPUT_NAMES
+            if output in outputs and config.features.store
+        }
+        work = _Work(split, store, rows, {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)})
+        num_images += work.num_images
+        num_bytes += sum(work.num_bytes(output) for output in missing)
+    return num_images, num_bytes
+
+
+def _any_of(missing: Mapping[OutputName, Sequence[int]]) -> list[int]:
+    return sorted({shard for shards in missing.values() for shard in shards})
+
+
 # ------------------------------------------------------------------------------------------------- planning
 
 
@@ -132,13 +163,7 @@ def _plan_split(
         raise ImbvlmError(
             f"the manifest {config.data.manifest} has no {split} rows; it has {', '.join(manifest.splits)}"
         )
-    key = StoreKey(
-        rows=manifest.row_fingerprint(split),
-        weights=encoder.info.weights_fingerprint,
-        preprocess=encoder.preprocess.to_dict(),
-        num_views=_num_views(config, split),
-        precision=config.features.precision,
-    )
+    key = _store_key(config, rows, encoder, split)
     layout = _layout(config, encoder.info, split, len(rows), key.digest)
     store = FeatureStore.create(storage.join(root, key.digest), layout)
     missing: dict[int, tuple[OutputName, ...]] = {}
@@ -146,6 +171,17 @@ def _plan_split(
         for shard in store.missing(output):
             missing[shard] = (*missing.get(shard, ()), output)
     return _Work(split, store, rows, dict(sorted(missing.items())))
+
+
+def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str) -> StoreKey:
+    """Of the rows of an official split."""
+    return StoreKey(
+        rows=rows.row_fingerprint(split),
+        weights=encoder.info.weights_fingerprint,
+        preprocess=encoder.preprocess.to_dict(),
+        num_views=_num_views(config, split),
+        precision=config.features.precision,
+    )
 
 
 def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:

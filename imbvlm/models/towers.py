@@ -102,6 +102,14 @@ class TowerSource:
             return None
         return _download(self.name, get_pretrained_cfg(self.model, self.tag))
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are on this machine; asks no network, raises ImbvlmError for a folder without."""
+        if self.weights is not None or self.is_local:
+            self.weights_file()
+            return True
+        return _cached(get_pretrained_cfg(self.model, self.tag)) is not None
+
     def weights_state(self) -> WeightsState:
         """Where the weights are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
         if self.weights is not None or self.is_local:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -32,8 +33,7 @@ def main(spec: SweepSpec, arguments: Sequence[str] | None = None) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every sweep has."""
-    parser.add_argument("--manifest", help="another data set: a manifest's path, s3:// URI or embedded:NAME")
-    parser.add_argument("--storage", help="folder or s3:// URI for sweeps and features")
+    add_setting_arguments(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -41,7 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="go on with the newest sweep of this name, or with that folder",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done; start and write nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be done, and what it would take; start and write nothing",
+    )
+    add_measure_argument(parser)
+
+
+def add_measure_argument(parser: argparse.ArgumentParser) -> None:
+    """Where a plan's times come from."""
+    parser.add_argument(
+        "--measure",
+        choices=("here", "cluster", "no"),
+        default="here",
+        help="where a plan measures a few steps of each kind of trial (default: here; cluster joins the one that runs)",
+    )
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that change what a sweep is."""
+    parser.add_argument("--manifest", help="another data set: a manifest's path, s3:// URI or embedded:NAME")
+    parser.add_argument("--storage", help="folder or s3:// URI for sweeps and features")
     parser.add_argument("--smoke", action="store_true", help="the same way in small, to see that it works")
     parser.add_argument(
         "--set",
@@ -50,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a key of the sweep or a dotted key of its trials",
     )
+    parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="what an hour of one GPU costs")
 
 
 def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
@@ -58,10 +80,7 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
     try:
         spec = with_options(spec, options)
         if options.dry_run:
-            from imbvlm.sweep.plan import describe_sweep
-
-            print(describe_sweep(spec))
-            return 0
+            return print_plan(spec, options.measure, as_json=False)
         from imbvlm.sweep.run import run
 
         folder = _resumed_folder(spec, options.resume) if options.resume else _new_folder(spec)
@@ -76,12 +95,23 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
     return 0
 
 
+def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:
+    """Show what a sweep would do and take; raises ImbvlmError."""
+    from imbvlm.sweep.plan import calibrate_here, calibrate_on_cluster, describe_plan, make_plan, plan_to_dict
+
+    plan = make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure])
+    print(json.dumps(plan_to_dict(plan), indent=1) if as_json else describe_plan(plan))
+    return 0
+
+
 def resume_command(folder: str) -> int:
     """Go on with the sweep in a folder as its sweep.yaml says, its features beside it; prints errors as sentences."""
     try:
         spec = read_spec(folder)
         parent = storage.absolute(folder).rpartition("/")[0]
-        options = argparse.Namespace(smoke=False, set=[], manifest=None, storage=parent, resume=folder, dry_run=False)
+        options = argparse.Namespace(
+            smoke=False, set=[], manifest=None, storage=parent, price=None, resume=folder, dry_run=False
+        )
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
@@ -97,6 +127,8 @@ def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
         settings["data.manifest"] = options.manifest
     if options.storage:
         settings["storage"] = options.storage
+    if options.price is not None:
+        settings["price_per_gpu_hour"] = options.price
     return spec.with_settings(settings) if settings else spec
 
 

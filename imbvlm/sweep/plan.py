@@ -1,31 +1,266 @@
-"""What a sweep would do, shown without starting or writing anything."""
+"""What a sweep would do, read, take and cost, shown without starting or writing anything of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from imbvlm import storage
-from imbvlm.config import TrialConfig
-from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ImbvlmError
-from imbvlm.features.extract import plan_bytes
+from imbvlm.config import TrialConfig, needed
+from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
+from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.features.extract import plan_bytes, size_text, stored_images
 from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.models.towers import find_tower
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
-from imbvlm.sweep.feasibility import check_models, uses_ray_train
+from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.console import duration, table
+from imbvlm.sweep.estimate import (
+    START_SECONDS,
+    Estimate,
+    Range,
+    Rows,
+    Speeds,
+    commonest_shapes,
+    estimate,
+    gpu_hours,
+    num_epochs,
+    sample_trials,
+    shape_of,
+)
+from imbvlm.sweep.feasibility import check_models, concurrent_trials, uses_ray_train
 from imbvlm.sweep.run import needed_outputs
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 
+# So many kinds of trials are measured, about two seconds each.
+MAX_SHAPES = 6
 
-def describe_sweep(spec: SweepSpec) -> str:
-    """Trials, every choice, towers with the bytes of their features, and what would be read; raises ConfigError."""
+Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], Calibration]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One tower of the space: what its stored outputs take on disk, and what is still to be computed of them.
+
+    Without a manifest `num_bytes` is of one image and view; `missing_images` is None where it isn't known.
+    """
+
+    config: TrialConfig
+    info: EncoderInfo
+    num_bytes: int
+    missing_bytes: int
+    missing_images: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a sweep before it runs; `manifest` is None where it can't be read, for `manifest_problem`.
+
+    `machine` says what the times are for, and `misfit` why the sweep can't run there.
+    """
+
+    spec: SweepSpec
+    space: SearchSpace
+    manifest: Manifest | None
+    manifest_problem: str
+    towers: tuple[Tower, ...]
+    free_bytes: int | None
+    num_gpus: float
+    machine: str
+    misfit: str
+    concurrent: int
+    calibration: Calibration | None
+    shapes: tuple[TrialConfig, ...]
+    rows: Rows | None
+    mean_epochs: float
+    estimate: Estimate | None
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(tower.missing_bytes for tower in self.towers)
+
+    @property
+    def fits_disk(self) -> bool | None:
+        """None where it can't be known."""
+        if self.free_bytes is None or self.manifest is None:
+            return None
+        return self.missing_bytes <= self.free_bytes
+
+    @property
+    def gpu_hours(self) -> Range | None:
+        """Of all GPUs of the machine or cluster while the sweep runs."""
+        total = None if self.estimate is None else self.estimate.total
+        return None if total is None else gpu_hours(total, self.num_gpus)
+
+    @property
+    def cost(self) -> Range | None:
+        hours, price = self.gpu_hours, self.spec.price_per_gpu_hour
+        return None if hours is None or price is None else hours.times(price)
+
+
+def calibrate_here(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> Calibration:
+    """On this machine, in this process."""
+    return calibrate(trials, towers, max(1, int(spec.cpus_per_worker)))
+
+
+def calibrate_on_cluster(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> Calibration:
+    """On a machine of the cluster that a trial's worker would be given."""
+    with connected():
+        return call_on_worker(
+            calibrate, list(trials), list(towers), max(1, int(spec.cpus_per_worker)),
+            num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker,
+        )  # fmt: skip
+
+
+def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
+    """Check the sweep, and measure its trials where `measure` is given; raises ConfigError, ImbvlmError."""
     space = check_spec(spec)
     towers = check_models(spec, space)
+    manifest, problem = _read_manifest(spec)
+    cluster = running_cluster()
+    concurrent, misfit = _concurrent(spec, cluster)
+    found = tuple(
+        _tower(spec, space, zero_shot_config(spec, draw), towers, manifest, look=measure is not None)
+        for draw in tower_draws(spec, space)
+    )
+    sample, rows = sample_trials(spec, space), None
+    fixed = baselines(spec, space)
+    shapes: list[TrialConfig] = []
+    calibration = estimated = None
+    if manifest is not None:
+        rows = _rows(spec, manifest)
+        if measure is not None:
+            shapes = commonest_shapes(sample, MAX_SHAPES)
+            known = set(map(shape_of, shapes))
+            for one in fixed:
+                shapes += [] if shape_of(one.config) in known or len(fixed) > MAX_SHAPES else [one.config]
+            calibration = measure(spec, shapes, [tower.config for tower in found])
+            speeds = Speeds(
+                {
+                    shape_of(config): (config.method, speed)
+                    for config, speed in zip(shapes, calibration.trials, strict=True)
+                    if isinstance(speed, TrialSpeed)
+                }
+            )
+            start = START_SECONDS["ray_train" if uses_ray_train(spec) else "in_process"]
+            passes = _features_seconds(found, calibration, cluster)
+            estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes)
+    return Plan(
+        spec, space, manifest, problem, found, storage.free_bytes(spec.storage), _num_gpus(spec, cluster, concurrent),
+        _machine(cluster), misfit, concurrent, calibration, tuple(shapes), rows,
+        sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
+    )  # fmt: skip
+
+
+def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
+    source = spec.base["data"]["manifest"]
+    try:
+        return Manifest.read(source), ""
+    except storage.StorageError:
+        return None, f"{source} (NOT THERE: make it with `imbvlm manifest build`, or give --manifest)"
+    except ImbvlmError as error:
+        return None, str(error)
+
+
+def _rows(spec: SweepSpec, manifest: Manifest) -> Rows:
+    carved = len(carve_validation(manifest, int(spec.base["data"].get("split_seed", 0))))
+    counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
+    return Rows(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _concurrent(spec: SweepSpec, cluster: Cluster | None) -> tuple[int, str]:
+    """How many trials run at once; one, and the reason, where none can here."""
+    try:
+        if cluster is None:
+            return concurrent_trials(spec, _cpus(), torch.cuda.device_count()), ""
+        return concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus, cluster.nodes), ""
+    except ConfigError as error:
+        return spec.max_concurrent_trials or 1, "; ".join(problem.message for problem in error.problems)
+
+
+def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> float:
+    """The GPUs that stand by: those of the cluster or machine, at least those that the trials take."""
+    there = float(torch.cuda.device_count()) if cluster is None else cluster.num_gpus
+    return max(there, concurrent * spec.num_workers * spec.gpus_per_worker)
+
+
+def _machine(cluster: Cluster | None) -> str:
+    cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
+    where = "this machine" if cluster is None else f"the cluster that runs ({len(cluster.nodes)} machines)"
+    return f"{where}, {cpus:g} CPUs and {gpus:g} GPUs"
+
+
+def _tower(
+    spec: SweepSpec,
+    space: SearchSpace,
+    config: TrialConfig,
+    towers: Mapping[str, EncoderInfo],
+    manifest: Manifest | None,
+    *,
+    look: bool,
+) -> Tower:
+    """With `look`, what the store has already is looked up, for which the tower's weights are read."""
+    info = towers[config.encoder.model_dump_json()]
+    outputs = needed_outputs(spec, space)
+    if manifest is None:
+        size = 2 if config.features.precision == "float16" else 4
+        per_image = sum(torch.Size(info.shape(output)).numel() for output in outputs) * size
+        return Tower(config, info, per_image, 0, None)
+    total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
+    crops = sum(
+        len(manifest.rows_of(split)) * (config.features.num_views if split == "train" else 1)
+        for split in manifest.splits
+    )
+    root = storage.join(spec.storage, "features")
+    if not config.features.store:
+        return Tower(config, info, 0, 0, 0)
+    if not look or not storage.is_local(root) or not storage.exists(root) or not find_tower(config.encoder).has_weights:
+        return Tower(config, info, total, total, crops)
+    images, missing = stored_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
+    return Tower(config, info, total, missing, images)
+
+
+def _features_seconds(towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None) -> float | None:
+    """The passes over all images, one tower after another: on GPUs beside the CPUs that read images, else on CPUs."""
+    cpus = _cpus() if cluster is None else cluster.num_cpus
+    gpus = torch.cuda.device_count() if cluster is None else cluster.num_gpus
+    total = 0.0
+    for tower, speed in zip(towers, calibration.towers, strict=True):
+        if not tower.missing_images:
+            continue
+        if not isinstance(speed, TowerSpeed):
+            return None
+        if calibration.machine.device == "cpu":
+            each = (speed.load_seconds + speed.tower_seconds * calibration.machine.num_threads) / cpus
+        else:
+            each = max(speed.load_seconds / cpus, speed.tower_seconds / max(1, gpus))
+        total += tower.missing_images * each
+    return total
+
+
+# -------------------------------------------------------------------------------------------------- what is shown
+
+
+def describe_plan(plan: Plan) -> str:
+    """Trials, every choice, what is read and written, times and memory as measured, GPU-hours and money."""
+    spec, space = plan.spec, plan.space
     return "\n".join(
         [
             *_budget(spec, space),
             *_choices(spec, space),
-            *_reading(spec, space, towers),
+            *_reading(plan),
+            *_measured(plan),
+            *_takes(plan),
             "dry run: nothing was started or written",
         ]
     )
@@ -78,51 +313,189 @@ def _choices(spec: SweepSpec, space: SearchSpace) -> list[str]:
     return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
 
 
-def _reading(spec: SweepSpec, space: SearchSpace, towers: Mapping[str, EncoderInfo]) -> list[str]:
-    source = spec.base["data"]["manifest"]
+def _reading(plan: Plan) -> list[str]:
+    spec, manifest = plan.spec, plan.manifest
     lines = ["would read:"]
-    manifest: Manifest | None = None
-    try:
-        manifest = Manifest.read(source)
-    except storage.StorageError:
-        lines.append(f"  manifest    {source} (NOT THERE: make it with `imbvlm manifest build`, or give --manifest)")
-    except ImbvlmError as error:
-        lines.append(f"  manifest    {error}")
-    if manifest is not None:
+    if manifest is None:
+        lines.append(f"  manifest    {plan.manifest_problem}")
+    else:
         rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
+        source = spec.base["data"]["manifest"]
         lines.append(f"  manifest    {source}: {len(manifest.class_names):,} classes, {rows} images")
-    for draw in tower_draws(spec, space):
-        lines.append(f"  tower       {_tower(spec, space, zero_shot_config(spec, draw), towers, manifest)}")
+    lines += [f"  tower       {_tower_line(plan, tower)}" for tower in plan.towers]
     lines.append(
         f"would write:  {storage.join(spec.storage, spec.name)}-... and {storage.join(spec.storage, 'features')}"
     )
+    if manifest is not None:
+        lines.append(f"  features    {_disk(plan)}")
     return lines
 
 
-def _tower(
-    spec: SweepSpec,
-    space: SearchSpace,
-    config: TrialConfig,
-    towers: Mapping[str, EncoderInfo],
-    manifest: Manifest | None,
-) -> str:
-    info = towers[config.encoder.model_dump_json()]
-    outputs = needed_outputs(spec, space)
+def _tower_line(plan: Plan, tower: Tower) -> str:
+    info, outputs = tower.info, ", ".join(sorted(needed_outputs(plan.spec, plan.space)))
     text = (
-        f"{config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
+        f"{tower.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
         f"pooled {info.pooled_width}"
     )
-    if manifest is None:
-        per_image = sum(_numbers(info.shape(output)) for output in outputs) * (
-            2 if config.features.precision == "float16" else 4
-        )
-        return f"{text}; {per_image / 1e3:,.0f} kB an image and view ({', '.join(sorted(outputs))})"
-    total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
-    return f"{text}; features {total / 1e9:,.2f} GB ({', '.join(sorted(outputs))}, {config.features.num_views} views)"
+    if plan.manifest is None:
+        return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
+    return f"{text}; features {tower.num_bytes / 1e9:,.2f} GB ({outputs}, {tower.config.features.num_views} views)"
 
 
-def _numbers(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _disk(plan: Plan) -> str:
+    if not plan.missing_bytes:
+        return "all there already"
+    text = f"{size_text(plan.missing_bytes)} to write"
+    if plan.free_bytes is None:
+        return text
+    if plan.fits_disk:
+        return f"{text}, {size_text(plan.free_bytes)} free"
+    return (
+        f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision, or "
+        "choose another --storage"
+    )
+
+
+def _measured(plan: Plan) -> list[str]:
+    if plan.calibration is None:
+        why = "" if plan.manifest is not None else " without a manifest"
+        return [f"times were not measured{why}"]
+    calibration, rows = plan.calibration, plan.rows
+    assert rows is not None, "a calibration has read the manifest"
+    lines = []
+    for config, speed in zip(plan.shapes, calibration.trials, strict=True):
+        words = [*_shape_words(config), "" if config.train is None else str(config.train.batch_size)]
+        if isinstance(speed, str):
+            lines.append([*words, "-", "-", speed])
+            continue
+        epoch = (speed.train_seconds * rows.train + speed.eval_seconds * rows.val) / plan.spec.num_workers
+        memory = size_text(speed.host_bytes)
+        memory += f" and {size_text(speed.device_bytes)} of its GPU" if speed.device_bytes else ""
+        rate = f"{1 / speed.train_seconds:,.0f}" if speed.train_seconds else "-"
+        lines.append([*words, _short(epoch), rate, memory])
+    num_classes = len(plan.manifest.class_names) if plan.manifest else 0
+    header = ["method", "tower", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
+    title = f"measured on {calibration.machine.describe()}, each alone, in {duration(calibration.seconds)}:"
+    return [title, *(f"  {line}" for line in table(header, lines).splitlines())]
+
+
+def _shape_words(config: TrialConfig) -> list[str]:
+    what = config.method.replace("_", " ")
+    if config.decoder is not None:
+        what += f" depth {config.decoder.depth}"
+    return [what, config.encoder.name]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+
+
+def _takes(plan: Plan) -> list[str]:
+    found = plan.estimate
+    if found is None:
+        return []
+    spec = plan.spec
+    lines = [f"would take, on {plan.machine}, {plan.concurrent} trials at a time:"]
+    if plan.misfit:
+        lines.append(f"  NOT HERE: {plan.misfit}")
+    unknown = "not known: not every method or tower could be measured"
+    passes = "nothing to compute" if found.features == 0 else None
+    passes = passes or (unknown if found.features is None else duration(found.features))
+    lines.append(f"  features    {passes}")
+    asha = " (the less the more ASHA stops)" if isinstance(spec.trial_scheduler, AshaConfig) else ""
+    for name, value, note in (
+        ("baselines", found.baselines, ""),
+        ("trials", found.trials, asha),
+        ("refits", found.refits, ""),
+    ):
+        lines.append(f"  {name:<10}  {unknown if value is None else _between(value) + note}")
+    total, hours = found.total, plan.gpu_hours
+    if total is not None and hours is not None:
+        gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
+        lines.append(f"  in all      {_between(total)}{gpus}")
+    if plan.cost is not None:
+        price = f"at {spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
+        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {price}")
+    return lines + [f"  {line}" for line in _limits(plan)]
+
+
+def _limits(plan: Plan) -> list[str]:
+    """Which of the limits would end the sweep before its trials are through."""
+    spec, total = plan.spec, None if plan.estimate is None else plan.estimate.total
+    found = []
+    if spec.max_trials is not None and spec.max_trials < spec.num_trials:
+        found.append(f"max_trials  {spec.max_trials} of {spec.num_trials} trials")
+    if total is not None and spec.max_hours is not None:
+        found.append(f"max_hours   {spec.max_hours:g}: {_against(total.times(1 / 3600), spec.max_hours)}")
+    if plan.cost is not None and spec.max_cost is not None:
+        found.append(f"max_cost    {spec.max_cost:g}: {_against(plan.cost, spec.max_cost)}")
+    return found
+
+
+def _against(needed: Range, limit: float) -> str:
+    if needed.high <= limit:
+        return "enough"
+    return "may end the search early" if needed.low <= limit else "will end the search early"
+
+
+def _between(value: Range) -> str:
+    low, high = duration(value.low), duration(value.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Plain data for JSON; seconds, bytes, [at least, at most]."""
+    found, spec = plan.estimate, plan.spec
+    calibration = plan.calibration
+
+    def pair(value: Range | None) -> list[float] | None:
+        return None if value is None else [value.low, value.high]
+
+    return {
+        "name": spec.name,
+        "num_trials": spec.num_trials,
+        "num_configurations": plan.space.size(spec.base),
+        "mean_epochs": plan.mean_epochs,
+        "concurrent_trials": plan.concurrent,
+        "misfit": plan.misfit or None,
+        "manifest": spec.base["data"]["manifest"],
+        "manifest_problem": plan.manifest_problem or None,
+        "num_classes": None if plan.manifest is None else len(plan.manifest.class_names),
+        "num_images": None if plan.rows is None else {"train": plan.rows.train, "val": plan.rows.val},
+        "towers": [
+            {"name": one.config.encoder.name, "feature_bytes": one.num_bytes, "missing_bytes": one.missing_bytes}
+            for one in plan.towers
+        ],
+        "free_bytes": plan.free_bytes,
+        "fits_disk": plan.fits_disk,
+        "measured_on": None if calibration is None else calibration.machine.describe(),
+        "measured": [
+            {"method": config.method, "encoder": config.encoder.name, **_speed_dict(plan, config, speed)}
+            for config, speed in zip(plan.shapes, calibration.trials if calibration else (), strict=True)
+        ],
+        "seconds": None
+        if found is None
+        else {
+            "features": found.features,
+            "baselines": pair(found.baselines),
+            "trials": pair(found.trials),
+            "refits": pair(found.refits),
+            "total": pair(found.total),
+        },
+        "gpu_hours": pair(plan.gpu_hours),
+        "cost": pair(plan.cost),
+    }
+
+
+def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dict[str, Any]:
+    if isinstance(speed, str):
+        return {"problem": speed}
+    rows = plan.rows
+    assert rows is not None, "a calibration has read the manifest"
+    return {
+        "depth": None if config.decoder is None else config.decoder.depth,
+        "batch_size": None if config.train is None else needed(config.train).batch_size,
+        "epoch_seconds": speed.train_seconds * rows.train + speed.eval_seconds * rows.val,
+        "host_bytes": speed.host_bytes,
+        "device_bytes": speed.device_bytes,
+    }

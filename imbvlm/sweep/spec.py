@@ -76,6 +76,10 @@ class SweepSpec(Section):
     space: str | dict[str, Any] = Field(description="a shipped space's name, a YAML's path, or the space itself")
     objective: str = "val/balanced_accuracy"
     num_trials: int = Field(24, ge=1, description="different configurations trained; baselines don't count")
+    max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
+    max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
+    max_cost: float | None = Field(None, gt=0, description="in the currency of price_per_gpu_hour")
+    price_per_gpu_hour: float | None = Field(None, gt=0, description="all GPUs of the cluster are paid for")
     driver: Literal["auto", "in_process", "ray_train"] = Field(
         "auto", description="auto: in process for one worker on stored features, else Ray Train"
     )
@@ -232,7 +236,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += _check_base(spec, space)
+    problems += [*_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if problems:
@@ -245,6 +249,13 @@ def _check_objective(spec: SweepSpec) -> list[Problem]:
         return []
     message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, OBJECTIVES)}"
     return [Problem(message, spec.where("objective"))]
+
+
+def _check_limits(spec: SweepSpec) -> list[Problem]:
+    if spec.max_cost is None or spec.price_per_gpu_hour is not None:
+        return []
+    message = f"max_cost is {spec.max_cost:g}, and without price_per_gpu_hour nothing has a cost; set it too"
+    return [Problem(message, spec.where("max_cost"))]
 
 
 def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
