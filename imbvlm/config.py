@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from imbvlm.config_losses import LossConfig as LossConfig
+from imbvlm.config_losses import SmoothedLoss
 from imbvlm.config_methods import (
     DEFAULT_SECTIONS,
     IMAGE_SECTIONS,
@@ -18,6 +19,7 @@ from imbvlm.config_methods import (
     OPTIONAL_SECTIONS,
     Method,
 )
+from imbvlm.config_mixing import FeatureAugmentationConfig, MixingConfig
 from imbvlm.config_prompts import PromptsConfig as PromptsConfig
 from imbvlm.config_prompts import PromptTuningConfig as PromptTuningConfig
 from imbvlm.config_stages import READ_NORMS
@@ -225,6 +227,8 @@ class TrialConfig(Section):
     memory: MemoryConfig | None = None
     classifier: ClassifierConfig | None = None
     loss: LossConfig | None = None
+    mixing: MixingConfig | None = None
+    feature_augmentation: FeatureAugmentationConfig | None = None
     optim: OptimConfig | None = None
     train: TrainConfig | None = None
     second_stage: Annotated[SecondStageConfig | None, GONE_WITHOUT_NAME] = None
@@ -257,6 +261,33 @@ class TrialConfig(Section):
             )
         return stage
 
+    @field_validator("mixing")
+    @classmethod
+    def _images_are_mixed_where_they_are_read(cls, mixing: Section | None, info: ValidationInfo) -> Section | None:
+        if not isinstance(mixing, MixingConfig) or not mixing.is_on:
+            return mixing
+        if not _reads_images(info.data):
+            raise ValueError(
+                "mixing is of images, and this trial reads stored features; set features.store: false, or mixing: "
+                "null and feature_augmentation.mixup"
+            )
+        _check_soft_targets("mixing", info.data.get("loss"))
+        return mixing
+
+    @field_validator("feature_augmentation")
+    @classmethod
+    def _features_vary_where_they_are_stored(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        if not isinstance(section, FeatureAugmentationConfig) or not section.is_on:
+            return section
+        if _reads_images(info.data):
+            raise ValueError(
+                "feature_augmentation is of stored features, and this trial reads images; set features.store: true, "
+                "or feature_augmentation: null and mixing.mixup"
+            )
+        if section.mixup:
+            _check_soft_targets("feature_augmentation.mixup", info.data.get("loss"))
+        return section
+
     @field_validator("classifier")
     @classmethod
     def _class_means_are_of_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
@@ -272,7 +303,7 @@ class TrialConfig(Section):
     @property
     def reads_images(self) -> bool:
         """Whether the trial runs the tower itself, on images, instead of reading its stored output."""
-        return not self.features.store or METHOD_SECTIONS[self.method] >= IMAGE_SECTIONS
+        return _reads_images({"features": self.features, "method": self.method})
 
     @staticmethod
     def from_yaml(path: str | Path) -> TrialConfig:
@@ -319,6 +350,23 @@ def needed(section: T | None) -> T:
     if section is None:
         raise AssertionError("this method doesn't read that section; METHOD_SECTIONS says which it reads")
     return section
+
+
+def _reads_images(data: Tree) -> bool:
+    """Whether a trial of these sections reads images; False where they aren't valid."""
+    features = data.get("features")
+    without_store = isinstance(features, FeaturesConfig) and not features.store
+    return without_store or METHOD_SECTIONS.get(str(data.get("method")), frozenset()) >= IMAGE_SECTIONS
+
+
+def _check_soft_targets(section: str, loss: Section | None) -> None:
+    """Raises ValueError for a loss that isn't defined between two classes."""
+    if loss is not None and not isinstance(loss, SmoothedLoss):
+        name = getattr(loss, "name", "")
+        raise ValueError(
+            f"{section} gives targets between two classes, and loss {name} is defined for one class alone; choose a "
+            f"loss with label_smoothing, such as balanced_softmax, or take {section} out"
+        )
 
 
 def _complete(data: Any) -> Any:

@@ -11,11 +11,13 @@ from imbvlm.schema import Section
 PriorCounts = Literal["sampled", "train"]
 
 
-class _SmoothedLoss(Section):
+class SmoothedLoss(Section):
+    """A loss that is a cross entropy, and so takes targets between classes."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that all classes have alike")
 
 
-class CrossEntropyConfig(_SmoothedLoss):
+class CrossEntropyConfig(SmoothedLoss):
     name: Literal["cross_entropy"] = "cross_entropy"
 
 
@@ -24,28 +26,28 @@ class FocalConfig(Section):
     gamma: float = Field(2.0, ge=0)
 
 
-class InverseFrequencyConfig(_SmoothedLoss):
+class InverseFrequencyConfig(SmoothedLoss):
     name: Literal["inverse_frequency"] = "inverse_frequency"
 
 
-class EffectiveNumberConfig(_SmoothedLoss):
+class EffectiveNumberConfig(SmoothedLoss):
     name: Literal["effective_number"] = "effective_number"
     beta: float = Field(0.9999, ge=0, lt=1)
 
 
-class GeneralizedReweightConfig(_SmoothedLoss):
+class GeneralizedReweightConfig(SmoothedLoss):
     name: Literal["generalized_reweight"] = "generalized_reweight"
     exponent: float = Field(1.2, ge=0)
 
 
-class BalancedSoftmaxConfig(_SmoothedLoss):
+class BalancedSoftmaxConfig(SmoothedLoss):
     name: Literal["balanced_softmax"] = "balanced_softmax"
     prior: PriorCounts = Field(
         "sampled", description="sampled: the counts that class sampling really gives; train: the rows'"
     )
 
 
-class LogitAdjustmentConfig(_SmoothedLoss):
+class LogitAdjustmentConfig(SmoothedLoss):
     name: Literal["logit_adjustment"] = "logit_adjustment"
     tau: float = 1.0
     prior: PriorCounts = "sampled"

@@ -12,14 +12,16 @@ Method = Literal[
 ]
 
 # Which optional sections each method reads; a section that it doesn't read is refused in its file.
-TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train"})
+TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train", "mixing"})
+# Those that may read stored features.
+STORED_SECTIONS = TRAINING_SECTIONS | {"prompts", "feature_augmentation"}
 # Those that train inside the tower read images, which only they vary at will.
 IMAGE_SECTIONS = TRAINING_SECTIONS | {"prompts", "augmentation", "memory"}
 METHOD_SECTIONS: Mapping[str, frozenset[str]] = {
     "zero_shot": frozenset({"prompts"}),
-    "prompt_tuning": frozenset({"loss", "optim", "train", "prompts", "prompt_tuning"}),
-    "linear_probe": TRAINING_SECTIONS | {"prompts", "second_stage"},
-    "decoder": TRAINING_SECTIONS | {"prompts", "decoder", "second_stage"},
+    "prompt_tuning": STORED_SECTIONS - {"classifier"} | {"prompt_tuning"},
+    "linear_probe": STORED_SECTIONS | {"second_stage"},
+    "decoder": STORED_SECTIONS | {"decoder", "second_stage"},
     "adapter": IMAGE_SECTIONS | {"adapter"},
     "lora": IMAGE_SECTIONS | {"lora"},
     "bias_tuning": IMAGE_SECTIONS,

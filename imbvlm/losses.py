@@ -2,6 +2,9 @@
 
 Adding one: a function here, a line in LOSSES, its knobs in config. All of them are sums of w l over sums of w, so that
 the same function gives one process its loss and each of several workers a share whose average is the exact global one.
+
+Those of SOFT_TARGETS also take targets (B, C), each row's shares of the classes, which sum to 1: an example with a half
+of two classes counts as half an example of each, sum(t w l) / sum(t w) over rows and classes.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def cross_entropy(
 
     Other losses with `label_smoothing` have this in the place of -log p_y, with their own p and weights.
     """
-    return _weighted_mean(_smoothed(F.log_softmax(_computing(logits), dim=-1), targets, label_smoothing), None, world)
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, None, label_smoothing, world)
 
 
 def focal(
@@ -149,7 +152,7 @@ def logit_adjustment(
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
     adjusted = _computing(logits) + (tau * _log_prior(class_counts, logits)).to(_computing(logits).dtype)
-    return _weighted_mean(_smoothed(F.log_softmax(adjusted, dim=-1), targets, label_smoothing), None, world)
+    return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, world)
 
 
 def ldam(
@@ -213,6 +216,10 @@ LOSSES: Mapping[str, LossFunction] = {
 
 # Those that correct for the prior: `loss.prior` says which counts they are given.
 PRIOR_CORRECTING = frozenset({"balanced_softmax", "logit_adjustment", "lade"})
+# Those that are linear in their target, which may lie between classes.
+SOFT_TARGETS = frozenset(
+    name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters
+)
 # What these give the reducer depends on logits; for the others on targets alone.
 NEEDS_ALL_LOGITS = frozenset({"lade"})
 
@@ -229,7 +236,7 @@ def loss_knobs(name: str) -> dict[str, Any]:
 
 
 class BuiltLoss:
-    """A loss with its counts and knobs: (logits (B, C), targets (B,)) -> scalar.
+    """A loss with its counts and knobs: (logits (B, C), targets (B,) or, with SOFT_TARGETS, (B, C)) -> scalar.
 
     With several workers each gets a share whose average over workers is the exact global loss, and likewise its
     gradient, however uneven the local batches; a local batch may be empty.
@@ -246,6 +253,8 @@ class BuiltLoss:
         return BuiltLoss(self.name, self._counts, world, self._knobs)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim > 1 and self.name not in SOFT_TARGETS:
+            raise ImbvlmError(f"loss {self.name} is defined for one class, and was given targets between classes")
         if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it
             self._counts = self._counts.to(logits.device)
         return LOSSES[self.name](logits, targets, self._counts, world=self._world, **self._knobs)
@@ -310,16 +319,26 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
     return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _smoothed(log_probs: Tensor, targets: Tensor, label_smoothing: Knob) -> Tensor:
-    """Cross entropy (B,) with the smoothed target."""
-    return (1 - label_smoothing) * _nll(log_probs, targets) - label_smoothing * log_probs.mean(dim=-1)
+def _cross_entropy(
+    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: Knob, world: Reducer
+) -> Tensor:
+    """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as shares of them (B, C)."""
+    if targets.ndim == 1:
+        weights = None if class_weights is None else class_weights[targets]
+        nll = _nll(log_probs, targets)
+    else:
+        shares = targets.to(log_probs.dtype)
+        shares = shares if class_weights is None else shares * class_weights.to(log_probs.dtype)
+        weights = shares.sum(dim=-1)
+        nll = -(shares * log_probs).sum(dim=-1) / weights
+    losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
+    return _weighted_mean(losses, weights, world)
 
 
 def _weighted_cross_entropy(
     logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: Knob, world: Reducer
 ) -> Tensor:
-    log_probs = F.log_softmax(_computing(logits), dim=-1)
-    return _weighted_mean(_smoothed(log_probs, targets, label_smoothing), class_weights[targets], world)
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, world)
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None, world: Reducer) -> Tensor:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # own: what a trial reads of stored features knows towers by their description alone, so that it stands above models/.
 LAYERS = [
     *("errors", "yaml_file", "s3", "storage", "schema"),
-    *("config_losses", "config_methods", "config_prompts", "config_stages", "config_tower", "config"),
+    *("config_losses", "config_methods", "config_mixing", "config_prompts", "config_stages", "config_tower", "config"),
     *("class_stats", "losses", "sampling", "metrics", "posthoc"),
     *("assets", "data", "assets.build_tower", "assets.build"),
     *("models.encoder_info", "features.store", "features.examples", "models", "features"),

@@ -196,8 +196,9 @@ def test_whole_numbers_are_numbers_and_equal_to_their_floats() -> None:
 @pytest.mark.parametrize("section", sorted(OPTIONAL_SECTIONS))
 def test_a_section_is_there_exactly_where_its_method_reads_it(method: str, section: str) -> None:
     read = section in METHOD_SECTIONS[method]
-    # A second stage is there only where it is asked for.
-    assert (getattr(config(method), section) is not None) == (read and section != "second_stage")
+    # What follows training or changes its examples is there only where it is asked for.
+    asked_for = section in ("second_stage", "mixing", "feature_augmentation")
+    assert (getattr(config(method), section) is not None) == (read and not asked_for)
     assert getattr(config(method, **{section: None}), section) == getattr(config(method), section)
     if not read:
         with pytest.raises(ConfigError, match=f"method {method} doesn't read the section '{section}'"):

@@ -13,6 +13,9 @@ def canonical_key(config: TrialConfig) -> str:
     tree = config.to_tree()
     if config.loss is not None:
         tree["loss"] = _folded(config, tree["loss"])
+    for key, section in (("mixing", config.mixing), ("feature_augmentation", config.feature_augmentation)):
+        if section is not None and not section.is_on:
+            del tree[key]
     return json.dumps(tree, sort_keys=True)
 
 

@@ -60,7 +60,8 @@ class Course:
 
     `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `read` takes
     an epoch's plan, a worker's places in it and the epoch; `words` name the loss, and what to change where numbers run
-    away. A worker computes its share of a batch in `num_parts`.
+    away. `mix` makes a step's batch of inputs and labels into mixed inputs and shares of the classes. A worker
+    computes its share of a batch in `num_parts`.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Course:
     device: torch.device
     world: World
     autocast: Callable[[], AbstractContextManager[Any]]
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     num_parts: int = 1
     params: dict[str, nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -131,6 +133,8 @@ class Course:
     def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
         inputs, labels = to_device(batch, self.device)
+        if self.mix is not None:
+            inputs, labels = self.mix(inputs, labels, step)
         set_lr(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
         loss = backward_in_parts(self._logits, loss_function, self.world, inputs, labels, self.num_parts)

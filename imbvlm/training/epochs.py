@@ -22,7 +22,7 @@ from imbvlm.data.augment import Augmentation
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.data.images import CROP_SCALE
 from imbvlm.errors import ImbvlmError
-from imbvlm.features.examples import Source, TrialData
+from imbvlm.features.examples import Examples, Source, TrialData
 from imbvlm.metrics import ClassCounters
 from imbvlm.models.methods import METHODS, FeatureClassifier, build_model
 from imbvlm.models.tower_classifier import TowerClassifier, count_parameters, load_own_tensors, own_tensors
@@ -31,6 +31,7 @@ from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_na
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator, Examination
 from imbvlm.training.feed import Feed, ImageFeed, Index, StoredFeed
+from imbvlm.training.mixing import Mixer, VariationTransfer
 from imbvlm.training.objective import Objective
 from imbvlm.training.second_stage import SecondStageRun, check_can_choose
 from imbvlm.training.val_logits import EpochLogits
@@ -200,12 +201,13 @@ class TrialRun:
             device=self.device,
             world=self.world,
             autocast=self._autocast,
+            mix=self._mixer(),
             num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
         )
 
     def _build_feed(self, stream: ImageStream) -> Feed:
         if not isinstance(self.model, TowerClassifier):
-            return StoredFeed(self.data.info, self.entry.reads, self.device)
+            return StoredFeed(self.data.info, self.entry.reads, self.device, self._transfer())
         return ImageFeed(
             self.model.preprocess,
             _augmentation(self.config.augmentation),
@@ -215,6 +217,22 @@ class TrialRun:
             self.device,
             strict=self.config.data.on_bad_image == "strict",
         )
+
+    def _mixer(self) -> Mixer | None:
+        """What mixes the batches of the first stage, images or features by what the trial reads."""
+        images, features = self.config.mixing, self.config.feature_augmentation
+        mixup = (0.0 if images is None else images.mixup) + (0.0 if features is None else features.mixup)
+        cutmix = 0.0 if images is None else images.cutmix
+        if not mixup and not cutmix:
+            return None
+        return Mixer(mixup, cutmix, len(self.data.class_names), self._seed, self.world.rank)
+
+    def _transfer(self) -> VariationTransfer | None:
+        section, train = self.config.feature_augmentation, self.data.train
+        if section is None or not section.transfer:
+            return None
+        assert isinstance(train, Examples), "TrialConfig lets only trials on stored features have feature augmentation"
+        return VariationTransfer(section.transfer, train, self.data.class_stats, self._seed)
 
     def _build_second_stage(self) -> SecondStageRun:
         """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""

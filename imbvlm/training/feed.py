@@ -21,6 +21,7 @@ from imbvlm.features.examples import Examples, Source
 from imbvlm.features.store import as_tensor
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 from imbvlm.sampling import EpochPlan
+from imbvlm.training.mixing import VariationTransfer
 from imbvlm.training.world import World
 
 Index = npt.NDArray[np.int64]
@@ -59,10 +60,16 @@ class Feed(Protocol):
 
 
 class StoredFeed:
-    """Reads stored outputs of the tower."""
+    """Reads stored outputs of the tower; those to train on vary by `transfer`."""
 
-    def __init__(self, info: EncoderInfo, output: OutputName, device: torch.device) -> None:
-        self._output, self._device = output, device
+    def __init__(
+        self,
+        info: EncoderInfo,
+        output: OutputName,
+        device: torch.device,
+        transfer: VariationTransfer | None = None,
+    ) -> None:
+        self._output, self._device, self._transfer = output, device, transfer
         self.numbers_per_example = int(np.prod(info.shape(output)))
         self.unreadable: dict[int, str] = {}
 
@@ -70,7 +77,13 @@ class StoredFeed:
         return 0
 
     def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
-        return read_ahead(lambda share: self._load(source, plan.rows[share], plan.views[share]), shares)
+        def load(share: Index) -> Batch:
+            batch = self._load(source, plan.rows[share], plan.views[share])
+            if self._transfer is not None:
+                self._transfer.add_to(batch.inputs, self._output, batch.examples, share, epoch)
+            return batch
+
+        return read_ahead(load, shares)
 
     def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         return read_ahead(
