@@ -23,3 +23,11 @@ def ray_cluster() -> Iterator[str]:
     yield address
     del os.environ["RAY_ADDRESS"]
     ray.shutdown()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes (`-n`), those that need Ray stay in one: there is one cluster."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
