@@ -288,7 +288,8 @@ parameters:
 @pytest.mark.parametrize("text", ["[]", "parameters: 3", "parameter: {}", "{parameters: {}, more: 1}"])
 def test_another_layout_is_refused(text: str) -> None:
     assert mistakes(text) == [
-        "s.yaml:1: a search space is a section 'parameters' of dotted keys and ranges, and nothing else"
+        "s.yaml:1: a search space is a section 'parameters' of dotted keys and ranges, or a section 'configurations' "
+        "of names with dotted keys and values, and nothing else"
     ]
 
 

@@ -49,6 +49,12 @@ def build_dataset(name: str, root: str) -> Manifest:
     return replace(manifest, notes=(*manifest.notes, *notes))
 
 
+def benchmark_of(manifest: Manifest) -> str | None:
+    """The benchmark that a manifest is, by its name and all of its sizes; None for any other data."""
+    dataset = DATASETS.get(manifest.name)
+    return manifest.name if dataset is not None and not _size_findings(manifest, dataset) else None
+
+
 def _size_findings(manifest: Manifest, dataset: Dataset) -> list[str]:
     found = {split: len(manifest.rows_of(split)) for split in dataset.sizes}
     findings = [

@@ -12,6 +12,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.sweep.arms import Arms, RandomTrial
 from imbvlm.sweep.baselines import Baseline
 from imbvlm.sweep.calibration import TrialSpeed
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
 
@@ -59,7 +60,12 @@ def shape_of(config: TrialConfig) -> str:
 
 
 def sample_trials(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
-    """Configurations as the sweep would draw them by chance, the same number for every arm under `stratify`."""
+    """Configurations as the sweep would draw them by chance, the same number for every arm under `stratify`.
+
+    All of them where the space is a list.
+    """
+    if isinstance(space, ListedSpace):
+        return [spec.trial(draw) for draw in space.configurations.values()]
     chance, arms = random.Random(spec.searcher.seed), Arms(spec, space)
     found = [spec.trial(draw) for draw in spec.first_trials[: spec.num_trials]]
     for _ in range(NUM_DRAWS):
@@ -207,20 +213,20 @@ def _refits(
     concurrent: int,
     start: float,
 ) -> Range | None:
-    """The winner, taken for a mean trial, and the best probe over the seeds, zero-shot once."""
-    seeds = len(spec.refit_seeds)
+    """The winner, taken for a mean trial, and the best probe over the seeds, zero-shot once; in a study all trials."""
+    seeds, num_refits = len(spec.refit_seeds), spec.num_trials if spec.study else 1
     winner = trial_seconds(spec, configs, speeds, rows.refit, 0, start)
     again = {one.config.method: one for one in baselines}
     if winner is None:
         return None
-    found = Range(winner * seeds, winner * seeds)
+    found = Range(winner, winner).times(seeds * num_refits)
     for one in again.values():
         epoch = speeds.epoch_seconds(one.config, rows.refit, 0, spec.num_workers)
         if epoch is None:
             return None
         most, times = num_epochs(one.config, rows.refit), 1 if one.config.train is None else seeds
         found += Range(start + epoch, start + epoch * most).times(times)
-    return found.times(1 / min(concurrent, 2 * seeds + 1))
+    return found.times(1 / min(concurrent, (1 + num_refits) * seeds + 1))
 
 
 def gpu_hours(seconds: Range, num_gpus: float) -> Range:

@@ -34,8 +34,9 @@ from imbvlm.sweep.estimate import (
     shape_of,
 )
 from imbvlm.sweep.feasibility import check_models, concurrent_trials, uses_ray_train
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.run import needed_outputs
-from imbvlm.sweep.space import SearchSpace
+from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 
 # So many kinds of trials are measured, about two seconds each.
@@ -276,18 +277,28 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         else "none, every trial runs to its end"
     )
     driver = "ray_train" if uses_ray_train(spec) else "in_process"
+    num_baselines = len(baselines(spec, space))
+    if isinstance(space, ListedSpace):
+        trials = [f"  trials      {len(space.configurations)} listed configurations, after {num_baselines} baselines"]
+        searcher = []
+    else:
+        of = "a continuous space" if size is None else f"{size:,} configurations"
+        pinned = f"after {num_baselines} baselines; {len(spec.first_trials)} pinned first"
+        trials = [f"  trials      {spec.num_trials} of {of}, {pinned}"]
+        arms = f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""
+        searcher = [f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{arms}"]
+    what = "every configuration" if spec.study else "winner and baselines"
+    fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
     return [
         f"sweep {spec.name}",
-        f"  trials      {spec.num_trials} of {'a continuous space' if size is None else f'{size:,} configurations'}, "
-        f"after {len(baselines(spec, space))} baselines; {len(spec.first_trials)} pinned first",
+        *trials,
         f"  objective   {spec.best_objective}, the running maximum over epochs",
-        f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}"
-        + (f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""),
+        *searcher,
         *_arms(spec, space),
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
         f"and {spec.gpus_per_worker:g} GPUs",
-        f"  refit       seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once",
+        f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
 
 
@@ -309,8 +320,22 @@ def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
 
 
 def _choices(spec: SweepSpec, space: SearchSpace) -> list[str]:
+    if isinstance(space, ListedSpace):
+        return [
+            "trained:",
+            *(f"  {name}: {_words(draw)}" for name, draw in space.configurations.items()),
+            *_tables(spec),
+        ]
     width = max((len(parameter.key) for parameter in space.parameters), default=0)
     return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
+
+
+def _words(draw: Draw) -> str:
+    return ", ".join(f"{key} {value}" for key, value in draw.items())
+
+
+def _tables(spec: SweepSpec) -> list[str]:
+    return ["tables:", *(f"  {one.title}: {', '.join(row.label for row in one.rows)}" for one in spec.study)]
 
 
 def _reading(plan: Plan) -> list[str]:

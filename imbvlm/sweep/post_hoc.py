@@ -76,10 +76,13 @@ def prune_logits(folder: str, keep: Sequence[str]) -> None:
 
 
 def choose_post_hoc(folder: str, refits: Sequence[Refit], log: TrialLog, objective: str) -> dict[str, PostHoc]:
-    """For each refit that trains, by name, what its search's validation logits say; those without logits are absent."""
+    """For each refit that trains, by name, what its search's validation logits say.
+
+    Absent are those whose trial left no logits, and those on fresh crops.
+    """
     found = {}
     for refit in refits:
-        if refit.config.train is not None:
+        if refit.config.train is not None and not refit.is_fresh:
             kept = read_logits(logits_file(folder, refit.record.trial_id))
             zero_shot = _zero_shot_logits(folder, refit, log)
             if kept is not None and (chosen := _choose(refit, kept, zero_shot, objective)) is not None:

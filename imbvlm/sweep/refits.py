@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import TrialConfig, needed
 from imbvlm.config_stages import TauNormalizationConfig
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 
@@ -14,12 +15,16 @@ WINNER = "winner"
 
 @dataclass(frozen=True)
 class Refit:
-    """A configuration that is trained again on all training rows and scored on the test split, once a seed."""
+    """A configuration that is trained again on all training rows and scored on the test split, once a seed.
+
+    `is_fresh`: on fresh crops where its search read stored views, so that what validation chose isn't for it.
+    """
 
     name: str
     record: TrialRecord
     config: TrialConfig
     seeds: tuple[int, ...]
+    is_fresh: bool = False
 
     def seeded(self) -> list[tuple[int, TrialConfig]]:
         """Each seed with its configuration."""
@@ -27,17 +32,72 @@ class Refit:
             return [(seed, self.config) for seed in self.seeds]
         return [(seed, self.config.with_overrides({"train.seed": seed})) for seed in self.seeds]
 
+    def trial_id(self, seed: int) -> str:
+        """Of the run with a seed."""
+        slug = "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
+        return f"refit-{slug}-seed{seed}"
+
 
 def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
-    """The winner; and of each kind of baseline the best over the towers."""
-    best, seeds = log.best(spec.objective)[0], tuple(spec.refit_seeds)
-    found = [Refit(WINNER, best, refit_config(best, spec), seeds)]
+    """The winner, and of each kind of baseline the best over the towers; in a study all that it lists, too.
+
+    With `fresh_crops` the winner and each method's best come once more, on crops that are drawn anew in every epoch.
+    """
+    best, *others = log.best(spec.objective)
+    found = [_refit(WINNER, best, spec)]
     ranked = log.best(spec.objective, "baseline")
-    for method, its_seeds in (("linear_probe", seeds), ("zero_shot", (0,))):
+    for method in ("linear_probe", "zero_shot"):
         record = next((one for one in ranked if one.config["method"] == method), None)
         if record is not None:
-            found.append(Refit(record.name, record, refit_config(record, spec), its_seeds))
+            found.append(_refit(record.name, record, spec))
+    if spec.study:
+        names = listed_names(log, spec)
+        found += [_refit(names[one.trial_id], one, spec) for one in sorted(others, key=lambda one: one.trial_id)]
+    if spec.fresh_crops:
+        known = {one.name for one in found}
+        for stored in _bests_of_methods(log, spec):
+            found += [] if stored.name in known else [stored]
+            fresh = stored.config.with_overrides({"features.store": False})
+            found.append(replace(stored, name=fresh_name(stored.name), config=fresh, is_fresh=True))
     return found
+
+
+def listed_names(log: TrialLog, spec: SweepSpec) -> dict[str, str]:
+    """What the refits of a study's trials are called, by the trials' ids; one of them is the winner's."""
+    space = spec.read_space()
+    assert isinstance(space, ListedSpace), "check_spec lets only such a space have a study"
+    names = {one.trial_id: f"study: {needed(space.name_of(one.draw))}" for one in log.of("search")}
+    return names | {one.trial_id: WINNER for one in log.best(spec.objective)[:1]}
+
+
+def fresh_name(name: str) -> str:
+    """What a refit is called when it is trained again on fresh crops."""
+    return f"{name}, fresh crops"
+
+
+def _refit(name: str, record: TrialRecord, spec: SweepSpec) -> Refit:
+    config = refit_config(record, spec)
+    # Without training every seed is the same.
+    return Refit(name, record, config, tuple(spec.refit_seeds) if config.train is not None else (0,))
+
+
+def _bests_of_methods(log: TrialLog, spec: SweepSpec) -> list[Refit]:
+    """Of each method that trains on stored features the best trial that can do without them, the winner's first."""
+    names = listed_names(log, spec) if spec.study else {one.trial_id: WINNER for one in log.best(spec.objective)[:1]}
+    found: dict[str, Refit] = {}
+    for record in log.best(spec.objective):
+        method = str(record.config["method"])
+        name = names.get(record.trial_id, f"best {method.replace('_', ' ')}")
+        refit = _refit(name, record, spec)
+        if method not in found and _can_be_fresh(refit.config):
+            found[method] = refit
+    return list(found.values())
+
+
+def _can_be_fresh(config: TrialConfig) -> bool:
+    """A second stage and class means stand on stored features."""
+    from_means = config.classifier is not None and config.classifier.init == "class_mean"
+    return config.train is not None and not config.reads_images and config.second_stage is None and not from_means
 
 
 def refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:

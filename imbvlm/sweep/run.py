@@ -20,7 +20,7 @@ from imbvlm.features.extract import ensure_features
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.models.methods import METHODS
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
-from imbvlm.sweep.console import Console, duration
+from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
@@ -36,6 +36,8 @@ from imbvlm.sweep.post_hoc import (
 )
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import refits
+from imbvlm.sweep.report.source import TEST_FILE, Source
+from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
@@ -44,7 +46,6 @@ from imbvlm.sweep.summary import NUM_BEST, causes, opening, scores_table, search
 from imbvlm.training.session import TrialSettings
 
 SPEC_FILE = "sweep.yaml"
-TEST_FILE = "test.json"
 LOG_FILE = "ray.log"
 
 
@@ -141,17 +142,19 @@ class _Sweep:
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
         chosen = refits(self.log, self.spec)
         jobs = [
-            Job(f"refit-{_slug(refit.name)}-seed{seed}", "refit", refit.name, config)
+            Job(refit.trial_id(seed), "refit", refit.name, config)
             for refit in chosen
             for seed, config in refit.seeded()
         ]
         waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
+        # A trial on fresh crops reads the features of the one that it is compared with.
+        towers = {refit.name: tower_key(refit.record.trial_config()) for refit in chosen}
         self.post_hoc = choose_post_hoc(self.folder, chosen, self.log, self.spec.objective)
         write_post_hoc(self.folder, self.post_hoc)
 
         def settings(job: Job) -> TrialSettings:
-            features = self.features[tower_key(job.config)]
-            test = test_features.get(tower_key(job.config))
+            features = self.features[towers[job.name]]
+            test = test_features.get(towers[job.name])
             if test is not None:
                 features = FeatureSet.from_dict({**features.to_dict(), "folders": {**features.folders, **test.folders}})
             model = storage.join(self.folder, "refits", job.trial_id)
@@ -165,7 +168,8 @@ class _Sweep:
             )
 
         if waiting:
-            self.console.say(f"refitting the winner and the baselines on all training images: {len(waiting)} runs")
+            what = "everything" if self.spec.study else "the winner and the baselines"
+            self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
             run_jobs(self.lane, FixedSearcher(waiting, payload(self.lane, settings)), None, "refit", len(jobs))
         self.console.end_live()
         self.scored = [self.log.records[job.trial_id] for job in jobs]
@@ -179,11 +183,7 @@ class _Sweep:
         say()
         say(search_table(self.log, self.spec))
         say(verdict(self.log, self.spec))
-        if any("test/top1_accuracy" in epoch for record in self.scored for epoch in record.epochs[-1:]):
-            say()
-            say(scores_table(self.scored, self.spec))
-        for name, one in self.post_hoc.items():
-            say(describe_post_hoc(name, one, self.scored))
+        self._say_scores()
         write_best(self.folder, best)
         report = self._report()
         say()
@@ -192,6 +192,7 @@ class _Sweep:
             ("best.yaml", "its configuration"),
             *([(report.rpartition("/")[2], "what was found, in one page for a browser")] if report else []),
             ("results.parquet", "every trial"),
+            *([("tables/", "the tables above as CSV and LaTeX")] if self.spec.study else []),
             ("refits/", "the refitted weights"),
         ):
             say(f"  {storage.join(self.folder, name)}  {what}")
@@ -199,6 +200,24 @@ class _Sweep:
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
         say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
+
+    def _say_scores(self) -> None:
+        """What the test split answered: winner and baselines, a study's tables, what fresh crops change."""
+        say, source = self.console.say, Source.read(self.folder)
+        names = [one.name for one in source.headline]
+        if source.has_test:
+            say()
+            say(scores_table([record for record in self.scored if record.name in names], self.spec))
+        for name, one in self.post_hoc.items():
+            if name in names:
+                say(describe_post_hoc(name, one, self.scored))
+        gap = fresh_gap(source)
+        tables = [*study_tables(source), *([] if gap is None else [gap])]
+        for found in tables:
+            say()
+            say(f"{found.title} ({found.caption}):")
+            say(table(list(found.header), [list(row) for row in found.rows]))
+        write_tables(self.folder, tables)
 
     def _report(self) -> str | None:
         """The page's location; None, and a sentence, where it can't be drawn: a night's result must not hang on it."""
@@ -299,7 +318,3 @@ def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
     check_data(spec, manifest.class_stats(carved), counts.tolist())
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 from imbvlm.config import Tree, TrialConfig, dotted_keys
 from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.schema import refusal
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import KINDS, Kind, Parameter, SearchSpace, is_one_of
 from imbvlm.yaml_file import KeyPath, YamlTree, read_yaml
 
 FOLDER = "search_spaces"
+# Of a listed configuration: its refits' folders are called so.
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 # Keys of a trial that no search may choose, and why.
 NOT_SEARCHED: Mapping[str, str] = {
     "data.manifest": "trials on different images can't be compared; run a sweep for each",
@@ -50,19 +54,23 @@ def read_space(name_or_path: str) -> SearchSpace:
 
 
 def parse_space(located: YamlTree) -> SearchSpace:
-    """Check plain data of the form {parameters: {key: range}}; raises ConfigError."""
+    """Check plain data, {parameters: {key: range}} or {configurations: {name: {key: value}}}; raises ConfigError."""
     data = located.data
+    if isinstance(data, dict) and set(data) == {"configurations"}:
+        return _parse_configurations(located)
     if not isinstance(data, dict) or set(data) != {"parameters"} or not isinstance(data["parameters"], dict):
-        message = "a search space is a section 'parameters' of dotted keys and ranges, and nothing else"
+        message = (
+            "a search space is a section 'parameters' of dotted keys and ranges, or a section 'configurations' of "
+            "names with dotted keys and values, and nothing else"
+        )
         raise ConfigError([Problem(message, located.where(()))])
     parameters: list[Parameter] = []
     problems: list[Problem] = []
     valid = dotted_keys()
     for key, value in data["parameters"].items():
-        if key not in valid or key in NOT_SEARCHED:
-            reason = NOT_SEARCHED.get(key)
-            why = f"can't be searched: {reason}" if reason else f"is no key of a trial; {nearest(key, valid)}"
-            problems.append(Problem(f"{key!r} {why}", located.where(("parameters", key))))
+        mistake = _key_mistake(key, valid)
+        if mistake is not None:
+            problems.append(Problem(mistake, located.where(("parameters", key))))
             continue
         found, mistakes = _parse_key(key, value, located)
         parameters += found
@@ -72,6 +80,44 @@ def parse_space(located: YamlTree) -> SearchSpace:
     if problems:
         raise ConfigError(problems)
     return SearchSpace(tuple(ordered), data)
+
+
+def _parse_configurations(located: YamlTree) -> SearchSpace:
+    configurations = located.data["configurations"]
+    if not isinstance(configurations, dict) or not all(isinstance(one, dict) for one in configurations.values()):
+        message = "'configurations' has names, and for each its dotted keys and values"
+        raise ConfigError([Problem(message, located.where(("configurations",)))])
+    valid = dotted_keys()
+    problems = [
+        Problem(
+            f"a configuration's name is of lower-case letters, digits and hyphens, and not {name!r}",
+            located.where(("configurations", name)),
+        )
+        for name in configurations
+        if not NAME.fullmatch(str(name))
+    ]
+    problems += [
+        Problem(f"{name}: {mistake}", located.where(("configurations", name, key)))
+        for name, draw in configurations.items()
+        for key, value in draw.items()
+        for mistake in [_key_mistake(key, valid) or _value_mistake(key, value)]
+        if mistake
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return ListedSpace.of_configurations(configurations, located.where(("configurations",)))
+
+
+def _key_mistake(key: str, valid: list[str]) -> str | None:
+    if key in valid and key not in NOT_SEARCHED:
+        return None
+    reason = NOT_SEARCHED.get(key)
+    return f"{key!r} " + (f"can't be searched: {reason}" if reason else f"is no key of a trial; {nearest(key, valid)}")
+
+
+def _value_mistake(key: str, value: Any) -> str | None:
+    rule = refusal(TrialConfig, key, value)
+    return f"{key} must be {rule}, and is {value!r}" if rule else None
 
 
 def _parse_key(key: str, value: Any, located: YamlTree) -> tuple[list[Parameter], list[Problem]]:

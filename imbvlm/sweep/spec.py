@@ -19,8 +19,10 @@ from imbvlm.config import (
 from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, value_in
 from imbvlm.sweep.space_file import parse_space, read_space
+from imbvlm.sweep.study_config import StudyTable
 from imbvlm.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
 
 # What a trial reports on validation and a sweep can maximise; each has its running maximum as val/best_...
@@ -92,6 +94,12 @@ class SweepSpec(Section):
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
     first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
     refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    study: list[StudyTable] = Field(
+        [], description="tables of listed configurations, each of which is refitted and scored as the winner is"
+    )
+    fresh_crops: bool = Field(
+        False, description="refit the winner and each method's best on fresh crops, too, to see what stored views cost"
+    )
     max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost")
     smoke: dict[str, Any] = Field({}, description="settings that --smoke makes")
     storage: str = Field("runs", description="folder or s3:// URI under which sweeps and features are kept")
@@ -236,7 +244,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += [*_check_base(spec, space), *_check_limits(spec)]
+    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if problems:
@@ -268,6 +276,9 @@ def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 
 def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    if spec.stratify and isinstance(space, ListedSpace):
+        message = "stratify shares out what is searched, and the space lists its configurations; take it out"
+        return [Problem(message, spec.where("stratify"))]
     problems = []
     for index, key in enumerate(spec.stratify):
         ranges = space.of(key)
@@ -276,6 +287,25 @@ def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
             message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
             problems.append(Problem(message, spec.where("stratify", index)))
     return problems
+
+
+def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    """Every row of a study is a listed configuration."""
+    if not spec.study:
+        return []
+    if not isinstance(space, ListedSpace):
+        message = "a study's rows are listed configurations; give the space as a section 'configurations'"
+        return [Problem(message, spec.where("study"))]
+    return [
+        Problem(
+            f"row {row.label!r} of table {table.name} shows {row.configuration!r}, which the space doesn't list; "
+            f"{nearest(row.configuration, space.configurations)}",
+            spec.where("study", index),
+        )
+        for index, table in enumerate(spec.study)
+        for row in table.rows
+        if row.configuration not in space.configurations
+    ]
 
 
 def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
@@ -319,6 +349,7 @@ def _unread_keys(draw: Draw, space: SearchSpace, method: str) -> list[Problem]:
         if method in METHOD_SECTIONS and section in OPTIONAL_SECTIONS - METHOD_SECTIONS[method]:
             readers = [name for name, sections in METHOD_SECTIONS.items() if section in sections]
             mend = f"add when: {{method: {readers[0] if len(readers) == 1 else '[' + ', '.join(readers) + ']'}}}"
+            mend = "take it out" if isinstance(space, ListedSpace) else mend
             message = f"{key} is drawn when method = {method}, which doesn't read {section!r}; {mend}"
             problems.append(Problem(message, space.of(key)[0].where))
     return problems

@@ -41,8 +41,8 @@ class Examination:
     adjusted: Examination | None = None
 
     def metrics(self, stats: ClassStats) -> dict[str, float]:
-        """Accuracies, loss and calibration error by their plain names."""
-        return self.counters.compute(stats) | self.bins.compute()
+        """Accuracies, loss, macro precision, recall and F1, and calibration error by their plain names."""
+        return self.counters.compute(stats) | self.counters.macro_scores() | self.bins.compute()
 
 
 class LogitAdjuster:

@@ -21,6 +21,7 @@ from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_che
 from imbvlm.training.class_record import class_record, write_class_record
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import LogitAdjuster
+from imbvlm.training.memory import PeakMemory
 from imbvlm.training.val_logits import LogitKeeper
 from imbvlm.training.world import SINGLE, World
 
@@ -95,6 +96,7 @@ class TrialSession:
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         feature_set = FeatureSet.from_dict(settings.feature_set)
+        memory = PeakMemory(self._device)
         data = self._data(config, feature_set, settings)
         run = build_trial(config, data, self._device, self._world, self._stream)
         folder = settings.checkpoint_folder
@@ -102,7 +104,8 @@ class TrialSession:
             run.load_state_dict(load_checkpoint(folder, self._device))
         keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
         try:
-            yield from self._reports_of(run, feature_set, settings, keeper)
+            for report in self._reports_of(run, feature_set, settings, keeper):
+                yield {**report, **self._peak(memory)} if report.get("done_training") else report
         finally:
             # A trial that the scheduler stops ends here, too.
             if keeper is not None and self._world.rank == 0:
@@ -137,6 +140,11 @@ class TrialSession:
                 return
             save_when_due()
             yield {**report, "done": False}
+
+    def _peak(self, memory: PeakMemory) -> Report:
+        """The largest worker's; every worker must call it."""
+        largest = int(self._world.max(torch.tensor(memory.bytes() or 0)))
+        return {"memory/peak_bytes": largest} if largest else {}
 
     def _keep_logits(self, keeper: LogitKeeper, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
         """Every worker must call it: each has the logits of its share alone."""

@@ -15,6 +15,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.schema import Tree
 from imbvlm.sweep.arms import Arms, RandomTrial
 from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.results import TrialKind, TrialRecord
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import SweepSpec
@@ -88,7 +89,8 @@ class StudySearcher(_UnsavedSearcher):
         super().__init__(metric=spec.best_objective, mode="max")
         self._spec, self._space, self._payload = spec, space, payload
         self._jobs = list(jobs)
-        self._first = list(spec.first_trials)
+        self._listed = space.configurations if isinstance(space, ListedSpace) else {}
+        self._first = [*spec.first_trials, *self._listed.values()]
         self._arms = Arms(spec, space)
         self._running: dict[str, Job] = {}
         # By canonical key: the value of each configuration, and who waits for that of a running one.
@@ -135,9 +137,12 @@ class StudySearcher(_UnsavedSearcher):
         if self._handed_out >= self._spec.num_trials:
             return None
         while self._first:
-            job = self._propose(self._space.names_of(self._first.pop(0), self._spec.base))
+            draw = self._first.pop(0)
+            job = self._propose(self._space.names_of(draw, self._spec.base)) if self._is_untried(draw) else None
             if job is not None:
                 return job
+        if self._listed:
+            return None
         for arm in self._arms.by_need():
             job = self._untried_of(arm)
             if job is not None:

@@ -23,7 +23,7 @@ MAX_POINTS = 200
 
 def colour(source: Source, scored: Scored) -> tuple[str, int]:
     """The colour and shape of a refit's name, the same in every figure."""
-    index = source.scored.index(scored)
+    index = source.headline.index(scored)
     return f"c{index % 6}", index
 
 
@@ -31,22 +31,22 @@ def shot_group_bars(source: Source) -> Figure | None:
     """Accuracy by shot group on the test split, the winner beside the baselines; whiskers are the seeds' deviation."""
     groups = [
         group for group in ("top1", "balanced", *SHOT_GROUPS)
-        if any(one.values(f"test/{group}_accuracy") for one in source.scored)
+        if any(one.values(f"test/{group}_accuracy") for one in source.headline)
     ]  # fmt: skip
     if not groups:
         return None
     drawing = Drawing(WIDTH, HEIGHT)
     y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
     frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
-    width = min(30.0, step * 0.8 / len(source.scored))
+    width = min(30.0, step * 0.8 / len(source.headline))
     for place, group in enumerate(groups):
         middle = 48 + step * (place + 0.5)
-        for index, scored in enumerate(source.scored):
+        for index, scored in enumerate(source.headline):
             values = scored.values(f"test/{group}_accuracy")
             if not values:
                 continue
             mean = statistics.fmean(values)
-            left = middle + (index - len(source.scored) / 2) * width
+            left = middle + (index - len(source.headline) / 2) * width
             title = f"{scored.name}, {_group_name(group)}: {percent(mean)} %"
             drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), colour(source, scored)[0], title)
             deviation, at = statistics.stdev(values) if len(values) > 1 else 0.0, left + width / 2
@@ -54,7 +54,7 @@ def shot_group_bars(source: Source) -> Figure | None:
             if deviation:
                 drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
         drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
-    legend(drawing, 48, 14, [(one.name, colour(source, one)[0], 0) for one in source.scored])
+    legend(drawing, 48, 14, [(one.name, colour(source, one)[0], 0) for one in source.headline])
     return Figure(
         "shot_groups", "Accuracy by shot group",
         "Test split. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19.", drawing,
@@ -67,7 +67,7 @@ def _group_name(group: str) -> str:
 
 def accuracy_over_size(source: Source) -> Figure | None:
     """Accuracy against training images of a class; curves over classes of like size, bands of a standard error."""
-    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if not known:
         return None
     counts = known[0][1].stats.split_counts
@@ -136,7 +136,7 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
 
 def calibration(source: Source) -> Figure | None:
     """Accuracy against confidence of the winner and the baselines on the test split."""
-    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if not known:
         return None
     drawing = Drawing(WIDTH, HEIGHT)
@@ -161,7 +161,7 @@ def calibration(source: Source) -> Figure | None:
 
 def sorted_classes(source: Source) -> Figure | None:
     """Every class's accuracy, the worst first, as one curve for each refit: readable for any number of classes."""
-    known = [(one, one.classes) for one in source.scored if one.classes is not None]
+    known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if not known:
         return None
     drawing = Drawing(WIDTH, HEIGHT)

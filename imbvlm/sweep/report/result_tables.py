@@ -30,15 +30,15 @@ def scores(source: Source) -> Table | None:
         (metric, heading) for metric, heading in zip(metrics, headings, strict=True)
         if any(one.values(f"test/{metric}") for one in source.scored)
     ]  # fmt: skip
-    rows = [
-        [
-            one.name,
-            one.records[0].views,
-            str(len(one.records)),
-            *(mean_and_spread(one.values(f"test/{metric}")) for metric, _ in kept),
-        ]
-        for one in source.scored
-    ]
+    rows = []
+    for one in source.scored:
+        values, adjusted = (
+            [one.values(f"{split}/{metric}") for metric, _ in kept] for split in ("test", "test_post_hoc")
+        )
+        about = [one.records[0].views, str(len(one.records))]
+        rows.append([one.name, *about, *map(mean_and_spread, values)])
+        if any(adjusted):
+            rows.append([f"{one.name}, post hoc", *about, *map(mean_and_spread, adjusted)])
     header = ["what", "views", "seeds", *(heading for _, heading in kept)]
     caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
     return Table("scores", "Test split", header, rows, caption=caption)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.report import class_figures, result_tables, search_figures
+from imbvlm.sweep.report import class_figures, result_tables, search_figures, study_tables
 from imbvlm.sweep.report.analysis import Margin, fairness, importances, margin, rungs, saved_by_stopping
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
@@ -176,8 +176,9 @@ def _result(source: Source) -> Section:
     section, best = Section("result", "Result"), source.log.best(source.spec.objective)
     if best:
         section.blocks.append(f"Winner: {best[0].trial_id}, {describe(best[0])}.")
+        section.blocks += study_tables.study_tables(source)
     scores, bars = result_tables.scores(source), class_figures.shot_group_bars(source)
-    section.blocks += [block for block in (scores,) if block]
+    section.blocks += [block for block in (scores, study_tables.fresh_gap(source)) if block]
     sizes = class_figures.accuracy_over_size(source)
     figures = [figure for figure in (bars, sizes) if figure]
     section.blocks += [Grid(figures)] if figures else []
@@ -232,6 +233,9 @@ def _search(source: Source) -> Section:
 
 def _mattered(source: Source) -> Section:
     fair, words = fairness(source)
+    # Nothing was drawn from a list, so that nothing can be said on what drawing it gave.
+    if source.spec.study:
+        return Section("mattered", "What mattered")
     section = Section("mattered", "What mattered" if fair else "What may have mattered")
     found = importances(source)
     order = [one.key for one in found]
@@ -270,8 +274,10 @@ def _compute(source: Source) -> Section:
                 f"rank correlation with the end: {known}, over the {rung.num_trials} trials that finished",
             ]
         )
-    rows += [*_store_row(source), *_parameters_rows(source)]
+    rows += _store_row(source)
     section.blocks.append(Table("compute", "", ["", ""], rows, 2))
+    trained = study_tables.parameters(source)
+    section.blocks += [trained] if trained else []
     return section
 
 
@@ -291,17 +297,6 @@ def _store_row(source: Source) -> list[list[str]]:
         f"({views} view{'s' if views > 1 else ''} of {rows:,}), {epochs / views:,.0f} times fewer"
     )
     return [["feature store", words]]
-
-
-def _parameters_rows(source: Source) -> list[list[str]]:
-    rows = []
-    for one in source.scored:
-        if one.classes is not None:
-            trained, total = one.classes.num_trained_parameters, one.classes.num_parameters
-            where = "behind the frozen tower" if one.records[0].views.isdigit() else "in the model"
-            words = f"{trained:,} trained of {total:,} {where}" if trained else "nothing trained"
-            rows.append([f"parameters, {one.name}", words])
-    return rows
 
 
 def _data(source: Source) -> Section:

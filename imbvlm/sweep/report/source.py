@@ -89,7 +89,13 @@ class Source:
     @property
     def references(self) -> list[Scored]:
         """The baselines' refits."""
-        return [one for one in self.scored if one.name != WINNER]
+        names = {record.name for record in self.log.of("baseline")}
+        return [one for one in self.scored if one.name in names]
+
+    @property
+    def headline(self) -> list[Scored]:
+        """What figures show: the winner beside the baselines."""
+        return [*([] if self.winner is None else [self.winner]), *self.references]
 
     @property
     def classes(self) -> ClassRecord | None:

@@ -28,7 +28,7 @@ def write_report(folder: str, out: str | None = None) -> str:
         return uri
     uri = storage.join(out, REPORT_FILE)
     storage.write_bytes(uri, text.encode())
-    _write_parts(report, out)
+    _write_parts(source, report, out)
     return uri
 
 
@@ -43,15 +43,16 @@ def commands(source: Source) -> list[str]:
     ]
 
 
-def _write_parts(report: Report, out: str) -> None:
+def _write_parts(source: Source, report: Report, out: str) -> None:
     figures, tables = parts(report)
     for figure in figures:
         svg = figure.drawing.svg(figure.title, alone=True)
         storage.write_bytes(storage.join(out, "figures", f"{_file(figure.name)}.svg"), svg.encode())
     for table in tables:
         storage.write_bytes(storage.join(out, "tables", f"{_file(table.name)}.csv"), table.csv().encode())
+    latex = {"scores", "best_trials", "fresh_crops", "parameters", *(one.name for one in source.spec.study)}
     for table in tables:
-        if table.name in ("scores", "best_trials"):
+        if table.name in latex:
             storage.write_bytes(storage.join(out, "tables", f"{_file(table.name)}.tex"), table.latex().encode())
 
 

@@ -1,0 +1,155 @@
+"""Tables of a study: scores of every listed configuration, what each costs, and what fresh crops would change."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from imbvlm import storage
+from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.listed_space import ListedSpace
+from imbvlm.sweep.published import Published, published_scores
+from imbvlm.sweep.refits import fresh_name, listed_names
+from imbvlm.sweep.report.figure import Table
+from imbvlm.sweep.report.source import Scored, Source
+from imbvlm.sweep.results import TrialRecord
+from imbvlm.sweep.study_config import StudyTable
+from imbvlm.sweep.summary import HEADINGS, METRICS, mean_and_spread
+
+SCORES = {
+    "top1_accuracy": "overall",
+    "many_shot_accuracy": "many",
+    "medium_shot_accuracy": "medium",
+    "few_shot_accuracy": "few",
+    "macro_precision": "precision",
+    "macro_recall": "recall",
+    "macro_f1": "F1",
+}
+FOLDER = "tables"
+NUM_WORDS = 2
+
+
+def study_tables(source: Source) -> list[Table]:
+    """The study's tables in the spec's order."""
+    return [_cost(source, one) if one.columns == "cost" else _scores(source, one) for one in source.spec.study]
+
+
+def write_tables(folder: str, tables: Sequence[Table]) -> None:
+    """Write each table as CSV and LaTeX into tables/ of a sweep's folder."""
+    for table in tables:
+        for ending, text in (("csv", table.csv()), ("tex", table.latex())):
+            storage.write_bytes(storage.join(folder, FOLDER, f"{table.name}.{ending}"), text.encode())
+
+
+def fresh_gap(source: Source) -> Table | None:
+    """What fresh crops in place of stored views change, per shot group, in points; None without such runs."""
+    rows = []
+    for one in source.scored:
+        fresh = next((other for other in source.scored if other.name == fresh_name(one.name)), None)
+        if fresh is None:
+            continue
+        rows.append([one.name, one.records[0].views, str(len(one.records)), *_means(one)])
+        rows.append([fresh.name, fresh.records[0].views, str(len(fresh.records)), *_means(fresh)])
+        rows.append(["difference", "", "", *(_difference(one, fresh, metric) for metric in METRICS)])
+    if not rows:
+        return None
+    caption = (
+        "Percent, test split; the difference in points, fresh crops less stored views, ± the standard deviation over "
+        "seeds of both together."
+    )
+    return Table("fresh_crops", "Stored views and fresh crops", ["what", "views", "seeds", *HEADINGS], rows, 2, caption)
+
+
+def _scores(source: Source, table: StudyTable) -> Table:
+    rows, known = list[list[str]](), published_scores(source.spec.base["data"]["manifest"])
+    for row in table.rows:
+        record = _record(source, row.configuration)
+        scored = _scored(source, record)
+        views = "-" if record is None else record.views
+        if scored is None:
+            rows.append([row.label, views, "0", *["-"] * len(SCORES)])
+            continue
+        values = (mean_and_spread(scored.values(f"test/{metric}")) for metric in SCORES)
+        rows.append([row.label, views, str(len(scored.records)), *values])
+        rows += [_published_row(one) for one in known if record is not None and one.is_of(record.trial_config())]
+    caption = "Percent, test split, read once. ± is the standard deviation over seeds. Precision, recall, F1: macro."
+    return Table(table.name, table.title, ["what", "views", "seeds", *SCORES.values()], rows, NUM_WORDS, caption)
+
+
+def _published_row(one: Published) -> list[str]:
+    values = [one.scores.get(metric) for metric in SCORES]
+    return [f"  {one.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
+
+
+def _cost(source: Source, table: StudyTable) -> Table:
+    spec, rows = source.spec, list[list[str]]()
+    gpus = spec.num_workers * spec.gpus_per_worker
+    units = gpus or spec.num_workers * spec.cpus_per_worker
+    for row in table.rows:
+        record = _record(source, row.configuration)
+        scored = _scored(source, record)
+        if scored is None:
+            rows.append([row.label, *["-"] * 6])
+            continue
+        hours = statistics.fmean(one.seconds() for one in scored.records) * units / 3600
+        peaks = scored.values("memory/peak_bytes")
+        rows.append(
+            [
+                row.label,
+                "-" if record is None else record.views,
+                f"{hours:.3g}",
+                f"{max(peaks) / 1e9:.2f}" if peaks else "-",
+                *_parameter_cells(scored),
+            ]
+        )
+    unit = "GPU-hours" if gpus else "CPU-hours"
+    header = ["what", "views", unit, "peak memory (GB)", "parameters", "trained", "share (%)"]
+    caption = (
+        f"{unit} of one training on all training images, its look at the test split included; the pass that stores a "
+        f"frozen tower's output is shared and not in it. Peak memory: {'of the GPU' if gpus else 'of the process'}."
+    )
+    return Table(table.name, table.title, header, rows, NUM_WORDS, caption)
+
+
+def parameters(source: Source) -> Table | None:
+    """What trains: parameters in total with the tower's, trained ones, their share."""
+    rows = [[one.name, *_parameter_cells(one)] for one in source.scored if one.classes is not None]
+    if not rows:
+        return None
+    return Table("parameters", "What trains", ["what", "parameters", "trained", "share (%)"], rows)
+
+
+def _parameter_cells(scored: Scored) -> list[str]:
+    if scored.classes is None:
+        return ["-", "-", "-"]
+    total, trained = scored.classes.num_parameters, scored.classes.num_trained_parameters
+    return [f"{total:,}", f"{trained:,}", f"{100 * trained / max(1, total):.3g}"]
+
+
+def _record(source: Source, configuration: str) -> TrialRecord | None:
+    """The search's trial of a listed configuration; another row's where both train the same thing."""
+    space = source.spec.read_space()
+    assert isinstance(space, ListedSpace), "a study's space is a list"
+    key = canonical_key(source.spec.trial(space.configurations[configuration]))
+    return next((one for one in source.log.of("search") if canonical_key(one.trial_config()) == key), None)
+
+
+def _scored(source: Source, record: TrialRecord | None) -> Scored | None:
+    if record is None:
+        return None
+    name = listed_names(source.log, source.spec)[record.trial_id]
+    return next((one for one in source.scored if one.name == name), None)
+
+
+def _means(scored: Scored) -> list[str]:
+    return [mean_and_spread(scored.values(f"test/{metric}")) for metric in METRICS]
+
+
+def _difference(stored: Scored, fresh: Scored, metric: str) -> str:
+    ours, theirs = stored.values(f"test/{metric}"), fresh.values(f"test/{metric}")
+    if not ours or not theirs:
+        return "-"
+    change = f"{100 * (statistics.fmean(theirs) - statistics.fmean(ours)):+.1f}"
+    if min(len(ours), len(theirs)) < 2:
+        return change
+    return f"{change} ± {100 * (statistics.variance(ours) + statistics.variance(theirs)) ** 0.5:.1f}"

@@ -1,0 +1,55 @@
+"""A study from parts: rows of named configurations become one list, in which each stands once, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from imbvlm.config import TrialConfig, apply_overrides, drop_unused_sections
+from imbvlm.schema import Tree
+from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.space import Draw
+from imbvlm.sweep.study_config import StudyRow, StudyTable
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a study: its words in the table, the name of its configuration, and what that sets."""
+
+    label: str
+    name: str
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a study."""
+
+    name: str
+    title: str
+    rows: Sequence[Row]
+    columns: Literal["scores", "cost"] = "scores"
+
+
+def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
+    """The fields `space`, `study` and `num_trials` of a SweepSpec; configurations that train the same stand once.
+
+    Raises ConfigError for a row that can't be built on the base.
+    """
+    configurations: dict[str, Draw] = {}
+    names: dict[str, str] = {}
+    tables = []
+    for part in parts:
+        rows = []
+        for row in part.rows:
+            tree = drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw)
+            name = names.setdefault(canonical_key(TrialConfig.from_tree(tree)), row.name)
+            configurations.setdefault(name, row.draw)
+            rows.append(StudyRow(label=row.label, configuration=name))
+        tables.append(StudyTable(name=part.name, title=part.title, columns=part.columns, rows=rows))
+    return {
+        "space": {"configurations": configurations},
+        "study": [table.model_dump() for table in tables],
+        "num_trials": max(1, len(configurations)),
+    }

@@ -1,0 +1,175 @@
+"""The study of Wang et al. (IJCV 2023) as one sweep: a fixed list of configurations in parts, nothing is searched.
+
+Softmax and six other losses, class-balanced sampling and four second stages on a decoder over a frozen tower, beside
+zero-shot, CoOp, a linear probe and full fine-tuning; towers, pre-training sets, depths of the decoder, and the cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from imbvlm.sweep.command import add_arguments, run_command
+from imbvlm.sweep.space import Draw
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.study import Part, Row, study_fields
+
+EMBEDDED = "embedded:"
+DEFAULT_MANIFEST = "embedded:fashion_mnist_lt"
+
+LOSSES: Mapping[str, Draw] = {
+    "Softmax": {"loss.name": "cross_entropy"},
+    "CBW": {"loss.name": "inverse_frequency"},
+    "GRW": {"loss.name": "generalized_reweight"},
+    "Focal": {"loss.name": "focal"},
+    "LDAM": {"loss.name": "ldam"},
+    "Balanced Softmax": {"loss.name": "balanced_softmax"},
+    "LADE": {"loss.name": "lade"},
+}
+SOFTMAX = LOSSES["Softmax"]
+# The twelve methods: the losses, class-balanced sampling, and what follows a first stage under softmax.
+TWELVE: Mapping[str, Draw] = {
+    **LOSSES,
+    "CBS": {**SOFTMAX, "data.class_sampling": "class_balanced"},
+    "CRT": {**SOFTMAX, "second_stage.name": "classifier_retraining"},
+    "LWS": {**SOFTMAX, "second_stage.name": "learnable_weight_scaling"},
+    "DisAlign": {**SOFTMAX, "second_stage.name": "disalign"},
+    "MARC": {**SOFTMAX, "second_stage.name": "marc"},
+}
+ZERO_SHOT: Draw = {"method": "zero_shot"}
+PROBE: Draw = {"method": "linear_probe"}
+DECODER: Draw = {"method": "decoder"}
+# As CoOp trains: fifty epochs at 0.002, half a cosine, the first epoch at a small rate.
+COOP: Draw = {
+    "method": "prompt_tuning",
+    "optim.lr": 0.002,
+    "optim.nesterov": False,
+    "optim.lr_schedule": "half_cosine",
+    "optim.cosine_cycles": 0.5,
+    "optim.warmup_fraction": 0.0,
+    "optim.first_epoch_lr": 1e-5,
+    "train.num_epochs": 50,
+}
+FINE_TUNING: Draw = {"method": "fine_tuning", "optim.lr": 1e-3}
+TOWERS = {"ViT-B/16": "openai_vit_b16", "ViT-L/14": "openai_vit_l14"}
+PRETRAINING = {"OpenAI": "openai_vit_b16", "LAION-400M": "laion400m_vit_b16", "LAION-2B": "laion2b_vit_b16"}
+DEPTHS = range(7)
+PARTS = ("methods", "losses", "prompt_losses", "towers", "pretraining", "depth", "cost")
+
+# The study's recipe: 8,192 steps of 256, on one GPU a trial.
+LARGE: Mapping[str, Any] = {
+    "base": {
+        "encoder": {"name": "openai_vit_b16"},
+        "decoder": {"depth": 3, "num_heads": 4, "mlp_ratio": 0.5, "input_norm": "none"},
+        "classifier": {"kind": "linear"},
+        "optim": {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4, "cosine_cycles": 0.4375},
+        "train": {"num_steps": 8192, "batch_size": 256, "clip_grad_norm": None},
+    },
+    "driver": "ray_train",
+    "gpus_per_worker": 1,
+    "cpus_per_worker": 4,
+    "smoke": {"train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0], "fresh_crops": False},
+}
+# The same in small, for two CPU cores.
+SMALL: Mapping[str, Any] = {
+    "base": {
+        "encoder": {"name": "tinylit_lite0", "image_size": 96},
+        "decoder": {"depth": 3, "width": 192},
+        "classifier": {"kind": "linear"},
+        "optim": {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4},
+        "train": {"num_epochs": 20, "batch_size": 128},
+        "eval": {"resize": 1.0},
+    },
+    "driver": "in_process",
+    "smoke": {"train.num_epochs": 1, "encoder.image_size": 64, "refit_seeds": [0], "fresh_crops": False},
+}
+
+
+def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[SweepSpec, list[str]]:
+    """The sweep of some parts of PARTS on a data set, and sentences on what it leaves out."""
+    is_small = manifest.startswith(EMBEDDED)
+    setting = SMALL if is_small else LARGE
+    base = {"data": {"manifest": manifest}, **setting["base"]}
+    left_out = []
+    towers, pretraining = TOWERS, PRETRAINING
+    if is_small:
+        towers, pretraining = {"TinyLiT": "tinylit_lite0"}, {}
+        left_out = [f"part towers leaves out {', '.join(TOWERS)}: the data in the package has the package's own tower"]
+        left_out += [f"part pretraining leaves out {', '.join(PRETRAINING)}, as their towers"]
+    methods = _methods()
+    parts = {
+        "methods": Part("methods", "Methods", methods),
+        "losses": Part("losses", "A decoder under the twelve methods", _rows("decoder", DECODER, TWELVE)),
+        "prompt_losses": Part("prompt_losses", "CoOp under the losses", _rows("coop", COOP, LOSSES)),
+        "towers": Part("towers", "Towers", _over_towers(towers)),
+        "pretraining": Part("pretraining", "Pre-training sets", _over_towers(pretraining)),
+        "depth": Part("depth", "Depth of the decoder", _depths()),
+        "cost": Part("cost", "Cost", methods, "cost"),
+    }
+    chosen = [parts[name] for name in PARTS if name in names and parts[name].rows]
+    fields = {key: value for key, value in setting.items() if key != "base"}
+    found = SweepSpec.from_tree(
+        {
+            "name": "paper",
+            "base": base,
+            **study_fields(chosen, base),
+            **fields,
+            "trial_scheduler": {"name": "none"},
+            "fresh_crops": True,
+        }
+    )
+    return found, [sentence for sentence in left_out if sentence.split()[1] in names]
+
+
+def _methods() -> list[Row]:
+    return [
+        Row("Zero-shot", "zero-shot", ZERO_SHOT),
+        Row("CoOp", "coop-softmax", {**COOP, **SOFTMAX}),
+        Row("CoOp, context per class", "coop-per-class", {**COOP, **SOFTMAX, "prompt_tuning.per_class": True}),
+        Row("Linear probe", "linear-probe", {**PROBE, **SOFTMAX}),
+        Row("Full fine-tuning", "fine-tuning", {**FINE_TUNING, **SOFTMAX}),
+        Row("Decoder", "decoder-softmax", {**DECODER, **SOFTMAX}),
+    ]
+
+
+def _rows(name: str, method: Draw, variants: Mapping[str, Draw]) -> list[Row]:
+    return [Row(label, f"{name}-{_slug(label)}", {**method, **draw}) for label, draw in variants.items()]
+
+
+def _over_towers(towers: Mapping[str, str]) -> list[Row]:
+    methods = {
+        "zero-shot": ZERO_SHOT,
+        "linear probe": {**PROBE, **SOFTMAX},
+        "decoder": {**DECODER, **SOFTMAX},
+        "decoder, Balanced Softmax": {**DECODER, **LOSSES["Balanced Softmax"]},
+    }
+    return [
+        Row(f"{label}, {what}", f"{_slug(encoder)}-{_slug(what)}", {"encoder.name": encoder, **draw})
+        for label, encoder in towers.items()
+        for what, draw in methods.items()
+    ]
+
+
+def _depths() -> list[Row]:
+    return [
+        Row(f"{depth} blocks", f"decoder-depth-{depth}", {**DECODER, **SOFTMAX, "decoder.depth": depth})
+        for depth in DEPTHS
+    ]
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
+
+
+spec, left_out = study(PARTS)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all where not given")
+    options = parser.parse_args()
+    spec, left_out = study(options.part, options.manifest or DEFAULT_MANIFEST)
+    print(*left_out, sep="\n", end="\n" if left_out else "")
+    sys.exit(run_command(spec, options))
