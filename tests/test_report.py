@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_folder import write_sweep
 
@@ -188,6 +188,7 @@ def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), st.booleans(), st.integers(2, 8))
 def test_axes_have_ticks_inside_whatever_the_values(values, log, wanted):
     scale = spread(values, 0, 100, log=log)

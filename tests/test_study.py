@@ -19,7 +19,7 @@ from imbvlm.losses import LOSSES
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.listed_space import ListedSpace
-from imbvlm.sweep.plan import describe_sweep
+from imbvlm.sweep.plan import describe_plan, make_plan
 from imbvlm.sweep.published import PUBLISHED, published_scores
 from imbvlm.sweep.refits import listed_names, refits
 from imbvlm.sweep.report import study_tables
@@ -305,7 +305,7 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     made, left_out = paper.study(["depth"])
     assert [table.name for table in made.study] == ["depth"]
     assert left_out == []
-    said = describe_sweep(made)
+    said = describe_plan(make_plan(made, None))
     assert "7 listed configurations, after 2 baselines" in said
     assert "decoder-depth-6: method decoder, loss.name cross_entropy, decoder.depth 6" in said
     assert "Depth of the decoder: 0 blocks, 1 blocks" in said
