@@ -6,6 +6,7 @@ list that is kept whole, so that a report can show what else was tried.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -79,13 +80,46 @@ class Choice:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and mean cross entropy and expected calibration error of validation without and with it."""
+    """A temperature, and mean cross entropy and expected calibration error of validation without and with it.
+
+    `standard_error` is that of the gain in cross entropy, of its difference on the same rows; `is_bounded` is False
+    where the cross entropy has no minimum, since every row is right.
+    """
 
     temperature: float
     loss_before: float
     loss_after: float
     calibration_error_before: float
     calibration_error_after: float
+    standard_error: float
+    is_bounded: bool
+
+    @property
+    def objection(self) -> str | None:
+        """Why the rows don't support the temperature, for a sentence; None where they do.
+
+        Among few rows one that is wrong with large logits decides the cross entropy.
+        """
+        if not self.is_bounded:
+            return "has no lower end, as every row is right"
+        if not 1.01 * MIN_TEMPERATURE < self.temperature < 0.99 * MAX_TEMPERATURE:
+            return "is where the range ends"
+        gain = self.loss_before - self.loss_after
+        if gain <= self.standard_error:
+            return f"lowers the cross entropy by {gain:.2g}, within its standard error {self.standard_error:.2g}"
+        if self.calibration_error_after >= self.calibration_error_before:
+            return "lowers the cross entropy and not the calibration error"
+        return None
+
+    @property
+    def taken(self) -> float:
+        """The temperature where the rows support it, else 1, which changes nothing."""
+        return self.temperature if self.objection is None else 1.0
+
+    @property
+    def calibration_error_taken(self) -> float:
+        """With the temperature that is taken."""
+        return self.calibration_error_after if self.objection is None else self.calibration_error_before
 
 
 def choose(values: Iterable[float], score: Callable[[float], float], neutral: float) -> Choice:
@@ -193,8 +227,26 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
         if abs(following - inverse) <= _TOLERANCE * inverse:
             break
         inverse = following
-    before, after = _calibration(logits, targets, 1.0), _calibration(logits, targets, 1 / inverse)
-    return Calibration(1 / inverse, before[0], after[0], before[1], after[1])
+    before, bins_before = _calibration(logits, targets, 1.0)
+    after, bins_after = _calibration(logits, targets, 1 / inverse)
+    # Of the mean of n differences; one row says nothing of it.
+    spread = float((before - after).std()) if len(targets) > 1 else math.inf
+    num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
+    return Calibration(
+        temperature=1 / inverse,
+        loss_before=float(before.mean()),
+        loss_after=float(after.mean()),
+        calibration_error_before=bins_before.compute()["expected_calibration_error"],
+        calibration_error_after=bins_after.compute()["expected_calibration_error"],
+        standard_error=spread / math.sqrt(num_rows),
+        is_bounded=num_right < num_rows,
+    )
+
+
+def calibration_error(logits: Tensor, targets: Tensor) -> float:
+    """Expected calibration error of logits (N, C), targets (N,) as they are. Raises ImbvlmError without rows."""
+    _check(logits, targets)
+    return _calibration(logits, targets, 1.0)[1].compute()["expected_calibration_error"]
 
 
 def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[slice], Tensor]) -> float:
@@ -269,15 +321,15 @@ def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, floa
     return slope / len(targets), curvature / len(targets)
 
 
-def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[float, float]:
-    """Mean cross entropy and expected calibration error of z / temperature."""
-    bins, loss = CalibrationBins(), 0.0
+def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, CalibrationBins]:
+    """Cross entropy of each row (N,) and confidence bins of z / temperature, in float64."""
+    bins, losses = CalibrationBins(), []
     for start in range(0, len(targets), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
         scaled = logits[rows].double() / temperature
         bins.update(scaled, targets[rows])
-        loss += float(F.cross_entropy(scaled, targets[rows], reduction="sum"))
-    return loss / len(targets), bins.compute()["expected_calibration_error"]
+        losses.append(F.cross_entropy(scaled, targets[rows], reduction="none"))
+    return torch.cat(losses), bins
 
 
 def _computing(logits: Tensor) -> Tensor:

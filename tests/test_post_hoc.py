@@ -103,6 +103,21 @@ def test_the_temperature_undoes_logits_that_are_too_large(tmp_path, log):
     assert found[1].adjustment.temperature == pytest.approx(5 * found[0].adjustment.temperature, rel=0.02)
 
 
+def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says_why(tmp_path, log):
+    """Two mistakes of a cosine classifier's large logits among fifteen rows would have asked for 20 or so."""
+    targets = torch.arange(15) % NUM_CLASSES
+    logits = 10.0 * torch.nn.functional.one_hot(targets, NUM_CLASSES)
+    logits[:2] = 6 * logits[:2].roll(1, dims=1)
+    write_logits(tmp_path, "t1", targets, last=logits)
+    found = chosen(tmp_path, log)
+    assert found.calibration.temperature > 10
+    assert found.adjustment.temperature == 1
+    text = describe_post_hoc("winner", found, [])
+    assert "chosen on 15 rows of validation" in text
+    assert "lowers the cross entropy and not the calibration error, so that it stays at 1; expected" in text
+    assert text.endswith(f"{100 * found.plain_error:.1f} to {100 * found.plain_error:.1f}")
+
+
 def test_a_gain_within_its_standard_error_is_not_taken(tmp_path, log):
     """A model without bias: some tau is best by chance, and using it would be noise."""
     taken = []
@@ -211,7 +226,8 @@ def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_a
         ]
         scored.append(one)
     text = describe_post_hoc("winner", found, scored)
-    assert "chosen on validation, winner" in text
+    assert "chosen on 200 rows of validation, winner" in text
+    assert f"calibration: temperature {found.calibration.temperature:.3g}; expected" in text
     assert f"tau of 31 values from -1 to 2: tau {found.tau.value:g} gains" in text
     assert "points of balanced accuracy (standard error" in text
     assert "on test 25.0 to 5.0" in text

@@ -173,6 +173,60 @@ def test_equal_logits_stay_as_they_are():
     assert fit_temperature(torch.zeros(3, 4), torch.tensor([0, 1, 2])).temperature == 1.0
 
 
+def outliers(num):
+    """Rows that are right, but for two that are wrong with logits six times as large, as a cosine classifier's are."""
+    targets = torch.arange(num) % 10
+    logits = 10 * F.one_hot(targets, 10).double()
+    logits[:2] = 6 * logits[:2].roll(1, dims=1)
+    return logits, targets
+
+
+def test_two_certain_mistakes_among_few_rows_do_not_spoil_the_calibration():
+    """Their cross entropy alone asks for a temperature at which every right row is doubted."""
+    fitted = fit_temperature(*outliers(15))
+    assert fitted.temperature > 10
+    assert fitted.loss_after < fitted.loss_before - fitted.standard_error
+    assert fitted.calibration_error_after > 0.4 > 0.2 > fitted.calibration_error_before
+    assert fitted.objection == "lowers the cross entropy and not the calibration error"
+    assert fitted.taken == 1
+    assert fitted.calibration_error_taken == fitted.calibration_error_before
+
+
+def test_a_temperature_without_a_minimum_is_not_taken():
+    """Where all few rows are right any smaller one has less loss, and where all are wrong any larger one."""
+    right = F.one_hot(torch.arange(6), 6).double()
+    for logits, objection in ((right, "has no lower end, as every row is right"), (-right, "is where the range ends")):
+        fitted = fit_temperature(logits, torch.arange(6))
+        assert fitted.objection == objection
+        assert fitted.taken == 1
+
+
+def test_the_standard_error_of_the_gain_is_that_of_paired_rows():
+    logits, targets = rows(scale=4.0)
+    fitted = fit_temperature(logits, targets)
+    before, after = (F.cross_entropy(logits.double() / t, targets, reduction="none") for t in (1, fitted.temperature))
+    difference = (before - after).numpy()
+    assert fitted.standard_error == pytest.approx(np.std(difference, ddof=1) / np.sqrt(len(difference)))
+    assert fitted.objection is None
+    assert fitted.taken == fitted.temperature
+
+
+def test_of_calibrated_logits_a_temperature_is_seldom_taken():
+    """Few rows of a model that needs none: a gain by chance is noise."""
+    taken = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn(15, 5, generator=generator, dtype=torch.float64)
+        targets = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator).squeeze(1)
+        taken.append(fit_temperature(logits, targets).taken)
+    assert taken.count(1.0) >= 25
+    assert all(0.2 < one < 5 for one in taken)
+
+
+def test_one_row_supports_no_temperature():
+    assert fit_temperature(torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([2])).taken == 1
+
+
 def test_the_temperature_takes_few_passes_over_the_logits(monkeypatch):
     """Each pass over iNaturalist's validation logits takes seconds."""
     passes, slope = [], posthoc._slope

@@ -71,7 +71,7 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
     assert f"imbvlm export {sweep}" in printed
     chosen = json.loads((sweep / "post_hoc.json").read_text())
     assert set(chosen) == {"winner", "linear probe"}
-    assert "after training, chosen on validation, winner:" in test
+    assert "after training, chosen on 500 rows of validation, winner:" in test
     assert re.search(r"expected calibration error \(%\) on validation [\d.]+ to [\d.]+, on test [\d.]+ to [\d.]+", test)
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imbvlm import storage
 from imbvlm.errors import ImbvlmError
@@ -18,6 +17,7 @@ from imbvlm.posthoc import (
     Calibration,
     Choice,
     accuracy_weights,
+    calibration_error,
     choose_alpha,
     choose_tau,
     fit_temperature,
@@ -36,20 +36,23 @@ POST_HOC_FILE = "post_hoc.json"
 class PostHoc:
     """What validation says about adjusting a configuration's logits, with all that was tried.
 
-    `adjustment` has what was shown to help: a choice whose gain is within its standard error is left at neutral.
-    `alpha` is None where there are no zero-shot logits of the same rows.
+    `adjustment` has what was shown to help: a choice whose gain is within its standard error is left at neutral, and so
+    is a temperature that the rows don't support. `alpha` is None where there are no zero-shot logits of the same rows;
+    `plain_error` is the expected calibration error of the model's own logits, `num_rows` how many rows chose.
     """
 
     metric: str
     tau: Choice
     alpha: Choice | None
     calibration: Calibration
+    plain_error: float
+    num_rows: int
 
     @property
     def adjustment(self) -> Adjustment:
         """What is done to the logits."""
         alpha = 0.0 if self.alpha is None else self.alpha.taken
-        return Adjustment(self.tau.taken, alpha, self.calibration.temperature)
+        return Adjustment(self.tau.taken, alpha, self.calibration.taken)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -58,6 +61,8 @@ class PostHoc:
             "tau": asdict(self.tau),
             "alpha": None if self.alpha is None else asdict(self.alpha),
             "calibration": asdict(self.calibration),
+            "plain_error": self.plain_error,
+            "num_rows": self.num_rows,
             "adjustment": asdict(self.adjustment),
         }
 
@@ -111,7 +116,10 @@ def read_adjustment(folder: str, name: str) -> Adjustment | None:
 def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord]) -> str:
     """Lines on a refit's adjustments: which values were tried, what they gain, calibration before and after."""
     metric, tau, alpha, calibration = chosen.metric.replace("_", " "), chosen.tau, chosen.alpha, chosen.calibration
-    lines = [f"after training, chosen on validation, {name}:", f"  logit adjustment: {_choice('tau', tau, metric)}"]
+    lines = [
+        f"after training, chosen on {chosen.num_rows:,} rows of validation, {name}:",
+        f"  logit adjustment: {_choice('tau', tau, metric)}",
+    ]
     if alpha is not None:
         lines.append(f"  zero-shot logits mixed in: {_choice('alpha', alpha, metric)}")
     errors = [
@@ -119,9 +127,10 @@ def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord])
         for split in ("test", "test_post_hoc")
     ]
     on_test = "" if None in errors else f", on test {percent(errors[0])} to {percent(errors[1])}"
+    stays = "" if calibration.objection is None else f" {calibration.objection}, so that it stays at 1"
     lines.append(
-        f"  calibration: temperature {calibration.temperature:.3g}; expected calibration error (%) on validation "
-        f"{percent(calibration.calibration_error_before)} to {percent(calibration.calibration_error_after)}{on_test}"
+        f"  calibration: temperature {calibration.temperature:.3g}{stays}; expected calibration error (%) on "
+        f"validation {percent(chosen.plain_error)} to {percent(calibration.calibration_error_taken)}{on_test}"
     )
     return "\n".join(lines)
 
@@ -174,21 +183,7 @@ def _choose(refit: Refit, kept: KeptLogits, zero_shot: KeptLogits | None, object
     mixed = None if other is None else other[seen].float()
     adjusted = Adjustment(tau=tau.taken).apply(logits, counts)
     alpha = None if mixed is None else choose_alpha(adjusted, mixed, targets, weights=weights)
-    calibration = _calibrate(adjusted, mixed, alpha, targets, logits)
-    return PostHoc(metric, tau, alpha, calibration)
-
-
-def _calibrate(
-    adjusted: Tensor, zero_shot: Tensor | None, alpha: Choice | None, targets: Tensor, logits: Tensor
-) -> Calibration:
-    """The temperature of the adjusted logits; `before` is of the model's own."""
-    if zero_shot is not None and alpha is not None and alpha.taken:
-        adjusted = Adjustment(alpha=alpha.taken).apply(adjusted, torch.ones(adjusted.shape[1]), zero_shot)
-    before, after = fit_temperature(logits, targets), fit_temperature(adjusted, targets)
-    return Calibration(
-        after.temperature,
-        before.loss_before,
-        after.loss_after,
-        before.calibration_error_before,
-        after.calibration_error_after,
-    )
+    if mixed is not None and alpha is not None and alpha.taken:
+        adjusted = Adjustment(alpha=alpha.taken).apply(adjusted, counts, mixed)
+    plain = calibration_error(logits, targets)
+    return PostHoc(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))
