@@ -38,7 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_manifest(commands)
-    _add_features(commands)
     _add_train(commands)
     _add_sweep(commands)
     _add_plan(commands)
@@ -113,30 +112,6 @@ def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action.set_defaults(command=run)
 
 
-# ---------------------------------------------------------------------------------------------------- features
-
-
-def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands, "features", "Check the stored outputs of towers.", "imbvlm features check runs/features"
-    )
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = _command(
-        actions, "check", "Read every byte of stored features and compare it with its checksum.",
-        "imbvlm features check runs/features",
-    )  # fmt: skip
-    action.add_argument(
-        "folders", nargs="*", default=["runs/features"], help="stores, or folders of stores (default: runs/features)"
-    )
-    action.set_defaults(command=_check_features)
-
-
-def _check_features(options: argparse.Namespace) -> int:
-    from imbvlm.features.commands import check
-
-    return check(options.folders)
-
-
 # ------------------------------------------------------------------------------------------------------ train
 
 
@@ -173,7 +148,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from imbvlm.sweep.command import add_arguments
+    from imbvlm.sweep.command import add_arguments, positive
 
     parser = _command(
         commands, "sweep", "Run sweeps, go on with them, list and show them; `sweep FILE` is `sweep run FILE`.",
@@ -188,6 +163,10 @@ def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         actions, "resume", "Go on with a sweep; no trial is run twice.", "imbvlm sweep resume runs/inat-20261124-120000"
     )
     resume.add_argument("sweep", help="a sweep's folder")
+    resume.add_argument("--add-trials", type=positive, default=0, metavar="N", help="so many trials more than before")
+    resume.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a limit to raise, such as max_hours=8"
+    )
     resume.set_defaults(command=_sweep_resume)
     listing = _command(actions, "list", "The sweeps in a storage folder.", "imbvlm sweep list runs --json")
     listing.add_argument("storage", nargs="?", default="runs", help="folder or s3:// URI (default: runs)")
@@ -217,7 +196,7 @@ def _sweep_run(options: argparse.Namespace) -> int:
 def _sweep_resume(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import resume_command
 
-    return resume_command(options.sweep)
+    return resume_command(options.sweep, options.set, options.add_trials)
 
 
 def _sweep_list(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from imbvlm.config import TrialConfig
 from imbvlm.errors import ConfigError
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.results import TrialRecord
@@ -39,7 +40,8 @@ def spec(space: str, **fields: Any) -> SweepSpec:
 
 
 def searcher(of: SweepSpec, jobs: list[Job] | None = None, known: list[TrialRecord] | None = None) -> StudySearcher:
-    return StudySearcher(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job})
+    budget = Budget(of, "nowhere", 0.0)
+    return StudySearcher(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget)
 
 
 def next_job(search: Searcher, trial_id: str) -> Job | None:
@@ -250,7 +252,7 @@ def test_baselines_go_out_first_and_optuna_does_not_know_them() -> None:
 
 def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
     jobs = [Job(f"refit-{number}", "refit", "winner", config()) for number in range(2)]
-    search = FixedSearcher(jobs, lambda job: {"job": job})
+    search = FixedSearcher(jobs, lambda job: {"job": job}, Budget(spec(TWELVE), "nowhere", 0.0))
     assert [next_job(search, name) for name in "abc"] == [*jobs, None]
 
 

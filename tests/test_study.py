@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError
 from imbvlm.losses import LOSSES
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.listed_space import ListedSpace
@@ -63,14 +64,14 @@ def test_what_trains_the_same_stands_once_and_in_every_table() -> None:
 
 def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_none() -> None:
     made = spec()
-    search = StudySearcher(made, made.read_space(), [], [], lambda job: {"job": job})
+    search = StudySearcher(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     jobs = drive(search)
     assert [made.read_space().names_of(job.draw, BASE)["configuration"] for job in jobs] == [
         "zero-shot", "probe", "decoder", "marc",
     ]  # fmt: skip
     assert not search.exhausted
     known = [finished(job) for job in jobs[:2]]
-    going_on = StudySearcher(made, made.read_space(), [], known, lambda job: {"job": job})
+    going_on = StudySearcher(made, made.read_space(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert [job.trial_id for job in drive(going_on)] == ["t00003", "t00004"]
     assert going_on.num_repeats == 0
 
@@ -149,15 +150,15 @@ def write_study(folder: Path, **fields: Any) -> tuple[SweepSpec, TrialLog]:
             score = int(refit.record.trial_id[1:]) / 10 + seed / 100 + (0.05 if refit.is_fresh else 0)
             names = ("top1_accuracy", "many_shot_accuracy", "macro_f1", "balanced_accuracy")
             epochs = [{"epoch": 1.0, "memory/peak_bytes": 2e9, **{f"test/{name}": score for name in names}}]
-            log.save(record(refit.trial_id(seed), "refit", config.to_tree(), epochs, name=refit.name))
-            (folder / "refits" / refit.trial_id(seed)).mkdir(parents=True)
+            log.save(record(refit.trial_id(seed, log), "refit", config.to_tree(), epochs, name=refit.name))
+            (folder / "refits" / refit.trial_id(seed, log)).mkdir(parents=True)
             content = {
                 "class_names": ["a", "b", "c"], "class_counts": CLASS_COUNTS, "split_counts": CLASS_COUNTS,
                 "num_parameters": 1000, "num_trained_parameters": 10,
                 "splits": {"test": {"correct": [1, 1, 1], "total": [2, 2, 2], "predicted": [2, 2, 2],
                                     "confidence_bins": [[1.0] * 15] * 3, "confusions": []}},
             }  # fmt: skip
-            (folder / "refits" / refit.trial_id(seed) / "per_class.json").write_text(json.dumps(content))
+            (folder / "refits" / refit.trial_id(seed, log) / "per_class.json").write_text(json.dumps(content))
     return made, log
 
 
@@ -180,7 +181,7 @@ def test_every_configuration_is_refitted_and_the_best_one_once(tmp_path: Path) -
         ("study: decoder", (0, 1, 2)),
     ]
     assert listed_names(log, made)["t00004"] == "winner"
-    ids = [one.trial_id(seed) for one in found for seed in one.seeds]
+    ids = [one.trial_id(seed, log) for one in found for seed in one.seeds]
     assert len(set(ids)) == len(ids)
 
 

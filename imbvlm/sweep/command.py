@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with the newest sweep of this name, or with that folder",
     )
     parser.add_argument(
+        "--add-trials", type=positive, default=0, metavar="N", help="with --resume: so many trials more than before"
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show what would be done, and what it would take; start and write nothing",
@@ -79,11 +82,15 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         spec = with_options(spec, options)
+        if options.add_trials:
+            spec = _with_more_trials(spec, options.resume, options.add_trials)
         if options.dry_run:
             return print_plan(spec, options.measure, as_json=False)
         from imbvlm.sweep.run import run
 
-        folder = _resumed_folder(spec, options.resume) if options.resume else _new_folder(spec)
+        folder = _new_folder(spec)
+        if options.resume:
+            folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
         try:
             run(spec, folder, Console())
         except KeyboardInterrupt:
@@ -104,18 +111,35 @@ def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:
     return 0
 
 
-def resume_command(folder: str) -> int:
+def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0) -> int:
     """Go on with the sweep in a folder as its sweep.yaml says, its features beside it; prints errors as sentences."""
     try:
         spec = read_spec(folder)
         parent = storage.absolute(folder).rpartition("/")[0]
         options = argparse.Namespace(
-            smoke=False, set=[], manifest=None, storage=parent, price=None, resume=folder, dry_run=False
-        )
+            smoke=False, set=list(settings), manifest=None, storage=parent, price=None, resume=folder,
+            add_trials=add_trials, dry_run=False,
+        )  # fmt: skip
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
     return run_command(spec, options)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> SweepSpec:
+    """So many trials more than the sweep that is resumed had; raises ConfigError."""
+    if resume is None:
+        raise ConfigError([Problem("it goes on with a sweep: give --resume too", "--add-trials")])
+    before = read_spec(resume if resume != LATEST else _latest(spec))
+    return spec.with_settings({"num_trials": before.num_trials + number}, "--add-trials")
 
 
 def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
@@ -144,14 +168,14 @@ def _new_folder(spec: SweepSpec) -> str:
     return storage.join(storage.absolute(spec.storage), f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _resumed_folder(spec: SweepSpec, wanted: str) -> str:
+def _resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) -> str:
     """The folder to go on in; raises ConfigError where it isn't a sweep or its spec is another."""
     folder = wanted if wanted != LATEST else _latest(spec)
     saved = storage.join(folder, "sweep.yaml")
     if not storage.exists(saved):
         raise ConfigError([Problem(f"{folder} is not a sweep's folder: it has no sweep.yaml")])
     before = SweepSpec.from_tree(parse_yaml(storage.read_bytes(saved).decode(), saved))
-    differences = spec_differences(before, spec)
+    differences = [one for one in spec_differences(before, spec) if not (more_trials and one[0] == "num_trials")]
     if differences:
         raise ConfigError(
             Problem(
@@ -174,6 +198,9 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
     """Dotted keys that differ between two specs, with both values; where things are kept doesn't count."""
 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
-    ignored = ("storage", "max_concurrent_trials", "max_failures", "smoke")
+    ignored = (
+        *("storage", "max_concurrent_trials", "max_failures", "smoke"),
+        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour"),
+    )
     keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

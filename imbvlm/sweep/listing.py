@@ -45,7 +45,7 @@ class SweepState:
 
     @property
     def num_ended(self) -> int:
-        return sum(record.state != "running" for record in self.log.of("search"))
+        return sum(record.state not in ("running", "paused") for record in self.log.of("search"))
 
     @property
     def best(self) -> TrialRecord | None:

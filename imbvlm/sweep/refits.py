@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from imbvlm.config import TrialConfig, needed
@@ -11,6 +12,8 @@ from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 
 WINNER = "winner"
+# Before the name of a refit whose configuration was chosen by an earlier run of the sweep and is no longer.
+EARLIER = "earlier "
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,39 @@ class Refit:
             return [(seed, self.config) for seed in self.seeds]
         return [(seed, self.config.with_overrides({"train.seed": seed})) for seed in self.seeds]
 
-    def trial_id(self, seed: int) -> str:
-        """Of the run with a seed."""
+    def trial_id(self, seed: int, log: TrialLog) -> str:
+        """Of the run with a seed: that which an earlier run of the sweep has given the same configuration, if any."""
+        config, known = dict(self.seeded())[seed], log.of("refit")
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
-        return f"refit-{slug}-seed{seed}"
+        if self.record.kind == "search":
+            names = {one.name for one in log.of("baseline")}
+            same = (one for one in known if one.name not in names and one.trial_config() == config)
+            found = next(same, None)
+            if found is not None:
+                return found.trial_id
+        plain = f"refit-{slug}-seed{seed}"
+        is_free = plain not in log.records or self.record.kind == "baseline"
+        return plain if is_free else f"refit-{slug}-{self.record.trial_id}-seed{seed}"
+
+
+def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
+    """What the refits would take by now, from how long their trials took; nothing before there is a best trial."""
+    if not log.best(spec.objective):
+        return 0.0
+    each = [one.record.seconds() for one in refits(log, spec) for _ in one.seeds]
+    return max(sum(each) / concurrent, max(each))
+
+
+def name_earlier(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
+    """Rename the refits that an earlier run made of what is no longer chosen; `trial_ids` has the chosen ones' names.
+
+    They have read the test split, so they stay and are shown.
+    """
+    for record in log.of("refit"):
+        name = trial_ids.get(record.trial_id, f"{EARLIER}{record.name.removeprefix(EARLIER)}")
+        if record.name != name:
+            record.name = name
+            log.save(record)
 
 
 def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:

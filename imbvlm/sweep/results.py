@@ -17,12 +17,12 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.schema import Tree, flat
 
 TrialKind = Literal["baseline", "search", "refit"]
-TrialState = Literal["running", "finished", "stopped", "failed", "error"]
+TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
 
 class TrialRecord(BaseModel):
-    """One trial. `stopped` is the scheduler's doing, `failed` the configuration's, `error` the machine's."""
+    """One trial. `stopped` by the scheduler, `paused` by a limit; `failed` is its own fault, `error` the machine's."""
 
     # A diverged epoch has NaN in it; as JSON's null it couldn't be read back.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")

@@ -20,6 +20,7 @@ from imbvlm.features.extract import ensure_features
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.models.methods import METHODS
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
@@ -35,7 +36,7 @@ from imbvlm.sweep.post_hoc import (
     write_post_hoc,
 )
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
-from imbvlm.sweep.refits import refits
+from imbvlm.sweep.refits import EARLIER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
@@ -93,7 +94,8 @@ class _Sweep:
             console,
         )
         concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus, cluster.nodes)
-        self.lane = Lane(spec, folder, log, console, concurrent)
+        self.budget = Budget(spec, folder, cluster.num_gpus)
+        self.lane = Lane(spec, folder, log, console, concurrent, self.budget)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         at_a_time = f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time"
         console.say(
@@ -104,6 +106,8 @@ class _Sweep:
         self._quarantined: list[dict[str, str | int]] = []
         self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
         self.scored: list[TrialRecord] = []
+        # The limit that is used up, such as `max_hours 8`.
+        self.limit: str | None = None
         self.post_hoc: dict[str, PostHoc] = {}
 
     # ------------------------------------------------------------------------------------------------ phases
@@ -112,12 +116,15 @@ class _Sweep:
         """Baselines, then trials of the space until the budget is used."""
         jobs = [*self._baseline_jobs(), *self._unfinished_jobs()]
         known = [record for record in self.log.of("search") if record.state in ENDED]
-        searcher = StudySearcher(self.spec, self.space, jobs, known, payload(self.lane, self._search_settings))
-        if jobs or len(known) < self.spec.num_trials:
+        make = payload(self.lane, self._search_settings)
+        self.lane.count_spent()
+        searcher = StudySearcher(self.spec, self.space, jobs, known, make, self.budget)
+        if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
             run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
         self.log.write_table()
         self.console.end_live()
-        ended = [record for record in self.log.of("search") if record.state != "running"]
+        ended = [record for record in self.log.of("search") if record.state not in ("running", "paused")]
+        self._say_limit(len(ended))
         if searcher.exhausted:
             self.console.say(
                 f"the space has no further configuration: {len(ended)} trials instead of {self.spec.num_trials}"
@@ -132,6 +139,8 @@ class _Sweep:
         if failed:
             self.console.say(causes(failed))
         if not self.log.best(self.spec.objective):
+            if self.limit is not None:
+                raise ImbvlmError(f"{self.limit} is used up, and no trial has ended yet; {self._go_on()}")
             raise ImbvlmError(
                 f"no trial of {len(ended)} gave a result, so there is no best configuration; "
                 f"{self.folder} has their records"
@@ -142,10 +151,11 @@ class _Sweep:
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
         chosen = refits(self.log, self.spec)
         jobs = [
-            Job(refit.trial_id(seed), "refit", refit.name, config)
+            Job(refit.trial_id(seed, self.log), "refit", refit.name, config)
             for refit in chosen
             for seed, config in refit.seeded()
         ]
+        name_earlier(self.log, {job.trial_id: job.name for job in jobs})
         waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
         # A trial on fresh crops reads the features of the one that it is compared with.
         towers = {refit.name: tower_key(refit.record.trial_config()) for refit in chosen}
@@ -167,12 +177,22 @@ class _Sweep:
                 post_hoc=None if adjusted is None else asdict(adjusted.adjustment),
             )
 
-        if waiting:
+        limit = self.budget.exhausted()
+        if waiting and limit is None:
             what = "everything" if self.spec.study else "the winner and the baselines"
             self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
-            run_jobs(self.lane, FixedSearcher(waiting, payload(self.lane, settings)), None, "refit", len(jobs))
+            searcher = FixedSearcher(waiting, payload(self.lane, settings), self.budget)
+            run_jobs(self.lane, searcher, None, "refit", len(jobs))
         self.console.end_live()
-        self.scored = [self.log.records[job.trial_id] for job in jobs]
+        left = [job for job in waiting if not self._has_ended(job.trial_id)]
+        if left and (limit := self.budget.exhausted()):
+            self.limit = limit
+            self.console.say(
+                f"{limit} is used up: {len(left)} of {len(jobs)} refits are left, and the test split was not read for "
+                f"them; {self._go_on()}"
+            )
+        self.scored = [self.log.records[job.trial_id] for job in jobs if job.trial_id in self.log.records]
+        self.scored += [one for one in self.log.of("refit") if one.name.startswith(EARLIER) and one.state in ENDED]
         self.log.write_table()
         if test_features:
             self._record_reading()
@@ -207,7 +227,11 @@ class _Sweep:
         names = [one.name for one in source.headline]
         if source.has_test:
             say()
-            say(scores_table([record for record in self.scored if record.name in names], self.spec))
+            say(
+                scores_table(
+                    [one for one in self.scored if one.name in names or one.name.startswith(EARLIER)], self.spec
+                )
+            )
         for name, one in self.post_hoc.items():
             if name in names:
                 say(describe_post_hoc(name, one, self.scored))
@@ -288,18 +312,37 @@ class _Sweep:
         return asha(config, self.spec.best_objective)
 
     def _record_reading(self) -> None:
-        """Say in the folder what the test split has answered, and when."""
-        reading = {
-            "read_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "scores": {
-                record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test")}
-                for record in self.scored
-                if record.epochs
-            },
+        """Say in the folder what the test split has answered, and when it was last read; every refit reads it once."""
+        scores = {
+            record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test")}
+            for record in self.scored
+            if record.epochs
         }
         uri = storage.join(self.folder, TEST_FILE)
-        if not storage.exists(uri):
+        known = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {"scores": {}, "readings": []}
+        new = {trial_id: answer for trial_id, answer in scores.items() if trial_id not in known["scores"]}
+        if new:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            readings = [*known["readings"], {"read_at": now, "trials": sorted(new)}]
+            reading = {"read_at": now, "scores": {**known["scores"], **new}, "readings": readings}
             storage.write_bytes(uri, json.dumps(reading, indent=1).encode())
+
+    def _say_limit(self, num_ended: int) -> None:
+        """Which limit has ended the search before all its trials were run, and how to go on."""
+        if num_ended >= self.spec.num_trials:
+            return
+        self.limit = self.budget.exhausted(keep_for_refits=True) or self.budget.trials_exhausted(num_ended)
+        if self.limit is None:
+            return
+        paused = sum(record.state in ("running", "paused") for record in self.log.of("search"))
+        kept = f", {paused} paused" if paused else ""
+        self.console.say(
+            f"{self.limit} is used up: {num_ended} of {self.spec.num_trials} trials have ended{kept}; {self._go_on()}"
+        )
+
+    def _go_on(self) -> str:
+        name = "max_hours" if self.limit is None else self.limit.split()[0]
+        return f"go on with: imbvlm sweep resume {self.folder} --set {name}=MORE"
 
     def _has_ended(self, trial_id: str) -> bool:
         record = self.log.records.get(trial_id)

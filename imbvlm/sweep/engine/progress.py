@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
 from imbvlm.config import Tree
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console, duration, percent
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 
@@ -20,7 +22,17 @@ SAVE_AFTER_SECONDS = 20.0
 class ProgressCallback(tune.Callback):
     """Keeps the trial log in step with Tune."""
 
-    def __init__(self, log: TrialLog, console: Console, best_objective: str, kind: TrialKind, total: int) -> None:
+    def __init__(
+        self,
+        log: TrialLog,
+        console: Console,
+        best_objective: str,
+        kind: TrialKind,
+        total: int,
+        budget: Budget,
+        after_end: Callable[[], None],
+    ) -> None:
+        self._budget, self._after_end = budget, after_end
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
         self._started = time.monotonic()
@@ -32,7 +44,13 @@ class ProgressCallback(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
-        if record.trial_id not in self._log.records or self._log.records[record.trial_id].state != "running":
+        before = self._log.records.get(record.trial_id)
+        if before is not None and before.state == "paused":
+            # The time that it lay still doesn't count.
+            before.started_at, before.ended_at = time.time() - before.seconds(), None
+            before.state, before.stop_reason = "running", ""
+            self._log.save(before)
+        elif before is None or before.state != "running":
             self._log.save(record)
         self._show()
 
@@ -57,6 +75,8 @@ class ProgressCallback(tune.Callback):
             record.state, record.stop_reason = "failed", str(result["failure"])
         elif result.get("done_training"):
             record.state, record.stop_reason = "finished", "trained to its end"
+        elif self._kind == "search" and (limit := self._budget.exhausted(keep_for_refits=True)):
+            record.state, record.stop_reason = "paused", f"by {limit} after epoch {result.get('epoch')}"
         else:
             record.state, record.stop_reason = "stopped", f"by the trial scheduler after epoch {result.get('epoch')}"
         self._end(record)
@@ -70,10 +90,11 @@ class ProgressCallback(tune.Callback):
     def _end(self, record: TrialRecord) -> None:
         record.ended_at = time.time()
         self._log.save(record)
+        self._after_end()
         self._show()
 
     def _num_ended(self) -> int:
-        return sum(record.state != "running" for record in self._log.of(self._kind))
+        return sum(record.state not in ("running", "paused") for record in self._log.of(self._kind))
 
     def _show(self) -> None:
         ended = self._num_ended()
@@ -91,6 +112,7 @@ class ProgressCallback(tune.Callback):
         self._console.live(
             f"{ended}/{self._total} {what} done, {running} running{value}"
             f"{f'; {duration(left)} left' if math.isfinite(left) else ''}"
+            f"{f'; used {used}' if (used := self._budget.describe()) else ''}"
         )
 
 

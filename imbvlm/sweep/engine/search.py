@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from imbvlm.config import TrialConfig
 from imbvlm.schema import Tree
 from imbvlm.sweep.arms import Arms, RandomTrial
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.results import TrialKind, TrialRecord
@@ -54,15 +55,15 @@ class _UnsavedSearcher(Searcher):
 
 
 class FixedSearcher(_UnsavedSearcher):
-    """Hands out a given list of jobs; Optuna doesn't know them."""
+    """Hands out a given list of jobs while there is time and money; Optuna doesn't know them."""
 
-    def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree]) -> None:
+    def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
         super().__init__(metric="epoch", mode="max")
         self._jobs = list(jobs)
-        self._payload = payload
+        self._payload, self._budget = payload, budget
 
     def suggest(self, trial_id: str) -> Tree | str:
-        if not self._jobs:
+        if not self._jobs or self._budget.exhausted():
             return str(Searcher.FINISHED)
         return self._payload(self._jobs.pop(0))
 
@@ -85,9 +86,10 @@ class StudySearcher(_UnsavedSearcher):
         jobs: list[Job],
         known: list[TrialRecord],
         payload: Callable[[Job], Tree],
+        budget: Budget,
     ) -> None:
         super().__init__(metric=spec.best_objective, mode="max")
-        self._spec, self._space, self._payload = spec, space, payload
+        self._spec, self._space, self._payload, self._budget = spec, space, payload, budget
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
         self._first = [*spec.first_trials, *self._listed.values()]
@@ -108,6 +110,8 @@ class StudySearcher(_UnsavedSearcher):
     # ------------------------------------------------------------------------------------ what Tune asks
 
     def suggest(self, trial_id: str) -> Tree | str:
+        if self._budget.exhausted(keep_for_refits=True):
+            return str(Searcher.FINISHED)
         job = self._jobs.pop(0) if self._jobs else self._next_search_job()
         if job is None:
             return str(Searcher.FINISHED)
@@ -134,7 +138,7 @@ class StudySearcher(_UnsavedSearcher):
     # -------------------------------------------------------------------------------------- what Optuna does
 
     def _next_search_job(self) -> Job | None:
-        if self._handed_out >= self._spec.num_trials:
+        if self._handed_out >= self._spec.num_trials or self._budget.trials_exhausted(self._handed_out):
             return None
         while self._first:
             draw = self._first.pop(0)

@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from imbvlm import storage
 from imbvlm.config import Tree
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.progress import ProgressCallback
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
@@ -18,6 +19,7 @@ from imbvlm.sweep.engine.search import Job
 from imbvlm.sweep.engine.train_driver import ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
+from imbvlm.sweep.refits import refit_seconds
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.session import TrialSettings
@@ -32,11 +34,17 @@ class Lane:
     log: TrialLog
     console: Console
     max_concurrent: int
+    budget: Budget
 
     @property
     def driver(self) -> str:
         """The driver that `auto` chose."""
         return "ray_train" if uses_ray_train(self.spec) else "in_process"
+
+    def count_spent(self) -> None:
+        """Keep what is spent, and how much the refits will need."""
+        self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
+        self.budget.keep()
 
     @property
     def num_threads(self) -> int:
@@ -76,7 +84,7 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
     """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`."""
     spec = lane.spec
     trainable = tune.with_resources(*_trainable(lane))
-    progress = ProgressCallback(lane.log, lane.console, spec.best_objective, kind, total)
+    progress = ProgressCallback(lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -96,13 +104,30 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
             name="tune",
             storage_path=storage.join(lane.folder, "ray"),
             callbacks=[progress],
+            stop=WithinBudget(lane.budget) if kind == "search" else None,
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        lane.budget.keep(now=True)
     # Resuming reads our own records; Tune's snapshots have served.
     storage.delete(storage.join(lane.folder, "ray"))
+
+
+class WithinBudget(tune.Stopper):
+    """Ends each trial at its next report once time or money is used up; a refit would be of no use half-done."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def __call__(self, trial_id: str, result: Tree) -> bool:
+        return self._budget.exhausted(keep_for_refits=True) is not None
+
+    def stop_all(self) -> bool:
+        return False
 
 
 def _trainable(lane: Lane) -> tuple[object, object]:
