@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_manifest(commands)
+    _add_features(commands)
     _add_train(commands)
     _add_sweep(commands)
     _add_plan(commands)
@@ -110,6 +111,30 @@ def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action = _command(actions, name, what, example)
         add(action)
         action.set_defaults(command=run)
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands, "features", "Check the stored outputs of towers.", "imbvlm features check runs/features"
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = _command(
+        actions, "check", "Read every byte of stored features and compare it with its checksum.",
+        "imbvlm features check runs/features",
+    )  # fmt: skip
+    action.add_argument(
+        "folders", nargs="*", default=["runs/features"], help="stores, or folders of stores (default: runs/features)"
+    )
+    action.set_defaults(command=_check_features)
+
+
+def _check_features(options: argparse.Namespace) -> int:
+    from imbvlm.features.commands import check
+
+    return check(options.folders)
 
 
 # ------------------------------------------------------------------------------------------------------ train

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from imbvlm.features.store import FeatureStore, StoreError, StoreKey, StoreLayout
+from imbvlm.cli import main
+from imbvlm.features.store import FeatureStore, StoreError, StoreKey, StoreLayout, _open_shard
 
 SHAPES = {"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)}
 LAYOUT = StoreLayout("digest", num_rows=10, num_views=2, rows_per_shard=4, precision="float16", shapes=SHAPES)
@@ -91,6 +92,60 @@ def test_missing_names_absent_damaged_and_foreign_shards(tmp_path: Path) -> None
     assert store.missing("pooled") == [0, 1, 2]
 
 
+def test_what_was_verified_is_not_read_again_and_every_change_of_a_file_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_all(tmp_path)
+    read: list[str] = []
+    # As if an hour had gone by since the shards were written.
+    monkeypatch.setattr("imbvlm.features.store.SETTLED_SECONDS", -3600.0)
+    monkeypatch.setattr("imbvlm.features.store._open_shard", lambda path: read.append(path) or _open_shard(path))
+    assert store.missing("pooled") == []
+    assert len(read) == 3
+    assert FeatureStore.open(str(tmp_path)).missing("pooled") == []
+    assert len(read) == 3
+    assert store.missing("pooled", full=True) == []
+    assert len(read) == 6
+    paths = [Path(store.shard_path("pooled", shard)) for shard in range(3)]
+    flipped = bytearray(paths[0].read_bytes())
+    flipped[flipped.index(numbers()[2].tobytes()) + 3] ^= 1
+    before = paths[0].stat()
+    paths[0].write_bytes(flipped)
+    # Whoever sets a file's date back is seen by the time at which he did so.
+    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    paths[2].unlink()
+    assert store.missing("pooled") == [0, 1, 2]
+    (tmp_path / "pooled" / "verified.json").write_text("half of a", encoding="utf-8")
+    assert store.missing("pooled") == [0, 1, 2]
+
+
+def test_features_check_finds_what_no_date_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write_all(tmp_path / "store")
+    write_all(tmp_path / "other", "tokens")
+    with pytest.raises(SystemExit) as ended:
+        main(["features", "check", str(tmp_path)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("3 of 3 shards") == 2
+    path = Path(store.shard_path("pooled", 1))
+    path.write_bytes(path.read_bytes().replace(numbers()[5].tobytes(), numbers()[6].tobytes()))
+    with pytest.raises(SystemExit) as ended:
+        main(["features", "check", str(tmp_path / "store")])
+    assert ended.value.code == 1
+    assert "pooled: 3 of 3 shards, 0.0 MB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
+
+
+def test_a_file_that_changes_within_a_tick_of_its_check_is_checked_again(tmp_path: Path) -> None:
+    store = write_all(tmp_path)
+    assert store.missing("pooled") == []
+    path = Path(store.shard_path("pooled", 0))
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[data.index(numbers()[2].tobytes()) + 3] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert store.missing("pooled") == [0]
+
+
 def test_no_damaged_byte_is_ever_read_as_a_feature(tmp_path: Path) -> None:
     store = write_all(tmp_path, bad=(5,))
     path, values = Path(store.shard_path("pooled", 1)), torch.from_numpy(numbers()[4:8])
@@ -149,15 +204,16 @@ def test_the_first_layout_of_a_folder_stays(tmp_path: Path) -> None:
 
 
 def test_the_key_changes_with_everything_that_changes_the_numbers() -> None:
-    key = StoreKey("rows", "weights", {"image_size": 96, "resize": 1.1}, 1, "float16")
+    key = StoreKey("rows", "weights", {"image_size": 96, "resize": 1.1}, 1, "float16", "float32")
     others = [
         replace(key, rows="other"),
         replace(key, weights="other"),
         replace(key, preprocess={"image_size": 96, "resize": 1.2}),
         replace(key, num_views=2),
         replace(key, precision="float32"),
+        replace(key, computed_in="bfloat16"),
     ]
-    assert len({key.digest, *(other.digest for other in others)}) == 6
+    assert len({key.digest, *(other.digest for other in others)}) == 7
     assert replace(key, preprocess={"resize": 1.1, "image_size": 96}).digest == key.digest
 
 

@@ -68,6 +68,11 @@ def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: f
     return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))
 
 
+def ray_gpus() -> int | None:
+    """GPUs of the cluster that this process is connected to; None where it is connected to none."""
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else None
+
+
 def running_cluster() -> Cluster | None:
     """The cluster that a sweep would join, or None; starts nothing.
 

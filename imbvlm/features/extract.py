@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import safetensors.torch
+import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
-from imbvlm.data.cluster import connected
+from imbvlm.data.cluster import connected, ray_gpus
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.pipeline import map_images
@@ -21,7 +22,7 @@ from imbvlm.data.quarantine import limit_findings
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
-from imbvlm.features.store import STORE_FILE, TOWER_FILE, FeatureStore, StoreKey, StoreLayout
+from imbvlm.features.store import STORE_FILE, TOWER_FILE, ComputedIn, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
 from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
@@ -155,8 +156,19 @@ def _layout(config: TrialConfig, info: EncoderInfo, split: str, num_rows: int, d
     return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes)
 
 
+def _computed_in() -> ComputedIn:
+    """What the tower computes in where a pass would run: the connected cluster, or else this machine."""
+    num_gpus = ray_gpus()
+    return "bfloat16" if (torch.cuda.device_count() if num_gpus is None else num_gpus) else "float32"
+
+
 def _plan_split(
-    config: TrialConfig, manifest: Manifest, root: str, outputs: Sequence[OutputName], encoder: Encoder, split: str
+    config: TrialConfig,
+    manifest: Manifest,
+    root: str,
+    outputs: Sequence[OutputName],
+    encoder: Encoder,
+    split: str,
 ) -> _Work:
     rows = manifest.split(split)
     if not len(rows):
@@ -181,6 +193,7 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str
         preprocess=encoder.preprocess.to_dict(),
         num_views=_num_views(config, split),
         precision=config.features.precision,
+        computed_in=_computed_in(),
     )
 
 
@@ -215,9 +228,15 @@ def size_text(num_bytes: float) -> str:
 
 
 def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
+    computed_in = _computed_in()
     with connected() as cluster:
         num_blocks = sum(len(work.missing) for work in works)
-        gpus = int(cluster.num_gpus)
+        gpus = int(cluster.num_gpus) if computed_in == "bfloat16" else 0
+        if computed_in == "bfloat16" and not gpus:
+            raise ImbvlmError(
+                "this machine has a GPU and the running Ray cluster has none, so that its features would differ from "
+                "the GPU's; start the cluster with its GPUs, or hide them with CUDA_VISIBLE_DEVICES="
+            )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
         blocks = [block for work in works for block in _blocks(config, work, encoder.preprocess)]

@@ -29,8 +29,12 @@ from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 TOWER_FILE = "tower.safetensors"
+VERIFIED_FILE = "verified.json"
 LEFTOVER_SECONDS = 3600
+# A file that changes twice within its file system's tick keeps its times: so young a one isn't taken for verified.
+SETTLED_SECONDS = 3.0
 Precision = Literal["float16", "float32"]
+ComputedIn = Literal["float32", "bfloat16"]
 Rows = npt.NDArray[np.int64]
 
 
@@ -40,13 +44,17 @@ class StoreError(ImbvlmError):
 
 @dataclass(frozen=True)
 class StoreKey:
-    """Everything that determines a store's numbers; two stores with the same digest are interchangeable."""
+    """Everything that determines a store's numbers; two stores with the same digest are interchangeable.
+
+    `computed_in` is what the tower computes in, which differs between CPUs and GPUs; `precision` what is kept of it.
+    """
 
     rows: str
     weights: str
     preprocess: Mapping[str, Any]
     num_views: int
     precision: Precision
+    computed_in: ComputedIn
 
     @property
     def digest(self) -> str:
@@ -85,6 +93,20 @@ class Quarantined(NamedTuple):
 
     row: int
     reason: str
+
+
+class _FileState(NamedTuple):
+    """What changes with a file's content: size, and times of change in nanoseconds.
+
+    Whoever sets `modified` back can't set `changed` back.
+    """
+
+    size: int
+    modified: int
+    changed: int
+
+    def is_before(self, time_ns: int) -> bool:
+        return max(self.modified, self.changed) < time_ns
 
 
 @dataclass(frozen=True)
@@ -143,12 +165,25 @@ class FeatureStore:
         """Where a shard lies or would lie."""
         return storage.join(self.folder, output, f"shard-{shard:05d}.arrow")
 
-    def missing(self, output: OutputName) -> list[int]:
-        """Shards of an output that are absent, damaged or foreign; reads and checksums every byte of the others."""
-        shards = range(self.layout.num_shards)
+    def missing(self, output: OutputName, *, full: bool = False) -> list[int]:
+        """Shards of an output that are absent, damaged or foreign.
+
+        Every byte of a shard is read and checksummed once; while its size and times stay what they were then, it counts
+        as intact. `full` reads them all again: what a disk has lost since shows in no date.
+        """
+        shards, verified = range(self.layout.num_shards), self._verified(output)
+        states = {shard: _state(self.shard_path(output, shard)) for shard in shards}
+
+        def is_intact(shard: int) -> bool:
+            state = states[shard]
+            if state is None:
+                return False
+            return (not full and verified.get(shard) == state) or self._is_intact(output, shard)
+
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            intact = list(pool.map(lambda shard: self._is_intact(output, shard), shards))
-        return [shard for shard, good in zip(shards, intact, strict=True) if not good]
+            intact = dict(zip(shards, pool.map(is_intact, shards), strict=True))
+        self._keep_verified(output, verified, {shard: state for shard, state in states.items() if intact[shard]})
+        return [shard for shard in shards if not intact[shard]]
 
     def write(
         self, output: OutputName, shard: int, values: npt.NDArray[np.floating[Any]], reasons: Sequence[str | None]
@@ -211,6 +246,28 @@ class FeatureStore:
         flags[[entry.row for entry in self.quarantine]] = False
         return flags
 
+    def _verified(self, output: OutputName) -> dict[int, _FileState]:
+        """What each shard's file was when its bytes were last checked; empty where that isn't known."""
+        path = storage.join(self.folder, output, VERIFIED_FILE)
+        if not storage.exists(path):
+            return {}
+        try:
+            data = json.loads(storage.read_bytes(path))
+            return {int(shard): _FileState(*state) for shard, state in data.items()}
+        except (ValueError, TypeError, AttributeError):
+            return {}
+
+    def _keep_verified(
+        self, output: OutputName, before: Mapping[int, _FileState], intact: Mapping[int, _FileState | None]
+    ) -> None:
+        oldest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+        settled = {shard: state for shard, state in intact.items() if state is not None and state.is_before(oldest)}
+        if settled != before:
+            data = json.dumps({str(shard): state for shard, state in settled.items()})
+            # A store that may only be read is as good; it is checked anew each time.
+            with contextlib.suppress(storage.StorageError):
+                storage.write_bytes(storage.join(self.folder, output, VERIFIED_FILE), data.encode())
+
     def _remove_leftovers(self) -> None:
         """Delete unfinished files of writers that were killed; young ones may be another process's work."""
         oldest = time.time() - LEFTOVER_SECONDS
@@ -228,11 +285,8 @@ class FeatureStore:
         return self._maps[key]
 
     def _is_intact(self, output: OutputName, shard: int) -> bool:
-        path = self.shard_path(output, shard)
-        if not storage.exists(path):
-            return False
         try:
-            batch = _open_shard(path)
+            batch = _open_shard(self.shard_path(output, shard))
             if not batch.schema.equals(_schema(output, self.layout)):
                 return False
             batch.validate(full=True)
@@ -242,6 +296,14 @@ class FeatureStore:
             return False
         expected = _metadata(self.layout.digest, output, shard, _checksum(batch, output))
         return bool(batch.schema.metadata == expected)
+
+
+def _state(uri: str) -> _FileState | None:
+    try:
+        found = storage.local_path(uri).stat()
+    except FileNotFoundError:
+        return None
+    return _FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _write_once(uri: str, data: bytes) -> None:

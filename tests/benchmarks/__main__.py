@@ -1,0 +1,51 @@
+"""What this project's speed is measured by: both sides in one run, one table.
+
+    python -m tests.benchmarks [--only SECTION ...] [--large] [--device cpu|cuda]
+
+The sizes fit two cores in under a quarter of an hour; --large takes those of a server. RESULTS.md beside this file has
+what was measured, and when.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+# Ray's workers unpickle functions of these files.
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+from table import HEADING, Options  # noqa: E402
+
+# In the order in which they run; each is a file beside this one with a function `lines`.
+SECTIONS = ("extraction", "epoch", "overhead", "growth")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
+                        help=", ".join(SECTIONS))  # fmt: skip
+    parser.add_argument("--large", action="store_true", help="sizes of a server")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    print(HEADING)
+    missed = 0
+    for name in arguments.only:
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="imbvlm-bench-") as folder:
+            options = Options(arguments.device, arguments.large, Path(folder))
+            for line in importlib.import_module(name).lines(options):
+                print(line.text(), flush=True)
+                missed += line.holds is False
+        print(f"-- {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

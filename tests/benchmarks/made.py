@@ -1,0 +1,114 @@
+"""Made-up data for benchmarks: stored features of any size, images, and towers with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, from_numpy
+from towers import write_config
+
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.examples import FeatureSet
+from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreLayout
+from imbvlm.models.encoder_info import EncoderInfo
+
+SHARD_BYTES = 64_000_000
+
+
+def info(width: int, num_tokens: int) -> EncoderInfo:
+    """A tower whose tokens and pooled output have this width."""
+    return EncoderInfo(
+        name="made", kind="vit", image_size=224, num_tokens=num_tokens, token_width=width, pooled_width=width,
+        embedding_width=width, has_class_token=True, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic",
+        resize_mode="shortest", logit_scale=20.0, final_norm_eps=1e-6, weights_fingerprint="made",
+    )  # fmt: skip
+
+
+def long_tail(num_rows: int, num_classes: int, imbalance: float = 50.0) -> np.ndarray:
+    """Labels (about num_rows,) whose classes fall off exponentially, none empty."""
+    shares = imbalance ** (-np.arange(num_classes) / max(1, num_classes - 1))
+    counts = np.maximum(1, np.round(num_rows * shares / shares.sum())).astype(np.int64)
+    counts[0] += max(0, num_rows - counts.sum())
+    return np.repeat(np.arange(num_classes), counts)
+
+
+def stored_features(
+    folder: Path, num_rows: int, *, num_classes: int = 100, width: int = 768, num_tokens: int = 50,
+    outputs: tuple[str, ...] = ("pooled",), num_val: int = 256, noise: float = 1.0,
+) -> FeatureSet:  # fmt: skip
+    """Features around a centre of each class, in half precision; `tokens` are that and noise at every place."""
+    generator, about = np.random.default_rng(0), info(width, num_tokens)
+    centres = generator.normal(size=(num_classes, width)).astype(np.float32)
+    labels = {"train": long_tail(num_rows, num_classes), "val": np.arange(num_val) % num_classes}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, of_split in labels.items():
+        for output in outputs:
+            shape = about.shape(output)
+            per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
+            shapes = {name: about.shape(name) for name in ("tokens", "pooled", "image_embedding")}
+            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", shapes)
+            store = FeatureStore.create(str(folder / split), layout)
+            for shard in range(store.layout.num_shards):
+                rows = store.layout.rows_of(shard)
+                middle = centres[of_split[rows.start : rows.stop]].reshape(
+                    len(rows), 1, *(1,) * (len(shape) - 1), width
+                )
+                values = middle + noise * generator.standard_normal((len(rows), 1, *shape), dtype=np.float32)
+                store.write(output, shard, values, [None] * len(rows))
+        save_file({"final_norm.weight": ones(width), "final_norm.bias": 0 * ones(width)}, folder / split / TOWER_FILE)
+    table = pa.table(
+        {
+            "bytes": [str(number).encode() for number in range(sum(map(len, labels.values())))],
+            "label": np.concatenate(list(labels.values())).astype(np.int32),
+            "split": [split for split, of_split in labels.items() for _ in of_split],
+        }
+    )
+    manifest = str(folder / "manifest.parquet")
+    Manifest.build(table, [f"class {number}" for number in range(num_classes)], "made").write(manifest)
+    return FeatureSet(manifest, {split: str(folder / split) for split in labels}, outputs, about)
+
+
+def ones(width: int) -> Tensor:
+    return from_numpy(np.ones(width, dtype=np.float32))
+
+
+def trial(method: str, **overrides: object) -> TrialConfig:
+    """A trial on `stored_features`; dotted keys with a double underscore, such as optim__lr."""
+    tree = {"data": {"manifest": "made"}, "encoder": {"name": "made"}, "method": method}
+    tree["train"] = {"num_epochs": 4, "batch_size": 128}
+    return TrialConfig.from_tree(tree).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def tower(folder: Path, name: str = "ViT-B-32") -> str:
+    """open_clip's architecture with random weights and a small text side, as a local-dir: name."""
+    config = open_clip.get_model_config(name)
+    config["text_cfg"] = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    config["quick_gelu"] = False
+    return write_config(folder, config)
+
+
+def images(folder: Path, labels: np.ndarray, side: int = 256) -> list[str]:
+    """JPEG files, smooth and with noise, coloured by class; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, paths = np.random.default_rng(0), []
+    colours = np.random.default_rng(1).integers(40, 215, (int(labels.max()) + 1, 3))
+    for row, label in enumerate(labels):
+        coarse = generator.integers(-40, 40, (8, 8, 3)) + colours[label]
+        picture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+        paths.append(str(folder / f"{row:06d}.jpg"))
+        picture.save(paths[-1], quality=90)
+    return paths
+
+
+def image_manifest(folder: Path, num_train: int, num_val: int, num_classes: int) -> str:
+    """A manifest of such files, with a validation split."""
+    labels = np.concatenate([long_tail(num_train, num_classes, 10.0), np.arange(num_val) % num_classes])
+    splits = ["train"] * (len(labels) - num_val) + ["val"] * num_val
+    table = pa.table({"uri": images(folder / "images", labels), "label": labels.astype(np.int32), "split": splits})
+    path = str(folder / "manifest.parquet")
+    Manifest.build(table, [f"class {number}" for number in range(num_classes)], "made").write(path)
+    return path
