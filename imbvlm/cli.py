@@ -20,7 +20,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; leaves with 0, with 1 where it failed (one sentence on stderr), with 2 for wrong usage."""
+    """Run one command; leaves with 0, 1 where it failed (a sentence on stderr), 2 for wrong usage, 130 at Ctrl-C."""
     options = _parser().parse_args(_with_sweep_action(sys.argv[1:] if arguments is None else arguments))
     try:
         command: Command = options.command
@@ -30,10 +30,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nimbvlm: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+EPILOG = """\
+on your own images, a folder per class:
+  imbvlm manifest build --folders photos/ -o photos.parquet
+  python sweeps/quickstart.py --manifest photos.parquet
+  imbvlm report runs/quickstart-20261124-120000 -o report-files
+
+exit codes:
+  0    done; a sweep that ended at one of its limits with a result, too
+  1    it failed, with a sentence on standard error; a check found something broken
+  2    wrong usage
+  130  interrupted (Ctrl-C); what was finished is kept
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="imbvlm", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="imbvlm",
+        description="Finds the best long-tailed image classifier that a vision-language model can give on your images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
@@ -118,9 +140,32 @@ def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
-        commands, "features", "Check the stored outputs of towers.", "imbvlm features check runs/features"
-    )
+        commands, "features", "Compute and check the stored outputs of towers.",
+        "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
+    )  # fmt: skip
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = _command(
+        actions, "extract", "Run a tower over a manifest's images and keep its outputs, for sweeps to come.",
+        "imbvlm features extract photos.parquet --encoder openai_vit_b16 --set features.num_views=4",
+    )  # fmt: skip
+    action.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
+    action.add_argument("--encoder", required=True, metavar="NAME", help="a tower's name")
+    action.add_argument("--image-size", type=int, metavar="PIXELS", help="side of its input (default: the tower's own)")
+    action.add_argument(
+        "--output", action="append", choices=("tokens", "pooled", "image_embedding"),
+        help="what to keep, may be given again (default: pooled and image_embedding; a decoder reads tokens)",
+    )  # fmt: skip
+    action.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of data, encoder, features or eval",
+    )
+    action.add_argument("--storage", default="runs", help="folder that sweeps are kept in (default: runs)")
+    action.add_argument("--dry-run", action="store_true", help="only say how many images and bytes are missing")
+    action.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    action.set_defaults(command=_extract_features)
     action = _command(
         actions, "check", "Read every byte of stored features and compare it with its checksum.",
         "imbvlm features check runs/features",
@@ -129,6 +174,30 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "folders", nargs="*", default=["runs/features"], help="stores, or folders of stores (default: runs/features)"
     )
     action.set_defaults(command=_check_features)
+
+
+def _extract_features(options: argparse.Namespace) -> int:
+    from imbvlm import storage
+    from imbvlm.config import TrialConfig
+    from imbvlm.features.commands import extract
+    from imbvlm.sweep.command import parse_settings
+    from imbvlm.sweep.console import Console
+
+    tree = {
+        "data": {"manifest": options.manifest},
+        "encoder": {"name": options.encoder, "image_size": options.image_size},
+        "method": "zero_shot",
+    }
+    config = TrialConfig.from_tree(tree).with_overrides(parse_settings(options.set), "--set")
+    console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
+    is_local = storage.is_local(options.storage) and not options.dry_run
+    with console.others_to(storage.local_path(options.storage) / "features.log" if is_local else None):
+        report = (lambda text: None) if options.json else console.live
+        root = storage.join(options.storage, "features")
+        found = extract(config, root, outputs, report=report, dry_run=options.dry_run)
+        console.end_live()
+    print(json.dumps(found.to_dict(), indent=1) if options.json else found.describe())
+    return 0
 
 
 def _check_features(options: argparse.Namespace) -> int:

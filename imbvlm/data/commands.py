@@ -42,7 +42,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     option("--rank", choices=RANKS, default="species", help="what iNaturalist's classes are")
     option("--names", choices=NAMES, default="scientific", help="iNaturalist's scientific or common names")
     option("--imbalance-factor", type=float, help="give a balanced set a tail: largest class over smallest")
-    option("--tail-shape", choices=SHAPES, default="exponential")
+    option("--tail-shape", choices=SHAPES, default="exponential", help="how counts fall (default: exponential)")
     option("--class-order", metavar="FILE", help="class names from head to tail; by default drawn from --seed")
     option("--seed", type=int, default=0, help="of the tail's order and rows")
     option("-o", "--output", required=True, metavar="FILE", help="the manifest: a .parquet path or s3:// URI")

@@ -1,13 +1,73 @@
-"""`imbvlm features check`: every byte of the stored features, read and compared with its checksum."""
+"""`imbvlm features extract | check`: towers' outputs computed without a sweep; every byte of them read and compared."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from imbvlm import storage
-from imbvlm.features.extract import size_text
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.extract import Report, ensure_features, plan_bytes, size_text, stored_images
 from imbvlm.features.store import STORE_FILE, FeatureStore, StoreError
-from imbvlm.models.encoder_info import OutputName
+from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a pass has done or would do: `num_images` counts crops, one a view; `seconds` is None where none was run."""
+
+    encoder: str
+    splits: tuple[str, ...]
+    outputs: tuple[OutputName, ...]
+    folders: dict[str, str]
+    total_bytes: int
+    num_images: int
+    num_bytes: int
+    free_bytes: int | None
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"{self.encoder}: {', '.join(self.outputs)} of {', '.join(self.splits)}, {size_text(self.total_bytes)}"
+        ]
+        if not self.num_images:
+            lines.append("all of it is there already")
+        elif self.seconds is None:
+            free = "" if self.free_bytes is None else f"; {size_text(self.free_bytes)} free"
+            lines.append(f"to compute: {self.num_images:,} images (views counted), {size_text(self.num_bytes)}{free}")
+        else:
+            speed = self.num_images / self.seconds
+            lines.append(
+                f"computed {self.num_images:,} images (views counted), {size_text(self.num_bytes)}, in "
+                f"{self.seconds:,.1f} s: {speed:,.1f} a second"
+            )
+        return "\n".join([*lines, *(f"  {split:<6} {folder}" for split, folder in self.folders.items())])
+
+
+def extract(
+    config: TrialConfig, root: str, outputs: frozenset[OutputName], *, report: Report, dry_run: bool
+) -> Extraction:
+    """Compute what is missing of a tower's outputs over all splits of the manifest; raises ImbvlmError."""
+    manifest, root = Manifest.read(config.data.manifest), storage.absolute(root)
+    total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
+    num_images, num_bytes = stored_images(config, manifest, root, outputs, manifest.splits)
+    folders, seconds = {}, None
+    if not dry_run:
+        started = time.monotonic()
+        found = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
+        folders, seconds = dict(found.folders), time.monotonic() - started
+    ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
+    free = storage.free_bytes(root)
+    return Extraction(
+        config.encoder.name, manifest.splits, ordered, folders, total, num_images, num_bytes, free, seconds
+    )
 
 
 def check(folders: Sequence[str]) -> int:

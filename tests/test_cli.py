@@ -1,0 +1,122 @@
+"""The `imbvlm` command: every command and action explains itself, examples are real, and exit codes mean one thing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sweep_folder import write_sweep
+
+from imbvlm import cli
+
+COMMANDS = {
+    "doctor", "manifest", "features", "train", "sweep", "plan", "compare", "report", "export", "predict",
+    "check-cluster",
+}  # fmt: skip
+
+
+def parsers(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command and action by its words."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from parsers(below, (*words, name))
+
+
+ALL = dict(parsers(cli._parser()))
+
+
+def leave(capsys, *words: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_the_commands_are_those_that_are_told_of():
+    assert {name for name in ALL if name and " " not in name} == COMMANDS
+    assert {name for name in ALL if name.startswith("sweep ")} == {f"sweep {one}" for one in cli.SWEEP_ACTIONS}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, capsys):
+    code, printed, _ = leave(capsys, *name.split(), "--help")
+    assert code == 0
+    assert f"usage: imbvlm {name}".rstrip() in printed
+    examples = [line.strip() for line in printed.splitlines() if line.startswith("  imbvlm ")]
+    assert examples
+    for example in examples:
+        for one in example.split("&&"):
+            words = shlex.split(one)
+            if words[0] == "imbvlm":
+                assert callable(cli._parser().parse_args(cli._with_sweep_action(words[1:])).command)
+
+
+@pytest.mark.parametrize("name", [one for one in ALL if one])
+def test_every_option_is_explained(name):
+    for action in ALL[name]._actions:
+        assert action.help or isinstance(action, argparse._SubParsersAction), action.option_strings or action.dest
+
+
+def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_path):
+    _, printed, _ = leave(capsys, "--help")
+    told = [line.split()[0] for line in printed.split("exit codes:")[1].splitlines() if line.strip()]
+    assert told == ["0", "1", "2", "130"]
+    assert leave(capsys, "sweep", "list", str(tmp_path))[0] == 0
+    for words in (("train", "nowhere.yaml"), ("sweep", "show", str(tmp_path)), ("plan", str(tmp_path / "no.yaml")),
+                  ("manifest", "show", "nowhere.parquet"), ("predict", "no-model", "no-photo.jpg"),
+                  ("compare", "nowhere"), ("report", "nowhere"), ("export", "nowhere", "-o", str(tmp_path / "o")),
+                  ("features", "extract", "nowhere.parquet", "--encoder", "tinylit_lite0", "--storage", str(tmp_path)),
+                  ("check-cluster", "nowhere.yaml"), ("sweep", "resume", "nowhere")):  # fmt: skip
+        code, out, err = leave(capsys, *words)
+        assert (code, out) == (1, ""), words
+        assert err.startswith("imbvlm: "), words
+        assert "Traceback" not in err
+    for words in (
+        ("trian",),
+        ("sweep", "show"),
+        ("plan", "x.yaml", "--prize", "2"),
+        ("sweep", "resume", "x", "--add-trials", "0"),
+    ):
+        code, _, err = leave(capsys, *words)
+        assert code == 2, words
+        assert "usage: imbvlm" in err
+
+
+def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
+    """The command waits for its configuration in a pipe, so that the signal finds it at work."""
+    pipe = tmp_path / "trial.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen([sys.executable, "-m", "imbvlm", "train", str(pipe)], stderr=subprocess.PIPE, text=True)
+    with open(pipe, "w"):  # returns when the command has opened its end
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_what_a_script_reads_is_json_alone(capsys, tmp_path):
+    folder = str(write_sweep(tmp_path / "runs" / "made-1", [120, 60, 30, 12, 8]))
+    for words in (("sweep", "list", str(tmp_path / "runs")), ("sweep", "show", folder), ("compare", folder),
+                  ("doctor", str(tmp_path)),
+                  ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0",
+                   "--image-size", "64", "--storage", str(tmp_path / "runs"), "--dry-run")):  # fmt: skip
+        _, out, _ = leave(capsys, *words, "--json")
+        json.loads(out)
+    # 4,980 images of a view each; pooled and image embedding in half precision.
+    found = json.loads(out)
+    assert found["num_images"] == 4980
+    assert found["num_bytes"] == found["total_bytes"] > 4980 * 1280 * 2
+    assert not Path(tmp_path / "runs" / "features").exists()
