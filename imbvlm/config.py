@@ -208,6 +208,21 @@ class EvalConfig(Section):
         8 / 7, ge=1, le=2, description="shorter side before the centre crop, as a multiple of the crop"
     )
     interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the tower's own")
+    tte: Literal["none", "five_crop"] = Field(
+        "none",
+        description="five_crop: test images are also scored by the mean logits of five crops, centre and corners, "
+        "which costs five times a pass, and an exported model predicts by them",
+    )
+    expand: int = Field(
+        24, ge=0, le=512, description="pixels that an image's shorter side is larger than one of the five crops"
+    )
+
+    @field_validator("expand")
+    @classmethod
+    def _only_of_five_crops(cls, expand: int, info: ValidationInfo) -> int:
+        if expand != 24 and info.data.get("tte") == "none":
+            raise ValueError("eval.expand has no effect with eval.tte none; set eval.tte: five_crop, or take it out")
+        return expand
 
 
 class TrialConfig(Section):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
-from imbvlm.data.images import ImageError, Preprocess, decode
+from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, decode
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.encoder_info import OutputName
@@ -97,6 +97,10 @@ class Model:
     ) -> None:
         self._encoder, self._classifier, self._config = encoder, classifier.eval(), config
         self._post_hoc, self.class_names = post_hoc, class_names
+        # What an image is to this model: its evaluation crop, or five crops whose logits are averaged.
+        self._preprocess, self._num_crops = encoder.preprocess, 1
+        if config.eval.tte == "five_crop":
+            self._preprocess, self._num_crops = encoder.preprocess.five_crop(config.eval.expand), len(FIVE_CROPS)
 
     def predict(self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5) -> list[Prediction]:
         """Classify paths, URIs, encoded bytes or H x W x 3 uint8 arrays; an image that can't be read gets an error."""
@@ -107,11 +111,18 @@ class Model:
     ) -> Iterator[Prediction]:
         """As `predict`, a batch at a time, in order."""
         iterator = enumerate(images)
-        while batch := list(islice(iterator, BATCH_SIZE)):
+        while batch := list(islice(iterator, max(1, BATCH_SIZE // self._num_crops))):
             yield from self._predict_batch(batch, min(top, len(self.class_names)))
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Logits (B, C) of preprocessed uint8 images (B, 3, S, S)."""
+        """Logits (B, C) of preprocessed uint8 images (B, 3, S, S), or their means over V crops (B, V, 3, S, S)."""
+        return _mean_over_crops(pixels, self._logits)
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Probabilities (B, C) of images as `logits` takes them, after what was adjusted on validation."""
+        return _mean_over_crops(pixels, self._adjusted_logits).softmax(dim=1)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
         if self._config.reads_images:
             with torch.inference_mode():
                 return self._classifier(pixels.to(self._encoder.device)).float()
@@ -120,13 +131,12 @@ class Model:
             logits: Tensor = self._classifier(stored)
         return logits.float()
 
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """Probabilities (B, C) of preprocessed uint8 images (B, 3, S, S), after what was adjusted on validation."""
-        logits = self.logits(pixels)
-        if self._post_hoc is not None:
-            scale = self._encoder.info.logit_scale
-            logits = self._post_hoc.apply(logits, lambda: self._stored(pixels, "image_embedding"), scale)
-        return logits.softmax(dim=1)
+    def _adjusted_logits(self, pixels: Tensor) -> Tensor:
+        logits = self._logits(pixels)
+        if self._post_hoc is None:
+            return logits
+        scale = self._encoder.info.logit_scale
+        return self._post_hoc.apply(logits, lambda: self._stored(pixels, "image_embedding"), scale)
 
     def _stored(self, pixels: Tensor, output: OutputName) -> Tensor:
         """An output of the tower in the precision in which what was trained on was stored."""
@@ -140,7 +150,8 @@ class Model:
         for index, image in batch:
             source = str(image) if isinstance(image, (str, Path)) else f"image {index}"
             try:
-                pixels.append(self._encoder.preprocess.apply(_load(image), 0, 0))
+                picture = _load(image)
+                pixels.append(np.stack([self._preprocess.apply(picture, crop) for crop in range(self._num_crops)]))
                 sources.append((index, source))
             except (ImageError, storage.StorageError) as error:
                 results[index] = Prediction(source, error=str(error))
@@ -150,6 +161,14 @@ class Model:
             for (index, source), row, ids in zip(sources, values.tolist(), labels.tolist(), strict=True):
                 results[index] = Prediction(source, tuple(self.class_names[i] for i in ids), tuple(ids), tuple(row))
         return [results[index] for index, _ in batch]
+
+
+def _mean_over_crops(pixels: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits (B, C) of images (B, 3, S, S), or the means of those of crops (B, V, 3, S, S)."""
+    if pixels.ndim == 4:
+        return logits_of(pixels)
+    num_images, num_crops = pixels.shape[:2]
+    return logits_of(pixels.flatten(0, 1)).view(num_images, num_crops, -1).mean(dim=1)
 
 
 def _load(image: str | Path | bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamp
 _BITS_PER_SAMPLE = 258
 # The random crops of stored views: share of the area, aspect, and so the shorter side of the smallest one.
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
+# Where the crops of test-time ensembling lie, in shares of the way from left to right and from top to bottom.
+FIVE_CROPS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 LEAST_CROP = math.sqrt(CROP_SCALE[0] * CROP_RATIO[0])
 _MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head", b"<error")
 _SIGNATURES: Mapping[str, bytes | tuple[bytes, ...]] = {
@@ -211,6 +213,7 @@ def _cut_webp(data: bytes) -> bool:
 class Preprocess:
     """How pixels become a tower's input: the evaluation crop (view 0), or a random crop fixed by (row, view).
 
+    With `expand` the views are five crops of the image at `image_size` + `expand`: the centre and the four corners.
     `resize` is the shorter side before the centre crop, as a multiple of `image_size`. Mean and deviation are applied
     later, on the device: bytes go over the wire. Raises ImbvlmError for a mode or interpolation it doesn't know.
     """
@@ -224,6 +227,7 @@ class Preprocess:
     # Large JPEGs may be decoded smaller, their shorter side at least this multiple of what is needed: faster, and off
     # by a few grey levels. None: exact.
     jpeg_downscale: float | None = None
+    expand: int | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in _INTERPOLATIONS:
@@ -245,22 +249,29 @@ class Preprocess:
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return Preprocess(**known)
 
+    def five_crop(self, expand: int) -> Preprocess:
+        """The same tower's five crops of an image at `image_size` + `expand`."""
+        return replace(self, resize=1.0, expand=expand)
+
     def decode(self, data: bytes, least_crop: float = 1.0) -> Image.Image:
         """A picture for crops whose shorter side is `least_crop` of the image's or more; raises ImageError."""
         if self.jpeg_downscale is None:
             return decode_picture(data)
-        needed = self.image_size * max(self.resize, 1 / least_crop)
+        resize = self.resize if self.expand is None else 1 + self.expand / self.image_size
+        needed = self.image_size * max(resize, 1 / least_crop)
         return decode_picture(data, least_side=math.ceil(needed * self.jpeg_downscale))
 
     def apply(
         self, image: Pixels | Image.Image, view: int = 0, row_id: int = 0, *, out: Pixels | None = None
     ) -> Pixels:
-        """Pixels (3, S, S) of the evaluation crop, or for view >= 1 a random resized crop, perhaps flipped.
+        """Pixels (3, S, S) of the evaluation crop, or for view >= 1 another: random and perhaps flipped, or of five.
 
         They are written into `out` where it is given, such as a place in a batch.
         """
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        if view == 0:
+        if self.expand is not None:
+            resized = self.resized(picture, self._box(*picture.size, *FIVE_CROPS[view]))
+        elif view == 0:
             resized = self.resized(picture, self.centre(*picture.size))
         else:
             rng = np.random.default_rng((row_id, view))
@@ -274,7 +285,11 @@ class Preprocess:
 
         Resizing this box gives the same pixels as resizing the whole image and cropping, with less work.
         """
-        side = round(self.image_size * self.resize)
+        return self._box(width, height, 0.5, 0.5)
+
+    def _box(self, width: int, height: int, across_share: float, down_share: float) -> Box:
+        """The crop so far from left to right and from top to bottom: 0.5 in the middle, 1 at the edge."""
+        side = self.image_size + self.expand if self.expand is not None else round(self.image_size * self.resize)
         if self.resize_mode == "squash":
             new_width = new_height = side
         elif width <= height:
@@ -282,7 +297,8 @@ class Preprocess:
         else:
             new_width, new_height = int(side * width / height), side
         across, down = width / new_width, height / new_height
-        left, top = round((new_width - self.image_size) / 2), round((new_height - self.image_size) / 2)
+        left = round((new_width - self.image_size) * across_share)
+        top = round((new_height - self.image_size) * down_share)
         right, bottom = (left + self.image_size) * across, (top + self.image_size) * down
         return left * across, top * down, min(right, width), min(bottom, height)
 

@@ -44,6 +44,8 @@ class StreamPlan:
     seed: int
     epoch: int
     progress: float = 0.0
+    # Of the preprocessing's crops, where there is no augmentation.
+    view: int = 0
 
     def blocks(self, manifest: Manifest) -> list[dict[str, Any]]:
         """What `load_batch` takes, for each batch; to go on in the middle of an epoch leave out the batches before."""
@@ -54,6 +56,7 @@ class StreamPlan:
             "seed": self.seed,
             "epoch": self.epoch,
             "progress": self.progress,
+            "view": self.view,
         }
         blocks = []
         for positions in self.batches:
@@ -94,7 +97,7 @@ def load_batch(block: dict[str, Any]) -> dict[str, Any]:
         except ImageError as error:
             return error.reason
         if augmentation is None:
-            preprocess.apply(picture, out=images[number])
+            preprocess.apply(picture, block["view"], out=images[number])
         else:
             rng = np.random.default_rng((block["seed"], block["epoch"], int(positions[number])))
             augmentation.apply(picture, preprocess, rng, block["progress"], out=images[number])

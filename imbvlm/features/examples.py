@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from imbvlm import storage
 from imbvlm.class_stats import ClassStats
 from imbvlm.config import EncoderConfig, Tree, TrialConfig
 from imbvlm.data.image_rows import ImageRows
+from imbvlm.data.images import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
@@ -36,10 +37,13 @@ class FeatureSet:
     info: EncoderInfo
     class_embeddings: str | None = None
     encoder: Tree | None = None
+    # Of test-time ensembling, the splits that have it: five crops of each image as views.
+    five_crop: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "folders": dict(self.folders), "info": self.info.to_dict()}
+        folders = {"folders": dict(self.folders), "five_crop": dict(self.five_crop)}
+        return {**asdict(self), **folders, "info": self.info.to_dict()}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FeatureSet:
@@ -51,6 +55,7 @@ class FeatureSet:
             EncoderInfo.from_dict(data["info"]),
             data["class_embeddings"],
             data["encoder"],
+            dict(data["five_crop"]),
         )
 
     def store(self, split: str) -> FeatureStore:
@@ -145,6 +150,15 @@ class TrialData:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
         rows = label_rows(features.manifest).rows_of(split)
         return _source(config, features, TrialData.open_stored(config, features, split), rows)
+
+    @staticmethod
+    def open_five_crops(config: TrialConfig, features: FeatureSet, split: str) -> Source:
+        """As `open_split`, each image as five crops: views in the store, or numbers that the stream is given."""
+        source = TrialData.open_split(config, features, split)
+        if isinstance(source, Examples):
+            store = FeatureStore.open(features.five_crop[split], features.outputs)
+            return replace(source, store=store, num_views=store.num_views)
+        return replace(source, num_views=len(FIVE_CROPS))
 
     @staticmethod
     def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> Examples:

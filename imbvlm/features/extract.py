@@ -15,7 +15,7 @@ import torch
 from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import connected, ray_gpus
-from imbvlm.data.images import Preprocess
+from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.pipeline import map_images
 from imbvlm.data.quarantine import limit_findings
@@ -43,12 +43,13 @@ _DISK_MARGIN = 1.02
 
 @dataclass(frozen=True)
 class _Work:
-    """What one official split lacks: shard number -> outputs to compute."""
+    """What one official split lacks, of crops that `preprocess` makes: shard number -> outputs to compute."""
 
     split: str
     store: FeatureStore
     rows: Manifest
     missing: Mapping[int, tuple[OutputName, ...]]
+    preprocess: Preprocess
 
     @property
     def num_images(self) -> int:
@@ -69,8 +70,11 @@ def ensure_features(
     *,
     report: Report,
     text: bool = False,
+    five_crop: tuple[str, ...] = (),
 ) -> FeatureSet:
     """The stored outputs of the configuration's tower for some official splits, computed where they are missing.
+
+    Those of `five_crop` are stored as five crops too, where `eval.tte` asks for them.
 
     With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
     that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Raises
@@ -79,7 +83,10 @@ def ensure_features(
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
     encoder = Encoder.from_config(config.encoder, config.eval)
-    works = [_plan_split(config, manifest, root, ordered, encoder, split) for split in splits]
+    works = [
+        _plan_split(config, manifest, root, ordered, encoder, split, preprocess)
+        for split, preprocess in _crops(config, encoder, splits, five_crop)
+    ]
     _check_disk(config, root, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
@@ -92,11 +99,14 @@ def ensure_features(
         _fill(config, works, encoder, report)
     for work in works:
         _check_quarantine(config, work, ordered, report)
-    folders = {work.split: work.store.folder for work in works}
+    folders, crops = (
+        {work.split: work.store.folder for work in works if (work.preprocess.expand is not None) == is_five}
+        for is_five in (False, True)
+    )
     source = config.data.manifest
     location = source if source.startswith(EMBEDDED) else storage.absolute(source)
     tower = absolute_encoder(config.encoder).model_dump(mode="json")
-    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower)
+    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops)
 
 
 def plan_bytes(
@@ -104,7 +114,10 @@ def plan_bytes(
 ) -> dict[OutputName, int]:
     """Bytes on disk of each output over some official splits; needs no weights."""
     info = describe_encoder(config.encoder)
-    layouts = [_layout(config, info, split, len(manifest.rows_of(split)), "") for split in splits]
+    views = [(split, _num_views(config, split)) for split in splits]
+    if config.eval.tte == "five_crop" and "test" in splits:
+        views.append(("test", len(FIVE_CROPS)))
+    layouts = [_layout(config, info, count, len(manifest.rows_of(split)), "") for split, count in views]
     stored = [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
@@ -118,10 +131,11 @@ def stored_images(
     """
     encoder = Encoder.from_config(config.encoder, config.eval)
     num_images = num_bytes = 0
-    for split in splits:
+    for split, preprocess in _crops(config, encoder, splits, ("test",) if "test" in splits else ()):
         rows = manifest.split(split)
-        key = _store_key(config, rows, encoder, split)
-        folder, layout = storage.join(root, key.digest), _layout(config, encoder.info, split, len(rows), key.digest)
+        key = _store_key(config, rows, encoder, split, preprocess)
+        folder = storage.join(root, key.digest)
+        layout = _layout(config, encoder.info, key.num_views, len(rows), key.digest)
         store = FeatureStore(folder, layout)
         if storage.exists(storage.join(folder, STORE_FILE)):
             store = FeatureStore.open(folder)
@@ -130,7 +144,8 @@ def stored_images(
             for output in OUTPUT_NAMES
             if output in outputs and config.features.store
         }
-        work = _Work(split, store, rows, {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)})
+        shards = {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)}
+        work = _Work(split, store, rows, shards, preprocess)
         num_images += work.num_images
         num_bytes += sum(work.num_bytes(output) for output in missing)
     return num_images, num_bytes
@@ -147,8 +162,18 @@ def _num_views(config: TrialConfig, split: str) -> int:
     return config.features.num_views if split == "train" else 1
 
 
-def _layout(config: TrialConfig, info: EncoderInfo, split: str, num_rows: int, digest: str) -> StoreLayout:
-    views, precision = _num_views(config, split), config.features.precision
+def _crops(
+    config: TrialConfig, encoder: Encoder, splits: Sequence[str], five_crop: Sequence[str]
+) -> list[tuple[str, Preprocess]]:
+    """What is computed: each split as it is evaluated or trained on, and some as five crops where that is asked for."""
+    found = [(split, encoder.preprocess) for split in splits]
+    if config.eval.tte == "five_crop":
+        found += [(split, encoder.preprocess.five_crop(config.eval.expand)) for split in five_crop]
+    return found
+
+
+def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, digest: str) -> StoreLayout:
+    precision = config.features.precision
     shapes = {output: info.shape(output) for output in OUTPUT_NAMES}
     largest = max(math.prod(shape) for shape in shapes.values()) * np.dtype(precision).itemsize
     bytes_per_row = views * max(largest, 3 * info.image_size**2)
@@ -169,29 +194,30 @@ def _plan_split(
     outputs: Sequence[OutputName],
     encoder: Encoder,
     split: str,
+    preprocess: Preprocess,
 ) -> _Work:
     rows = manifest.split(split)
     if not len(rows):
         raise ImbvlmError(
             f"the manifest {config.data.manifest} has no {split} rows; it has {', '.join(manifest.splits)}"
         )
-    key = _store_key(config, rows, encoder, split)
-    layout = _layout(config, encoder.info, split, len(rows), key.digest)
+    key = _store_key(config, rows, encoder, split, preprocess)
+    layout = _layout(config, encoder.info, key.num_views, len(rows), key.digest)
     store = FeatureStore.create(storage.join(root, key.digest), layout)
     missing: dict[int, tuple[OutputName, ...]] = {}
     for output in outputs:
         for shard in store.missing(output):
             missing[shard] = (*missing.get(shard, ()), output)
-    return _Work(split, store, rows, dict(sorted(missing.items())))
+    return _Work(split, store, rows, dict(sorted(missing.items())), preprocess)
 
 
-def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str) -> StoreKey:
+def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str, preprocess: Preprocess) -> StoreKey:
     """Of the rows of an official split."""
     return StoreKey(
         rows=rows.row_fingerprint(split),
         weights=encoder.info.weights_fingerprint,
-        preprocess=encoder.preprocess.to_dict(),
-        num_views=_num_views(config, split),
+        preprocess=preprocess.to_dict(),
+        num_views=_num_views(config, split) if preprocess.expand is None else len(FIVE_CROPS),
         precision=config.features.precision,
         computed_in=_computed_in(),
     )
@@ -239,7 +265,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
-        blocks = [block for work in works for block in _blocks(config, work, encoder.preprocess)]
+        blocks = [block for work in works for block in _blocks(config, work)]
         tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
         progress = _Progress(sum(work.num_images for work in works), report)
         for summary in map_images(
@@ -254,7 +280,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             progress.add(summary["num_images"])
 
 
-def _blocks(config: TrialConfig, work: _Work, preprocess: Preprocess) -> list[Block]:
+def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
     return [
         {
             "folder": work.store.folder,
@@ -263,7 +289,7 @@ def _blocks(config: TrialConfig, work: _Work, preprocess: Preprocess) -> list[Bl
             "split": work.split,
             "first_row": rows.start,
             "num_views": work.store.num_views,
-            "preprocess": preprocess.to_dict(),
+            "preprocess": work.preprocess.to_dict(),
             "strict": config.data.on_bad_image == "strict",
             "uri": work.rows.table.column("uri").slice(rows.start, len(rows)).to_pylist(),
             "bytes": work.rows.table.column("bytes").slice(rows.start, len(rows)).to_pylist(),

@@ -166,7 +166,7 @@ class _Sweep:
             features = self.features[towers[job.name]]
             test = test_features.get(towers[job.name])
             if test is not None:
-                features = FeatureSet.from_dict({**features.to_dict(), "folders": {**features.folders, **test.folders}})
+                features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
             model = storage.join(self.folder, "refits", job.trial_id)
             adjusted = self.post_hoc.get(job.name)
             return replace(
@@ -260,7 +260,10 @@ class _Sweep:
         found: dict[str, FeatureSet] = {}
         for draw in tower_draws(self.spec, self.space):
             config = zero_shot_config(self.spec, draw)
-            features = ensure_features(config, self.manifest, root, outputs, splits, report=self.console.live)
+            five_crop = tuple(split for split in splits if split == "test")
+            features = ensure_features(
+                config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop
+            )
             self.console.end_live()
             found[tower_key(config)] = features
         self._say_quarantined(next(iter(found.values())))

@@ -25,7 +25,14 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
     with console.others_to(log):
         features = ensure_features(
-            config, manifest, root, stored_outputs(config), splits, report=say, text=needs_text(config)
+            config,
+            manifest,
+            root,
+            stored_outputs(config),
+            splits,
+            report=say,
+            text=needs_text(config),
+            five_crop=tuple(split for split in splits if split == "val"),
         )
     threads = config.train.num_threads if config.train else None
     settings = TrialSettings(
@@ -50,6 +57,14 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             f"overall {percent(last.get('val/top1_accuracy'))}"
         )
     say(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
+    if config.eval.tte == "five_crop":
+        if "val_tte/balanced_accuracy" in last:
+            say(
+                f"with five crops: validation balanced {percent(last['val_tte/balanced_accuracy'])}, overall "
+                f"{percent(last['val_tte/top1_accuracy'])} in the last epoch"
+            )
+        else:
+            say("five crops are not scored: the data has no validation split of its own")
     if last.get("data/unreadable_images"):
         say(
             f"{int(last['data/unreadable_images'])} images could not be read and were left out; "

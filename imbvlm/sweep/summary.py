@@ -123,11 +123,13 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     rows = []
     for name in dict.fromkeys(record.name for record in scored):
         last = [record.epochs[-1] for record in scored if record.name == name and record.epochs]
-        values, adjusted = (
+        values, adjusted, crops = (
             [[epoch[f"{split}/{metric}"] for epoch in last if f"{split}/{metric}" in epoch] for metric in METRICS]
-            for split in ("test", "test_post_hoc")
+            for split in ("test", "test_post_hoc", "test_tte")
         )
         rows.append([name, str(len(last)), *map(mean_and_spread, values)])
+        if any(crops):
+            rows.append([f"{name}, five crops", str(len(last)), *map(mean_and_spread, crops)])
         # A temperature alone changes no prediction.
         if any(adjusted) and adjusted != values:
             rows.append([f"{name}, post hoc", str(len(last)), *map(mean_and_spread, adjusted)])

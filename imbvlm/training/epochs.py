@@ -216,6 +216,7 @@ class TrialRun:
             stream,
             self.device,
             strict=self.config.data.on_bad_image == "strict",
+            expand=self.config.eval.expand,
         )
 
     def _mixer(self) -> Mixer | None:
@@ -268,6 +269,11 @@ class TrialRun:
         """As `counters`, with what a report shows besides, also of adjusted logits; every worker must call it."""
         self.model.eval()
         return self._evaluator.examine(self._forward, examples, adjust)
+
+    def examine_views(self, examples: Source) -> Examination:
+        """As `examine` by the mean logits of all views of each example; every worker must call it."""
+        self.model.eval()
+        return self._evaluator.examine(self._forward, examples, views=range(examples.num_views))
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,16 +126,30 @@ class Evaluator:
                 keep.add(batch.examples, logits)
         return counters.reduced(self.world)
 
+    def mean_outputs(
+        self, forward: Forward, examples: Source, index: Index, views: Sequence[int | None]
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """As `outputs`, the mean over some views of each example."""
+        streams = [self.outputs(forward, examples, index, view) for view in views]
+        # All views of an example come from one image, so that their batches hold the same examples.
+        for batches in zip(*streams, strict=True):
+            yield torch.stack([output for output, _ in batches]).mean(dim=0), batches[0][1]
+
     def examine(
-        self, forward: Forward, examples: Source, adjust: Callable[[Tensor, Index], Tensor] | None = None
+        self,
+        forward: Forward,
+        examples: Source,
+        adjust: Callable[[Tensor, Index], Tensor] | None = None,
+        views: Sequence[int | None] = (None,),
     ) -> Examination:
         """As `counters`, with what a report shows besides; every worker must call it.
 
-        `adjust` gives other logits from the logits and which examples they are of.
+        `adjust` gives other logits from the logits and which examples they are of; of several `views` the mean logits
+        count.
         """
         plain = _Look(len(examples.labels), len(self.data.class_names))
         adjusted = _Look(len(examples.labels), len(self.data.class_names))
-        for logits, batch in self.outputs(forward, examples, self.share(examples)):
+        for logits, batch in self.mean_outputs(forward, examples, self.share(examples), views):
             plain.add(logits, batch)
             if adjust is not None:
                 adjusted.add(adjust(logits, batch.examples), batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -56,7 +57,7 @@ class Feed(Protocol):
         """The batches at some places (B,) of an epoch's plan."""
 
     def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
-        """Examples (B,) in order, their evaluation crops or a stored view."""
+        """Examples (B,) in order, their evaluation crops or another view."""
 
 
 class StoredFeed:
@@ -111,7 +112,10 @@ class ImageFeed:
         device: torch.device,
         *,
         strict: bool,
+        expand: int = 0,
     ) -> None:
+        # Of test-time ensembling, whose crops are the views of an evaluation.
+        self._five_crop = preprocess.five_crop(expand)
         self._preprocess, self._augmentation = preprocess, augmentation
         self._seed, self._num_epochs = seed, num_epochs
         self._stream, self._device, self._strict = stream, device, strict
@@ -128,19 +132,24 @@ class ImageFeed:
 
     def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """A place in an epoch has its own crop, whichever worker reads it."""
-        return self._read(source, plan.rows, shares, self._augmentation, epoch)
+        progress = min(1.0, epoch / max(1, self._num_epochs - 1))
+        return self._read(
+            source,
+            plan.rows,
+            StreamPlan(plan.rows, shares, self._preprocess, self._augmentation, self._seed, epoch, progress),
+        )
 
     def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
-        assert view is None, "images have no stored views"
-        return self._read(source, np.arange(len(source)), chunks, None, 0)
+        """The evaluation crops, or with a `view` one of the five of test-time ensembling."""
+        examples = np.arange(len(source))
+        preprocess = self._preprocess if view is None else self._five_crop
+        plan = StreamPlan(examples, chunks, preprocess, None, self._seed, 0, view=view or 0)
+        return self._read(source, examples, plan)
 
-    def _read(
-        self, source: Source, examples: Index, shares: Sequence[Index], augmentation: Augmentation | None, epoch: int
-    ) -> Iterator[Batch]:
+    def _read(self, source: Source, examples: Index, plan: StreamPlan) -> Iterator[Batch]:
+        """The batches of a plan whose rows are these examples (N,) of the source."""
         assert isinstance(source, ImageRows), "a trial on images opens rows of the manifest"
-        progress = min(1.0, epoch / max(1, self._num_epochs - 1))
-        rows = source.places[examples]
-        plan = StreamPlan(rows, shares, self._preprocess, augmentation, self._seed, epoch, progress)
+        plan, shares = replace(plan, rows=source.places[examples]), plan.batches
         num_read = 0
         for share, batch in zip(shares, self._stream(source.manifest, plan), strict=True):
             self._note(batch)

@@ -174,6 +174,10 @@ class TrialSession:
                 adjusted = found.adjusted.metrics(run.data.class_stats)
                 scored |= {f"test_post_hoc/{name}": value for name, value in adjusted.items()}
             examined["test"] = (examples, found)
+        for split in feature_set.five_crop:
+            if split != "test" or settings.score_test:
+                crops = run.examine_views(TrialData.open_five_crops(run.config, feature_set, split))
+                scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
         if settings.model_folder is not None and self._world.rank == 0:
             save_model(settings.model_folder, run.model.eval())
             write_class_record(settings.model_folder, class_record(run, examined))
