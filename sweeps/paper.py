@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from imbvlm.sweep.command import add_arguments, run_command
@@ -67,9 +68,11 @@ LARGE: Mapping[str, Any] = {
         "optim": {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4, "cosine_cycles": 0.4375},
         "train": {"num_steps": 8192, "batch_size": 256, "clip_grad_norm": None},
     },
+    "own": {},
     "driver": "ray_train",
     "gpus_per_worker": 1,
     "cpus_per_worker": 4,
+    "fresh_crops": True,
     "smoke": {"train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0], "fresh_crops": False},
 }
 # The same in small, for two CPU cores.
@@ -79,11 +82,15 @@ SMALL: Mapping[str, Any] = {
         "decoder": {"depth": 3, "width": 192},
         "classifier": {"kind": "linear"},
         "optim": {"name": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4},
-        "train": {"num_epochs": 20, "batch_size": 128},
+        "train": {"num_epochs": 12, "batch_size": 128},
         "eval": {"resize": 1.0},
     },
+    # A classifier alone takes larger steps; the tower's own training takes a minute an epoch.
+    "own": {"linear_probe": {"optim.lr": 0.3}, "fine_tuning": {"train.num_epochs": 3}},
     "driver": "in_process",
-    "smoke": {"train.num_epochs": 1, "encoder.image_size": 64, "refit_seeds": [0], "fresh_crops": False},
+    # Fresh crops need the tower in every epoch: hours on a CPU.
+    "fresh_crops": False,
+    "smoke": {"train.num_epochs": 1, "encoder.image_size": 64, "refit_seeds": [0]},
 }
 
 
@@ -108,8 +115,8 @@ def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[Sweep
         "depth": Part("depth", "Depth of the decoder", _depths()),
         "cost": Part("cost", "Cost", methods, "cost"),
     }
-    chosen = [parts[name] for name in PARTS if name in names and parts[name].rows]
-    fields = {key: value for key, value in setting.items() if key != "base"}
+    chosen = [_with_own(parts[name], setting["own"]) for name in PARTS if name in names and parts[name].rows]
+    fields = {key: value for key, value in setting.items() if key not in ("base", "own")}
     found = SweepSpec.from_tree(
         {
             "name": "paper",
@@ -117,10 +124,15 @@ def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[Sweep
             **study_fields(chosen, base),
             **fields,
             "trial_scheduler": {"name": "none"},
-            "fresh_crops": True,
         }
     )
     return found, [sentence for sentence in left_out if sentence.split()[1] in names]
+
+
+def _with_own(part: Part, own: Mapping[str, Draw]) -> Part:
+    """The part with what a method sets otherwise on this scale."""
+    rows = [replace(row, draw={**row.draw, **own.get(row.draw["method"], {})}) for row in part.rows]
+    return replace(part, rows=rows)
 
 
 def _methods() -> list[Row]:
