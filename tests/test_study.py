@@ -22,6 +22,7 @@ from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.plan import describe_plan, make_plan
 from imbvlm.sweep.published import PUBLISHED, published_scores
+from imbvlm.sweep.recipes import LIFT
 from imbvlm.sweep.refits import listed_names, refits
 from imbvlm.sweep.report import study_tables
 from imbvlm.sweep.report.source import Source
@@ -259,11 +260,10 @@ def test_published_numbers_stand_only_beside_their_data_and_tower(tmp_path: Path
     renamed = Manifest.build(renamed.table, renamed.class_names, "imagenet_lt")
     renamed.write(str(tmp_path / "m.parquet"))
     assert published_scores(str(tmp_path / "m.parquet")) == []
-    of_adapter = spec().trial({"method": "adapter", "encoder.name": "openai_vit_b16"})
-    matching = [one for one in PUBLISHED if one.is_of(of_adapter)]
-    assert {one.dataset for one in matching} == {"imagenet_lt", "places_lt"}
-    of_decoder = spec().trial({"method": "decoder", "encoder.name": "openai_vit_b16"})
-    assert not any(one.is_of(of_decoder) for one in PUBLISHED)
+    recipe = spec().trial({**LIFT, "train.num_epochs": 10})
+    assert {one.dataset for one in PUBLISHED if one.is_of(recipe)} == {"imagenet_lt", "places_lt"}
+    for other in ({"loss.name": "focal"}, {"encoder.name": "laion2b_vit_b16"}, {"classifier.init": "random"}):
+        assert not any(one.is_of(recipe.with_overrides(other)) for one in PUBLISHED)
 
 
 # --------------------------------------------------------------------------------------------- sweeps/paper.py
@@ -310,3 +310,43 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     assert "7 listed configurations, after 2 baselines" in said
     assert "decoder-depth-6: method decoder, loss.name cross_entropy, decoder.depth 6" in said
     assert "Depth of the decoder: 0 blocks, 1 blocks" in said
+
+
+# ---------------------------------------------------------------------------------------------- sweeps/lift.py
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "plus"), [("imagenet_lt", 10, 5), ("places_lt", 10, 5), ("inat2018", 20, 15)]
+)
+def test_lifts_recipe_for_each_data_set(
+    recipe: str, epochs: int, plus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    lift = importlib.import_module("sweeps.lift")
+    made = lift.study(lift.PARTS, recipe)
+    space = check_spec(made)
+    configs = {name: made.trial(draw) for name, draw in space.configurations.items()}  # type: ignore[attr-defined]
+    lengths = {name: configs[name].train.num_epochs for name in ("lift-b16", "lift-l14", "lift-plus-b16")}
+    assert lengths == {"lift-b16": epochs, "lift-l14": epochs, "lift-plus-b16": plus}
+    one = configs["lift-b16"]
+    assert (one.optim.lr, one.optim.lr_schedule, one.train.batch_size, one.adapter.width) == (
+        0.01,
+        "half_cosine",
+        128,
+        None,
+    )
+    assert one.classifier.temperature == 0.04
+    assert all(config.reads_images for config in configs.values())
+    rows = {table.name: [row.configuration for row in table.rows] for table in made.study}
+    # The last step of the ablation, and the last of the losses, are the recipe itself.
+    assert rows["ablation"][-1] == rows["losses"][-1] == rows["recipe"][0] == "lift-b16"
+    said = describe_plan(make_plan(made, None))
+    assert f"data/{recipe}/manifest.parquet (NOT THERE" in said
+
+
+def test_lift_on_the_towers_of_the_package_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    lift = importlib.import_module("sweeps.lift")
+    made = lift.study(["ablation"], manifest="embedded:emoji_lt").with_settings({"encoder.name": "tinylit_lite0"})
+    with pytest.raises(ConfigError, match="adapter needs a transformer's blocks"):
+        make_plan(made, None)

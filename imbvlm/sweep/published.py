@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from imbvlm.config import TrialConfig
 from imbvlm.data.datasets import benchmark_of
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
+from imbvlm.schema import flat
+from imbvlm.sweep.recipes import LIFT
 
 
 @dataclass(frozen=True)
 class Published:
-    """Scores (percent, by metric) of a method with a tower on a benchmark of DATASETS, and who published them."""
+    """Scores (percent, by metric) on a benchmark of DATASETS, the settings of their recipe, and who published them."""
 
     dataset: str
-    encoder: str
-    method: str
+    settings: Mapping[str, Any]
     source: str
     scores: Mapping[str, float]
 
     def is_of(self, config: TrialConfig) -> bool:
-        """Whether a configuration is of the same method and tower."""
-        return config.encoder.name == self.encoder and config.method == self.method
+        """Whether a configuration has the recipe's settings."""
+        known = flat(config.to_tree())
+        return all(known.get(key) == value for key, value in self.settings.items())
 
 
 _LIFT = "published, five crops [LIFT, Shi et al. 2024]"
 
 PUBLISHED = tuple(
-    Published(dataset, encoder, "adapter", _LIFT, {"top1_accuracy": overall})
+    Published(dataset, {**LIFT, "encoder.name": encoder}, _LIFT, {"top1_accuracy": overall})
     for dataset, encoder, overall in (
         ("imagenet_lt", "openai_vit_b16", 78.3),
         ("imagenet_lt", "openai_vit_l14", 82.9),
