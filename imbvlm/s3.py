@@ -9,15 +9,17 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import pyarrow.fs as pafs
 
 from imbvlm.errors import StorageError
+
+T = TypeVar("T")
 
 SCHEME = "s3://"
 # Clients back off at 503 and slow answers this often; 403 and 404 aren't asked again by them.
@@ -28,7 +30,14 @@ _ATTEMPTS_DENIED = 3
 _FIRST_WAIT_SECONDS = 0.1
 # Refusals that another try can't change.
 _LASTING = (b"SignatureDoesNotMatch", b"InvalidAccessKeyId", b"ExpiredToken", b"InvalidToken", b"AccountProblem")
-_DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_TOKEN")
+_DENIED = (
+    "AccessDenied",
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "EXPIRED_TOKEN",
+    "INVALID_TOKEN",
+)
 _SETTINGS = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
@@ -90,7 +99,10 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
             raise FileNotFoundError(uri)
         code = re.search(rb"<Code>(\w+)</Code>", content)
         answer = f"{status or ''} {code[1].decode() if code else content[:200].decode('utf-8', 'replace')}".strip()
-        if status == 403 and (attempt + 1 >= _ATTEMPTS_DENIED or (code is not None and code[1] in _LASTING)):
+        if status == 403 and code is not None and code[1] in _LASTING:
+            # Not this object's fault: no other one would be had either.
+            raise denied(uri, code[1].decode())
+        if status == 403 and attempt + 1 >= _ATTEMPTS_DENIED:
             raise PermissionError(uri)
         if (status is not None and 400 <= status < 500 and status not in (403, 408, 429)) or status in (301, 307):
             break
@@ -170,8 +182,27 @@ def _session() -> Any:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether a pyarrow error is the store's refusal rather than a failure to answer."""
+    """Whether an error of pyarrow or boto3 is the store's refusal rather than a failure to answer."""
     return isinstance(error, PermissionError) or any(code in str(error) for code in _DENIED)
+
+
+def patiently(uri: str, call: Callable[[], T]) -> T:
+    """What `call` gives, asked again a bounded number of times while S3 refuses: under load it refuses what it allows.
+
+    For pyarrow and boto3, which don't ask again after a 403; refusals that last and everything else are raised at once.
+    """
+    if not uri.startswith(SCHEME):
+        return call()
+    from botocore.exceptions import ClientError
+
+    for attempt in range(_ATTEMPTS_DENIED - 1):
+        try:
+            return call()
+        except (OSError, ClientError) as error:
+            if not is_denied(error) or any(code.decode() in str(error) for code in _LASTING):
+                raise
+        time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
+    return call()
 
 
 def denied(uri: str, code: str = "") -> StorageError:

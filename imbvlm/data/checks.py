@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from imbvlm import storage
 from imbvlm.data.assembly import ORDER_DISAGREES
 from imbvlm.data.images import ImageError, decode, fetch
-from imbvlm.data.listing import list_tree
+from imbvlm.data.listing import listed_objects
 from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
-from imbvlm.data.packs import parse_range
+from imbvlm.data.packs import parse_range, whole_uri
 from imbvlm.data.table import SPLITS, Rows, count_of, listed, split_codes
 
 Severity = Literal["error", "warning", "note"]
@@ -100,32 +100,13 @@ def _missing_files(manifest: Manifest) -> Iterator[Finding]:
     local = np.array([storage.is_local(uri) for uri in uris], dtype=bool)
     absent = np.zeros(len(uris), dtype=bool)
     absent[local] = file_states([uri for uri, here in zip(uris, local, strict=True) if here])[:, 0] < 0
-    remote = [_whole(uri) for uri, here in zip(uris, local, strict=True) if not here]
+    remote = [whole_uri(uri) for uri, here in zip(uris, local, strict=True) if not here]
     if remote:
-        present = _listed_objects(remote)
+        present = listed_objects(remote)
         absent[~local] = [uri not in present for uri in remote]
     missing = [uri for uri, gone in zip(uris, absent, strict=True) if gone]
     if missing:
         yield Finding("error", f"{count_of(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
-
-
-def _whole(uri: str) -> str:
-    part = parse_range(uri)
-    return uri if part is None else part.uri
-
-
-def _listed_objects(uris: Sequence[str]) -> set[str]:
-    """The objects that exist below the deepest folder that is common to each bucket's uris."""
-    present: set[str] = set()
-    by_bucket: dict[str, list[str]] = {}
-    for uri in uris:
-        by_bucket.setdefault("/".join(uri.split("/", 3)[:3]), []).append(uri)
-    for group in by_bucket.values():
-        low, high = min(group), max(group)
-        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-        folder = low[:same].rpartition("/")[0]
-        present |= {f"{folder}/{file.path}" for file in list_tree(folder)}
-    return present
 
 
 def _same_uri(manifest: Manifest) -> Iterator[Finding]:

@@ -58,6 +58,8 @@ def _read_remote(uri: str, part: ByteRange | None) -> bytes:
     except FileNotFoundError:
         raise
     except PermissionError:
-        raise MissingError("access denied") from None
+        raise MissingError(
+            f"access denied for {s3.identity()}" if uri.startswith(s3.SCHEME) else "access denied"
+        ) from None
     except OSError as error:
         raise storage.failure("read", uri, error) from None

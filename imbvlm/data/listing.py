@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -23,6 +23,20 @@ def list_tree(root: str) -> list[Found]:
     """Every file below a root, sorted by path; hidden ones are left out. Raises StorageError."""
     found = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
     return sorted(file for file in found if not _hidden(file.path))
+
+
+def listed_objects(uris: Sequence[str]) -> dict[str, int]:
+    """Bytes of those objects that exist below the deepest folder common to each bucket's uris. Raises StorageError."""
+    present: dict[str, int] = {}
+    by_bucket: dict[str, list[str]] = {}
+    for uri in uris:
+        by_bucket.setdefault("/".join(uri.split("/", 3)[:3]), []).append(uri)
+    for group in by_bucket.values():
+        low, high = min(group), max(group)
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+        folder = low[:same].rpartition("/")[0]
+        present |= {f"{folder}/{file.path}": file.num_bytes for file in list_tree(folder)}
+    return present
 
 
 def _hidden(path: str) -> bool:
@@ -63,14 +77,18 @@ def _list_s3(root: str) -> list[Found]:
 
 
 def _level(client: Any, bucket: str, prefix: str) -> tuple[list[Found], list[str]]:
-    files: list[Found] = []
-    folders: list[str] = []
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
-        files += [Found(item["Key"], item["Size"]) for item in page.get("Contents", ())]
-        folders += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
-    return files, folders
+    pages = _pages(client, Bucket=bucket, Prefix=prefix, Delimiter="/")
+    folders = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+    return _files_of(pages), folders
 
 
 def _below(client: Any, bucket: str, prefix: str) -> list[Found]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return _files_of(_pages(client, Bucket=bucket, Prefix=prefix))
+
+
+def _pages(client: Any, **options: str) -> list[dict[str, Any]]:
+    return s3.patiently(s3.SCHEME, lambda: list(client.get_paginator("list_objects_v2").paginate(**options)))
+
+
+def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[Found]:
     return [Found(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]

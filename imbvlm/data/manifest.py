@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imbvlm import storage
+from imbvlm import s3, storage
 from imbvlm.assets import manifest_path
 from imbvlm.class_stats import ClassStats
 from imbvlm.data.table import (
@@ -242,11 +242,15 @@ def _resolve(source: str) -> str:
 
 def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
     filesystem, inner = storage.open_filesystem(path)
-    try:
+
+    def read() -> pa.Table:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream)
             present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
             return file.read(columns=present)
+
+    try:
+        return s3.patiently(path, read)
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except (OSError, pa.ArrowInvalid) as error:

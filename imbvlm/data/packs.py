@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from imbvlm import storage
 
-_RANGE = re.compile(r"#bytes=(\d+)\+(\d+)$")
+RANGE_MARK = "#bytes="
+_RANGE = re.compile(RANGE_MARK + r"(\d+)\+(\d+)$")
 _PACK_BYTES = 1_000_000_000
 
 
@@ -22,13 +23,19 @@ class ByteRange(NamedTuple):
 
 def range_uri(uri: str, offset: int, num_bytes: int) -> str:
     """The uri of an image that is a part of a file: `shard.tar#bytes=OFFSET+LENGTH`."""
-    return f"{uri}#bytes={offset}+{num_bytes}"
+    return f"{uri}{RANGE_MARK}{offset}+{num_bytes}"
 
 
 def parse_range(uri: str) -> ByteRange | None:
     """The file, offset and length that a uri speaks of, None for a whole file."""
     match = _RANGE.search(uri)
     return ByteRange(uri[: match.start()], int(match[1]), int(match[2])) if match else None
+
+
+def whole_uri(uri: str) -> str:
+    """The uri of the file that an image is, or is a part of."""
+    part = parse_range(uri)
+    return uri if part is None else part.uri
 
 
 class PackWriter:

@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from imbvlm import storage
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.data.listing import listed_objects
 from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
+from imbvlm.data.packs import RANGE_MARK, parse_range
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -25,7 +28,7 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
         f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
         f"{int(stats.counts[stats.counts > 0].min()):,} training images a class)",
         *_group_lines(stats),
-        f"bytes             {_size(num_bytes(manifest))}",
+        f"bytes             {_size_text(manifest)}",
         f"largest classes   {_examples(manifest, stats, -1, num_examples)}",
         f"smallest classes  {_examples(manifest, stats, 1, num_examples)}",
         *(f"note              {note}" for note in (*manifest.notes, *manifest.warnings)),
@@ -36,11 +39,26 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
 
 
 def num_bytes(manifest: Manifest) -> int:
-    """Bytes of all images that are embedded or on local disks; objects elsewhere count nothing."""
+    """Bytes of all images: embedded ones, parts of files, files, and objects, which are looked up by listing.
+
+    What isn't there counts nothing. Raises StorageError where a store can't be listed.
+    """
     embedded = pc.sum(pc.binary_length(manifest.table.column("bytes"))).as_py() or 0
-    bare = manifest.table.filter(manifest.table.column("bytes").is_null())
-    sizes = file_states(bare.column("uri").to_pylist())[:, 0]
-    return int(embedded + sizes[sizes > 0].sum())
+    uris = manifest.table.column("uri").filter(manifest.table.column("bytes").is_null())
+    in_parts = pc.match_substring(uris, RANGE_MARK)
+    parts = sum(part.num_bytes for uri in uris.filter(in_parts).to_pylist() if (part := parse_range(uri)))
+    whole = uris.filter(pc.invert(in_parts)).to_pylist()
+    remote = [uri for uri in whole if not storage.is_local(uri)]
+    sizes = file_states(whole)[:, 0]
+    objects = listed_objects(remote) if remote else {}
+    return int(embedded + parts + sizes[sizes > 0].sum() + sum(objects.get(uri, 0) for uri in remote))
+
+
+def _size_text(manifest: Manifest) -> str:
+    try:
+        return _size(num_bytes(manifest))
+    except storage.StorageError as error:
+        return f"not known: {error}"
 
 
 def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:

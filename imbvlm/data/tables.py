@@ -29,6 +29,8 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 # Images up to this size in all stay inside the manifest; more go to pack files beside it, so that memory stays flat.
 EMBED_AT_MOST_BYTES = 128_000_000
+# Of a Parquet file, whose row groups may hold all of its images.
+_ROWS_AT_ONCE = 1024
 
 
 def from_table(
@@ -205,8 +207,8 @@ def _read_parquet(path: str) -> Any:
     try:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream)
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group)
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except OSError as error:
