@@ -74,6 +74,9 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a key of the sweep or a dotted key of its trials",
     )
+    parser.add_argument(
+        "--warm-start", action="append", default=[], metavar="FOLDER", help="an earlier sweep that guides this one"
+    )
     parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="what an hour of one GPU costs")
 
 
@@ -117,7 +120,7 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
         spec = read_spec(folder)
         parent = storage.absolute(folder).rpartition("/")[0]
         options = argparse.Namespace(
-            smoke=False, set=list(settings), manifest=None, storage=parent, price=None, resume=folder,
+            smoke=False, set=list(settings), manifest=None, storage=parent, price=None, warm_start=[], resume=folder,
             add_trials=add_trials, dry_run=False,
         )  # fmt: skip
     except ImbvlmError as error:
@@ -151,6 +154,8 @@ def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
         settings["data.manifest"] = options.manifest
     if options.storage:
         settings["storage"] = options.storage
+    if options.warm_start:
+        settings["warm_start"] = [storage.absolute(folder) for folder in options.warm_start]
     if options.price is not None:
         settings["price_per_gpu_hour"] = options.price
     return spec.with_settings(settings) if settings else spec
@@ -200,7 +205,7 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
     ignored = (
         *("storage", "max_concurrent_trials", "max_failures", "smoke"),
-        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour"),
+        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "warm_start"),
     )
     keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

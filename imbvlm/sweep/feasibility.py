@@ -106,15 +106,22 @@ def _workers_on(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
     """Refuse an objective over classes that validation doesn't have; raises ConfigError."""
-    group = spec.objective.removeprefix("val/").removesuffix("_accuracy")
+    wanted = dict.fromkeys([*spec.objectives, *spec.constraints])
+    groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in wanted]
+    missing = [
+        group
+        for group in groups
+        if group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group))
+    ]
     if not sum(val_labels_per_class):
         message = (
             "no class has a validation image (carving needs classes of 5 or more training images), so that nothing can "
             "be selected"
         )
-    elif group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group)):
+    elif missing:
         message = (
-            f"objective {spec.objective}: no {group} class has a validation image here; choose val/balanced_accuracy"
+            f"val/{missing[0]}_accuracy: no {missing[0]} class has a validation image here; choose "
+            "val/balanced_accuracy"
         )
     else:
         return

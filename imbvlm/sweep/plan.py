@@ -35,6 +35,7 @@ from imbvlm.sweep.estimate import (
 )
 from imbvlm.sweep.feasibility import check_models, concurrent_trials, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
+from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import needed_outputs
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
@@ -293,6 +294,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"sweep {spec.name}",
         *trials,
         f"  objective   {spec.best_objective}, the running maximum over epochs",
+        *_other_objectives(spec),
         *searcher,
         *_arms(spec, space),
         f"  stopping    {stopping}",
@@ -300,6 +302,18 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"and {spec.gpus_per_worker:g} GPUs",
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
+
+
+def _other_objectives(spec: SweepSpec) -> list[str]:
+    lines = []
+    if spec.other_objectives:
+        asha = "; ASHA sees the first objective alone" if isinstance(spec.trial_scheduler, AshaConfig) else ""
+        others = ", ".join(spec.other_objectives)
+        lines.append(f"  others      {others}: the search looks for what none beats in all{asha}")
+    for metric, limit in spec.constraints.items():
+        lines.append(f"  constraint  {metric} {'at most' if metric == SECONDS else 'at least'} {limit:g}")
+    lines += [f"  warm start  {folder}" for folder in spec.warm_start]
+    return lines
 
 
 def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:

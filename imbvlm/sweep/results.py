@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,6 +16,8 @@ from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.schema import Tree, flat
+from imbvlm.sweep.objectives import violations
+from imbvlm.yaml_file import parse_yaml
 
 TrialKind = Literal["baseline", "search", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
@@ -85,12 +88,15 @@ class TrialLog:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        # Of the sweep: who breaks one comes behind all that don't.
+        self.constraints: Mapping[str, float] = {}
         self.records: dict[str, TrialRecord] = {}
 
     @staticmethod
     def read(folder: str) -> TrialLog:
         """All records of a sweep; raises ImbvlmError for one that can't be read."""
         log = TrialLog(folder)
+        log.constraints = _constraints(folder)
         for name in storage.list_files(storage.join(folder, "trials")):
             if not name.endswith(".json"):
                 continue
@@ -121,12 +127,22 @@ class TrialLog:
         return [self.records[key] for key in sorted(self.records) if self.records[key].kind == kind]
 
     def best(self, objective: str, kind: TrialKind = "search") -> list[TrialRecord]:
-        """Records that have a value, the best first; ties go to the earlier trial."""
+        """Records that have a value, the best first; ties go to the earlier trial.
+
+        Those of the search that break a constraint come last, the nearest to meeting them first.
+        """
         key = objective.replace("val/", "val/best_")
-        valued = [(record.best_value(key), record) for record in self.of(kind)]
-        return [
-            record for value, record in sorted(((v, r) for v, r in valued if v is not None), key=lambda pair: -pair[0])
-        ]
+        ranked = []
+        for record in self.of(kind):
+            value = record.best_value(key)
+            if value is not None:
+                broken = self.broken(record, objective) if kind == "search" else 0.0
+                ranked.append((broken, -value, record))
+        return [record for *_, record in sorted(ranked, key=lambda one: one[:2])]
+
+    def broken(self, record: TrialRecord, objective: str) -> float:
+        """By how much a trial breaks the sweep's constraints, in all; 0 where it meets them."""
+        return sum(max(0.0, one) for one in violations(record.epochs, objective, self.constraints))
 
     def write_table(self) -> str:
         """Write results.parquet, one row a trial, and return its location."""
@@ -135,6 +151,15 @@ class TrialLog:
         uri = storage.join(self.folder, "results.parquet")
         storage.write_bytes(uri, sink.getvalue().to_pybytes())
         return uri
+
+
+def _constraints(folder: str) -> Mapping[str, float]:
+    """Those of the sweep in a folder; none before it has a specification."""
+    uri = storage.join(folder, "sweep.yaml")
+    if not storage.exists(uri):
+        return {}
+    found: Mapping[str, float] = parse_yaml(storage.read_bytes(uri).decode(), uri).data.get("constraints") or {}
+    return found
 
 
 def results_table(records: list[TrialRecord]) -> pa.Table:

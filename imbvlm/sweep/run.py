@@ -25,7 +25,7 @@ from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
-from imbvlm.sweep.export import write_best
+from imbvlm.sweep.export import best_config, write_best
 from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
 from imbvlm.sweep.post_hoc import (
     PostHoc,
@@ -43,11 +43,23 @@ from imbvlm.sweep.report.write import write_report
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
-from imbvlm.sweep.summary import NUM_BEST, causes, opening, scores_table, search_table, verdict
+from imbvlm.sweep.summary import (
+    NUM_BEST,
+    causes,
+    opening,
+    pareto_records,
+    pareto_table,
+    scores_table,
+    search_table,
+    verdict,
+)
+from imbvlm.sweep.warm_start import told, warm_starts
 from imbvlm.training.session import TrialSettings
+from imbvlm.yaml_file import dump_yaml
 
 SPEC_FILE = "sweep.yaml"
 LOG_FILE = "ray.log"
+PARETO_FOLDER = "pareto"
 
 
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
@@ -58,6 +70,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     check_manifest(spec, manifest)
     check_models(spec, space)
     log = TrialLog.read(folder)
+    log.constraints = spec.constraints
     log_file = storage.local_path(folder) / LOG_FILE if storage.is_local(folder) else Path(f"{spec.name}.log")
     console.say(opening(spec, manifest, folder, log))
     with console.others_to(log_file):
@@ -118,7 +131,13 @@ class _Sweep:
         known = [record for record in self.log.of("search") if record.state in ENDED]
         make = payload(self.lane, self._search_settings)
         self.lane.count_spent()
-        searcher = StudySearcher(self.spec, self.space, jobs, known, make, self.budget)
+        starts = warm_starts(self.spec, self.space)
+        for start in starts:
+            self.console.say(start.describe())
+        searcher = StudySearcher(
+            self.spec, self.space, jobs, known, make, self.budget,
+            lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), told(starts),
+        )  # fmt: skip
         if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
             run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
         self.log.write_table()
@@ -203,6 +222,8 @@ class _Sweep:
         say()
         say(search_table(self.log, self.spec))
         say(verdict(self.log, self.spec))
+        if self.spec.other_objectives:
+            self._keep_pareto()
         self._say_scores()
         write_best(self.folder, best)
         report = self._report()
@@ -220,6 +241,16 @@ class _Sweep:
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
         say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
+
+    def _keep_pareto(self) -> None:
+        """The trials that none beats in every objective: shown, and each one's configuration under pareto/."""
+        records = pareto_records(self.log, self.spec)
+        self.console.say()
+        self.console.say(pareto_table(records, self.spec))
+        for record in records:
+            uri = storage.join(self.folder, PARETO_FOLDER, f"{record.trial_id}.yaml")
+            storage.write_bytes(uri, dump_yaml(best_config(record).to_tree()).encode())
+        self.console.say(f"their configurations: {storage.join(self.folder, PARETO_FOLDER)}/TRIAL.yaml")
 
     def _say_scores(self) -> None:
         """What the test split answered: winner and baselines, a study's tables, what fresh crops change."""

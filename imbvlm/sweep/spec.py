@@ -20,19 +20,11 @@ from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
 from imbvlm.sweep.listed_space import ListedSpace
+from imbvlm.sweep.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, value_in
 from imbvlm.sweep.space_file import parse_space, read_space
 from imbvlm.sweep.study_config import StudyTable
 from imbvlm.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
-
-# What a trial reports on validation and a sweep can maximise; each has its running maximum as val/best_...
-OBJECTIVES = (
-    "val/top1_accuracy",
-    "val/balanced_accuracy",
-    "val/many_shot_accuracy",
-    "val/medium_shot_accuracy",
-    "val/few_shot_accuracy",
-)
 
 
 class SearcherConfig(Section):
@@ -77,6 +69,12 @@ class SweepSpec(Section):
     )
     space: str | dict[str, Any] = Field(description="a shipped space's name, a YAML's path, or the space itself")
     objective: str = "val/balanced_accuracy"
+    other_objectives: list[str] = Field(
+        [], description="what else counts: the search looks for trials that none beats in all; the first still decides"
+    )
+    constraints: dict[str, float] = Field(
+        {}, description="accuracies at least, time/train_seconds at most; who breaks one isn't chosen"
+    )
     num_trials: int = Field(24, ge=1, description="different configurations trained; baselines don't count")
     max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
     max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
@@ -93,6 +91,7 @@ class SweepSpec(Section):
     trial_scheduler: TrialSchedulerConfig = AshaConfig()
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
     first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
+    warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials the sampler is told")
     refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     study: list[StudyTable] = Field(
         [], description="tables of listed configurations, each of which is refitted and scored as the winner is"
@@ -213,6 +212,11 @@ class SweepSpec(Section):
         return YamlTree(data, self._origin.file or f"{key} of sweep {self.name}", inside)
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """The metric that decides, and the others."""
+        return (self.objective, *self.other_objectives)
+
+    @property
     def best_objective(self) -> str:
         """The reported key of the objective's running maximum, which Tune, ASHA, Optuna and every table use."""
         return self.objective.replace("val/", "val/best_")
@@ -253,10 +257,47 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
 
 
 def _check_objective(spec: SweepSpec) -> list[Problem]:
-    if spec.objective in OBJECTIVES:
-        return []
-    message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, OBJECTIVES)}"
-    return [Problem(message, spec.where("objective"))]
+    problems = []
+    if spec.objective not in ACCURACIES:
+        message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, ACCURACIES)}"
+        problems.append(Problem(message, spec.where("objective")))
+    known = (*ACCURACIES, SECONDS)
+    for index, metric in enumerate(spec.other_objectives):
+        if metric not in known:
+            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+        elif metric == spec.objective or metric in spec.other_objectives[:index]:
+            message = f"{metric} is an objective already; take it out"
+        else:
+            continue
+        problems.append(Problem(f"other_objectives: {message}", spec.where("other_objectives", index)))
+    for metric, limit in spec.constraints.items():
+        if metric not in known:
+            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+        elif metric != SECONDS and not 0 <= limit <= 1:
+            message = f"{metric} is a fraction from 0 to 1, and its limit is {limit:g}"
+        elif limit < 0:
+            message = f"{metric} can't be below 0, and its limit is {limit:g}"
+        else:
+            continue
+        problems.append(Problem(f"constraints: {message}", spec.where("constraints", metric)))
+    return [*problems, *_check_objectives_together(spec)]
+
+
+def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
+    problems = []
+    if SECONDS in spec.other_objectives and not isinstance(spec.trial_scheduler, NoSchedulerConfig):
+        message = (
+            f"{SECONDS} is an objective, and a trial that ASHA stops would seem cheap; set trial_scheduler.name: none, "
+            "or make it a constraint"
+        )
+        problems.append(Problem(message, spec.where("other_objectives")))
+    if spec.study and (spec.other_objectives or spec.constraints or spec.warm_start):
+        message = "a study searches nothing: other_objectives, constraints and warm_start have no effect; take them out"
+        problems.append(Problem(message, spec.where("study")))
+    if spec.searcher.name == "random" and spec.warm_start:
+        message = "searcher random learns nothing from warm_start; set searcher.name: tpe, or take it out"
+        problems.append(Problem(message, spec.where("warm_start")))
+    return problems
 
 
 def _check_limits(spec: SweepSpec) -> list[Problem]:

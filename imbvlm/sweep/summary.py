@@ -9,7 +9,8 @@ import numpy as np
 
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.data.manifest import Manifest, carve_validation
-from imbvlm.sweep.console import percent, table
+from imbvlm.sweep.console import duration, percent, table
+from imbvlm.sweep.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 
@@ -55,7 +56,8 @@ def causes(failed: list[TrialRecord]) -> str:
 
 def search_table(log: TrialLog, spec: SweepSpec) -> str:
     """The best trials and both baselines on validation, each at the epoch with its best objective; percent."""
-    rows = [_row(record, spec) for record in log.best(spec.objective)[:NUM_BEST]]
+    best = log.best(spec.objective)[:NUM_BEST]
+    rows = [_row(record, spec, log.broken(record, spec.objective) > 0) for record in best]
     rows += [_row(record, spec) for record in log.of("baseline")]
     header = ["trial", "what", "epochs", "views", *HEADINGS]
     return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
@@ -64,6 +66,9 @@ def search_table(log: TrialLog, spec: SweepSpec) -> str:
 def verdict(log: TrialLog, spec: SweepSpec) -> str:
     """Whether the best trial beats the best baseline on validation by more than the standard error."""
     best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")
+    if log.broken(best, spec.objective):
+        wanted = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
+        return f"no trial meets the constraints ({wanted}); {best.trial_id} comes nearest: try more trials"
     if not baselines:
         return "no baseline gave a result"
     name = baselines[0].name
@@ -86,9 +91,30 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     )
 
 
-def _row(record: TrialRecord, spec: SweepSpec) -> list[str]:
+def pareto_records(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
+    """The trials of the search that meet the constraints and that no other beats in every objective, the best first."""
+    able = [one for one in log.best(spec.objective) if not log.broken(one, spec.objective)]
+    valued = [(one, outcome(one.epochs, spec.objective, spec.other_objectives, {})) for one in able]
+    known = [(one, found.values) for one, found in valued if found is not None]
+    return [known[index][0] for index in pareto_indices([values for _, values in known], spec.objectives)]
+
+
+def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
+    """Those that none beats in every objective, with each objective's value."""
+    rows = []
+    for record in records:
+        values = [metric_value(record.epochs, spec.objective, metric) for metric in spec.objectives]
+        shown = [
+            duration(value or 0.0) if metric == SECONDS else percent(value)
+            for metric, value in zip(spec.objectives, values, strict=True)
+        ]
+        rows.append([record.trial_id, describe(record), *shown])
+    return f"no trial is better in all objectives than these (%):\n{table(['trial', 'what', *spec.objectives], rows)}"
+
+
+def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str]:
     best = record.best_epoch(spec.objective) or {}
-    what = record.name or describe(record)
+    what = (record.name or describe(record)) + (" (BREAKS A CONSTRAINT)" if breaks else "")
     return [
         record.trial_id,
         what,

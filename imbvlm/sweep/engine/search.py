@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +17,18 @@ from imbvlm.sweep.arms import Arms, RandomTrial
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.listed_space import ListedSpace
+from imbvlm.sweep.objectives import Epochs, Outcome, direction, outcome
 from imbvlm.sweep.results import TrialKind, TrialRecord
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.warm_start import WarmTrial
 
 # So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
 # value again and again proposes nothing else.
 MAX_REPEATS = 8
 # So many random draws of a space that can't be counted are tried until it is taken for exhausted.
 MAX_RANDOM_DRAWS = 500
+VIOLATIONS = "violations"
 
 
 @dataclass
@@ -87,8 +90,11 @@ class StudySearcher(_UnsavedSearcher):
         known: list[TrialRecord],
         payload: Callable[[Job], Tree],
         budget: Budget,
+        epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
+        warm: Sequence[WarmTrial] = (),
     ) -> None:
         super().__init__(metric=spec.best_objective, mode="max")
+        self._epochs_of = epochs_of
         self._spec, self._space, self._payload, self._budget = spec, space, payload, budget
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
@@ -96,14 +102,17 @@ class StudySearcher(_UnsavedSearcher):
         self._arms = Arms(spec, space)
         self._running: dict[str, Job] = {}
         # By canonical key: the value of each configuration, and who waits for that of a running one.
-        self._values: dict[str, float | None] = {}
+        self._values: dict[str, Outcome | None] = {}
         self._waiting: dict[str, list[optuna.trial.Trial]] = {}
         self._handed_out = 0
         ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
-        self.study = optuna.create_study(direction="maximize", sampler=_sampler(spec, len(known)))
+        directions = [direction(metric) for metric in spec.objectives]
+        self.study = optuna.create_study(directions=directions, sampler=_sampler(spec, len(known)))
+        for one in warm:
+            self._add_finished(one.draw, self._outcome(one.record.epochs))
         for record in known:
             self._add_known(record)
 
@@ -124,16 +133,30 @@ class StudySearcher(_UnsavedSearcher):
         job = self._running.pop(trial_id, None)
         if job is None or job.asked is None:
             return
-        value = None if error or not result or result.get("failure") else self._value(result)
+        value = None if error or not result or result.get("failure") else self._outcome(self._epochs(job, result))
         key = canonical_key(job.config)
         self._values[key] = value
         for asked in [job.asked, *self._waiting.pop(key, [])]:
             self._tell(asked, value)
 
-    def _value(self, result: Tree) -> float | None:
-        """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best."""
-        value = result.get(self._spec.best_objective, math.nan)
-        return float(value) if math.isfinite(value) else None
+    def _epochs(self, job: Job, result: Tree) -> list[Mapping[str, float]]:
+        """All that a trial has reported; its record may not have the last report yet."""
+        before = [epoch for epoch in self._epochs_of(job.trial_id) if epoch["epoch"] < result.get("epoch", math.inf)]
+        return [*before, result]
+
+    def _outcome(self, epochs: Epochs) -> Outcome | None:
+        """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best.
+
+        The objective's value is its running maximum, which also an epoch has that an earlier process ran.
+        """
+        spec, best = self._spec, self._spec.best_objective
+        value = max((one[best] for one in epochs if math.isfinite(one.get(best, math.nan))), default=None)
+        if value is None:
+            return None
+        if not spec.other_objectives and not spec.constraints:
+            return Outcome((float(value),), ())
+        found = outcome(epochs, spec.objective, spec.other_objectives, spec.constraints)
+        return None if found is None else Outcome((float(value), *found.values[1:]), found.violations)
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
@@ -207,25 +230,37 @@ class StudySearcher(_UnsavedSearcher):
         self._handed_out += 1
         self._arms.count(job.draw)
 
-    def _tell(self, asked: optuna.trial.Trial, value: float | None) -> None:
+    def _tell(self, asked: optuna.trial.Trial, value: Outcome | None) -> None:
         if value is None:
             self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        else:
-            self.study.tell(asked, value)
+            return
+        asked.set_user_attr(VIOLATIONS, value.violations)
+        self.study.tell(asked, list(value.values))
 
     # --------------------------------------------------------------------------------------- what is resumed
 
     def _add_known(self, record: TrialRecord) -> None:
         value = record.best_value(self._spec.best_objective)
-        self._values[canonical_key(record.trial_config())] = value
+        told = None if value is None else self._outcome(record.epochs)
+        self._values[canonical_key(record.trial_config())] = told
         self._handed_out += 1
         self._arms.count(record.draw)
-        fixed = optuna.trial.FixedTrial(self._space.names_of(record.draw, self._spec.base))
+        self._add_finished(record.draw, told)
+
+    def _add_finished(self, draw: Draw, value: Outcome | None) -> None:
+        """A trial that this study didn't ask for."""
+        fixed = optuna.trial.FixedTrial(self._space.names_of(draw, self._spec.base))
         self._space.draw(fixed, self._spec.base)
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
+        # The sampler reads violations there; of trials that it has asked for it writes them itself.
+        attributes = {} if value is None or not value.violations else {"constraints": list(value.violations)}
         self.study.add_trial(
             optuna.trial.create_trial(
-                state=state, value=value, params=fixed.params, distributions=dict(fixed.distributions)
+                state=state,
+                values=None if value is None else list(value.values),
+                params=fixed.params,
+                distributions=dict(fixed.distributions),
+                system_attrs=attributes,
             )
         )
 
@@ -241,5 +276,14 @@ def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:
     if spec.searcher.name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=spec.searcher.num_startup_trials, multivariate=True, group=True, constant_liar=True
+        seed=seed,
+        n_startup_trials=spec.searcher.num_startup_trials,
+        multivariate=True,
+        group=True,
+        constant_liar=True,
+        constraints_func=_violations if spec.constraints else None,
     )
+
+
+def _violations(trial: optuna.trial.FrozenTrial) -> list[float]:
+    return list(trial.user_attrs[VIOLATIONS])
