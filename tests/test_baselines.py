@@ -49,6 +49,14 @@ def test_the_probe_is_plain_softmax_whatever_the_base_says() -> None:
     assert probe["optim"]["lr_schedule"] == "constant"
 
 
+def test_trials_on_fresh_crops_share_the_baselines_and_features_of_their_tower() -> None:
+    spec, space = made("features.store: {choice: [true, false]}")
+    assert [one.name for one in baselines(spec, space)] == ["zero-shot", "linear probe"]
+    keys = {tower_key(spec.trial(draw)) for draw in space.finite_draws(spec.base) or []}
+    assert keys == {tower_key(zero_shot_config(spec, draw)) for draw in tower_draws(spec, space)}
+    assert len(keys) == 1
+
+
 def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
     found = baselines(*made("encoder.name: {choice: [a, b]}"))
     assert [one.name for one in found] == ["zero-shot a", "linear probe a", "zero-shot b", "linear probe b"]

@@ -14,8 +14,9 @@ from imbvlm.yaml_file import YamlTree
 # The probe trains until validation hasn't improved for so many epochs.
 PROBE_PATIENCE = 10
 PROBE_EPOCHS = 100
-# What decides which features a trial reads.
+# What decides which features a trial reads; one that runs the tower itself shares those of trials that read its output.
 TOWER_SECTIONS = ("encoder", "features", "eval", "prompts")
+NOT_OF_TOWER = "features.store"
 PROBE: Tree = {
     "classifier": {"kind": "linear"},
     "loss": {"name": "cross_entropy"},
@@ -39,16 +40,21 @@ def tower_draws(spec: SweepSpec, space: SearchSpace) -> list[Draw]:
 
     Raises ConfigError for a continuous range, since each value is a pass over all images.
     """
-    return space.choices_over([p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS], spec.base)
+    keys = [p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
+    return space.choices_over(keys, spec.base)
 
 
 def tower_key(config: TrialConfig) -> str:
     """Equal for configurations that read the same features."""
     tree = config.to_tree()
-    prompts = tree.get("prompts") or {}
-    return json.dumps(
-        {**{key: tree[key] for key in ("encoder", "features", "eval")}, "prompts": prompts}, sort_keys=True
-    )
+    features = {key: value for key, value in tree["features"].items() if f"features.{key}" != NOT_OF_TOWER}
+    found = {
+        "encoder": tree["encoder"],
+        "features": features,
+        "eval": tree["eval"],
+        "prompts": tree.get("prompts") or {},
+    }
+    return json.dumps(found, sort_keys=True)
 
 
 def zero_shot_config(spec: SweepSpec, draw: Draw) -> TrialConfig:

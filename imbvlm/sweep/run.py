@@ -176,14 +176,12 @@ class _Sweep:
         ]
         name_earlier(self.log, {job.trial_id: job.name for job in jobs})
         waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
-        # A trial on fresh crops reads the features of the one that it is compared with.
-        towers = {refit.name: tower_key(refit.record.trial_config()) for refit in chosen}
         self.post_hoc = choose_post_hoc(self.folder, chosen, self.log, self.spec.objective)
         write_post_hoc(self.folder, self.post_hoc)
 
         def settings(job: Job) -> TrialSettings:
-            features = self.features[towers[job.name]]
-            test = test_features.get(towers[job.name])
+            features = self.features[tower_key(job.config)]
+            test = test_features.get(tower_key(job.config))
             if test is not None:
                 features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
             model = storage.join(self.folder, "refits", job.trial_id)
