@@ -21,12 +21,19 @@ def encoder() -> Encoder:
     return Encoder.from_config(EncoderConfig(name="tinylit_lite0"), EvalConfig())
 
 
-@pytest.mark.parametrize("templates", ["plain", "imagenet"])
-def test_equal_to_open_clips_zero_shot_classifier(encoder: Encoder, templates: str) -> None:
+OWN = ("a {} on white", "the {}, from above.", "{}")
+
+
+@pytest.mark.parametrize("templates", ["plain", "imagenet", OWN, OWN[:1]])
+def test_equal_to_open_clips_zero_shot_classifier(encoder: Encoder, templates: str | tuple[str, ...]) -> None:
+    """By the sentences of a configuration: a set by name, or the user's own, one or several."""
+    own = [lambda name, text=text: text.replace("{}", name) for text in OWN]
     functions = {"plain": [lambda name: f"a photo of a {name}."], "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES}
+    functions |= {OWN: own, OWN[:1]: own[:1]}
     tokenizer = open_clip.get_tokenizer(encoder.source.model)
     expected = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, NAMES, functions[templates])
-    got = class_embeddings(encoder, NAMES, TEMPLATES[templates])
+    sentences = templates_of(PromptsConfig(templates=templates if isinstance(templates, str) else list(templates)))
+    got = class_embeddings(encoder, NAMES, sentences)
     torch.testing.assert_close(got, expected.T, atol=1e-5, rtol=1e-5)
     assert got.shape == (len(NAMES), 384)
     torch.testing.assert_close(got.norm(dim=1), torch.ones(len(NAMES)))

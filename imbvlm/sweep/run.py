@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features
-from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
-from imbvlm.models.methods import METHODS
+from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console, duration, table
@@ -239,6 +240,9 @@ class _Sweep:
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
         say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
+        untried = untried_methods(self.spec, self.space, [one.info for one in self.features.values()])
+        if untried:
+            say(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
 
     def _keep_pareto(self) -> None:
         """The trials that none beats in every objective: shown, and each one's configuration under pareto/."""
@@ -383,9 +387,21 @@ class _Sweep:
 
 def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]:
     """What the space's methods and the baselines read of a tower."""
-    methods = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
-    reads: set[OutputName] = {METHODS[str(method)].reads for method in methods}
+    reads: set[OutputName] = {METHODS[method].reads for method in _methods_of(spec, space)}
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
+
+
+def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
+    """Methods that train, that the space leaves out, and that some of these towers could take."""
+    base = zero_shot_config(spec, tower_draws(spec, space)[0])
+    left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(spec, space)]
+    could = {name: base.with_overrides({"method": name}) for name in left}
+    return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]
+
+
+def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
+    chosen = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
+    return {str(method) for method in chosen}
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:

@@ -1,0 +1,116 @@
+"""What each method and each loss costs, as rows of the README's tables.
+
+    python tests/benchmarks/bench_methods.py
+
+A ViT-B/16 of random weights at 224 px, 100 classes, an epoch of 1,000 images in batches of 128, on one CPU core in
+float32. Seconds are the core's own, so that other programs on the machine change little. Memory is what a trial adds
+to its process. Losses: one forward and backward pass over logits (256, 8142).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import torch
+from PIL import Image
+from towers import write_config
+
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.losses import LOSSES, build_loss
+from imbvlm.models.encoder import Encoder
+from imbvlm.models.methods import METHODS, build_model
+from imbvlm.models.tower_classifier import count_parameters
+from imbvlm.sweep.calibration import _made_up_data, _tower_speed, _trial_speed
+
+NUM_CLASSES, NUM_IMAGES, BATCH_SIZE = 100, 1000, 128
+LOGITS = (256, 8142)
+CPU = torch.device("cpu")
+
+
+def manifest(folder: Path) -> str:
+    """Photos of noise, 256 px, a few of each class."""
+    rng, contents = np.random.default_rng(0), []
+    for _ in range(16):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(stream, "JPEG")
+        contents.append(stream.getvalue())
+    number = np.arange(2 * NUM_CLASSES)
+    table = pa.table(
+        {
+            "bytes": [contents[n % len(contents)] for n in number],
+            "label": (number % NUM_CLASSES).astype(np.int32),
+            "split": ["train" if n < NUM_CLASSES else "val" for n in number],
+        }
+    )
+    path = str(folder / "manifest.parquet")
+    Manifest.build(table, [f"thing number {n}" for n in range(NUM_CLASSES)], "noise").write(path)
+    return path
+
+
+def methods(folder: Path) -> Iterator[str]:
+    """A row for each method: trained parameters, memory, seconds of an epoch and of 1,000 images' evaluation."""
+    data = {"manifest": manifest(folder)}
+    encoder = {"name": write_config(folder / "tower", dict(open_clip.get_model_config("ViT-B-16")))}
+    config = TrialConfig.from_tree({"data": data, "encoder": encoder, "method": "zero_shot"})
+    info = Encoder.from_config(config.encoder, config.eval).info
+    seconds = 1000 * _tower_speed(config, CPU).tower_seconds
+    yield f"the tower over 1,000 images, once for all that read stored features: {seconds:.0f} s"
+    yield "| method | trained parameters | memory | seconds of an epoch | of evaluating 1,000 images |"
+    for name, entry in METHODS.items():
+        tree = {"data": data, "encoder": encoder, "method": name}
+        if entry.trains:
+            tree["train"] = {"batch_size": BATCH_SIZE}
+        config = TrialConfig.from_tree(tree)
+        with tempfile.TemporaryDirectory() as made:
+            counts = count_parameters(build_model(config, _made_up_data(config, Path(made)), CPU), info)
+        speed = _trial_speed(0, config, CPU)
+        train, evaluate = NUM_IMAGES * speed.train_seconds, 1000 * speed.eval_seconds
+        yield (
+            f"| `{name}` | {counts.trained:,} | {speed.host_bytes / 2**20:,.0f} MiB | {train:,.3g} s | "
+            f"{evaluate:,.3g} s |"
+        )
+
+
+def losses() -> Iterator[str]:
+    """A row for each loss: milliseconds of one pass forward and back."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(LOGITS, generator=generator, requires_grad=True)
+    targets = torch.randint(LOGITS[1], LOGITS[:1], generator=generator)
+    counts = 1000 / torch.arange(1, LOGITS[1] + 1)
+    yield "| loss | ms |"
+    for name in LOSSES:
+        loss = build_loss(name, counts.ceil())
+        times = []
+        for _ in range(7):
+            started = time.process_time()
+            loss(logits, targets).backward()
+            times.append(time.process_time() - started)
+        yield f"| `{name}` | {1000 * sorted(times)[3]:.0f} |"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="imbvlm-bench-") as folder:
+        with mock.patch("time.perf_counter", time.process_time):
+            for line in methods(Path(folder)):
+                print(line, flush=True)
+        for line in losses():
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
