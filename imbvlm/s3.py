@@ -209,7 +209,8 @@ def denied(uri: str, code: str = "") -> StorageError:
     """The error for a refusal: bucket, key and who asked."""
     bucket, key = split(uri)
     what = f"key {key!r} in bucket {bucket!r}" if key else f"bucket {bucket!r}"
-    return StorageError(f"access to {what} is denied for {identity()}{f' ({code})' if code else ''}")
+    mend = "look at the keys and at the bucket's policy"
+    return StorageError(f"access to {what} is denied for {identity()}{f' ({code})' if code else ''}; {mend}")
 
 
 @contextmanager

@@ -1,14 +1,24 @@
 """Files by path or URI, local disk and S3 alike; what is written appears whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.fs as pafs
 
 from imbvlm import s3
 from imbvlm.errors import StorageError as StorageError
+
+# So long a store that has gone away is waited for when files are read, written or looked for.
+AWAY_SECONDS = 90.0
+FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 10.0
+
+Result = TypeVar("Result")
 
 
 def is_local(uri: str) -> bool:
@@ -56,17 +66,38 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def failure(what: str, uri: str, error: Exception) -> StorageError:
-    """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked."""
+    """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked, a full disk is named so."""
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"can't {what} {uri}: the disk is full; free some space there")
     return StorageError(f"can't {what} {uri}: {error}")
+
+
+def _patiently(uri: str, call: Callable[[], Result]) -> Result:
+    """A call that outlasts a store's refusals now and then and its being away; what lasts comes at once."""
+    return s3.patiently(uri, lambda: _outlasting(uri, call))
+
+
+def _outlasting(uri: str, call: Callable[[], Result]) -> Result:
+    deadline = time.monotonic() + (0.0 if is_local(uri) else AWAY_SECONDS)
+    wait = FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            lasting = isinstance(error, FileNotFoundError) or s3.is_denied(error) or "NO_SUCH_BUCKET" in str(error)
+            if lasting or time.monotonic() + wait > deadline:
+                raise
+            time.sleep(wait)
+            wait = min(2 * wait, MOST_WAIT_SECONDS)
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = open_filesystem(uri)
     try:
-        return s3.patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
+        return _patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
     except OSError as error:
         raise failure("look at", uri, error) from None
 
@@ -80,7 +111,7 @@ def read_bytes(uri: str) -> bytes:
             return bytes(stream.read())
 
     try:
-        return s3.patiently(uri, read)
+        return _patiently(uri, read)
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
@@ -100,7 +131,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if is_local(uri):
             _write_local(local_path(uri), data)
         else:
-            s3.patiently(uri, upload)
+            _patiently(uri, upload)
     except OSError as error:
         raise failure("write", uri, error) from None
 

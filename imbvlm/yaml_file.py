@@ -30,6 +30,10 @@ _CORE_SCHEMA = (
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 
 
+# Far more than a cluster's file has; nested aliases could stand for more than memory holds.
+MOST_NODES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         # Nested aliases grow without bound, and a configuration has no need of them.
@@ -151,8 +155,10 @@ def read_foreign_yaml(path: str | Path) -> YamlTree:
     text, file = _read_text(path), str(path)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _num_nodes(node, {}) > MOST_NODES:
+            raise ConfigError([Problem(f"its aliases stand for more than {MOST_NODES:,} values", file)])
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
     places: dict[KeyPath, str] = {}
     problems: list[Problem] = []
@@ -161,6 +167,16 @@ def read_foreign_yaml(path: str | Path) -> YamlTree:
     if problems:
         raise ConfigError(problems)
     return YamlTree(data, file, places)
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node has when its aliases are written out; a node within itself is a RecursionError."""
+    if id(node) not in known:
+        inside = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inside = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_nodes(one, known) for one in inside)
+    return known[id(node)]
 
 
 def _read_text(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
+def fault_orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file, not there yet, in which a test orders faults of the processes of `ray_cluster` (fault_hook)."""
+    path = tmp_path_factory.mktemp("faults") / "orders.json"
+    os.environ["IMBVLM_TEST_FAULTS"] = str(path)
+    # Ray's workers have a path of their own making, with what stood in PYTHONPATH on it.
+    hook = str(Path(__file__).parent / "fault_hook")
+    os.environ["PYTHONPATH"] = os.pathsep.join([hook, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(fault_orders: Path) -> Iterator[str]:
     """The address of a local Ray cluster of two CPUs with its dashboard (Tune over Train hangs without one)."""
     import ray
 

@@ -57,7 +57,7 @@ def serve(folder: Path):
     ports = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4), strict=True))
     command = [weed, "-logtostderr", "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
+    command += ["-volume.max=20", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     log = folder / "server.log"
     with log.open("wb") as stream, subprocess.Popen(command, stdout=stream, stderr=stream, cwd=folder) as process:
         server = S3Server(f"http://127.0.0.1:{ports['s3']}")

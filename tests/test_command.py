@@ -74,10 +74,10 @@ def test_going_on_as_another_sweep_is_refused_with_both_values(tmp_path: Path) -
     with pytest.raises(ConfigError) as error:
         command._resumed_folder(SPEC.with_settings({"num_trials": 7, "decoder.depth": 1}), folder)
     assert sorted(problem.message for problem in error.value.problems) == [
-        "base.decoder.depth was None when the sweep began and is 1 now; start a new sweep, or set it back",
-        "num_trials was 24 when the sweep began and is 7 now; start a new sweep, or set it back",
+        "base.decoder.depth was None when the sweep began and is 1 now; set it back, or add --fork",
+        "num_trials was 24 when the sweep began and is 7 now; set it back, or add --fork",
         "space.parameters.decoder.depth.choice was [1, 2] when the sweep began and is None now; "
-        "start a new sweep, or set it back",
+        "set it back, or add --fork",
     ]
 
 

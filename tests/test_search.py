@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -39,9 +40,16 @@ def spec(space: str, **fields: Any) -> SweepSpec:
     return made
 
 
-def searcher(of: SweepSpec, jobs: list[Job] | None = None, known: list[TrialRecord] | None = None) -> StudySearcher:
+def searcher(
+    of: SweepSpec,
+    jobs: list[Job] | None = None,
+    known: list[TrialRecord] | None = None,
+    journal: Path | None = None,
+) -> StudySearcher:
     budget = Budget(of, "nowhere", 0.0)
-    return StudySearcher(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget)
+    return StudySearcher(
+        of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal
+    )
 
 
 def next_job(search: Searcher, trial_id: str) -> Job | None:
@@ -405,3 +413,21 @@ def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
     for name in ("quickstart", "inat", "imagenet_lt", "places_lt"):
         arms = read_space(name).choices_over(["method", "loss.name"], BASE)
         assert all(set(arm) == {"method", "loss.name"} for arm in arms)
+
+
+def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path) -> None:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    of, journal = spec(TWELVE, num_trials=5), tmp_path / "new" / "optuna.log"
+    search = searcher(of, journal=journal)
+    assert next_job(search, "a") is not None
+    search.on_trial_complete("a", {BEST: 0.5})
+    running = next_job(search, "b")
+    seen = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    assert [one.state.name for one in seen.trials] == ["COMPLETE", "RUNNING"]
+    assert seen.trials[0].value == 0.5
+    assert running is not None
+    again = searcher(of, known=[record(running, "finished", 0.7)], journal=journal)
+    seen = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    assert [one.value for one in seen.trials] == [one.value for one in again.study.trials] == [0.7]

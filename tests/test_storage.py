@@ -69,10 +69,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     storage.write_bytes(str(tmp_path / "file"), b"old")
 
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "the disk is full")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"can't write .*file: .*No space left on device"):
+    with pytest.raises(StorageError, match=r"can't write .*file: .*the disk is full"):
         storage.write_bytes(str(tmp_path / "file"), b"new")
     assert storage.read_bytes(str(tmp_path / "file")) == b"old"
     assert os.listdir(tmp_path) == ["file"]

@@ -1,41 +1,69 @@
-"""Joins the Ray cluster that runs on this machine, or starts a local one with its dashboard."""
+"""Joins the Ray cluster that runs on this machine, or starts a local one with its dashboard; what its nodes can do."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray._private import services
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from imbvlm import storage
 from imbvlm.errors import ImbvlmError
+from imbvlm.yaml_file import read_foreign_yaml
 
+# Where `ray up` leaves the cluster's file on the head.
+BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
 _ANSWER_SECONDS = 5.0
+_PROBE_SECONDS = 120.0
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a sweep may use: the dashboard, CPUs and GPUs in all and of each machine, whether we started it."""
+    """What a sweep may use: the dashboard, CPUs and GPUs in all and of each machine, whether we started it.
+
+    `grown` has the machines when an autoscaler has brought all that it may; without one they are `nodes`.
+    """
 
     dashboard: str
     num_cpus: float
     num_gpus: float
     started_here: bool
     nodes: tuple[tuple[float, float], ...]
+    grown: tuple[tuple[float, float], ...]
+
+    @property
+    def can_grow(self) -> bool:
+        return self.grown != self.nodes
+
+    @property
+    def most_cpus(self) -> float:
+        """CPUs of all machines when it has grown."""
+        return sum(cpus for cpus, _ in self.grown)
+
+    @property
+    def most_gpus(self) -> float:
+        """GPUs of all machines when it has grown."""
+        return sum(gpus for _, gpus in self.grown)
 
 
 @contextmanager
 def connected() -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that was started here is stopped afterwards.
 
-    Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer.
+    Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer, or several run and it names none.
     """
     if ray.is_initialized():
         yield _describe(started_here=False)
@@ -47,7 +75,7 @@ def connected() -> Iterator[Cluster]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     started = not _cluster_answers()
     if not started:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=_runtime_env())
     else:
         # With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
         ray.init(
@@ -69,8 +97,8 @@ def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: f
 
 
 def ray_gpus() -> int | None:
-    """GPUs of the cluster that this process is connected to; None where it is connected to none."""
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else None
+    """GPUs of the connected cluster when it has grown as far as it may; None where none is connected."""
+    return int(_describe(started_here=False).most_gpus) if ray.is_initialized() else None
 
 
 def running_cluster() -> Cluster | None:
@@ -98,7 +126,13 @@ def _cluster_answers() -> bool:
         address = services.canonicalize_bootstrap_address("auto") or ""
     except ConnectionError:
         return False
+    return _answers(address)
+
+
+def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
+    if not port:
+        return False
     try:
         socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
     except OSError:
@@ -106,9 +140,30 @@ def _cluster_answers() -> bool:
     return True
 
 
+def _clusters_here() -> list[str]:
+    """Addresses of the clusters whose heads run on this machine and answer."""
+    return sorted(filter(_answers, services.find_gcs_addresses()))
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Beside another cluster on this machine, its processes are told which one is theirs.
+
+    Ray Train's own cleaner would ask the other one, and never free the workers of a trial that was stopped.
+    """
+    if len(_clusters_here()) < 2:
+        return None
+    return {"env_vars": {"RAY_ADDRESS": services.canonicalize_bootstrap_address("auto")}}
+
+
 def _check_address() -> None:
-    """Ray ends the whole process, without a word, where nothing listens at RAY_ADDRESS."""
+    """Ray ends the process without a word where nothing listens at RAY_ADDRESS, and takes any of several clusters."""
     address = os.environ.get("RAY_ADDRESS", "")
+    running = [] if address else _clusters_here()
+    if len(running) > 1:
+        raise ImbvlmError(
+            f"{len(running)} Ray clusters run on this machine ({', '.join(running)}): set RAY_ADDRESS to that which is "
+            "meant, or to local for one of the sweep's own"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
@@ -120,14 +175,78 @@ def _check_address() -> None:
         ) from None
 
 
+def nodes_that_miss(folder: str) -> list[str]:
+    """Nodes that don't see what this process writes into a folder, or can't write there: names and what went wrong.
+
+    Raises StorageError where this process can't write there itself.
+    """
+    name = f".probe-{uuid.uuid4().hex}"
+    probe = storage.join(folder, name)
+    storage.write_bytes(probe, name.encode())
+    try:
+        answers = [
+            ray.remote(num_cpus=0, max_retries=1)(_answer_probe)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(probe)
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        told = ray.get(answers, timeout=_PROBE_SECONDS)
+        return [
+            f"{host}: {mistake or 'what it writes there is not seen here'}"
+            for host, answer, mistake in told
+            if mistake or not storage.exists(answer)
+        ]
+    finally:
+        for one in storage.list_files(folder):
+            if one.startswith(name):
+                storage.delete(storage.join(folder, one))
+
+
+def _answer_probe(probe: str) -> tuple[str, str, str]:
+    """Read the probe and write an answer beside it: this node's name, the answer, and what went wrong."""
+    host, answer = socket.gethostname(), f"{probe}-{uuid.uuid4().hex}"
+    try:
+        if not storage.exists(probe):
+            return host, answer, "what is written there isn't seen"
+        storage.write_bytes(answer, b"seen")
+    except ImbvlmError as error:
+        return host, answer, str(error)
+    return host, answer, ""
+
+
 def _describe(*, started_here: bool) -> Cluster:
     resources = ray.cluster_resources()
     url = ray._private.worker.get_dashboard_url() or ""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple((one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in alive)
+    heads = [node for node, one in zip(nodes, alive, strict=True) if "node:__internal_head__" in one]
+    workers = [] if started_here else _autoscaled_workers()
     return Cluster(
         f"http://{url}" if url else "",
         resources.get("CPU", 0.0),
         resources.get("GPU", 0.0),
         started_here,
-        tuple((machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines),
+        nodes,
+        (*heads, *workers) if workers else nodes,
     )
+
+
+def _autoscaled_workers() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each worker that the cluster's autoscaler may start; the largest, where not all may at once.
+
+    Ray keeps its limits only in the file from which `ray up` started the head.
+    """
+    runs = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode())
+    path = Path(BOOTSTRAP_FILE).expanduser()
+    if not runs or not path.exists():
+        return []
+    config = read_foreign_yaml(path).data
+    most = int(config.get("max_workers", 0))
+    found = [
+        (float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
+        for name, node_type in config.get("available_node_types", {}).items()
+        if name != config.get("head_node_type") and (resources := node_type.get("resources"))
+        for _ in range(min(most, int(node_type.get("max_workers", most))))
+    ]
+    return sorted(found, key=lambda node: (node[1], node[0]), reverse=True)[:most]

@@ -257,7 +257,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
     computed_in = _computed_in()
     with connected() as cluster:
         num_blocks = sum(len(work.missing) for work in works)
-        gpus = int(cluster.num_gpus) if computed_in == "bfloat16" else 0
+        gpus = int(cluster.most_gpus) if computed_in == "bfloat16" else 0
         if computed_in == "bfloat16" and not gpus:
             raise ImbvlmError(
                 "this machine has a GPU and the running Ray cluster has none, so that its features would differ from "

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from imbvlm import storage
-from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
 from imbvlm.schema import flat
 from imbvlm.sweep.console import Console
-from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.listing import SPEC_FILE, SweepState, read_spec, show_text
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
 
@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--add-trials", type=positive, default=0, metavar="N", help="with --resume: so many trials more than before"
+    )
+    parser.add_argument(
+        "--fork",
+        action="store_true",
+        help="with --resume: a new sweep where spec, code or data have changed, with the trials that are still valid",
     )
     parser.add_argument(
         "--dry-run",
@@ -89,16 +94,22 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             spec = _with_more_trials(spec, options.resume, options.add_trials)
         if options.dry_run:
             return print_plan(spec, options.measure, as_json=False)
-        from imbvlm.sweep.run import run
+        if options.fork and not options.resume:
+            raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
+        from imbvlm.sweep.run import fork, run
 
         folder = _new_folder(spec)
-        if options.resume:
+        if options.fork:
+            folder = fork(spec, _wanted_folder(spec, options.resume), folder, Console())
+        elif options.resume:
             folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
         try:
             run(spec, folder, Console())
         except KeyboardInterrupt:
-            print(f"\ninterrupted; finished trials are kept. Go on with: --resume {folder}", file=sys.stderr)
+            print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)
             return 130
+        except StorageError as error:
+            raise StorageError(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
@@ -114,6 +125,13 @@ def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:
     return 0
 
 
+def _so_far(folder: str) -> str:
+    """What an interrupted sweep has found, with the command that goes on."""
+    if not storage.exists(storage.join(folder, SPEC_FILE)):
+        return "nothing has run yet"
+    return show_text(SweepState.read(folder))
+
+
 def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0) -> int:
     """Go on with the sweep in a folder as its sweep.yaml says, its features beside it; prints errors as sentences."""
     try:
@@ -121,7 +139,7 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
         parent = storage.absolute(folder).rpartition("/")[0]
         options = argparse.Namespace(
             smoke=False, set=list(settings), manifest=None, storage=parent, price=None, warm_start=[], resume=folder,
-            add_trials=add_trials, dry_run=False,
+            add_trials=add_trials, fork=False, dry_run=False,
         )  # fmt: skip
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
@@ -173,22 +191,28 @@ def _new_folder(spec: SweepSpec) -> str:
     return storage.join(storage.absolute(spec.storage), f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+def _wanted_folder(spec: SweepSpec, wanted: str) -> str:
+    """The folder that --resume names; raises ConfigError where it isn't a sweep's."""
+    folder = wanted if wanted != LATEST else _latest(spec)
+    if not storage.exists(storage.join(folder, SPEC_FILE)):
+        raise ConfigError([Problem(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")])
+    return storage.absolute(folder)
+
+
 def _resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) -> str:
     """The folder to go on in; raises ConfigError where it isn't a sweep or its spec is another."""
-    folder = wanted if wanted != LATEST else _latest(spec)
-    saved = storage.join(folder, "sweep.yaml")
-    if not storage.exists(saved):
-        raise ConfigError([Problem(f"{folder} is not a sweep's folder: it has no sweep.yaml")])
-    before = SweepSpec.from_tree(parse_yaml(storage.read_bytes(saved).decode(), saved))
+    folder = _wanted_folder(spec, wanted)
+    before = read_spec(folder)
     differences = [one for one in spec_differences(before, spec) if not (more_trials and one[0] == "num_trials")]
     if differences:
         raise ConfigError(
             Problem(
-                f"{key} was {old!r} when the sweep began and is {new!r} now; start a new sweep, or set it back", folder
+                f"{key} was {old!r} when the sweep began and is {new!r} now; set it back, or add --fork",
+                folder,
             )
             for key, old, new in differences
         )
-    return storage.absolute(folder)
+    return folder
 
 
 def _latest(spec: SweepSpec) -> str:
@@ -204,7 +228,7 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
     ignored = (
-        *("storage", "max_concurrent_trials", "max_failures", "smoke"),
+        *("storage", "feature_folder", "max_concurrent_trials", "max_failures", "max_trial_minutes", "smoke"),
         *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "warm_start"),
     )
     keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]

@@ -21,12 +21,20 @@ class Console:
         self._is_terminal = self._stream.isatty()
         self._live = ""
         self._last_logged = 0.0
+        self._copy: Path | None = None
+        self._last_copied = 0.0
+
+    def copy_to(self, path: Path) -> None:
+        """Write what is said, and the live line now and then, into a file as well."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._copy = path
 
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
         self._clear()
         self._stream.write(f"{text}\n")
         self._stream.flush()
+        self._write_copy(text)
 
     def live(self, text: str) -> None:
         """Replace the live line."""
@@ -35,6 +43,9 @@ class Console:
             self._live = text[: max(20, self._columns() - 1)]
             self._stream.write(self._live)
             self._stream.flush()
+            if time.monotonic() - self._last_copied >= LIVE_SECONDS_IN_A_LOG:
+                self._last_copied = time.monotonic()
+                self._write_copy(text)
         elif time.monotonic() - self._last_logged >= LIVE_SECONDS_IN_A_LOG:
             self._last_logged = time.monotonic()
             self.say(text)
@@ -42,6 +53,11 @@ class Console:
     def end_live(self) -> None:
         """Leave the live line and go on below it."""
         self._clear()
+
+    def _write_copy(self, text: str) -> None:
+        if self._copy is not None:
+            with self._copy.open("a", encoding="utf-8") as stream:
+                stream.write(f"{text}\n")
 
     def _clear(self) -> None:
         if self._live:

@@ -8,6 +8,7 @@ from typing import Any
 
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
+from imbvlm.data.cluster import Cluster, nodes_that_miss
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
@@ -38,16 +39,34 @@ def _reads_images(spec: SweepSpec) -> bool:
     return not all(stored) or any(name in METHODS and METHODS[name].trains_tower for name in methods)
 
 
+def check_shared(folders: Sequence[str]) -> None:
+    """Refuse folders that the connected cluster's nodes don't share; raises ConfigError."""
+    mend = "trials there couldn't keep what they find; choose a --storage that every node sees at the same place"
+    problems = [
+        Problem(f"{folder} isn't shared by all nodes: {mistake}; {mend}", "storage")
+        for folder in folders
+        for mistake in nodes_that_miss(folder)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
+    """How many trials run at once on a cluster that has grown as far as it may; raises ConfigError where none can."""
+    return concurrent_trials(
+        spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "can grow to" if cluster.can_grow else "has"
+    )
+
+
 def concurrent_trials(
-    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = ()
+    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
 ) -> int:
     """How many trials run at once on a cluster; raises ConfigError where not even one can.
 
     `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
     """
-    problems = [
-        Problem(message, spec.where("num_workers")) for message in _lacks(spec, num_cpus, num_gpus, nodes) if message
-    ]
+    lacking = _lacks(spec, num_cpus, num_gpus, nodes, has)
+    problems = [Problem(message, spec.where("num_workers")) for message in lacking if message]
     if problems:
         raise ConfigError(problems)
     slots = sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes or [(num_cpus, num_gpus)])
@@ -68,7 +87,9 @@ def concurrent_trials(
     return wanted
 
 
-def _lacks(spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]]) -> Iterator[str]:
+def _lacks(
+    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
+) -> Iterator[str]:
     """Why a trial can never start, with both numbers and the mend."""
     workers = f"num_workers {spec.num_workers}"
     if spec.driver == "in_process" and spec.num_workers > 1:
@@ -77,13 +98,13 @@ def _lacks(spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tu
     if need_gpus > num_gpus:
         yield (
             f"a trial needs {need_gpus:g} GPUs ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and the cluster "
-            f"has {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
+            f"{has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
         )
     if _need_cpus(spec) > num_cpus:
         driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
         yield (
             f"a trial needs {_need_cpus(spec):g} CPUs ({workers} x cpus_per_worker {spec.cpus_per_worker:g}{driver}) "
-            f"and the cluster has {num_cpus:g}; lower num_workers or cpus_per_worker"
+            f"and the cluster {has} {num_cpus:g}; lower num_workers or cpus_per_worker"
         )
     elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
         largest = max(nodes, key=lambda node: (node[1], node[0]))

@@ -33,7 +33,7 @@ from imbvlm.sweep.estimate import (
     sample_trials,
     shape_of,
 )
-from imbvlm.sweep.feasibility import check_models, concurrent_trials, uses_ray_train
+from imbvlm.sweep.feasibility import check_models, concurrent_trials, trials_at_once, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import needed_outputs
@@ -185,14 +185,14 @@ def _concurrent(spec: SweepSpec, cluster: Cluster | None) -> tuple[int, str]:
     try:
         if cluster is None:
             return concurrent_trials(spec, _cpus(), torch.cuda.device_count()), ""
-        return concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus, cluster.nodes), ""
+        return trials_at_once(spec, cluster), ""
     except ConfigError as error:
         return spec.max_concurrent_trials or 1, "; ".join(problem.message for problem in error.problems)
 
 
 def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> float:
     """The GPUs that stand by: those of the cluster or machine, at least those that the trials take."""
-    there = float(torch.cuda.device_count()) if cluster is None else cluster.num_gpus
+    there = float(torch.cuda.device_count()) if cluster is None else cluster.most_gpus
     return max(there, concurrent * spec.num_workers * spec.gpus_per_worker)
 
 
@@ -223,7 +223,7 @@ def _tower(
         len(manifest.rows_of(split)) * (config.features.num_views if split == "train" else 1)
         for split in manifest.splits
     )
-    root = storage.join(spec.storage, "features")
+    root = spec.feature_root
     if not config.features.store:
         return Tower(config, info, 0, 0, 0)
     if not look or not storage.is_local(root) or not storage.exists(root) or not find_tower(config.encoder).has_weights:
@@ -235,7 +235,7 @@ def _tower(
 def _features_seconds(towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None) -> float | None:
     """The passes over all images, one tower after another: on GPUs beside the CPUs that read images, else on CPUs."""
     cpus = _cpus() if cluster is None else cluster.num_cpus
-    gpus = torch.cuda.device_count() if cluster is None else cluster.num_gpus
+    gpus = torch.cuda.device_count() if cluster is None else cluster.most_gpus
     total = 0.0
     for tower, speed in zip(towers, calibration.towers, strict=True):
         if not tower.missing_images:
@@ -362,9 +362,7 @@ def _reading(plan: Plan) -> list[str]:
         source = spec.base["data"]["manifest"]
         lines.append(f"  manifest    {source}: {len(manifest.class_names):,} classes, {rows} images")
     lines += [f"  tower       {_tower_line(plan, tower)}" for tower in plan.towers]
-    lines.append(
-        f"would write:  {storage.join(spec.storage, spec.name)}-... and {storage.join(spec.storage, 'features')}"
-    )
+    lines.append(f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}")
     if manifest is not None:
         lines.append(f"  features    {_disk(plan)}")
     return lines

@@ -107,6 +107,9 @@ class TrialLog:
                 raise ImbvlmError(
                     f"{uri} is not a trial's record ({error.error_count()} mistakes); remove it to run that trial again"
                 ) from None
+            # The id is a file's name: another one would be written somewhere else.
+            if name != f"{record.trial_id}.json":
+                raise ImbvlmError(f"{uri} calls itself {record.trial_id!r}; remove it to run that trial again")
             log.records[record.trial_id] = record
         return log
 

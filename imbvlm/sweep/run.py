@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -15,7 +14,7 @@ import optuna
 from imbvlm import storage
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
@@ -25,9 +24,10 @@ from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
-from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
+from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import check_data, check_models, concurrent_trials
+from imbvlm.sweep.feasibility import check_data, check_models, check_shared, trials_at_once
+from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.post_hoc import (
     PostHoc,
     choose_post_hoc,
@@ -36,6 +36,7 @@ from imbvlm.sweep.post_hoc import (
     prune_logits,
     write_post_hoc,
 )
+from imbvlm.sweep.provenance import provenance, provenance_changes, write_provenance
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import EARLIER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source
@@ -54,13 +55,15 @@ from imbvlm.sweep.summary import (
     search_table,
     verdict,
 )
-from imbvlm.sweep.warm_start import told, warm_starts
+from imbvlm.sweep.warm_start import WarmTrial, told, warm_starts
 from imbvlm.training.session import TrialSettings
 from imbvlm.yaml_file import dump_yaml
 
 SPEC_FILE = "sweep.yaml"
 LOG_FILE = "ray.log"
 PARETO_FOLDER = "pareto"
+PROGRESS_FILE = "progress.log"
+OPTUNA_FILE = "optuna.log"
 
 
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
@@ -72,9 +75,11 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     check_models(spec, space)
     log = TrialLog.read(folder)
     log.constraints = spec.constraints
-    log_file = storage.local_path(folder) / LOG_FILE if storage.is_local(folder) else Path(f"{spec.name}.log")
+    _check_provenance(folder, manifest, log)
+    beside = side_folder(folder)
+    console.copy_to(beside / PROGRESS_FILE)
     console.say(opening(spec, manifest, folder, log))
-    with console.others_to(log_file):
+    with console.others_to(beside / LOG_FILE):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         with connected() as cluster:
@@ -84,6 +89,29 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
             seconds = time.monotonic() - started
     sweep.conclude(seconds)
     return log
+
+
+def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
+    """Begin a sweep's folder with the trials of another that are still valid, and return it; raises ConfigError."""
+    space = check_spec(spec)
+    found = provenance(Manifest.read(spec.base["data"]["manifest"]))
+    chosen = choose_fork(source, spec, space, provenance_changes(source, found))
+    write_provenance(folder, found)
+    write_fork(chosen, source, folder)
+    console.say(chosen.describe(source))
+    return folder
+
+
+def _check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
+    """Refuse to go on with other code or data than the sweep began with; raises ConfigError."""
+    found = provenance(manifest)
+    if not log.records:
+        write_provenance(folder, found)
+        return
+    changes = provenance_changes(folder, found)
+    if changes:
+        mend = "since the sweep began; set it back, or add --fork for a new sweep"
+        raise ConfigError(Problem(f"{change} {mend}", folder) for change in changes)
 
 
 class _Sweep:
@@ -107,16 +135,20 @@ class _Sweep:
             log,
             console,
         )
-        concurrent = concurrent_trials(spec, cluster.num_cpus, cluster.num_gpus, cluster.nodes)
-        self.budget = Budget(spec, folder, cluster.num_gpus)
+        concurrent = trials_at_once(spec, cluster)
+        self.budget = Budget(spec, folder, cluster.most_gpus)
         self.lane = Lane(spec, folder, log, console, concurrent, self.budget)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
+        if cluster.can_grow:
+            joined += f", growing to {cluster.most_cpus:g} CPUs and {cluster.most_gpus:g} GPUs"
         at_a_time = f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time"
         console.say(
             f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {at_a_time}"
         )
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
+        if not cluster.started_here:
+            check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
         self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
         self.scored: list[TrialRecord] = []
@@ -128,19 +160,13 @@ class _Sweep:
 
     def search(self) -> None:
         """Baselines, then trials of the space until the budget is used."""
-        jobs = [*self._baseline_jobs(), *self._unfinished_jobs()]
-        known = [record for record in self.log.of("search") if record.state in ENDED]
-        make = payload(self.lane, self._search_settings)
-        self.lane.count_spent()
         starts = warm_starts(self.spec, self.space)
         for start in starts:
             self.console.say(start.describe())
-        searcher = StudySearcher(
-            self.spec, self.space, jobs, known, make, self.budget,
-            lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), told(starts),
-        )  # fmt: skip
-        if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
-            run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
+        for _ in range(1 + self.spec.max_failures):
+            searcher, num_lost = self._search_once(told(starts))
+            if not num_lost:
+                break
         self.log.write_table()
         self.console.end_live()
         ended = [record for record in self.log.of("search") if record.state not in ("running", "paused")]
@@ -165,6 +191,20 @@ class _Sweep:
                 f"no trial of {len(ended)} gave a result, so there is no best configuration; "
                 f"{self.folder} has their records"
             )
+
+    def _search_once(self, warm: Sequence[WarmTrial]) -> tuple[StudySearcher, int]:
+        """What has not ended yet, as after a resumption; with the number of trials that were lost too early."""
+        jobs = [*self._baseline_jobs(), *self._unfinished_jobs()]
+        known = [record for record in self.log.of("search") if record.state in ENDED]
+        make, journal = payload(self.lane, self._search_settings), self.lane.side_folder / OPTUNA_FILE
+        self.lane.count_spent()
+        searcher = StudySearcher(
+            self.spec, self.space, jobs, known, make, self.budget,
+            lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), warm, journal,
+        )  # fmt: skip
+        if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
+            return searcher, run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
+        return searcher, 0
 
     def refit_and_score(self) -> None:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
@@ -199,8 +239,12 @@ class _Sweep:
         if waiting and limit is None:
             what = "everything" if self.spec.study else "the winner and the baselines"
             self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
-            searcher = FixedSearcher(waiting, payload(self.lane, settings), self.budget)
-            run_jobs(self.lane, searcher, None, "refit", len(jobs))
+            for _ in range(1 + self.spec.max_failures):
+                searcher = FixedSearcher(waiting, payload(self.lane, settings), self.budget)
+                num_lost = run_jobs(self.lane, searcher, None, "refit", len(jobs))
+                waiting = [job for job in waiting if not self._has_ended(job.trial_id)]
+                if not num_lost:
+                    break
         self.console.end_live()
         left = [job for job in waiting if not self._has_ended(job.trial_id)]
         if left and (limit := self.budget.exhausted()):
@@ -208,6 +252,10 @@ class _Sweep:
             self.console.say(
                 f"{limit} is used up: {len(left)} of {len(jobs)} refits are left, and the test split was not read for "
                 f"them; {self._go_on()}"
+            )
+        elif left:
+            self.console.say(
+                f"{len(left)} refits were lost with their machines; go on with: imbvlm sweep resume {self.folder}"
             )
         self.scored = [self.log.records[job.trial_id] for job in jobs if job.trial_id in self.log.records]
         self.scored += [one for one in self.log.of("refit") if one.name.startswith(EARLIER) and one.state in ENDED]
@@ -289,7 +337,7 @@ class _Sweep:
     def _extract(self, splits: tuple[str, ...]) -> dict[str, FeatureSet]:
         """The stored features of each tower of the space, computed where they are missing."""
         outputs = needed_outputs(self.spec, self.space)
-        root = storage.join(self.spec.storage, "features")
+        root = self.spec.feature_root
         found: dict[str, FeatureSet] = {}
         for draw in tower_draws(self.spec, self.space):
             config = zero_shot_config(self.spec, draw)
@@ -339,6 +387,7 @@ class _Sweep:
             checkpoint_folder=storage.join(self.folder, "checkpoints", job.trial_id),
             objective=self.spec.objective,
             num_threads=self.lane.num_threads,
+            marker=storage.join(self.folder, SPEC_FILE),
         )
 
     def _scheduler(self) -> AshaPerMethod | None:

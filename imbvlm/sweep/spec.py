@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
+from imbvlm import storage
 from imbvlm.config import (
     Seed,
     TrialConfig,
@@ -50,6 +51,9 @@ class NoSchedulerConfig(Section):
 
 
 TrialSchedulerConfig = Annotated[AshaConfig | NoSchedulerConfig, Field(discriminator="name")]
+
+# Where sweeps and features are kept unless something else is said.
+LOCAL_STORAGE = "runs"
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,14 @@ class SweepSpec(Section):
     fresh_crops: bool = Field(
         False, description="refit the winner and each method's best on fresh crops, too, to see what stored views cost"
     )
-    max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost")
+    max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost; preemptions don't count")
+    max_trial_minutes: float | None = Field(None, gt=0, description="a trial that runs longer has failed; null: none")
     smoke: dict[str, Any] = Field({}, description="settings that --smoke makes")
-    storage: str = Field("runs", description="folder or s3:// URI under which sweeps and features are kept")
+    storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI under which sweeps and features are kept")
+    feature_folder: str | None = Field(
+        None,
+        description="folder for features, which no object store can hold; null: under storage, or runs/features",
+    )
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @field_validator("refit_seeds")
@@ -215,6 +224,13 @@ class SweepSpec(Section):
     def objectives(self) -> tuple[str, ...]:
         """The metric that decides, and the others."""
         return (self.objective, *self.other_objectives)
+
+    @property
+    def feature_root(self) -> str:
+        """Where features are kept; never an object store."""
+        if self.feature_folder is not None:
+            return self.feature_folder
+        return storage.join(self.storage if storage.is_local(self.storage) else LOCAL_STORAGE, "features")
 
     @property
     def best_objective(self) -> str:

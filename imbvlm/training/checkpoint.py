@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from imbvlm.models.tower_classifier import own_tensors
 FORMAT = 1
 INDEX_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
+TENSORS_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 
 
 class CheckpointError(ImbvlmError):
@@ -68,6 +70,8 @@ def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialSta
         digest, scalars = str(index["tensors_sha256"]), dict(index["scalars"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's index {where} is damaged ({error!r}); {_mend(folder)}") from None
+    if not TENSORS_NAME.fullmatch(name):
+        raise CheckpointError(f"the checkpoint's index {where} names {name!r}, which is not one of its files")
     if version != FORMAT:
         raise CheckpointError(f"{where} has format {version}, and this version reads {FORMAT}; {_mend(folder)}")
     tensors = _read_tensors(folder, name, digest)

@@ -433,8 +433,11 @@ def _seeded(seed: int) -> Iterator[None]:
 def _explained_memory(sizes: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        cause = str(error).splitlines()[0]
+    except (MemoryError, RuntimeError) as error:
+        # On a GPU an error of its own; torch's allocator on CPUs has only this sentence.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        cause = (str(error) or "Python's allocator").splitlines()[0]
         raise ImbvlmError(
             f"out of memory with {sizes}: {cause} Lower train.batch_size, or give the trial more workers"
         ) from None

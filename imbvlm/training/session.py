@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from imbvlm import storage
 from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError
@@ -34,7 +36,8 @@ class TrialSettings:
 
     `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
     weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch, also
-    with the logits adjusted by `post_hoc` (an Adjustment); `logits_file` is where validation logits are kept.
+    with the logits adjusted by `post_hoc` (an Adjustment); `logits_file` is where validation logits are kept; `marker`
+    is a file of the sweep, which a machine that doesn't share its folder would lack.
     """
 
     config: Tree
@@ -49,6 +52,7 @@ class TrialSettings:
     model_folder: str | None = None
     post_hoc: dict[str, float] | None = None
     logits_file: str | None = None
+    marker: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -93,6 +97,9 @@ class TrialSession:
 
     def _reports(self, settings: TrialSettings) -> Iterator[Report]:
         config = TrialConfig.from_tree(settings.config)
+        if settings.marker is not None and not storage.exists(settings.marker):
+            host = socket.gethostname()
+            raise StorageError(f"{host} doesn't see {settings.marker}: the sweep's folder must be shared by all nodes")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         feature_set = FeatureSet.from_dict(settings.feature_set)

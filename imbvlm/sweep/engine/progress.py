@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
 from imbvlm.config import Tree
+from imbvlm.errors import StorageError
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console, duration, percent
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
@@ -20,7 +21,7 @@ SAVE_AFTER_SECONDS = 20.0
 
 
 class ProgressCallback(tune.Callback):
-    """Keeps the trial log in step with Tune."""
+    """Keeps the trial log in step with Tune; `ran_too_long` has reasons of trials that were ended for their time."""
 
     def __init__(
         self,
@@ -31,8 +32,13 @@ class ProgressCallback(tune.Callback):
         total: int,
         budget: Budget,
         after_end: Callable[[], None],
+        ran_too_long: Mapping[str, str],
     ) -> None:
-        self._budget, self._after_end = budget, after_end
+        self._budget, self._after_end, self._ran_too_long = budget, after_end, ran_too_long
+        # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited.
+        self.num_lost = 0
+        # What kept a record from being written: nothing that runs on would be kept.
+        self.storage_error: StorageError | None = None
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
         self._started = time.monotonic()
@@ -45,13 +51,13 @@ class ProgressCallback(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
         before = self._log.records.get(record.trial_id)
-        if before is not None and before.state == "paused":
+        if before is not None and before.state in ("paused", "error"):
             # The time that it lay still doesn't count.
             before.started_at, before.ended_at = time.time() - before.seconds(), None
             before.state, before.stop_reason = "running", ""
-            self._log.save(before)
+            self._save(before)
         elif before is None or before.state != "running":
-            self._log.save(record)
+            self._save(record)
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
@@ -65,7 +71,7 @@ class ProgressCallback(tune.Callback):
         self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
         # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
         if record.seconds() > SAVE_AFTER_SECONDS:
-            self._log.save(record)
+            self._save(record)
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -82,16 +88,28 @@ class ProgressCallback(tune.Callback):
         self._end(record)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        record = self._log.records[_id(trial)]
-        error = trial.get_error()
-        record.state, record.stop_reason = "error", _last_line(str(error)) if error else "its worker was lost"
+        # A process that was to be used again may die before it has begun with the trial.
+        new = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
+        record = self._log.records.get(_id(trial), new)
+        if record.trial_id in self._ran_too_long:
+            record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
+        else:
+            self.num_lost += trial.run_metadata.num_failures <= trial.max_failures
+            record.state, record.stop_reason = "error", _cause(str(trial.get_error() or ""), record)
         self._end(record)
 
     def _end(self, record: TrialRecord) -> None:
         record.ended_at = time.time()
-        self._log.save(record)
+        self._save(record)
         self._after_end()
         self._show()
+
+    def _save(self, record: TrialRecord) -> None:
+        # Raised here, Tune would take it for the trial's own failure.
+        try:
+            self._log.save(record)
+        except StorageError as error:
+            self.storage_error = self.storage_error or error
 
     def _num_ended(self) -> int:
         return sum(record.state not in ("running", "paused") for record in self._log.of(self._kind))
@@ -120,6 +138,12 @@ def _id(trial: Trial) -> str:
     return str(trial.config["record"]["trial_id"])
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "unknown"
+def _cause(error: str, record: TrialRecord) -> str:
+    """The last line of a traceback; memory that ran out is named with what asked for it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    if not lines:
+        return "its worker was lost"
+    if any("OutOfMemoryError" in line for line in lines):
+        batch_size = (record.config.get("train") or {}).get("batch_size")
+        return f"a machine ran out of memory with train.batch_size {batch_size} on it: {lines[-1][:300]}"
+    return lines[-1][:500]

@@ -6,9 +6,12 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray.tune.search import Searcher
 
 from imbvlm.config import TrialConfig
@@ -92,6 +95,7 @@ class StudySearcher(_UnsavedSearcher):
         budget: Budget,
         epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
         warm: Sequence[WarmTrial] = (),
+        journal: Path | None = None,
     ) -> None:
         super().__init__(metric=spec.best_objective, mode="max")
         self._epochs_of = epochs_of
@@ -109,8 +113,9 @@ class StudySearcher(_UnsavedSearcher):
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
-        directions = [direction(metric) for metric in spec.objectives]
-        self.study = optuna.create_study(directions=directions, sampler=_sampler(spec, len(known)))
+        sampler, directions = _sampler(spec, len(known)), [direction(metric) for metric in spec.objectives]
+        storage = None if journal is None else _new_journal(journal)
+        self.study = optuna.create_study(study_name=spec.name, directions=directions, sampler=sampler, storage=storage)
         for one in warm:
             self._add_finished(one.draw, self._outcome(one.record.epochs))
         for record in known:
@@ -268,6 +273,13 @@ class StudySearcher(_UnsavedSearcher):
         """An unfinished trial of an earlier run goes on as a trial of this study."""
         job.asked, _ = self._ask(self._space.names_of(job.draw, self._spec.base))
         self._hand_out(job)
+
+
+def _new_journal(path: Path) -> JournalStorage:
+    """Optuna's storage in a file that others can read meanwhile; a resumed search is told again from records."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:

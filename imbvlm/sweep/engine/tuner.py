@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray import tune
 from ray.tune.search import Searcher
+from ray.tune.stopper import CombinedStopper
 
 from imbvlm import storage
 from imbvlm.config import Tree
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
+from imbvlm.sweep.engine.monitor import Monitor
 from imbvlm.sweep.engine.progress import ProgressCallback
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import Job
+from imbvlm.sweep.engine.time_limit import TimeLimit
 from imbvlm.sweep.engine.train_driver import ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
@@ -23,6 +27,8 @@ from imbvlm.sweep.refits import refit_seconds
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.session import TrialSettings
+
+RAY_FOLDER = "ray"
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Lane:
     console: Console
     max_concurrent: int
     budget: Budget
+
+    @property
+    def side_folder(self) -> Path:
+        """Where files are kept that grow while the sweep runs, which no object store can hold."""
+        return side_folder(self.folder)
 
     @property
     def driver(self) -> str:
@@ -50,6 +61,11 @@ class Lane:
     def num_threads(self) -> int:
         """Torch threads of one worker: its share of CPUs."""
         return max(1, int(self.spec.cpus_per_worker))
+
+
+def side_folder(folder: str) -> Path:
+    """A sweep's own folder, or for one in an object store a folder of that name here."""
+    return storage.local_path(folder) if storage.is_local(folder) else Path(folder.rstrip("/").rpartition("/")[2])
 
 
 def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
@@ -74,17 +90,23 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
                 "cpus_per_worker": spec.cpus_per_worker,
                 "gpus_per_worker": spec.gpus_per_worker,
             },
-            "train_storage": storage.join(lane.folder, "ray"),
+            "train_storage": storage.join(lane.folder, RAY_FOLDER),
         }
 
     return of
 
 
-def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int) -> None:
-    """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`."""
+def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int) -> int:
+    """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`.
+
+    Returns how many trials should be run again, since Tune gave them up before their restarts were spent.
+    """
     spec = lane.spec
     trainable = tune.with_resources(*_trainable(lane))
-    progress = ProgressCallback(lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent)
+    limit = TimeLimit(spec.max_trial_minutes, scheduler)
+    progress = ProgressCallback(
+        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, limit.reasons
+    )
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -94,7 +116,7 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=scheduler,
+            scheduler=limit,
             num_samples=-1,
             max_concurrent_trials=lane.max_concurrent,
             reuse_actors=lane.driver == "in_process",
@@ -102,19 +124,38 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=storage.join(lane.folder, "ray"),
-            callbacks=[progress],
-            stop=WithinBudget(lane.budget) if kind == "search" else None,
+            storage_path=str(lane.side_folder.absolute() / RAY_FOLDER),
+            stop=CombinedStopper(NothingKept(progress), *([WithinBudget(lane.budget)] if kind == "search" else [])),
+            callbacks=[progress, Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2])],
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
         ),
     )
     try:
         tuner.fit()
+    except OSError as error:
+        raise storage.failure("write", lane.folder, error) from None
     finally:
         lane.budget.keep(now=True)
+    if progress.storage_error is not None:
+        raise progress.storage_error
     # Resuming reads our own records; Tune's snapshots have served.
-    storage.delete(storage.join(lane.folder, "ray"))
+    for place in (lane.folder, str(lane.side_folder)):
+        storage.delete(storage.join(place, RAY_FOLDER))
+    return progress.num_lost
+
+
+class NothingKept(tune.Stopper):
+    """Ends everything once a record couldn't be written."""
+
+    def __init__(self, progress: ProgressCallback) -> None:
+        self._progress = progress
+
+    def __call__(self, trial_id: str, result: Tree) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._progress.storage_error is not None
 
 
 class WithinBudget(tune.Stopper):

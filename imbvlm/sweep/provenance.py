@@ -1,0 +1,74 @@
+"""What a sweep's numbers come from besides its spec, written when it begins: code that trains, torch, data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import imbvlm
+from imbvlm import storage
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+
+PROVENANCE_FILE = "provenance.json"
+# Whatever else changes, a trial's numbers don't.
+_NO_PART = ("sweep", "assets", "inference.py", "doctor.py", "cluster_file.py", "cli.py", "__main__.py")
+
+
+def provenance(manifest: Manifest) -> dict[str, Any]:
+    """Digests of the files that extract and train, torch's version, and a digest of rows, labels and splits."""
+    root = Path(imbvlm.__file__).parent
+    files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    code = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in files.items()
+        if name.split("/")[0] not in _NO_PART
+    }
+    return {"code": code, "torch": torch.__version__, "data": _data_digest(manifest)}
+
+
+def write_provenance(folder: str, found: dict[str, Any]) -> None:
+    """Write provenance.json into a sweep's folder."""
+    storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(found, indent=1).encode())
+
+
+def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
+    """A clause for everything that has changed since a sweep began; raises ImbvlmError where its file is damaged."""
+    uri = storage.join(folder, PROVENANCE_FILE)
+    if not storage.exists(uri):
+        return [f"{PROVENANCE_FILE} is gone, so that nothing shows which code its trials ran with"]
+    try:
+        before = json.loads(storage.read_bytes(uri))
+        code, torch_version, data = dict(before["code"]), str(before["torch"]), str(before["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
+    changes = [
+        f"imbvlm/{name} {_change(name in code, name in now['code'])}"
+        for name in sorted({*code, *now["code"]})
+        if code.get(name) != now["code"].get(name)
+    ]
+    if torch_version != now["torch"]:
+        changes.append(f"torch was {torch_version} and is {now['torch']}")
+    if data != now["data"]:
+        changes.append("the manifest's rows, labels or splits have changed")
+    return changes
+
+
+def _change(was_there: bool, is_there: bool) -> str:
+    return "has changed" if was_there and is_there else "is new" if is_there else "is gone"
+
+
+def _data_digest(manifest: Manifest) -> str:
+    """Of what stays the same where images are moved: labels, splits, class names and, where it is known, content."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(list(manifest.class_names)).encode())
+    digest.update(np.ascontiguousarray(manifest.labels).tobytes())
+    for split in manifest.splits:
+        digest.update(f"{split} ".encode() + np.ascontiguousarray(manifest.rows_of(split)).tobytes())
+    digest.update(b"".join(one or b"-" for one in manifest.table.column("content").to_pylist()))
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""Python runs this as each process of the tests' cluster starts: faults that a test orders come into real trials.
+
+Orders are a JSON file (its path in IMBVLM_TEST_FAULTS), read anew each time; without it nothing happens.
+`losses` {name: raise | nan | inf | out_of_memory | hang}; `loss_seconds`, `tower_seconds`: how much longer it takes.
+Processes that compute losses or run a tower leave their id in the folder beside it.
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ORDERS = os.environ.get("IMBVLM_TEST_FAULTS", "")
+
+
+def orders():
+    try:
+        return json.loads(Path(ORDERS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def leave_id(kind):
+    path = Path(ORDERS).parent / f"{kind}-{os.getpid()}"
+    if not path.exists():
+        path.touch()
+
+
+def faulty_loss(name, loss):
+    @functools.wraps(loss)
+    def call(*arguments, **knobs):
+        ordered = orders()
+        if not ordered:
+            return loss(*arguments, **knobs)
+        import torch
+
+        leave_id("trial")
+        time.sleep(ordered.get("loss_seconds", 0))
+        kind = ordered.get("losses", {}).get(name)
+        if kind == "raise":
+            raise ValueError("a fault of the tests")
+        if kind == "out_of_memory":
+            torch.empty(2**58)
+        while kind == "hang":
+            time.sleep(1)
+        value = loss(*arguments, **knobs)
+        return value * float(kind) if kind in ("nan", "inf") else value
+
+    return call
+
+
+def patch_losses(module):
+    module.LOSSES = {name: faulty_loss(name, loss) for name, loss in module.LOSSES.items()}
+
+
+def patch_tower(module):
+    call = module.TowerWorker.__call__
+
+    def slow(self, block):
+        ordered = orders()
+        if ordered:
+            leave_id("tower")
+            time.sleep(ordered.get("tower_seconds", 0))
+        return call(self, block)
+
+    module.TowerWorker.__call__ = slow
+
+
+PATCHES = {"imbvlm.losses": patch_losses, "imbvlm.features.tower_pass": patch_tower}
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in PATCHES:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        original = spec.loader.exec_module
+
+        def exec_module(module):
+            original(module)
+            PATCHES[name](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if ORDERS:
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,162 @@
+"""A sweep of six known configurations that takes seconds, and what fault tests ask of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from imbvlm.data.manifest import Manifest
+from imbvlm.sweep.spec import SweepSpec
+
+ROOT = Path(__file__).parent.parent
+LOSSES = ("cross_entropy", "focal", "balanced_softmax")
+NUM_TRIALS = 6
+ROWS = {"train": 240, "val": 100, "test": 100}
+
+
+def write_manifest(path: Path) -> None:
+    """A few hundred images of the embedded data, evenly over each split, so that the tail stays."""
+    whole = Manifest.read("embedded:fashion_mnist_lt")
+    rows = [whole.rows_of(split)[:: len(whole.rows_of(split)) // number] for split, number in ROWS.items()]
+    whole.take(np.sort(np.concatenate(rows))).write(str(path))
+
+
+def sweep_spec(manifest: Path, storage: str, **fields) -> SweepSpec:
+    """All of its configurations are tried, so that any undisturbed run ends with the same trials and numbers."""
+    return SweepSpec.from_tree(
+        {
+            "name": "faults",
+            "base": {
+                "data": {"manifest": str(manifest)},
+                "encoder": {"name": "tinylit_lite0", "image_size": 64},
+                "method": "linear_probe",
+                "train": {"num_epochs": 4, "batch_size": 32},
+                "eval": {"resize": 1.0},
+            },
+            "space": {"parameters": {"loss.name": {"choice": list(LOSSES)}, "optim.lr": {"choice": [0.05, 0.5]}}},
+            "num_trials": NUM_TRIALS,
+            "searcher": {"name": "random"},
+            "trial_scheduler": {"name": "none"},
+            "max_concurrent_trials": 1,
+            "refit_seeds": [0],
+            "storage": storage,
+            **fields,
+        }
+    )
+
+
+class Sweep:
+    """A sweep in a process of its own, its spec in `folder`; all that is asked is read from its files."""
+
+    def __init__(self, folder: Path, manifest: Path, storage: str = "runs", **fields) -> None:
+        self.folder, self.storage, self.manifest, self.fields = folder, storage, manifest, fields
+        folder.mkdir(parents=True, exist_ok=True)
+        self.change()
+        self.process: subprocess.Popen[str] | None = None
+
+    def change(self, **fields) -> None:
+        """Write the spec, with other fields."""
+        sweep_spec(self.manifest, self.storage, **{**self.fields, **fields}).to_yaml(self.folder / "spec.yaml")
+
+    def start(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
+        """Start it, or go on with it; returns at once."""
+        return self.begin("sweep", "run", "spec.yaml", *arguments, environment=environment)
+
+    def begin(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
+        """Start a command of ours."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "imbvlm", *arguments],
+            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        return self
+
+    def end(self, code: int = 0, seconds: float = 600) -> str:
+        """Wait for its end; what it printed."""
+        assert self.process is not None
+        try:
+            printed, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"it didn't end:\n{self.process.communicate()[0]}\n{self.log()}") from None
+        assert self.process.returncode == code, f"{printed}\n{self.log()}"
+        return printed
+
+    def stop(self) -> None:
+        """End it where a test has left it running."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def run(self, *arguments: str, code: int = 0, **more) -> str:
+        return self.start(*arguments, **more).end(code)
+
+    def log(self) -> str:
+        """The end of what the libraries said."""
+        path = self.path / "ray.log" if self._paths() else None
+        return path.read_text()[-6000:] if path is not None and path.exists() else ""
+
+    def _paths(self) -> list[Path]:
+        return sorted((self.folder / self.storage).glob("faults-*"))
+
+    @property
+    def path(self) -> Path:
+        """The sweep's own folder, the newest."""
+        return self._paths()[-1]
+
+    def records(self, kind: str = "search") -> dict[str, dict]:
+        """Records by trial id; each file is whole or not there."""
+        if not self._paths():
+            return {}
+        found = {one.stem: json.loads(one.read_text()) for one in (self.path / "trials").glob("*.json")}
+        return {key: found[key] for key in sorted(found) if found[key]["kind"] == kind}
+
+    def wait_for(self, happened, seconds: float = 240) -> None:
+        """Wait until something is so, while the sweep runs."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process is not None
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                raise AssertionError(f"it didn't come to that:\n{self.process.communicate()[0]}\n{self.log()}")
+            time.sleep(0.05)
+
+    def num_ended(self) -> int:
+        return sum(record["state"] != "running" for record in self.records().values())
+
+    def outcome(self) -> dict[str, list]:
+        """Configurations that finished, each with its validation numbers per epoch: the same whatever happened."""
+        found: dict[str, list] = {}
+        for record in self.records().values():
+            if record["state"] == "finished":
+                key = json.dumps(record["draw"], sort_keys=True)
+                assert key not in found, f"{key} was trained twice"
+                found[key] = [
+                    (one["epoch"], one["train/loss"], one["val/balanced_accuracy"]) for one in record["epochs"]
+                ]
+        return found
+
+    def best(self) -> str:
+        """The configuration in best.yaml."""
+        return (self.path / "best.yaml").read_text()
+
+
+def wait_gone(pid: int, seconds: float = 60) -> None:
+    """Until a process has ended; one that nobody has waited for yet counts."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":
+            return
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.1)

@@ -1,0 +1,257 @@
+"""What breaks while a sweep runs, with real processes: no finished work is lost and the end is that of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from faulty_sweep import NUM_TRIALS, Sweep, wait_gone, write_manifest
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def manifest(ray_cluster, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "few.parquet"
+    write_manifest(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    """Features are computed once for all tests."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def quiet(manifest, storage) -> Sweep:
+    """The undisturbed run."""
+    sweep = Sweep(storage / "quiet", manifest, storage=str(storage / "quiet" / "runs"))
+    sweep.run()
+    assert len(sweep.outcome()) == NUM_TRIALS
+    return sweep
+
+
+@pytest.fixture
+def make_sweep(quiet, manifest, tmp_path):
+    """Other sweeps of the same six configurations, their features there already; none is left running."""
+    made = []
+
+    def make(**fields) -> Sweep:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "features").symlink_to(quiet.folder / "runs" / "features")
+        made.append(Sweep(tmp_path, manifest, **fields))
+        return made[-1]
+
+    yield make
+    for sweep in made:
+        sweep.stop()
+
+
+@pytest.fixture
+def sweep(make_sweep) -> Sweep:
+    return make_sweep()
+
+
+@pytest.fixture
+def order(fault_orders):
+    """Give orders to the cluster's processes; none are left afterwards."""
+
+    @contextmanager
+    def ordered(**orders):
+        for path in fault_orders.parent.glob("*-*"):
+            path.unlink()
+        fault_orders.write_text(json.dumps(orders))
+        try:
+            yield lambda kind: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob(f"{kind}-*")]
+        finally:
+            fault_orders.unlink()
+
+    return ordered
+
+
+def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
+    """The same trials with the same numbers, none twice, the same best; a baseline and the refits too."""
+    assert sweep.outcome() == quiet.outcome()
+    assert len(sweep.records()) == NUM_TRIALS
+    assert sweep.best() == quiet.best()
+    for kind in ("baseline", "refit"):
+        assert {key: one["state"] for key, one in sweep.records(kind).items()} == {
+            key: one["state"] for key, one in quiet.records(kind).items()
+        }
+
+
+# -------------------------------------------------------------------------------------------- processes that die
+
+
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_killed_worker_costs_no_trial(quiet, make_sweep, order, driver):
+    sweep = make_sweep(driver=driver, cpus_per_worker=0.9)
+    with order(loss_seconds=0.1) as ids:
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 2 and ids("trial"))
+        for pid in ids("trial"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_gone(pid)
+    printed = sweep.end()
+    assert "failed" not in printed
+    assert_same_end(sweep, quiet)
+
+
+def test_a_killed_driver_goes_on(quiet, sweep, order):
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 3)
+        os.kill(sweep.process.pid, signal.SIGKILL)
+        sweep.process.wait()
+    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    assert "resuming" in sweep.run("--resume")
+    assert {key: sweep.records()[key] for key in ended} == ended
+    assert_same_end(sweep, quiet)
+
+
+def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 3)
+        os.kill(sweep.process.pid, signal.SIGINT)
+        printed = sweep.end(130)
+    assert f"imbvlm sweep resume {sweep.path}" in printed
+    partial = printed.split("interrupted")[1]
+    assert "t00001" in partial
+    assert "zero-shot" in partial
+    assert not (sweep.path / "test.json").exists()
+    sweep.run("--resume", str(sweep.path))
+    assert_same_end(sweep, quiet)
+
+
+# ----------------------------------------------------------------------------------------- trials that go wrong
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("nan", "wasn't finite"),
+        ("inf", "wasn't finite"),
+        ("raise", "ValueError: a fault of the tests"),
+        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker(s), 10 classes"),
+    ],
+)
+def test_a_bad_loss_fails_its_trials_alone_and_says_why(quiet, sweep, order, fault, sentence):
+    with order(losses={"focal": fault}):
+        printed = sweep.run()
+    assert "2 trials failed" in printed
+    assert sentence in printed
+    states = {one["draw"]["loss.name"]: one["state"] for one in sweep.records().values()}
+    assert states == {"cross_entropy": "finished", "focal": "failed", "balanced_softmax": "finished"}
+    assert len(sweep.records()) == NUM_TRIALS
+    expected = {key: value for key, value in quiet.outcome().items() if "focal" not in key}
+    assert sweep.outcome() == expected
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_trial_that_hangs_is_ended_and_the_others_go_on(quiet, make_sweep, order, driver):
+    losses = ["cross_entropy", "focal"] if driver == "ray_train" else ["cross_entropy", "focal", "balanced_softmax"]
+    space = {"parameters": {"loss.name": {"choice": losses}, "optim.lr": {"choice": [0.05, 0.5]}}}
+    minutes = 0.2 if driver == "in_process" else 0.8
+    sweep = make_sweep(
+        max_trial_minutes=minutes, driver=driver, cpus_per_worker=0.9, space=space, num_trials=2 * len(losses)
+    )
+    with order(losses={"focal": "hang"}) as ids:
+        printed = sweep.start().end()
+        hung = ids("trial")
+    assert f"2 x ran longer than max_trial_minutes {minutes:g}" in printed
+    sound = [loss for loss in losses if loss != "focal"]
+    assert sweep.outcome() == {key: v for key, v in quiet.outcome().items() if any(loss in key for loss in sound)}
+    for pid in hung:
+        wait_gone(pid)
+
+
+def test_all_trials_failing_is_an_error_with_the_causes(sweep, order):
+    faults = {"cross_entropy": "nan", "focal": "raise", "balanced_softmax": "raise"}
+    with order(losses=faults):
+        printed = sweep.run(code=1)
+    assert "no trial of 6 gave a result" in printed
+    assert "4 x ValueError: a fault of the tests" in printed
+    assert not (sweep.path / "test.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- extraction
+
+
+def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(quiet, manifest, tmp_path, order):
+    sweep = Sweep(tmp_path, manifest)
+    shards = lambda: list((tmp_path / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+    with order(tower_seconds=1.0) as ids:
+        sweep.start()
+        sweep.wait_for(lambda: len(shards()) >= 3)
+        for pid in ids("tower"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    sweep.end()
+    assert_same_end(sweep, quiet)
+
+
+# ----------------------------------------------------------------------------------------- other places, other code
+
+
+def test_a_moved_folder_goes_on_in_its_new_place(quiet, sweep, order, tmp_path):
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 3)
+        sweep.stop()
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "runs").rename(tmp_path / "elsewhere" / "results")
+    assert moved.is_dir()
+    sweep.storage = "elsewhere/results"
+    before = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    sweep.begin("sweep", "resume", str(sweep.path)).end()
+    assert {key: sweep.records()[key] for key in before} == before
+    assert_same_end(sweep, quiet)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_changed_sweep_is_refused_with_the_difference_and_forks_with_what_is_still_valid(quiet, sweep, order):
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 4)
+        sweep.stop()
+    begun = sweep.path
+    ended = {json.dumps(r["draw"], sort_keys=True): r for r in sweep.records().values() if r["state"] == "finished"}
+    losses = {"choice": ["cross_entropy", "balanced_softmax"]}
+    sweep.change(space={"parameters": {"loss.name": losses, "optim.lr": {"choice": [0.05, 0.5]}}}, num_trials=4)
+    printed = sweep.run("--resume", str(begun), code=1)
+    assert "num_trials was 6 when the sweep began and is 4 now" in printed
+    assert "space.parameters.loss.name.choice was ['cross_entropy', 'focal', 'balanced_softmax']" in printed
+    assert "add --fork" in printed
+    printed = sweep.run("--resume", str(begun), "--fork")
+    assert sweep.path != begun
+    expected = {key: value for key, value in quiet.outcome().items() if "focal" not in key}
+    assert sweep.outcome() == expected
+    after = {json.dumps(r["draw"], sort_keys=True): r for r in sweep.records().values()}
+    kept = set(ended) & set(expected)
+    assert {key: after[key] for key in kept} == {key: ended[key] for key in kept}
+    assert f"{len(kept) + 2} trials are kept" in printed
+    assert "left behind: the space no longer has it" in printed
+
+
+def test_changed_code_is_refused_by_name(sweep, order):
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: sweep.num_ended() >= 1)
+        sweep.stop()
+    path = sweep.path / "provenance.json"
+    found = json.loads(path.read_text())
+    found["code"]["losses.py"] = "of another version"
+    path.write_text(json.dumps(found))
+    printed = sweep.run("--resume", str(sweep.path), code=1)
+    assert "imbvlm/losses.py has changed since the sweep began" in printed
+    printed = sweep.run("--resume", str(sweep.path), "--fork")
+    assert "0 trials are kept" in printed
+    assert len(sweep.outcome()) == NUM_TRIALS

@@ -1,0 +1,121 @@
+"""Going on after a change: refused with what has changed, or forked with exactly the trials that are still valid."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from sweep_folder import SPACE, sweep_spec, write_sweep
+
+import imbvlm
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.fork import choose_fork, write_fork
+from imbvlm.sweep.post_hoc import logits_file
+from imbvlm.sweep.provenance import provenance, provenance_changes, write_provenance
+from imbvlm.sweep.results import TrialLog
+
+CLASS_COUNTS = [200, 50, 8]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return str(write_sweep(tmp_path_factory.mktemp("source") / "made", CLASS_COUNTS))
+
+
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return Manifest.read("embedded:fashion_mnist_lt")
+
+
+def fork(source, spec, changes=()):
+    chosen = choose_fork(source, spec, spec.read_space(), list(changes))
+    return {record.trial_id for record, _ in chosen.kept if record.kind == "search"}, chosen.left
+
+
+def ids(source, **wanted):
+    """Search trials whose draw has these values."""
+    return {
+        record.trial_id
+        for record in TrialLog.read(source).of("search")
+        if all(record.draw.get(key) == value for key, value in wanted.items())
+    }
+
+
+def test_a_larger_budget_keeps_every_trial(source):
+    kept, _ = fork(source, sweep_spec(num_trials=48))
+    assert kept == ids(source)
+
+
+def test_a_choice_that_is_gone_takes_its_trials_along_and_no_other(source):
+    parameters = {**SPACE["parameters"], "loss.name": {"choice": ["balanced_softmax", "focal"]}}
+    kept, left = fork(source, sweep_spec(space={"parameters": parameters}))
+    assert kept == ids(source, **{"loss.name": "balanced_softmax"})
+    assert left["the space no longer has it"] == len(ids(source, **{"loss.name": "cross_entropy"}))
+
+
+def test_another_base_keeps_none(source):
+    spec = sweep_spec()
+    base = {**spec.base, "train": {"num_epochs": 13}}
+    kept, left = fork(source, sweep_spec(base=base))
+    assert not kept
+    assert left["the base gives it another configuration"] == 24
+
+
+def test_another_scheduler_keeps_what_ran_to_its_end(source):
+    states = Counter(record.state for record in TrialLog.read(source).of("search"))
+    assert states["stopped"]
+    kept, left = fork(source, sweep_spec(trial_scheduler={"name": "none"}))
+    assert len(kept) == states["finished"]
+    assert left["stopped by another rule"] == states["stopped"]
+
+
+def test_other_code_keeps_nothing_and_says_so(source):
+    kept, left = fork(source, sweep_spec(), ["imbvlm/losses.py has changed"])
+    assert not kept
+    assert set(left) == {"imbvlm/losses.py has changed"}
+
+
+def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(source, tmp_path):
+    spec = sweep_spec(num_trials=48)
+    Path(logits_file(source, "t00001")).parent.mkdir(exist_ok=True)
+    Path(logits_file(source, "t00001")).write_bytes(b"logits")
+    write_fork(choose_fork(source, spec, spec.read_space(), []), source, str(tmp_path))
+    log, before = TrialLog.read(str(tmp_path)), TrialLog.read(source)
+    assert {key: log.records[key] for key in ids(source)} == {key: before.records[key] for key in ids(source)}
+    assert not log.of("refit")
+    assert Path(logits_file(str(tmp_path), "t00001")).read_bytes() == b"logits"
+
+
+def test_changed_code_torch_and_data_are_named(manifest, tmp_path, monkeypatch):
+    found = provenance(manifest)
+    write_provenance(str(tmp_path), found)
+    assert provenance_changes(str(tmp_path), provenance(manifest)) == []
+    assert "losses.py" in found["code"]
+    assert "sweep/report/write.py" not in found["code"]
+    changed = json.loads(json.dumps(found))
+    changed["code"]["losses.py"] = "0"
+    del changed["code"]["metrics.py"]
+    changed["torch"] = "1.0"
+    changed["data"] = provenance(manifest.take(manifest.rows_of("train")))["data"]
+    assert provenance_changes(str(tmp_path), changed) == [
+        "imbvlm/losses.py has changed",
+        "imbvlm/metrics.py is gone",
+        f"torch was {found['torch']} and is 1.0",
+        "the manifest's rows, labels or splits have changed",
+    ]
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "losses.py").write_text("")
+    monkeypatch.setattr(imbvlm, "__file__", str(tmp_path / "package" / "__init__.py"))
+    assert "imbvlm/losses.py has changed" in provenance_changes(str(tmp_path), provenance(manifest))
+
+
+def test_a_damaged_or_missing_file_is_said(tmp_path, manifest):
+    found = provenance(manifest)
+    (change,) = provenance_changes(str(tmp_path), found)
+    assert "provenance.json is gone" in change
+    (tmp_path / "provenance.json").write_text("{")
+    with pytest.raises(ImbvlmError, match="is damaged"):
+        provenance_changes(str(tmp_path), found)

@@ -1,0 +1,196 @@
+"""Files that somebody else may have made: none of them runs code, writes outside its folder or exhausts memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from sweep_folder import write_sweep
+
+from imbvlm import inference
+from imbvlm.cluster_file import check_cluster_file
+from imbvlm.config import TrialConfig
+from imbvlm.data.images import ImageError, decode
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.features.store import FeatureStore
+from imbvlm.sweep.listing import SweepState
+from imbvlm.sweep.post_hoc import read_adjustment
+from imbvlm.sweep.provenance import provenance_changes
+from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.checkpoint import TrialState, load_checkpoint, load_model_tensors, save_checkpoint
+from imbvlm.training.val_logits import read_logits
+
+CLASS_COUNTS = [200, 50, 8]
+
+
+class Hostile:
+    """What a pickle of it does when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.mark)!r}, 'w')",))
+
+
+@pytest.fixture
+def mark(tmp_path) -> Path:
+    """A file that is there once hostile code has run."""
+    return tmp_path / "ran"
+
+
+@pytest.fixture(params=["pickle", "torch"])
+def hostile(request, mark) -> bytes:
+    if request.param == "pickle":
+        return pickle.dumps(Hostile(mark))
+    stream = io.BytesIO()
+    torch.save({"model": Hostile(mark)}, stream)
+    return stream.getvalue()
+
+
+def test_the_pickles_of_these_tests_do_run_code(hostile, mark, tmp_path):
+    (tmp_path / "hostile.pt").write_bytes(hostile)
+    try:
+        pickle.loads(hostile)
+    except pickle.UnpicklingError:
+        torch.load(tmp_path / "hostile.pt", weights_only=False)
+    assert mark.exists()
+
+
+def refused(read, *arguments) -> None:
+    """It raises our own error, or finds nothing."""
+    with suppress(ImbvlmError, ValueError, OSError):
+        assert read(*arguments) is None
+
+
+def test_no_reader_of_results_models_and_state_unpickles(hostile, mark, tmp_path):
+    save_checkpoint(str(tmp_path / "checkpoint"), TrialState({"w": torch.ones(2)}, {"epoch": 1}))
+    for path in (tmp_path / "checkpoint").iterdir():
+        path.write_bytes(hostile)
+    refused(load_checkpoint, str(tmp_path / "checkpoint"))
+    for name in ("model.safetensors", "config.json", "store.json", "trials/t00001.json", "sweep.yaml", "post_hoc.json",
+                 "provenance.json", "results.parquet", "logits.safetensors"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(hostile)
+    folder = str(tmp_path)
+    refused(load_model_tensors, folder)
+    refused(inference.load, folder)
+    refused(FeatureStore.open, folder)
+    refused(TrialLog.read, folder)
+    refused(SweepState.read, folder)
+    refused(read_adjustment, folder, "winner")
+    refused(provenance_changes, folder, {"code": {}, "torch": "", "data": ""})
+    refused(read_logits, str(tmp_path / "logits.safetensors"))
+    refused(Manifest.read, str(tmp_path / "results.parquet"))
+    refused(TrialConfig.from_yaml, tmp_path / "sweep.yaml")
+    refused(SweepSpec.from_yaml, tmp_path / "sweep.yaml")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("read", [TrialConfig.from_yaml, SweepSpec.from_yaml, check_cluster_file])
+def test_yaml_tags_run_nothing(read, mark, tmp_path):
+    path = tmp_path / "hostile.yaml"
+    for tag in ("object/apply:exec", "object/new:exec", "name:os.system"):
+        path.write_text(f"name: !!python/{tag} [\"open('{mark}', 'w')\"]\n")
+        with pytest.raises(ImbvlmError):
+            read(path)
+    assert not mark.exists()
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize("read", [TrialConfig.from_yaml, SweepSpec.from_yaml, check_cluster_file])
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]\n", "[" * 100_000])
+def test_yaml_that_grows_is_refused_at_once(read, text, tmp_path):
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ImbvlmError):
+        read(tmp_path / "bomb.yaml")
+
+
+def test_a_record_and_an_index_name_no_file_outside_their_folder(tmp_path):
+    sweep = write_sweep(tmp_path / "made", CLASS_COUNTS, num_trials=2)
+    record = json.loads((sweep / "trials" / "t00001.json").read_text())
+    (sweep / "trials" / "t00001.json").write_text(json.dumps({**record, "trial_id": "../../outside"}))
+    with pytest.raises(ImbvlmError, match="calls itself"):
+        TrialLog.read(str(sweep))
+    save_checkpoint(str(tmp_path / "checkpoint"), TrialState({"w": torch.ones(2)}, {"epoch": 1}))
+    index = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({**index, "tensors_file": "../../secret"}))
+    with pytest.raises(ImbvlmError, match="not one of its files"):
+        load_checkpoint(str(tmp_path / "checkpoint"))
+
+
+def bomb_png(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that would be width x height bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10_000_000, 9))
+
+
+def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
+    bombs = [bomb_png(100_000, 100_000), bomb_png(65_000, 40_000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in bombs:
+        with pytest.raises(ImageError):
+            decode(data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+LISTENING = """
+import json, os, socket, sys
+from pathlib import Path
+from imbvlm.data.cluster import connected
+def listening():
+    inodes, mine = {}, set()
+    for name, v6 in (("/proc/net/tcp", False), ("/proc/net/tcp6", True)):
+        for line in Path(name).read_text().splitlines()[1:]:
+            parts = line.split()
+            if parts[3] == "0A":
+                inodes[parts[9]] = parts[1]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray" not in (process / "cmdline").read_bytes():
+                continue
+            for link in (process / "fd").iterdir():
+                target = os.readlink(link)
+                if target.startswith("socket:[") and target[8:-1] in inodes:
+                    mine.add(inodes[target[8:-1]])
+        except OSError:
+            pass
+    return sorted(mine)
+with connected() as cluster:
+    print(json.dumps([cluster.dashboard, listening()]))
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env={**os.environ, "RAY_ADDRESS": "local"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    dashboard, addresses = json.loads(done.stdout.splitlines()[-1])
+    assert dashboard.startswith("http://127.0.0.1:")
+    assert addresses
+    hosts = {address.rpartition(":")[0] for address in addresses}
+    assert hosts <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}, hosts
