@@ -70,6 +70,8 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
         "encoder": {"name": "openai_vit_b16"},
         "optim": {"name": "sgd", "momentum": 0.9},
         "train": {"batch_size": 128},
+        # Beside the plain numbers, as LIFT publishes both.
+        "eval": {"tte": "five_crop"},
     }
     return SweepSpec.from_tree(
         {

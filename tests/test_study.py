@@ -201,6 +201,17 @@ def test_tables_have_means_spreads_views_and_aliases(tmp_path: Path) -> None:
     assert list(cost.rows[0]) == ["Probe", "1", "0.01", "2.00", "1,000", "10", "1"]
 
 
+def test_five_crops_have_a_row_of_their_own(tmp_path: Path) -> None:
+    _, log = write_study(tmp_path / "s")
+    for one in log.of("refit"):
+        if one.name == "study: probe":
+            one.epochs[-1]["test_tte/top1_accuracy"] = 0.5
+            log.save(one)
+    rows = study_tables.study_tables(Source.read(str(tmp_path / "s")))[0].rows
+    assert [row[0] for row in rows] == ["Zero-shot", "Probe", "  five crops", "Decoder", "MARC"]
+    assert list(rows[2][1:5]) == ["1", "3", "50.0 ± 0.0", "-"]
+
+
 def test_cost_counts_every_gpu(tmp_path: Path) -> None:
     write_study(tmp_path / "s", gpus_per_worker=2.0, num_workers=4)
     cost = study_tables.study_tables(Source.read(str(tmp_path / "s")))[2]
@@ -336,7 +347,7 @@ def test_lifts_recipe_for_each_data_set(
         None,
     )
     assert one.classifier.temperature == 0.04
-    assert all(config.reads_images for config in configs.values())
+    assert all(config.reads_images and config.eval.tte == "five_crop" for config in configs.values())
     rows = {table.name: [row.configuration for row in table.rows] for table in made.study}
     # The last step of the ablation, and the last of the losses, are the recipe itself.
     assert rows["ablation"][-1] == rows["losses"][-1] == rows["recipe"][0] == "lift-b16"

@@ -13,7 +13,16 @@ from imbvlm.sweep.console import duration, percent, table
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
-from imbvlm.sweep.summary import METRICS, causes, describe, mean_and_spread, scores_table, search_table, verdict
+from imbvlm.sweep.summary import (
+    HEADINGS,
+    METRICS,
+    causes,
+    describe,
+    mean_and_spread,
+    scores_table,
+    search_table,
+    verdict,
+)
 from imbvlm.yaml_file import parse_yaml
 
 SPEC_FILE = "sweep.yaml"
@@ -152,10 +161,11 @@ def compare_text(states: Sequence[SweepState]) -> str:
                 "-" if state.seconds is None else duration(state.seconds),
                 percent(value),
                 *(mean_and_spread(state.test_values(WINNER, metric)) for metric in METRICS),
+                "-" if best is None else best.views,
                 "-" if best is None else describe(best),
             ]
         )
-    header = ["sweep", "trials", "time", "validation", "overall", "balanced", "many", "medium", "few", "winner"]
+    header = ["sweep", "trials", "time", "validation", *HEADINGS, "views", "winner"]
     parts = ["best on validation by the sweep's objective; winners on the test split, mean ± deviation of seeds (%):"]
     parts += [table(header, rows), *_unlike(states)]
     return "\n".join(parts)

@@ -148,19 +148,21 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     """Refits on the test split: mean over seeds, and their standard deviation behind ±; percent."""
     rows = []
     for name in dict.fromkeys(record.name for record in scored):
-        last = [record.epochs[-1] for record in scored if record.name == name and record.epochs]
+        records = [record for record in scored if record.name == name and record.epochs]
+        last = [record.epochs[-1] for record in records]
+        about = [records[0].views if records else "-", str(len(last))]
         values, adjusted, crops = (
             [[epoch[f"{split}/{metric}"] for epoch in last if f"{split}/{metric}" in epoch] for metric in METRICS]
             for split in ("test", "test_post_hoc", "test_tte")
         )
-        rows.append([name, str(len(last)), *map(mean_and_spread, values)])
+        rows.append([name, *about, *map(mean_and_spread, values)])
         if any(crops):
-            rows.append([f"{name}, five crops", str(len(last)), *map(mean_and_spread, crops)])
+            rows.append([f"{name}, five crops", *about, *map(mean_and_spread, crops)])
         # A temperature alone changes no prediction.
         if any(adjusted) and adjusted != values:
-            rows.append([f"{name}, post hoc", str(len(last)), *map(mean_and_spread, adjusted)])
+            rows.append([f"{name}, post hoc", *about, *map(mean_and_spread, adjusted)])
     title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
-    return f"{title}\n{table(['what', 'seeds', *HEADINGS], rows)}"
+    return f"{title}\n{table(['what', 'views', 'seeds', *HEADINGS], rows)}"
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -32,13 +32,11 @@ def scores(source: Source) -> Table | None:
     ]  # fmt: skip
     rows = []
     for one in source.scored:
-        values, adjusted = (
-            [one.values(f"{split}/{metric}") for metric, _ in kept] for split in ("test", "test_post_hoc")
-        )
         about = [one.records[0].views, str(len(one.records))]
-        rows.append([one.name, *about, *map(mean_and_spread, values)])
-        if any(adjusted):
-            rows.append([f"{one.name}, post hoc", *about, *map(mean_and_spread, adjusted)])
+        for split, how in (("test", ""), ("test_tte", ", five crops"), ("test_post_hoc", ", post hoc")):
+            values = [one.values(f"{split}/{metric}") for metric, _ in kept]
+            if any(values) or split == "test":
+                rows.append([f"{one.name}{how}", *about, *map(mean_and_spread, values)])
     header = ["what", "views", "seeds", *(heading for _, heading in kept)]
     caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
     return Table("scores", "Test split", header, rows, caption=caption)

@@ -69,8 +69,10 @@ def _scores(source: Source, table: StudyTable) -> Table:
         if scored is None:
             rows.append([row.label, views, "0", *["-"] * len(SCORES)])
             continue
-        values = (mean_and_spread(scored.values(f"test/{metric}")) for metric in SCORES)
-        rows.append([row.label, views, str(len(scored.records)), *values])
+        for what, split in ((row.label, "test"), ("  five crops", "test_tte")):
+            values = [mean_and_spread(scored.values(f"{split}/{metric}")) for metric in SCORES]
+            if split == "test" or any(value != "-" for value in values):
+                rows.append([what, views, str(len(scored.records)), *values])
         rows += [_published_row(one) for one in known if record is not None and one.is_of(record.trial_config())]
     caption = "Percent, test split, read once. ± is the standard deviation over seeds. Precision, recall, F1: macro."
     return Table(table.name, table.title, ["what", "views", "seeds", *SCORES.values()], rows, NUM_WORDS, caption)
