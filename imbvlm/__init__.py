@@ -1,3 +1,24 @@
 """Finds the best long-tailed image classifier that a vision-language model can give on your images."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from imbvlm.inference import Model
+
 __version__ = "0.1.0"
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """Load what `imbvlm export` wrote; `load(folder).predict(images)` needs neither Ray nor a network.
+
+    Raises ImbvlmError where the folder is incomplete, or where images would be prepared otherwise than for training.
+    """
+    # Importing the package stays free of torch: the command line starts with it.
+    from imbvlm.inference import load
+
+    return load(folder, device)

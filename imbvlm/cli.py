@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 from imbvlm import __version__
 from imbvlm.errors import ImbvlmError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+if TYPE_CHECKING:
+    from imbvlm.inference import Prediction
+
 SWEEP_ACTIONS = ("run", "resume", "list", "show")
 Command = Callable[[argparse.Namespace], int]
 
@@ -365,8 +364,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "-o",
         "--out",
-        help="a page (.html; default: report.html in the sweep's folder), or a folder: figures as SVG, tables as CSV "
-        "and LaTeX go beside the page",
+        help="a page (.html; default: report.html in the sweep's folder), or a folder: beside the page go "
+        "figures as SVG and PNG, their numbers as CSV, tables as CSV and LaTeX",
     )
     parser.set_defaults(command=_report)
 
@@ -385,20 +384,38 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = _command(
         commands,
         "export",
-        "Write the best configuration and its model.",
-        "imbvlm export runs/quickstart-20261124-120000 -o my-model",
+        "Write the best configuration and its model, or several.",
+        "imbvlm export runs/quickstart-20261124-120000 -o my-model\n"
+        "  imbvlm export runs/inat-20261124-120000 -o models --top 3 --onnx --licence apache-2.0",
     )
-    parser.add_argument("sweep", help="a sweep's folder")
-    parser.add_argument("-o", "--out", required=True, help="folder for best.yaml and model/")
+    parser.add_argument("sweep", help="a sweep's folder or s3:// URI")
+    parser.add_argument("-o", "--out", required=True, help="folder or s3:// URI for best.yaml and model/")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--top", type=_at_least_1, default=1, metavar="N", help="the N best by validation (default: 1)")
+    which.add_argument("--pareto", action="store_true", help="the trials that none beats in every objective")
+    parser.add_argument("--onnx", action="store_true", help="tower and classifier as one ONNX graph besides")
+    parser.add_argument("--licence", default="other", metavar="ID", help="for the model card, such as apache-2.0")
     parser.set_defaults(command=_export)
+
+
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {number}")
+    return number
 
 
 def _export(options: argparse.Namespace) -> int:
     from imbvlm.sweep.export import export_sweep
 
-    record = export_sweep(options.sweep, options.out)
-    print(f"{record.trial_id} written to {options.out}: best.yaml and model/")
-    print(f"next: imbvlm predict {options.out} PHOTO.jpg")
+    exported = export_sweep(
+        options.sweep, options.out, top=options.top, pareto=options.pareto, onnx=options.onnx, licence=options.licence
+    )
+    for one in exported:
+        print(f"{one.record.trial_id} written to {one.folder}: best.yaml and model/, with its card in model/README.md")
+        if one.onnx_difference is not None:
+            print(f"  model/onnx/model.onnx gives its logits to {one.onnx_difference:.1g}")
+    print(f"next: imbvlm predict {exported[0].folder} PHOTO.jpg")
     return 0
 
 
@@ -410,78 +427,48 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         commands,
         "predict",
         "Classify images with an exported model.",
-        "imbvlm predict my-model photos/ --top 3 -o out.csv",
+        "imbvlm predict my-model photos/ --top 3 -o predictions.csv\n"
+        "  imbvlm predict s3://my-bucket/my-model s3://my-bucket/photos -o s3://my-bucket/predictions.parquet",
     )
-    parser.add_argument("model", help="what `imbvlm export` wrote")
-    parser.add_argument("images", nargs="+", help="files, folders or s3:// URIs")
-    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
-    parser.add_argument("-o", "--out", help="a CSV to write instead of printing")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("model", help="what `imbvlm export` wrote, a folder or s3:// URI")
+    parser.add_argument("images", nargs="+", help="files, folders, manifests (.parquet) or s3:// prefixes")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="of manifests; all rows without it")
+    parser.add_argument("--top", type=_at_least_1, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument("-o", "--out", help="a .csv, .parquet or .jsonl to write (also s3://) instead of printing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument(
+        "--ray",
+        action=argparse.BooleanOptionalAction,
+        help="classify on every GPU or CPU of the cluster through Ray Data (default: from 5,000 images on)",
+    )
     parser.set_defaults(command=_predict)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from imbvlm.inference import load
+    from imbvlm import prediction_table as table
 
-    images = _images(options.images)
-    model = load(options.model)
+    if options.out:
+        table.check_out(options.out)
+    images = table.find_images(options.images, options.split)
+    ray = options.ray if options.ray is not None else len(images) >= table.RAY_FROM
     bad = 0
-    with _output(options.out) as stream:
-        writer = csv.writer(stream)
-        if options.out and not options.json:
-            writer.writerow(
-                [
-                    "image",
-                    *(f"{what}_{rank}" for rank in range(1, options.top + 1) for what in ("class", "probability")),
-                    "error",
-                ]
-            )
-        for one in model.predict_stream(images, options.top):
+
+    def counted() -> Iterator[Prediction]:
+        nonlocal bad
+        for one in table.predictions(options.model, images, options.top, ray=ray):
             bad += one.error is not None
-            pairs = list(zip(one.class_names, one.probabilities, strict=True))
-            if options.json:
-                classes = [{"class": name, "probability": value} for name, value in pairs]
-                stream.write(
-                    json.dumps({"image": one.source, "classes": classes, "error": one.error}, ensure_ascii=False) + "\n"
-                )
-            elif options.out:
-                cells = [cell for name, value in pairs for cell in (name, f"{value:.6f}")]
-                writer.writerow([one.source, *cells, *([""] * (2 * (options.top - len(pairs)))), one.error or ""])
-            else:
-                what = one.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in pairs)
-                stream.write(f"{one.source}: {what}\n")
+            yield one
+
+    if options.out:
+        table.write_predictions(counted(), options.out, options.top)
+        print(f"{len(images):,} rows written to {options.out}")
+    else:
+        write = table.write_json_lines if options.json else table.write_lines
+        write(counted(), sys.stdout, options.top)
+        sys.stdout.flush()
     if bad:
         print(f"imbvlm: {bad} of {len(images)} images could not be read", file=sys.stderr)
     return 1 if bad == len(images) else 0
-
-
-@contextmanager
-def _output(path: str | None) -> Iterator[TextIO]:
-    """The file that `--out` names, or standard output, which stays open."""
-    if path is None:
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        yield stream
-
-
-def _images(arguments: list[str]) -> list[str]:
-    """Files as given; of folders the images below them, sorted; raises ImbvlmError where nothing is there."""
-    from imbvlm import storage
-
-    found: list[str] = []
-    for argument in arguments:
-        if storage.is_local(argument) and storage.local_path(argument).is_dir():
-            below = sorted(storage.local_path(argument).rglob("*"))
-            found += [str(path) for path in below if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-        elif storage.is_local(argument) and not Path(argument).exists():
-            raise ImbvlmError(f"{argument} is not there")
-        else:
-            found.append(argument)
-    if not found:
-        raise ImbvlmError(f"no image in {', '.join(arguments)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- check-cluster

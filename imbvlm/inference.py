@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import torch
+from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
-from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, decode
+from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, decode, fetch, picture_pixels
+from imbvlm.data.listing import list_tree
+from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import Encoder
-from imbvlm.models.encoder_info import OutputName
 from imbvlm.models.methods import METHODS, ZeroShotClassifier, restore_model
 from imbvlm.models.tower_folder import save_tower
 from imbvlm.posthoc import Adjustment
@@ -31,8 +36,9 @@ from imbvlm.yaml_file import YamlTree
 CONFIG_FILE = "config.json"
 TOWER_FOLDER = "tower"
 ZERO_SHOT_FILE = "zero_shot.safetensors"
-FORMAT = 1
+FORMAT = 2
 BATCH_SIZE = 64
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,6 @@ class PostHocStep:
     class_counts: tuple[int, ...]
     class_embeddings: Tensor | None = None
 
-    def apply(self, logits: Tensor, image_embedding: Callable[[], Tensor], logit_scale: float) -> Tensor:
-        """Adjusted logits (B, C); `image_embedding` gives the images' (B, E) where it is asked."""
-        zero_shot = None
-        if self.adjustment.alpha and self.class_embeddings is not None:
-            classifier = ZeroShotClassifier(self.class_embeddings.to(logits.device), logit_scale).to(logits.device)
-            zero_shot = classifier(image_embedding().to(logits.device))
-        return self.adjustment.apply(logits, torch.tensor(self.class_counts), zero_shot)
-
     def write(self, folder: str) -> dict[str, Any]:
         """Write what is too large for a description; the rest as plain data."""
         if self.class_embeddings is not None:
@@ -84,99 +82,143 @@ class PostHocStep:
         return PostHocStep(Adjustment(**values), counts, embeddings)
 
 
+class ImageClassifier(nn.Module):
+    """Tower, classifier and what was adjusted on validation in one module: crops in bytes to logits."""
+
+    def __init__(
+        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: PostHocStep | None
+    ) -> None:
+        super().__init__()
+        self.tower, self.classifier = encoder.visual, classifier
+        self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
+        mixes = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
+        self.zero_shot = None
+        if mixes and post_hoc is not None and post_hoc.class_embeddings is not None:
+            self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.logit_scale)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier's own logits and the adjusted ones, both (B, C) in float32, of crops (B, 3, S, S)."""
+        outputs = None
+        if self.zero_shot is not None or not self._config.reads_images:
+            outputs = self._encoder.outputs(images)
+        if self._config.reads_images:
+            logits = self.classifier(images)
+        else:
+            logits = self.classifier(self._as_stored(getattr(outputs, METHODS[self._config.method].reads)))
+        logits = logits.float()
+        if self._post_hoc is None:
+            return logits, logits
+        zero_shot = None
+        if self.zero_shot is not None and outputs is not None:
+            zero_shot = self.zero_shot(self._as_stored(outputs.image_embedding))
+        counts = torch.tensor(self._post_hoc.class_counts, device=logits.device)
+        return logits, self._post_hoc.adjustment.apply(logits, counts, zero_shot)
+
+    def _as_stored(self, features: Tensor) -> Tensor:
+        """A tower's output in the precision in which what was trained on was stored."""
+        return features.half().float() if self._config.features.precision == "float16" else features
+
+
 class Model:
     """An exported classifier with its own tower, preprocessing and class names."""
 
     def __init__(
         self,
-        encoder: Encoder,
-        classifier: nn.Module,
-        config: TrialConfig,
+        network: ImageClassifier,
+        preprocess: Preprocess,
+        num_crops: int,
         class_names: tuple[str, ...],
-        post_hoc: PostHocStep | None = None,
+        device: torch.device,
     ) -> None:
-        self._encoder, self._classifier, self._config = encoder, classifier.eval(), config
-        self._post_hoc, self.class_names = post_hoc, class_names
-        # What an image is to this model: its evaluation crop, or five crops whose logits are averaged.
-        self._preprocess, self._num_crops = encoder.preprocess, 1
-        if config.eval.tte == "five_crop":
-            self._preprocess, self._num_crops = encoder.preprocess.five_crop(config.eval.expand), len(FIVE_CROPS)
+        self.network, self.preprocess, self.num_crops = network.eval(), preprocess, num_crops
+        self.class_names, self._device = class_names, device
 
-    def predict(self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5) -> list[Prediction]:
-        """Classify paths, URIs, encoded bytes or H x W x 3 uint8 arrays; an image that can't be read gets an error."""
+    def predict(self, images: Iterable[ImageLike], top: int = 5) -> list[Prediction]:
+        """Classify images; one that can't be read gets an error in place of classes.
+
+        An image is a path, a URI, an encoded file's bytes, a Pillow image, or an H x W x 3 array of uint8.
+        """
         return list(self.predict_stream(images, top))
 
-    def predict_stream(
-        self, images: Iterable[str | Path | bytes | npt.NDArray[np.uint8]], top: int = 5
-    ) -> Iterator[Prediction]:
+    def predict_stream(self, images: Iterable[ImageLike], top: int = 5) -> Iterator[Prediction]:
         """As `predict`, a batch at a time, in order."""
         iterator = enumerate(images)
-        while batch := list(islice(iterator, max(1, BATCH_SIZE // self._num_crops))):
-            yield from self._predict_batch(batch, min(top, len(self.class_names)))
+        while batch := list(islice(iterator, max(1, BATCH_SIZE // self.num_crops))):
+            yield from self._predict_batch(batch, top)
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Logits (B, C) of preprocessed uint8 images (B, 3, S, S), or their means over V crops (B, V, 3, S, S)."""
-        return _mean_over_crops(pixels, self._logits)
+    def classify(self, crops: npt.NDArray[np.uint8], top: int = 5) -> list[tuple[list[int], list[float]]]:
+        """Labels and probabilities of the most probable classes, best first, of crops, as `crops_of` makes them."""
+        if not len(crops):
+            return []
+        probabilities = self.probabilities(torch.from_numpy(crops)).cpu()
+        values, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
+        return list(zip(labels.tolist(), values.tolist(), strict=True))
 
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """Probabilities (B, C) of images as `logits` takes them, after what was adjusted on validation."""
-        return _mean_over_crops(pixels, self._adjusted_logits).softmax(dim=1)
+    def logits(self, crops: Tensor) -> Tensor:
+        """The classifier's own logits (B, C) of crops (B, 3, S, S) in bytes, or their means over (B, V, 3, S, S)."""
+        return self._run(crops, 0)
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        if self._config.reads_images:
-            with torch.inference_mode():
-                return self._classifier(pixels.to(self._encoder.device)).float()
-        stored = self._stored(pixels, METHODS[self._config.method].reads)
-        with torch.inference_mode():
-            logits: Tensor = self._classifier(stored)
-        return logits.float()
+    def probabilities(self, crops: Tensor) -> Tensor:
+        """Probabilities (B, C) of crops as `logits` takes them, after what was adjusted on validation."""
+        return self._run(crops, 1).softmax(dim=1)
 
-    def _adjusted_logits(self, pixels: Tensor) -> Tensor:
-        logits = self._logits(pixels)
-        if self._post_hoc is None:
+    @torch.inference_mode()
+    def _run(self, crops: Tensor, output: int) -> Tensor:
+        if crops.ndim == 4:
+            logits: Tensor = self.network(crops.to(self._device))[output]
             return logits
-        scale = self._encoder.info.logit_scale
-        return self._post_hoc.apply(logits, lambda: self._stored(pixels, "image_embedding"), scale)
+        num_images, num_crops = crops.shape[:2]
+        return self._run(crops.flatten(0, 1), output).view(num_images, num_crops, -1).mean(dim=1)
 
-    def _stored(self, pixels: Tensor, output: OutputName) -> Tensor:
-        """An output of the tower in the precision in which what was trained on was stored."""
-        features: Tensor = getattr(self._encoder.forward_images(pixels), output)
-        return features.to(torch.float16 if self._config.features.precision == "float16" else torch.float32).float()
+    def _predict_batch(self, batch: Sequence[tuple[int, ImageLike]], top: int) -> list[Prediction]:
+        crops: list[npt.NDArray[np.uint8] | None] = [None] * len(batch)
 
-    def _predict_batch(self, batch: Sequence[tuple[int, Any]], top: int) -> list[Prediction]:
-        results: dict[int, Prediction] = {}
-        pixels: list[npt.NDArray[np.uint8]] = []
-        sources: list[tuple[int, str]] = []
-        for index, image in batch:
-            source = str(image) if isinstance(image, (str, Path)) else f"image {index}"
+        def load(number: int) -> str | None:
             try:
-                picture = _load(image)
-                pixels.append(np.stack([self._preprocess.apply(picture, crop) for crop in range(self._num_crops)]))
-                sources.append((index, source))
+                crops[number] = crops_of(self.preprocess, self.num_crops, _pixels(batch[number][1]))
             except (ImageError, storage.StorageError) as error:
-                results[index] = Prediction(source, error=str(error))
-        if pixels:
-            probabilities = self.probabilities(torch.from_numpy(np.stack(pixels))).cpu()
-            values, labels = probabilities.topk(top, dim=1)
-            for (index, source), row, ids in zip(sources, values.tolist(), labels.tolist(), strict=True):
-                results[index] = Prediction(source, tuple(self.class_names[i] for i in ids), tuple(ids), tuple(row))
-        return [results[index] for index, _ in batch]
+                return str(error)
+            return None
+
+        names = [str(image) if isinstance(image, (str, Path)) else None for _, image in batch]
+        reasons = each_row(load, names)
+        sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
+        good = [crop for crop in crops if crop is not None]
+        found = iter(self.classify(np.stack(good), top) if good else ())
+        return [
+            self.prediction(source, *next(found)) if reason is None else Prediction(source, error=reason)
+            for source, reason in zip(sources, reasons, strict=True)
+        ]
+
+    def prediction(self, source: str, labels: Sequence[int], probabilities: Sequence[float]) -> Prediction:
+        """Labels with their names."""
+        return Prediction(
+            source, tuple(self.class_names[label] for label in labels), tuple(labels), tuple(probabilities)
+        )
 
 
-def _mean_over_crops(pixels: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits (B, C) of images (B, 3, S, S), or the means of those of crops (B, V, 3, S, S)."""
-    if pixels.ndim == 4:
-        return logits_of(pixels)
-    num_images, num_crops = pixels.shape[:2]
-    return logits_of(pixels.flatten(0, 1)).view(num_images, num_crops, -1).mean(dim=1)
+def crops_of(
+    preprocess: Preprocess, num_crops: int, picture: npt.NDArray[np.uint8] | Image.Image
+) -> npt.NDArray[np.uint8]:
+    """What one image is to a model: crops (V, 3, S, S)."""
+    return np.stack([preprocess.apply(picture, crop) for crop in range(num_crops)])
 
 
-def _load(image: str | Path | bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Preprocess, int]:
+    """How a configuration looks at an image, and how many crops that is: one, or five whose logits are averaged."""
+    if config.eval.tte == "five_crop":
+        return preprocess.five_crop(config.eval.expand), len(FIVE_CROPS)
+    return preprocess, 1
+
+
+def _pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
+    if isinstance(image, Image.Image):
+        return picture_pixels(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
         return image
-    return decode(image if isinstance(image, bytes) else storage.read_bytes(str(image)))
+    return decode(image if isinstance(image, bytes) else fetch(str(image), None))
 
 
 def write_model(
@@ -191,14 +233,19 @@ def write_model(
     """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict."""
     tower = storage.join(folder, TOWER_FOLDER)
     save_tower(encoder, tower)
-    # Read back: what is described is what a user will load.
-    written = _load_tower(tower, config, encoder.device)
+    with _local_copy(tower) as local:
+        # Read back: what is described is what a user will load.
+        written = _load_tower(local, config, encoder.device)
     storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(tensors))
+    config = without_paths(config)
     description = {
         "format": FORMAT,
+        "library_name": "imbvlm",
         "class_names": list(class_names),
         "preprocess": written.preprocess.to_dict(),
-        "encoder": written.info.to_dict(),
+        "preprocess_fingerprint": written.preprocess.fingerprint(),
+        "pillow": PIL.__version__,
+        "encoder": {**written.info.to_dict(), "name": config.encoder.name},
         "config": config.to_tree(),
         "scores": scores,
         "post_hoc": None if post_hoc is None else post_hoc.write(folder),
@@ -208,38 +255,99 @@ def write_model(
     )
 
 
+def without_paths(config: TrialConfig) -> TrialConfig:
+    """The configuration with names of files in place of this machine's paths: an exported model is given to others."""
+    overrides = {"data.manifest": PurePosixPath(config.data.manifest).name}
+    if config.encoder.name.startswith("local-dir:"):
+        overrides["encoder.name"] = f"local-dir:{PurePosixPath(config.encoder.name).name}"
+    if config.encoder.weights is not None:
+        overrides["encoder.weights"] = PurePosixPath(config.encoder.weights).name
+    return config.with_overrides(overrides)
+
+
 def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
-    name = f"local-dir:{storage.local_path(folder)}"
-    return Encoder.from_config(EncoderConfig(name=name), config.eval, device)
+    return Encoder.from_config(EncoderConfig(name=f"local-dir:{folder}"), config.eval, device)
+
+
+@contextmanager
+def _local_copy(folder: str) -> Iterator[str]:
+    """The folder itself, or a copy of one in an object store for as long as it is read."""
+    if storage.is_local(folder):
+        yield str(storage.local_path(folder))
+        return
+    with TemporaryDirectory() as copy:
+        for file in list_tree(folder):
+            storage.write_bytes(storage.join(copy, file.path), storage.read_bytes(storage.join(folder, file.path)))
+        yield copy
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """Load a model folder that `imbvlm export` wrote; raises ImbvlmError where it is incomplete or of other weights."""
-    where = storage.join(str(folder), CONFIG_FILE)
-    if not storage.exists(where) and storage.exists(storage.join(str(folder), "model", CONFIG_FILE)):
-        return load(storage.join(str(folder), "model"), device)
+    """Load a model folder that `imbvlm export` wrote, also from s3://, onto a GPU where there is one.
+
+    Raises ImbvlmError where it is incomplete, of other weights, or where images would be prepared otherwise than for
+    its training.
+    """
+    where = model_folder(str(folder))
+    with _local_copy(where) as local:
+        return _load(local, where, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def model_folder(folder: str) -> str:
+    """The folder with config.json: that one, or model/ in it; raises ImbvlmError."""
+    for found in (folder, storage.join(folder, "model")):
+        if storage.exists(storage.join(found, CONFIG_FILE)):
+            return found
+    raise ImbvlmError(
+        f"{folder} has no {CONFIG_FILE}, so it is no exported model; write one with `imbvlm export SWEEP -o {folder}`"
+    )
+
+
+def read_description(folder: str) -> dict[str, Any]:
+    """What config.json in a model's folder says; raises ImbvlmError where it is of another format."""
+    where = storage.join(folder, CONFIG_FILE)
     try:
-        description = json.loads(storage.read_bytes(where))
+        description: dict[str, Any] = json.loads(storage.read_bytes(where))
         version = description["format"]
-        class_names, preprocess = tuple(description["class_names"]), Preprocess.from_dict(description["preprocess"])
-        tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
-        adjusted = description.get("post_hoc")
-        post_hoc = None if adjusted is None else PostHocStep.read(str(folder), adjusted)
     except (ValueError, KeyError, TypeError) as error:
         raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
     if version != FORMAT:
         raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
+    return description
+
+
+def described_crops(folder: str) -> tuple[Preprocess, int]:
+    """How the model in a folder looks at an image, without loading it; raises ImbvlmError."""
+    description = read_description(folder)
+    config = TrialConfig.from_tree(YamlTree(description["config"], storage.join(folder, CONFIG_FILE)))
+    return evaluation_crops(Preprocess.from_dict(description["preprocess"]), config)
+
+
+def _load(folder: str, name: str, device: torch.device) -> Model:
+    where, description = storage.join(name, CONFIG_FILE), read_description(folder)
+    try:
+        class_names, preprocess = tuple(description["class_names"]), Preprocess.from_dict(description["preprocess"])
+        tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
+        looks, pillow = description["preprocess_fingerprint"], description["pillow"]
+        adjusted = description["post_hoc"]
+        post_hoc = None if adjusted is None else PostHocStep.read(folder, adjusted)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
     config = TrialConfig.from_tree(YamlTree(tree, where))
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    encoder = _load_tower(storage.join(str(folder), TOWER_FOLDER), config, target)
+    encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
-            f"the tower in {folder} is not the one that the classifier was trained on; export the model again"
+            f"the tower in {name} is not the one that the classifier was trained on; export the model again"
         )
     if encoder.preprocess != preprocess:
         raise ImbvlmError(
-            f"this version prepares images otherwise than {folder} was trained with: {encoder.preprocess} instead of "
+            f"this version prepares images otherwise than {name} was trained with: {encoder.preprocess} instead of "
             f"{preprocess}"
         )
-    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(str(folder)), encoder)
-    return Model(encoder, classifier.to(target), config, class_names, post_hoc)
+    if preprocess.fingerprint() != looks:
+        raise ImbvlmError(
+            f"images are resized otherwise here (Pillow {PIL.__version__}) than where {name} was exported (Pillow "
+            f"{pillow}), so its probabilities would mean nothing; install pillow=={pillow}, or export the model here"
+        )
+    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(folder), encoder)
+    network = ImageClassifier(encoder, classifier, config, post_hoc).to(device)
+    return Model(network, *evaluation_crops(preprocess, config), class_names, device)

@@ -18,7 +18,14 @@ spec = SweepSpec(
     driver="ray_train",
     gpus_per_worker=1,
     cpus_per_worker=4,
-    smoke={"num_trials": 4, "train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0]},
+    confirm_trials=3,
+    smoke={
+        "confirm_trials": 0,
+        "num_trials": 4,
+        "train.num_epochs": 1,
+        "encoder.name": "openai_vit_b16",
+        "refit_seeds": [0],
+    },
 )
 
 if __name__ == "__main__":

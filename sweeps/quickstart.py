@@ -26,7 +26,8 @@ spec = SweepSpec(
     num_trials=30,
     # What is known to work comes first, as the large sweeps pin their published recipes.
     first_trials=[{**RECIPE, "method": "linear_probe"}, {**RECIPE, "method": "decoder", "decoder.depth": 1}],
-    smoke={"num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},
+    confirm_trials=3,
+    smoke={"confirm_trials": 0, "num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -131,13 +132,21 @@ def write_photos(folder: Path) -> None:
             place.write_bytes(manifest.table.column("bytes")[int(row)].as_py())
 
 
-def run_commands(lines: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+def newest_in(folder: Path) -> str:
+    return max((folder / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime).name
+
+
+def run_commands(
+    lines: list[str],
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    newest: Callable[[Path], str] = newest_in,
+) -> None:
     bin_folder = str(Path(sys.executable).parent)
     full = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", **(environment or {})}
     for line in lines:
-        if "runs/quickstart-..." in line:
-            newest = max((folder / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime)
-            line = line.replace("runs/quickstart-...", f"runs/{newest.name}")
+        if "quickstart-..." in line:
+            line = line.replace("quickstart-...", newest(folder))
         done = subprocess.run(shlex.split(line), cwd=folder, env=full, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
@@ -188,19 +197,25 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_pat
         settings = server.settings()
         job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": settings}})}
         lines = [line for line in commands(section("Images in S3, and a cluster")) if not LAUNCHING.match(line)]
-        run_commands([line.replace("my-bucket", s3_server.BUCKET) for line in lines], clone, {**settings, **job})
+
+        def newest(folder: Path) -> str:
+            found = client.list_objects_v2(Bucket=s3_server.BUCKET, Prefix="sweeps/quickstart-", Delimiter="/")
+            return max(item["Prefix"] for item in found["CommonPrefixes"]).split("/")[1]
+
+        here = [line.replace("my-bucket", s3_server.BUCKET) for line in lines]
+        run_commands(here, clone, {**settings, **job}, newest)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
-    """The three blocks where the text puts them, then the contract tests and a sweep in the edited copy."""
+    """The four blocks where the text puts them, then the contract tests and a sweep in the edited copy."""
     for name in ("imbvlm", "sweeps", "search_spaces", "tests", "README.md", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     text = section("A loss of your own")
-    function, line, knobs = code_blocks(text, "python")
+    function, line, knobs, formula = code_blocks(text, "python")
     row = "| `poly1` | `epsilon` | polynomial |\n| `focal`"
     for name, edits in {
         "imbvlm/losses.py": {
@@ -210,6 +225,7 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
             "# Every loss of LOSSES": f"{knobs}\n\n# Every loss of LOSSES",
             "    | LadeConfig,": "    | LadeConfig\n    | Poly1Config,",
         },
+        "tests/test_losses.py": {'    "focal": ({"gamma"': f'{formula}    "focal": ({{"gamma"'},
         "README.md": {"| `focal`": row},
     }.items():
         source = (tmp_path / name).read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sweep_folder import write_sweep
 
 from imbvlm.data.manifest import Manifest
@@ -24,6 +26,7 @@ from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.svg import spread
 from imbvlm.sweep.report.write import parts, write_report
+from imbvlm.sweep.results import TrialLog
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
@@ -206,6 +209,16 @@ def test_a_folder_gets_every_figure_and_table(tmp_path):
     figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     wanted = {"shot_groups", "class_size", "sorted_classes", "calibration", "history", "cost", "few_shot", "rung"}
     assert wanted | {"importance", "parallel", "slice_optim_lr"} <= figures
+    for name in figures:
+        place = tmp_path / "out" / "figures" / name
+        with Image.open(place.with_suffix(".png")) as picture:
+            assert picture.width >= 1000
+            # Drawn, not only a white page: text and marks have many shades.
+            assert len(picture.convert("L").getcolors()) > 20
+        with open(place.with_suffix(".csv"), newline="") as stream:
+            header, *numbers = csv.reader(stream)
+        assert numbers
+        assert {len(row) for row in numbers} == {len(header)}
     with open(tmp_path / "out" / "tables" / "per_class.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [int(row["training_images"]) for row in rows] == COUNTS
@@ -213,6 +226,61 @@ def test_a_folder_gets_every_figure_and_table(tmp_path):
     latex = (tmp_path / "out" / "tables" / "scores.tex").read_text()
     assert latex.startswith("\\begin{tabular}{lcccc")
     assert re.search(r"winner & 1 & 2 & [\d.]+ \$\\pm\$ ", latex)
+
+
+def test_a_figures_numbers_are_those_of_the_records(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    figures = {one.name: list(csv.DictReader(one.csv().splitlines())) for one in parts(build(source))[0]}
+    best = max(value for _, value in source.valued())
+    assert max(float(row["objective"]) for row in figures["cost"]) == pytest.approx(best, abs=1e-5)
+    front = [float(row["objective"]) for row in figures["cost"] if row["on_front"] == "True"]
+    assert max(front) == pytest.approx(best, abs=1e-5)
+    winner = [row for row in figures["shot_groups"] if row["what"] == "winner" and row["group"] == "few"]
+    assert float(winner[0]["accuracy"]) == pytest.approx(
+        sum(source.winner.values("test/few_shot_accuracy")) / 2, abs=1e-5
+    )
+
+
+def test_margins_stand_beside_the_seeds_spread_and_the_standard_error(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
+    (probe,) = [one for one in source.references if one.name == "linear probe"]
+    row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
+    for group, heading in (("top1", "overall"), ("few_shot", "few")):
+        ours, theirs = (one.values(f"test/{group}_accuracy") for one in (source.winner, probe))
+        gain, spread_ = (
+            100 * (np.mean(ours) - np.mean(theirs)),
+            100 * np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)),
+        )
+        assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
+    assert row["standard error (balanced)"] == "1.4"
+
+
+def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    assert "over several seeds" not in page_of(folder)
+    log = TrialLog.read(str(folder))
+    first = log.best("val/balanced_accuracy")[0]
+    value = first.best_value("val/best_balanced_accuracy")
+    again = first.model_copy(
+        deep=True, update={"trial_id": f"{first.trial_id}-seed1", "kind": "confirm", "name": first.trial_id}
+    )
+    again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
+    again.epochs = again.epochs[-1:]
+    log.save(again)
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "over_seeds"]
+    assert table.rows[0][0] == first.trial_id
+    assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
+
+
+def test_calibration_shows_the_winner_as_it_is_exported_too(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    assert "winner, post hoc" not in page_of(folder)
+    for path in folder.glob("refits/refit-winner-*/per_class.json"):
+        content = json.loads(path.read_text())
+        content["splits"]["test"]["adjusted_confidence_bins"] = np.array([[9.0] * 15, [7.0] * 15, [7.0] * 15]).tolist()
+        path.write_text(json.dumps(content))
+    assert "winner, post hoc" in page_of(folder)
 
 
 def test_the_command_prints_where_the_page_is(tmp_path):

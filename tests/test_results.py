@@ -89,6 +89,26 @@ def test_the_best_come_first_ties_by_age_and_each_kind_apart(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------ records
 
 
+def test_with_more_seeds_the_best_mean_wins_and_one_lucky_seed_does_not(tmp_path: Path) -> None:
+    lucky, steady, third = record("t1", [0.9]), record("t2", [0.85]), record("t3", [0.8])
+    again = [("t1", 1, 0.5), ("t1", 2, 0.6), ("t2", 1, 0.84), ("t2", 2, 0.86)]
+    confirmed = [record(f"{name}-seed{seed}", [value], kind="confirm", name=name) for name, seed, value in again]
+    log = log_of(tmp_path, lucky, steady, third, *confirmed)
+    assert [one.trial_id for one in log.best(OBJECTIVE)] == ["t2", "t1", "t3"]
+    assert [one.trial_id for one in log.ranked(OBJECTIVE)] == ["t1", "t2", "t3"]
+    assert log.seed_values(lucky, OBJECTIVE) == [0.9, 0.5, 0.6]
+    # A seed that fails is no reason to look at the others alone; one that still runs is not there yet.
+    failing = log_of(
+        tmp_path / "b",
+        record("t1", [0.9]),
+        record("t1-seed1", [0.9], kind="confirm", name="t1", state="failed"),
+        record("t2", [0.6]),
+        record("t2-seed1", [0.6], kind="confirm", name="t2"),
+        record("t2-seed2", [0.1], kind="confirm", name="t2", state="running"),
+    )
+    assert [one.trial_id for one in failing.best(OBJECTIVE)] == ["t2", "t1"]
+
+
 def test_records_are_read_back_as_they_were(tmp_path: Path) -> None:
     one = record("t00001", [0.25, 0.5], draw={"optim.lr": 0.1, "decoder.width": None}, started_at=1.5, ended_at=3.0)
     log_of(tmp_path, one, record("t00002", [], state="running"))

@@ -220,6 +220,26 @@ def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers(home, sett
 
 
 @pytest.mark.slow
+def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(smoke, home):
+    printed = run(QUICKSTART, "--smoke", "--set", "confirm_trials=2", "--set", "num_trials=3", cwd=home)
+    sweep, found = newest(home), trials(newest(home))
+    again = [record for record in found.values() if record["kind"] == "confirm"]
+    assert sorted(record["config"]["train"]["seed"] for record in again) == [1, 1, 2, 2]
+    means = {
+        name: sum(max(e["val/balanced_accuracy"] for e in r["epochs"]) for r in [found[name], *same]) / 3
+        for name in {record["name"] for record in again}
+        if (same := [record for record in again if record["name"] == name])
+    }
+    winner = max(means, key=lambda name: means[name])
+    assert f"best: {winner} of" in printed
+    assert found["refit-winner-seed0"]["config"]["optim"]["lr"] == found[winner]["config"]["optim"]["lr"]
+    assert "The best few over several seeds" in (sweep / "report.html").read_text()
+    before = len(found)
+    run(QUICKSTART, "--smoke", "--set", "confirm_trials=2", "--set", "num_trials=3", "--resume", str(sweep), cwd=home)
+    assert len(trials(sweep)) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["ray_train"])
 def test_ray_train_gives_the_numbers_of_the_process(smoke, home, driver):
     sweeps = []

@@ -105,6 +105,10 @@ class Encoder:
         `image_embedding` is the model's own `encode_image`, not normalised. Convolutions and matrices run in bfloat16
         on CUDA, where it pays, and in float32 elsewhere.
         """
+        return self.outputs(images)
+
+    def outputs(self, images: Tensor) -> EncoderOutput:
+        """The same as `forward_images`, for a graph: whether gradients are kept is the caller's choice."""
         pixels = self.normalize(images)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             outputs = self._rules.outputs(self.visual, pixels)

@@ -1,26 +1,51 @@
-"""What a user takes away: best.yaml, and model/ with weights, tower, class names and preprocessing."""
+"""What a user takes away: best.yaml, and model/ with weights, tower, class names, preprocessing and a model card."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from imbvlm import storage
 from imbvlm.config import PromptsConfig, TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
-from imbvlm.inference import PostHocStep, write_model
+from imbvlm.features.extract import ensure_features
+from imbvlm.inference import PostHocStep, load, without_paths, write_model
 from imbvlm.models.encoder import Encoder
+from imbvlm.models.methods import needs_text, stored_outputs
 from imbvlm.models.prompts import class_embeddings, templates_of
+from imbvlm.onnx_graph import require_onnx, write_onnx
+from imbvlm.posthoc import Adjustment
+from imbvlm.sweep.console import Console, percent
 from imbvlm.sweep.listing import read_spec
-from imbvlm.sweep.post_hoc import read_adjustment
-from imbvlm.sweep.refits import WINNER
+from imbvlm.sweep.model_card import CARD_FILE, UNSTATED, CardFacts, model_card
+from imbvlm.sweep.post_hoc import choose_post_hoc, read_adjustment
+from imbvlm.sweep.refits import Refit, refit_config, refits
 from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.summary import HEADINGS, METRICS, pareto_records
 from imbvlm.training.checkpoint import load_model_tensors
 from imbvlm.training.class_record import CLASS_RECORD_FILE
+from imbvlm.training.session import TrialSession, TrialSettings, default_device
 from imbvlm.yaml_file import dump_yaml
 
 BEST_FILE = "best.yaml"
+TRIALS_FILE = "trials.csv"
+LOG_FILE = "export.log"
+FEW_SHOT = "val/few_shot_accuracy"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One model that was written, and where its best.yaml and model/ are."""
+
+    record: TrialRecord
+    folder: str
+    onnx_difference: float | None = None
 
 
 def best_config(record: TrialRecord) -> TrialConfig:
@@ -41,49 +66,167 @@ def write_best(folder: str, record: TrialRecord) -> str:
     return uri
 
 
-def export_sweep(folder: str, out: str) -> TrialRecord:
-    """Write best.yaml and model/ of a finished sweep; raises ImbvlmError where it has no refit of its winner yet."""
-    spec = read_spec(folder)
-    log = TrialLog.read(folder)
+def export_sweep(
+    folder: str,
+    out: str,
+    *,
+    top: int = 1,
+    pareto: bool = False,
+    onnx: bool = False,
+    licence: str = UNSTATED,
+    say: Say = print,
+) -> list[Exported]:
+    """Write best.yaml and model/ of the best trial, of the `top` best or of the Pareto set, each in a folder then.
+
+    A trial that the sweep has not trained again on all training images is trained so here, from the stored features,
+    and the test split isn't read for it. Raises ImbvlmError where there is no result yet.
+    """
+    if onnx:
+        require_onnx()
+    spec, log = read_spec(folder), TrialLog.read(folder)
     ranked = log.best(spec.objective)
     if not ranked:
         raise ImbvlmError(f"no trial of {folder} has a result yet; go on with --resume {folder}")
-    refit = next((r for r in log.of("refit") if r.name == WINNER and r.state == "finished"), None)
-    if refit is None:
-        raise ImbvlmError(f"the winner of {folder} was not refitted yet; go on with --resume {folder}")
-    write_best(out, ranked[0])
-    config = refit.trial_config()
-    manifest = Manifest.read(config.data.manifest)
-    encoder = Encoder.from_config(config.encoder, config.eval)
-    weights = storage.join(folder, "refits", refit.trial_id)
-    post_hoc = _post_hoc_step(folder, weights, config, manifest.class_names, encoder)
-    scores = {
-        "validation": ranked[0].best_epoch(spec.objective),
-        "refit": refit.epochs[-1] if refit.epochs else None,
-        "selected_by": spec.best_objective,
-        "sweep": spec.name,
-    }
-    write_model(
-        storage.join(out, "model"),
-        config,
-        load_model_tensors(weights),
-        encoder,
-        manifest.class_names,
-        scores,
-        post_hoc,
-    )
-    return ranked[0]
+    records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
+    several = pareto or top > 1
+    if several:
+        none = f", none better in all of {', '.join(objectives)}" if pareto else ""
+        say(f"{len(records)} of {len(ranked)} trials{none}")
+    exported = []
+    for number, record in enumerate(records, 1):
+        place = storage.join(out, f"{number}-{record.trial_id}") if several else out
+        exported.append(_Export(folder, spec, log, record, say).write(place, onnx, licence))
+    if several:
+        storage.write_bytes(storage.join(out, TRIALS_FILE), _trials_csv(exported, spec).encode())
+    return exported
 
 
-def _post_hoc_step(
-    folder: str, weights: str, config: TrialConfig, class_names: Sequence[str], encoder: Encoder
-) -> PostHocStep | None:
-    """What the sweep chose to do to its winner's logits; None where nothing could be chosen."""
-    chosen = read_adjustment(folder, WINNER)
-    if chosen is None:
-        return None
-    embeddings = None
-    if chosen.alpha:
-        embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
-    counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
-    return PostHocStep(chosen, tuple(counts), embeddings)
+def pareto_set(log: TrialLog, spec: SweepSpec) -> tuple[list[TrialRecord], tuple[str, ...]]:
+    """The trials than which none is better in every objective of the sweep, and these.
+
+    Where a sweep has one objective, few-shot accuracy is the other. Raises ImbvlmError where there is none.
+    """
+    if not spec.other_objectives and spec.objective != FEW_SHOT:
+        spec = spec.model_copy(update={"other_objectives": [FEW_SHOT]})
+    records = pareto_records(log, spec) if spec.other_objectives else []
+    if not records:
+        raise ImbvlmError(
+            f"there is no Pareto set: no trial has {' and '.join(spec.objectives)} and meets the constraints; use --top"
+        )
+    return records, spec.objectives
+
+
+def _trials_csv(exported: Sequence[Exported], spec: SweepSpec) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["folder", "trial", "seconds", *(f"{heading}_accuracy_validation" for heading in HEADINGS)])
+    for one in exported:
+        best = one.record.best_epoch(spec.objective) or {}
+        values = [best.get(f"val/{metric}") for metric in METRICS]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        name = one.folder.rstrip("/").rpartition("/")[2]
+        writer.writerow([name, one.record.trial_id, f"{one.record.seconds():.1f}", *cells])
+    return text.getvalue()
+
+
+class _Export:
+    """One trial of a sweep on its way out."""
+
+    def __init__(self, folder: str, spec: SweepSpec, log: TrialLog, record: TrialRecord, say: Say) -> None:
+        self.folder, self.spec, self.log, self.record, self.say = folder, spec, log, record, say
+        # The winner's name, or in a study that of what it lists.
+        self.name = next(
+            (one.name for one in refits(log, spec) if one.record.trial_id == record.trial_id and not one.is_fresh), None
+        )
+        self.refits = [one for one in log.of("refit") if one.name == self.name and one.state == "finished"]
+
+    def write(self, out: str, onnx: bool, licence: str) -> Exported:
+        """Write best.yaml and model/ into a folder."""
+        write_best(out, self.record)
+        config = self._config()
+        manifest = Manifest.read(config.data.manifest)
+        encoder = Encoder.from_config(config.encoder, config.eval)
+        weights = self._weights(config, manifest)
+        step = self._post_hoc(config, weights, manifest.class_names, encoder)
+        folder = storage.join(out, "model")
+        write_model(folder, config, load_model_tensors(weights), encoder, manifest.class_names, self._scores(), step)
+        difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
+        read_test = [one for one in self.refits if one.epochs and "test/top1_accuracy" in one.epochs[-1]]
+        adjustment = None if step is None else step.adjustment
+        shown, has_onnx = without_paths(config), difference is not None
+        facts = CardFacts(self.spec, self.log, manifest, self.record, shown, adjustment, read_test, licence, has_onnx)
+        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(facts).encode())
+        return Exported(self.record, out, difference)
+
+    def _config(self) -> TrialConfig:
+        if self.refits:
+            return self.refits[0].trial_config()
+        config = refit_config(self.record, self.spec)
+        return config if config.train is None else config.with_overrides({"train.seed": self.spec.refit_seeds[0]})
+
+    def _scores(self) -> dict[str, object]:
+        return {
+            "validation": self.record.best_epoch(self.spec.objective),
+            "refit": self.refits[0].epochs[-1] if self.refits and self.refits[0].epochs else None,
+            "selected_by": self.spec.best_objective,
+            "sweep": self.spec.name,
+        }
+
+    def _weights(self, config: TrialConfig, manifest: Manifest) -> str:
+        """The folder with the weights of the refit, which is trained where the sweep hasn't done so."""
+        if self.refits:
+            return storage.join(self.folder, "refits", self.refits[0].trial_id)
+        weights = storage.join(self.folder, "refits", f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}")
+        # The class record is written last.
+        if not storage.exists(storage.join(weights, CLASS_RECORD_FILE)):
+            self.say(
+                f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
+                "is trained again on all training images"
+            )
+            self._train(config, manifest, weights)
+        return weights
+
+    def _train(self, config: TrialConfig, manifest: Manifest, weights: str) -> None:
+        # Beside the sweep, which may have been moved.
+        beside = storage.absolute(self.folder).rpartition("/")[0]
+        root = self.spec.model_copy(update={"storage": beside}).feature_root
+        splits = tuple(split for split in manifest.splits if split != "test")
+        console = Console()
+        log = storage.local_path(self.folder) / LOG_FILE if storage.is_local(self.folder) else None
+        with console.others_to(log):
+            features = ensure_features(
+                config, manifest, root, stored_outputs(config), splits, report=console.live, text=needs_text(config)
+            )
+        console.end_live()
+        settings = TrialSettings(
+            config=config.to_tree(),
+            feature_set=features.to_dict(),
+            objective=self.spec.objective,
+            num_threads=self.record.num_threads,
+            refit=True,
+            model_folder=weights,
+        )
+        for report in TrialSession(default_device()).reports(settings):
+            if report.get("failure"):
+                raise ImbvlmError(f"{self.record.trial_id} could not be trained again: {report['failure']}")
+
+    def _post_hoc(
+        self, config: TrialConfig, weights: str, class_names: Sequence[str], encoder: Encoder
+    ) -> PostHocStep | None:
+        """What was chosen on validation for the logits of this trial; None where nothing could be chosen."""
+        chosen = self._adjustment(config)
+        if chosen is None:
+            return None
+        embeddings = None
+        if chosen.alpha:
+            embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
+        counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
+        return PostHocStep(chosen, tuple(counts), embeddings)
+
+    def _adjustment(self, config: TrialConfig) -> Adjustment | None:
+        if self.refits and self.name is not None:
+            return read_adjustment(self.folder, self.name)
+        name = self.record.trial_id
+        refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
+        found = choose_post_hoc(self.folder, [refit], self.log, self.spec.objective).get(name)
+        return None if found is None else found.adjustment

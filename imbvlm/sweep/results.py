@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from imbvlm.schema import Tree, flat
 from imbvlm.sweep.objectives import violations
 from imbvlm.yaml_file import parse_yaml
 
-TrialKind = Literal["baseline", "search", "refit"]
+TrialKind = Literal["baseline", "search", "confirm", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
@@ -132,20 +133,38 @@ class TrialLog:
     def best(self, objective: str, kind: TrialKind = "search") -> list[TrialRecord]:
         """Records that have a value, the best first; ties go to the earlier trial.
 
-        Those of the search that break a constraint come last, the nearest to meeting them first.
+        Those of the search that break a constraint come last, the nearest to meeting them first. Those that were run
+        again with more seeds come before the others, by the mean of their seeds: the highest of many single values is
+        high by luck, too.
         """
-        key = objective.replace("val/", "val/best_")
         ranked = []
         for record in self.of(kind):
-            value = record.best_value(key)
-            if value is not None:
+            values = self.seed_values(record, objective)
+            if values:
                 broken = self.broken(record, objective) if kind == "search" else 0.0
-                ranked.append((broken, -value, record))
-        return [record for *_, record in sorted(ranked, key=lambda one: one[:2])]
+                ranked.append((broken, len(values) == 1, -statistics.fmean(values), record))
+        return [record for *_, record in sorted(ranked, key=lambda one: one[:3])]
 
     def broken(self, record: TrialRecord, objective: str) -> float:
         """By how much a trial breaks the sweep's constraints, in all; 0 where it meets them."""
         return sum(max(0.0, one) for one in violations(record.epochs, objective, self.constraints))
+
+    def ranked(self, objective: str) -> list[TrialRecord]:
+        """As `best` of the search, by each trial's own seed alone."""
+        known = [one for one in self.of("search") if self.seed_values(one, objective)]
+        return sorted(known, key=lambda one: (self.broken(one, objective), -self.seed_values(one, objective)[0]))
+
+    def seed_values(self, record: TrialRecord, objective: str) -> list[float]:
+        """The objective's running maximum of a trial and of its runs with more seeds; [] where it has none.
+
+        A further seed that failed counts as 0, for so would the model that is refitted with it.
+        """
+        key = objective.replace("val/", "val/best_")
+        value = record.best_value(key)
+        if value is None:
+            return []
+        again = [one for one in self.of("confirm") if one.name == record.trial_id and one.state in ENDED]
+        return [value, *(one.best_value(key) or 0.0 for one in again)]
 
     def write_table(self) -> str:
         """Write results.parquet, one row a trial, and return its location."""

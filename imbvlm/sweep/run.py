@@ -53,6 +53,7 @@ from imbvlm.sweep.summary import (
     pareto_table,
     scores_table,
     search_table,
+    seeds_table,
     verdict,
 )
 from imbvlm.sweep.warm_start import WarmTrial, told, warm_starts
@@ -85,6 +86,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         with connected() as cluster:
             sweep = _Sweep(spec, space, manifest, folder, log, console, cluster)
             sweep.search()
+            sweep.confirm()
             sweep.refit_and_score()
             seconds = time.monotonic() - started
     sweep.conclude(seconds)
@@ -205,6 +207,35 @@ class _Sweep:
         if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
             return searcher, run_jobs(self.lane, searcher, self._scheduler(), "search", self.spec.num_trials)
         return searcher, 0
+
+    def confirm(self) -> None:
+        """Run the best few again with more seeds, so that the winner is the best mean (PROTOCOL, "Selection")."""
+        few = [
+            one for one in self.log.ranked(self.spec.objective)[: self.spec.confirm_trials] if one.config.get("train")
+        ]
+        jobs = [
+            Job(
+                f"{record.trial_id}-seed{seed}",
+                "confirm",
+                record.trial_id,
+                record.trial_config().with_overrides({"train.seed": seed}),
+            )
+            for record in few
+            for seed in self.spec.confirm_seeds
+        ]
+        waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
+        limit = self.budget.exhausted(keep_for_refits=True)
+        if waiting and limit is None:
+            self.console.say(f"running the best {len(few)} again with more seeds: {len(waiting)} runs")
+            make = payload(self.lane, lambda job: self._settings(job, self.features[tower_key(job.config)]))
+            for _ in range(1 + self.spec.max_failures):
+                if not run_jobs(self.lane, FixedSearcher(waiting, make, self.budget), None, "confirm", len(jobs)):
+                    break
+                waiting = [job for job in waiting if not self._has_ended(job.trial_id)]
+            self.log.write_table()
+            self.console.end_live()
+        if jobs:
+            self.console.say(seeds_table(self.log, self.spec))
 
     def refit_and_score(self) -> None:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""

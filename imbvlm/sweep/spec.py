@@ -96,6 +96,10 @@ class SweepSpec(Section):
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
     first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
     warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials the sampler is told")
+    confirm_trials: int = Field(
+        0, ge=0, description="so many of the best run again over confirm_seeds; the best mean on validation wins"
+    )
+    confirm_seeds: list[Seed] = Field([1, 2], min_length=1)
     refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     study: list[StudyTable] = Field(
         [], description="tables of listed configurations, each of which is refitted and scored as the winner is"

@@ -63,6 +63,26 @@ def search_table(log: TrialLog, spec: SweepSpec) -> str:
     return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
 
 
+def seeds_rows(log: TrialLog, spec: SweepSpec) -> list[list[str]]:
+    """Trials that were run again with more seeds, the best mean first: trial, what, seeds, mean and spread."""
+    rows = []
+    for record in log.best(spec.objective):
+        values = log.seed_values(record, spec.objective)
+        if len(values) > 1:
+            rows.append([record.trial_id, describe(record), str(len(values)), mean_and_spread(values)])
+    return rows
+
+
+def seeds_table(log: TrialLog, spec: SweepSpec) -> str:
+    """The best few over several seeds, of which the first is the winner; percent."""
+    header = ["trial", "what", "seeds", objective_words(spec)]
+    return f"validation, the best few over several seeds (%):\n{table(header, seeds_rows(log, spec))}"
+
+
+def objective_words(spec: SweepSpec) -> str:
+    return spec.objective.removeprefix("val/").replace("_", " ")
+
+
 def verdict(log: TrialLog, spec: SweepSpec) -> str:
     """Whether the best trial beats the best baseline on validation by more than the standard error."""
     best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")

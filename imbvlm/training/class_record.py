@@ -40,13 +40,15 @@ def write_class_record(folder: str, record: dict[str, Any]) -> None:
 
 
 def _of_split(examples: Source, found: Examination) -> dict[str, Any]:
-    counters = found.counters
+    counters, adjusted = found.counters, found.adjusted
+    after = {} if adjusted is None else {"adjusted_confidence_bins": adjusted.bins.counts.tolist()}
     return {
         "correct": counters.correct.tolist(),
         "total": counters.total.tolist(),
         "predicted": counters.predicted.tolist(),
         # Rows, right rows and summed confidence, per bin of confidence.
         "confidence_bins": found.bins.counts.tolist(),
+        **after,
         "confusions": confusions(examples.labels, found.predicted.numpy(), examples.rows),
     }
 

@@ -38,7 +38,7 @@ def shot_group_bars(source: Source) -> Figure | None:
     drawing = Drawing(WIDTH, HEIGHT)
     y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
     frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
-    width = min(30.0, step * 0.8 / len(source.headline))
+    width, data = min(30.0, step * 0.8 / len(source.headline)), list[list[object]]()
     for place, group in enumerate(groups):
         middle = 48 + step * (place + 0.5)
         for index, scored in enumerate(source.headline):
@@ -46,10 +46,11 @@ def shot_group_bars(source: Source) -> Figure | None:
             if not values:
                 continue
             mean = statistics.fmean(values)
+            data.append([scored.name, _group_name(group), mean, _deviation(values), len(values)])
             left = middle + (index - len(source.headline) / 2) * width
             title = f"{scored.name}, {_group_name(group)}: {percent(mean)} %"
             drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), colour(source, scored)[0], title)
-            deviation, at = statistics.stdev(values) if len(values) > 1 else 0.0, left + width / 2
+            deviation, at = _deviation(values), left + width / 2
             drawing.text(at, y(min(1, mean + deviation)) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
             if deviation:
                 drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
@@ -58,7 +59,12 @@ def shot_group_bars(source: Source) -> Figure | None:
     return Figure(
         "shot_groups", "Accuracy by shot group",
         "Test split. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19.", drawing,
+        [["what", "group", "accuracy", "deviation_over_seeds", "seeds"], *data],
     )  # fmt: skip
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _group_name(group: str) -> str:
@@ -86,7 +92,11 @@ def accuracy_over_size(source: Source) -> Figure | None:
     legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
     what = "Marks are classes, curves" if len(counts) <= MAX_MARKS else "Curves"
     caption = f"{what} are means over classes of like size, the band the winner's standard error."
-    return Figure("class_size", "Accuracy against class size", caption, drawing)
+    data: list[list[object]] = [
+        [one.name, size, mean, error] for one, record in known for size, mean, error in binned_accuracy(record)
+    ]
+    header = ["what", "training_images", "accuracy", "standard_error"]
+    return Figure("class_size", "Accuracy against class size", caption, drawing, [header, *data])
 
 
 def _class_marks(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, shape: int) -> None:
@@ -135,28 +145,32 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
 
 
 def calibration(source: Source) -> Figure | None:
-    """Accuracy against confidence of the winner and the baselines on the test split."""
-    known = [(one, one.classes) for one in source.headline if one.classes is not None]
+    """Accuracy against confidence on the test split: winner and baselines, and the winner as it is exported."""
+    known = [(one.name, colour(source, one), one.classes.confidence_bins, one.classes.num_seeds)
+             for one in source.headline if one.classes is not None]  # fmt: skip
     if not known:
         return None
-    drawing = Drawing(WIDTH, HEIGHT)
+    winner = None if source.winner is None else source.winner.classes
+    if winner is not None and winner.adjusted_bins is not None:
+        known.append(("winner, post hoc", ("c3", 3), winner.adjusted_bins, winner.num_seeds))
+    drawing, data = Drawing(WIDTH, HEIGHT), list[list[object]]()
     x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
     frame(drawing, x, y, ("confidence (%)", "accuracy, test (%)"), x_format=percent_tick, y_format=percent_tick)
     drawing.line([(x(0), y(0)), (x(1), y(1))], "faint", width=1.2, dash="5 4", title="perfect calibration")
-    for scored, record in known:
-        style, shape = colour(source, scored)
-        rows, right, confidence = record.confidence_bins
+    for name, (style, shape), (rows, right, confidence), num_seeds in known:
         # A handful of images says nothing of their bin.
         full = rows >= max(5, 0.002 * rows.sum())
-        points = [
-            (x(c / n), y(r / n), int(n)) for n, r, c in zip(rows[full], right[full], confidence[full], strict=True)
-        ]
-        drawing.line([(a, b) for a, b, _ in points], style, width=1.6)
-        for a, b, n in points:
-            drawing.dot(a, b, style, f"{scored.name}: {n // max(1, record.num_seeds):,} images", shape=shape, size=3.2)
-    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
-    caption = "Below the diagonal a model is surer than it should be. Confidences as trained, before any temperature."
-    return Figure("calibration", "Calibration", caption, drawing)
+        bins = [(c / n, r / n, int(n)) for n, r, c in zip(rows[full], right[full], confidence[full], strict=True)]
+        drawing.line([(x(sure), y(accuracy)) for sure, accuracy, _ in bins], style, width=1.6)
+        for sure, accuracy, n in bins:
+            title = f"{name}: {n // max(1, num_seeds):,} images"
+            drawing.dot(x(sure), y(accuracy), style, title, shape=shape, size=3.2)
+            data.append([name, float(sure), float(accuracy), n])
+    legend(drawing, 52, 14, [(name, *mark) for name, mark, _, _ in known])
+    after = " Post hoc: as it is exported." if winner is not None and winner.adjusted_bins is not None else ""
+    caption = f"Below the diagonal a model is surer than it should be.{after}"
+    header = ["what", "confidence", "accuracy", "images_over_seeds"]
+    return Figure("calibration", "Calibration", caption, drawing, [header, *data])
 
 
 def sorted_classes(source: Source) -> Figure | None:
@@ -170,6 +184,7 @@ def sorted_classes(source: Source) -> Figure | None:
         drawing, x, y, ("share of classes, the worst first (%)", "accuracy, test (%)"),
         x_format=percent_tick, y_format=percent_tick,
     )  # fmt: skip
+    data = list[list[object]]()
     for scored, record in known:
         accuracy = per_class_accuracy(record.correct, record.total)
         ranked = np.sort(accuracy[~np.isnan(accuracy)])
@@ -177,9 +192,11 @@ def sorted_classes(source: Source) -> Figure | None:
         points = [(x((place + 0.5) / len(ranked)), y(ranked[place])) for place in places]
         style, shape = colour(source, scored)
         drawing.line(points, style)
+        data += [[scored.name, (place + 0.5) / len(ranked), float(ranked[place])] for place in places.tolist()]
         if len(ranked) <= NUM_BINS:
             for at, height in points:
                 drawing.dot(at, height, style, shape=shape, size=3)
     legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
     caption = "A curve that leaves the bottom early has few classes that it never gets right."
-    return Figure("sorted_classes", "Classes by their accuracy", caption, drawing)
+    header = ["what", "share_of_classes", "accuracy"]
+    return Figure("sorted_classes", "Classes by their accuracy", caption, drawing, [header, *data])

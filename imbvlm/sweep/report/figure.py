@@ -16,13 +16,21 @@ TOP = 50.0
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its file's name, heading and caption; `wide` takes the page's whole width."""
+    """A drawing with its file's name, heading and caption; `wide` takes the page's whole width.
+
+    `data` are the numbers that it is drawn from, a row of headings first.
+    """
 
     name: str
     title: str
     caption: str
     drawing: Drawing
+    data: Sequence[Sequence[object]]
     wide: bool = False
+
+    def csv(self) -> str:
+        """Its numbers as CSV: accuracies and shares as fractions."""
+        return _csv([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in self.data])
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,7 @@ class Table:
 
     def csv(self) -> str:
         """The table as CSV."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows(self.rows)
-        return text.getvalue()
+        return _csv([self.header, *self.rows])
 
     def latex(self) -> str:
         """The table in the papers' form, for booktabs."""
@@ -57,6 +61,12 @@ class Table:
             "\\end{tabular}",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {

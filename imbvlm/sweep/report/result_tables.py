@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
+from imbvlm.sweep.report.analysis import margin
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.results import TrialRecord
-from imbvlm.sweep.summary import HEADINGS, METRICS, describe, mean_and_spread
+from imbvlm.sweep.summary import HEADINGS, METRICS, describe, mean_and_spread, objective_words, seeds_rows
 
 NUM_BEST = 12
 NUM_CLASSES = 8
@@ -40,6 +42,50 @@ def scores(source: Source) -> Table | None:
     header = ["what", "views", "seeds", *(heading for _, heading in kept)]
     caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
     return Table("scores", "Test split", header, rows, caption=caption)
+
+
+def margins(source: Source) -> Table | None:
+    """The winner's gain over each baseline by shot group, beside the spread of seeds and the standard error."""
+    winner = source.winner
+    metrics = [*METRICS, "zero_train_accuracy"]
+    kept = [
+        (metric, heading) for metric, heading in zip(metrics, [*HEADINGS, "no training"], strict=True)
+        if winner is not None and winner.values(f"test/{metric}")
+    ]  # fmt: skip
+    rows = []
+    for one in source.references:
+        found = None if winner is None else margin(winner, one)
+        if winner is not None and found is not None:
+            gains = (_gain(winner, one, f"test/{metric}") for metric, _ in kept)
+            error = "-" if found.standard_error is None else f"{100 * found.standard_error:.1f}"
+            rows.append([f"over {one.name}", *gains, error])
+    if not rows:
+        return None
+    caption = (
+        "Points. ± is the standard deviation over seeds, of both together. A gain below the standard error, which the "
+        "number of test images sets, is no win."
+    )
+    header = ["winner", *(heading for _, heading in kept), "standard error (balanced)"]
+    return Table("margins", "Margin", header, rows, caption=caption)
+
+
+def _gain(ours: Scored, theirs: Scored, metric: str) -> str:
+    left, right = ours.values(metric), theirs.values(metric)
+    if not left or not right:
+        return "-"
+    gain = f"{100 * (statistics.fmean(left) - statistics.fmean(right)):+.1f}"
+    spreads = [statistics.stdev(values) for values in (left, right) if len(values) > 1]
+    return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
+
+
+def over_seeds(source: Source) -> Table | None:
+    """The best few, which were run again with more seeds."""
+    rows = seeds_rows(source.log, source.spec)
+    if not rows:
+        return None
+    caption = "Percent on validation, best epochs; ± is the standard deviation over seeds. The best mean is the winner."
+    header = ["trial", "what", "seeds", objective_words(source.spec)]
+    return Table("over_seeds", "The best few over several seeds", header, rows, 2, caption)
 
 
 def best_trials(source: Source) -> Table:

@@ -64,12 +64,15 @@ def history(source: Source) -> Figure | None:
         best = max(best, value)
         steps.append((x(number_), y(best)))
     drawing.line(steps, "faint", width=1.8)
+    data = [_row(record, value) for record, value in pairs]
+    data += [[one.trial_id, one.name, one.state, value] for one, value in references]
     for number_, (record, value) in zip(numbers, pairs, strict=True):
         _trial_dot(drawing, x(number_), y(value), record, value, kinds)
     legend(drawing, 52, 14, _kinds_legend(kinds))
     return Figure(
-        "history", "Search history", "Each mark is a trial, the line the best so far, dashes the baselines.", drawing
-    )
+        "history", "Search history", "Each mark is a trial, the line the best so far, dashes the baselines.", drawing,
+        [_HEADER, *data],
+    )  # fmt: skip
 
 
 def against_cost(source: Source) -> Figure | None:
@@ -90,9 +93,12 @@ def against_cost(source: Source) -> Figure | None:
     for cost, (record, value) in zip(costs, pairs, strict=True):
         _trial_dot(drawing, x(cost), y(value), record, value, kinds, f", {duration(cost)}")
     legend(drawing, 52, 14, _kinds_legend(kinds))
+    data = [[*_row(record, value), cost, index in front]
+            for index, (cost, (record, value)) in enumerate(zip(costs, pairs, strict=True))]  # fmt: skip
     return Figure(
-        "cost", "Accuracy against cost", "The line is the Pareto front: no trial is both faster and better.", drawing
-    )
+        "cost", "Accuracy against cost", "The line is the Pareto front: no trial is both faster and better.", drawing,
+        [[*_HEADER, "seconds", "on_front"], *data],
+    )  # fmt: skip
 
 
 def against_few_shot(source: Source) -> Figure | None:
@@ -121,9 +127,10 @@ def against_few_shot(source: Source) -> Figure | None:
         words = f", {name} {percent(few)}, overall {percent(top)}"
         _trial_dot(drawing, x(few), y(top), record, value, kinds, words)
     legend(drawing, 52, 14, _kinds_legend(kinds))
+    data = [[*_row(record, value), few, top, index in front] for index, (record, value, few, top) in enumerate(points)]
     return Figure(
         "few_shot", f"Overall against {name} accuracy", "What the head pays for the tail, and the Pareto front.",
-        drawing,
+        drawing, [[*_HEADER, f"{group}_accuracy", "top1_accuracy", "on_front"], *data],
     )  # fmt: skip
 
 
@@ -144,7 +151,9 @@ def rung_against_end(source: Source) -> Figure | None:
     legend(drawing, 52, 14, _kinds_legend(kinds))
     known = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
     caption = f"{known}Trials that finished alone: how those that were stopped would have ended isn't known."
-    return Figure("rung", "Where early stopping decides, and the end", caption, drawing)
+    data = [[*_row(record, value), early] for record, early, value in rung.pairs]
+    header = [*_HEADER, "at_the_rung"]
+    return Figure("rung", "Where early stopping decides, and the end", caption, drawing, [header, *data])
 
 
 def importance_bars(found: list[Importance]) -> Figure | None:
@@ -161,7 +170,9 @@ def importance_bars(found: list[Importance]) -> Figure | None:
         drawing.bar(left, top + 2, max(width, 1), 15, "c0", f"{one.key}: {percent(one.share)} %")
         drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(one.share)} %", style="muted")
     caption = "Share of what tells the best quarter of the trials from all that had the parameter (PED-ANOVA)."
-    return Figure("importance", "Parameter importance", caption, drawing)
+    data: list[list[object]] = [[one.key, one.share, one.num_trials] for one in found]
+    header = ["parameter", "share", "trials"]
+    return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
 
 
 def slices(source: Source, order: Sequence[str]) -> list[Figure]:
@@ -170,7 +181,8 @@ def slices(source: Source, order: Sequence[str]) -> list[Figure]:
     for key in [*order, *(key for key in _keys(source) if key not in order)][:MAX_SLICES]:
         pairs = [(record, value) for record, value in source.valued() if key in record.draw]
         if len({repr(record.draw[key]) for record, _ in pairs}) > 1:
-            found.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs)))
+            data = [[*_row(record, value), record.draw[key]] for record, value in pairs]
+            found.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs), [[*_HEADER, key], *data]))
     return found
 
 
@@ -230,10 +242,19 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
     for tick in goal.ticks(5):
         drawing.text(places[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
     caption = "Each line is a trial; the best tenth is blue. A line that dips to the bottom hasn't got that parameter."
-    return Figure("parallel", "Parallel coordinates", caption, drawing, wide=True)
+    data = [[*_row(record, value), *(record.draw.get(key, "") for key in keys)] for record, value in pairs]
+    return Figure("parallel", "Parallel coordinates", caption, drawing, [[*_HEADER, *keys], *data], wide=True)
 
 
 # ------------------------------------------------------------------------------------------------------ parts
+
+
+_HEADER = ["trial", "method", "state", "objective"]
+
+
+def _row(record: TrialRecord, value: float) -> list[object]:
+    """The start of a figure's numbers of a trial."""
+    return [record.trial_id, str(record.config["method"]), record.state, value]
 
 
 def _keys(source: Source) -> list[str]:

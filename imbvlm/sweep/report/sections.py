@@ -178,10 +178,13 @@ def _result(source: Source) -> Section:
         section.blocks.append(f"Winner: {best[0].trial_id}, {describe(best[0])}.")
         section.blocks += study_tables.study_tables(source)
     scores, bars = result_tables.scores(source), class_figures.shot_group_bars(source)
-    section.blocks += [block for block in (scores, study_tables.fresh_gap(source)) if block]
+    margins = result_tables.margins(source)
+    section.blocks += [block for block in (scores, margins, study_tables.fresh_gap(source)) if block]
     sizes = class_figures.accuracy_over_size(source)
     figures = [figure for figure in (bars, sizes) if figure]
     section.blocks += [Grid(figures)] if figures else []
+    seeds = result_tables.over_seeds(source)
+    section.blocks += [seeds] if seeds else []
     if best:
         section.blocks.append(result_tables.best_trials(source))
     return section

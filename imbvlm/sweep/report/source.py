@@ -36,6 +36,8 @@ class ClassRecord:
     total: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     confidence_bins: npt.NDArray[np.float64]
+    # The same of the logits after what is done post hoc; None where nothing is.
+    adjusted_bins: npt.NDArray[np.float64] | None
     # By (label, predicted): how often, and rows of the split.
     confusions: Mapping[tuple[int, int], tuple[int, tuple[int, ...]]]
     num_seeds: int
@@ -134,11 +136,17 @@ def _classes(folder: str, records: list[TrialRecord]) -> ClassRecord | None:
         stats=ClassStats.from_counts(first["class_counts"], first["split_counts"]),
         **sums,
         confidence_bins=np.sum([split["confidence_bins"] for split in splits], axis=0),
+        adjusted_bins=_adjusted_bins(splits),
         confusions=confusions,
         num_seeds=len(found),
         num_parameters=first["num_parameters"],
         num_trained_parameters=first["num_trained_parameters"],
     )
+
+
+def _adjusted_bins(splits: list[dict[str, Any]]) -> npt.NDArray[np.float64] | None:
+    found = [split["adjusted_confidence_bins"] for split in splits if "adjusted_confidence_bins" in split]
+    return np.sum(found, axis=0) if found and len(found) == len(splits) else None
 
 
 def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:

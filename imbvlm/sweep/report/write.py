@@ -7,17 +7,19 @@ import re
 from imbvlm import storage
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.page import page
+from imbvlm.sweep.report.raster import png
 from imbvlm.sweep.report.sections import Columns, Folded, Grid, Report, build
 from imbvlm.sweep.report.source import Source
 
 REPORT_FILE = "report.html"
+MAX_LATEX_ROWS = 100
 
 
 def write_report(folder: str, out: str | None = None) -> str:
     """Write the report of a sweep's folder and return the page's location; raises ImbvlmError.
 
-    `out` is a page (.html), by default report.html in the sweep's folder, or a folder, which gets every figure as SVG
-    and every table as CSV and LaTeX besides.
+    `out` is a page (.html), by default report.html in the sweep's folder, or a folder, which gets every figure as SVG,
+    PNG and the CSV of its numbers, and every table as CSV and LaTeX besides.
     """
     source = Source.read(folder)
     report = build(source)
@@ -28,7 +30,7 @@ def write_report(folder: str, out: str | None = None) -> str:
         return uri
     uri = storage.join(out, REPORT_FILE)
     storage.write_bytes(uri, text.encode())
-    _write_parts(source, report, out)
+    _write_parts(report, out)
     return uri
 
 
@@ -39,21 +41,22 @@ def commands(source: Source) -> list[str]:
         f"imbvlm export {folder} -o my-model",
         "imbvlm predict my-model PHOTO.jpg",
         f"imbvlm train {storage.join(folder, 'best.yaml')}",
-        f"imbvlm report {folder} -o report-files    # figures as SVG, tables as CSV and LaTeX",
+        f"imbvlm report {folder} -o report-files    # figures as SVG and PNG, all numbers as CSV, LaTeX",
     ]
 
 
-def _write_parts(source: Source, report: Report, out: str) -> None:
+def _write_parts(report: Report, out: str) -> None:
     figures, tables = parts(report)
     for figure in figures:
-        svg = figure.drawing.svg(figure.title, alone=True)
-        storage.write_bytes(storage.join(out, "figures", f"{_file(figure.name)}.svg"), svg.encode())
+        svg, place = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
+        for ending, content in (("svg", svg.encode()), ("png", png(svg)), ("csv", figure.csv().encode())):
+            storage.write_bytes(f"{place}.{ending}", content)
     for table in tables:
-        storage.write_bytes(storage.join(out, "tables", f"{_file(table.name)}.csv"), table.csv().encode())
-    latex = {"scores", "best_trials", "fresh_crops", "parameters", *(one.name for one in source.spec.study)}
-    for table in tables:
-        if table.name in latex:
-            storage.write_bytes(storage.join(out, "tables", f"{_file(table.name)}.tex"), table.latex().encode())
+        place = storage.join(out, "tables", _file(table.name))
+        storage.write_bytes(f"{place}.csv", table.csv().encode())
+        # No paper prints a row for each of thousands of classes or trials.
+        if len(table.rows) <= MAX_LATEX_ROWS:
+            storage.write_bytes(f"{place}.tex", table.latex().encode())
 
 
 def parts(report: Report) -> tuple[list[Figure], list[Table]]:

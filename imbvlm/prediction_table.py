@@ -1,0 +1,261 @@
+"""`imbvlm predict`: which images are meant, in this process or through Ray Data, and the table that is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from imbvlm import storage
+from imbvlm.data.images import ImageError, Preprocess, fetch
+from imbvlm.data.listing import list_tree
+from imbvlm.data.manifest import EMBEDDED, Manifest
+from imbvlm.data.streaming import each_row
+from imbvlm.errors import ImbvlmError
+from imbvlm.inference import Model, Prediction, crops_of, described_crops, load, model_folder
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+OUT_SUFFIXES = (".csv", ".parquet", ".jsonl")
+# From so many images on, Ray Data's processes pay for their start.
+RAY_FROM = 5_000
+BLOCK_SIZE = 256
+_ROW_GROUP = 16_384
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to classify, in order: a location each, or the bytes of those that a manifest holds itself."""
+
+    names: Sequence[str]
+    uris: Sequence[str | None]
+    contents: Sequence[bytes | None]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def find_images(places: Sequence[str], split: str | None = None) -> Images:
+    """Files as given; of folders and s3:// prefixes the images below, sorted; of manifests the rows, of one `split`.
+
+    Raises ImbvlmError where nothing is there.
+    """
+    names, uris, contents = list[str](), list[str | None](), list[bytes | None]()
+    for place in places:
+        if place.startswith(EMBEDDED) or place.endswith(".parquet"):
+            manifest = Manifest.read(place)
+            if split is not None:
+                _check_split(place, manifest, split)
+                manifest = manifest.split(split)
+            table = manifest.table
+            rows = zip(table.column("uri").to_pylist(), table.column("bytes").to_pylist(), strict=True)
+            for number, (uri, data) in enumerate(rows):
+                names.append(uri or f"{place} row {number}")
+                uris.append(uri)
+                contents.append(data)
+            continue
+        found = _files(place)
+        names += found
+        uris += found
+        contents += [None] * len(found)
+    if not names:
+        raise ImbvlmError(f"no image in {', '.join(places)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return Images(names, uris, contents)
+
+
+def _check_split(place: str, manifest: Manifest, split: str) -> None:
+    if split not in manifest.splits:
+        raise ImbvlmError(f"{place} has no {split} images; it has {', '.join(manifest.splits)}")
+
+
+def _files(place: str) -> list[str]:
+    if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES and not (storage.is_local(place) and os.path.isdir(place)):
+        if storage.is_local(place) and not storage.exists(place):
+            raise ImbvlmError(f"{place} is not there")
+        return [place]
+    if storage.is_local(place) and not storage.local_path(place).is_dir():
+        if not storage.exists(place):
+            raise ImbvlmError(f"{place} is not there")
+        # A file by another name: its content says what it is.
+        return [place]
+    below = (file.path for file in list_tree(place))
+    return [storage.join(place, path) for path in below if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+
+
+# ----------------------------------------------------------------------------------------------- predicting
+
+
+def predictions(folder: str, images: Images, top: int, *, ray: bool) -> Iterator[Prediction]:
+    """Each image's prediction in order: by a model in this process, or by Ray Data's on every GPU or CPU.
+
+    Raises ImbvlmError where the model can't be loaded or would prepare images otherwise.
+    """
+    if ray:
+        yield from _in_ray(folder, images, top)
+        return
+    model = load(folder)
+    for start in range(0, len(images), BLOCK_SIZE):
+        block = load_crops(_block(images, start, model.preprocess, model.num_crops))
+        yield from _predicted(model, block, top)
+
+
+def load_crops(block: dict[str, Any]) -> dict[str, Any]:
+    """Fetch, decode and crop a block's images: adds `images` (N, V, 3, S, S) and a reason or None per image.
+
+    Raises StorageError where a store doesn't answer.
+    """
+    preprocess, num_crops = Preprocess.from_dict(block["preprocess"]), block["num_crops"]
+    uris, contents, side = block["uris"], block["contents"], preprocess.image_size
+    crops = np.zeros((len(uris), num_crops, 3, side, side), dtype=np.uint8)
+
+    def load_one(number: int) -> str | None:
+        try:
+            crops[number] = crops_of(preprocess, num_crops, preprocess.decode(fetch(uris[number], contents[number])))
+        except ImageError as error:
+            return error.reason
+        return None
+
+    reasons = each_row(load_one, uris)
+    return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
+
+
+class ModelWorker:
+    """Holds an exported model in one process of Ray Data; called with a loaded block, it gives its predictions."""
+
+    def __init__(self, folder: str, top: int, num_threads: int, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(num_threads)
+        self._model, self._top = load(folder, "cuda" if use_gpu else "cpu"), top
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        return {"start": block["start"], "predictions": list(_predicted(self._model, block, self._top))}
+
+
+def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -> dict[str, Any]:
+    part = slice(start, start + BLOCK_SIZE)
+    return {
+        "start": start,
+        "names": images.names[part],
+        "uris": images.uris[part],
+        "contents": images.contents[part],
+        "preprocess": preprocess.to_dict(),
+        "num_crops": num_crops,
+    }
+
+
+def _predicted(model: Model, block: dict[str, Any], top: int) -> Iterator[Prediction]:
+    good = np.array([reason is None for reason in block["reasons"]])
+    found = iter(model.classify(block["images"][good], top))
+    for name, reason in zip(block["names"], block["reasons"], strict=True):
+        yield Prediction(name, error=reason) if reason is not None else model.prediction(name, *next(found))
+
+
+def _in_ray(folder: str, images: Images, top: int) -> Iterator[Prediction]:
+    # Only here: a handful of images needs no cluster.
+    from imbvlm.data.cluster import connected
+    from imbvlm.data.pipeline import map_images
+
+    where = storage.absolute(model_folder(folder))
+    preprocess, num_crops = described_crops(where)
+    located = Images(images.names, [uri and storage.absolute(uri) for uri in images.uris], images.contents)
+    blocks = [_block(located, start, preprocess, num_crops) for start in range(0, len(images), BLOCK_SIZE)]
+    waiting: dict[int, list[Prediction]] = {}
+    written = 0
+    with connected() as cluster:
+        use_gpu = cluster.num_gpus > 0
+        num_workers = int(cluster.num_gpus) if use_gpu else max(1, int(cluster.num_cpus) // 4)
+        threads = 1 if use_gpu else max(1, int(cluster.num_cpus) // (2 * num_workers))
+        done = map_images(
+            blocks,
+            load_crops,
+            ModelWorker,
+            (where, top, threads, use_gpu),
+            num_workers=num_workers,
+            cpus_per_worker=1 if use_gpu else threads,
+            gpus_per_worker=1.0 if use_gpu else 0.0,
+        )
+        for block in done:
+            waiting[block["start"]] = block["predictions"]
+            while written in waiting:
+                yield from waiting.pop(written)
+                written += BLOCK_SIZE
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def check_out(out: str) -> None:
+    """Raises ImbvlmError for a file whose name doesn't say one of the forms."""
+    if not out.endswith(OUT_SUFFIXES):
+        raise ImbvlmError(f"--out is {out!r}; its name must end with {', '.join(OUT_SUFFIXES)}")
+
+
+def write_predictions(found: Iterable[Prediction], out: str, top: int) -> None:
+    """Write a row an image as CSV, Parquet or JSON lines, whole or not at all; `out` is a path or s3:// URI."""
+    check_out(out)
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "table"
+        if out.endswith(".parquet"):
+            _write_parquet(found, path, top)
+        else:
+            with open(path, "w", newline="", encoding="utf-8") as stream:
+                (write_csv if out.endswith(".csv") else write_json_lines)(found, stream, top)
+        storage.write_bytes(out, path.read_bytes())
+
+
+def write_csv(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """image, class_1, probability_1, ..., error."""
+    writer = csv.writer(stream, lineterminator="\n")
+    ranks = range(1, top + 1)
+    writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"])
+    for one in found:
+        pairs = zip(one.class_names, one.probabilities, strict=True)
+        cells = [cell for name, value in pairs for cell in (name, f"{value:.6f}")]
+        writer.writerow([one.source, *cells, *([""] * (2 * top - len(cells))), one.error or ""])
+
+
+def write_json_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """One object a line: image, classes with their probabilities, error."""
+    for one in found:
+        pairs = zip(one.class_names, one.probabilities, strict=True)
+        classes = [{"class": name, "probability": value} for name, value in pairs]
+        row = {"image": one.source, "classes": classes, "error": one.error}
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def parquet_schema(top: int) -> pa.Schema:
+    """The columns of the CSV, probabilities as floats, what is absent as null."""
+    fields = [("image", pa.string())]
+    for rank in range(1, top + 1):
+        fields += [(f"class_{rank}", pa.string()), (f"probability_{rank}", pa.float32())]
+    return pa.schema([*fields, ("error", pa.string())])
+
+
+def _write_parquet(found: Iterable[Prediction], path: Path, top: int) -> None:
+    schema, rows = parquet_schema(top), list[dict[str, Any]]()
+    with pq.ParquetWriter(path, schema) as writer:
+        for one in found:
+            row: dict[str, Any] = {"image": one.source, "error": one.error}
+            for rank, (name, value) in enumerate(zip(one.class_names, one.probabilities, strict=True), 1):
+                row |= {f"class_{rank}": name, f"probability_{rank}": value}
+            rows.append(row)
+            if len(rows) == _ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def write_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """A line an image, for reading."""
+    for one in found:
+        pairs = zip(one.class_names, one.probabilities, strict=True)
+        stream.write(f"{one.source}: {one.error or ', '.join(f'{name} {100 * value:.1f}%' for name, value in pairs)}\n")

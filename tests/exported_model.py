@@ -1,0 +1,29 @@
+"""A small exported model: a debug ViT with a linear classifier, adjusted with everything that can be."""
+
+from pathlib import Path
+
+import torch
+from towers import write_tower
+
+from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
+from imbvlm.inference import PostHocStep, write_model
+from imbvlm.models.encoder import Encoder
+from imbvlm.posthoc import Adjustment
+
+CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
+
+
+def write_model_folder(folder: Path, kind: str = "vit") -> Path:
+    """Write the tower and a model on it; returns the model's folder."""
+    encoder = Encoder.from_config(EncoderConfig(name=write_tower(folder / "tower", kind)), EvalConfig())
+    tree = {"data": {"manifest": "m"}, "encoder": {"name": encoder.info.name}, "optim": {"lr": 0.1}}
+    config = TrialConfig.from_tree({**tree, "method": "linear_probe", "classifier": {"kind": "linear"}})
+    torch.manual_seed(0)
+    weights = {
+        "classifier.weight": torch.randn(len(CLASS_NAMES), encoder.info.pooled_width),
+        "classifier.bias": torch.zeros(len(CLASS_NAMES)),
+    }
+    embeddings = torch.nn.functional.normalize(torch.randn(len(CLASS_NAMES), encoder.info.embedding_width), dim=1)
+    step = PostHocStep(Adjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)
+    write_model(str(folder / "model"), config, weights, encoder, CLASS_NAMES, {}, step)
+    return folder / "model"

@@ -1,0 +1,151 @@
+"""What is taken away: which trials, in which folders, with a card that the Hugging Face hub reads."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import ModelCard
+from sweep_folder import sweep_spec, write_sweep
+
+import imbvlm
+from imbvlm.data.manifest import Manifest
+from imbvlm.errors import ImbvlmError
+from imbvlm.posthoc import Adjustment
+from imbvlm.sweep.export import export_sweep, pareto_set
+from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.model_card import CardFacts, model_card
+from imbvlm.sweep.results import TrialLog, TrialRecord
+
+ROOT = Path(__file__).parent.parent
+COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
+
+
+def trial(number, overall, few):
+    config = sweep_spec().trial({"method": "linear_probe", "loss.name": "cross_entropy", "optim.lr": 0.1}).to_tree()
+    metrics = {"epoch": 1.0, "val/balanced_accuracy": overall, "val/best_balanced_accuracy": overall}
+    if few is not None:
+        metrics["val/few_shot_accuracy"] = few
+    return TrialRecord(trial_id=f"t{number}", kind="search", state="finished", config=config, epochs=[metrics])
+
+
+def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_path):
+    log, spec = TrialLog(str(tmp_path)), sweep_spec()
+    pairs = [(0.8, 0.3), (0.75, 0.2), (0.7, 0.5), (0.7, 0.4), (0.2, 0.6)]
+    for number, (overall, few) in enumerate(pairs, 1):
+        log.save(trial(number, overall, few))
+    records, objectives = pareto_set(log, spec)
+    assert [one.trial_id for one in records] == ["t1", "t3", "t5"]
+    assert objectives == ("val/balanced_accuracy", "val/few_shot_accuracy")
+    without = TrialLog(str(tmp_path / "b"))
+    without.save(trial(1, 0.8, None))
+    with pytest.raises(ImbvlmError, match="no trial has val/balanced_accuracy and val/few_shot_accuracy"):
+        pareto_set(without, spec)
+
+
+def test_nothing_is_exported_of_a_sweep_without_a_result(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
+    (folder / "trials" / "t00001.json").unlink()
+    with pytest.raises(ImbvlmError, match=r"no trial of .* has a result yet"):
+        export_sweep(str(folder), str(tmp_path / "out"))
+
+
+def card(folder, **changes):
+    spec, log, manifest = read_spec(str(folder)), TrialLog.read(str(folder)), Manifest.read("embedded:fashion_mnist_lt")
+    best = log.best(spec.objective)[0]
+    refits = [one for one in log.of("refit") if one.name == "winner"]
+    given = {"adjustment": Adjustment(0.3, 0.1, 1.7), "refits": refits, "licence": "apache-2.0", "has_onnx": True}
+    return model_card(CardFacts(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
+
+
+def test_the_hub_reads_the_card_with_its_metrics_and_licence(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    (tmp_path / "README.md").write_text(card(folder), encoding="utf-8")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "imbvlm", "image-classification")
+    values = {one.metric_name: one.metric_value for one in data.eval_results}
+    log = TrialLog.read(str(folder))
+    refits = [one.epochs[-1] for one in log.of("refit") if one.name == "winner"]
+    few = sum(one["test/few_shot_accuracy"] for one in refits) / len(refits)
+    assert values["few accuracy, test"] == pytest.approx(few, abs=1e-4)
+    assert data.eval_results[0].dataset_name == "fashion_mnist_lt"
+
+
+def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
+    text = card(write_sweep(tmp_path / "made", COUNTS))
+    assert "Number 1 of 24 trials of the sweep `made`" in text
+    assert "tau 0.3, zero-shot logits mixed in with alpha 0.1, temperature 1.7" in text
+    assert "2,480 train, 500 val, 2,000 test images; 10 classes (5 many-shot, 3 medium-shot, 2 few-shot)" in text
+    assert "| baseline: linear probe | 2 |" in text
+    assert "2 classes have fewer than 20 training images" in text
+
+
+def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path):
+    text = card(write_sweep(tmp_path / "made", COUNTS), refits=[], licence="other", adjustment=None)
+    assert "The test split was not read for this model." in text
+    assert "model-index" not in text
+    assert "Probabilities are as they come" in text
+    assert "license_name: not-stated" in text
+    assert "Not stated by whoever exported it" in text
+
+
+# ------------------------------------------------------------------------------------------- of a real sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(ray_cluster, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, str(ROOT / "sweeps" / "quickstart.py"), "--smoke"]
+    subprocess.run(command, cwd=home, check=True, capture_output=True)
+    return next((home / "runs").glob("quickstart-*"))
+
+
+def command(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "imbvlm", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep, tmp_path):
+    command("export", sweep, "-o", tmp_path / "best")
+    command("predict", tmp_path / "best", "embedded:fashion_mnist_lt", "--split", "test", "-o", tmp_path / "p.parquet")
+    manifest = Manifest.read("embedded:fashion_mnist_lt").split("test")
+    names = pq.read_table(tmp_path / "p.parquet").column("class_1").to_pylist()
+    right = sum(manifest.class_names[label] == name for label, name in zip(manifest.labels, names, strict=True))
+    scores = json.loads((sweep / "test.json").read_text())["scores"]["refit-winner-seed0"]
+    expected = scores.get("test_post_hoc/top1_accuracy", scores["test/top1_accuracy"])
+    # Features were stored in batches of another size: a tie or two may fall to the other side.
+    assert right / len(names) == pytest.approx(expected, abs=0.0015)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_best_two_and_the_pareto_set_with_their_graphs(sweep, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    printed = command("export", sweep, "-o", tmp_path / "two", "--top", 2, "--onnx", "--licence", "mit")
+    assert printed.count("is trained again on all training images") == 1
+    with open(tmp_path / "two" / "trials.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [Path(row["folder"]).name for row in rows] == sorted(
+        p.name for p in (tmp_path / "two").iterdir() if p.is_dir()
+    )
+    for row in rows:
+        folder = tmp_path / "two" / row["folder"]
+        assert (folder / "best.yaml").exists()
+        assert (folder / "model" / "onnx" / "model.onnx").exists()
+        assert ModelCard.load(folder / "model" / "README.md").data.license == "mit"
+        (found,) = imbvlm.load(folder).predict([Manifest.read("embedded:fashion_mnist_lt").table["bytes"][0].as_py()])
+        assert found.error is None
+    front = command("export", sweep, "-o", tmp_path / "front", "--pareto")
+    assert "none better in all of val/balanced_accuracy, val/few_shot_accuracy" in front
+    # What was trained again for the best two isn't trained another time.
+    known = {row["trial"] for row in rows}
+    assert not any(f"{trial_id} (" in front for trial_id in known)

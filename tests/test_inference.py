@@ -1,0 +1,149 @@
+"""An exported model classifies whatever form an image has, and refuses to where it would see images otherwise."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from exported_model import CLASS_NAMES, write_model_folder
+from PIL import Image
+
+import imbvlm
+from imbvlm.data.images import Preprocess
+from imbvlm.errors import ImbvlmError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def picture(seed=0, mode="RGB"):
+    values = np.random.default_rng(seed).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def encoded(image, kind="PNG"):
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
+    image = picture()
+    path = tmp_path / "a b.png"
+    path.write_bytes(encoded(image))
+    forms = [path, str(path), f"file://{path}", path.read_bytes(), image, np.asarray(image)]
+    first, *others = imbvlm.load(folder, "cpu").predict(forms, top=3)
+    assert first.source == str(path)
+    assert set(first.class_names) == set(CLASS_NAMES)
+    assert sum(first.probabilities) == pytest.approx(1)
+    assert list(first.probabilities) == sorted(first.probabilities, reverse=True)
+    for other in others:
+        assert (other.class_names, other.probabilities) == (first.class_names, first.probabilities)
+
+
+def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder):
+    turned = picture()
+    exif = turned.getexif()
+    exif[274] = 6
+    stream = io.BytesIO()
+    turned.save(stream, "PNG", exif=exif)
+    clear = picture(mode="RGBA")
+    clear.putalpha(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (50, 1))))
+    model = imbvlm.load(folder, "cpu")
+    for data in (stream.getvalue(), encoded(clear), encoded(picture(mode="L"))):
+        from_file, from_picture = model.predict([data, Image.open(io.BytesIO(data))])
+        assert from_file.probabilities == from_picture.probabilities
+
+
+def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified(folder, tmp_path):
+    (tmp_path / "cut.png").write_bytes(encoded(picture())[:60])
+    (tmp_path / "page.jpg").write_text("<!doctype html><title>404</title>")
+    good = tmp_path / "good.png"
+    good.write_bytes(encoded(picture(1)))
+    model = imbvlm.load(folder, "cpu")
+    images = [tmp_path / "cut.png", good, tmp_path / "gone.png", tmp_path / "page.jpg", np.zeros((4, 4), np.uint8)]
+    found = model.predict([*images, b""])
+    assert [one.class_names == () for one in found] == [True, False, True, True, True, True]
+    assert [one.error for one in found[2:4]] == ["file not found", "not an image (starts with <!doctype html...)"]
+    assert "truncated" in found[0].error
+    assert "H x W x 3" in found[4].error
+    assert found[1].probabilities == model.predict([good])[0].probabilities
+
+
+def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp_path):
+    description = json.loads((folder / "config.json").read_text())
+
+    def edited(**changes):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                place = tmp_path / "edited" / file.relative_to(folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(file.read_bytes())
+        (tmp_path / "edited" / "config.json").write_text(json.dumps({**description, **changes}))
+        return tmp_path / "edited"
+
+    imbvlm.load(edited())
+    with pytest.raises(
+        ImbvlmError, match=r"images are resized otherwise here \(Pillow .* \(Pillow 9\.9\).*pillow==9\.9"
+    ):
+        imbvlm.load(edited(preprocess_fingerprint="0" * 64, pillow="9.9"))
+    with pytest.raises(ImbvlmError, match="prepares images otherwise than"):
+        imbvlm.load(edited(preprocess={**description["preprocess"], "interpolation": "bicubic"}))
+    with pytest.raises(ImbvlmError, match="has format 1, and this version reads 2"):
+        imbvlm.load(edited(format=1))
+    with pytest.raises(ImbvlmError, match="is not the one that the classifier was trained on"):
+        imbvlm.load(edited(encoder={**description["encoder"], "weights_fingerprint": "0"}))
+    with pytest.raises(ImbvlmError, match=r"has no config\.json, so it is no exported model"):
+        imbvlm.load(tmp_path)
+
+
+def test_the_fingerprint_sees_settings_and_pixels(monkeypatch):
+    plain = Preprocess(32)
+    assert plain.fingerprint() == Preprocess(32).fingerprint()
+    others = [Preprocess(48), Preprocess(32, resize=8 / 7), Preprocess(32, interpolation="bilinear"),
+              Preprocess(32, mean=(0.5, 0.5, 0.5))]  # fmt: skip
+    assert len({one.fingerprint() for one in [plain, *others]}) == 5
+    before = plain.fingerprint()
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, *given, **named: resize(self, *given, **named).point(lambda value: value ^ 1),
+    )
+    assert plain.fingerprint() != before
+
+
+def test_classifying_needs_no_ray(folder, tmp_path):
+    (tmp_path / "photo.png").write_bytes(encoded(picture()))
+    code = (
+        "import sys, imbvlm; assert 'torch' not in sys.modules; "
+        f"print(imbvlm.load({str(folder)!r}).predict([{str(tmp_path / 'photo.png')!r}])[0].class_names); "
+        "print([name for name in ('ray', 'pandas', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    assert CLASS_NAMES[0] in names
+
+
+def test_batches_do_not_change_what_is_found(folder, monkeypatch):
+    model = imbvlm.load(folder, "cpu")
+    images = [np.asarray(picture(seed)) for seed in range(7)]
+    whole = model.predict(images)
+    monkeypatch.setattr("imbvlm.inference.BATCH_SIZE", 3)
+    parts = model.predict(images)
+    assert [one.source for one in parts] == [one.source for one in whole] == [f"image {number}" for number in range(7)]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.labels == other.labels
+        torch.testing.assert_close(one.probabilities, other.probabilities)
+
+
+def test_an_exported_model_names_no_path_of_the_machine_it_was_made_on(folder, tmp_path):
+    text = (folder / "config.json").read_text()
+    assert str(folder.parent.parent) not in text
+    assert json.loads(text)["encoder"]["name"] == "local-dir:tower"

