@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jsonschema
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from imbvlm.data.cluster import AUTOSCALER_SETTING
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.schema import Tree
 from imbvlm.yaml_file import YamlTree, read_foreign_yaml
@@ -149,6 +151,40 @@ def _check_kuberay(located: YamlTree, tree: Tree) -> Iterator[Problem]:
             where = located.where(("spec", "rayClusterSpec", "workerGroupSpecs", index))
             counts = f"minReplicas {least}, replicas {now} and maxReplicas {most}"
             yield Problem(f"worker group {group.get('groupName')}: {counts} don't fit", where)
+    yield from _check_told_workers(located, cluster)
     if not cluster.get("workerGroupSpecs"):
         where = located.where(("spec", "rayClusterSpec"))
         yield Problem("there is no worker group, so trials would wait for ever", where)
+
+
+def _check_told_workers(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
+    """A sweep on the head, which has no GPU, knows by this setting alone what may come."""
+    where = located.where(("spec", "rayClusterSpec", "headGroupSpec"))
+    there = []
+    for group in cluster.get("workerGroupSpecs") or []:
+        limits = _container(group).get("resources", {}).get("limits", {})
+        cpus, gpus = limits.get("cpu", 0), limits.get("nvidia.com/gpu", 0)
+        there.append([int(group.get("maxReplicas", 0)), _number(cpus), _number(gpus)])
+    told = {
+        one.get("name"): one.get("value") for one in _container(cluster.get("headGroupSpec") or {}).get("env") or []
+    }
+    wanted = json.dumps(there)
+    try:
+        same = json.loads(told.get(AUTOSCALER_SETTING) or "null") == there
+    except ValueError:
+        same = False
+    if not same:
+        given = told.get(AUTOSCALER_SETTING)
+        yield Problem(f"the head's {AUTOSCALER_SETTING} is {given!r}, and the worker groups make it '{wanted}'", where)
+
+
+def _container(group: Tree) -> Tree:
+    containers = ((group.get("template") or {}).get("spec") or {}).get("containers") or [{}]
+    return dict(containers[0])
+
+
+def _number(quantity: Any) -> float:
+    """Kubernetes' way to write counts: 8, "8", "500m"."""
+    text = str(quantity)
+    value = float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+    return int(value) if value == int(value) else value

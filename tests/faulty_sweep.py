@@ -61,9 +61,17 @@ class Sweep:
         self.change()
         self.process: subprocess.Popen[str] | None = None
 
+    def spec(self, **fields) -> SweepSpec:
+        """What it runs, with other fields."""
+        return sweep_spec(self.manifest, self.storage, **{**self.fields, **fields})
+
+    def started(self) -> bool:
+        return bool(self._paths())
+
     def change(self, **fields) -> None:
         """Write the spec, with other fields."""
-        sweep_spec(self.manifest, self.storage, **{**self.fields, **fields}).to_yaml(self.folder / "spec.yaml")
+        self.fields |= fields
+        self.spec().to_yaml(self.folder / "spec.yaml")
 
     def start(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
         """Start it, or go on with it; returns at once."""

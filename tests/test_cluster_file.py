@@ -149,6 +149,10 @@ def test_kuberay_names_what_must_be_set(tmp_path):
         assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "shared"
     path.write_text(text.replace("maxReplicas: 8", "maxReplicas: 0"))
     assert "don't fit" in problems_of(path)[0]
+    path.write_text(
+        text.replace('nvidia.com/gpu: "1"', 'nvidia.com/gpu: "2"').replace("maxReplicas: 8", "maxReplicas: 6")
+    )
+    assert "IMBVLM_AUTOSCALER is '[[8, 8, 1]]', and the worker groups make it '[[6, 8, 2]]'" in problems_of(path)[0]
     path.write_text(text.replace("kind: RayJob", "kind: Pod"))
     assert "not a RayJob" in problems_of(path)[0]
 

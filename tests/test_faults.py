@@ -93,7 +93,7 @@ def test_a_killed_worker_costs_no_trial(quiet, make_sweep, order, driver):
     sweep = make_sweep(driver=driver, cpus_per_worker=0.9)
     with order(loss_seconds=0.1) as ids:
         sweep.start()
-        sweep.wait_for(lambda: sweep.num_ended() >= 2 and ids("trial"))
+        sweep.wait_for(lambda: sweep.num_ended() >= 1 and ids("trial"))
         for pid in ids("trial"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

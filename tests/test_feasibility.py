@@ -10,8 +10,9 @@ from tiny_data import tiny_info
 
 from imbvlm.class_stats import ClassStats
 from imbvlm.config import TrialConfig
-from imbvlm.errors import ConfigError
-from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials, uses_ray_train
+from imbvlm.data.cluster import Cluster, _autoscaled_workers
+from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials, trials_at_once, uses_ray_train
 from imbvlm.sweep.spec import SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
@@ -145,3 +146,33 @@ def test_what_needs_a_transformer_is_refused_for_a_convolution_tower(method: str
     found = [one.message for one in check_model(config, dataclasses.replace(tiny_info(), kind="convolution"))]
     needs = method in ("adapter", "lora")
     assert [f"method {method} needs a transformer's blocks" in message for message in found] == [True] * needs
+
+
+# ----------------------------------------------------------------------------------------- clusters that can grow
+
+
+def head_of(*workers: tuple[float, float]) -> Cluster:
+    """A head of 8 CPUs, and the workers that its autoscaler may start."""
+    head = (8.0, 0.0)
+    return Cluster("", 8.0, 0.0, False, (head,), (head, *workers))
+
+
+def test_a_head_without_gpus_takes_what_its_autoscaler_may_start() -> None:
+    of = spec(gpus_per_worker=1, cpus_per_worker=4)
+    assert trials_at_once(of, head_of(*[(8.0, 1.0)] * 6)) == 6
+
+
+def test_more_than_the_autoscaler_may_start_is_refused_with_both_numbers() -> None:
+    of = spec(gpus_per_worker=2, cpus_per_worker=4, num_workers=4, driver="ray_train")
+    with pytest.raises(ConfigError, match=r"a trial needs 8 GPUs .* the cluster can grow to 6"):
+        trials_at_once(of, head_of(*[(8.0, 1.0)] * 6))
+    with pytest.raises(ConfigError, match="on one machine, and the largest has 8 CPUs and 1 GPUs"):
+        trials_at_once(spec(gpus_per_worker=2, cpus_per_worker=4), head_of(*[(8.0, 1.0)] * 6))
+
+
+def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch) -> None:
+    monkeypatch.setenv("IMBVLM_AUTOSCALER", "[[2, 8, 1], [1, 16, 0]]")
+    assert _autoscaled_workers() == [(8, 1), (8, 1), (16, 0)]
+    monkeypatch.setenv("IMBVLM_AUTOSCALER", "8 GPUs")
+    with pytest.raises(ImbvlmError, match=r"it should look like \[\[8, 16, 1\]\]"):
+        _autoscaled_workers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -24,6 +25,8 @@ from imbvlm.yaml_file import read_foreign_yaml
 
 # Where `ray up` leaves the cluster's file on the head.
 BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
+# Where the head's machine doesn't know it, this says which workers may come: [[count, CPUs, GPUs], ...].
+AUTOSCALER_SETTING = "IMBVLM_AUTOSCALER"
 _ANSWER_SECONDS = 5.0
 _PROBE_SECONDS = 120.0
 
@@ -235,8 +238,15 @@ def _describe(*, started_here: bool) -> Cluster:
 def _autoscaled_workers() -> list[tuple[float, float]]:
     """CPUs and GPUs of each worker that the cluster's autoscaler may start; the largest, where not all may at once.
 
-    Ray keeps its limits only in the file from which `ray up` started the head.
+    Ray keeps its limits only in the file from which `ray up` started the head; on Kubernetes they are in a setting.
     """
+    told = os.environ.get(AUTOSCALER_SETTING)
+    if told:
+        try:
+            return [(float(cpus), float(gpus)) for count, cpus, gpus in json.loads(told) for _ in range(count)]
+        except (ValueError, TypeError):
+            example = "[[8, 16, 1]] for 8 workers of 16 CPUs and a GPU"
+            raise ImbvlmError(f"{AUTOSCALER_SETTING} is {told!r}; it should look like {example}") from None
     runs = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode())
     path = Path(BOOTSTRAP_FILE).expanduser()
     if not runs or not path.exists():
