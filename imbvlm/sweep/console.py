@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-LIVE_SECONDS_IN_A_LOG = 15.0
+# On a terminal it is drawn anew at most so often; in a log file a line is written, later on less often; in CI hardly.
+REDRAW_SECONDS = 0.1
+LOG_SECONDS = ((0.0, 15.0), (300.0, 60.0), (3600.0, 300.0))
+CI_SECONDS = 300.0
+LABEL_WIDTH = 8
+BOLD, RED, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[0m"
 
 
 class Console:
-    """Sentences and one live line; in a log file or CI the live line is printed only now and then."""
+    """Sentences and one live view: redrawn on a terminal, a line now and then in a log file or CI.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Colours are for terminals without NO_COLOR; a dumb terminal is written to as a log file is.
+    """
+
+    def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
-        self._is_terminal = self._stream.isatty()
-        self._live = ""
-        self._last_logged = 0.0
+        self._redraws = self._stream.isatty() and environment.get("TERM") != "dumb"
+        self._has_colours = self._redraws and not environment.get("NO_COLOR")
+        self._is_ci = environment.get("CI", "").lower() not in ("", "0", "false")
+        self._num_live_lines = 0
+        self._started, self._drawn_at = time.monotonic(), -math.inf
         self._copy: Path | None = None
-        self._last_copied = 0.0
+        self._copied_at = -math.inf
 
     def copy_to(self, path: Path) -> None:
-        """Write what is said, and the live line now and then, into a file as well."""
+        """Write what is said, and the live view now and then, into a file as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._copy = path
 
@@ -36,23 +47,51 @@ class Console:
         self._stream.flush()
         self._write_copy(text)
 
-    def live(self, text: str) -> None:
-        """Replace the live line."""
-        if self._is_terminal:
-            self._clear()
-            self._live = text[: max(20, self._columns() - 1)]
-            self._stream.write(self._live)
-            self._stream.flush()
-            if time.monotonic() - self._last_copied >= LIVE_SECONDS_IN_A_LOG:
-                self._last_copied = time.monotonic()
-                self._write_copy(text)
-        elif time.monotonic() - self._last_logged >= LIVE_SECONDS_IN_A_LOG:
-            self._last_logged = time.monotonic()
-            self.say(text)
+    def live(self, text: str | Mapping[str, str]) -> None:
+        """Replace the live view by a line, or by several under their labels."""
+        if not self.is_due:
+            return
+        self._drawn_at = time.monotonic()
+        in_one = text if isinstance(text, str) else "; ".join(f"{label}: {one}" for label, one in text.items())
+        if not self._redraws:
+            self.say(in_one)
+            return
+        if self._drawn_at - self._copied_at >= self._log_pause:
+            self._copied_at = self._drawn_at
+            self._write_copy(in_one)
+        self._clear()
+        lines = {"": text} if isinstance(text, str) else text
+        width = self._columns() - 1
+        drawn = [self._line(label, one, width) for label, one in lines.items()]
+        # The cursor stays behind the last line, so that what is said next begins where the view did.
+        self._stream.write("\n".join(drawn))
+        self._stream.flush()
+        self._num_live_lines = len(drawn)
 
     def end_live(self) -> None:
-        """Leave the live line and go on below it."""
+        """Take the live view away and go on in its place; the next is drawn at once."""
         self._clear()
+        self._drawn_at = -math.inf if self._redraws else self._drawn_at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a live view would be shown by now."""
+        pause = REDRAW_SECONDS if self._redraws else CI_SECONDS if self._is_ci else self._log_pause
+        return time.monotonic() - self._drawn_at >= pause
+
+    @property
+    def _log_pause(self) -> float:
+        since_start = time.monotonic() - self._started
+        return next(pause for since, pause in reversed(LOG_SECONDS) if since_start >= since)
+
+    def _line(self, label: str, text: str, width: int) -> str:
+        """One line of the view, cut to the terminal: a line that wraps couldn't be taken away again."""
+        head = f"{label:<{LABEL_WIDTH}}" if label else ""
+        room = max(10, width - len(head))
+        text = text if len(text) <= room else f"{text[: room - 1]}…"
+        if not self._has_colours or not label:
+            return head + text
+        return f"{RED if label == 'failed' else BOLD}{head}{PLAIN}{text}"
 
     def _write_copy(self, text: str) -> None:
         if self._copy is not None:
@@ -60,9 +99,10 @@ class Console:
                 stream.write(f"{text}\n")
 
     def _clear(self) -> None:
-        if self._live:
-            self._stream.write("\r\x1b[2K")
-            self._live = ""
+        if self._num_live_lines:
+            up = f"\x1b[{self._num_live_lines - 1}A" if self._num_live_lines > 1 else ""
+            self._stream.write(f"\r{up}\x1b[J")
+            self._num_live_lines = 0
 
     def _columns(self) -> int:
         try:

@@ -8,6 +8,7 @@ import numpy as np
 from table import Line, Options, limited, shown
 
 from imbvlm.data.cluster import connected
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.search import FixedSearcher, Job
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
@@ -26,7 +27,8 @@ def lines(options: Options) -> Iterator[Line]:
         "optim.lr": {"uniform": [0.01, 0.1]}}}, "gpus_per_worker": gpus})  # fmt: skip
     folder = str(options.folder / "overhead-sweep")
     log = TrialLog(folder)
-    lane = Lane(spec, folder, log, Console(io.StringIO()), 1)
+    budget = Budget(spec, folder, 0.0)
+    lane = Lane(spec, folder, log, Console(io.StringIO()), 1, budget)
     jobs = [
         Job(f"t{n:05d}", "search", "", made.trial("linear_probe", optim__lr=0.01 + n / 1e4, train__num_epochs=1))
         for n in range(number)
@@ -36,7 +38,7 @@ def lines(options: Options) -> Iterator[Line]:
         return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
 
     with connected():
-        run_jobs(lane, FixedSearcher(jobs, payload(lane, settings)), None, "search", number)
+        run_jobs(lane, FixedSearcher(jobs, payload(lane, settings), budget), None, "search", number)
     records = log.of("search")
     ends = np.array([record.ended_at for record in records])
     own = np.array(

@@ -1,8 +1,7 @@
-"""Writes each trial's record as Tune reports it, and the live line; runs in the driver as a Tune callback."""
+"""Writes each trial's record as Tune reports it, and the live view; runs in the driver as a Tune callback."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,8 @@ from ray.tune.experiment import Trial
 from imbvlm.config import Tree
 from imbvlm.errors import StorageError
 from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.console import Console, duration, percent
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.live import Moment, live_lines
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 
 NUMBER = (int, float)
@@ -115,23 +115,11 @@ class ProgressCallback(tune.Callback):
         return sum(record.state not in ("running", "paused") for record in self._log.of(self._kind))
 
     def _show(self) -> None:
-        ended = self._num_ended()
-        running = sum(record.state == "running" for record in self._log.records.values())
-        here = ended - self._num_known
-        left = (time.monotonic() - self._started) / here * (self._total - ended) if here > 0 else math.nan
-        best = self._log.best(self._objective.replace("best_", ""))
-        name = self._objective.removeprefix("val/best_").replace("_", " ")
-        value = (
-            f"; best {name} on validation {percent(best[0].best_value(self._objective))} ({best[0].trial_id})"
-            if best
-            else ""
-        )
-        what = "refits" if self._kind == "refit" else "trials"
-        self._console.live(
-            f"{ended}/{self._total} {what} done, {running} running{value}"
-            f"{f'; {duration(left)} left' if math.isfinite(left) else ''}"
-            f"{f'; used {used}' if (used := self._budget.describe()) else ''}"
-        )
+        if not self._console.is_due:
+            return
+        seconds, used = time.monotonic() - self._started, self._budget.describe()
+        moment = Moment(self._kind, self._total, self._num_known, seconds, used)
+        self._console.live(live_lines(self._log, self._objective.replace("best_", ""), moment))
 
 
 def _id(trial: Trial) -> str:

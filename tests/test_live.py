@@ -1,0 +1,148 @@
+"""What is seen while a sweep runs: the view's words, its redrawing on a terminal, and quiet in logs and CI."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweep_folder import write_sweep
+
+from imbvlm.sweep import console as console_file
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.live import Moment, live_lines
+from imbvlm.sweep.results import TrialLog
+
+OBJECTIVE = "val/balanced_accuracy"
+
+
+@pytest.fixture
+def log(tmp_path) -> TrialLog:
+    """24 ended trials of 30, the last four changed: failed, lost, running, paused."""
+    log = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)))
+    records = log.of("search")
+    states = {"failed": "the loss wasn't finite", "error": "its worker was lost", "running": "", "paused": ""}
+    for record, (state, reason) in zip(records[-4:], states.items(), strict=True):
+        record.state, record.stop_reason = state, reason
+    records[-4].ended_at = 2e9
+    records[-2].epochs[-1]["train/images_per_second"] = 1234.5
+    return log
+
+
+def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log):
+    lines = live_lines(log, OBJECTIVE, Moment("search", 30, 12, 100.0, "5 min 0 s of 1 h 0 min"))
+    assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
+    best = log.best(OBJECTIVE)[0]
+    epoch = best.best_epoch(OBJECTIVE)
+    assert lines["best"].startswith(
+        f"{best.trial_id} balanced {100 * epoch[OBJECTIVE]:.1f} (overall {100 * epoch['val/top1_accuracy']:.1f}, "
+        f"few {100 * epoch['val/few_shot_accuracy']:.1f}), "
+    )
+    assert lines["best"].endswith(f"{100 * (epoch[OBJECTIVE] - 0.5):+.1f} points to linear probe")
+    # 10 of this run in 100 s, 8 to go.
+    assert lines["speed"] == "1,234 images a second, about 1 min 20 s left"
+    assert lines["used"] == "5 min 0 s of 1 h 0 min"
+    assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
+
+
+def test_what_is_not_known_yet_is_not_shown(tmp_path):
+    (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, Moment("search", 8, 0, 1.0, "")).items()
+    assert only == ("trials", "0 of 8 done, 0 running")
+
+
+class Terminal(io.StringIO):
+    """Says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows of it: as much as the console uses of ECMA-48."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[\d*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part.endswith("J") and part.startswith("\x1b"):
+            lines = [*lines[:row], lines[row][:column]]
+        elif not part.startswith("\x1b"):
+            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
+            column += len(part)
+    return lines
+
+
+WORDS = st.text("abc ", min_size=1, max_size=150)
+VIEW = st.one_of(WORDS, st.dictionaries(st.sampled_from(["trials", "best", "failed"]), WORDS, min_size=1))
+STEPS = st.lists(st.tuples(st.sampled_from(["say", "live"]), WORDS, VIEW), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(STEPS)
+def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(steps):
+    stream = Terminal()
+    made = Console(stream, {})
+    said: list[str] = []
+    shown = 0
+    for what, sentence, view in steps:
+        if what == "say":
+            made.say(sentence)
+            said.append(sentence)
+            shown = 0
+        else:
+            made.end_live()  # so that the next is drawn at once
+            made.live(view)
+            shown = 1 if isinstance(view, str) else len(view)
+    lines = screen(stream.getvalue())
+    assert [line[:80] for line in lines[: len(said)]] == [line[:80] for line in said]
+    assert len(lines) == len(said) + max(1, shown)
+    assert all(len(line) < 100 for line in lines[len(said) :])
+    made.end_live()
+    assert screen(stream.getvalue())[len(said) :] == [""]
+
+
+@pytest.mark.parametrize(
+    ("environment", "colours", "redraws"),
+    [({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
+)
+def test_colours_are_for_terminals_that_want_them(environment, colours, redraws):
+    stream = Terminal()
+    made = Console(stream, environment)
+    made.live({"trials": "1 of 2", "failed": "t1"})
+    assert ("\x1b[31m" in stream.getvalue()) == colours
+    made.say("done")
+    assert ("\x1b[J" in stream.getvalue()) == redraws
+
+
+@pytest.mark.parametrize(("environment", "num_lines"), [({}, 3), ({"CI": "true"}, 1)])
+def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(monkeypatch, environment, num_lines):
+    stream, clock = io.StringIO(), time.monotonic()
+    monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
+    made = Console(stream, environment)
+    for second in range(40):
+        clock += 1.0
+        made.live({"trials": f"{second} of 40", "best": "t1"})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == num_lines
+    assert lines[0] == "trials: 0 of 40; best: t1"
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_long_sweep_does_not_fill_its_log(monkeypatch):
+    stream, clock = io.StringIO(), time.monotonic()
+    monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
+    made = Console(stream, {})
+    for _ in range(12 * 3600 // 5):
+        clock += 5.0
+        made.live("line")
+    assert stream.getvalue().count("\n") < 250
