@@ -13,6 +13,7 @@ from imbvlm.errors import ImbvlmError
 
 if TYPE_CHECKING:
     from imbvlm.inference import Prediction
+    from imbvlm.sweep.spec import SweepSpec
 
 SWEEP_ACTIONS = ("run", "resume", "list", "show")
 Command = Callable[[argparse.Namespace], int]
@@ -281,9 +282,17 @@ def _with_sweep_action(arguments: Sequence[str]) -> list[str]:
 
 def _sweep_run(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import run_command
+
+    return run_command(_spec(options.spec, "" if not options.dry_run else " --dry-run"), options)
+
+
+def _spec(path: str, more: str) -> SweepSpec:
+    """A sweep's YAML; raises ImbvlmError for a script, which runs itself."""
     from imbvlm.sweep.spec import SweepSpec
 
-    return run_command(SweepSpec.from_yaml(options.spec), options)
+    if path.endswith(".py"):
+        raise ImbvlmError(f"{path} is a script and no sweep's YAML; run: python {path}{more}")
+    return SweepSpec.from_yaml(path)
 
 
 def _sweep_resume(options: argparse.Namespace) -> int:
@@ -329,9 +338,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _plan(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import print_plan, with_options
-    from imbvlm.sweep.spec import SweepSpec
 
-    spec = with_options(SweepSpec.from_yaml(options.spec), options)
+    spec = with_options(_spec(options.spec, " --dry-run"), options)
     return print_plan(spec, options.measure, as_json=options.json)
 
 

@@ -83,6 +83,7 @@ def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_
         assert (code, out) == (1, ""), words
         assert err.startswith("imbvlm: "), words
         assert "Traceback" not in err
+    assert "run: python sweeps/inat.py --dry-run" in leave(capsys, "plan", "sweeps/inat.py")[2]
     for words in (
         ("trian",),
         ("sweep", "show"),

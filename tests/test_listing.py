@@ -60,6 +60,14 @@ def test_show_has_the_tables_that_there_are(home, capsys):
     assert "test split" not in unfinished
 
 
+def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_for(tmp_path, capsys):
+    folder = str(write_sweep(tmp_path / "made", COUNTS, other_objectives=["val/top1_accuracy"]))
+    assert "no trial is better in all objectives than these" in imbvlm(capsys, "sweep", "show", folder)
+    found = json.loads(imbvlm(capsys, "sweep", "show", folder, "--json"))
+    # Overall accuracy goes with balanced accuracy in this sweep, so that one trial is the best in both.
+    assert found["pareto"] == [found["best"]["trial_id"]]
+
+
 def test_compare_puts_winners_side_by_side_and_says_what_is_not_alike(home, capsys):
     text = imbvlm(capsys, "compare", str(home / "made-1"), str(home / "made-2"))
     assert [line.split()[0] for line in text.splitlines()[3:5]] == ["made-1", "made-2"]

@@ -19,6 +19,8 @@ from imbvlm.sweep.summary import (
     causes,
     describe,
     mean_and_spread,
+    pareto_records,
+    pareto_table,
     scores_table,
     search_table,
     verdict,
@@ -101,6 +103,8 @@ class SweepState:
                 for name in names
             },
         }
+        if self.spec.other_objectives:
+            found["pareto"] = [one.trial_id for one in pareto_records(self.log, self.spec)]
         if best is not None:
             value = best.best_value(self.spec.best_objective)
             found["best"] = {"trial_id": best.trial_id, "value": value, "config": best.config}
@@ -143,6 +147,8 @@ def show_text(state: SweepState) -> str:
     parts += [causes(failed)] if failed else []
     if state.best is not None:
         parts += ["", search_table(log, spec), verdict(log, spec)]
+    if state.best is not None and spec.other_objectives:
+        parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:
         parts += ["", scores_table(state.scored, spec)]
     return "\n".join(parts)
