@@ -320,7 +320,7 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     said = describe_plan(make_plan(made, None))
     assert "7 listed configurations, after 2 baselines" in said
     assert "decoder-depth-6: method decoder, loss.name cross_entropy, decoder.depth 6" in said
-    assert "Depth of the decoder: 0 blocks, 1 blocks" in said
+    assert "Depth of the decoder: 0 blocks; 1 blocks" in said
 
 
 # ---------------------------------------------------------------------------------------------- sweeps/lift.py

@@ -349,7 +349,7 @@ def _words(draw: Draw) -> str:
 
 
 def _tables(spec: SweepSpec) -> list[str]:
-    return ["tables:", *(f"  {one.title}: {', '.join(row.label for row in one.rows)}" for one in spec.study)]
+    return ["tables:", *(f"  {one.title}: {'; '.join(row.label for row in one.rows)}" for one in spec.study)]
 
 
 def _reading(plan: Plan) -> list[str]:
