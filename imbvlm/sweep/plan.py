@@ -300,8 +300,16 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
         f"and {spec.gpus_per_worker:g} GPUs",
+        *_confirm(spec),
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
+
+
+def _confirm(spec: SweepSpec) -> list[str]:
+    if not spec.confirm_trials:
+        return []
+    seeds = ", ".join(map(str, spec.confirm_seeds))
+    return [f"  seeds       the best {spec.confirm_trials} again with {seeds}; the best mean is the winner"]
 
 
 def _other_objectives(spec: SweepSpec) -> list[str]:
