@@ -145,9 +145,10 @@ def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str
 
 
 def describe(record: TrialRecord) -> str:
-    """A trial in a few words: method, loss, classifier, sampling, rate, second stage."""
+    """A trial in a few words: method, loss, classifier, sampling, rate, mixed or varied examples, second stage."""
     config = record.config
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
+    made_of = {**(config.get("mixing") or {}), **(config.get("feature_augmentation") or {})}
     knobs = [
         f"{key} {value:.3g}"
         for key, value in loss.items()
@@ -159,6 +160,7 @@ def describe(record: TrialRecord) -> str:
         classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
         config["data"]["class_sampling"].replace("_", " "),
         f"lr {optim['lr']:.2g}" if optim else "",
+        *(f"{key} {value:.2g}" for key, value in made_of.items() if value),
         f"then {config['second_stage']['name'].replace('_', ' ')}" if config.get("second_stage") else "",
     ]
     return ", ".join(part for part in parts if part)
