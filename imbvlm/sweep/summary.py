@@ -47,10 +47,10 @@ def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> 
     return "\n".join(lines)
 
 
-def causes(failed: list[TrialRecord]) -> str:
+def causes(failed: list[TrialRecord], what: str = "trial") -> str:
     """Why trials failed, the commonest cause first."""
     grouped = Counter(record.stop_reason for record in failed)
-    lines = [f"{len(failed)} trial{'s' if len(failed) > 1 else ''} failed:"]
+    lines = [f"{len(failed)} {what}{'s' if len(failed) > 1 else ''} failed:"]
     return "\n".join(lines + [f"  {count} x {reason}" for reason, count in grouped.most_common(5)])
 
 
