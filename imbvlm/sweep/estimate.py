@@ -182,9 +182,9 @@ def estimate(
     probes give up as soon as they can. The best few's runs with more seeds count to the trials.
     """
     mean = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
-    trials = None
+    number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
     if mean is not None:
-        found = Range(mean * asha_share(spec), mean).times(spec.num_trials / concurrent)
+        found = Range(mean * asha_share(spec), mean).times(number / concurrent)
         num_again = spec.confirm_trials * len(spec.confirm_seeds)
         again = mean * num_again / min(concurrent, max(1, num_again))
         trials = Range(max(found.low, mean) + again, max(found.high, mean) + again)

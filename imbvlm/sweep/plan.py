@@ -458,7 +458,9 @@ def _takes(plan: Plan) -> list[str]:
     if total is not None and hours is not None:
         gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
         lines.append(f"  in all      {_between(total)}{gpus}")
-    if plan.cost is not None:
+    if plan.cost is not None and not plan.num_gpus:
+        lines.append("  cost        nothing: the price is that of GPU-hours, and no GPU is used")
+    elif plan.cost is not None:
         price = f"at {spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
         lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {price}")
     return lines + [f"  {line}" for line in _limits(plan)]
