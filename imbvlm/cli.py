@@ -128,11 +128,26 @@ def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         ("show", "Classes, counts, shot groups and splits of a manifest.",
          "imbvlm manifest show photos.parquet", manifest.add_show_arguments, manifest.show),
         ("check", "Everything that is wrong or odd in a manifest, and a verdict.",
-         "imbvlm manifest check photos.parquet --decode", manifest.add_check_arguments, manifest.check),
+         "imbvlm manifest check photos.parquet --decode", manifest.add_check_arguments, _check_manifest),
     ):  # fmt: skip
         action = _command(actions, name, what, example)
         add(action)
         action.set_defaults(command=run)
+
+
+def _check_manifest(options: argparse.Namespace) -> int:
+    from imbvlm.data.commands import check
+
+    def truncated(names: Sequence[str]) -> Sequence[str]:
+        # Fetched here: importing a tower's side costs seconds.
+        from imbvlm.config import EncoderConfig
+        from imbvlm.models.encoder import TextSide
+        from imbvlm.models.prompts import truncated_names
+        from imbvlm.models.towers import find_tower
+
+        return truncated_names(TextSide(find_tower(EncoderConfig(name=options.encoder))), names, ["{}"])
+
+    return check(options, truncated)
 
 
 # ---------------------------------------------------------------------------------------------------- features

@@ -208,6 +208,13 @@ class EvalConfig(Section):
         8 / 7, ge=1, le=2, description="shorter side before the centre crop, as a multiple of the crop"
     )
     interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the tower's own")
+    jpeg_downscale: float | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, if that leaves this multiple of the "
+        "side that is needed: faster, and off by a few grey levels; null: exact",
+    )
     tte: Literal["none", "five_crop"] = Field(
         "none",
         description="five_crop: test images are also scored by the mean logits of five crops, centre and corners, "

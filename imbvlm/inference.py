@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
-from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, decode, fetch, picture_pixels
+from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, fetch, picture_pixels
 from imbvlm.data.listing import list_tree
 from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
@@ -175,7 +175,7 @@ class Model:
 
         def load(number: int) -> str | None:
             try:
-                crops[number] = crops_of(self.preprocess, self.num_crops, _pixels(batch[number][1]))
+                crops[number] = crops_of(self.preprocess, self.num_crops, _picture(batch[number][1], self.preprocess))
             except (ImageError, storage.StorageError) as error:
                 return str(error)
             return None
@@ -211,14 +211,14 @@ def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Prepr
     return preprocess, 1
 
 
-def _pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
+def _picture(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8] | Image.Image:
     if isinstance(image, Image.Image):
         return picture_pixels(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
         return image
-    return decode(image if isinstance(image, bytes) else fetch(str(image), None))
+    return preprocess.decode(image if isinstance(image, bytes) else fetch(str(image), None))
 
 
 def write_model(
@@ -229,8 +229,12 @@ def write_model(
     class_names: Sequence[str],
     scores: dict[str, Any],
     post_hoc: PostHocStep | None = None,
+    label_map: Mapping[str, int] | None = None,
 ) -> None:
-    """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict."""
+    """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict.
+
+    `label_map` is class id in the data's source -> class, where those ids were not 0, 1, 2, ...
+    """
     tower = storage.join(folder, TOWER_FOLDER)
     save_tower(encoder, tower)
     with _local_copy(tower) as local:
@@ -242,6 +246,7 @@ def write_model(
         "format": FORMAT,
         "library_name": "imbvlm",
         "class_names": list(class_names),
+        "label_map": None if label_map is None else dict(label_map),
         "preprocess": written.preprocess.to_dict(),
         "preprocess_fingerprint": written.preprocess.fingerprint(),
         "pillow": PIL.__version__,

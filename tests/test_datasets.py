@@ -432,7 +432,7 @@ def test_the_check_names_everything_at_once(tree):
     (tree / "train/dog/deep/c.png").write_bytes(b"")
     made = from_folders(str(tree), "pets")
     (tree / "valid/dog/d.png").unlink()
-    report = check_manifest(made, decode_all=True, count_tokens=lambda name: 99 if name == "owl" else 3)
+    report = check_manifest(made, decode_all=True, truncated=lambda names: [name for name in names if name == "owl"])
     text = str(report)
     assert not report.ok
     for part in (
@@ -442,7 +442,7 @@ def test_the_check_names_everything_at_once(tree):
         "error    1 class would lose every training image: dog",
         "warning  3 images of 7 can't be decoded",
         "page.png (not an image (starts with <html>not foun...); train; dog, few_shot)",
-        "warning  1 name above the text tower's context of 77: owl",
+        "warning  1 name too long for the text tower's context: owl",
         "warning  1 class without training images (zero_train): owl",
         "warning  2 classes absent from the validation split: cat, owl",
         "verdict  not usable as it is: 3 errors, 5 warnings",
@@ -474,8 +474,12 @@ def test_build_show_and_check_by_command(tree, capsys, monkeypatch):
     assert "<svg" in (tree / "curve.svg").read_text()
     assert run("check", "out/pets.parquet") == 0
     assert "verdict  usable" in capsys.readouterr().out
-    (tree / "train/cat/a 1.png").unlink()
-    assert run("check", "out/pets.parquet") == 1
+    for path in (tree / "train").rglob("*.png"):
+        path.unlink()
+    assert run("check", "out/pets.parquet", "-o", "findings.csv") == 1
+    assert "error    3 files of 5 missing" in capsys.readouterr().out
+    rows = [line for line in (tree / "findings.csv").read_text().splitlines() if line.startswith("error,3 files of 5")]
+    assert [row.rpartition("/")[2] for row in rows] == ["a 1.png", "b é.png", "c.png"]
 
 
 def test_build_options_that_cannot_be_are_said(tree):

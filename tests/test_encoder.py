@@ -179,6 +179,9 @@ def test_preprocessing_comes_from_the_tower_unless_the_configuration_says_otherw
     assert preprocess.mean == (0.4, 0.5, 0.6)
     other = Encoder.from_config(config, EvalConfig(resize=1.25, interpolation="bicubic")).preprocess
     assert (other.resize, other.interpolation) == (1.25, "bicubic")
+    faster = Encoder.from_config(config, EvalConfig(jpeg_downscale=2)).preprocess
+    assert (preprocess.jpeg_downscale, faster.jpeg_downscale) == (None, 2)
+    assert faster.to_dict() != preprocess.to_dict()
 
 
 def test_mean_and_size_of_tags_are_the_tags() -> None:

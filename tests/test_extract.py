@@ -238,6 +238,19 @@ def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str
 
 
 @pytest.mark.ray
+def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    """A wrong folder or a lost mount would else cost the whole night."""
+    manifest, said = make_data(tmp_path), []
+    for path in (tmp_path / "data").glob("*.png"):
+        path.unlink()
+    config, root = trial(tmp_path, tower), str(tmp_path / "features")
+    with pytest.raises(ImbvlmError, match=r"above data.max_bad_share 0.5: .*\.png \(file not found\)"):
+        ensure_features(config, manifest, root, ALL, SPLITS, report=said.append)
+    assert any(" of 27 images" in line for line in said)
+    assert not any("27 of 27 images" in line for line in said)
+
+
+@pytest.mark.ray
 def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str, ray_cluster: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
     features, _ = extract(tmp_path, config, manifest)

@@ -204,6 +204,13 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_pat
 
         here = [line.replace("my-bucket", s3_server.BUCKET) for line in lines]
         run_commands(here, clone, {**settings, **job}, newest)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_server.BUCKET)
+        keys = [item["Key"] for page in pages for item in page["Contents"]]
+        written = {key: client.get_object(Bucket=s3_server.BUCKET, Key=key)["Body"].read() for key in keys}
+        assert any(key.endswith("report.html") for key in keys)
+        written |= {str(path): path.read_bytes() for path in clone.rglob("*") if path.is_file()}
+        for secret in (s3_server.KEY, s3_server.SECRET):
+            assert [place for place, content in written.items() if secret.encode() in content] == []
 
 
 @pytest.mark.slow

@@ -266,3 +266,24 @@ def test_values_that_mean_nothing_are_refused(options):
 def test_augmentation_goes_through_plain_data():
     augmentation = Augmentation(crop="growing", jitter=0.3, rand_ops=2)
     assert Augmentation.from_dict(augmentation.to_dict()) == augmentation
+
+
+def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise():
+    """Contrast and saturation leave an even grey as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
+    image, augmentation = np.full((40, 40, 3), 100, dtype=np.uint8), Augmentation(crop="center", jitter=0.2)
+    found = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), 0.0) for seed in range(300)]
+    levels = np.array([pixels.mean() for pixels in found])
+    assert max(np.ptp(pixels) for pixels in found) == 0
+    assert 79 <= levels.min() < 84
+    assert 116 < levels.max() <= 121
+
+
+def test_rand_augment_draws_all_of_its_operations_alike():
+    """14 operations, one of them none at all: about a fourteenth of the images stay as they are."""
+    image, augmentation = ramp(), Augmentation(crop="center", flip=False, rand_ops=1, rand_magnitude=15)
+    plain = Augmentation(crop="center", flip=False).apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(0), 0.0)
+    found = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(s), 0.0) for s in range(700)]
+    same = sum(np.array_equal(pixels, plain) for pixels in found)
+    assert 25 < same < 130
+    # Most come in two directions, two of them leave a ramp over the whole range as it is.
+    assert len({pixels.tobytes() for pixels in found}) >= 16

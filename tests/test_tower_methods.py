@@ -289,7 +289,9 @@ def test_an_exported_model_predicts_the_same_logits(problems, kind, method, tmp_
         frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
         assert not frozen & set(saved), "the tower has its own file"
     tower = Encoder.from_config(run.config.encoder, run.config.eval)
-    inference.write_model(str(tmp_path / "model"), run.config, saved, tower, run.data.class_names, {})
+    ids = {"17": 0, "40": 1}
+    inference.write_model(str(tmp_path / "model"), run.config, saved, tower, run.data.class_names, {}, label_map=ids)
+    assert json.loads((tmp_path / "model" / inference.CONFIG_FILE).read_text())["label_map"] == ids
     model = inference.load(tmp_path / "model", "cpu")
     table = Manifest.read(problem.manifest).table
     contents = table.column("bytes").to_pylist()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,6 +65,15 @@ class CheckReport:
         """Whether there is no error."""
         return all(finding.severity != "error" for finding in self.findings)
 
+    def to_csv(self) -> str:
+        """A line for each row or class that a finding is about: severity, finding, which one."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("severity", "finding", "which"))
+        for finding in self.findings:
+            writer.writerows((finding.severity, finding.message, which) for which in finding.examples or ("",))
+        return text.getvalue()
+
     def __str__(self) -> str:
         return "\n".join([*map(str, self.findings), f"verdict  {self.verdict}"])
 
@@ -72,19 +83,18 @@ def check_manifest(
     *,
     decode_all: bool = False,
     split_seed: int = 0,
-    count_tokens: Callable[[str], int] | None = None,
-    context_length: int = 77,
+    truncated: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> CheckReport:
     """Look at files, duplicates, names and splits.
 
-    `decode_all` reads every image; without it only files that may be the same in two splits are read. `count_tokens`
-    gives a class name's tokens in the text tower, start and end included. Raises StorageError.
+    `decode_all` reads every image; without it only files that may be the same in two splits are read. `truncated`
+    picks the class names that the text tower would cut off. Raises StorageError.
     """
     findings = [
         *_missing_files(manifest),
         *_same_uri(manifest),
         *_same_content(manifest),
-        *_names(manifest, count_tokens, context_length),
+        *_names(manifest, truncated),
         *_splits(manifest, split_seed),
         *(_undecodable(manifest) if decode_all else ()),
         *(Finding("error" if note.startswith(ORDER_DISAGREES) else "note", note) for note in manifest.notes),
@@ -176,19 +186,17 @@ def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifes
             yield Finding(severity, f"{count_of(int(chosen.sum()), 'image')} {message}", named(chosen))
 
 
-def _names(manifest: Manifest, count_tokens: Callable[[str], int] | None, context_length: int) -> Iterator[Finding]:
+def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str]] | None) -> Iterator[Finding]:
     for warning in manifest.warnings:
         yield Finding("warning", warning)
     if not manifest.named:
         yield Finding("warning", "classes have numbers and no names, so text methods are refused")
-    if count_tokens is not None and manifest.named:
-        long = tuple(name for name in manifest.class_names if count_tokens(name) > context_length)
+    if truncated is not None and manifest.named:
+        long = tuple(truncated(manifest.class_names))
         if long:
-            yield Finding(
-                "warning", f"{count_of(len(long), 'name')} above the text tower's context of {context_length}", long
-            )
+            yield Finding("warning", f"{count_of(len(long), 'name')} too long for the text tower's context", long)
     if manifest.label_map is not None:
-        yield Finding("note", "the source's class ids are mapped; the map is kept in the manifest (label_map)")
+        yield Finding("note", "the source's class ids are mapped; the map is kept here and exported with a model")
 
 
 def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:

@@ -112,21 +112,25 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `manifest check`."""
     parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
     parser.add_argument("--decode", action="store_true", help="read and decode every image")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write every finding with all of its rows as CSV")
+    parser.add_argument(
+        "--encoder",
+        default="openai_vit_b16",
+        metavar="NAME",
+        help="tower whose text side must hold the class names (default: openai_vit_b16, as most of them)",
+    )
     parser.add_argument("--split-seed", type=int, default=0, help="of the validation rows that would be carved")
 
 
-def check(
-    options: argparse.Namespace, count_tokens: Callable[[str], int] | None = None, context_length: int = 77
-) -> int:
+def check(options: argparse.Namespace, truncated: Callable[[Sequence[str]], Sequence[str]] | None = None) -> int:
     """Print what is wrong or odd, and a verdict; 1 where there is an error."""
     report = check_manifest(
-        Manifest.read(options.manifest),
-        decode_all=options.decode,
-        split_seed=options.split_seed,
-        count_tokens=count_tokens,
-        context_length=context_length,
+        Manifest.read(options.manifest), decode_all=options.decode, split_seed=options.split_seed, truncated=truncated
     )
     print(report)
+    if options.output:
+        storage.write_bytes(options.output, report.to_csv().encode("utf-8", "surrogateescape"))
+        print(f"all of them by name in {options.output}")
     return 0 if report.ok else 1
 
 

@@ -30,7 +30,7 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 # Images up to this size in all stay inside the manifest; more go to pack files beside it, so that memory stays flat.
 EMBED_AT_MOST_BYTES = 128_000_000
 # Of a Parquet file, whose row groups may hold all of its images.
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
 
 
 def from_table(
@@ -206,7 +206,7 @@ def _read_parquet(path: str) -> Any:
     filesystem, inner = storage.open_filesystem(path)
     try:
         with filesystem.open_input_file(inner) as stream:
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 yield pa.Table.from_batches([batch])
     except FileNotFoundError:

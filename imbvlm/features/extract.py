@@ -268,6 +268,8 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
         blocks = [block for work in works for block in _blocks(config, work)]
         tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
         progress = _Progress(sum(work.num_images for work in works), report)
+        by_split = {work.split: work for work in works}
+        bad: dict[str, dict[int, str]] = {work.split: {} for work in works}
         for summary in map_images(
             blocks,
             load_block,
@@ -278,6 +280,10 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             gpus_per_worker=1 if gpus else 0,
         ):
             progress.add(summary["num_images"])
+            if summary["bad"]:
+                # Wrong folders or keys shouldn't cost the whole pass.
+                bad[summary["split"]].update(summary["bad"])
+                _check_limits(config, by_split[summary["split"]], bad[summary["split"]])
 
 
 def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
@@ -343,10 +349,14 @@ def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[Output
     name = uri or f"row {bad[0].row}"
     if config.data.on_bad_image == "strict":
         raise bad_image_error(work.split, name, bad[0].reason)
-    found = {entry.row: entry.reason for entry in bad}
-    limits = config.data.max_bad_images, config.data.max_bad_share
-    findings = limit_findings(work.rows, work.split, found, max_images=limits[0], max_share=limits[1])
-    if findings:
-        mend = "mend the files or take their rows out of the manifest; `imbvlm manifest check --decode` lists them all"
-        raise ImbvlmError("\n  ".join(["too many images can't be used:", *findings, mend]))
+    _check_limits(config, work, {entry.row: entry.reason for entry in bad})
     report(f"{len(bad):,} of {work.store.num_rows:,} {work.split} images are left out, such as {name}: {bad[0].reason}")
+
+
+def _check_limits(config: TrialConfig, work: _Work, bad: Mapping[int, str]) -> None:
+    """Stop before training where more images of a split are bad than the configuration allows; `bad`: row -> reason."""
+    limits = config.data.max_bad_images, config.data.max_bad_share
+    findings = limit_findings(work.rows, work.split, bad, max_images=limits[0], max_share=limits[1])
+    if findings:
+        mend = "mend the files or take their rows out; `imbvlm manifest check MANIFEST --decode -o FILE` names them all"
+        raise ImbvlmError("\n  ".join(["too many images can't be used:", *findings, mend]))

@@ -43,7 +43,7 @@ class TowerWorker:
         self.batch_size = BATCH_ON_GPU if use_gpu else BATCH_ON_CPU
 
     def __call__(self, block: Block) -> Block:
-        """Store the block's missing outputs; returns its number and how many images it had."""
+        """Store the block's missing outputs; returns its split, how many images it had, and its bad rows' reasons."""
         store = FeatureStore.open(block["folder"])
         rows, outputs = store.layout.rows_of(block["shard"]), block["outputs"]
         computed = self._run(block["images"], outputs, store)
@@ -52,7 +52,8 @@ class TowerWorker:
             # What a tower makes of a missing image means nothing.
             shaped[[number for number, reason in enumerate(block["reasons"]) if reason is not None]] = 0
             store.write(output, block["shard"], shaped, block["reasons"])
-        return {"shard": block["shard"], "num_images": len(block["images"])}
+        bad = {rows.start + number: reason for number, reason in enumerate(block["reasons"]) if reason is not None}
+        return {"split": block["split"], "num_images": len(block["images"]), "bad": bad}
 
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore

@@ -34,8 +34,8 @@ from imbvlm.models.towers import (
 from imbvlm.models.visual import OUTPUTS, EncoderOutput, FinalNorm, Visual, rules_of
 
 __all__ = [
-    "ENCODERS", "OUTPUTS", "Encoder", "EncoderEntry", "EncoderInfo", "EncoderOutput", "FinalNorm", "absolute_encoder",
-    "describe_encoder", "preprocess_of",
+    "ENCODERS", "OUTPUTS", "Encoder", "EncoderEntry", "EncoderInfo", "EncoderOutput", "FinalNorm", "TextSide",
+    "absolute_encoder", "describe_encoder", "preprocess_of",
 ]  # fmt: skip
 
 TEXTS_AT_ONCE = 256
@@ -46,7 +46,28 @@ _BUILD_ERRORS = (
 )  # fmt: skip
 
 
-class Encoder:
+class TextSide:
+    """What a tower's tokenizer makes of texts; needs no weights."""
+
+    def __init__(self, source: TowerSource) -> None:
+        self._source = source
+        self._tokenizer: Callable[..., Tensor] | None = None
+
+    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
+        """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer(self._source)
+        if context_length is None:
+            return self._tokenizer(list(texts))
+        return self._tokenizer(list(texts), context_length=context_length)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens in a text, its start and end included."""
+        return self.tokenize([""]).shape[1]
+
+
+class Encoder(TextSide):
     """An image-text tower that never trains here: eval mode, no gradients, float32 weights.
 
     `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input, `source` what its name
@@ -54,10 +75,10 @@ class Encoder:
     """
 
     def __init__(self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource) -> None:
+        super().__init__(source)
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
         self._rules = rules_of(self.visual, info.name)
-        self._tokenizer: Callable[..., Tensor] | None = None
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(info.mean) * scale).view(1, 3, 1, 1).to(self.device)
@@ -124,19 +145,6 @@ class Encoder:
     def pixel_scale(self) -> tuple[Tensor, Tensor]:
         """Factor and summand (1, 3, 1, 1) that make the tower's input of crops in bytes."""
         return self._scale, self._shift
-
-    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
-        """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self.source)
-        if context_length is None:
-            return self._tokenizer(list(texts))
-        return self._tokenizer(list(texts), context_length=context_length)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens in a text, its start and end included."""
-        return self.tokenize([""]).shape[1]
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -215,7 +223,9 @@ def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:
     """How images become this tower's input; raises ImbvlmError for a mode or interpolation that isn't known."""
     interpolation: Any = evaluation.interpolation or info.interpolation
     mode: Any = info.resize_mode
-    return Preprocess(info.image_size, evaluation.resize, interpolation, info.mean, info.std, mode)
+    return Preprocess(
+        info.image_size, evaluation.resize, interpolation, info.mean, info.std, mode, evaluation.jpeg_downscale
+    )
 
 
 # -------------------------------------------------------------------------------------------------- loading

@@ -149,7 +149,8 @@ class _Export:
         weights = self._weights(config, manifest)
         step = self._post_hoc(config, weights, manifest.class_names, encoder)
         folder = storage.join(out, "model")
-        write_model(folder, config, load_model_tensors(weights), encoder, manifest.class_names, self._scores(), step)
+        names, ids = manifest.class_names, manifest.label_map
+        write_model(folder, config, load_model_tensors(weights), encoder, names, self._scores(), step, ids)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         read_test = [one for one in self.refits if one.epochs and "test/top1_accuracy" in one.epochs[-1]]
         adjustment = None if step is None else step.adjustment
