@@ -54,10 +54,24 @@ COOP: Draw = {
     "train.num_epochs": 50,
 }
 FINE_TUNING: Draw = {"method": "fine_tuning", "optim.lr": 1e-3}
+# What came after the study: other losses and a classifier that normalises, and less than the whole tower trained.
+COSINE: Draw = {"classifier.kind": "cosine", "classifier.temperature": 0.05, **LOSSES["Balanced Softmax"]}
+SINCE: Mapping[str, Draw] = {
+    "Decoder, effective number": {**DECODER, "loss.name": "effective_number"},
+    "Decoder, LDAM-DRW": {**DECODER, **LOSSES["LDAM"], "loss.reweight_from": 0.8},
+    "Decoder, tau-normalization": {**DECODER, **SOFTMAX, "second_stage.name": "tau_normalization"},
+    "Decoder, cosine": {**DECODER, **COSINE},
+    "Linear probe, cosine": {**PROBE, **COSINE},
+    "Bias tuning": {"method": "bias_tuning", "optim.lr": 0.01, **COSINE},
+}
+IN_VIT: Mapping[str, Draw] = {
+    "Adapters": {"method": "adapter", "optim.lr": 0.01, **COSINE},
+    "LoRA": {"method": "lora", "optim.lr": 0.01, **COSINE},
+}
 TOWERS = {"ViT-B/16": "openai_vit_b16", "ViT-L/14": "openai_vit_l14"}
 PRETRAINING = {"OpenAI": "openai_vit_b16", "LAION-400M": "laion400m_vit_b16", "LAION-2B": "laion2b_vit_b16"}
 DEPTHS = range(7)
-PARTS = ("methods", "losses", "prompt_losses", "towers", "pretraining", "depth", "cost")
+PARTS = ("methods", "losses", "prompt_losses", "since", "towers", "pretraining", "depth", "cost")
 
 # The study's recipe: 8,192 steps of 256, on one GPU a trial.
 LARGE: Mapping[str, Any] = {
@@ -86,7 +100,11 @@ SMALL: Mapping[str, Any] = {
         "eval": {"resize": 1.0},
     },
     # A classifier alone takes larger steps; the tower's own training takes a minute an epoch.
-    "own": {"linear_probe": {"optim.lr": 0.3}, "fine_tuning": {"train.num_epochs": 3}},
+    "own": {
+        "linear_probe": {"optim.lr": 0.3},
+        "fine_tuning": {"train.num_epochs": 3},
+        "bias_tuning": {"train.num_epochs": 3},
+    },
     "driver": "in_process",
     # Fresh crops need the tower in every epoch: hours on a CPU.
     "fresh_crops": False,
@@ -100,16 +118,18 @@ def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[Sweep
     setting = SMALL if is_small else LARGE
     base = {"data": {"manifest": manifest}, **setting["base"]}
     left_out = []
-    towers, pretraining = TOWERS, PRETRAINING
+    towers, pretraining, since = TOWERS, PRETRAINING, {**SINCE, **IN_VIT}
     if is_small:
-        towers, pretraining = {"TinyLiT": "tinylit_lite0"}, {}
+        towers, pretraining, since = {"TinyLiT": "tinylit_lite0"}, {}, SINCE
         left_out = [f"part towers leaves out {', '.join(TOWERS)}: the data in the package has the package's own tower"]
+        left_out += [f"part since leaves out {', '.join(IN_VIT)}, which train in the blocks of a ViT"]
         left_out += [f"part pretraining leaves out {', '.join(PRETRAINING)}, as their towers"]
     methods = _methods()
     parts = {
         "methods": Part("methods", "Methods", methods),
         "losses": Part("losses", "A decoder under the twelve methods", _rows("decoder", DECODER, TWELVE)),
         "prompt_losses": Part("prompt_losses", "CoOp under the losses", _rows("coop", COOP, LOSSES)),
+        "since": Part("since", "What came since", _rows("since", {}, since)),
         "towers": Part("towers", "Towers", _over_towers(towers)),
         "pretraining": Part("pretraining", "Pre-training sets", _over_towers(pretraining)),
         "depth": Part("depth", "Depth of the decoder", _depths()),

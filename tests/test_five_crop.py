@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_images import TinyImages, extraction_in_this_process
+from tiny_images import TinyImages
 from torchvision.transforms import functional
 
 from imbvlm import inference
@@ -15,16 +15,13 @@ from imbvlm.data.images import FIVE_CROPS, Preprocess, decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError
 from imbvlm.features.examples import TrialData
-from imbvlm.features.extract import ensure_features, plan_bytes
+from imbvlm.features.extract import plan_bytes
 from imbvlm.models.encoder import Encoder
-from imbvlm.models.methods import needs_text
 from imbvlm.sweep.space_file import parse_space
 from imbvlm.training import checkpoint
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.session import TrialSession, TrialSettings
 from imbvlm.yaml_file import parse_yaml
-
-EVERYTHING = frozenset({"tokens", "pooled", "image_embedding"})
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +32,7 @@ def images(tmp_path_factory):
 def prepared(images, method, **overrides):
     """A configuration with five crops and what a driver prepares for its test."""
     config = images.config(method, **{"eval__tte": "five_crop", "eval__expand": 6, **overrides})
-    manifest, root = Manifest.read(images.manifest), str(images.folder / "features")
-    with extraction_in_this_process():
-        features = ensure_features(
-            config, manifest, root, EVERYTHING, ("train", "val", "test"),
-            report=lambda line: None, text=needs_text(config), five_crop=("val", "test"),
-        )  # fmt: skip
-    return config, features
+    return config, images.features(config)
 
 
 def pixels_of(images, split, preprocess):

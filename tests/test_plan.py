@@ -90,6 +90,16 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
 
 
+def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path) -> None:
+    settings = {"storage": str(tmp_path), "num_trials": 40, "trial_scheduler": {"name": "none"}}
+    whole, limited = (make_plan(spec(**settings, max_trials=most), known_speeds) for most in (None, 10))
+    assert whole.estimate is not None
+    assert limited.estimate is not None
+    assert whole.estimate.trials.high == pytest.approx(4 * limited.estimate.trials.high)
+    priced = make_plan(spec(**settings, price_per_gpu_hour=2.0), known_speeds)
+    assert "cost        nothing: the price is that of GPU-hours" in describe_plan(priced)
+
+
 def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: 1_000_000)
     found = make_plan(spec(storage=str(tmp_path)), None)

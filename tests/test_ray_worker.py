@@ -34,6 +34,7 @@ CASES = [
             "second_stage__num_epochs": 2,
         },
     ),
+    ("linear_probe", {"feature_augmentation__transfer": 0.7, "train__batch_size": 113}),
     ("linear_probe", {"second_stage__name": "classifier_retraining", "second_stage__num_epochs": 2}),
     ("linear_probe", {"classifier__kind": "linear", "second_stage__name": "tau_normalization"}),
     ("prompt_tuning", {"loss__name": "lade", "optim__lr": 0.1, "prompt_tuning__chunk_size": 4}),

@@ -83,6 +83,20 @@ def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
     assert "linear probe" in facts["few-shot"].note
 
 
+def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
+    log = TrialLog.read(str(folder))
+    for one in log.of("refit"):
+        if one.name == "linear probe":
+            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.97, "test_post_hoc/balanced_standard_error": 0.01}
+            log.save(one)
+    report = build(Source.read(str(folder)))
+    assert not report.is_win
+    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc", report.statement)
+    (table,) = [one for one in parts(report)[1] if one.name == "margins"]
+    assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
+
+
 def test_a_gain_within_the_standard_error_is_no_win(tmp_path):
     report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
     assert not report.is_win

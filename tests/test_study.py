@@ -301,10 +301,11 @@ def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
     assert rows["cost"] == rows["methods"]
     assert made.refit_seeds == [0, 1, 2]
     if manifest.startswith("embedded:"):
-        assert [sentence.split()[1] for sentence in left_out] == ["towers", "pretraining"]
+        assert [sentence.split()[1] for sentence in left_out] == ["towers", "since", "pretraining"]
         assert "pretraining" not in rows
     else:
         assert left_out == []
+        assert {"adapter", "lora", "bias_tuning"} <= {one.method for one in rows["since"]}
         assert {one.encoder.name for one in rows["towers"]} == {"openai_vit_b16", "openai_vit_l14"}
         assert {one.encoder.name for one in rows["pretraining"]} == {
             "openai_vit_b16", "laion400m_vit_b16", "laion2b_vit_b16",
@@ -320,7 +321,7 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     said = describe_plan(make_plan(made, None))
     assert "7 listed configurations, after 2 baselines" in said
     assert "decoder-depth-6: method decoder, loss.name cross_entropy, decoder.depth 6" in said
-    assert "Depth of the decoder: 0 blocks, 1 blocks" in said
+    assert "Depth of the decoder: 0 blocks; 1 blocks" in said
 
 
 # ---------------------------------------------------------------------------------------------- sweeps/lift.py

@@ -55,6 +55,9 @@ def test_a_trial_in_a_few_words() -> None:
     config = TrialConfig.from_tree({**BASE, "method": "decoder", "loss": {"name": "focal", "gamma": 1.234}})
     one = TrialRecord(trial_id="t", kind="search", config=config.to_tree())
     assert describe(one) == "decoder depth 3, focal gamma 1.23, cosine 0.04, instance balanced, lr 0.03"
+    mixed = {"method": "adapter", "mixing": {"cutmix": 0.5}, "loss": {"name": "cross_entropy"}}
+    one.config = TrialConfig.from_tree({**BASE, **mixed}).to_tree()
+    assert describe(one) == "adapter, cross entropy, cosine 0.04, instance balanced, lr 0.03, cutmix 0.5"
     one.config = TrialConfig.from_tree({**BASE, "method": "zero_shot"}).to_tree()
     assert describe(one) == "zero shot, instance balanced"
 
@@ -73,6 +76,14 @@ def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
     assert "72.0 ± 2.0" in lines[3]
     assert "50.0 ± 0.0" in lines[3]
     assert lines[4].split()[-6:] == ["1", "60.0", "-", "-", "-", "-"]
+
+
+def test_five_crops_have_a_row_of_their_own() -> None:
+    one = record("refit-0", 0.1, kind="refit", name="winner")
+    one.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.7, "test_tte/top1_accuracy": 0.73}]
+    lines = summary.scores_table([one], SPEC).splitlines()
+    assert [line.split("  ")[0] for line in lines[3:]] == ["winner", "winner, five crops"]
+    assert lines[4].split()[-5] == "73.0"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ class TinyImages:
         manifest, root = Manifest.read(self.manifest), str(self.folder / "features")
         text, outputs = needs_text(config), stored_outputs(config)
         with extraction_in_this_process():
-            return ensure_features(config, manifest, root, outputs, splits, report=lambda line: None, text=text)
+            return ensure_features(
+                config, manifest, root, outputs, splits, report=lambda line: None, text=text, five_crop=splits[1:]
+            )
 
     def data(self, config: TrialConfig) -> TrialData:
         """What a trial opens."""

@@ -179,14 +179,19 @@ def estimate(
     """Wall time with so many trials at once, each as fast as it was alone.
 
     At most: every trial to its end, and probes that never lose patience. At least: ASHA stops all that it may, and
-    probes give up as soon as they can.
+    probes give up as soon as they can. The best few's runs with more seeds count to the trials.
     """
     mean = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
-    trials = None if mean is None else Range(mean * asha_share(spec), mean).times(spec.num_trials / concurrent)
+    number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
+    if mean is not None:
+        found = Range(mean * asha_share(spec), mean).times(number / concurrent)
+        num_again = spec.confirm_trials * len(spec.confirm_seeds)
+        again = mean * num_again / min(concurrent, max(1, num_again))
+        trials = Range(max(found.low, mean) + again, max(found.high, mean) + again)
     return Estimate(
         features,
         _baselines(spec, baselines, speeds, rows, concurrent, start),
-        trials if trials is None else Range(max(trials.low, mean or 0.0), max(trials.high, mean or 0.0)),
+        trials,
         _refits(spec, configs, baselines, speeds, rows, concurrent, start),
     )
 

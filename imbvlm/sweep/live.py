@@ -12,6 +12,7 @@ from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.summary import HEADINGS, METRICS, describe
 
 NUM_FAILURES = 2
+LABELS: Mapping[TrialKind, str] = {"baseline": "trials", "search": "trials", "confirm": "seeds", "refit": "refits"}
 WORDS = {"finished": "to their end", "stopped": "stopped early", "failed": "failed", "error": "lost"}
 
 
@@ -29,7 +30,7 @@ class Moment:
 def live_lines(log: TrialLog, objective: str, moment: Moment) -> dict[str, str]:
     """Lines by their label, most important first; those without anything to say are absent."""
     records = log.of(moment.kind)
-    lines = {"trials" if moment.kind == "search" else "refits": _states(log, records, moment)}
+    lines = {LABELS[moment.kind]: _states(log, records, moment)}
     lines |= {"best": _best(log, objective)} if log.best(objective) else {}
     lines |= {"speed": _speed(log, records, moment)}
     lines |= {"used": moment.used} if moment.used else {}

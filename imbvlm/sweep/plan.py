@@ -300,8 +300,16 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
         f"and {spec.gpus_per_worker:g} GPUs",
+        *_confirm(spec),
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
+
+
+def _confirm(spec: SweepSpec) -> list[str]:
+    if not spec.confirm_trials:
+        return []
+    seeds = ", ".join(map(str, spec.confirm_seeds))
+    return [f"  seeds       the best {spec.confirm_trials} again with {seeds}; the best mean is the winner"]
 
 
 def _other_objectives(spec: SweepSpec) -> list[str]:
@@ -349,7 +357,7 @@ def _words(draw: Draw) -> str:
 
 
 def _tables(spec: SweepSpec) -> list[str]:
-    return ["tables:", *(f"  {one.title}: {', '.join(row.label for row in one.rows)}" for one in spec.study)]
+    return ["tables:", *(f"  {one.title}: {'; '.join(row.label for row in one.rows)}" for one in spec.study)]
 
 
 def _reading(plan: Plan) -> list[str]:
@@ -450,7 +458,9 @@ def _takes(plan: Plan) -> list[str]:
     if total is not None and hours is not None:
         gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
         lines.append(f"  in all      {_between(total)}{gpus}")
-    if plan.cost is not None:
+    if plan.cost is not None and not plan.num_gpus:
+        lines.append("  cost        nothing: the price is that of GPU-hours, and no GPU is used")
+    elif plan.cost is not None:
         price = f"at {spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
         lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {price}")
     return lines + [f"  {line}" for line in _limits(plan)]

@@ -288,6 +288,9 @@ class _Sweep:
             self.console.say(
                 f"{len(left)} refits were lost with their machines; go on with: imbvlm sweep resume {self.folder}"
             )
+        failed = [one for one in self.log.of("refit") if one.state == "failed"]
+        if failed:
+            self.console.say(causes(failed, "refit"))
         self.scored = [self.log.records[job.trial_id] for job in jobs if job.trial_id in self.log.records]
         self.scored += [one for one in self.log.of("refit") if one.name.startswith(EARLIER) and one.state in ENDED]
         self.log.write_table()

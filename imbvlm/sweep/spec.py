@@ -311,8 +311,11 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
             "or make it a constraint"
         )
         problems.append(Problem(message, spec.where("other_objectives")))
-    if spec.study and (spec.other_objectives or spec.constraints or spec.warm_start):
-        message = "a study searches nothing: other_objectives, constraints and warm_start have no effect; take them out"
+    if spec.study and (spec.other_objectives or spec.constraints or spec.warm_start or spec.confirm_trials):
+        message = (
+            "a study searches nothing: other_objectives, constraints, warm_start and confirm_trials have no effect; "
+            "take them out"
+        )
         problems.append(Problem(message, spec.where("study")))
     if spec.searcher.name == "random" and spec.warm_start:
         message = "searcher random learns nothing from warm_start; set searcher.name: tpe, or take it out"

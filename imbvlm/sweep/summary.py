@@ -47,10 +47,10 @@ def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> 
     return "\n".join(lines)
 
 
-def causes(failed: list[TrialRecord]) -> str:
+def causes(failed: list[TrialRecord], what: str = "trial") -> str:
     """Why trials failed, the commonest cause first."""
     grouped = Counter(record.stop_reason for record in failed)
-    lines = [f"{len(failed)} trial{'s' if len(failed) > 1 else ''} failed:"]
+    lines = [f"{len(failed)} {what}{'s' if len(failed) > 1 else ''} failed:"]
     return "\n".join(lines + [f"  {count} x {reason}" for reason, count in grouped.most_common(5)])
 
 
@@ -145,9 +145,10 @@ def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str
 
 
 def describe(record: TrialRecord) -> str:
-    """A trial in a few words: method, loss, classifier, sampling, rate, second stage."""
+    """A trial in a few words: method, loss, classifier, sampling, rate, mixed or varied examples, second stage."""
     config = record.config
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
+    made_of = {**(config.get("mixing") or {}), **(config.get("feature_augmentation") or {})}
     knobs = [
         f"{key} {value:.3g}"
         for key, value in loss.items()
@@ -159,6 +160,7 @@ def describe(record: TrialRecord) -> str:
         classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
         config["data"]["class_sampling"].replace("_", " "),
         f"lr {optim['lr']:.2g}" if optim else "",
+        *(f"{key} {value:.2g}" for key, value in made_of.items() if value),
         f"then {config['second_stage']['name'].replace('_', ' ')}" if config.get("second_stage") else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -22,6 +22,7 @@ from imbvlm.sweep.spec import AshaConfig
 # Fewer trials than this say nothing on what mattered.
 MIN_TRIALS = 10
 BEST_SHARE = 0.25
+TEST, POST_HOC = "test", "test_post_hoc"
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,39 @@ class Margin:
         return self.gain > (self.standard_error or 0.0)
 
 
-def margin(winner: Scored, baseline: Scored) -> Margin | None:
-    """The gain in balanced accuracy on the test split; None where either wasn't scored."""
-    ours, theirs = winner.values("test/balanced_accuracy"), baseline.values("test/balanced_accuracy")
+def margin(winner: Scored, baseline: Scored, split: str = TEST) -> Margin | None:
+    """The gain in balanced accuracy on the test split, as trained or as adjusted; None where either wasn't scored."""
+    ours, theirs = (values_in(one, split, "balanced_accuracy") for one in (winner, baseline))
     if not ours or not theirs:
         return None
-    errors = [one.values("test/balanced_standard_error")[:1] for one in (winner, baseline)]
+    errors = [values_in(one, split, "balanced_standard_error")[:1] for one in (winner, baseline)]
     error = math.hypot(*(one[0] for one in errors)) if all(errors) else None
     spread = statistics.stdev(ours) if len(ours) > 1 else None
-    return Margin(baseline.name, statistics.fmean(ours) - statistics.fmean(theirs), error, spread)
+    return Margin(title_in(baseline, split), statistics.fmean(ours) - statistics.fmean(theirs), error, spread)
+
+
+def comparisons(source: Source) -> list[tuple[Scored, str]]:
+    """What the winner has to stand beside: each baseline as trained, and where an adjustment changes it as adjusted.
+
+    A plain probe whose logits are adjusted after training costs nothing more, so a winner must beat that one, too.
+    """
+    found = []
+    for one in source.references:
+        found.append((one, TEST))
+        adjusted = one.values(f"{POST_HOC}/balanced_accuracy")
+        if adjusted and adjusted != one.values(f"{TEST}/balanced_accuracy"):
+            found.append((one, POST_HOC))
+    return found
+
+
+def values_in(scored: Scored, split: str, metric: str) -> list[float]:
+    """Each seed's metric as adjusted where `split` says so and there is an adjustment, else as trained."""
+    return scored.values(f"{split}/{metric}") or scored.values(f"{TEST}/{metric}")
+
+
+def title_in(scored: Scored, split: str) -> str:
+    """The refit's name, with what was done to it."""
+    return f"{scored.name}, post hoc" if split == POST_HOC else scored.name
 
 
 def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.report.analysis import margin
+from imbvlm.sweep.report.analysis import comparisons, margin, values_in
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.results import TrialRecord
@@ -53,24 +53,23 @@ def margins(source: Source) -> Table | None:
         if winner is not None and winner.values(f"test/{metric}")
     ]  # fmt: skip
     rows = []
-    for one in source.references:
-        found = None if winner is None else margin(winner, one)
+    for one, split in comparisons(source):
+        found = None if winner is None else margin(winner, one, split)
         if winner is not None and found is not None:
-            gains = (_gain(winner, one, f"test/{metric}") for metric, _ in kept)
+            gains = (_gain(values_in(winner, split, metric), values_in(one, split, metric)) for metric, _ in kept)
             error = "-" if found.standard_error is None else f"{100 * found.standard_error:.1f}"
-            rows.append([f"over {one.name}", *gains, error])
+            rows.append([f"over {found.baseline}", *gains, error])
     if not rows:
         return None
     caption = (
         "Points. ± is the standard deviation over seeds, of both together. A gain below the standard error, which the "
-        "number of test images sets, is no win."
+        "number of test images sets, is no win. Post hoc: both with what validation chose to do to their logits."
     )
     header = ["winner", *(heading for _, heading in kept), "standard error (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)
 
 
-def _gain(ours: Scored, theirs: Scored, metric: str) -> str:
-    left, right = ours.values(metric), theirs.values(metric)
+def _gain(left: list[float], right: list[float]) -> str:
     if not left or not right:
         return "-"
     gain = f"{100 * (statistics.fmean(left) - statistics.fmean(right)):+.1f}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.report import class_figures, result_tables, search_figures, study_tables
-from imbvlm.sweep.report.analysis import Margin, fairness, importances, margin, rungs, saved_by_stopping
+from imbvlm.sweep.report.analysis import Margin, comparisons, fairness, importances, margin, rungs, saved_by_stopping
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
@@ -112,7 +112,7 @@ def _margins(source: Source) -> list[Margin]:
     winner = source.winner
     if winner is None:
         return []
-    return [found for one in source.references if (found := margin(winner, one)) is not None]
+    return [found for one, split in comparisons(source) if (found := margin(winner, one, split)) is not None]
 
 
 def _statement(source: Source) -> tuple[str, bool]:

