@@ -16,7 +16,7 @@ from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.images import decode, fetch
 from imbvlm.data.inaturalist import from_inaturalist
-from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.manifest import Manifest, ManifestError, carve_validation
 from imbvlm.data.quarantine import limit_findings
 from imbvlm.data.sources import from_folders, from_lists
 from imbvlm.data.summary import plot_counts, plot_svg, summary
@@ -511,3 +511,24 @@ def test_limits_by_count_by_share_and_by_class_are_said_with_names():
     assert by_class == "1 class would lose every training image: 'c0' (5)"
     assert limits([0, 1], split="test") == []
     assert len(limits([0, 1, 2], split="test")) == 1
+
+
+@pytest.mark.slow
+def test_inat2018_by_its_official_annotations(tmp_path):
+    """All of it in size: its official validation set is the test split, and validation is carved from training."""
+    sizes, hidden = (
+        DATASETS["inat2018"].sizes,
+        [{"id": n, "name": str(n), "supercategory": "Life"} for n in range(8142)],
+    )
+    counts = {"train": spread(sizes["train"], 2, 1000, 8142), "test": np.full(8142, 3)}
+    for split, file in (("train", "train2018.json"), ("test", "val2018.json")):
+        annotations(tmp_path / file, hidden, np.repeat(np.arange(8142), counts[split]).tolist())
+    named = [{"id": n, "name": f"Genus species{n}", "supercategory": "Life"} for n in range(8142)]
+    (tmp_path / "categories.json").write_text(json.dumps(named))
+    found = build_dataset("inat2018", str(tmp_path))
+    assert {split: len(found.rows_of(split)) for split in sizes} == dict(sizes)
+    assert found.splits == ("train", "test")
+    assert (found.class_names[8141], found.named) == ("Genus species8141", True)
+    carved = carve_validation(found, 0)
+    assert len(carved) > 3 * 8000
+    assert set(carved) <= set(found.rows_of("train"))
