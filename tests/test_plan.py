@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tiny_images import TinyImages
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError
-from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed
+from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.estimate import asha_share, commonest_shapes, sample_trials, shape_of
 from imbvlm.sweep.plan import calibrate_here, describe_plan, make_plan, plan_to_dict
 from imbvlm.sweep.spec import SweepSpec, check_spec
@@ -142,6 +143,18 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
     grown = 4 * 3 * 8132 * width + 4 * 2 * batch * 8132 + 2 * rows * 8132
     assert grown < sizes[1] - sizes[0] < 2 * grown
     assert not (tmp_path / "runs").exists()
+
+
+def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_step_measured(tmp_path) -> None:
+    """On a CPU a calibration takes steps of 8 images, and activations of 64 are eight times as much."""
+    problem = TinyImages(tmp_path)
+    trials = [problem.config("adapter", train__batch_size=size) for size in (8, 64)]
+    small, large = calibrate(trials, [], 1).trials
+    assert isinstance(small, TrialSpeed)
+    assert isinstance(large, TrialSpeed)
+    tokens, width, layers = 17, 32, 2
+    # At least what each block keeps of attention and MLP: a dozen activations.
+    assert large.host_bytes - small.host_bytes > 4 * 56 * tokens * width * layers * 12
 
 
 def test_a_limit_on_money_needs_a_price() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from imbvlm.class_stats import ClassStats
-from imbvlm.config import AdamWConfig, TrialConfig, needed
+from imbvlm.config import AdamWConfig, TrialConfig
 from imbvlm.data.image_rows import ImageRows, stream_in_threads
 from imbvlm.data.manifest import EMBEDDED, Manifest, carve_validation
 from imbvlm.data.streaming import StreamPlan
@@ -167,6 +167,8 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
         overrides = {} if config.classifier is None else {"classifier.init": "random"}
         config = config.with_overrides({**overrides, **({} if config.train is None else {"second_stage": None})})
         num_images = 0 if config.train is None else config.train.batch_size
+        # Memory is that of the batches that were asked for, however small the steps are here.
+        batch = num_images or 256
         if config.reads_images and device.type == "cpu" and num_images > IMAGES_ON_CPU:
             config, num_images = config.with_overrides({"train.batch_size": IMAGES_ON_CPU}), IMAGES_ON_CPU
         if config.train is not None and config.train.num_threads is not None:
@@ -184,7 +186,6 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
                 pass
         eval_seconds = _eval_seconds(run, data.val, num_images or 256)
         step_seconds = clock.step_seconds / num_images if num_images else 0.0
-        batch = needed(config.train).batch_size if num_images else 256
         host, on_device = _bytes(run, clock, batch, num_images)
         if device.type == "cuda":
             host, on_device = host - on_device, torch.cuda.max_memory_allocated()
