@@ -23,6 +23,7 @@ from imbvlm.config_stages import SecondStageConfig
 from imbvlm.data.datasets import DATASETS
 from imbvlm.data.manifest import Manifest
 from imbvlm.losses import LOSSES, loss_knobs
+from imbvlm.models.methods import METHODS
 from imbvlm.schema import tag_of, variants
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,17 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
     assert names == set(METHOD_SECTIONS) | set(LOSSES) | set(stages)
     for name, knobs in stages.items():
         assert set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1])) == knobs
+    for name in METHOD_SECTIONS:
+        trained, memory, epoch, pays = (cell.strip() for cell in rows[f"`{name}`"][3:])
+        assert re.fullmatch(r"[\d,]+", trained)
+        assert (trained == "0") == (epoch == "-") == (not METHODS[name].trains), name
+        assert re.fullmatch(r"[\d,]+ MiB", memory)
+        assert epoch == "-" or re.fullmatch(r"[\d.,]+ s", epoch)
+        assert pays
     for name in LOSSES:
+        step, pays = (cell.strip() for cell in rows[f"`{name}`"][3:])
+        assert re.fullmatch(r"\d+ ms", step)
+        assert pays
         knobs = set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1]))
         assert knobs - {"prior", "reweight_from"} == set(loss_knobs(name)) - {"reweight"}
 
