@@ -12,7 +12,14 @@ from imbvlm.class_stats import ClassStats
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import Cluster, _autoscaled_workers
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.sweep.feasibility import check_data, check_model, concurrent_trials, trials_at_once, uses_ray_train
+from imbvlm.sweep.feasibility import (
+    check_data,
+    check_model,
+    concurrent_trials,
+    pack_size,
+    trials_at_once,
+    uses_ray_train,
+)
 from imbvlm.sweep.spec import SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
@@ -176,3 +183,15 @@ def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch) -> None:
     monkeypatch.setenv("IMBVLM_AUTOSCALER", "8 GPUs")
     with pytest.raises(ImbvlmError, match=r"it should look like \[\[8, 16, 1\]\]"):
         _autoscaled_workers()
+
+
+def test_a_pack_is_a_quarter_of_the_search_and_fits_into_memory() -> None:
+    assert pack_size(spec(num_trials=24), 1, 1) == 6
+    assert pack_size(spec(num_trials=24), 1, 2) == 3
+    assert pack_size(spec(num_trials=3), 1, 1) == 1
+    assert pack_size(spec(max_pack_size=32), 1, 2) == 32
+    assert pack_size(spec(max_pack_size=32), 2**60, 1) == 1
+    assert pack_size(spec(max_pack_size=32, gpus_per_worker=0.5), 2**30, 2) == 2
+    # Of the time of a pack a trial has a share, whatever it would take alone.
+    timed = {"other_objectives": ["time/train_seconds"], "trial_scheduler": {"name": "none"}}
+    assert pack_size(spec(max_pack_size=32, **timed), 1, 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from imbvlm.sweep.spec import SweepSpec
 
 # The process that starts a Ray Train trial's workers waits for most of its life.
 DRIVER_CPUS = 0.01
+# Of a GPU's memory, for the members of a pack.
+GPU_BYTES = 4 * 2**30
 
 
 def uses_ray_train(spec: SweepSpec) -> bool:
@@ -85,6 +88,23 @@ def concurrent_trials(
         )
         raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
     return wanted
+
+
+def pack_size(spec: SweepSpec, bytes_of_member: int, concurrent: int) -> int:
+    """How many trials may train together: what memory holds, and no more than the searcher can do without.
+
+    A quarter of this machine's memory is for the packs that run at once, or GPU_BYTES of each GPU. A sweep that judges
+    trials by their time runs each alone.
+    """
+    if any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints)):
+        return 1
+    if spec.gpus_per_worker:
+        room = int(GPU_BYTES * spec.gpus_per_worker)
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
+    # TPE proposes the next from what it has been told: four rounds of packs at least.
+    wanted = spec.max_pack_size or max(1, spec.num_trials // (4 * concurrent))
+    return max(1, min(wanted, room // max(1, bytes_of_member)))
 
 
 def _lacks(

@@ -43,6 +43,8 @@ class TrialRecord(BaseModel):
     ended_at: float | None = None
     driver: str = ""
     num_threads: int | None = None
+    # How many trials trained together when it began.
+    pack_size: int = 1
 
     def trial_config(self) -> TrialConfig:
         """The configuration, checked."""
@@ -80,8 +82,8 @@ class TrialRecord(BaseModel):
         return max(scored, key=lambda epoch: epoch[objective]) if scored and self.state != "failed" else None
 
     def seconds(self) -> float:
-        """Wall time from start to end, or to now while it runs."""
-        return (self.ended_at or time.time()) - self.started_at
+        """Wall time from start to end, or to now while it runs; of a pack's time a trial has its share."""
+        return ((self.ended_at or time.time()) - self.started_at) / self.pack_size
 
 
 class TrialLog:
@@ -196,6 +198,7 @@ def results_table(records: list[TrialRecord]) -> pa.Table:
         "views": pa.array([row.views for row in rows], pa.string()),
         "driver": pa.array([row.driver for row in rows], pa.string()),
         "num_threads": pa.array([row.num_threads for row in rows], pa.int64()),
+        "pack_size": pa.array([row.pack_size for row in rows], pa.int64()),
         "num_epochs": pa.array([len(row.epochs) for row in rows], pa.int64()),
         "started_at": pa.array([int(row.started_at * 1e6) for row in rows], pa.timestamp("us", tz="UTC")),
         "seconds": pa.array([row.seconds() for row in rows], pa.float64()),

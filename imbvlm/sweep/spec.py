@@ -91,6 +91,12 @@ class SweepSpec(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
+    max_pack_size: int | None = Field(
+        None,
+        ge=1,
+        description="trials that share features, batches and seed and train together; null: by memory, a quarter of "
+        "num_trials at most, since the searcher learns of them together; 1: each alone",
+    )
     searcher: SearcherConfig = SearcherConfig()
     trial_scheduler: TrialSchedulerConfig = AshaConfig()
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,10 @@ from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator, Examination
-from imbvlm.training.feed import Feed, ImageFeed, Index, StoredFeed
+from imbvlm.training.feed import Feed, ImageFeed, Index, RememberedFeed, StoredFeed
 from imbvlm.training.mixing import Mixer, VariationTransfer
 from imbvlm.training.objective import Objective
+from imbvlm.training.pack import Pack
 from imbvlm.training.second_stage import SecondStageRun, check_can_choose
 from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import SINGLE, World, copy_from_first
@@ -107,11 +108,25 @@ class TrialRun:
         self._evaluator = Evaluator(data, self.feed, device, world, self._computing)
         self._course = self._first_course() if self.entry.trains else None
         self._second: SecondStageRun | None = None
+        self._pack: Pack | None = None
 
     @property
     def num_epochs(self) -> int:
         """Epochs of both stages; a method without training has one that only evaluates."""
         return self._last.end_epoch
+
+    def join(self, pack: Pack) -> None:
+        """Train with the others of a pack from now on; a run that goes on from a checkpoint trains alone."""
+        if self._course is not None and self.step == 0:
+            self._pack = pack
+            feed = pack.join(self._course, RememberedFeed(self.data.info, self.entry.reads, self.device))
+            self._evaluator = replace(self._evaluator, feed=feed)
+
+    def leave_pack(self) -> None:
+        """The pack goes on without this run."""
+        if self._pack is not None and self._course is not None:
+            self._pack.leave(self._course)
+            self._pack = None
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -140,7 +155,10 @@ class TrialRun:
             self._second.prepare()
         course = self._course
         if course is not None:
-            trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
+            if self._pack is None:
+                trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
+            else:
+                trained = self._pack.train_epoch(course, self.epoch, self.step)
             self.step = trained.step
             if self.epoch == 0:
                 self.first_losses = trained.losses[:NUM_FIRST_LOSSES]

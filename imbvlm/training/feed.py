@@ -29,6 +29,8 @@ Index = npt.NDArray[np.int64]
 
 # Batches gathered ahead of the one in use.
 READ_AHEAD = 2
+# Of features in half precision, that those who train together keep of what they are evaluated on.
+REMEMBERED_BYTES = 512 * 2**20
 
 
 class Batch(NamedTuple):
@@ -94,6 +96,22 @@ class StoredFeed:
     def _load(self, source: Source, examples: Index, views: Index | None) -> Batch:
         assert isinstance(source, Examples), "a trial on stored features opens stored examples"
         return _batch(source.batch(self._output, examples, views), source, examples, self._device)
+
+
+class RememberedFeed(StoredFeed):
+    """Keeps the evaluation crops that were read last in memory, for others that evaluate on the same examples."""
+
+    def __init__(self, info: EncoderInfo, output: OutputName, device: torch.device) -> None:
+        super().__init__(info, output, device)
+        self._kept: tuple[Source, int, list[Batch]] | None = None
+
+    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+        num_bytes = 2 * self.numbers_per_example * sum(map(len, chunks))
+        if view is not None or num_bytes > REMEMBERED_BYTES:
+            return super().evaluate(source, chunks, view)
+        if self._kept is None or self._kept[0] is not source or self._kept[1] != len(chunks):
+            self._kept = (source, len(chunks), list(super().evaluate(source, chunks)))
+        return iter(self._kept[2])
 
 
 class ImageFeed:

@@ -24,6 +24,7 @@ from imbvlm.training.class_record import class_record, write_class_record
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import LogitAdjuster
 from imbvlm.training.memory import PeakMemory
+from imbvlm.training.pack import Pack
 from imbvlm.training.val_logits import LogitKeeper
 from imbvlm.training.world import SINGLE, World
 
@@ -76,16 +77,18 @@ class TrialSession:
         self._device, self._world, self._stream = device, world, stream
         self._opened: tuple[str, TrialData] | None = None
 
-    def reports(self, settings: TrialSettings) -> Generator[Report, None, None]:
+    def reports(self, settings: TrialSettings, pack: Pack | None = None) -> Generator[Report, None, None]:
         """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
+
+        A trial that trains with a pack has an empty report before its first epoch: it has joined.
 
         The last has `done_training`, or `failure` where it broke. What would come again is a report,
         so that nobody retries it; storage that is away for a while raises.
         """
         epoch = 0
         try:
-            for report in self._reports(settings):
-                epoch = int(report["epoch"])
+            for report in self._reports(settings, pack):
+                epoch = int(report.get("epoch", 0))
                 yield report
         except (OSError, StorageError):
             raise
@@ -95,7 +98,7 @@ class TrialSession:
                 raise
             yield {"epoch": epoch, "failure": _sentence(error), "done": True}
 
-    def _reports(self, settings: TrialSettings) -> Iterator[Report]:
+    def _reports(self, settings: TrialSettings, pack: Pack | None) -> Iterator[Report]:
         config = TrialConfig.from_tree(settings.config)
         if settings.marker is not None and not storage.exists(settings.marker):
             host = socket.gethostname()
@@ -111,10 +114,14 @@ class TrialSession:
             run.load_state_dict(load_checkpoint(folder, self._device))
         keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
         try:
+            if pack is not None:
+                run.join(pack)
+                yield {}
             for report in self._reports_of(run, feature_set, settings, keeper):
                 yield {**report, **self._peak(memory)} if report.get("done_training") else report
         finally:
             # A trial that the scheduler stops ends here, too.
+            run.leave_pack()
             if keeper is not None and self._world.rank == 0:
                 keeper.flush()
 

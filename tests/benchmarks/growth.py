@@ -11,6 +11,7 @@ import made
 from table import Line, Options, limited, shown
 
 from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.engine.search import StudySearcher
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec, check_spec
@@ -98,7 +99,7 @@ def _searched(folder: Path, num_trials: int) -> float:
         return {"record": record}
 
     begin = time.perf_counter()
-    searcher = StudySearcher(spec, check_spec(spec), [], [], payload)
+    searcher = StudySearcher(spec, check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0))
     for number in range(num_trials):
         record = searcher.suggest(str(number))["record"]
         value = record.draw["optim.lr"]

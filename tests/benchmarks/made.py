@@ -38,7 +38,7 @@ def long_tail(num_rows: int, num_classes: int, imbalance: float = 50.0) -> np.nd
 
 def stored_features(
     folder: Path, num_rows: int, *, num_classes: int = 100, width: int = 768, num_tokens: int = 50,
-    outputs: tuple[str, ...] = ("pooled",), num_val: int = 256, noise: float = 1.0,
+    outputs: tuple[str, ...] = ("pooled",), num_val: int = 256, noise: float = 1.0, scale: float = 1.0,
 ) -> FeatureSet:  # fmt: skip
     """Features around a centre of each class, in half precision; `tokens` are that and noise at every place."""
     generator, about = np.random.default_rng(0), info(width, num_tokens)
@@ -58,7 +58,7 @@ def stored_features(
                     len(rows), 1, *(1,) * (len(shape) - 1), width
                 )
                 values = middle + noise * generator.standard_normal((len(rows), 1, *shape), dtype=np.float32)
-                store.write(output, shard, values, [None] * len(rows))
+                store.write(output, shard, scale * values, [None] * len(rows))
         save_file({"final_norm.weight": ones(width), "final_norm.bias": 0 * ones(width)}, folder / split / TOWER_FILE)
     table = pa.table(
         {

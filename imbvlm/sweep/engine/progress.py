@@ -53,7 +53,11 @@ class ProgressCallback(tune.Callback):
         before = self._log.records.get(record.trial_id)
         if before is not None and before.state in ("paused", "error"):
             # The time that it lay still doesn't count.
-            before.started_at, before.ended_at = time.time() - before.seconds(), None
+            before.started_at, before.ended_at, before.pack_size = (
+                time.time() - before.seconds(),
+                None,
+                record.pack_size,
+            )
             before.state, before.stop_reason = "running", ""
             self._save(before)
         elif before is None or before.state != "running":

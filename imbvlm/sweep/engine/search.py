@@ -46,7 +46,7 @@ class Job:
     asked: optuna.trial.Trial | None = None
 
 
-class _UnsavedSearcher(Searcher):
+class UnsavedSearcher(Searcher):
     """A searcher that Tune can't save or pickle anything of: resuming reads the trials' records."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -60,7 +60,7 @@ class _UnsavedSearcher(Searcher):
         return {}
 
 
-class FixedSearcher(_UnsavedSearcher):
+class FixedSearcher(UnsavedSearcher):
     """Hands out a given list of jobs while there is time and money; Optuna doesn't know them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
@@ -77,7 +77,7 @@ class FixedSearcher(_UnsavedSearcher):
         """Nothing learns from these."""
 
 
-class StudySearcher(_UnsavedSearcher):
+class StudySearcher(UnsavedSearcher):
     """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` have gone out.
 
     A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under

@@ -49,13 +49,14 @@ class TimeLimit(FIFOScheduler):
         now = time.monotonic()
         self._running_since = {one.trial_id: self._running_since.get(one.trial_id, now) for one in running}
         for trial in running:
-            if now - self._running_since[trial.trial_id] > 60 * minutes:
+            # Of a pack's time each of its trials has a share.
+            if now - self._running_since[trial.trial_id] > 60 * minutes * len(_records(trial)):
                 self._end(tune_controller, trial, minutes)
 
     def _end(self, tune_controller: Any, trial: Trial, minutes: float) -> None:
         epoch = int((trial.last_result or {}).get("epoch", 0))
         reason = f"ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
-        self.reasons[str(trial.config["record"]["trial_id"])] = reason
+        self.reasons |= {str(record["trial_id"]): reason for record in _records(trial)}
         # Asked to stop, a process that hangs would be waited for, and then be handed to the next trial.
         actor = trial.temporary_state.ray_actor
         if actor is not None:
@@ -63,3 +64,8 @@ class TimeLimit(FIFOScheduler):
         # It would hang again, so it isn't restarted. Tune's public stop_trial keeps the process for reuse.
         trial.max_failures = 0
         tune_controller._tune_controller._process_trial_failure(trial, TuneError(reason))
+
+
+def _records(trial: Trial) -> list[Tree]:
+    """Of the trials that a Tune trial is: itself, or the members of a pack."""
+    return [member["record"] for member in trial.config.get("members", [trial.config])]

@@ -1,39 +1,78 @@
-"""A trial inside Tune's own process: no worker group starts; the next trial reuses the process and its open data."""
+"""Trials inside Tune's own process: one, or a pack that trains together. The next ones reuse it and its open data."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 
 from ray import tune
 
+from imbvlm import storage
 from imbvlm.config import Tree
+from imbvlm.training.pack import Pack
 from imbvlm.training.session import Report, TrialSession, TrialSettings, default_device
 
 
 class InProcessTrial(tune.Trainable):
-    """One `step` is one epoch; Tune's own checkpoints aren't used, the session keeps its own without pickling."""
+    """One `step` is one epoch of every member that hasn't ended; `reports` has a report for each of them.
+
+    Tune's own checkpoints aren't used: the members' sessions keep theirs without pickling.
+    """
 
     def setup(self, config: Tree) -> None:
         self._session = TrialSession(default_device())
-        self._reports = self._start(config)
+        self._start(config)
 
     def reset_config(self, new_config: Tree) -> bool:
-        self._reports.close()
-        self._reports = self._start(new_config)
+        self.cleanup()
+        self._start(new_config)
         return True
 
     def step(self) -> Report:
-        return next(self._reports)
+        for name in self._stopped():
+            if name in self._members:
+                self._members.pop(name).close()
+        reports = []
+        for name, member in list(self._members.items()):
+            report = next(member)
+            reports.append({**report, "member": name})
+            if report.get("done"):
+                self._members.pop(name).close()
+        epoch = max((report.get("epoch", 0) for report in reports), default=0)
+        return {"reports": reports, "epoch": epoch, "done": not self._members}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing to add to the session's own checkpoint."""
+        """Nothing: each member's session keeps its own."""
 
     def load_checkpoint(self, checkpoint: Tree | None) -> None:
-        """The session has read its own checkpoint already."""
+        """The sessions have read their own already."""
 
     def cleanup(self) -> None:
-        # What the session writes when a trial ends is written now, and not when the process happens to forget it.
-        self._reports.close()
+        for member in self._members.values():
+            member.close()
+        self._members.clear()
 
-    def _start(self, config: Tree) -> Generator[Report, None, None]:
-        return self._session.reports(TrialSettings.from_dict(config["settings"]))
+    def _start(self, config: Tree) -> None:
+        pack = Pack() if len(config["members"]) > 1 else None
+        self._stop_file: str = config["stop_file"]
+        self._members: dict[str, Generator[Report, None, None]] = {}
+        for member in config["members"]:
+            reports = self._session.reports(TrialSettings.from_dict(member["settings"]), pack)
+            self._members[member["record"]["trial_id"]] = reports
+        if pack is not None:
+            # All join before any of them trains.
+            for name, reports in self._members.items():
+                first = next(reports)
+                if first:
+                    self._members[name] = _only(first)
+
+    def _stopped(self) -> list[str]:
+        """Members that the trial scheduler has stopped so far; the driver writes them before it asks for a step."""
+        if len(self._members) < 2 or not storage.exists(self._stop_file):
+            return []
+        found: list[str] = json.loads(storage.read_bytes(self._stop_file))
+        return found
+
+
+def _only(report: Report) -> Generator[Report, None, None]:
+    yield report

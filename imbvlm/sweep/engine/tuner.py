@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
@@ -16,6 +17,7 @@ from imbvlm.config import Tree
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.monitor import Monitor
+from imbvlm.sweep.engine.packs import PackCallback, Packs, PackScheduler, PackSearcher
 from imbvlm.sweep.engine.progress import ProgressCallback
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import Job
@@ -96,17 +98,31 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
     return of
 
 
-def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int) -> int:
+def run_jobs(
+    lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int, pack_size: int = 1
+) -> int:
     """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`.
 
-    Returns how many trials should be run again, since Tune gave them up before their restarts were spent.
+    Up to `pack_size` trials that can train together do so, in process. Returns how many trials should be run again,
+    since Tune gave them up before their restarts were spent.
     """
     spec = lane.spec
     trainable = tune.with_resources(*_trainable(lane))
-    limit = TimeLimit(spec.max_trial_minutes, scheduler)
+    packs = Packs(storage.join(lane.folder, RAY_FOLDER))
+    asked: TrialScheduler | None = scheduler
+    if lane.driver == "in_process":
+        searcher = PackSearcher(searcher, packs, pack_size)
+        asked = None if scheduler is None else PackScheduler(scheduler, packs)
+    limit = TimeLimit(spec.max_trial_minutes, asked)
     progress = ProgressCallback(
         lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, limit.reasons
     )
+    callbacks: list[tune.Callback] = [
+        progress,
+        Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
+    ]
+    if lane.driver == "in_process":
+        callbacks = [PackCallback(callbacks, packs)]
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -126,7 +142,7 @@ def run_jobs(lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, ki
             name="tune",
             storage_path=str(lane.side_folder.absolute() / RAY_FOLDER),
             stop=CombinedStopper(NothingKept(progress), *([WithinBudget(lane.budget)] if kind == "search" else [])),
-            callbacks=[progress, Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2])],
+            callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
         ),

@@ -1,0 +1,35 @@
+"""The embedded data and tower, extracted in this process: Fashion-MNIST with a long tail at 64 px."""
+
+from pathlib import Path
+
+from tiny_images import extraction_in_this_process
+
+from imbvlm.config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.examples import FeatureSet
+from imbvlm.features.extract import ensure_features
+
+MANIFEST = "embedded:fashion_mnist_lt"
+NUM_EPOCHS = 12
+
+
+def config(method: str = "linear_probe", **overrides: object) -> TrialConfig:
+    """The quickstart's settings; dotted keys with a double underscore, such as optim__lr."""
+    tree = {
+        "data": {"manifest": MANIFEST}, "encoder": {"name": "tinylit_lite0", "image_size": 64}, "method": method,
+        "eval": {"resize": 1.0}, "train": {"num_epochs": NUM_EPOCHS, "batch_size": 128},
+        "loss": {"name": "balanced_softmax"}, "classifier": {"kind": "cosine", "temperature": 0.05},
+        "optim": {"name": "sgd", "lr": 0.05},
+    }  # fmt: skip
+    return TrialConfig.from_tree(tree).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def features(folder: Path, num_views: int = 1, splits: tuple[str, ...] = ("train", "val")) -> FeatureSet:
+    """Pooled outputs of these splits; of training so many views."""
+    manifest = Manifest.read(MANIFEST)
+    present = tuple(split for split in splits if split in manifest.splits)
+    with extraction_in_this_process():
+        return ensure_features(
+            config(features__num_views=num_views), manifest, str(folder), frozenset({"pooled"}), present,
+            report=lambda text: None,
+        )  # fmt: skip

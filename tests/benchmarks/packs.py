@@ -1,0 +1,76 @@
+"""Trials that train together against the same trials one after another; CPU seconds, in process, without Ray."""
+
+from collections.abc import Callable, Iterator
+from time import perf_counter, process_time
+from typing import Any
+
+import made
+import numpy as np
+from table import Line, Options, shown, times
+
+from imbvlm.config import TrialConfig
+from imbvlm.features.examples import TrialData
+from imbvlm.training.epochs import build_trial
+from imbvlm.training.pack import Pack
+
+LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjustment", "focal")
+
+
+def lines(options: Options) -> Iterator[Line]:
+    sizes = ((10, 512, False, 5.0), (10, 1280, False, 5.0), (10, 1280, True, None), (100, 768, True, None))
+    number, epochs = 32, 4
+    for num_classes, width, cosine, wanted in sizes:
+        rows = 40_000 if options.large else 2_500
+        folder = options.folder / f"packs{num_classes}-{width}-{cosine}"
+        features = made.stored_features(
+            folder, rows, num_classes=num_classes, width=width, num_val=500, noise=20.0, scale=0.05
+        )
+        configs = members(number, epochs, cosine)
+        data = TrialData.open(configs[0], features)
+        # The first of either pays for what torch loads late.
+        _together(configs[:4], data, options), _alone(configs[:4], data, options)
+        alone, one_after_another = _timed(_alone, configs, data, options)
+        together, packed = _timed(_together, configs, data, options)
+        kinds = "linear and cosine" if cosine else "linear"
+        what = f"{number} {kinds} classifiers, {num_classes:,} classes, {rows:,} x {width}, {epochs} epochs"
+        yield times(what, packed, one_after_another, "s", wanted)
+        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
+        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+
+
+def members(number: int, epochs: int, cosine: bool = True) -> list[TrialConfig]:
+    """Linear, or half of them cosine with temperatures of their own; four losses, and a rate for each."""
+    linear = {"classifier__kind": "linear"}
+    return [
+        made.trial(
+            "linear_probe", train__num_epochs=epochs, optim__lr=float(10 ** np.interp(place, (0, number), (-2, -0.5))),
+            loss__name=LOSSES[place % 4],
+            **({"classifier__temperature": 0.02 + place / 1000} if cosine and place % 8 > 3 else linear),
+        )
+        for place in range(number)
+    ]  # fmt: skip
+
+
+def _timed(work: Callable[..., dict[int, float]], *arguments: Any) -> tuple[dict[int, float], float]:
+    """What `work` gives, and seconds: of CPU where it computes there, so that other work on the machine is left out."""
+    clock = perf_counter if arguments[-1].device == "cuda" else process_time
+    begin = clock()
+    return work(*arguments), clock() - begin
+
+
+def _alone(configs: list[TrialConfig], data: TrialData, options: Options) -> dict[int, float]:
+    found = {}
+    for place, config in enumerate(configs):
+        *_, last = build_trial(config, data, options.device).epochs()
+        found[place] = last.metrics["val/loss"]
+    return found
+
+
+def _together(configs: list[TrialConfig], data: TrialData, options: Options) -> dict[int, float]:
+    pack, runs = Pack(), [build_trial(config, data, options.device) for config in configs]
+    for run in runs:
+        run.join(pack)
+    generators = [run.epochs() for run in runs]
+    for results in zip(*generators, strict=True):
+        found = {place: result.metrics["val/loss"] for place, result in enumerate(results)}
+    return found

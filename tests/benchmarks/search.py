@@ -1,0 +1,160 @@
+"""Search quality on the embedded data: an exhaustive grid against searches with an eighth of its trials.
+
+The grid is trained whole, in packs, for each seed. The searches are the sweep's own searcher and scheduler, and what
+they train is looked up in the grid: the same numbers, and no waiting.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import embedded
+import numpy as np
+import optuna
+from table import Line, Options, limited, shown
+
+from imbvlm.config import TrialConfig
+from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.sweep.budget import Budget
+from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.engine.scheduler import asha
+from imbvlm.sweep.engine.search import StudySearcher
+from imbvlm.sweep.space import SearchSpace
+from imbvlm.sweep.spec import AshaConfig, SweepSpec
+from imbvlm.training.epochs import build_trial
+from imbvlm.training.pack import Pack, pack_key
+
+BEST = "val/best_balanced_accuracy"
+SEEDS = range(5)
+SPACE = {
+    "loss.name": {"choice": ["cross_entropy", "focal", "balanced_softmax", "generalized_reweight"]},
+    "classifier.kind": {"choice": ["linear", "cosine"]},
+    "classifier.temperature": {"choice": [0.02, 0.04, 0.08], "when": {"classifier.kind": "cosine"}},
+    "data.class_sampling": {"choice": ["instance_balanced", "square_root"]},
+    "optim.lr": {"choice": [0.01, 0.025, 0.06, 0.15, 0.4]},
+}
+# Trials that run at once, as on a machine of two.
+AT_ONCE = 2
+Curves = dict[str, list[float]]
+
+
+def lines(options: Options) -> Iterator[Line]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found = embedded.features(options.folder)
+    tables = {seed: train_grid(found, seed, options.device) for seed in SEEDS}
+    size = len(tables[0])
+    finals = [[curve[-1] for curve in curves.values()] for curves in tables.values()]
+    yield shown(f"exhaustive grid: {size} configurations of {embedded.NUM_EPOCHS} epochs, {len(SEEDS)} seeds", "")
+    yield shown("  best, median and worst balanced accuracy on validation", " ".join(
+        f"{100 * np.mean([part(final) for final in finals]):.1f}" for part in (np.max, np.median, np.min)))  # fmt: skip
+    for rung in (4, 8):
+        found_ranks = [_rank_correlation([c[rung - 1] for c in curves.values()], final)
+                       for curves, final in zip(tables.values(), finals, strict=True)]  # fmt: skip
+        yield shown(f"  rank correlation of epoch {rung} with the last", f"{np.mean(found_ranks):.3f}")
+    num_trials = size // 8
+    for words, searcher, stops in (
+        ("TPE and ASHA", "tpe", True),
+        ("TPE", "tpe", False),
+        ("random search", "random", False),
+    ):
+        searches = [search(tables[seed], seed, num_trials, searcher, stops) for seed in SEEDS]
+        regrets, shares = zip(*searches, strict=True)
+        what = f"{words}, {num_trials} trials: median regret in points"
+        points = 100 * float(np.median(regrets))
+        yield limited(what, points, "", 0.5) if stops else shown(what, points)
+        yield shown("  of each seed", " ".join(f"{100 * regret:.2f}" for regret in regrets))
+        yield shown("  share of the grid's epochs", f"{100 * np.mean(shares):.1f} %")
+    for loss in SPACE["loss.name"]["choice"]:
+        regrets = [search(tables[seed], seed, num_trials, "tpe", True, arm=loss)[0] for seed in SEEDS]
+        yield shown(f"  stratified by loss: median regret within {loss}", 100 * float(np.median(regrets)))
+
+
+def make_spec(seed: int, num_trials: int = 1, searcher: str = "tpe", stratify: tuple[str, ...] = ()) -> SweepSpec:
+    """The sweep over the grid's space; ten random trials first, or half of a small budget."""
+    base = embedded.config(train__seed=seed).to_tree()
+    base = {key: value for key, value in base.items() if key not in ("loss", "classifier")}
+    started = {"num_startup_trials": min(10, max(1, num_trials // 2))} if searcher == "tpe" else {}
+    return SweepSpec.from_tree({
+        "name": "grid", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
+        "searcher": {"name": searcher, "seed": seed, **started}, "stratify": list(stratify)})  # fmt: skip
+
+
+def grid(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
+    """Every configuration of the space."""
+    draws = space.finite_draws(spec.base, {})
+    assert draws is not None, "the space is finite"
+    return [spec.trial(draw) for draw in draws]
+
+
+def train_grid(found: FeatureSet, seed: int, device: str) -> Curves:
+    """The running maximum of balanced accuracy over epochs of every configuration, by its canonical key."""
+    spec = make_spec(seed)
+    packs: dict[str, list[TrialConfig]] = {}
+    for config in grid(spec, spec.read_space()):
+        packs.setdefault(str(pack_key(config)), []).append(config)
+    curves: Curves = {}
+    for configs in packs.values():
+        data, pack = TrialData.open(configs[0], found), Pack()
+        runs = [build_trial(config, data, device) for config in configs]
+        for run in runs:
+            run.join(pack)
+        generators = [run.epochs() for run in runs]
+        for results in zip(*generators, strict=True):
+            for config, result in zip(configs, results, strict=True):
+                curves.setdefault(canonical_key(config), []).append(result.metrics[BEST])
+    return curves
+
+
+def search(
+    curves: Curves, seed: int, num_trials: int, searcher: str, stops: bool, arm: str | None = None
+) -> tuple[float, float]:
+    """Regret of what the search finds, in balanced accuracy of the last epoch, and its share of the grid's epochs.
+
+    With `arm` the search is stratified by loss, and both are of that loss alone.
+    """
+    spec = make_spec(seed, num_trials, searcher, ("loss.name",) if arm else ())
+    study = StudySearcher(spec, spec.read_space(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
+    scheduler = asha(AshaConfig(), BEST)
+    scores: dict[str, float] = {}
+    num_epochs = 0
+    running: dict[str, SimpleNamespace] = {}
+    for number in range(10 * num_trials * embedded.NUM_EPOCHS):
+        while len(running) < AT_ONCE and isinstance(asked := study.suggest(f"{number}.{len(running)}"), dict):
+            job, name = asked["job"], f"{number}.{len(running)}"
+            record = {"kind": "search", "config": job.config.to_tree()}
+            running[name] = SimpleNamespace(trial_id=name, config={"record": record}, job=job, epoch=0)
+            scheduler.on_trial_add(None, running[name])
+        if not running:
+            break
+        for name, trial in list(running.items()):
+            key = canonical_key(trial.job.config)
+            trial.epoch += 1
+            num_epochs += 1
+            report = {BEST: curves[key][trial.epoch - 1], "progress": trial.epoch / embedded.NUM_EPOCHS}
+            ended = trial.epoch == embedded.NUM_EPOCHS
+            if ended:
+                scheduler.on_trial_complete(None, trial, report)
+            elif stops:
+                ended = scheduler.on_trial_result(None, trial, report) == "STOP"
+            if ended:
+                del running[name]
+                study.on_trial_complete(name, report)
+                if arm is None or trial.job.config.loss.name == arm:
+                    scores[key] = report[BEST]
+    within = curves if arm is None else _within(curves, spec, arm)
+    chosen = max(scores, key=scores.__getitem__)
+    regret = max(curve[-1] for curve in within.values()) - curves[chosen][-1]
+    return regret, num_epochs / (len(curves) * embedded.NUM_EPOCHS)
+
+
+def _within(curves: Curves, spec: SweepSpec, loss: str) -> Curves:
+    keys = {canonical_key(config) for config in grid(spec, spec.read_space()) if config.loss.name == loss}
+    return {key: curve for key, curve in curves.items() if key in keys}
+
+
+def _rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's, ties with their mean rank."""
+    ranks = []
+    for values in (first, second):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts + 1) / 2)[inverse])
+    return float(np.corrcoef(*ranks)[0, 1])

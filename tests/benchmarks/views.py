@@ -1,0 +1,55 @@
+"""Accuracy against the number of stored views, and with a crop of its own for every image in every epoch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import embedded
+import numpy as np
+from table import Line, Options, shown
+
+from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.sampling import EpochPlan
+from imbvlm.training.epochs import TrialRun, build_trial
+
+SEEDS = range(5)
+NUM_VIEWS = (1, 2, 4, 8)
+
+
+def lines(options: Options) -> Iterator[Line]:
+    """One store has a view for every epoch; smaller numbers draw from its first ones: crops hang on row and view."""
+    most = max(*NUM_VIEWS, embedded.NUM_EPOCHS + 1)
+    found = embedded.features(options.folder, most, ("train", "val", "test"))
+    yield shown(
+        f"test split after {embedded.NUM_EPOCHS} epochs, cosine classifier, balanced softmax, {len(SEEDS)} seeds", ""
+    )
+    for num_views in (*NUM_VIEWS, "fresh"):
+        scores = np.array([_score(found, num_views, seed, options) for seed in SEEDS]) * 100
+        (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
+        what = "a fresh crop in each epoch" if num_views == "fresh" else f"num_views {num_views}"
+        yield shown(
+            f"  {what}: balanced and few-shot accuracy", f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}"
+        )
+
+
+def _score(found: FeatureSet, num_views: int | str, seed: int, options: Options) -> tuple[float, float]:
+    config = embedded.config(train__seed=seed)
+    data = TrialData.open(config, found, refit=True)
+    train = replace(data.train, num_views=1 if num_views == "fresh" else num_views)
+    run = build_trial(config, replace(data, train=train), options.device)
+    if num_views == "fresh":
+        _draw_fresh(run)
+    for _ in run.epochs():
+        pass
+    metrics = run.evaluate(TrialData.open_split(config, found, "test"))
+    return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
+
+
+def _draw_fresh(run: TrialRun) -> None:
+    """View e + 1 in epoch e (from 0): no crop comes twice, and the evaluation crop isn't among them."""
+    plan_of = run._course.plan_of
+
+    def fresh(epoch: int) -> EpochPlan:
+        plan = plan_of(epoch)
+        return EpochPlan(plan.rows, np.full_like(plan.views, epoch + 1))
+
+    run._course.plan_of = fresh

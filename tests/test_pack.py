@@ -1,0 +1,136 @@
+"""Trials that train together give what each gives alone, whatever tells them apart, and none reaches another."""
+
+import pytest
+import torch
+from tiny_data import tiny_config, tiny_data
+
+from imbvlm.config import TrialConfig
+from imbvlm.losses import LOSSES, build_loss, losses_together
+from imbvlm.training.epochs import build_trial
+from imbvlm.training.pack import Pack, pack_key
+
+KNOBS = {
+    "focal": [{"gamma": 0.5}, {"gamma": 2.5}],
+    "effective_number": [{"beta": 0.9}, {"beta": 0.9999}],
+    "generalized_reweight": [{"exponent": 0.25}, {"exponent": 1.5}],
+    "logit_adjustment": [{"tau": 0.5}, {"tau": 1.5}],
+    "ldam": [{"max_margin": 0.2}, {"max_margin": 0.8, "reweight_from": 0.5}],
+    "lade": [{"remine_lambda": 0.05}, {"remine_lambda": 0.5, "weight": 0.01}],
+}
+
+
+def probe(**overrides) -> TrialConfig:
+    return tiny_config("linear_probe", train__num_epochs=4, **overrides)
+
+
+def members(optim: str) -> list[TrialConfig]:
+    """Every loss with unlike knobs, both classifiers, each with a rate and schedule of its own."""
+    found = []
+    losses = [(name, knobs) for name in LOSSES for knobs in KNOBS.get(name, [{}, {}])]
+    for number, (name, knobs) in enumerate(losses):
+        classifier = {"classifier.kind": "linear"} if number % 3 else {
+            "classifier.kind": "cosine", "classifier.temperature": 0.02 + number / 200}  # fmt: skip
+        config = probe().with_overrides({
+            "optim.name": optim, "optim.lr": 0.01 * 1.2**number, "optim.weight_decay": 1e-4 * number,
+            "optim.lr_schedule": ("cosine", "half_cosine", "constant")[number % 3], **classifier,
+            "loss.name": name, **{f"loss.{key}": value for key, value in knobs.items()}})  # fmt: skip
+        found.append(config)
+    return found
+
+
+def alone(config, data) -> tuple[list[dict], torch.Tensor]:
+    run = build_trial(config, data)
+    return [result.metrics for result in run.epochs()], weights(run)
+
+
+def weights(run) -> torch.Tensor:
+    return torch.cat([param.detach().flatten() for param in run.model.parameters()])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
+    data, configs = tiny_data(tmp_path), members(optim)
+    assert len({pack_key(config) for config in configs}) == 1
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    generators = [run.epochs() for run in runs]
+    together = [[next(generator).metrics for generator in generators] for _ in range(4)]
+    for place, config in enumerate(configs):
+        expected, expected_weights = alone(config, data)
+        torch.testing.assert_close(weights(runs[place]), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.loss))
+        for epoch, metrics in enumerate(expected):
+            for name in ("train/loss", "train/lr", "val/loss", "val/balanced_accuracy", "val/best_top1_accuracy"):
+                assert together[epoch][place][name] == pytest.approx(metrics[name], rel=2e-5), (config.loss, name)
+
+
+def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
+    data = tiny_data(tmp_path)
+    configs = [probe(optim__lr=0.05), probe(optim__lr=1e38, train__clip_grad_norm=1.0), probe(optim__lr=0.2)]
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    steady, broken, short = (run.epochs() for run in runs)
+    results = [next(steady)]
+    failed = next(broken)
+    next(short)
+    assert "wasn't finite in epoch 1" in failed.failure
+    assert failed.failure == next(build_trial(configs[1], data).epochs()).failure
+    for run in runs[1:]:
+        run.leave_pack()
+    results += list(steady)
+    expected, _ = alone(configs[0], data)
+    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
+        [one["val/loss"] for one in expected], rel=2e-5
+    )
+
+
+def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
+    data, configs = tiny_data(tmp_path), [probe(optim__lr=0.05), probe(optim__lr=0.2)]
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    generators = [run.epochs() for run in runs]
+    for _ in range(2):
+        for generator in generators:
+            next(generator)
+    resumed = build_trial(configs[1], data)
+    resumed.load_state_dict(runs[1].state_dict())
+    resumed.join(pack)
+    expected, _ = alone(configs[1], data)
+    assert [one.metrics["val/loss"] for one in resumed.epochs()] == pytest.approx(
+        [one["val/loss"] for one in expected[2:]], rel=2e-5
+    )
+
+
+def test_what_shares_no_stream_of_features_is_not_packed():
+    key = pack_key(probe())
+    assert pack_key(probe(optim__lr=0.5, loss__name="focal", classifier__init="class_mean")) == key
+    for other in (
+        {"train__seed": 1}, {"train__batch_size": 16}, {"train__num_epochs": 5}, {"train__clip_grad_norm": 2.0},
+        {"data__class_sampling": "square_root"}, {"features__num_views": 2}, {"optim__momentum": 0.8},
+        {"optim__name": "adamw"}, {"encoder__image_size": 64},
+    ):  # fmt: skip
+        assert pack_key(tiny_config("linear_probe", **{"train__num_epochs": 4, **other})) not in (key, None), other
+    assert pack_key(tiny_config("decoder")) is None
+    assert pack_key(tiny_config("zero_shot")) is None
+    assert pack_key(probe(features__store=False)) is None
+    assert pack_key(probe(second_stage__name="learnable_weight_scaling")) is None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_together_are_each_loss_and_its_gradient(name):
+    torch.manual_seed(0)
+    counts, targets = torch.tensor([50, 20, 5, 1, 0]), torch.tensor([0, 0, 1, 2, 3, 1, 0])
+    losses = [build_loss(name, counts, **{k: v for k, v in knobs.items() if k != "reweight_from"})
+              for knobs in KNOBS.get(name, [{}, {}])] + [build_loss("cross_entropy", counts)]  # fmt: skip
+    logits = torch.randn(7, len(losses), 5, requires_grad=True)
+    got = losses_together(losses)(logits, targets)
+    (gradient,) = torch.autograd.grad(got.sum(), logits)
+    assert got.dtype == gradient.dtype == torch.float32
+    for place, loss in enumerate(losses):
+        own = logits[:, place].detach().clone().requires_grad_()
+        value = loss(own, targets)
+        value.backward()
+        torch.testing.assert_close(got[place], value.detach())
+        torch.testing.assert_close(gradient[:, place], own.grad)

@@ -1,0 +1,161 @@
+"""A pack is several trials to everybody but Tune: the same records, stops and values as for each by itself."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from tiny_data import tiny_config, tiny_features
+
+from imbvlm.features.examples import FeatureSet
+from imbvlm.schema import Tree
+from imbvlm.sweep.budget import Budget
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.engine.packs import PackCallback, Packs, PackScheduler, PackSearcher
+from imbvlm.sweep.engine.progress import ProgressCallback
+from imbvlm.sweep.engine.scheduler import asha
+from imbvlm.sweep.engine.search import Job, StudySearcher
+from imbvlm.sweep.engine.trainable import InProcessTrial
+from imbvlm.sweep.engine.tuner import Lane, payload
+from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.spec import AshaConfig, SweepSpec
+from imbvlm.training.session import TrialSettings
+
+BEST = "val/best_balanced_accuracy"
+STOP = TrialScheduler.STOP
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SPACE = {
+    "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
+    "classifier.kind": {"choice": ["linear", "cosine"]},
+    "optim.lr": {"loguniform": [1e-4, 0.5]},
+}
+
+
+def make_spec(num_trials: int = 12, **fields: Any) -> SweepSpec:
+    base = tiny_config("linear_probe", train__num_epochs=6).to_tree()
+    base = {key: value for key, value in base.items() if key not in ("loss", "classifier")}
+    return SweepSpec.from_tree(
+        {"name": "packs", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
+         "searcher": {"name": "random"}, **fields}
+    )  # fmt: skip
+
+
+class Tune:
+    """What Tune's controller does with a searcher, a scheduler, a callback and a trainable, in this process."""
+
+    def __init__(
+        self, folder: Path, features: FeatureSet, spec: SweepSpec, size: int, jobs: Sequence[Job] = ()
+    ) -> None:
+        self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
+        budget = Budget(spec, str(folder), 0.0)
+        lane = Lane(spec, str(folder), self.log, Console(io.StringIO()), 1, budget)
+
+        def settings(job: Job) -> TrialSettings:
+            return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective)
+
+        self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
+        self.searcher = PackSearcher(self.study, self.packs, size)
+        self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
+        progress = ProgressCallback(self.log, lane.console, BEST, "search", 12, budget, lambda: None, {})
+        self.callback = PackCallback([progress], self.packs)
+        self.sizes: list[int] = []
+        self.ids = (f"tune{number}" for number in itertools.count())
+
+    def run(self, at_once: int = 1) -> None:
+        """So many Tune trials step by turns; the next ones start when all of them have ended."""
+        while trials := [one for one in (self.start() for _ in range(at_once)) if one is not None]:
+            while trials:
+                trials = [one for one in trials if not self.step(one)]
+
+    def start(self) -> SimpleNamespace | None:
+        trial_id = next(self.ids)
+        config = self.searcher.suggest(trial_id)
+        if config == Searcher.FINISHED:
+            return None
+        trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={}, get_error=lambda: None)
+        self.sizes.append(len(config["members"]))
+        self.scheduler.on_trial_add(None, trial)
+        trial.run = InProcessTrial.__new__(InProcessTrial)
+        trial.run.setup(config)
+        self.callback.on_trial_start(0, [], trial)
+        return trial
+
+    def step(self, trial: SimpleNamespace) -> bool:
+        result: Tree = trial.run.step()
+        decision = STOP if result["done"] else self.scheduler.on_trial_result(None, trial, result)
+        if decision != STOP:
+            self.searcher.on_trial_result(trial.trial_id, result)
+        self.callback.on_trial_result(0, [], trial, result)
+        trial.last_result = result
+        if decision == STOP:
+            self.scheduler.on_trial_complete(None, trial, result)
+            self.searcher.on_trial_complete(trial.trial_id, result)
+            self.callback.on_trial_complete(0, [], trial)
+            trial.run.cleanup()
+        return bool(decision == STOP)
+
+
+def found(tune: Tune) -> dict[str, tuple[Any, ...]]:
+    return {
+        record.trial_id: (record.draw, record.state, record.stop_reason, len(record.epochs),
+                          [pytest.approx(epoch["val/loss"], rel=5e-5) for epoch in record.epochs])
+        for record in tune.log.of("search")
+    }  # fmt: skip
+
+
+def told(tune: Tune) -> list[tuple[Any, ...]]:
+    return [(trial.params, trial.state, pytest.approx(trial.value, abs=1e-6)) for trial in tune.study.study.trials]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
+    return tiny_features(tmp_path_factory.mktemp("features"))
+
+
+def test_records_stops_and_values_are_those_of_each_trial_by_itself(tmp_path: Path, features: FeatureSet) -> None:
+    alone, packed = (Tune(tmp_path / str(size), features, make_spec(), size) for size in (1, 4))
+    alone.run(at_once=4)
+    packed.run()
+    assert (alone.sizes, packed.sizes) == ([1] * 12, [4] * 3)
+    assert found(packed) == found(alone)
+    assert told(packed) == told(alone)
+    states = [record.state for record in packed.log.of("search")]
+    assert set(states) == {"finished", "stopped"}
+
+
+def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(4, first_trials=[{"loss.name": "focal", "classifier.kind": "linear", "optim.lr": 1e35}])
+    spec = SweepSpec.from_tree(
+        {**spec.to_tree(), "space": {"parameters": {**SPACE, "optim.lr": {"loguniform": [1e-4, 1e36]}}}}
+    )
+    tune = Tune(tmp_path, features, spec, 4)
+    tune.run()
+    first, *others = tune.log.of("search")
+    assert first.state == "failed"
+    assert "wasn't finite" in first.stop_reason
+    assert {trial.state for trial in tune.study.study.trials if trial.params["optim.lr"] == 1e35} == {
+        optuna.trial.TrialState.FAIL
+    }
+    assert len(others) == 3
+
+
+def test_baselines_and_other_shapes_run_alone_and_none_is_lost(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(8, searcher={"name": "random", "seed": 1})
+    spec = SweepSpec.from_tree({**spec.to_tree(), "space": {"parameters": {**SPACE,
+        "data.class_sampling": {"choice": ["instance_balanced", "square_root"]}}}})  # fmt: skip
+    baseline = Job("b00001", "baseline", "zero-shot", tiny_config("zero_shot"))
+    tune = Tune(tmp_path, features, spec, 4, [baseline])
+    tune.run()
+    assert tune.sizes[0] == 1
+    assert sum(tune.sizes) == 9
+    assert max(tune.sizes) > 1
+    assert sorted(tune.log.records) == ["b00001", *(f"t{number:05d}" for number in range(1, 9))]
+    assert all(record.state in ("finished", "stopped") for record in tune.log.records.values())
