@@ -1,4 +1,4 @@
-"""Sweeps on several nodes: one is killed, one is taken away, one doesn't share the folder, more may come."""
+"""Sweeps on several nodes: one is killed, one is taken away, one doesn't share the folder."""
 
 from __future__ import annotations
 
@@ -120,57 +120,3 @@ def _wait_for_cpus(address: str) -> None:
         "while ray.cluster_resources().get('CPU', 0) < 1: time.sleep(0.2)"
     )
     subprocess.run([sys.executable, "-c", code, address], check=True, timeout=90, capture_output=True)
-
-
-@contextmanager
-def autoscaling_head(folder: Path, worker_types: dict):
-    """A head without CPUs whose autoscaler may start workers; yields the environment of who asks it."""
-    config = {
-        "cluster_name": "tests",
-        "max_workers": 8,
-        "provider": {"type": "fake_multinode"},
-        "available_node_types": {
-            "head": {"resources": {}, "node_config": {}, "max_workers": 0},
-            **worker_types,
-        },
-        "head_node_type": "head",
-        "upscaling_speed": 1.0,
-        "idle_timeout_minutes": 1,
-    }
-    home = folder / "home"
-    home.mkdir()
-    path = home / "ray_bootstrap_config.yaml"
-    path.write_text(json.dumps(config))
-    port = 6399
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
-         f"--autoscaling-config={path}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-    )  # fmt: skip
-    try:
-        import socket
-
-        deadline = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        time.sleep(10)
-        yield {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(30)
-
-
-def test_what_the_autoscaler_may_not_start_is_refused_and_what_it_may_is_waited_for(manifest, tmp_path):
-    worker = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
-    with autoscaling_head(tmp_path, {"small": worker}) as environment:
-        printed = Sweep(tmp_path / "gpu", manifest, gpus_per_worker=1).run(code=1, environment=environment)
-        assert "a trial needs 1 GPUs" in printed
-        assert "the cluster can grow to 0" in printed
-        printed = Sweep(tmp_path / "cpu", manifest, cpus_per_worker=2).run(code=1, environment=environment)
-        assert "on one machine, and the largest has 1 CPUs" in printed
-        sweep = Sweep(tmp_path / "fits", manifest, max_concurrent_trials=2)
-        printed = sweep.run(environment=environment)
-    assert "growing to 2 CPUs" in printed
-    assert len(sweep.outcome()) == NUM_TRIALS

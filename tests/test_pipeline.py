@@ -141,3 +141,11 @@ def test_both_stages_always_fit_into_the_free_cpus_at_once(free, num_workers, cp
     assert 0 <= plan.per_worker <= cpus
     assert free == 0 or plan.per_worker != plan.per_task
     assert free == 0 or plan.per_task > 0
+
+
+@pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (3, 2.0), (2, 4.0)])
+def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
+    """On two nodes of one CPU, workers of half a CPU on each leave no whole CPU for a task."""
+    plan = plan_cpus(nodes * node_cpus, nodes, 1, 0, node_cpus)
+    assert plan.per_worker + plan.per_task <= node_cpus
+    assert 0 < plan.per_task != plan.per_worker

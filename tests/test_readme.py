@@ -107,7 +107,7 @@ RUN_HERE = (
 )
 # An edited copy of the package is needed.
 RUN_IN_A_COPY = ("A loss of your own",)
-# Launching has a page of its own, whose commands tests/test_launch.py runs on this machine.
+# Launching has a page of its own, whose commands need a cluster.
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 

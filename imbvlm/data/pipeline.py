@@ -7,6 +7,7 @@ can't split, merge or drop what is in it, and a bad image is the block's own aff
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +41,13 @@ class CpuPlan:
     num_tasks: int
 
 
-def plan_cpus(free: float, num_workers: int, cpus_per_worker: float, gpus_per_worker: float) -> CpuPlan:
+def plan_cpus(
+    free: float, num_workers: int, cpus_per_worker: float, gpus_per_worker: float, smallest_node: float = math.inf
+) -> CpuPlan:
     """Book CPUs so that both stages always fit at once: a stage that waits for the other's CPUs would wait for ever.
 
     Workers get what they ask for as long as half of the free CPUs is left for loading (one CPU, with GPUs); on a
-    machine without free CPUs nothing is booked.
+    machine without free CPUs nothing is booked. A task fits beside a worker on the node with the fewest CPUs.
     """
     if free <= 0:
         return CpuPlan(0, 0, 1)
@@ -52,7 +55,8 @@ def plan_cpus(free: float, num_workers: int, cpus_per_worker: float, gpus_per_wo
     per_worker = _floor(min(float(cpus_per_worker), (free - left_for_loading) / num_workers))
     left = free - per_worker * num_workers
     num_tasks = max(1, int(left))
-    per_task = _floor(min(1.0, left / num_tasks))
+    beside = smallest_node - per_worker if smallest_node > per_worker else smallest_node
+    per_task = _floor(min(1.0, left / num_tasks, beside))
     # Stages that book the same are fused by Ray Data, and the worker would load its images itself.
     return CpuPlan(per_worker, per_task - 0.01 if per_task == per_worker else per_task, num_tasks)
 
@@ -75,7 +79,8 @@ def map_images(
     """
     if not blocks:
         return
-    cpus = plan_cpus(_free_cpus(num_workers * cpus_per_worker + 1), num_workers, cpus_per_worker, gpus_per_worker)
+    free = _free_cpus(num_workers * cpus_per_worker + 1)
+    cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, _smallest_node())
     rows = [{_DESCRIPTOR: pickle.dumps(block)} for block in blocks]
     with _quiet_context():
         dataset = (
@@ -199,6 +204,12 @@ def _free_cpus(wanted: float) -> float:
             break
         time.sleep(0.05)
     return free
+
+
+def _smallest_node() -> float:
+    """The fewest CPUs that a node has, of those that have any."""
+    found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
+    return min((cpus for cpus in found if cpus), default=math.inf)
 
 
 @contextmanager
