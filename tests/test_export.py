@@ -113,6 +113,7 @@ def command(*words):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep, tmp_path):
     command("export", sweep, "-o", tmp_path / "best")
     command("predict", tmp_path / "best", "embedded:fashion_mnist_lt", "--split", "test", "-o", tmp_path / "p.parquet")
