@@ -18,7 +18,8 @@ from imbvlm.training.epochs import build_trial
 from imbvlm.training.session import TrialSession, TrialSettings
 from imbvlm.training.world import DistributedWorld
 
-TIMES = ("seconds", "per_second")
+# What a machine, not a seed, decides: times, and the memory of a process that did other things before.
+TIMES = ("seconds", "per_second", "peak_bytes")
 # 227 images in batches of 113 leave one image for the last batch: one of two workers has nothing to do in it.
 CASES = [
     ("linear_probe", {"loss__name": "lade", "train__batch_size": 113}),
