@@ -23,7 +23,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 from table import HEADING, Options  # noqa: E402
 
 # In the order in which they run; each is a file beside this one with a function `lines`.
-SECTIONS = ("extraction", "epoch", "overhead", "packs", "growth", "views", "search")
+SECTIONS = ("extraction", "epoch", "overhead", "packs", "growth", "views", "search", "images")
 
 
 def main() -> int:
