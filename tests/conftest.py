@@ -25,7 +25,7 @@ def fault_orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster(fault_orders: Path) -> Iterator[str]:
-    """The address of a local Ray cluster of two CPUs with its dashboard (Tune over Train hangs without one)."""
+    """The address of this test process's Ray cluster, of two CPUs with a dashboard (Tune over Train hangs without)."""
     import ray
 
     context = ray.init(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
@@ -37,9 +37,7 @@ def ray_cluster(fault_orders: Path) -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes (`-n`), those that need Ray stay in one: there is one cluster."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Files that need Ray come first: with several test processes (`-n`) the long ones mustn't be left for the end."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in with_ray)

@@ -88,7 +88,7 @@ def test_links_lead_to_files():
 def test_the_first_two_commands_are_what_continuous_integration_uses():
     quickstart, tests = code_blocks(README)[:2]
     assert quickstart.strip().endswith("python sweeps/quickstart.py")
-    assert tests.strip().endswith("-m pytest -n 2 --dist loadgroup")
+    assert tests.strip().endswith("-m pytest -n 2")
     ci = (ROOT / ".ci" / "run").read_text()
     assert "readme_command tests" in ci
     assert "readme_command quickstart" in ci

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_images import CLASS_COUNTS, TinyImages
+from tiny_images import CLASS_COUNTS, TinyImages, extraction_in_this_process
 from torch.nn import functional
 
 from imbvlm import inference
@@ -27,6 +27,7 @@ from imbvlm.models.adapters import Adapter, adapter_width
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.methods import METHODS, build_model
 from imbvlm.models.tower_classifier import count_parameters, own_tensors
+from imbvlm.sweep.single import train_one
 from imbvlm.training import checkpoint
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.world import DistributedWorld
@@ -470,3 +471,13 @@ def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs
     losses = [[metrics["train/loss"] for _, _, metrics in course] for course in courses]
     assert len({first for first, _ in losses}) == len(knobs)
     assert all(first != second for first, second in losses)
+
+
+def test_training_alone_stops_at_the_limit_of_bad_images_before_its_first_step(tmp_path):
+    """`imbvlm train` of a method that streams stores no features, and would meet bad files one epoch later."""
+    problem = TinyImages(tmp_path, files=True, bad=(7, 8))
+    config = problem.config("bias_tuning", data__max_bad_images=1)
+    with extraction_in_this_process(), pytest.raises(ImbvlmError, match="too many images can't be used") as refused:
+        train_one(config, str(tmp_path / "runs"), str(tmp_path / "model"), quiet=True)
+    assert "7.png" in str(refused.value)
+    assert not (tmp_path / "model").exists()

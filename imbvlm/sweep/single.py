@@ -7,6 +7,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.extract import ensure_features
+from imbvlm.models.encoder_info import OutputName
 from imbvlm.models.methods import needs_text, stored_outputs
 from imbvlm.sweep.console import Console, percent
 from imbvlm.training.session import TrialSession, TrialSettings, default_device
@@ -23,12 +24,16 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     splits = tuple(split for split in manifest.splits if split != "test")
     root = storage.join(storage_folder, "features")
     log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
+    outputs = stored_outputs(config)
     with console.others_to(log):
+        if not outputs:
+            # Streamed images: one pass of the tower finds what can't be read while nothing is lost yet.
+            ensure_features(config, manifest, root, frozenset[OutputName]({"pooled"}), splits, report=say)
         features = ensure_features(
             config,
             manifest,
             root,
-            stored_outputs(config),
+            outputs,
             splits,
             report=say,
             text=needs_text(config),
