@@ -137,7 +137,7 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
         QUICKSTART, "--smoke", *long, "--set", f"max_hours={hours}", "--set", "num_trials=2", cwd=home, code=1
     )
     sweep = newest(home)
-    assert "max_hours 0.005 is used up: 0 of 2 trials have ended, 2 paused; go on with: imbvlm" in printed
+    assert f"max_hours {hours:g} is used up: 0 of 2 trials have ended, 2 paused; go on with: imbvlm" in printed
     assert "no trial has ended yet" in printed
     paused = trials(sweep)
     assert {one["state"] for one in paused.values() if one["kind"] == "search"} == {"paused"}
