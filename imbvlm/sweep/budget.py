@@ -32,6 +32,11 @@ class Budget:
         self.refit_seconds = 0.0
 
     @property
+    def is_limited(self) -> bool:
+        """Whether time or money is."""
+        return self._spec.max_hours is not None or self._spec.max_cost is not None
+
+    @property
     def seconds(self) -> float:
         """Used so far, earlier runs included."""
         return self._seconds_before + time.monotonic() - self._started

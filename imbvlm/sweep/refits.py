@@ -119,9 +119,11 @@ def _bests_of_methods(log: TrialLog, spec: SweepSpec) -> list[Refit]:
     found: dict[str, Refit] = {}
     for record in log.best(spec.objective):
         method = str(record.config["method"])
+        if method in found:
+            continue
         name = names.get(record.trial_id, f"best {method.replace('_', ' ')}")
         refit = _refit(name, record, spec)
-        if method not in found and _can_be_fresh(refit.config):
+        if _can_be_fresh(refit.config):
             found[method] = refit
     return list(found.values())
 

@@ -139,12 +139,13 @@ class TrialLog:
         again with more seeds come before the others, by the mean of their seeds: the highest of many single values is
         high by luck, too.
         """
+        key, more = _running_maximum(objective), self._further_seeds(objective)
         ranked = []
         for record in self.of(kind):
-            values = self.seed_values(record, objective)
-            if values:
+            value, further = record.best_value(key), more.get(record.trial_id, [])
+            if value is not None:
                 broken = self.broken(record, objective) if kind == "search" else 0.0
-                ranked.append((broken, len(values) == 1, -statistics.fmean(values), record))
+                ranked.append((broken, not further, -statistics.fmean([value, *further]), record))
         return [record for *_, record in sorted(ranked, key=lambda one: one[:3])]
 
     def broken(self, record: TrialRecord, objective: str) -> float:
@@ -153,20 +154,25 @@ class TrialLog:
 
     def ranked(self, objective: str) -> list[TrialRecord]:
         """As `best` of the search, by each trial's own seed alone."""
-        known = [one for one in self.of("search") if self.seed_values(one, objective)]
-        return sorted(known, key=lambda one: (self.broken(one, objective), -self.seed_values(one, objective)[0]))
+        key = _running_maximum(objective)
+        known = [(value, one) for one in self.of("search") if (value := one.best_value(key)) is not None]
+        return [one for _, one in sorted(known, key=lambda pair: (self.broken(pair[1], objective), -pair[0]))]
 
     def seed_values(self, record: TrialRecord, objective: str) -> list[float]:
         """The objective's running maximum of a trial and of its runs with more seeds; [] where it has none.
 
         A further seed that failed counts as 0, for so would the model that is refitted with it.
         """
-        key = objective.replace("val/", "val/best_")
-        value = record.best_value(key)
-        if value is None:
-            return []
-        again = [one for one in self.of("confirm") if one.name == record.trial_id and one.state in ENDED]
-        return [value, *(one.best_value(key) or 0.0 for one in again)]
+        value = record.best_value(_running_maximum(objective))
+        return [] if value is None else [value, *self._further_seeds(objective).get(record.trial_id, [])]
+
+    def _further_seeds(self, objective: str) -> Mapping[str, list[float]]:
+        """The running maxima of the runs with more seeds, by the trial that they repeat."""
+        found: dict[str, list[float]] = {}
+        for one in self.of("confirm"):
+            if one.state in ENDED:
+                found.setdefault(one.name, []).append(one.best_value(_running_maximum(objective)) or 0.0)
+        return found
 
     def write_table(self) -> str:
         """Write results.parquet, one row a trial, and return its location."""
@@ -175,6 +181,10 @@ class TrialLog:
         uri = storage.join(self.folder, "results.parquet")
         storage.write_bytes(uri, sink.getvalue().to_pybytes())
         return uri
+
+
+def _running_maximum(objective: str) -> str:
+    return objective.replace("val/", "val/best_")
 
 
 def _constraints(folder: str) -> Mapping[str, float]:

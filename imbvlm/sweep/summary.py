@@ -65,9 +65,9 @@ def search_table(log: TrialLog, spec: SweepSpec) -> str:
 
 def seeds_rows(log: TrialLog, spec: SweepSpec) -> list[list[str]]:
     """Trials that were run again with more seeds, the best mean first: trial, what, seeds, mean and spread."""
-    rows = []
+    rows, repeated = [], {one.name for one in log.of("confirm")}
     for record in log.best(spec.objective):
-        values = log.seed_values(record, spec.objective)
+        values = log.seed_values(record, spec.objective) if record.trial_id in repeated else []
         if len(values) > 1:
             rows.append([record.trial_id, describe(record), str(len(values)), mean_and_spread(values)])
     return rows

@@ -55,8 +55,9 @@ class Lane:
         return "ray_train" if uses_ray_train(self.spec) else "in_process"
 
     def count_spent(self) -> None:
-        """Keep what is spent, and how much the refits will need."""
-        self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
+        """Keep what is spent, and where that is limited how much the refits will need."""
+        if self.budget.is_limited:
+            self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
         self.budget.keep()
 
     @property
