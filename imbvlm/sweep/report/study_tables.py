@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from imbvlm import storage
 from imbvlm.sweep.duplicates import canonical_key
@@ -26,12 +26,16 @@ SCORES = {
     "macro_f1": "F1",
 }
 FOLDER = "tables"
+_Found = Mapping[str, tuple[TrialRecord | None, Scored | None]]
 NUM_WORDS = 2
 
 
 def study_tables(source: Source) -> list[Table]:
     """The study's tables in the spec's order."""
-    return [_cost(source, one) if one.columns == "cost" else _scores(source, one) for one in source.spec.study]
+    if not source.spec.study:
+        return []
+    found = _configurations(source)
+    return [(_cost if one.columns == "cost" else _scores)(source, one, found) for one in source.spec.study]
 
 
 def write_tables(folder: str, tables: Sequence[Table]) -> None:
@@ -60,11 +64,10 @@ def fresh_gap(source: Source) -> Table | None:
     return Table("fresh_crops", "Stored views and fresh crops", ["what", "views", "seeds", *HEADINGS], rows, 2, caption)
 
 
-def _scores(source: Source, table: StudyTable) -> Table:
+def _scores(source: Source, table: StudyTable, found: _Found) -> Table:
     rows, known = list[list[str]](), published_scores(source.spec.base["data"]["manifest"])
     for row in table.rows:
-        record = _record(source, row.configuration)
-        scored = _scored(source, record)
+        record, scored = found[row.configuration]
         views = "-" if record is None else record.views
         if scored is None:
             rows.append([row.label, views, "0", *["-"] * len(SCORES)])
@@ -83,13 +86,12 @@ def _published_row(one: Published) -> list[str]:
     return [f"  {one.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
 
 
-def _cost(source: Source, table: StudyTable) -> Table:
+def _cost(source: Source, table: StudyTable, found: _Found) -> Table:
     spec, rows = source.spec, list[list[str]]()
     gpus = spec.num_workers * spec.gpus_per_worker
     units = gpus or spec.num_workers * spec.cpus_per_worker
     for row in table.rows:
-        record = _record(source, row.configuration)
-        scored = _scored(source, record)
+        record, scored = found[row.configuration]
         if scored is None:
             rows.append([row.label, *["-"] * 6])
             continue
@@ -128,19 +130,19 @@ def _parameter_cells(scored: Scored) -> list[str]:
     return [f"{total:,}", f"{trained:,}", f"{100 * trained / max(1, total):.3g}"]
 
 
-def _record(source: Source, configuration: str) -> TrialRecord | None:
-    """The search's trial of a listed configuration; another row's where both train the same thing."""
+def _configurations(source: Source) -> _Found:
+    """Of each listed configuration the search's trial, another row's where both train the same, and its refit."""
     space = source.spec.read_space()
     assert isinstance(space, ListedSpace), "a study's space is a list"
-    key = canonical_key(source.spec.trial(space.configurations[configuration]))
-    return next((one for one in source.log.of("search") if canonical_key(one.trial_config()) == key), None)
-
-
-def _scored(source: Source, record: TrialRecord | None) -> Scored | None:
-    if record is None:
-        return None
-    name = listed_names(source.log, source.spec)[record.trial_id]
-    return next((one for one in source.scored if one.name == name), None)
+    records: dict[str, TrialRecord] = {}
+    for one in source.log.of("search"):
+        records.setdefault(canonical_key(one.trial_config()), one)
+    names, scored = listed_names(source.log, source.spec), {one.name: one for one in source.scored}
+    found: dict[str, tuple[TrialRecord | None, Scored | None]] = {}
+    for name, draw in space.configurations.items():
+        record = records.get(canonical_key(source.spec.trial(draw)))
+        found[name] = (record, None if record is None else scored.get(names[record.trial_id]))
+    return found
 
 
 def _means(scored: Scored) -> list[str]:
