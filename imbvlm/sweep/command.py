@@ -15,7 +15,8 @@ from imbvlm import storage
 from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
 from imbvlm.schema import flat
 from imbvlm.sweep.console import Console
-from imbvlm.sweep.listing import SPEC_FILE, SweepState, read_spec, show_text
+from imbvlm.sweep.listing import SweepState, read_spec, show_text
+from imbvlm.sweep.results import SPEC_FILE
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
 

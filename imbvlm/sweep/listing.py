@@ -11,7 +11,7 @@ from imbvlm import storage
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.console import duration, percent, table
 from imbvlm.sweep.refits import WINNER
-from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.results import SPEC_FILE, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.summary import (
     HEADINGS,
@@ -27,7 +27,6 @@ from imbvlm.sweep.summary import (
 )
 from imbvlm.yaml_file import parse_yaml
 
-SPEC_FILE = "sweep.yaml"
 BEST_FILE = "best.yaml"
 
 
@@ -56,7 +55,7 @@ class SweepState:
 
     @property
     def num_ended(self) -> int:
-        return sum(record.state not in ("running", "paused") for record in self.log.of("search"))
+        return sum(record.is_over for record in self.log.of("search"))
 
     @property
     def best(self) -> TrialRecord | None:

@@ -166,7 +166,7 @@ def _scores_row(title: str, records: Sequence[TrialRecord], split: str) -> list[
 
 def _selection(facts: CardFacts) -> str:
     spec, search = facts.spec, facts.log.of("search")
-    ended = sum(record.state != "running" for record in search)
+    ended = sum(record.is_over for record in search)
     rank = [record.trial_id for record in facts.log.best(spec.objective)].index(facts.record.trial_id) + 1
     lines = [
         f"Number {rank} of {ended} trials of the sweep `{spec.name}` (searcher {spec.searcher.name}, trial scheduler "

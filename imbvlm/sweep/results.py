@@ -22,6 +22,7 @@ from imbvlm.yaml_file import parse_yaml
 
 TrialKind = Literal["baseline", "search", "confirm", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
+SPEC_FILE = "sweep.yaml"
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
 
@@ -49,6 +50,11 @@ class TrialRecord(BaseModel):
     def trial_config(self) -> TrialConfig:
         """The configuration, checked."""
         return TrialConfig.from_tree(self.config)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it neither runs nor waits to go on."""
+        return self.state not in ("running", "paused")
 
     @property
     def views(self) -> str:
@@ -189,7 +195,7 @@ def _running_maximum(objective: str) -> str:
 
 def _constraints(folder: str) -> Mapping[str, float]:
     """Those of the sweep in a folder; none before it has a specification."""
-    uri = storage.join(folder, "sweep.yaml")
+    uri = storage.join(folder, SPEC_FILE)
     if not storage.exists(uri):
         return {}
     found: Mapping[str, float] = parse_yaml(storage.read_bytes(uri).decode(), uri).data.get("constraints") or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -42,7 +42,7 @@ from imbvlm.sweep.refits import EARLIER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
-from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
+from imbvlm.sweep.results import ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 from imbvlm.sweep.summary import (
@@ -61,7 +61,6 @@ from imbvlm.training.pack import member_bytes
 from imbvlm.training.session import TrialSettings
 from imbvlm.yaml_file import dump_yaml
 
-SPEC_FILE = "sweep.yaml"
 LOG_FILE = "ray.log"
 PARETO_FOLDER = "pareto"
 PROGRESS_FILE = "progress.log"
@@ -172,7 +171,7 @@ class _Sweep:
                 break
         self.log.write_table()
         self.console.end_live()
-        ended = [record for record in self.log.of("search") if record.state not in ("running", "paused")]
+        ended = [record for record in self.log.of("search") if record.is_over]
         self._say_limit(len(ended))
         if searcher.exhausted:
             self.console.say(
@@ -225,17 +224,13 @@ class _Sweep:
             for record in few
             for seed in self.spec.confirm_seeds
         ]
-        waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
-        limit = self.budget.exhausted(keep_for_refits=True)
-        if waiting and limit is None:
+        waiting = self._not_ended(jobs)
+        if waiting and self.budget.exhausted(keep_for_refits=True) is None:
             self.console.say(f"running the best {len(few)} again with more seeds: {len(waiting)} runs")
-            make = payload(self.lane, lambda job: self._settings(job, self.features[tower_key(job.config)]))
-            for _ in range(1 + self.spec.max_failures):
-                if not run_jobs(self.lane, FixedSearcher(waiting, make, self.budget), None, "confirm", len(jobs)):
-                    break
-                waiting = [job for job in waiting if not self._has_ended(job.trial_id)]
+            self._run_fixed(
+                waiting, lambda job: self._settings(job, self.features[tower_key(job.config)]), "confirm", len(jobs)
+            )
             self.log.write_table()
-            self.console.end_live()
         if jobs:
             self.console.say(seeds_table(self.log, self.spec))
 
@@ -249,7 +244,7 @@ class _Sweep:
             for seed, config in refit.seeded()
         ]
         name_earlier(self.log, {job.trial_id: job.name for job in jobs})
-        waiting = [job for job in jobs if not self._has_ended(job.trial_id)]
+        waiting = self._not_ended(jobs)
         self.post_hoc = choose_post_hoc(self.folder, chosen, self.log, self.spec.objective)
         write_post_hoc(self.folder, self.post_hoc)
 
@@ -268,18 +263,11 @@ class _Sweep:
                 post_hoc=None if adjusted is None else asdict(adjusted.adjustment),
             )
 
-        limit = self.budget.exhausted()
-        if waiting and limit is None:
+        if waiting and self.budget.exhausted() is None:
             what = "everything" if self.spec.study else "the winner and the baselines"
             self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
-            for _ in range(1 + self.spec.max_failures):
-                searcher = FixedSearcher(waiting, payload(self.lane, settings), self.budget)
-                num_lost = run_jobs(self.lane, searcher, None, "refit", len(jobs))
-                waiting = [job for job in waiting if not self._has_ended(job.trial_id)]
-                if not num_lost:
-                    break
-        self.console.end_live()
-        left = [job for job in waiting if not self._has_ended(job.trial_id)]
+            self._run_fixed(waiting, settings, "refit", len(jobs))
+        left = self._not_ended(jobs)
         if left and (limit := self.budget.exhausted()):
             self.limit = limit
             self.console.say(
@@ -298,6 +286,18 @@ class _Sweep:
         self.log.write_table()
         if test_features:
             self._record_reading()
+
+    def _run_fixed(
+        self, waiting: list[Job], settings: Callable[[Job], TrialSettings], kind: TrialKind, total: int
+    ) -> None:
+        """Run some jobs, and those again that Tune gave up before their restarts were spent."""
+        make = payload(self.lane, settings)
+        for _ in range(1 + self.spec.max_failures):
+            num_lost = run_jobs(self.lane, FixedSearcher(waiting, make, self.budget), None, kind, total)
+            waiting = self._not_ended(waiting)
+            if not num_lost:
+                break
+        self.console.end_live()
 
     def conclude(self, seconds: float) -> None:
         """The tables, where everything is, and what to type next."""
@@ -462,7 +462,7 @@ class _Sweep:
         self.limit = self.budget.exhausted(keep_for_refits=True) or self.budget.trials_exhausted(num_ended)
         if self.limit is None:
             return
-        paused = sum(record.state in ("running", "paused") for record in self.log.of("search"))
+        paused = sum(not record.is_over for record in self.log.of("search"))
         kept = f", {paused} paused" if paused else ""
         self.console.say(
             f"{self.limit} is used up: {num_ended} of {self.spec.num_trials} trials have ended{kept}; {self._go_on()}"
@@ -471,6 +471,9 @@ class _Sweep:
     def _go_on(self) -> str:
         name = "max_hours" if self.limit is None else self.limit.split()[0]
         return f"go on with: imbvlm sweep resume {self.folder} --set {name}=MORE"
+
+    def _not_ended(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if not self._has_ended(job.trial_id)]
 
     def _has_ended(self, trial_id: str) -> bool:
         record = self.log.records.get(trial_id)

@@ -116,7 +116,7 @@ class ProgressCallback(tune.Callback):
             self.storage_error = self.storage_error or error
 
     def _num_ended(self) -> int:
-        return sum(record.state not in ("running", "paused") for record in self._log.of(self._kind))
+        return sum(record.is_over for record in self._log.of(self._kind))
 
     def _show(self) -> None:
         if not self._console.is_due:
