@@ -404,6 +404,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from imbvlm.sweep.command import positive
+
     parser = _command(
         commands,
         "export",
@@ -414,18 +416,11 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("sweep", help="a sweep's folder or s3:// URI")
     parser.add_argument("-o", "--out", required=True, help="folder or s3:// URI for best.yaml and model/")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--top", type=_at_least_1, default=1, metavar="N", help="the N best by validation (default: 1)")
+    which.add_argument("--top", type=positive, default=1, metavar="N", help="the N best by validation (default: 1)")
     which.add_argument("--pareto", action="store_true", help="the trials that none beats in every objective")
     parser.add_argument("--onnx", action="store_true", help="tower and classifier as one ONNX graph besides")
     parser.add_argument("--licence", default="other", metavar="ID", help="for the model card, such as apache-2.0")
     parser.set_defaults(command=_export)
-
-
-def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {number}")
-    return number
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -446,6 +441,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from imbvlm.sweep.command import positive
+
     parser = _command(
         commands,
         "predict",
@@ -456,7 +453,7 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("model", help="what `imbvlm export` wrote, a folder or s3:// URI")
     parser.add_argument("images", nargs="+", help="files, folders, manifests (.parquet) or s3:// prefixes")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of manifests; all rows without it")
-    parser.add_argument("--top", type=_at_least_1, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes per image (default: 5)")
     parser.add_argument("-o", "--out", help="a .csv, .parquet or .jsonl to write (also s3://) instead of printing")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument(

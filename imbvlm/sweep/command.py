@@ -138,10 +138,13 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
     try:
         spec = read_spec(folder)
         parent = storage.absolute(folder).rpartition("/")[0]
-        options = argparse.Namespace(
-            smoke=False, set=list(settings), manifest=None, storage=parent, price=None, warm_start=[], resume=folder,
-            add_trials=add_trials, fork=False, dry_run=False,
-        )  # fmt: skip
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        # What isn't said here is as it is without an option.
+        options = parser.parse_args(
+            [f"--resume={folder}", f"--storage={parent}", *(f"--set={one}" for one in settings)]
+        )
+        options.add_trials = add_trials
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
@@ -152,7 +155,7 @@ def positive(text: str) -> int:
     """A whole number from 1 up, for argparse."""
     value = int(text)
     if value < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be 1 or more, and is {value}")
     return value
 
 
