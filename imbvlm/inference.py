@@ -184,13 +184,19 @@ class Model:
         reasons = each_row(load, names)
         sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
         good = [crop for crop in crops if crop is not None]
-        found = iter(self.classify(np.stack(good), top) if good else ())
+        return self.predictions(sources, np.stack(good) if good else np.empty(0, np.uint8), reasons, top)
+
+    def predictions(
+        self, sources: Sequence[str], good: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
+    ) -> list[Prediction]:
+        """One for each source: its reason, or what its crops among the `good` ones, in order, are classified as."""
+        found = iter(self.classify(good, top))
         return [
-            self.prediction(source, *next(found)) if reason is None else Prediction(source, error=reason)
+            self._prediction(source, *next(found)) if reason is None else Prediction(source, error=reason)
             for source, reason in zip(sources, reasons, strict=True)
         ]
 
-    def prediction(self, source: str, labels: Sequence[int], probabilities: Sequence[float]) -> Prediction:
+    def _prediction(self, source: str, labels: Sequence[int], probabilities: Sequence[float]) -> Prediction:
         """Labels with their names."""
         return Prediction(
             source, tuple(self.class_names[label] for label in labels), tuple(labels), tuple(probabilities)

@@ -137,7 +137,7 @@ class ModelWorker:
         self._model, self._top = load(folder, "cuda" if use_gpu else "cpu"), top
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"start": block["start"], "predictions": list(_predicted(self._model, block, self._top))}
+        return {"start": block["start"], "predictions": _predicted(self._model, block, self._top)}
 
 
 def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -> dict[str, Any]:
@@ -152,11 +152,9 @@ def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -
     }
 
 
-def _predicted(model: Model, block: dict[str, Any], top: int) -> Iterator[Prediction]:
+def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction]:
     good = np.array([reason is None for reason in block["reasons"]])
-    found = iter(model.classify(block["images"][good], top))
-    for name, reason in zip(block["names"], block["reasons"], strict=True):
-        yield Prediction(name, error=reason) if reason is not None else model.prediction(name, *next(found))
+    return model.predictions(block["names"], block["images"][good], block["reasons"], top)
 
 
 def _in_ray(folder: str, images: Images, top: int) -> Iterator[Prediction]:
