@@ -240,6 +240,11 @@ def _resolve(source: str) -> str:
     return str(manifest_path(source.removeprefix(EMBEDDED))) if source.startswith(EMBEDDED) else source
 
 
+def absolute_manifest(source: str) -> str:
+    """The location of a manifest for processes with other working folders: embedded ones are the same everywhere."""
+    return source if source.startswith(EMBEDDED) else storage.absolute(source)
+
+
 def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
     filesystem, inner = storage.open_filesystem(path)
 

@@ -16,7 +16,7 @@ from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import connected, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
-from imbvlm.data.manifest import EMBEDDED, Manifest
+from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
 from imbvlm.data.quarantine import limit_findings
 from imbvlm.errors import ImbvlmError
@@ -103,8 +103,7 @@ def ensure_features(
         {work.split: work.store.folder for work in works if (work.preprocess.expand is not None) == is_five}
         for is_five in (False, True)
     )
-    source = config.data.manifest
-    location = source if source.startswith(EMBEDDED) else storage.absolute(source)
+    location = absolute_manifest(config.data.manifest)
     tower = absolute_encoder(config.encoder).model_dump(mode="json")
     return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops)
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from imbvlm.class_stats import ClassStats
 from imbvlm.config import AdamWConfig, TrialConfig
 from imbvlm.data.image_rows import ImageRows, stream_in_threads
-from imbvlm.data.manifest import EMBEDDED, Manifest, carve_validation
+from imbvlm.data.manifest import Manifest, absolute_manifest, carve_validation
 from imbvlm.data.streaming import StreamPlan
 from imbvlm.data.table import Rows
 from imbvlm.errors import ImbvlmError
@@ -32,7 +32,6 @@ from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo
 from imbvlm.models.methods import METHODS
 from imbvlm.models.towers import find_tower
-from imbvlm.storage import absolute
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.feed import READ_AHEAD
 from imbvlm.training.session import default_device
@@ -58,6 +57,10 @@ class TrialSpeed:
     eval_seconds: float
     host_bytes: int
     device_bytes: int
+
+    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int) -> float:
+        """Of one epoch with its validation, shared evenly by the trial's workers."""
+        return (self.train_seconds * num_train + self.eval_seconds * num_val) / num_workers
 
 
 @dataclass(frozen=True)
@@ -259,8 +262,7 @@ def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
     info = _tower(config).info if needs_tower else describe_encoder(config.encoder)
     sources: list[Source]
     if config.reads_images:
-        source = config.data.manifest
-        location = source if source.startswith(EMBEDDED) else absolute(source)
+        location = absolute_manifest(config.data.manifest)
         sources = [ImageRows(location, np.arange(len(rows)), rows, manifest.labels[rows]) for rows in (train, val)]
     else:
         store = _made_up_store(config, info, folder)
@@ -304,10 +306,9 @@ def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
 def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
     encoder = _tower(config, device)
     manifest = Manifest.read(config.data.manifest)
-    location = config.data.manifest
     rows = manifest.rows_of("train")[:16]
     plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)
-    location = location if location.startswith(EMBEDDED) else absolute(location)
+    location = absolute_manifest(config.data.manifest)
     # The first time opens the manifest and starts threads.
     next(stream_in_threads(location, plan))
     started = time.perf_counter()

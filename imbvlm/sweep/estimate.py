@@ -96,22 +96,20 @@ class Speeds:
         for method, speed in measured.values():
             by_method.setdefault(method, []).append(speed)
         self._means = {
-            method: (
+            # Of time alone: memory has no use for a mean.
+            method: TrialSpeed(
                 sum(one.train_seconds for one in speeds) / len(speeds),
                 sum(one.eval_seconds for one in speeds) / len(speeds),
+                host_bytes=0,
+                device_bytes=0,
             )
             for method, speeds in by_method.items()
         }
 
-    def of(self, config: TrialConfig) -> tuple[float, float] | None:
-        """Seconds of one image in training and in evaluation; None where nothing of the method was measured."""
-        speed = self._measured.get(shape_of(config))
-        return self._means.get(config.method) if speed is None else (speed.train_seconds, speed.eval_seconds)
-
-    def epoch_seconds(self, config: TrialConfig, num_train: int, num_val: int, num_workers: int = 1) -> float | None:
-        """Seconds of one epoch with its validation, shared evenly by the trial's workers."""
-        found = self.of(config)
-        return None if found is None else (found[0] * num_train + found[1] * num_val) / num_workers
+    def epoch_seconds(self, config: TrialConfig, num_train: int, num_val: int, num_workers: int) -> float | None:
+        """Seconds of one epoch with its validation; None where nothing of the method was measured."""
+        speed = self._measured.get(shape_of(config)) or self._means.get(config.method)
+        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers)
 
 
 def num_epochs(config: TrialConfig, num_train: int) -> float:

@@ -413,7 +413,7 @@ def _measured(plan: Plan) -> list[str]:
         if isinstance(speed, str):
             lines.append([*words, "-", "-", speed])
             continue
-        epoch = (speed.train_seconds * rows.train + speed.eval_seconds * rows.val) / plan.spec.num_workers
+        epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers)
         memory = size_text(speed.host_bytes)
         memory += f" and {size_text(speed.device_bytes)} of its GPU" if speed.device_bytes else ""
         rate = f"{1 / speed.train_seconds:,.0f}" if speed.train_seconds else "-"
@@ -542,7 +542,7 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
     return {
         "depth": None if config.decoder is None else config.decoder.depth,
         "batch_size": None if config.train is None else needed(config.train).batch_size,
-        "epoch_seconds": speed.train_seconds * rows.train + speed.eval_seconds * rows.val,
+        "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,
     }
