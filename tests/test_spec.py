@@ -345,3 +345,9 @@ def test_a_pinned_trial_outside_the_space_is_refused_whatever_else_is_set() -> N
     text = PINNED.replace("optim.lr: 0.05", "optim.lr: 5.0")
     with pytest.raises(ConfigError, match=r"first_trials\[0\]"):
         check_spec(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")).with_settings({"train.num_epochs": 1}))
+
+
+def test_a_feature_folder_in_an_object_store_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="feature_folder is s3://bucket/features, and features are memory-mapped"):
+        check_spec(spec(feature_folder="s3://bucket/features"))
+    check_spec(spec(feature_folder="/mnt/features"))

@@ -274,7 +274,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
+    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec), *_check_folders(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if problems:
@@ -334,6 +334,16 @@ def _check_limits(spec: SweepSpec) -> list[Problem]:
         return []
     message = f"max_cost is {spec.max_cost:g}, and without price_per_gpu_hour nothing has a cost; set it too"
     return [Problem(message, spec.where("max_cost"))]
+
+
+def _check_folders(spec: SweepSpec) -> list[Problem]:
+    if spec.feature_folder is None or storage.is_local(spec.feature_folder):
+        return []
+    message = (
+        f"feature_folder is {spec.feature_folder}, and features are memory-mapped from a disk; give a folder that "
+        "every node sees, or leave it out"
+    )
+    return [Problem(message, spec.where("feature_folder"))]
 
 
 def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
