@@ -18,9 +18,11 @@ from imbvlm.sweep.refits import name_earlier, refit_seconds, refits
 from imbvlm.sweep.results import TrialLog
 
 
-def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0) -> Path:
+def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0, machine_seconds: float = 0.0) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "spent.json").write_text(json.dumps({"seconds": seconds, "gpu_seconds": gpu_seconds}))
+    (folder / "spent.json").write_text(
+        json.dumps({"seconds": seconds, "gpu_seconds": gpu_seconds, "machine_seconds": machine_seconds})
+    )
     return folder
 
 
@@ -46,8 +48,18 @@ def test_money_is_for_all_gpus_all_the_time(tmp_path):
     assert budget.exhausted() is None
     budget.refit_seconds = 900.0  # 4 GPUs for a quarter of an hour at 2: 2 more
     assert budget.exhausted(keep_for_refits=True) == "max_cost 10"
-    with pytest.raises(ConfigError, match=r"max_cost counts GPU-hours, and this cluster has no GPU"):
+    with pytest.raises(ConfigError, match=r"this cluster has no GPU; set price_per_machine_hour in its place"):
         Budget(spec, str(folder), 0.0)
+
+
+def test_money_is_for_all_machines_where_their_price_is_given(tmp_path):
+    folder = spent(tmp_path / "a", 3600.0, 0.0, 2 * 3600.0)
+    budget = Budget(sweep_spec(max_cost=1.0, price_per_machine_hour=0.4), str(folder), 0.0, 2)
+    assert budget.cost == pytest.approx(0.8, abs=0.001)
+    assert budget.exhausted() is None
+    budget.refit_seconds = 900.0  # two machines for a quarter of an hour at 0.4: 0.2 more
+    assert budget.exhausted(keep_for_refits=True) == "max_cost 1"
+    assert budget.describe() == "0.80 of 1"
 
 
 def test_no_trial_starts_beyond_max_trials():
@@ -150,3 +162,22 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
         assert after[trial_id]["state"] == "finished"
         assert [epoch["epoch"] for epoch in after[trial_id]["epochs"]] == list(range(1, 401))
     assert json.loads((sweep / "spent.json").read_text())["seconds"] > used
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(420)
+def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home):
+    """At 72 an hour the machine costs 0.02 a second: 1 of money is 50 seconds, the refits' share kept."""
+    endless = ["--set", "method=linear_probe", "--set", "num_trials=500", "--set", "max_pack_size=1"]
+    priced = ["--set", "price_per_machine_hour=72", "--set", "max_cost=1"]
+    printed = run(QUICKSTART, "--smoke", *endless, "--set", "train.num_epochs=40", *priced, cwd=home)
+    sweep = newest(home)
+    assert "max_cost 1 is used up: " in printed
+    assert "go on with: imbvlm sweep resume" in printed
+    assert "test split, read once" in printed
+    assert (sweep / "best.yaml").exists()
+    used = json.loads((sweep / "spent.json").read_text())
+    assert used["machine_seconds"] == used["seconds"]
+    assert 0.8 < 72 * used["machine_seconds"] / 3600 < 1.3
+    assert all(one["state"] in ("finished", "stopped", "paused") for one in trials(sweep).values())

@@ -98,7 +98,14 @@ def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothin
     assert limited.estimate is not None
     assert whole.estimate.trials.high == pytest.approx(4 * limited.estimate.trials.high)
     priced = make_plan(spec(**settings, price_per_gpu_hour=2.0), known_speeds)
-    assert "cost        nothing: the price is that of GPU-hours" in describe_plan(priced)
+    assert "cost        nothing: price_per_gpu_hour is set, and no GPU is used" in describe_plan(priced)
+    rented = make_plan(spec(**settings, price_per_machine_hour=0.5, max_cost=100.0), known_speeds)
+    assert rented.estimate is not None
+    total = rented.estimate.total
+    assert total is not None
+    assert plan_to_dict(rented)["cost"] == pytest.approx([total.low * 0.5 / 3600, total.high * 0.5 / 3600])
+    assert "at 0.5 an hour, 1 machine paid for" in describe_plan(rented)
+    assert "max_cost    100: enough" in describe_plan(rented)
 
 
 def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
@@ -158,6 +165,9 @@ def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_s
 
 
 def test_a_limit_on_money_needs_a_price() -> None:
-    with pytest.raises(ConfigError, match="max_cost is 5, and without price_per_gpu_hour nothing has a cost"):
+    with pytest.raises(ConfigError, match="max_cost is 5, and without a price nothing has a cost"):
         check_spec(spec(max_cost=5.0))
     check_spec(spec(max_cost=5.0, price_per_gpu_hour=2.0))
+    check_spec(spec(max_cost=5.0, price_per_machine_hour=2.0))
+    with pytest.raises(ConfigError, match="a machine's price has its GPUs in it; set one of them"):
+        check_spec(spec(price_per_gpu_hour=2.0, price_per_machine_hour=2.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict, dataclass
 
 from imbvlm import storage
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
@@ -14,19 +15,47 @@ SPENT_FILE = "spent.json"
 SAVE_AFTER_SECONDS = 20.0
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of the driver, of all GPUs and of all machines of its cluster."""
+
+    seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    machine_seconds: float = 0.0
+
+    def later(self, seconds: float, num_gpus: float, num_machines: int) -> Spent:
+        """After so many seconds more on so many GPUs and machines."""
+        return Spent(
+            self.seconds + seconds,
+            self.gpu_seconds + seconds * num_gpus,
+            self.machine_seconds + seconds * num_machines,
+        )
+
+    def cost(self, spec: SweepSpec) -> float | None:
+        """At the prices of a spec; None without one."""
+        if spec.price_per_machine_hour is not None:
+            return spec.price_per_machine_hour * self.machine_seconds / 3600
+        return None if spec.price_per_gpu_hour is None else spec.price_per_gpu_hour * self.gpu_seconds / 3600
+
+
 class Budget:
     """Time and money that a sweep has used, kept in its folder, against the limits of its spec.
 
-    Time is that of the driver, from when Ray is there to the end; money is for all GPUs of the cluster in that time.
+    Time is that of the driver, from when Ray is there to the end; money is for all GPUs or machines of the cluster in
+    that time.
     """
 
-    def __init__(self, spec: SweepSpec, folder: str, num_gpus: float) -> None:
+    def __init__(self, spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1) -> None:
         """Raises ConfigError where money is limited and nothing costs any."""
-        if spec.max_cost is not None and not num_gpus:
-            message = "max_cost counts GPU-hours, and this cluster has no GPU; set max_hours instead"
+        if spec.max_cost is not None and not Spent().later(3600, num_gpus, num_machines).cost(spec):
+            message = (
+                "max_cost counts GPU-hours at price_per_gpu_hour, and this cluster has no GPU; set "
+                "price_per_machine_hour in its place"
+            )
             raise ConfigError([Problem(message, spec.where("max_cost"))])
-        self._spec, self._uri, self._num_gpus = spec, storage.join(folder, SPENT_FILE), num_gpus
-        self._seconds_before, self._gpu_seconds_before = _read(self._uri)
+        self._spec, self._uri = spec, storage.join(folder, SPENT_FILE)
+        self._num_gpus, self._num_machines = num_gpus, num_machines
+        self._before = _read(self._uri)
         self._started = self._saved = time.monotonic()
         # Told by whoever knows how long the refits will take: they are part of what is limited.
         self.refit_seconds = 0.0
@@ -39,26 +68,23 @@ class Budget:
     @property
     def seconds(self) -> float:
         """Used so far, earlier runs included."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    @property
-    def gpu_hours(self) -> float:
-        return (self._gpu_seconds_before + (time.monotonic() - self._started) * self._num_gpus) / 3600
+        return self._spent().seconds
 
     @property
     def cost(self) -> float | None:
         """None without a price."""
-        price = self._spec.price_per_gpu_hour
-        return None if price is None else self.gpu_hours * price
+        return self._spent().cost(self._spec)
+
+    def _spent(self, more_seconds: float = 0.0) -> Spent:
+        seconds = time.monotonic() - self._started + more_seconds
+        return self._before.later(seconds, self._num_gpus, self._num_machines)
 
     def exhausted(self, *, keep_for_refits: bool = False) -> str | None:
         """Which limit on time or money is used up, with its value; None while there is some left."""
-        kept = self.refit_seconds if keep_for_refits else 0.0
-        spec, cost = self._spec, self.cost
-        if spec.max_hours is not None and self.seconds + kept >= 3600 * spec.max_hours:
+        spec, spent = self._spec, self._spent(self.refit_seconds if keep_for_refits else 0.0)
+        if spec.max_hours is not None and spent.seconds >= 3600 * spec.max_hours:
             return f"max_hours {spec.max_hours:g}"
-        price = spec.price_per_gpu_hour or 0.0
-        if spec.max_cost is not None and (cost or 0.0) + kept * self._num_gpus / 3600 * price >= spec.max_cost:
+        if spec.max_cost is not None and (spent.cost(spec) or 0.0) >= spec.max_cost:
             return f"max_cost {spec.max_cost:g}"
         return None
 
@@ -81,15 +107,14 @@ class Budget:
         if not now and time.monotonic() - self._saved < SAVE_AFTER_SECONDS:
             return
         self._saved = time.monotonic()
-        used = {"seconds": self.seconds, "gpu_seconds": 3600 * self.gpu_hours}
-        storage.write_bytes(self._uri, json.dumps(used).encode())
+        storage.write_bytes(self._uri, json.dumps(asdict(self._spent())).encode())
 
 
-def _read(uri: str) -> tuple[float, float]:
+def _read(uri: str) -> Spent:
     if not storage.exists(uri):
-        return 0.0, 0.0
+        return Spent()
     try:
         found = json.loads(storage.read_bytes(uri))
-        return float(found["seconds"]), float(found["gpu_seconds"])
+        return Spent(*(float(found[name]) for name in ("seconds", "gpu_seconds", "machine_seconds")))
     except (ValueError, KeyError, TypeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error}); remove it to count from nothing") from None

@@ -84,6 +84,12 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-start", action="append", default=[], metavar="FOLDER", help="an earlier sweep that guides this one"
     )
     parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="what an hour of one GPU costs")
+    parser.add_argument(
+        "--machine-price",
+        type=float,
+        metavar="PER_HOUR",
+        help="what an hour of one machine costs, with or without GPUs, in place of --price",
+    )
 
 
 def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
@@ -180,6 +186,8 @@ def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
         settings["warm_start"] = [storage.absolute(folder) for folder in options.warm_start]
     if options.price is not None:
         settings["price_per_gpu_hour"] = options.price
+    if options.machine_price is not None:
+        settings["price_per_machine_hour"] = options.machine_price
     return spec.with_settings(settings) if settings else spec
 
 
@@ -233,7 +241,7 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
     ignored = (
         *("storage", "feature_folder", "max_concurrent_trials", "max_failures", "max_trial_minutes", "smoke"),
-        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "warm_start"),
+        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),
     )
     keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

@@ -18,6 +18,7 @@ from imbvlm.features.extract import plan_bytes, size_text, stored_images
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
+from imbvlm.sweep.budget import Spent
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.console import duration, table
 from imbvlm.sweep.estimate import (
@@ -74,6 +75,7 @@ class Plan:
     towers: tuple[Tower, ...]
     free_bytes: int | None
     num_gpus: float
+    num_machines: int
     machine: str
     misfit: str
     concurrent: int
@@ -102,8 +104,9 @@ class Plan:
 
     @property
     def cost(self) -> Range | None:
-        hours, price = self.gpu_hours, self.spec.price_per_gpu_hour
-        return None if hours is None or price is None else hours.times(price)
+        total = None if self.estimate is None else self.estimate.total
+        an_hour = Spent().later(3600, self.num_gpus, self.num_machines).cost(self.spec)
+        return None if total is None or an_hour is None else total.times(an_hour / 3600)
 
 
 def calibrate_here(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> Calibration:
@@ -155,7 +158,8 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
             estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes)
     return Plan(
         spec, space, manifest, problem, found, storage.free_bytes(spec.storage), _num_gpus(spec, cluster, concurrent),
-        _machine(cluster), misfit, concurrent, calibration, tuple(shapes), rows,
+        1 if cluster is None else len(cluster.grown), _machine(cluster), misfit, concurrent,
+        calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
     )  # fmt: skip
 
@@ -458,12 +462,19 @@ def _takes(plan: Plan) -> list[str]:
     if total is not None and hours is not None:
         gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
         lines.append(f"  in all      {_between(total)}{gpus}")
-    if plan.cost is not None and not plan.num_gpus:
-        lines.append("  cost        nothing: the price is that of GPU-hours, and no GPU is used")
+    if plan.cost is not None and not plan.cost.high:
+        mend = "set price_per_machine_hour in its place"
+        lines.append(f"  cost        nothing: price_per_gpu_hour is set, and no GPU is used; {mend}")
     elif plan.cost is not None:
-        price = f"at {spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
-        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {price}")
+        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {_price_words(plan)}")
     return lines + [f"  {line}" for line in _limits(plan)]
+
+
+def _price_words(plan: Plan) -> str:
+    per_machine, machines = plan.spec.price_per_machine_hour, plan.num_machines
+    if per_machine is not None:
+        return f"at {per_machine:g} an hour, {machines} machine{'s' if machines > 1 else ''} paid for"
+    return f"at {plan.spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
 
 
 def _limits(plan: Plan) -> list[str]:

@@ -138,7 +138,7 @@ class _Sweep:
             console,
         )
         concurrent = trials_at_once(spec, cluster)
-        self.budget = Budget(spec, folder, cluster.most_gpus)
+        self.budget = Budget(spec, folder, cluster.most_gpus, len(cluster.grown))
         self.lane = Lane(spec, folder, log, console, concurrent, self.budget)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:

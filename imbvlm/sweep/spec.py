@@ -82,8 +82,11 @@ class SweepSpec(Section):
     num_trials: int = Field(24, ge=1, description="different configurations trained; baselines don't count")
     max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
     max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
-    max_cost: float | None = Field(None, gt=0, description="in the currency of price_per_gpu_hour")
+    max_cost: float | None = Field(None, gt=0, description="in the currency of the price; with one of the two prices")
     price_per_gpu_hour: float | None = Field(None, gt=0, description="all GPUs of the cluster are paid for")
+    price_per_machine_hour: float | None = Field(
+        None, gt=0, description="of a machine with or without GPUs; all machines of the cluster are paid for"
+    )
     driver: Literal["auto", "in_process", "ray_train"] = Field(
         "auto", description="auto: in process for one worker on stored features, else Ray Train"
     )
@@ -330,9 +333,19 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
 
 
 def _check_limits(spec: SweepSpec) -> list[Problem]:
-    if spec.max_cost is None or spec.price_per_gpu_hour is not None:
+    per_gpu, per_machine = spec.price_per_gpu_hour, spec.price_per_machine_hour
+    if per_gpu is not None and per_machine is not None:
+        message = (
+            f"price_per_gpu_hour is {per_gpu:g} and price_per_machine_hour {per_machine:g}: a machine's price has its "
+            "GPUs in it; set one of them"
+        )
+        return [Problem(message, spec.where("price_per_machine_hour"))]
+    if spec.max_cost is None or per_gpu is not None or per_machine is not None:
         return []
-    message = f"max_cost is {spec.max_cost:g}, and without price_per_gpu_hour nothing has a cost; set it too"
+    message = (
+        f"max_cost is {spec.max_cost:g}, and without a price nothing has a cost; set price_per_machine_hour or "
+        "price_per_gpu_hour too"
+    )
     return [Problem(message, spec.where("max_cost"))]
 
 
