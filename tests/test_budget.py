@@ -21,7 +21,7 @@ from imbvlm.sweep.results import TrialLog
 def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0, machine_seconds: float = 0.0) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "spent.json").write_text(
-        json.dumps({"seconds": seconds, "gpu_seconds": gpu_seconds, "machine_seconds": machine_seconds})
+        json.dumps({"seconds": seconds, "gpu_seconds": gpu_seconds, "machine_seconds": machine_seconds, "phases": {}})
     )
     return folder
 

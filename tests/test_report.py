@@ -21,7 +21,8 @@ from sweep_folder import write_sweep
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
-from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs, saved_by_stopping
+from imbvlm.sweep.compute import saved_by_stopping
+from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
 from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.svg import spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -22,7 +23,7 @@ from imbvlm.data.quarantine import limit_findings
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
-from imbvlm.features.store import STORE_FILE, TOWER_FILE, ComputedIn, FeatureStore, StoreKey, StoreLayout
+from imbvlm.features.store import PACE_FILE, STORE_FILE, TOWER_FILE, ComputedIn, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
 from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
@@ -283,6 +284,16 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
                 # Wrong folders or keys shouldn't cost the whole pass.
                 bad[summary["split"]].update(summary["bad"])
                 _check_limits(config, by_split[summary["split"]], bad[summary["split"]])
+        if progress.seconds_per_image is not None:
+            pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
+            for work in works:
+                storage.write_bytes(storage.join(work.store.folder, PACE_FILE), pace.encode())
+
+
+def seconds_per_image(folder: str) -> float | None:
+    """What an image took of a whole cluster's time when a store was filled last; None where that isn't known."""
+    uri = storage.join(folder, PACE_FILE)
+    return float(json.loads(storage.read_bytes(uri))["seconds_per_image"]) if storage.exists(uri) else None
 
 
 def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
@@ -310,6 +321,8 @@ class _Progress:
     def __init__(self, num_images: int, report: Report) -> None:
         self.num_images, self.done, self.report = num_images, 0, report
         self.first: tuple[int, float] | None = None
+        # Of the whole cluster's time, workers' start aside; None before two blocks have come.
+        self.seconds_per_image: float | None = None
         report(f"features: {num_images:,} images to compute")
 
     def add(self, num_images: int) -> None:
@@ -319,8 +332,9 @@ class _Progress:
         seconds = time.monotonic() - self.first[1]
         text = f"features: {self.done:,} of {self.num_images:,} images"
         if seconds > 0 and self.done > self.first[0]:
-            speed = (self.done - self.first[0]) / seconds
-            text += f", {speed:,.0f} a second, {(self.num_images - self.done) / speed:,.0f} s left"
+            self.seconds_per_image = seconds / (self.done - self.first[0])
+            left = (self.num_images - self.done) * self.seconds_per_image
+            text += f", {1 / self.seconds_per_image:,.0f} a second, {left:,.0f} s left"
         self.report(text)
 
 

@@ -29,6 +29,7 @@ from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 TOWER_FILE = "tower.safetensors"
+PACE_FILE = "pace.json"
 VERIFIED_FILE = "verified.json"
 LEFTOVER_SECONDS = 3600
 # A file that changes twice within its file system's tick keeps its times: so young a one isn't taken for verified.

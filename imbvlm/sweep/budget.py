@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 from imbvlm import storage
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
@@ -12,16 +14,18 @@ from imbvlm.sweep.console import duration
 from imbvlm.sweep.spec import SweepSpec
 
 SPENT_FILE = "spent.json"
+Phase = Literal["start", "features", "trials", "refits"]
 SAVE_AFTER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of the driver, of all GPUs and of all machines of its cluster."""
+    """Seconds of the driver, of all GPUs and of all machines of its cluster; the driver's by phase, too."""
 
     seconds: float = 0.0
     gpu_seconds: float = 0.0
     machine_seconds: float = 0.0
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     def later(self, seconds: float, num_gpus: float, num_machines: int) -> Spent:
         """After so many seconds more on so many GPUs and machines."""
@@ -29,7 +33,12 @@ class Spent:
             self.seconds + seconds,
             self.gpu_seconds + seconds * num_gpus,
             self.machine_seconds + seconds * num_machines,
+            self.phases,
         )
+
+    def in_phase(self, phase: Phase, seconds: float) -> Spent:
+        """With so many of its seconds in a phase."""
+        return replace(self, phases={**self.phases, phase: self.phases.get(phase, 0.0) + seconds})
 
     def cost(self, spec: SweepSpec) -> float | None:
         """At the prices of a spec; None without one."""
@@ -41,12 +50,14 @@ class Spent:
 class Budget:
     """Time and money that a sweep has used, kept in its folder, against the limits of its spec.
 
-    Time is that of the driver, from when Ray is there to the end; money is for all GPUs or machines of the cluster in
+    Time is that of the driver, until the test split was scored; money is for all GPUs or machines of the cluster in
     that time.
     """
 
-    def __init__(self, spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1) -> None:
-        """Raises ConfigError where money is limited and nothing costs any."""
+    def __init__(
+        self, spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1, started: float | None = None
+    ) -> None:
+        """`started` is when it began, by the monotonic clock; now without. Raises ConfigError where nothing costs."""
         if spec.max_cost is not None and not Spent().later(3600, num_gpus, num_machines).cost(spec):
             message = (
                 "max_cost counts GPU-hours at price_per_gpu_hour, and this cluster has no GPU; set "
@@ -55,8 +66,10 @@ class Budget:
             raise ConfigError([Problem(message, spec.where("max_cost"))])
         self._spec, self._uri = spec, storage.join(folder, SPENT_FILE)
         self._num_gpus, self._num_machines = num_gpus, num_machines
-        self._before = _read(self._uri)
-        self._started = self._saved = time.monotonic()
+        self._before = read_spent(folder)
+        self._saved = time.monotonic()
+        self._started = self._entered = self._saved if started is None else started
+        self._phase: Phase = "start"
         # Told by whoever knows how long the refits will take: they are part of what is limited.
         self.refit_seconds = 0.0
 
@@ -74,6 +87,12 @@ class Budget:
     def cost(self) -> float | None:
         """None without a price."""
         return self._spent().cost(self._spec)
+
+    def enter(self, phase: Phase) -> None:
+        """From now on time goes to another phase."""
+        now = time.monotonic()
+        self._before = self._before.in_phase(self._phase, now - self._entered)
+        self._entered, self._phase = now, phase
 
     def _spent(self, more_seconds: float = 0.0) -> Spent:
         seconds = time.monotonic() - self._started + more_seconds
@@ -107,14 +126,18 @@ class Budget:
         if not now and time.monotonic() - self._saved < SAVE_AFTER_SECONDS:
             return
         self._saved = time.monotonic()
-        storage.write_bytes(self._uri, json.dumps(asdict(self._spent())).encode())
+        spent = self._spent().in_phase(self._phase, self._saved - self._entered)
+        storage.write_bytes(self._uri, json.dumps(asdict(spent)).encode())
 
 
-def _read(uri: str) -> Spent:
+def read_spent(folder: str) -> Spent:
+    """What a sweep's folder says is used, nothing without a word of it; raises ImbvlmError for a damaged file."""
+    uri = storage.join(folder, SPENT_FILE)
     if not storage.exists(uri):
         return Spent()
     try:
         found = json.loads(storage.read_bytes(uri))
-        return Spent(*(float(found[name]) for name in ("seconds", "gpu_seconds", "machine_seconds")))
-    except (ValueError, KeyError, TypeError) as error:
+        phases = {str(phase): float(seconds) for phase, seconds in found["phases"].items()}
+        return Spent(float(found["seconds"]), float(found["gpu_seconds"]), float(found["machine_seconds"]), phases)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error}); remove it to count from nothing") from None

@@ -9,16 +9,20 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imbvlm import storage
 from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
 from imbvlm.schema import flat
+from imbvlm.sweep.compute import PLAN_FILE
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.listing import SweepState, read_spec, show_text
 from imbvlm.sweep.results import SPEC_FILE
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
+
+if TYPE_CHECKING:
+    from imbvlm.sweep.plan import Plan
 
 LATEST = "latest"
 
@@ -54,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="show what would be done, and what it would take; start and write nothing",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="show the plan first, and in the end what it had said beside what it took"
     )
     add_measure_argument(parser)
 
@@ -101,6 +108,8 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             spec = _with_more_trials(spec, options.resume, options.add_trials)
         if options.dry_run:
             return print_plan(spec, options.measure, as_json=False)
+        if options.plan and options.resume:
+            raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
         if options.fork and not options.resume:
             raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
         from imbvlm.sweep.run import fork, run
@@ -110,6 +119,8 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             folder = fork(spec, _wanted_folder(spec, options.resume), folder, Console())
         elif options.resume:
             folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
+        if options.plan:
+            _keep_plan(spec, options.measure, folder)
         try:
             run(spec, folder, Console())
         except KeyboardInterrupt:
@@ -125,11 +136,26 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
 
 def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:
     """Show what a sweep would do and take; raises ImbvlmError."""
-    from imbvlm.sweep.plan import calibrate_here, calibrate_on_cluster, describe_plan, make_plan, plan_to_dict
+    from imbvlm.sweep.plan import DRY_RUN, describe_plan, plan_to_dict
 
-    plan = make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure])
-    print(json.dumps(plan_to_dict(plan), indent=1) if as_json else describe_plan(plan))
+    plan = _plan(spec, measure)
+    print(json.dumps(plan_to_dict(plan), indent=1) if as_json else f"{describe_plan(plan)}\n{DRY_RUN}")
     return 0
+
+
+def _plan(spec: SweepSpec, measure: str) -> Plan:
+    from imbvlm.sweep.plan import calibrate_here, calibrate_on_cluster, make_plan
+
+    return make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure])
+
+
+def _keep_plan(spec: SweepSpec, measure: str, folder: str) -> None:
+    """Show what a sweep will do and take, and keep it in its folder; raises ImbvlmError."""
+    from imbvlm.sweep.plan import describe_plan, plan_to_dict
+
+    plan = _plan(spec, measure)
+    print(describe_plan(plan), flush=True)
+    storage.write_bytes(storage.join(folder, PLAN_FILE), json.dumps(plan_to_dict(plan), indent=1).encode())
 
 
 def _so_far(folder: str) -> str:

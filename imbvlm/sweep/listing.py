@@ -9,6 +9,7 @@ from typing import Any
 
 from imbvlm import storage
 from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.compute import Compute, compute_text
 from imbvlm.sweep.console import duration, percent, table
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import SPEC_FILE, TrialLog, TrialRecord
@@ -150,6 +151,7 @@ def show_text(state: SweepState) -> str:
         parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:
         parts += ["", scores_table(state.scored, spec)]
+    parts += ["", compute_text(Compute.read(state.folder, spec, log))]
     return "\n".join(parts)
 
 

@@ -20,6 +20,7 @@ from imbvlm.models.towers import find_tower
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
 from imbvlm.sweep.budget import Spent
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.compute import between
 from imbvlm.sweep.console import duration, table
 from imbvlm.sweep.estimate import (
     START_SECONDS,
@@ -43,6 +44,7 @@ from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 
 # So many kinds of trials are measured, about two seconds each.
 MAX_SHAPES = 6
+DRY_RUN = "dry run: nothing was started or written"
 
 Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], Calibration]
 
@@ -267,7 +269,6 @@ def describe_plan(plan: Plan) -> str:
             *_reading(plan),
             *_measured(plan),
             *_takes(plan),
-            "dry run: nothing was started or written",
         ]
     )
 
@@ -497,8 +498,7 @@ def _against(needed: Range, limit: float) -> str:
 
 
 def _between(value: Range) -> str:
-    low, high = duration(value.low), duration(value.high)
-    return low if low == high else f"{low} to {high}"
+    return between(value.low, value.high)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.examples import FeatureSet
-from imbvlm.features.extract import ensure_features
+from imbvlm.features.extract import ensure_features, seconds_per_image
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
 from imbvlm.sweep.budget import Budget
+from imbvlm.sweep.compute import Compute, Paces, compute_text
 from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
@@ -84,7 +85,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         with connected() as cluster:
-            sweep = _Sweep(spec, space, manifest, folder, log, console, cluster)
+            sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
             sweep.search()
             sweep.confirm()
             sweep.refit_and_score()
@@ -128,6 +129,7 @@ class _Sweep:
         log: TrialLog,
         console: Console,
         cluster: Cluster,
+        started: float,
     ) -> None:
         self.spec, self.space, self.manifest, self.folder, self.log, self.console = (
             spec,
@@ -138,7 +140,7 @@ class _Sweep:
             console,
         )
         concurrent = trials_at_once(spec, cluster)
-        self.budget = Budget(spec, folder, cluster.most_gpus, len(cluster.grown))
+        self.budget = Budget(spec, folder, cluster.most_gpus, len(cluster.grown), started)
         self.lane = Lane(spec, folder, log, console, concurrent, self.budget)
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
@@ -152,6 +154,7 @@ class _Sweep:
         if not cluster.started_here:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
+        self.budget.enter("features")
         self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
         self.scored: list[TrialRecord] = []
         # The limit that is used up, such as `max_hours 8`.
@@ -162,6 +165,7 @@ class _Sweep:
 
     def search(self) -> None:
         """Baselines, then trials of the space until the budget is used."""
+        self.budget.enter("trials")
         starts = warm_starts(self.spec, self.space)
         for start in starts:
             self.console.say(start.describe())
@@ -236,7 +240,9 @@ class _Sweep:
 
     def refit_and_score(self) -> None:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
+        self.budget.enter("features")
         test_features = self._extract(("test",)) if "test" in self.manifest.splits else {}
+        self.budget.enter("refits")
         chosen = refits(self.log, self.spec)
         jobs = [
             Job(refit.trial_id(seed, self.log), "refit", refit.name, config)
@@ -286,6 +292,7 @@ class _Sweep:
         self.log.write_table()
         if test_features:
             self._record_reading()
+        self.budget.keep(now=True)
 
     def _run_fixed(
         self, waiting: list[Job], settings: Callable[[Job], TrialSettings], kind: TrialKind, total: int
@@ -308,6 +315,7 @@ class _Sweep:
         if self.spec.other_objectives:
             self._keep_pareto()
         self._say_scores()
+        self._say_compute()
         write_best(self.folder, best)
         report = self._report()
         say()
@@ -360,6 +368,11 @@ class _Sweep:
             say(table(list(found.header), [list(row) for row in found.rows]))
         write_tables(self.folder, tables)
 
+    def _say_compute(self) -> None:
+        """Where the time went beside what was planned, and what was spared."""
+        self.console.say()
+        self.console.say(compute_text(Compute.read(self.folder, self.spec, self.log)))
+
     def _report(self) -> str | None:
         """The page's location; None, and a sentence, where it can't be drawn: a night's result must not hang on it."""
         try:
@@ -384,6 +397,11 @@ class _Sweep:
             self.console.end_live()
             found[tower_key(config)] = features
         self._say_quarantined(next(iter(found.values())))
+        if "train" in splits:
+            measured = {key: seconds_per_image(features.folders["train"]) for key, features in found.items()
+                        if "train" in features.folders}  # fmt: skip
+            paces = {key: seconds for key, seconds in measured.items() if seconds is not None}
+            Paces(len(self.manifest.rows_of("train")), paces).write(self.folder)
         return found
 
     def _say_quarantined(self, features: FeatureSet) -> None:

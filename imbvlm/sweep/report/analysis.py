@@ -13,8 +13,6 @@ import numpy.typing as npt
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 
-from imbvlm.config import TrialConfig
-from imbvlm.config_stages import num_stage_epochs
 from imbvlm.sweep.report.source import Scored, Source
 from imbvlm.sweep.results import TrialRecord
 from imbvlm.sweep.spec import AshaConfig
@@ -97,42 +95,6 @@ def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
-
-
-def planned_epochs(record: TrialRecord) -> int | None:
-    """Epochs of both stages of a trial that runs to its end; None where that can't be told yet."""
-    config: TrialConfig = record.trial_config()
-    if config.train is None:
-        return 1
-    first = config.train.num_epochs
-    if first is None and record.epochs and record.epochs[0].get("step") and config.train.num_steps:
-        first = math.ceil(config.train.num_steps / record.epochs[0]["step"])
-    return None if first is None else first + num_stage_epochs(config.second_stage)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Epochs and seconds that stopped trials would still have taken, beside those of the search."""
-
-    num_stopped: int
-    epochs: int
-    planned_epochs: int
-    seconds: float
-    search_seconds: float
-
-
-def saved_by_stopping(records: list[TrialRecord]) -> Saved:
-    """Each stopped trial's missing epochs at its own mean pace."""
-    stopped, epochs, planned, seconds = 0, 0, 0, 0.0
-    for record in records:
-        wanted = planned_epochs(record) or len(record.epochs)
-        planned += wanted
-        if record.state == "stopped" and record.epochs:
-            missing = max(0, wanted - len(record.epochs))
-            stopped += 1
-            epochs += missing
-            seconds += missing * record.seconds() / len(record.epochs)
-    return Saved(stopped, epochs, planned, seconds, sum(record.seconds() for record in records if record.ended_at))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.sweep.compute import phase_rows, stopping_words, store_words
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.report import class_figures, result_tables, search_figures, study_tables
-from imbvlm.sweep.report.analysis import Margin, comparisons, fairness, importances, margin, rungs, saved_by_stopping
+from imbvlm.sweep.report.analysis import Margin, comparisons, fairness, importances, margin, rungs
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
@@ -256,50 +257,27 @@ def _mattered(source: Source) -> Section:
 
 
 def _compute(source: Source) -> Section:
-    section = Section("compute", "Compute")
+    section, compute = Section("compute", "Compute"), source.compute
     search = source.log.of("search")
-    saved = saved_by_stopping(search)
-    rows = [["search", f"{len(search)} trials, {duration(saved.search_seconds)} of their own time"]]
-    if saved.num_stopped:
-        share = percent(saved.epochs / max(1, saved.planned_epochs))
-        rows.append(
-            [
-                "early stopping",
-                f"{saved.num_stopped} trials stopped early; {saved.epochs:,} of {saved.planned_epochs:,} epochs "
-                f"({share} %) were not run, about {duration(saved.seconds)}",
-            ]
-        )
+    seconds = sum(record.seconds() for record in search if record.ended_at)
+    rows = [["search", f"{len(search)} trials, {duration(seconds)} of their own time"]]
+    for what, words in (("feature store", store_words(compute)), ("early stopping", stopping_words(compute))):
+        rows += [[what, f"{words[0].upper()}{words[1:]}."]] if words else []
     for rung in rungs(source):
         known = "too few to tell" if rung.correlation is None else f"{rung.correlation:.2f}"
         rows.append(
             [
                 f"rung at {rung.share:.0%}",
-                f"rank correlation with the end: {known}, over the {rung.num_trials} trials that finished",
+                f"Rank correlation with the end: {known}, over the {rung.num_trials} trials that finished.",
             ]
         )
-    rows += _store_row(source)
+    times = phase_rows(compute)
+    if times:
+        section.blocks.append(Table("time", "Where the time went", ["", "planned", "took"], times))
     section.blocks.append(Table("compute", "", ["", ""], rows, 2))
     trained = study_tables.parameters(source)
     section.blocks += [trained] if trained else []
     return section
-
-
-def _store_row(source: Source) -> list[list[str]]:
-    """How often trials read an image's stored output where the tower would have run."""
-    record = source.classes
-    if record is None:
-        return []
-    rows = int(record.stats.split_counts.sum())
-    stored = [one for one in source.log.records.values() if one.views.isdigit()]
-    epochs = sum(len(one.epochs) for one in stored if one.config["method"] != "zero_shot")
-    if not epochs:
-        return []
-    views = max(int(one.views) for one in stored)
-    words = (
-        f"{epochs * rows:,} training images were read over {epochs:,} epochs; the tower saw {views * rows:,} "
-        f"({views} view{'s' if views > 1 else ''} of {rows:,}), {epochs / views:,.0f} times fewer"
-    )
-    return [["feature store", words]]
 
 
 def _data(source: Source) -> Section:

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from imbvlm import storage
 from imbvlm.class_stats import ClassStats
 from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.compute import Compute
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.quarantine import QUARANTINE_FILE
 from imbvlm.sweep.refits import WINNER
@@ -113,6 +115,11 @@ class Source:
         """Search trials with a value, in the order in which they were started."""
         pairs = [(record, self.value(record)) for record in self.log.of("search")]
         return [(record, value) for record, value in pairs if value is not None]
+
+    @cached_property
+    def compute(self) -> Compute:
+        """What the time went into and what was spared."""
+        return Compute.read(self.folder, self.spec, self.log)
 
     @property
     def has_test(self) -> bool:
