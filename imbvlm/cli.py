@@ -487,7 +487,8 @@ def _predict(options: argparse.Namespace) -> int:
         write(counted(), sys.stdout, options.top)
         sys.stdout.flush()
     if bad:
-        print(f"imbvlm: {bad} of {len(images)} images could not be read", file=sys.stderr)
+        where = "; the column error says why" if options.out else ""
+        print(f"imbvlm: {bad} of {len(images)} images could not be read{where}", file=sys.stderr)
     return 1 if bad == len(images) else 0
 
 

@@ -37,6 +37,12 @@ def ray_cluster(fault_orders: Path) -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture
+def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's plan is of this machine, whatever clusters run on it: of several a plan asks which one is meant."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that need Ray come first: with several test processes (`-n`) the long ones mustn't be left for the end."""
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}

@@ -31,6 +31,9 @@ SPACE = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("own_machine")
+
+
 def spec(**fields: Any) -> SweepSpec:
     return SweepSpec.from_tree({"name": "small", "base": BASE, "space": SPACE, **fields})
 

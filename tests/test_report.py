@@ -108,7 +108,7 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     report = build(Source.read(str(folder)))
     assert "on validation" in report.statement
-    assert "test split has not been read" in report.statement
+    assert "No test split has been scored" in report.statement
     assert "Test split" not in page_of(folder)
 
 

@@ -314,6 +314,7 @@ def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
         assert steps == {8192}
 
 
+@pytest.mark.usefixtures("own_machine")
 def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     made, left_out = paper.study(["depth"])
     assert [table.name for table in made.study] == ["depth"]
@@ -327,6 +328,7 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
 # ---------------------------------------------------------------------------------------------- sweeps/lift.py
 
 
+@pytest.mark.usefixtures("own_machine")
 @pytest.mark.parametrize(
     ("recipe", "epochs", "plus"), [("imagenet_lt", 10, 5), ("places_lt", 10, 5), ("inat2018", 20, 15)]
 )
@@ -356,6 +358,7 @@ def test_lifts_recipe_for_each_data_set(
     assert f"data/{recipe}/manifest.parquet (NOT THERE" in said
 
 
+@pytest.mark.usefixtures("own_machine")
 def test_lift_on_the_towers_of_the_package_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     lift = importlib.import_module("sweeps.lift")

@@ -205,7 +205,11 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
         empty = tuple(names[label] for label in stats.zero_train)
         yield Finding("warning", f"{count_of(len(empty), 'class')} without training images (zero_train)", empty)
     if "test" not in manifest.splits:
-        yield Finding("warning", "no test split: a sweep can select, and can't score what it selected")
+        yield Finding(
+            "warning",
+            "no test split: a sweep can select, and can't score what it selected; keep images apart for it in a folder "
+            "test/ beside train/, or as rows of that split",
+        )
     official = "val" in manifest.splits
     rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)
     lost = tuple(names[label] for label in not_selectable(manifest.labels[rows], len(names)))

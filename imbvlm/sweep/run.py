@@ -357,6 +357,11 @@ class _Sweep:
                     [one for one in self.scored if one.name in names or one.name.startswith(EARLIER)], self.spec
                 )
             )
+        if "test" not in self.manifest.splits:
+            say(
+                "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart in "
+                "a folder test/ beside train/, or as rows of that split"
+            )
         for name, one in self.post_hoc.items():
             if name in names:
                 say(describe_post_hoc(name, one, self.scored))

@@ -124,7 +124,7 @@ def _statement(source: Source) -> tuple[str, bool]:
     margins = sorted(_margins(source), key=lambda one: one.gain)
     if not margins:
         sentence = verdict(source.log, source.spec)
-        return f"{sentence[0].upper()}{sentence[1:]}. The test split has not been read.", False
+        return f"{sentence[0].upper()}{sentence[1:]}. No test split has been scored.", False
     first, words = margins[0], [_margin_words(one) for one in margins]
     if first.shown:
         return f"The winner is {' and '.join(words)} on the test split's balanced accuracy.", True
