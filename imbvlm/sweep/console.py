@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ REDRAW_SECONDS = 0.1
 LOG_SECONDS = ((0.0, 15.0), (300.0, 60.0), (3600.0, 300.0))
 CI_SECONDS = 300.0
 LABEL_WIDTH = 8
+# What is too long for a row of a narrow terminal goes on in the next, as far as this.
+MAX_ROWS = 3
 BOLD, RED, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[0m"
 
 
@@ -61,8 +64,10 @@ class Console:
             self._write_copy(in_one)
         self._clear()
         lines = {"": text} if isinstance(text, str) else text
-        width = self._columns() - 1
-        drawn = [self._line(label, one, width) for label, one in lines.items()]
+        columns, rows = self._size()
+        drawn = [row for label, one in lines.items() for row in self._rows(label, one, columns - 1)]
+        # What has scrolled away couldn't be taken away again.
+        drawn = drawn[: max(1, rows - 1)]
         # The cursor stays behind the last line, so that what is said next begins where the view did.
         self._stream.write("\n".join(drawn))
         self._stream.flush()
@@ -84,14 +89,16 @@ class Console:
         since_start = time.monotonic() - self._started
         return next(pause for since, pause in reversed(LOG_SECONDS) if since_start >= since)
 
-    def _line(self, label: str, text: str, width: int) -> str:
-        """One line of the view, cut to the terminal: a line that wraps couldn't be taken away again."""
+    def _rows(self, label: str, text: str, width: int) -> list[str]:
+        """Rows of the view that the terminal needn't wrap: what it wraps couldn't be taken away again."""
         head = f"{label:<{LABEL_WIDTH}}" if label else ""
         room = max(10, width - len(head))
-        text = text if len(text) <= room else f"{text[: room - 1]}…"
-        if not self._has_colours or not label:
-            return head + text
-        return f"{RED if label == 'failed' else BOLD}{head}{PLAIN}{text}"
+        first, *more = textwrap.wrap(text, room, max_lines=MAX_ROWS, placeholder="…") or [""]
+        if self._has_colours and label:
+            first = f"{RED if label == 'failed' else BOLD}{head}{PLAIN}{first}"
+        else:
+            first = head + first
+        return [first, *(" " * len(head) + row for row in more)]
 
     def _write_copy(self, text: str) -> None:
         if self._copy is not None:
@@ -104,11 +111,12 @@ class Console:
             self._stream.write(f"\r{up}\x1b[J")
             self._num_live_lines = 0
 
-    def _columns(self) -> int:
+    def _size(self) -> tuple[int, int]:
+        """Columns and rows by now: a terminal may have become another size."""
         try:
-            return os.get_terminal_size(self._stream.fileno()).columns
+            return os.get_terminal_size(self._stream.fileno())
         except OSError:
-            return 100
+            return 100, 24
 
     @contextmanager
     def others_to(self, log: Path | None) -> Iterator[None]:
