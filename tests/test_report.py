@@ -17,12 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sweep_folder import write_sweep
+from sweep_folder import sweep_spec, write_sweep
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
-from imbvlm.sweep.compute import saved_by_stopping
+from imbvlm.sweep.baselines import tower_key
+from imbvlm.sweep.compute import Compute, compute_text, saved_by_stopping, saved_by_store
+from imbvlm.sweep.console import duration
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
+from imbvlm.sweep.report.result_tables import compared_classes
 from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.svg import spread
@@ -193,6 +196,45 @@ def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
     assert rung.correlation == pytest.approx(1)
 
 
+def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    log = TrialLog.read(str(folder))
+    probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
+    (key,) = {tower_key(one.trial_config()) for one in probes}
+    phases = {"start": 10.0, "features": 20.0, "trials": 70.0, "refits": 30.0}
+    spent = {"seconds": 130.0, "gpu_seconds": 520.0, "machine_seconds": 130.0, "phases": phases}
+    plan = {
+        "seconds": {
+            "features": 15.0,
+            "baselines": [2.0, 20.0],
+            "trials": [40, 60],
+            "refits": [9, 9],
+            "total": [66, 104],
+        }
+    }
+    assert "Where the time went" not in page_of(folder)
+    for name, content in (("spent", spent), ("paces", {"num_train": 500, "seconds": {key: 0.01}}), ("plan", plan)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    compute = Compute.read(str(folder), sweep_spec(), log)
+    saved = saved_by_store(compute)
+    epochs = sum(len(one.epochs) for one in probes)
+    assert (saved.num_epochs, saved.num_read, saved.num_seen) == (epochs, 500 * epochs, 500)
+    assert saved.tower_seconds == pytest.approx(5 * epochs)
+    # Four GPUs stood by all the time.
+    words = f"spared about {duration(5 * epochs - 20)} ({4 * (5 * epochs - 20) / 3600:.3g} GPU-hours): trials read "
+    assert compute_text(compute).splitlines()[1].startswith(f"feature store: {words}")
+    assert compute_text(compute).splitlines()[0] == (
+        "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
+        "and trials 1 min 10 s, refits and test split 30 s"
+    )
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "time"]
+    assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
+    assert words.replace("spared", "Spared", 1) in page_of(folder)
+    # A store that costs more than it spares is no gain.
+    (folder / "paces.json").write_text(json.dumps({"num_train": 1, "seconds": {key: 1e-6}}))
+    assert "feature store: spared nothing here" in compute_text(Compute.read(str(folder), sweep_spec(), log))
+
+
 def test_a_front_has_no_trial_that_is_slower_and_worse():
     assert pareto_front([3, 1, 2, 2, 5], [0.9, 0.5, 0.4, 0.6, 0.8]) == [1, 3, 0]
     assert pareto_front([], []) == []
@@ -269,6 +311,19 @@ def test_margins_stand_beside_the_seeds_spread_and_the_standard_error(tmp_path):
         )
         assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
     assert row["standard error (balanced)"] == "1.4"
+
+
+def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
+    ours, theirs, _ = compared_classes(source)
+    gain = ours.correct / ours.total - theirs.correct / theirs.total
+    for row in table.rows:
+        labels = getattr(ours.stats, row[0].replace("-", "_"))
+        never = [int((one.correct[labels] == 0).sum()) for one in (ours, theirs)]
+        found = [len(labels), int((gain[labels] > 0).sum()), int((gain[labels] < 0).sum()), *never]
+        assert [int(cell) for cell in row[1:]] == found
+    assert sum(int(row[1]) for row in table.rows) == len(COUNTS)
 
 
 def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):

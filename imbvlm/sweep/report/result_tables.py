@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.report.analysis import comparisons, margin, values_in
@@ -176,6 +177,26 @@ def class_changes(source: Source) -> list[Table]:
         if rows:
             found.append(Table(key, title, header, rows))
     return found
+
+
+def class_groups(source: Source) -> Table | None:
+    """By shot group how many classes gain and lose against the best trained baseline, and how many are never right."""
+    pair = compared_classes(source)
+    if pair is None:
+        return None
+    ours, theirs, name = pair
+    ours_accuracy, theirs_accuracy = (per_class_accuracy(one.correct, one.total) for one in (ours, theirs))
+    rows = []
+    for group in SHOT_GROUPS:
+        labels = getattr(ours.stats, group)
+        ours_of, theirs_of = (one[labels][~np.isnan(ours_accuracy[labels])] for one in (ours_accuracy, theirs_accuracy))
+        if len(ours_of):
+            counts = (len(ours_of), (ours_of > theirs_of).sum(), (ours_of < theirs_of).sum(), (ours_of == 0).sum(),
+                      (theirs_of == 0).sum())  # fmt: skip
+            rows.append([group.replace("_", "-"), *(f"{count:,}" for count in counts)])
+    header = ["", "classes", "gain", "lose", "never right", f"never right, {name}"]
+    caption = f"Classes with test images, the winner beside {name}."
+    return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
 
 
 def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str] | None:

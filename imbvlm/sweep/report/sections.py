@@ -193,7 +193,8 @@ def _result(source: Source) -> Section:
 
 def _classes(source: Source) -> Section:
     section = Section("classes", "Classes")
-    changes = result_tables.class_changes(source)
+    groups, changes = result_tables.class_groups(source), result_tables.class_changes(source)
+    section.blocks += [groups] if groups else []
     section.blocks += [Columns(changes)] if changes else []
     pairs = _pairs(source)
     if pairs:
