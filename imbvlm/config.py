@@ -63,6 +63,9 @@ class EncoderConfig(Section):
     quick_gelu: bool | None = Field(
         None, description="what local weights were trained with; null: what their own config says"
     )
+    token_pooling: Literal[1, 2] = Field(
+        1, description="2: each 2 x 2 neighbouring tokens become their mean, the class token stays; a quarter to store"
+    )
 
 
 class FeaturesConfig(Section):
@@ -77,6 +80,9 @@ class FeaturesConfig(Section):
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
     precision: Literal["float16", "float32"] = "float16"
+    int8_tokens: bool = Field(
+        False, description="tokens are stored as bytes with a scale per channel and shard; half of float16's size"
+    )
 
 
 class DecoderConfig(Section):

@@ -277,7 +277,8 @@ def without_paths(config: TrialConfig) -> TrialConfig:
 
 
 def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
-    return Encoder.from_config(EncoderConfig(name=f"local-dir:{folder}"), config.eval, device)
+    tower = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
+    return Encoder.from_config(tower, config.eval, device)
 
 
 @contextmanager

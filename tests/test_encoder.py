@@ -1,5 +1,6 @@
 """Towers: the three outputs of every visual class, QuickGELU, names, sizes, identity."""
 
+import math
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from towers import CONFIGS, write_config, write_tower
 from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import ENCODERS, OUTPUTS, Encoder, absolute_encoder, describe_encoder
+from imbvlm.models.token_pooling import pooling_matrix
 from imbvlm.models.towers import find_tower
 
 # Other image sizes that each kind can be given.
@@ -62,6 +64,33 @@ def test_description_without_weights_agrees_with_the_tower(folders: dict[str, st
     described, loaded = describe_encoder(config), Encoder.from_config(config, EvalConfig()).info
     unknown = {"logit_scale": 0.0, "weights_fingerprint": ""}
     assert described.to_dict() | unknown == loaded.to_dict() | unknown
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[str, str], kind: str) -> None:
+    plain, encoder = load(folders[kind]), load(folders[kind], token_pooling=2)
+    crops = images(plain)
+    whole, pooled = plain.forward_images(crops), encoder.forward_images(crops)
+    torch.testing.assert_close(pooled.pooled, whole.pooled)
+    torch.testing.assert_close(pooled.image_embedding, whole.image_embedding)
+    assert tuple(pooled.tokens.shape[1:]) == encoder.info.shape("tokens")
+    described = describe_encoder(EncoderConfig(name=folders[kind], token_pooling=2))
+    assert (described.num_tokens, described.token_pooling) == (encoder.info.num_tokens, 2)
+    # In front: the class token, and timm_vit_registers' registers.
+    front = {"vit": 1, "vit_avg": 1, "timm_vit": 1, "timm_vit_registers": 1, "timm_siglip": 1}.get(kind, 0)
+    torch.testing.assert_close(pooled.tokens[:, :front], whole.tokens[:, :front])
+    side = math.isqrt(whole.tokens.shape[1] - front)
+    grid = whole.tokens[:, front:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    # Where the grid is odd its edge has fewer neighbours.
+    expected = F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pooled.tokens[:, front:], expected)
+
+
+def test_tokens_on_no_grid_are_not_pooled() -> None:
+    with pytest.raises(ImbvlmError, match=r"the 12 tokens of some/tower are no square; set encoder\.token_pooling: 1"):
+        pooling_matrix(13, 1, 2, "some/tower")
+    with pytest.raises(ImbvlmError, match="gives one token at this image size"):
+        pooling_matrix(2, 1, 2, "some/tower")
 
 
 def test_vit_tokens_are_the_last_blocks_with_the_class_token_first(folders: dict[str, str]) -> None:

@@ -131,12 +131,15 @@ def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
         "features.num_views (2)",
         "features.precision (float16)",
         "image_size",
+        "set features.int8_tokens: true (a half of the tokens' bytes)",
+        "set encoder.token_pooling: 2 (a quarter of them)",
         "decoder",
     ):
         assert word in str(caught.value)
     with pytest.raises(ImbvlmError) as caught:
         extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"})
     assert "decoder" not in str(caught.value)
+    assert "int8" not in str(caught.value)
 
 
 def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:

@@ -115,7 +115,7 @@ def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> Non
     monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: 1_000_000)
     found = make_plan(spec(storage=str(tmp_path)), None)
     assert plan_to_dict(found)["fits_disk"] is False
-    assert "ONLY 1.0 MB free" in describe_plan(found)
+    assert "ONLY 1.0 MB free: reduce features.num_views or features.precision" in describe_plan(found)
 
 
 @pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])

@@ -212,8 +212,10 @@ def test_the_key_changes_with_everything_that_changes_the_numbers() -> None:
         replace(key, num_views=2),
         replace(key, precision="float32"),
         replace(key, computed_in="bfloat16"),
+        replace(key, token_pooling=2),
+        replace(key, int8_tokens=True),
     ]
-    assert len({key.digest, *(other.digest for other in others)}) == 7
+    assert len({key.digest, *(other.digest for other in others)}) == 9
     assert replace(key, preprocess={"resize": 1.1, "image_size": 96}).digest == key.digest
 
 
@@ -227,6 +229,56 @@ def test_shards_are_plain_arrow_files(tmp_path: Path) -> None:
         assert batch.column("view").to_pylist() == [0, 1] * 4
         assert batch.column("reason").to_pylist() == [None, None, "truncated", "truncated", None, None, None, None]
         assert np.array_equal(np.array(batch.column("pooled").to_pylist(), np.float16), numbers()[4:8].reshape(8, 4))
+
+
+def test_bytes_with_a_scale_are_off_by_half_a_scale_at_most(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, int8_tokens=True)
+    # Channels of very different sizes, one of zeros; the second shard is larger than the first.
+    values = numbers("tokens") * np.array([100.0, 1.0, 0.0, 0.001], np.float16)
+    values[4:8] *= 8
+    store = FeatureStore.create(str(tmp_path), layout)
+    for shard in range(3):
+        rows = layout.rows_of(shard)
+        store.write("tokens", shard, values[rows.start : rows.stop], [None] * len(rows))
+    opened = FeatureStore.open(str(tmp_path))
+    assert opened.missing("tokens") == []
+    assert opened.view("tokens", 0).dtype == torch.int8
+    assert layout.num_bytes("tokens") == values.size == LAYOUT.num_bytes("tokens") // 2
+    assert layout.num_bytes("pooled") == LAYOUT.num_bytes("pooled")
+    rows, views = np.array([9, 0, 4, 3, 9, 4]), np.array([1, 0, 1, 1, 0, 1])
+    got = opened.gather("tokens", rows, views)
+    assert got.dtype == torch.float16
+    for row, found, expected in zip(rows, got.float().numpy(), values[rows, views], strict=True):
+        of_shard = layout.rows_of(row // 4)
+        scale = np.abs(values[of_shard.start : of_shard.stop]).max(axis=(0, 1, 2)).astype(np.float32) / 127
+        # And half precision's own rounding of the product.
+        assert (np.abs(found - expected.astype(np.float32)) <= 0.5 * scale + np.abs(found) / 2048 + 1e-7).all()
+        assert (found[:, 2] == 0).all()
+    assert opened.gather("tokens", np.array([], dtype=np.int64)).shape == (0, 3, 4)
+
+
+def test_a_shard_of_bytes_proves_its_scale_too_and_comes_out_the_same_again(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, int8_tokens=True)
+    store = write_all(tmp_path, "tokens", layout)
+    path = Path(store.shard_path("tokens", 1))
+    data = path.read_bytes()
+    store.write("tokens", 1, numbers("tokens")[4:8], [None] * 4)
+    assert path.read_bytes() == data
+    scale = np.abs(numbers("tokens")[4:8]).max(axis=(0, 1, 2)).astype(np.float32) / np.float32(127)
+    damaged = bytearray(data)
+    damaged[data.index(scale.tobytes()) + 2] ^= 1
+    path.write_bytes(damaged)
+    assert store.missing("tokens", full=True) == [1]
+    assert write_all(tmp_path / "plain", "tokens").missing("tokens") == []
+    # A shard of half floats is no shard of a store of bytes.
+    path.write_bytes(Path(write_all(tmp_path / "plain", "tokens").shard_path("tokens", 1)).read_bytes())
+    assert store.missing("tokens", full=True) == [1]
+
+
+def test_bytes_are_refused_where_half_precision_would_be(tmp_path: Path) -> None:
+    store = FeatureStore.create(str(tmp_path), replace(LAYOUT, int8_tokens=True))
+    with pytest.raises(StoreError, match="not finite in float16"):
+        store.write("tokens", 0, np.full((4, 2, 3, 4), 1e5, np.float32), [None] * 4)
 
 
 BIG = StoreLayout("digest", 400, 1, 400, "float16", {"pooled": (4096,)})

@@ -183,6 +183,11 @@ def _check_tower(config: TrialConfig, features: FeatureSet) -> None:
             f"the configuration asks for encoder {asked.name} at {asked.image_size or stored.image_size} px, and these "
             f"features are of {stored.name} at {stored.image_size} px; extract again with this configuration"
         )
+    if asked.token_pooling != stored.token_pooling:
+        raise StoreError(
+            f"the configuration asks for encoder.token_pooling {asked.token_pooling}, and these features were stored "
+            f"with {stored.token_pooling}; extract again with this configuration"
+        )
 
 
 def _examples(

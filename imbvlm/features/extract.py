@@ -122,6 +122,12 @@ def plan_bytes(
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
+def image_bytes(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
+    """Bytes of these outputs of one crop."""
+    layout = _layout(config, info, 1, 1, "")
+    return sum(layout.num_bytes(output) for output in outputs)
+
+
 def stored_images(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> tuple[int, int]:
@@ -178,7 +184,7 @@ def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, d
     largest = max(math.prod(shape) for shape in shapes.values()) * np.dtype(precision).itemsize
     bytes_per_row = views * max(largest, 3 * info.image_size**2)
     rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // LEAST_SHARDS))
-    return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes)
+    return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes, config.features.int8_tokens)
 
 
 def _computed_in() -> ComputedIn:
@@ -220,6 +226,8 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str
         num_views=_num_views(config, split) if preprocess.expand is None else len(FIVE_CROPS),
         precision=config.features.precision,
         computed_in=_computed_in(),
+        token_pooling=encoder.info.token_pooling,
+        int8_tokens=config.features.int8_tokens,
     )
 
 
@@ -236,6 +244,7 @@ def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
     size = config.encoder.image_size or "the tower's own"
     knobs.append(f"encoder.image_size ({size})")
     if needed["tokens"]:
+        knobs += token_knobs(config)
         reading = ", ".join(name for name, entry in METHODS.items() if entry.reads == "tokens")
         knobs.append(f"or leave out the methods that need tokens ({reading})")
     parts = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
@@ -243,6 +252,13 @@ def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
         f"the stored features need {size_text(total)} more ({parts}) and {root} has {size_text(free)} free; reduce "
         f"{', '.join(knobs)}, or choose a storage folder on a larger disk"
     )
+
+
+def token_knobs(config: TrialConfig) -> list[str]:
+    """What makes stored tokens smaller and isn't set yet, with the share of bytes that it leaves of them."""
+    share = "a half" if config.features.precision == "float16" else "a quarter"
+    knobs = [] if config.features.int8_tokens else [f"set features.int8_tokens: true ({share} of the tokens' bytes)"]
+    return knobs if config.encoder.token_pooling > 1 else [*knobs, "set encoder.token_pooling: 2 (a quarter of them)"]
 
 
 def size_text(num_bytes: float) -> str:

@@ -32,9 +32,12 @@ TOWER_FILE = "tower.safetensors"
 PACE_FILE = "pace.json"
 VERIFIED_FILE = "verified.json"
 LEFTOVER_SECONDS = 3600
+# The column of what bytes are multiplied by.
+_SCALE = "scale"
 # A file that changes twice within its file system's tick keeps its times: so young a one isn't taken for verified.
 SETTLED_SECONDS = 3.0
 Precision = Literal["float16", "float32"]
+StoredAs = Literal["float16", "float32", "int8"]
 ComputedIn = Literal["float32", "bfloat16"]
 Rows = npt.NDArray[np.int64]
 
@@ -47,7 +50,8 @@ class StoreError(ImbvlmError):
 class StoreKey:
     """Everything that determines a store's numbers; two stores with the same digest are interchangeable.
 
-    `computed_in` is what the tower computes in, which differs between CPUs and GPUs; `precision` what is kept of it.
+    `computed_in` is what the tower computes in, which differs between CPUs and GPUs; `precision` what is kept of it,
+    but for tokens where `int8_tokens`. `token_pooling` is the tower's.
     """
 
     rows: str
@@ -56,6 +60,8 @@ class StoreKey:
     num_views: int
     precision: Precision
     computed_in: ComputedIn
+    token_pooling: int = 1
+    int8_tokens: bool = False
 
     @property
     def digest(self) -> str:
@@ -66,7 +72,11 @@ class StoreKey:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """How rows lie in shards: shard s has rows [s * rows_per_shard, ...), each with `num_views` entries in a row."""
+    """How rows lie in shards: shard s has rows [s * rows_per_shard, ...), each with `num_views` entries in a row.
+
+    With `int8_tokens` a shard's tokens are bytes, times a scale for each channel that is the shard's own: so it hangs
+    on the shard's rows alone, and comes out the same when it is computed again.
+    """
 
     digest: str
     num_rows: int
@@ -74,6 +84,11 @@ class StoreLayout:
     rows_per_shard: int
     precision: Precision
     shapes: Mapping[OutputName, tuple[int, ...]]
+    int8_tokens: bool = False
+
+    def stored_as(self, output: OutputName) -> StoredAs:
+        """What an output's numbers are on disk."""
+        return "int8" if self.int8_tokens and output == "tokens" else self.precision
 
     @property
     def num_shards(self) -> int:
@@ -86,7 +101,8 @@ class StoreLayout:
 
     def num_bytes(self, output: OutputName) -> int:
         """Size of one output's numbers on disk, without Arrow's few kilobytes per shard."""
-        return self.num_rows * self.num_views * int(np.prod(self.shapes[output])) * np.dtype(self.precision).itemsize
+        numbers = self.num_rows * self.num_views * int(np.prod(self.shapes[output]))
+        return numbers * np.dtype(self.stored_as(output)).itemsize
 
 
 class Quarantined(NamedTuple):
@@ -110,6 +126,13 @@ class _FileState(NamedTuple):
         return max(self.modified, self.changed) < time_ns
 
 
+class _Mapped(NamedTuple):
+    """A shard's values as they are on disk, and what bytes are multiplied by, channel by channel (D,)."""
+
+    values: npt.NDArray[Any]
+    scale: npt.NDArray[np.float32] | None
+
+
 @dataclass(frozen=True)
 class FeatureStore:
     """One folder: the outputs of one tower for one official split, rows x views in manifest order.
@@ -122,7 +145,7 @@ class FeatureStore:
     layout: StoreLayout
     read: tuple[OutputName, ...] | None = None
     # Memory maps opened so far; a map costs address space, not memory.
-    _maps: dict[tuple[OutputName, int], npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+    _maps: dict[tuple[OutputName, int], _Mapped] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def create(folder: str, layout: StoreLayout) -> FeatureStore:
@@ -204,17 +227,23 @@ class FeatureStore:
                 f"{output} has values that are not finite in {self.layout.precision} (largest "
                 f"{np.abs(values).max():.4g}); set features.precision: float32, or look at the tower's weights"
             )
-        data = _to_arrow(self.layout, output, shard, stored, reasons)
+        scale = None
+        if self.layout.stored_as(output) == "int8":
+            stored, scale = quantised(stored)
+        data = _to_arrow(self.layout, output, shard, stored, scale, reasons)
         storage.write_bytes(self.shard_path(output, shard), data)
         self._maps.pop((output, shard), None)
         return len(data)
 
     def view(self, output: OutputName, shard: int) -> Tensor:
-        """A shard's values (rows, views, ...) without a copy: memory that must not be written to."""
-        return as_tensor(self._values(output, shard))
+        """A shard's values (rows, views, ...) as on disk, without a copy: memory that must not be written to."""
+        return as_tensor(self._mapped(output, shard).values)
 
     def gather(self, output: OutputName, rows: Rows, views: Rows | None = None) -> Tensor:
-        """The outputs (B, ...) of rows (B,) and their views (B,), the first view by default, in the order asked."""
+        """The outputs (B, ...) of rows (B,) and their views (B,), the first view by default, in the order asked.
+
+        In the layout's precision, also where they are bytes on disk.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_rows:
             raise IndexError(f"rows must be 0 to {self.num_rows - 1}, and span {rows.min()} to {rows.max()}")
@@ -225,8 +254,9 @@ class FeatureStore:
         shards = entries // per_shard
         for shard in np.unique(shards):
             positions = np.flatnonzero(shards == shard)
-            values = self._values(output, int(shard)).reshape(-1, gathered.shape[1])
-            gathered[positions] = values[entries[positions] - shard * per_shard]
+            values, scale = self._mapped(output, int(shard))
+            found = values.reshape(-1, gathered.shape[1])[entries[positions] - shard * per_shard]
+            gathered[positions] = found if scale is None else _widened(found, scale)
         return torch.from_numpy(gathered.reshape(len(rows), *shape))
 
     @cached_property
@@ -277,12 +307,12 @@ class FeatureStore:
                 if path.stat().st_mtime < oldest:
                     path.unlink()
 
-    def _values(self, output: OutputName, shard: int) -> npt.NDArray[Any]:
+    def _mapped(self, output: OutputName, shard: int) -> _Mapped:
         key = (output, shard)
         if key not in self._maps:
             batch = _open_shard(self.shard_path(output, shard))
             shape = (len(self.layout.rows_of(shard)), self.num_views, *self.layout.shapes[output])
-            self._maps[key] = _flat(batch, output).reshape(shape)
+            self._maps[key] = _Mapped(_flat(batch, output).reshape(shape), _scale(batch))
         return self._maps[key]
 
     def _is_intact(self, output: OutputName, shard: int) -> bool:
@@ -330,16 +360,20 @@ def _metadata(digest: str, output: str, shard: int, checksum: int) -> dict[bytes
 
 
 def _schema(output: OutputName, layout: StoreLayout) -> pa.Schema:
-    """One entry per row and view: why its image is bad or null, and the values."""
-    width = int(np.prod(layout.shapes[output]))
-    values = pa.list_(pa.field("item", pa.from_numpy_dtype(layout.precision)), width)
-    return pa.schema([("row", pa.int64()), ("view", pa.int16()), ("reason", pa.string()), (output, values)])
+    """One entry per row and view: why its image is bad or null, and the values; a scale lies in the first one."""
+    width, kept = int(np.prod(layout.shapes[output])), layout.stored_as(output)
+    values = pa.list_(pa.field("item", pa.from_numpy_dtype(kept)), width)
+    columns = [("row", pa.int64()), ("view", pa.int16()), ("reason", pa.string()), (output, values)]
+    return pa.schema([*columns, (_SCALE, pa.list_(pa.float32()))] if kept == "int8" else columns)
 
 
 def _checksum(batch: pa.RecordBatch, output: OutputName) -> int:
     checksum = zlib.crc32(_flat(batch, output).view(np.uint8).data)
     for name in ("row", "view"):
         checksum = zlib.crc32(batch.column(name).to_numpy().tobytes(), checksum)
+    scale = _scale(batch)
+    if scale is not None:
+        checksum = zlib.crc32(scale.tobytes(), checksum)
     return zlib.crc32(json.dumps(batch.column("reason").to_pylist()).encode(), checksum)
 
 
@@ -349,23 +383,50 @@ def _flat(batch: pa.RecordBatch, output: OutputName) -> npt.NDArray[Any]:
     return values
 
 
+def _scale(batch: pa.RecordBatch) -> npt.NDArray[np.float32] | None:
+    """What a shard's bytes are multiplied by; None where it has no bytes."""
+    if _SCALE not in batch.schema.names or not batch.num_rows:
+        return None
+    scale: npt.NDArray[np.float32] = batch.column(_SCALE).flatten().to_numpy()
+    return scale
+
+
+def quantised(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Values (..., D) as bytes, and a scale for each channel (D,): bytes times scale are off by half a scale at most.
+
+    The largest of a channel becomes 127, a channel of zeros has scale 1.
+    """
+    largest = np.abs(values.reshape(-1, values.shape[-1])).max(axis=0, initial=0).astype(np.float32)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.rint(values / scale).astype(np.int8), scale
+
+
+def _widened(values: npt.NDArray[np.int8], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Bytes (N, T * D) times their channel's scale (D,)."""
+    wide = torch.from_numpy(values).view(len(values), -1, len(scale)) * torch.from_numpy(scale)
+    return wide.view(len(values), -1).numpy()
+
+
 def _to_arrow(
     layout: StoreLayout,
     output: OutputName,
     shard: int,
     values: npt.NDArray[Any],
+    scale: npt.NDArray[np.float32] | None,
     reasons: Sequence[str | None],
 ) -> bytes:
     """A shard's file, one record batch; its checksum lies in the schema's metadata."""
     rows = layout.rows_of(shard)
     schema = _schema(output, layout)
-    flat = pa.Array.from_buffers(pa.from_numpy_dtype(layout.precision), values.size, [None, pa.py_buffer(values)])
+    flat = pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])
     columns = [
         pa.array(np.repeat(np.arange(rows.start, rows.stop, dtype=np.int64), layout.num_views)),
         pa.array(np.tile(np.arange(layout.num_views, dtype=np.int16), len(rows))),
         pa.array([reason for reason in reasons for _ in range(layout.num_views)], pa.string()),
         pa.FixedSizeListArray.from_arrays(flat, type=schema.field(output).type),
     ]
+    if scale is not None:
+        columns.append(pa.array([scale, *[[]] * (len(rows) * layout.num_views - 1)], pa.list_(pa.float32())))
     batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     metadata = _metadata(layout.digest, output, shard, _checksum(batch, output))
     sink = pa.BufferOutputStream()

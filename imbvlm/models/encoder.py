@@ -21,6 +21,7 @@ from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.data.images import Preprocess
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.models.token_pooling import pooling_matrix
 from imbvlm.models.towers import (
     ENCODERS,
     EncoderEntry,
@@ -71,8 +72,10 @@ class Encoder(TextSide):
     """An image-text tower that never trains here: eval mode, no gradients, float32 weights.
 
     `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input, `source` what its name
-    meant.
+    meant, `token_pool` the matrix (T', T) over its tokens where they are pooled.
     """
+
+    token_pool: Tensor | None = None
 
     def __init__(self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource) -> None:
         super().__init__(source)
@@ -91,7 +94,7 @@ class Encoder(TextSide):
         can't be had or don't fit, an image size that the tower doesn't take, and outputs that aren't defined.
         """
         source = find_tower(config)
-        described = describe_encoder(config)
+        described, token_pool = _describe(config)
         model = _load(source, config.image_size)
         info = replace(
             described,
@@ -101,13 +104,16 @@ class Encoder(TextSide):
         model.to(device)
         if described.kind == "convolution":
             model.visual.to(memory_format=torch.channels_last)
-        return Encoder(model, info, preprocess_of(info, evaluation), source)
+        encoder = Encoder(model, info, preprocess_of(info, evaluation), source)
+        encoder.token_pool = token_pool
+        return encoder.to(device)
 
     def to(self, device: str | torch.device) -> Encoder:
         """Move the tower to another device; returns itself."""
         self.model.to(device)
         self.device = next(self.model.parameters()).device
         self._scale, self._shift = self._scale.to(self.device), self._shift.to(self.device)
+        self.token_pool = None if self.token_pool is None else self.token_pool.to(self.device)
         return self
 
     @property
@@ -133,7 +139,8 @@ class Encoder(TextSide):
         pixels = self.normalize(images)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             outputs = self._rules.outputs(self.visual, pixels)
-        return EncoderOutput(*(output.float() for output in outputs))
+        tokens, pooled, embedding = (output.float() for output in outputs)
+        return EncoderOutput(tokens if self.token_pool is None else self.token_pool @ tokens, pooled, embedding)
 
     def normalize(self, images: Tensor) -> Tensor:
         """The tower's input (B, 3, S, S), float32, of crops in bytes: mean and deviation taken out."""
@@ -189,6 +196,11 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
 
     `logit_scale` is an untrained model's. Raises the ImbvlmErrors of `Encoder.from_config` that don't need weights.
     """
+    return _describe(config)[0]
+
+
+def _describe(config: EncoderConfig) -> tuple[EncoderInfo, Tensor | None]:
+    """A tower's facts, and the matrix over its tokens where they are pooled."""
     source = find_tower(config)
     with torch.device("meta"):
         model = _build(source, None, "meta")
@@ -199,15 +211,20 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
             model.eval()
             tokens, pooled, embedding = rules.outputs(model.visual, torch.empty(1, 3, size, size))
         norm = rules.final_norm(model.visual)
-    return EncoderInfo(
+    has_class_token, token_pool = rules.has_class_token(model.visual), None
+    if config.token_pooling > 1:
+        # Class token and registers, which lie on no grid.
+        num_prefix = int(getattr(getattr(model.visual, "trunk", None), "num_prefix_tokens", has_class_token))
+        token_pool = pooling_matrix(tokens.shape[1], num_prefix, config.token_pooling, source.name)
+    info = EncoderInfo(
         name=source.name,
         kind="vit" if rules.is_vit(model.visual) else "convolution",
         image_size=size,
-        num_tokens=tokens.shape[1],
+        num_tokens=tokens.shape[1] if token_pool is None else len(token_pool),
         token_width=tokens.shape[2],
         pooled_width=pooled.shape[1],
         embedding_width=embedding.shape[1],
-        has_class_token=rules.has_class_token(model.visual),
+        has_class_token=has_class_token,
         mean=tuple(source.preprocess["mean"]),
         std=tuple(source.preprocess["std"]),
         interpolation=source.preprocess["interpolation"],
@@ -216,7 +233,9 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
         final_norm_eps=None if norm is None else norm.eps,
         weights_fingerprint="",
         num_parameters=sum(param.numel() for param in model.visual.parameters()),
+        token_pooling=config.token_pooling,
     )
+    return info, token_pool
 
 
 def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:

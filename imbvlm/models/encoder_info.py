@@ -35,6 +35,8 @@ class EncoderInfo:
     weights_fingerprint: str
     # Of the image side.
     num_parameters: int = 0
+    # Tokens are means of so many by so many of the tower's.
+    token_pooling: int = 1
 
     def shape(self, output: OutputName) -> tuple[int, ...]:
         """Shape of one image's output: (T, D) for tokens, (P,) for pooled, (E,) for image_embedding."""

@@ -25,6 +25,7 @@ class TowerClassifier(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    token_pool: Tensor | None
 
     def __init__(self, encoder: Encoder, reads: OutputName, on_features: nn.Module) -> None:
         super().__init__()
@@ -37,6 +38,8 @@ class TowerClassifier(nn.Module):
         scale, shift = encoder.pixel_scale()
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
+        pool = encoder.token_pool if reads == "tokens" else None
+        self.register_buffer("token_pool", pool, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of crops in bytes, as `preprocess` makes them."""
@@ -52,7 +55,7 @@ class TowerClassifier(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         pixels = torch.addcmul(self.shift, images, self.scale)
         features: Tensor = getattr(self._rules.outputs(self.tower, pixels), self._reads)
-        return features.float()
+        return features.float() if self.token_pool is None else self.token_pool @ features.float()
 
     def train(self, mode: bool = True) -> TowerClassifier:
         super().train(mode)

@@ -287,7 +287,8 @@ def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> Feat
     shapes = {name: info.shape(name) for name in OUTPUT_NAMES}
     row_bytes = int(np.prod(shapes[output])) * np.dtype(precision).itemsize
     num_rows = max(8, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
-    store = FeatureStore.create(str(folder), StoreLayout("calibration", num_rows, 1, num_rows, precision, shapes))
+    layout = StoreLayout("calibration", num_rows, 1, num_rows, precision, shapes, config.features.int8_tokens)
+    store = FeatureStore.create(str(folder), layout)
     values = np.random.default_rng(0).standard_normal((num_rows, 1, *shapes[output]), dtype=np.float32)
     store.write(output, 0, values, [None] * num_rows)
     return FeatureStore.open(str(folder), (output,))

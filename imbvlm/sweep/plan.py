@@ -14,7 +14,7 @@ from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.extract import plan_bytes, size_text, stored_images
+from imbvlm.features.extract import image_bytes, plan_bytes, size_text, stored_images, token_knobs
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
@@ -221,9 +221,7 @@ def _tower(
     info = towers[config.encoder.model_dump_json()]
     outputs = needed_outputs(spec, space)
     if manifest is None:
-        size = 2 if config.features.precision == "float16" else 4
-        per_image = sum(torch.Size(info.shape(output)).numel() for output in outputs) * size
-        return Tower(config, info, per_image, 0, None)
+        return Tower(config, info, image_bytes(config, info, outputs), 0, None)
     total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
     crops = sum(
         len(manifest.rows_of(split)) * (config.features.num_views if split == "train" else 1)
@@ -400,9 +398,11 @@ def _disk(plan: Plan) -> str:
         return text
     if plan.fits_disk:
         return f"{text}, {size_text(plan.free_bytes)} free"
+    reads_tokens = "tokens" in needed_outputs(plan.spec, plan.space)
+    knobs = "".join(f", {knob}" for knob in token_knobs(plan.towers[0].config)) if reads_tokens else ""
     return (
-        f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision, or "
-        "choose another --storage"
+        f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
+        f"{knobs}, or choose another --storage"
     )
 
 
