@@ -57,6 +57,15 @@ def test_trials_on_fresh_crops_share_the_baselines_and_features_of_their_tower()
     assert len(keys) == 1
 
 
+def test_a_listed_configuration_that_names_the_bases_tower_reads_the_same_one() -> None:
+    listed = {
+        "probe": {"method": "linear_probe", "loss.name": "focal"},
+        "decoder": {"method": "decoder", "encoder.name": "tower"},
+    }
+    spec = SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"configurations": listed}, "num_trials": 2})
+    assert [one.name for one in baselines(spec, check_spec(spec))] == ["zero-shot", "linear probe"]
+
+
 def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
     found = baselines(*made("encoder.name: {choice: [a, b]}"))
     assert [one.name for one in found] == ["zero-shot a", "linear probe a", "zero-shot b", "linear probe b"]

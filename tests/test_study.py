@@ -6,12 +6,15 @@ import csv
 import importlib
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
+from towers import write_tower
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError
@@ -365,3 +368,56 @@ def test_lift_on_the_towers_of_the_package_is_refused_with_the_mend(monkeypatch:
     made = lift.study(["ablation"], manifest="embedded:emoji_lt").with_settings({"encoder.name": "tinylit_lite0"})
     with pytest.raises(ConfigError, match="adapter needs a transformer's blocks"):
         make_plan(made, None)
+
+
+# ------------------------------------------------------------------------------------------- both, run for real
+
+
+def sweep(script: str, *arguments: str, folder: Path) -> tuple[Path, str]:
+    """A sweep of `sweeps/`, run to its end: its folder, and what it printed."""
+    command = [sys.executable, str(ROOT / "sweeps" / script), "--storage", str(folder), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (path.parent for path in folder.glob("*/sweep.yaml"))
+    return made, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_every_method_of_the_study_is_trained_refitted_and_scored(ray_cluster: str, tmp_path: Path) -> None:
+    made, printed = sweep("paper.py", "--smoke", "--part", "methods", "since", "cost", folder=tmp_path)
+    records = TrialLog.read(str(made)).records.values()
+    assert {record.state for record in records} == {"finished"}, printed
+    searched, refitted = ([record for record in records if record.kind == kind] for kind in ("search", "refit"))
+    # A baseline that a row names isn't trained twice; everything else is refitted and scored once.
+    assert len(refitted) >= len(searched) >= 11
+    assert all("test/balanced_accuracy" in record.epochs[-1] for record in refitted)
+    for title in ("Methods", "What came since", "Cost"):
+        assert title in printed
+    for label in ("Full fine-tuning", "Bias tuning", "CoOp, context per class", "Decoder, LDAM-DRW"):
+        rows = [line for line in printed.splitlines() if line.strip().startswith(label)]
+        assert rows, f"no row for {label} in\n{printed}"
+        assert any(cell.replace(".", "").isdigit() for cell in rows[0].split()), rows[0]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_lifts_ablation_trains_inside_a_vit_with_mixing_and_five_crops(ray_cluster: str, tmp_path: Path) -> None:
+    tower = write_tower(tmp_path / "vit", "vit")
+    made, printed = sweep(
+        "lift.py",
+        *("--smoke", "--part", "ablation", "--manifest", "embedded:emoji_lt"),
+        *("--set", f"encoder.name={tower}", "--set", "mixing.mixup=0.4", "--set", "mixing.cutmix=1.0"),
+        *("--set", "gpus_per_worker=0", "--set", "cpus_per_worker=1"),
+        folder=tmp_path,
+    )
+    records = TrialLog.read(str(made)).records.values()
+    assert {record.state for record in records} == {"finished"}, printed
+    refitted = [record for record in records if record.kind == "refit" and record.config["method"] == "adapter"]
+    assert len(refitted) == 3
+    for record in refitted:
+        assert (record.config["mixing"]["mixup"], record.config["mixing"]["cutmix"]) == (0.4, 1.0)
+        assert {"test/balanced_accuracy", "test_tte/balanced_accuracy"} <= set(record.epochs[-1])
+    assert "five crops" in printed

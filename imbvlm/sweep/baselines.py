@@ -36,12 +36,16 @@ class Baseline:
 
 
 def tower_draws(spec: SweepSpec, space: SearchSpace) -> list[Draw]:
-    """Every combination of towers and ways of reading images that a trial of the space can have.
+    """Every combination of towers and ways of reading images that a trial of the space can have, each once.
 
     Raises ConfigError for a continuous range, since each value is a pass over all images.
     """
     keys = [p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
-    return space.choices_over(keys, spec.base)
+    found: dict[str, Draw] = {}
+    for draw in space.choices_over(keys, spec.base):
+        # A draw that sets what the base has is the base's tower.
+        found.setdefault(tower_key(zero_shot_config(spec, draw)), draw)
+    return list(found.values())
 
 
 def tower_key(config: TrialConfig) -> str:
