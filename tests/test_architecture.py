@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from imbvlm.sweep.provenance import has_part
+
 ROOT = Path(__file__).parent.parent
 # A file imports only from its own line and those above. Folders stand as one, but for the files named on lines of their
 # own: what a trial reads of stored features knows towers by their description alone, so that it stands above models/.
@@ -121,3 +123,15 @@ def test_what_starts_often_starts_without_what_it_does_not_need(module: str, unw
     code = f"import sys, {module}; print(*(name for name in {unwanted!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_resume_asks_for_the_code_that_extracts_and_trains_and_for_no_other() -> None:
+    """What a sweep's workers import, by whichever way; what is imported of `imbvlm` itself is for users of models."""
+    having, waiting = set(), ["training.session", "training.ray_worker", "features.extract"]
+    while waiting:
+        module = waiting.pop()
+        if module not in having:
+            having.add(module)
+            waiting += GRAPH[module]
+    paths = {name: path.relative_to(ROOT / "imbvlm").as_posix() for name, path in MODULES.items()}
+    assert {path for path in paths.values() if has_part(path)} == {paths[name] for name in having - {"assets"}}

@@ -16,20 +16,30 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 
 PROVENANCE_FILE = "provenance.json"
-# Whatever else changes, a trial's numbers don't.
-_NO_PART = ("sweep", "assets", "inference.py", "doctor.py", "cluster_file.py", "cli.py", "__main__.py")
+# Folders and files that no worker which extracts or trains imports. What makes manifests is among them, since a
+# manifest's own digest tells.
+_NO_PART = (
+    "sweep", "assets",
+    "__init__.py", "__main__.py", "cli.py", "cluster_file.py", "doctor.py", "inference.py", "onnx_graph.py",
+    "prediction_table.py",
+    "data/__init__.py", "data/assembly.py", "data/checks.py", "data/commands.py", "data/datasets.py",
+    "data/inaturalist.py", "data/listing.py", "data/sources.py", "data/summary.py", "data/tables.py", "data/tails.py",
+    "data/webdataset.py", "features/__init__.py", "features/commands.py", "models/__init__.py",
+    "models/tower_folder.py", "training/__init__.py",
+)  # fmt: skip
 
 
 def provenance(manifest: Manifest) -> dict[str, Any]:
     """Digests of the files that extract and train, torch's version, and a digest of rows, labels and splits."""
     root = Path(imbvlm.__file__).parent
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
-    code = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for name, path in files.items()
-        if name.split("/")[0] not in _NO_PART
-    }
+    code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
     return {"code": code, "torch": torch.__version__, "data": _data_digest(manifest)}
+
+
+def has_part(name: str) -> bool:
+    """Whether a trial's numbers may change with a file, such as `training/optim.py`."""
+    return name not in _NO_PART and name.split("/")[0] not in _NO_PART
 
 
 def write_provenance(folder: str, found: dict[str, Any]) -> None:
@@ -44,7 +54,8 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
         return [f"{PROVENANCE_FILE} is gone, so that nothing shows which code its trials ran with"]
     try:
         before = json.loads(storage.read_bytes(uri))
-        code, torch_version, data = dict(before["code"]), str(before["torch"]), str(before["data"])
+        code = {name: digest for name, digest in dict(before["code"]).items() if has_part(name)}
+        torch_version, data = str(before["torch"]), str(before["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
     changes = [
