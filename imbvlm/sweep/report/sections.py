@@ -214,7 +214,8 @@ def _pairs(source: Source) -> list[Pair]:
     found = []
     for label, predicted, count, rows in result_tables.worst_pairs(record):
         share = percent(count / record.total[label])
-        detail = f"{share} % of its test images ({record.stats.split_counts[label]:,} training images)"
+        trained = record.stats.split_counts[label]
+        detail = f"{share} % of its test images ({trained:,} training image{'s' if trained != 1 else ''})"
         pictures = () if manifest is None else tuple(thumbnails(manifest, "test", rows))
         found.append(Pair((record.class_names[label], record.class_names[predicted]), detail, pictures))
     return found
@@ -275,7 +276,7 @@ def _compute(source: Source) -> Section:
     times = phase_rows(compute)
     if times:
         section.blocks.append(Table("time", "Where the time went", ["", "planned", "took"], times))
-    section.blocks.append(Table("compute", "", ["", ""], rows, 2))
+    section.blocks.append(Table("compute", "Spent and spared", ["", ""], rows, 2))
     trained = study_tables.parameters(source)
     section.blocks += [trained] if trained else []
     return section
