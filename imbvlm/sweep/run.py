@@ -315,7 +315,6 @@ class _Sweep:
         if self.spec.other_objectives:
             self._keep_pareto()
         self._say_scores()
-        self._say_compute()
         write_best(self.folder, best)
         report = self._report()
         say()
@@ -328,6 +327,7 @@ class _Sweep:
             ("refits/", "the refitted weights"),
         ):
             say(f"  {storage.join(self.folder, name)}  {what}")
+        say(compute_text(Compute.read(self.folder, self.spec, self.log)))
         say("next:")
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
@@ -372,11 +372,6 @@ class _Sweep:
             say(f"{found.title} ({found.caption}):")
             say(table(list(found.header), [list(row) for row in found.rows]))
         write_tables(self.folder, tables)
-
-    def _say_compute(self) -> None:
-        """Where the time went beside what was planned, and what was spared."""
-        self.console.say()
-        self.console.say(compute_text(Compute.read(self.folder, self.spec, self.log)))
 
     def _report(self) -> str | None:
         """The page's location; None, and a sentence, where it can't be drawn: a night's result must not hang on it."""
