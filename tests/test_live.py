@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
 import re
+import select
+import struct
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_folder import write_sweep
+from test_sweep import QUICKSTART
 
 from imbvlm.sweep import console as console_file
 from imbvlm.sweep.console import Console
@@ -146,3 +155,76 @@ def test_a_long_sweep_does_not_fill_its_log(monkeypatch):
         clock += 5.0
         made.live("line")
     assert stream.getvalue().count("\n") < 250
+
+
+# ------------------------------------------------------------------------------------------- on a real terminal
+
+
+def window(terminal: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+def typed_text(written: str) -> list[str]:
+    """What was written between two movements of the cursor, row by row, without colours."""
+    plain = re.sub(r"\x1b\[\d*m", "", written).replace("\r\n", "\n")
+    return [row for part in re.split(r"\r|\x1b\[\d*[AJ]", plain) for row in part.split("\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_was(ray_cluster, tmp_path):
+    ours, theirs = pty.openpty()
+    window(theirs, 80)
+    before = termios.tcgetattr(theirs)
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
+    endless = ["--set", "num_trials=500", "--set", "max_pack_size=1", "--set", "method=linear_probe"]
+    process = subprocess.Popen(
+        [sys.executable, QUICKSTART, "--smoke", *endless], cwd=tmp_path, env={**environment, "TERM": "xterm"},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    written, sizes = "", dict[str, int]()
+    while process.poll() is None or select.select([ours], [], [], 0.5)[0]:
+        if not select.select([ours], [], [], 0.5)[0]:
+            continue
+        written += os.read(ours, 65536).decode(errors="replace")
+        drawn = written.count("to their end")
+        if drawn > 3 and "shrunk" not in sizes:
+            window(ours, 40)
+            sizes["shrunk"] = len(written)
+        if "shrunk" in sizes and written[sizes["shrunk"] :].count("to their end") > 5 and "interrupted" not in sizes:
+            sizes["interrupted"] = len(written)
+            os.write(ours, b"\x03")
+    assert process.returncode == 130
+    assert termios.tcgetattr(theirs) == before
+    wide, narrow = written[: sizes["shrunk"]], written[sizes["shrunk"] : sizes["interrupted"]]
+    assert "\x1b[1mtrials  \x1b[0m" in wide
+    assert max(len(row) for row in typed_text(wide) if row.startswith("best    ")) > 39
+    # The one view that was being drawn as the window shrank may be wider.
+    rows = [row for row in typed_text(narrow.split("\x1b[J", 2)[2]) if row]
+    assert max(map(len, rows)) < 40
+    assert any("running" in row for row in rows)
+    # The view is gone, and sentences have taken its place.
+    last = typed_text(written)
+    end = last.index("interrupted; finished trials are kept")
+    assert not any(row.startswith(("trials  ", "best    ", "speed   ")) for row in last[end:])
+    assert any("go on with: imbvlm sweep resume" in row for row in last[end:])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_sweeps_log_file_has_lines_of_whole_sentences(ray_cluster, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, QUICKSTART, "--smoke"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert not set("\x1b\r") & set(done.stdout)
+    assert 1 <= done.stdout.count("\ntrials: ") <= 10

@@ -151,7 +151,8 @@ def show_text(state: SweepState) -> str:
         parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:
         parts += ["", scores_table(state.scored, spec)]
-    parts += ["", compute_text(Compute.read(state.folder, spec, log))]
+    time_and_savings = compute_text(Compute.read(state.folder, spec, log))
+    parts += ["", time_and_savings] if time_and_savings else []
     return "\n".join(parts)
 
 
