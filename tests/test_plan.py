@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,33 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     assert "NOT HERE: a trial needs 1 GPUs" in text
     assert "max_hours   0.01: will end the search early" in text
     assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
+
+
+def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
+    """Half of the trials share a class sampling: of 5 asked for, 1 + 4 / 2 are one pack on average."""
+    settings = {
+        "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 400, "storage": str(tmp_path),
+        "stratify": ["data.class_sampling"], "max_concurrent_trials": 1, "trial_scheduler": {"name": "none"},
+        "refit_seeds": [0],
+    }  # fmt: skip
+
+    def speeds(spec, trials, towers):
+        found = known_speeds(spec, trials, towers)
+        return replace(found, trials=tuple(replace(one, more_seconds=1e-4) for one in found.trials))
+
+    packed, alone = (make_plan(spec(**settings, max_pack_size=size), speeds) for size in (5, 1))
+    found, by_itself = plan_to_dict(packed), plan_to_dict(alone)
+    epoch = TRAIN * 1e-3 + VAL * 1e-4
+    assert by_itself["seconds"]["trials"] == pytest.approx([400 * (0.4 + 5 * epoch)] * 2)
+    share = TRAIN * (1e-3 + 2 * 1e-4) / 3 + VAL * 1e-4
+    assert found["seconds"]["trials"] == pytest.approx([400 * (0.4 / 3 + 5 * share)] * 2, rel=0.02)
+    assert found["seconds"]["refits"] == by_itself["seconds"]["refits"]
+    assert (found["pack_size"], by_itself["pack_size"]) == (5, 1)
+    assert "up to 5 train together" in describe_plan(packed)
+    assert "train together" not in describe_plan(alone)
+    # What judges trials by their time trains each alone.
+    timed = make_plan(spec(**settings, max_pack_size=5, constraints={"time/train_seconds": 9.0}), None)
+    assert plan_to_dict(timed)["pack_size"] == 1
 
 
 def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path) -> None:

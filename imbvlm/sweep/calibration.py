@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from imbvlm.class_stats import ClassStats
-from imbvlm.config import AdamWConfig, TrialConfig
+from imbvlm.config import AdamWConfig, TrialConfig, needed
 from imbvlm.data.image_rows import ImageRows, stream_in_threads
 from imbvlm.data.manifest import Manifest, absolute_manifest, carve_validation
 from imbvlm.data.streaming import StreamPlan
@@ -34,6 +34,7 @@ from imbvlm.models.methods import METHODS
 from imbvlm.models.towers import find_tower
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.feed import READ_AHEAD
+from imbvlm.training.pack import Pack, pack_key
 from imbvlm.training.session import default_device
 from imbvlm.training.val_logits import EpochLogits
 
@@ -43,6 +44,8 @@ SLOW_STEP_SECONDS = 8.0
 # A store of so many made-up rows, or bytes, is read again and again: it stays in memory, as a small real one does.
 SAMPLE_ROWS = 256
 SAMPLE_BYTES = 64_000_000
+# How a pack is measured: members, and how long or how many steps an epoch of one of them is.
+PACK_MEMBERS, PACK_SECONDS, MOST_PACK_STEPS = 4, 0.1, 16
 # A trial inside the tower takes smaller steps here on a CPU; its time is counted by the image.
 IMAGES_ON_CPU = 8
 
@@ -57,10 +60,15 @@ class TrialSpeed:
     eval_seconds: float
     host_bytes: int
     device_bytes: int
+    # What one more of a pack adds to an image's training; None where trials of this kind train alone.
+    more_seconds: float | None = None
 
-    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int) -> float:
-        """Of one epoch with its validation, shared evenly by the trial's workers."""
-        return (self.train_seconds * num_train + self.eval_seconds * num_val) / num_workers
+    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, together: float = 1.0) -> float:
+        """Of one epoch with its validation, shared evenly by the trial's workers; a trial's share of a pack's."""
+        train = self.train_seconds
+        if self.more_seconds is not None:
+            train = (train + (together - 1) * self.more_seconds) / together
+        return (train * num_train + self.eval_seconds * num_val) / num_workers
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,29 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
             host, on_device = host - on_device, torch.cuda.max_memory_allocated()
         else:
             on_device = 0
-        return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device)
+        more = None if pack_key(config) is None else _more_seconds(config, data, device, clock.step_seconds)
+        return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, more)
+
+
+def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, step_seconds: float) -> float:
+    """What each further member of a pack adds to an image, in short epochs without validation."""
+    num_steps = min(MOST_PACK_STEPS, max(1, int(PACK_SECONDS / step_seconds)))
+    # The first one warms up, unless its steps are so long that it doesn't matter.
+    num_epochs = 2 if num_steps > 1 else 1
+    config = config.with_overrides({"train.num_epochs": num_epochs})
+    rows = np.arange(min(len(data.train), num_steps * needed(config.train).batch_size))
+    part = replace(data, train=_first(data.train, rows), val=_first(data.val, rows[:0]))
+    runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], Pack()
+    for run in runs:
+        run.join(pack)
+    generators, taken = [run.epochs() for run in runs], []
+    for _ in range(num_epochs):
+        started = time.perf_counter()
+        for generator in generators:
+            next(generator)
+        taken.append(time.perf_counter() - started)
+    alone = step_seconds * len(rows) / needed(config.train).batch_size
+    return max(0.0, taken[-1] - alone) / ((PACK_MEMBERS - 1) * max(1, len(rows)))
 
 
 def _eval_seconds(run: TrialRun, val: Source, at_once: int) -> float:

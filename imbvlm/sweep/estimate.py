@@ -15,6 +15,7 @@ from imbvlm.sweep.calibration import TrialSpeed
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
+from imbvlm.training.pack import pack_key
 
 # What a trial takes beside its epochs: in a process that is there already, and where Ray Train starts workers for it.
 START_SECONDS = {"in_process": 0.4, "ray_train": 15.0}
@@ -87,6 +88,31 @@ def commonest_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialCon
     return [first[shape] for shape in turns[:most]]
 
 
+@dataclass(frozen=True)
+class Together:
+    """How trials train together: of `size` that the searcher is asked for, those with the `pack_key` of the first.
+
+    `shares` are those of each key among the sweep's trials.
+    """
+
+    size: int
+    shares: Mapping[str, float]
+
+    @staticmethod
+    def of(configs: Sequence[TrialConfig], size: int) -> Together:
+        """By the keys of sampled trials."""
+        counts = Counter(key for key in map(pack_key, configs) if key is not None)
+        return Together(size, {key: count / len(configs) for key, count in counts.items()})
+
+    def number(self, config: TrialConfig) -> float:
+        """How many there are on average in such a trial's pack, itself counted."""
+        key = pack_key(config)
+        return 1.0 if key is None else 1 + (self.size - 1) * self.shares.get(key, 0.0)
+
+
+ALONE = Together(1, {})
+
+
 class Speeds:
     """Measured speeds by shape; a shape that wasn't measured goes as its method does on average."""
 
@@ -102,14 +128,20 @@ class Speeds:
                 sum(one.eval_seconds for one in speeds) / len(speeds),
                 host_bytes=0,
                 device_bytes=0,
+                more_seconds=_mean([one.more_seconds for one in speeds if one.more_seconds is not None]),
             )
             for method, speeds in by_method.items()
         }
 
-    def epoch_seconds(self, config: TrialConfig, num_train: int, num_val: int, num_workers: int) -> float | None:
-        """Seconds of one epoch with its validation; None where nothing of the method was measured."""
+    def epoch_seconds(
+        self, config: TrialConfig, num_train: int, num_val: int, num_workers: int, together: float = 1.0
+    ) -> float | None:
+        """Seconds of one epoch with its validation, or a trial's share of a pack's.
+
+        None where nothing of the method was measured.
+        """
         speed = self._measured.get(shape_of(config)) or self._means.get(config.method)
-        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers)
+        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers, together)
 
 
 def num_epochs(config: TrialConfig, num_train: int) -> float:
@@ -122,16 +154,27 @@ def num_epochs(config: TrialConfig, num_train: int) -> float:
 
 
 def trial_seconds(
-    spec: SweepSpec, configs: Sequence[TrialConfig], speeds: Speeds, num_train: int, num_val: int, start: float
+    spec: SweepSpec,
+    configs: Sequence[TrialConfig],
+    speeds: Speeds,
+    num_train: int,
+    num_val: int,
+    start: float,
+    together: Together = ALONE,
 ) -> float | None:
-    """Mean seconds of a trial that comes to its end; None where some method has no speed."""
+    """Mean seconds of a trial that comes to its end, its share of a pack's; None where some method has no speed."""
     total = 0.0
     for config in configs:
-        epoch = speeds.epoch_seconds(config, num_train, num_val, spec.num_workers)
+        number = together.number(config)
+        epoch = speeds.epoch_seconds(config, num_train, num_val, spec.num_workers, number)
         if epoch is None:
             return None
-        total += start + epoch * num_epochs(config, num_train)
+        total += start / number + epoch * num_epochs(config, num_train)
     return total / len(configs)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def asha_share(spec: SweepSpec) -> float:
@@ -173,16 +216,18 @@ def estimate(
     concurrent: int,
     start: float,
     features: float | None,
+    together: Together = ALONE,
 ) -> Estimate:
-    """Wall time with so many trials at once, each as fast as it was alone.
+    """Wall time with so many trials, or packs of them, at once, each as fast as it was alone.
 
     At most: every trial to its end, and probes that never lose patience. At least: ASHA stops all that it may, and
     probes give up as soon as they can. The best few's runs with more seeds count to the trials.
     """
     mean = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
+    share = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, together)
     number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
-    if mean is not None:
-        found = Range(mean * asha_share(spec), mean).times(number / concurrent)
+    if mean is not None and share is not None:
+        found = Range(share * asha_share(spec), share).times(number / concurrent)
         num_again = spec.confirm_trials * len(spec.confirm_seeds)
         again = mean * num_again / min(concurrent, max(1, num_again))
         trials = Range(max(found.low, mean) + again, max(found.high, mean) + again)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, nodes_that_miss
+from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
@@ -18,6 +19,7 @@ from imbvlm.models.text_tower import text_refusal
 from imbvlm.models.towers import find_tower
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.pack import member_bytes
 
 # The process that starts a Ray Train trial's workers waits for most of its life.
 DRIVER_CPUS = 0.01
@@ -88,6 +90,20 @@ def concurrent_trials(
         )
         raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
     return wanted
+
+
+def most_together(
+    spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int
+) -> tuple[int, int]:
+    """How many trials may train together, and the bytes that each of them adds to its process."""
+    width, batch_size = (
+        max(info.pooled_width for info in towers),
+        int(spec.base.get("train", {}).get("batch_size", 256)),
+    )
+    # Carved validation rows are a part of all.
+    num_val = len(manifest.rows_of("val")) if "val" in manifest.splits else len(manifest)
+    each = member_bytes(width, len(manifest.class_names), batch_size, num_val)
+    return 1 if uses_ray_train(spec) else pack_size(spec, each, concurrent), each
 
 
 def pack_size(spec: SweepSpec, bytes_of_member: int, concurrent: int) -> int:

@@ -28,6 +28,7 @@ from imbvlm.sweep.estimate import (
     Range,
     Rows,
     Speeds,
+    Together,
     commonest_shapes,
     estimate,
     gpu_hours,
@@ -35,7 +36,7 @@ from imbvlm.sweep.estimate import (
     sample_trials,
     shape_of,
 )
-from imbvlm.sweep.feasibility import check_models, concurrent_trials, trials_at_once, uses_ray_train
+from imbvlm.sweep.feasibility import check_models, concurrent_trials, most_together, trials_at_once, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import needed_outputs
@@ -86,6 +87,9 @@ class Plan:
     rows: Rows | None
     mean_epochs: float
     estimate: Estimate | None
+    # How trials train together, and the bytes that each further one adds; None without a manifest.
+    together: Together | None = None
+    member_bytes: int = 0
 
     @property
     def missing_bytes(self) -> int:
@@ -139,9 +143,12 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
-    calibration = estimated = None
+    calibration = estimated = together = None
+    each = 0
     if manifest is not None:
         rows = _rows(spec, manifest)
+        size, each = most_together(spec, towers.values(), manifest, concurrent)
+        together = Together.of(sample, size)
         if measure is not None:
             shapes = commonest_shapes(sample, MAX_SHAPES)
             known = set(map(shape_of, shapes))
@@ -157,12 +164,13 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
             )
             start = START_SECONDS["ray_train" if uses_ray_train(spec) else "in_process"]
             passes = _features_seconds(found, calibration, cluster)
-            estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes)
+            estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
         spec, space, manifest, problem, found, storage.free_bytes(spec.storage), _num_gpus(spec, cluster, concurrent),
         1 if cluster is None else len(cluster.grown), _machine(cluster), misfit, concurrent,
         calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
+        together, each,
     )  # fmt: skip
 
 
@@ -426,7 +434,25 @@ def _measured(plan: Plan) -> list[str]:
     num_classes = len(plan.manifest.class_names) if plan.manifest else 0
     header = ["method", "tower", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
     title = f"measured on {calibration.machine.describe()}, each alone, in {duration(calibration.seconds)}:"
-    return [title, *(f"  {line}" for line in table(header, lines).splitlines())]
+    return [title, *(f"  {line}" for line in table(header, lines).splitlines()), *_packs(plan)]
+
+
+def _packs(plan: Plan) -> list[str]:
+    """What trials that train together take, a line for each kind."""
+    calibration, rows, together = plan.calibration, plan.rows, plan.together
+    if calibration is None or rows is None or together is None or together.size < 2:
+        return []
+    found = []
+    for config, speed in zip(plan.shapes, calibration.trials, strict=True):
+        number = together.number(config)
+        if isinstance(speed, TrialSpeed) and number > 1:
+            epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, number)
+            memory = size_text(speed.host_bytes + (together.size - 1) * plan.member_bytes)
+            found.append(
+                f"  {' '.join(_shape_words(config))}: up to {together.size} train together, {number:.3g} on average; "
+                f"an epoch is then {_short(epoch)} each, and a worker takes up to {memory}"
+            )
+    return found
 
 
 def _shape_words(config: TrialConfig) -> list[str]:
@@ -514,6 +540,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "num_trials": spec.num_trials,
         "num_configurations": plan.space.size(spec.base),
         "mean_epochs": plan.mean_epochs,
+        "pack_size": None if plan.together is None else plan.together.size,
         "concurrent_trials": plan.concurrent,
         "misfit": plan.misfit or None,
         "manifest": spec.base["data"]["manifest"],
@@ -554,6 +581,9 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
         "depth": None if config.decoder is None else config.decoder.depth,
         "batch_size": None if config.train is None else needed(config.train).batch_size,
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
+        "epoch_seconds_in_pack": None
+        if speed.more_seconds is None or plan.together is None
+        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.together.size),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,
     }

@@ -27,7 +27,7 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import check_data, check_models, check_shared, pack_size, trials_at_once
+from imbvlm.sweep.feasibility import check_data, check_models, check_shared, most_together, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.post_hoc import (
     PostHoc,
@@ -58,7 +58,6 @@ from imbvlm.sweep.summary import (
     verdict,
 )
 from imbvlm.sweep.warm_start import WarmTrial, told, warm_starts
-from imbvlm.training.pack import member_bytes
 from imbvlm.training.session import TrialSettings
 from imbvlm.yaml_file import dump_yaml
 
@@ -209,7 +208,8 @@ class _Sweep:
             lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), warm, journal,
         )  # fmt: skip
         if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
-            total, size = self.spec.num_trials, self._pack_size()
+            total, towers = self.spec.num_trials, [one.info for one in self.features.values()]
+            size, _ = most_together(self.spec, towers, self.manifest, self.lane.max_concurrent)
             return searcher, run_jobs(self.lane, searcher, self._scheduler(), "search", total, size)
         return searcher, 0
 
@@ -443,13 +443,6 @@ class _Sweep:
             num_threads=self.lane.num_threads,
             marker=storage.join(self.folder, SPEC_FILE),
         )
-
-    def _pack_size(self) -> int:
-        width = max(features.info.pooled_width for features in self.features.values())
-        batch_size = int(self.spec.base.get("train", {}).get("batch_size", 256))
-        num_val = len(self.manifest.rows_of("val")) if "val" in self.manifest.splits else len(self.manifest)
-        each = member_bytes(width, len(self.manifest.class_names), batch_size, num_val)
-        return pack_size(self.spec, each, self.lane.max_concurrent)
 
     def _scheduler(self) -> AshaPerMethod | None:
         config = self.spec.trial_scheduler
