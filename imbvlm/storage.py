@@ -6,8 +6,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow.fs as pafs
 
@@ -18,7 +19,29 @@ from imbvlm.errors import StorageError as StorageError
 AWAY_SECONDS = 90.0
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 10.0
 
+_CHUNK_BYTES = 8_000_000
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 Result = TypeVar("Result")
+
+
+class FileState(NamedTuple):
+    """What changes with a file's content: size, and times of change in nanoseconds; an object has one time.
+
+    Whoever sets a local file's `modified` back can't set `changed` back.
+    """
+
+    size: int
+    modified: int
+    changed: int
+
+    def is_before(self, time_ns: int) -> bool:
+        return max(self.modified, self.changed) < time_ns
+
+
+def size_text(num_bytes: float) -> str:
+    """A size for people: 57.1 MB, 230.2 GB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def is_local(uri: str) -> bool:
@@ -69,7 +92,7 @@ def failure(what: str, uri: str, error: Exception) -> StorageError:
     """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked, a full disk is named so."""
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return StorageError(f"can't {what} {uri}: the disk is full; free some space there")
     return StorageError(f"can't {what} {uri}: {error}")
 
@@ -86,11 +109,15 @@ def _outlasting(uri: str, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except OSError as error:
-            lasting = isinstance(error, FileNotFoundError) or s3.is_denied(error) or "NO_SUCH_BUCKET" in str(error)
-            if lasting or time.monotonic() + wait > deadline:
+            if _is_lasting(error) or time.monotonic() + wait > deadline:
                 raise
             time.sleep(wait)
             wait = min(2 * wait, MOST_WAIT_SECONDS)
+
+
+def _is_lasting(error: OSError) -> bool:
+    gone = isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in str(error)
+    return gone or s3.is_denied(error) or error.errno in _DISK_FULL
 
 
 def exists(uri: str) -> bool:
@@ -115,6 +142,27 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
+        raise failure("read", uri, error) from None
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy a file to a local path, over what lies there, in bounded memory; raises StorageError."""
+    filesystem, source = open_filesystem(uri)
+
+    def copy() -> None:
+        with filesystem.open_input_stream(source) as stream, path.open("wb") as target:
+            while chunk := stream.read(_CHUNK_BYTES):
+                target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+
+    try:
+        _patiently(uri, copy)
+    except FileNotFoundError:
+        raise StorageError(f"{uri} is not there") from None
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise failure("write", str(path), error) from None
         raise failure("read", uri, error) from None
 
 
@@ -153,22 +201,53 @@ def _write_local(path: Path, data: bytes) -> None:
 
 def list_files(uri: str) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty where there is none."""
-    filesystem, path = open_filesystem(uri)
+    return sorted(info.base_name for info in _infos(uri))
+
+
+def file_states(uri: str) -> dict[str, FileState]:
+    """Size and times of the files directly in a folder, by name; empty where there is none."""
+    if not is_local(uri):
+        return {
+            info.base_name: FileState(info.size, info.mtime_ns or 0, info.mtime_ns or 0)
+            for info in _infos(uri)
+            if info.is_file
+        }
+    found = {}
     try:
-        infos = s3.patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+        with os.scandir(local_path(uri)) as entries:
+            for entry in entries:
+                # What a writer is about to rename may be gone by now.
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        one = entry.stat()
+                        found[entry.name] = FileState(one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         raise failure("list", uri, error) from None
-    return sorted(info.base_name for info in infos)
+    return found
+
+
+def _infos(uri: str) -> list[pafs.FileInfo]:
+    filesystem, path = open_filesystem(uri)
+    try:
+        return _patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    except OSError as error:
+        raise failure("list", uri, error) from None
 
 
 def delete(uri: str) -> None:
     """Remove a file or a whole folder; nothing happens where there is none."""
     filesystem, path = open_filesystem(uri)
-    try:
+
+    def remove() -> None:
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.Directory:
             filesystem.delete_dir(path)
         elif kind == pafs.FileType.File:
             filesystem.delete_file(path)
+
+    try:
+        _patiently(uri, remove)
     except OSError as error:
         raise failure("remove", uri, error) from None

@@ -21,7 +21,7 @@ LAYERS = [
     *("config_losses", "config_methods", "config_mixing", "config_prompts", "config_stages", "config_tower", "config"),
     *("class_stats", "losses", "sampling", "metrics", "posthoc"),
     *("assets", "data", "assets.build_tower", "assets.build"),
-    *("models.encoder_info", "features.store", "features.examples", "models", "features"),
+    *("models.encoder_info", "features.local_copy", "features.store", "features.examples", "models", "features"),
     *("training", "inference", "onnx_graph", "prediction_table", "sweep", "cluster_file", "doctor", "cli", "__main__"),
 ]
 # Which files may import a library, by its longest dotted name here.

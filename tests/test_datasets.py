@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -448,6 +449,18 @@ def test_the_check_names_everything_at_once(tree):
         "verdict  not usable as it is: 3 errors, 5 warnings",
     ):
         assert part in text
+
+
+def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):
+    shutil.rmtree(tree / "test")
+    report = check_manifest(from_folders(str(tree), "pets"))
+    (found,) = [finding for finding in report.findings if "no test split" in finding.message]
+    assert found.severity == "warning"
+    assert "folder test/ beside train/" in found.message
+    (tree / "test" / "owl").mkdir(parents=True)
+    picture = next((tree / "train").rglob("*.png"))
+    (tree / "test" / "owl" / "x.png").write_bytes(picture.read_bytes())
+    assert "no test split" not in str(check_manifest(from_folders(str(tree), "pets")))
 
 
 def test_a_good_manifest_is_good():

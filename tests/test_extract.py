@@ -21,6 +21,7 @@ from towers import write_tower
 from imbvlm.config import TrialConfig
 from imbvlm.data.images import Preprocess, decode
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import TakenRows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.features.extract import ensure_features, plan_bytes
@@ -92,7 +93,7 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     preprocess = Preprocess(SIZE, resize=8 / 7)
     block = {
         "preprocess": preprocess.to_dict(), "num_views": 2, "first_row": 1, "strict": False, "split": "train",
-        "uri": manifest.table.column("uri").to_pylist()[1:4], "bytes": [None] * 3,
+        "images": TakenRows(manifest.table, np.arange(1, 4)),
     }  # fmt: skip
     loaded = load_block(block)
     assert loaded["images"].shape == (6, 3, SIZE, SIZE)
@@ -277,6 +278,7 @@ SCRIPT = """
 import sys, ray
 from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import TakenRows
 from imbvlm.features.extract import ensure_features
 
 if __name__ == "__main__":

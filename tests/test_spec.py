@@ -347,7 +347,9 @@ def test_a_pinned_trial_outside_the_space_is_refused_whatever_else_is_set() -> N
         check_spec(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")).with_settings({"train.num_epochs": 1}))
 
 
-def test_a_feature_folder_in_an_object_store_is_refused_before_anything_starts() -> None:
-    with pytest.raises(ConfigError, match="feature_folder is s3://bucket/features, and features are memory-mapped"):
-        check_spec(spec(feature_folder="s3://bucket/features"))
-    check_spec(spec(feature_folder="/mnt/features"))
+def test_features_lie_with_the_sweeps_unless_a_folder_is_named() -> None:
+    assert spec(storage="s3://bucket/sweeps").feature_root == "s3://bucket/sweeps/features"
+    assert spec(storage="s3://bucket/sweeps", feature_folder="/mnt/features").feature_root == "/mnt/features"
+    check_spec(spec(feature_folder="s3://bucket/features"))
+    with pytest.raises(ConfigError, match="folder is 'copies', which isn't a place on each machine"):
+        spec(feature_copies={"folder": "copies"})

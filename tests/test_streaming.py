@@ -1,6 +1,7 @@
 """Images streamed into training: every row once and in order, over any number of workers, always the same."""
 
 import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -64,6 +65,25 @@ def read(manifest, plan):
 
 def join(loaded):
     return {key: np.concatenate([batch[key] for batch in loaded]) for key in ("images", "rows", "ok")}
+
+
+def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_along():
+    size, number = 100_000, 80
+    contents = [bytes([row]) * size for row in range(number)]
+    table = pa.table({"bytes": contents, "label": np.zeros(number, int), "split": ["test"] * 8 + ["train"] * 72})
+    made = Manifest.build(table, ["a"], "large")
+    rows = np.random.default_rng(0).permutation(72)
+    before = pa.total_allocated_bytes()
+    train = made.split("train")
+    batches_of_8 = [np.arange(start, start + 8) for start in range(0, 72, 8)]
+    plan = StreamPlan(rows, batches_of_8, Preprocess(SIDE, 1.0), None, 0, 0)
+    blocks = plan.blocks(train)
+    assert pa.total_allocated_bytes() - before < size
+    sent = pickle.dumps(blocks[2])
+    assert len(sent) < 9 * size
+    uris, found = pickle.loads(sent)["images"].read()
+    assert found == [contents[8 + row] for row in rows[16:24]]
+    assert uris == [None] * 8
 
 
 def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest):

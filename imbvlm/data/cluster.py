@@ -104,6 +104,11 @@ def ray_gpus() -> int | None:
     return int(_describe(started_here=False).most_gpus) if ray.is_initialized() else None
 
 
+def is_alone() -> bool:
+    """Whether what runs runs on this machine: no cluster is connected, or one of a single node."""
+    return not ray.is_initialized() or sum(bool(node["Alive"]) for node in ray.nodes()) < 2
+
+
 def running_cluster() -> Cluster | None:
     """The cluster that a sweep would join, or None; starts nothing.
 

@@ -180,7 +180,9 @@ class Manifest:
         return replace(self.take(self.rows_of(split)), split_counts=tuple(self._official_counts().tolist()))
 
     def take(self, rows: Rows) -> Manifest:
-        """These rows, in this order."""
+        """These rows, in this order; without a copy of embedded images where they lie one after another."""
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            return replace(self, table=self.table.slice(int(rows[0]), len(rows)))
         return replace(self, table=self.table.take(pa.array(rows)))
 
     def class_stats(self, carved: Rows | None = None) -> ClassStats:

@@ -81,7 +81,7 @@ def map_images(
         return
     free = _free_cpus(num_workers * cpus_per_worker + 1)
     cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, _smallest_node())
-    rows = [{_DESCRIPTOR: pickle.dumps(block)} for block in blocks]
+    rows = _Descriptors(blocks)
     with _quiet_context():
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -114,7 +114,7 @@ def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead:
     """
     if not blocks:
         return
-    rows = [{_DESCRIPTOR: pickle.dumps(block)} for block in blocks]
+    rows = _Descriptors(blocks)
     with _quiet_context() as context:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -131,6 +131,19 @@ def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Ite
     """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
     for block in stream_blocks(plan.blocks(opened_manifest(location)), load_batch, num_tasks=num_tasks):
         yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+
+
+class _Descriptors(Sequence[Block]):
+    """Blocks as rows of a dataset, pickled one at a time, since they may bring their images along."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {_DESCRIPTOR: pickle.dumps(self.blocks[index])}
 
 
 def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:

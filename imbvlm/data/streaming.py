@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from imbvlm import storage
 from imbvlm.data.augment import Augmentation
 from imbvlm.data.images import ImageError, Pixels, Preprocess, fetch
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.table import Rows
+from imbvlm.data.table import Rows, TakenRows
 
 _REMOTE_THREADS = 16
 
@@ -49,7 +48,6 @@ class StreamPlan:
 
     def blocks(self, manifest: Manifest) -> list[dict[str, Any]]:
         """What `load_batch` takes, for each batch; to go on in the middle of an epoch leave out the batches before."""
-        uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
         common = {
             "preprocess": self.preprocess.to_dict(),
             "augmentation": None if self.augmentation is None else self.augmentation.to_dict(),
@@ -58,19 +56,15 @@ class StreamPlan:
             "progress": self.progress,
             "view": self.view,
         }
-        blocks = []
-        for positions in self.batches:
-            chosen = pa.array(self.rows[positions])
-            blocks.append(
-                {
-                    **common,
-                    "positions": np.asarray(positions, dtype=np.int64),
-                    "rows": self.rows[positions],
-                    "uri": uris.take(chosen).to_pylist(),
-                    "bytes": data.take(chosen).to_pylist(),
-                }
-            )
-        return blocks
+        return [
+            {
+                **common,
+                "positions": np.asarray(positions, dtype=np.int64),
+                "rows": self.rows[positions],
+                "images": TakenRows(manifest.table, self.rows[positions]),
+            }
+            for positions in self.batches
+        ]
 
 
 def each_row(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
@@ -86,7 +80,7 @@ def load_batch(block: dict[str, Any]) -> dict[str, Any]:
     """Fetch, decode and change one batch's images; a bad one is black, with its reason. Raises StorageError."""
     preprocess = Preprocess.from_dict(block["preprocess"])
     augmentation = None if block["augmentation"] is None else Augmentation.from_dict(block["augmentation"])
-    uris, contents, positions = block["uri"], block["bytes"], block["positions"]
+    (uris, contents), positions = block["images"].read(), block["positions"]
     side = preprocess.image_size
     least_crop = 1.0 if augmentation is None else augmentation.least_crop
     images = np.zeros((len(uris), 3, side, side), dtype=np.uint8)

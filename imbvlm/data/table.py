@@ -29,6 +29,24 @@ SCHEMA = pa.schema(
 _ABSOLUTE = r"^(/|~|[A-Za-z][A-Za-z0-9+.-]*://)"
 
 
+class TakenRows:
+    """Where the images of some rows of a manifest's table are; they leave it only where they are read or pickled.
+
+    So blocks can be planned without a copy of all embedded images.
+    """
+
+    def __init__(self, table: pa.Table, rows: Rows) -> None:
+        self._table, self._rows = table.select(["uri", "bytes"]), rows
+
+    def read(self) -> tuple[list[str | None], list[bytes | None]]:
+        """Uris and embedded bytes of each row."""
+        taken = self._table.take(pa.array(self._rows))
+        return taken.column("uri").to_pylist(), taken.column("bytes").to_pylist()
+
+    def __reduce__(self) -> tuple[type[TakenRows], tuple[pa.Table, Rows]]:
+        return TakenRows, (self._table.take(pa.array(self._rows)), np.arange(len(self._rows)))
+
+
 def absolute_uris(table: pa.Table, path: str) -> pa.Table:
     if "uri" not in table.column_names:
         return table

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.extract import Report, ensure_features, plan_bytes, size_text, stored_images
+from imbvlm.features.extract import Report, ensure_features, plan_bytes, stored_images
 from imbvlm.features.store import STORE_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+from imbvlm.storage import size_text
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def check(folders: Sequence[str]) -> int:
     for folder in folders:
         for store in _stores(storage.absolute(folder)):
             for output in store.outputs:
-                shards = range(store.layout.num_shards)
-                there = [shard for shard in shards if storage.exists(store.shard_path(output, shard))]
+                there = store.present(output)
                 damaged = sorted(set(store.missing(output, full=True)) & set(there))
                 num_damaged += len(damaged)
                 print(f"{store.folder} {output}: {_words(store, output, len(there), damaged)}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from imbvlm import storage
@@ -18,6 +18,7 @@ from imbvlm.config import EncoderConfig, Tree, TrialConfig
 from imbvlm.data.image_rows import ImageRows
 from imbvlm.data.images import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
+from imbvlm.features.local_copy import Copies
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 
@@ -39,11 +40,14 @@ class FeatureSet:
     encoder: Tree | None = None
     # Of test-time ensembling, the splits that have it: five crops of each image as views.
     five_crop: Mapping[str, str] = field(default_factory=dict)
+    # Where each machine keeps its own copies, where trials don't read the folders in place.
+    copies: Copies | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         folders = {"folders": dict(self.folders), "five_crop": dict(self.five_crop)}
-        return {**asdict(self), **folders, "info": self.info.to_dict()}
+        copies = None if self.copies is None else self.copies.model_dump()
+        return {**asdict(replace(self, copies=None)), **folders, "info": self.info.to_dict(), "copies": copies}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FeatureSet:
@@ -56,13 +60,18 @@ class FeatureSet:
             data["class_embeddings"],
             data["encoder"],
             dict(data["five_crop"]),
+            None if data["copies"] is None else Copies.model_validate(data["copies"]),
         )
 
     def store(self, split: str) -> FeatureStore:
         """The store of an official split; raises StoreError where it was not extracted."""
         if split not in self.folders:
             raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.folders)}")
-        return FeatureStore.open(self.folders[split], self.outputs)
+        return FeatureStore.open(self.folders[split], self.outputs, self.copies)
+
+    def five_crops(self, split: str) -> FeatureStore:
+        """The store of five crops of each image."""
+        return FeatureStore.open(self.five_crop[split], self.outputs, self.copies)
 
     def tower_tensors(self) -> dict[str, Tensor]:
         """The tower's `final_norm.weight`, `final_norm.bias` and `projection`, those that it has."""
@@ -156,7 +165,7 @@ class TrialData:
         """As `open_split`, each image as five crops: views in the store, or numbers that the stream is given."""
         source = TrialData.open_split(config, features, split)
         if isinstance(source, Examples):
-            store = FeatureStore.open(features.five_crop[split], features.outputs)
+            store = features.five_crops(split)
             return replace(source, store=store, num_views=store.num_views)
         return replace(source, num_views=len(FIVE_CROPS))
 
@@ -210,7 +219,7 @@ def _class_embeddings(features: FeatureSet) -> Tensor | None:
 
 def _load_tensors(path: str) -> dict[str, Tensor]:
     try:
-        return load_file(storage.local_path(path))
+        return load_file(storage.local_path(path)) if storage.is_local(path) else load(storage.read_bytes(path))
     except (OSError, SafetensorError) as error:
         raise StoreError(f"can't read {path} ({error}); start again and it is made anew") from None
 

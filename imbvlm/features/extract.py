@@ -15,20 +15,23 @@ import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
-from imbvlm.data.cluster import connected, ray_gpus
+from imbvlm.data.cluster import connected, is_alone, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
 from imbvlm.data.quarantine import limit_findings
+from imbvlm.data.table import TakenRows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
+from imbvlm.features.local_copy import DEFAULT_COPIES, Copies
 from imbvlm.features.store import PACE_FILE, STORE_FILE, TOWER_FILE, ComputedIn, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
 from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS
+from imbvlm.storage import size_text
 
 Report = Callable[[str], None]
 
@@ -72,14 +75,16 @@ def ensure_features(
     report: Report,
     text: bool = False,
     five_crop: tuple[str, ...] = (),
+    copies: Copies = DEFAULT_COPIES,
 ) -> FeatureSet:
     """The stored outputs of the configuration's tower for some official splits, computed where they are missing.
 
     Those of `five_crop` are stored as five crops too, where `eval.tte` asks for them.
 
     With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
-    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Raises
-    ImbvlmError where the tower can't be had, the disk is too small, or `data.on_bad_image: strict` meets a bad image.
+    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Trials read what lies
+    in an object store from `copies`. Raises ImbvlmError where the tower can't be had, a disk is too small, or
+    `data.on_bad_image: strict` meets a bad image.
     """
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
@@ -89,6 +94,8 @@ def ensure_features(
         for split, preprocess in _crops(config, encoder, splits, five_crop)
     ]
     _check_disk(config, root, works)
+    if copies.needed_for(root):
+        _check_copies(copies, root, ordered, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
     embeddings = None
@@ -106,7 +113,8 @@ def ensure_features(
     )
     location = absolute_manifest(config.data.manifest)
     tower = absolute_encoder(config.encoder).model_dump(mode="json")
-    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops)
+    kept = copies if copies.needed_for(root) else None
+    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops, kept)
 
 
 def plan_bytes(
@@ -146,7 +154,7 @@ def stored_images(
         if storage.exists(storage.join(folder, STORE_FILE)):
             store = FeatureStore.open(folder)
         missing = {
-            output: [s for s in range(store.layout.num_shards) if not storage.exists(store.shard_path(output, s))]
+            output: sorted(set(range(store.layout.num_shards)) - set(store.present(output)))
             for output in OUTPUT_NAMES
             if output in outputs and config.features.store
         }
@@ -261,9 +269,15 @@ def token_knobs(config: TrialConfig) -> list[str]:
     return knobs if config.encoder.token_pooling > 1 else [*knobs, "set encoder.token_pooling: 2 (a quarter of them)"]
 
 
-def size_text(num_bytes: float) -> str:
-    """A size for people: 57.1 MB, 230.2 GB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], works: Sequence[_Work]) -> None:
+    """Refuse what a machine could never hold: a trial reads all splits of an output together.
+
+    Of other machines only the limit is known, and not the disk.
+    """
+    num_bytes = {output: sum(work.store.layout.num_bytes(output) for work in works) for output in outputs}
+    if num_bytes and (copies.max_gigabytes is not None or is_alone()):
+        largest = max(num_bytes, key=num_bytes.__getitem__)
+        copies.check_fits(f"{largest} of {root}", num_bytes[largest], here=is_alone())
 
 
 # -------------------------------------------------------------------------------------------------- filling
@@ -284,8 +298,10 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
         blocks = [block for work in works for block in _blocks(config, work)]
         tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
         progress = _Progress(sum(work.num_images for work in works), report)
-        by_split = {work.split: work for work in works}
-        bad: dict[str, dict[int, str]] = {work.split: {} for work in works}
+        by_folder = {work.store.folder: work for work in works}
+        bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
+        # Bytes of each shard that was written.
+        written: dict[tuple[str, OutputName], dict[int, int]] = {}
         for summary in map_images(
             blocks,
             load_block,
@@ -296,14 +312,19 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             gpus_per_worker=1 if gpus else 0,
         ):
             progress.add(summary["num_images"])
+            folder = summary["folder"]
+            for output, num_bytes in summary["written"].items():
+                written.setdefault((folder, output), {})[summary["shard"]] = num_bytes
             if summary["bad"]:
                 # Wrong folders or keys shouldn't cost the whole pass.
-                bad[summary["split"]].update(summary["bad"])
-                _check_limits(config, by_split[summary["split"]], bad[summary["split"]])
+                bad[folder].update(summary["bad"])
+                _check_limits(config, by_folder[folder], bad[folder])
         if progress.seconds_per_image is not None:
             pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
             for work in works:
                 storage.write_bytes(storage.join(work.store.folder, PACE_FILE), pace.encode())
+    for (folder, output), shards in written.items():
+        by_folder[folder].store.trust(output, shards, bad[folder])
 
 
 def seconds_per_image(folder: str) -> float | None:
@@ -323,8 +344,7 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
             "num_views": work.store.num_views,
             "preprocess": work.preprocess.to_dict(),
             "strict": config.data.on_bad_image == "strict",
-            "uri": work.rows.table.column("uri").slice(rows.start, len(rows)).to_pylist(),
-            "bytes": work.rows.table.column("bytes").slice(rows.start, len(rows)).to_pylist(),
+            "images": TakenRows(work.rows.table, np.arange(rows.start, rows.stop)),
         }
         for shard, outputs in work.missing.items()
         for rows in [work.store.layout.rows_of(shard)]

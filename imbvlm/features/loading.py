@@ -14,12 +14,12 @@ Block = dict[str, Any]
 
 
 def load_block(block: Block) -> Block:
-    """Fetch, decode and crop a block's rows: adds `images` (rows x views, 3, S, S) and a reason or None per row.
+    """Fetch, decode and crop a block's rows: `images` become (rows x views, 3, S, S), with a reason or None per row.
 
     Raises ImbvlmError for an image that can't be had where the block is strict, StorageError where a store fails.
     """
     preprocess = Preprocess.from_dict(block["preprocess"])
-    uris, contents, views = block["uri"], block["bytes"], block["num_views"]
+    (uris, contents), views = block["images"].read(), block["num_views"]
     shape = (len(uris), views, 3, preprocess.image_size, preprocess.image_size)
     images = np.zeros(shape, dtype=np.uint8)
 
@@ -37,8 +37,7 @@ def load_block(block: Block) -> Block:
     if block["strict"] and bad is not None:
         name = uris[bad] or f"row {block['first_row'] + bad}"
         raise bad_image_error(block["split"], name, str(reasons[bad]))
-    kept = {key: value for key, value in block.items() if key not in ("uri", "bytes")}
-    return {**kept, "images": images.reshape(-1, *shape[2:]), "reasons": reasons}
+    return {**block, "images": images.reshape(-1, *shape[2:]), "reasons": reasons}
 
 
 def bad_image_error(split: str, name: str, reason: str) -> ImbvlmError:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from imbvlm import storage
 from imbvlm.errors import ImbvlmError
+from imbvlm.features.local_copy import DEFAULT_COPIES, Copies, HeldCopy
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+from imbvlm.storage import FileState
 
 # Raise it when the meaning of an output or the layout of a shard changes: old stores are then computed again.
 FORMAT_VERSION = 1
@@ -34,6 +37,8 @@ VERIFIED_FILE = "verified.json"
 LEFTOVER_SECONDS = 3600
 # The column of what bytes are multiplied by.
 _SCALE = "scale"
+# A damaged copy is the way's fault or the source's.
+FETCH_ATTEMPTS = 2
 # A file that changes twice within its file system's tick keeps its times: so young a one isn't taken for verified.
 SETTLED_SECONDS = 3.0
 Precision = Literal["float16", "float32"]
@@ -112,18 +117,11 @@ class Quarantined(NamedTuple):
     reason: str
 
 
-class _FileState(NamedTuple):
-    """What changes with a file's content: size, and times of change in nanoseconds.
+class _Proof(NamedTuple):
+    """What is known of a shard since its bytes were last checked: its file then, and why which of its rows are bad."""
 
-    Whoever sets `modified` back can't set `changed` back.
-    """
-
-    size: int
-    modified: int
-    changed: int
-
-    def is_before(self, time_ns: int) -> bool:
-        return max(self.modified, self.changed) < time_ns
+    state: FileState
+    bad: Mapping[int, str]
 
 
 class _Mapped(NamedTuple):
@@ -138,14 +136,17 @@ class FeatureStore:
     """One folder: the outputs of one tower for one official split, rows x views in manifest order.
 
     `read` lists the outputs whose bad rows count (None: those that have a folder); a store may hold more, also
-    half-finished ones that another process is writing.
+    half-finished ones that another process is writing. With `copies` values are read from this machine's copy, as they
+    are from an object store in any case.
     """
 
     folder: str
     layout: StoreLayout
     read: tuple[OutputName, ...] | None = None
+    copies: Copies | None = None
     # Memory maps opened so far; a map costs address space, not memory.
     _maps: dict[tuple[OutputName, int], _Mapped] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[OutputName, HeldCopy] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def create(folder: str, layout: StoreLayout) -> FeatureStore:
@@ -160,7 +161,7 @@ class FeatureStore:
         return store
 
     @staticmethod
-    def open(folder: str, outputs: Sequence[OutputName] | None = None) -> FeatureStore:
+    def open(folder: str, outputs: Sequence[OutputName] | None = None, copies: Copies | None = None) -> FeatureStore:
         """Open a store to read `outputs` (None: those that have a folder). Raises StoreError."""
         path = storage.join(folder, STORE_FILE)
         try:
@@ -169,7 +170,9 @@ class FeatureStore:
             layout = StoreLayout(**data, shapes=shapes)
         except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is not a feature store's description ({error})") from None
-        return FeatureStore(folder, layout, None if outputs is None else tuple(outputs))
+        if copies is None and not storage.is_local(folder):
+            copies = DEFAULT_COPIES
+        return FeatureStore(folder, layout, None if outputs is None else tuple(outputs), copies)
 
     @property
     def num_rows(self) -> int:
@@ -187,7 +190,13 @@ class FeatureStore:
 
     def shard_path(self, output: OutputName, shard: int) -> str:
         """Where a shard lies or would lie."""
-        return storage.join(self.folder, output, f"shard-{shard:05d}.arrow")
+        return storage.join(self.folder, output, _shard_name(shard))
+
+    def present(self, output: OutputName) -> dict[int, FileState]:
+        """The shards of an output that are there, whole or not."""
+        found = storage.file_states(storage.join(self.folder, output))
+        names = {shard: _shard_name(shard) for shard in range(self.layout.num_shards)}
+        return {shard: found[name] for shard, name in names.items() if name in found}
 
     def missing(self, output: OutputName, *, full: bool = False) -> list[int]:
         """Shards of an output that are absent, damaged or foreign.
@@ -195,19 +204,35 @@ class FeatureStore:
         Every byte of a shard is read and checksummed once; while its size and times stay what they were then, it counts
         as intact. `full` reads them all again: what a disk has lost since shows in no date.
         """
-        shards, verified = range(self.layout.num_shards), self._verified(output)
-        states = {shard: _state(self.shard_path(output, shard)) for shard in shards}
+        proofs, states = self._proofs(output), self.present(output)
 
-        def is_intact(shard: int) -> bool:
-            state = states[shard]
-            if state is None:
-                return False
-            return (not full and verified.get(shard) == state) or self._is_intact(output, shard)
+        def prove(shard: int) -> _Proof | None:
+            known = proofs.get(shard)
+            if not full and known is not None and known.state == states[shard]:
+                return known
+            bad = self._check(output, shard)
+            return None if bad is None else _Proof(states[shard], bad)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            intact = dict(zip(shards, pool.map(is_intact, shards), strict=True))
-        self._keep_verified(output, verified, {shard: state for shard, state in states.items() if intact[shard]})
-        return [shard for shard in shards if not intact[shard]]
+            found = dict(zip(states, pool.map(prove, states), strict=True))
+        intact = {shard: proof for shard, proof in found.items() if proof is not None}
+        self._keep_proofs(output, proofs, intact)
+        return [shard for shard in range(self.layout.num_shards) if shard not in intact]
+
+    def trust(self, output: OutputName, written: Mapping[int, int], bad: Mapping[int, str]) -> None:
+        """Take shards for intact that were just written, with so many bytes, to an object store, which loses none.
+
+        So nobody has to fetch all of them only to see that. On a disk they are read once, by the next `missing`.
+        """
+        if storage.is_local(self.folder):
+            return
+        proofs, states = self._proofs(output), self.present(output)
+        fresh = {
+            shard: _Proof(state, {row: bad[row] for row in self.layout.rows_of(shard) if row in bad})
+            for shard, state in states.items()
+            if written.get(shard) == state.size
+        }
+        self._keep_proofs(output, proofs, {**proofs, **fresh})
 
     def write(
         self, output: OutputName, shard: int, values: npt.NDArray[np.floating[Any]], reasons: Sequence[str | None]
@@ -233,6 +258,7 @@ class FeatureStore:
         data = _to_arrow(self.layout, output, shard, stored, scale, reasons)
         storage.write_bytes(self.shard_path(output, shard), data)
         self._maps.pop((output, shard), None)
+        self._held.pop(output, None)
         return len(data)
 
     def view(self, output: OutputName, shard: int) -> Tensor:
@@ -264,10 +290,13 @@ class FeatureStore:
         """Rows without an image, in order, over the outputs that are read."""
         found: dict[int, str] = {}
         for output in self.outputs:
+            # From afar only what is new is read whole; a file on a disk is opened, and little of it read.
+            proofs = {} if storage.is_local(self.folder) else self._proofs(output)
             for shard in range(self.layout.num_shards):
-                reasons = _open_shard(self.shard_path(output, shard)).column("reason").to_pylist()
-                first = self.layout.rows_of(shard).start
-                found |= {first + n // self.num_views: reason for n, reason in enumerate(reasons) if reason is not None}
+                known = proofs.get(shard)
+                found |= (
+                    self._bad_rows(_open_shard(self.shard_path(output, shard)), shard) if known is None else known.bad
+                )
         return tuple(Quarantined(row, found[row]) for row in sorted(found))
 
     @cached_property
@@ -277,31 +306,40 @@ class FeatureStore:
         flags[[entry.row for entry in self.quarantine]] = False
         return flags
 
-    def _verified(self, output: OutputName) -> dict[int, _FileState]:
-        """What each shard's file was when its bytes were last checked; empty where that isn't known."""
+    def _proofs(self, output: OutputName) -> dict[int, _Proof]:
+        """What each shard was when its bytes were last checked; empty where that isn't known."""
         path = storage.join(self.folder, output, VERIFIED_FILE)
         if not storage.exists(path):
             return {}
         try:
             data = json.loads(storage.read_bytes(path))
-            return {int(shard): _FileState(*state) for shard, state in data.items()}
+            return {
+                int(shard): _Proof(FileState(*state), {int(row): str(reason) for row, reason in bad.items()})
+                for shard, (state, bad) in data.items()
+            }
         except (ValueError, TypeError, AttributeError):
             return {}
 
-    def _keep_verified(
-        self, output: OutputName, before: Mapping[int, _FileState], intact: Mapping[int, _FileState | None]
-    ) -> None:
+    def _keep_proofs(self, output: OutputName, before: Mapping[int, _Proof], intact: Mapping[int, _Proof]) -> None:
         oldest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-        settled = {shard: state for shard, state in intact.items() if state is not None and state.is_before(oldest)}
+        # An object is replaced as a whole, and its store's clock is another one.
+        is_remote = not storage.is_local(self.folder)
+        settled = {shard: proof for shard, proof in intact.items() if is_remote or proof.state.is_before(oldest)}
         if settled != before:
-            data = json.dumps({str(shard): state for shard, state in settled.items()})
+            data = json.dumps({str(shard): proof for shard, proof in settled.items()})
             # A store that may only be read is as good; it is checked anew each time.
             with contextlib.suppress(storage.StorageError):
                 storage.write_bytes(storage.join(self.folder, output, VERIFIED_FILE), data.encode())
 
+    def _bad_rows(self, batch: pa.RecordBatch, shard: int) -> dict[int, str]:
+        first, reasons = self.layout.rows_of(shard).start, batch.column("reason").to_pylist()
+        return {first + n // self.num_views: reason for n, reason in enumerate(reasons) if reason is not None}
+
     def _remove_leftovers(self) -> None:
         """Delete unfinished files of writers that were killed; young ones may be another process's work."""
         oldest = time.time() - LEFTOVER_SECONDS
+        if not storage.is_local(self.folder):
+            return
         for path in storage.local_path(self.folder).glob("*/.shard-*"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < oldest:
@@ -310,35 +348,64 @@ class FeatureStore:
     def _mapped(self, output: OutputName, shard: int) -> _Mapped:
         key = (output, shard)
         if key not in self._maps:
-            batch = _open_shard(self.shard_path(output, shard))
+            batch = _open_shard(storage.join(self._readable_folder(output), _shard_name(shard)))
             shape = (len(self.layout.rows_of(shard)), self.num_views, *self.layout.shapes[output])
             self._maps[key] = _Mapped(_flat(batch, output).reshape(shape), _scale(batch))
         return self._maps[key]
 
-    def _is_intact(self, output: OutputName, shard: int) -> bool:
+    def _readable_folder(self, output: OutputName) -> str:
+        """Where an output's shards can be mapped: in place, or in this machine's copy, made where it is missing."""
+        if self.copies is None:
+            return storage.join(self.folder, output)
+        if output not in self._held:
+            present, source = self.present(output), storage.join(self.folder, output)
+            if len(present) < self.layout.num_shards:
+                raise StoreError(f"{source} lacks shards; start again and they are computed")
+            files = {_shard_name(shard): state for shard, state in present.items()}
+            shards = {_shard_name(shard): shard for shard in present}
+            self._held[output] = self.copies.hold(
+                source, files, lambda name, path: self._fetch(output, shards[name], path)
+            )
+        return str(self._held[output].folder)
+
+    def _fetch(self, output: OutputName, shard: int, path: Path) -> None:
+        """Bring one shard to a path, and prove it there."""
+        for _ in range(FETCH_ATTEMPTS):
+            storage.download(self.shard_path(output, shard), path)
+            if self._check(output, shard, str(path)) is not None:
+                return
+        raise StoreError(
+            f"{self.shard_path(output, shard)} is damaged where it lies; `imbvlm features check {self.folder}` makes "
+            "sure of that, and then the next sweep computes it anew"
+        )
+
+    def _check(self, output: OutputName, shard: int, path: str | None = None) -> dict[int, str] | None:
+        """Read and compare every byte of a shard, where it lies or at `path`: its bad rows, or None for a bad shard."""
         try:
-            batch = _open_shard(self.shard_path(output, shard))
+            batch = _open_shard(path or self.shard_path(output, shard))
             if not batch.schema.equals(_schema(output, self.layout)):
-                return False
+                return None
             batch.validate(full=True)
         except (StoreError, pa.ArrowException):
-            return False
+            return None
         if batch.num_rows != len(self.layout.rows_of(shard)) * self.num_views:
-            return False
+            return None
         expected = _metadata(self.layout.digest, output, shard, _checksum(batch, output))
-        return bool(batch.schema.metadata == expected)
+        return self._bad_rows(batch, shard) if batch.schema.metadata == expected else None
 
 
-def _state(uri: str) -> _FileState | None:
-    try:
-        found = storage.local_path(uri).stat()
-    except FileNotFoundError:
-        return None
-    return _FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.arrow"
 
 
 def _write_once(uri: str, data: bytes) -> None:
-    """Write a file unless another process has just done so: all must agree on one layout."""
+    """Write a file unless another process has just done so: all must agree on one layout.
+
+    In an object store the last one wins; what is written there again is the same.
+    """
+    if not storage.is_local(uri):
+        storage.write_bytes(uri, data)
+        return
     path = storage.local_path(uri)
     temporary = storage.join(str(path.parent), f".{path.name}.{os.getpid()}")
     storage.write_bytes(temporary, data)
@@ -436,8 +503,10 @@ def _to_arrow(
 
 
 def _open_shard(path: str) -> pa.RecordBatch:
-    """The one record batch of a shard, memory-mapped; raises StoreError."""
+    """The one record batch of a shard, memory-mapped, or read whole from an object store; raises StoreError."""
     try:
+        if not storage.is_local(path):
+            return pa.ipc.open_file(pa.BufferReader(storage.read_bytes(path))).get_batch(0)
         # The map outlives the file: a store of thousands of shards must not use up the process's file descriptors.
         with pa.memory_map(path) as source:
             return pa.ipc.open_file(source).get_batch(0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -46,11 +48,18 @@ def ensure_class_embeddings(
 
 
 def _is_intact(path: str) -> bool:
+    """Whether the file holds what it was written with; from an object store it is read whole first."""
     if not storage.exists(path):
         return False
-    try:
-        with safe_open(storage.local_path(path), framework="pt") as file:
-            tensor, metadata = file.get_tensor("class_embeddings"), file.metadata() or {}
-    except (OSError, SafetensorError):
-        return False
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "embeddings"
+        if storage.is_local(path):
+            local = storage.local_path(path)
+        else:
+            storage.download(path, local)
+        try:
+            with safe_open(local, framework="pt") as file:
+                tensor, metadata = file.get_tensor("class_embeddings").clone(), file.metadata() or {}
+        except (OSError, SafetensorError):
+            return False
     return metadata.get(_CHECKSUM) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

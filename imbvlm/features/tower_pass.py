@@ -43,17 +43,21 @@ class TowerWorker:
         self.batch_size = BATCH_ON_GPU if use_gpu else BATCH_ON_CPU
 
     def __call__(self, block: Block) -> Block:
-        """Store the block's missing outputs; returns its split, how many images it had, and its bad rows' reasons."""
+        """Store the block's missing outputs; returns where, how many images it had, and its bad rows' reasons.
+
+        `written` has the bytes of each output's shard.
+        """
         store = FeatureStore.open(block["folder"])
         rows, outputs = store.layout.rows_of(block["shard"]), block["outputs"]
-        computed = self._run(block["images"], outputs, store)
+        computed, written = self._run(block["images"], outputs, store), {}
         for output, values in computed.items():
             shaped = values.reshape(len(rows), store.num_views, *store.layout.shapes[output])
             # What a tower makes of a missing image means nothing.
             shaped[[number for number, reason in enumerate(block["reasons"]) if reason is not None]] = 0
-            store.write(output, block["shard"], shaped, block["reasons"])
+            written[output] = store.write(output, block["shard"], shaped, block["reasons"])
         bad = {rows.start + number: reason for number, reason in enumerate(block["reasons"]) if reason is not None}
-        return {"split": block["split"], "num_images": len(block["images"]), "bad": bad}
+        done = {"folder": block["folder"], "shard": block["shard"], "written": written}
+        return {**done, "num_images": len(block["images"]), "bad": bad}
 
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore

@@ -266,8 +266,8 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
 
     old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
     ignored = (
-        *("storage", "feature_folder", "max_concurrent_trials", "max_failures", "max_trial_minutes", "smoke"),
-        *("max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),
+        *("storage", "feature_folder", "feature_copies", "max_concurrent_trials", "max_failures", "max_trial_minutes"),
+        *("smoke", "max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),
     )
     keys = [key for key in dict.fromkeys([*old, *new]) if key.split(".")[0] not in ignored]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

@@ -196,8 +196,9 @@ class _Export:
         log = storage.local_path(self.folder) / LOG_FILE if storage.is_local(self.folder) else None
         with console.others_to(log):
             features = ensure_features(
-                config, manifest, root, stored_outputs(config), splits, report=console.live, text=needs_text(config)
-            )
+                config, manifest, root, stored_outputs(config), splits, report=console.live, text=needs_text(config),
+                copies=self.spec.feature_copies,
+            )  # fmt: skip
         console.end_live()
         settings = TrialSettings(
             config=config.to_tree(),

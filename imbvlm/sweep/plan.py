@@ -14,9 +14,10 @@ from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.extract import image_bytes, plan_bytes, size_text, stored_images, token_knobs
+from imbvlm.features.extract import image_bytes, plan_bytes, stored_images, token_knobs
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
+from imbvlm.storage import size_text
 from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
 from imbvlm.sweep.budget import Spent
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
@@ -62,6 +63,7 @@ class Tower:
     num_bytes: int
     missing_bytes: int
     missing_images: int | None
+    largest_output_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class Plan:
         if self.free_bytes is None or self.manifest is None:
             return None
         return self.missing_bytes <= self.free_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """What trials read in all, of which each machine keeps what it can; 0 where they read the folder itself."""
+        copies = self.spec.feature_copies
+        known = self.manifest is not None and copies.needed_for(self.spec.feature_root)
+        return sum(tower.num_bytes for tower in self.towers) if known else 0
+
+    @property
+    def fits_copies(self) -> bool:
+        """Whether this machine could hold what one trial reads."""
+        largest = max((tower.largest_output_bytes for tower in self.towers), default=0)
+        return not self.copy_bytes or largest <= self.spec.feature_copies.limit_bytes()
 
     @property
     def gpu_hours(self) -> Range | None:
@@ -166,9 +181,9 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
             passes = _features_seconds(found, calibration, cluster)
             estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
-        spec, space, manifest, problem, found, storage.free_bytes(spec.storage), _num_gpus(spec, cluster, concurrent),
-        1 if cluster is None else len(cluster.grown), _machine(cluster), misfit, concurrent,
-        calibration, tuple(shapes), rows,
+        spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root),
+        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown), _machine(cluster), misfit,
+        concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
         together, each,
     )  # fmt: skip
@@ -230,7 +245,8 @@ def _tower(
     outputs = needed_outputs(spec, space)
     if manifest is None:
         return Tower(config, info, image_bytes(config, info, outputs), 0, None)
-    total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
+    each = plan_bytes(config, manifest, outputs, manifest.splits)
+    total, largest = sum(each.values()), max(each.values(), default=0)
     crops = sum(
         len(manifest.rows_of(split)) * (config.features.num_views if split == "train" else 1)
         for split in manifest.splits
@@ -238,10 +254,10 @@ def _tower(
     root = spec.feature_root
     if not config.features.store:
         return Tower(config, info, 0, 0, 0)
-    if not look or not storage.is_local(root) or not storage.exists(root) or not find_tower(config.encoder).has_weights:
-        return Tower(config, info, total, total, crops)
+    if not look or not storage.exists(root) or not find_tower(config.encoder).has_weights:
+        return Tower(config, info, total, total, crops, largest)
     images, missing = stored_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
-    return Tower(config, info, total, missing, images)
+    return Tower(config, info, total, missing, images, largest)
 
 
 def _features_seconds(towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None) -> float | None:
@@ -384,6 +400,8 @@ def _reading(plan: Plan) -> list[str]:
     lines.append(f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}")
     if manifest is not None:
         lines.append(f"  features    {_disk(plan)}")
+    if plan.copy_bytes:
+        lines.append(f"  copies      {_copies(plan)}")
     return lines
 
 
@@ -412,6 +430,14 @@ def _disk(plan: Plan) -> str:
         f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
         f"{knobs}, or choose another --storage"
     )
+
+
+def _copies(plan: Plan) -> str:
+    copies = plan.spec.feature_copies
+    limit = f"at most {size_text(copies.limit_bytes())} on this one"
+    if not plan.fits_copies:
+        limit = f"and ONLY {size_text(copies.limit_bytes())} on this one, too little for a trial"
+    return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {copies.root}: {limit}"
 
 
 def _measured(plan: Plan) -> list[str]:
@@ -553,6 +579,15 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         ],
         "free_bytes": plan.free_bytes,
         "fits_disk": plan.fits_disk,
+        "feature_root": spec.feature_root,
+        "copies": {
+            "folder": str(spec.feature_copies.root),
+            "bytes": plan.copy_bytes,
+            "limit_bytes": spec.feature_copies.limit_bytes(),
+            "fits": plan.fits_copies,
+        }
+        if plan.copy_bytes
+        else None,
         "measured_on": None if calibration is None else calibration.machine.describe(),
         "measured": [
             {"method": config.method, "encoder": config.encoder.name, **_speed_dict(plan, config, speed)}

@@ -392,8 +392,9 @@ class _Sweep:
             config = zero_shot_config(self.spec, draw)
             five_crop = tuple(split for split in splits if split == "test")
             features = ensure_features(
-                config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop
-            )
+                config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop,
+                copies=self.spec.feature_copies,
+            )  # fmt: skip
             self.console.end_live()
             found[tower_key(config)] = features
         self._say_quarantined(next(iter(found.values())))

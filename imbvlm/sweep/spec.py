@@ -19,6 +19,7 @@ from imbvlm.config import (
 )
 from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
+from imbvlm.features.local_copy import DEFAULT_COPIES, Copies
 from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import ACCURACIES, SECONDS
@@ -121,9 +122,9 @@ class SweepSpec(Section):
     smoke: dict[str, Any] = Field({}, description="settings that --smoke makes")
     storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI under which sweeps and features are kept")
     feature_folder: str | None = Field(
-        None,
-        description="folder for features, which no object store can hold; null: under storage, or runs/features",
+        None, description="folder or s3:// URI for features; null: `features` under storage"
     )
+    feature_copies: Copies = DEFAULT_COPIES
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @field_validator("refit_seeds")
@@ -240,10 +241,8 @@ class SweepSpec(Section):
 
     @property
     def feature_root(self) -> str:
-        """Where features are kept; never an object store."""
-        if self.feature_folder is not None:
-            return self.feature_folder
-        return storage.join(self.storage if storage.is_local(self.storage) else LOCAL_STORAGE, "features")
+        """Where features are kept."""
+        return self.feature_folder or storage.join(self.storage, "features")
 
     @property
     def best_objective(self) -> str:
@@ -277,7 +276,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec), *_check_folders(spec)]
+    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if problems:
@@ -347,16 +346,6 @@ def _check_limits(spec: SweepSpec) -> list[Problem]:
         "price_per_gpu_hour too"
     )
     return [Problem(message, spec.where("max_cost"))]
-
-
-def _check_folders(spec: SweepSpec) -> list[Problem]:
-    if spec.feature_folder is None or storage.is_local(spec.feature_folder):
-        return []
-    message = (
-        f"feature_folder is {spec.feature_folder}, and features are memory-mapped from a disk; give a folder that "
-        "every node sees, or leave it out"
-    )
-    return [Problem(message, spec.where("feature_folder"))]
 
 
 def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:

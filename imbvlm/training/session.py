@@ -170,6 +170,8 @@ class TrialSession:
     def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
         key = f"{config.data.model_dump_json()} {config.reads_images} {feature_set.to_dict()} {settings.refit}"
         if self._opened is None or self._opened[0] != key:
+            # First let go: this machine may have no room for copies of both.
+            self._opened = None
             self._opened = (key, TrialData.open(config, feature_set, refit=settings.refit))
         return self._opened[1]
 
