@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,7 @@ class HeldCopy:
 
     def __init__(self, folder: Path, use: int) -> None:
         self.folder = folder
-        os.utime(use)
+        _touch(use)
         weakref.finalize(self, _release, use)
 
 
@@ -206,6 +207,11 @@ def _locked(path: Path, how: int) -> Iterator[None]:
         os.close(file)
 
 
+def _touch(use: int) -> None:
+    # The file system's own clock ticks too slowly to tell two of them apart.
+    os.utime(use, ns=(time.time_ns(), time.time_ns()))
+
+
 def _release(use: int) -> None:
-    os.utime(use)
+    _touch(use)
     os.close(use)
