@@ -45,7 +45,7 @@ def faulty_loss(name, loss):
             raise ValueError("a fault of the tests")
         if kind == "out_of_memory":
             torch.empty(2**58)
-        while kind == "hang":
+        while orders().get("losses", {}).get(name) == "hang":
             time.sleep(1)
         value = loss(*arguments, **knobs)
         return value * float(kind) if kind in ("nan", "inf") else value
