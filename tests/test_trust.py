@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from apart import apart_with_ray
+from listening import LOOPBACK
 from sweep_folder import write_sweep
 
 from imbvlm import inference
@@ -157,40 +159,25 @@ def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
 
 
 LISTENING = """
-import json, os, socket, sys
-from pathlib import Path
+import json
+from listening import listening
 from imbvlm.data.cluster import connected
-def listening():
-    inodes, mine = {}, set()
-    for name, v6 in (("/proc/net/tcp", False), ("/proc/net/tcp6", True)):
-        for line in Path(name).read_text().splitlines()[1:]:
-            parts = line.split()
-            if parts[3] == "0A":
-                inodes[parts[9]] = parts[1]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ray" not in (process / "cmdline").read_bytes():
-                continue
-            for link in (process / "fd").iterdir():
-                target = os.readlink(link)
-                if target.startswith("socket:[") and target[8:-1] in inodes:
-                    mine.add(inodes[target[8:-1]])
-        except OSError:
-            pass
-    return sorted(mine)
 with connected() as cluster:
     print(json.dumps([cluster.dashboard, listening()]))
 """
 
 
 @pytest.mark.slow
-def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone():
-    done = subprocess.run(
-        [sys.executable, "-c", LISTENING], env={**os.environ, "RAY_ADDRESS": "local"},
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    dashboard, addresses = json.loads(done.stdout.splitlines()[-1])
+def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with apart_with_ray(tmp_path) as there:
+        done = subprocess.run(
+            there.command(sys.executable, "-c", LISTENING),
+            env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": path},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dashboard, found = json.loads(done.stdout.splitlines()[-1])
     assert dashboard.startswith("http://127.0.0.1:")
-    assert addresses
-    hosts = {address.rpartition(":")[0] for address in addresses}
-    assert hosts <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}, hosts
+    assert len(found) > 5
+    assert [one for one in found if one[0] not in LOOPBACK] == []

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray._private import services
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private import ray_constants, services
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -81,17 +80,37 @@ def connected() -> Iterator[Cluster]:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=_runtime_env())
     else:
         # With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     try:
         yield _describe(started_here=started)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within, a cluster that is started listens on no address of the network, unless Ray's setting asks for it.
+
+    Where Ray expects no other machines, as on Windows and macOS, that is its default; elsewhere all of its ports but
+    the dashboard's are open. It reads the setting when it is imported, and its processes do so again.
+    """
+    setting, expected = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if setting in os.environ:
+        yield
+        return
+    os.environ[setting], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        del os.environ[setting]
+        ray_constants.ENABLE_RAY_CLUSTER = expected
 
 
 def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
@@ -252,7 +271,7 @@ def _autoscaled_workers() -> list[tuple[float, float]]:
         except (ValueError, TypeError):
             example = "[[8, 16, 1]] for 8 workers of 16 CPUs and a GPU"
             raise ImbvlmError(f"{AUTOSCALER_SETTING} is {told!r}; it should look like {example}") from None
-    runs = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode())
+    runs = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
     path = Path(BOOTSTRAP_FILE).expanduser()
     if not runs or not path.exists():
         return []
