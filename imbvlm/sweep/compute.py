@@ -111,7 +111,7 @@ class Stored:
     """Training images that trials read from the store, those that towers saw for it, and what that took and spared.
 
     `tower_seconds` is what the towers would have taken in every epoch at the pace at which they filled the store, None
-    where that wasn't measured; `pass_seconds` what filling it took in this sweep.
+    where that wasn't measured; `pass_seconds` what filling it, or finding it filled, took in this sweep.
     """
 
     num_epochs: int
@@ -170,7 +170,7 @@ def store_words(compute: Compute) -> str | None:
     measured = (
         f"in every epoch it would have taken {duration(saved.tower_seconds)} at the measured {_each(each)} an image"
     )
-    took = f"the pass took {duration(saved.pass_seconds)}"
+    took = f"the store took {duration(saved.pass_seconds)} in this sweep"
     spared = saved.tower_seconds - saved.pass_seconds
     if spared <= 0:
         return f"spared nothing here: {words}; {measured}, and {took}"
