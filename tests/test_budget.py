@@ -168,9 +168,9 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
 @pytest.mark.ray
 @pytest.mark.timeout(420)
 def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home):
-    """At 72 an hour the machine costs 0.02 a second: 1 of money is 50 seconds, the refits' share kept."""
+    """At 36 an hour the machine costs 0.01 a second: 1 of money is 100 seconds, the refits' share kept."""
     endless = ["--set", "method=linear_probe", "--set", "num_trials=500", "--set", "max_pack_size=1"]
-    priced = ["--set", "price_per_machine_hour=72", "--set", "max_cost=1"]
+    priced = ["--set", "price_per_machine_hour=36", "--set", "max_cost=1"]
     printed = run(QUICKSTART, "--smoke", *endless, "--set", "train.num_epochs=40", *priced, cwd=home)
     sweep = newest(home)
     assert "max_cost 1 is used up: " in printed
@@ -179,5 +179,5 @@ def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home):
     assert (sweep / "best.yaml").exists()
     used = json.loads((sweep / "spent.json").read_text())
     assert used["machine_seconds"] == used["seconds"]
-    assert 0.8 < 72 * used["machine_seconds"] / 3600 < 1.3
+    assert 0.7 < 36 * used["machine_seconds"] / 3600 < 1.5
     assert all(one["state"] in ("finished", "stopped", "paused") for one in trials(sweep).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import io
 import os
@@ -184,11 +185,11 @@ def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_w
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
-    written, sizes = "", dict[str, int]()
+    written, sizes, decoder = "", dict[str, int](), codecs.getincrementaldecoder("utf-8")()
     while process.poll() is None or select.select([ours], [], [], 0.5)[0]:
         if not select.select([ours], [], [], 0.5)[0]:
             continue
-        written += os.read(ours, 65536).decode(errors="replace")
+        written += decoder.decode(os.read(ours, 65536))
         drawn = written.count("to their end")
         if drawn > 3 and "shrunk" not in sizes:
             window(ours, 40)
@@ -216,7 +217,7 @@ def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_w
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_sweeps_log_file_has_lines_of_whole_sentences(ray_cluster, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment, started = {name: value for name, value in os.environ.items() if name != "CI"}, time.monotonic()
     done = subprocess.run(
         [sys.executable, QUICKSTART, "--smoke"],
         cwd=tmp_path,
@@ -227,4 +228,4 @@ def test_a_sweeps_log_file_has_lines_of_whole_sentences(ray_cluster, tmp_path):
     )
     assert done.stderr == ""
     assert not set("\x1b\r") & set(done.stdout)
-    assert 1 <= done.stdout.count("\ntrials: ") <= 10
+    assert 1 <= done.stdout.count("\ntrials: ") <= 1 + (time.monotonic() - started) / 15
