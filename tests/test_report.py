@@ -21,8 +21,7 @@ from sweep_folder import sweep_spec, write_sweep
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
-from imbvlm.sweep.baselines import tower_key
-from imbvlm.sweep.compute import Compute, compute_text, saved_by_stopping, saved_by_store
+from imbvlm.sweep.compute import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
 from imbvlm.sweep.console import duration
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
 from imbvlm.sweep.report.result_tables import compared_classes
@@ -200,7 +199,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
     probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
-    (key,) = {tower_key(one.trial_config()) for one in probes}
+    (key,) = {pace_key(one.trial_config()) for one in probes}
     phases = {"start": 10.0, "features": 20.0, "trials": 70.0, "refits": 30.0}
     spent = {"seconds": 130.0, "gpu_seconds": 520.0, "machine_seconds": 130.0, "phases": phases}
     plan = {

@@ -26,9 +26,14 @@ PHASE_WORDS = {
 }  # fmt: skip
 
 
+def pace_key(config: TrialConfig) -> str:
+    """The tower and its input size: what decides how long an image takes, and means the same in every version."""
+    return f"{config.encoder.name} at {config.encoder.image_size}"
+
+
 @dataclass(frozen=True)
 class Paces:
-    """What an image took of the whole cluster's seconds while features were computed, by tower key; training images."""
+    """What an image took of the whole cluster's seconds as features were computed, by `pace_key`; training images."""
 
     num_train: int
     seconds: Mapping[str, float]
@@ -132,7 +137,7 @@ def saved_by_store(compute: Compute) -> Stored | None:
         return None
     views = {tower_key(one.trial_config()): int(one.views) for one in stored}
     seconds = [
-        len(one.epochs) * paces.num_train * paces.seconds.get(tower_key(one.trial_config()), math.nan) for one in stored
+        len(one.epochs) * paces.num_train * paces.seconds.get(pace_key(one.trial_config()), math.nan) for one in stored
     ]
     total = sum(seconds)
     return Stored(

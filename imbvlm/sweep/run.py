@@ -21,7 +21,7 @@ from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
 from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.compute import Compute, Paces, compute_text
+from imbvlm.sweep.compute import Compute, Paces, compute_text, pace_key
 from imbvlm.sweep.console import Console, duration, table
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
@@ -387,7 +387,7 @@ class _Sweep:
         """The stored features of each tower of the space, computed where they are missing."""
         outputs = needed_outputs(self.spec, self.space)
         root = self.spec.feature_root
-        found: dict[str, FeatureSet] = {}
+        found, paces = dict[str, FeatureSet](), dict[str, float]()
         for draw in tower_draws(self.spec, self.space):
             config = zero_shot_config(self.spec, draw)
             five_crop = tuple(split for split in splits if split == "test")
@@ -397,11 +397,11 @@ class _Sweep:
             )  # fmt: skip
             self.console.end_live()
             found[tower_key(config)] = features
+            folder = features.folders.get("train")
+            if folder is not None and (seconds := seconds_per_image(folder)) is not None:
+                paces[pace_key(config)] = seconds
         self._say_quarantined(next(iter(found.values())))
         if "train" in splits:
-            measured = {key: seconds_per_image(features.folders["train"]) for key, features in found.items()
-                        if "train" in features.folders}  # fmt: skip
-            paces = {key: seconds for key, seconds in measured.items() if seconds is not None}
             Paces(len(self.manifest.rows_of("train")), paces).write(self.folder)
         return found
 
