@@ -25,7 +25,9 @@ SCHEME = "s3://"
 # Clients back off at 503 and slow answers this often; 403 and 404 aren't asked again by them.
 _ATTEMPTS = 6
 _CONNECTIONS = 64
-_CONNECT_SECONDS, _READ_SECONDS = 5.0, 60.0
+# So long a connection, and then the next bytes of an answer, are waited for; an answer that never comes is asked for
+# again as often as a bad one, two minutes in all.
+_CONNECT_SECONDS, _READ_SECONDS = 5.0, 20.0
 _ATTEMPTS_DENIED = 3
 _FIRST_WAIT_SECONDS = 0.1
 # Refusals that another try can't change.
@@ -67,6 +69,7 @@ def _filesystem(bucket: str, settings: tuple[str, ...]) -> pafs.S3FileSystem:
         scheme=parts.scheme,
         anonymous=_session().get_credentials() is None,
         connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_READ_SECONDS,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
     )
 
@@ -88,7 +91,7 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
     bucket, key = split(uri)
     reader = _reader(bucket, tuple(os.environ.get(name, "") for name in _SETTINGS))
     headers = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
-    answer = ""
+    problem = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random()))
@@ -98,7 +101,8 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         if status == 404:
             raise FileNotFoundError(uri)
         code = re.search(rb"<Code>(\w+)</Code>", content)
-        answer = f"{status or ''} {code[1].decode() if code else content[:200].decode('utf-8', 'replace')}".strip()
+        said = code[1].decode() if code else content[:200].decode("utf-8", "replace")
+        problem = f"doesn't answer ({said})" if status is None else f"answers {status} {said}".strip()
         if status == 403 and code is not None and code[1] in _LASTING:
             # Not this object's fault: no other one would be had either.
             raise denied(uri, code[1].decode())
@@ -106,7 +110,7 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
             raise PermissionError(uri)
         if (status is not None and 400 <= status < 500 and status not in (403, 408, 429)) or status in (301, 307):
             break
-    raise StorageError(f"can't read {uri}: the store answers {answer}")
+    raise StorageError(f"can't read {uri}: the store {problem}")
 
 
 class _Reader:
@@ -160,6 +164,7 @@ def client() -> Any:
         retries={"max_attempts": _ATTEMPTS, "mode": "standard"},
         max_pool_connections=_CONNECTIONS,
         connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_READ_SECONDS,
         signature_version=UNSIGNED if anonymous else None,
     )
     return session.client("s3", config=config)

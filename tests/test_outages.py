@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 from s3_server import BUCKET, SECRET, program, proxy, serve
 
 from imbvlm import storage
+from imbvlm.data.images import fetch
+from imbvlm.data.listing import list_tree
 from imbvlm.errors import StorageError
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
@@ -100,6 +103,64 @@ def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatc
         away_until[0] = time.monotonic() + 30
         assert load_checkpoint(folder).scalars["epoch"] == 2
         assert time.monotonic() >= away_until[0]
+
+
+@needs_s3
+@pytest.mark.slow
+def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(server, monkeypatch):
+    asked = Counter()
+
+    def answer(number, method, path):
+        asked[method, path] += 1
+        if number % 3 == 0:
+            # Longer than the three seconds after which pyarrow's client gives up by itself.
+            time.sleep(4)
+
+    with proxy(server, answer) as endpoint:
+        for name, value in server.settings(endpoint).items():
+            monkeypatch.setenv(name, value)
+        place = f"s3://{BUCKET}/slow"
+        for number in range(6):
+            storage.write_bytes(f"{place}/{number}.bin", bytes([number]) * 1000)
+        assert [storage.read_bytes(f"{place}/{number}.bin")[0] for number in range(6)] == list(range(6))
+        gets = {path: count for (method, path), count in asked.items() if method == "GET" and ".bin" in path}
+        assert set(gets.values()) == {1}
+        assert [fetch(f"{place}/{number}.bin", None)[0] for number in range(6)] == list(range(6))
+        assert len(list_tree(place)) == len(storage.list_files(place)) == 6
+
+
+@needs_s3
+@pytest.mark.slow
+def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server, monkeypatch):
+    silent, asked = [False], Counter()
+
+    def answer(number, method, path):
+        if silent[0]:
+            asked[method] += 1
+            time.sleep(600)
+
+    monkeypatch.setattr("imbvlm.s3._READ_SECONDS", 1.0)
+    monkeypatch.setattr("imbvlm.storage.AWAY_SECONDS", 5.0)
+    place = f"s3://{BUCKET}/silent"
+    with proxy(server, answer) as endpoint:
+        for name, value in server.settings(endpoint).items():
+            monkeypatch.setenv(name, value)
+        storage.write_bytes(f"{place}/a.bin", b"a")
+        silent[0] = True
+        for call in (
+            lambda: fetch(f"{place}/a.bin", None),
+            lambda: storage.read_bytes(f"{place}/a.bin"),
+            lambda: storage.write_bytes(f"{place}/b.bin", b"b"),
+            lambda: storage.list_files(place),
+            lambda: list_tree(place),
+        ):
+            asked.clear()
+            begin = time.monotonic()
+            with pytest.raises(StorageError, match=f"{place}.*imeout") as caught:
+                call()
+            assert time.monotonic() - begin < 60
+            assert sum(asked.values()) <= 24
+            assert SECRET not in str(caught.value)
 
 
 @needs_s3
