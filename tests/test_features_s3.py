@@ -223,19 +223,17 @@ def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_seco
     assert f"{place}/features" in planned
     assert "copies      each machine keeps what its trials read, of" in planned
     assert f"in {here}/copies: at most" in planned
-    first = run(here, *arguments, "--set", "max_trials=3", settings=settings)
-    assert "images to compute" in first
+    run(here, *arguments, "--set", "max_trials=3", settings=settings)
     extracted = {key: tag for key, tag in keys(server, "sweeps/features/").items() if key.endswith(".arrow")}
     assert extracted
     assert not (here / "runs").exists()
     (name,) = {key.split("/")[1] for key in keys(server, "sweeps/quickstart-")}
-    second = run(
+    run(
         there, "-m", "imbvlm", "sweep", "resume", f"{place}/{name}", "--set", "max_trials=8",
         "--set", f"feature_copies.folder={there}/copies", settings=settings,
     )  # fmt: skip
     now = {key: tag for key, tag in keys(server, "sweeps/features/").items() if key.endswith(".arrow")}
     assert {key: now[key] for key in extracted} == extracted
-    assert "images to compute" not in second
     assert not (there / "runs").exists()
     copied = list((there / "copies").glob("*/*.arrow"))
     assert copied, "trials read this machine's own copy"
