@@ -76,7 +76,6 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
     return SweepSpec.from_tree(
         {
             "name": f"lift_{recipe}",
-            "base": base,
             **study_fields([parts[name] for name in PARTS if name in names], base),
             "trial_scheduler": {"name": "none"},
             "driver": "ray_train",

@@ -141,7 +141,6 @@ def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[Sweep
     found = SweepSpec.from_tree(
         {
             "name": "paper",
-            "base": base,
             **study_fields(chosen, base),
             **fields,
             "trial_scheduler": {"name": "none"},
@@ -205,4 +204,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     spec, left_out = study(options.part, options.manifest or DEFAULT_MANIFEST)
     print(*left_out, sep="\n", end="\n" if left_out else "")
+    if not spec.study:
+        sys.exit("nothing is left of what --part names; name other parts, or give --manifest")
     sys.exit(run_command(spec, options))

@@ -50,7 +50,7 @@ PARTS = [
 
 
 def spec(parts: Sequence[Part] = PARTS, **fields: Any) -> SweepSpec:
-    return SweepSpec.from_tree({"name": "s", "base": BASE, **study_fields(parts, BASE), **fields})
+    return SweepSpec.from_tree({"name": "s", **study_fields(parts, BASE), **fields})
 
 
 # ----------------------------------------------------------------------------------------------- what it lists
@@ -328,6 +328,23 @@ def test_a_part_alone_has_its_rows_and_a_dry_run_names_them(paper: Any) -> None:
     assert "Depth of the decoder: 0 blocks; 1 blocks" in said
 
 
+@pytest.mark.parametrize("manifest", ["embedded:fashion_mnist_lt", "data/imagenet_lt/manifest.parquet"])
+def test_every_part_can_be_asked_for_alone(paper: Any, manifest: str) -> None:
+    for part in paper.PARTS:
+        made, _ = paper.study([part], manifest)
+        if made.study:
+            check_spec(made)
+
+
+@pytest.mark.slow
+def test_a_part_of_which_nothing_is_left_ends_in_a_sentence() -> None:
+    command = [sys.executable, str(ROOT / "sweeps" / "paper.py"), "--part", "pretraining", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "leaves out OpenAI" in done.stdout
+    assert done.stderr.strip() == "nothing is left of what --part names; name other parts, or give --manifest"
+
+
 # ---------------------------------------------------------------------------------------------- sweeps/lift.py
 
 
@@ -340,6 +357,8 @@ def test_lifts_recipe_for_each_data_set(
 ) -> None:
     monkeypatch.syspath_prepend(ROOT)
     lift = importlib.import_module("sweeps.lift")
+    for part in lift.PARTS:
+        check_spec(lift.study([part], recipe))
     made = lift.study(lift.PARTS, recipe)
     space = check_spec(made)
     configs = {name: made.trial(draw) for name, draw in space.configurations.items()}  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from imbvlm.config import TrialConfig, apply_overrides, drop_unused_sections
+from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.schema import Tree
 from imbvlm.sweep.duplicates import canonical_key
 from imbvlm.sweep.space import Draw
@@ -33,22 +34,27 @@ class Part:
 
 
 def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
-    """The fields `space`, `study` and `num_trials` of a SweepSpec; configurations that train the same stand once.
+    """The fields `base`, `space`, `study`, `num_trials` of a SweepSpec; configurations that train the same stand once.
 
-    Raises ConfigError for a row that can't be built on the base.
+    Sections of the base that only rows of other parts read are left out. Raises ConfigError for a row that can't be
+    built on the base.
     """
     configurations: dict[str, Draw] = {}
+    read: set[str] = set()
     names: dict[str, str] = {}
     tables = []
     for part in parts:
         rows = []
         for row in part.rows:
             tree = drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw)
-            name = names.setdefault(canonical_key(TrialConfig.from_tree(tree)), row.name)
+            config = TrialConfig.from_tree(tree)
+            read |= METHOD_SECTIONS[config.method]
+            name = names.setdefault(canonical_key(config), row.name)
             configurations.setdefault(name, row.draw)
             rows.append(StudyRow(label=row.label, configuration=name))
         tables.append(StudyTable(name=part.name, title=part.title, columns=part.columns, rows=rows))
     return {
+        "base": {key: value for key, value in base.items() if key in read or key not in OPTIONAL_SECTIONS},
         "space": {"configurations": configurations},
         "study": [table.model_dump() for table in tables],
         "num_trials": max(1, len(configurations)),
