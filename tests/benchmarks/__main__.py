@@ -23,7 +23,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 from table import HEADING, Options  # noqa: E402
 
 # In the order in which they run; each is a file beside this one with a function `lines`.
-SECTIONS = ("extraction", "epoch", "overhead", "packs", "growth", "views", "search", "images")
+SECTIONS = ("extraction", "epoch", "overhead", "packs", "growth", "views", "tokens", "search", "images", "sweep")
 
 
 def main() -> int:
@@ -32,6 +32,9 @@ def main() -> int:
                         help=", ".join(SECTIONS))  # fmt: skip
     parser.add_argument("--large", action="store_true", help="sizes of a server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--images", type=int, metavar="N", help="training images of the section sweep")
+    parser.add_argument("--script-trials", type=int, default=4, metavar="N", choices=range(2, 17, 2),
+                        help="how many of the 16 trials of a Ray Tune script are run (the section sweep)")  # fmt: skip
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(HEADING)
@@ -39,7 +42,9 @@ def main() -> int:
     for name in arguments.only:
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="imbvlm-bench-") as folder:
-            options = Options(arguments.device, arguments.large, Path(folder))
+            options = Options(
+                arguments.device, arguments.large, Path(folder), arguments.images, arguments.script_trials
+            )
             for line in importlib.import_module(name).lines(options):
                 print(line.text(), flush=True)
                 missed += line.holds is False

@@ -39,6 +39,7 @@ def long_tail(num_rows: int, num_classes: int, imbalance: float = 50.0) -> np.nd
 def stored_features(
     folder: Path, num_rows: int, *, num_classes: int = 100, width: int = 768, num_tokens: int = 50,
     outputs: tuple[str, ...] = ("pooled",), num_val: int = 256, noise: float = 1.0, scale: float = 1.0,
+    int8_tokens: bool = False,
 ) -> FeatureSet:  # fmt: skip
     """Features around a centre of each class, in half precision; `tokens` are that and noise at every place."""
     generator, about = np.random.default_rng(0), info(width, num_tokens)
@@ -50,7 +51,7 @@ def stored_features(
             shape = about.shape(output)
             per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
             shapes = {name: about.shape(name) for name in ("tokens", "pooled", "image_embedding")}
-            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", shapes)
+            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", shapes, int8_tokens)
             store = FeatureStore.create(str(folder / split), layout)
             for shard in range(store.layout.num_shards):
                 rows = store.layout.rows_of(shard)

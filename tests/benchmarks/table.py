@@ -13,6 +13,9 @@ class Options:
     device: str
     large: bool
     folder: Path
+    # Of the section `sweep`: training images (None: by size), and how many of the script's trials are run.
+    images: int | None = None
+    script_trials: int = 4
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,203 @@
+"""A whole sweep against a Ray Tune script: 16 decoders behind a frozen tower, each side as a command of its own.
+
+Ours runs all 16 trials. Each trial of the script does the same work again, so only `--script-trials` of its 16 are run,
+two at a time, and its fit() is multiplied; with `--script-trials 16` nothing is.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import made
+import numpy as np
+import torch
+from cpu import WatchedCommand
+from table import Line, Options, shown, times
+from tune_script import WholeDecoder
+
+from imbvlm.config import DecoderConfig, EncoderConfig
+from imbvlm.models.decoder import Decoder
+from imbvlm.models.encoder import describe_encoder
+from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.yaml_file import dump_yaml
+
+NUM_TRIALS, NUM_EPOCHS, BATCH_SIZE, DEPTH, NUM_CLASSES = 16, 4, 32, 3, 20
+LOSSES = ("cross_entropy", "balanced_softmax")
+RATES = tuple(round(float(rate), 5) for rate in np.geomspace(0.003, 0.1, NUM_TRIALS // len(LOSSES)))
+METRIC = "val/balanced_accuracy"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One run of `imbvlm sweep run`: seconds to the end of the search, also of CPU, and of the command; its trials."""
+
+    search: float
+    cpu: float
+    command: float
+    until_first_trial: float
+    num_epochs: int
+    accuracies: Mapping[tuple[str, float], float]
+
+
+@dataclass(frozen=True)
+class Script:
+    """The script over all 16 trials: its seconds, those of CPU, and how they are spent.
+
+    `spent` is of the CPU's seconds, or of wall time where a GPU computes.
+    """
+
+    whole: float
+    cpu: float
+    spent: Mapping[str, float]
+    accuracies: Mapping[tuple[str, float], float]
+
+
+def lines(options: Options) -> Iterator[Line]:
+    num_train = options.images or (4000 if options.large else 240)
+    num_val = num_train // 3
+    architecture = "ViT-L-14" if options.large else "ViT-B-32"
+    tower = made.tower(options.folder / "tower", architecture)
+    manifest = made.image_manifest(options.folder / "data", num_train, num_val, NUM_CLASSES)
+    num_run = options.script_trials
+    yield shown(f"{NUM_TRIALS} trials of {NUM_EPOCHS} epochs: {architecture}, decoder of depth {DEPTH}", "")
+    yield shown(
+        f"  on {num_train:,} training and {num_val:,} validation images, {num_run} of the script's trials run", ""
+    )
+    plain, asha = (run_ours(options, tower, manifest, name) for name in ("none", "asha"))
+    script = run_script(options, tower, manifest, num_run)
+    yield times("whole sweep, ASHA off on both sides", plain.search, script.whole, "s", 10)
+    yield times("whole sweep as shipped, with ASHA, the script without", asha.search, script.whole, "s", 20)
+    yield times("  CPU seconds of the same, ASHA off", plain.cpu, script.cpu, "s")
+    yield times("  CPU seconds of the same, ASHA on", asha.cpu, script.cpu, "s")
+    yield shown("  with refit, report and end, ASHA off and on", f"{plain.command:.0f} s, {asha.command:.0f} s")
+    yield from _parts(options, describe_encoder(EncoderConfig(name=tower)), script, plain, asha, num_train + num_val)
+    ours = [plain.accuracies[key] for key in script.accuracies]
+    theirs = list(script.accuracies.values())
+    error = np.sqrt(2 * np.mean(ours) * (1 - np.mean(ours)) / num_val)
+    yield shown("  balanced accuracy of the same configurations, last epoch", f"{np.mean(ours):.3f}")
+    yield shown("  the script's", f"{np.mean(theirs):.3f}")
+    yield shown(
+        "  largest difference; standard error of one", f"{np.max(np.abs(np.subtract(ours, theirs))):.3f}; {error:.3f}"
+    )
+
+
+def _parts(options: Options, info: EncoderInfo, script: Script, plain: Ours, asha: Ours, images: int) -> Iterator[Line]:
+    """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds."""
+    on_gpu = options.device == "cuda"
+    cost = decoder_costs(options.device, info)
+    left = sum(script.spent.values())
+    yield shown(f"  {'wall' if on_gpu else 'CPU'} seconds of the script", left)
+    yield shown(f"    {', '.join(script.spent)}", ", ".join(f"{one:.0f}" for one in script.spent.values()))
+    left -= script.spent["tower"] * (1 - 1 / (NUM_TRIALS * NUM_EPOCHS))
+    yield shown("  left with each image through the tower once", left)
+    left -= script.spent["starts and loading"]
+    yield shown("  left without processes and loaders for each trial", left)
+    decoder = script.spent["decoder"]
+    for what, name in (("the last block on the class token alone", "one token"), ("bfloat16", "bfloat16")):
+        left += decoder * (cost[name] / cost["whole"] - 1)
+        decoder *= cost[name] / cost["whole"]
+        cost = {**cost, "whole": cost[name]}
+        yield shown(f"  left with {what}", left)
+    yield shown("  measured, ASHA off", plain.search if on_gpu else plain.cpu)
+    share = asha.num_epochs / plain.num_epochs
+    yield shown(
+        f"  measured, ASHA on, which ran {100 * share:.0f} % of the epochs", asha.search if on_gpu else asha.cpu
+    )
+    yield shown(f"  wall time until the first trial: Ray's start and {images:,} images", plain.until_first_trial, "s")
+
+
+def run_ours(options: Options, tower: str, manifest: str, scheduler: str) -> Ours:
+    folder = options.folder / f"ours-{scheduler}"
+    folder.mkdir()
+    spec = SweepSpec.from_tree(
+        {
+            "name": "bench",
+            "base": {
+                "data": {"manifest": manifest}, "encoder": {"name": tower}, "method": "decoder",
+                "decoder": {"depth": DEPTH}, "classifier": {"kind": "linear"}, "eval": {"resize": 1.0},
+                "train": {"num_epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE, "precision": "bfloat16"},
+            },
+            "space": {"parameters": {"loss.name": {"choice": list(LOSSES)}, "optim.lr": {"choice": list(RATES)}}},
+            "num_trials": NUM_TRIALS, "trial_scheduler": {"name": scheduler}, "refit_seeds": [0],
+            "gpus_per_worker": 0.25 if options.device == "cuda" else 0.0,
+        }
+    )  # fmt: skip
+    (folder / "bench.yaml").write_text(dump_yaml(spec.to_tree()))
+    command = ["-m", "imbvlm", "sweep", "run", str(folder / "bench.yaml"), "--storage", str(folder)]
+    ran = WatchedCommand([sys.executable, *command], folder / "out.log")
+    (found,) = folder.glob("bench-*")
+    log = TrialLog.read(str(found))
+    search = log.of("search")
+    assert len(search) == NUM_TRIALS, "every configuration is tried once"
+    end = max(record.ended_at or 0.0 for record in search)
+    return Ours(
+        end - ran.began,
+        ran.cpu_seconds(end),
+        ran.seconds,
+        min(record.started_at for record in log.records.values()) - ran.began,
+        sum(len(record.epochs) for record in search),
+        {(one.config["loss"]["name"], one.config["optim"]["lr"]): one.epochs[-1][METRIC] for one in search},
+    )
+
+
+def run_script(options: Options, tower: str, manifest: str, num_run: int) -> Script:
+    folder = options.folder / "script"
+    folder.mkdir()
+    configs = [{"loss": loss, "lr": rate} for rate in RATES for loss in LOSSES]
+    settings = {
+        "tower": tower, "manifest": manifest, "depth": DEPTH, "num_classes": NUM_CLASSES, "batch_size": BATCH_SIZE,
+        "num_epochs": NUM_EPOCHS, "storage": str(folder / "ray"), "device": options.device,
+        "out": str(folder / "out.json"), "at_once": 2,
+        # From the middle of the grid on: rates that learn something.
+        "configs": (configs[NUM_TRIALS // 2 :] + configs)[:num_run],
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    script = str(Path(__file__).with_name("tune_script.py"))
+    ran = WatchedCommand([sys.executable, script, str(folder / "settings.json")], folder / "out.log")
+    answer = json.loads(Path(settings["out"]).read_text())
+    factor = NUM_TRIALS / num_run
+    whole = ran.seconds + (factor - 1) * answer["fit"]
+    cpu = ran.cpu_seconds() + (factor - 1) * (ran.cpu_seconds(answer["end"]) - ran.cpu_seconds(answer["begin"]))
+    at_once = settings["at_once"] if options.device == "cuda" else 1
+    spent = {
+        name: factor * sum(map(sum, (trial[name] for trial in answer["trials"]))) / at_once
+        for name in ("tower", "decoder")
+    }
+    spent["starts and loading"] = (whole if options.device == "cuda" else cpu) - sum(spent.values())
+    accuracies = {
+        (trial["one"]["loss"], trial["one"]["lr"]): trial["val_balanced_accuracy"][-1] for trial in answer["trials"]
+    }
+    return Script(whole, cpu, spent, accuracies)
+
+
+def decoder_costs(device: str, info: EncoderInfo) -> dict[str, float]:
+    """Seconds of a training step of each kind, of one thread, in main memory."""
+    clock, threads = time.perf_counter if device == "cuda" else time.process_time, torch.get_num_threads()
+    torch.set_num_threads(1)
+    tokens = torch.randn(BATCH_SIZE, info.num_tokens, info.token_width, device=device)
+    found = {}
+    for name, kind, precision in (
+        ("whole", WholeDecoder, torch.float32),
+        ("one token", Decoder, torch.float32),
+        ("bfloat16", Decoder, torch.bfloat16),
+    ):
+        decoder = kind(info.token_width, DecoderConfig(depth=DEPTH), True).to(device)
+        optimizer = torch.optim.SGD(decoder.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        taken = []
+        for _ in range(5):
+            begin = clock()
+            with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
+                loss = decoder(tokens).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+            taken.append(clock() - begin)
+        found[name] = min(taken)
+    torch.set_num_threads(threads)
+    return found
