@@ -30,6 +30,7 @@ from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.svg import spread
 from imbvlm.sweep.report.write import parts, write_report
 from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.summary import pareto_records
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
@@ -310,6 +311,17 @@ def test_margins_stand_beside_the_seeds_spread_and_the_standard_error(tmp_path):
         )
         assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
     assert row["standard error (balanced)"] == "1.4"
+
+
+def test_several_objectives_have_their_pareto_set(tmp_path):
+    few = "val/few_shot_accuracy"
+    assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
+    source = Source.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "pareto"]
+    assert list(table.header[2:]) == ["val/balanced_accuracy", few]
+    found = [one.trial_id for one in pareto_records(source.log, source.spec)]
+    assert [row[0] for row in table.rows] == found
+    assert found[0] == source.log.best("val/balanced_accuracy")[0].trial_id
 
 
 def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):

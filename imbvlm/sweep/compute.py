@@ -208,8 +208,8 @@ def time_words(compute: Compute) -> str | None:
     if not rows:
         return None
     parts = ", ".join(f"{words} {took}" for words, _, took in rows[:-1])
-    planned = f"planned {rows[-1][1]}, took " if compute.plan is not None else ""
-    return f"{planned}{rows[-1][2]}: {parts}"
+    planned = rows[-1][1]
+    return f"{'' if planned == '-' else f'planned {planned}, took '}{rows[-1][2]}: {parts}"
 
 
 def compute_text(compute: Compute) -> str:

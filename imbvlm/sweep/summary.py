@@ -119,8 +119,8 @@ def pareto_records(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
     return [known[index][0] for index in pareto_indices([values for _, values in known], spec.objectives)]
 
 
-def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
-    """Those that none beats in every objective, with each objective's value."""
+def pareto_rows(records: list[TrialRecord], spec: SweepSpec) -> list[list[str]]:
+    """Those that none beats in every objective: trial, what, each objective's value."""
     rows = []
     for record in records:
         values = [metric_value(record.epochs, spec.objective, metric) for metric in spec.objectives]
@@ -129,7 +129,13 @@ def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
             for metric, value in zip(spec.objectives, values, strict=True)
         ]
         rows.append([record.trial_id, describe(record), *shown])
-    return f"no trial is better in all objectives than these (%):\n{table(['trial', 'what', *spec.objectives], rows)}"
+    return rows
+
+
+def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
+    """Those that none beats in every objective, with each objective's value."""
+    found = table(["trial", "what", *spec.objectives], pareto_rows(records, spec))
+    return f"no trial is better in all objectives than these (%):\n{found}"
 
 
 def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str]:

@@ -15,7 +15,16 @@ from imbvlm.sweep.report.analysis import comparisons, margin, values_in
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.results import TrialRecord
-from imbvlm.sweep.summary import HEADINGS, METRICS, describe, mean_and_spread, objective_words, seeds_rows
+from imbvlm.sweep.summary import (
+    HEADINGS,
+    METRICS,
+    describe,
+    mean_and_spread,
+    objective_words,
+    pareto_records,
+    pareto_rows,
+    seeds_rows,
+)
 
 NUM_BEST = 12
 NUM_CLASSES = 8
@@ -97,6 +106,16 @@ def best_trials(source: Source) -> Table:
         "Percent, at each trial's best epoch; selection saw these numbers, so compare with others' on the test split."
     )
     return Table("best_trials", "Best trials", header, rows, 2, caption)
+
+
+def pareto(source: Source) -> Table | None:
+    """Where there are several objectives, the trials that none beats in all of them."""
+    spec = source.spec
+    rows = pareto_rows(pareto_records(source.log, spec), spec) if spec.other_objectives else []
+    if not rows:
+        return None
+    caption = "Percent on validation. No trial is better in all objectives than one of these."
+    return Table("pareto", "Pareto set", ["trial", "what", *spec.objectives], rows, 2, caption)
 
 
 def all_trials(source: Source) -> Table:

@@ -230,6 +230,8 @@ def _search(source: Source) -> Section:
     )
     section = Section("search", "Search")
     found = [figure for figure in figures if figure is not None]
+    front = result_tables.pareto(source)
+    section.blocks += [front] if front else []
     section.blocks += [Grid(found), result_tables.stops(source)] if found else []
     trials = result_tables.all_trials(source)
     if 0 < len(trials.rows) <= result_tables.MAX_ROWS:
