@@ -177,7 +177,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="KEY=VALUE",
         help="a key of data, encoder, features or eval",
     )
-    action.add_argument("--storage", default="runs", help="folder that sweeps are kept in (default: runs)")
+    action.add_argument("--storage", default="runs", help="folder or s3:// URI that sweeps are kept in (default: runs)")
     action.add_argument("--dry-run", action="store_true", help="only say how many images and bytes are missing")
     action.add_argument("--json", action="store_true", help="print JSON and nothing else")
     action.set_defaults(command=_extract_features)
@@ -186,7 +186,10 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "imbvlm features check runs/features",
     )  # fmt: skip
     action.add_argument(
-        "folders", nargs="*", default=["runs/features"], help="stores, or folders of stores (default: runs/features)"
+        "folders",
+        nargs="*",
+        default=["runs/features"],
+        help="stores, or folders or s3:// URIs of stores (default: runs/features)",
     )
     action.set_defaults(command=_check_features)
 
@@ -235,7 +238,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted key of the configuration"
     )
-    parser.add_argument("--storage", default="runs", help="where features are kept (default: runs)")
+    parser.add_argument("--storage", default="runs", help="folder or s3:// URI for features (default: runs)")
     parser.add_argument("-o", "--out", help="folder for the trained weights (model.safetensors)")
     parser.add_argument("--json", action="store_true", help="print the final metrics as JSON and nothing else")
     parser.set_defaults(command=_train)

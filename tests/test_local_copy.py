@@ -19,6 +19,11 @@ from imbvlm.features.store import FeatureStore, StoreError, StoreLayout
 SIZE = 100_000
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    monkeypatch.setattr("imbvlm.features.local_copy.WAIT_SECONDS", 0.0)
+
+
 def source_of(folder: Path, name: str, num_bytes: int = SIZE) -> str:
     """A folder of two files of so many bytes in all."""
     place = folder / "sources" / name
@@ -89,7 +94,7 @@ def test_the_longest_unused_goes_first_and_never_one_in_use(tmp_path: Path) -> N
     third = hold(copies, sources["c"])
     assert same(in_use, sources["a"])
     assert num_copies(tmp_path) == 2
-    with pytest.raises(ImbvlmError, match=r"trials use 0.2 MB of it now, and .*/d has 0.1 MB; set feature_copies"):
+    with pytest.raises(ImbvlmError, match=r"trials use 0.2 MB of it, and .*/d has 0.1 MB; set feature_copies"):
         hold(copies, sources["d"])
     # Both are free now, and what was let go of first has been unused for longer.
     c = third.folder
@@ -107,6 +112,9 @@ def test_what_could_never_be_held_is_refused_with_the_mend(tmp_path: Path) -> No
     with pytest.raises(ImbvlmError, match=r"has 0.1 MB, and the copies .* may take 0.1 MB of .*max_gigabytes higher"):
         hold(copies_of(tmp_path, SIZE // 2), source)
     assert num_copies(tmp_path) == 0
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ImbvlmError, match=r"can't keep copies of features in .*; set feature_copies.folder"):
+        hold(Copies(folder=str(tmp_path / "file" / "below")), source)
     with pytest.raises(ConfigError, match="give a path from / or ~ on"):
         Copies(folder="copies")
 
@@ -149,6 +157,22 @@ def test_a_killed_fetcher_leaves_no_half_file_and_no_lock(tmp_path: Path) -> Non
     held = hold(copies_of(tmp_path), source)
     assert same(held, source)
     assert not list(held.folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_room_that_is_in_use_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imbvlm.features.local_copy.WAIT_SECONDS", 30.0)
+    source, other = source_of(tmp_path, "a"), source_of(tmp_path, "b")
+    asker = multiprocessing.get_context("fork").Process(target=_ask, args=(tmp_path, source, 2))
+    asker.start()
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "copies").glob("*/*.bin"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert same(hold(copies_of(tmp_path, SIZE + 10), other), other)
+    asker.join()
+    assert asker.exitcode == 0
+    assert num_copies(tmp_path) == 1
 
 
 @pytest.mark.slow

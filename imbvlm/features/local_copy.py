@@ -30,6 +30,8 @@ from imbvlm.storage import FileState, size_text
 # Of the disk, where no limit is set.
 MOST_OF_DISK = 0.8
 FETCHES_AT_ONCE = 8
+# So long a trial waits for room that others use: they may be about to end.
+WAIT_SECONDS = 600.0
 _SIZE_FILE = "bytes"
 
 # Brings a file of the source, by its name, to a path; raises ImbvlmError where what came isn't whole.
@@ -81,11 +83,17 @@ class Copies(Section):
     def hold(self, source: str, files: Mapping[str, FileState], fetch: Fetch) -> HeldCopy:
         """This machine's copy of some files of a folder, whole and as they are now; it stays while the answer lives.
 
-        Whoever asks while another process fetches waits for it. Raises ImbvlmError where there is no room that no
-        other trial is using, StorageError where the source can't be read.
+        Whoever asks while another process fetches waits for it, and some minutes for room that other trials use. Raises
+        ImbvlmError where there is none, StorageError where the source can't be read.
         """
         folder = self.root / hashlib.sha256(source.encode()).hexdigest()[:32]
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ImbvlmError(
+                f"{socket.gethostname()} can't keep copies of features in {self.root} ({error.strerror}); set "
+                "feature_copies.folder to a place on each machine's own disk"
+            ) from None
         with _locked(_beside(folder, "fetch"), fcntl.LOCK_EX):
             held = HeldCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH))
             lacking = [name for name, state in files.items() if not _is_copy(folder / name, state)]
@@ -103,6 +111,18 @@ class Copies(Section):
 
     def _make_room(self, source: str, folder: Path, num_bytes: int) -> None:
         """Take so many bytes for a folder; other copies that nobody uses go where that is needed."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (used := self._try_room(source, folder, num_bytes)) is not None:
+            if time.monotonic() > deadline:
+                raise ImbvlmError(
+                    f"the copies of features on {socket.gethostname()} may take {size_text(self.limit_bytes())} of "
+                    f"{self.root}, trials use {size_text(used)} of it, and {source} has {size_text(num_bytes)}; set "
+                    "feature_copies.max_gigabytes higher, or max_concurrent_trials lower"
+                )
+            time.sleep(1)
+
+    def _try_room(self, source: str, folder: Path, num_bytes: int) -> int | None:
+        """None, and the bytes are taken; or how many are in use by others, where there are too few."""
         with _locked(self.root / "room", fcntl.LOCK_EX):
             self.check_fits(source, num_bytes)
             limit = self.limit_bytes()
@@ -111,13 +131,10 @@ class Copies(Section):
                 if sum(others.values()) + num_bytes > limit and _evict(one):
                     del others[one]
             if sum(others.values()) + num_bytes > limit:
-                raise ImbvlmError(
-                    f"the copies of features on {socket.gethostname()} may take {size_text(limit)} of {self.root}, "
-                    f"trials use {size_text(sum(others.values()))} of it now, and {source} has {size_text(num_bytes)}; "
-                    "set feature_copies.max_gigabytes higher, or max_concurrent_trials lower"
-                )
+                return sum(others.values())
             folder.mkdir(exist_ok=True)
             storage.write_bytes(str(folder / _SIZE_FILE), str(num_bytes).encode())
+            return None
 
 
 DEFAULT_COPIES = Copies()
