@@ -470,7 +470,7 @@ def quantised(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int
 
 def _widened(values: npt.NDArray[np.int8], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Bytes (N, T * D) times their channel's scale (D,)."""
-    wide = torch.from_numpy(values).view(len(values), -1, len(scale)) * torch.from_numpy(scale)
+    wide = as_tensor(values).view(len(values), -1, len(scale)) * as_tensor(scale)
     return wide.view(len(values), -1).numpy()
 
 
