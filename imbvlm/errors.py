@@ -13,6 +13,10 @@ class StorageError(ImbvlmError):
     """A file or bucket that can't be read or written; the sentence names it and the cause."""
 
 
+class DiskFullError(StorageError):
+    """There is no room for a file; another try can't change that."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import pyarrow.fs as pafs
 
 from imbvlm import s3
+from imbvlm.errors import DiskFullError
 from imbvlm.errors import StorageError as StorageError
 
 # So long a store that has gone away is waited for when files are read, written or looked for.
@@ -93,7 +94,7 @@ def failure(what: str, uri: str, error: Exception) -> StorageError:
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return StorageError(f"can't {what} {uri}: the disk is full; free some space there")
+        return DiskFullError(f"can't {what} {uri}: the disk is full; free some space there")
     return StorageError(f"can't {what} {uri}: {error}")
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from apart import Apart
 
 from imbvlm.data.manifest import Manifest
 from imbvlm.sweep.spec import SweepSpec
@@ -53,10 +54,16 @@ def sweep_spec(manifest: Path, storage: str, **fields) -> SweepSpec:
 
 
 class Sweep:
-    """A sweep in a process of its own, its spec in `folder`; all that is asked is read from its files."""
+    """A sweep in a process of its own, its spec in `folder`; all that is asked is read from its files.
 
-    def __init__(self, folder: Path, manifest: Path, storage: str = "runs", **fields) -> None:
+    It may run in a place apart, `there`, which sees the same folder with mounts of its own on it.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Path, storage: str = "runs", there: Apart | None = None, **fields
+    ) -> None:
         self.folder, self.storage, self.manifest, self.fields = folder, storage, manifest, fields
+        self.there = there
         folder.mkdir(parents=True, exist_ok=True)
         self.change()
         self.process: subprocess.Popen[str] | None = None
@@ -79,8 +86,9 @@ class Sweep:
 
     def begin(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
         """Start a command of ours."""
+        command = [sys.executable, "-m", "imbvlm", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "imbvlm", *arguments],
+            command if self.there is None else self.there.command(*command, folder=self.folder),
             cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
@@ -112,7 +120,8 @@ class Sweep:
         return path.read_text()[-6000:] if path is not None and path.exists() else ""
 
     def _paths(self) -> list[Path]:
-        return sorted((self.folder / self.storage).glob("faults-*"))
+        runs = self.folder / self.storage
+        return sorted((runs if self.there is None else self.there.path(runs)).glob("faults-*"))
 
     @property
     def path(self) -> Path:

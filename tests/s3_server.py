@@ -114,7 +114,10 @@ def _wait(server: S3Server, process: subprocess.Popen, log: Path) -> None:
 
 @contextmanager
 def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
-    """An endpoint before the server: waits for each request; `answer(number, method, path)` may give (status, code)."""
+    """An endpoint before the server: waits for each request; `answer(number, method, path)` may give (status, code).
+
+    Status 0 hangs up without a reply.
+    """
     target = server.endpoint.removeprefix("http://")
     lock, numbers = threading.Lock(), [0]
 
@@ -130,6 +133,9 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
             refused = answer(number, self.command, self.path) if answer is not None else None
             if refused is not None:
                 status, code = refused
+                if not status:
+                    self.close_connection = True
+                    return
                 self._reply(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
                 return
             connection = http.client.HTTPConnection(target, timeout=30)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from apart import Apart, apart_with_ray
 from faulty_sweep import NUM_TRIALS, Sweep, wait_gone, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -196,6 +199,96 @@ def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(quiet, 
                 os.kill(pid, signal.SIGKILL)
     sweep.end()
     assert_same_end(sweep, quiet)
+
+
+# --------------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Apart]:
+    """A place where the folder `runs` is on a disk of 24 MB, and Ray one's own."""
+    (tmp_path / "runs").mkdir()
+    with apart_with_ray(tmp_path, f"mount -t tmpfs -o size=24m none {tmp_path}/runs") as there:
+        yield there
+
+
+def fill(there: Apart, folder: Path, room: int = 0) -> Path:
+    """Fill the disk but for `room` bytes; the file whose removal makes it empty again."""
+    path = there.path(folder) / "filler"
+    with path.open("wb", buffering=0) as stream, suppress(OSError):
+        while stream.write(bytes(4096)):
+            pass
+    os.truncate(path, path.stat().st_size - room)
+    return path
+
+
+def assert_says_what_to_do(printed: str, path: Path) -> None:
+    assert "the disk is full; free some space there" in printed
+    assert f"then go on with: imbvlm sweep resume {path}" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_disk_that_is_full_while_the_store_is_written(quiet, manifest, tmp_path, small_disk, order):
+    sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
+    shards = lambda: list((small_disk.path(tmp_path) / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+    with order(tower_seconds=1.0):
+        sweep.start(environment=alone)
+        sweep.wait_for(lambda: len(shards()) >= 3)
+        filler = fill(small_disk, tmp_path / "runs")
+        before = {path: path.stat().st_mtime_ns for path in shards()}
+        printed = sweep.end(1)
+    assert_says_what_to_do(printed, tmp_path / "runs" / sweep.path.name)
+    assert not sweep.records()
+    filler.unlink()
+    sweep.run("--resume", environment=alone)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in shards()}.items()
+    assert_same_end(sweep, quiet)
+
+
+def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path, small_disk, order):
+    sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
+    with order(loss_seconds=0.1):
+        sweep.start(environment=alone)
+        sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        filler = fill(small_disk, tmp_path / "runs")
+        printed = sweep.end(1)
+    assert_says_what_to_do(printed, tmp_path / "runs" / sweep.path.name)
+    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    assert 2 <= len(ended) < NUM_TRIALS
+    filler.unlink()
+    sweep.run("--resume", environment=alone)
+    assert {key: sweep.records()[key] for key in ended} == ended
+    assert_same_end(sweep, quiet)
+
+
+# --------------------------------------------------------------------------------------------- trials in packs
+
+
+def assert_nearly_the_same_end(sweep: Sweep, quiet: Sweep) -> None:
+    """As assert_same_end, to the rounding of a pack's joint sums."""
+    ended, expected = sweep.outcome(), quiet.outcome()
+    assert ended.keys() == expected.keys()
+    for key, epochs in expected.items():
+        assert ended[key] == [(epoch, pytest.approx(loss, rel=1e-4), pytest.approx(value, abs=0.02))
+                              for epoch, loss, value in epochs]  # fmt: skip
+    assert len(sweep.records()) == NUM_TRIALS
+
+
+def test_a_killed_worker_costs_no_trial_of_its_pack(quiet, make_sweep, order):
+    sweep = make_sweep(max_pack_size=NUM_TRIALS)
+    with order(loss_seconds=0.3) as ids:
+        sweep.start()
+        sweep.wait_for(lambda: len(sweep.records()) == NUM_TRIALS)
+        # Into its first epochs.
+        time.sleep(5)
+        for pid in ids("trial"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_gone(pid)
+    printed = sweep.end()
+    assert {one["pack_size"] for one in sweep.records().values()} == {NUM_TRIALS}
+    assert "failed" not in printed
+    assert_nearly_the_same_end(sweep, quiet)
 
 
 # ----------------------------------------------------------------------------------------- other places, other code

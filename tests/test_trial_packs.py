@@ -159,3 +159,15 @@ def test_baselines_and_other_shapes_run_alone_and_none_is_lost(tmp_path: Path, f
     assert max(tune.sizes) > 1
     assert sorted(tune.log.records) == ["b00001", *(f"t{number:05d}" for number in range(1, 9))]
     assert all(record.state in ("finished", "stopped") for record in tune.log.records.values())
+
+
+def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(4)
+    draws = [{"loss.name": "focal", "classifier.kind": "linear", "optim.lr": lr} for lr in (0.1, 0.2)]
+    jobs = [
+        Job(f"t{number:05d}", "search", "", spec.trial(draw), draw, alone=True) for number, draw in enumerate(draws, 1)
+    ]
+    tune = Tune(tmp_path, features, spec, 4, jobs)
+    tune.run()
+    assert tune.sizes == [1, 1, 2]
+    assert [record.pack_size for record in tune.log.of("search")] == [1, 1, 2, 2]

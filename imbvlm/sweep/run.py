@@ -168,7 +168,8 @@ class _Sweep:
         starts = warm_starts(self.spec, self.space)
         for start in starts:
             self.console.say(start.describe())
-        for _ in range(1 + self.spec.max_failures):
+        # Once more than a trial's restarts: those of a pack that was lost go on alone.
+        for _ in range(2 + self.spec.max_failures):
             searcher, num_lost = self._search_once(told(starts))
             if not num_lost:
                 break
@@ -422,7 +423,7 @@ class _Sweep:
 
     def _unfinished_jobs(self) -> list[Job]:
         return [
-            Job(record.trial_id, "search", "", record.trial_config(), record.draw)
+            Job(record.trial_id, "search", "", record.trial_config(), record.draw, alone=record.state == "error")
             for record in self.log.of("search")
             if record.state not in ENDED
         ]

@@ -1,7 +1,8 @@
 """Python runs this as each process of the tests' cluster starts: faults that a test orders come into real trials.
 
 Orders are a JSON file (its path in IMBVLM_TEST_FAULTS), read anew each time; without it nothing happens.
-`losses` {name: raise | nan | inf | out_of_memory | hang}; `loss_seconds`, `tower_seconds`: how much longer it takes.
+`losses` {name: raise | nan | inf | out_of_memory | hang}; `loss_seconds`, `slow_losses` {name: seconds} and
+`tower_seconds`: how much longer it takes.
 Processes that compute losses or run a tower leave their id in the folder beside it.
 """
 
@@ -39,7 +40,7 @@ def faulty_loss(name, loss):
         import torch
 
         leave_id("trial")
-        time.sleep(ordered.get("loss_seconds", 0))
+        time.sleep(ordered.get("slow_losses", {}).get(name, ordered.get("loss_seconds", 0)))
         kind = ordered.get("losses", {}).get(name)
         if kind == "raise":
             raise ValueError("a fault of the tests")

@@ -33,6 +33,7 @@ class Member:
     last_result: Tree = field(default_factory=dict)
     stopped: bool = False
     error: Exception | None = None
+    error_file: str | None = None
     run_metadata: Any = None
     max_failures: int = 0
 
@@ -121,7 +122,8 @@ class PackSearcher(UnsavedSearcher):
         self._num_asked += 1
         record = suggested["record"]
         # Baselines end by their own patience; what goes on after a crash may stand at any epoch.
-        key = pack_key(TrialConfig.from_tree(record["config"])) if record["kind"] == "search" else None
+        packs = record["kind"] == "search" and not suggested["alone"]
+        key = pack_key(TrialConfig.from_tree(record["config"])) if packs else None
         self._waiting.append((Member(inner_id, suggested), key))
         return True
 
@@ -211,11 +213,17 @@ class PackCallback(tune.Callback):
         for member in self._packs.of(trial.trial_id):
             self._complete(iteration, trials, trial, member)
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        for member in self._packs.of(trial.trial_id):
+            member.error_file = trial.error_file
+            for callback in self._inner:
+                callback.on_trial_recover(iteration, trials, member)
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         for member in self._packs.of(trial.trial_id):
             self._packs.end(trial.trial_id, member)
             member.error, member.run_metadata = trial.get_error(), trial.run_metadata
-            member.max_failures = trial.max_failures
+            member.error_file, member.max_failures = trial.error_file, trial.max_failures
             for callback in self._inner:
                 callback.on_trial_error(iteration, trials, member)
 

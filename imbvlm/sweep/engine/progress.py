@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
 from imbvlm.config import Tree
-from imbvlm.errors import StorageError
+from imbvlm.errors import DiskFullError, StorageError
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.live import Moment, live_lines
@@ -35,7 +36,8 @@ class ProgressCallback(tune.Callback):
         ran_too_long: Mapping[str, str],
     ) -> None:
         self._budget, self._after_end, self._ran_too_long = budget, after_end, ran_too_long
-        # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited.
+        # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited. And those
+        # of packs, since another one may be at fault.
         self.num_lost = 0
         # What kept a record from being written: nothing that runs on would be kept.
         self.storage_error: StorageError | None = None
@@ -85,20 +87,27 @@ class ProgressCallback(tune.Callback):
             record.state, record.stop_reason = "failed", str(result["failure"])
         elif result.get("done_training"):
             record.state, record.stop_reason = "finished", "trained to its end"
+        elif self.storage_error is not None:
+            # Ended with all others: it goes on when there is room again.
+            return
         elif self._kind == "search" and (limit := self._budget.exhausted(keep_for_refits=True)):
             record.state, record.stop_reason = "paused", f"by {limit} after epoch {result.get('epoch')}"
         else:
             record.state, record.stop_reason = "stopped", f"by the trial scheduler after epoch {result.get('epoch')}"
         self._end(record)
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._heed_full_disk(trial)
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._heed_full_disk(trial)
         # A process that was to be used again may die before it has begun with the trial.
         new = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
         record = self._log.records.get(_id(trial), new)
         if record.trial_id in self._ran_too_long:
             record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
         else:
-            self.num_lost += trial.run_metadata.num_failures <= trial.max_failures
+            self.num_lost += record.pack_size > 1 or trial.run_metadata.num_failures <= trial.max_failures
             record.state, record.stop_reason = "error", _cause(str(trial.get_error() or ""), record)
         self._end(record)
 
@@ -114,6 +123,16 @@ class ProgressCallback(tune.Callback):
             self._log.save(record)
         except StorageError as error:
             self.storage_error = self.storage_error or error
+
+    def _heed_full_disk(self, trial: Trial) -> None:
+        """A checkpoint that didn't fit into the sweep's folder won't fit at the next attempt, nor will another's."""
+        name = f"{DiskFullError.__module__}.{DiskFullError.__qualname__}: "
+        full = f"{name}can't write {self._log.folder}/"
+        # Tune's own file of a trial's failures; a copy of it in the sweep's folder wouldn't fit either.
+        path = None if trial.error_file is None else Path(trial.error_file)
+        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+            if full in line:
+                self.storage_error = self.storage_error or DiskFullError(line.partition(name)[2].strip())
 
     def _num_ended(self) -> int:
         return sum(record.is_over for record in self._log.of(self._kind))

@@ -36,7 +36,10 @@ VIOLATIONS = "violations"
 
 @dataclass
 class Job:
-    """One trial to run: its identity, its configuration, and what Optuna calls it (baselines have nothing there)."""
+    """One trial to run: its identity, its configuration, and what Optuna calls it (baselines have nothing there).
+
+    `alone` keeps it out of packs.
+    """
 
     trial_id: str
     kind: TrialKind
@@ -44,6 +47,7 @@ class Job:
     config: TrialConfig
     draw: Draw = field(default_factory=dict)
     asked: optuna.trial.Trial | None = None
+    alone: bool = False
 
 
 class UnsavedSearcher(Searcher):

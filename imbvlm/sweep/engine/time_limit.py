@@ -17,7 +17,8 @@ class TimeLimit(FIFOScheduler):
     """Ends trials that run longer than `minutes`; everything else is up to another scheduler, if there is one.
 
     Counted is the time on its workers, from the last time they were started: waiting for a machine isn't running.
-    `reasons` has a sentence for each trial that was ended, by its id in the sweep.
+    `reasons` has a sentence for each trial that was ended, by its id in the sweep. Of a pack nobody knows which of its
+    trials hung: it has none, and they are lost trials that go on alone.
     """
 
     def __init__(self, minutes: float | None, scheduler: TrialScheduler | None) -> None:
@@ -55,8 +56,11 @@ class TimeLimit(FIFOScheduler):
 
     def _end(self, tune_controller: Any, trial: Trial, minutes: float) -> None:
         epoch = int((trial.last_result or {}).get("epoch", 0))
-        reason = f"ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
-        self.reasons |= {str(record["trial_id"]): reason for record in _records(trial)}
+        records = _records(trial)
+        pack = f"its pack of {len(records)} " if len(records) > 1 else ""
+        reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
+        if not pack:
+            self.reasons[str(records[0]["trial_id"])] = reason
         # Asked to stop, a process that hangs would be waited for, and then be handed to the next trial.
         actor = trial.temporary_state.ray_actor
         if actor is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
@@ -94,6 +95,7 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
                 "gpus_per_worker": spec.gpus_per_worker,
             },
             "train_storage": storage.join(lane.folder, RAY_FOLDER),
+            "alone": job.alone,
         }
 
     return of
@@ -124,6 +126,10 @@ def run_jobs(
     ]
     if lane.driver == "in_process":
         callbacks = [PackCallback(callbacks, packs)]
+    # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
+    class_cache.ENV_VARS_TO_PROPAGATE = {
+        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
+    }
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
