@@ -70,8 +70,9 @@ class Budget:
         self._saved = time.monotonic()
         self._started = self._entered = self._saved if started is None else started
         self._phase: Phase = "start"
-        # Told by whoever knows how long the refits will take: they are part of what is limited.
+        # Told by whoever knows how long the refits and the test split's features will take: they are limited, too.
         self.refit_seconds = 0.0
+        self.test_feature_seconds = 0.0
 
     @property
     def is_limited(self) -> bool:
@@ -100,7 +101,8 @@ class Budget:
 
     def exhausted(self, *, keep_for_refits: bool = False) -> str | None:
         """Which limit on time or money is used up, with its value; None while there is some left."""
-        spec, spent = self._spec, self._spent(self.refit_seconds if keep_for_refits else 0.0)
+        kept = self.refit_seconds + self.test_feature_seconds if keep_for_refits else 0.0
+        spec, spent = self._spec, self._spent(kept)
         if spec.max_hours is not None and spent.seconds >= 3600 * spec.max_hours:
             return f"max_hours {spec.max_hours:g}"
         if spec.max_cost is not None and (spent.cost(spec) or 0.0) >= spec.max_cost:

@@ -16,7 +16,7 @@ from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.examples import FeatureSet
-from imbvlm.features.extract import ensure_features, seconds_per_image
+from imbvlm.features.extract import ensure_features, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
@@ -154,7 +154,11 @@ class _Sweep:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
         self.budget.enter("features")
-        self.features = self._extract(("train", "val") if "val" in manifest.splits else ("train",))
+        began, splits = time.monotonic(), ("train", "val") if "val" in manifest.splits else ("train",)
+        self.features = self._extract(splits)
+        if self.budget.is_limited and "test" in manifest.splits:
+            seconds = time.monotonic() - began
+            self.budget.test_feature_seconds = self._test_feature_seconds(seconds, splits)
         self.scored: list[TrialRecord] = []
         # The limit that is used up, such as `max_hours 8`.
         self.limit: str | None = None
@@ -405,6 +409,15 @@ class _Sweep:
         if "train" in splits:
             Paces(len(self.manifest.rows_of("train")), paces).write(self.folder)
         return found
+
+    def _test_feature_seconds(self, seconds: float, splits: tuple[str, ...]) -> float:
+        """Of the test split's pass: as that over `splits` took, longer where it has more crops; 0 where it is there."""
+        outputs, root, missing, seen = needed_outputs(self.spec, self.space), self.spec.feature_root, 0, 0
+        for draw in tower_draws(self.spec, self.space):
+            config = zero_shot_config(self.spec, draw)
+            missing += stored_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
+            seen += config.features.num_views * sum(len(self.manifest.rows_of(split)) for split in splits)
+        return seconds * max(1.0, missing / seen) if missing else 0.0
 
     def _say_quarantined(self, features: FeatureSet) -> None:
         """Towers decode the same files, so the first one's list is everybody's."""
