@@ -79,10 +79,17 @@ def _export(model: Model, path: Path) -> None:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ImbvlmError(f"this model can't be written as an ONNX graph: {reason[0]}") from None
+        raise ImbvlmError(f"this model can't be written as an ONNX graph: {_first_cause(error)}") from None
     finally:
         logging.disable(before)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What torch's exporter stumbled over: its own sentence only says at which step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _largest_difference(model: Model, path: Path) -> float:

@@ -8,20 +8,23 @@ from towers import write_tower
 from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
 from imbvlm.inference import PostHocStep, write_model
 from imbvlm.models.encoder import Encoder
+from imbvlm.models.methods import _decoder
 from imbvlm.posthoc import Adjustment
 
 CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
 
 
-def write_model_folder(folder: Path, kind: str = "vit") -> Path:
+def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_probe") -> Path:
     """Write the tower and a model on it; returns the model's folder."""
     encoder = Encoder.from_config(EncoderConfig(name=write_tower(folder / "tower", kind)), EvalConfig())
     tree = {"data": {"manifest": "m"}, "encoder": {"name": encoder.info.name}, "optim": {"lr": 0.1}}
-    config = TrialConfig.from_tree({**tree, "method": "linear_probe", "classifier": {"kind": "linear"}})
+    config = TrialConfig.from_tree({**tree, "method": method, "classifier": {"kind": "linear"}})
     torch.manual_seed(0)
+    decoder, width = _decoder(config, encoder.info, {})
     weights = {
-        "classifier.weight": torch.randn(len(CLASS_NAMES), encoder.info.pooled_width),
+        "classifier.weight": torch.randn(len(CLASS_NAMES), width),
         "classifier.bias": torch.zeros(len(CLASS_NAMES)),
+        **{f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
     }
     embeddings = torch.nn.functional.normalize(torch.randn(len(CLASS_NAMES), encoder.info.embedding_width), dim=1)
     step = PostHocStep(Adjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)

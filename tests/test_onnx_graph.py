@@ -12,10 +12,11 @@ from imbvlm.errors import ImbvlmError
 pytestmark = [pytest.mark.slow]
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "decoder"])
 @pytest.mark.parametrize("kind", ["vit", "resnet", "timm_siglip", "timm_efficientnet"])
-def test_onnxruntime_gives_the_models_probabilities(tmp_path, kind):
+def test_onnxruntime_gives_the_models_probabilities(tmp_path, kind, method):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    folder = write_model_folder(tmp_path, kind)
+    folder = write_model_folder(tmp_path, kind, method)
     model = imbvlm.load(folder, "cpu")
     assert onnx_graph.write_onnx(model, str(folder)) < 0.02
     session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"))
