@@ -14,10 +14,11 @@ from imbvlm.posthoc import Adjustment
 CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
 
 
-def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_probe") -> Path:
-    """Write the tower and a model on it; returns the model's folder."""
-    encoder = Encoder.from_config(EncoderConfig(name=write_tower(folder / "tower", kind)), EvalConfig())
-    tree = {"data": {"manifest": "m"}, "encoder": {"name": encoder.info.name}, "optim": {"lr": 0.1}}
+def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_probe", **tower: object) -> Path:
+    """Write the tower and a model on it; returns the model's folder. `tower` has further keys of its section."""
+    section = {"name": write_tower(folder / "tower", kind), **tower}
+    encoder = Encoder.from_config(EncoderConfig(**section), EvalConfig())
+    tree = {"data": {"manifest": "m"}, "encoder": section, "optim": {"lr": 0.1}}
     config = TrialConfig.from_tree({**tree, "method": method, "classifier": {"kind": "linear"}})
     torch.manual_seed(0)
     decoder, width = _decoder(config, encoder.info, {})

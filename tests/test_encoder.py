@@ -15,6 +15,7 @@ from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder import ENCODERS, OUTPUTS, Encoder, absolute_encoder, describe_encoder
 from imbvlm.models.token_pooling import pooling_matrix
+from imbvlm.models.tower_classifier import TowerClassifier
 from imbvlm.models.towers import find_tower
 
 # Other image sizes that each kind can be given.
@@ -84,6 +85,13 @@ def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[
     # Where the grid is odd its edge has fewer neighbours.
     expected = F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled.tokens[:, front:], expected)
+
+
+def test_a_model_on_images_pools_tokens_as_the_store_does(folders: dict[str, str]) -> None:
+    encoder = load(folders["vit"], token_pooling=2)
+    crops, model = images(encoder), TowerClassifier(encoder, "tokens", torch.nn.Identity())
+    torch.testing.assert_close(model(crops), encoder.forward_images(crops).tokens)
+    assert "token_pool" not in model.state_dict()
 
 
 def test_tokens_on_no_grid_are_not_pooled() -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from exported_model import CLASS_NAMES, write_model_folder
 from PIL import Image
+from torch.nn import functional
 
 import imbvlm
+from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.data.images import Preprocess
 from imbvlm.errors import ImbvlmError
+from imbvlm.models.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,18 @@ def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
     assert list(first.probabilities) == sorted(first.probabilities, reverse=True)
     for other in others:
         assert (other.class_names, other.probabilities) == (first.class_names, first.probabilities)
+
+
+def test_a_model_of_averaged_tokens_averages_them_again(tmp_path):
+    network = imbvlm.load(write_model_folder(tmp_path, method="decoder", token_pooling=2), "cpu").network
+    crops = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = Encoder.from_config(EncoderConfig(name=f"local-dir:{tmp_path / 'tower'}"), EvalConfig()).outputs(crops)
+        front, grid = whole.tokens[:, :1], whole.tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        averaged = torch.cat([front, functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)], dim=1)
+        expected = network.classifier(averaged.half().float())
+        torch.testing.assert_close(network(crops)[0], expected, atol=1e-3, rtol=1e-3)
+        assert (network(crops)[0] - network.classifier(whole.tokens)).abs().max() > 0.01
 
 
 def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder):
