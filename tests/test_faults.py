@@ -291,6 +291,18 @@ def test_a_killed_worker_costs_no_trial_of_its_pack(quiet, make_sweep, order):
     assert_nearly_the_same_end(sweep, quiet)
 
 
+def test_a_trial_that_hangs_in_a_pack_is_ended_alone(quiet, make_sweep, order):
+    """Nobody sees which of a pack hangs: its trials go on alone, and the limit finds it there."""
+    sweep = make_sweep(max_pack_size=NUM_TRIALS, max_trial_minutes=0.2, max_failures=0)
+    with order(losses={"focal": "hang"}):
+        printed = sweep.run()
+    assert "2 x ran longer than max_trial_minutes 0.2" in printed
+    states = {(one["draw"]["loss.name"], one["state"], one["pack_size"]) for one in sweep.records().values()}
+    assert states == {("cross_entropy", "finished", 1), ("balanced_softmax", "finished", 1), ("focal", "failed", 1)}
+    assert sweep.outcome() == {key: value for key, value in quiet.outcome().items() if "focal" not in key}
+    assert len(sweep.records()) == NUM_TRIALS
+
+
 # ----------------------------------------------------------------------------------------- other places, other code
 
 
