@@ -1,8 +1,10 @@
-"""A sweep that keeps everything in a bucket which goes away for a while; no secret is left anywhere."""
+"""Sweeps that keep everything in a bucket: it goes away for a while, another machine goes on, no secret is left."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -159,3 +161,27 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
     assert list((tmp_path / "ray").rglob("raylet.out"))
     assert list((tmp_path / "home").rglob("ray.log"))
     assert not files_with(secrets, tmp_path)
+
+
+def test_another_machine_goes_on_with_a_sweep_in_a_bucket(manifest, tmp_path, quiet, s3, fault_orders):
+    uri = f"s3://{BUCKET}/moving"
+    first = S3Sweep(tmp_path / "first", manifest, uri)
+    fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
+    try:
+        first.start()
+        first.wait_for(lambda: first.num_ended() >= 3)
+        os.killpg(first.process.pid, signal.SIGKILL)
+        first.process.wait()
+    finally:
+        fault_orders.unlink()
+    ended = {key: one for key, one in first.records().items() if one["state"] == "finished"}
+    assert 3 <= len(ended) < NUM_TRIALS
+    # Nothing of the first machine is there.
+    (tmp_path / "first").rename(tmp_path / "gone")
+    (tmp_path / "home").mkdir()
+    other = S3Sweep(tmp_path / "second", manifest, uri)
+    arguments = ["sweep", "resume", first.path, "--set", f"feature_folder={tmp_path / 'second' / 'features'}"]
+    printed = other.begin(*arguments, environment={"HOME": str(tmp_path / "home")}).end()
+    assert "resuming" in printed
+    assert {key: other.records()[key] for key in ended} == ended
+    assert_same_end(other, quiet)
