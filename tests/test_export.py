@@ -130,7 +130,6 @@ def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep,
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_best_two_and_the_pareto_set_with_their_graphs(sweep, tmp_path):
-    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     printed = command("export", sweep, "-o", tmp_path / "two", "--top", 2, "--onnx", "--licence", "mit")
     assert printed.count("is trained again on all training images") == 1
     with open(tmp_path / "two" / "trials.csv", newline="") as stream:
