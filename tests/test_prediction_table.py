@@ -109,7 +109,7 @@ def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, ca
     assert predict(model, photos, "--top", "1", "-o", tmp_path / "out.csv") == 0
     said = capsys.readouterr()
     assert said.out == f"10 rows written to {tmp_path}/out.csv\n"
-    assert said.err == "imbvlm: 1 of 10 images could not be read\n"
+    assert said.err == "imbvlm: 1 of 10 images could not be read; the column error says why\n"
     assert predict(model, photos / "a" / "broken.jpg") == 1
     assert "broken.jpg: truncated" in capsys.readouterr().out
     assert predict(model, photos / "a" / "0.png", "--json") == 0
