@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from sweep_folder import write_sweep
+from tiny_images import image_manifest
 
 from imbvlm import cli
 
@@ -121,3 +122,17 @@ def test_what_a_script_reads_is_json_alone(capsys, tmp_path):
     assert found["num_images"] == 4980
     assert found["num_bytes"] == found["total_bytes"] > 4980 * 1280 * 2
     assert not Path(tmp_path / "runs" / "features").exists()
+
+
+def test_a_manifests_summary_and_findings_are_json_where_asked_for(capsys, tmp_path):
+    photos = image_manifest(tmp_path, bad=(3,))
+    found = json.loads(leave(capsys, "manifest", "show", photos, "--json")[1])
+    assert sum(found["training_images"]) == found["images"]["train"] > 0
+    assert len(found["class_names"]) == found["num_classes"] == sum(found["classes_by_shot_group"].values())
+    assert found["num_bytes"] > 0
+    words = ("manifest", "check", photos, "--decode", "--json", "-o", str(tmp_path / "findings.csv"))
+    report = json.loads(leave(capsys, *words)[1])
+    assert report["ok"]
+    assert report["verdict"].startswith("usable")
+    (one,) = [finding for finding in report["findings"] if "can't be decoded" in finding["message"]]
+    assert (one["severity"], len(one["examples"])) == ("warning", 1)

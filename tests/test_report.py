@@ -80,8 +80,11 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
 def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
     report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.4))))
     assert report.is_win
-    assert re.search(r"points above linear probe \(standard error 1\.4, spread of its seeds \d", report.statement)
-    assert "above zero-shot" in report.statement
+    assert re.fullmatch(
+        r"The winner is \d+\.\d points above linear probe in balanced accuracy on the test split "
+        r"\(standard error 1\.4, spread of its seeds \d\.\d\)\.", report.statement
+    )  # fmt: skip
+    assert re.fullmatch(r"It is \d+\.\d points above zero-shot\.", report.beside)
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
     assert "linear probe" in facts["few-shot"].note
@@ -96,7 +99,11 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
             log.save(one)
     report = build(Source.read(str(folder)))
     assert not report.is_win
-    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc", report.statement)
+    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe with post hoc", report.statement)
+    assert re.match(r"It is \d+\.\d points above linear probe and \d+\.\d points above zero-shot\.", report.beside)
+    assert ", post hoc 97.0, zero-shot" in report.facts[0].note
+    (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
+    assert ["linear probe, post hoc", "balanced", 0.97, 0.0, 2] in bars.data
     (table,) = [one for one in parts(report)[1] if one.name == "margins"]
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
@@ -111,7 +118,7 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     report = build(Source.read(str(folder)))
     assert "on validation" in report.statement
-    assert "No test split has been scored" in report.statement
+    assert report.beside == "No test split has been scored."
     assert "Test split" not in page_of(folder)
 
 

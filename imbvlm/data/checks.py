@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +73,10 @@ class CheckReport:
         for finding in self.findings:
             writer.writerows((finding.severity, finding.message, which) for which in finding.examples or ("",))
         return text.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds: the verdict, whether there is no error, each finding with all that it is about."""
+        return {"verdict": self.verdict, "ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.findings), f"verdict  {self.verdict}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
@@ -14,7 +15,7 @@ from imbvlm.data.inaturalist import NAMES, RANKS, from_inaturalist
 from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources import from_folders, from_lists
-from imbvlm.data.summary import plot_svg, summary
+from imbvlm.data.summary import plot_svg, summary, summary_dict
 from imbvlm.data.table import SPLITS
 from imbvlm.data.tables import from_table
 from imbvlm.data.tails import SHAPES, with_tail
@@ -96,15 +97,18 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
     parser.add_argument("--split-seed", type=int, default=0, help="of the validation rows that would be carved")
     parser.add_argument("--plot", metavar="FILE", help="write the curve of counts as SVG")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def show(options: argparse.Namespace) -> int:
     """Print a manifest's summary and the curve of its counts."""
     manifest = Manifest.read(options.manifest)
-    print(summary(manifest, split_seed=options.split_seed))
+    as_json = options.json
+    print(json.dumps(summary_dict(manifest), indent=1) if as_json else summary(manifest, split_seed=options.split_seed))
     if options.plot:
         storage.write_bytes(options.plot, plot_svg(manifest.class_stats().counts, manifest.name).encode())
-        print(f"\nplot written to {options.plot}")
+        if not as_json:
+            print(f"\nplot written to {options.plot}")
     return 0
 
 
@@ -113,6 +117,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
     parser.add_argument("--decode", action="store_true", help="read and decode every image")
     parser.add_argument("-o", "--output", metavar="FILE", help="write every finding with all of its rows as CSV")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument(
         "--encoder",
         default="openai_vit_b16",
@@ -127,10 +132,11 @@ def check(options: argparse.Namespace, truncated: Callable[[Sequence[str]], Sequ
     report = check_manifest(
         Manifest.read(options.manifest), decode_all=options.decode, split_seed=options.split_seed, truncated=truncated
     )
-    print(report)
+    print(json.dumps(report.to_dict(), indent=1) if options.json else report)
     if options.output:
         storage.write_bytes(options.output, report.to_csv().encode("utf-8", "surrogateescape"))
-        print(f"all of them by name in {options.output}")
+        if not options.json:
+            print(f"all of them by name in {options.output}")
     return 0 if report.ok else 1
 
 

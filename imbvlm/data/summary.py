@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,26 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
         *plot_counts(stats.counts),
     ]
     return "\n".join(lines)
+
+
+def summary_dict(manifest: Manifest) -> dict[str, Any]:
+    """What JSON holds of a manifest; bytes are None where the store can't be listed."""
+    stats = manifest.class_stats()
+    try:
+        size: int | None = num_bytes(manifest)
+    except storage.StorageError:
+        size = None
+    return {
+        "name": manifest.name,
+        "num_classes": stats.num_classes,
+        "images": {split: len(manifest.rows_of(split)) for split in manifest.splits},
+        "imbalance_factor": stats.imbalance_factor,
+        "classes_by_shot_group": {group: len(getattr(stats, group)) for group in SHOT_GROUPS},
+        "class_names": list(manifest.class_names),
+        "training_images": stats.counts.tolist(),
+        "num_bytes": size,
+        "notes": [*manifest.notes, *manifest.warnings],
+    }
 
 
 def num_bytes(manifest: Manifest) -> int:

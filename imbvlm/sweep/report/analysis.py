@@ -54,13 +54,14 @@ def comparisons(source: Source) -> list[tuple[Scored, str]]:
 
     A plain probe whose logits are adjusted after training costs nothing more, so a winner must beat that one, too.
     """
-    found = []
-    for one in source.references:
-        found.append((one, TEST))
-        adjusted = one.values(f"{POST_HOC}/balanced_accuracy")
-        if adjusted and adjusted != one.values(f"{TEST}/balanced_accuracy"):
-            found.append((one, POST_HOC))
-    return found
+    return [(one, split) for one in source.references for split in splits_of(one)]
+
+
+def splits_of(scored: Scored) -> list[str]:
+    """As trained, and where an adjustment changes its accuracy as adjusted."""
+    adjusted = scored.values(f"{POST_HOC}/balanced_accuracy")
+    changes = adjusted and adjusted != scored.values(f"{TEST}/balanced_accuracy")
+    return [TEST, POST_HOC] if changes else [TEST]
 
 
 def values_in(scored: Scored, split: str, metric: str) -> list[float]:

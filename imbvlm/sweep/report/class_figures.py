@@ -11,6 +11,7 @@ import numpy.typing as npt
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import balanced_standard_error, per_class_accuracy
 from imbvlm.sweep.console import percent
+from imbvlm.sweep.report.analysis import POST_HOC, splits_of, title_in, values_in
 from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, Figure
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.report.svg import Drawing, Scale, frame, legend, number, percent_tick
@@ -27,6 +28,11 @@ def colour(source: Source, scored: Scored) -> tuple[str, int]:
     return f"c{index % 6}", index
 
 
+def splits_beside(source: Source) -> list[tuple[Scored, str]]:
+    """What bars show: the winner and the baselines as trained, and as adjusted where that changes them."""
+    return [(one, split) for one in source.headline for split in splits_of(one)]
+
+
 def shot_group_bars(source: Source) -> Figure | None:
     """Accuracy by shot group on the test split, the winner beside the baselines; whiskers are the seeds' deviation."""
     groups = [
@@ -38,29 +44,35 @@ def shot_group_bars(source: Source) -> Figure | None:
     drawing = Drawing(WIDTH, HEIGHT)
     y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
     frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
-    width, data = min(30.0, step * 0.8 / len(source.headline)), list[list[object]]()
+    shown = splits_beside(source)
+    width, data = min(30.0, step * 0.85 / len(shown)), list[list[object]]()
     for place, group in enumerate(groups):
         middle = 48 + step * (place + 0.5)
-        for index, scored in enumerate(source.headline):
-            values = scored.values(f"test/{group}_accuracy")
+        for index, (scored, split) in enumerate(shown):
+            values = values_in(scored, split, f"{group}_accuracy")
             if not values:
                 continue
-            mean = statistics.fmean(values)
-            data.append([scored.name, _group_name(group), mean, _deviation(values), len(values)])
-            left = middle + (index - len(source.headline) / 2) * width
-            title = f"{scored.name}, {_group_name(group)}: {percent(mean)} %"
-            drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), colour(source, scored)[0], title)
+            mean, name = statistics.fmean(values), title_in(scored, split)
+            data.append([name, _group_name(group), mean, _deviation(values), len(values)])
+            left = middle + (index - len(shown) / 2) * width
+            title = f"{name}, {_group_name(group)}: {percent(mean)} %"
+            drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), _bar_style(source, scored, split), title)
             deviation, at = _deviation(values), left + width / 2
             drawing.text(at, y(min(1, mean + deviation)) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
             if deviation:
                 drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
         drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
-    legend(drawing, 48, 14, [(one.name, colour(source, one)[0], 0) for one in source.headline])
+    legend(drawing, 48, 14, [("post hoc" if split == POST_HOC else one.name, _bar_style(source, one, split), 1)
+                             for one, split in shown])  # fmt: skip
     return Figure(
         "shot_groups", "Accuracy by shot group",
         "Test split. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19.", drawing,
         [["what", "group", "accuracy", "deviation_over_seeds", "seeds"], *data],
     )  # fmt: skip
+
+
+def _bar_style(source: Source, scored: Scored, split: str) -> str:
+    return f"{colour(source, scored)[0]}{' dim' if split == POST_HOC else ''}"
 
 
 def _deviation(values: list[float]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.report.analysis import comparisons, margin, values_in
+from imbvlm.sweep.report.analysis import POST_HOC, comparisons, margin, values_in
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.results import TrialRecord
@@ -73,8 +73,10 @@ def margins(source: Source) -> Table | None:
         return None
     caption = (
         "Points. ± is the standard deviation over seeds, of both together. A gain below the standard error, which the "
-        "number of test images sets, is no win. Post hoc: both with what validation chose to do to their logits."
+        "number of test images sets, is no win."
     )
+    if any(split == POST_HOC for _, split in comparisons(source)):
+        caption += " Post hoc: both with what validation chose to do to their logits."
     header = ["winner", *(heading for _, heading in kept), "standard error (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)
 
@@ -273,7 +275,7 @@ def confused_pairs(source: Source) -> Table | None:
         for label, predicted, count, _ in worst_pairs(record)
     ]
     header = ["class", "taken for", "images", "share of class", "training images"]
-    return Table("confused", "Confused most", header, rows, 2)
+    return Table("confused", "Confused most, as a table", header, rows, 2)
 
 
 def quarantine(source: Source) -> Table | None:

@@ -69,10 +69,8 @@ def history(source: Source) -> Figure | None:
     for number_, (record, value) in zip(numbers, pairs, strict=True):
         _trial_dot(drawing, x(number_), y(value), record, value, kinds)
     legend(drawing, 52, 14, _kinds_legend(kinds))
-    return Figure(
-        "history", "Search history", "Each mark is a trial, the line the best so far, dashes the baselines.", drawing,
-        [_HEADER, *data],
-    )  # fmt: skip
+    caption = f"Each mark is a trial{_pale(source)}, the line the best so far, dashes the baselines."
+    return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
 
 
 def against_cost(source: Source) -> Figure | None:
@@ -187,7 +185,9 @@ def slices(source: Source, order: Sequence[str]) -> list[Figure]:
 
 
 def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
-    drawing, kinds = Drawing(340, 258), methods(source)
+    named = {repr(record.draw[key]): _word(record.draw[key]) for record, _ in pairs}
+    crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
+    drawing, kinds = Drawing(340, 258 if crowded else 218), methods(source)
     y = spread([value for _, value in source.valued()], 190, 14)
     x, places = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
     frame(drawing, x, y, ("", ""), x_format=number if places is None else None, y_format=percent_tick, num_ticks=(4, 4))
@@ -195,8 +195,6 @@ def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> 
         # Beside each other where they would hide each other.
         at = x(record.draw[key]) if places is None else places[repr(record.draw[key])] + (index % 7 - 3) * 2.2
         _trial_dot(drawing, at, y(value), record, value, kinds, f", {key} {_word(record.draw[key])}", size=3)
-    named = {repr(record.draw[key]): _word(record.draw[key]) for record, _ in pairs}
-    crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
     for name, at in (places or {}).items():
         values = [value for record, value in pairs if repr(record.draw[key]) == name]
         middle = y(statistics.median(values))
@@ -217,7 +215,10 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
         return None
     width, height = 1000.0, 360.0
     drawing, top, bottom = Drawing(width, height), 46.0, height - 44.0
-    places = [60 + index * (width - 120) / len(keys) for index in range(len(keys) + 1)]
+    # The first name is centred on its axis.
+    left = max(60.0, 3.4 * len(keys[0]))
+    gap = (width - 60 - left) / len(keys)
+    places = [left + index * gap for index in range(len(keys) + 1)]
     columns = [_parallel_axis(source, key, pairs, top, bottom - 26) for key in keys]
     goal = spread([value for _, value in pairs], bottom - 26, top)
     num_best = max(1, len(pairs) // 10)
@@ -234,7 +235,8 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
         drawing.rule(at, top, at, bottom - 26, "axis")
         drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
         for word, y in _labels(source, key, pairs, column):
-            drawing.text(at + 5, y + 4, word, style="halo", size=10.5)
+            # Up to the next axis: 6 is a letter's mean width at that size.
+            drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (6 * len(word))))
         if any(key not in record.draw for record, _ in pairs):
             drawing.text(at, bottom + 16, "not drawn", anchor="middle", style="muted", size=10.5)
     drawing.rule(places[-1], top, places[-1], bottom - 26, "axis")
@@ -250,6 +252,10 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
 
 
 _HEADER = ["trial", "method", "state", "objective"]
+
+
+def _pale(source: Source) -> str:
+    return " (pale: stopped early)" if any(record.state == "stopped" for record, _ in source.valued()) else ""
 
 
 def _row(record: TrialRecord, value: float) -> list[object]:

@@ -10,7 +10,16 @@ from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.sweep.compute import phase_rows, stopping_words, store_words
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.report import class_figures, result_tables, search_figures, study_tables
-from imbvlm.sweep.report.analysis import Margin, comparisons, fairness, importances, margin, rungs
+from imbvlm.sweep.report.analysis import (
+    POST_HOC,
+    Margin,
+    comparisons,
+    fairness,
+    importances,
+    margin,
+    rungs,
+    values_in,
+)
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
@@ -79,11 +88,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page; `extra_tables` are only written beside it."""
+    """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page."""
 
     title: str
     subtitle: str
     statement: str
+    beside: str
     is_win: bool
     facts: list[Fact]
     sections: list[Section]
@@ -93,12 +103,13 @@ class Report:
 def build(source: Source) -> Report:
     """The report of what a sweep's folder holds by now."""
     sections = [_result(source), _classes(source), _search(source), _mattered(source), _compute(source), _data(source)]
-    statement, is_win = _statement(source)
+    statement, beside, is_win = _statement(source)
     extra = [table for table in (result_tables.per_class(source), result_tables.all_trials(source)) if table]
     return Report(
         title=source.spec.name,
         subtitle=_subtitle(source),
         statement=statement,
+        beside=beside,
         is_win=is_win,
         facts=_facts(source),
         sections=[section for section in sections if section.blocks],
@@ -116,26 +127,30 @@ def _margins(source: Source) -> list[Margin]:
     return [found for one, split in comparisons(source) if (found := margin(winner, one, split)) is not None]
 
 
-def _statement(source: Source) -> tuple[str, bool]:
-    """The result in sentences, and whether it is a win over the best baseline."""
+def _statement(source: Source) -> tuple[str, str, bool]:
+    """The result beside the best baseline, beside the others, and whether it is a win."""
     best = source.log.best(source.spec.objective)
     if not best:
-        return "No trial has given a result yet.", False
+        return "No trial has given a result yet.", "", False
     margins = sorted(_margins(source), key=lambda one: one.gain)
     if not margins:
         sentence = verdict(source.log, source.spec)
-        return f"{sentence[0].upper()}{sentence[1:]}. No test split has been scored.", False
-    first, words = margins[0], [_margin_words(one) for one in margins]
-    if first.shown:
-        return f"The winner is {' and '.join(words)} on the test split's balanced accuracy.", True
-    return f"No win is shown: the winner is {' and '.join(words)} on the test split's balanced accuracy.", False
+        return f"{sentence[0].upper()}{sentence[1:]}.", "No test split has been scored.", False
+    first, *others = margins
+    errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
+    errors += [f"spread of its seeds {100 * first.spread:.1f}"] if first.spread is not None else []
+    known = f" ({', '.join(errors)})" if errors else ""
+    statement = f"{_margin_words(first)} in balanced accuracy on the test split{known}."
+    statement = f"The winner is {statement}" if first.shown else f"No win is shown: the winner is {statement}"
+    beside = f"It is {' and '.join(map(_margin_words, others))}." if others else ""
+    if any(split == POST_HOC for _, split in comparisons(source)):
+        beside += " Post hoc: logits adjusted after training by what validation chose."
+    return statement, beside.strip(), first.shown
 
 
 def _margin_words(one: Margin) -> str:
-    beside = [f"standard error {100 * one.standard_error:.1f}"] if one.standard_error is not None else []
-    beside += [f"spread of its seeds {100 * one.spread:.1f}"] if one.spread is not None else []
-    where = "above" if one.gain >= 0 else "below"
-    return f"{100 * abs(one.gain):.1f} points {where} {one.baseline}" + (f" ({', '.join(beside)})" if beside else "")
+    baseline = one.baseline.replace(", post hoc", " with post hoc adjustment")
+    return f"{100 * abs(one.gain):.1f} points {'above' if one.gain >= 0 else 'below'} {baseline}"
 
 
 def _facts(source: Source) -> list[Fact]:
@@ -148,9 +163,10 @@ def _facts(source: Source) -> list[Fact]:
             if not values:
                 continue
             note = []
-            for other in source.references:
-                theirs = other.values(f"test/{group}_accuracy")
-                note += [f"{other.name} {percent(statistics.fmean(theirs))}"] if theirs else []
+            for other, split in comparisons(source):
+                theirs = values_in(other, split, f"{group}_accuracy")
+                name = "post hoc" if split == POST_HOC else other.name
+                note += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
             label = {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
             facts.append(Fact(label, f"{percent(statistics.fmean(values))} %", ", ".join(note)))
     elif best:
@@ -161,12 +177,10 @@ def _facts(source: Source) -> list[Fact]:
 
 def _subtitle(source: Source) -> str:
     search = source.log.of("search")
-    started = min((record.started_at for record in source.log.records.values() if record.started_at), default=None)
-    ended = max((record.ended_at for record in source.log.records.values() if record.ended_at), default=None)
     words = [f"{sum(record.state != 'running' for record in search)} of {source.spec.num_trials} trials"]
     words.append(f"on {source.spec.base['data']['manifest']}")
-    if started is not None and ended is not None:
-        words.append(f"in {duration(ended - started)}")
+    if source.compute.spent.seconds:
+        words.append(f"in {duration(source.compute.spent.seconds)}")
     return ", ".join(words)
 
 
@@ -247,6 +261,7 @@ def _mattered(source: Source) -> Section:
     section = Section("mattered", "What mattered" if fair else "What may have mattered")
     found = importances(source)
     order = [one.key for one in found]
+    stopped = any(record.state == "stopped" for record, _ in source.valued())
     slices, lines = search_figures.slices(source, order), search_figures.parallel(source, order)
     if not slices:
         return section
@@ -255,6 +270,10 @@ def _mattered(source: Source) -> Section:
     section.blocks += [Columns(tables)] if tables else []
     bars = search_figures.importance_bars(found)
     section.blocks += [Grid([bars])] if bars else ["There are too few trials to say how much each parameter mattered."]
+    section.blocks.append(
+        f"Each parameter's values and what trials with them reached ({search_figures.objective_name(source)}); colours "
+        f"are methods, as under Search{', pale marks were stopped early' if stopped else ''}, short lines are medians."
+    )
     section.blocks.append(Grid(slices, small=True))
     section.blocks += [lines] if lines else []
     return section
@@ -276,7 +295,9 @@ def _compute(source: Source) -> Section:
             ]
         )
     times = phase_rows(compute)
-    if times:
+    if times and compute.plan is None:
+        section.blocks.append(Table("time", "Where the time went", ["", "took"], [[row[0], row[2]] for row in times]))
+    elif times:
         section.blocks.append(Table("time", "Where the time went", ["", "planned", "took"], times))
     section.blocks.append(Table("compute", "Spent and spared", ["", ""], rows, 2))
     trained = study_tables.parameters(source)

@@ -166,11 +166,21 @@ def frame(
 
 
 def legend(drawing: Drawing, x: float, y: float, entries: Sequence[tuple[str, str, int]]) -> None:
-    """Names beside their marks in a row: (name, style, shape)."""
+    """Names beside their marks, (name, style, shape), in a row; in two that take its place where one is too narrow."""
+    rows: list[list[tuple[float, str, str, int]]] = [[]]
+    at = x
     for name, style, shape in entries:
-        drawing.dot(x + 5, y - 4, style, shape=shape, size=4.2)
-        drawing.text(x + 14, y, name, size=11.5)
-        x += 24 + 6.3 * len(name)
+        width = 24 + 6.3 * len(name)
+        if rows[-1] and at + width > drawing.width + 10:
+            rows.append([])
+            at = x
+        rows[-1].append((at, name, style, shape))
+        at += width
+    top = y - 5 * (len(rows) - 1)
+    for index, row in enumerate(rows):
+        for left, name, style, shape in row:
+            drawing.dot(left + 5, top + 14 * index - 4, style, shape=shape, size=4.2)
+            drawing.text(left + 14, top + 14 * index, name, size=11.5)
 
 
 def number(value: float) -> str:
