@@ -14,6 +14,7 @@ from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.data.listing import listed_objects
 from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
 from imbvlm.data.packs import RANGE_MARK, parse_range
+from imbvlm.data.table import count_of
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -94,7 +95,7 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
 
 def _group_lines(stats: ClassStats) -> list[str]:
     found = {group: getattr(stats, group) for group in SHOT_GROUPS}
-    return [f"{group:17} {len(classes):,} classes" for group, classes in found.items() if len(classes)]
+    return [f"{group:17} {count_of(len(classes), 'class')}" for group, classes in found.items() if len(classes)]
 
 
 def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:

@@ -24,6 +24,7 @@ from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibr
 from imbvlm.sweep.compute import between
 from imbvlm.sweep.console import duration, table
 from imbvlm.sweep.estimate import (
+    PASS_START_SECONDS,
     START_SECONDS,
     Estimate,
     Range,
@@ -178,7 +179,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
                 }
             )
             start = START_SECONDS["ray_train" if uses_ray_train(spec) else "in_process"]
-            passes = _features_seconds(found, calibration, cluster)
+            passes = _features_seconds(found, calibration, cluster, 2 if rows.test else 1)
             estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
         spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root),
@@ -260,7 +261,9 @@ def _tower(
     return Tower(config, info, total, missing, images, largest)
 
 
-def _features_seconds(towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None) -> float | None:
+def _features_seconds(
+    towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None, num_passes: int
+) -> float | None:
     """The passes over all images, one tower after another: on GPUs beside the CPUs that read images, else on CPUs."""
     cpus = _cpus() if cluster is None else cluster.num_cpus
     gpus = torch.cuda.device_count() if cluster is None else cluster.most_gpus
@@ -274,7 +277,7 @@ def _features_seconds(towers: Sequence[Tower], calibration: Calibration, cluster
             each = (speed.load_seconds + speed.tower_seconds * calibration.machine.num_threads) / cpus
         else:
             each = max(speed.load_seconds / cpus, speed.tower_seconds / max(1, gpus))
-        total += tower.missing_images * each
+        total += num_passes * PASS_START_SECONDS + tower.missing_images * each
     return total
 
 
