@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
     assert "2,480 train, 500 val, 2,000 test images; 10 classes (5 many-shot, 3 medium-shot, 2 few-shot)" in text
     assert "| baseline: linear probe | 2 |" in text
     assert "2 classes have fewer than 20 training images" in text
+
+
+def test_the_card_has_a_baseline_as_adjusted_too(tmp_path):
+    """A reader would take a model that a plain probe comes up to for better than it is."""
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    log = TrialLog.read(str(folder))
+    for one in log.of("refit"):
+        if one.name == "linear probe":
+            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.625}
+            log.save(one)
+    text = card(folder)
+    assert re.search(r"^\| baseline: linear probe, post hoc \| 2 \| - \| 62\.5 ± 0\.0 \|", text, re.MULTILINE)
+    assert "Post hoc: logits adjusted after training" in text
 
 
 def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path):

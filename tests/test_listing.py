@@ -10,6 +10,7 @@ from sweep_folder import write_sweep
 
 from imbvlm import cli
 from imbvlm.sweep import command
+from imbvlm.sweep.listing import SweepState
 
 COUNTS = [500, 120, 60, 20, 8]
 
@@ -95,3 +96,12 @@ def test_a_file_behind_sweep_is_run_and_resume_takes_the_spec_from_the_folder(ho
     assert resumed.resume == str(home / "made-1")
     # Features lie beside the sweep, wherever it was started from.
     assert resumed.storage == str(home)
+
+
+def test_a_sweeps_time_is_that_of_its_runs_without_what_lay_between(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    # The made trials span 24 seconds.
+    assert SweepState.read(str(folder)).seconds == 24
+    spent = {"seconds": 100.0, "gpu_seconds": 0.0, "machine_seconds": 100.0, "phases": {}}
+    (folder / "spent.json").write_text(json.dumps(spent))
+    assert SweepState.read(str(folder)).seconds == 100

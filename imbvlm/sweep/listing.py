@@ -9,6 +9,7 @@ from typing import Any
 
 from imbvlm import storage
 from imbvlm.errors import ImbvlmError
+from imbvlm.sweep.budget import read_spent
 from imbvlm.sweep.compute import Compute, compute_text
 from imbvlm.sweep.console import duration, percent, table
 from imbvlm.sweep.refits import WINNER
@@ -75,7 +76,10 @@ class SweepState:
 
     @property
     def seconds(self) -> float | None:
-        """From the first start to the last end."""
+        """Of all its runs, what lay between them left out; from first start to last end where none has counted."""
+        spent = read_spent(self.folder).seconds
+        if spent:
+            return spent
         ends = [one.ended_at for one in self.log.records.values() if one.ended_at is not None]
         return max(ends) - self.started_at if ends and self.started_at is not None else None
 

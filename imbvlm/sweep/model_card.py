@@ -152,9 +152,12 @@ def _metrics(facts: CardFacts) -> str:
         records = [one for one in facts.log.of("refit") if one.name == name and one.epochs]
         if records and name != this:
             rows.append(_scores_row(f"baseline: {name}", records, "test"))
+            if "test_post_hoc/balanced_accuracy" in records[0].epochs[-1]:
+                rows.append(_scores_row(f"baseline: {name}, post hoc", records, "test_post_hoc"))
+    note = " Post hoc: logits adjusted after training by what validation chose." if "post hoc" in rows[-1][0] else ""
     return (
         f"{_table(rows)}\n\nPercent on the test split, read once; ± is the standard deviation over seeds. The weights "
-        f"here are those of seed {facts.config.train.seed if facts.config.train else 0}."
+        f"here are those of seed {facts.config.train.seed if facts.config.train else 0}.{note}"
     )
 
 
