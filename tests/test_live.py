@@ -55,6 +55,10 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
     # 10 of this run in 100 s, 8 to go.
     assert lines["speed"] == "1,234 images a second, about 1 min 20 s left"
     assert lines["used"] == "5 min 0 s of 1 h 0 min"
+    log.of("search")[-2].epochs.clear()
+    between = live_lines(log, OBJECTIVE, Moment("search", 30, 12, 100.0, ""))
+    assert between["left"] == "about 1 min 20 s"
+    assert "speed" not in between
     assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
 
 

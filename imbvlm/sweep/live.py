@@ -32,7 +32,7 @@ def live_lines(log: TrialLog, objective: str, moment: Moment) -> dict[str, str]:
     records = log.of(moment.kind)
     lines = {LABELS[moment.kind]: _states(log, records, moment)}
     lines |= {"best": _best(log, objective)} if log.best(objective) else {}
-    lines |= {"speed": _speed(log, records, moment)}
+    lines |= _speed(log, records, moment)
     lines |= {"used": moment.used} if moment.used else {}
     failed = sorted((one for one in records if one.state in ("failed", "error")), key=lambda one: one.ended_at or 0.0)
     if failed:
@@ -71,14 +71,14 @@ def _best(log: TrialLog, objective: str) -> str:
     return f"{text}; {100 * behind:+.1f} points to {baselines[0].name}"
 
 
-def _speed(log: TrialLog, records: list[TrialRecord], moment: Moment) -> str:
+def _speed(log: TrialLog, records: list[TrialRecord], moment: Moment) -> dict[str, str]:
     running = [one for one in log.records.values() if one.state == "running" and one.epochs]
     speed = sum(one.epochs[-1].get("train/images_per_second", 0.0) for one in running)
-    parts = [f"{speed:,.0f} images a second"] if speed else []
     left = seconds_left(records, moment)
-    if math.isfinite(left):
-        parts.append(f"about {duration(left)} left")
-    return ", ".join(parts)
+    time_left = f"about {duration(left)}" if math.isfinite(left) else ""
+    if not speed:
+        return {"left": time_left}
+    return {"speed": f"{speed:,.0f} images a second{f', {time_left} left' if time_left else ''}"}
 
 
 def seconds_left(records: list[TrialRecord], moment: Moment) -> float:

@@ -135,7 +135,10 @@ def _statement(source: Source) -> tuple[str, str, bool]:
     margins = sorted(_margins(source), key=lambda one: one.gain)
     if not margins:
         sentence = verdict(source.log, source.spec)
-        return f"{sentence[0].upper()}{sentence[1:]}.", "No test split has been scored.", False
+        beside = (
+            "No test split has been scored; images in a folder test/ beside train/, or rows of that split, are for it."
+        )
+        return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
     first, *others = margins
     errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
     errors += [f"spread of its seeds {100 * first.spread:.1f}"] if first.spread is not None else []
@@ -154,8 +157,7 @@ def _margin_words(one: Margin) -> str:
 
 
 def _facts(source: Source) -> list[Fact]:
-    best = source.log.best(source.spec.objective)
-    facts = []
+    best, facts = source.log.best(source.spec.objective), []
     winner = source.winner
     if winner is not None and source.has_test:
         for group in ("balanced", "top1", *SHOT_GROUPS):
@@ -167,12 +169,21 @@ def _facts(source: Source) -> list[Fact]:
                 theirs = values_in(other, split, f"{group}_accuracy")
                 name = "post hoc" if split == POST_HOC else other.name
                 note += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
-            label = {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
-            facts.append(Fact(label, f"{percent(statistics.fmean(values))} %", ", ".join(note)))
+            facts.append(Fact(_group_words(group), f"{percent(statistics.fmean(values))} %", ", ".join(note)))
     elif best:
-        name = source.spec.objective.removeprefix("val/").replace("_", " ")
-        facts.append(Fact(f"{name}, validation", f"{percent(source.value(best[0]))} %", best[0].trial_id))
+        others = source.log.best(source.spec.objective, "baseline")[:2]
+        known = [(one.name, one.best_epoch(source.spec.objective) or {}) for one in others]
+        epoch = best[0].best_epoch(source.spec.objective) or {}
+        for group in ("balanced", "top1", *SHOT_GROUPS):
+            key = f"val/{group}_accuracy"
+            note = [f"{name} {percent(theirs[key])}" for name, theirs in known if key in theirs]
+            if key in epoch:
+                facts.append(Fact(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", ", ".join(note)))
     return facts
+
+
+def _group_words(group: str) -> str:
+    return {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
 
 
 def _subtitle(source: Source) -> str:
