@@ -87,7 +87,7 @@ def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
     assert re.fullmatch(r"It is \d+\.\d points above zero-shot\.", report.beside)
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
-    assert "linear probe" in facts["few-shot"].note
+    assert [note.rpartition(" ")[0] for note in facts["few-shot"].notes] == ["linear probe", "zero-shot"]
 
 
 def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
@@ -101,7 +101,7 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
     assert not report.is_win
     assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe with post hoc", report.statement)
     assert re.match(r"It is \d+\.\d points above linear probe and \d+\.\d points above zero-shot\.", report.beside)
-    assert ", post hoc 97.0, zero-shot" in report.facts[0].note
+    assert report.facts[0].notes[1] == "post hoc 97.0"
     (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
     assert ["linear probe, post hoc", "balanced", 0.97, 0.0, 2] in bars.data
     (table,) = [one for one in parts(report)[1] if one.name == "margins"]
@@ -121,7 +121,7 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     assert report.beside.startswith("No test split has been scored; images in a folder test/")
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
-    assert facts["balanced, validation"].note == "linear probe 50.0, zero-shot 30.0"
+    assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")
     assert "Test split" not in page_of(folder)
 
 

@@ -35,8 +35,8 @@ def page(report: Report, spec_yaml: str, commands: Sequence[str]) -> str:
 
 
 def _fact(fact: Fact) -> str:
-    note = f"<dd class='muted'>{escape(fact.note)}</dd>" if fact.note else ""
-    return f"<div><dt>{escape(fact.label)}</dt><dd class='value'>{escape(fact.value)}</dd>{note}</div>"
+    notes = "".join(f"<dd class='muted'>{escape(note)}</dd>" for note in fact.notes)
+    return f"<div><dt>{escape(fact.label)}</dt><dd class='value'>{escape(fact.value)}</dd>{notes}</div>"
 
 
 def _section(section: Section) -> str:

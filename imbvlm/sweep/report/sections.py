@@ -83,7 +83,8 @@ class Fact:
 
     label: str
     value: str
-    note: str = ""
+    # The same of what it stands beside.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,7 @@ def _statement(source: Source) -> tuple[str, str, bool]:
     margins = sorted(_margins(source), key=lambda one: one.gain)
     if not margins:
         sentence = verdict(source.log, source.spec)
-        beside = (
-            "No test split has been scored; images in a folder test/ beside train/, or rows of that split, are for it."
-        )
+        beside = "No test split has been scored; images in a folder test/ beside train/ are kept for it."
         return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
     first, *others = margins
     errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
@@ -169,7 +168,7 @@ def _facts(source: Source) -> list[Fact]:
                 theirs = values_in(other, split, f"{group}_accuracy")
                 name = "post hoc" if split == POST_HOC else other.name
                 note += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
-            facts.append(Fact(_group_words(group), f"{percent(statistics.fmean(values))} %", ", ".join(note)))
+            facts.append(Fact(_group_words(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
     elif best:
         others = source.log.best(source.spec.objective, "baseline")[:2]
         known = [(one.name, one.best_epoch(source.spec.objective) or {}) for one in others]
@@ -178,7 +177,7 @@ def _facts(source: Source) -> list[Fact]:
             key = f"val/{group}_accuracy"
             note = [f"{name} {percent(theirs[key])}" for name, theirs in known if key in theirs]
             if key in epoch:
-                facts.append(Fact(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", ", ".join(note)))
+                facts.append(Fact(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", tuple(note)))
     return facts
 
 
@@ -203,14 +202,11 @@ def _result(source: Source) -> Section:
     if best:
         section.blocks.append(f"Winner: {best[0].trial_id}, {describe(best[0])}.")
         section.blocks += study_tables.study_tables(source)
-    scores, bars = result_tables.scores(source), class_figures.shot_group_bars(source)
-    margins = result_tables.margins(source)
-    section.blocks += [block for block in (scores, margins, study_tables.fresh_gap(source)) if block]
-    sizes = class_figures.accuracy_over_size(source)
-    figures = [figure for figure in (bars, sizes) if figure]
+    figures = [one for one in (class_figures.shot_group_bars(source), class_figures.accuracy_over_size(source)) if one]
     section.blocks += [Grid(figures)] if figures else []
-    seeds = result_tables.over_seeds(source)
-    section.blocks += [seeds] if seeds else []
+    tables = (result_tables.scores(source), result_tables.margins(source), study_tables.fresh_gap(source),
+              result_tables.over_seeds(source))  # fmt: skip
+    section.blocks += [table for table in tables if table]
     if best:
         section.blocks.append(result_tables.best_trials(source))
     return section
