@@ -235,8 +235,8 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
         drawing.rule(at, top, at, bottom - 26, "axis")
         drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
         for word, y in _labels(source, key, pairs, column):
-            # Up to the next axis: 6 is a letter's mean width at that size.
-            drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (6 * len(word))))
+            # Up to the next axis: 5.6 is a letter's mean width at that size.
+            drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (5.6 * len(word))))
         if any(key not in record.draw for record, _ in pairs):
             drawing.text(at, bottom + 16, "not drawn", anchor="middle", style="muted", size=10.5)
     drawing.rule(places[-1], top, places[-1], bottom - 26, "axis")
