@@ -102,6 +102,15 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
     assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe with post hoc", report.statement)
     assert re.match(r"It is \d+\.\d points above linear probe and \d+\.\d points above zero-shot\.", report.beside)
     assert report.facts[0].notes[1] == "post hoc 97.0"
+    for one in log.of("refit"):
+        if one.name == "winner":
+            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.99, "test_post_hoc/balanced_standard_error": 0.01}
+            log.save(one)
+    both = build(Source.read(str(folder)))
+    assert both.is_win
+    words = "The winner is 2.0 points above linear probe, both with post hoc adjustment, in balanced accuracy"
+    assert both.statement.startswith(words)
+    assert both.facts[0].notes[0] == "post hoc 99.0"
     (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
     assert ["linear probe, post hoc", "balanced", 0.97, 0.0, 2] in bars.data
     (table,) = [one for one in parts(report)[1] if one.name == "margins"]

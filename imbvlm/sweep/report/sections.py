@@ -18,6 +18,7 @@ from imbvlm.sweep.report.analysis import (
     importances,
     margin,
     rungs,
+    splits_of,
     values_in,
 )
 from imbvlm.sweep.report.figure import Figure, Table
@@ -142,16 +143,18 @@ def _statement(source: Source) -> tuple[str, str, bool]:
     errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
     errors += [f"spread of its seeds {100 * first.spread:.1f}"] if first.spread is not None else []
     known = f" ({', '.join(errors)})" if errors else ""
-    statement = f"{_margin_words(first)} in balanced accuracy on the test split{known}."
+    both = source.winner is not None and POST_HOC in splits_of(source.winner)
+    statement = f"{_margin_words(first, both)} in balanced accuracy on the test split{known}."
     statement = f"The winner is {statement}" if first.shown else f"No win is shown: the winner is {statement}"
-    beside = f"It is {' and '.join(map(_margin_words, others))}." if others else ""
-    if any(split == POST_HOC for _, split in comparisons(source)):
+    beside = f"It is {' and '.join(_margin_words(one, both) for one in others)}." if others else ""
+    if both or any(split == POST_HOC for _, split in comparisons(source)):
         beside += " Post hoc: logits adjusted after training by what validation chose."
     return statement, beside.strip(), first.shown
 
 
-def _margin_words(one: Margin) -> str:
-    baseline = one.baseline.replace(", post hoc", " with post hoc adjustment")
+def _margin_words(one: Margin, both: bool) -> str:
+    adjusted = ", both with post hoc adjustment," if both else " with post hoc adjustment"
+    baseline = one.baseline.replace(", post hoc", adjusted)
     return f"{100 * abs(one.gain):.1f} points {'above' if one.gain >= 0 else 'below'} {baseline}"
 
 
@@ -164,7 +167,7 @@ def _facts(source: Source) -> list[Fact]:
             if not values:
                 continue
             note = []
-            for other, split in comparisons(source):
+            for other, split in class_figures.splits_beside(source)[1:]:
                 theirs = values_in(other, split, f"{group}_accuracy")
                 name = "post hoc" if split == POST_HOC else other.name
                 note += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
