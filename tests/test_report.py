@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -24,10 +25,11 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
 from imbvlm.sweep.console import duration
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
+from imbvlm.sweep.report.raster import png
 from imbvlm.sweep.report.result_tables import compared_classes
 from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
-from imbvlm.sweep.report.svg import spread
+from imbvlm.sweep.report.svg import Drawing, spread
 from imbvlm.sweep.report.write import parts, write_report
 from imbvlm.sweep.results import TrialLog
 from imbvlm.sweep.summary import pareto_records
@@ -389,6 +391,16 @@ def test_the_command_prints_where_the_page_is(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{folder}/report.html\n"
     assert done.stderr == ""
+
+
+def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
+    heights = []
+    for size in (6, 24):
+        drawing = Drawing(60, 40)
+        drawing.text(5, 30, "H", size=size)
+        ink = np.asarray(Image.open(io.BytesIO(png(drawing.svg("a letter", alone=True)))).convert("L")) < 128
+        heights.append(ink.any(axis=1).sum())
+    assert 3 * heights[0] < heights[1] < 5 * heights[0]
 
 
 # ------------------------------------------------------------------------------------------------- in a browser
