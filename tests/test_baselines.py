@@ -8,7 +8,7 @@ import pytest
 
 from imbvlm.config import needed
 from imbvlm.errors import ConfigError
-from imbvlm.sweep.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, tower_draws, tower_key, zero_shot_config
+from imbvlm.sweep.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, tower_configs, tower_key
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec, check_spec
 from imbvlm.yaml_file import parse_yaml
@@ -53,7 +53,7 @@ def test_trials_on_fresh_crops_share_the_baselines_and_features_of_their_tower()
     spec, space = made("features.store: {choice: [true, false]}")
     assert [one.name for one in baselines(spec, space)] == ["zero-shot", "linear probe"]
     keys = {tower_key(spec.trial(draw)) for draw in space.finite_draws(spec.base) or []}
-    assert keys == {tower_key(zero_shot_config(spec, draw)) for draw in tower_draws(spec, space)}
+    assert keys == {tower_key(config) for config in tower_configs(spec, space)}
     assert len(keys) == 1
 
 
@@ -83,13 +83,13 @@ def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
 )
 def test_the_features_of_every_trial_are_among_the_towers(parameters: str) -> None:
     spec, space = made(parameters)
-    extracted = {tower_key(zero_shot_config(spec, draw)) for draw in tower_draws(spec, space)}
+    extracted = {tower_key(config) for config in tower_configs(spec, space)}
     assert extracted == {tower_key(spec.trial(draw)) for draw in space.finite_draws(spec.base) or []}
 
 
 def test_a_conditional_size_leaves_the_bases_where_it_does_not_hold() -> None:
     spec, space = made("encoder.name: {choice: [a, b]}\nencoder.image_size: {choice: [64], when: {encoder.name: a}}")
-    towers = [zero_shot_config(spec, draw).encoder for draw in tower_draws(spec, space)]
+    towers = [config.encoder for config in tower_configs(spec, space)]
     assert [(tower.name, tower.image_size) for tower in towers] == [("a", 64), ("b", 96)]
 
 
@@ -98,7 +98,7 @@ def test_a_continuous_way_of_reading_images_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"eval.resize must be a choice or a short int here, and is uniform 1.0 .. 1.5"
     ):
-        tower_draws(spec, space)
+        tower_configs(spec, space)
 
 
 def test_what_trains_is_no_matter_of_the_tower() -> None:

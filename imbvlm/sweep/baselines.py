@@ -35,17 +35,16 @@ class Baseline:
     patience: int | None
 
 
-def tower_draws(spec: SweepSpec, space: SearchSpace) -> list[Draw]:
-    """Every combination of towers and ways of reading images that a trial of the space can have, each once.
+def tower_configs(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
+    """The zero-shot trial of every tower and way of reading images that a trial of the space can have, each once.
 
-    Raises ConfigError for a continuous range, since each value is a pass over all images.
+    Features are extracted by these, too. Raises ConfigError for a continuous range, since each value is a pass over all
+    images.
     """
     keys = [p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
-    found: dict[str, Draw] = {}
-    for draw in space.choices_over(keys, spec.base):
-        # A draw that sets what the base has is the base's tower.
-        found.setdefault(tower_key(zero_shot_config(spec, draw)), draw)
-    return list(found.values())
+    configs = [_zero_shot(spec, draw) for draw in space.choices_over(keys, spec.base)]
+    # A draw that sets what the base has is the base's tower.
+    return list({tower_key(config): config for config in configs}.values())
 
 
 def tower_key(config: TrialConfig) -> str:
@@ -61,8 +60,7 @@ def tower_key(config: TrialConfig) -> str:
     return json.dumps(found, sort_keys=True)
 
 
-def zero_shot_config(spec: SweepSpec, draw: Draw) -> TrialConfig:
-    """The zero-shot trial of one tower: also what the tower's features are extracted by."""
+def _zero_shot(spec: SweepSpec, draw: Draw) -> TrialConfig:
     tree = apply_overrides(spec.base, draw)
     kept = {key: tree[key] for key in ("data", *TOWER_SECTIONS) if key in tree}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "class_sampling"}
@@ -71,11 +69,10 @@ def zero_shot_config(spec: SweepSpec, draw: Draw) -> TrialConfig:
 
 def baselines(spec: SweepSpec, space: SearchSpace) -> list[Baseline]:
     """Zero-shot and linear probe for each tower; their names carry the tower's where there are several."""
-    draws = tower_draws(spec, space)
+    configs = tower_configs(spec, space)
     found = []
-    for draw in draws:
-        zero_shot = zero_shot_config(spec, draw)
-        tower = f" {zero_shot.encoder.name}" if len(draws) > 1 else ""
+    for zero_shot in configs:
+        tower = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
         train = {
             key: value for key, value in spec.base.get("train", {}).items() if key not in ("num_epochs", "num_steps")
         }

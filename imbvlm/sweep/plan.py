@@ -18,7 +18,7 @@ from imbvlm.features.extract import image_bytes, plan_bytes, stored_images, toke
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.storage import size_text
-from imbvlm.sweep.baselines import baselines, tower_draws, zero_shot_config
+from imbvlm.sweep.baselines import baselines, tower_configs
 from imbvlm.sweep.budget import Spent
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.compute import between
@@ -153,8 +153,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     cluster = running_cluster()
     concurrent, misfit = _concurrent(spec, cluster)
     found = tuple(
-        _tower(spec, space, zero_shot_config(spec, draw), towers, manifest, look=measure is not None)
-        for draw in tower_draws(spec, space)
+        _tower(spec, space, config, towers, manifest, look=measure is not None) for config in tower_configs(spec, space)
     )
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)

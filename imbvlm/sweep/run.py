@@ -19,7 +19,7 @@ from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
-from imbvlm.sweep.baselines import Baseline, baselines, tower_draws, tower_key, zero_shot_config
+from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.compute import Compute, Paces, compute_text, pace_key
 from imbvlm.sweep.console import Console, duration, table
@@ -393,8 +393,7 @@ class _Sweep:
         outputs = needed_outputs(self.spec, self.space)
         root = self.spec.feature_root
         found, paces = dict[str, FeatureSet](), dict[str, float]()
-        for draw in tower_draws(self.spec, self.space):
-            config = zero_shot_config(self.spec, draw)
+        for config in tower_configs(self.spec, self.space):
             five_crop = tuple(split for split in splits if split == "test")
             features = ensure_features(
                 config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop,
@@ -413,8 +412,7 @@ class _Sweep:
     def _test_feature_seconds(self, seconds: float, splits: tuple[str, ...]) -> float:
         """Of the test split's pass: as that over `splits` took, longer where it has more crops; 0 where it is there."""
         outputs, root, missing, seen = needed_outputs(self.spec, self.space), self.spec.feature_root, 0, 0
-        for draw in tower_draws(self.spec, self.space):
-            config = zero_shot_config(self.spec, draw)
+        for config in tower_configs(self.spec, self.space):
             missing += stored_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
             seen += config.features.num_views * sum(len(self.manifest.rows_of(split)) for split in splits)
         return seconds * max(1.0, missing / seen) if missing else 0.0
@@ -514,7 +512,7 @@ def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]
 
 def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
     """Methods that train, that the space leaves out, and that some of these towers could take."""
-    base = zero_shot_config(spec, tower_draws(spec, space)[0])
+    base = tower_configs(spec, space)[0]
     left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(spec, space)]
     could = {name: base.with_overrides({"method": name}) for name in left}
     return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]
