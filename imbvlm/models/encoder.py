@@ -75,9 +75,9 @@ class Encoder(TextSide):
     meant, `token_pool` the matrix (T', T) over its tokens where they are pooled.
     """
 
-    token_pool: Tensor | None = None
-
-    def __init__(self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource) -> None:
+    def __init__(
+        self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource, token_pool: Tensor | None
+    ) -> None:
         super().__init__(source)
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
@@ -85,6 +85,7 @@ class Encoder(TextSide):
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(info.mean) * scale).view(1, 3, 1, 1).to(self.device)
+        self.token_pool = None if token_pool is None else token_pool.to(self.device)
 
     @staticmethod
     def from_config(config: EncoderConfig, evaluation: EvalConfig, device: str | torch.device = "cpu") -> Encoder:
@@ -104,9 +105,7 @@ class Encoder(TextSide):
         model.to(device)
         if described.kind == "convolution":
             model.visual.to(memory_format=torch.channels_last)
-        encoder = Encoder(model, info, preprocess_of(info, evaluation), source)
-        encoder.token_pool = token_pool
-        return encoder.to(device)
+        return Encoder(model, info, preprocess_of(info, evaluation), source, token_pool)
 
     def to(self, device: str | torch.device) -> Encoder:
         """Move the tower to another device; returns itself."""
