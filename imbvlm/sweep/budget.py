@@ -47,6 +47,11 @@ class Spent:
         return None if spec.price_per_gpu_hour is None else spec.price_per_gpu_hour * self.gpu_seconds / 3600
 
 
+def cost_of_an_hour(spec: SweepSpec, num_gpus: float, num_machines: int) -> float | None:
+    """Of so many GPUs and machines, at the prices of a spec; None without one."""
+    return Spent().later(3600, num_gpus, num_machines).cost(spec)
+
+
 class Budget:
     """Time and money that a sweep has used, kept in its folder, against the limits of its spec.
 
@@ -58,7 +63,7 @@ class Budget:
         self, spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1, started: float | None = None
     ) -> None:
         """`started` is when it began, by the monotonic clock; now without. Raises ConfigError where nothing costs."""
-        if spec.max_cost is not None and not Spent().later(3600, num_gpus, num_machines).cost(spec):
+        if spec.max_cost is not None and not cost_of_an_hour(spec, num_gpus, num_machines):
             message = (
                 "max_cost counts GPU-hours at price_per_gpu_hour, and this cluster has no GPU; set "
                 "price_per_machine_hour in its place"

@@ -77,13 +77,12 @@ def _read_json(uri: str) -> Any:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Epochs and seconds that stopped trials would still have taken, beside those of the search."""
+    """Epochs and seconds that stopped trials would still have taken, beside the epochs of the search."""
 
     num_stopped: int
     epochs: int
     planned_epochs: int
     seconds: float
-    search_seconds: float
 
 
 def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
@@ -97,7 +96,7 @@ def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
             stopped += 1
             epochs += missing
             seconds += missing * record.seconds() / len(record.epochs)
-    return Stopped(stopped, epochs, planned, seconds, sum(record.seconds() for record in records if record.ended_at))
+    return Stopped(stopped, epochs, planned, seconds)
 
 
 def _planned_epochs(record: TrialRecord) -> int | None:

@@ -96,10 +96,8 @@ def most_together(
     spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int
 ) -> tuple[int, int]:
     """How many trials may train together, and the bytes that each of them adds to its process."""
-    width, batch_size = (
-        max(info.pooled_width for info in towers),
-        int(spec.base.get("train", {}).get("batch_size", 256)),
-    )
+    width = max(info.pooled_width for info in towers)
+    batch_size = int(spec.base.get("train", {}).get("batch_size", 256))
     # Carved validation rows are a part of all.
     num_val = len(manifest.rows_of("val")) if "val" in manifest.splits else len(manifest)
     each = member_bytes(width, len(manifest.class_names), batch_size, num_val)

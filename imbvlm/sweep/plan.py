@@ -19,7 +19,7 @@ from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.storage import size_text
 from imbvlm.sweep.baselines import baselines, tower_configs
-from imbvlm.sweep.budget import Spent
+from imbvlm.sweep.budget import cost_of_an_hour
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.compute import between
 from imbvlm.sweep.console import duration, table
@@ -127,7 +127,7 @@ class Plan:
     @property
     def cost(self) -> Range | None:
         total = None if self.estimate is None else self.estimate.total
-        an_hour = Spent().later(3600, self.num_gpus, self.num_machines).cost(self.spec)
+        an_hour = cost_of_an_hour(self.spec, self.num_gpus, self.num_machines)
         return None if total is None or an_hour is None else total.times(an_hour / 3600)
 
 
@@ -512,11 +512,11 @@ def _takes(plan: Plan) -> list[str]:
         ("trials", found.trials, asha),
         ("refits", found.refits, ""),
     ):
-        lines.append(f"  {name:<10}  {unknown if value is None else _between(value) + note}")
+        lines.append(f"  {name:<10}  {unknown if value is None else between(value.low, value.high) + note}")
     total, hours = found.total, plan.gpu_hours
     if total is not None and hours is not None:
         gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
-        lines.append(f"  in all      {_between(total)}{gpus}")
+        lines.append(f"  in all      {between(total.low, total.high)}{gpus}")
     if plan.cost is not None and not plan.cost.high:
         mend = "set price_per_machine_hour in its place"
         lines.append(f"  cost        nothing: price_per_gpu_hour is set, and no GPU is used; {mend}")
@@ -549,10 +549,6 @@ def _against(needed: Range, limit: float) -> str:
     if needed.high <= limit:
         return "enough"
     return "may end the search early" if needed.low <= limit else "will end the search early"
-
-
-def _between(value: Range) -> str:
-    return between(value.low, value.high)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
