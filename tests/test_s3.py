@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
+from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
 from imbvlm.data.checks import check_manifest
@@ -27,13 +27,7 @@ KEYS = ("train/cat/a b.png", "train/cat/é 猫.png", "train/dog/100%.png", "trai
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with serve(tmp_path_factory.mktemp("s3")) as found:
-        client = boto3.client(
-            "s3",
-            endpoint_url=found.endpoint,
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-            region_name="us-east-1",
-        )
+        client = found.client()
         for number, key in enumerate(KEYS):
             client.put_object(Bucket=BUCKET, Key=f"pets/{key}", Body=picture(number))
         client.put_object(Bucket="public", Key="open.png", Body=picture(1))
@@ -42,15 +36,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    set_environment(monkeypatch, server.settings())
+    use(monkeypatch, server.settings())
     return server
-
-
-def set_environment(monkeypatch, settings):
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
 
 
 def picture(number):
@@ -152,7 +139,7 @@ def test_keys_and_region_of_a_profile_are_used(s3, monkeypatch, tmp_path):
 def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status):
     # Three of four requests are answered; a row is asked for by two requests.
     with proxy(s3, lambda number, method, path: status if number % 4 == 1 else None) as endpoint:
-        set_environment(monkeypatch, s3.settings(endpoint))
+        use(monkeypatch, s3.settings(endpoint))
         for _ in range(5):
             assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
 
@@ -160,7 +147,7 @@ def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status
 def test_a_refusal_now_and_then_stops_no_listing_no_manifest_and_no_write(s3, monkeypatch):
     uri = f"s3://{BUCKET}/patience/m.parquet"
     with proxy(s3, lambda number, method, path: (403, "AccessDenied") if number % 5 == 1 else None) as endpoint:
-        set_environment(monkeypatch, s3.settings(endpoint))
+        use(monkeypatch, s3.settings(endpoint))
         made = from_folders(f"s3://{BUCKET}/pets", "pets")
         made.write(uri)
         assert Manifest.read(uri).labels.tolist() == made.labels.tolist()
@@ -187,7 +174,7 @@ def test_bytes_of_objects_and_of_parts_of_files_are_shown(s3):
 
 def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
     with proxy(s3, lambda number, method, path: (403, "AccessDenied") if "100" in path else None) as endpoint:
-        set_environment(monkeypatch, s3.settings(endpoint))
+        use(monkeypatch, s3.settings(endpoint))
         begin = time.monotonic()
         with pytest.raises(ImageError, match=rf"^access denied for access key {KEY[:4]}\.\.\.$"):
             fetch(f"s3://{BUCKET}/pets/train/dog/100%.png", None)
@@ -196,7 +183,7 @@ def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
 
 
 def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch):
-    set_environment(monkeypatch, s3.settings("http://127.0.0.1:9"))
+    use(monkeypatch, s3.settings("http://127.0.0.1:9"))
     monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 3)
     with pytest.raises(StorageError, match="can't read s3://images/pets"):
         fetch(f"s3://{BUCKET}/pets/a.png", None)

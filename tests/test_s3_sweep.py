@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from apart import Apart, apart_with_ray
 from faulty_sweep import NUM_TRIALS, Sweep, write_manifest
-from s3_server import BUCKET, KEY, SECRET, program, proxy, serve
+from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
 
@@ -57,10 +57,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def s3(server, monkeypatch):
     """This process asks the server itself, its sweeps where they are told to."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in server.settings().items():
-        monkeypatch.setenv(name, value)
+    use(monkeypatch, server.settings())
     monkeypatch.setenv("RAY_ADDRESS", "local")
     return server
 
