@@ -98,13 +98,13 @@ def failure(what: str, uri: str, error: Exception) -> StorageError:
     return StorageError(f"can't {what} {uri}: {error}")
 
 
-def _patiently(uri: str, call: Callable[[], Result]) -> Result:
-    """A call that outlasts a store's refusals now and then and its being away; what lasts comes at once."""
-    return s3.patiently(uri, lambda: _outlasting(uri, call))
+def _patiently(uri: str, call: Callable[[], Result], waits: bool = True) -> Result:
+    """A call that outlasts refusals now and then and, if it `waits`, a store that is away; what lasts comes at once."""
+    return s3.patiently(uri, lambda: _outlasting(uri, call, waits))
 
 
-def _outlasting(uri: str, call: Callable[[], Result]) -> Result:
-    deadline = time.monotonic() + (0.0 if is_local(uri) else AWAY_SECONDS)
+def _outlasting(uri: str, call: Callable[[], Result], waits: bool) -> Result:
+    deadline = time.monotonic() + (AWAY_SECONDS if waits and not is_local(uri) else 0.0)
     wait = FIRST_WAIT_SECONDS
     while True:
         try:
@@ -200,9 +200,12 @@ def _write_local(path: Path, data: bytes) -> None:
         raise
 
 
-def list_files(uri: str) -> list[str]:
-    """Names of the files and folders directly in a folder, sorted; empty where there is none."""
-    return sorted(info.base_name for info in _infos(uri))
+def list_files(uri: str, *, waits: bool = True) -> list[str]:
+    """Names of the files and folders directly in a folder, sorted; empty where there is none.
+
+    `waits` is whether a store that is away is waited for. Raises StorageError.
+    """
+    return sorted(info.base_name for info in _infos(uri, waits))
 
 
 def file_states(uri: str) -> dict[str, FileState]:
@@ -229,10 +232,11 @@ def file_states(uri: str) -> dict[str, FileState]:
     return found
 
 
-def _infos(uri: str) -> list[pafs.FileInfo]:
+def _infos(uri: str, waits: bool = True) -> list[pafs.FileInfo]:
     filesystem, path = open_filesystem(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True)
     try:
-        return _patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+        return _patiently(uri, lambda: filesystem.get_file_info(selector), waits)
     except OSError as error:
         raise failure("list", uri, error) from None
 

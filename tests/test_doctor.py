@@ -54,6 +54,7 @@ def test_a_place_below_a_file_can_not_be_written(tmp_path):
 
 
 def test_a_store_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
