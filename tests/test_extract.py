@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_images import extraction_in_this_process
 from towers import write_tower
 
 from imbvlm.config import TrialConfig
@@ -70,6 +72,13 @@ def make_data(folder: Path, broken: tuple[int, ...] = ()) -> Manifest:
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tower(tmp_path_factory.mktemp("tower"), "vit")
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """For tests of what stands in the store afterwards: a pass of real Ray takes seconds, and others have it."""
+    with extraction_in_this_process():
+        yield
 
 
 def extract(
@@ -176,8 +185,8 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: 
     assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
 
 
-@pytest.mark.ray
-def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
     features, _ = extract(tmp_path, config, manifest, {"pooled"})
     first = shard_times(features)
@@ -234,8 +243,8 @@ def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str, ray_cluster: s
         extract(tmp_path, strict, manifest)
 
 
-@pytest.mark.ray
-def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path, broken=(6, 13, 20))
     with pytest.raises(ImbvlmError, match=r"1 class would lose every training image: 'class 6' \(3\)"):
         extract(tmp_path, trial(tmp_path, tower), manifest)
@@ -254,8 +263,8 @@ def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path
     assert not any("27 of 27 images" in line for line in said)
 
 
-@pytest.mark.ray
-def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
     features, _ = extract(tmp_path, config, manifest)
     text, norms = Path(features.class_embeddings), Path(features.folders["train"]) / "tower.safetensors"

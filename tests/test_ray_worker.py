@@ -206,7 +206,7 @@ def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path, 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(tmp_path, ray_cluster, num_workers):
     """Two workers of one CPU each on two CPUs leave none for loading, and there is a bad image on the way."""
     problem = TinyImages(tmp_path, files=True, bad=(7,))

@@ -162,6 +162,7 @@ def test_two_workers_that_hold_every_cpu_both_finish(manifest, location, ray_clu
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_train_workers_on_two_cpus_read_an_epoch_each_their_share(manifest, location, ray_cluster, tmp_path):
     """With `get_dataset_shard` this never ends: the loading tasks wait for a CPU."""
     from ray import cloudpickle, train
