@@ -1,11 +1,14 @@
 """Trials that train together give what each gives alone, whatever tells them apart, and none reaches another."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_data import tiny_config, tiny_data
 
 from imbvlm.config import TrialConfig
 from imbvlm.losses import LOSSES, build_loss, losses_together
+from imbvlm.models.decoupled import SECOND_STAGES
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.pack import Pack, pack_key
 
@@ -103,6 +106,26 @@ def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
     )
 
 
+def test_second_stages_follow_on_from_a_pack_each_by_itself(tmp_path):
+    data = tiny_data(tmp_path)
+    configs = [probe(optim__lr=0.02 * 2**place, classifier__kind="linear", second_stage__name=name)
+               for place, name in enumerate(SECOND_STAGES)] + [probe(optim__lr=0.05)]  # fmt: skip
+    assert len({pack_key(config) for config in configs}) == 1
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    generators = [run.epochs() for run in runs]
+    together = [[] for _ in runs]
+    for turn in itertools.zip_longest(*generators):
+        for results, result in zip(together, turn, strict=True):
+            results += [] if result is None else [result.metrics]
+    for config, run, results in zip(configs, runs, together, strict=True):
+        expected, expected_weights = alone(config, data)
+        assert len(results) == len(expected) > 3
+        torch.testing.assert_close(weights(run), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.second_stage))
+        assert [one["val/loss"] for one in results] == pytest.approx([one["val/loss"] for one in expected], rel=2e-5)
+
+
 def test_what_shares_no_stream_of_features_is_not_packed():
     key = pack_key(probe())
     assert pack_key(probe(optim__lr=0.5, loss__name="focal", classifier__init="class_mean")) == key
@@ -115,7 +138,6 @@ def test_what_shares_no_stream_of_features_is_not_packed():
     assert pack_key(tiny_config("decoder")) is None
     assert pack_key(tiny_config("zero_shot")) is None
     assert pack_key(probe(features__store=False)) is None
-    assert pack_key(probe(second_stage__name="learnable_weight_scaling")) is None
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -211,7 +211,7 @@ def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, st
     num_steps = min(MOST_PACK_STEPS, max(1, int(PACK_SECONDS / step_seconds)))
     # The first one warms up, unless its steps are so long that it doesn't matter.
     num_epochs = 2 if num_steps > 1 else 1
-    config = config.with_overrides({"train.num_epochs": num_epochs})
+    config = config.with_overrides({"train.num_epochs": num_epochs, "second_stage": None})
     rows = np.arange(min(len(data.train), num_steps * needed(config.train).batch_size))
     part = replace(data, train=_first(data.train, rows), val=_first(data.val, rows[:0]))
     runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], Pack()

@@ -149,6 +149,7 @@ class TrialRun:
     def _run_epoch(self, after_step: Callable[[], None]) -> EpochResult:
         metrics: dict[str, float] = {}
         if self.epoch == self._first.end_epoch:
+            self.leave_pack()
             self._second = self._build_second_stage()
             metrics |= self._second.start()
         if self._second is not None:

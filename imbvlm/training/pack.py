@@ -37,13 +37,15 @@ _OWN = {
 
 def pack_key(config: TrialConfig) -> str | None:
     """Equal for trials that can be trained together; None for one that can't be with any other."""
-    alone = (config.second_stage, config.feature_augmentation, config.memory)
+    alone = (config.feature_augmentation, config.memory)
     if config.method != "linear_probe" or config.reads_images or any(one is not None for one in alone):
         return None
     tree = config.to_tree()
     if tree["train"]["compile"]:
         return None
     del tree["loss"]
+    # Each trains its own second stage by itself, from where the pack's epochs end.
+    tree.pop("second_stage", None)
     for section, keys in _OWN.items():
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     return json.dumps(tree, sort_keys=True)
