@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +22,17 @@ SLACK = 1.5
 
 def lines(options: Options) -> Iterator[Line]:
     rows = (1_000, 5_000, 20_000, 50_000)
-    measured = {n: apart(_epoch, options.folder / f"rows{n}", n, 100, options.device) for n in rows}
+    measured = {n: apart(_epoch, options.folder / f"rows{n}", n, 100, 256, options.device) for n in rows}
     yield from _growth("images", measured, "one epoch of linear_probe, opened, trained and validated")
     classes = (10, 100, 1_000, 8_142)
-    measured = {n: apart(_epoch, options.folder / f"classes{n}", 10_000, n, options.device) for n in classes}
-    yield from _growth("classes", measured, "the same with 10,000 images")
+    # Every class has a validation image where there are most, and the others as many, so that classes alone grow.
+    made_of = {n: (options.folder / f"classes{n}", 10_000, n, classes[-1], options.device) for n in classes}
+    measured = {n: apart(_epoch, *arguments) for n, arguments in made_of.items()}
+    yield from _growth("classes", measured, f"the same with 10,000 images, and {classes[-1]:,} of validation")
     trials = (10, 100, 1_000)
-    measured = {n: apart(_searched, options.folder / f"trials{n}", n) for n in trials}
-    yield from _growth("trials", measured, "proposed by TPE, told, recorded, tabled; nothing trained")
+    for words, searcher in (("TPE, which looks at all earlier ones each time", "tpe"), ("random search", "random")):
+        measured = {n: apart(_searched, options.folder / f"{searcher}{n}", n, searcher) for n in trials}
+        yield from _growth("trials", measured, f"proposed by {words}, told, recorded, tabled; nothing trained")
 
 
 def _growth(of: str, measured: dict[int, tuple[float, float]], what: str) -> Iterator[Line]:
@@ -55,15 +57,21 @@ def apart(work: Callable[..., float], *arguments: object) -> tuple[float, float]
 
 
 def _report(pipe: object, work: Callable[..., float], arguments: tuple[object, ...]) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_megabytes()
     taken = work(*arguments)
-    pipe.send((taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    pipe.send((taken, _peak_megabytes() - before))
 
 
-def _epoch(folder: Path, num_rows: int, num_classes: int, device: str) -> float:
+def _peak_megabytes() -> float:
+    """Of this program alone: getrusage counts what ran in the process before it, too."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def _epoch(folder: Path, num_rows: int, num_classes: int, num_val: int, device: str) -> float:
     """In a process that has not made the features itself: their making isn't counted in its memory."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_make, args=(folder, num_rows, num_classes))
+    process = context.Process(target=_make, args=(folder, num_rows, num_classes, num_val))
     process.start()
     process.join()
     features = FeatureSet(
@@ -80,18 +88,19 @@ def _epoch(folder: Path, num_rows: int, num_classes: int, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def _make(folder: Path, num_rows: int, num_classes: int) -> None:
-    made.stored_features(folder, num_rows, num_classes=num_classes, width=512, num_val=max(256, num_classes))
+def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
+    made.stored_features(folder, num_rows, num_classes=num_classes, width=512, num_val=num_val)
 
 
-def _searched(folder: Path, num_trials: int) -> float:
+def _searched(folder: Path, num_trials: int, searcher_name: str) -> float:
     base = {"data": {"manifest": "made"}, "encoder": {"name": "made"}, "method": "linear_probe"}
     space = {"parameters": {
         "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
         "loss.gamma": {"uniform": [0.5, 3.0], "when": {"loss.name": "focal"}},
         "classifier.temperature": {"loguniform": [0.01, 0.1]},
         "optim.lr": {"loguniform": [1e-3, 0.5]}}}  # fmt: skip
-    spec = SweepSpec.from_tree({"name": "made", "base": base, "space": space, "num_trials": num_trials})
+    searched = {"num_trials": num_trials, "searcher": {"name": searcher_name}}
+    spec = SweepSpec.from_tree({"name": "made", "base": base, "space": space, **searched})
     log = TrialLog(str(folder))
 
     def payload(job: object) -> dict[str, object]:
