@@ -6,10 +6,14 @@ from typing import Any
 
 import made
 import numpy as np
-from table import Line, Options, shown, times
+import torch
+from table import Line, Options, in_turn, shown, times
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import DecoderConfig, TrialConfig
 from imbvlm.features.examples import TrialData
+from imbvlm.models.decoder import Decoder
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.pack import Pack
 
@@ -36,6 +40,8 @@ def lines(options: Options) -> Iterator[Line]:
         yield times(what, packed, one_after_another, "s", wanted)
         apart = max(abs(together[place] / alone[place] - 1) for place in alone)
         yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+    for of_one, shape in (((3, 768), (50, 768)), ((1, 192), (5, 1280)), ((1, 64), (5, 512))):
+        yield _decoders(options, 8, DecoderConfig(depth=of_one[0], width=of_one[1]), *shape)
 
 
 def members(number: int, epochs: int, cosine: bool = True) -> list[TrialConfig]:
@@ -74,3 +80,25 @@ def _together(configs: list[TrialConfig], data: TrialData, options: Options) -> 
     for results in zip(*generators, strict=True):
         found = {place: result.metrics["val/loss"] for place, result in enumerate(results)}
     return found
+
+
+def _decoders(options: Options, number: int, decoder: DecoderConfig, num_tokens: int, token_width: int) -> Line:
+    """A training step of decoders of one shape, stacked by torch.func: why packs hold none."""
+    decoders = [Decoder(token_width, decoder, True).to(options.device) for _ in range(number)]
+    tokens = torch.randn(32, num_tokens, token_width, device=options.device)
+    params, buffers = stack_module_state(decoders)
+
+    def loss_of(params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(decoders[0], (params, buffers), (tokens,)).square().mean()
+
+    def together() -> None:
+        vmap(loss_of)(params, buffers).sum().backward()
+
+    def one_after_another() -> None:
+        for one in decoders:
+            one(tokens).square().mean().backward()
+
+    clock = perf_counter if options.device == "cuda" else process_time
+    taken = in_turn({"together": together, "alone": one_after_another}, 4, clock)
+    what = f"{number} decoders, depth {decoder.depth}, width {decoder.width}, {num_tokens} tokens of {token_width:,}"
+    return times(f"a step of {what}", taken["together"], taken["alone"])
