@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 EPILOG = """\
 on your own images, a folder per class:
-  imbvlm manifest build --folders photos/ -o photos.parquet
+  imbvlm manifest build --folders photos/ --test-share 0.2 -o photos.parquet
   python sweeps/quickstart.py --manifest photos.parquet
   imbvlm report runs/quickstart-20261124-120000 -o report-files
 

@@ -15,6 +15,7 @@ from PIL import Image
 from imbvlm.data import commands
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
+from imbvlm.data.held_out import with_test_split
 from imbvlm.data.images import decode, fetch
 from imbvlm.data.inaturalist import from_inaturalist
 from imbvlm.data.manifest import Manifest, ManifestError, carve_validation
@@ -449,6 +450,28 @@ def test_the_check_names_everything_at_once(tree):
         "verdict  not usable as it is: 3 errors, 5 warnings",
     ):
         assert part in text
+
+
+def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path):
+    labels = np.repeat(np.arange(5), [40, 11, 3, 2, 1])
+    # Three copies of one image, which stay together.
+    content = [b"copy" if row < 3 else f"{row}".encode() for row in range(len(labels))]
+    made = Manifest.build(
+        pa.table({"bytes": content, "label": labels, "split": ["train"] * len(labels)}), list("abcde"), "made"
+    )
+    found = with_test_split(made, 0.2, seed=1)
+    assert np.bincount(found.labels[found.rows_of("test")], minlength=5).tolist() == [8, 2, 1, 1, 0]
+    assert found.class_stats().split_counts.tolist() == [32, 9, 2, 1, 1]
+    assert len(set(np.array([row in found.rows_of("test") for row in range(3)]))) == 1
+    assert not found.table.equals(with_test_split(made, 0.2, seed=2).table)
+    found.write(str(tmp_path / "made.parquet"))
+    read = Manifest.read(str(tmp_path / "made.parquet"))
+    assert read.rows_of("test").tolist() == found.rows_of("test").tolist()
+    assert "20 % of each class's images" in read.notes[0]
+    with pytest.raises(ManifestError, match="it has a test split of 12 images"):
+        with_test_split(found, 0.2)
+    with pytest.raises(ImbvlmError, match=r"between 0 and 1, and is 20"):
+        with_test_split(made, 20)
 
 
 def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):

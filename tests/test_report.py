@@ -129,7 +129,7 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     report = build(Source.read(str(folder)))
     assert "on validation" in report.statement
-    assert report.beside.startswith("No test split has been scored; images in a folder test/")
+    assert report.beside.startswith("No test split has been scored: it takes images in a folder test/")
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
     assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")

@@ -211,8 +211,8 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     if "test" not in manifest.splits:
         yield Finding(
             "warning",
-            "no test split: a sweep can select, and can't score what it selected; keep images apart for it in a folder "
-            "test/ beside train/, or as rows of that split",
+            "no test split: a sweep can select, and can't score what it selected; keep images apart for it by "
+            "--test-share 0.2, in a folder test/ beside train/, or as rows of that split",
         )
     official = "val" in manifest.splits
     rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)

@@ -11,6 +11,7 @@ from imbvlm import storage
 from imbvlm.data.assembly import read_class_names
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
+from imbvlm.data.held_out import with_test_split
 from imbvlm.data.inaturalist import NAMES, RANKS, from_inaturalist
 from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest
@@ -42,16 +43,19 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     option("--categories", metavar="FILE", help="iNaturalist's categories.json, with names and ranks")
     option("--rank", choices=RANKS, default="species", help="what iNaturalist's classes are")
     option("--names", choices=NAMES, default="scientific", help="iNaturalist's scientific or common names")
+    option("--test-share", type=float, help="keep such a share of each class apart as the test split")
     option("--imbalance-factor", type=float, help="give a balanced set a tail: largest class over smallest")
     option("--tail-shape", choices=SHAPES, default="exponential", help="how counts fall (default: exponential)")
     option("--class-order", metavar="FILE", help="class names from head to tail; by default drawn from --seed")
-    option("--seed", type=int, default=0, help="of the tail's order and rows")
+    option("--seed", type=int, default=0, help="of the test share's rows, of the tail's order and rows")
     option("-o", "--output", required=True, metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
 
 
 def build(options: argparse.Namespace) -> int:
     """Build a manifest, write it, print its summary."""
     manifest = _source(options)
+    if options.test_share is not None:
+        manifest = with_test_split(manifest, options.test_share, seed=options.seed)
     if options.imbalance_factor is not None:
         order = read_class_names(options.class_order) if options.class_order else None
         manifest = with_tail(

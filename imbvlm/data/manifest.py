@@ -74,8 +74,13 @@ class LabelRows:
         """Manifest row numbers to take from training as validation; empty where the manifest has validation rows."""
         if len(self.rows_of("val")):
             return np.empty(0, dtype=np.int64)
+        counts = np.bincount(self.labels[self.rows_of("train")], minlength=len(self.class_names))
+        return self.draw(np.where(counts >= CARVE_FROM, np.minimum(CARVE_AT_MOST, counts // CARVE_FROM), 0), seed)
+
+    def draw(self, quota: npt.NDArray[np.int64], seed: int) -> Rows:
+        """Manifest row numbers of so many training images of each class (C,), or fewer: copies stay together."""
         train = self.rows_of("train")
-        return train[_carve(self.labels[train], self.groups[train], seed)]
+        return train[_draw(self.labels[train], self.groups[train], quota, seed)]
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,8 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
     try:
         return s3.patiently(path, read)
     except FileNotFoundError:
-        raise storage.StorageError(f"{path} is not there") from None
+        where = f" in {os.getcwd()}" if storage.is_local(path) and not os.path.isabs(path) else ""
+        raise storage.StorageError(f"{path} is not there{where}") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.failure("read the manifest", path, error) from None
 
@@ -277,16 +283,14 @@ def _metadata(schema: pa.Schema, source: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ rules
 
 
-def _carve(labels: npt.NDArray[np.int64], groups: Rows, seed: int) -> Rows:
-    """Positions to carve: whole groups of identical images, never one that several classes share."""
+def _draw(labels: npt.NDArray[np.int64], groups: Rows, quota: npt.NDArray[np.int64], seed: int) -> Rows:
+    """Positions to take: whole groups of identical images, never one that several classes share."""
     _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
     first = np.concatenate([[0], np.cumsum(size)[:-1]]) if len(size) else np.empty(0, dtype=np.int64)
     grouped_labels = labels[order]
     one_class = np.minimum.reduceat(grouped_labels, first) == np.maximum.reduceat(grouped_labels, first)
     group_label = grouped_labels[first]
-    counts = np.bincount(labels)
-    quota = np.where(counts >= CARVE_FROM, np.minimum(CARVE_AT_MOST, counts // CARVE_FROM), 0)
     # Small groups come first, so that a class of mostly single images never fails to fill its quota.
     chance = np.random.default_rng(seed).random(len(size))
     ranked = np.lexsort((chance, size, group_label))

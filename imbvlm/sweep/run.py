@@ -364,8 +364,8 @@ class _Sweep:
             )
         if "test" not in self.manifest.splits:
             say(
-                "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart in "
-                "a folder test/ beside train/, or as rows of that split"
+                "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart by "
+                "`imbvlm manifest build --test-share 0.2`, in a folder test/ beside train/, or as rows of that split"
             )
         for name, one in self.post_hoc.items():
             if name in names:

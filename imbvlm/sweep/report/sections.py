@@ -137,7 +137,7 @@ def _statement(source: Source) -> tuple[str, str, bool]:
     margins = sorted(_margins(source), key=lambda one: one.gain)
     if not margins:
         sentence = verdict(source.log, source.spec)
-        beside = "No test split has been scored; images in a folder test/ beside train/ are kept for it."
+        beside = "No test split has been scored: it takes images in a folder test/ beside train/, or --test-share."
         return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
     first, *others = margins
     errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
