@@ -14,6 +14,8 @@ import pytest
 from apart import Apart, apart_with_ray
 from faulty_sweep import NUM_TRIALS, Sweep, wait_gone, write_manifest
 
+from imbvlm.training.checkpoint import load_checkpoint
+
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
@@ -82,6 +84,7 @@ def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
     assert sweep.outcome() == quiet.outcome()
     assert len(sweep.records()) == NUM_TRIALS
     assert sweep.best() == quiet.best()
+    assert not list((sweep.path / "checkpoints").glob("*"))
     for kind in ("baseline", "refit"):
         assert {key: one["state"] for key, one in sweep.records(kind).items()} == {
             key: one["state"] for key, one in quiet.records(kind).items()
@@ -255,6 +258,31 @@ def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path
     assert_says_what_to_do(printed, tmp_path / "runs" / sweep.path.name)
     ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
     assert 2 <= len(ended) < NUM_TRIALS
+    filler.unlink()
+    sweep.run("--resume", environment=alone)
+    assert {key: sweep.records()[key] for key in ended} == ended
+    assert_same_end(sweep, quiet)
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_path, small_disk, order):
+    sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
+    checkpoints = lambda: list((small_disk.path(tmp_path) / "runs").glob("faults-*/checkpoints/t*/state.json"))  # noqa: E731
+    with order(loss_seconds=0.5, checkpoint_seconds=4):
+        sweep.start(environment=alone)
+        sweep.wait_for(lambda: sweep.num_ended() >= 1 and checkpoints())
+        filler = fill(small_disk, tmp_path / "runs")
+        (saved,) = checkpoints()
+        before = load_checkpoint(str(saved.parent))
+        printed = sweep.end(1)
+    trial_id = saved.parent.name
+    path = tmp_path / "runs" / sweep.path.name
+    assert_says_what_to_do(printed, path)
+    assert f"can't write {path}/checkpoints/{trial_id}/state-" in printed
+    kept = load_checkpoint(str(saved.parent))
+    assert kept.scalars["step"] >= before.scalars["step"] > 0
+    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    assert 1 <= len(ended) < NUM_TRIALS
+    assert trial_id not in ended
     filler.unlink()
     sweep.run("--resume", environment=alone)
     assert {key: sweep.records()[key] for key in ended} == ended

@@ -81,7 +81,7 @@ class Tune:
         if config == Searcher.FINISHED:
             return None
         trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={}, get_error=lambda: None)
-        self.sizes.append(len(config["members"]))
+        self.sizes.append(len(config["names"]))
         self.scheduler.on_trial_add(None, trial)
         trial.run = InProcessTrial.__new__(InProcessTrial)
         trial.run.setup(config)
@@ -122,8 +122,13 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
 
 def test_records_stops_and_values_are_those_of_each_trial_by_itself(tmp_path: Path, features: FeatureSet) -> None:
     alone, packed = (Tune(tmp_path / str(size), features, make_spec(), size) for size in (1, 4))
+    for tune in (alone, packed):
+        for trial_id in ("t00001", "t00099"):
+            (Path(tune.log.folder) / "checkpoints" / trial_id).mkdir(parents=True)
     alone.run(at_once=4)
     packed.run()
+    # What nothing goes on from takes no room.
+    assert [path.name for path in tmp_path.rglob("checkpoints/t*")] == ["t00099"] * 2
     assert (alone.sizes, packed.sizes) == ([1] * 12, [4] * 3)
     assert found(packed) == found(alone)
     assert told(packed) == told(alone)

@@ -23,6 +23,7 @@ from imbvlm.yaml_file import parse_yaml
 TrialKind = Literal["baseline", "search", "confirm", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 SPEC_FILE = "sweep.yaml"
+CHECKPOINTS_FOLDER = "checkpoints"
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
 

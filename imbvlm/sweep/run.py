@@ -43,7 +43,7 @@ from imbvlm.sweep.refits import EARLIER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
-from imbvlm.sweep.results import ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.results import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 from imbvlm.sweep.summary import (
@@ -451,7 +451,7 @@ class _Sweep:
         return TrialSettings(
             config=job.config.to_tree(),
             feature_set=features.to_dict(),
-            checkpoint_folder=storage.join(self.folder, "checkpoints", job.trial_id),
+            checkpoint_folder=storage.join(self.folder, CHECKPOINTS_FOLDER, job.trial_id),
             objective=self.spec.objective,
             num_threads=self.lane.num_threads,
             marker=storage.join(self.folder, SPEC_FILE),

@@ -2,7 +2,7 @@
 
 Orders are a JSON file (its path in IMBVLM_TEST_FAULTS), read anew each time; without it nothing happens.
 `losses` {name: raise | nan | inf | out_of_memory | hang}; `loss_seconds`, `slow_losses` {name: seconds} and
-`tower_seconds`: how much longer it takes.
+`tower_seconds`: how much longer it takes; `checkpoint_seconds`: how often a trial is saved.
 Processes that compute losses or run a tower leave their id in the folder beside it.
 """
 
@@ -71,7 +71,22 @@ def patch_tower(module):
     module.TowerWorker.__call__ = slow
 
 
-PATCHES = {"imbvlm.losses": patch_losses, "imbvlm.features.tower_pass": patch_tower}
+def patch_session(module):
+    settings = module.TrialSettings
+    init = settings.__init__
+
+    def often(self, *arguments, **fields):
+        fields |= {key: value for key, value in orders().items() if key == "checkpoint_seconds"}
+        init(self, *arguments, **fields)
+
+    settings.__init__ = often
+
+
+PATCHES = {
+    "imbvlm.losses": patch_losses,
+    "imbvlm.features.tower_pass": patch_tower,
+    "imbvlm.training.session": patch_session,
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -21,6 +21,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.schema import Tree
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import UnsavedSearcher
+from imbvlm.sweep.engine.trainable import settings_text
 from imbvlm.training.pack import pack_key
 
 
@@ -60,8 +61,9 @@ class Packs:
         for member in members:
             member.config["record"]["pack_size"] = len(members)
         return {
-            **members[0].config,
-            "members": [member.config for member in members],
+            "record": {"trial_id": members[0].name},
+            "names": [member.name for member in members],
+            "settings": settings_text([member.config["settings"] for member in members]),
             "stop_file": self._stop_file(tune_id),
         }
 
@@ -195,6 +197,10 @@ class PackCallback(tune.Callback):
     def setup(self, **info: Any) -> None:
         for callback in self._inner:
             callback.setup(**info)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        for callback in self._inner:
+            callback.on_step_end(iteration, trials)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         for member in self._packs.of(trial.trial_id):

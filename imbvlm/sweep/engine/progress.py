@@ -10,12 +10,13 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from imbvlm import storage
 from imbvlm.config import Tree
 from imbvlm.errors import DiskFullError, StorageError
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.live import Moment, live_lines
-from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.results import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog, TrialRecord
 
 NUMBER = (int, float)
 SAVE_AFTER_SECONDS = 20.0
@@ -114,6 +115,8 @@ class ProgressCallback(tune.Callback):
     def _end(self, record: TrialRecord) -> None:
         record.ended_at = time.time()
         self._save(record)
+        if record.state in ENDED and self.storage_error is None:
+            self._remove_checkpoint(record)
         self._after_end()
         self._show()
 
@@ -123,6 +126,13 @@ class ProgressCallback(tune.Callback):
             self._log.save(record)
         except StorageError as error:
             self.storage_error = self.storage_error or error
+
+    def _remove_checkpoint(self, record: TrialRecord) -> None:
+        """Nothing goes on from it, and that of a fine-tuned tower is as large as several models."""
+        try:
+            storage.delete(storage.join(self._log.folder, CHECKPOINTS_FOLDER, record.trial_id))
+        except StorageError as error:
+            self.storage_error = error
 
     def _heed_full_disk(self, trial: Trial) -> None:
         """A checkpoint that didn't fit into the sweep's folder won't fit at the next attempt, nor will another's."""

@@ -51,16 +51,16 @@ class TimeLimit(FIFOScheduler):
         self._running_since = {one.trial_id: self._running_since.get(one.trial_id, now) for one in running}
         for trial in running:
             # Of a pack's time each of its trials has a share.
-            if now - self._running_since[trial.trial_id] > 60 * minutes * len(_records(trial)):
+            if now - self._running_since[trial.trial_id] > 60 * minutes * len(_names(trial)):
                 self._end(tune_controller, trial, minutes)
 
     def _end(self, tune_controller: Any, trial: Trial, minutes: float) -> None:
         epoch = int((trial.last_result or {}).get("epoch", 0))
-        records = _records(trial)
-        pack = f"its pack of {len(records)} " if len(records) > 1 else ""
+        names = _names(trial)
+        pack = f"its pack of {len(names)} " if len(names) > 1 else ""
         reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
         if not pack:
-            self.reasons[str(records[0]["trial_id"])] = reason
+            self.reasons[names[0]] = reason
         # Asked to stop, a process that hangs would be waited for, and then be handed to the next trial.
         actor = trial.temporary_state.ray_actor
         if actor is not None:
@@ -70,6 +70,6 @@ class TimeLimit(FIFOScheduler):
         tune_controller._tune_controller._process_trial_failure(trial, TuneError(reason))
 
 
-def _records(trial: Trial) -> list[Tree]:
-    """Of the trials that a Tune trial is: itself, or the members of a pack."""
-    return [member["record"] for member in trial.config.get("members", [trial.config])]
+def _names(trial: Trial) -> list[str]:
+    """The trials that a Tune trial is: itself, or the members of a pack."""
+    return trial.config.get("names") or [str(trial.config["record"]["trial_id"])]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Generator
 
 from ray import tune
@@ -53,12 +55,12 @@ class InProcessTrial(tune.Trainable):
         self._members.clear()
 
     def _start(self, config: Tree) -> None:
-        pack = Pack() if len(config["members"]) > 1 else None
+        names: list[str] = config["names"]
+        pack = Pack() if len(names) > 1 else None
         self._stop_file: str = config["stop_file"]
         self._members: dict[str, Generator[Report, None, None]] = {}
-        for member in config["members"]:
-            reports = self._session.reports(TrialSettings.from_dict(member["settings"]), pack)
-            self._members[member["record"]["trial_id"]] = reports
+        for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
+            self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
         if pack is not None:
             # All join before any of them trains.
             for name, reports in self._members.items():
@@ -72,6 +74,16 @@ class InProcessTrial(tune.Trainable):
             return []
         found: list[str] = json.loads(storage.read_bytes(self._stop_file))
         return found
+
+
+def settings_text(settings: list[Tree]) -> str:
+    """Members' settings as one short string: Tune copies a trial's configuration into each report, and keeps it."""
+    return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
+
+
+def _settings_of(text: str) -> list[Tree]:
+    found: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
+    return found
 
 
 def _only(report: Report) -> Generator[Report, None, None]:

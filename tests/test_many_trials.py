@@ -1,0 +1,141 @@
+"""A thousand short trials: results are whole, nothing grows that needn't, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from faulty_sweep import Sweep, wait_gone, write_manifest
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+SPACE = {
+    "parameters": {
+        "loss.name": {"choice": ["cross_entropy", "focal", "balanced_softmax"]},
+        "optim.lr": {"loguniform": [0.01, 0.5]},
+        "optim.weight_decay": {"loguniform": [1e-5, 1e-3]},
+    }
+}
+# What the driver keeps of a trial: its record, which the report is made of, and what Optuna learns from.
+DRIVER_BYTES_PER_TRIAL = 50_000
+NOISE_BYTES = 10_000_000
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that it has started."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from family(int(child))
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def num_open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sweep's driver, the processes of its trials and its cluster hold at a moment."""
+
+    num_trials: int
+    driver_bytes: int
+    driver_files: int
+    driver_seconds: float
+    trial_bytes: dict[int, int]
+    num_processes: int
+    cluster_files: int
+
+    @staticmethod
+    def at(driver: int, num_trials: int) -> Look:
+        cluster = {pid: command for pid in family(os.getpid()) if pid != driver and (command := command_of(pid))}
+        ray = [pid for pid, command in cluster.items() if "gcs_server" in command or "raylet/raylet" in command]
+        assert len(ray) == 2
+        trials = {pid: resident_bytes(pid) for pid, command in cluster.items() if "InProcessTrial" in command}
+        return Look(
+            num_trials, resident_bytes(driver), num_open_files(driver), cpu_seconds(driver), trials, len(cluster),
+            sum(num_open_files(pid) for pid in ray),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_trials", "pack_size"), [(1000, 20), (100, 1)])
+def test_many_short_trials_leave_nothing_but_their_results(ray_cluster, tmp_path, num_trials, pack_size):
+    from ray.util import placement_group_table
+
+    write_manifest(tmp_path / "few.parquet")
+    sweep = Sweep(
+        tmp_path, tmp_path / "few.parquet", space=SPACE, num_trials=num_trials, max_pack_size=pack_size,
+        trial_scheduler={"name": "asha"},
+    )  # fmt: skip
+    every, looks = num_trials // 10, list[Look]()
+
+    def through() -> bool:
+        if not sweep.started():
+            return False
+        begun = (
+            sum(name.startswith("t") for name in os.listdir(trials))
+            if (trials := sweep.path / "trials").exists()
+            else 0
+        )
+        if begun >= every * (len(looks) + 1):
+            looks.append(Look.at(sweep.process.pid, begun))
+        # Written when the search is through, before the refits.
+        return (sweep.path / "results.parquet").exists()
+
+    try:
+        begin = time.monotonic()
+        sweep.start()
+        sweep.wait_for(through, 600)
+        seconds = time.monotonic() - begin
+        sweep.end()
+    finally:
+        sweep.stop()
+    for look in looks:
+        print(look)
+    print(f"{num_trials} trials in {seconds:.0f} s")
+
+    records = sweep.records()
+    assert len(records) == num_trials
+    assert {record["state"] for record in records.values()} <= {"finished", "stopped"}
+    assert len({str(record["draw"]) for record in records.values()}) == num_trials
+    table = pq.read_table(sweep.path / "results.parquet").to_pylist()
+    assert sorted(row["trial_id"] for row in table if row["kind"] == "search") == sorted(records)
+    assert all(
+        len(row["epochs"]) == len(records[row["trial_id"]]["epochs"]) for row in table if row["kind"] == "search"
+    )
+
+    # The first tenth has brought all that is shared.
+    first, last = looks[1], looks[-1]
+    grown = last.num_trials - first.num_trials
+    assert grown >= num_trials / 2
+    assert last.driver_bytes - first.driver_bytes < grown * DRIVER_BYTES_PER_TRIAL + NOISE_BYTES
+    assert max(last.trial_bytes.values()) < max(first.trial_bytes.values()) + 5 * NOISE_BYTES
+    assert last.num_processes <= first.num_processes + 1
+    assert last.driver_files <= first.driver_files + 5
+    assert last.cluster_files <= first.cluster_files + 10
+    # A trial costs the driver no more after many others: what each of them would be looked at again for is quadratic.
+    halves = looks[len(looks) // 2]
+    early = (halves.driver_seconds - first.driver_seconds) / (halves.num_trials - first.num_trials)
+    late = (last.driver_seconds - halves.driver_seconds) / (last.num_trials - halves.num_trials)
+    assert late < 1.5 * early
+
+    for pid in last.trial_bytes:
+        wait_gone(pid)
+    left = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
+    assert not left
