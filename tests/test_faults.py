@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -133,6 +138,26 @@ def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
     assert "zero-shot" in partial
     assert not (sweep.path / "test.json").exists()
     sweep.run("--resume", str(sweep.path))
+    assert_same_end(sweep, quiet)
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
+    """As where ssh loses its connection: all that runs in the session is told, and writing fails from then on."""
+    ours, theirs = pty.openpty()
+    with order(loss_seconds=0.1):
+        sweep.process = subprocess.Popen(
+            [sys.executable, "-m", "imbvlm", "sweep", "run", "spec.yaml"], cwd=sweep.folder,
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={**os.environ, "RAY_ADDRESS": "local", "TERM": "xterm"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while b"to their end" not in shown:
+            shown += os.read(ours, 65536)
+        os.close(ours)
+    assert sweep.process.wait(240) == 0
+    assert "winner" in (sweep.path / "progress.log").read_text()
     assert_same_end(sweep, quiet)
 
 

@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imbvlm import storage
@@ -122,7 +125,8 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         if options.plan:
             _keep_plan(spec, options.measure, folder)
         try:
-            run(spec, folder, Console())
+            with _without_hangup():
+                run(spec, folder, Console())
         except KeyboardInterrupt:
             print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)
             return 130
@@ -132,6 +136,19 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _without_hangup() -> Iterator[None]:
+    """Within, this process and those that it starts go on when their terminal or connection ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:

@@ -46,8 +46,7 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
         self._clear()
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        self._write(f"{text}\n")
         self._write_copy(text)
 
     def live(self, text: str | Mapping[str, str]) -> None:
@@ -69,8 +68,7 @@ class Console:
         # What has scrolled away couldn't be taken away again.
         drawn = drawn[: max(1, rows - 1)]
         # The cursor stays behind the last line, so that what is said next begins where the view did.
-        self._stream.write("\n".join(drawn))
-        self._stream.flush()
+        self._write("\n".join(drawn))
         self._num_live_lines = len(drawn)
 
     def end_live(self) -> None:
@@ -100,6 +98,18 @@ class Console:
             first = head + first
         return [first, *(" " * len(head) + row for row in more)]
 
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            # Its connection or window is gone, and the copy has what is said. As this process ends Python writes again
+            # what couldn't be written.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._redraws = False
+
     def _write_copy(self, text: str) -> None:
         if self._copy is not None:
             with self._copy.open("a", encoding="utf-8") as stream:
@@ -108,7 +118,7 @@ class Console:
     def _clear(self) -> None:
         if self._num_live_lines:
             up = f"\x1b[{self._num_live_lines - 1}A" if self._num_live_lines > 1 else ""
-            self._stream.write(f"\r{up}\x1b[J")
+            self._write(f"\r{up}\x1b[J")
             self._num_live_lines = 0
 
     def _size(self) -> tuple[int, int]:
