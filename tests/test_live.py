@@ -175,6 +175,19 @@ def typed_text(written: str) -> list[str]:
     return [row for part in re.split(r"\r|\x1b\[\d*[AJ]", plain) for row in part.split("\n")]
 
 
+def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        console = Console(stream, {"TERM": "xterm"})
+        console.copy_to(tmp_path / "progress.log")
+        console.live({"trials": "1 of 2 done"})
+        os.close(ours)
+        console.say("2 of 2 done")
+        console.live("nobody sees it")
+        stream.write("nor this")
+    assert "2 of 2 done" in (tmp_path / "progress.log").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
