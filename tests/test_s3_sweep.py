@@ -160,6 +160,34 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
     assert not files_with(secrets, tmp_path)
 
 
+def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(manifest, tmp_path, quiet, s3, fault_orders):
+    read_only = [False]
+
+    def answer(number, method, path):
+        return (403, "AccessDenied") if read_only[0] and method not in ("GET", "HEAD") else None
+
+    sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/policy-of-a-sweep")
+    with proxy(s3, answer) as endpoint:
+        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
+        try:
+            sweep.start(environment=s3.settings(endpoint))
+            sweep.wait_for(lambda: sweep.num_ended() >= 2)
+            read_only[0] = True
+            printed = sweep.end(1)
+        finally:
+            fault_orders.unlink()
+        assert "look at the keys and at the bucket's policy" in printed
+        assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
+        assert "Traceback" not in printed
+        assert SECRET not in printed
+        ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+        assert 2 <= len(ended) < NUM_TRIALS
+        read_only[0] = False
+        sweep.run("--resume", environment=s3.settings(endpoint))
+    assert {key: sweep.records()[key] for key in ended} == ended
+    assert_same_end(sweep, quiet)
+
+
 def test_another_machine_goes_on_with_a_sweep_in_a_bucket(manifest, tmp_path, quiet, s3, fault_orders):
     uri = f"s3://{BUCKET}/moving"
     first = S3Sweep(tmp_path / "first", manifest, uri)
