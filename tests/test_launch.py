@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import termios
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
 from pathlib import Path
@@ -90,23 +91,26 @@ class Launcher:
         assert done.returncode == 0, f"ray {command}: {done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
-    def on_terminal(self, command: str, *arguments: str) -> str:
-        """What a user sees on a terminal of 100 columns."""
+    def on_terminal(self, command: str, *arguments: str, typed: str = "", until: str | None = None) -> str:
+        """What a user sees on a terminal of 100 columns; the connection is lost once `until` is seen."""
         ours, theirs = pty.openpty()
         ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         process = subprocess.Popen(
             self.words(command, *arguments), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )
         os.close(theirs)
+        os.write(ours, typed.encode())
         shown = b""
         try:
             while part := os.read(ours, 65536):
                 shown += part
+                if until is not None and until.encode() in shown:
+                    os.killpg(process.pid, signal.SIGKILL)
         except OSError:
             pass  # Linux's way to say that the other end is closed.
         os.close(ours)
-        text = shown.decode()
-        assert process.wait() == 0, text
+        text = shown.decode(errors="replace")
+        assert process.wait() == (0 if until is None else -signal.SIGKILL), text
         return text
 
     @contextmanager
@@ -123,6 +127,13 @@ class Launcher:
                 yield address
             finally:
                 process.kill()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it didn't come to that"
+        time.sleep(0.5)
 
 
 def status(url: str) -> int | None:
@@ -176,7 +187,16 @@ def test_ray_up_submit_export_job_and_down(machine, tmp_path, monkeypatch):
     assert len(re.findall(r"trials .*\d+ of 8 done", shown)) >= 3
     assert shown.count("\x1b[J") >= 3
 
-    ray("exec", str(file), "imbvlm export ~/runs/quickstart-* -o ~/my-model")
+    assert f"{sweep.name} " in ray.on_terminal("attach", str(file), typed="imbvlm sweep list ~/runs\nexit\n")
+
+    # The user's machine goes to sleep, the sweep goes on.
+    brief = ["--set", "num_trials=2", "--set", "method=linear_probe"]
+    ray.on_terminal("submit", str(file), "sweeps/quickstart.py", "--smoke", *brief, until="of 2 done")
+    (alone,) = set((machine.home / "runs").glob("quickstart-*")) - {sweep}
+    wait_for((alone / "best.yaml").exists, 180)
+    assert "winner " in (alone / "progress.log").read_text()
+
+    ray("exec", str(file), f"imbvlm export ~/runs/{sweep.name} -o ~/my-model")
     ray("rsync-down", str(file), "~/my-model", str(tmp_path))
     images = Manifest.read("embedded:fashion_mnist_lt")
     row = int(images.rows_of("test")[0])
@@ -205,4 +225,4 @@ def test_ray_up_submit_export_job_and_down(machine, tmp_path, monkeypatch):
 
     ray("down", "-y", str(file))
     assert not [line for line in machine.there.processes() if "raylet" in line or "gcs_server" in line]
-    assert len(list((machine.home / "runs").glob("quickstart-*"))) == 2
+    assert len(list((machine.home / "runs").glob("quickstart-*"))) == 3
