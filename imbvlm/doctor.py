@@ -169,7 +169,8 @@ def _place(place: str) -> Check:
         except ImbvlmError as error:
             is_refused = "denied" in str(error)
             mend = f"look at {REFUSED if is_refused else UNREACHED}"
-            return Check(name, "broken", f"can't {what}: {error}", mend)
+            found = str(error)
+            return Check(name, "broken", found if found.startswith("can't") else f"can't {what}: {found}", mend)
     return Check(name, "ok", "can be listed, written and read")
 
 
