@@ -303,7 +303,7 @@ def test_a_folder_gets_every_figure_and_table(tmp_path):
     assert rows[0]["class"] == names[0]
     latex = (tmp_path / "out" / "tables" / "scores.tex").read_text()
     assert latex.startswith("\\begin{tabular}{lcccc")
-    assert re.search(r"winner & 1 & 2 & [\d.]+ \$\\pm\$ ", latex)
+    assert re.search(r"^winner & [\d.]+ \$\\pm\$ [\d.]+ .* & 2 & 1 \\\\$", latex, re.MULTILINE)
 
 
 def test_a_figures_numbers_are_those_of_the_records(tmp_path):

@@ -44,12 +44,12 @@ def scores(source: Source) -> Table | None:
     ]  # fmt: skip
     rows = []
     for one in source.scored:
-        about = [one.records[0].views, str(len(one.records))]
+        about = [str(len(one.records)), one.records[0].views]
         for split, how in (("test", ""), ("test_tte", ", five crops"), ("test_post_hoc", ", post hoc")):
             values = [one.values(f"{split}/{metric}") for metric, _ in kept]
             if any(values) or split == "test":
-                rows.append([f"{one.name}{how}", *about, *map(mean_and_spread, values)])
-    header = ["what", "views", "seeds", *(heading for _, heading in kept)]
+                rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
+    header = ["what", *(heading for _, heading in kept), "seeds", "views"]
     caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
     return Table("scores", "Test split", header, rows, caption=caption)
 
