@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from imbvlm import storage
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import count_of
 from imbvlm.features.examples import FeatureSet
 
 QUARANTINE_FILE = "quarantine.csv"
@@ -56,5 +57,6 @@ def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:
     )
     reason, count = Counter(str(row["reason"]) for row in rows).most_common(1)[0]
     return (
-        f"{len(rows)} images can't be decoded and are left out ({groups}); most often ({count}): {reason}. List: {uri}"
+        f"{count_of(len(rows), 'image')} left out, as decoding failed ({groups}); most often ({count}): {reason}. "
+        f"List: {uri}"
     )
