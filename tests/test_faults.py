@@ -292,7 +292,7 @@ def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_path, small_disk, order):
     sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
     checkpoints = lambda: list((small_disk.path(tmp_path) / "runs").glob("faults-*/checkpoints/t*/state.json"))  # noqa: E731
-    with order(loss_seconds=0.5, checkpoint_seconds=4):
+    with order(slow_losses={"focal": 0.5, "balanced_softmax": 0.5}, checkpoint_seconds=4):
         sweep.start(environment=alone)
         sweep.wait_for(lambda: sweep.num_ended() >= 1 and checkpoints())
         filler = fill(small_disk, tmp_path / "runs")
