@@ -156,7 +156,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
         while b"to their end" not in shown:
             shown += os.read(ours, 65536)
         os.close(ours)
-    assert sweep.process.wait(240) == 0
+    assert sweep.process.wait(240) == 0, sweep.log()
     assert "winner" in (sweep.path / "progress.log").read_text()
     assert_same_end(sweep, quiet)
 

@@ -34,6 +34,7 @@ class Console:
         self._has_colours = self._redraws and not environment.get("NO_COLOR")
         self._is_ci = environment.get("CI", "").lower() not in ("", "0", "false")
         self._num_live_lines = 0
+        self._terminals, self._is_gone = [one for one in (1, 2) if os.isatty(one)], False
         self._started, self._drawn_at = time.monotonic(), -math.inf
         self._copy: Path | None = None
         self._copied_at = -math.inf
@@ -103,12 +104,9 @@ class Console:
             self._stream.write(text)
             self._stream.flush()
         except OSError:
-            # Its connection or window is gone, and the copy has what is said. As this process ends Python writes again
-            # what couldn't be written.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-            self._redraws = False
+            # Its connection or window is gone, and the copy has what is said.
+            self._redraws, self._is_gone = False, True
+            _to_nowhere(self._stream.fileno())
 
     def _write_copy(self, text: str) -> None:
         if self._copy is not None:
@@ -156,6 +154,15 @@ class Console:
             os.dup2(saved_err, 2)
             os.close(saved_out)
             os.close(saved_err)
+            if self._is_gone:
+                _to_nowhere(*self._terminals)
+
+
+def _to_nowhere(*descriptors: int) -> None:
+    """What couldn't be written is written again as this process ends, which would end it as a failure."""
+    with open(os.devnull, "wb") as nowhere:
+        for one in descriptors:
+            os.dup2(nowhere.fileno(), one)
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +160,9 @@ def run_jobs(
     except OSError as error:
         raise storage.failure("write", lane.folder, error) from None
     finally:
-        lane.budget.keep(now=True)
+        # On a full disk what ended the sweep is said, not what couldn't be kept either.
+        with nullcontext() if progress.storage_error is None else suppress(storage.StorageError):
+            lane.budget.keep(now=True)
     if progress.storage_error is not None:
         raise progress.storage_error
     # Resuming reads our own records; Tune's snapshots have served.
