@@ -234,7 +234,7 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
         copy(ROOT / name, tmp_path / name)
     text = section("A loss of your own")
     function, line, knobs, formula = code_blocks(text, "python")
-    row = "| `poly1` | `epsilon` | polynomial |\n| `focal`"
+    row = "| `poly1` | `epsilon` | polynomial | 9 ms | it is one's own |\n| `focal`"
     for name, edits in {
         "imbvlm/losses.py": {
             "LOSSES: Mapping[str, LossFunction] = {\n": f"{function}\n\nLOSSES: Mapping[str, LossFunction] = {{\n{line}"
