@@ -177,6 +177,7 @@ def _in_ray(folder: str, images: Images, top: int) -> Iterator[Prediction]:
             load_crops,
             ModelWorker,
             (where, top, threads, use_gpu),
+            images_per_block=BLOCK_SIZE,
             num_workers=num_workers,
             cpus_per_worker=1 if use_gpu else threads,
             gpus_per_worker=1.0 if use_gpu else 0.0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ray import cloudpickle
 
-from imbvlm.data.pipeline import map_images, plan_cpus
+from imbvlm.data.pipeline import IMAGES_PER_TASK, map_images, plan_cpus, plan_tasks
 from imbvlm.storage import StorageError
 
 SIDE = 16
@@ -56,7 +56,10 @@ class Tower:
 
 
 def run(blocks, **options):
-    return sorted(map_images(blocks, load, Tower, (2,), num_workers=1, **options), key=lambda found: found["shard"])
+    return sorted(
+        map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, **options),
+        key=lambda found: found["shard"],
+    )
 
 
 @pytest.mark.ray
@@ -118,7 +121,7 @@ def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block,
 @pytest.mark.ray
 def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster, capfd):
     with pytest.raises(StorageError, match="the tower's file is not there"):
-        list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), num_workers=1))
+        list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1))
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -149,3 +152,17 @@ def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
     plan = plan_cpus(nodes * node_cpus, nodes, 1, 0, node_cpus)
     assert plan.per_worker + plan.per_task <= node_cpus
     assert 0 < plan.per_task != plan.per_worker
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 16, 17, 1709])
+@pytest.mark.parametrize("images_per_block", [1, 128, 256, 5000])
+@pytest.mark.parametrize("num_at_once", [1, 2, 15])
+def test_blocks_are_shared_by_few_tasks_and_evenly(num_blocks, images_per_block, num_at_once):
+    num_tasks = plan_tasks(num_blocks, images_per_block, num_at_once)
+    assert min(num_blocks, num_at_once) <= num_tasks <= num_blocks
+    # As many for each of those at once, or one for every block.
+    assert num_tasks % num_at_once == 0 or num_tasks == num_blocks
+    most = -(-num_blocks // num_tasks)
+    assert most == 1 or most * images_per_block <= IMAGES_PER_TASK
+    fewer = num_tasks - num_at_once
+    assert fewer <= 0 or num_tasks == num_blocks or -(-num_blocks // fewer) * images_per_block > IMAGES_PER_TASK

@@ -28,6 +28,9 @@ Block = dict[str, Any]
 Load = Callable[[Block], Block]
 
 _DESCRIPTOR, _REST, _ERROR = "descriptor", "rest", "error"
+# Ray Data looks every tenth of a second for tasks that have ended, and starts none after the first results of a dataset
+# until a second is over. So a task loads about this many images, and hands on each block as soon as it is loaded.
+IMAGES_PER_TASK = 1024
 # Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
 _FREE_CPU_WAIT_SECONDS = 2.0
 
@@ -61,21 +64,28 @@ def plan_cpus(
     return CpuPlan(per_worker, per_task - 0.01 if per_task == per_worker else per_task, num_tasks)
 
 
+def plan_tasks(num_blocks: int, images_per_block: int, num_at_once: int) -> int:
+    """How many tasks load so many blocks: of IMAGES_PER_TASK or fewer, and as many for each of those at once."""
+    blocks_per_task = max(1, IMAGES_PER_TASK // max(1, images_per_block))
+    return min(num_blocks, num_at_once * math.ceil(num_blocks / (num_at_once * blocks_per_task)))
+
+
 def map_images(
     blocks: Sequence[Block],
     load: Load,
     worker: type,
     worker_args: tuple[Any, ...],
     *,
+    images_per_block: int,
     num_workers: int,
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
 ) -> Iterator[Block]:
     """Summaries of the blocks, in the order in which they are done.
 
-    `load(descriptor)` runs in tasks and gives a dict whose numpy arrays travel without copies (read-only in the worker;
-    other values are pickled). `worker(*worker_args)` is made once per pool member; called with that dict it returns a
-    small summary. An ImbvlmError of either comes out as it was raised.
+    `load(descriptor)` runs in tasks and gives a dict, of `images_per_block` images at most, whose numpy arrays travel
+    without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
+    member; called with that dict it returns a small summary. An ImbvlmError of either comes out as it was raised.
     """
     if not blocks:
         return
@@ -84,7 +94,7 @@ def map_images(
     rows = _Descriptors(blocks)
     with _quiet_context():
         dataset = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
+            ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
                 _Load(load),
                 batch_size=1,
@@ -106,7 +116,9 @@ def map_images(
         yield from _summaries(dataset)
 
 
-def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead: int = 2) -> Iterator[Block]:
+def stream_blocks(
+    blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int, ahead: int = 1
+) -> Iterator[Block]:
     """Loaded blocks in the order given, some made ahead of their use; arrays are read-only and not copied.
 
     Its tasks book no CPU, as a DataLoader's workers don't: beside Train workers that hold every CPU it goes on too. An
@@ -117,9 +129,9 @@ def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead:
     rows = _Descriptors(blocks)
     with _quiet_context() as context:
         context.execution_options.preserve_order = True
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Load(load), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks
-        )
+        dataset = ray.data.from_items(
+            rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
+        ).map_batches(_Load(load), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
         for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
             block = _unpack(batch)
             if _ERROR in block:
@@ -129,7 +141,9 @@ def stream_blocks(blocks: Sequence[Block], load: Load, *, num_tasks: int, ahead:
 
 def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
     """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
-    for block in stream_blocks(plan.blocks(opened_manifest(location)), load_batch, num_tasks=num_tasks):
+    blocks = plan.blocks(opened_manifest(location))
+    largest = max(map(len, plan.batches), default=0)
+    for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
         yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
 
 
@@ -232,6 +246,8 @@ def _quiet_context() -> Iterator[DataContext]:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.enable_auto_log_stats = False
+    # A row, which is a block of ours, never waits for the next one of its task.
+    context.target_max_block_size = 1
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.ERROR)

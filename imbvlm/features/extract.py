@@ -307,6 +307,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             load_block,
             TowerWorker,
             (*tower, threads, bool(gpus)),
+            images_per_block=max(work.store.layout.rows_per_shard * work.store.num_views for work in works),
             num_workers=min(num_workers, num_blocks),
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,

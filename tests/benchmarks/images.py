@@ -7,8 +7,8 @@ memory of 2,000 against 20,000 images.
 
 import os
 import tempfile
-import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import ray
 import torch
 from PIL import Image
 from s3_server import BUCKET, delayed, program, serve
-from table import limited, rates, shown
+from table import in_turn, limited, rates, shown
 
 from imbvlm.data.images import Preprocess
 from imbvlm.data.manifest import Manifest
@@ -77,41 +77,36 @@ def stream_plan(num_images, jpeg_downscale):
     return StreamPlan(np.arange(num_images), batches, preprocess, None, seed=0, epoch=0)
 
 
-def rate(passes, num_images):
-    """Best of some passes after a first one that isn't counted."""
-    times = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        assert passes() == num_images
-        times.append(time.perf_counter() - begin)
-    return num_images / min(times[1:])
-
-
-def loader_rate(paths, num_processes, draft):
-    loader = torch.utils.data.DataLoader(
+def loader_of(paths, num_processes, draft):
+    return torch.utils.data.DataLoader(
         Files(paths, draft), batch_size=BATCH, num_workers=num_processes, persistent_workers=True
     )
-    return rate(lambda: sum(len(batch) for batch in loader), len(paths))
 
 
-def stream_rate(manifest, num_processes, jpeg_downscale):
+def streamed(manifest, num_processes, jpeg_downscale):
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest)
-    return rate(
-        lambda: sum(len(block["images"]) for block in stream_blocks(blocks, load_batch, num_tasks=num_processes)),
-        len(manifest),
-    )
+    for block in stream_blocks(blocks, load_batch, images_per_block=BATCH, num_tasks=num_processes):
+        yield len(block["images"])
 
 
-def pass_rate(manifest, jpeg_downscale):
+def extracted(manifest, jpeg_downscale):
     """With its start; as on a machine with a GPU the worker holds a CPU of its own, and tasks load on the others."""
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest) * PASSES
-    times = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        num_images = sum(summary["num_images"] for summary in map_images(blocks, load_batch, Sink, (), num_workers=1))
-        assert num_images == len(manifest) * PASSES
-        times.append(time.perf_counter() - begin)
-    return num_images / min(times)
+    for summary in map_images(blocks, load_batch, Sink, (), images_per_block=BATCH, num_workers=1):
+        yield summary["num_images"]
+
+
+def rates_of(sides, num_images):
+    """Images a second of each side, its best pass, the sides by turns; passes before these aren't counted."""
+
+    def whole(side):
+        number = num_images * (PASSES if side.startswith("extraction") else 1)
+        assert sum(sides[side]()) == number
+        return number
+
+    counts = {side: whole(side) for side in sides}
+    best = in_turn({side: partial(whole, side) for side in sides}, REPEATS)
+    return {side: counts[side] / best[side] for side in sides}
 
 
 def lines(options):
@@ -126,20 +121,33 @@ def lines(options):
 
 def against_loader(paths, num_processes):
     manifest = manifest_of([str(path) for path in paths])
+    plain, small = (loader_of(paths, num_processes, draft) for draft in (False, True))
     with cluster(num_processes + 1):
-        plain, small = (loader_rate(paths, num_processes, draft) for draft in (False, True))
-        stream = {downscale: stream_rate(manifest, num_processes, downscale) for downscale in (1.0, None)}
-        extraction = {downscale: pass_rate(manifest, downscale) for downscale in (1.0, None)}
-        # Other work on the machine comes and goes: the better of before and after.
-        plain = max(plain, loader_rate(paths, num_processes, False))
-        small = max(small, loader_rate(paths, num_processes, True))
+        found = rates_of(
+            {
+                "plain": lambda: map(len, plain),
+                "small": lambda: map(len, small),
+                "stream, downscaled": lambda: streamed(manifest, num_processes, 1.0),
+                "stream": lambda: streamed(manifest, num_processes, None),
+                "extraction, downscaled": lambda: extracted(manifest, 1.0),
+                "extraction": lambda: extracted(manifest, None),
+            },
+            len(manifest),
+        )
     against = "DataLoader as people write it"
-    yield rates(f"streamed, JPEGs downscaled; {against}", stream[1.0], plain, "images/s", 1.0)
-    yield rates(f"extraction pass, JPEGs downscaled; {against}", extraction[1.0], plain, "images/s", 1.0)
-    yield rates(f"streamed, decoded in full; {against}", stream[None], plain, "images/s")
-    yield rates(f"extraction pass, decoded in full; {against}", extraction[None], plain, "images/s")
-    yield rates("streamed; DataLoader, downscaled on both sides", stream[1.0], small, "images/s")
-    yield rates("extraction pass; DataLoader, downscaled on both sides", extraction[1.0], small, "images/s")
+    yield rates(f"streamed, JPEGs downscaled; {against}", found["stream, downscaled"], found["plain"], "images/s", 1.0)
+    yield rates(
+        f"extraction pass, JPEGs downscaled; {against}",
+        found["extraction, downscaled"],
+        found["plain"],
+        "images/s",
+        1.0,
+    )
+    yield rates(f"streamed, decoded in full; {against}", found["stream"], found["plain"], "images/s")
+    yield rates(f"extraction pass, decoded in full; {against}", found["extraction"], found["plain"], "images/s")
+    both = "DataLoader, downscaled on both sides"
+    yield rates(f"streamed; {both}", found["stream, downscaled"], found["small"], "images/s")
+    yield rates(f"extraction pass; {both}", found["extraction, downscaled"], found["small"], "images/s")
 
 
 def memory(paths, num_processes):
@@ -164,16 +172,21 @@ def from_s3(paths, num_tasks):
             os.environ.update(server.settings(endpoint))
             remote = manifest_of([f"s3://{BUCKET}/{path.name}" for path in paths])
             with cluster(num_tasks + 1):
-                base = stream_rate(local, num_tasks, None)
-                found = stream_rate(remote, num_tasks, None)
-                base = max(base, stream_rate(local, num_tasks, None))
-    yield rates("streamed from S3 with 5 ms more per request; from disk", found, base, "images/s", 0.8)
+                found = rates_of(
+                    {
+                        "disk": lambda: streamed(local, num_tasks, None),
+                        "S3": lambda: streamed(remote, num_tasks, None),
+                    },
+                    len(local),
+                )
+    what = "streamed from S3 with 5 ms more per request; from disk"
+    yield rates(what, found["S3"], found["disk"], "images/s", 0.8)
 
 
 def peak_memory(manifest, num_processes):
     """Largest memory of this process and Ray's, shared pages counted once, while an epoch streams; in GB."""
-    blocks, peak = stream_plan(len(manifest), None).blocks(manifest), 0.0
-    for number, _ in enumerate(stream_blocks(blocks, load_batch, num_tasks=num_processes)):
+    peak = 0.0
+    for number, _ in enumerate(streamed(manifest, num_processes, None)):
         if number % 4 == 0:
             peak = max(peak, memory_of_tree())
     return peak
