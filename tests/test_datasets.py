@@ -134,6 +134,28 @@ def test_ids_outside_the_class_list_are_refused(tmp_path):
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=CLASSES)
 
 
+@pytest.mark.parametrize("class_names", [None, ["cat", "dog", "owl"]])
+def test_a_slip_among_class_ids_makes_no_names_of_them(tmp_path, class_names):
+    (tmp_path / "train.txt").write_text("a.jpg 0\nb.jpg 1\nc.jpg 2\nd.jpg x1\ne.jpg\n")
+    with pytest.raises(ManifestError) as caught:
+        from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=class_names)
+    assert caught.value.findings[0].endswith("train.txt:5: 'e.jpg' is not a path and a label")
+    assert caught.value.findings[1].startswith("1 label is no class id where most are ids: 'x1'; mend them")
+    (tmp_path / "rows.csv").write_text("path,label,split\na.jpg,cat,train\nb.jpg,dog,train\nc.jpg,5,train\n")
+    with pytest.raises(ManifestError, match="1 label is a class id where most are names: '5'"):
+        from_table([str(tmp_path / "rows.csv")], str(tmp_path), "pets", class_names=class_names)
+    listed = from_table([str(tmp_path / "rows.csv")], str(tmp_path), "pets", class_names=["5", "cat", "dog"])
+    assert listed.labels.tolist() == [1, 2, 0]
+
+
+def test_bad_lines_and_labels_outside_are_said_together(tmp_path):
+    (tmp_path / "train.txt").write_text("a.jpg 0\nb.jpg\nc.jpg 7\n")
+    with pytest.raises(ManifestError) as caught:
+        from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=["cat", "dog"])
+    assert "'b.jpg' is not a path" in caught.value.findings[0]
+    assert "with a label outside 0 to 1, the class names: 7" in caught.value.findings[1]
+
+
 def test_an_order_that_disagrees_between_list_and_names_is_an_error_of_the_check(tree):
     (tree / "train.txt").write_text("train/cat/a 1.png 0\ntrain/dog/c.png 1\n")
     lists = {"train": str(tree / "train.txt")}

@@ -81,14 +81,12 @@ def _number(
         names = sorted(set(texts)) if class_names is None else list(class_names)
         number = {text: index for index, text in reversed(list(enumerate(names)))}
         unknown = sorted(set(texts) - number.keys())
-        wrong = (
-            [
+        wrong = _mixed(texts) if unknown or class_names is None else []
+        if unknown and not wrong:
+            wrong = [
                 f"{count_of(len(unknown), 'label')} that {'is' if len(unknown) == 1 else 'are'} not in the class list: "
                 f"{listed([repr(text) for text in unknown])}; {nearest(unknown[0], names)}"
             ]
-            if unknown
-            else []
-        )
         # A label outside the list has been said by name, and must not be said again by number.
         return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, [], wrong
     ids = np.asarray(labels, dtype=np.int64)
@@ -100,6 +98,21 @@ def _number(
     label_map = {str(label): index for index, label in enumerate(known.tolist())} if gaps else None
     odd = [f"class ids {known[0]} to {known[-1]} with gaps were mapped to 0 to {len(known) - 1}"] if gaps else []
     return numbered.astype(np.int64), names, label_map, odd, []
+
+
+def _mixed(labels: Sequence[str]) -> list[str]:
+    """Class ids and class names side by side: a slip of the pen would make names of all ids, in another order."""
+    ids = {label for label in labels if label.lstrip("-").isdigit()}
+    names = set(labels) - ids
+    if not ids or not names:
+        return []
+    few_ids = sum(label in ids for label in labels) * 2 < len(labels)
+    few = [repr(label) for label in sorted(ids if few_ids else names)]
+    kinds = ("a class id", "names") if few_ids else ("no class id", "ids")
+    return [
+        f"{count_of(len(few), 'label')} {'is' if len(few) == 1 else 'are'} {kinds[0]} where most are {kinds[1]}: "
+        f"{listed(few)}; mend them, or list every class by --class-names where names are numbers"
+    ]
 
 
 def _order_notes(class_names: Sequence[str], folder_names: Mapping[int, str]) -> list[str]:

@@ -93,16 +93,24 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
             paths.append(file)
             labels.append(label)
             splits.append(split)
-    if wrong:
-        raise ManifestError(", ".join(lists.values()), [*wrong[:20], *_and_more(wrong)])
     uris = [path if "://" in path or path.startswith("/") else storage.join(root, path) for path in paths]
     source = ", ".join(lists.values())
+    findings = [*wrong[:20], *_and_more(wrong)]
+    numbers, folders = None, {}
     if all(label.lstrip("-").isdigit() for label in labels):
-        ids = np.array([int(label) for label in labels], dtype=np.int64)
-        train = np.array([SPLIT_NAMES.get(split.lower()) == "train" for split in splits])
-        folders = folders_of([path for path, use in zip(paths, train, strict=True) if use], ids[train])
-        return assemble(name, ids, splits, uris=uris, class_names=class_names, folder_names=folders, source=source)
-    return assemble(name, labels, splits, uris=uris, class_names=class_names, source=source)
+        numbers = np.array([int(label) for label in labels], dtype=np.int64)
+        train = np.array([SPLIT_NAMES.get(split.lower()) == "train" for split in splits], dtype=bool)
+        folders = folders_of([path for path, use in zip(paths, train, strict=True) if use], numbers[train])
+    try:
+        made = assemble(
+            name, labels if numbers is None else numbers, splits, uris=uris, class_names=class_names,
+            folder_names=folders, source=source,
+        )  # fmt: skip
+    except ManifestError as error:
+        raise ManifestError(source, [*findings, *error.findings]) from None
+    if findings:
+        raise ManifestError(source, findings)
+    return made
 
 
 def _parse(line: str) -> tuple[str, str]:
