@@ -305,6 +305,8 @@ def _start(folder: Path, config: TrialConfig, ray: str) -> subprocess.Popen:
     (folder / "script.py").write_text(SCRIPT)
     arguments = [sys.executable, "script.py", "trial.yaml", str(folder / "features"), ray]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    # Other tests' cluster, which it would join and leave at work.
+    environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

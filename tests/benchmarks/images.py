@@ -97,14 +97,15 @@ def extracted(manifest, jpeg_downscale):
 
 
 def rates_of(sides, num_images):
-    """Images a second of each side, its best pass, the sides by turns; passes before these aren't counted."""
+    """Images a second of each side, its best pass, the sides by turns; a first one isn't counted but of extraction."""
 
     def whole(side):
-        number = num_images * (PASSES if side.startswith("extraction") else 1)
-        assert sum(sides[side]()) == number
-        return number
+        assert sum(sides[side]()) == counts[side]
 
-    counts = {side: whole(side) for side in sides}
+    counts = {side: num_images * (PASSES if side.startswith("extraction") else 1) for side in sides}
+    for side in sides:
+        if counts[side] == num_images:
+            whole(side)
     best = in_turn({side: partial(whole, side) for side in sides}, REPEATS)
     return {side: counts[side] / best[side] for side in sides}
 
