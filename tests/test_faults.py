@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -144,6 +145,7 @@ def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
 def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
     """As where ssh loses its connection: all that runs in the session is told, and writing fails from then on."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     with order(loss_seconds=0.1):
         sweep.process = subprocess.Popen(
             [sys.executable, "-m", "imbvlm", "sweep", "run", "spec.yaml"], cwd=sweep.folder,

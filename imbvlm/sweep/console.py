@@ -122,9 +122,11 @@ class Console:
     def _size(self) -> tuple[int, int]:
         """Columns and rows by now: a terminal may have become another size."""
         try:
-            return os.get_terminal_size(self._stream.fileno())
+            columns, rows = os.get_terminal_size(self._stream.fileno())
         except OSError:
-            return 100, 24
+            columns = rows = 0
+        # One that nobody has told its size says 0.
+        return columns or 100, rows or 24
 
     @contextmanager
     def others_to(self, log: Path | None) -> Iterator[None]:
