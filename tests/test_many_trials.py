@@ -56,8 +56,11 @@ def num_open_files(pid: int) -> int:
 
 
 def working(pid: int) -> set[str]:
-    """Names of a cluster's processes that do something."""
-    return {name for one in family(pid) if (name := command_of(one)).startswith("ray::")} - {"ray::IDLE"}
+    """Names of a cluster's processes that do something; Ray Data keeps one of each of its own for every cluster."""
+    names = {command_of(one).partition(".")[0] for one in family(pid)}
+    return {name for name in names if name.startswith("ray::")} - {
+        "ray::IDLE", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
