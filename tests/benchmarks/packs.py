@@ -99,6 +99,6 @@ def _decoders(options: Options, number: int, decoder: DecoderConfig, num_tokens:
             one(tokens).square().mean().backward()
 
     clock = perf_counter if options.device == "cuda" else process_time
-    taken = in_turn({"together": together, "alone": one_after_another}, 4, clock)
+    taken = in_turn({"together": together, "alone": one_after_another}, 2, clock)
     what = f"{number} decoders, depth {decoder.depth}, width {decoder.width}, {num_tokens} tokens of {token_width:,}"
     return times(f"a step of {what}", taken["together"], taken["alone"])
