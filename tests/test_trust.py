@@ -14,6 +14,9 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from apart import apart_with_ray
@@ -24,7 +27,7 @@ from imbvlm import inference
 from imbvlm.cluster_file import check_cluster_file
 from imbvlm.config import TrialConfig
 from imbvlm.data.images import ImageError, decode
-from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.store import FeatureStore
 from imbvlm.sweep.listing import SweepState
@@ -156,6 +159,20 @@ def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
         with pytest.raises(ImageError):
             decode(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path):
+    rows = 200_000
+    same = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array(["x" * 100_000]))
+    label, split = np.zeros(rows, np.int32), ["train"] * rows
+    for kept in (True, False):
+        path = tmp_path / f"{kept}.parquet"
+        pq.write_table(pa.table({"uri": same, "label": label, "split": split}), path, store_schema=kept)
+        assert path.stat().st_size < 1_000_000
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ManifestError, match=r"more than 1\.0 GB in memory"):
+            Manifest.read(str(path))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3_000_000
 
 
 LISTENING = """

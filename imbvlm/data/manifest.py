@@ -40,6 +40,8 @@ EMBEDDED = "embedded:"
 CARVE_FROM = 5
 CARVE_AT_MOST = 3
 _ROW_GROUP = 65536
+# What is read may be so many times its file, or so many bytes; in pieces of so many rows.
+_MOST_GROWTH, _LEAST_BOUND, _ROWS_AT_ONCE = 200, 1_000_000_000, 1024
 _STAT_THREADS = 8
 _STAT_CHUNK = 8192
 
@@ -259,7 +261,7 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream)
             present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-            return file.read(columns=present)
+            return _bounded(file, present, path, max(_LEAST_BOUND, _MOST_GROWTH * stream.size()))
 
     try:
         return s3.patiently(path, read)
@@ -268,6 +270,26 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         raise storage.StorageError(f"{path} is not there{where}") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.failure("read the manifest", path, error) from None
+
+
+def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_bytes: int) -> pa.Table:
+    """The rows, read a few at a time: a small file can say of one value that it stands in a billion rows."""
+    tables, num_bytes = [], 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+        plain = {
+            name: column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        tables.append(pa.table(plain))
+        num_bytes += tables[-1].nbytes
+        if num_bytes > most_bytes:
+            size = storage.size_text(most_bytes)
+            raise ManifestError(path, [f"its rows are more than {size} in memory, so it isn't read; is it a manifest?"])
+    if not tables:
+        return file.read(columns=columns)
+    found = pa.concat_tables(tables).combine_chunks()
+    fields = [file.schema_arrow.field(name) for name in found.column_names]
+    return found.cast(pa.schema(fields, file.schema_arrow.metadata))
 
 
 def _metadata(schema: pa.Schema, source: str) -> dict[str, Any]:
