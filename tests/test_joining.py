@@ -66,8 +66,10 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
         assert all(address in refusal for address in addresses)
         assert "set RAY_ADDRESS" in refusal
         for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
-            started_here, found, _, told = taken(RAY_ADDRESS=address)
+            started_here, found, _, told = taken(RAY_ADDRESS=address, RAY_AUTH_MODE="token")
             # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
             assert (started_here, found, told) == (False, num_cpus, address)
+        # Ray makes a token when it first starts a cluster of one's own, and heads ask for it from then on.
+        assert "set RAY_AUTH_MODE=token" in taken(RAY_ADDRESS=addresses[0])
         assert taken(RAY_ADDRESS="local")[0]
         assert "no cluster answers there" in taken(RAY_ADDRESS=f"127.0.0.1:{free_port()}")

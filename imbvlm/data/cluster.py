@@ -65,7 +65,7 @@ class Cluster:
 def connected() -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that was started here is stopped afterwards.
 
-    Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer, or several run and it names none.
+    Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or refuses, or names none of several.
     """
     if ray.is_initialized():
         yield _describe(started_here=False)
@@ -77,7 +77,7 @@ def connected() -> Iterator[Cluster]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     started = not _cluster_answers()
     if not started:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=_runtime_env())
+        _join(logging.WARNING, runtime_env=_runtime_env())
     else:
         # With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
         with _on_loopback():
@@ -140,11 +140,22 @@ def running_cluster() -> Cluster | None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not _cluster_answers():
         return None
-    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    _join(logging.ERROR)
     try:
         return _describe(started_here=False)
     finally:
         ray.shutdown()
+
+
+def _join(logging_level: int, **settings: Any) -> None:
+    """Connect to the cluster that answers; Ray looks for a token by itself only where no address is given."""
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging_level, **settings)
+    except ConnectionError as error:
+        mend = "look at its logs, or set RAY_ADDRESS=local for a cluster of the sweep's own"
+        if "InvalidAuthToken" in str(error.__context__):
+            mend = "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where ~/.ray/auth_token isn't it"
+        raise ImbvlmError(f"the Ray cluster can't be joined: {error}; {mend}") from None
 
 
 def _cluster_answers() -> bool:
