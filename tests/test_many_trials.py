@@ -59,7 +59,7 @@ def working(pid: int) -> set[str]:
     """Names of a cluster's processes that do something; Ray Data keeps one of each of its own for every cluster."""
     names = {command_of(one).partition(".")[0] for one in family(pid)}
     return {name for name in names if name.startswith("ray::")} - {
-        "ray::IDLE", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor",
+        "ray::IDLE", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor", "ray::ActorLocationTracker",
     }  # fmt: skip
 
 
