@@ -131,12 +131,16 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file; raises StorageError with the cause."""
+    """The whole content of a file, as it was at one moment; raises StorageError with the cause."""
     filesystem, path = open_filesystem(uri)
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
+            content = bytes(stream.read())
+        # pyarrow asks S3 for the size first, and cuts there what somebody writes anew before it is read.
+        if not is_local(uri) and filesystem.get_file_info(path).size != len(content):
+            raise OSError("it was written while it was read")
+        return content
 
     try:
         return _patiently(uri, read)

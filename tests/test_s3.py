@@ -1,6 +1,7 @@
 """Manifests and images on a real S3-compatible server: keys as they are, refusals explained, bad answers outlasted."""
 
 import io
+import threading
 import time
 
 import boto3
@@ -187,6 +188,29 @@ def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch
     monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 3)
     with pytest.raises(StorageError, match="can't read s3://images/pets"):
         fetch(f"s3://{BUCKET}/pets/a.png", None)
+
+
+def test_what_is_written_anew_while_it_is_read_is_read_whole(s3, monkeypatch):
+    """A sweep's records are, while somebody looks at the sweep."""
+    monkeypatch.setattr("imbvlm.storage.FIRST_WAIT_SECONDS", 0.01)
+    place, contents = f"s3://{BUCKET}/records/t00001.json", {b"short": 0, b"a longer one": 0}
+    storage.write_bytes(place, b"short")
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            for content in contents:
+                storage.write_bytes(place, content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(60):
+            contents[storage.read_bytes(place)] += 1
+    finally:
+        ended.set()
+        writer.join()
+    assert all(contents.values())
 
 
 def test_embedded_manifests_go_to_s3_and_back(s3):
