@@ -143,7 +143,7 @@ def _metrics(facts: CardFacts) -> str:
             f"{_table([['split', *HEADINGS], row])}\n\nPercent, at the best epoch, on images that selected it: expect "
             "less on others. The test split was not read for this model."
         )
-    rows = [["what", "seeds", *HEADINGS]]
+    rows, note = [["what", "seeds", *HEADINGS]], ""
     this = facts.refits[0].name
     rows.append(_scores_row("this model", facts.refits, "test_post_hoc" if facts.is_adjusted else "test"))
     if facts.is_adjusted:
@@ -154,7 +154,7 @@ def _metrics(facts: CardFacts) -> str:
             rows.append(_scores_row(f"baseline: {name}", records, "test"))
             if "test_post_hoc/balanced_accuracy" in records[0].epochs[-1]:
                 rows.append(_scores_row(f"baseline: {name}, post hoc", records, "test_post_hoc"))
-    note = " Post hoc: logits adjusted after training by what validation chose." if "post hoc" in rows[-1][0] else ""
+                note = " Post hoc: logits adjusted after training by what validation chose."
     return (
         f"{_table(rows)}\n\nPercent on the test split, read once; ± is the standard deviation over seeds. The weights "
         f"here are those of seed {facts.config.train.seed if facts.config.train else 0}.{note}"

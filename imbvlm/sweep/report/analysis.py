@@ -28,6 +28,7 @@ class Margin:
     """The winner's gain over a baseline (fractions), beside the standard error of the difference and seeds' spread."""
 
     baseline: str
+    is_adjusted: bool
     gain: float
     standard_error: float | None
     spread: float | None
@@ -46,7 +47,8 @@ def margin(winner: Scored, baseline: Scored, split: str = TEST) -> Margin | None
     errors = [values_in(one, split, "balanced_standard_error")[:1] for one in (winner, baseline)]
     error = math.hypot(*(one[0] for one in errors)) if all(errors) else None
     spread = statistics.stdev(ours) if len(ours) > 1 else None
-    return Margin(title_in(baseline, split), statistics.fmean(ours) - statistics.fmean(theirs), error, spread)
+    gain = statistics.fmean(ours) - statistics.fmean(theirs)
+    return Margin(baseline.name, split == POST_HOC, gain, error, spread)
 
 
 def comparisons(source: Source) -> list[tuple[Scored, str]]:

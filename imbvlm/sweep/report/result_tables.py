@@ -11,7 +11,7 @@ import numpy as np
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.report.analysis import POST_HOC, comparisons, margin, values_in
+from imbvlm.sweep.report.analysis import POST_HOC, comparisons, margin, title_in, values_in
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
 from imbvlm.sweep.results import TrialRecord
@@ -68,7 +68,7 @@ def margins(source: Source) -> Table | None:
         if winner is not None and found is not None:
             gains = (_gain(values_in(winner, split, metric), values_in(one, split, metric)) for metric, _ in kept)
             error = "-" if found.standard_error is None else f"{100 * found.standard_error:.1f}"
-            rows.append([f"over {found.baseline}", *gains, error])
+            rows.append([f"over {title_in(one, split)}", *gains, error])
     if not rows:
         return None
     caption = (

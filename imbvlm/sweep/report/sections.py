@@ -154,8 +154,8 @@ def _statement(source: Source) -> tuple[str, str, bool]:
 
 def _margin_words(one: Margin, both: bool) -> str:
     adjusted = ", both with post hoc adjustment," if both else " with post hoc adjustment"
-    baseline = one.baseline.replace(", post hoc", adjusted)
-    return f"{100 * abs(one.gain):.1f} points {'above' if one.gain >= 0 else 'below'} {baseline}"
+    place = "above" if one.gain >= 0 else "below"
+    return f"{100 * abs(one.gain):.1f} points {place} {one.baseline}{adjusted if one.is_adjusted else ''}"
 
 
 def _facts(source: Source) -> list[Fact]:
