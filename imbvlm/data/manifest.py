@@ -274,20 +274,25 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
 
 def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_bytes: int) -> pa.Table:
     """The rows, read a few at a time: a small file can say of one value that it stands in a billion rows."""
-    tables, num_bytes = [], 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-        plain = {
-            name: column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
-        tables.append(pa.table(plain))
-        num_bytes += tables[-1].nbytes
-        if num_bytes > most_bytes:
-            size = storage.size_text(most_bytes)
-            raise ManifestError(path, [f"its rows are more than {size} in memory, so it isn't read; is it a manifest?"])
-    if not tables:
+    groups, num_bytes = [], 0
+    for group in range(file.num_row_groups):
+        tables = []
+        for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
+            plain = {
+                name: column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+            tables.append(pa.table(plain))
+            num_bytes += tables[-1].nbytes
+            if num_bytes > most_bytes:
+                size = storage.size_text(most_bytes)
+                wrong = f"its rows are more than {size} in memory, so it isn't read; is it a manifest?"
+                raise ManifestError(path, [wrong])
+        # One after another, so that what is copied together isn't all of the rows at once.
+        groups += [pa.concat_tables(tables).combine_chunks()] if tables else []
+    if not groups:
         return file.read(columns=columns)
-    found = pa.concat_tables(tables).combine_chunks()
+    found = pa.concat_tables(groups)
     fields = [file.schema_arrow.field(name) for name in found.column_names]
     return found.cast(pa.schema(fields, file.schema_arrow.metadata))
 
