@@ -7,9 +7,11 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -24,12 +26,17 @@ from listening import LOOPBACK
 from sweep_folder import write_sweep
 
 from imbvlm import inference
+from imbvlm.assets import tower_path
 from imbvlm.cluster_file import check_cluster_file
-from imbvlm.config import TrialConfig
-from imbvlm.data.images import ImageError, decode
-from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
+from imbvlm.data.images import ImageError, decode, fetch
+from imbvlm.data.manifest import Manifest, ManifestError, label_rows
+from imbvlm.data.tables import from_table
+from imbvlm.data.webdataset import from_shards
 from imbvlm.errors import ImbvlmError
-from imbvlm.features.store import FeatureStore
+from imbvlm.features.store import FeatureStore, StoreError, StoreLayout
+from imbvlm.models.encoder import Encoder
+from imbvlm.models.towers import CONFIG_FILE, find_tower
 from imbvlm.sweep.listing import SweepState
 from imbvlm.sweep.post_hoc import read_adjustment
 from imbvlm.sweep.provenance import provenance_changes
@@ -106,6 +113,70 @@ def test_no_reader_of_results_models_and_state_unpickles(hostile, mark, tmp_path
     assert not mark.exists()
 
 
+@pytest.fixture
+def tower(tmp_path) -> Path:
+    """A folder with the description of a tower that somebody else may have made."""
+    (tmp_path / "tower").mkdir()
+    shutil.copy(tower_path("tinylit-lite0") / CONFIG_FILE, tmp_path / "tower")
+    return tmp_path / "tower"
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
+def test_weights_of_a_tower_are_not_unpickled(tower, name, hostile, mark):
+    (tower / name).write_bytes(hostile)
+    with pytest.raises(ImbvlmError, match="can't load the encoder"):
+        Encoder.from_config(EncoderConfig(name=f"local-dir:{tower}", image_size=64), EvalConfig())
+    assert not mark.exists()
+
+
+def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower):
+    description = json.loads((tower / CONFIG_FILE).read_text())
+    for value in (True, "true"):
+        description["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": value}
+        (tower / CONFIG_FILE).write_text(json.dumps(description))
+        with pytest.raises(ImbvlmError, match="sets trust_remote_code"):
+            find_tower(EncoderConfig(name=f"local-dir:{tower}"))
+
+
+def test_a_column_that_ray_data_would_unpickle_is_not_read(mark, tmp_path):
+    """Parquet and Arrow files choose their columns' types, and Ray Data registers one whose values are pickles."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    def column(num_rows: int) -> pa.Array:
+        return kind.wrap_array(pa.array([pickle.dumps(Hostile(mark))] * num_rows, kind.storage_type))
+
+    kind = ArrowPythonObjectType()
+    with suppress(TypeError):
+        column(1).to_pylist()
+    assert mark.exists()
+    mark.unlink()
+    plain = {"uri": ["a.png", "b.png"], "label": [0, 1], "split": ["train", "train"]}
+    metadata = {b"imbvlm": json.dumps({"class_names": ["a", "b"]}).encode()}
+    path = tmp_path / "hostile.parquet"
+    for name in ("uri", "bytes", "label", "split", "content"):
+        pq.write_table(pa.table({**plain, name: column(2)}).replace_schema_metadata(metadata), path)
+        for read in (Manifest.read, label_rows) if name != "bytes" else (Manifest.read,):
+            with pytest.raises(ManifestError, match=f"the column '{name}' isn't read: .* may run code"):
+                read(str(path))
+    image = pa.StructArray.from_arrays([column(2), pa.array(["a", "b"])], ["bytes", "path"])
+    pq.write_table(pa.table({"image": image, "label": [0, 1]}), path)
+    with pytest.raises(ManifestError, match="the column 'image' isn't read"):
+        from_table([str(path)], str(tmp_path), "hostile")
+    store = FeatureStore.create(str(tmp_path / "store"), StoreLayout("0" * 32, 2, 1, 2, "float32", {"pooled": (3,)}))
+    store.write("pooled", 0, np.ones((2, 1, 3), np.float32), [None, "damaged"])
+    shard = store.shard_path("pooled", 0)
+    batch = pa.ipc.open_file(Path(shard).read_bytes()).get_batch(0)
+    assert FeatureStore.open(store.folder).quarantine[0].reason == "damaged"
+    columns = [column(2) if name == "reason" else batch.column(name) for name in batch.schema.names]
+    hostile = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    with pa.ipc.new_file(shard, hostile.schema) as writer:
+        writer.write_batch(hostile)
+    with pytest.raises(StoreError, match="may run code"):
+        _ = FeatureStore.open(store.folder).quarantine
+    assert store.missing("pooled", full=True) == [0]
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("read", [TrialConfig.from_yaml, SweepSpec.from_yaml, check_cluster_file])
 def test_yaml_tags_run_nothing(read, mark, tmp_path):
     path = tmp_path / "hostile.yaml"
@@ -159,6 +230,25 @@ def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
         with pytest.raises(ImageError):
             decode(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+def test_a_row_that_names_a_device_a_pipe_or_a_vast_part_of_a_file_is_a_bad_row(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", "/dev/null", str(tmp_path / "pipe")):
+        for uri in (path, f"file://{path}", f"{path}#bytes=0+1000"):
+            with pytest.raises(ImageError, match="a device or a pipe, not a file"):
+                fetch(uri, None)
+    (tmp_path / "small").write_bytes(b"0123456789")
+    for offset, length, found in ((3, 10**15, b"3456789"), (3, 10**30, b"3456789"), (10**30, 5, b"")):
+        assert fetch(f"{tmp_path}/small#bytes={offset}+{length}", None) == found
+
+
+def test_a_vast_label_in_a_small_tar_is_not_read(tmp_path):
+    path, member = tmp_path / "train.tar", tarfile.TarInfo("a.json")
+    member.size = 10**12
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(ManifestError, match=r"a\.json has 1,000,000,000,000 bytes, too many for a label"):
+        from_shards([str(path)], "hostile")
 
 
 def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path):

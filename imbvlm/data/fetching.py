@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from urllib.parse import unquote
 
 from imbvlm import s3, storage
@@ -30,16 +31,22 @@ def read_object(uri: str) -> bytes:
 
 
 def _read_local(uri: str, part: ByteRange | None) -> bytes:
+    path = os.path.expanduser(uri.removeprefix("file://"))
     try:
-        with open(os.path.expanduser(uri.removeprefix("file://")), "rb") as stream:
+        state = os.stat(path)
+        if stat.S_ISDIR(state.st_mode):
+            raise MissingError("a folder, not a file")
+        # What a manifest names may be a device, which never ends, or a pipe, which never begins.
+        if not stat.S_ISREG(state.st_mode):
+            raise MissingError("a device or a pipe, not a file")
+        with open(path, "rb") as stream:
             if part is None:
                 return stream.read()
-            stream.seek(part.offset)
-            return stream.read(part.num_bytes)
+            stream.seek(min(part.offset, state.st_size))
+            # Python makes room for all that it is asked for.
+            return stream.read(min(part.num_bytes, state.st_size))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(uri) from None
-    except IsADirectoryError:
-        raise MissingError("a folder, not a file") from None
     except PermissionError:
         raise MissingError("permission denied") from None
     except ValueError:

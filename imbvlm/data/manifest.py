@@ -21,6 +21,7 @@ from imbvlm import s3, storage
 from imbvlm.assets import manifest_path
 from imbvlm.class_stats import ClassStats
 from imbvlm.data.table import (
+    SCHEMA,
     SPLITS,
     Rows,
     absolute_uris,
@@ -31,6 +32,7 @@ from imbvlm.data.table import (
     relative_uris,
     row_findings,
     split_codes,
+    type_problem,
 )
 from imbvlm.errors import ImbvlmError
 
@@ -260,7 +262,11 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
     def read() -> pa.Table:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream)
-            present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            present = [name for name in columns or SCHEMA.names if name in file.schema_arrow.names]
+            problems = {name: type_problem(file.schema_arrow.field(name).type) for name in present}
+            wrong = [f"the column {name!r} isn't read: {problem}" for name, problem in problems.items() if problem]
+            if wrong:
+                raise ManifestError(path, wrong)
             return _bounded(file, present, path, max(_LEAST_BOUND, _MOST_GROWTH * stream.size()))
 
     try:

@@ -29,6 +29,18 @@ SCHEMA = pa.schema(
 _ABSOLUTE = r"^(/|~|[A-Za-z][A-Za-z0-9+.-]*://)"
 
 
+def type_problem(kind: pa.DataType) -> str | None:
+    """Why values of a type aren't read from a file that somebody else may have made; None for plain types.
+
+    A file chooses its types, and one that Ray Data registers unpickles each value that is looked at.
+    """
+    if isinstance(kind, pa.ExtensionType):
+        return f"it is of the type {kind.extension_name}, and what reads that may run code; write plain Arrow types"
+    inside = [kind.field(number).type for number in range(kind.num_fields)]
+    inside += [kind.value_type] if pa.types.is_dictionary(kind) else []
+    return next(filter(None, map(type_problem, inside)), None)
+
+
 class TakenRows:
     """Where the images of some rows of a manifest's table are; they leave it only where they are read or pickled.
 

@@ -15,6 +15,8 @@ from imbvlm.data.packs import range_uri
 
 _LABEL_KEYS = ("label", "class", "cls", "class_id", "category_id", "target", "class_name")
 _SHARDS_AT_ONCE = 8
+# A sparse member is of any size in a small shard.
+_MOST_LABEL_BYTES = 1 << 20
 
 
 def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
@@ -79,6 +81,8 @@ def _add_member(
     if f".{extension.lower()}" in IMAGE_SUFFIXES:
         sample["uri"] = range_uri(path, member.offset_data, member.size)
     elif extension in ("cls", "json"):
+        if member.size > _MOST_LABEL_BYTES:
+            raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"])
         content = archive.extractfile(member)
         text = content.read().decode().strip() if content is not None else ""
         label = _label_of(text) if extension == "json" else text

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from imbvlm import storage
+from imbvlm.data.table import type_problem
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.local_copy import DEFAULT_COPIES, Copies, HeldCopy
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
@@ -506,12 +507,17 @@ def _open_shard(path: str) -> pa.RecordBatch:
     """The one record batch of a shard, memory-mapped, or read whole from an object store; raises StoreError."""
     try:
         if not storage.is_local(path):
-            return pa.ipc.open_file(pa.BufferReader(storage.read_bytes(path))).get_batch(0)
-        # The map outlives the file: a store of thousands of shards must not use up the process's file descriptors.
-        with pa.memory_map(path) as source:
-            return pa.ipc.open_file(source).get_batch(0)
+            batch = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(path))).get_batch(0)
+        else:
+            # The map outlives the file: a store of thousands of shards must not use up the process's file descriptors.
+            with pa.memory_map(path) as source:
+                batch = pa.ipc.open_file(source).get_batch(0)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"can't read the shard {path} ({error}); start again and it is computed anew") from None
+    problem = next(filter(None, map(type_problem, batch.schema.types)), None)
+    if problem is not None:
+        raise StoreError(f"the shard {path} isn't read: {problem}")
+    return batch
 
 
 def as_tensor(values: npt.NDArray[Any]) -> Tensor:

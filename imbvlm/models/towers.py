@@ -153,7 +153,8 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         model_config, preprocess = data["model_cfg"], data.get("preprocess_cfg", {})
-        model_config["vision_cfg"], model_config["text_cfg"], model_config["embed_dim"]
+        model_config["vision_cfg"], model_config["embed_dim"]
+        runs_code = "trust_remote_code" in (model_config["text_cfg"].get("tokenizer_kwargs") or {})
     except FileNotFoundError:
         raise ImbvlmError(
             f"encoder.name is {config.name!r}: {path} is not there; the folder needs {CONFIG_FILE} and its weights"
@@ -163,6 +164,11 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
             f"encoder.name is {config.name!r}: {path} is not a model's description "
             f"({type(error).__name__}: {error}); it needs model_cfg with embed_dim, vision_cfg and text_cfg"
         ) from None
+    if runs_code:
+        raise ImbvlmError(
+            f"encoder.name is {config.name!r}, and {path} sets trust_remote_code: its tokenizer would run code that "
+            "comes with it; take that out"
+        )
     if config.weights is not None:
         raise ImbvlmError(
             f"encoder.weights is {config.weights!r}, which has no effect with {config.name!r}: the folder has its own "
