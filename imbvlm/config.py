@@ -79,10 +79,27 @@ class FeaturesConfig(Section):
     num_views: int = Field(
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
+    tail_views: int | None = Field(
+        None,
+        ge=2,
+        le=64,
+        description="stored crops of a few-shot class's training image, more than num_views; null: as many as others",
+    )
     precision: Literal["float16", "float32"] = "float16"
     int8_tokens: bool = Field(
         False, description="tokens are stored as bytes with a scale per channel and shard; half of float16's size"
     )
+
+    @field_validator("tail_views")
+    @classmethod
+    def _more_than_others(cls, tail_views: int | None, info: ValidationInfo) -> int | None:
+        num_views = info.data.get("num_views", 1)
+        if tail_views is not None and tail_views <= num_views:
+            raise ValueError(
+                f"features.tail_views must be more than features.num_views, which is {num_views}, and is {tail_views}; "
+                "raise it, or set it to null"
+            )
+        return tail_views
 
 
 class DecoderConfig(Section):

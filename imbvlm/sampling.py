@@ -58,9 +58,11 @@ def epoch_plan(
     seed: int,
     epoch: int,
     num_epochs: int,
-    num_views: int = 1,
+    num_views: int | Rows = 1,
 ) -> EpochPlan:
     """The rows of one epoch, as many as there are labels (N,), every class with its exact share. Raises ImbvlmError.
+
+    Each comes in one of its views, as many as `num_views` says for all or for each (N,).
 
     A share that isn't whole is rounded by largest remainder; within a class no row comes a second time before
     every other has come once. The same (seed, epoch) gives the same plan; others give independent ones.
@@ -71,7 +73,8 @@ def epoch_plan(
     generator = np.random.default_rng([_STREAM, epoch, seed])
     quotas = _whole_quotas(expected, len(labels), generator)
     rows = generator.permutation(_draw(labels, counts, quotas, generator))
-    return EpochPlan(rows, generator.integers(0, num_views, size=len(rows), dtype=np.int64))
+    views = num_views if isinstance(num_views, int) else num_views[rows]
+    return EpochPlan(rows, generator.integers(0, views, size=len(rows), dtype=np.int64))
 
 
 def batches(plan: EpochPlan, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Rows]:

@@ -158,6 +158,7 @@ def test_files_that_are_wrong_as_a_whole(text: str, expected: list[str]) -> None
         ("train.seed", 2**32, "less than 4294967296"),
         ("train.batch_size", "256", "valid integer"),
         ("features.num_views", True, "valid integer"),
+        ("features.tail_views", 1, "greater than or equal to 2"),
         ("data.manifest", None, "valid string"),
         ("classifier.temperature", -0.1, "greater than 0"),
         ("prompts.templates", [], "at least one sentence"),
@@ -170,6 +171,11 @@ def test_files_that_are_wrong_as_a_whole(text: str, expected: list[str]) -> None
 )
 def test_one_wrong_value_is_one_mistake(key: str, value: Any, says: str) -> None:
     assert says in refused(key, value)
+
+
+def test_tail_views_are_more_than_other_classes_have() -> None:
+    says = "features.tail_views must be more than features.num_views, which is 4, and is 4; raise it"
+    assert says in refused("features.tail_views", 4, features={"num_views": 4})
 
 
 def test_knobs_that_would_have_no_effect_are_refused() -> None:

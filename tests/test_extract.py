@@ -26,7 +26,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import TakenRows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.features.extract import ensure_features, plan_bytes
+from imbvlm.features.extract import ensure_features, plan_bytes, stored_images
 from imbvlm.features.loading import load_block
 from imbvlm.features.store import FeatureStore
 from imbvlm.models.encoder import Encoder
@@ -125,6 +125,37 @@ def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path
     embedded = Manifest.read("embedded:fashion_mnist_lt")
     large = trial(tmp_path, "openai_vit_l14")
     assert plan_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Path, tower: str) -> None:
+    counts = [120, 120, 120, 120, 120, 120, 3]
+    whole = make_data(tmp_path)
+    manifest = Manifest.build(whole.table, whole.class_names, "pictures", split_counts=counts)
+    manifest.write(str(tmp_path / "data" / "manifest.parquet"))
+    config = trial(tmp_path, tower, {"tail_views": 3, "precision": "float32"}).with_overrides(
+        {"method": "linear_probe"}
+    )
+    assert plan_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {"pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4}
+    root, outputs = str(tmp_path / "features"), frozenset({"pooled"})
+    assert stored_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
+    features, said = extract(tmp_path, config, manifest, {"pooled"})
+    assert said[0] == f"features: {NUM_TRAIN + NUM_VAL + 9} images to compute"
+    assert stored_images(config, manifest, root, outputs, SPLITS) == (0, 0)
+    train = TrialData.open(config, features).train
+    assert train.views.tolist() == [3 if label == 6 else 1 for label in train.labels]
+    row, index = 13, np.array([13, 13, 13])
+    views = train.batch("pooled", index, np.arange(3))
+    torch.testing.assert_close(views[0], train.batch("pooled", index[:1])[0], atol=1e-5, rtol=1e-5)
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    pixels = decode(Path(manifest.table.column("uri")[row].as_py()).read_bytes())
+    # The second of the three rows there.
+    crop = torch.from_numpy(encoder.preprocess.apply(pixels, 2, 1))[None]
+    torch.testing.assert_close(views[2], encoder.forward_images(crop).pooled[0], atol=1e-4, rtol=1e-4)
+    plain = extract(tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"})
+    assert plain[0].folders == features.folders, "the other views are no other store"
+    assert plain[0].tail is None
+    assert plain[1] == []
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_knobs(

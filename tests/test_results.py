@@ -199,6 +199,7 @@ def test_a_table_without_trials_can_be_written(tmp_path: Path) -> None:
     ("fields", "views"),
     [
         ({"method": "decoder", "features": {"num_views": 4}}, "4"),
+        ({"method": "decoder", "features": {"tail_views": 4}}, "1, few 4"),
         ({"method": "decoder", "features": {"store": False}}, "fresh"),
         ({"method": "adapter", "features": {"num_views": 4}}, "fresh"),
     ],

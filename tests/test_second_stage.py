@@ -11,6 +11,7 @@ from tiny_data import CLASS_COUNTS, NUM_VIEWS, tiny_config, tiny_data
 
 from imbvlm.config_stages import READ_NORMS
 from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.features.examples import Tail
 from imbvlm.models.decoupled import NORM_TAUS, SECOND_STAGES, choose_tau_normalization, tau_normalized
 from imbvlm.models.methods import restore_model
 from imbvlm.training import checkpoint
@@ -170,6 +171,25 @@ def test_every_stored_view_is_trained_on(data):
     torch.testing.assert_close(features, data.train.batch("pooled", rows, views).float())
     assert labels.tolist() == data.train.labels[rows].tolist()
     assert set(second.course.plan_of(3).views.tolist()) == set(range(NUM_VIEWS))
+
+
+def test_more_views_of_few_shot_classes_are_trained_on_too(data):
+    """Classes of 12 and 5 images have a second view, which the others haven't."""
+    few = np.flatnonzero(np.isin(data.train.labels, [3, 4]))
+    places = np.full(data.train.store.num_rows, -1)
+    places[few] = few
+    train = dataclasses.replace(data.train, num_views=1, tail=Tail(data.train.store, places))
+    trial, more = config("linear_probe", name="marc"), dataclasses.replace(data, train=train)
+    run = build_trial(trial, more)
+    second = run._build_second_stage()
+    rows, views = np.array([3, few[2], few[2]]), np.array([0, 1, 0])
+    features, _, _ = second.prepare().batch(rows, views)
+    torch.testing.assert_close(features, data.train.batch("pooled", rows, views).float())
+    for plan in (second.course.plan_of(3), run._course.plan_of(0)):
+        assert set(plan.views[np.isin(plan.rows, few)]) == {0, 1}
+        assert not plan.views[~np.isin(plan.rows, few)].any()
+    results = list(build_trial(trial, more).epochs())
+    assert results[-1].metrics["train/loss"] < results[FIRST_EPOCHS].metrics["train/loss"]
 
 
 def test_it_follows_a_length_in_steps(data):

@@ -37,6 +37,11 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def views(self) -> int:
+        """How many crops there are of each."""
+        return self.num_views
+
 
 @lru_cache(maxsize=2)
 def opened_manifest(location: str) -> Manifest:

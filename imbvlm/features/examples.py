@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
@@ -40,6 +41,8 @@ class FeatureSet:
     encoder: Tree | None = None
     # Of test-time ensembling, the splits that have it: five crops of each image as views.
     five_crop: Mapping[str, str] = field(default_factory=dict)
+    # More views of the training rows of few-shot classes, in their order.
+    tail: str | None = None
     # Where each machine keeps its own copies, where trials don't read the folders in place.
     copies: Copies | None = None
 
@@ -60,6 +63,7 @@ class FeatureSet:
             data["class_embeddings"],
             data["encoder"],
             dict(data["five_crop"]),
+            data["tail"],
             None if data["copies"] is None else Copies.model_validate(data["copies"]),
         )
 
@@ -73,6 +77,10 @@ class FeatureSet:
         """The store of five crops of each image."""
         return FeatureStore.open(self.five_crop[split], self.outputs, self.copies)
 
+    def tail_store(self) -> FeatureStore | None:
+        """The store of more views of few-shot classes, where there is one."""
+        return None if self.tail is None else FeatureStore.open(self.tail, self.outputs, self.copies)
+
     def tower_tensors(self) -> dict[str, Tensor]:
         """The tower's `final_norm.weight`, `final_norm.bias` and `projection`, those that it has."""
         folder = next(iter(self.folders.values()))
@@ -80,20 +88,50 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """A store with more views of some rows of another: `places` (M,) has each of its rows' number here, or -1."""
+
+    store: FeatureStore
+    places: Rows
+
+    def put(self, gathered: Tensor, output: OutputName, rows: Rows, views: Rows) -> None:
+        """Change gathered outputs (B, ...) of rows (B,) to those of views (B,) where the row is here."""
+        here = np.flatnonzero(self.places[rows] >= 0)
+        if here.size:
+            gathered[torch.from_numpy(here)] = self.store.gather(output, self.places[rows[here]], views[here])
+
+
+@dataclass(frozen=True)
 class Examples:
-    """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows."""
+    """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows.
+
+    `num_views` of each are in that store, those of few-shot classes may have more in `tail`.
+    """
 
     store: FeatureStore
     rows: Rows
     labels: Rows
     num_views: int = 1
+    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def views(self) -> int | Rows:
+        """How many views there are of all, or of each (N,)."""
+        if self.tail is None:
+            return self.num_views
+        return np.where(self.tail.places[self.rows] >= 0, self.tail.store.num_views, self.num_views)
+
     def batch(self, output: OutputName, index: Rows, views: Rows | None = None) -> Tensor:
         """Outputs (B, ...) of examples (B,) in the store's precision; views (B,), the evaluation crop by default."""
-        return self.store.gather(output, self.rows[index], views)
+        rows = self.rows[index]
+        if self.tail is None or views is None:
+            return self.store.gather(output, rows, views)
+        gathered = self.store.gather(output, rows, np.where(self.tail.places[rows] >= 0, 0, views))
+        self.tail.put(gathered, output, rows, views)
+        return gathered
 
 
 # What a trial trains on or is evaluated on.
@@ -133,6 +171,7 @@ class TrialData:
         train_rows = table.rows_of("train")
         carved = np.isin(train_rows, table.carve(config.data.split_seed))
         stored = _examples(train_store, table, train_rows, ~carved | refit, train_store.num_views)
+        stored = replace(stored, tail=_tail(features, table, train_rows))
         if len(table.rows_of("val")):
             val = TrialData.open_split(config, features, "val")
         else:
@@ -209,6 +248,20 @@ def _examples(
         )
     rows = np.flatnonzero(keep & store.ok)
     return Examples(store, rows, table.labels[split_rows[rows]], num_views)
+
+
+def _tail(features: FeatureSet, table: LabelRows, train_rows: Rows) -> Tail | None:
+    store = features.tail_store()
+    if store is None:
+        return None
+    few_shot = ClassStats.from_counts(table.split_counts).few_shot
+    chosen = np.isin(table.labels[train_rows], few_shot)
+    if store.num_rows != np.count_nonzero(chosen):
+        raise StoreError(
+            f"the manifest has {np.count_nonzero(chosen)} rows of few-shot classes where the store {store.folder} has "
+            f"{store.num_rows}: it was changed after extraction; start again and the store is made anew"
+        )
+    return Tail(store, np.where(chosen, np.cumsum(chosen) - 1, -1))
 
 
 def _class_embeddings(features: FeatureSet) -> Tensor | None:

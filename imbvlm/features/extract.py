@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -20,7 +21,7 @@ from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
 from imbvlm.data.quarantine import limit_findings
-from imbvlm.data.table import TakenRows
+from imbvlm.data.table import Rows, TakenRows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
@@ -45,15 +46,27 @@ THREADS_PER_WORKER = 4
 _DISK_MARGIN = 1.02
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What one official split lacks, of crops that `preprocess` makes: shard number -> outputs to compute."""
+class _Part(NamedTuple):
+    """One store: an official split, or its rows of few-shot classes, in so many crops that `preprocess` makes."""
 
     split: str
+    preprocess: Preprocess
+    num_views: int
+    is_tail: bool = False
+
+    def rows(self, manifest: Manifest) -> Manifest:
+        rows = manifest.split(self.split)
+        return rows.take(few_shot_rows(rows)) if self.is_tail else rows
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a part lacks: shard number -> outputs to compute."""
+
+    part: _Part
     store: FeatureStore
     rows: Manifest
     missing: Mapping[int, tuple[OutputName, ...]]
-    preprocess: Preprocess
 
     @property
     def num_images(self) -> int:
@@ -90,8 +103,8 @@ def ensure_features(
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
     encoder = Encoder.from_config(config.encoder, config.eval)
     works = [
-        _plan_split(config, manifest, root, ordered, encoder, split, preprocess)
-        for split, preprocess in _crops(config, encoder, splits, five_crop)
+        _plan_part(config, manifest, root, ordered, encoder, part)
+        for part in _parts(config, manifest, encoder, splits, five_crop)
     ]
     _check_disk(config, root, works)
     if copies.needed_for(root):
@@ -105,16 +118,18 @@ def ensure_features(
     if any(work.missing for work in works):
         encoder.check()
         _fill(config, works, encoder, report)
-    for work in works:
+    whole = [work for work in works if not work.part.is_tail]
+    for work in whole:
         _check_quarantine(config, work, ordered, report)
     folders, crops = (
-        {work.split: work.store.folder for work in works if (work.preprocess.expand is not None) == is_five}
+        {work.part.split: work.store.folder for work in whole if (work.part.preprocess.expand is not None) == is_five}
         for is_five in (False, True)
     )
+    tail = next((work.store.folder for work in works if work.part.is_tail), None)
     location = absolute_manifest(config.data.manifest)
     tower = absolute_encoder(config.encoder).model_dump(mode="json")
     kept = copies if copies.needed_for(root) else None
-    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops, kept)
+    return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops, tail, kept)
 
 
 def plan_bytes(
@@ -122,12 +137,27 @@ def plan_bytes(
 ) -> dict[OutputName, int]:
     """Bytes on disk of each output over some official splits; needs no weights."""
     info = describe_encoder(config.encoder)
-    views = [(split, _num_views(config, split)) for split in splits]
+    views = [(len(manifest.rows_of(split)), _num_views(config, split)) for split in splits]
     if config.eval.tte == "five_crop" and "test" in splits:
-        views.append(("test", len(FIVE_CROPS)))
-    layouts = [_layout(config, info, count, len(manifest.rows_of(split)), "") for split, count in views]
+        views.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
+    if "train" in splits and config.features.tail_views is not None:
+        views.append((len(few_shot_rows(manifest)), config.features.tail_views))
+    layouts = [_layout(config, info, count, num_rows, "") for num_rows, count in views if num_rows]
     stored = [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
+
+
+def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:
+    """Crops of some official splits that training and evaluation read."""
+    crops = sum(_num_views(config, split) * len(manifest.rows_of(split)) for split in splits)
+    tail_views = config.features.tail_views
+    return crops + (len(few_shot_rows(manifest)) * tail_views if tail_views and "train" in splits else 0)
+
+
+def few_shot_rows(manifest: Manifest) -> Rows:
+    """Row numbers of the training images of few-shot classes, in manifest order."""
+    rows = manifest.rows_of("train")
+    return rows[np.isin(manifest.labels[rows], manifest.class_stats().few_shot)]
 
 
 def image_bytes(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
@@ -145,9 +175,9 @@ def stored_images(
     """
     encoder = Encoder.from_config(config.encoder, config.eval)
     num_images = num_bytes = 0
-    for split, preprocess in _crops(config, encoder, splits, ("test",) if "test" in splits else ()):
-        rows = manifest.split(split)
-        key = _store_key(config, rows, encoder, split, preprocess)
+    for part in _parts(config, manifest, encoder, splits, ("test",) if "test" in splits else ()):
+        rows = part.rows(manifest)
+        key = _store_key(config, rows, encoder, part)
         folder = storage.join(root, key.digest)
         layout = _layout(config, encoder.info, key.num_views, len(rows), key.digest)
         store = FeatureStore(folder, layout)
@@ -159,7 +189,7 @@ def stored_images(
             if output in outputs and config.features.store
         }
         shards = {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)}
-        work = _Work(split, store, rows, shards, preprocess)
+        work = _Work(part, store, rows, shards)
         num_images += work.num_images
         num_bytes += sum(work.num_bytes(output) for output in missing)
     return num_images, num_bytes
@@ -176,13 +206,19 @@ def _num_views(config: TrialConfig, split: str) -> int:
     return config.features.num_views if split == "train" else 1
 
 
-def _crops(
-    config: TrialConfig, encoder: Encoder, splits: Sequence[str], five_crop: Sequence[str]
-) -> list[tuple[str, Preprocess]]:
-    """What is computed: each split as it is evaluated or trained on, and some as five crops where that is asked for."""
-    found = [(split, encoder.preprocess) for split in splits]
+def _parts(
+    config: TrialConfig, manifest: Manifest, encoder: Encoder, splits: Sequence[str], five_crop: Sequence[str]
+) -> list[_Part]:
+    """What is computed: each split as it is evaluated or trained on, and where they are asked for more views of
+    few-shot classes, and some splits as five crops.
+    """
+    found = [_Part(split, encoder.preprocess, _num_views(config, split)) for split in splits]
+    tail_views = config.features.tail_views
+    if tail_views is not None and "train" in splits and len(few_shot_rows(manifest)):
+        found.append(_Part("train", encoder.preprocess, tail_views, is_tail=True))
     if config.eval.tte == "five_crop":
-        found += [(split, encoder.preprocess.five_crop(config.eval.expand)) for split in five_crop]
+        preprocess = encoder.preprocess.five_crop(config.eval.expand)
+        found += [_Part(split, preprocess, len(FIVE_CROPS)) for split in five_crop]
     return found
 
 
@@ -201,37 +237,36 @@ def _computed_in() -> ComputedIn:
     return "bfloat16" if (torch.cuda.device_count() if num_gpus is None else num_gpus) else "float32"
 
 
-def _plan_split(
+def _plan_part(
     config: TrialConfig,
     manifest: Manifest,
     root: str,
     outputs: Sequence[OutputName],
     encoder: Encoder,
-    split: str,
-    preprocess: Preprocess,
+    part: _Part,
 ) -> _Work:
-    rows = manifest.split(split)
+    rows = part.rows(manifest)
     if not len(rows):
         raise ImbvlmError(
-            f"the manifest {config.data.manifest} has no {split} rows; it has {', '.join(manifest.splits)}"
+            f"the manifest {config.data.manifest} has no {part.split} rows; it has {', '.join(manifest.splits)}"
         )
-    key = _store_key(config, rows, encoder, split, preprocess)
+    key = _store_key(config, rows, encoder, part)
     layout = _layout(config, encoder.info, key.num_views, len(rows), key.digest)
     store = FeatureStore.create(storage.join(root, key.digest), layout)
     missing: dict[int, tuple[OutputName, ...]] = {}
     for output in outputs:
         for shard in store.missing(output):
             missing[shard] = (*missing.get(shard, ()), output)
-    return _Work(split, store, rows, dict(sorted(missing.items())), preprocess)
+    return _Work(part, store, rows, dict(sorted(missing.items())))
 
 
-def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, split: str, preprocess: Preprocess) -> StoreKey:
-    """Of the rows of an official split."""
+def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Part) -> StoreKey:
+    """Of the rows of a part."""
     return StoreKey(
-        rows=rows.row_fingerprint(split),
+        rows=rows.row_fingerprint(part.split),
         weights=encoder.info.weights_fingerprint,
-        preprocess=preprocess.to_dict(),
-        num_views=_num_views(config, split) if preprocess.expand is None else len(FIVE_CROPS),
+        preprocess=part.preprocess.to_dict(),
+        num_views=part.num_views,
         precision=config.features.precision,
         computed_in=_computed_in(),
         token_pooling=encoder.info.token_pooling,
@@ -249,6 +284,8 @@ def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
         return
     features = config.features
     knobs = [f"features.num_views ({features.num_views})", f"features.precision ({features.precision})"]
+    if features.tail_views is not None:
+        knobs.insert(1, f"features.tail_views ({features.tail_views})")
     size = config.encoder.image_size or "the tower's own"
     knobs.append(f"encoder.image_size ({size})")
     if needed["tokens"]:
@@ -340,10 +377,10 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
             "folder": work.store.folder,
             "shard": shard,
             "outputs": outputs,
-            "split": work.split,
+            "split": work.part.split,
             "first_row": rows.start,
             "num_views": work.store.num_views,
-            "preprocess": work.preprocess.to_dict(),
+            "preprocess": work.part.preprocess.to_dict(),
             "strict": config.data.on_bad_image == "strict",
             "images": TakenRows(work.rows.table, np.arange(rows.start, rows.stop)),
         }
@@ -398,15 +435,16 @@ def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[Output
     uri = work.rows.table.column("uri")[bad[0].row].as_py()
     name = uri or f"row {bad[0].row}"
     if config.data.on_bad_image == "strict":
-        raise bad_image_error(work.split, name, bad[0].reason)
+        raise bad_image_error(work.part.split, name, bad[0].reason)
     _check_limits(config, work, {entry.row: entry.reason for entry in bad})
-    report(f"{len(bad):,} of {work.store.num_rows:,} {work.split} images are left out, such as {name}: {bad[0].reason}")
+    what = f"{len(bad):,} of {work.store.num_rows:,} {work.part.split} images"
+    report(f"{what} are left out, such as {name}: {bad[0].reason}")
 
 
 def _check_limits(config: TrialConfig, work: _Work, bad: Mapping[int, str]) -> None:
     """Stop before training where more images of a split are bad than the configuration allows; `bad`: row -> reason."""
     limits = config.data.max_bad_images, config.data.max_bad_share
-    findings = limit_findings(work.rows, work.split, bad, max_images=limits[0], max_share=limits[1])
+    findings = limit_findings(work.rows, work.part.split, bad, max_images=limits[0], max_share=limits[1])
     if findings:
         mend = "mend the files or take their rows out; `imbvlm manifest check MANIFEST --decode -o FILE` names them all"
         raise ImbvlmError("\n  ".join(["too many images can't be used:", *findings, mend]))

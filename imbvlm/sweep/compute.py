@@ -129,12 +129,14 @@ def saved_by_store(compute: Compute) -> Stored | None:
     """Training images alone are counted, those of validation would come on top; None where nothing was stored."""
     paces = compute.paces
     stored = [
-        one for one in compute.log.records.values() if one.views.isdigit() and one.config["method"] != "zero_shot"
+        one
+        for one in compute.log.records.values()
+        if one.config["method"] != "zero_shot" and not one.trial_config().reads_images
     ]
     epochs = sum(len(one.epochs) for one in stored)
     if paces is None or not epochs:
         return None
-    views = {tower_key(one.trial_config()): int(one.views) for one in stored}
+    views = {tower_key(one.trial_config()): one.trial_config().features.num_views for one in stored}
     seconds = [
         len(one.epochs) * paces.num_train * paces.seconds.get(pace_key(one.trial_config()), math.nan) for one in stored
     ]

@@ -14,7 +14,7 @@ from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.extract import image_bytes, plan_bytes, stored_images, token_knobs
+from imbvlm.features.extract import image_bytes, num_crops, plan_bytes, stored_images, token_knobs
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.storage import size_text
@@ -247,10 +247,7 @@ def _tower(
         return Tower(config, info, image_bytes(config, info, outputs), 0, None)
     each = plan_bytes(config, manifest, outputs, manifest.splits)
     total, largest = sum(each.values()), max(each.values(), default=0)
-    crops = sum(
-        len(manifest.rows_of(split)) * (config.features.num_views if split == "train" else 1)
-        for split in manifest.splits
-    )
+    crops = num_crops(config, manifest, manifest.splits)
     root = spec.feature_root
     if not config.features.store:
         return Tower(config, info, 0, 0, 0)
@@ -415,7 +412,9 @@ def _tower_line(plan: Plan, tower: Tower) -> str:
     )
     if plan.manifest is None:
         return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
-    return f"{text}; features {tower.num_bytes / 1e9:,.2f} GB ({outputs}, {tower.config.features.num_views} views)"
+    features = tower.config.features
+    more = "" if features.tail_views is None else f", {features.tail_views} of few-shot classes"
+    return f"{text}; features {tower.num_bytes / 1e9:,.2f} GB ({outputs}, {features.num_views} views{more})"
 
 
 def _disk(plan: Plan) -> str:

@@ -59,10 +59,12 @@ class TrialRecord(BaseModel):
 
     @property
     def views(self) -> str:
-        """How many stored crops an image had in training, or `fresh` where each epoch had its own."""
-        if self.trial_config().reads_images:
+        """How many stored crops an image had in training, and one of a few-shot class; `fresh`: anew in each epoch."""
+        config = self.trial_config()
+        if config.reads_images:
             return "fresh"
-        return str(self.config["features"]["num_views"])
+        tail_views = config.features.tail_views
+        return f"{config.features.num_views}{'' if tail_views is None else f', few {tail_views}'}"
 
     @property
     def chosen_tau(self) -> float | None:

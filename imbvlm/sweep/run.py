@@ -16,7 +16,7 @@ from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.examples import FeatureSet
-from imbvlm.features.extract import ensure_features, seconds_per_image, stored_images
+from imbvlm.features.extract import ensure_features, num_crops, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
@@ -414,7 +414,7 @@ class _Sweep:
         outputs, root, missing, seen = needed_outputs(self.spec, self.space), self.spec.feature_root, 0, 0
         for config in tower_configs(self.spec, self.space):
             missing += stored_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
-            seen += config.features.num_views * sum(len(self.manifest.rows_of(split)) for split in splits)
+            seen += num_crops(config, self.manifest, splits)
         return seconds * max(1.0, missing / seen) if missing else 0.0
 
     def _say_quarantined(self, features: FeatureSet) -> None:

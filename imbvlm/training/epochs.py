@@ -212,7 +212,7 @@ class TrialRun:
                 self.config.data.class_sampling,
                 train.seed,
                 num_epochs=self._first.num_epochs,
-                num_views=self.data.train.num_views,
+                num_views=self.data.train.views,
             ),
             read=partial(self.feed.train, self.data.train),
             losses_of=objective.for_epoch,

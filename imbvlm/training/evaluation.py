@@ -167,12 +167,23 @@ class Evaluator:
         return found
 
     def all_views(self, forward: Forward, examples: Examples, width: int) -> Tensor:
-        """Outputs (N, V, width) of every view of every example, on the device of every worker; all must call it."""
-        found = torch.zeros(len(examples.labels), examples.num_views, width, device=self.device)
+        """Outputs (V, width) of every view of every example, on the device of every worker; all must call it.
+
+        An example's views stand one after another, from `first_views` on.
+        """
+        views = np.broadcast_to(examples.views, len(examples))
+        found, starts = torch.zeros(int(views.sum()), width, device=self.device), first_views(examples)
         share = self.share(examples)
-        for view in range(examples.num_views):
-            rows = torch.from_numpy(share).to(self.device)
+        for view in range(int(views.max(initial=0))):
+            share = share[views[share] > view]
+            places = torch.from_numpy(starts[share] + view).to(self.device)
             for output, _ in self.outputs(forward, examples, share, view):
-                found[rows[: len(output)], view] = output
-                rows = rows[len(output) :]
+                found[places[: len(output)]] = output
+                places = places[len(output) :]
         return self.world.sum(found) if len(found) else found
+
+
+def first_views(examples: Examples) -> Index:
+    """The place (N,) of each example's first view where all views of all examples stand one after another."""
+    views = np.broadcast_to(examples.views, len(examples))
+    return np.cumsum(views) - views

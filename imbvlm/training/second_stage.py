@@ -21,7 +21,7 @@ from imbvlm.models.decoupled import SECOND_STAGES, choose_tau_normalization, sta
 from imbvlm.models.methods import FeatureClassifier
 from imbvlm.sampling import Rows, epoch_plan
 from imbvlm.training.course import Course, Span
-from imbvlm.training.evaluation import Evaluator
+from imbvlm.training.evaluation import Evaluator, first_views
 from imbvlm.training.feed import Batch
 from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import copy_from_first
@@ -32,16 +32,20 @@ CHUNK_SIZE = 4096
 
 @dataclass(frozen=True)
 class _Memory:
-    """The decoder's outputs on the device: of training rows (N, V, D) in V views, of validation (M, D)."""
+    """The decoder's outputs on the device: of all views of training rows (V, D), of validation (M, D).
+
+    `first_views` (N,) has the place of each row's first.
+    """
 
     train: Tensor
+    first_views: Rows
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
 
     def batch(self, rows: Rows, views: Rows) -> Batch:
-        index, view = (torch.from_numpy(one).to(self.train.device) for one in (rows, views))
-        return Batch(self.train[index, view], self.train_labels[index], rows)
+        places, index = (torch.from_numpy(one).to(self.train.device) for one in (self.first_views[rows] + views, rows))
+        return Batch(self.train[places], self.train_labels[index], rows)
 
 
 class SecondStageRun:
@@ -106,7 +110,8 @@ class SecondStageRun:
             self._model.eval()
             labels = [torch.from_numpy(one.labels).to(device) for one in (data.train, data.val)]
             train = self._features(data.train) if self.course is not None else torch.empty(0, device=device)
-            self._memory = _Memory(train, labels[0], self._features(data.val)[:, 0], labels[1])
+            assert isinstance(data.train, Examples), "as in _features"
+            self._memory = _Memory(train, first_views(data.train), labels[0], self._features(data.val), labels[1])
         return self._memory
 
     def _features(self, examples: Source) -> Tensor:
@@ -129,7 +134,7 @@ class SecondStageRun:
             entry.class_sampling,
             self._train.seed,
             num_epochs=span.end_epoch,
-            num_views=data.train.num_views,
+            num_views=data.train.views,
         )
         optim = SgdConfig(
             lr=config.lr, weight_decay=config.weight_decay, warmup_fraction=0.0, lr_schedule="half_cosine"
