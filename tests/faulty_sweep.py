@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +166,27 @@ class Sweep:
         return (self.path / "best.yaml").read_text()
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there; one that has ended and that nobody has waited for yet isn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def wait_gone(pid: int, seconds: float = 60) -> None:
-    """Until a process has ended; one that nobody has waited for yet counts."""
+    """Until a process has ended."""
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        if state == "Z":
-            return
+    while runs(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.1)
+
+
+def kill(pids: Iterable[int]) -> int:
+    """End those that run, without a word; how many there were."""
+    found = [pid for pid in pids if runs(pid)]
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    for pid in found:
+        wait_gone(pid)
+    return len(found)

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from apart import apart_with_ray, free_port, start_head
 
+ROOT = Path(__file__).parents[1]
 TAKEN = """
 import json, os, ray
 from imbvlm.data.cluster import connected
@@ -73,3 +75,40 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
         assert "set RAY_AUTH_MODE=token" in taken(RAY_ADDRESS=addresses[0])
         assert taken(RAY_ADDRESS="local")[0]
         assert "no cluster answers there" in taken(RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
+    """Of Slurm there are its variables, and programs that note what they are asked and do it on this machine."""
+    stubs, asked = tmp_path / "stubs", tmp_path / "asked"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (stubs / "srun").write_text(
+        f'#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "$1" >> {asked}; shift; done\nexec "$@"\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    script = tmp_path / "slurm.sh"
+    shipped = (ROOT / "cluster" / "slurm.sh").read_text()
+    assert "--dashboard-host 0.0.0.0" in shipped
+    script.write_text(shipped.replace("--dashboard-host 0.0.0.0", "--dashboard-host 127.0.0.1"))
+    brief = ["--set", "num_trials=2", "--set", "method=linear_probe", "--storage", str(tmp_path / "runs")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {
+        "IMBVLM_ENV": str(Path(sys.executable).parents[1]), "HOME": str(tmp_path), "SLURM_JOB_NODELIST": "node[1-1]",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2", "PATH": f"{stubs}:{os.environ['PATH']}",
+        # So all of Ray's ports are on loopback.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }  # fmt: skip
+    with apart_with_ray(tmp_path) as there:
+        done = subprocess.run(
+            there.command("bash", str(script), "sweeps/quickstart.py", "--smoke", *brief, folder=ROOT),
+            env=environment, capture_output=True, text=True, check=False, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not [line for line in there.processes() if "raylet" in line or "gcs_server" in line]
+    assert "Ray: 2 CPUs, 0 GPUs (a cluster that was running already)" in done.stdout
+    assert "winner " in done.stdout
+    assert asked.read_text().split() == ["--nodes=1", "--ntasks=1", "--cpus-per-task=2"]
+    assert len((tmp_path / ".ray" / "auth_token").read_text()) > 20

@@ -1,4 +1,4 @@
-"""Sweeps on several nodes: one is killed, one is taken away, one doesn't share the folder."""
+"""Sweeps on several nodes: one is killed or taken away, one has a disk of its own, some come as they are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from faulty_sweep import NUM_TRIALS, Sweep, write_manifest
+import yaml
+from apart import apart_with_ray, free_port, start_head
+from faulty_sweep import NUM_TRIALS, Sweep, runs, write_manifest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -50,36 +53,65 @@ def order(fault_orders: Path, **orders) -> None:
 @pytest.fixture(autouse=True)
 def no_orders(fault_orders):
     yield
-    fault_orders.unlink(missing_ok=True)
+    for path in (fault_orders, *fault_orders.parent.glob("trial-*")):
+        path.unlink(missing_ok=True)
 
 
-def test_a_killed_node_costs_no_trial(manifest, tmp_path, fault_orders):
-    with cluster_of(3) as (cluster, workers, environment):
-        quiet = Sweep(tmp_path / "quiet", manifest, max_concurrent_trials=2)
-        quiet.run(environment=environment)
-        sweep = Sweep(tmp_path / "killed", manifest, max_concurrent_trials=2)
-        (tmp_path / "killed" / "runs").mkdir()
-        (tmp_path / "killed" / "runs" / "features").symlink_to(quiet.folder / "runs" / "features")
-        order(fault_orders, loss_seconds=0.15)
-        sweep.start(environment=environment)
-        sweep.wait_for(lambda: sweep.num_ended() >= 2)
-        cluster.remove_node(workers[0], allow_graceful=False)
-        printed = sweep.end()
+@pytest.fixture(scope="module")
+def quiet(manifest, tmp_path_factory) -> Sweep:
+    """The undisturbed run, on this machine alone."""
+    sweep = Sweep(tmp_path_factory.mktemp("quiet"), manifest)
+    sweep.run(environment={"RAY_ADDRESS": "local"})
+    assert len(sweep.outcome()) == NUM_TRIALS
+    return sweep
+
+
+def make_sweep(folder: Path, manifest: Path, quiet: Sweep, **fields) -> Sweep:
+    """Another sweep of the same six configurations on two nodes of one CPU, its features there already."""
+    (folder / "runs").mkdir()
+    (folder / "runs" / "features").symlink_to(quiet.folder / "runs" / "features")
+    return Sweep(folder, manifest, max_concurrent_trials=2, **fields)
+
+
+def wait_for_trials_on_both(sweep: Sweep, fault_orders: Path) -> None:
+    """Until some trials have ended, and a process on either node computes the losses of one."""
+    pids = lambda: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob("trial-*")]  # noqa: E731
+    sweep.wait_for(lambda: sweep.num_ended() >= 2)
+    sweep.wait_for(lambda: len(running(sweep)) == 2 and sum(map(runs, pids())) == 2)
+
+
+def running(sweep: Sweep) -> list[str]:
+    return [key for key, record in sweep.records().items() if record["state"] == "running"]
+
+
+def assert_same_end(sweep: Sweep, quiet: Sweep, printed: str) -> None:
     assert "failed" not in printed
     assert sweep.outcome() == quiet.outcome()
     assert len(sweep.records()) == NUM_TRIALS
     assert sweep.best() == quiet.best()
 
 
-def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_path, fault_orders):
+def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders):
+    with cluster_of(3) as (cluster, workers, environment):
+        sweep = make_sweep(tmp_path, manifest, quiet)
+        order(fault_orders, loss_seconds=0.15)
+        sweep.start(environment=environment)
+        wait_for_trials_on_both(sweep, fault_orders)
+        cluster.remove_node(workers[0], allow_graceful=False)
+        printed = sweep.end()
+    assert_same_end(sweep, quiet, printed)
+
+
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_path, quiet, fault_orders, driver):
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     with cluster_of(3) as (cluster, workers, environment):
-        sweep = Sweep(tmp_path, manifest, max_concurrent_trials=2, max_failures=0)
+        sweep = make_sweep(tmp_path, manifest, quiet, max_failures=0, driver=driver, cpus_per_worker=0.9)
         order(fault_orders, loss_seconds=0.15)
         sweep.start(environment=environment)
-        sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        wait_for_trials_on_both(sweep, fault_orders)
         deadline = int((time.time() + 1) * 1000)
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why = GcsClient(cluster.address).drain_node(workers[0].node_id, reason, "spot", deadline)
@@ -88,8 +120,57 @@ def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_
         if workers[0] in cluster.worker_nodes:
             cluster.remove_node(workers[0], allow_graceful=False)
         printed = sweep.end()
-    assert "failed" not in printed
-    assert len(sweep.outcome()) == NUM_TRIALS
+    assert_same_end(sweep, quiet, printed)
+
+
+def autoscaled_by_ray(port: int) -> dict:
+    """What `ray up` would leave on a head whose autoscaler may start two workers of a CPU, here as processes."""
+    lists = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+             "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude",
+             "rsync_filter"]  # fmt: skip
+    return {
+        "cluster_name": "autoscaled",
+        "max_workers": 2,
+        "upscaling_speed": 100.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
+        "available_node_types": {
+            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        **{key: [] for key in lists},
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+    }  # fmt: skip
+
+
+def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_could_is_refused(manifest, tmp_path, quiet):
+    home, port = tmp_path / "home", free_port()
+    home.mkdir()
+    file = home / "ray_bootstrap_config.yaml"
+    file.write_text(yaml.safe_dump(autoscaled_by_ray(port)))
+    settings = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}  # fmt: skip
+    there_is = {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
+    with apart_with_ray(tmp_path) as there:
+        start_head(there, tmp_path, port, "--num-cpus=0", f"--autoscaling-config={file}", HOME=str(home), **settings)
+        large = Sweep(tmp_path / "large", manifest, there=there, cpus_per_worker=2, max_concurrent_trials=None)
+        printed = large.run(code=1, environment=there_is)
+        assert "a worker needs 2 CPUs and 0 GPUs on one machine, and the largest has 1 CPUs" in printed
+        large.change(cpus_per_worker=1, max_concurrent_trials=3)
+        printed = large.run(code=1, environment=there_is)
+        assert "max_concurrent_trials is 3 and the cluster holds 2 trials" in printed
+        sweep = Sweep(tmp_path / "fits", manifest, there=there, max_concurrent_trials=None)
+        printed = sweep.run(environment=there_is)
+        nodes = [line for line in there.processes() if "raylet/raylet" in line]
+        assert_same_end(sweep, quiet, printed)
+    assert "Ray: 0 CPUs, 0 GPUs (a cluster that was running already), growing to 2 CPUs and 0 GPUs" in printed
+    assert "2 trials at a time" in printed
+    assert len(nodes) == 3
 
 
 def test_a_folder_that_the_nodes_do_not_share_is_refused_at_the_start(manifest, tmp_path):
