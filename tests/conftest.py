@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     """Every run draws the same: two logits closer than float32 can tell failed a test once in 27 runs."""
+    # Behind the setting of its threads.
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -7,9 +7,11 @@ import torch
 from tiny_data import tiny_config, tiny_data
 
 from imbvlm.config import TrialConfig
+from imbvlm.config_stages import READ_NORMS
 from imbvlm.losses import LOSSES, build_loss, losses_together
 from imbvlm.models.decoupled import SECOND_STAGES
 from imbvlm.training.epochs import build_trial
+from imbvlm.training.evaluation import Evaluator
 from imbvlm.training.pack import Pack, pack_key
 
 KNOBS = {
@@ -106,10 +108,24 @@ def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
     )
 
 
-def test_second_stages_follow_on_from_a_pack_each_by_itself(tmp_path):
-    data = tiny_data(tmp_path)
-    configs = [probe(optim__lr=0.02 * 2**place, classifier__kind="linear", second_stage__name=name)
-               for place, name in enumerate(SECOND_STAGES)] + [probe(optim__lr=0.05)]  # fmt: skip
+def second_stages() -> list[TrialConfig]:
+    """Each with several rates and knobs, on both classifiers where it may be; one of another length, one without."""
+    found = []
+    for name in SECOND_STAGES:
+        for place in range(2 if name in READ_NORMS else 4):
+            keys = {"second_stage.name": name, "optim.lr": 0.02 * 2**place}
+            keys |= {"classifier.temperature": 0.02 * place} if place > 1 else {"classifier.kind": "linear"}
+            if name != "tau_normalization":
+                keys |= {"second_stage.num_epochs": 2, "second_stage.lr": 0.02 + place / 50}
+            if name in ("disalign", "marc"):
+                keys["second_stage.exponent"] = 0.5 + place
+            found.append(keys)
+    found += [{**found[0], "second_stage.num_epochs": 1}, {"optim.lr": 0.05}]
+    return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in found]
+
+
+def test_second_stages_train_together_as_each_does_alone(tmp_path):
+    data, configs = tiny_data(tmp_path), second_stages()
     assert len({pack_key(config) for config in configs}) == 1
     pack, runs = Pack(), [build_trial(config, data) for config in configs]
     for run in runs:
@@ -117,13 +133,55 @@ def test_second_stages_follow_on_from_a_pack_each_by_itself(tmp_path):
     generators = [run.epochs() for run in runs]
     together = [[] for _ in runs]
     for turn in itertools.zip_longest(*generators):
-        for results, result in zip(together, turn, strict=True):
+        for run, results, result in zip(runs, together, turn, strict=True):
             results += [] if result is None else [result.metrics]
+            if result is not None and result.epoch == run.num_epochs:
+                run.leave_pack()
+    assert not pack.seats
     for config, run, results in zip(configs, runs, together, strict=True):
         expected, expected_weights = alone(config, data)
-        assert len(results) == len(expected) > 3
+        assert len(results) == len(expected) == run.num_epochs
         torch.testing.assert_close(weights(run), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.second_stage))
-        assert [one["val/loss"] for one in results] == pytest.approx([one["val/loss"] for one in expected], rel=2e-5)
+        for name in ("val/loss", "train/loss", "train/lr", "second_stage/tau"):
+            got, wanted = ([one[name] for one in epochs if name in one] for epochs in (results, expected))
+            assert got == pytest.approx(wanted, rel=2e-5), (config.second_stage, name)
+
+
+def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(tmp_path, monkeypatch):
+    """A copy for each of 32 members would take 40 GB on iNaturalist 2018."""
+    computed = []
+    outputs = Evaluator.all_views
+    monkeypatch.setattr(Evaluator, "all_views", lambda self, *rest: computed.append(1) or outputs(self, *rest))
+    data, pack = tiny_data(tmp_path), Pack()
+    runs = [build_trial(config, data) for config in second_stages()]
+    for run in runs:
+        run.join(pack)
+    for turn in zip(*[run.epochs() for run in runs[:-1]], strict=False):
+        assert len(computed) == (0 if turn[0].epoch <= 2 else 2), "training rows and validation, once each"
+
+
+def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_path):
+    data = tiny_data(tmp_path)
+    configs = [probe(optim__lr=0.05, second_stage__name="classifier_retraining", second_stage__lr=rate)
+               for rate in (0.02, 1e38, 0.1)]  # fmt: skip
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    steady, broken, short = (run.epochs() for run in runs)
+    results = []
+    for _ in range(4):
+        results += [next(steady)]
+        next(broken), next(short)
+    results += [next(steady)]
+    assert "wasn't finite in epoch 5" in next(broken).failure
+    next(short)
+    for run in runs[1:]:
+        run.leave_pack()
+    results += list(steady)
+    expected, _ = alone(configs[0], data)
+    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
+        [one["val/loss"] for one in expected], rel=2e-5
+    )
 
 
 def test_what_shares_no_stream_of_features_is_not_packed():

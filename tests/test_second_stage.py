@@ -167,7 +167,7 @@ def test_every_stored_view_is_trained_on(data):
     run = build_trial(config("linear_probe", name="learnable_weight_scaling"), data)
     second = run._build_second_stage()
     rows, views = np.array([3, 150, 3]), np.array([1, 0, 0])
-    features, labels, _ = second.prepare().batch(rows, views)
+    features, labels, _ = second.features.batch(rows, views)
     torch.testing.assert_close(features, data.train.batch("pooled", rows, views).float())
     assert labels.tolist() == data.train.labels[rows].tolist()
     assert set(second.course.plan_of(3).views.tolist()) == set(range(NUM_VIEWS))

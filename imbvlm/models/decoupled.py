@@ -25,22 +25,23 @@ NORM_TAUS = tuple(round(0.05 * step, 10) for step in range(21))
 _CONFIDENCE_SCALE = 0.1
 
 
-class _OnFrozenLogits(nn.Module):
+class OnFrozenLogits(nn.Module):
     """What changes the logits of a first stage's classifier, of which it has a frozen copy."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.first_stage = copy.deepcopy(classifier).requires_grad_(False)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.adjust(self.first_stage(features), features)
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """New logits (B, C); `logits` are the first stage's where they are known."""
+        return self.adjust(self.first_stage(features) if logits is None else logits, features)
 
     def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
         """New logits (B, C) from the first stage's, stored or just computed, and its features (B, D)."""
         raise NotImplementedError
 
 
-class LearnableWeightScaling(_OnFrozenLogits):
+class LearnableWeightScaling(OnFrozenLogits):
     """s_c z_c, s (C,) learned, from 1 [Kang et al. 2020, "LWS"]."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -51,7 +52,7 @@ class LearnableWeightScaling(_OnFrozenLogits):
         return self.scale * logits
 
 
-class DisAlign(_OnFrozenLogits):
+class DisAlign(OnFrozenLogits):
     """(1 + sigma(x) s) z + sigma(x) b, sigma(x) = sigmoid(v . x + c) [Zhang et al. 2021, "DisAlign"].
 
     s (C,) starts from 1, b (C,) from 0, and v as torch's own times 0.1, so that sigma is near 1/2 for every image.
@@ -72,7 +73,7 @@ class DisAlign(_OnFrozenLogits):
         return (1 + confidence * self.scale) * logits + confidence * self.bias
 
 
-class Marc(_OnFrozenLogits):
+class Marc(OnFrozenLogits):
     """a z + b ||w||, a (C,) from 1, b (C,) from 0, w the first stage's weights [Wang et al. 2022, "MARC"]."""
 
     def __init__(self, classifier: Classifier) -> None:

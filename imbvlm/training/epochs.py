@@ -33,8 +33,8 @@ from imbvlm.training.evaluation import Evaluator, Examination
 from imbvlm.training.feed import Feed, ImageFeed, Index, RememberedFeed, StoredFeed
 from imbvlm.training.mixing import Mixer, VariationTransfer
 from imbvlm.training.objective import Objective
-from imbvlm.training.pack import Pack
-from imbvlm.training.second_stage import SecondStageRun, check_can_choose
+from imbvlm.training.pack import Pack, Seat
+from imbvlm.training.second_stage import SecondStageRun, StageFeatures, check_can_choose
 from imbvlm.training.val_logits import EpochLogits
 from imbvlm.training.world import SINGLE, World, copy_from_first
 
@@ -108,7 +108,9 @@ class TrialRun:
         self._evaluator = Evaluator(data, self.feed, device, world, self._computing)
         self._course = self._first_course() if self.entry.trains else None
         self._second: SecondStageRun | None = None
-        self._pack: Pack | None = None
+        # What a second stage has decided at its start, for its first epoch's metrics.
+        self._decided: dict[str, float] = {}
+        self._seat: Seat | None = None
 
     @property
     def num_epochs(self) -> int:
@@ -118,15 +120,16 @@ class TrialRun:
     def join(self, pack: Pack) -> None:
         """Train with the others of a pack from now on; a run that goes on from a checkpoint trains alone."""
         if self._course is not None and self.step == 0:
-            self._pack = pack
-            feed = pack.join(self._course, RememberedFeed(self.data.info, self.entry.reads, self.device))
-            self._evaluator = replace(self._evaluator, feed=feed)
+            feed = RememberedFeed(self.data.info, self.entry.reads, self.device)
+            second = None if self.config.second_stage is None else self._begin_second_stage
+            self._seat = pack.join(self._course, feed, second)
+            self._evaluator = replace(self._evaluator, feed=self._seat.feed)
 
     def leave_pack(self) -> None:
         """The pack goes on without this run."""
-        if self._pack is not None and self._course is not None:
-            self._pack.leave(self._course)
-            self._pack = None
+        if self._seat is not None:
+            self._seat.leave()
+            self._seat = None
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -148,18 +151,21 @@ class TrialRun:
 
     def _run_epoch(self, after_step: Callable[[], None]) -> EpochResult:
         metrics: dict[str, float] = {}
-        if self.epoch == self._first.end_epoch:
-            self.leave_pack()
-            self._second = self._build_second_stage()
-            metrics |= self._second.start()
+        if self.epoch == self._first.end_epoch and self._second is None:
+            if self._seat is None:
+                self._begin_second_stage(None)
+            else:
+                self._seat.pack.begin_second_stages()
+        metrics |= self._decided
+        self._decided = {}
         if self._second is not None:
             self._second.prepare()
         course = self._course
         if course is not None:
-            if self._pack is None:
+            if self._seat is None:
                 trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
             else:
-                trained = self._pack.train_epoch(course, self.epoch, self.step)
+                trained = self._seat.train_epoch(self.epoch, self.step)
             self.step = trained.step
             if self.epoch == 0:
                 self.first_losses = trained.losses[:NUM_FIRST_LOSSES]
@@ -254,14 +260,20 @@ class TrialRun:
         assert isinstance(train, Examples), "TrialConfig lets only trials on stored features have feature augmentation"
         return VariationTransfer(section.transfer, train, self.data.class_stats, self._seed)
 
-    def _build_second_stage(self) -> SecondStageRun:
+    def _begin_second_stage(self, features: StageFeatures | None) -> SecondStageRun:
+        """The first stage has ended: put the second's classifier in place, and let it decide what it does at once."""
+        self._second = self._build_second_stage(features)
+        self._decided = self._second.start()
+        return self._second
+
+    def _build_second_stage(self, features: StageFeatures | None = None) -> SecondStageRun:
         """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
         config, model = self.config.second_stage, self.model
         assert config is not None, "without a second stage there is no epoch behind the first's"
         assert isinstance(model, FeatureClassifier), "METHOD_SECTIONS lets only such methods have a second stage"
         seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
         with _seeded(seed):
-            second = SecondStageRun(config, needed(self.config.train), model, self._last, self._evaluator)
+            second = SecondStageRun(config, needed(self.config.train), model, self._last, self._evaluator, features)
         self._forward, self._course = model, second.course
         return second
 

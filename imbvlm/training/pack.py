@@ -10,21 +10,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from imbvlm.config import TrialConfig
 from imbvlm.losses import BuiltLoss, losses_together
 from imbvlm.models.classifier import CosineClassifier, LinearClassifier, unit
+from imbvlm.models.decoupled import OnFrozenLogits
 from imbvlm.models.methods import FeatureClassifier
 from imbvlm.sampling import batches
 from imbvlm.training.course import Course, TrainedEpoch
 from imbvlm.training.feed import RememberedFeed, to_device
+from imbvlm.training.second_stage import SecondStageRun, StageFeatures
+
+Logits = Callable[[Tensor], Tensor]
+BeginSecondStage = Callable[[StageFeatures | None], SecondStageRun]
 
 # What may differ between members of a pack, below its section.
 _OWN = {
@@ -44,7 +50,7 @@ def pack_key(config: TrialConfig) -> str | None:
     if tree["train"]["compile"]:
         return None
     del tree["loss"]
-    # Each trains its own second stage by itself, from where the pack's epochs end.
+    # Second stages begin together too, those of one name and length as a group of their own.
     tree.pop("second_stage", None)
     for section, keys in _OWN.items():
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
@@ -65,27 +71,54 @@ class Pack:
     """Members that train in lockstep: the first that wants an epoch trains it for all that haven't left."""
 
     def __init__(self) -> None:
-        self._courses: list[Course] = []
-        self._trained: dict[int, TrainedEpoch] = {}
-        self._feed: RememberedFeed | None = None
+        self.seats: list[Seat] = []
 
-    def join(self, course: Course, feed: RememberedFeed) -> RememberedFeed:
-        """A course that hasn't begun, of a trial with the others' `pack_key`; gives what all of them evaluate by."""
-        self._courses.append(course)
-        if self._feed is None:
-            self._feed = feed
-        return self._feed
+    def join(self, course: Course, feed: RememberedFeed, begin_second_stage: BeginSecondStage | None) -> Seat:
+        """A place for a course that hasn't begun, of a trial with the others' `pack_key`.
 
-    def leave(self, course: Course) -> None:
+        `begin_second_stage` puts a trial's second stage in place, once its first has ended.
+        """
+        seat = Seat(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage)
+        self.seats.append(seat)
+        return seat
+
+    def begin_second_stages(self) -> None:
+        """The first stages have ended, all with the same epoch."""
+        features: StageFeatures | None = None
+        for seat in self.seats:
+            if seat.begin_second_stage is not None:
+                second = seat.begin_second_stage(features)
+                features = second.features
+                seat.course, seat.group = second.course, second.pack_key
+
+
+@dataclass(eq=False)
+class Seat:
+    """A member's place: what trains it now, None where nothing does, and the group that it trains with.
+
+    `feed` is what all members evaluate by.
+    """
+
+    pack: Pack
+    course: Course | None
+    feed: RememberedFeed
+    begin_second_stage: BeginSecondStage | None
+    group: str = ""
+    _trained: TrainedEpoch | None = None
+
+    def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
+        """What its course's own `train_epoch(epoch, step)` gives, to rounding."""
+        if self._trained is None:
+            group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
+            for seat, trained in zip(group, train_together(list(group.values()), epoch, step), strict=True):
+                seat._trained = trained
+        found, self._trained = self._trained, None
+        assert found is not None, "it is one of its group"
+        return found
+
+    def leave(self) -> None:
         """No more epochs of this one."""
-        self._courses = [one for one in self._courses if one is not course]
-
-    def train_epoch(self, course: Course, epoch: int, step: int) -> TrainedEpoch:
-        """What `course.train_epoch(epoch, step)` gives, to rounding."""
-        if id(course) not in self._trained:
-            trained = train_together(self._courses, epoch, step)
-            self._trained = {id(one): result for one, result in zip(self._courses, trained, strict=True)}
-        return self._trained.pop(id(course))
+        self.pack.seats.remove(self)
 
 
 def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[TrainedEpoch]:
@@ -96,7 +129,7 @@ def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
     started, first = time.perf_counter(), courses[0]
     plan, size = first.plan_of(epoch), first.train.batch_size
     shares = batches(plan, size)[: first.span.end_step - step]
-    stacks = [stack for kind in (LinearClassifier, CosineClassifier) if (stack := _Stack.of(courses, kind))]
+    stacks = _stacks(courses)
     order = [course for stack in stacks for course in stack.courses]
     losses_at = [course.losses_of(epoch) for course in order]
     optimizer = _joint_optimizer(courses)
@@ -132,46 +165,22 @@ def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
 
 @dataclass(frozen=True)
 class _Stack:
-    """Classifiers of one kind; their parameters are views of `weight` (M, C, D) and `bias` (M, C)."""
+    """Models of one kind; the members' parameters are views of `params`, each (M, ...).
+
+    `logits` gives (B, M, C) of features (B, D).
+    """
 
     courses: list[Course]
-    weight: Tensor
-    bias: Tensor | None
-    temperature: Tensor | None
-
-    @staticmethod
-    def of(courses: Sequence[Course], kind: type[nn.Module]) -> _Stack | None:
-        """The members of a kind; None where there are none."""
-        members = [course for course in courses if isinstance(_classifier(course), kind)]
-        if not members:
-            return None
-        classifiers = [_classifier(course) for course in members]
-        linear = [one for one in classifiers if isinstance(one, LinearClassifier)]
-        cosine = [one for one in classifiers if isinstance(one, CosineClassifier)]
-        weight = _stacked([*(one.weight for one in linear), *(one.weight for one in cosine)])
-        bias = _stacked([one.bias for one in linear]) if linear else None
-        temperature = torch.tensor([[one.temperature] for one in cosine], device=weight.device) if cosine else None
-        return _Stack(members, weight, bias, temperature)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, M, C) of features (B, D)."""
-        number, num_classes, width = self.weight.shape
-        if self.temperature is not None:
-            flat = F.linear(unit(features), unit(self.weight).view(-1, width))
-            return flat.view(-1, number, num_classes) / self.temperature
-        assert self.bias is not None, "a classifier is linear or cosine"
-        return F.linear(features, self.weight.view(-1, width), self.bias.view(-1)).view(-1, number, num_classes)
-
-    def parameters(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    params: list[Tensor]
+    logits: Logits
 
     def clear_gradients(self) -> None:
-        for param in self.parameters():
+        for param in self.params:
             param.grad = None
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Gradient norms (M,) before each member's are scaled to at most max_norm; members get theirs."""
-        gradients = [param.grad for param in self.parameters() if param.grad is not None]
+        gradients = [param.grad for param in self.params if param.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(one.flatten(1), dim=1) for one in gradients])
         norms = torch.linalg.vector_norm(norms, dim=0)
         if max_norm is not None:
@@ -184,11 +193,59 @@ class _Stack:
         return norms
 
 
-def _classifier(course: Course) -> LinearClassifier | CosineClassifier:
-    model = course.model
-    assert isinstance(model, FeatureClassifier), "pack_key lets only classifiers on stored features in"
-    assert isinstance(model.classifier, (LinearClassifier, CosineClassifier)), "they end in one of these"
-    return model.classifier
+def _stacks(courses: Sequence[Course]) -> list[_Stack]:
+    """Members by what they compute: linear or cosine, or what a second stage learns on the logits of one of these."""
+    kinds: dict[tuple[type[nn.Module], ...], list[Course]] = {}
+    for course in courses:
+        model = _trained(course)
+        kind = (type(model), type(model.first_stage)) if isinstance(model, OnFrozenLogits) else (type(model),)
+        kinds.setdefault(kind, []).append(course)
+    return [_stack(members) for members in kinds.values()]
+
+
+def _stack(courses: list[Course]) -> _Stack:
+    params = [_stacked(each) for each in zip(*(course.params.values() for course in courses), strict=True)]
+    models = [_trained(course) for course in courses]
+    on_frozen = [one for one in models if isinstance(one, OnFrozenLogits)]
+    if on_frozen:
+        return _Stack(courses, params, _adjusted(on_frozen, dict(zip(courses[0].params, params, strict=True))))
+    return _Stack(courses, params, _classified(models, *params))
+
+
+def _trained(course: Course) -> nn.Module:
+    """What trains of a course's model: `pack_key` lets only classifiers on stored features in."""
+    return course.model.classifier if isinstance(course.model, FeatureClassifier) else course.model
+
+
+def _classified(classifiers: Sequence[nn.Module], weight: Tensor, bias: Tensor | None = None) -> Logits:
+    """Logits of classifiers of one kind with stacked weight (M, C, D), and of linear ones bias (M, C)."""
+    number, num_classes, width = weight.shape
+    if bias is not None:
+        return lambda features: F.linear(features, weight.view(-1, width), bias.view(-1)).view(-1, number, num_classes)
+    temperatures = [[one.temperature] for one in classifiers if isinstance(one, CosineClassifier)]
+    temperature = torch.tensor(temperatures, device=weight.device)
+
+    def cosine(features: Tensor) -> Tensor:
+        flat = F.linear(unit(features), unit(weight).view(-1, width))
+        return flat.view(-1, number, num_classes) / temperature
+
+    return cosine
+
+
+def _adjusted(models: Sequence[OnFrozenLogits], params: Mapping[str, Tensor]) -> Logits:
+    """Logits of second stages of one kind with stacked parameters: first stages as one product, then each its own."""
+    first = [one.first_stage for one in models]
+    weights = torch.stack([one.weight.detach() for one in first])
+    biases = [one.bias.detach() for one in first if isinstance(one, LinearClassifier)]
+    first_logits = _classified(first, weights, *([torch.stack(biases)] if biases else []))
+    names = dict(models[0].named_buffers())
+    buffers = {name: torch.stack([one.get_buffer(name) for one in models]) for name in names}
+
+    def one(state: dict[str, Tensor], logits: Tensor, features: Tensor) -> Tensor:
+        return functional_call(models[0], state, (features, logits))
+
+    each = vmap(one, in_dims=(0, 1, None), out_dims=1)
+    return lambda features: each({**params, **buffers}, first_logits(features), features)
 
 
 def _stacked(params: Sequence[Tensor]) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -30,29 +29,56 @@ from imbvlm.training.world import copy_from_first
 CHUNK_SIZE = 4096
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """The decoder's outputs on the device: of all views of training rows (V, D), of validation (M, D).
+class StageFeatures:
+    """A frozen decoder's outputs in memory on the device; each part is computed when it is first asked for.
 
-    `first_views` (N,) has the place of each row's first.
+    Every worker must ask. Trials of a pack, which have the same decoder, share them.
     """
 
-    train: Tensor
-    first_views: Rows
-    train_labels: Tensor
-    val: Tensor
-    val_labels: Tensor
+    def __init__(self, model: FeatureClassifier, evaluator: Evaluator) -> None:
+        self._model, self._evaluator = model, evaluator
+        self._width = _known(model.classifier).weight.shape[1]
+
+    @cached_property
+    def train(self) -> Tensor:
+        """(V, D) of all views of training rows, a row's one after another."""
+        return self._outputs(self._evaluator.data.train)
+
+    @cached_property
+    def val(self) -> Tensor:
+        """(M, D) of validation."""
+        return self._outputs(self._evaluator.data.val)
+
+    @cached_property
+    def train_labels(self) -> Tensor:
+        """(N,)."""
+        return torch.from_numpy(self._evaluator.data.train.labels).to(self._evaluator.device)
+
+    @cached_property
+    def val_labels(self) -> Tensor:
+        """(M,)."""
+        return torch.from_numpy(self._evaluator.data.val.labels).to(self._evaluator.device)
+
+    @cached_property
+    def _starts(self) -> Rows:
+        return first_views(_stored(self._evaluator.data.train))
 
     def batch(self, rows: Rows, views: Rows) -> Batch:
-        places, index = (torch.from_numpy(one).to(self.train.device) for one in (self.first_views[rows] + views, rows))
+        """Training rows in one view of each."""
+        places, index = (torch.from_numpy(one).to(self.train.device) for one in (self._starts[rows] + views, rows))
         return Batch(self.train[places], self.train_labels[index], rows)
+
+    def _outputs(self, examples: Source) -> Tensor:
+        self._model.eval()
+        return self._evaluator.all_views(self._model.decoder, _stored(examples), self._width)
 
 
 class SecondStageRun:
     """A second stage on a trial's model, whose decoder is frozen and whose classifier it replaces.
 
     Building it needs no trained first stage (a resumed trial loads its tensors afterwards); `start` does. Random
-    numbers are drawn from torch's global generator. `course` is None where nothing trains.
+    numbers are drawn from torch's global generator. `course` is None where nothing trains; `features` are what it
+    reads, those of another trial of its pack where it is given them.
     """
 
     def __init__(
@@ -62,11 +88,12 @@ class SecondStageRun:
         model: FeatureClassifier,
         span: Span,
         evaluator: Evaluator,
+        features: StageFeatures | None = None,
     ) -> None:
         self._config, self._train, self._model = config, train, model
         self._span, self._evaluator = span, evaluator
         self._first = model.classifier
-        self._memory: _Memory | None = None
+        self.features = StageFeatures(model, evaluator) if features is None else features
         model.decoder.requires_grad_(False)
         model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
         copy_from_first(model.classifier.state_dict(), evaluator.world)
@@ -79,8 +106,7 @@ class SecondStageRun:
             return {}
         tau = config.tau
         if tau is None:
-            memory = self.prepare()
-            tau = choose_tau_normalization(first, memory.val, memory.val_labels).value
+            tau = choose_tau_normalization(first, self.features.val, self.features.val_labels).value
         self._model.classifier = tau_normalized(first, tau)
         return {"second_stage/tau": tau}
 
@@ -89,34 +115,30 @@ class SecondStageRun:
 
         `keep` is given this worker's share of the logits.
         """
-        memory, counters = self.prepare(), ClassCounters(len(self._evaluator.data.class_names))
+        features, counters = self.features, ClassCounters(len(self._evaluator.data.class_names))
         world = self._evaluator.world
         self._model.eval()
         with torch.inference_mode():
-            for start in range(0, len(memory.val), CHUNK_SIZE):
+            for start in range(0, len(features.val), CHUNK_SIZE):
                 part = slice(start, start + CHUNK_SIZE)
-                logits = self._model.classifier(memory.val[part])
-                counters.update(logits, memory.val_labels[part])
+                logits = self._model.classifier(features.val[part])
+                counters.update(logits, features.val_labels[part])
                 if keep is not None:
                     rows = np.arange(start, start + len(logits))
                     mine = rows % world.world_size == world.rank
                     keep.add(rows[mine], logits[torch.from_numpy(mine)])
         return counters
 
-    def prepare(self) -> _Memory:
-        """The decoder's outputs, computed by the first call; every worker must call it, and before it trains."""
-        if self._memory is None:
-            data, device = self._evaluator.data, self._evaluator.device
-            self._model.eval()
-            labels = [torch.from_numpy(one.labels).to(device) for one in (data.train, data.val)]
-            train = self._features(data.train) if self.course is not None else torch.empty(0, device=device)
-            assert isinstance(data.train, Examples), "as in _features"
-            self._memory = _Memory(train, first_views(data.train), labels[0], self._features(data.val), labels[1])
-        return self._memory
+    def prepare(self) -> None:
+        """Compute what it reads; every worker must call it, and before it trains."""
+        if self.course is not None:
+            _ = self.features.train
+        _ = self.features.val
 
-    def _features(self, examples: Source) -> Tensor:
-        assert isinstance(examples, Examples), "TrialConfig lets only trials on stored features have a second stage"
-        return self._evaluator.all_views(self._model.decoder, examples, _known(self._first).weight.shape[1])
+    @property
+    def pack_key(self) -> str:
+        """Equal for those that can be trained together: stages of one name and length."""
+        return self._config.model_dump_json(exclude={"lr", "weight_decay", "exponent", "tau"})
 
     def _build_course(self) -> Course | None:
         """The paper's sampling and reweighting; SGD with half a cosine."""
@@ -148,7 +170,7 @@ class SecondStageRun:
             steps_per_epoch=span.num_steps // span.num_epochs,
             plan_of=plan_of,
             read=lambda plan, shares, epoch: (
-                self.prepare().batch(plan.rows[share], plan.views[share]) for share in shares
+                self.features.batch(plan.rows[share], plan.views[share]) for share in shares
             ),
             losses_of=lambda epoch: lambda step: loss,
             words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
@@ -169,3 +191,8 @@ def check_can_choose(config: SecondStageConfig | None, data: TrialData) -> None:
 def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
     assert isinstance(classifier, (LinearClassifier, CosineClassifier)), "a first stage ends in one of these"
     return classifier
+
+
+def _stored(examples: Source) -> Examples:
+    assert isinstance(examples, Examples), "TrialConfig lets only trials on stored features have a second stage"
+    return examples

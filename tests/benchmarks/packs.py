@@ -40,8 +40,26 @@ def lines(options: Options) -> Iterator[Line]:
         yield times(what, packed, one_after_another, "s", wanted)
         apart = max(abs(together[place] / alone[place] - 1) for place in alone)
         yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+    yield from _second_stages(options, number, epochs)
     for of_one, shape in (((3, 768), (50, 768)), ((1, 192), (5, 1280)), ((1, 64), (5, 512))):
         yield _decoders(options, 8, DecoderConfig(depth=of_one[0], width=of_one[1]), *shape)
+
+
+def _second_stages(options: Options, number: int, epochs: int) -> Iterator[Line]:
+    """The same probes, each with a second stage of as many epochs; both stages are counted."""
+    features = made.stored_features(
+        options.folder / "stages", 2_500, num_classes=10, width=512, num_val=500, noise=20.0, scale=0.05
+    )
+    for name in ("classifier_retraining", "disalign"):
+        keys = {"second_stage.name": name, "second_stage.num_epochs": epochs}
+        configs = [one.with_overrides(keys) for one in members(number, epochs, cosine=False)]
+        data = TrialData.open(configs[0], features)
+        _together(configs[:4], data, options), _alone(configs[:4], data, options)
+        alone, one_after_another = _timed(_alone, configs, data, options)
+        together, packed = _timed(_together, configs, data, options)
+        yield times(f"{number} linear classifiers and {name}, 10 classes", packed, one_after_another, "s", None)
+        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
+        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
 
 
 def members(number: int, epochs: int, cosine: bool = True) -> list[TrialConfig]:
