@@ -183,7 +183,7 @@ def test_more_views_of_few_shot_classes_are_trained_on_too(data):
     run = build_trial(trial, more)
     second = run._build_second_stage()
     rows, views = np.array([3, few[2], few[2]]), np.array([0, 1, 0])
-    features, _, _ = second.prepare().batch(rows, views)
+    features, _, _ = second.features.batch(rows, views)
     torch.testing.assert_close(features, data.train.batch("pooled", rows, views).float())
     for plan in (second.course.plan_of(3), run._course.plan_of(0)):
         assert set(plan.views[np.isin(plan.rows, few)]) == {0, 1}
