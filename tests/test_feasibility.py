@@ -161,7 +161,7 @@ def test_what_needs_a_transformer_is_refused_for_a_convolution_tower(method: str
 def head_of(*workers: tuple[float, float]) -> Cluster:
     """A head of 8 CPUs, and the workers that its autoscaler may start."""
     head = (8.0, 0.0)
-    return Cluster("", 8.0, 0.0, False, (head,), (head, *workers))
+    return Cluster("http://127.0.0.1:8265", 8.0, 0.0, False, (head,), (head, *workers))
 
 
 def test_a_head_without_gpus_takes_what_its_autoscaler_may_start() -> None:
@@ -175,6 +175,14 @@ def test_more_than_the_autoscaler_may_start_is_refused_with_both_numbers() -> No
         trials_at_once(of, head_of(*[(8.0, 1.0)] * 6))
     with pytest.raises(ConfigError, match="on one machine, and the largest has 8 CPUs and 1 GPUs"):
         trials_at_once(spec(gpus_per_worker=2, cpus_per_worker=4), head_of(*[(8.0, 1.0)] * 6))
+
+
+def test_ray_train_on_a_cluster_without_a_dashboard_is_refused() -> None:
+    """`ray start` goes on without one where the port is taken, as by another cluster of the machine."""
+    without = dataclasses.replace(head_of((8.0, 1.0)), dashboard="")
+    assert trials_at_once(spec(cpus_per_worker=4, driver="in_process"), without) == 4
+    with pytest.raises(ConfigError, match=r"never frees .* --dashboard-port"):
+        trials_at_once(spec(cpus_per_worker=4, driver="ray_train"), without)
 
 
 def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch) -> None:

@@ -58,6 +58,12 @@ def check_shared(folders: Sequence[str]) -> None:
 
 def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
     """How many trials run at once on a cluster that has grown as far as it may; raises ConfigError where none can."""
+    if uses_ray_train(spec) and not cluster.dashboard:
+        message = (
+            "the Ray cluster has no dashboard, and without one Ray Train never frees the workers of a trial that has "
+            "ended; start it with one (`ray start --head` goes on without where its port is taken: --dashboard-port)"
+        )
+        raise ConfigError([Problem(message, spec.where("driver"))])
     return concurrent_trials(
         spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "can grow to" if cluster.can_grow else "has"
     )
