@@ -95,10 +95,11 @@ def start_head(there: Apart, folder: Path, port: int, *options: str, **environme
     log = folder / "head.log"
     ray = str(Path(sys.executable).parent / "ray")
     words = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-             "--dashboard-host=127.0.0.1", *options]  # fmt: skip
+             "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}", *options]  # fmt: skip
     with log.open("wb") as stream:
-        # So all of its ports are on loopback.
-        given = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **environment}
+        # So all of its ports are on loopback; and its processes mustn't ask a cluster of the tests for their own.
+        given = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        given |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **environment}
         subprocess.Popen(there.command(*words), stdout=stream, stderr=stream, env=given)
     deadline = time.monotonic() + 120
     while "Ray runtime started" not in log.read_text():

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from apart import Apart, apart_with_ray
+from apart import Apart, apart_with_ray, free_port, start_head
 from faulty_sweep import NUM_TRIALS, Sweep, kill, runs, wait_gone, write_manifest
 
 from imbvlm.training.checkpoint import load_checkpoint
@@ -204,6 +204,40 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(quiet, make_sweep, ord
     assert sweep.outcome() == {key: v for key, v in quiet.outcome().items() if any(loss in key for loss in sound)}
     for pid in hung:
         wait_gone(pid)
+
+
+def share_of_memory(more_bytes: int) -> float:
+    """What is used of this machine's memory, and so many bytes more."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = {key: 1024 * int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
+    return (found["MemTotal"] - found["MemAvailable"] + more_bytes) / found["MemTotal"]
+
+
+@pytest.mark.parametrize(("driver", "rates"), [("in_process", [0.05, 0.5]), ("ray_train", [0.05])])
+def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
+    quiet, make_sweep, tmp_path, order, driver, rates
+):
+    """Ray ends a process before the kernel does; the sweep goes on. What else runs on this machine counts, too."""
+    space = {"parameters": {"loss.name": {"choice": ["cross_entropy", "focal"]}, "optim.lr": {"choice": rates}}}
+    settings = {"RAY_memory_usage_threshold": f"{share_of_memory(8_000_000_000):.3f}",
+                "RAY_memory_monitor_refresh_ms": "100"}  # fmt: skip
+    port = free_port()
+    with apart_with_ray(tmp_path) as there, order(losses={"focal": "hoard"}) as ids:
+        start_head(there, tmp_path, port, "--num-cpus=2", **settings)
+        sweep = make_sweep(
+            there=there, driver=driver, cpus_per_worker=0.9, max_failures=1, space=space, num_trials=2 * len(rates)
+        )
+        printed = sweep.run(environment={"RAY_ADDRESS": f"127.0.0.1:{port}"})
+        states = {(one["draw"]["loss.name"], one["state"]) for one in sweep.records().values()}
+        outcome, num_records, num_processes = sweep.outcome(), len(sweep.records()), len(ids("trial"))
+    sentence = "its machine ran out of memory with train.batch_size 32 over 1 worker(s), 10 classes"
+    assert f"{len(rates)} x {sentence}" in printed
+    assert states == {("cross_entropy", "finished"), ("focal", "error")}
+    kept = [json.dumps({"loss.name": "cross_entropy", "optim.lr": rate}, sort_keys=True) for rate in rates]
+    assert outcome == {key: quiet.outcome()[key] for key in kept}
+    assert num_records == 2 * len(rates)
+    # Each has been started again once.
+    assert num_processes >= 2 * len(rates)
 
 
 def test_all_trials_failing_is_an_error_with_the_causes(sweep, order):

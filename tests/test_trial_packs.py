@@ -56,7 +56,7 @@ class Tune:
     ) -> None:
         self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
         budget = Budget(spec, str(folder), 0.0)
-        lane = Lane(spec, str(folder), self.log, Console(io.StringIO()), 1, budget)
+        lane = Lane(spec, str(folder), self.log, Console(io.StringIO()), 1, budget, 10)
 
         def settings(job: Job) -> TrialSettings:
             return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective)
@@ -64,7 +64,7 @@ class Tune:
         self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
         self.searcher = PackSearcher(self.study, self.packs, size)
         self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
-        progress = ProgressCallback(self.log, lane.console, BEST, "search", 12, budget, lambda: None, {})
+        progress = ProgressCallback(self.log, lane.console, BEST, "search", 12, budget, lambda: None, {}, "")
         self.callback = PackCallback([progress], self.packs)
         self.sizes: list[int] = []
         self.ids = (f"tune{number}" for number in itertools.count())
@@ -80,7 +80,7 @@ class Tune:
         config = self.searcher.suggest(trial_id)
         if config == Searcher.FINISHED:
             return None
-        trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={}, get_error=lambda: None)
+        trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={})
         self.sizes.append(len(config["names"]))
         self.scheduler.on_trial_add(None, trial)
         trial.run = InProcessTrial.__new__(InProcessTrial)

@@ -140,7 +140,7 @@ class _Sweep:
         )
         concurrent = trials_at_once(spec, cluster)
         self.budget = Budget(spec, folder, cluster.most_gpus, len(cluster.grown), started)
-        self.lane = Lane(spec, folder, log, console, concurrent, self.budget)
+        self.lane = Lane(spec, folder, log, console, concurrent, self.budget, len(manifest.class_names))
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
             joined += f", growing to {cluster.most_cpus:g} CPUs and {cluster.most_gpus:g} GPUs"

@@ -28,7 +28,7 @@ def lines(options: Options) -> Iterator[Line]:
     folder = str(options.folder / "overhead-sweep")
     log = TrialLog(folder)
     budget = Budget(spec, folder, 0.0)
-    lane = Lane(spec, folder, log, Console(io.StringIO()), 1, budget)
+    lane = Lane(spec, folder, log, Console(io.StringIO()), 1, budget, 1000)
     jobs = [
         Job(f"t{n:05d}", "search", "", made.trial("linear_probe", optim__lr=0.01 + n / 1e4, train__num_epochs=1))
         for n in range(number)

@@ -1,7 +1,7 @@
 """Python runs this as each process of the tests' cluster starts: faults that a test orders come into real trials.
 
 Orders are a JSON file (its path in IMBVLM_TEST_FAULTS), read anew each time; without it nothing happens.
-`losses` {name: raise | nan | inf | out_of_memory | hang}; `loss_seconds`, `slow_losses` {name: seconds} and
+`losses` {name: raise | nan | inf | out_of_memory | hoard | hang}; `loss_seconds`, `slow_losses` {name: seconds} and
 `tower_seconds`: how much longer it takes; `checkpoint_seconds`: how often a trial is saved.
 Processes that compute losses or run a tower leave their id in the folder beside it.
 """
@@ -46,6 +46,11 @@ def faulty_loss(name, loss):
             raise ValueError("a fault of the tests")
         if kind == "out_of_memory":
             torch.empty(2**58)
+        hoarded = []
+        while kind == "hoard":
+            hoarded.append(b"1" * 100_000_000)
+            assert len(hoarded) < 120, "nobody has ended it"
+            time.sleep(0.02)
         while orders().get("losses", {}).get(name) == "hang":
             time.sleep(1)
         value = loss(*arguments, **knobs)

@@ -33,7 +33,6 @@ class Member:
     config: Tree
     last_result: Tree = field(default_factory=dict)
     stopped: bool = False
-    error: Exception | None = None
     error_file: str | None = None
     run_metadata: Any = None
     max_failures: int = 0
@@ -41,10 +40,6 @@ class Member:
     @property
     def name(self) -> str:
         return str(self.config["record"]["trial_id"])
-
-    def get_error(self) -> Exception | None:
-        """What ended it; None where its process was lost."""
-        return self.error
 
 
 class Packs:
@@ -228,8 +223,8 @@ class PackCallback(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         for member in self._packs.of(trial.trial_id):
             self._packs.end(trial.trial_id, member)
-            member.error, member.run_metadata = trial.get_error(), trial.run_metadata
-            member.error_file, member.max_failures = trial.error_file, trial.max_failures
+            member.run_metadata, member.max_failures = trial.run_metadata, trial.max_failures
+            member.error_file = trial.error_file
             for callback in self._inner:
                 callback.on_trial_error(iteration, trials, member)
 

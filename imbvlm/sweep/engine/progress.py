@@ -20,10 +20,15 @@ from imbvlm.sweep.results import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog,
 
 NUMBER = (int, float)
 SAVE_AFTER_SECONDS = 20.0
+# Of a process that Ray has ended because its machine had no memory left, as Tune and as Ray Train tell it.
+MEMORY_SIGNS = ("OutOfMemoryError", "node running low on memory")
 
 
 class ProgressCallback(tune.Callback):
-    """Keeps the trial log in step with Tune; `ran_too_long` has reasons of trials that were ended for their time."""
+    """Keeps the trial log in step with Tune; `ran_too_long` has reasons of trials that were ended for their time.
+
+    `sizes` says what every trial asks for beside its batch size.
+    """
 
     def __init__(
         self,
@@ -35,8 +40,9 @@ class ProgressCallback(tune.Callback):
         budget: Budget,
         after_end: Callable[[], None],
         ran_too_long: Mapping[str, str],
+        sizes: str,
     ) -> None:
-        self._budget, self._after_end, self._ran_too_long = budget, after_end, ran_too_long
+        self._budget, self._after_end, self._ran_too_long, self._sizes = budget, after_end, ran_too_long, sizes
         # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited. And those
         # of packs, since another one may be at fault.
         self.num_lost = 0
@@ -109,7 +115,7 @@ class ProgressCallback(tune.Callback):
             record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
         else:
             self.num_lost += record.pack_size > 1 or trial.run_metadata.num_failures <= trial.max_failures
-            record.state, record.stop_reason = "error", _cause(str(trial.get_error() or ""), record)
+            record.state, record.stop_reason = "error", _cause(_failures(trial), record, self._sizes)
         self._end(record)
 
     def _end(self, record: TrialRecord) -> None:
@@ -138,9 +144,7 @@ class ProgressCallback(tune.Callback):
         """A checkpoint that didn't fit into the sweep's folder won't fit at the next attempt, nor will another's."""
         name = f"{DiskFullError.__module__}.{DiskFullError.__qualname__}: "
         full = f"{name}can't write {self._log.folder}/"
-        # Tune's own file of a trial's failures; a copy of it in the sweep's folder wouldn't fit either.
-        path = None if trial.error_file is None else Path(trial.error_file)
-        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        for line in _failures(trial).splitlines():
             if full in line:
                 self.storage_error = self.storage_error or DiskFullError(line.partition(name)[2].strip())
 
@@ -159,12 +163,23 @@ def _id(trial: Trial) -> str:
     return str(trial.config["record"]["trial_id"])
 
 
-def _cause(error: str, record: TrialRecord) -> str:
-    """The last line of a traceback; memory that ran out is named with what asked for it."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
+def _failures(trial: Trial) -> str:
+    """Tune's own file of all failures of a trial; its copy in the sweep's folder comes later, if the disk has room."""
+    path = None if trial.error_file is None else Path(trial.error_file)
+    return path.read_text() if path is not None and path.exists() else ""
+
+
+def _cause(failures: str, record: TrialRecord, sizes: str) -> str:
+    """The last line of the last failure's traceback; memory that ran out is named with what asked for it."""
+    error = failures.rpartition("\nFailure # ")[2]
+    # The first line says when it was.
+    lines = [line.strip() for line in error.splitlines()[1:] if line.strip()]
     if not lines:
         return "its worker was lost"
-    if any("OutOfMemoryError" in line for line in lines):
+    if any(sign in error for sign in MEMORY_SIGNS):
         batch_size = (record.config.get("train") or {}).get("batch_size")
-        return f"a machine ran out of memory with train.batch_size {batch_size} on it: {lines[-1][:300]}"
+        return (
+            f"its machine ran out of memory with train.batch_size {batch_size} over {sizes}; lower train.batch_size, "
+            "or run fewer trials at once (max_concurrent_trials)"
+        )
     return lines[-1][:500]

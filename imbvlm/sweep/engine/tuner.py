@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray import tune
-from ray.tune.execution import class_cache
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.execution import class_cache, tune_controller
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
@@ -45,6 +47,7 @@ class Lane:
     console: Console
     max_concurrent: int
     budget: Budget
+    num_classes: int
 
     @property
     def side_folder(self) -> Path:
@@ -119,8 +122,9 @@ def run_jobs(
         asked = None if scheduler is None else PackScheduler(scheduler, packs)
     limit = TimeLimit(spec.max_trial_minutes, asked)
     progress = ProgressCallback(
-        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, limit.reasons
-    )
+        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, limit.reasons,
+        f"{spec.num_workers} worker(s), {lane.num_classes} classes",
+    )  # fmt: skip
     callbacks: list[tune.Callback] = [
         progress,
         Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
@@ -131,6 +135,7 @@ def run_jobs(
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
     }
+    tune_controller.RayActorManager = _ActorManager
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -169,6 +174,19 @@ def run_jobs(
     for place in (lane.folder, str(lane.side_folder)):
         storage.delete(storage.join(place, RAY_FOLDER))
     return progress.num_lost
+
+
+class _ActorManager(RayActorManager):
+    """Tune's own, for which a trial's process is lost whatever else Ray says of its end.
+
+    Tune expects a dead process or an error in it. Of one that Ray has ended since its machine ran out of memory Ray
+    says something else, and the whole sweep would end.
+    """
+
+    def _actor_task_failed(self, tracked_actor_task: object, exception: Exception) -> None:
+        if not isinstance(exception, (RayActorError, RayTaskError)):
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+        super()._actor_task_failed(tracked_actor_task, exception)
 
 
 class NothingKept(tune.Stopper):
