@@ -24,12 +24,12 @@ def config(method: str = "linear_probe", **overrides: object) -> TrialConfig:
     return TrialConfig.from_tree(tree).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
 
 
-def features(folder: Path, num_views: int = 1, splits: tuple[str, ...] = ("train", "val")) -> FeatureSet:
-    """Pooled outputs of these splits; of training so many views."""
+def features(
+    folder: Path, num_views: int = 1, splits: tuple[str, ...] = ("train", "val"), tail_views: int | None = None
+) -> FeatureSet:
+    """Pooled outputs of these splits; of training so many views, and more of few-shot classes."""
     manifest = Manifest.read(MANIFEST)
     present = tuple(split for split in splits if split in manifest.splits)
+    wanted = config(features__num_views=num_views, features__tail_views=tail_views)
     with extraction_in_this_process():
-        return ensure_features(
-            config(features__num_views=num_views), manifest, str(folder), frozenset({"pooled"}), present,
-            report=lambda text: None,
-        )  # fmt: skip
+        return ensure_features(wanted, manifest, str(folder), frozenset({"pooled"}), present, report=lambda text: None)

@@ -13,22 +13,31 @@ from imbvlm.training.epochs import TrialRun, build_trial
 
 SEEDS = range(5)
 NUM_VIEWS = (1, 2, 4, 8)
+TAIL_VIEWS = (4, 8)
 
 
 def lines(options: Options) -> Iterator[Line]:
     """One store has a view for every epoch; smaller numbers draw from its first ones: crops hang on row and view."""
     most = max(*NUM_VIEWS, embedded.NUM_EPOCHS + 1)
-    found = embedded.features(options.folder, most, ("train", "val", "test"))
+    splits = ("train", "val", "test")
+    found = embedded.features(options.folder, most, splits)
     yield shown(
         f"test split after {embedded.NUM_EPOCHS} epochs, cosine classifier, balanced softmax, {len(SEEDS)} seeds", ""
     )
-    for num_views in (*NUM_VIEWS, "fresh"):
-        scores = np.array([_score(found, num_views, seed, options) for seed in SEEDS]) * 100
-        (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
-        what = "a fresh crop in each epoch" if num_views == "fresh" else f"num_views {num_views}"
-        yield shown(
-            f"  {what}: balanced and few-shot accuracy", f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}"
-        )
+    for num_views in NUM_VIEWS:
+        yield _accuracies(f"num_views {num_views}", found, num_views, options)
+    for tail_views in TAIL_VIEWS:
+        tail = embedded.features(options.folder, 1, splits, tail_views)
+        yield _accuracies(f"num_views 1, tail_views {tail_views}", tail, 1, options)
+    yield _accuracies("a fresh crop in each epoch", found, "fresh", options)
+
+
+def _accuracies(what: str, found: FeatureSet, num_views: int | str, options: Options) -> Line:
+    scores = np.array([_score(found, num_views, seed, options) for seed in SEEDS]) * 100
+    (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
+    return shown(
+        f"  {what}: balanced and few-shot accuracy", f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}"
+    )
 
 
 def _score(found: FeatureSet, num_views: int | str, seed: int, options: Options) -> tuple[float, float]:
