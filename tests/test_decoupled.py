@@ -324,6 +324,23 @@ def test_large_half_precision_features_and_zero_train_classes_stay_finite(name, 
             assert torch.isfinite(parameter.grad).all(), key
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tau_normalization_of_large_half_precision_features_stays_finite(tau, dtype):
+    """Also for a class that has learned nothing, whose weights are 0."""
+    first = classifier().float()
+    with torch.no_grad():
+        first.weight[4:].zero_()
+    x = (1e4 * features()).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = tau_normalized(first, tau)(x)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+    assert logits[:, :4].abs().max() > 1e3
+    targets = torch.arange(9) % 4
+    assert np.isfinite(choose_tau_normalization(first, x, targets).score)
+
+
 @pytest.mark.parametrize(("name", "kind"), allowed())
 def test_a_batch_without_rows_passes(name, kind):
     model = SECOND_STAGES[name].build(classifier(kind).float())
