@@ -26,7 +26,7 @@ from imbvlm.sweep.engine.progress import ProgressCallback
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import Job
 from imbvlm.sweep.engine.time_limit import TimeLimit
-from imbvlm.sweep.engine.train_driver import ray_train_trial
+from imbvlm.sweep.engine.train_driver import FreeGroups, ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
 from imbvlm.sweep.refits import refit_seconds
@@ -129,8 +129,7 @@ def run_jobs(
         progress,
         Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
     ]
-    if lane.driver == "in_process":
-        callbacks = [PackCallback(callbacks, packs)]
+    callbacks = [PackCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
     # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
