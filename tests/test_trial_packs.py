@@ -20,12 +20,12 @@ from imbvlm.schema import Tree
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.packs import PackCallback, Packs, PackScheduler, PackSearcher
-from imbvlm.sweep.engine.progress import ProgressCallback
+from imbvlm.sweep.engine.progress import ProgressCallback, _cause, _failures
 from imbvlm.sweep.engine.scheduler import asha
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.engine.tuner import Lane, payload
-from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
 from imbvlm.training.session import TrialSettings
 
@@ -176,3 +176,21 @@ def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: Fea
     tune.run()
     assert tune.sizes == [1, 1, 2]
     assert [record.pack_size for record in tune.log.of("search")] == [1, 1, 2, 2]
+
+
+def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
+    """As Tune writes them; a machine without memory is named with what asked for it."""
+    record = TrialRecord(trial_id="t1", kind="search", config={"train": {"batch_size": 64}})
+    lost = "Failure # 1 (occurred at 2026-11-25_22-20-17)\nThe actor died unexpectedly.\n"
+    memory = (
+        "Failure # 2 (occurred at 2026-11-25_22-20-23)\nOutOfMemoryError: 1 worker(s) were killed due to the node "
+        "running low on memory. Memory was 6.9GB used\nOOM kill reason: usage exceeded\nConsider more memory\n"
+    )
+    named = "its machine ran out of memory with train.batch_size 64 over 2 worker(s), 10 classes"
+    for text, words in ((lost, "The actor died unexpectedly."), (lost + memory, named),
+                        (memory + lost.replace("# 1", "# 3"), "The actor died unexpectedly."),
+                        ("Failure # 1 (occurred at 2026-11-25_22-20-17)\n\n", "its worker was lost")):  # fmt: skip
+        (tmp_path / "error.txt").write_text(text)
+        failures = _failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
+        assert _cause(failures, record, "2 worker(s), 10 classes").startswith(words)
+    assert _cause(_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
