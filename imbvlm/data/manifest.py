@@ -32,7 +32,7 @@ from imbvlm.data.table import (
     relative_uris,
     row_findings,
     split_codes,
-    type_problem,
+    type_findings,
 )
 from imbvlm.errors import ImbvlmError
 
@@ -263,8 +263,7 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream)
             present = [name for name in columns or SCHEMA.names if name in file.schema_arrow.names]
-            problems = {name: type_problem(file.schema_arrow.field(name).type) for name in present}
-            wrong = [f"the column {name!r} isn't read: {problem}" for name, problem in problems.items() if problem]
+            wrong = type_findings(file.schema_arrow, present)
             if wrong:
                 raise ManifestError(path, wrong)
             return _bounded(file, present, path, max(_LEAST_BOUND, _MOST_GROWTH * stream.size()))

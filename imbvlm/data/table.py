@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ def type_problem(kind: pa.DataType) -> str | None:
     inside = [kind.field(number).type for number in range(kind.num_fields)]
     inside += [kind.value_type] if pa.types.is_dictionary(kind) else []
     return next(filter(None, map(type_problem, inside)), None)
+
+
+def type_findings(schema: pa.Schema, names: Iterable[str]) -> list[str]:
+    """The `type_problem` of each of these columns that has one, as a sentence."""
+    problems = {name: type_problem(schema.field(name).type) for name in names}
+    return [f"the column {name!r} isn't read: {problem}" for name, problem in problems.items() if problem]
 
 
 class TakenRows:

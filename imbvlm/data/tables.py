@@ -18,7 +18,7 @@ from imbvlm import storage
 from imbvlm.data.assembly import assemble, folders_of, split_of_file
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.packs import PackWriter
-from imbvlm.data.table import type_problem
+from imbvlm.data.table import type_findings
 from imbvlm.errors import nearest
 
 # The names under which tables have each column, the likeliest first.
@@ -126,8 +126,7 @@ def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict
         wrong.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
     if not {"uri", "bytes"} & found.keys() and not {"uri", "bytes"} & chosen.keys():
         wrong.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
-    problems = {column: type_problem(table.schema.field(column).type) for column in found.values()}
-    wrong += [f"the column {column!r} isn't read: {problem}" for column, problem in problems.items() if problem]
+    wrong += type_findings(table.schema, found.values())
     if wrong:
         raise ManifestError(path, wrong)
     return found

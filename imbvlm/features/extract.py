@@ -137,21 +137,25 @@ def plan_bytes(
 ) -> dict[OutputName, int]:
     """Bytes on disk of each output over some official splits; needs no weights."""
     info = describe_encoder(config.encoder)
-    views = [(len(manifest.rows_of(split)), _num_views(config, split)) for split in splits]
+    sizes = _sizes(config, manifest, splits)
     if config.eval.tte == "five_crop" and "test" in splits:
-        views.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
-    if "train" in splits and config.features.tail_views is not None:
-        views.append((len(few_shot_rows(manifest)), config.features.tail_views))
-    layouts = [_layout(config, info, count, num_rows, "") for num_rows, count in views if num_rows]
+        sizes.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
+    layouts = [_layout(config, info, count, num_rows, "") for num_rows, count in sizes if num_rows]
     stored = [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
 def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:
     """Crops of some official splits that training and evaluation read."""
-    crops = sum(_num_views(config, split) * len(manifest.rows_of(split)) for split in splits)
-    tail_views = config.features.tail_views
-    return crops + (len(few_shot_rows(manifest)) * tail_views if tail_views and "train" in splits else 0)
+    return sum(num_rows * num_views for num_rows, num_views in _sizes(config, manifest, splits))
+
+
+def _sizes(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> list[tuple[int, int]]:
+    """Rows and views of what is stored of some official splits, five crops aside."""
+    sizes = [(len(manifest.rows_of(split)), _num_views(config, split)) for split in splits]
+    if "train" in splits and config.features.tail_views is not None:
+        sizes.append((len(few_shot_rows(manifest)), config.features.tail_views))
+    return sizes
 
 
 def few_shot_rows(manifest: Manifest) -> Rows:

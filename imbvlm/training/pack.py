@@ -238,8 +238,7 @@ def _adjusted(models: Sequence[OnFrozenLogits], params: Mapping[str, Tensor]) ->
     weights = torch.stack([one.weight.detach() for one in first])
     biases = [one.bias.detach() for one in first if isinstance(one, LinearClassifier)]
     first_logits = _classified(first, weights, *([torch.stack(biases)] if biases else []))
-    names = dict(models[0].named_buffers())
-    buffers = {name: torch.stack([one.get_buffer(name) for one in models]) for name in names}
+    buffers = {name: torch.stack([one.get_buffer(name) for one in models]) for name, _ in models[0].named_buffers()}
 
     def one(state: dict[str, Tensor], logits: Tensor, features: Tensor) -> Tensor:
         return functional_call(models[0], state, (features, logits))
