@@ -142,7 +142,7 @@ class Sweep:
         while not happened():
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                self.stop()
                 raise AssertionError(f"it didn't come to that:\n{self.process.communicate()[0]}\n{self.log()}")
             time.sleep(0.05)
 
@@ -164,6 +164,20 @@ class Sweep:
     def best(self) -> str:
         """The configuration in best.yaml."""
         return (self.path / "best.yaml").read_text()
+
+
+def undisturbed(folder: Path, manifest: Path) -> Sweep:
+    """A sweep that has run on this machine alone."""
+    sweep = Sweep(folder, manifest)
+    sweep.run(environment={"RAY_ADDRESS": "local"})
+    assert len(sweep.outcome()) == NUM_TRIALS
+    return sweep
+
+
+def assert_same_trials(sweep: Sweep, quiet: Sweep) -> None:
+    """As undisturbed: the same trials with the same numbers, none twice."""
+    assert sweep.outcome() == quiet.outcome()
+    assert len(sweep.records()) == NUM_TRIALS
 
 
 def runs(pid: int) -> bool:

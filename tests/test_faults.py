@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from apart import Apart, apart_with_ray, free_port, start_head
-from faulty_sweep import NUM_TRIALS, Sweep, kill, runs, wait_gone, write_manifest
+from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, kill, runs, wait_gone, write_manifest
 
 from imbvlm.training.checkpoint import load_checkpoint
 
@@ -87,8 +87,7 @@ def order(fault_orders):
 
 def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
     """The same trials with the same numbers, none twice, the same best; a baseline and the refits too."""
-    assert sweep.outcome() == quiet.outcome()
-    assert len(sweep.records()) == NUM_TRIALS
+    assert_same_trials(sweep, quiet)
     assert sweep.best() == quiet.best()
     assert not list((sweep.path / "checkpoints").glob("*"))
     for kind in ("baseline", "refit"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from apart import apart_with_ray, free_port, start_head
-from faulty_sweep import NUM_TRIALS, Sweep, runs, write_manifest
+from faulty_sweep import Sweep, assert_same_trials, runs, undisturbed, write_manifest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -60,10 +60,7 @@ def no_orders(fault_orders):
 @pytest.fixture(scope="module")
 def quiet(manifest, tmp_path_factory) -> Sweep:
     """The undisturbed run, on this machine alone."""
-    sweep = Sweep(tmp_path_factory.mktemp("quiet"), manifest)
-    sweep.run(environment={"RAY_ADDRESS": "local"})
-    assert len(sweep.outcome()) == NUM_TRIALS
-    return sweep
+    return undisturbed(tmp_path_factory.mktemp("quiet"), manifest)
 
 
 def make_sweep(folder: Path, manifest: Path, quiet: Sweep, **fields) -> Sweep:
@@ -86,8 +83,7 @@ def running(sweep: Sweep) -> list[str]:
 
 def assert_same_end(sweep: Sweep, quiet: Sweep, printed: str) -> None:
     assert "failed" not in printed
-    assert sweep.outcome() == quiet.outcome()
-    assert len(sweep.records()) == NUM_TRIALS
+    assert_same_trials(sweep, quiet)
     assert sweep.best() == quiet.best()
 
 

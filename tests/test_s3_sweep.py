@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from apart import Apart, apart_with_ray
-from faulty_sweep import NUM_TRIALS, Sweep, write_manifest
+from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, undisturbed, write_manifest
 from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
@@ -79,15 +79,11 @@ def manifest(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quiet(manifest, tmp_path_factory) -> Sweep:
     """The undisturbed run, on the disk."""
-    sweep = Sweep(tmp_path_factory.mktemp("quiet"), manifest)
-    sweep.run(environment={"RAY_ADDRESS": "local"})
-    assert len(sweep.outcome()) == NUM_TRIALS
-    return sweep
+    return undisturbed(tmp_path_factory.mktemp("quiet"), manifest)
 
 
 def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
-    assert sweep.outcome() == quiet.outcome()
-    assert len(sweep.records()) == NUM_TRIALS
+    assert_same_trials(sweep, quiet)
     # But for the manifest's place the same configuration.
     assert sweep.best() == quiet.best()
     assert {key: one["state"] for key, one in sweep.records("refit").items()} == {
