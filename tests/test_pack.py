@@ -10,7 +10,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.config_stages import READ_NORMS
 from imbvlm.losses import LOSSES, build_loss, losses_together
 from imbvlm.models.decoupled import SECOND_STAGES
-from imbvlm.training.epochs import build_trial
+from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import Evaluator
 from imbvlm.training.pack import Pack, pack_key
 
@@ -48,6 +48,22 @@ def alone(config, data) -> tuple[list[dict], torch.Tensor]:
     return [result.metrics for result in run.epochs()], weights(run)
 
 
+def joined(configs: list[TrialConfig], data) -> tuple[Pack, list[TrialRun]]:
+    """A pack with a run of each configuration in it."""
+    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    for run in runs:
+        run.join(pack)
+    return pack, runs
+
+
+def assert_as_alone(results, config: TrialConfig, data, first: int = 0) -> None:
+    """Results of epochs from `first` on are those of the configuration trained alone."""
+    expected, _ = alone(config, data)
+    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
+        [one["val/loss"] for one in expected[first:]], rel=2e-5
+    )
+
+
 def weights(run) -> torch.Tensor:
     return torch.cat([param.detach().flatten() for param in run.model.parameters()])
 
@@ -56,9 +72,7 @@ def weights(run) -> torch.Tensor:
 def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
     data, configs = tiny_data(tmp_path), members(optim)
     assert len({pack_key(config) for config in configs}) == 1
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
-    for run in runs:
-        run.join(pack)
+    _, runs = joined(configs, data)
     generators = [run.epochs() for run in runs]
     together = [[next(generator).metrics for generator in generators] for _ in range(4)]
     for place, config in enumerate(configs):
@@ -72,9 +86,7 @@ def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
 def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
     data = tiny_data(tmp_path)
     configs = [probe(optim__lr=0.05), probe(optim__lr=1e38, train__clip_grad_norm=1.0), probe(optim__lr=0.2)]
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
-    for run in runs:
-        run.join(pack)
+    _, runs = joined(configs, data)
     steady, broken, short = (run.epochs() for run in runs)
     results = [next(steady)]
     failed = next(broken)
@@ -83,18 +95,12 @@ def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
     assert failed.failure == next(build_trial(configs[1], data).epochs()).failure
     for run in runs[1:]:
         run.leave_pack()
-    results += list(steady)
-    expected, _ = alone(configs[0], data)
-    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
-        [one["val/loss"] for one in expected], rel=2e-5
-    )
+    assert_as_alone([*results, *steady], configs[0], data)
 
 
 def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
     data, configs = tiny_data(tmp_path), [probe(optim__lr=0.05), probe(optim__lr=0.2)]
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
-    for run in runs:
-        run.join(pack)
+    pack, runs = joined(configs, data)
     generators = [run.epochs() for run in runs]
     for _ in range(2):
         for generator in generators:
@@ -102,10 +108,7 @@ def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
     resumed = build_trial(configs[1], data)
     resumed.load_state_dict(runs[1].state_dict())
     resumed.join(pack)
-    expected, _ = alone(configs[1], data)
-    assert [one.metrics["val/loss"] for one in resumed.epochs()] == pytest.approx(
-        [one["val/loss"] for one in expected[2:]], rel=2e-5
-    )
+    assert_as_alone(resumed.epochs(), configs[1], data, first=2)
 
 
 def second_stages() -> list[TrialConfig]:
@@ -127,9 +130,7 @@ def second_stages() -> list[TrialConfig]:
 def test_second_stages_train_together_as_each_does_alone(tmp_path):
     data, configs = tiny_data(tmp_path), second_stages()
     assert len({pack_key(config) for config in configs}) == 1
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
-    for run in runs:
-        run.join(pack)
+    pack, runs = joined(configs, data)
     generators = [run.epochs() for run in runs]
     together = [[] for _ in runs]
     for turn in itertools.zip_longest(*generators):
@@ -152,10 +153,7 @@ def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(tmp_path, monke
     computed = []
     outputs = Evaluator.all_views
     monkeypatch.setattr(Evaluator, "all_views", lambda self, *rest: computed.append(1) or outputs(self, *rest))
-    data, pack = tiny_data(tmp_path), Pack()
-    runs = [build_trial(config, data) for config in second_stages()]
-    for run in runs:
-        run.join(pack)
+    _, runs = joined(second_stages(), tiny_data(tmp_path))
     for turn in zip(*[run.epochs() for run in runs[:-1]], strict=False):
         assert len(computed) == (0 if turn[0].epoch <= 2 else 2), "training rows and validation, once each"
 
@@ -164,9 +162,7 @@ def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_pat
     data = tiny_data(tmp_path)
     configs = [probe(optim__lr=0.05, second_stage__name="classifier_retraining", second_stage__lr=rate)
                for rate in (0.02, 1e38, 0.1)]  # fmt: skip
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
-    for run in runs:
-        run.join(pack)
+    _, runs = joined(configs, data)
     steady, broken, short = (run.epochs() for run in runs)
     results = []
     for _ in range(4):
@@ -177,11 +173,7 @@ def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_pat
     next(short)
     for run in runs[1:]:
         run.leave_pack()
-    results += list(steady)
-    expected, _ = alone(configs[0], data)
-    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
-        [one["val/loss"] for one in expected], rel=2e-5
-    )
+    assert_as_alone([*results, *steady], configs[0], data)
 
 
 def test_what_shares_no_stream_of_features_is_not_packed():

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import open_clip
 import torch
+from embedded import MANIFEST
 from safetensors.torch import save_file
 from tiny_images import extraction_in_this_process
 from torch import Tensor
@@ -36,10 +37,10 @@ from imbvlm.features.examples import TrialData
 from imbvlm.features.extract import ensure_features
 from imbvlm.models.methods import stored_outputs
 from imbvlm.models.tower_classifier import count_parameters
+from imbvlm.sweep.command import parse_settings
 from imbvlm.sweep.recipes import LIFT_PLUS
 from imbvlm.training.epochs import build_trial
 
-MANIFEST = "embedded:fashion_mnist_lt"
 GROUPS = ("top1", "many_shot", "medium_shot", "few_shot")
 NUM_BLOCKS = 12
 CONFIG: dict[str, Any] = {
@@ -171,7 +172,7 @@ def lines(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         scores, what = [], ""
         for seed in options.seeds:
             one, what = score(
-                config(tower, {**ROWS[name], **dict(options.set)}, seed), folder / "features", options.split
+                config(tower, {**ROWS[name], **parse_settings(options.set)}, seed), folder / "features", options.split
             )
             scores.append(one)
             print(name, seed, *(f"{value:.1f}" for value in one), what, file=sys.stderr, flush=True)
@@ -180,22 +181,13 @@ def lines(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {what} |"
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, a number where it is one."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("onnx")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="an existing folder for the tower and its features")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
