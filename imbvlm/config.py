@@ -34,6 +34,7 @@ from imbvlm.yaml_file import YamlTree, dump_yaml, read_yaml
 T = TypeVar("T")
 # Seeds go to torch and numpy alike.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+MAX_IMAGE_SIZE = 2048
 
 ClassSampling = Literal["instance_balanced", "square_root", "class_balanced", "progressively_balanced"]
 
@@ -58,7 +59,7 @@ class EncoderConfig(Section):
     """The frozen image tower: a name of ENCODERS, open_clip's model/tag, or local-dir:PATH."""
 
     name: str
-    image_size: int | None = Field(None, ge=8, le=2048, description="pixels a side; null: the tower's own")
+    image_size: int | None = Field(None, ge=8, le=MAX_IMAGE_SIZE, description="pixels a side; null: the tower's own")
     weights: str | None = Field(None, description="path of a weights file to load instead of the tag's download")
     quick_gelu: bool | None = Field(
         None, description="what local weights were trained with; null: what their own config says"

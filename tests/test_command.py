@@ -94,6 +94,13 @@ def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixtu
     ]
 
 
+def test_a_sweep_that_never_began_is_nothing_to_go_on_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        command.main(SPEC, [f"--manifest={tmp_path / 'none.parquet'}", f"--storage={tmp_path / 'runs'}"])
+    assert capsys.readouterr().err == f"imbvlm: {tmp_path / 'none.parquet'} is not there\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_wrong_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         command.main(SPEC, ["--dryrun"])

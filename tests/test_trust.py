@@ -24,6 +24,7 @@ import torch
 from apart import apart_with_ray
 from listening import LOOPBACK
 from sweep_folder import write_sweep
+from towers import write_tower
 
 from imbvlm import inference
 from imbvlm.assets import tower_path
@@ -35,7 +36,7 @@ from imbvlm.data.tables import from_table
 from imbvlm.data.webdataset import from_shards
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.store import FeatureStore, StoreError, StoreLayout
-from imbvlm.models.encoder import Encoder
+from imbvlm.models.encoder import Encoder, describe_encoder
 from imbvlm.models.towers import CONFIG_FILE, find_tower
 from imbvlm.sweep.listing import SweepState
 from imbvlm.sweep.post_hoc import read_adjustment
@@ -124,6 +125,8 @@ def tower(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
 def test_weights_of_a_tower_are_not_unpickled(tower, name, hostile, mark):
     (tower / name).write_bytes(hostile)
+    # As large as its weights would be, or nobody would look into it.
+    os.truncate(tower / name, 2**28)
     with pytest.raises(ImbvlmError, match="can't load the encoder"):
         Encoder.from_config(EncoderConfig(name=f"local-dir:{tower}", image_size=64), EvalConfig())
     assert not mark.exists()
@@ -136,6 +139,30 @@ def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower):
         (tower / CONFIG_FILE).write_text(json.dumps(description))
         with pytest.raises(ImbvlmError, match="sets trust_remote_code"):
             find_tower(EncoderConfig(name=f"local-dir:{tower}"))
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "sentence"),
+    [
+        ("text_cfg", {"layers": 10**9}, "asks for 1,000,000,000 layers; at most 1,000"),
+        ("text_cfg", {"width": 10**6}, "its weights have 1,000,000 bytes; they don't belong together"),
+        # The mask of its attention is no weight, and takes the square of it.
+        ("text_cfg", {"context_length": 10**6}, "asks for 1,0.* numbers, and its weights have 1,000,000 bytes"),
+        ("vision_cfg", {"image_size": 10**6}, "takes images of 1,000,000 px, and at most 2,048 can be used"),
+    ],
+)
+def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_is_built(
+    tmp_path, side, change, sentence
+):
+    name = write_tower(tmp_path / "tower", "vit")
+    file = tmp_path / "tower" / CONFIG_FILE
+    description = json.loads(file.read_text())
+    description["model_cfg"][side] |= change
+    file.write_text(json.dumps(description))
+    os.truncate(tmp_path / "tower" / "open_clip_model.safetensors", 10**6)
+    for read in (describe_encoder, lambda config: Encoder.from_config(config, EvalConfig())):
+        with pytest.raises(ImbvlmError, match=sentence):
+            read(EncoderConfig(name=name))
 
 
 def test_a_column_that_ray_data_would_unpickle_is_not_read(mark, tmp_path):

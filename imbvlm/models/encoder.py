@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pickle import UnpicklingError
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from imbvlm.config import EncoderConfig, EvalConfig
+from imbvlm.config import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images import Preprocess
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.encoder_info import EncoderInfo
@@ -206,6 +207,7 @@ def _describe(config: EncoderConfig) -> tuple[EncoderInfo, Tensor | None]:
         _resize(model.visual, config.image_size, source.name)
         rules = rules_of(model.visual, source.name)
         size = _square(model.visual.image_size, source.name)
+        _check_size(model, size, source)
         with torch.no_grad():
             model.eval()
             tokens, pooled, embedding = rules.outputs(model.visual, torch.empty(1, 3, size, size))
@@ -235,6 +237,22 @@ def _describe(config: EncoderConfig) -> tuple[EncoderInfo, Tensor | None]:
         token_pooling=config.token_pooling,
     )
     return info, token_pool
+
+
+def _check_size(model: Any, image_size: int, source: TowerSource) -> None:
+    """Refuse a model (on the meta device) that its weights can't be of, before it takes the memory that it asks for."""
+    if image_size > MAX_IMAGE_SIZE:
+        raise ImbvlmError(
+            f"the encoder {source.name} takes images of {image_size:,} px, and at most {MAX_IMAGE_SIZE:,} can be "
+            "used; set encoder.image_size"
+        )
+    held, wanted = source.weights_bytes(), sum(one.numel() for one in chain(model.parameters(), model.buffers()))
+    # No format stores a number in less than a byte.
+    if held is not None and wanted > held:
+        raise ImbvlmError(
+            f"can't load the encoder {source.name}: its description asks for {wanted:,} numbers, and its weights have "
+            f"{held:,} bytes; they don't belong together"
+        )
 
 
 def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:

@@ -28,6 +28,8 @@ SUFFIX = "-quickgelu"
 CONFIG_FILE = "open_clip_config.json"
 _PROBE_SECONDS = 10.0
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
+# Far above any tower that there is; what a file asks for beyond would fill memory before its weights are looked at.
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ class TowerSource:
             return None
         return _download(self.name, get_pretrained_cfg(self.model, self.tag))
 
+    def weights_bytes(self) -> int | None:
+        """Bytes of the user's own file, of a folder's files the largest; None without one, or for open_clip's tags."""
+        folder = Path(self.model.removeprefix(LOCAL_DIR))
+        if self.weights is not None:
+            return os.path.getsize(self.weights)
+        if not self.is_local or not folder.is_dir():
+            return None
+        files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
+        return max((path.stat().st_size for path in files), default=None)
+
     @property
     def has_weights(self) -> bool:
         """Whether the weights are on this machine; asks no network, raises ImbvlmError for a folder without."""
@@ -153,7 +165,8 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         model_config, preprocess = data["model_cfg"], data.get("preprocess_cfg", {})
-        model_config["vision_cfg"], model_config["embed_dim"]
+        model_config["embed_dim"]
+        num_layers = max(_num_layers(model_config[side]) for side in ("vision_cfg", "text_cfg"))
         runs_code = "trust_remote_code" in (model_config["text_cfg"].get("tokenizer_kwargs") or {})
     except FileNotFoundError:
         raise ImbvlmError(
@@ -164,6 +177,11 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
             f"encoder.name is {config.name!r}: {path} is not a model's description "
             f"({type(error).__name__}: {error}); it needs model_cfg with embed_dim, vision_cfg and text_cfg"
         ) from None
+    if num_layers > _MOST_LAYERS:
+        raise ImbvlmError(
+            f"encoder.name is {config.name!r}, and {path} asks for {num_layers:,} layers; at most {_MOST_LAYERS:,} can "
+            "be built"
+        )
     if runs_code:
         raise ImbvlmError(
             f"encoder.name is {config.name!r}, and {path} sets trust_remote_code: its tokenizer would run code that "
@@ -189,6 +207,12 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
     return TowerSource(
         config.name, LOCAL_DIR + folder, None, None, model_config, _with_defaults(preprocess), quick_gelu
     )
+
+
+def _num_layers(side: Mapping[str, Any]) -> int:
+    """Layers of a tower, or the sum over its stages; 0 where its architecture has a name that says."""
+    layers = side.get("layers", 0)
+    return int(sum(layers) if isinstance(layers, list) else layers)
 
 
 # ------------------------------------------------------------------------------- open_clip's models and tags

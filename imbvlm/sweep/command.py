@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imbvlm import storage
-from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.schema import flat
 from imbvlm.sweep.compute import PLAN_FILE
 from imbvlm.sweep.console import Console
@@ -130,8 +130,6 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)
             return 130
-        except StorageError as error:
-            raise StorageError(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
     except ImbvlmError as error:
         print(f"imbvlm: {error}", file=sys.stderr)
         return 1

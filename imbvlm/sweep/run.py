@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import optuna
 from imbvlm import storage
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
-from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features, num_crops, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
@@ -80,17 +81,26 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     beside = side_folder(folder)
     console.copy_to(beside / PROGRESS_FILE)
     console.say(opening(spec, manifest, folder, log))
-    with console.others_to(beside / LOG_FILE):
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        with connected() as cluster:
-            sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
-            sweep.search()
-            sweep.confirm()
-            sweep.refit_and_score()
-            seconds = time.monotonic() - started
-    sweep.conclude(seconds)
+    with _storage_errors_say_how_to_go_on(folder):
+        with console.others_to(beside / LOG_FILE):
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            with connected() as cluster:
+                sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
+                sweep.search()
+                sweep.confirm()
+                sweep.refit_and_score()
+                seconds = time.monotonic() - started
+        sweep.conclude(seconds)
     return log
+
+
+@contextmanager
+def _storage_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
 
 
 def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
