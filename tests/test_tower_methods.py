@@ -232,21 +232,21 @@ def test_early_blocks_of_a_fine_tuned_tower_learn_at_lower_rates(problems):
 # -------------------------------------------------------------------------------- reproducing, saving, loading
 
 
-@pytest.mark.parametrize("method", TOWER_METHODS)
-def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(vit, method, tmp_path):
-    overrides = {"train__num_epochs": 2, "optim__name": "adamw"}
-    whole = trial(vit, method, **overrides)
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(problems, kind, method, tmp_path):
+    problem, overrides = problems[kind], {"train__num_epochs": 2, "optim__name": "adamw"}
+    whole = trial(problem, method, **overrides)
     expected = numbers(whole)
     torch.manual_seed(5)
-    first = trial(vit, method, **overrides)
+    first = trial(problem, method, **overrides)
     epochs = first.epochs()
     next(epochs)
     epochs.close()
     checkpoint.save_checkpoint(str(tmp_path), first.state_dict())
-    resumed = trial(vit, method, **overrides)
+    resumed = trial(problem, method, **overrides)
     resumed.load_state_dict(checkpoint.load_checkpoint(str(tmp_path)))
     assert numbers(resumed) == expected[1:]
-    assert numbers(trial(vit, method, **overrides)) == expected
+    assert numbers(trial(problem, method, **overrides)) == expected
     assert all(torch.equal(own_tensors(resumed.model)[n], t) for n, t in own_tensors(whole.model).items())
 
 

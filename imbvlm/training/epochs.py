@@ -374,8 +374,7 @@ class TrialRun:
             start = f"optimizer/{name}/"
             found = {key.removeprefix(start): t for key, t in state.tensors.items() if key.startswith(start)}
             if found:
-                # A step count stays where the optimiser keeps it; what has the parameter's shape goes to its device.
-                self._course.optimizer.state[param] = {key: t.to(param.device, copy=True) for key, t in found.items()}
+                self._course.optimizer.state[param] = {key: _state_of(param, kept) for key, kept in found.items()}
 
     def _agree_on_epoch(self) -> None:
         """Workers that start at different epochs or steps would wait for each other for ever."""
@@ -450,6 +449,13 @@ def _augmentation(section: AugmentationConfig | None) -> Augmentation:
         return Augmentation(crop_scale=CROP_SCALE)
     knobs = section.model_dump(exclude={"min_scale", "color_jitter"})
     return Augmentation(**knobs, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
+
+
+def _state_of(param: Tensor, kept: Tensor) -> Tensor:
+    """What an optimiser had for a parameter, laid out in memory as that is: its fused kernels count on it."""
+    if kept.shape != param.shape:
+        return kept.to(param.device, copy=True)
+    return torch.empty_like(param.detach(), dtype=kept.dtype).copy_(kept)
 
 
 @contextmanager
