@@ -334,10 +334,11 @@ def test_bfloat16_trains_with_float32_weights(vit):
 
 
 WORKER_CASES = [
-    ("adapter", {"loss__name": "lade", "train__batch_size": 25}),
-    ("adapter", {"loss__name": "generalized_reweight", "train__batch_size": 10, "memory__accumulation": 3}),
-    ("fine_tuning", {"loss__name": "balanced_softmax", "train__batch_size": 25}),
-    ("linear_probe", {"features__store": False}),
+    ("vit", "adapter", {"loss__name": "lade", "train__batch_size": 25}),
+    ("vit", "adapter", {"loss__name": "generalized_reweight", "train__batch_size": 10, "memory__accumulation": 3}),
+    ("vit", "fine_tuning", {"loss__name": "balanced_softmax", "train__batch_size": 25}),
+    ("vit", "linear_probe", {"features__store": False}),
+    ("resnet", "fine_tuning", {"loss__name": "balanced_softmax", "train__batch_size": 25}),
 ]
 
 
@@ -363,9 +364,11 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
 
     One of them can't be read, and either worker may meet it.
     """
-    vit = TinyImages(tmp_path, "vit", bad=(3,))
-    configs = [vit.config(method, train__num_epochs=2, **overrides) for method, overrides in WORKER_CASES]
-    cases = [(config.to_tree(), vit.features(config).to_dict()) for config in configs]
+    images = {kind: TinyImages(tmp_path / kind, kind, bad=(3,)) for kind in ("vit", "resnet")}
+    configs = [
+        (kind, images[kind].config(method, train__num_epochs=2, **overrides)) for kind, method, overrides in WORKER_CASES
+    ]
+    cases = [(config.to_tree(), images[kind].features(config).to_dict()) for kind, config in configs]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=run_worker, args=(rank, 2, str(tmp_path), cases)) for rank in range(2)]
     for worker in workers:
@@ -374,8 +377,8 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
         worker.join(timeout=120)
         assert worker.exitcode == 0
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for number, config in enumerate(configs):
-        alone = outcome(build_trial(config, vit.data(config)))
+    for number, (kind, config) in enumerate(configs):
+        alone = outcome(build_trial(config, images[kind].data(config)))
         assert found[0][number]["metrics"] == found[1][number]["metrics"]
         assert found[0][number]["first_losses"] == pytest.approx(alone["first_losses"], abs=1e-5)
         for mine, reference in zip(found[0][number]["metrics"], alone["metrics"], strict=True):

@@ -74,8 +74,9 @@ def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.detach().float().reshape(1)])
     flat = world.sum(flat) / world.world_size
     parts = torch.split(flat, [param.numel() for param in params] + [1])
-    for param, part in zip(params, parts[:-1], strict=True):
-        param.grad = part.view_as(param)
+    for param, gradient, part in zip(params, gradients, parts[:-1], strict=True):
+        # In its own memory, which is laid out as the parameter's: fused optimisers count on that.
+        param.grad = gradient.copy_(part.view_as(gradient))
     return parts[-1][0]
 
 
