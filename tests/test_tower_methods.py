@@ -366,7 +366,8 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
     """
     images = {kind: TinyImages(tmp_path / kind, kind, bad=(3,)) for kind in ("vit", "resnet")}
     configs = [
-        (kind, images[kind].config(method, train__num_epochs=2, **overrides)) for kind, method, overrides in WORKER_CASES
+        (kind, images[kind].config(method, train__num_epochs=2, **overrides))
+        for kind, method, overrides in WORKER_CASES
     ]
     cases = [(config.to_tree(), images[kind].features(config).to_dict()) for kind, config in configs]
     context = multiprocessing.get_context("spawn")
