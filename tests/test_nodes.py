@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from apart import apart_with_ray, free_port, start_head
-from faulty_sweep import Sweep, assert_same_trials, runs, undisturbed, write_manifest
+from faulty_sweep import LOSSES, Sweep, assert_same_trials, runs, undisturbed, write_manifest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -70,11 +71,18 @@ def make_sweep(folder: Path, manifest: Path, quiet: Sweep, **fields) -> Sweep:
     return Sweep(folder, manifest, max_concurrent_trials=2, **fields)
 
 
-def wait_for_trials_on_both(sweep: Sweep, fault_orders: Path) -> None:
-    """Until some trials have ended, and a process on either node computes the losses of one."""
+@contextmanager
+def trials_held_on_both(sweep: Sweep, fault_orders: Path) -> Iterator[None]:
+    """Some trials have ended, and within a process on either node is at a loss, which ends when this does.
+
+    Under Ray Train a short trial is over before the other one's workers have started.
+    """
     pids = lambda: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob("trial-*")]  # noqa: E731
     sweep.wait_for(lambda: sweep.num_ended() >= 2)
+    order(fault_orders, losses=dict.fromkeys(LOSSES, "hang"))
     sweep.wait_for(lambda: len(running(sweep)) == 2 and sum(map(runs, pids())) == 2)
+    yield
+    order(fault_orders, loss_seconds=0.05)
 
 
 def running(sweep: Sweep) -> list[str]:
@@ -87,13 +95,14 @@ def assert_same_end(sweep: Sweep, quiet: Sweep, printed: str) -> None:
     assert sweep.best() == quiet.best()
 
 
-def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders):
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders, driver):
     with cluster_of(3) as (cluster, workers, environment):
-        sweep = make_sweep(tmp_path, manifest, quiet)
-        order(fault_orders, loss_seconds=0.15)
+        sweep = make_sweep(tmp_path, manifest, quiet, driver=driver, cpus_per_worker=0.9)
+        order(fault_orders, loss_seconds=0.05)
         sweep.start(environment=environment)
-        wait_for_trials_on_both(sweep, fault_orders)
-        cluster.remove_node(workers[0], allow_graceful=False)
+        with trials_held_on_both(sweep, fault_orders):
+            cluster.remove_node(workers[0], allow_graceful=False)
         printed = sweep.end()
     assert_same_end(sweep, quiet, printed)
 
@@ -105,16 +114,29 @@ def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_
 
     with cluster_of(3) as (cluster, workers, environment):
         sweep = make_sweep(tmp_path, manifest, quiet, max_failures=0, driver=driver, cpus_per_worker=0.9)
-        order(fault_orders, loss_seconds=0.15)
+        order(fault_orders, loss_seconds=0.05)
         sweep.start(environment=environment)
-        wait_for_trials_on_both(sweep, fault_orders)
-        deadline = int((time.time() + 1) * 1000)
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why = GcsClient(cluster.address).drain_node(workers[0].node_id, reason, "spot", deadline)
-        assert accepted, why
-        time.sleep(1.5)
-        if workers[0] in cluster.worker_nodes:
-            cluster.remove_node(workers[0], allow_graceful=False)
+        with trials_held_on_both(sweep, fault_orders):
+            deadline = int((time.time() + 1) * 1000)
+            reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            accepted, why = GcsClient(cluster.address).drain_node(workers[0].node_id, reason, "spot", deadline)
+            assert accepted, why
+            time.sleep(1.5)
+            if workers[0] in cluster.worker_nodes:
+                cluster.remove_node(workers[0], allow_graceful=False)
+        printed = sweep.end()
+    assert_same_end(sweep, quiet, printed)
+
+
+def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(manifest, tmp_path, quiet, fault_orders):
+    """Half of the CPUs are gone for good, and what worked there comes to where the rest works."""
+    with cluster_of(3) as (cluster, workers, environment):
+        sweep = Sweep(tmp_path, manifest)
+        shards = lambda: list((tmp_path / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+        order(fault_orders, tower_seconds=1.0)
+        sweep.start(environment=environment)
+        sweep.wait_for(lambda: len(shards()) >= 3)
+        cluster.remove_node(workers[0], allow_graceful=False)
         printed = sweep.end()
     assert_same_end(sweep, quiet, printed)
 

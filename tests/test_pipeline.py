@@ -154,6 +154,22 @@ def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
     assert 0 < plan.per_task != plan.per_worker
 
 
+@pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (2, 8.0), (3, 1.0), (4, 8.0), (10, 16.0)])
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_task(nodes, node_cpus, cpus):
+    num_workers = max(1, int(nodes * node_cpus) // cpus)
+    plan = plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus, nodes)
+    left = [node_cpus] * (nodes - nodes // 2)
+    for _ in range(num_workers):
+        fullest = min((cpus for cpus in left if cpus >= plan.per_worker), default=None)
+        if fullest is not None:
+            left[left.index(fullest)] = fullest - plan.per_worker
+    assert max(left) + 1e-9 >= plan.per_task
+    # As many tasks as where nothing goes away.
+    assert plan.num_tasks == plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus).num_tasks
+    assert 0 < plan.per_worker != plan.per_task > 0
+
+
 @pytest.mark.parametrize("num_blocks", [1, 7, 16, 17, 1709])
 @pytest.mark.parametrize("images_per_block", [1, 128, 256, 5000])
 @pytest.mark.parametrize("num_at_once", [1, 2, 15])

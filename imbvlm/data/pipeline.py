@@ -45,20 +45,31 @@ class CpuPlan:
 
 
 def plan_cpus(
-    free: float, num_workers: int, cpus_per_worker: float, gpus_per_worker: float, smallest_node: float = math.inf
+    free: float,
+    num_workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    smallest_node: float = math.inf,
+    num_nodes: int = 1,
 ) -> CpuPlan:
     """Book CPUs so that both stages always fit at once: a stage that waits for the other's CPUs would wait for ever.
 
     Workers get what they ask for as long as half of the free CPUs is left for loading (one CPU, with GPUs); on a
-    machine without free CPUs nothing is booked. A task fits beside a worker on the node with the fewest CPUs.
+    machine without free CPUs nothing is booked. A task fits beside a worker on the node with the fewest CPUs. On
+    several nodes it is three quarters, so that both stages fit on what is left where half of the CPUs go away for good:
+    Ray starts the workers again there before any task.
     """
     if free <= 0:
         return CpuPlan(0, 0, 1)
     left_for_loading = min(1.0, free / 2) if gpus_per_worker else free / 2
     per_worker = _floor(min(float(cpus_per_worker), (free - left_for_loading) / num_workers))
+    num_tasks = max(1, int(free - per_worker * num_workers))
+    together = per_worker
+    if num_nodes > 1 and not gpus_per_worker:
+        per_worker = _floor(min(per_worker, free / 4 / num_workers))
+        together = per_worker * num_workers if per_worker * num_workers < smallest_node else per_worker
     left = free - per_worker * num_workers
-    num_tasks = max(1, int(left))
-    beside = smallest_node - per_worker if smallest_node > per_worker else smallest_node
+    beside = smallest_node - together if smallest_node > together else smallest_node
     per_task = _floor(min(1.0, left / num_tasks, beside))
     # Stages that book the same are fused by Ray Data, and the worker would load its images itself.
     return CpuPlan(per_worker, per_task - 0.01 if per_task == per_worker else per_task, num_tasks)
@@ -90,7 +101,9 @@ def map_images(
     if not blocks:
         return
     free = _free_cpus(num_workers * cpus_per_worker + 1)
-    cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, _smallest_node())
+    nodes = _cpus_of_nodes()
+    smallest = min(nodes, default=math.inf)
+    cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
     with _quiet_context():
         dataset = (
@@ -233,10 +246,10 @@ def _free_cpus(wanted: float) -> float:
     return free
 
 
-def _smallest_node() -> float:
-    """The fewest CPUs that a node has, of those that have any."""
+def _cpus_of_nodes() -> list[float]:
+    """Of those that have any."""
     found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
-    return min((cpus for cpus in found if cpus), default=math.inf)
+    return [cpus for cpus in found if cpus]
 
 
 @contextmanager
