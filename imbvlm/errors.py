@@ -17,6 +17,10 @@ class DiskFullError(StorageError):
     """There is no room for a file; another try can't change that."""
 
 
+class LostProcessesError(ImbvlmError):
+    """Process after process is lost over the same work; the sentence says which, and what to change."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""

@@ -26,7 +26,7 @@ LAYERS = [
 ]
 # Which files may import a library, by its longest dotted name here.
 EDGES = {
-    "ray": ("data.pipeline", "data.cluster", "training.ray_worker", "sweep.engine", "cluster_file"),
+    "ray": ("data.pipeline", "data.attempts", "data.cluster", "training.ray_worker", "sweep.engine", "cluster_file"),
     "ray.data": ("data.pipeline",),
     "ray.train": ("training.ray_worker", "sweep.engine"),
     "ray.tune": ("sweep.engine",),

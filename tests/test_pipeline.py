@@ -1,6 +1,7 @@
 """Blocks of images through Ray Data: whole, none lost, none waiting for ever, errors as they were raised."""
 
 import os
+import signal
 import sys
 import time
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from ray import cloudpickle
 
+from imbvlm.data.attempts import MOST_LOST
 from imbvlm.data.pipeline import IMAGES_PER_TASK, map_images, plan_cpus, plan_tasks
+from imbvlm.errors import LostProcessesError
 from imbvlm.storage import StorageError
 
 SIDE = 16
@@ -123,6 +126,56 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster
     with pytest.raises(StorageError, match="the tower's file is not there"):
         list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1))
     assert "Traceback" not in capfd.readouterr().err
+
+
+def die_at_first(folder, number):
+    """So many processes do, as if a machine had ended them."""
+    for path in (folder / str(one) for one in range(number)):
+        if not path.exists():
+            path.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_load(descriptor):
+    die_at_first(*descriptor.get("load", (None, 0)))
+    return {**load(descriptor), "work": descriptor.get("work", (None, 0))}
+
+
+class DyingTower(Tower):
+    def __init__(self, *start):
+        die_at_first(*start)
+        super().__init__(1)
+
+    def __call__(self, block):
+        die_at_first(*block["work"])
+        return super().__call__(block)
+
+
+def run_dying(folder, stage, number):
+    """Three blocks, over one of which so many processes die, or as many as they start."""
+    blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
+    blocks[1][stage] = (folder, number)
+    start = blocks[1].pop("start", (folder, 0))
+    return list(map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "work"), [("load", "loading shard 1"), ("work", "running the tower over shard 1"), ("start", "starting")]
+)
+def test_process_after_process_lost_over_the_same_work_ends_the_pass(ray_cluster, tmp_path, stage, work):
+    with pytest.raises(LostProcessesError, match=rf"{work}.*: {MOST_LOST} processes in a row were lost"):
+        run_dying(tmp_path, stage, MOST_LOST + 9)
+    assert len(os.listdir(tmp_path)) == MOST_LOST
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("stage", ["load", "work", "start"])
+def test_a_few_lost_processes_cost_nothing(ray_cluster, tmp_path, stage):
+    found = run_dying(tmp_path, stage, MOST_LOST - 1)
+    assert sorted(one["shard"] for one in found) == [0, 1, 2]
 
 
 @pytest.mark.ray

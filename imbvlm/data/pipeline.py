@@ -20,6 +20,7 @@ import ray
 import ray.data
 from ray.data.context import DataContext
 
+from imbvlm.data.attempts import Attempts
 from imbvlm.data.image_rows import opened_manifest
 from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.errors import ImbvlmError
@@ -27,7 +28,7 @@ from imbvlm.errors import ImbvlmError
 Block = dict[str, Any]
 Load = Callable[[Block], Block]
 
-_DESCRIPTOR, _REST, _ERROR = "descriptor", "rest", "error"
+_DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
 # Ray Data looks every tenth of a second for tasks that have ended, and starts none after the first results of a dataset
 # until a second is over. So a task loads about this many images, and hands on each block as soon as it is loaded.
 IMAGES_PER_TASK = 1024
@@ -96,7 +97,8 @@ def map_images(
 
     `load(descriptor)` runs in tasks and gives a dict, of `images_per_block` images at most, whose numpy arrays travel
     without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
-    member; called with that dict it returns a small summary. An ImbvlmError of either comes out as it was raised.
+    member; called with that dict it returns a small summary. An ImbvlmError of either comes out as it was raised, and
+    LostProcessesError where process after process is lost over a block (its `name` is in the sentence) or as it starts.
     """
     if not blocks:
         return
@@ -105,11 +107,11 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
-    with _quiet_context():
+    with _quiet_context(), _attempts() as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
-                _Load(load),
+                _Load(load, attempts),
                 batch_size=1,
                 batch_format="numpy",
                 num_cpus=cpus.per_task,
@@ -117,7 +119,7 @@ def map_images(
             )
             .map_batches(
                 _Worker,
-                fn_constructor_args=(worker, worker_args),
+                fn_constructor_args=(worker, worker_args, attempts),
                 batch_size=1,
                 batch_format="numpy",
                 zero_copy_batch=True,
@@ -135,18 +137,19 @@ def stream_blocks(
     """Loaded blocks in the order given, some made ahead of their use; arrays are read-only and not copied.
 
     Its tasks book no CPU, as a DataLoader's workers don't: beside Train workers that hold every CPU it goes on too. An
-    ImbvlmError of `load` comes out as it was raised.
+    ImbvlmError of `load` comes out as it was raised, and LostProcessesError as in `map_images`.
     """
     if not blocks:
         return
     rows = _Descriptors(blocks)
-    with _quiet_context() as context:
+    with _quiet_context() as context, _attempts() as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
-        ).map_batches(_Load(load), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
+        ).map_batches(_Load(load, attempts), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
         for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
             block = _unpack(batch)
+            del block[_WHICH]
             if _ERROR in block:
                 raise block[_ERROR]
             yield block
@@ -170,7 +173,7 @@ class _Descriptors(Sequence[Block]):
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return {_DESCRIPTOR: pickle.dumps(self.blocks[index])}
+        return {_DESCRIPTOR: pickle.dumps((index, self.blocks[index]))}
 
 
 def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
@@ -184,33 +187,47 @@ def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
 class _Load:
     """First stage: a descriptor becomes a loaded block."""
 
-    def __init__(self, load: Load) -> None:
-        self.load = load
+    def __init__(self, load: Load, attempts: Attempts) -> None:
+        self.load, self.attempts = load, attempts
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
-        return _pack(_guarded(self.load, pickle.loads(batch[_DESCRIPTOR][0])))
+        number, block = pickle.loads(batch[_DESCRIPTOR][0])
+        name = block.get("name", "images")
+
+        def load() -> Block:
+            with self.attempts.at(f"load-{number}", f"loading {name}"):
+                return self.load(block)
+
+        return _pack({**_guarded(load), _WHICH: (number, name)})
 
 
 class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
-    def __init__(self, worker: type, worker_args: tuple[Any, ...]) -> None:
+    def __init__(self, worker: type, worker_args: tuple[Any, ...], attempts: Attempts) -> None:
+        self.attempts = attempts
         self.failure: Block | None = None
         try:
-            self.worker: Load = worker(*worker_args)
+            with attempts.at("start", "starting a tower"):
+                self.worker: Load = worker(*worker_args)
         except ImbvlmError as error:
             self.failure = {_ERROR: error}
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
         block = _unpack(batch)
-        summary = self.failure or (block if _ERROR in block else _guarded(self.worker, block))
-        return {_REST: [pickle.dumps(summary)]}
+        number, name = block.pop(_WHICH)
+
+        def work() -> Block:
+            with self.attempts.at(f"work-{number}", f"running the tower over {name}"):
+                return self.worker(block)
+
+        return {_REST: [pickle.dumps(self.failure or (block if _ERROR in block else _guarded(work)))]}
 
 
-def _guarded(stage: Load, block: Block) -> Block:
+def _guarded(stage: Callable[[], Block]) -> Block:
     """The project's own errors travel as values: Ray Data would log them and hand on only their text."""
     try:
-        return stage(block)
+        return stage()
     except ImbvlmError as error:
         return {_ERROR: error}
 
@@ -250,6 +267,16 @@ def _cpus_of_nodes() -> list[float]:
     """Of those that have any."""
     found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
     return [cpus for cpus in found if cpus]
+
+
+@contextmanager
+def _attempts() -> Iterator[Attempts]:
+    """Of a pass, forgotten with it."""
+    attempts = Attempts()
+    try:
+        yield attempts
+    finally:
+        attempts.forget()
 
 
 @contextmanager

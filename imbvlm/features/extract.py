@@ -379,6 +379,7 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
     return [
         {
             "folder": work.store.folder,
+            "name": f"{work.part.split} images {rows.start} to {rows.stop - 1}",
             "shard": shard,
             "outputs": outputs,
             "split": work.part.split,

@@ -15,7 +15,7 @@ import optuna
 from imbvlm import storage
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
-from imbvlm.errors import ConfigError, ImbvlmError, Problem, StorageError
+from imbvlm.errors import ConfigError, ImbvlmError, LostProcessesError, Problem, StorageError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import ensure_features, num_crops, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
@@ -81,7 +81,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     beside = side_folder(folder)
     console.copy_to(beside / PROGRESS_FILE)
     console.say(opening(spec, manifest, folder, log))
-    with _storage_errors_say_how_to_go_on(folder):
+    with _machine_errors_say_how_to_go_on(folder):
         with console.others_to(beside / LOG_FILE):
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -96,11 +96,11 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
 
 
 @contextmanager
-def _storage_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
+def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
     try:
         yield
-    except StorageError as error:
-        raise StorageError(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
+    except (StorageError, LostProcessesError) as error:
+        raise type(error)(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
 
 
 def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
