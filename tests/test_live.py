@@ -188,6 +188,16 @@ def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path):
     assert "2 of 2 done" in (tmp_path / "progress.log").read_text()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream, {})
+    (tmp_path / "progress.log").symlink_to("/dev/full")
+    console.copy_to(tmp_path / "progress.log")
+    console.say("1 of 2 done")
+    assert stream.getvalue() == "1 of 2 done\n"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from typing import Any
 
 import optuna
 import pytest
+from ray.tune import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from tiny_data import tiny_config, tiny_features
 
+from imbvlm.errors import DiskFullError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.schema import Tree
 from imbvlm.sweep.budget import Budget
@@ -24,7 +27,7 @@ from imbvlm.sweep.engine.progress import ProgressCallback, _cause, _failures
 from imbvlm.sweep.engine.scheduler import asha
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.engine.trainable import InProcessTrial
-from imbvlm.sweep.engine.tuner import Lane, payload
+from imbvlm.sweep.engine.tuner import Lane, _of_storage, payload
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
 from imbvlm.training.session import TrialSettings
@@ -194,3 +197,22 @@ def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
         failures = _failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
         assert _cause(failures, record, "2 worker(s), 10 classes").startswith(words)
     assert _cause(_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (DiskFullError("can't write /runs/spent.json: the disk is full"), "can't write /runs/spent.json"),
+        (OSError(errno.ENOSPC, "No space left on device"), "can't write /runs: the disk is full"),
+        (TimeoutError("Ray waited too long"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Ray has gone"), None),
+        (ValueError("a mistake of ours"), None),
+    ],
+)
+def test_what_a_callback_could_not_keep_is_told_where_tune_ends_over_it(cause, words):
+    """Tune wraps what its callbacks, searcher and scheduler raise, and hides it behind a traceback's text."""
+    wrapped = TuneError("Traceback of it")
+    wrapped.__context__ = cause
+    found = _of_storage(wrapped, "/runs")
+    assert (found is None) == (words is None)
+    assert words is None or str(found).startswith(words)

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -109,8 +109,9 @@ class Console:
             _to_nowhere(self._stream.fileno())
 
     def _write_copy(self, text: str) -> None:
+        # On a full disk the copy's lines are lost: what must be kept says so, and how to go on.
         if self._copy is not None:
-            with self._copy.open("a", encoding="utf-8") as stream:
+            with suppress(OSError), self._copy.open("a", encoding="utf-8") as stream:
                 stream.write(f"{text}\n")
 
     def _clear(self) -> None:
@@ -147,8 +148,9 @@ class Console:
             yield
         finally:
             self._clear()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             if self._stream is not ours:
                 self._stream.close()
                 self._stream = ours

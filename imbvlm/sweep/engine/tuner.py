@@ -161,8 +161,10 @@ def run_jobs(
     )
     try:
         tuner.fit()
-    except OSError as error:
-        raise storage.failure("write", lane.folder, error) from None
+    except (OSError, tune.TuneError) as error:
+        progress.storage_error = progress.storage_error or _of_storage(error, lane.folder)
+        if progress.storage_error is None:
+            raise
     finally:
         # On a full disk what ended the sweep is said, not what couldn't be kept either.
         with nullcontext() if progress.storage_error is None else suppress(storage.StorageError):
@@ -173,6 +175,18 @@ def run_jobs(
     for place in (lane.folder, str(lane.side_folder)):
         storage.delete(storage.join(place, RAY_FOLDER))
     return progress.num_lost
+
+
+def _of_storage(error: BaseException | None, folder: str) -> storage.StorageError | None:
+    """What couldn't be kept, where that has ended Tune: it hides what its searcher, scheduler and callbacks raise."""
+    while error is not None:
+        if isinstance(error, storage.StorageError):
+            return error
+        # Without a number it is no file's: Ray's own waiting that took too long is one, too.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            return storage.failure("write", folder, error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _ActorManager(RayActorManager):
