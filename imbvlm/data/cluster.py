@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants, services
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -222,18 +224,27 @@ def nodes_that_miss(folder: str) -> list[str]:
     probe = storage.join(folder, name)
     storage.write_bytes(probe, name.encode())
     try:
-        answers = [
-            ray.remote(num_cpus=0, max_retries=1)(_answer_probe)
+        answers = {
+            node["NodeID"]: ray.remote(num_cpus=0, max_retries=1)(_answer_probe)
             .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             .remote(probe)
             for node in ray.nodes()
             if node["Alive"]
-        ]
-        told = ray.get(answers, timeout=_PROBE_SECONDS)
+        }
+        told, deadline = [], time.monotonic() + _PROBE_SECONDS
+        for node_id, answer in answers.items():
+            try:
+                told.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
+            except RayError as error:
+                # A machine that has gone meanwhile needn't see anything.
+                node = next(one for one in ray.nodes() if one["NodeID"] == node_id)
+                if node["Alive"]:
+                    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                    told.append((node["NodeManagerHostname"], "", f"a task there gives no answer ({last[:300]})"))
         return [
             f"{host}: {mistake or 'what it writes there is not seen here'}"
-            for host, answer, mistake in told
-            if mistake or not storage.exists(answer)
+            for host, written, mistake in told
+            if mistake or not storage.exists(written)
         ]
     finally:
         for one in storage.list_files(folder):
