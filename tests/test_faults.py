@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import pytest
 from apart import Apart, apart_with_ray, free_port, start_head
-from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, kill, runs, wait_gone, write_manifest
+from faulty_sweep import LOSSES, NUM_TRIALS, Sweep, assert_same_trials, kill, runs, wait_gone, write_manifest
 
+from imbvlm.sweep.budget import SAVE_AFTER_SECONDS
 from imbvlm.training.checkpoint import load_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -114,7 +116,9 @@ def test_a_killed_worker_costs_no_trial(quiet, make_sweep, order, driver):
     assert_same_end(sweep, quiet)
 
 
-def test_a_killed_driver_goes_on(quiet, sweep, order):
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_killed_driver_goes_on(quiet, make_sweep, order, driver):
+    sweep = make_sweep(driver=driver, cpus_per_worker=0.9)
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 3)
@@ -212,21 +216,27 @@ def share_of_memory(more_bytes: int) -> float:
     return (found["MemTotal"] - found["MemAvailable"] + more_bytes) / found["MemTotal"]
 
 
+def run_with_little_memory(there: Apart, sweep: Sweep, folder: Path, num_bytes: int, **expected) -> str:
+    """Where Ray ends a process once so many bytes more are taken than are now."""
+    # Otherwise Ray waits longer after each such end of a task, for minutes in all.
+    settings = {"RAY_memory_usage_threshold": f"{share_of_memory(num_bytes):.3f}",
+                "RAY_memory_monitor_refresh_ms": "100", "RAY_task_oom_retry_delay_base_ms": "100"}  # fmt: skip
+    port = free_port()
+    start_head(there, folder, port, "--num-cpus=2", **settings)
+    return sweep.run(environment={"RAY_ADDRESS": f"127.0.0.1:{port}", **settings}, **expected)
+
+
 @pytest.mark.parametrize(("driver", "rates"), [("in_process", [0.05, 0.5]), ("ray_train", [0.05])])
 def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
     quiet, make_sweep, tmp_path, order, driver, rates
 ):
     """Ray ends a process before the kernel does; the sweep goes on. What else runs on this machine counts, too."""
     space = {"parameters": {"loss.name": {"choice": ["cross_entropy", "focal"]}, "optim.lr": {"choice": rates}}}
-    settings = {"RAY_memory_usage_threshold": f"{share_of_memory(8_000_000_000):.3f}",
-                "RAY_memory_monitor_refresh_ms": "100"}  # fmt: skip
-    port = free_port()
     with apart_with_ray(tmp_path) as there, order(losses={"focal": "hoard"}) as ids:
-        start_head(there, tmp_path, port, "--num-cpus=2", **settings)
         sweep = make_sweep(
             there=there, driver=driver, cpus_per_worker=0.9, max_failures=1, space=space, num_trials=2 * len(rates)
         )
-        printed = sweep.run(environment={"RAY_ADDRESS": f"127.0.0.1:{port}"})
+        printed = run_with_little_memory(there, sweep, tmp_path, 8_000_000_000)
         states = {(one["draw"]["loss.name"], one["state"]) for one in sweep.records().values()}
         outcome, num_records, num_processes = sweep.outcome(), len(sweep.records()), len(ids("trial"))
     sentence = "its machine ran out of memory with train.batch_size 32 over 1 worker(s), 10 classes"
@@ -259,6 +269,35 @@ def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(quiet, 
         sweep.wait_for(lambda: len(shards()) >= 3)
         assert kill(ids("tower")) >= 1
     sweep.end()
+    assert_same_end(sweep, quiet)
+
+
+def test_a_tower_that_takes_all_memory_once_costs_nothing(quiet, manifest, tmp_path, order, fault_orders):
+    with apart_with_ray(tmp_path) as there, order(hoards={"tower": 1}):
+        sweep = Sweep(tmp_path, manifest, there=there)
+        run_with_little_memory(there, sweep, tmp_path, 5_000_000_000)
+    assert (fault_orders.parent / "hoards-tower-0").exists()
+    sweep.there = None
+    assert_same_end(sweep, quiet)
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"),
+    [("tower", "running the tower over "), ("tower_start", "starting a tower: "), ("loading", "loading ")],
+)
+def test_extraction_that_takes_all_memory_again_and_again_ends_and_says_so(
+    quiet, manifest, tmp_path, order, kind, work
+):
+    with apart_with_ray(tmp_path) as there, order(hoards={kind: 99}) as ids:
+        sweep = Sweep(tmp_path, manifest, there=there)
+        printed = run_with_little_memory(there, sweep, tmp_path, 5_000_000_000, code=1)
+        # Ray gives a tower's process several blocks, and another one of them after each loss.
+        assert len(ids(kind)) < 60
+    sweep.there = None
+    assert f"imbvlm: {work}" in printed
+    assert re.search(r"\d processes in a row were ended, since their machine ran out of memory; use machines", printed)
+    assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
+    sweep.run("--resume")
     assert_same_end(sweep, quiet)
 
 
@@ -307,12 +346,15 @@ def test_a_disk_that_is_full_while_the_store_is_written(quiet, manifest, tmp_pat
 
 
 def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path, small_disk, order):
-    sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
-    with order(loss_seconds=0.1):
+    first = [{"loss.name": name, "optim.lr": 0.05} for name in LOSSES]
+    sweep, alone = Sweep(tmp_path, manifest, there=small_disk, first_trials=first), {"RAY_ADDRESS": "local"}
+    with order(losses={LOSSES[-1]: "hang"}):
         sweep.start(environment=alone)
         sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        # So late that what the sweep has spent would be written, too.
+        time.sleep(SAVE_AFTER_SECONDS)
         filler = fill(small_disk, tmp_path / "runs")
-        printed = sweep.end(1)
+    printed = sweep.end(1)
     assert_says_what_to_do(printed, tmp_path / "runs" / sweep.path.name)
     ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
     assert 2 <= len(ended) < NUM_TRIALS
@@ -322,8 +364,9 @@ def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path
     assert_same_end(sweep, quiet)
 
 
-def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_path, small_disk, order):
-    sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_path, small_disk, order, driver):
+    sweep, alone = Sweep(tmp_path, manifest, there=small_disk, driver=driver), {"RAY_ADDRESS": "local"}
     checkpoints = lambda: list((small_disk.path(tmp_path) / "runs").glob("faults-*/checkpoints/t*/state.json"))  # noqa: E731
     with order(slow_losses={"focal": 0.5, "balanced_softmax": 0.5}, checkpoint_seconds=4):
         sweep.start(environment=alone)

@@ -114,8 +114,9 @@ def objects_with(secrets: list[bytes], uri: str) -> tuple[int, list[str]]:
     return number, found
 
 
+@pytest.mark.parametrize("driver", ["in_process", "ray_train"])
 def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_left(
-    manifest, tmp_path, quiet, s3, there, fault_orders
+    manifest, tmp_path, quiet, s3, there, fault_orders, driver
 ):
     away_until, refused = [0.0], [0]
 
@@ -127,7 +128,8 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
         return (503, "ServiceUnavailable") if number % 2 else (0, "")
 
     token = "0123456789abcdef-a-token-of-ray"
-    sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/away", there=there)
+    uri = f"s3://{BUCKET}/away-{driver}"
+    sweep = S3Sweep(tmp_path / "home", manifest, uri, there=there, driver=driver)
     with proxy(s3, answer) as endpoint:
         fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
         try:
@@ -147,7 +149,7 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
     assert len(seen) > 5
     assert not [line for line in seen if any(secret.decode() in line for secret in secrets)]
     assert not any(secret.decode() in printed for secret in secrets)
-    number, having = objects_with(secrets, f"s3://{BUCKET}/away")
+    number, having = objects_with(secrets, uri)
     assert number > 15
     assert not having
     # Logs, TensorBoard, features, and Ray's session with the logs of every process.

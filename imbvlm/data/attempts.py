@@ -46,8 +46,9 @@ class Attempts:
             internal_kv._internal_kv_del(prefix, del_by_prefix=True)
 
     def forget(self) -> None:
-        """The pass has ended."""
-        internal_kv._internal_kv_del(f"{self._prefix}/", del_by_prefix=True)
+        """The pass has ended; one that nobody waits for any more may outlive the connection."""
+        if internal_kv._internal_kv_initialized():
+            internal_kv._internal_kv_del(f"{self._prefix}/", del_by_prefix=True)
 
 
 def _exit_of(worker_id: str) -> int | None:

@@ -2,8 +2,9 @@
 
 Orders are a JSON file (its path in IMBVLM_TEST_FAULTS), read anew each time; without it nothing happens.
 `losses` {name: raise | nan | inf | out_of_memory | hoard | hang}; `loss_seconds`, `slow_losses` {name: seconds} and
-`tower_seconds`: how much longer it takes; `checkpoint_seconds`: how often a trial is saved.
-Processes that compute losses or run a tower leave their id in the folder beside it.
+`tower_seconds`: how much longer it takes; `checkpoint_seconds`: how often a trial is saved; `hoards` {tower |
+tower_start | loading: number}: so many of an extraction's processes take memory until they are ended.
+Processes that compute losses, run a tower or load its images leave their id in the folder beside it.
 """
 
 import functools
@@ -31,6 +32,25 @@ def leave_id(kind):
         path.touch()
 
 
+def hoard():
+    hoarded = []
+    while True:
+        hoarded.append(b"1" * 100_000_000)
+        assert len(hoarded) < 120, "nobody has ended it"
+        time.sleep(0.02)
+
+
+def hoard_if_ordered(ordered, kind):
+    """As often as is ordered; whoever makes the file first does."""
+    leave_id(kind)
+    for number in range(ordered.get("hoards", {}).get(kind, 0)):
+        try:
+            (Path(ORDERS).parent / f"hoards-{kind}-{number}").open("x").close()
+        except FileExistsError:
+            continue
+        hoard()
+
+
 def faulty_loss(name, loss):
     @functools.wraps(loss)
     def call(*arguments, **knobs):
@@ -46,11 +66,8 @@ def faulty_loss(name, loss):
             raise ValueError("a fault of the tests")
         if kind == "out_of_memory":
             torch.empty(2**58)
-        hoarded = []
-        while kind == "hoard":
-            hoarded.append(b"1" * 100_000_000)
-            assert len(hoarded) < 120, "nobody has ended it"
-            time.sleep(0.02)
+        if kind == "hoard":
+            hoard()
         while orders().get("losses", {}).get(name) == "hang":
             time.sleep(1)
         value = loss(*arguments, **knobs)
@@ -64,16 +81,32 @@ def patch_losses(module):
 
 
 def patch_tower(module):
-    call = module.TowerWorker.__call__
+    init, call = module.TowerWorker.__init__, module.TowerWorker.__call__
+
+    def start(self, *arguments):
+        if ordered := orders():
+            hoard_if_ordered(ordered, "tower_start")
+        init(self, *arguments)
 
     def slow(self, block):
-        ordered = orders()
-        if ordered:
-            leave_id("tower")
+        if ordered := orders():
+            hoard_if_ordered(ordered, "tower")
             time.sleep(ordered.get("tower_seconds", 0))
         return call(self, block)
 
-    module.TowerWorker.__call__ = slow
+    module.TowerWorker.__init__, module.TowerWorker.__call__ = start, slow
+
+
+def patch_loading(module):
+    load = module.load_block
+
+    @functools.wraps(load)
+    def call(block):
+        if ordered := orders():
+            hoard_if_ordered(ordered, "loading")
+        return load(block)
+
+    module.load_block = call
 
 
 def patch_session(module):
@@ -89,6 +122,7 @@ def patch_session(module):
 
 PATCHES = {
     "imbvlm.losses": patch_losses,
+    "imbvlm.features.loading": patch_loading,
     "imbvlm.features.tower_pass": patch_tower,
     "imbvlm.training.session": patch_session,
 }
