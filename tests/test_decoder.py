@@ -175,13 +175,28 @@ def test_stored_half_precision_tokens_are_read_as_they_are(depth):
     assert torch.equal(decoder(x), decoder(x.float()))
 
 
-def test_under_bfloat16_autocast_the_last_block_stays_close():
+def test_under_bfloat16_autocast_outputs_and_gradients_stay_close():
     torch.manual_seed(0)
-    decoder = Decoder(WIDTH, config(depth=2), True)
-    x = tokens(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = decoder(x)
-    torch.testing.assert_close(out.float(), decoder(x), rtol=0.05, atol=0.05)
+    decoder = Decoder(96, config(depth=2), True)
+    x = tokens(rows=8, length=50, width=96, dtype=torch.float32)
+    direction = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
+
+    def run(enabled):
+        decoder.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = decoder(x).float()
+            with torch.no_grad():
+                read = decoder(x).float()
+        out.backward(direction)
+        return out.detach(), read, {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+
+    out, read, gradients = run(enabled=True)
+    expected, _, true = run(enabled=False)
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(read, expected, rtol=0.05, atol=0.05)
+    for name, gradient in gradients.items():
+        difference = (gradient - true[name]).norm() / true[name].norm().clamp(min=1e-3)
+        assert difference < 0.03, name
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do():
