@@ -23,7 +23,19 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 from table import HEADING, Options  # noqa: E402
 
 # In the order in which they run; each is a file beside this one with a function `lines`.
-SECTIONS = ("extraction", "epoch", "overhead", "packs", "growth", "views", "tokens", "search", "images", "sweep")
+SECTIONS = (
+    "extraction",
+    "epoch",
+    "overhead",
+    "packs",
+    "growth",
+    "views",
+    "starts",
+    "tokens",
+    "search",
+    "images",
+    "sweep",
+)
 
 
 def main() -> int:

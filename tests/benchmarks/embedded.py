@@ -25,11 +25,17 @@ def config(method: str = "linear_probe", **overrides: object) -> TrialConfig:
 
 
 def features(
-    folder: Path, num_views: int = 1, splits: tuple[str, ...] = ("train", "val"), tail_views: int | None = None
+    folder: Path,
+    num_views: int = 1,
+    splits: tuple[str, ...] = ("train", "val"),
+    tail_views: int | None = None,
+    text: bool = False,
 ) -> FeatureSet:
-    """Pooled outputs of these splits; of training so many views, and more of few-shot classes."""
+    """Pooled outputs of these splits, of training so many views, and more of few-shot classes; class names' texts."""
     manifest = Manifest.read(MANIFEST)
     present = tuple(split for split in splits if split in manifest.splits)
     wanted = config(features__num_views=num_views, features__tail_views=tail_views)
     with extraction_in_this_process():
-        return ensure_features(wanted, manifest, str(folder), frozenset({"pooled"}), present, report=lambda text: None)
+        return ensure_features(
+            wanted, manifest, str(folder), frozenset({"pooled"}), present, text=text, report=lambda line: None
+        )
