@@ -81,7 +81,19 @@ def connected() -> Iterator[Cluster]:
     if not started:
         _join(logging.WARNING, runtime_env=_runtime_env())
     else:
-        # With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
+        _start_here()
+    try:
+        yield _describe(started_here=started)
+    finally:
+        ray.shutdown()
+
+
+def _start_here() -> None:
+    """A cluster of this machine, which ends with this process.
+
+    With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
+    """
+    try:
         with _on_loopback():
             ray.init(
                 address="local",
@@ -90,10 +102,12 @@ def connected() -> Iterator[Cluster]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-    try:
-        yield _describe(started_here=started)
-    finally:
-        ray.shutdown()
+    except Exception as error:
+        # Ray has no word of its own for it: a bare Exception, where it took a minute to no end.
+        raise ImbvlmError(
+            f"Ray can't be started on this machine: {error} Where it is busy with other work try again later; Ray's "
+            "logs are in /tmp/ray"
+        ) from error
 
 
 @contextmanager
