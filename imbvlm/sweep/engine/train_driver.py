@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from typing import Any
 
@@ -31,21 +32,23 @@ def ray_train_trial(config: Tree) -> None:
     per_worker = {"CPU": resources["cpus_per_worker"]}
     if uses_gpu:
         per_worker["GPU"] = resources["gpus_per_worker"]
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=config["settings"],
-        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=resources["num_workers"], use_gpu=uses_gpu, resources_per_worker=per_worker
-        ),
-        run_config=train.RunConfig(
-            name=f"train-{trial_id}",
-            storage_path=config["train_storage"],
-            callbacks=[TuneReportCallback(), NoteGroup(_key(trial_id))],
-            failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
-        ),
-    )
-    trainer.fit()
+    # Ray Train wants a folder for checkpoints that we don't give it, and would end where the sweep's is away or full.
+    with tempfile.TemporaryDirectory(prefix="imbvlm-train-") as folder:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config=config["settings"],
+            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=resources["num_workers"], use_gpu=uses_gpu, resources_per_worker=per_worker
+            ),
+            run_config=train.RunConfig(
+                name=f"train-{trial_id}",
+                storage_path=folder,
+                callbacks=[TuneReportCallback(), NoteGroup(_key(trial_id))],
+                failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+            ),
+        )
+        trainer.fit()
 
 
 class NoteGroup(WorkerGroupCallback):

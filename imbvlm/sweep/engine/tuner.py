@@ -98,7 +98,6 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
                 "cpus_per_worker": spec.cpus_per_worker,
                 "gpus_per_worker": spec.gpus_per_worker,
             },
-            "train_storage": storage.join(lane.folder, RAY_FOLDER),
             "alone": job.alone,
         }
 
