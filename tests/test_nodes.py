@@ -78,7 +78,8 @@ def trials_held_on_both(sweep: Sweep, fault_orders: Path) -> Iterator[None]:
     Under Ray Train a short trial is over before the other one's workers have started.
     """
     pids = lambda: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob("trial-*")]  # noqa: E731
-    sweep.wait_for(lambda: sweep.num_ended() >= 2)
+    baselines = lambda: [record["state"] for record in sweep.records("baseline").values()]  # noqa: E731
+    sweep.wait_for(lambda: sweep.num_ended() >= 2 and set(baselines()) == {"finished"})
     order(fault_orders, losses=dict.fromkeys(LOSSES, "hang"))
     sweep.wait_for(lambda: len(running(sweep)) == 2 and sum(map(runs, pids())) == 2)
     yield
@@ -99,7 +100,8 @@ def assert_same_end(sweep: Sweep, quiet: Sweep, printed: str) -> None:
 def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders, driver):
     with cluster_of(3) as (cluster, workers, environment):
         sweep = make_sweep(tmp_path, manifest, quiet, driver=driver, cpus_per_worker=0.9)
-        order(fault_orders, loss_seconds=0.05)
+        # The baseline trains on cross_entropy, four times as long as a trial.
+        order(fault_orders, slow_losses={"focal": 0.2, "balanced_softmax": 0.2})
         sweep.start(environment=environment)
         with trials_held_on_both(sweep, fault_orders):
             cluster.remove_node(workers[0], allow_graceful=False)
@@ -114,7 +116,8 @@ def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_
 
     with cluster_of(3) as (cluster, workers, environment):
         sweep = make_sweep(tmp_path, manifest, quiet, max_failures=0, driver=driver, cpus_per_worker=0.9)
-        order(fault_orders, loss_seconds=0.05)
+        # The baseline trains on cross_entropy, four times as long as a trial.
+        order(fault_orders, slow_losses={"focal": 0.2, "balanced_softmax": 0.2})
         sweep.start(environment=environment)
         with trials_held_on_both(sweep, fault_orders):
             deadline = int((time.time() + 1) * 1000)
