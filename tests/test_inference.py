@@ -46,7 +46,9 @@ def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
     assert sum(first.probabilities) == pytest.approx(1)
     assert list(first.probabilities) == sorted(first.probabilities, reverse=True)
     for other in others:
-        assert (other.class_names, other.probabilities) == (first.class_names, first.probabilities)
+        # A row's place in a batch may decide its last bits.
+        assert other.class_names == first.class_names
+        assert other.probabilities == pytest.approx(first.probabilities, abs=1e-6)
 
 
 def test_a_model_of_averaged_tokens_averages_them_again(tmp_path):
@@ -72,7 +74,8 @@ def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder):
     model = imbvlm.load(folder, "cpu")
     for data in (stream.getvalue(), encoded(clear), encoded(picture(mode="L"))):
         from_file, from_picture = model.predict([data, Image.open(io.BytesIO(data))])
-        assert from_file.probabilities == from_picture.probabilities
+        assert from_file.class_names == from_picture.class_names
+        assert from_file.probabilities == pytest.approx(from_picture.probabilities, abs=1e-6)
 
 
 def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified(folder, tmp_path):
