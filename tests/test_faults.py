@@ -378,8 +378,8 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_
     trial_id = saved.parent.name
     path = tmp_path / "runs" / sweep.path.name
     assert_says_what_to_do(printed, path)
-    # Whoever needs the room first: the trial's worker, or Tune, which notes that worker's failure in a file.
-    assert f"can't write {path}" in printed
+    # Under Ray Train also Tune may need the room first, which notes the worker's failure in a file.
+    assert f"can't write {path}" + ("" if driver == "ray_train" else f"/checkpoints/{trial_id}/state-") in printed
     kept = load_checkpoint(str(saved.parent))
     assert kept.scalars["step"] >= before.scalars["step"] > 0
     ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
