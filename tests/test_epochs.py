@@ -268,10 +268,10 @@ def test_weights_that_overflow_in_the_last_step_are_a_failure_too(data):
 def test_out_of_memory_names_what_to_lower(data):
     run = build_trial(tiny_config("linear_probe"), data)
 
-    def too_large(features):
+    def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    run._forward = too_large
+    run.model.register_forward_pre_hook(too_large)
     with pytest.raises(ImbvlmError, match=r"out of memory with train.batch_size 32 .* 6 classes.*Lower"):
         next(run.epochs())
 
@@ -298,8 +298,7 @@ def test_threads_are_the_trials_own_and_given_back(data, monkeypatch):
     wanted = before + 1
     run = build_trial(tiny_config("linear_probe", train__num_threads=wanted), data)
     seen = []
-    forward = run._forward
-    run._forward = lambda features: (seen.append(torch.get_num_threads()), forward(features))[1]
+    run.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     for _ in run.epochs():
         assert torch.get_num_threads() == before
     assert set(seen) == {wanted}

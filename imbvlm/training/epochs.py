@@ -6,10 +6,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from imbvlm.models.methods import METHODS, FeatureClassifier, build_model
 from imbvlm.models.tower_classifier import TowerClassifier, count_parameters, load_own_tensors, own_tensors
 from imbvlm.sampling import epoch_plan
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
+from imbvlm.training.computing import Computing
 from imbvlm.training.course import Course, Span
 from imbvlm.training.evaluation import Evaluator, Examination
 from imbvlm.training.feed import Feed, ImageFeed, Index, RememberedFeed, StoredFeed
@@ -97,7 +97,8 @@ class TrialRun:
         self.first_losses: list[float] = []
         self._first, self._last = self._spans()
         check_can_choose(config.second_stage, data)
-        with self._threads(), _seeded(self._seed), _explained_memory(self._sizes()):
+        self._computing = Computing(config.train, device, world.world_size, len(data.class_names))
+        with self._computing.working(), _seeded(self._seed):
             self.model = build_model(config, data, device)
         copy_from_first(own_tensors(self.model), world)
         self.parameters = count_parameters(self.model, data.info)
@@ -105,7 +106,7 @@ class TrialRun:
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
         compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
-        self._evaluator = Evaluator(data, self.feed, device, world, self._computing)
+        self._evaluator = Evaluator(data, self.feed, device, world, self._computing.evaluating)
         self._course = self._first_course() if self.entry.trains else None
         self._second: SecondStageRun | None = None
         # What a second stage has decided at its start, for its first epoch's metrics.
@@ -143,7 +144,7 @@ class TrialRun:
             yield self.result
             return
         while self.epoch < self.num_epochs:
-            with self._threads(), _explained_memory(self._sizes()):
+            with self._computing.working():
                 self.result = self._run_epoch(after_step)
             yield self.result
             if self.result.failure is not None:
@@ -206,7 +207,7 @@ class TrialRun:
         )
         return Course(
             model=self.model,
-            forward=lambda features: self._forward(features),
+            forward=self._forward,
             optim=optim,
             train=train,
             span=self._first,
@@ -225,7 +226,7 @@ class TrialRun:
             words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
             device=self.device,
             world=self.world,
-            autocast=self._autocast,
+            autocast=self._computing.autocast,
             mix=self._mixer(),
             num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
         )
@@ -414,34 +415,6 @@ class TrialRun:
     def _seed(self) -> int:
         return 0 if self.config.train is None else self.config.train.seed
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._threads(), _explained_memory(self._sizes()), self._autocast():
-            yield
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        precision = "float32" if self.config.train is None else self.config.train.precision
-        wanted = self.device.type == "cuda" if precision == "auto" else precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """train.num_threads while this trial computes, the process's own number again afterwards."""
-        wanted = None if self.config.train is None else self.config.train.num_threads
-        before = torch.get_num_threads()
-        if wanted is None or wanted == before:
-            yield
-            return
-        torch.set_num_threads(wanted)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    def _sizes(self) -> str:
-        batch_size = "" if self.config.train is None else f"train.batch_size {self.config.train.batch_size} over "
-        return f"{batch_size}{self.world.world_size} worker(s), {len(self.data.class_names)} classes, on {self.device}"
-
 
 def _augmentation(section: AugmentationConfig | None) -> Augmentation:
     """A frozen tower's fresh crops are drawn as its stored views are, so that both can be compared."""
@@ -464,17 +437,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _explained_memory(sizes: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On a GPU an error of its own; torch's allocator on CPUs has only this sentence.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        cause = (str(error) or "Python's allocator").splitlines()[0]
-        raise ImbvlmError(
-            f"out of memory with {sizes}: {cause} Lower train.batch_size, or give the trial more workers"
-        ) from None

@@ -145,7 +145,8 @@ class SecondStageRun:
         config, entry, evaluator = self._config, SECOND_STAGES[self._config.name], self._evaluator
         if isinstance(config, TauNormalizationConfig) or entry.class_sampling is None or entry.loss is None:
             return None
-        data, span = evaluator.data, self._span
+        # Not by way of self: a circle would keep the features in memory when the trial has ended.
+        data, span, features = evaluator.data, self._span, self.features
         counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
         loss = build_loss(entry.loss, counts, world=evaluator.world, **config.model_dump(include={"exponent"}))
         # Epochs are counted on from the first stage's, so that the two stages draw independently.
@@ -169,9 +170,7 @@ class SecondStageRun:
             span=span,
             steps_per_epoch=span.num_steps // span.num_epochs,
             plan_of=plan_of,
-            read=lambda plan, shares, epoch: (
-                self.features.batch(plan.rows[share], plan.views[share]) for share in shares
-            ),
+            read=lambda plan, shares, epoch: (features.batch(plan.rows[share], plan.views[share]) for share in shares),
             losses_of=lambda epoch: lambda step: loss,
             words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
             device=evaluator.device,

@@ -1,0 +1,77 @@
+"""How a trial computes: its threads, its precision, and memory that runs out named with what asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imbvlm.config import TrainConfig
+from imbvlm.errors import ImbvlmError
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Contexts for a trial of `num_classes` on `num_workers`; `train` is None for a method without training.
+
+    It knows nothing of the run itself, whose parts hold it: a run that is part of a circle would keep its tensors, and
+    validation features with them, until Python looks for circles, hundreds of trials later.
+    """
+
+    train: TrainConfig | None
+    device: torch.device
+    num_workers: int
+    num_classes: int
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Where modules run without gradients."""
+        with self.working(), self.autocast():
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Where the trial computes anything; raises ImbvlmError where memory runs out."""
+        with self._threads(), self._explained_memory():
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of its modules."""
+        precision = "float32" if self.train is None else self.train.precision
+        wanted = self.device.type == "cuda" if precision == "auto" else precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """train.num_threads while this trial computes, the process's own number again afterwards."""
+        wanted = None if self.train is None else self.train.num_threads
+        before = torch.get_num_threads()
+        if wanted is None or wanted == before:
+            yield
+            return
+        torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @contextmanager
+    def _explained_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            # On a GPU an error of its own; torch's allocator on CPUs has only this sentence.
+            its_own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not its_own and "can't allocate memory" not in str(error):
+                raise
+            cause = (str(error) or "Python's allocator").splitlines()[0]
+            raise ImbvlmError(
+                f"out of memory with {self._sizes()}: {cause} Lower train.batch_size, or give the trial more workers"
+            ) from None
+
+    def _sizes(self) -> str:
+        batch_size = "" if self.train is None else f"train.batch_size {self.train.batch_size} over "
+        return f"{batch_size}{self.num_workers} worker(s), {self.num_classes} classes, on {self.device}"
