@@ -45,7 +45,7 @@ class Attempts:
         finally:
             internal_kv._internal_kv_del(prefix, del_by_prefix=True)
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """The pass has ended; one that nobody waits for any more may outlive the connection."""
         if internal_kv._internal_kv_initialized():
             internal_kv._internal_kv_del(f"{self._prefix}/", del_by_prefix=True)

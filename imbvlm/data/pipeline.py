@@ -11,7 +11,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
-    with _quiet_context(), _attempts() as attempts:
+    with _quiet_context(), closing(Attempts()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
@@ -142,7 +142,7 @@ def stream_blocks(
     if not blocks:
         return
     rows = _Descriptors(blocks)
-    with _quiet_context() as context, _attempts() as attempts:
+    with _quiet_context() as context, closing(Attempts()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
@@ -267,16 +267,6 @@ def _cpus_of_nodes() -> list[float]:
     """Of those that have any."""
     found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
     return [cpus for cpus in found if cpus]
-
-
-@contextmanager
-def _attempts() -> Iterator[Attempts]:
-    """Of a pass, forgotten with it."""
-    attempts = Attempts()
-    try:
-        yield attempts
-    finally:
-        attempts.forget()
 
 
 @contextmanager

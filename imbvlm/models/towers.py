@@ -95,10 +95,9 @@ class TowerSource:
         if self.weights is not None:
             return self.weights
         if self.is_local:
-            folder = Path(self.model.removeprefix(LOCAL_DIR))
-            if not any(path.suffix in _WEIGHTS_SUFFIXES for path in folder.iterdir()):
+            if not self._folder_files():
                 raise ImbvlmError(
-                    f"encoder.name is {self.name!r}, and {folder} has no weights "
+                    f"encoder.name is {self.name!r}, and {self.model.removeprefix(LOCAL_DIR)} has no weights "
                     f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)})"
                 )
             return None
@@ -106,13 +105,16 @@ class TowerSource:
 
     def weights_bytes(self) -> int | None:
         """Bytes of the user's own file, of a folder's files the largest; None without one, or for open_clip's tags."""
-        folder = Path(self.model.removeprefix(LOCAL_DIR))
         if self.weights is not None:
             return os.path.getsize(self.weights)
+        return max((path.stat().st_size for path in self._folder_files()), default=None)
+
+    def _folder_files(self) -> list[Path]:
+        """Weights in a local folder; none where there is no folder."""
+        folder = Path(self.model.removeprefix(LOCAL_DIR))
         if not self.is_local or not folder.is_dir():
-            return None
-        files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
-        return max((path.stat().st_size for path in files), default=None)
+            return []
+        return [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
 
     @property
     def has_weights(self) -> bool:

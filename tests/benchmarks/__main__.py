@@ -26,6 +26,7 @@ from table import HEADING, Options  # noqa: E402
 SECTIONS = (
     "extraction",
     "epoch",
+    "attention",
     "overhead",
     "packs",
     "growth",

@@ -1,13 +1,17 @@
 """The embedded data and tower, extracted in this process: Fashion-MNIST with a long tail at 64 px."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from table import Line, shown
 from tiny_images import extraction_in_this_process
 
 from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.examples import FeatureSet
+from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.features.extract import ensure_features
+from imbvlm.training.epochs import TrialRun
 
 MANIFEST = "embedded:fashion_mnist_lt"
 NUM_EPOCHS = 12
@@ -39,3 +43,18 @@ def features(
         return ensure_features(
             wanted, manifest, str(folder), frozenset({"pooled"}), present, text=text, report=lambda line: None
         )
+
+
+def tested(run: TrialRun, found: FeatureSet) -> tuple[float, float]:
+    """Balanced and few-shot accuracy on the test split once all epochs are run."""
+    for _ in run.epochs():
+        pass
+    metrics = run.evaluate(TrialData.open_split(run.config, found, "test"))
+    return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
+
+
+def accuracies(what: str, scores: Sequence[tuple[float, float]]) -> Line:
+    """Mean and standard deviation over seeds of what `tested` gives, in percent."""
+    percent = np.array(scores) * 100
+    (balanced, few), (spread, few_spread) = percent.mean(axis=0), percent.std(axis=0, ddof=1)
+    return shown(what, f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}")

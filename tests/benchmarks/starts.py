@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import get_args
 
 import embedded
-import numpy as np
 from table import Line, Options, shown
 
 from imbvlm.config import CosineClassifierConfig
@@ -25,18 +24,9 @@ def lines(options: Options) -> Iterator[Line]:
 
 
 def _accuracies(found: FeatureSet, num_epochs: int, start: str, options: Options) -> Line:
-    scores = np.array([_score(found, num_epochs, start, seed, options) for seed in SEEDS]) * 100
-    (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
-    return shown(
-        f"  {num_epochs} epochs from {start}: balanced and few-shot accuracy",
-        f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}",
-    )
-
-
-def _score(found: FeatureSet, num_epochs: int, start: str, seed: int, options: Options) -> tuple[float, float]:
-    config = embedded.config(train__seed=seed, train__num_epochs=num_epochs, classifier__init=start)
-    run = build_trial(config, TrialData.open(config, found, refit=True), options.device)
-    for _ in run.epochs():
-        pass
-    metrics = run.evaluate(TrialData.open_split(config, found, "test"))
-    return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
+    scores = []
+    for seed in SEEDS:
+        config = embedded.config(train__seed=seed, train__num_epochs=num_epochs, classifier__init=start)
+        run = build_trial(config, TrialData.open(config, found, refit=True), options.device)
+        scores.append(embedded.tested(run, found))
+    return embedded.accuracies(f"  {num_epochs} epochs from {start}: balanced and few-shot accuracy", scores)

@@ -7,7 +7,6 @@ from time import perf_counter, process_time
 
 import embedded
 import made
-import numpy as np
 from table import Line, Options, in_turn, shown, times
 from tiny_images import extraction_in_this_process
 
@@ -47,12 +46,8 @@ def lines(options: Options) -> Iterator[Line]:
     for words, (int8, side) in KINDS.items():
         found = _variant(whole, options.folder / f"stores-{int8}-{side}", int8, side)
         config = config.with_overrides({"encoder.token_pooling": side, "features.int8_tokens": int8})
-        scores = 100 * np.array([_score(config, found, seed, options) for seed in SEEDS])
-        (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
-        yield shown(
-            f"  {words}: test, balanced and few-shot accuracy",
-            f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}",
-        )
+        scores = [_score(config, found, seed, options) for seed in SEEDS]
+        yield embedded.accuracies(f"  {words}: test, balanced and few-shot accuracy", scores)
     yield from _sizes(options)
 
 
@@ -73,11 +68,7 @@ def _variant(whole: FeatureSet, folder: Path, int8: bool, side: int) -> FeatureS
 
 def _score(config: TrialConfig, found: FeatureSet, seed: int, options: Options) -> tuple[float, float]:
     config = config.with_overrides({"train.seed": seed})
-    run = build_trial(config, TrialData.open(config, found, refit=True), options.device)
-    for _ in run.epochs():
-        pass
-    metrics = run.evaluate(TrialData.open_split(config, found, "test"))
-    return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
+    return embedded.tested(build_trial(config, TrialData.open(config, found, refit=True), options.device), found)
 
 
 def _sizes(options: Options) -> Iterator[Line]:

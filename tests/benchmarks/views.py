@@ -33,11 +33,8 @@ def lines(options: Options) -> Iterator[Line]:
 
 
 def _accuracies(what: str, found: FeatureSet, num_views: int | str, options: Options) -> Line:
-    scores = np.array([_score(found, num_views, seed, options) for seed in SEEDS]) * 100
-    (balanced, few), (spread, few_spread) = scores.mean(axis=0), scores.std(axis=0, ddof=1)
-    return shown(
-        f"  {what}: balanced and few-shot accuracy", f"{balanced:.2f} ± {spread:.2f}, {few:.2f} ± {few_spread:.2f}"
-    )
+    scores = [_score(found, num_views, seed, options) for seed in SEEDS]
+    return embedded.accuracies(f"  {what}: balanced and few-shot accuracy", scores)
 
 
 def _score(found: FeatureSet, num_views: int | str, seed: int, options: Options) -> tuple[float, float]:
@@ -47,10 +44,7 @@ def _score(found: FeatureSet, num_views: int | str, seed: int, options: Options)
     run = build_trial(config, replace(data, train=train), options.device)
     if num_views == "fresh":
         _draw_fresh(run)
-    for _ in run.epochs():
-        pass
-    metrics = run.evaluate(TrialData.open_split(config, found, "test"))
-    return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
+    return embedded.tested(run, found)
 
 
 def _draw_fresh(run: TrialRun) -> None:
