@@ -131,6 +131,32 @@ def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_
     assert_same_end(sweep, quiet, printed)
 
 
+def test_what_is_left_too_small_for_any_trial_is_said_and_the_sweep_goes_on_with_another_node(
+    manifest, tmp_path, quiet, fault_orders
+):
+    with cluster_of(2) as (cluster, _, environment):
+        large = cluster.add_node(num_cpus=2)
+        sweep = make_sweep(tmp_path, manifest, quiet, cpus_per_worker=1.5)
+        sweep.change(max_concurrent_trials=1)
+        order(fault_orders, slow_losses={"focal": 0.2, "balanced_softmax": 0.2})
+        sweep.start(environment=environment)
+        sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        cluster.remove_node(large, allow_graceful=False)
+        gone, progress = time.monotonic(), sweep.path / "progress.log"
+        sweep.wait_for(lambda: "no trial fits on what is left of the cluster" in progress.read_text(), 120)
+        print(f"said after {time.monotonic() - gone:.0f} s")
+        ended = sweep.num_ended()
+        assert ended < len(quiet.outcome())
+        time.sleep(20)
+        assert sweep.num_ended() == ended
+        cluster.add_node(num_cpus=2)
+        printed = sweep.end()
+    assert "a trial needs 1.5 CPUs (num_workers 1 x cpus_per_worker 1.5) and the cluster has now 1;" in printed
+    assert "or add a machine that a trial fits on, for which the sweep waits" in printed
+    assert printed.count("no trial fits") == 1
+    assert_same_end(sweep, quiet, printed)
+
+
 def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(manifest, tmp_path, quiet, fault_orders):
     """Half of the CPUs are gone for good, and what worked there comes to where the rest works."""
     with cluster_of(3) as (cluster, workers, environment):

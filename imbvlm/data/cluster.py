@@ -144,6 +144,11 @@ def is_alone() -> bool:
     return not ray.is_initialized() or sum(bool(node["Alive"]) for node in ray.nodes()) < 2
 
 
+def connected_cluster() -> Cluster:
+    """The connected cluster as it is by now."""
+    return _describe(started_here=False)
+
+
 def running_cluster() -> Cluster | None:
     """The cluster that a sweep would join, or None; starts nothing.
 

@@ -69,6 +69,17 @@ def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
     )
 
 
+def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
+    """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
+    lacking = next(_lacks(spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "has now"), None)
+    if lacking is None:
+        return None
+    return (
+        f"no trial fits on what is left of the cluster: {lacking}, and go on by --resume with --fork; or add a machine "
+        "that a trial fits on, for which the sweep waits"
+    )
+
+
 def concurrent_trials(
     spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
 ) -> int:
@@ -77,21 +88,14 @@ def concurrent_trials(
     `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
     """
     lacking = _lacks(spec, num_cpus, num_gpus, nodes, has)
-    problems = [Problem(message, spec.where("num_workers")) for message in lacking if message]
+    problems = [Problem(message, spec.where("num_workers")) for message in lacking]
     if problems:
         raise ConfigError(problems)
-    slots = sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes or [(num_cpus, num_gpus)])
-    fitting = slots // spec.num_workers
+    fitting = _trials_on(spec, nodes or [(num_cpus, num_gpus)])
     wanted = spec.max_concurrent_trials or fitting
-    need = f"{_need_cpus(spec):g} CPUs and {spec.num_workers * spec.gpus_per_worker:g} GPUs"
-    if not fitting:
-        message = (
-            f"a trial of {spec.num_workers} workers ({need}) doesn't fit on this cluster's machines; lower num_workers"
-        )
-        raise ConfigError([Problem(message, spec.where("num_workers"))])
     if wanted > fitting:
         message = (
-            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {need} at once; the "
+            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {_need(spec)} at once; the "
             f"others would starve. Set it to {fitting} or null"
         )
         raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
@@ -152,6 +156,15 @@ def _lacks(
             f"a worker needs {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs on one machine, and the "
             f"largest has {largest[0]:g} CPUs and {largest[1]:g} GPUs; lower cpus_per_worker or gpus_per_worker"
         )
+    elif need_gpus <= num_gpus and not _trials_on(spec, nodes or [(num_cpus, num_gpus)]):
+        yield (
+            f"a trial of {spec.num_workers} workers ({_need(spec)}) doesn't fit on this cluster's machines; lower "
+            "num_workers"
+        )
+
+
+def _need(spec: SweepSpec) -> str:
+    return f"{_need_cpus(spec):g} CPUs and {spec.num_workers * spec.gpus_per_worker:g} GPUs"
 
 
 def _need_cpus(spec: SweepSpec) -> float:
@@ -163,6 +176,11 @@ def _workers_on(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
     cpus = spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
     by_cpus = math.floor(num_cpus / cpus + 1e-9)
     return min(by_cpus, math.floor(num_gpus / spec.gpus_per_worker + 1e-9)) if spec.gpus_per_worker else by_cpus
+
+
+def _trials_on(spec: SweepSpec, nodes: Iterable[tuple[float, float]]) -> int:
+    """How many trials machines hold at once."""
+    return sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes) // spec.num_workers
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:

@@ -18,6 +18,7 @@ from ray.tune.stopper import CombinedStopper
 
 from imbvlm import storage
 from imbvlm.config import Tree
+from imbvlm.data.cluster import connected_cluster
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.monitor import Monitor
@@ -25,10 +26,11 @@ from imbvlm.sweep.engine.packs import PackCallback, Packs, PackScheduler, PackSe
 from imbvlm.sweep.engine.progress import ProgressCallback
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import Job
+from imbvlm.sweep.engine.shortage import Shortage
 from imbvlm.sweep.engine.time_limit import TimeLimit
 from imbvlm.sweep.engine.train_driver import FreeGroups, ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
-from imbvlm.sweep.feasibility import DRIVER_CPUS, uses_ray_train
+from imbvlm.sweep.feasibility import DRIVER_CPUS, shortage, uses_ray_train
 from imbvlm.sweep.refits import refit_seconds
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -129,6 +131,7 @@ def run_jobs(
         Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
     ]
     callbacks = [PackCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
+    callbacks.append(Shortage(lambda: shortage(spec, connected_cluster()), lane.console))
     # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
