@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import train, tune
 from ray._raylet import PlacementGroupID
 from ray.experimental import internal_kv
@@ -33,22 +35,24 @@ def ray_train_trial(config: Tree) -> None:
     if uses_gpu:
         per_worker["GPU"] = resources["gpus_per_worker"]
     # Ray Train wants a folder for checkpoints that we don't give it, and would end where the sweep's is away or full.
-    with tempfile.TemporaryDirectory(prefix="imbvlm-train-") as folder:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config=config["settings"],
-            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
-            scaling_config=train.ScalingConfig(
-                num_workers=resources["num_workers"], use_gpu=uses_gpu, resources_per_worker=per_worker
-            ),
-            run_config=train.RunConfig(
-                name=f"train-{trial_id}",
-                storage_path=folder,
-                callbacks=[TuneReportCallback(), NoteGroup(_key(trial_id))],
-                failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
-            ),
-        )
-        trainer.fit()
+    # Tune ends this process as soon as it has reported the trial's end, so that nobody can remove it: it is Ray's own.
+    here = ray.get_runtime_context()
+    folder = tempfile.mkdtemp(prefix="imbvlm-train-", dir=Path(here.get_temp_dir(), here.get_session_name()))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=config["settings"],
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=resources["num_workers"], use_gpu=uses_gpu, resources_per_worker=per_worker
+        ),
+        run_config=train.RunConfig(
+            name=f"train-{trial_id}",
+            storage_path=folder,
+            callbacks=[TuneReportCallback(), NoteGroup(_key(trial_id))],
+            failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+        ),
+    )
+    trainer.fit()
 
 
 class NoteGroup(WorkerGroupCallback):
