@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from apart import apart_with_ray, free_port, start_head
+from apart import Apart, apart_with_ray, free_port, start_head
 
 ROOT = Path(__file__).parents[1]
 TAKEN = """
@@ -30,21 +31,22 @@ except ImbvlmError as error:
 """
 
 
+def taken(there: Apart, **settings: str) -> Any:
+    """What a sweep says of the cluster that it takes, or why it takes none."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        there.command(sys.executable, "-c", TAKEN), env={**environment, **settings},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
     with apart_with_ray(tmp_path) as there:
-
-        def taken(**settings):
-            environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-            done = subprocess.run(
-                there.command(sys.executable, "-c", TAKEN), env={**environment, **settings},
-                capture_output=True, text=True, check=False, timeout=120,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            return json.loads(done.stdout.splitlines()[-1])
-
-        started_here, _, dashboard, _ = taken()
+        started_here, _, dashboard, _ = taken(there)
         assert started_here
         assert dashboard.startswith("http://127.0.0.1:")
         deadline = time.monotonic() + 30
@@ -61,20 +63,34 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
             start_head(there, head, port, f"--num-cpus={num_cpus}", *ports)
             addresses.append(f"127.0.0.1:{port}")
             if num_cpus == 3:
-                assert taken()[:2] == [False, 3.0]
+                assert taken(there)[:2] == [False, 3.0]
 
-        refusal = taken()
+        refusal = taken(there)
         assert refusal.startswith("2 Ray clusters run on this machine (")
         assert all(address in refusal for address in addresses)
         assert "set RAY_ADDRESS" in refusal
         for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
-            started_here, found, _, told = taken(RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+            started_here, found, _, told = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
             # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
             assert (started_here, found, told) == (False, num_cpus, address)
         # Ray makes a token when it first starts a cluster of one's own, and heads ask for it from then on.
-        assert "set RAY_AUTH_MODE=token" in taken(RAY_ADDRESS=addresses[0])
-        assert taken(RAY_ADDRESS="local")[0]
-        assert "no cluster answers there" in taken(RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+        assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
+        assert taken(there, RAY_ADDRESS="local")[0]
+        assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
+    """As on a machine that is busy with other work: one of Ray's processes gets no time."""
+    hold = "until found=$(pgrep -x raylet); do sleep 0.01; done; kill -STOP $found"
+    with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", hold)) as holding:
+        refusal = taken(there, RAY_ADDRESS="local")
+        assert holding.wait(10) == 0
+        left = [line for line in there.processes() if "gcs_server" in line or "raylet/raylet" in line]
+    assert refusal.startswith("Ray can't be started on this machine: The current node timed out during startup.")
+    assert "Where it is busy with other work try again later; Ray's logs are in /tmp/ray" in refusal
+    assert not left
 
 
 @pytest.mark.slow

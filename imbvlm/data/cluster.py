@@ -105,8 +105,8 @@ def _start_here() -> None:
     except Exception as error:
         # Ray has no word of its own for it: a bare Exception, where it took a minute to no end.
         raise ImbvlmError(
-            f"Ray can't be started on this machine: {error} Where it is busy with other work try again later; Ray's "
-            "logs are in /tmp/ray"
+            f"Ray can't be started on this machine: {str(error).rstrip('.')}. Where it is busy with other work try "
+            "again later; Ray's logs are in /tmp/ray"
         ) from error
 
 
