@@ -32,18 +32,26 @@ class Attempts:
 
         Raises LostProcessesError where MOST_LOST of those before it were lost, none has ended since.
         """
-        prefix = f"{self._prefix}/{key}/"
-        begun = [name.decode().removeprefix(prefix) for name in internal_kv._internal_kv_list(prefix)]
+        first, again = f"{self._prefix}/{key}", f"{self._prefix}/{key}/"
+        worker_id = ray.get_runtime_context().get_worker_id()
+        # Each call waits for the cluster's head, and nearly all work is done at the first attempt: that costs one call.
+        # Its note stays, and counts once where its process is lost later and the work must be done again.
+        if not internal_kv._internal_kv_put(first, worker_id, overwrite=False):
+            yield
+            return
+        begun = [name.decode().removeprefix(again) for name in internal_kv._internal_kv_list(again)]
+        begun += [noted.decode() for noted in [internal_kv._internal_kv_get(first)] if noted is not None]
         if len(begun) >= MOST_LOST:
-            exits = [found for worker_id in begun if (found := _exit_of(worker_id)) is not None]
+            exits = [found for one in begun if (found := _exit_of(one)) is not None]
             if len(exits) >= MOST_LOST:
                 out_of_memory = common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY in exits
                 raise LostProcessesError(_sentence(work, len(exits), out_of_memory=out_of_memory))
-        internal_kv._internal_kv_put(f"{prefix}{ray.get_runtime_context().get_worker_id()}", b"")
+        internal_kv._internal_kv_put(f"{again}{worker_id}", b"")
         try:
             yield
         finally:
-            internal_kv._internal_kv_del(prefix, del_by_prefix=True)
+            internal_kv._internal_kv_del(again, del_by_prefix=True)
+            internal_kv._internal_kv_del(first)
 
     def close(self) -> None:
         """The pass has ended; one that nobody waits for any more may outlive the connection."""
