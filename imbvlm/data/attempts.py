@@ -18,7 +18,7 @@ MOST_LOST = 5
 
 
 class Attempts:
-    """What processes of a pass have begun and not ended yet: notes in the cluster's own store of keys and values.
+    """What processes of a pass have begun: notes in the cluster's own store of keys and values.
 
     Made where the pass is begun; its processes carry it.
     """
