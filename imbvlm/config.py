@@ -153,9 +153,10 @@ class _OptimBase(Section):
     warmup_fraction: float = Field(
         0.0625, ge=0, lt=1, description="share of the steps over which the rate rises linearly"
     )
-    lr_schedule: Literal["cosine", "half_cosine", "constant"] = Field(
+    lr_schedule: Literal["cosine", "half_cosine", "epoch_half_cosine", "constant"] = Field(
         "cosine",
-        description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2",
+        description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2; "
+        "epoch_half_cosine: the same, changed at the start of an epoch only, as LIFT does",
     )
     cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; 7/16 is the study's")
     first_epoch_lr: float | None = Field(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from imbvlm.config import AdamWConfig, SgdConfig
-from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at
+from imbvlm.training.optim import build_optimizer, clip_gradients, lr_at, rate_at
 
 
 def rates(config, num_steps):
@@ -33,7 +33,25 @@ def test_half_cosine_is_half_in_the_middle_and_never_wastes_a_step():
     assert factors[-1] > 0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "half_cosine", "constant"])
+def test_lifts_schedule_changes_between_epochs_as_its_scheduler_does():
+    config = SgdConfig(lr=0.02, warmup_fraction=0, lr_schedule="epoch_half_cosine")
+    param = nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([param], lr=0.02)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 5)
+    expected = []
+    for _ in range(5):
+        expected += [theirs.param_groups[0]["lr"]] * 3
+        theirs.step()
+        scheduler.step()
+    assert [rate_at(config, step, 15, 3) for step in range(15)] == pytest.approx(expected)
+    # A warm-up goes on from step to step, and the schedule starts behind it.
+    warmed = SgdConfig(lr=1.0, warmup_fraction=4 / 15, lr_schedule="epoch_half_cosine")
+    found = [rate_at(warmed, step, 15, 3) for step in range(15)]
+    assert found[:6] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert found[6] == found[8] < 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "half_cosine", "epoch_half_cosine", "constant"])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 17])
 @pytest.mark.parametrize("warmup", [0.0, 0.0625, 0.5, 0.99])
 def test_every_step_of_any_length_trains(schedule, num_steps, warmup):

@@ -367,11 +367,17 @@ def test_lifts_recipe_for_each_data_set(
     one = configs["lift-b16"]
     assert (one.optim.lr, one.optim.lr_schedule, one.train.batch_size, one.adapter.width) == (
         0.01,
-        "half_cosine",
+        "epoch_half_cosine",
         128,
         None,
     )
     assert one.classifier.temperature == 0.04
+    # LIFT+'s "minimalist" augmentation is its crop alone: its code mirrors nothing, where LIFT's does.
+    images = {name: configs[name].augmentation for name in ("lift-b16", "lift-plus-b16")}
+    assert {name: (one.crop, one.flip) for name, one in images.items()} == {
+        "lift-b16": ("random_resized", True),
+        "lift-plus-b16": ("growing", False),
+    }
     assert all(config.reads_images and config.eval.tte == "five_crop" for config in configs.values())
     rows = {table.name: [row.configuration for row in table.rows] for table in made.study}
     # The last step of the ablation, and the last of the losses, are the recipe itself.

@@ -17,11 +17,11 @@ LIFT: Draw = {
     "data.class_sampling": "instance_balanced",
     "optim.lr": 0.01,
     "optim.weight_decay": 5e-4,
-    "optim.lr_schedule": "half_cosine",
+    "optim.lr_schedule": "epoch_half_cosine",
     "optim.warmup_fraction": 0.0,
     "optim.nesterov": False,
     "train.clip_grad_norm": None,
 }
 
-# LIFT+ [Shi et al. 2025]: twice the rate, half the epochs, and crops that grow to the whole image.
-LIFT_PLUS: Draw = {**LIFT, "optim.lr": 0.02, "augmentation.crop": "growing"}
+# LIFT+ [Shi et al. 2025]: twice the rate, half the epochs, and nothing but crops that grow to the whole image.
+LIFT_PLUS: Draw = {**LIFT, "optim.lr": 0.02, "augmentation.crop": "growing", "augmentation.flip": False}

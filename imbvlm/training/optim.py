@@ -46,21 +46,24 @@ def build_optimizer(
     )
 
 
-def lr_at(config: OptimConfig, step: int, num_steps: int) -> float:
+def lr_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
     """The factor on the learning rate at a step (0-based) of num_steps: linear warm-up, then the schedule.
 
     No step is wasted on a rate of 0: the first warm-up step has 1 / warm-up steps, and the schedule's progress
-    stays below 1. `cosine` is cos(pi cycles progress), `half_cosine` is (1 + cos(pi progress)) / 2.
+    stays below 1. `cosine` is cos(pi cycles progress), `half_cosine` is (1 + cos(pi progress)) / 2, and
+    `epoch_half_cosine` is the latter as it stands at the epoch's first step [LIFT, whose code says so].
     """
     if not 0 <= step < num_steps:
         raise ValueError(f"step must be from 0 to {num_steps - 1}, and is {step}")
     warmup_steps = round(config.warmup_fraction * num_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if config.lr_schedule == "epoch_half_cosine":
+        step = max(step - step % steps_per_epoch, warmup_steps)
     progress = (step - warmup_steps) / (num_steps - warmup_steps)
     if config.lr_schedule == "constant":
         return 1.0
-    if config.lr_schedule == "half_cosine":
+    if config.lr_schedule in ("half_cosine", "epoch_half_cosine"):
         return (1 + math.cos(math.pi * progress)) / 2
     return math.cos(math.pi * config.cosine_cycles * progress)
 
@@ -68,10 +71,10 @@ def lr_at(config: OptimConfig, step: int, num_steps: int) -> float:
 def rate_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
     """The learning rate at a step (0-based): the factor of `lr_at`, behind a first epoch at `first_epoch_lr`."""
     if config.first_epoch_lr is None:
-        return config.lr * lr_at(config, step, num_steps)
+        return config.lr * lr_at(config, step, num_steps, steps_per_epoch)
     if step < steps_per_epoch:
         return config.first_epoch_lr
-    return config.lr * lr_at(config, step - steps_per_epoch, num_steps - steps_per_epoch)
+    return config.lr * lr_at(config, step - steps_per_epoch, num_steps - steps_per_epoch, steps_per_epoch)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
