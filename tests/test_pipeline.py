@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from ray import cloudpickle
 
 from imbvlm.data.attempts import MOST_LOST
-from imbvlm.data.pipeline import IMAGES_PER_TASK, map_images, plan_cpus, plan_tasks
+from imbvlm.data.pipeline import IMAGES_PER_TASK, RAY_DATA_THREADS, map_images, plan_cpus, plan_tasks
 from imbvlm.errors import LostProcessesError
 from imbvlm.storage import StorageError
 
@@ -126,6 +127,16 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster
     with pytest.raises(StorageError, match="the tower's file is not there"):
         list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1))
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.ray
+def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster):
+    """Where the connection is closed by then, Ray ends the process without a word of the error."""
+    blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
+    for _ in range(3):
+        with pytest.raises(StorageError, match="the tower's file is not there"):
+            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_workers=1))
+        assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
 
 
 def die_at_first(folder, number):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -32,6 +33,9 @@ _DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
 # Ray Data looks every tenth of a second for tasks that have ended, and starts none after the first results of a dataset
 # until a second is over. So a task loads about this many images, and hands on each block as soon as it is loaded.
 IMAGES_PER_TASK = 1024
+# The threads in which Ray Data fetches results for whoever iterates: they end within a second of its end.
+RAY_DATA_THREADS = ("iter_threaded", "map_tp_", "ray-data-")
+_THREADS_END_SECONDS = 5.0
 # Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
 _FREE_CPU_WAIT_SECONDS = 2.0
 
@@ -107,7 +111,7 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
-    with _quiet_context(), closing(Attempts()) as attempts:
+    with _quiet_context(), _threads_ended(), closing(Attempts()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
@@ -142,7 +146,7 @@ def stream_blocks(
     if not blocks:
         return
     rows = _Descriptors(blocks)
-    with _quiet_context() as context, closing(Attempts()) as attempts:
+    with _quiet_context() as context, _threads_ended(), closing(Attempts()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
@@ -267,6 +271,23 @@ def _cpus_of_nodes() -> list[float]:
     """Of those that have any."""
     found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
     return [cpus for cpus in found if cpus]
+
+
+@contextmanager
+def _threads_ended() -> Iterator[None]:
+    """Behind a pass its threads have ended, also where an error ended it.
+
+    One that still asks Ray for a result when this process leaves the cluster ends the process at once, with code 1 and
+    no word of the error.
+    """
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + _THREADS_END_SECONDS
+        for thread in set(threading.enumerate()) - before:
+            if thread.name.startswith(RAY_DATA_THREADS):
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager
