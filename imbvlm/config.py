@@ -91,6 +91,22 @@ class FeaturesConfig(Section):
         False, description="tokens are stored as bytes with a scale per channel and shard; half of float16's size"
     )
 
+    computed_in: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="what the tower computes in; auto: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is faster "
+        "only with units for it (AMX: 2 to 4 times)",
+    )
+
+    @field_validator("computed_in")
+    @classmethod
+    def _only_of_stored(cls, computed_in: str, info: ValidationInfo) -> str:
+        if computed_in != "auto" and not info.data.get("store", True):
+            raise ValueError(
+                f"features.computed_in {computed_in} is of stored features; set features.store: true, or "
+                "features.computed_in: auto (train.precision is what trials compute in that read images)"
+            )
+        return computed_in
+
     @field_validator("tail_views")
     @classmethod
     def _more_than_others(cls, tail_views: int | None, info: ValidationInfo) -> int | None:

@@ -173,6 +173,13 @@ def test_one_wrong_value_is_one_mistake(key: str, value: Any, says: str) -> None
     assert says in refused(key, value)
 
 
+def test_what_the_tower_computes_in_is_of_stored_features() -> None:
+    says = (
+        "features.computed_in bfloat16 is of stored features; set features.store: true, or features.computed_in: auto"
+    )
+    assert says in refused("features.computed_in", "bfloat16", features={"store": False})
+
+
 def test_tail_views_are_more_than_other_classes_have() -> None:
     says = "features.tail_views must be more than features.num_views, which is 4, and is 4; raise it"
     assert says in refused("features.tail_views", 4, features={"num_views": 4})

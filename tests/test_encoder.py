@@ -59,6 +59,19 @@ def test_image_embedding_is_the_models_own(folders: dict[str, str], kind: str, s
         assert getattr(output, name).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_in_bfloat16_the_outputs_are_the_same_to_its_rounding(folders: dict[str, str], kind: str) -> None:
+    plain, encoder = load(folders[kind]), load(folders[kind]).compute_in("bfloat16")
+    crops = images(plain)
+    expected, output = plain.forward_images(crops), encoder.forward_images(crops)
+    for name in ("tokens", "pooled", "image_embedding"):
+        got, wanted = getattr(output, name), getattr(expected, name)
+        assert got.dtype == torch.float32
+        assert F.cosine_similarity(got.flatten(1), wanted.flatten(1)).min() > 0.999, name
+        assert not torch.equal(got, wanted), name
+    assert encoder.compute_in("bfloat16") is encoder
+
+
 @pytest.mark.parametrize("kind", OTHER_SIZE)
 def test_description_without_weights_agrees_with_the_tower(folders: dict[str, str], kind: str) -> None:
     config = EncoderConfig(name=folders[kind], image_size=OTHER_SIZE[kind])

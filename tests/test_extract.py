@@ -213,6 +213,30 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: 
     assert data.class_embeddings is not None
     assert data.class_embeddings.shape == (7, encoder.info.embedding_width)
     assert f"features: {2 * NUM_TRAIN + NUM_VAL} images to compute" in said
+
+
+@pytest.mark.ray
+def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+    manifest = make_data(tmp_path)
+    halved = trial(tmp_path, tower, {"computed_in": "bfloat16", "precision": "float32"})
+    features, _ = extract(tmp_path, halved, manifest, {"pooled"}, splits=("val",))
+    encoder = Encoder.from_config(halved.encoder, halved.eval)
+    pixels = decode(Path(manifest.table.column("uri")[NUM_TRAIN + 2].as_py()).read_bytes())
+    crop = torch.from_numpy(encoder.preprocess.apply(pixels, 0, 2))[None]
+    whole, expected = encoder.forward_images(crop).pooled, encoder.compute_in("bfloat16").forward_images(crop).pooled
+    got = features.store("val").gather("pooled", np.array([2]), np.array([0]))
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(got, whole)
+    plain = trial(tmp_path, tower, {"computed_in": "float32", "precision": "float32"})
+    other, said = extract(tmp_path, plain, manifest, {"pooled"}, splits=("val",))
+    assert other.folders != features.folders
+    assert f"features: {NUM_VAL} images to compute" in said
+    # What a CPU computes in by itself.
+    by_itself, said = extract(
+        tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"}, splits=("val",)
+    )
+    assert by_itself.folders == other.folders
+    assert not said
     assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
 
 

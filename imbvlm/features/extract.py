@@ -26,11 +26,11 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.loading import Block, bad_image_error, load_block
 from imbvlm.features.local_copy import DEFAULT_COPIES, Copies
-from imbvlm.features.store import PACE_FILE, STORE_FILE, TOWER_FILE, ComputedIn, FeatureStore, StoreKey, StoreLayout
+from imbvlm.features.store import PACE_FILE, STORE_FILE, TOWER_FILE, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
 from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
-from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.models.encoder_info import OUTPUT_NAMES, ComputedIn, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS
 from imbvlm.storage import size_text
 
@@ -235,8 +235,10 @@ def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, d
     return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes, config.features.int8_tokens)
 
 
-def _computed_in() -> ComputedIn:
-    """What the tower computes in where a pass would run: the connected cluster, or else this machine."""
+def _computed_in(config: TrialConfig) -> ComputedIn:
+    """What the tower computes in; of itself by where a pass would run: the connected cluster, or else this machine."""
+    if config.features.computed_in != "auto":
+        return config.features.computed_in
     num_gpus = ray_gpus()
     return "bfloat16" if (torch.cuda.device_count() if num_gpus is None else num_gpus) else "float32"
 
@@ -272,7 +274,7 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Par
         preprocess=part.preprocess.to_dict(),
         num_views=part.num_views,
         precision=config.features.precision,
-        computed_in=_computed_in(),
+        computed_in=_computed_in(config),
         token_pooling=encoder.info.token_pooling,
         int8_tokens=config.features.int8_tokens,
     )
@@ -325,14 +327,15 @@ def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], work
 
 
 def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
-    computed_in = _computed_in()
+    computed_in, by_itself = _computed_in(config), config.features.computed_in == "auto"
     with connected() as cluster:
         num_blocks = sum(len(work.missing) for work in works)
-        gpus = int(cluster.most_gpus) if computed_in == "bfloat16" else 0
-        if computed_in == "bfloat16" and not gpus:
+        gpus = 0 if by_itself and computed_in == "float32" else int(cluster.most_gpus)
+        if by_itself and computed_in == "bfloat16" and not gpus:
             raise ImbvlmError(
                 "this machine has a GPU and the running Ray cluster has none, so that its features would differ from "
-                "the GPU's; start the cluster with its GPUs, or hide them with CUDA_VISIBLE_DEVICES="
+                "the GPU's; start the cluster with its GPUs, hide them with CUDA_VISIBLE_DEVICES=, or set "
+                "features.computed_in"
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
@@ -347,7 +350,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             blocks,
             load_block,
             TowerWorker,
-            (*tower, threads, bool(gpus)),
+            (*tower, computed_in, threads, bool(gpus)),
             images_per_block=max(work.store.layout.rows_per_shard * work.store.num_views for work in works),
             num_workers=min(num_workers, num_blocks),
             cpus_per_worker=1 if gpus else threads,

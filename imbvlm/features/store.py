@@ -26,7 +26,7 @@ from imbvlm import storage
 from imbvlm.data.table import type_problem
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.local_copy import DEFAULT_COPIES, Copies, HeldCopy
-from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
+from imbvlm.models.encoder_info import OUTPUT_NAMES, ComputedIn, OutputName
 from imbvlm.storage import FileState
 
 # Raise it when the meaning of an output or the layout of a shard changes: old stores are then computed again.
@@ -44,7 +44,6 @@ FETCH_ATTEMPTS = 2
 SETTLED_SECONDS = 3.0
 Precision = Literal["float16", "float32"]
 StoredAs = Literal["float16", "float32", "int8"]
-ComputedIn = Literal["float32", "bfloat16"]
 Rows = npt.NDArray[np.int64]
 
 
@@ -56,7 +55,7 @@ class StoreError(ImbvlmError):
 class StoreKey:
     """Everything that determines a store's numbers; two stores with the same digest are interchangeable.
 
-    `computed_in` is what the tower computes in, which differs between CPUs and GPUs; `precision` what is kept of it,
+    `computed_in` is what the tower computes in, by itself another on CPUs than on GPUs; `precision` what is kept of it,
     but for tokens where `int8_tokens`. `token_pooling` is the tower's.
     """
 

@@ -16,7 +16,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.features.loading import Block
 from imbvlm.features.store import FeatureStore, as_tensor
 from imbvlm.models.encoder import Encoder
-from imbvlm.models.encoder_info import OutputName
+from imbvlm.models.encoder_info import ComputedIn, OutputName
 
 # Large batches fall out of a CPU's cache: images a second on one core for 16, 32 and 64 at a time are 320, 250 and 230
 # with the embedded tower at 96 px, 9.0, 8.4 and 4.9 with a ViT-B/32.
@@ -30,7 +30,13 @@ class TowerWorker:
     """
 
     def __init__(
-        self, encoder: EncoderConfig, evaluation: EvalConfig, fingerprint: str, num_threads: int, use_gpu: bool
+        self,
+        encoder: EncoderConfig,
+        evaluation: EvalConfig,
+        fingerprint: str,
+        computed_in: ComputedIn,
+        num_threads: int,
+        use_gpu: bool,
     ) -> None:
         if not use_gpu:
             torch.set_num_threads(num_threads)
@@ -40,6 +46,7 @@ class TowerWorker:
                 f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
                 "extraction; give every machine the same file"
             )
+        self.encoder.compute_in(computed_in)
         self.batch_size = BATCH_ON_GPU if use_gpu else BATCH_ON_CPU
 
     def __call__(self, block: Block) -> Block:

@@ -21,7 +21,7 @@ from torch import Tensor
 from imbvlm.config import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images import Preprocess
 from imbvlm.errors import ImbvlmError
-from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.models.encoder_info import ComputedIn, EncoderInfo
 from imbvlm.models.token_pooling import pooling_matrix
 from imbvlm.models.towers import (
     ENCODERS,
@@ -83,6 +83,7 @@ class Encoder(TextSide):
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
         self._rules = rules_of(self.visual, info.name)
+        self._autocasts, self._input_dtype = True, torch.float32
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(info.mean) * scale).view(1, 3, 1, 1).to(self.device)
@@ -116,6 +117,19 @@ class Encoder(TextSide):
         self.token_pool = None if self.token_pool is None else self.token_pool.to(self.device)
         return self
 
+    def compute_in(self, precision: ComputedIn) -> Encoder:
+        """Choose what the image side computes in; returns itself.
+
+        By itself that is bfloat16 on CUDA, by autocast, and float32 elsewhere. On CPUs bfloat16 is of the weights:
+        under autocast torch copies a weight of attention for every token.
+        """
+        if self.device.type == "cuda":
+            self._autocasts = precision == "bfloat16"
+        elif precision == "bfloat16":
+            self.visual.to(torch.bfloat16)
+            self._input_dtype = torch.bfloat16
+        return self
+
     @property
     def visual(self) -> Any:
         return self.model.visual
@@ -129,15 +143,15 @@ class Encoder(TextSide):
     def forward_images(self, images: Tensor) -> EncoderOutput:
         """Outputs (float32, on the tower's device) of crops (B, 3, S, S) in bytes, as `preprocess` makes them.
 
-        `image_embedding` is the model's own `encode_image`, not normalised. Convolutions and matrices run in bfloat16
-        on CUDA, where it pays, and in float32 elsewhere.
+        `image_embedding` is the model's own `encode_image`, not normalised. Unless `compute_in` says otherwise,
+        convolutions and matrices run in bfloat16 on CUDA and in float32 elsewhere.
         """
         return self.outputs(images)
 
     def outputs(self, images: Tensor) -> EncoderOutput:
         """The same as `forward_images`, for a graph: whether gradients are kept is the caller's choice."""
-        pixels = self.normalize(images)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        pixels = self.normalize(images).to(self._input_dtype)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._autocasts and self.device.type == "cuda"):
             outputs = self._rules.outputs(self.visual, pixels)
         tokens, pooled, embedding = (output.float() for output in outputs)
         return EncoderOutput(tokens if self.token_pool is None else self.token_pool @ tokens, pooled, embedding)

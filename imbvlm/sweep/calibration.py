@@ -336,6 +336,8 @@ def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
 
 def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
     encoder = _tower(config, device)
+    if config.features.computed_in != "auto":
+        encoder.compute_in(config.features.computed_in)
     manifest = Manifest.read(config.data.manifest)
     rows = manifest.rows_of("train")[:16]
     plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)

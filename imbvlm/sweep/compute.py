@@ -27,8 +27,9 @@ PHASE_WORDS = {
 
 
 def pace_key(config: TrialConfig) -> str:
-    """The tower and its input size: what decides how long an image takes, and means the same in every version."""
-    return f"{config.encoder.name} at {config.encoder.image_size}"
+    """The tower, its input size and its precision: what decides how long an image takes, the same in every version."""
+    chosen = config.features.computed_in
+    return f"{config.encoder.name} at {config.encoder.image_size}" + ("" if chosen == "auto" else f" in {chosen}")
 
 
 @dataclass(frozen=True)
