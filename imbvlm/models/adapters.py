@@ -66,21 +66,21 @@ def adapter_width(num_classes: int, num_blocks: int) -> int:
 def add_adapters(blocks: Blocks, width: int, name: str) -> nn.ModuleList:
     """An adapter beside the MLP of each block; raises ImbvlmError for towers whose blocks aren't known.
 
-    The tower's modules stay as they are: a block's MLP starts at its second norm, which is where the adapter takes its
-    input, and ends at its last branch module, to whose output the adapter's is added.
+    The tower's modules stay as they are: the adapter takes its input where a block's second norm does, and its output
+    is added to the MLP's, before LayerScale where the block has one. LIFT's code knows no LayerScale.
     """
     adapters = []
     for block in blocks.values():
-        names = PRE_NORM_BLOCKS.get(type(block))
-        if names is None:
+        name_of_norm = PRE_NORM_BLOCKS.get(type(block))
+        if name_of_norm is None:
             known = ", ".join(sorted({cls.__name__ for cls in PRE_NORM_BLOCKS}))
             raise ImbvlmError(
                 f"method adapter needs blocks with an MLP behind a norm, and {name} has {type(block).__name__} (known "
                 f"are {known}); choose another tower, or bias_tuning or fine_tuning"
             )
-        norm, last = block.get_submodule(names[0]), block.get_submodule(names[1])
+        norm, mlp = block.get_submodule(name_of_norm), block.get_submodule("mlp")
         adapter = Adapter(int(norm.weight.shape[0]), width)  # type: ignore[index]
-        _add_beside(norm, last, adapter)
+        _add_beside(norm, mlp, adapter)
         adapters.append(adapter)
     return nn.ModuleList(adapters)
 
@@ -163,8 +163,8 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _add_beside(norm: nn.Module, last: nn.Module, adapter: Adapter) -> None:
-    """Add adapter(input of `norm`) to the output of `last`."""
+def _add_beside(norm: nn.Module, mlp: nn.Module, adapter: Adapter) -> None:
+    """Add adapter(input of `norm`) to the output of `mlp`."""
     held: list[Tensor] = []
 
     def hold(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -174,7 +174,7 @@ def _add_beside(norm: nn.Module, last: nn.Module, adapter: Adapter) -> None:
         return output + adapter(held.pop())
 
     norm.register_forward_pre_hook(hold)
-    last.register_forward_hook(add)
+    mlp.register_forward_hook(add)
 
 
 def _attention_weights(attention: Any) -> list[tuple[nn.Module, str, int]]:

@@ -276,10 +276,10 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
     ),
 }
 
-# Blocks that add attention(norm(x)) and then mlp(norm(x)): the second norm, and the last module before that addition.
-PRE_NORM_BLOCKS: dict[type[nn.Module], tuple[str, str]] = {
-    ResidualAttentionBlock: ("ln_2", "ls_2"),
-    CustomResidualAttentionBlock: ("ln_2", "ls_2"),
-    Block: ("norm2", "drop_path2"),
-    EvaBlock: ("norm2", "drop_path2"),
+# Blocks that add attention(norm(x)) and then mlp(norm(x)), scaled by LayerScale where they have one: the second norm.
+PRE_NORM_BLOCKS: dict[type[nn.Module], str] = {
+    ResidualAttentionBlock: "ln_2",
+    CustomResidualAttentionBlock: "ln_2",
+    Block: "norm2",
+    EvaBlock: "norm2",
 }
