@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from open_clip.transformer import ResidualAttentionBlock
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from tiny_images import CLASS_COUNTS, TinyImages, extraction_in_this_process
 from torch.nn import functional
 
@@ -23,7 +26,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.losses import LOSSES
-from imbvlm.models.adapters import Adapter, adapter_width
+from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.methods import METHODS, build_model
 from imbvlm.models.tower_classifier import count_parameters, own_tensors
@@ -176,10 +179,37 @@ def test_an_adapter_stands_beside_the_mlp(vit):
         hidden = functional.layer_norm(middle, (32,), adapter.norm.weight, adapter.norm.bias)
         hidden = (hidden @ adapter.down.weight.T + adapter.down.bias).relu()
         branch = adapter.scale * (hidden @ adapter.up.weight.T + adapter.up.bias)
-        expected = middle + block.mlp(block.ln_2(middle).clone()) + branch
-        # The MLP's own call above must not have met the adapter.
+        # Part for part, as the whole MLP's output has the adapter's in it.
+        mlp = block.mlp
+        expected = middle + mlp.c_proj(mlp.gelu(mlp.c_fc(block.ln_2(middle)))) + branch
         found = block(tokens)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block", "norm", "factor"),
+    [
+        (Block(32, 2, init_values=1.0), "norm2", "ls2.gamma"),
+        (EvaBlock(32, 2, init_values=1.0), "norm2", "gamma_2"),
+        (ResidualAttentionBlock(32, 2, ls_init_value=1.0), "ln_2", "ls_2.gamma"),
+    ],
+    ids=["timm", "timm_eva", "open_clip"],
+)
+def test_layer_scale_scales_an_adapter_as_it_does_the_mlp(block, norm, factor):
+    """Left unscaled it would be seven times too loud in DINOv2's first blocks and five times too quiet in its last."""
+    block, plain, middle = block.eval(), copy.deepcopy(block).eval(), []
+    factors = torch.linspace(-2, 3, 32)
+    plain.get_submodule(norm).register_forward_pre_hook(lambda module, arguments: middle.append(arguments[0]))
+    (adapter,) = add_adapters({"block": block}, 4, "a tower")
+    tokens = torch.randn(2, 17, 32)
+    with torch.no_grad():
+        for one in (block, plain):
+            one.get_parameter(factor).copy_(factors)
+        for param in adapter.parameters():
+            param.add_(0.3 * torch.randn_like(param))
+        added = block(tokens) - plain(tokens)
+        torch.testing.assert_close(added, factors * adapter(middle[0]), atol=1e-5, rtol=1e-5)
+    assert added.abs().max() > 0.1
 
 
 def test_a_low_rank_update_is_added_to_each_matrix(vit):
