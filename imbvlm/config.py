@@ -94,7 +94,7 @@ class FeaturesConfig(Section):
     computed_in: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="what the tower computes in; auto: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is faster "
-        "only with units for it (AMX: 2 to 4 times)",
+        "only with units for it (AMX: 1.3 to 3.3 times)",
     )
 
     @field_validator("computed_in")

@@ -96,7 +96,7 @@ def extraction_in_this_process() -> Iterator[None]:
 
     @contextmanager
     def connected():
-        yield SimpleNamespace(num_cpus=1, num_gpus=0)
+        yield SimpleNamespace(num_cpus=1, most_gpus=0)
 
     extract = "imbvlm.features.extract"
     with mock.patch(f"{extract}.map_images", map_images), mock.patch(f"{extract}.connected", connected):
