@@ -90,7 +90,6 @@ class FeaturesConfig(Section):
     int8_tokens: bool = Field(
         False, description="tokens are stored as bytes with a scale per channel and shard; half of float16's size"
     )
-
     computed_in: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="what the tower computes in; auto: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is faster "

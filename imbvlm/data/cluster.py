@@ -70,7 +70,7 @@ def connected() -> Iterator[Cluster]:
     Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or refuses, or names none of several.
     """
     if ray.is_initialized():
-        yield _describe(started_here=False)
+        yield connected_cluster()
         return
     _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -136,7 +136,7 @@ def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: f
 
 def ray_gpus() -> int | None:
     """GPUs of the connected cluster when it has grown as far as it may; None where none is connected."""
-    return int(_describe(started_here=False).most_gpus) if ray.is_initialized() else None
+    return int(connected_cluster().most_gpus) if ray.is_initialized() else None
 
 
 def is_alone() -> bool:
@@ -155,7 +155,7 @@ def running_cluster() -> Cluster | None:
     Raises ImbvlmError where RAY_ADDRESS names one that doesn't answer, RuntimeError where its versions aren't ours.
     """
     if ray.is_initialized():
-        return _describe(started_here=False)
+        return connected_cluster()
     _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -163,7 +163,7 @@ def running_cluster() -> Cluster | None:
         return None
     _join(logging.ERROR)
     try:
-        return _describe(started_here=False)
+        return connected_cluster()
     finally:
         ray.shutdown()
 

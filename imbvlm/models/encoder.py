@@ -125,9 +125,9 @@ class Encoder(TextSide):
         """
         if self.device.type == "cuda":
             self._autocasts = precision == "bfloat16"
-        elif precision == "bfloat16":
-            self.visual.to(torch.bfloat16)
-            self._input_dtype = torch.bfloat16
+        else:
+            self._input_dtype = getattr(torch, precision)
+            self.visual.to(self._input_dtype)
         return self
 
     @property

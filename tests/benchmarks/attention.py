@@ -1,9 +1,9 @@
 """The decoder's attention as it trains in bfloat16, beside torch's kernel; a training step both ways and in float32."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from unittest.mock import patch
 
+import made
 import torch
 from table import Line, Options, in_turn, shown, times
 from torch import Tensor
@@ -39,7 +39,8 @@ def _alone(heads: int, width: int, num_tokens: int, device: torch.device) -> Lin
 
     def train(attention: Callable[..., Tensor]) -> None:
         attention(*inputs).backward(gradient)
-        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     sides = {"ours": decoder._attention, "kernel": F.scaled_dot_product_attention}
     taken = in_turn({name: lambda of=of: train(of) for name, of in sides.items()}, REPEATS)
@@ -49,23 +50,13 @@ def _alone(heads: int, width: int, num_tokens: int, device: torch.device) -> Lin
 def _step(device: torch.device) -> Iterator[Line]:
     model = decoder.Decoder(WIDTH, DecoderConfig(depth=DEPTH), has_class_token=True).to(device)
     tokens = torch.randn(BATCH, NUM_TOKENS, WIDTH, device=device)
-
-    def train(bfloat16: bool) -> None:
-        with torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext():
-            found: Tensor = model(tokens)
-        found.sum().backward()
-        _wait(device)
+    ours, in_float32 = (made.training_step(model, tokens, precision) for precision in (torch.bfloat16, torch.float32))
 
     def with_kernel() -> None:
         with patch.object(decoder, "_attention", F.scaled_dot_product_attention):
-            train(True)
+            ours()
 
-    taken = in_turn({"ours": lambda: train(True), "kernel": with_kernel, "float32": lambda: train(False)}, REPEATS)
+    taken = in_turn({"ours": ours, "kernel": with_kernel, "float32": in_float32}, REPEATS)
     what = f"  training step of a decoder, {BATCH} x {NUM_TOKENS} x {WIDTH}"
     for other in ("kernel", "float32"):
         yield times(f"{what}; {other}", 1000 * taken["ours"], 1000 * taken[other], "ms")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,13 +1,15 @@
 """Made-up data for benchmarks: stored features of any size, images, and towers with random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pyarrow as pa
+import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, from_numpy
+from torch import Tensor, from_numpy, nn
 from towers import write_config
 
 from imbvlm.config import TrialConfig
@@ -82,6 +84,21 @@ def trial(method: str, **overrides: object) -> TrialConfig:
     tree = {"data": {"manifest": "made"}, "encoder": {"name": "made"}, "method": method}
     tree["train"] = {"num_epochs": 4, "batch_size": 128}
     return TrialConfig.from_tree(tree).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def training_step(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> Callable[[], None]:
+    """A step over a batch, from its forward pass to the optimiser's, which ends when the device has done it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+    def step() -> None:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
+            loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
 
 
 def tower(folder: Path, name: str = "ViT-B-32") -> str:
