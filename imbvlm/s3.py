@@ -86,7 +86,7 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
     """An object, or a part of it, by one request: pyarrow asks twice for each object, and boto3 costs twice the CPU.
 
     Bad answers are outlasted by a bounded number of tries, refusals too: a store under load refuses now and then what
-    it allows. Raises FileNotFoundError, PermissionError, StorageError.
+    it allows. Raises FileNotFoundError, PermissionError, ConnectionError where the store is away, StorageError.
     """
     bucket, key = split(uri)
     reader = _reader(bucket, tuple(os.environ.get(name, "") for name in _SETTINGS))
@@ -109,8 +109,8 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         if status == 403 and attempt + 1 >= _ATTEMPTS_DENIED:
             raise PermissionError(uri)
         if (status is not None and 400 <= status < 500 and status not in (403, 408, 429)) or status in (301, 307):
-            break
-    raise StorageError(f"can't read {uri}: the store {problem}")
+            raise StorageError(f"can't read {uri}: the store {problem}")
+    raise ConnectionError(f"the store {problem}")
 
 
 class _Reader:
