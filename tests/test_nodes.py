@@ -36,10 +36,9 @@ def cluster_of(num_nodes: int, num_cpus: int = 1):
     """Nodes on this machine, and how to reach them; the first is the head and runs no trials."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1"},
-    )
+    # The cluster that other tests share has the usual port.
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard})
     try:
         workers = [cluster.add_node(num_cpus=num_cpus) for _ in range(num_nodes - 1)]
         cluster.wait_for_nodes()
@@ -206,9 +205,11 @@ def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_coul
     file.write_text(yaml.safe_dump(autoscaled_by_ray(port)))
     settings = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}  # fmt: skip
-    there_is = {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
+    # A home of its own has no token, and Ray asks for one once it has started a cluster in this process.
+    known = {"HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+    there_is = {"RAY_ADDRESS": f"127.0.0.1:{port}", **known}
     with apart_with_ray(tmp_path) as there:
-        start_head(there, tmp_path, port, "--num-cpus=0", f"--autoscaling-config={file}", HOME=str(home), **settings)
+        start_head(there, tmp_path, port, "--num-cpus=0", f"--autoscaling-config={file}", **known, **settings)
         large = Sweep(tmp_path / "large", manifest, there=there, cpus_per_worker=2, max_concurrent_trials=None)
         printed = large.run(code=1, environment=there_is)
         assert "a worker needs 2 CPUs and 0 GPUs on one machine, and the largest has 1 CPUs" in printed
