@@ -7,7 +7,7 @@ from torch import nn
 
 from imbvlm.config import DecoderConfig
 from imbvlm.errors import ImbvlmError
-from imbvlm.models.decoder import Decoder
+from imbvlm.models.decoder import Decoder, num_parameters
 
 WIDTH = 24
 
@@ -202,6 +202,12 @@ def test_under_bfloat16_autocast_outputs_and_gradients_stay_close():
 def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do():
     with pytest.raises(ImbvlmError, match=r"num_heads must divide the decoder's width of 24, and is 5; 4 does"):
         Decoder(24, config(num_heads=5), True)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"depth": 0}, {"width": 8}, {"input_norm": "none", "mlp_ratio": 1.3}])
+def test_parameters_are_counted_without_building_it(knobs):
+    built = Decoder(WIDTH, config(**knobs), True)
+    assert num_parameters(WIDTH, config(**knobs)) == sum(one.numel() for one in built.parameters())
 
 
 def test_the_same_seed_starts_the_same():

@@ -19,7 +19,17 @@ from pathlib import Path
 
 import pytest
 from apart import Apart, apart_with_ray, free_port, start_head
-from faulty_sweep import LOSSES, NUM_TRIALS, Sweep, assert_same_trials, kill, runs, wait_gone, write_manifest
+from faulty_sweep import (
+    LOSSES,
+    NUM_TRIALS,
+    Sweep,
+    assert_same_trials,
+    kill,
+    runs,
+    sweep_spec,
+    wait_gone,
+    write_manifest,
+)
 
 from imbvlm.sweep.budget import SAVE_AFTER_SECONDS
 from imbvlm.training.checkpoint import load_checkpoint
@@ -416,6 +426,22 @@ def test_a_killed_worker_costs_no_trial_of_its_pack(quiet, make_sweep, order):
     assert {one["pack_size"] for one in sweep.records().values()} == {NUM_TRIALS}
     assert "failed" not in printed
     assert_nearly_the_same_end(sweep, quiet)
+
+
+def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(manifest, tmp_path, order):
+    """By turns they give exactly what each gives alone."""
+    base = {**sweep_spec(manifest, "runs").base, "method": "decoder", "decoder": {"depth": 1}}
+    alone, packed = (Sweep(tmp_path / str(size), manifest, base=base, max_pack_size=size) for size in (1, NUM_TRIALS))
+    alone.run()
+    with order(loss_seconds=0.3) as ids:
+        packed.start()
+        packed.wait_for(lambda: len(packed.records()) == NUM_TRIALS)
+        # Into its first epochs.
+        time.sleep(5)
+        assert kill(ids("trial")) == 1
+    assert "failed" not in packed.end()
+    assert {one["pack_size"] for one in packed.records().values()} == {NUM_TRIALS}
+    assert_same_end(packed, alone)
 
 
 def test_a_trial_that_hangs_in_a_pack_is_ended_alone(quiet, make_sweep, order):

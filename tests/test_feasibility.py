@@ -6,17 +6,18 @@ import dataclasses
 from typing import Any
 
 import pytest
-from tiny_data import tiny_info
+from tiny_data import tiny_config, tiny_info
 
 from imbvlm.class_stats import ClassStats
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import Cluster, _autoscaled_workers
+from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.sweep.feasibility import (
     check_data,
     check_model,
     concurrent_trials,
-    pack_size,
+    packing,
     trials_at_once,
     uses_ray_train,
 )
@@ -193,13 +194,46 @@ def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch) -> None:
         _autoscaled_workers()
 
 
+def size(config: TrialConfig, room: int | None = None, at_once: int = 1, **fields: Any) -> int:
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    found = packing(spec(**fields), [tiny_info()], manifest, at_once)
+    return dataclasses.replace(found, room=found.room if room is None else room).size(config)
+
+
+PROBE, DECODER = tiny_config("linear_probe"), tiny_config("decoder")
+
+
 def test_a_pack_is_a_quarter_of_the_search_and_fits_into_memory() -> None:
-    assert pack_size(spec(num_trials=24), 1, 1) == 6
-    assert pack_size(spec(num_trials=24), 1, 2) == 3
-    assert pack_size(spec(num_trials=3), 1, 1) == 1
-    assert pack_size(spec(max_pack_size=32), 1, 2) == 32
-    assert pack_size(spec(max_pack_size=32), 2**60, 1) == 1
-    assert pack_size(spec(max_pack_size=32, gpus_per_worker=0.5), 2**30, 2) == 2
+    assert size(PROBE, num_trials=24) == 6
+    assert size(PROBE, at_once=2, num_trials=24) == 3
+    assert size(PROBE, num_trials=3) == 1
+    assert size(PROBE, at_once=2, max_pack_size=32) == 32
+    assert size(PROBE, room=0, max_pack_size=32) == 1
+    assert size(tiny_config("zero_shot"), max_pack_size=32) == 1
     # Of the time of a pack a trial has a share, whatever it would take alone.
     timed = {"other_objectives": ["time/train_seconds"], "trial_scheduler": {"name": "none"}}
-    assert pack_size(spec(max_pack_size=32, **timed), 1, 1) == 1
+    assert size(PROBE, max_pack_size=32, **timed) == 1
+    assert size(PROBE, max_pack_size=32, driver="ray_train") == 1
+
+
+def test_decoders_are_packed_on_gpus_and_where_a_size_is_set() -> None:
+    """On CPUs they gain nothing, and the searcher would hear of them late."""
+    assert size(DECODER, num_trials=24) == 1
+    assert size(DECODER, max_pack_size=4) == 4
+    assert size(DECODER, num_trials=24, gpus_per_worker=1.0) == 6
+
+
+def test_a_pack_is_as_large_as_its_members_leave_room_for() -> None:
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    wide = dataclasses.replace(tiny_info(), token_width=1024, pooled_width=1024)
+    found = packing(spec(max_pack_size=32, gpus_per_worker=0.5), [tiny_info(), wide], manifest, 1)
+    shallow, deep = (DECODER.with_overrides({"decoder.depth": depth, "decoder.mlp_ratio": 4.0}) for depth in (1, 6))
+    # Weights of the wider tower's decoder, their gradients and two moments: 12 widths squared and little more a block.
+    assert found.bytes_of(deep) == pytest.approx(16 * 6 * 12 * 1024**2, rel=0.01)
+    assert found.size(deep) == found.room // found.bytes_of(deep) == 1
+    assert found.size(shallow) == 10
+    assert found.size(PROBE) == 32
+    # What a second stage reads of each decoder: its outputs in float32 for each image there may be.
+    staged = DECODER.with_overrides({"second_stage.name": "classifier_retraining"})
+    rows = found.num_train * DECODER.features.num_views + found.num_val
+    assert found.bytes_of(staged) - found.bytes_of(DECODER) == 4 * 1024 * rows

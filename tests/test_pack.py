@@ -8,6 +8,7 @@ from tiny_data import tiny_config, tiny_data
 
 from imbvlm.config import TrialConfig
 from imbvlm.config_stages import READ_NORMS
+from imbvlm.features.examples import Examples
 from imbvlm.losses import LOSSES, build_loss, losses_together
 from imbvlm.models.decoupled import SECOND_STAGES
 from imbvlm.training.epochs import TrialRun, build_trial
@@ -176,6 +177,66 @@ def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_pat
     assert_as_alone([*results, *steady], configs[0], data)
 
 
+def decoders(**keys) -> list[TrialConfig]:
+    """Of one shape; each with a loss, a rate and a classifier of its own."""
+    base = tiny_config("decoder", train__num_epochs=3, **keys)
+    return [
+        base.with_overrides({"loss.name": "balanced_softmax", "optim.lr": 2e-3}),
+        base.with_overrides({"loss.name": "focal", "optim.lr": 5e-3, "classifier.kind": "linear"}),
+        base.with_overrides({"loss.name": "ldam", "loss.reweight_from": 0.5, "classifier.temperature": 0.1}),
+    ]
+
+
+@pytest.mark.parametrize("keys", [{}, {"decoder__depth": 0, "decoder__input_norm": "none"}, {"decoder__width": 8}])
+def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batch_once(tmp_path, monkeypatch, keys):
+    data, configs = tiny_data(tmp_path), decoders(**keys)
+    assert len({pack_key(config) for config in configs}) == 1
+    expected, num_read, batch = [alone(config, data) for config in configs], [0], Examples.batch
+
+    def counted(self, *arguments):
+        num_read[0] += self is data.train
+        return batch(self, *arguments)
+
+    monkeypatch.setattr(Examples, "batch", counted)
+    *_, _ = build_trial(configs[0], data).epochs()
+    of_one, num_read[0] = num_read[0], 0
+    _, runs = joined(configs, data)
+    together = list(zip(*[run.epochs() for run in runs], strict=True))
+    assert num_read[0] == of_one > 0
+    for place, (metrics, expected_weights) in enumerate(expected):
+        assert torch.equal(weights(runs[place]), expected_weights)
+        for name in ("train/loss", "train/lr", "val/loss", "val/best_balanced_accuracy"):
+            assert [turn[place].metrics[name] for turn in together] == [one[name] for one in metrics]
+
+
+def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
+    data, configs = tiny_data(tmp_path), decoders()
+    configs[1] = configs[1].with_overrides({"optim.lr": 1e38})
+    _, runs = joined(configs, data)
+    steady, broken, short = (run.epochs() for run in runs)
+    results = [next(steady)]
+    failed = next(broken)
+    next(short)
+    assert failed.failure == next(build_trial(configs[1], data).epochs()).failure
+    assert "wasn't finite in epoch 1" in failed.failure
+    for run in runs[1:]:
+        run.leave_pack()
+    assert_as_alone([*results, *steady], configs[0], data)
+
+
+@pytest.mark.parametrize("stage", SECOND_STAGES)
+def test_second_stages_behind_decoders_read_each_its_own(tmp_path, stage):
+    data, lengths = tiny_data(tmp_path), {} if stage == "tau_normalization" else {"second_stage.num_epochs": 2}
+    kind = {"classifier.kind": "linear"} if stage in READ_NORMS else {}
+    configs = [one.with_overrides({"second_stage.name": stage, **lengths, **kind}) for one in decoders()]
+    _, runs = joined(configs, data)
+    together = list(zip(*[run.epochs() for run in runs], strict=True))
+    for place, config in enumerate(configs):
+        metrics, expected_weights = alone(config, data)
+        assert torch.equal(weights(runs[place]), expected_weights)
+        assert [turn[place].metrics["val/loss"] for turn in together] == [one["val/loss"] for one in metrics]
+
+
 def test_what_shares_no_stream_of_features_is_not_packed():
     key = pack_key(probe())
     assert pack_key(probe(optim__lr=0.5, loss__name="focal", classifier__init="class_mean")) == key
@@ -185,8 +246,10 @@ def test_what_shares_no_stream_of_features_is_not_packed():
         {"optim__name": "adamw"}, {"encoder__image_size": 64},
     ):  # fmt: skip
         assert pack_key(tiny_config("linear_probe", **{"train__num_epochs": 4, **other})) not in (key, None), other
-    assert pack_key(tiny_config("decoder")) is None
     assert pack_key(tiny_config("zero_shot")) is None
+    (key,) = {pack_key(config) for config in decoders()}
+    for shape in ({"decoder__depth": 2}, {"decoder__width": 8}, {"decoder__mlp_ratio": 2.0}):
+        assert {pack_key(config) for config in decoders(**shape)}.isdisjoint({key, None})
     assert pack_key(probe(features__store=False)) is None
 
 

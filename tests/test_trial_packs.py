@@ -30,6 +30,7 @@ from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.engine.tuner import Lane, _of_storage, payload
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
+from imbvlm.training.pack import PACKED
 from imbvlm.training.session import TrialSettings
 
 BEST = "val/best_balanced_accuracy"
@@ -42,8 +43,8 @@ SPACE = {
 }
 
 
-def make_spec(num_trials: int = 12, **fields: Any) -> SweepSpec:
-    base = tiny_config("linear_probe", train__num_epochs=6).to_tree()
+def make_spec(num_trials: int = 12, method: str = "linear_probe", **fields: Any) -> SweepSpec:
+    base = tiny_config(method, train__num_epochs=6).to_tree()
     base = {key: value for key, value in base.items() if key not in ("loss", "classifier")}
     return SweepSpec.from_tree(
         {"name": "packs", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
@@ -65,7 +66,7 @@ class Tune:
             return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective)
 
         self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
-        self.searcher = PackSearcher(self.study, self.packs, size)
+        self.searcher = PackSearcher(self.study, self.packs, lambda config: size)
         self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
         progress = ProgressCallback(self.log, lane.console, BEST, "search", 12, budget, lambda: None, {}, "")
         self.callback = PackCallback([progress], self.packs)
@@ -123,8 +124,11 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     return tiny_features(tmp_path_factory.mktemp("features"))
 
 
-def test_records_stops_and_values_are_those_of_each_trial_by_itself(tmp_path: Path, features: FeatureSet) -> None:
-    alone, packed = (Tune(tmp_path / str(size), features, make_spec(), size) for size in (1, 4))
+@pytest.mark.parametrize("method", PACKED)
+def test_records_stops_and_values_are_those_of_each_trial_by_itself(
+    tmp_path: Path, features: FeatureSet, method: str
+) -> None:
+    alone, packed = (Tune(tmp_path / str(size), features, make_spec(method=method), size) for size in (1, 4))
     for tune in (alone, packed):
         for trial_id in ("t00001", "t00099"):
             (Path(tune.log.folder) / "checkpoints" / trial_id).mkdir(parents=True)

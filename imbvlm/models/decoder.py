@@ -47,13 +47,23 @@ class Decoder(nn.Module):
         return tokens[:, 0]
 
 
+def num_parameters(width_in: int, config: DecoderConfig) -> int:
+    """Those of a Decoder(width_in, config, ...), without building it."""
+    width = config.width or width_in
+    hidden = _hidden_width(width, config)
+    norms, attention, mlp = 4 * width, 4 * width * (width + 1), 2 * width * hidden + hidden + width
+    input_norm = 2 * width_in if config.input_norm == "layer_norm" else 0
+    projection = 0 if config.width is None else width * (width_in + 1)
+    return input_norm + projection + config.depth * (norms + attention + mlp)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with GELU: (B, T, D) to (B, T, D), first_only to (B, 1, D)."""
 
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
         self.num_heads, self.head_width = config.num_heads, width // config.num_heads
-        hidden = max(1, int(width * config.mlp_ratio))
+        hidden = _hidden_width(width, config)
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = _linear(width, 3 * width)
         self.attention_out = _linear(width, width)
@@ -106,6 +116,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
             return torch.softmax(scores, dim=-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def _hidden_width(width: int, config: DecoderConfig) -> int:
+    return max(1, int(width * config.mlp_ratio))
 
 
 def _linear(width_in: int, width_out: int) -> nn.Linear:

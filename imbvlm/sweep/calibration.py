@@ -60,7 +60,7 @@ class TrialSpeed:
     eval_seconds: float
     host_bytes: int
     device_bytes: int
-    # What one more of a pack adds to an image's training; None where trials of this kind train alone.
+    # What one more of a pack adds to an image's training; None where it takes what it would take alone.
     more_seconds: float | None = None
 
     def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, together: float = 1.0) -> float:
@@ -202,7 +202,9 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
             host, on_device = host - on_device, torch.cuda.max_memory_allocated()
         else:
             on_device = 0
-        more = None if pack_key(config) is None else _more_seconds(config, data, device, clock.step_seconds)
+        # Decoders train by turns: on a CPU each takes what it takes alone.
+        alone = pack_key(config) is None or (config.method == "decoder" and device.type == "cpu")
+        more = None if alone else _more_seconds(config, data, device, clock.step_seconds)
         return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, more)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from imbvlm.config import TrialConfig
@@ -92,27 +92,29 @@ def commonest_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialCon
 
 @dataclass(frozen=True)
 class Together:
-    """How trials train together: of `size` that the searcher is asked for, those with the `pack_key` of the first.
+    """How trials train together: of `size(config)` that the searcher is asked for, those with that `pack_key`.
 
-    `shares` are those of each key among the sweep's trials.
+    `shares` are those of each key among the sweep's trials, and `most` is the largest size.
     """
 
-    size: int
+    size: Callable[[TrialConfig], int]
     shares: Mapping[str, float]
+    most: int = 1
 
     @staticmethod
-    def of(configs: Sequence[TrialConfig], size: int) -> Together:
+    def of(configs: Sequence[TrialConfig], size: Callable[[TrialConfig], int]) -> Together:
         """By the keys of sampled trials."""
         counts = Counter(key for key in map(pack_key, configs) if key is not None)
-        return Together(size, {key: count / len(configs) for key, count in counts.items()})
+        shares = {key: count / len(configs) for key, count in counts.items()}
+        return Together(size, shares, max(map(size, configs), default=1))
 
     def number(self, config: TrialConfig) -> float:
         """How many there are on average in such a trial's pack, itself counted."""
         key = pack_key(config)
-        return 1.0 if key is None else 1 + (self.size - 1) * self.shares.get(key, 0.0)
+        return 1.0 if key is None else 1 + (self.size(config) - 1) * self.shares.get(key, 0.0)
 
 
-ALONE = Together(1, {})
+ALONE = Together(lambda config: 1, {})
 
 
 class Speeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
@@ -19,7 +20,7 @@ from imbvlm.models.text_tower import text_refusal
 from imbvlm.models.towers import find_tower
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
-from imbvlm.training.pack import member_bytes
+from imbvlm.training.pack import member_bytes, pack_key
 
 # The process that starts a Ray Train trial's workers waits for most of its life.
 DRIVER_CPUS = 0.01
@@ -102,33 +103,59 @@ def concurrent_trials(
     return wanted
 
 
-def most_together(
-    spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int
-) -> tuple[int, int]:
-    """How many trials may train together, and the bytes that each of them adds to its process."""
-    width = max(info.pooled_width for info in towers)
-    batch_size = int(spec.base.get("train", {}).get("batch_size", 256))
-    # Carved validation rows are a part of all.
-    num_val = len(manifest.rows_of("val")) if "val" in manifest.splits else len(manifest)
-    each = member_bytes(width, len(manifest.class_names), batch_size, num_val)
-    return 1 if uses_ray_train(spec) else pack_size(spec, each, concurrent), each
+@dataclass(frozen=True)
+class Packing:
+    """How many trials may train together: at most `most` of them, and what `room` bytes hold.
+
+    Widths are the largest of the space's towers, `num_train` and `num_val` the most images there may be of each.
+    """
+
+    most: int
+    room: int
+    token_width: int = 0
+    pooled_width: int = 0
+    num_classes: int = 0
+    num_train: int = 0
+    num_val: int = 0
+    holds_decoders: bool = True
+
+    def bytes_of(self, config: TrialConfig) -> int:
+        """What one more such trial adds to its process, or to its GPU's memory."""
+        return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
+
+    def size(self, config: TrialConfig) -> int:
+        """How many trials of the configuration's `pack_key` may train together."""
+        if self.most < 2 or pack_key(config) is None or (config.method == "decoder" and not self.holds_decoders):
+            return 1
+        return max(1, min(self.most, self.room // max(1, self.bytes_of(config))))
 
 
-def pack_size(spec: SweepSpec, bytes_of_member: int, concurrent: int) -> int:
-    """How many trials may train together: what memory holds, and no more than the searcher can do without.
+def packing(spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
+    """How a sweep's trials train together.
 
     A quarter of this machine's memory is for the packs that run at once, or GPU_BYTES of each GPU. A sweep that judges
-    trials by their time runs each alone.
+    trials by their time runs each alone. On CPUs decoders of a useful size gain nothing by it, so there they are
+    together only where `max_pack_size` is set; on a GPU reading and copying their tokens is what bounds them.
     """
-    if any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints)):
-        return 1
+    known, num_train = list(towers), len(manifest.rows_of("train"))
     if spec.gpus_per_worker:
         room = int(GPU_BYTES * spec.gpus_per_worker)
     else:
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
+    by_time = any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints))
     # TPE proposes the next from what it has been told: four rounds of packs at least.
     wanted = spec.max_pack_size or max(1, spec.num_trials // (4 * concurrent))
-    return max(1, min(wanted, room // max(1, bytes_of_member)))
+    return Packing(
+        most=1 if by_time or uses_ray_train(spec) else wanted,
+        room=room,
+        token_width=max(info.token_width for info in known),
+        pooled_width=max(info.pooled_width for info in known),
+        num_classes=len(manifest.class_names),
+        num_train=num_train,
+        # Carved validation rows are a part of those to train on.
+        num_val=len(manifest.rows_of("val")) if "val" in manifest.splits else num_train,
+        holds_decoders=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
+    )
 
 
 def _lacks(

@@ -38,7 +38,7 @@ from imbvlm.sweep.estimate import (
     sample_trials,
     shape_of,
 )
-from imbvlm.sweep.feasibility import check_models, concurrent_trials, most_together, trials_at_once, uses_ray_train
+from imbvlm.sweep.feasibility import Packing, check_models, concurrent_trials, packing, trials_at_once, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import needed_outputs
@@ -90,9 +90,9 @@ class Plan:
     rows: Rows | None
     mean_epochs: float
     estimate: Estimate | None
-    # How trials train together, and the bytes that each further one adds; None without a manifest.
+    # How trials train together, and what each further one adds; None without a manifest.
     together: Together | None = None
-    member_bytes: int = 0
+    packing: Packing | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -158,12 +158,11 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
-    calibration = estimated = together = None
-    each = 0
+    calibration = estimated = together = packs = None
     if manifest is not None:
         rows = _rows(spec, manifest)
-        size, each = most_together(spec, towers.values(), manifest, concurrent)
-        together = Together.of(sample, size)
+        packs = packing(spec, towers.values(), manifest, concurrent)
+        together = Together.of(sample, packs.size)
         if measure is not None:
             shapes = commonest_shapes(sample, MAX_SHAPES)
             known = set(map(shape_of, shapes))
@@ -185,7 +184,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
         _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown), _machine(cluster), misfit,
         concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
-        together, each,
+        together, packs,
     )  # fmt: skip
 
 
@@ -466,17 +465,22 @@ def _measured(plan: Plan) -> list[str]:
 
 def _packs(plan: Plan) -> list[str]:
     """What trials that train together take, a line for each kind."""
-    calibration, rows, together = plan.calibration, plan.rows, plan.together
-    if calibration is None or rows is None or together is None or together.size < 2:
+    calibration, rows, together, packs = plan.calibration, plan.rows, plan.together, plan.packing
+    if calibration is None or rows is None or together is None or packs is None:
         return []
     found = []
     for config, speed in zip(plan.shapes, calibration.trials, strict=True):
         number = together.number(config)
         if isinstance(speed, TrialSpeed) and number > 1:
             epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, number)
-            memory = size_text(speed.host_bytes + (together.size - 1) * plan.member_bytes)
+            size = packs.size(config)
+            of_others = (size - 1) * packs.bytes_of(config)
+            if speed.device_bytes:
+                memory = f"{size_text(speed.host_bytes)} and {size_text(speed.device_bytes + of_others)} of its GPU"
+            else:
+                memory = size_text(speed.host_bytes + of_others)
             found.append(
-                f"  {' '.join(_shape_words(config))}: up to {together.size} train together, {number:.3g} on average; "
+                f"  {' '.join(_shape_words(config))}: up to {size} train together, {number:.3g} on average; "
                 f"an epoch is then {_short(epoch)} each, and a worker takes up to {memory}"
             )
     return found
@@ -563,7 +567,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "num_trials": spec.num_trials,
         "num_configurations": plan.space.size(spec.base),
         "mean_epochs": plan.mean_epochs,
-        "pack_size": None if plan.together is None else plan.together.size,
+        "pack_size": None if plan.together is None else plan.together.most,
         "concurrent_trials": plan.concurrent,
         "misfit": plan.misfit or None,
         "manifest": spec.base["data"]["manifest"],
@@ -615,7 +619,7 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "epoch_seconds_in_pack": None
         if speed.more_seconds is None or plan.together is None
-        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.together.size),
+        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.together.size(config)),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,
     }

@@ -28,7 +28,7 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import check_data, check_models, check_shared, most_together, trials_at_once
+from imbvlm.sweep.feasibility import check_data, check_models, check_shared, packing, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.post_hoc import (
     PostHoc,
@@ -224,7 +224,7 @@ class _Sweep:
         )  # fmt: skip
         if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
             total, towers = self.spec.num_trials, [one.info for one in self.features.values()]
-            size, _ = most_together(self.spec, towers, self.manifest, self.lane.max_concurrent)
+            size = packing(self.spec, towers, self.manifest, self.lane.max_concurrent).size
             return searcher, run_jobs(self.lane, searcher, self._scheduler(), "search", total, size)
         return searcher, 0
 

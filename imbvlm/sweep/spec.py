@@ -99,7 +99,7 @@ class SweepSpec(Section):
         None,
         ge=1,
         description="trials that share features, batches and seed and train together; null: by memory, a quarter of "
-        "num_trials at most, since the searcher learns of them together; 1: each alone",
+        "num_trials at most, since the searcher learns of them together, on CPUs no decoders; 1: each alone",
     )
     searcher: SearcherConfig = SearcherConfig()
     trial_scheduler: TrialSchedulerConfig = AshaConfig()

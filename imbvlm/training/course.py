@@ -101,34 +101,18 @@ class Course:
 
     def train_epoch(self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None) -> TrainedEpoch:
         """One pass over the epoch plan, or what is left of the stage's steps; `after_step` is told the steps so far."""
-        started = time.perf_counter()
-        plan, size = self.plan_of(epoch), self.train.batch_size
-        record, taken = self._record, len(self._record.losses)
-        first_step = step - taken
-        shares = batches(plan, size, self.world.rank, self.world.world_size)[: self.span.end_step - first_step]
-        sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
-        loss_at = self.losses_of(epoch)
-        self.model.train()
-        for batch in self.read(plan, shares[taken:], epoch):
-            record.add(*self._train_step(batch, loss_at(step), step))
-            step += 1
-            if record.failed_at is not None:
+        started, under_way = time.perf_counter(), self.begin_epoch(epoch, step)
+        for batch in self.read(under_way.plan, under_way.shares, epoch):
+            under_way.take(batch)
+            if under_way.failed:
                 break
-            after_step(step)
-        record.look()
-        self._record = _LossRecord()
-        if record.failed_at is not None:
-            step = first_step + record.failed_at + 1
-            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
-            return TrainedEpoch(step, {}, record.losses, self.failure(what, epoch, step))
-        seconds = time.perf_counter() - started
-        metrics = {
-            "train/loss": float(np.average(record.losses, weights=sizes)),
-            "train/lr": self.lr(step - 1),
-            "train/images_per_second": sum(sizes[taken:]) / seconds,
-            "time/train_seconds": seconds,
-        }
-        return TrainedEpoch(step, metrics, record.losses)
+            after_step(under_way.step)
+        return under_way.end(time.perf_counter() - started)
+
+    def begin_epoch(self, epoch: int, step: int) -> EpochUnderWay:
+        """An epoch (0-based) whose batches come from outside; `step` optimiser steps were taken so far."""
+        self.model.train()
+        return EpochUnderWay(self, epoch, step)
 
     def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
@@ -159,6 +143,50 @@ class Course:
             f"the {what} wasn't finite in epoch {epoch + 1}, step {step} of {self.span.end_step} (learning rate "
             f"{self.lr(step - 1):.3g}, loss {loss}); {mend}"
         )
+
+
+class EpochUnderWay:
+    """One epoch of a course, a batch at a time: `shares` are the places in its `plan` of those that it is to be given.
+
+    It goes on behind the steps whose losses the course has from before.
+    """
+
+    def __init__(self, course: Course, epoch: int, step: int) -> None:
+        self.plan, self.step = course.plan_of(epoch), step
+        self._course, self._epoch, self._record = course, epoch, course._record
+        size, world, taken = course.train.batch_size, course.world, len(self._record.losses)
+        self._first_step, self._taken = step - taken, taken
+        shares = batches(self.plan, size, world.rank, world.world_size)[: course.span.end_step - self._first_step]
+        self.shares = shares[taken:]
+        self._sizes = [min(size, len(self.plan.rows) - start * size) for start in range(len(shares))]
+        self._loss_at = course.losses_of(epoch)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a step is known to have given a loss or gradient that isn't finite: it can go no further."""
+        return self._record.failed_at is not None
+
+    def take(self, batch: Batch) -> None:
+        """One optimiser step on the next batch."""
+        self._record.add(*self._course._train_step(batch, self._loss_at(self.step), self.step))
+        self.step += 1
+
+    def end(self, seconds: float) -> TrainedEpoch:
+        """What it gave in so many seconds."""
+        course, record = self._course, self._record
+        record.look()
+        course._record = _LossRecord()
+        if record.failed_at is not None:
+            step = self._first_step + record.failed_at + 1
+            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
+            return TrainedEpoch(step, {}, record.losses, course.failure(what, self._epoch, step))
+        metrics = {
+            "train/loss": float(np.average(record.losses, weights=self._sizes)),
+            "train/lr": course.lr(self.step - 1),
+            "train/images_per_second": sum(self._sizes[self._taken :]) / seconds,
+            "time/train_seconds": seconds,
+        }
+        return TrainedEpoch(self.step, metrics, record.losses)
 
 
 class _LossRecord:

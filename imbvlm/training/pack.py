@@ -1,4 +1,4 @@
-"""Trials of one shape trained together: classifiers stacked into one matrix, over one stream of features.
+"""Trials of one shape trained together over one stream of features: classifiers as one matrix, decoders by turns.
 
 Whatever tells the members apart (loss and its knobs, learning rate, temperature, how weights start) stays each one's
 own, and so do its optimiser's state, its evaluation and its checkpoints: a pack only takes the place of its members'
@@ -19,18 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import TrialConfig, needed
 from imbvlm.losses import BuiltLoss, losses_together
 from imbvlm.models.classifier import CosineClassifier, LinearClassifier, unit
+from imbvlm.models.decoder import Decoder, num_parameters
 from imbvlm.models.decoupled import OnFrozenLogits
 from imbvlm.models.methods import FeatureClassifier
 from imbvlm.sampling import batches
 from imbvlm.training.course import Course, TrainedEpoch
-from imbvlm.training.feed import RememberedFeed, to_device
+from imbvlm.training.feed import Batch, RememberedFeed, to_device
 from imbvlm.training.second_stage import SecondStageRun, StageFeatures
 
 Logits = Callable[[Tensor], Tensor]
 BeginSecondStage = Callable[[StageFeatures | None], SecondStageRun]
+
+# Methods whose trials can be trained together.
+PACKED = ("linear_probe", "decoder")
 
 # What may differ between members of a pack, below its section.
 _OWN = {
@@ -44,7 +48,7 @@ _OWN = {
 def pack_key(config: TrialConfig) -> str | None:
     """Equal for trials that can be trained together; None for one that can't be with any other."""
     alone = (config.feature_augmentation, config.memory)
-    if config.method != "linear_probe" or config.reads_images or any(one is not None for one in alone):
+    if config.method not in PACKED or config.reads_images or any(one is not None for one in alone):
         return None
     tree = config.to_tree()
     if tree["train"]["compile"]:
@@ -57,14 +61,28 @@ def pack_key(config: TrialConfig) -> str | None:
     return json.dumps(tree, sort_keys=True)
 
 
-def member_bytes(width: int, num_classes: int, batch_size: int, num_val: int) -> int:
-    """Bytes that one member adds to a pack: weights with what optimisers keep of them, and its logits."""
-    # Weights, their gradients, two moments, directions of a cosine classifier and their gradients.
+def member_bytes(
+    config: TrialConfig, token_width: int, pooled_width: int, num_classes: int, num_train: int, num_val: int
+) -> int:
+    """Bytes that one member adds to a pack: weights with what optimisers keep of them, and its logits.
+
+    `token_width` and `pooled_width` are its tower's. A decoder's activations aren't counted: one of them trains at a
+    time.
+    """
+    width, of_decoder = pooled_width, 0
+    if config.decoder is not None:
+        width = config.decoder.width or token_width
+        # Weights, their gradients, two moments.
+        of_decoder = 4 * 4 * num_parameters(token_width, config.decoder)
+        if config.second_stage is not None:
+            # Its outputs, which the second stage reads.
+            of_decoder += 4 * width * (num_train * config.features.num_views + num_val)
+    # As above, and directions of a cosine classifier and their gradients.
     weights = 6 * 4 * width * num_classes
     # Logits, their log-softmax, what a loss makes of them, and gradients.
-    logits = 6 * 4 * batch_size * num_classes
+    logits = 6 * 4 * needed(config.train).batch_size * num_classes
     # Validation logits in half precision: new, best and last.
-    return weights + logits + 3 * 2 * num_val * num_classes
+    return of_decoder + weights + logits + 3 * 2 * num_val * num_classes
 
 
 class Pack:
@@ -85,11 +103,16 @@ class Pack:
     def begin_second_stages(self) -> None:
         """The first stages have ended, all with the same epoch."""
         features: StageFeatures | None = None
-        for seat in self.seats:
+        for place, seat in enumerate(self.seats):
             if seat.begin_second_stage is not None:
+                has_decoder = seat.has_decoder
                 second = seat.begin_second_stage(features)
-                features = second.features
                 seat.course, seat.group = second.course, second.pack_key
+                if has_decoder:
+                    # Each reads its own decoder's outputs.
+                    seat.group += f" {place}"
+                else:
+                    features = second.features
 
 
 @dataclass(eq=False)
@@ -106,11 +129,17 @@ class Seat:
     group: str = ""
     _trained: TrainedEpoch | None = None
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether a decoder trains in the stage that it is in."""
+        return self.course is not None and _has_decoder(self.course)
+
     def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
         """What its course's own `train_epoch(epoch, step)` gives, to rounding."""
         if self._trained is None:
             group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
-            for seat, trained in zip(group, train_together(list(group.values()), epoch, step), strict=True):
+            train = train_by_turns if self.has_decoder or len(group) == 1 else train_together
+            for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
                 seat._trained = trained
         found, self._trained = self._trained, None
         assert found is not None, "it is one of its group"
@@ -119,6 +148,25 @@ class Seat:
     def leave(self) -> None:
         """No more epochs of this one."""
         self.pack.seats.remove(self)
+
+
+def train_by_turns(courses: Sequence[Course], epoch: int, step: int) -> list[TrainedEpoch]:
+    """As `train_together`, of courses that each take their own step on a batch before the next is read.
+
+    For what has large products of its own, which stacking makes no faster: each batch is read and brought to the device
+    once for all, the activations of one course are in memory at a time, and each gives bit for bit what it gives alone.
+    """
+    started, first = time.perf_counter(), courses[0]
+    under_way = [course.begin_epoch(epoch, step) for course in courses]
+    for batch in first.read(under_way[0].plan, under_way[0].shares, epoch):
+        going_on = [one for one in under_way if not one.failed]
+        if not going_on:
+            break
+        on_device = Batch(*to_device(batch, first.device), batch.examples)
+        for one in going_on:
+            one.take(on_device)
+    seconds = (time.perf_counter() - started) / len(courses)
+    return [one.end(seconds) for one in under_way]
 
 
 def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[TrainedEpoch]:
@@ -212,8 +260,12 @@ def _stack(courses: list[Course]) -> _Stack:
     return _Stack(courses, params, _classified(models, *params))
 
 
+def _has_decoder(course: Course) -> bool:
+    return isinstance(course.model, FeatureClassifier) and isinstance(course.model.decoder, Decoder)
+
+
 def _trained(course: Course) -> nn.Module:
-    """What trains of a course's model: `pack_key` lets only classifiers on stored features in."""
+    """What trains of a model without a decoder: `pack_key` lets only classifiers on stored features in."""
     return course.model.classifier if isinstance(course.model, FeatureClassifier) else course.model
 
 

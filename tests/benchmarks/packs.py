@@ -1,6 +1,9 @@
 """Trials that train together against the same trials one after another; CPU seconds, in process, without Ray."""
 
+import gc
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
@@ -41,8 +44,7 @@ def lines(options: Options) -> Iterator[Line]:
         apart = max(abs(together[place] / alone[place] - 1) for place in alone)
         yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
     yield from _second_stages(options, number, epochs)
-    for of_one, shape in (((3, 768), (50, 768)), ((1, 192), (5, 1280)), ((1, 64), (5, 512))):
-        yield _decoders(options, 8, DecoderConfig(depth=of_one[0], width=of_one[1]), *shape)
+    yield from _decoders(options)
 
 
 def _second_stages(options: Options, number: int, epochs: int) -> Iterator[Line]:
@@ -100,8 +102,41 @@ def _together(configs: list[TrialConfig], data: TrialData, options: Options) -> 
     return found
 
 
-def _decoders(options: Options, number: int, decoder: DecoderConfig, num_tokens: int, token_width: int) -> Line:
-    """A training step of decoders of one shape, stacked by torch.func: why packs hold none."""
+def _decoders(options: Options) -> Iterator[Line]:
+    """Decoders of one shape by turns on each batch; stacked by torch.func, which packs don't do; from a cold disk."""
+    number = 8
+    for depth, width, num_tokens, token_width, rows in (
+        (3, 768, 50, 768, 8192 if options.large else 128), (1, 192, 5, 1280, 2_500), (1, 64, 5, 512, 2_500),
+    ):  # fmt: skip
+        features = made.stored_features(
+            options.folder / f"decoders{width}", rows, num_classes=10, width=token_width, num_tokens=num_tokens,
+            outputs=("tokens",), num_val=64,
+        )  # fmt: skip
+        configs = _decoder_trials(number, depth, width)
+        data = TrialData.open(configs[0], features)
+        _together(configs[:2], data, options), _alone(configs[:2], data, options)
+        alone, one_after_another = _timed(_alone, configs, data, options)
+        together, packed = _timed(_together, configs, data, options)
+        what = f"{number} decoders, depth {depth}, width {width}, {num_tokens} tokens of {token_width:,}"
+        yield times(f"{what}, {rows:,} images", packed, one_after_another)
+        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
+        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+        yield _stacked_step(options, number, DecoderConfig(depth=depth, width=width), num_tokens, token_width)
+    yield _from_a_cold_disk(options, number)
+
+
+def _decoder_trials(number: int, depth: int, width: int) -> list[TrialConfig]:
+    return [
+        made.trial(
+            "decoder", train__num_epochs=1, train__batch_size=32, decoder__depth=depth, decoder__width=width,
+            optim__lr=1e-4 * (1 + place), loss__name=LOSSES[place % 4],
+        )
+        for place in range(number)
+    ]  # fmt: skip
+
+
+def _stacked_step(options: Options, number: int, decoder: DecoderConfig, num_tokens: int, token_width: int) -> Line:
+    """A training step of decoders of one shape, stacked by torch.func: why packs let them take turns."""
     decoders = [Decoder(token_width, decoder, True).to(options.device) for _ in range(number)]
     tokens = torch.randn(32, num_tokens, token_width, device=options.device)
     params, buffers = stack_module_state(decoders)
@@ -117,6 +152,40 @@ def _decoders(options: Options, number: int, decoder: DecoderConfig, num_tokens:
             one(tokens).square().mean().backward()
 
     clock = perf_counter if options.device == "cuda" else process_time
-    taken = in_turn({"together": together, "alone": one_after_another}, 2, clock)
-    what = f"{number} decoders, depth {decoder.depth}, width {decoder.width}, {num_tokens} tokens of {token_width:,}"
-    return times(f"a step of {what}", taken["together"], taken["alone"])
+    taken = in_turn({"together": together, "alone": one_after_another}, 1, clock)
+    return times("  a step of theirs in float32, stacked by torch.func", taken["together"], taken["alone"])
+
+
+def _from_a_cold_disk(options: Options, number: int) -> Line:
+    """Wall time where no page of the tokens is in memory as an epoch begins, as with a store larger than memory."""
+    rows = 20_000 if options.large else 4_000
+    folder = options.folder / "cold"
+    features = made.stored_features(
+        folder, rows, num_classes=10, width=768, num_tokens=50, outputs=("tokens",), num_val=64
+    )
+    configs = _decoder_trials(number, 1, 16)
+
+    def together() -> None:
+        _forget(folder)
+        _together(configs, TrialData.open(configs[0], features), options)
+
+    def alone() -> None:
+        for config in configs:
+            _forget(folder)
+            _alone([config], TrialData.open(config, features), options)
+
+    taken = in_turn({"together": together, "alone": alone}, 1)
+    return times(
+        f"{number} decoders, depth 1, width 16, {rows:,} x 50 x 768, cold disk", taken["together"], taken["alone"]
+    )
+
+
+def _forget(folder: Path) -> None:
+    """Let the system drop a folder's files from memory."""
+    gc.collect()
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)

@@ -7,7 +7,7 @@ tell for each member, and the file by which a member that the scheduler stops le
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,28 +87,39 @@ class Packs:
         return storage.join(self._folder, f"stopped-{tune_id}.json")
 
 
-class PackSearcher(UnsavedSearcher):
-    """Asks another searcher for up to `size` trials ahead, and hands out those of one `pack_key` as one group."""
+@dataclass(frozen=True)
+class _Waiting:
+    """A trial that was asked for and not handed out: how many may train together, of its `key` where more than one."""
 
-    def __init__(self, inner: Searcher, packs: Packs, size: int) -> None:
+    member: Member
+    key: str | None
+    size: int
+
+
+class PackSearcher(UnsavedSearcher):
+    """Asks another searcher for some trials ahead, and hands out those of one `pack_key` as one group.
+
+    `size` is how many there may be of a configuration's.
+    """
+
+    def __init__(self, inner: Searcher, packs: Packs, size: Callable[[TrialConfig], int]) -> None:
         super().__init__(metric=inner.metric, mode=inner.mode)
         self._inner, self._packs, self._size = inner, packs, size
-        self._waiting: list[tuple[Member, str | None]] = []
+        self._waiting: list[_Waiting] = []
         self._open: dict[str, dict[str, str]] = {}
         self._num_asked = 0
 
     def suggest(self, trial_id: str) -> Tree | str:
         if not self._waiting and not self._ask():
             return str(Searcher.FINISHED)
-        key = self._waiting[0][1]
-        if key is not None:
-            while len(self._waiting) < self._size and self._ask():
-                pass
-        together = [one for one in self._waiting[1:] if one[1] == key] if key is not None else []
-        group = [self._waiting[0], *together][: self._size]
+        first = self._waiting[0]
+        while first.key is not None and len(self._waiting) < first.size and self._ask():
+            pass
+        together = [one for one in self._waiting[1:] if first.key is not None and one.key == first.key]
+        group = [first, *together[: first.size - 1]]
         self._waiting = [one for one in self._waiting if not any(one is other for other in group)]
-        self._open[trial_id] = {member.name: member.trial_id for member, _ in group}
-        return self._packs.open(trial_id, [member for member, _ in group])
+        self._open[trial_id] = {one.member.name: one.member.trial_id for one in group}
+        return self._packs.open(trial_id, [one.member for one in group])
 
     def _ask(self) -> bool:
         """One more trial waits; False where there is none."""
@@ -118,10 +129,11 @@ class PackSearcher(UnsavedSearcher):
             return False
         self._num_asked += 1
         record = suggested["record"]
+        config = TrialConfig.from_tree(record["config"])
         # Baselines end by their own patience; what goes on after a crash may stand at any epoch.
         packs = record["kind"] == "search" and not suggested["alone"]
-        key = pack_key(TrialConfig.from_tree(record["config"])) if packs else None
-        self._waiting.append((Member(inner_id, suggested), key))
+        key, size = (pack_key(config), self._size(config)) if packs else (None, 1)
+        self._waiting.append(_Waiting(Member(inner_id, suggested), key if size > 1 else None, size))
         return True
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:

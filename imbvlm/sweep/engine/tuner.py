@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
 from imbvlm import storage
-from imbvlm.config import Tree
+from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.cluster import connected_cluster
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
@@ -107,12 +107,17 @@ def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[J
 
 
 def run_jobs(
-    lane: Lane, searcher: Searcher, scheduler: AshaPerMethod | None, kind: TrialKind, total: int, pack_size: int = 1
+    lane: Lane,
+    searcher: Searcher,
+    scheduler: AshaPerMethod | None,
+    kind: TrialKind,
+    total: int,
+    pack_size: Callable[[TrialConfig], int] = lambda config: 1,
 ) -> int:
     """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`.
 
-    Up to `pack_size` trials that can train together do so, in process. Returns how many trials should be run again,
-    since Tune gave them up before their restarts were spent.
+    Of those that can train together up to `pack_size(config)` do so, in process. Returns how many trials should be run
+    again, since Tune gave them up before their restarts were spent.
     """
     spec = lane.spec
     trainable = tune.with_resources(*_trainable(lane))
