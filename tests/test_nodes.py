@@ -173,6 +173,21 @@ def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(manifest, tmp_p
     assert_same_end(sweep, quiet, printed)
 
 
+def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(manifest, tmp_path, quiet, fault_orders):
+    with cluster_of(2) as (cluster, workers, environment):
+        sweep = Sweep(tmp_path, manifest)
+        features = tmp_path / "runs" / "features"
+        order(fault_orders, tower_seconds=1.0)
+        sweep.start(environment=environment)
+        sweep.wait_for(lambda: len(list(features.rglob("shard-*.arrow"))) >= 3)
+        progress = sweep.path / "progress.log"
+        cluster.remove_node(workers[0], allow_graceful=False)
+        sweep.wait_for(lambda: "waiting for a machine: a tower worker needs" in progress.read_text(), 120)
+        cluster.add_node(num_cpus=1)
+        printed = sweep.end()
+    assert_same_end(sweep, quiet, printed)
+
+
 def autoscaled_by_ray(port: int) -> dict:
     """What `ray up` would leave on a head whose autoscaler may start two workers of a CPU, here as processes."""
     lists = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",

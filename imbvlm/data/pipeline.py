@@ -24,6 +24,7 @@ from ray.data.context import DataContext
 from imbvlm.data.attempts import Attempts
 from imbvlm.data.image_rows import opened_manifest
 from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
+from imbvlm.data.waiting import lacking, said_while
 from imbvlm.errors import ImbvlmError
 
 Block = dict[str, Any]
@@ -96,6 +97,7 @@ def map_images(
     num_workers: int,
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
+    waits: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[Block]:
     """Summaries of the blocks, in the order in which they are done.
 
@@ -103,6 +105,7 @@ def map_images(
     without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
     member; called with that dict it returns a small summary. An ImbvlmError of either comes out as it was raised, and
     LostProcessesError where process after process is lost over a block (its `name` is in the sentence) or as it starts.
+    `waits` is told, from another thread, why nothing goes on where the cluster lacks machines by now.
     """
     if not blocks:
         return
@@ -132,7 +135,9 @@ def map_images(
                 concurrency=num_workers,
             )
         )
-        yield from _summaries(dataset)
+        need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
+        with said_while(lambda: lacking(_resources(), *need), waits):
+            yield from _summaries(dataset)
 
 
 def stream_blocks(
@@ -269,8 +274,12 @@ def _free_cpus(wanted: float) -> float:
 
 def _cpus_of_nodes() -> list[float]:
     """Of those that have any."""
-    found = (float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
-    return [cpus for cpus in found if cpus]
+    return [float(node["CPU"]) for node in _resources() if node.get("CPU")]
+
+
+def _resources() -> list[dict[str, float]]:
+    """What each machine has that is there."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -355,6 +356,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             num_workers=min(num_workers, num_blocks),
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
+            waits=progress.wait,
         ):
             progress.add(summary["num_images"])
             folder = summary["folder"]
@@ -405,7 +407,8 @@ class _Progress:
         self.first: tuple[int, float] | None = None
         # Of the whole cluster's time, workers' start aside; None before two blocks have come.
         self.seconds_per_image: float | None = None
-        report(f"features: {num_images:,} images to compute")
+        self._telling = threading.Lock()
+        self._tell(f"features: {num_images:,} images to compute")
 
     def add(self, num_images: int) -> None:
         self.done += num_images
@@ -417,7 +420,15 @@ class _Progress:
             self.seconds_per_image = seconds / (self.done - self.first[0])
             left = (self.num_images - self.done) * self.seconds_per_image
             text += f", {1 / self.seconds_per_image:,.0f} a second, {left:,.0f} s left"
-        self.report(text)
+        self._tell(text)
+
+    def wait(self, why: str) -> None:
+        """Nothing goes on, for this reason; another thread may tell it."""
+        self._tell(f"features: {self.done:,} of {self.num_images:,} images, {why}")
+
+    def _tell(self, text: str) -> None:
+        with self._telling:
+            self.report(text)
 
 
 # ------------------------------------------------------------------------------------------------ afterwards
