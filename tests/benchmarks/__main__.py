@@ -1,9 +1,9 @@
 """What this project's speed is measured by: both sides in one run, one table.
 
-    python -m tests.benchmarks [--only SECTION ...] [--large] [--device cpu|cuda]
+    python -m tests.benchmarks [--all | --only SECTION ...] [--large] [--device cpu|cuda]
 
-The sizes fit two cores in under a quarter of an hour; --large takes those of a server. RESULTS.md beside this file has
-what was measured, and when.
+The sizes fit two quiet cores in under a quarter of an hour, with --all in half an hour; --large takes those of a
+server. RESULTS.md beside this file has what was measured, and when.
 """
 
 import argparse
@@ -22,31 +22,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 
 from table import HEADING, Options  # noqa: E402
 
-# In the order in which they run; each is a file beside this one with a function `lines`.
-SECTIONS = (
-    "extraction",
-    "epoch",
-    "attention",
-    "overhead",
-    "packs",
-    "growth",
-    "views",
-    "starts",
-    "tokens",
-    "search",
-    "images",
-    "sweep",
-)
+# Each is a file beside this one with a function `lines`. What a sweep costs, in the order in which it runs:
+TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "tokens", "search", "sweep")
+# And what its defaults rest on:
+MORE = ("attention", "views", "starts", "images")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
-                        help=", ".join(SECTIONS))  # fmt: skip
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--all", action="store_const", dest="only", const=TABLE + MORE, help=f"also {', '.join(MORE)}")
+    chosen.add_argument("--only", nargs="+", choices=TABLE + MORE, default=TABLE, metavar="SECTION",
+                        help=", ".join(TABLE + MORE))  # fmt: skip
     parser.add_argument("--large", action="store_true", help="sizes of a server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=int, metavar="N", help="training images of the section sweep")
-    parser.add_argument("--script-trials", type=int, default=4, metavar="N", choices=range(2, 17, 2),
+    parser.add_argument("--script-trials", type=int, default=2, metavar="N", choices=range(2, 17, 2),
                         help="how many of the 16 trials of a Ray Tune script are run (the section sweep)")  # fmt: skip
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -106,7 +106,7 @@ def _decoders(options: Options) -> Iterator[Line]:
     """Decoders of one shape by turns on each batch; stacked by torch.func, which packs don't do; from a cold disk."""
     number = 8
     for depth, width, num_tokens, token_width, rows in (
-        (3, 768, 50, 768, 8192 if options.large else 128), (1, 192, 5, 1280, 2_500), (1, 64, 5, 512, 2_500),
+        (3, 768, 50, 768, 8192 if options.large else 64), (1, 192, 5, 1280, 2_500), (1, 64, 5, 512, 2_500),
     ):  # fmt: skip
         features = made.stored_features(
             options.folder / f"decoders{width}", rows, num_classes=10, width=token_width, num_tokens=num_tokens,

@@ -15,7 +15,7 @@ class Options:
     folder: Path
     # Of the section `sweep`: training images (None: by size), and how many of the script's trials are run.
     images: int | None = None
-    script_trials: int = 4
+    script_trials: int = 2
 
 
 @dataclass(frozen=True)
