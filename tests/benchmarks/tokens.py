@@ -26,7 +26,7 @@ KINDS = {
     "half precision, 2 x 2": (False, 2),
     "bytes, 2 x 2": (True, 2),
 }
-SEEDS, NUM_EPOCHS = range(3), 6
+SEEDS, NUM_EPOCHS = range(3), 4
 # 4 x 4 tokens of the embedded tower.
 DECODER = {
     "encoder__image_size": 128, "decoder__depth": 1, "decoder__width": 192, "optim__lr": 0.05,

@@ -171,6 +171,9 @@ def main() -> None:
         run_config=tune.RunConfig(storage_path=settings["storage"], verbose=0),
     ).fit()
     end = time.time()
+    for result in found:
+        if result.error is not None:
+            raise result.error
     answer = {
         "begin": begin,
         "end": end,
