@@ -132,12 +132,12 @@ def exists(uri: str) -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file, as it was at one moment; raises StorageError with the cause."""
-    filesystem, path = open_filesystem(uri)
 
     def read() -> bytes:
         if uri.startswith(s3.SCHEME):
             # pyarrow asks for the size and then for parts, of other versions where somebody writes it anew meanwhile.
             return s3.get(uri)
+        filesystem, path = open_filesystem(uri)
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 

@@ -12,12 +12,12 @@ from imbvlm.data.waiting import lacking, said_while
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
-        ([{"CPU": 4, "GPU": 1}], None),
-        ([{"CPU": 1}, {"CPU": 3, "GPU": 1}], None),
-        ([{"CPU": 8}], "needs 2 CPUs and 1 GPUs beside a loading task's 0.5, and there are 8 CPUs and 0 GPUs"),
-        ([{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "there are 2 CPUs and 2 GPUs in the cluster now"),
-        ([{"CPU": 2, "GPU": 1}], "beside a loading task's 0.5, and there are 2 CPUs"),
-        ([{}], "there are 0 CPUs and 0 GPUs in the cluster now"),
+        ([(4, 1)], None),
+        ([(1, 0), (3, 1)], None),
+        ([(8, 0)], "needs 2 CPUs and 1 GPUs beside a loading task's 0.5, and there are 8 CPUs and 0 GPUs"),
+        ([(1, 1), (1, 1)], "there are 2 CPUs and 2 GPUs in the cluster now"),
+        ([(2, 1)], "beside a loading task's 0.5, and there are 2 CPUs"),
+        ([(0, 0)], "there are 0 CPUs and 0 GPUs in the cluster now"),
         ([], "waiting for a machine"),
     ],
 )
@@ -29,7 +29,7 @@ def test_a_worker_needs_a_machine_of_its_size_and_a_loading_task_room_beside_it(
 
 def test_a_pass_that_books_nothing_lacks_nothing():
     """On machines without free CPUs nothing is booked."""
-    assert lacking([{}], 0, 0, 0) is None
+    assert lacking([(0, 0)], 0, 0, 0) is None
 
 
 def test_it_is_said_again_and_again_while_it_lasts_and_not_of_what_passes(monkeypatch):

@@ -12,7 +12,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import ray.data
 from ray.data.context import DataContext
 
 from imbvlm.data.attempts import Attempts
+from imbvlm.data.cluster import connected_cluster
 from imbvlm.data.image_rows import opened_manifest
 from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.data.waiting import lacking, said_while
@@ -97,7 +98,7 @@ def map_images(
     num_workers: int,
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
-    waits: Callable[[str], None] = lambda sentence: None,
+    waits: Callable[[str], None] | None = None,
 ) -> Iterator[Block]:
     """Summaries of the blocks, in the order in which they are done.
 
@@ -136,7 +137,7 @@ def map_images(
             )
         )
         need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
-        with said_while(lambda: lacking(_resources(), *need), waits):
+        with nullcontext() if waits is None else said_while(lambda: lacking(connected_cluster().nodes, *need), waits):
             yield from _summaries(dataset)
 
 
@@ -274,12 +275,7 @@ def _free_cpus(wanted: float) -> float:
 
 def _cpus_of_nodes() -> list[float]:
     """Of those that have any."""
-    return [float(node["CPU"]) for node in _resources() if node.get("CPU")]
-
-
-def _resources() -> list[dict[str, float]]:
-    """What each machine has that is there."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [cpus for cpus, _ in connected_cluster().nodes if cpus]
 
 
 @contextmanager

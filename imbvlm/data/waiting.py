@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LOOK_SECONDS = 10.0
@@ -13,18 +13,18 @@ _END_SECONDS = 5.0
 
 
 def lacking(
-    nodes: Sequence[Mapping[str, float]], cpus_per_worker: float, gpus: float, cpus_per_task: float
+    nodes: Sequence[tuple[float, float]], cpus_per_worker: float, gpus: float, cpus_per_task: float
 ) -> str | None:
-    """Why no image goes on by the resources of the machines that are there; None where one does.
+    """Why no image goes on by CPUs and GPUs of the machines that are there; None where one does.
 
     A tower worker and a loading task must both find room.
     """
-    fitting = [node for node in nodes if node.get("CPU", 0) >= cpus_per_worker and node.get("GPU", 0) >= gpus]
-    in_all = sum(node.get("CPU", 0) for node in nodes)
-    if fitting and in_all >= cpus_per_worker + cpus_per_task:
+    fits = any(has_cpus >= cpus_per_worker and has_gpus >= gpus for has_cpus, has_gpus in nodes)
+    in_all = sum(cpus for cpus, _ in nodes)
+    if fits and in_all >= cpus_per_worker + cpus_per_task:
         return None
     wanted = f"{cpus_per_worker:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-    has = f"there are {in_all:g} CPUs" + (f" and {sum(node.get('GPU', 0) for node in nodes):g} GPUs" if gpus else "")
+    has = f"there are {in_all:g} CPUs" + (f" and {sum(gpus for _, gpus in nodes):g} GPUs" if gpus else "")
     return (
         f"waiting for a machine: a tower worker needs {wanted} beside a loading task's {cpus_per_task:g}, and {has} "
         "in the cluster now; what was computed is kept, so it can be ended and started again for what there is"

@@ -112,12 +112,12 @@ class Packing:
 
     most: int
     room: int
-    token_width: int = 0
-    pooled_width: int = 0
-    num_classes: int = 0
-    num_train: int = 0
-    num_val: int = 0
-    holds_decoders: bool = True
+    token_width: int
+    pooled_width: int
+    num_classes: int
+    num_train: int
+    num_val: int
+    holds_decoders: bool
 
     def bytes_of(self, config: TrialConfig) -> int:
         """What one more such trial adds to its process, or to its GPU's memory."""

@@ -101,18 +101,44 @@ class Course:
 
     def train_epoch(self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None) -> TrainedEpoch:
         """One pass over the epoch plan, or what is left of the stage's steps; `after_step` is told the steps so far."""
-        started, under_way = time.perf_counter(), self.begin_epoch(epoch, step)
-        for batch in self.read(under_way.plan, under_way.shares, epoch):
+        started, plan = time.perf_counter(), self.plan_of(epoch)
+        under_way = self.begin_epoch(plan, epoch, step)
+        for batch in self.read(plan, under_way.shares, epoch):
             under_way.take(batch)
             if under_way.failed:
                 break
             after_step(under_way.step)
         return under_way.end(time.perf_counter() - started)
 
-    def begin_epoch(self, epoch: int, step: int) -> EpochUnderWay:
+    def begin_epoch(self, plan: EpochPlan, epoch: int, step: int) -> EpochUnderWay:
         """An epoch (0-based) whose batches come from outside; `step` optimiser steps were taken so far."""
         self.model.train()
-        return EpochUnderWay(self, epoch, step)
+        return EpochUnderWay(self, plan, epoch, step)
+
+    def trained(
+        self,
+        epoch: int,
+        step: int,
+        losses: list[float],
+        failed: bool,
+        sizes: Sequence[int],
+        num_new: int,
+        seconds: float,
+    ) -> TrainedEpoch:
+        """What an epoch (0-based) gave up to a step of the trial, which broke where it has `failed`.
+
+        `sizes` are the images of each of its steps; `num_new` images took `seconds`.
+        """
+        if failed:
+            what = "gradient" if math.isfinite(losses[-1]) else "loss"
+            return TrainedEpoch(step, {}, losses, self.failure(what, epoch, step))
+        metrics = {
+            "train/loss": float(np.average(losses, weights=sizes)),
+            "train/lr": self.lr(step - 1),
+            "train/images_per_second": num_new / seconds,
+            "time/train_seconds": seconds,
+        }
+        return TrainedEpoch(step, metrics, losses)
 
     def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
@@ -146,19 +172,19 @@ class Course:
 
 
 class EpochUnderWay:
-    """One epoch of a course, a batch at a time: `shares` are the places in its `plan` of those that it is to be given.
+    """One epoch of a course, a batch at a time: `shares` are the places in its plan of those that it is to be given.
 
     It goes on behind the steps whose losses the course has from before.
     """
 
-    def __init__(self, course: Course, epoch: int, step: int) -> None:
-        self.plan, self.step = course.plan_of(epoch), step
+    def __init__(self, course: Course, plan: EpochPlan, epoch: int, step: int) -> None:
+        self.step = step
         self._course, self._epoch, self._record = course, epoch, course._record
         size, world, taken = course.train.batch_size, course.world, len(self._record.losses)
         self._first_step, self._taken = step - taken, taken
-        shares = batches(self.plan, size, world.rank, world.world_size)[: course.span.end_step - self._first_step]
+        shares = batches(plan, size, world.rank, world.world_size)[: course.span.end_step - self._first_step]
         self.shares = shares[taken:]
-        self._sizes = [min(size, len(self.plan.rows) - start * size) for start in range(len(shares))]
+        self._sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
         self._loss_at = course.losses_of(epoch)
 
     @property
@@ -173,20 +199,11 @@ class EpochUnderWay:
 
     def end(self, seconds: float) -> TrainedEpoch:
         """What it gave in so many seconds."""
-        course, record = self._course, self._record
-        record.look()
+        course, losses, num_new = self._course, self._record.losses, sum(self._sizes[self._taken :])
+        self._record.look()
         course._record = _LossRecord()
-        if record.failed_at is not None:
-            step = self._first_step + record.failed_at + 1
-            what = "gradient" if math.isfinite(record.losses[-1]) else "loss"
-            return TrainedEpoch(step, {}, record.losses, course.failure(what, self._epoch, step))
-        metrics = {
-            "train/loss": float(np.average(record.losses, weights=self._sizes)),
-            "train/lr": course.lr(self.step - 1),
-            "train/images_per_second": sum(self._sizes[self._taken :]) / seconds,
-            "time/train_seconds": seconds,
-        }
-        return TrainedEpoch(self.step, metrics, record.losses)
+        step = self._first_step + len(losses)
+        return course.trained(self._epoch, step, losses, self.failed, self._sizes, num_new, seconds)
 
 
 class _LossRecord:

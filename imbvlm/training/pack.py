@@ -8,7 +8,6 @@ own, and so do its optimiser's state, its evaluation and its checkpoints: a pack
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +131,8 @@ class Seat:
     @property
     def has_decoder(self) -> bool:
         """Whether a decoder trains in the stage that it is in."""
-        return self.course is not None and _has_decoder(self.course)
+        model = None if self.course is None else self.course.model
+        return isinstance(model, FeatureClassifier) and isinstance(model.decoder, Decoder)
 
     def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
         """What its course's own `train_epoch(epoch, step)` gives, to rounding."""
@@ -157,8 +157,9 @@ def train_by_turns(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
     once for all, the activations of one course are in memory at a time, and each gives bit for bit what it gives alone.
     """
     started, first = time.perf_counter(), courses[0]
-    under_way = [course.begin_epoch(epoch, step) for course in courses]
-    for batch in first.read(under_way[0].plan, under_way[0].shares, epoch):
+    plan = first.plan_of(epoch)
+    under_way = [course.begin_epoch(plan, epoch, step) for course in courses]
+    for batch in first.read(plan, under_way[0].shares, epoch):
         going_on = [one for one in under_way if not one.failed]
         if not going_on:
             break
@@ -260,10 +261,6 @@ def _stack(courses: list[Course]) -> _Stack:
     return _Stack(courses, params, _classified(models, *params))
 
 
-def _has_decoder(course: Course) -> bool:
-    return isinstance(course.model, FeatureClassifier) and isinstance(course.model.decoder, Decoder)
-
-
 def _trained(course: Course) -> nn.Module:
     """What trains of a model without a decoder: `pack_key` lets only classifiers on stored features in."""
     return course.model.classifier if isinstance(course.model, FeatureClassifier) else course.model
@@ -331,16 +328,5 @@ def _result(
 ) -> TrainedEpoch:
     """A member's part; of the epoch's time it has an equal share."""
     broken = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))
-    if broken.size:
-        at = int(broken[0])
-        what = "gradient" if math.isfinite(losses[at]) else "loss"
-        end = step + at + 1
-        return TrainedEpoch(end, {}, losses[: at + 1].tolist(), course.failure(what, epoch, end))
-    end = step + len(losses)
-    metrics = {
-        "train/loss": float(np.average(losses, weights=sizes)),
-        "train/lr": course.lr(end - 1),
-        "train/images_per_second": sum(sizes) / seconds,
-        "time/train_seconds": seconds,
-    }
-    return TrainedEpoch(end, metrics, losses.tolist())
+    found = (losses[: broken[0] + 1] if broken.size else losses).tolist()
+    return course.trained(epoch, step + len(found), found, bool(broken.size), sizes, sum(sizes), seconds)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from imbvlm.config import DecoderConfig, TrialConfig
-from imbvlm.features.examples import TrialData
+from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.models.decoder import Decoder
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.pack import Pack
@@ -33,16 +33,9 @@ def lines(options: Options) -> Iterator[Line]:
             folder, rows, num_classes=num_classes, width=width, num_val=500, noise=20.0, scale=0.05
         )
         configs = members(number, epochs, cosine)
-        data = TrialData.open(configs[0], features)
-        # The first of either pays for what torch loads late.
-        _together(configs[:4], data, options), _alone(configs[:4], data, options)
-        alone, one_after_another = _timed(_alone, configs, data, options)
-        together, packed = _timed(_together, configs, data, options)
         kinds = "linear and cosine" if cosine else "linear"
         what = f"{number} {kinds} classifiers, {num_classes:,} classes, {rows:,} x {width}, {epochs} epochs"
-        yield times(what, packed, one_after_another, "s", wanted)
-        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
-        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+        yield from _compared(what, configs, features, options, wanted)
     yield from _second_stages(options, number, epochs)
     yield from _decoders(options)
 
@@ -55,13 +48,21 @@ def _second_stages(options: Options, number: int, epochs: int) -> Iterator[Line]
     for name in ("classifier_retraining", "disalign"):
         keys = {"second_stage.name": name, "second_stage.num_epochs": epochs}
         configs = [one.with_overrides(keys) for one in members(number, epochs, cosine=False)]
-        data = TrialData.open(configs[0], features)
-        _together(configs[:4], data, options), _alone(configs[:4], data, options)
-        alone, one_after_another = _timed(_alone, configs, data, options)
-        together, packed = _timed(_together, configs, data, options)
-        yield times(f"{number} linear classifiers and {name}, 10 classes", packed, one_after_another, "s", None)
-        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
-        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+        yield from _compared(f"{number} linear classifiers and {name}, 10 classes", configs, features, options)
+
+
+def _compared(
+    what: str, configs: list[TrialConfig], features: FeatureSet, options: Options, wanted: float | None = None
+) -> Iterator[Line]:
+    """Trials together beside one after another, and how far apart their numbers are."""
+    data = TrialData.open(configs[0], features)
+    # The first of either pays for what torch loads late.
+    _together(configs[:2], data, options), _alone(configs[:2], data, options)
+    alone, one_after_another = _timed(_alone, configs, data, options)
+    together, packed = _timed(_together, configs, data, options)
+    yield times(what, packed, one_after_another, "s", wanted)
+    apart = max(abs(together[place] / alone[place] - 1) for place in alone)
+    yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
 
 
 def members(number: int, epochs: int, cosine: bool = True) -> list[TrialConfig]:
@@ -113,14 +114,8 @@ def _decoders(options: Options) -> Iterator[Line]:
             outputs=("tokens",), num_val=64,
         )  # fmt: skip
         configs = _decoder_trials(number, depth, width)
-        data = TrialData.open(configs[0], features)
-        _together(configs[:2], data, options), _alone(configs[:2], data, options)
-        alone, one_after_another = _timed(_alone, configs, data, options)
-        together, packed = _timed(_together, configs, data, options)
         what = f"{number} decoders, depth {depth}, width {width}, {num_tokens} tokens of {token_width:,}"
-        yield times(f"{what}, {rows:,} images", packed, one_after_another)
-        apart = max(abs(together[place] / alone[place] - 1) for place in alone)
-        yield shown("  largest difference of validation loss, of its size", f"{apart:.1e}")
+        yield from _compared(f"{what}, {rows:,} images", configs, features, options)
         yield _stacked_step(options, number, DecoderConfig(depth=depth, width=width), num_tokens, token_width)
     yield _from_a_cold_disk(options, number)
 

@@ -132,8 +132,8 @@ class PackSearcher(UnsavedSearcher):
         config = TrialConfig.from_tree(record["config"])
         # Baselines end by their own patience; what goes on after a crash may stand at any epoch.
         packs = record["kind"] == "search" and not suggested["alone"]
-        key, size = (pack_key(config), self._size(config)) if packs else (None, 1)
-        self._waiting.append(_Waiting(Member(inner_id, suggested), key if size > 1 else None, size))
+        size = self._size(config) if packs else 1
+        self._waiting.append(_Waiting(Member(inner_id, suggested), pack_key(config) if size > 1 else None, size))
         return True
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:
