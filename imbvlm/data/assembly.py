@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
 )
 _MOST_SHOWN = 5
+_LARGEST_LABEL = 2**31 - 1
 
 Labels = Sequence[int] | Sequence[str] | npt.NDArray[np.int64]
 
@@ -44,6 +45,7 @@ def assemble(
 
     `labels` are class ids or class names. Names without `class_names` are numbered in sorted order; ids without them
     are called by `folder_names`, or by their number, and ids with gaps are mapped to 0, 1, 2, ... with the map kept.
+    Ids that can't be those of `class_names`, and are all among them as they are written, are names.
     Raises ManifestError with every finding.
     """
     columns = {"uri": uris, "bytes": None if data is None else pa.array(data, pa.large_binary())}
@@ -90,9 +92,17 @@ def _number(
         # A label outside the list has been said by name, and must not be said again by number.
         return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, [], wrong
     ids = np.asarray(labels, dtype=np.int64)
-    if class_names is not None:
-        return ids, list(class_names), None, _order_notes(class_names, folder_names), []
     known, numbered = np.unique(ids, return_inverse=True)
+    if class_names is not None:
+        outside = [label for label in known.tolist() if not 0 <= label < len(class_names)]
+        if outside and set(map(str, known.tolist())) <= set(class_names):
+            return _number([str(label) for label in ids.tolist()], class_names, folder_names)
+        # What is too large for the column can't be said by row.
+        large = [str(label) for label in outside if abs(label) > _LARGEST_LABEL]
+        bounds = f"0 to {len(class_names) - 1}, the class names"
+        wrong = [f"{count_of(len(large), 'label')} outside {bounds}: {listed(large)}"] if large else []
+        kept = np.where(np.isin(ids, [int(label) for label in large]), 0, ids)
+        return kept, list(class_names), None, _order_notes(class_names, folder_names), wrong
     gaps = len(known) > 0 and (known[0] != 0 or known[-1] != len(known) - 1)
     names = [folder_names.get(int(label), f"class {label}") for label in known]
     label_map = {str(label): index for index, label in enumerate(known.tolist())} if gaps else None

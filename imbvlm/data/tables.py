@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -18,7 +22,7 @@ from imbvlm import storage
 from imbvlm.data.assembly import assemble, folders_of, split_of_file
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.packs import PackWriter
-from imbvlm.data.table import type_findings
+from imbvlm.data.table import count_of, listed, type_findings
 from imbvlm.errors import nearest
 
 # The names under which tables have each column, the likeliest first.
@@ -32,6 +36,8 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 EMBED_AT_MOST_BYTES = 128_000_000
 # Of a Parquet file, whose row groups may hold all of its images.
 _ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
+# Of a 64-bit number with its sign.
+_MOST_DIGITS = 20
 
 
 def from_table(
@@ -56,18 +62,21 @@ def from_table(
             rows.add(table, path, columns or {})
     rows.pack.close()
     names = class_names if class_names is not None else rows.class_names
+    source = ", ".join(paths)
+    labels = _label_values(rows.labels, names, source)
     uris = [None if uri is None else _located(uri, root) for uri in rows.uris]
-    folders = folders_of([uri or "" for uri in rows.uris], pa.array(rows.labels).to_numpy()) if rows.has_ids else {}
+    has_ids = bool(labels) and isinstance(labels[0], int)
+    folders = folders_of([uri or "" for uri in rows.uris], np.array(labels, np.int64)) if has_ids else {}
     return assemble(
         name,
-        rows.labels,
+        labels,
         rows.splits,
         uris=rows.pack.located(uris),
         data=rows.pack.embedded,
         class_names=names,
         folder_names=folders,
         notes=rows.notes,
-        source=", ".join(paths),
+        source=source,
     )
 
 
@@ -77,27 +86,25 @@ class _Rows:
     def __init__(self, name: str, pack: PackWriter) -> None:
         self.name, self.pack = name, pack
         self.uris: list[str | None] = []
-        self.labels: list[Any] = []
+        # As each piece of a table has them: whether they are ids or names shows only in all of them.
+        self.labels: list[pa.ChunkedArray] = []
         self.splits: list[str] = []
         self.notes: list[str] = []
         self.class_names: list[str] | None = None
 
-    @property
-    def has_ids(self) -> bool:
-        return bool(self.labels) and isinstance(self.labels[0], int)
-
     def add(self, table: pa.Table, path: str, chosen: Mapping[str, str]) -> None:
         found = _find_columns(table, path, chosen)
         self.class_names = self.class_names or _hub_class_names(table.schema, found["label"])
+        wrong = _empty_findings(table, [found[what] for what in ("label", "split") if what in found])
+        if wrong:
+            raise ManifestError(path, wrong)
         labels = table.column(found["label"])
-        if labels.null_count:
-            raise ManifestError(path, [f"{labels.null_count} rows have no {found['label']!r}"])
-        self.labels += _label_values(labels)
+        self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, found["label"], path))
         if "split" in found:
-            self.splits += table.column(found["split"]).cast(pa.string()).to_pylist()
+            self.splits += _texts(table, found["split"], path).to_pylist()
         else:
             self._split_by_file(path, table.num_rows)
-        uris, data = _images(table, found)
+        uris, data = _images(table, found, path)
         self.uris += uris
         self.pack.add(data if data is not None else [None] * table.num_rows)
 
@@ -111,6 +118,7 @@ class _Rows:
 
 def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict[str, str]:
     present, wrong = table.column_names, []
+    fields = dict(zip(present, table.schema, strict=True))
     found = {}
     for what, column in chosen.items():
         if column in present:
@@ -119,14 +127,16 @@ def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict
             wrong.append(f"there is no column {column!r} for {what}; {nearest(column, present)}")
     lower = {name.lower(): name for name in reversed(present)}
     for what, candidates in COLUMNS.items():
-        usable = [lower[name] for name in candidates if name in lower and _fits(what, table.schema.field(lower[name]))]
+        usable = [lower[name] for name in candidates if name in lower and _fits(what, fields[lower[name]])]
         if what not in chosen and usable:
             found[what] = usable[0]
     if "label" not in found and "label" not in chosen:
         wrong.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
     if not {"uri", "bytes"} & found.keys() and not {"uri", "bytes"} & chosen.keys():
         wrong.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
-    wrong += type_findings(table.schema, found.values())
+    repeated = sorted({name for name in found.values() if present.count(name) > 1})
+    wrong += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
+    wrong += type_findings(table.schema, set(found.values()) - set(repeated))
     if wrong:
         raise ManifestError(path, wrong)
     return found
@@ -141,19 +151,55 @@ def _fits(what: str, field: pa.Field) -> bool:
     return True
 
 
-def _label_values(labels: pa.ChunkedArray) -> list[Any]:
-    if pa.types.is_integer(labels.type):
-        return list(labels.to_pylist())
-    texts = labels.cast(pa.string())
-    if pc.all(pc.match_substring_regex(texts, r"^\d+$")).as_py():
-        return list(texts.cast(pa.int64()).to_pylist())
-    return list(texts.to_pylist())
+def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    empty = {name: table.column(name).null_count for name in columns}
+    return [
+        f"{count_of(number, 'row')} {'has' if number == 1 else 'have'} no {name!r}"
+        for name, number in empty.items()
+        if number
+    ]
 
 
-def _images(table: pa.Table, found: Mapping[str, str]) -> tuple[list[str | None], list[bytes | None] | None]:
+def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
+    """A column as text; raises ManifestError for one that isn't plain values."""
+    column = table.column(name)
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        wrong = f"the column {name!r} is of the type {column.type}, and must be text or whole numbers"
+        raise ManifestError(path, [f"{wrong}; choose another one by --column"]) from None
+
+
+def _label_values(
+    columns: Sequence[pa.ChunkedArray], class_names: Sequence[str] | None, source: str
+) -> list[int] | list[str]:
+    """Class ids where all labels are whole numbers, else class names.
+
+    Texts that a number would change, such as 007, are names where the class names have all of them. Raises
+    ManifestError for those that can't be either.
+    """
+    texts = [str(label) for column in columns for label in column.to_pylist()]
+    distinct = set(texts)
+    written_as_ids = all(pa.types.is_integer(column.type) for column in columns)
+    if not written_as_ids and not all(re.fullmatch("[0-9]+", text) for text in distinct):
+        return texts
+    plain = {text: text.lstrip("0") or "0" for text in distinct}
+    large = [text for text, number in plain.items() if len(number) > _MOST_DIGITS or int(number) >= 1 << 63]
+    if class_names is not None and (large or distinct != set(plain.values())) and distinct <= set(class_names):
+        return texts
+    alike = sorted(text for text, many in Counter(plain.values()).items() if many > 1)
+    wrong = [f"labels that are one number are written in several ways: {listed(alike)}"] if alike else []
+    wrong += [f"{count_of(len(large), 'label')} too large for a class id: {listed(sorted(large))}"] if large else []
+    if wrong:
+        mend = "list every class by --class-names where names are numbers"
+        raise ManifestError(source, [f"{one}; {mend}" for one in wrong])
+    return [int(text) for text in texts]
+
+
+def _images(table: pa.Table, found: Mapping[str, str], path: str) -> tuple[list[str | None], list[bytes | None] | None]:
     uris: list[str | None] = [None] * table.num_rows
     if "uri" in found:
-        uris = table.column(found["uri"]).to_pylist()
+        uris = _texts(table, found["uri"], path).to_pylist()
     if "bytes" not in found:
         return uris, None
     column = table.column(found["bytes"])
@@ -183,25 +229,38 @@ def _batches(path: str) -> Sequence[pa.Table] | Any:
         raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {nearest(suffix, readers)}"])
     try:
         yield from readers[suffix](path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ManifestError(path, [f"it can't be read as {suffix}: {error}"]) from None
 
 
 def _read_csv(path: str) -> list[pa.Table]:
-    data = storage.read_bytes(path)
+    data = _read_utf8(path)
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     first = data[: data.find(b"\n") if b"\n" in data else len(data)].decode("utf-8-sig")
     header = next(csv.reader(io.StringIO(first), delimiter=delimiter), [])
-    # Everything is read as text: a path or a label must not lose its zeros or become a date.
+    # Everything is read as text: a path or a label must not lose its zeros or become a date, and may be called NA.
     options = pa_csv.ConvertOptions(
-        column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True
+        column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
     )
     parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     return [pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)]
 
 
 def _read_json(path: str) -> list[pa.Table]:
-    return [pa_json.read_json(pa.BufferReader(storage.read_bytes(path)))]
+    return [pa_json.read_json(pa.BufferReader(_read_utf8(path)))]
+
+
+def _read_utf8(path: str) -> bytes:
+    data = storage.read_bytes(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ManifestError(path, ["it is in UTF-16, as Excel's 'Unicode Text' is; save it as UTF-8 ('CSV UTF-8')"])
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wrong = f"line {line} is not in UTF-8, and may be in Latin-1 or Windows-1252; save the file as UTF-8"
+        raise ManifestError(path, [wrong]) from None
+    return data
 
 
 def _read_parquet(path: str) -> Any:
