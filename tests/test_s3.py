@@ -12,6 +12,7 @@ from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
 from imbvlm.data.checks import check_manifest
+from imbvlm.data.identical import with_copies
 from imbvlm.data.images import ImageError, decode, fetch
 from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest, carve_validation
@@ -83,6 +84,20 @@ def test_thousands_of_keys_are_listed_completely(s3):
 def test_percent_escapes_are_tried_where_no_key_has_them(s3):
     assert fetch(f"s3://{BUCKET}/pets/train/cat/a%20b.png", None) == picture(0)
     assert fetch(f"s3://{BUCKET}/pets/train/dog/x%20y+z.png", None) == picture(3)
+
+
+def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3):
+    client = boto3.client("s3")
+    for name in ("a 1", "a 2", "b"):
+        client.put_object(Bucket=BUCKET, Key=f"copies/my cats/{name}.png", Body=f"{name[0]}".encode() * 5000)
+    uris = [f"s3://{BUCKET}/copies/{name}.png" for name in ("my%20cats/a%201", "my%20cats/a 2", "my cats/b", "none")]
+    made = Manifest.build(pa.table({"uri": uris, "label": [0] * 4, "split": ["train"] * 4}), ["cat"], "pets")
+    assert num_bytes(made) == 15_000
+    found = with_copies(made)
+    assert f"1 file of 4 missing: {uris[3]}" in str(check_manifest(found))
+    assert "1 image with the same content more than once in one split" in str(check_manifest(found))
+    groups = found.label_rows().groups.tolist()
+    assert (groups[0] == groups[1], len(set(groups))) == (True, 3)
 
 
 def test_a_part_of_an_object_is_read_alone(s3):

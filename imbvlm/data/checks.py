@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,10 @@ import pyarrow.compute as pc
 
 from imbvlm import storage
 from imbvlm.data.assembly import ORDER_DISAGREES
+from imbvlm.data.identical import copy_digests
 from imbvlm.data.images import ImageError, decode, fetch
-from imbvlm.data.listing import listed_objects
-from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
-from imbvlm.data.packs import parse_range, whole_uri
+from imbvlm.data.listing import file_sizes
+from imbvlm.data.manifest import Manifest, carve_validation, not_selectable
 from imbvlm.data.table import SPLITS, Rows, count_of, listed, split_codes
 
 Severity = Literal["error", "warning", "note"]
@@ -111,14 +110,7 @@ def _missing_files(manifest: Manifest) -> Iterator[Finding]:
     """All files that aren't there; objects are looked up by listing, not one by one."""
     bare = manifest.table.column("bytes").is_null().to_numpy()
     uris = manifest.table.column("uri").filter(pa.array(bare)).to_pylist()
-    local = np.array([storage.is_local(uri) for uri in uris], dtype=bool)
-    absent = np.zeros(len(uris), dtype=bool)
-    absent[local] = file_states([uri for uri, here in zip(uris, local, strict=True) if here])[:, 0] < 0
-    remote = [whole_uri(uri) for uri, here in zip(uris, local, strict=True) if not here]
-    if remote:
-        present = listed_objects(remote)
-        absent[~local] = [uri not in present for uri in remote]
-    missing = [uri for uri, gone in zip(uris, absent, strict=True) if gone]
+    missing = [uri for uri, size in zip(uris, file_sizes(uris).tolist(), strict=True) if size < 0]
     if missing:
         yield Finding("error", f"{count_of(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
 
@@ -130,28 +122,16 @@ def _same_uri(manifest: Manifest) -> Iterator[Finding]:
 
 
 def _same_content(manifest: Manifest) -> Iterator[Finding]:
-    """Identical files: only files of equal size are read, and only where they lie in different splits or classes."""
+    """Identical images: local files as they are now, objects as they were when the manifest was built."""
     contents = manifest.table.column("content").to_pylist()
     uris = manifest.table.column("uri").to_pylist()
-    bare = [row for row, content in enumerate(contents) if content is None]
-    states = file_states([uris[row] for row in bare])
-    parts = [parse_range(uris[row]) for row in bare]
-    sizes = np.array([part.num_bytes if part else size for part, size in zip(parts, states[:, 0], strict=True)])
-    _, group, count = np.unique(sizes, return_inverse=True, return_counts=True)
-    twins = [row for row, size, many in zip(bare, sizes, count[group] > 1, strict=True) if many and size > 0]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for row, digest in zip(twins, pool.map(lambda row: _digest(uris[row]), twins), strict=True):
-            contents[row] = digest
+    embedded = manifest.table.column("bytes").is_valid().to_pylist()
+    files = [row for row, inside in enumerate(embedded) if not inside and storage.is_local(uris[row])]
+    for row, digest in zip(files, copy_digests([uris[row] for row in files]), strict=True):
+        contents[row] = digest
     known = pa.array([content is not None for content in contents])
     keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(known)
     yield from _across(keys, manifest.table.filter(known), "content", manifest)
-
-
-def _digest(uri: str) -> bytes | None:
-    try:
-        return hashlib.blake2b(fetch(uri, None), digest_size=16).digest()
-    except ImageError:
-        return None
 
 
 def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifest) -> Iterator[Finding]:

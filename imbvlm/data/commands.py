@@ -12,6 +12,7 @@ from imbvlm.data.assembly import read_class_names
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.held_out import with_test_split
+from imbvlm.data.identical import with_copies
 from imbvlm.data.inaturalist import NAMES, RANKS, from_inaturalist
 from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest
@@ -54,6 +55,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 def build(options: argparse.Namespace) -> int:
     """Build a manifest, write it, print its summary."""
     manifest = _source(options)
+    if options.test_share is not None or "val" not in manifest.splits:
+        # Training images will be drawn as test or validation rows, and copies must stay on one side.
+        manifest = with_copies(manifest)
     if options.test_share is not None:
         manifest = with_test_split(manifest, options.test_share, seed=options.seed)
     if options.imbalance_factor is not None:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from urllib.parse import unquote
 
 from imbvlm import s3, storage
-from imbvlm.data.packs import ByteRange, parse_range
+from imbvlm.data.packs import ByteRange, parse_range, whole_uri
 
 
 class MissingError(Exception):
     """A file that is not there or not readable; the text is the row's reason."""
+
+
+def file_names(uri: str) -> tuple[str, ...]:
+    """The names by which the file of an image is looked for: as written, then with its percent escapes decoded."""
+    whole = whole_uri(uri)
+    return tuple(dict.fromkeys((whole, unquote(whole))))
+
+
+def file_state(uri: str) -> os.stat_result | None:
+    """The state of the local file that `read_object` reads; None where there is none, or it lies elsewhere."""
+    for name in file_names(uri) if storage.is_local(uri) else ():
+        with suppress(OSError, ValueError):
+            return os.stat(_local_path(name))
+    return None
 
 
 def read_object(uri: str) -> bytes:
@@ -21,8 +36,7 @@ def read_object(uri: str) -> bytes:
     own faults, StorageError where the store doesn't answer.
     """
     part = parse_range(uri)
-    whole = uri if part is None else part.uri
-    for name in dict.fromkeys((whole, unquote(whole))):
+    for name in file_names(uri):
         try:
             return _read_local(name, part) if storage.is_local(name) else _read_remote(name, part)
         except FileNotFoundError:
@@ -30,8 +44,12 @@ def read_object(uri: str) -> bytes:
     raise MissingError("file not found")
 
 
+def _local_path(uri: str) -> str:
+    return os.path.expanduser(uri.removeprefix("file://"))
+
+
 def _read_local(uri: str, part: ByteRange | None) -> bytes:
-    path = os.path.expanduser(uri.removeprefix("file://"))
+    path = _local_path(uri)
     try:
         state = os.stat(path)
         if stat.S_ISDIR(state.st_mode):

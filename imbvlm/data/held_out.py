@@ -15,8 +15,9 @@ from imbvlm.errors import ImbvlmError
 def with_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> Manifest:
     """Make `share` of each class's training rows test rows: at least one of two, none of a class's only one.
 
-    Which is drawn from `seed`; identical images stay on one side. Counts are those of what is left to train on. Raises
-    ImbvlmError for a share outside (0, 1), ManifestError where there are test rows already.
+    Which is drawn from `seed`; identical images stay on one side, files where `with_copies` has compared them. Counts
+    are those of what is left to train on. Raises ImbvlmError for a share outside (0, 1), ManifestError where there are
+    test rows already.
     """
     if not 0 < share < 1:
         raise ImbvlmError(f"the test share is a part of each class's images between 0 and 1, and is {share:g}")

@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from imbvlm import s3, storage
+from imbvlm.data.fetching import file_names
+from imbvlm.data.manifest import file_states
 
 _S3_THREADS = 32
 
@@ -37,6 +42,20 @@ def listed_objects(uris: Sequence[str]) -> dict[str, int]:
         folder = low[:same].rpartition("/")[0]
         present |= {f"{folder}/{file.path}": file.num_bytes for file in list_tree(folder)}
     return present
+
+
+def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Bytes (N,) of the files that images are or lie in, -1 where there is none; objects are looked up by listing.
+
+    Raises StorageError where a store can't be listed.
+    """
+    sizes = file_states(uris)[:, 0]
+    remote = {row: file_names(uri) for row, uri in enumerate(uris) if not storage.is_local(uri)}
+    if remote:
+        present = listed_objects([name for names in remote.values() for name in names])
+        for row, names in remote.items():
+            sizes[row] = next((present[name] for name in names if name in present), -1)
+    return sizes
 
 
 def _hidden(path: str) -> bool:

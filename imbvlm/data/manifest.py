@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from imbvlm import s3, storage
 from imbvlm.assets import manifest_path
 from imbvlm.class_stats import ClassStats
+from imbvlm.data.fetching import file_state
 from imbvlm.data.table import (
     SCHEMA,
     SPLITS,
@@ -209,8 +210,10 @@ class Manifest:
 
     def row_fingerprint(self, split: str) -> str:
         """Hex digest of what determines a split's images: bytes, or uri with a local file's size and time of change."""
-        table = self.table.select(["uri", "content"]).take(pa.array(self.rows_of(split)))
-        embedded = table.column("content").is_valid()
+        rows = pa.array(self.rows_of(split))
+        table = self.table.select(["uri", "content"]).take(rows)
+        # The content of a file is known only as it was when the manifest was built.
+        embedded = self.table.column("bytes").is_valid().take(rows)
         digest = hashlib.blake2b(digest_size=16)
         digest.update(np.packbits(embedded.to_numpy()).tobytes())
         digest.update(b"".join(table.column("content").filter(embedded).to_pylist()))
@@ -346,10 +349,7 @@ def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
 def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     states = np.full((len(uris), 2), -1, dtype=np.int64)
     for index, uri in enumerate(uris):
-        if storage.is_local(uri):
-            try:
-                found = os.stat(uri.removeprefix("file://").partition("#bytes=")[0])
-            except (OSError, ValueError):
-                continue
+        found = file_state(uri)
+        if found is not None:
             states[index] = found.st_size, found.st_mtime_ns
     return states

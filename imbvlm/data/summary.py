@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from imbvlm import storage
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
-from imbvlm.data.listing import listed_objects
-from imbvlm.data.manifest import Manifest, carve_validation, file_states, not_selectable
+from imbvlm.data.listing import file_sizes
+from imbvlm.data.manifest import Manifest, carve_validation, not_selectable
 from imbvlm.data.packs import RANGE_MARK, parse_range
 from imbvlm.data.table import count_of
 
@@ -70,10 +70,8 @@ def num_bytes(manifest: Manifest) -> int:
     in_parts = pc.match_substring(uris, RANGE_MARK)
     parts = sum(part.num_bytes for uri in uris.filter(in_parts).to_pylist() if (part := parse_range(uri)))
     whole = uris.filter(pc.invert(in_parts)).to_pylist()
-    remote = [uri for uri in whole if not storage.is_local(uri)]
-    sizes = file_states(whole)[:, 0]
-    objects = listed_objects(remote) if remote else {}
-    return int(embedded + parts + sizes[sizes > 0].sum() + sum(objects.get(uri, 0) for uri in remote))
+    sizes = file_sizes(whole)
+    return int(embedded + parts + sizes[sizes > 0].sum())
 
 
 def _size_text(manifest: Manifest) -> str:

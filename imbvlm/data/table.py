@@ -16,7 +16,8 @@ from imbvlm import storage
 Rows = npt.NDArray[np.int64]
 
 SPLITS = ("train", "val", "test")
-# `content` is the digest of embedded bytes, so that trials can keep identical images together without reading images.
+# `content` is the digest of embedded bytes, and of files that were copies of each other when the manifest was built, so
+# that trials can keep identical images together without reading images.
 SCHEMA = pa.schema(
     [
         ("uri", pa.large_string()),
@@ -104,10 +105,11 @@ def conform(table: pa.Table) -> pa.Table:
 def _digests(data: pa.ChunkedArray | pa.Array) -> pa.Array:
     if data.null_count == len(data):
         return pa.nulls(len(data), pa.binary(16))
-    return pa.array([_digest(value.as_buffer()) if value.is_valid else None for value in data], pa.binary(16))
+    return pa.array([digest_of(value.as_buffer()) if value.is_valid else None for value in data], pa.binary(16))
 
 
-def _digest(data: Any) -> bytes:
+def digest_of(data: Any) -> bytes:
+    """Of an image's bytes, as in the column `content`."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -118,13 +120,13 @@ def split_codes(split: pa.ChunkedArray) -> npt.NDArray[np.int8]:
 
 
 def content_groups(table: pa.Table) -> Rows:
-    """A number per row (N,), equal for rows with the same embedded content, or else the same uri."""
+    """A number per row (N,), equal for rows with the same content where it is known, or else the same uri."""
     uris = _ids(table.column("uri"))
     if "content" not in table.column_names or table.column("content").null_count == table.num_rows:
         return uris
     contents = _ids(table.column("content"))
-    embedded = table.column("content").is_valid().to_numpy()
-    return np.where(embedded, contents, uris + contents.max() + 1)
+    known = table.column("content").is_valid().to_numpy()
+    return np.where(known, contents, uris + contents.max() + 1)
 
 
 def _ids(values: pa.ChunkedArray) -> Rows:

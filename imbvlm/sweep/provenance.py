@@ -23,9 +23,9 @@ _NO_PART = (
     "__init__.py", "__main__.py", "cli.py", "cluster_file.py", "doctor.py", "inference.py", "onnx_graph.py",
     "prediction_table.py",
     "data/__init__.py", "data/assembly.py", "data/checks.py", "data/commands.py", "data/datasets.py",
-    "data/held_out.py", "data/inaturalist.py", "data/listing.py", "data/sources.py", "data/summary.py",
-    "data/tables.py", "data/tails.py", "data/webdataset.py", "features/__init__.py", "features/commands.py",
-    "models/__init__.py", "models/tower_folder.py", "training/__init__.py",
+    "data/held_out.py", "data/identical.py", "data/inaturalist.py", "data/listing.py", "data/sources.py",
+    "data/summary.py", "data/tables.py", "data/tails.py", "data/webdataset.py", "features/__init__.py",
+    "features/commands.py", "models/__init__.py", "models/tower_folder.py", "training/__init__.py",
 )  # fmt: skip
 
 
