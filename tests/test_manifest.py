@@ -73,6 +73,15 @@ def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path):
     assert found == [f"{two}/img/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c d.jpg", f"{two}/img/e é.jpg"]
 
 
+@pytest.mark.parametrize("name", ["~misc/0.jpg", "~", "a/~b/c.jpg", "./x.jpg"])
+def test_a_folder_called_like_a_home_is_found_beside_its_manifest(tmp_path, name):
+    uri = os.path.normpath(tmp_path / name)
+    Manifest.build(table([0], ["train"], uri=[uri]), NAMES, "pets").write(str(tmp_path / "pets.parquet"))
+    kept = pq.read_table(tmp_path / "pets.parquet").column("uri")[0].as_py()
+    assert kept.startswith("./~") == name.startswith("~")
+    assert Manifest.read(str(tmp_path / "pets.parquet")).table.column("uri").to_pylist() == [uri]
+
+
 def test_everything_wrong_with_the_rows_is_said_in_one_error():
     bad = pa.table(
         {

@@ -73,7 +73,8 @@ def absolute_uris(table: pa.Table, path: str) -> pa.Table:
     uris = table.column("uri").cast(pa.large_string())
     embedded = table.column("bytes").is_valid() if "bytes" in table.column_names else pa.scalar(False)
     keep = pc.or_(pc.fill_null(pc.match_substring_regex(uris, _ABSOLUTE), True), embedded)
-    joined = pc.binary_join_element_wise(pa.scalar(folder, pa.large_string()), uris, pa.scalar("/", pa.large_string()))
+    below = pc.replace_substring_regex(uris, r"^\./", "")
+    joined = pc.binary_join_element_wise(pa.scalar(folder, pa.large_string()), below, pa.scalar("/", pa.large_string()))
     return _with_column(table, "uri", pc.if_else(keep, uris, joined))
 
 
@@ -81,7 +82,9 @@ def relative_uris(table: pa.Table, path: str) -> pa.Table:
     prefix = storage.absolute(path).rpartition("/")[0] + "/"
     uris = table.column("uri")
     below = pc.fill_null(pc.starts_with(uris, prefix), False)
-    return _with_column(table, "uri", pc.if_else(below, pc.utf8_slice_codeunits(uris, len(prefix)), uris))
+    # A folder may be called ~misc, and what begins so would be read as somebody's home.
+    rest = pc.replace_substring_regex(pc.utf8_slice_codeunits(uris, len(prefix)), _ABSOLUTE, r"./\1")
+    return _with_column(table, "uri", pc.if_else(below, rest, uris))
 
 
 def _with_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
