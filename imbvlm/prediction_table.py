@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import torch
 
 from imbvlm import storage
+from imbvlm.data.assembly import IMAGE_SUFFIXES
 from imbvlm.data.images import ImageError, Preprocess, fetch
-from imbvlm.data.listing import list_tree
+from imbvlm.data.listing import list_tree, shown_path
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
 from imbvlm.inference import Model, Prediction, crops_of, described_crops, load, model_folder
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 OUT_SUFFIXES = (".csv", ".parquet", ".jsonl")
 # From so many images on, Ray Data's processes pay for their start.
 RAY_FROM = 5_000
@@ -34,7 +34,10 @@ _ROW_GROUP = 16_384
 
 @dataclass(frozen=True)
 class Images:
-    """Images to classify, in order: a location each, or the bytes of those that a manifest holds itself."""
+    """Images to classify, in order: a location each, or the bytes of those that a manifest holds itself.
+
+    `names` are text for the table, also where a location has bytes that aren't UTF-8.
+    """
 
     names: Sequence[str]
     uris: Sequence[str | None]
@@ -69,7 +72,7 @@ def find_images(places: Sequence[str], split: str | None = None) -> Images:
         contents += [None] * len(found)
     if not names:
         raise ImbvlmError(f"no image in {', '.join(places)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Images(names, uris, contents)
+    return Images([shown_path(name) for name in names], uris, contents)
 
 
 def _check_split(place: str, manifest: Manifest, split: str) -> None:
@@ -121,7 +124,7 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
         try:
             crops[number] = crops_of(preprocess, num_crops, preprocess.decode(fetch(uris[number], contents[number])))
         except ImageError as error:
-            return error.reason
+            return shown_path(error.reason)
         return None
 
     reasons = each_row(load_one, uris)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +14,7 @@ from PIL import Image
 
 from imbvlm import cli
 from imbvlm import prediction_table as table
+from imbvlm.data.assembly import IMAGE_SUFFIXES
 from imbvlm.data.sources import from_folders
 from imbvlm.errors import ImbvlmError
 
@@ -78,6 +81,35 @@ def test_every_form_of_the_table_has_the_same_rows(model, photos, tmp_path):
         assert [row["probability_1"], row["probability_2"]] == pytest.approx(one.probabilities)
         assert float(line["probability_1"]) == pytest.approx(one.probabilities[0], abs=1e-6)
         assert [each["class"] for each in item["classes"]] == list(one.class_names)
+
+
+def test_a_folder_gives_all_images_that_a_manifest_takes(photos, tmp_path):
+    for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{number}{suffix.upper()}").write_bytes(b"any")
+    found = table.find_images([str(tmp_path)])
+    assert list(found.uris) == from_folders(str(tmp_path), "made").table.column("uri").to_pylist()
+    assert len(found) == len(IMAGE_SUFFIXES)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    good = tmp_path / "in" / os.fsdecode(b"caf\xe9.png")
+    good.write_bytes((photos / "a" / "0.png").read_bytes())
+    expected = f"{tmp_path}/in/caf\\xe9.png"
+    for suffix in ("csv", "jsonl", "parquet"):
+        assert predict(model, tmp_path / "in", "-o", tmp_path / f"out.{suffix}") == 0
+    capsys.readouterr()
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith(f"{expected},")
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["image"] == expected
+    assert pq.read_table(tmp_path / "out.parquet").column("image").to_pylist() == [expected]
+    assert predict(model, tmp_path / "in") == 0
+    assert capsys.readouterr().out.startswith(f"{expected}: ")
+    images = table.find_images([str(tmp_path / "in")])
+    good.unlink()
+    (lost,) = table.predictions(str(model), images, 1, ray=False)
+    assert (lost.error or "").encode()
 
 
 def test_a_name_that_says_no_form_is_refused_before_anything_is_loaded(tmp_path):

@@ -27,7 +27,7 @@ class Found(NamedTuple):
 def list_tree(root: str) -> list[Found]:
     """Every file below a root, sorted by path; hidden ones are left out. Raises StorageError."""
     found = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
-    return sorted(file for file in found if not _hidden(file.path))
+    return sorted(file for file in found if not is_hidden(file.path))
 
 
 def listed_objects(uris: Sequence[str]) -> dict[str, int]:
@@ -58,8 +58,14 @@ def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     return sizes
 
 
-def _hidden(path: str) -> bool:
-    return path.startswith((".", "__MACOSX/")) or "/." in path
+def is_hidden(path: str) -> bool:
+    """Whether a path below a root, or a folder's name, is hidden or what macOS leaves in archives."""
+    return path.startswith(".") or "/." in path or "__MACOSX" in path.split("/")
+
+
+def shown_path(path: str) -> str:
+    """A path as text for people and files: each byte of it that isn't UTF-8 as `\\xe9`."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _walk(root: str) -> Iterator[Found]:
