@@ -3,7 +3,9 @@
 import argparse
 import io
 import json
+import os
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from imbvlm.data import commands
+from imbvlm.data.assembly import read_class_names
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.held_out import with_test_split
@@ -87,6 +90,57 @@ def test_a_folder_without_images_is_a_class_without_images(tree):
     assert found.class_stats().zero_train.tolist() == [0, 3]
 
 
+def test_folders_beside_splits_are_left_out_and_named(tree):
+    for path in ("unlabeled/1.png", "unlabeled/deep/er/2.png", "Meta/0.png", "loose.png"):
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(picture(9))
+    found = from_folders(str(tree), "pets")
+    assert_is_tree(found)
+    assert found.notes == (
+        "3 images left out that lie beside the splits' folders: Meta, unlabeled",
+        "1 image left out that lie in no class's folder",
+    )
+    # Folders without images, too, are classes only in the splits.
+    (tree / "docs" / "drafts").mkdir(parents=True)
+    assert from_folders(str(tree), "pets").class_names == ("cat", "dog", "owl")
+
+
+def test_a_folder_that_may_be_a_split_or_a_class_is_asked_about(tmp_path):
+    for path in ("train/steam/1.png", "train/2.png", "car/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(picture(9))
+    with pytest.raises(ManifestError, match=r"train/ is named like a split .* beside it lie car: .* --class-names"):
+        from_folders(str(tmp_path), "vehicles")
+    assert from_folders(str(tmp_path), "vehicles", class_names=["car", "train"]).labels.tolist() == [0, 1, 1]
+    shutil.rmtree(tmp_path / "train" / "steam")
+    assert from_folders(str(tmp_path), "vehicles").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize("above", ["", "train"])
+def test_hidden_folders_are_no_classes(tree, above):
+    for name in ("__MACOSX", ".git/objects", ".cache/deep"):
+        (tree / above / name).mkdir(parents=True)
+    (tree / above / "__MACOSX" / "left.png").write_bytes(picture(9))
+    assert_is_tree(from_folders(str(tree), "pets"))
+    assert from_folders(str(tree / "train"), "pets").class_names == ("cat", "dog")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_files_whose_names_are_not_utf8_are_left_out_and_named(tree):
+    for name in (b"caf\xe9.png", b"notes.\xe9"):
+        (tree / "train" / "cat" / os.fsdecode(name)).write_bytes(picture(9))
+    (tree / "train" / os.fsdecode(b"\xe9")).mkdir()
+    found = from_folders(str(tree), "pets")
+    assert_is_tree(found)
+    assert found.notes == (
+        f"2 files left out whose path is not UTF-8, such as {tree}/train/cat/caf\\xe9.png; rename what isn't",
+    )
+    found.write(str(tree / "pets.parquet"))
+    bad = os.fsdecode(b"\xe9")
+    with pytest.raises(ManifestError, match=r"no image lies.*\n.*5 files left out whose path is not UTF-8"):
+        from_folders(str((tree / "train").rename(tree / bad)), "pets")
+
+
 def test_folders_outside_the_class_list_are_named(tree):
     with pytest.raises(ManifestError, match=r"not in the class list: 'owl'; did you mean 'owls'"):
         from_folders(str(tree), "pets", class_names=["cat", "dog", "owls"])
@@ -115,6 +169,24 @@ def test_bad_lines_are_all_named(tmp_path):
         "2: 'b.png' is not a path and a label",
         "5: 'd.png' is not a path and a label",
     ]
+
+
+@pytest.mark.parametrize("label", ["²", "--1", "1" * 30])
+def test_digits_that_are_no_whole_number_are_named_with_their_line(tmp_path, label):
+    (tmp_path / "train.txt").write_text(f"a.png 0\nb.png {label}\nc.png 1\n", encoding="utf-8")
+    lists = {"train": str(tmp_path / "train.txt")}
+    with pytest.raises(ManifestError, match=f"train.txt:2: the label '{label}' is no class id"):
+        from_lists(lists, str(tmp_path), "pets")
+    assert from_lists(lists, str(tmp_path), "pets", class_names=["0", "1", label]).labels.tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, mark):
+    (tmp_path / "train.txt").write_bytes(mark + b"a.png 0\ncaf\xe9.png 1\nb.png 1\n")
+    with pytest.raises(ManifestError, match=r"train\.txt:2: 'caf\\xe9\.png 1' is not UTF-8; save"):
+        from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
+    with pytest.raises(ManifestError, match=r"train\.txt:2: 'caf\\xe9\.png 1' is not UTF-8; save"):
+        read_class_names(str(tmp_path / "train.txt"))
 
 
 def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path):
@@ -239,22 +311,59 @@ def test_tar_shards_are_read_where_they_lie(tmp_path):
                 if where == split:
                     members = {"png": picture(number), "json": json.dumps({"label": CLASSES[label]}).encode()}
                     for extension, content in members.items():
-                        info = tarfile.TarInfo(f"some folder/{number:05d}.{extension}")
-                        info.size = len(content)
-                        archive.addfile(info, io.BytesIO(content))
-    assert_is_tree(from_shards(paths, "pets"), ordered=True)
+                        add_member(archive, f"some folder/{number:05d}.{extension}", content)
+    found = from_shards(paths, "pets")
+    assert_is_tree(found, ordered=True)
+    assert found.notes == ()
+
+
+def add_member(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def test_what_a_shard_loses_is_said(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for key, label in (("img.1", b"0"), ("img.2", b"0"), ("a", b"0"), ("a", b"1"), ("b", b"\xef\xbb\xbf0")):
+            add_member(archive, f"x/{key}.png", picture(int(label[-1:])))
+            add_member(archive, f"x/{key}.cls", label)
+            add_member(archive, f"x/._{key}.png", b"of macOS")
+        add_member(archive, "x/a.txt", b"a caption")
+        add_member(archive, "README", b"of all")
+    found = from_shards([str(tmp_path / "a.tar")], "pets")
+    assert found.labels.tolist() == [1, 0]
+    assert decode(fetch(found.table.column("uri")[0].as_py(), None))[0, 0, 0] == 40
+    assert found.notes == (
+        "2 images left out, such as x/img.1.png: WebDataset takes all that follows a name's first dot for its "
+        "extension; rename them without a dot in the key",
+        "4 members left out by their extension: no extension, .1.cls, .2.cls, .txt",
+        "1 image left out for a later one of the same key in its shard, such as x/a",
+    )
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        add_member(archive, "img.1.png", picture(0))
+    with pytest.raises(ManifestError, match=r"no image is in it, such as KEY\.jpg\n  1 image left out.* img\.1\.png"):
+        from_shards([str(tmp_path / "b.tar")], "pets")
 
 
 def test_compressed_or_unlabelled_shards_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        info = tarfile.TarInfo("x.png")
-        info.size = 3
-        archive.addfile(info, io.BytesIO(b"abc"))
+        add_member(archive, "x.png", b"abc")
     with pytest.raises(ManifestError, match=r"neither a \.cls nor a \.json"):
         from_shards([str(tmp_path / "a.tar")], "pets")
     (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(ManifestError, match="uncompressed tar"):
         from_shards([str(tmp_path / "b.tar")], "pets")
+    with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        add_member(archive, "x.png", b"abc")
+        add_member(archive, "x.cls", b"caf\xe9")
+    with pytest.raises(ManifestError, match=r"c\.tar:\n  x\.cls holds 'caf\\xe9', which is not UTF-8; write labels"):
+        from_shards([str(tmp_path / "c.tar")], "pets")
+    # Other text beside a label may be anything, and a superscript is a name.
+    with tarfile.open(tmp_path / "d.tar", "w") as archive:
+        for name, content in (("x.png", b"abc"), ("x.cls", "²".encode()), ("x.json", b"caf\xe9")):
+            add_member(archive, name, content)
+    assert from_shards([str(tmp_path / "d.tar")], "pets").class_names == ("²",)
 
 
 # ------------------------------------------------------------------------------------------------ iNaturalist

@@ -112,7 +112,7 @@ def _number(
 
 def _mixed(labels: Sequence[str]) -> list[str]:
     """Class ids and class names side by side: a slip of the pen would make names of all ids, in another order."""
-    ids = {label for label in labels if label.lstrip("-").isdigit()}
+    ids = {label for label in labels if class_id(label) is not None}
     names = set(labels) - ids
     if not ids or not names:
         return []
@@ -123,6 +123,11 @@ def _mixed(labels: Sequence[str]) -> list[str]:
         f"{count_of(len(few), 'label')} {'is' if len(few) == 1 else 'are'} {kinds[0]} where most are {kinds[1]}: "
         f"{listed(few)}; mend them, or list every class by --class-names where names are numbers"
     ]
+
+
+def class_id(label: str) -> int | None:
+    """The whole number that a label is; None for a name."""
+    return int(label) if re.fullmatch(r"-?\d{1,18}", label) else None
 
 
 def _order_notes(class_names: Sequence[str], folder_names: Mapping[int, str]) -> list[str]:
@@ -163,9 +168,20 @@ def split_of_file(path: str) -> str | None:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
+def read_lines(path: str) -> list[str]:
+    """A text file's lines. Raises ManifestError with the first that isn't UTF-8, StorageError."""
+    data = storage.read_bytes(path)
+    try:
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start)
+        line = data.split(b"\n", number + 1)[number][:80].decode("utf-8", "backslashreplace").strip()
+        raise ManifestError(path, [f"{path}:{number + 1}: '{line}' is not UTF-8; save the file as UTF-8"]) from None
+
+
 def read_class_names(path: str) -> list[str]:
     """Class names by line, in the order of their ids; `ID NAME` lines are read by their ids. Raises ManifestError."""
-    lines = [line.strip() for line in storage.read_bytes(path).decode("utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_lines(path)]
     while lines and not lines[-1]:
         lines.pop()
     numbered = [re.fullmatch(r"(\d+)[\s,:]+(.+)", line) for line in lines]

@@ -6,12 +6,16 @@ import json
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from imbvlm import storage
-from imbvlm.data.assembly import IMAGE_SUFFIXES, assemble, split_of_file
+from imbvlm.data.assembly import IMAGE_SUFFIXES, assemble, class_id, split_of_file
+from imbvlm.data.listing import shown_path
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.packs import range_uri
+from imbvlm.data.table import count_of, listed
 
 _LABEL_KEYS = ("label", "class", "cls", "class_id", "category_id", "target", "class_name")
 _SHARDS_AT_ONCE = 8
@@ -19,17 +23,33 @@ _SHARDS_AT_ONCE = 8
 _MOST_LABEL_BYTES = 1 << 20
 
 
+@dataclass
+class _Shard:
+    """A shard's samples (key -> its image's uri and its label), names of other members, keys of replaced images."""
+
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+
+
 def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
     """Uncompressed tar shards: `KEY.jpg` (or another image) with `KEY.cls`, or `KEY.json` with a label.
 
-    A shard's name tells its split (`train-0000.tar`, `imagenet-val-000.tar`), or else it is training. Raises
-    ManifestError, StorageError.
+    A shard's name tells its split (`train-0000.tar`, `imagenet-val-000.tar`), or else it is training. Notes say which
+    members are left out. Raises ManifestError, StorageError.
     """
     paths = [storage.absolute(path) for path in paths]
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         shards = list(pool.map(_read_shard, paths))
-    samples = [(path, key, sample) for path, shard in zip(paths, shards, strict=True) for key, sample in shard.items()]
-    images = [entry for entry in samples if "uri" in entry[2]]
+    images = [
+        (path, key, sample)
+        for path, shard in zip(paths, shards, strict=True)
+        for key, sample in shard.samples.items()
+        if "uri" in sample
+    ]
+    notes = _left_out(shards)
+    if not images:
+        raise ManifestError(", ".join(paths), ["no image is in it, such as KEY.jpg", *notes])
     unlabelled = [f"{path}: {key}" for path, key, sample in images if "label" not in sample]
     if unlabelled:
         shown = ", ".join(unlabelled[:5])
@@ -45,13 +65,34 @@ def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] |
         [split_of_file(path) or "train" for path, _, _ in images],
         uris=[sample["uri"] for _, _, sample in images],
         class_names=class_names,
+        notes=notes,
         source=", ".join(paths),
     )
 
 
-def _read_shard(path: str) -> dict[str, dict[str, Any]]:
-    """Sample's key -> its image's uri and its label."""
-    samples: dict[str, dict[str, Any]] = {}
+def _left_out(shards: Sequence[_Shard]) -> list[str]:
+    others = [name for shard in shards for name in shard.others]
+    dotted = [name for name in others if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    extensions = sorted({shown_path(_split_name(name)[1]) for name in set(others) - set(dotted)})
+    replaced = [name for shard in shards for name in shard.replaced]
+    notes = []
+    if dotted:
+        notes.append(
+            f"{count_of(len(dotted), 'image')} left out, such as {shown_path(dotted[0])}: WebDataset takes all that "
+            "follows a name's first dot for its extension; rename them without a dot in the key"
+        )
+    if extensions:
+        kinds = [f".{extension}" if extension else "no extension" for extension in extensions]
+        number = count_of(len(others) - len(dotted), "member")
+        notes.append(f"{number} left out by their extension: {listed(kinds)}")
+    if replaced:
+        number, one = count_of(len(replaced), "image"), shown_path(replaced[0].removeprefix("/"))
+        notes.append(f"{number} left out for a later one of the same key in its shard, such as {one}")
+    return notes
+
+
+def _read_shard(path: str) -> _Shard:
+    shard = _Shard()
     filesystem, inner = storage.open_filesystem(path)
     local = storage.is_local(path)
     try:
@@ -62,37 +103,57 @@ def _read_shard(path: str) -> dict[str, dict[str, Any]]:
         ):
             for member in archive:
                 if member.isfile():
-                    _add_member(samples, path, archive, member)
+                    _add_member(shard, path, archive, member)
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except tarfile.TarError as error:
         raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"]) from None
     except OSError as error:
         raise storage.failure("read", path, error) from None
-    return samples
+    return shard
 
 
-def _add_member(
-    samples: dict[str, dict[str, Any]], path: str, archive: tarfile.TarFile, member: tarfile.TarInfo
-) -> None:
-    folder, _, file = member.name.rpartition("/")
+def _split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension, which begins after the first dot of the file's name."""
+    folder, _, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    sample = samples.setdefault(f"{folder}/{stem}", {})
+    return f"{folder}/{stem}", extension
+
+
+def _add_member(shard: _Shard, path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    key, extension = _split_name(member.name)
+    sample = shard.samples.setdefault(key, {})
     if f".{extension.lower()}" in IMAGE_SUFFIXES:
+        # As in tar itself, what comes later takes the place of what came before.
+        if "uri" in sample:
+            shard.replaced.append(key)
         sample["uri"] = range_uri(path, member.offset_data, member.size)
     elif extension in ("cls", "json"):
         if member.size > _MOST_LABEL_BYTES:
             raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"])
         content = archive.extractfile(member)
-        text = content.read().decode().strip() if content is not None else ""
-        label = _label_of(text) if extension == "json" else text
+        data = content.read() if content is not None else b""
+        label = _label_of(data) if extension == "json" else _text_of(data, path, member.name)
         if label is not None:
-            sample["label"] = int(label) if str(label).isdigit() else label
+            number = class_id(str(label))
+            sample["label"] = label if number is None else number
+    elif not key.endswith("/"):
+        # Hidden files, whose key is empty, are what macOS puts beside each image.
+        shard.others.append(member.name)
 
 
-def _label_of(text: str) -> Any:
+def _text_of(data: bytes, path: str, name: str) -> str:
     try:
-        data = json.loads(text)
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        text = data[:80].decode("utf-8", "backslashreplace").strip()
+        wrong = f"{shown_path(name)} holds '{text}', which is not UTF-8; write labels as UTF-8"
+        raise ManifestError(path, [wrong]) from None
+
+
+def _label_of(data: bytes) -> Any:
+    try:
+        found = json.loads(data)
     except ValueError:
         return None
-    return next((data[key] for key in _LABEL_KEYS if key in data), None) if isinstance(data, dict) else None
+    return next((found[key] for key in _LABEL_KEYS if key in found), None) if isinstance(found, dict) else None
