@@ -478,7 +478,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     def counted() -> Iterator[Prediction]:
         nonlocal bad
-        for one in table.predictions(options.model, images, options.top, ray=ray):
+        for one in table.predictions(options.model, images, options.top, ray=ray, waits=_say_on_stderr):
             bad += one.error is not None
             yield one
 
@@ -493,6 +493,10 @@ def _predict(options: argparse.Namespace) -> int:
         where = "; the column error says why" if options.out else ""
         print(f"imbvlm: {bad} of {len(images)} images could not be read{where}", file=sys.stderr)
     return 1 if bad == len(images) else 0
+
+
+def _say_on_stderr(text: str) -> None:
+    print(f"imbvlm: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- check-cluster

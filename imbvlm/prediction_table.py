@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -97,13 +97,17 @@ def _files(place: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------- predicting
 
 
-def predictions(folder: str, images: Images, top: int, *, ray: bool) -> Iterator[Prediction]:
+def predictions(
+    folder: str, images: Images, top: int, *, ray: bool, waits: Callable[[str], None]
+) -> Iterator[Prediction]:
     """Each image's prediction in order: by a model in this process, or by Ray Data's on every GPU or CPU.
+
+    `waits` is told, from another thread, why nothing goes on where the cluster lacks machines by now.
 
     Raises ImbvlmError where the model can't be loaded or would prepare images otherwise.
     """
     if ray:
-        yield from _in_ray(folder, images, top)
+        yield from _in_ray(folder, images, top, waits)
         return
     model = load(folder)
     for start in range(0, len(images), BLOCK_SIZE):
@@ -160,7 +164,7 @@ def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction
     return model.predictions(block["names"], block["images"][good], block["reasons"], top)
 
 
-def _in_ray(folder: str, images: Images, top: int) -> Iterator[Prediction]:
+def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None]) -> Iterator[Prediction]:
     # Only here: a handful of images needs no cluster.
     from imbvlm.data.cluster import connected
     from imbvlm.data.pipeline import map_images
@@ -182,6 +186,7 @@ def _in_ray(folder: str, images: Images, top: int) -> Iterator[Prediction]:
             (where, top, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
             num_workers=num_workers,
+            waits=waits,
             cpus_per_worker=1 if use_gpu else threads,
             gpus_per_worker=1.0 if use_gpu else 0.0,
         )

@@ -61,7 +61,7 @@ class Tower:
 
 def run(blocks, **options):
     return sorted(
-        map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, **options),
+        map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, waits=print, **options),
         key=lambda found: found["shard"],
     )
 
@@ -125,7 +125,11 @@ def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block,
 @pytest.mark.ray
 def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster, capfd):
     with pytest.raises(StorageError, match="the tower's file is not there"):
-        list(map_images([{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1))
+        list(
+            map_images(
+                [{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1, waits=print
+            )
+        )
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -135,7 +139,7 @@ def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster):
     blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
     for _ in range(3):
         with pytest.raises(StorageError, match="the tower's file is not there"):
-            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_workers=1))
+            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_workers=1, waits=print))
         assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
 
 
@@ -167,7 +171,7 @@ def run_dying(folder, stage, number):
     blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
     blocks[1][stage] = (folder, number)
     start = blocks[1].pop("start", (folder, 0))
-    return list(map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_workers=1))
+    return list(map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_workers=1, waits=print))
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from imbvlm.data.cluster import Cluster
+from imbvlm.data.waiting import PATIENCE_SECONDS, SAY_AGAIN_SECONDS
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine import shortage as module
-from imbvlm.sweep.engine.shortage import PATIENCE_SECONDS, SAY_AGAIN_SECONDS, Shortage
+from imbvlm.sweep.engine.shortage import Shortage
 from imbvlm.sweep.feasibility import shortage
 from imbvlm.sweep.spec import SweepSpec
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,9 +34,12 @@ def test_a_pass_that_books_nothing_lacks_nothing():
     assert lacking([(0, 0)], 0, 0, 0) is None
 
 
-def test_it_is_said_again_and_again_while_it_lasts_and_not_of_what_passes(monkeypatch):
-    monkeypatch.setattr("imbvlm.data.waiting.LOOK_SECONDS", 0.01)
-    looks = iter(["gone", "gone", None, "gone", "gone", "away", "away", None])
+def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
+    monkeypatch.setattr("imbvlm.data.waiting.LOOK_SECONDS", 0.001)
+    clock = itertools.count(0.0, 10.0)
+    monkeypatch.setattr("imbvlm.data.waiting.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("imbvlm.data.waiting.SAY_AGAIN_SECONDS", 20.0)
+    looks = iter(["gone"] * 3 + [None] + ["gone"] * 3 + ["away"] * 3 + [None])
     said, over = [], threading.Event()
 
     def lacks():

@@ -12,7 +12,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +96,9 @@ def map_images(
     *,
     images_per_block: int,
     num_workers: int,
+    waits: Callable[[str], None],
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
-    waits: Callable[[str], None] | None = None,
 ) -> Iterator[Block]:
     """Summaries of the blocks, in the order in which they are done.
 
@@ -137,7 +137,7 @@ def map_images(
             )
         )
         need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
-        with nullcontext() if waits is None else said_while(lambda: lacking(connected_cluster().nodes, *need), waits):
+        with said_while(lambda: lacking(connected_cluster().nodes, *need), waits):
             yield from _summaries(dataset)
 
 

@@ -1,15 +1,36 @@
-"""Says what a pass over images waits for where its cluster has lost machines: Ray Data waits without a word."""
+"""When and how it is said that a cluster lacks machines: Ray waits for them without a word, for ever."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LOOK_SECONDS = 10.0
 # A machine may be back at once, and a new one takes a moment until it is known.
-PATIENCE_LOOKS = 3
+PATIENCE_SECONDS = 30.0
+SAY_AGAIN_SECONDS = 1800.0
 _END_SECONDS = 5.0
+
+
+class Patience:
+    """Decides when a lack is said: once it has lasted for PATIENCE_SECONDS, and then every SAY_AGAIN_SECONDS."""
+
+    def __init__(self) -> None:
+        self._say_at: float | None = None
+
+    def is_over(self, lacks: bool) -> bool:
+        """Whether to say now that something lacks, told again and again whether it does."""
+        now = time.monotonic()
+        if not lacks:
+            self._say_at = None
+        elif self._say_at is None:
+            self._say_at = now + PATIENCE_SECONDS
+        elif now >= self._say_at:
+            self._say_at = now + SAY_AGAIN_SECONDS
+            return True
+        return False
 
 
 def lacking(
@@ -27,21 +48,20 @@ def lacking(
     has = f"there are {in_all:g} CPUs" + (f" and {sum(gpus for _, gpus in nodes):g} GPUs" if gpus else "")
     return (
         f"waiting for a machine: a tower worker needs {wanted} beside a loading task's {cpus_per_task:g}, and {has} "
-        "in the cluster now; what was computed is kept, so it can be ended and started again for what there is"
+        "in the cluster now"
     )
 
 
 @contextmanager
 def said_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `say` again and again what `lacks` gives, once it has given something PATIENCE_LOOKS times in a row."""
+    """Inside, `say` what `lacks` gives where it lasts."""
     ended = threading.Event()
 
     def watch() -> None:
-        in_a_row = 0
+        patience = Patience()
         while not ended.wait(LOOK_SECONDS):
             sentence = lacks()
-            in_a_row = 0 if sentence is None else in_a_row + 1
-            if sentence is not None and in_a_row >= PATIENCE_LOOKS:
+            if patience.is_over(sentence is not None) and sentence is not None:
                 say(sentence)
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)

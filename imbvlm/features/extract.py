@@ -424,7 +424,10 @@ class _Progress:
 
     def wait(self, why: str) -> None:
         """Nothing goes on, for this reason; another thread may tell it."""
-        self._tell(f"features: {self.done:,} of {self.num_images:,} images, {why}")
+        self._tell(
+            f"features: {self.done:,} of {self.num_images:,} images, {why}; what was computed is kept, so it can "
+            "be ended and started again for what there is"
+        )
 
     def _tell(self, text: str) -> None:
         with self._telling:

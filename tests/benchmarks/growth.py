@@ -1,5 +1,6 @@
 """Time and memory against the number of images, of classes and of trials: linear or better, no step in it."""
 
+import io
 import itertools
 import multiprocessing
 import time
@@ -9,12 +10,16 @@ from pathlib import Path
 import made
 from table import Line, Options, limited, shown
 
+from imbvlm.data.cluster import connected
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.engine.search import StudySearcher
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.engine.search import Job, StudySearcher
+from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec, check_spec
 from imbvlm.training.epochs import build_trial
+from imbvlm.training.session import TrialSettings
 
 # A step of the size may cost this much more than its share: what is fixed is paid by the small ones, caches end.
 SLACK = 1.5
@@ -30,6 +35,9 @@ def lines(options: Options) -> Iterator[Line]:
     measured = {n: apart(_epoch, *arguments) for n, arguments in made_of.items()}
     yield from _growth("classes", measured, f"the same with 10,000 images, and {classes[-1]:,} of validation")
     trials = (10, 100, 1_000)
+    measured = {n: apart(_run_through, options.folder / f"through{n}", n, options.device) for n in trials}
+    what = "proposed by TPE, run one after another by Ray Tune, recorded, tabled; a linear probe on 200 images each"
+    yield from _growth("trials", measured, what)
     for words, searcher in (("TPE, which looks at all earlier ones each time", "tpe"), ("random search", "random")):
         measured = {n: apart(_searched, options.folder / f"{searcher}{n}", n, searcher) for n in trials}
         yield from _growth("trials", measured, f"proposed by {words}, told, recorded, tabled; nothing trained")
@@ -92,15 +100,29 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
     made.stored_features(folder, num_rows, num_classes=num_classes, width=512, num_val=num_val)
 
 
+def _run_through(folder: Path, num_trials: int, device: str) -> float:
+    features = made.stored_features(folder / "features", 200, num_classes=10)
+    spec = _spec("tpe", num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
+    console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
+    lane = Lane(spec, str(folder), TrialLog(str(folder)), console, 1, budget, 10)
+
+    def settings(job: Job) -> TrialSettings:
+        return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
+
+    with console.others_to(folder / "ray.log"), connected():
+        begin = time.perf_counter()
+        searcher = StudySearcher(spec, check_spec(spec), [], [], payload(lane, settings), budget)
+        run_jobs(lane, searcher, None, "search", num_trials)
+        lane.log.write_table()
+        taken = time.perf_counter() - begin
+    finished = sum(record.state == "finished" for record in lane.log.of("search"))
+    if finished != num_trials:
+        raise RuntimeError(f"{finished} of {num_trials} trials were finished")
+    return taken
+
+
 def _searched(folder: Path, num_trials: int, searcher_name: str) -> float:
-    base = {"data": {"manifest": "made"}, "encoder": {"name": "made"}, "method": "linear_probe"}
-    space = {"parameters": {
-        "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
-        "loss.gamma": {"uniform": [0.5, 3.0], "when": {"loss.name": "focal"}},
-        "classifier.temperature": {"loguniform": [0.01, 0.1]},
-        "optim.lr": {"loguniform": [1e-3, 0.5]}}}  # fmt: skip
-    searched = {"num_trials": num_trials, "searcher": {"name": searcher_name}}
-    spec = SweepSpec.from_tree({"name": "made", "base": base, "space": space, **searched})
+    spec = _spec(searcher_name, num_trials, {"data": {"manifest": "made"}}, "cpu")
     log = TrialLog(str(folder))
 
     def payload(job: object) -> dict[str, object]:
@@ -119,3 +141,15 @@ def _searched(folder: Path, num_trials: int, searcher_name: str) -> float:
         searcher.on_trial_complete(str(number), {"val/best_balanced_accuracy": value})
     log.write_table()
     return time.perf_counter() - begin
+
+
+def _spec(searcher_name: str, num_trials: int, base: dict[str, object], device: str) -> SweepSpec:
+    base = {"encoder": {"name": "made"}, "method": "linear_probe", **base}
+    space = {"parameters": {
+        "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
+        "loss.gamma": {"uniform": [0.5, 3.0], "when": {"loss.name": "focal"}},
+        "classifier.temperature": {"loguniform": [0.01, 0.1]},
+        "optim.lr": {"loguniform": [1e-3, 0.5]}}}  # fmt: skip
+    return SweepSpec.from_tree({
+        "name": "made", "base": base, "space": space, "num_trials": num_trials, "searcher": {"name": searcher_name},
+        "gpus_per_worker": 1.0 if device == "cuda" else 0.0})  # fmt: skip

@@ -92,7 +92,7 @@ def streamed(manifest, num_processes, jpeg_downscale):
 def extracted(manifest, jpeg_downscale):
     """With its start; as on a machine with a GPU the worker holds a CPU of its own, and tasks load on the others."""
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest) * PASSES
-    for summary in map_images(blocks, load_batch, Sink, (), images_per_block=BATCH, num_workers=1):
+    for summary in map_images(blocks, load_batch, Sink, (), images_per_block=BATCH, num_workers=1, waits=print):
         yield summary["num_images"]
 
 

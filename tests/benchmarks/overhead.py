@@ -27,8 +27,8 @@ def lines(options: Options) -> Iterator[Line]:
         "optim.lr": {"uniform": [0.01, 0.1]}}}, "gpus_per_worker": gpus})  # fmt: skip
     folder = str(options.folder / "overhead-sweep")
     log = TrialLog(folder)
-    budget = Budget(spec, folder, 0.0)
-    lane = Lane(spec, folder, log, Console(io.StringIO()), 1, budget, 1000)
+    console, budget = Console(io.StringIO()), Budget(spec, folder, 0.0)
+    lane = Lane(spec, folder, log, console, 1, budget, 1000)
     jobs = [
         Job(f"t{n:05d}", "search", "", made.trial("linear_probe", optim__lr=0.01 + n / 1e4, train__num_epochs=1))
         for n in range(number)
@@ -37,7 +37,7 @@ def lines(options: Options) -> Iterator[Line]:
     def settings(job: Job) -> TrialSettings:
         return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
 
-    with connected():
+    with console.others_to(options.folder / "ray.log"), connected():
         run_jobs(lane, FixedSearcher(jobs, payload(lane, settings), budget), None, "search", number)
     records = log.of("search")
     ends = np.array([record.ended_at for record in records])

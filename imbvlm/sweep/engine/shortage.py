@@ -9,12 +9,8 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from imbvlm.data.waiting import LOOK_SECONDS, Patience
 from imbvlm.sweep.console import Console
-
-LOOK_SECONDS = 10.0
-# A machine may be back at once.
-PATIENCE_SECONDS = 30.0
-SAY_AGAIN_SECONDS = 1800.0
 
 
 class Shortage(tune.Callback):
@@ -25,9 +21,7 @@ class Shortage(tune.Callback):
 
     def __init__(self, lacking: Callable[[], str | None], console: Console) -> None:
         self._lacking, self._console = lacking, console
-        self._looked_at = time.monotonic()
-        self._since: float | None = None
-        self._say_at = 0.0
+        self._looked_at, self._patience = time.monotonic(), Patience()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore that we don't use.
@@ -40,10 +34,5 @@ class Shortage(tune.Callback):
             return
         self._looked_at = now
         sentence = self._lacking()
-        if sentence is None:
-            self._since = None
-        elif self._since is None:
-            self._since, self._say_at = now, now + PATIENCE_SECONDS
-        elif now >= self._say_at:
-            self._say_at = now + SAY_AGAIN_SECONDS
+        if self._patience.is_over(sentence is not None) and sentence is not None:
             self._console.say(sentence)
