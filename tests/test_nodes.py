@@ -54,7 +54,7 @@ def order(fault_orders: Path, **orders) -> None:
 @pytest.fixture(autouse=True)
 def no_orders(fault_orders):
     yield
-    for path in (fault_orders, *fault_orders.parent.glob("trial-*")):
+    for path in (fault_orders, *fault_orders.parent.glob("trial-*"), *fault_orders.parent.glob("tower-*")):
         path.unlink(missing_ok=True)
 
 
@@ -186,6 +186,36 @@ def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(man
         cluster.add_node(num_cpus=1)
         printed = sweep.end()
     assert_same_end(sweep, quiet, printed)
+
+
+def test_a_prediction_that_no_machine_is_left_for_says_so_and_goes_on_with_another(
+    manifest, tmp_path, quiet, fault_orders
+):
+    command = [sys.executable, "-m", "imbvlm"]
+    subprocess.run([*command, "export", quiet.path, "-o", tmp_path / "model"], check=True)
+    predict = [*command, "predict", tmp_path / "model", manifest]
+    subprocess.run([*predict, "-o", tmp_path / "here.csv"], check=True)
+    said = tmp_path / "said"
+    with cluster_of(2) as (cluster, workers, environment), open(said, "w") as stream:
+        order(fault_orders, tower_seconds=20.0)
+        there = subprocess.Popen(
+            [*predict, "--ray", "-o", tmp_path / "there.csv"], stderr=stream, env={**os.environ, **environment}
+        )
+        wait_until(lambda: list(fault_orders.parent.glob("tower-*")), there)
+        cluster.remove_node(workers[0], allow_graceful=False)
+        wait_until(lambda: "imbvlm: waiting for a machine: a tower worker needs" in said.read_text(), there)
+        order(fault_orders)
+        cluster.add_node(num_cpus=2)
+        assert there.wait(240) == 0
+    assert (tmp_path / "there.csv").read_text() == (tmp_path / "here.csv").read_text()
+
+
+def wait_until(happened, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def autoscaled_by_ray(port: int) -> dict:

@@ -97,6 +97,18 @@ def patch_tower(module):
     module.TowerWorker.__init__, module.TowerWorker.__call__ = start, slow
 
 
+def patch_prediction(module):
+    call = module.ModelWorker.__call__
+
+    def slow(self, block):
+        if ordered := orders():
+            leave_id("tower")
+            time.sleep(ordered.get("tower_seconds", 0))
+        return call(self, block)
+
+    module.ModelWorker.__call__ = slow
+
+
 def patch_loading(module):
     load = module.load_block
 
@@ -123,6 +135,7 @@ def patch_session(module):
 PATCHES = {
     "imbvlm.losses": patch_losses,
     "imbvlm.features.loading": patch_loading,
+    "imbvlm.prediction_table": patch_prediction,
     "imbvlm.features.tower_pass": patch_tower,
     "imbvlm.training.session": patch_session,
 }
