@@ -170,7 +170,7 @@ def build_prompt_classifier(
     if num_tokens is None:
         num_tokens = len(words) or default_num_tokens(tokens.context_length)
     layout = prompt_layout(tokens.ids, tower.ends(tokens.ids), num_tokens, config, tokens.context_length)
-    embedded = tower.token_embedding(torch.tensor(words, dtype=torch.long))
+    embedded = tower.token_embedding(torch.tensor(words, dtype=torch.long, device=tower.token_embedding.weight.device))
     context = initial_context(config, embedded.detach().float(), num_tokens, len(tokens.ids))
     texts = ClassTexts(tower, layout, config.chunk_size, device)
     embeddings = torch.zeros(len(tokens.ids), info.embedding_width)
