@@ -90,10 +90,12 @@ def ensure_features(
     text: bool = False,
     five_crop: tuple[str, ...] = (),
     copies: Copies = DEFAULT_COPIES,
+    check_tower: Callable[[EncoderInfo], None] = lambda info: None,
 ) -> FeatureSet:
     """The stored outputs of the configuration's tower for some official splits, computed where they are missing.
 
-    Those of `five_crop` are stored as five crops too, where `eval.tte` asks for them.
+    Those of `five_crop` are stored as five crops too, where `eval.tte` asks for them. `check_tower` may refuse the
+    tower before anything is computed.
 
     With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
     that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Trials read what lies
@@ -103,6 +105,7 @@ def ensure_features(
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
     encoder = Encoder.from_config(config.encoder, config.eval)
+    check_tower(encoder.info)
     works = [
         _plan_part(config, manifest, root, ordered, encoder, part)
         for part in _parts(config, manifest, encoder, splits, five_crop)

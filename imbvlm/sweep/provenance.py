@@ -12,8 +12,10 @@ import torch
 
 import imbvlm
 from imbvlm import storage
-from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ImbvlmError
+from imbvlm.config import EncoderConfig
+from imbvlm.data.manifest import Manifest, file_states
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.models.encoder_info import EncoderInfo
 
 PROVENANCE_FILE = "provenance.json"
 # Folders and files that no worker which extracts or trains imports. What makes manifests is among them, since a
@@ -30,11 +32,12 @@ _NO_PART = (
 
 
 def provenance(manifest: Manifest) -> dict[str, Any]:
-    """Digests of the files that extract and train, torch's version, and a digest of rows, labels and splits."""
+    """Digests of the files that extract and train, torch's version, and digests of the rows and of image files."""
     root = Path(imbvlm.__file__).parent
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
-    return {"code": code, "torch": torch.__version__, "data": _data_digest(manifest)}
+    return {"code": code, "torch": torch.__version__, "data": _data_digest(manifest),
+            "files": _sizes_digest(manifest)}  # fmt: skip
 
 
 def has_part(name: str) -> bool:
@@ -56,6 +59,8 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
         before = json.loads(storage.read_bytes(uri))
         code = {name: digest for name, digest in dict(before["code"]).items() if has_part(name)}
         torch_version, data = str(before["torch"]), str(before["data"])
+        # Of a version that didn't keep it: nothing is known.
+        files = str(before.get("files", now["files"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
     changes = [
@@ -67,7 +72,28 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
         changes.append(f"torch was {torch_version} and is {now['torch']}")
     if data != now["data"]:
         changes.append("the manifest's rows, labels or splits have changed")
+    elif files != now["files"]:
+        changes.append("image files are gone, or have changed in size")
     return changes
+
+
+def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo) -> None:
+    """Keep a tower's fingerprint as a sweep first meets it; raises ConfigError where it has other weights by now."""
+    uri = storage.join(folder, PROVENANCE_FILE)
+    found = json.loads(storage.read_bytes(uri))
+    towers = found.setdefault("towers", {})
+    name = " ".join(filter(None, (encoder.name, encoder.weights)))
+    if towers.setdefault(name, info.weights_fingerprint) != info.weights_fingerprint:
+        raise ConfigError([Problem(
+            f"the weights of the tower {name} are not those that the sweep began with; put them back, or begin a new "
+            "sweep", folder)])  # fmt: skip
+    write_provenance(folder, found)
+
+
+def known_towers(folder: str) -> dict[str, str]:
+    """Fingerprints of the towers that a sweep has met, by name."""
+    uri = storage.join(folder, PROVENANCE_FILE)
+    return dict(json.loads(storage.read_bytes(uri)).get("towers", {})) if storage.exists(uri) else {}
 
 
 def _change(was_there: bool, is_there: bool) -> str:
@@ -83,3 +109,9 @@ def _data_digest(manifest: Manifest) -> str:
         digest.update(f"{split} ".encode() + np.ascontiguousarray(manifest.rows_of(split)).tobytes())
     digest.update(b"".join(one or b"-" for one in manifest.table.column("content").to_pylist()))
     return digest.hexdigest()
+
+
+def _sizes_digest(manifest: Manifest) -> str:
+    """Of local files' sizes: they stay as they are where images are moved."""
+    uris = [uri for uri in manifest.table.column("uri").to_pylist() if uri is not None]
+    return hashlib.blake2b(file_states(uris)[:, 0].tobytes(), digest_size=16).hexdigest()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import optuna
@@ -38,7 +39,7 @@ from imbvlm.sweep.post_hoc import (
     prune_logits,
     write_post_hoc,
 )
-from imbvlm.sweep.provenance import provenance, provenance_changes, write_provenance
+from imbvlm.sweep.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import EARLIER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source
@@ -108,7 +109,8 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
     space = check_spec(spec)
     found = provenance(Manifest.read(spec.base["data"]["manifest"]))
     chosen = choose_fork(source, spec, space, provenance_changes(source, found))
-    write_provenance(folder, found)
+    # Trials that are kept are of these towers.
+    write_provenance(folder, {**found, "towers": known_towers(source)} if chosen.kept else found)
     write_fork(chosen, source, folder)
     console.say(chosen.describe(source))
     return folder
@@ -408,6 +410,7 @@ class _Sweep:
             features = ensure_features(
                 config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop,
                 copies=self.spec.feature_copies,
+                check_tower=partial(check_tower, self.folder, config.encoder),
             )  # fmt: skip
             self.console.end_live()
             found[tower_key(config)] = features

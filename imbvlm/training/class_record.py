@@ -25,6 +25,7 @@ def class_record(run: TrialRun, scored: dict[str, tuple[Source, Examination]]) -
     return {
         "format": FORMAT,
         "class_names": list(run.data.class_names),
+        "tower": run.data.info.weights_fingerprint,
         "split_counts": run.data.class_stats.split_counts.tolist(),
         "class_counts": run.data.class_stats.counts.tolist(),
         "num_parameters": run.parameters.total,
