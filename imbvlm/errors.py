@@ -21,6 +21,10 @@ class LostProcessesError(ImbvlmError):
     """Process after process is lost over the same work; the sentence says which, and what to change."""
 
 
+class PackError(ImbvlmError):
+    """Trials that trained together broke off in the middle of an epoch; none of them can go on from there."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""

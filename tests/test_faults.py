@@ -444,12 +444,19 @@ def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(manifest, tmp_path
     assert_same_end(packed, alone)
 
 
-def test_a_trial_that_hangs_in_a_pack_is_ended_alone(quiet, make_sweep, order):
-    """Nobody sees which of a pack hangs: its trials go on alone, and the limit finds it there."""
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("hang", "2 x ran longer than max_trial_minutes 0.2"),
+        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker(s), 10 classes"),
+    ],
+)
+def test_a_trial_at_fault_in_a_pack_is_ended_alone(quiet, make_sweep, order, fault, sentence):
+    """Nobody sees which of a pack it is: its trials go on alone, and what is at fault shows there."""
     sweep = make_sweep(max_pack_size=NUM_TRIALS, max_trial_minutes=0.2, max_failures=0)
-    with order(losses={"focal": "hang"}):
+    with order(losses={"focal": fault}):
         printed = sweep.run()
-    assert "2 x ran longer than max_trial_minutes 0.2" in printed
+    assert sentence in printed
     states = {(one["draw"]["loss.name"], one["state"], one["pack_size"]) for one in sweep.records().values()}
     assert states == {("cross_entropy", "finished", 1), ("balanced_softmax", "finished", 1), ("focal", "failed", 1)}
     assert sweep.outcome() == {key: value for key, value in quiet.outcome().items() if "focal" not in key}

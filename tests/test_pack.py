@@ -4,16 +4,19 @@ import itertools
 
 import pytest
 import torch
-from tiny_data import tiny_config, tiny_data
+from tiny_data import tiny_config, tiny_data, tiny_features
 
 from imbvlm.config import TrialConfig
 from imbvlm.config_stages import READ_NORMS
+from imbvlm.errors import PackError
 from imbvlm.features.examples import Examples
 from imbvlm.losses import LOSSES, build_loss, losses_together
 from imbvlm.models.decoupled import SECOND_STAGES
+from imbvlm.training import pack as pack_module
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import Evaluator
 from imbvlm.training.pack import Pack, pack_key
+from imbvlm.training.session import TrialSession, TrialSettings
 
 KNOBS = {
     "focal": [{"gamma": 0.5}, {"gamma": 2.5}],
@@ -97,6 +100,32 @@ def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
     for run in runs[1:]:
         run.leave_pack()
     assert_as_alone([*results, *steady], configs[0], data)
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "decoder"])
+def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of_it(tmp_path, monkeypatch, method):
+    """Such as memory that runs out: all have moved on by a part of the epoch, and each may go on alone."""
+    features, left, brought = tiny_features(tmp_path), [1000], pack_module.to_device
+    trials = [
+        TrialSettings(tiny_config(method, train__num_epochs=3, optim__lr=lr).to_tree(), features.to_dict(), "val/loss")
+        for lr in (0.02, 0.03, 0.05)
+    ]
+
+    def failing(batch, device):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("can't allocate memory")
+        return brought(batch, device)
+
+    monkeypatch.setattr(pack_module, "to_device", failing)
+    session, pack = TrialSession(torch.device("cpu")), Pack()
+    members = [session.reports(one, pack) for one in trials]
+    assert [next(one) for one in members] == [{}, {}, {}]
+    assert [next(one)["epoch"] for one in members] == [1, 1, 1]
+    left[0] = 2
+    for one in members:
+        with pytest.raises(PackError, match="broke off in epoch 2: RuntimeError: can't allocate memory"):
+            next(one)
 
 
 def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from imbvlm.config import TrialConfig, needed
+from imbvlm.errors import PackError
 from imbvlm.losses import BuiltLoss, losses_together
 from imbvlm.models.classifier import CosineClassifier, LinearClassifier, unit
 from imbvlm.models.decoder import Decoder, num_parameters
@@ -89,6 +90,7 @@ class Pack:
 
     def __init__(self) -> None:
         self.seats: list[Seat] = []
+        self.broken_by: Exception | None = None
 
     def join(self, course: Course, feed: RememberedFeed, begin_second_stage: BeginSecondStage | None) -> Seat:
         """A place for a course that hasn't begun, of a trial with the others' `pack_key`.
@@ -135,15 +137,31 @@ class Seat:
         return isinstance(model, FeatureClassifier) and isinstance(model.decoder, Decoder)
 
     def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
-        """What its course's own `train_epoch(epoch, step)` gives, to rounding."""
+        """What its course's own `train_epoch(epoch, step)` gives, to rounding; raises PackError for all alike."""
         if self._trained is None:
-            group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
-            train = train_by_turns if self.has_decoder or len(group) == 1 else train_together
-            for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
-                seat._trained = trained
+            self._train_group(epoch, step)
         found, self._trained = self._trained, None
         assert found is not None, "it is one of its group"
         return found
+
+    def _train_group(self, epoch: int, step: int) -> None:
+        group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
+        train = train_by_turns if self.has_decoder or len(group) == 1 else train_together
+        if self.pack.broken_by is None:
+            try:
+                for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
+                    seat._trained = trained
+            except Exception as error:
+                if len(group) == 1:
+                    raise
+                # All have moved on by a part of the epoch, which none can take back.
+                self.pack.broken_by = error
+        if self.pack.broken_by is not None:
+            cause = self.pack.broken_by
+            raise PackError(
+                f"{len(self.pack.seats)} trials that trained together broke off in epoch {epoch + 1}: "
+                f"{type(cause).__name__}: {cause}"
+            ) from cause
 
     def leave(self) -> None:
         """No more epochs of this one."""

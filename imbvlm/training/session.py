@@ -15,7 +15,7 @@ import torch
 from imbvlm import storage
 from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
-from imbvlm.errors import ImbvlmError, LostProcessesError
+from imbvlm.errors import ImbvlmError, LostProcessesError, PackError
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.posthoc import Adjustment
 from imbvlm.storage import StorageError
@@ -83,14 +83,15 @@ class TrialSession:
         A trial that trains with a pack has an empty report before its first epoch: it has joined.
 
         The last has `done_training`, or `failure` where it broke. What would come again is a report,
-        so that nobody retries it; storage that is away for a while raises, and what machines lack.
+        so that nobody retries it; storage that is away for a while raises, what machines lack, and PackError, since
+        each of a pack's trials may go on alone.
         """
         epoch = 0
         try:
             for report in self._reports(settings, pack):
                 epoch = int(report.get("epoch", 0))
                 yield report
-        except (OSError, StorageError, LostProcessesError):
+        except (OSError, StorageError, LostProcessesError, PackError):
             raise
         except Exception as error:
             # Other workers may be waiting in a sum for this one; only an exception ends them.
