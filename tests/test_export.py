@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,13 +14,15 @@ from huggingface_hub import ModelCard
 from sweep_folder import sweep_spec, write_sweep
 
 import imbvlm
+from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.posthoc import Adjustment
-from imbvlm.sweep.export import export_sweep, pareto_set
+from imbvlm.sweep.export import check_trained_on, export_sweep, pareto_set
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.model_card import CardFacts, model_card
 from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.training.class_record import write_class_record
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
@@ -104,6 +107,23 @@ def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path):
     assert "Probabilities are as they come" in text
     assert "license_name: not-stated" in text
     assert "Not stated by whoever exported it" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "tower", "words"),
+    [
+        (("cat", "dog"), "one", None),
+        (("dog", "cat"), "one", "other classes than the model was trained on: class 0 is 'dog' in place of 'cat'"),
+        (("cat", "dog", "fox"), "one", "other classes than the model was trained on: 3 in place of 2"),
+        (("cat", "dog"), "two", "the tower local-dir:mine has other weights than the model was trained on"),
+    ],
+)
+def test_what_a_model_was_trained_on_is_what_is_exported_with_it(tmp_path, names, tower, words):
+    """A manifest or a tower's folder may have been made anew since."""
+    write_class_record(str(tmp_path), {"class_names": ["cat", "dog"], "tower": "one"})
+    tree = {"data": {"manifest": "m"}, "encoder": {"name": "local-dir:mine"}, "method": "linear_probe"}
+    with nullcontext() if words is None else pytest.raises(ImbvlmError, match=words):
+        check_trained_on(str(tmp_path), TrialConfig.from_tree(tree), names, tower)
 
 
 # ------------------------------------------------------------------------------------------- of a real sweep

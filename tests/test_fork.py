@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from sweep_folder import SPACE, sweep_spec, write_sweep
+from tiny_data import tiny_info
+from tiny_images import image_manifest
 
 import imbvlm
+from imbvlm.config import EncoderConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.post_hoc import logits_file
-from imbvlm.sweep.provenance import provenance, provenance_changes, write_provenance
+from imbvlm.sweep.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.results import TrialLog
 
 CLASS_COUNTS = [200, 50, 8]
@@ -113,6 +118,36 @@ def test_changed_code_torch_and_data_are_named(manifest, tmp_path, monkeypatch):
     (tmp_path / "package" / "losses.py").write_text("")
     monkeypatch.setattr(imbvlm, "__file__", str(tmp_path / "package" / "__init__.py"))
     assert "imbvlm/losses.py has changed" in provenance_changes(str(tmp_path), provenance(manifest))
+
+
+def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_path):
+    place = tmp_path / "images"
+    manifest = Manifest.read(image_manifest(place, files=True))
+    write_provenance(str(tmp_path), provenance(manifest))
+    place.rename(tmp_path / "moved")
+    assert provenance_changes(str(tmp_path), provenance(manifest)) == ["image files are gone, or have changed in size"]
+    uris = [uri.replace(str(place), str(tmp_path / "moved")) for uri in manifest.table["uri"].to_pylist()]
+    column = manifest.table.schema.get_field_index("uri")
+    moved = dataclasses.replace(manifest, table=manifest.table.set_column(column, "uri", pa.array(uris)))
+    assert provenance_changes(str(tmp_path), provenance(moved)) == []
+    with open(tmp_path / "moved" / "0.png", "ab") as stream:
+        stream.write(b"0")
+    assert len(provenance_changes(str(tmp_path), provenance(moved))) == 1
+    # Begun by a version that didn't look at them.
+    write_provenance(str(tmp_path), {key: value for key, value in provenance(manifest).items() if key != "files"})
+    assert provenance_changes(str(tmp_path), provenance(moved)) == []
+
+
+def test_a_tower_with_other_weights_is_refused(tmp_path, manifest):
+    write_provenance(str(tmp_path), provenance(manifest))
+    encoder, info = EncoderConfig(name="local-dir:mine"), tiny_info()
+    check_tower(str(tmp_path), encoder, info)
+    check_tower(str(tmp_path), encoder, info)
+    check_tower(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
+    with pytest.raises(ConfigError, match="weights of the tower local-dir:mine are not those that the sweep began"):
+        check_tower(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
+    assert known_towers(str(tmp_path)) == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
+    assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
 
 def test_a_damaged_or_missing_file_is_said(tmp_path, manifest):

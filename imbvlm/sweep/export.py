@@ -147,7 +147,7 @@ class _Export:
         manifest = Manifest.read(config.data.manifest)
         encoder = Encoder.from_config(config.encoder, config.eval)
         weights = self._weights(config, manifest)
-        self._check_unchanged(weights, config, manifest, encoder)
+        check_trained_on(weights, config, manifest.class_names, encoder.info.weights_fingerprint)
         step = self._post_hoc(config, weights, manifest.class_names, encoder)
         folder = storage.join(out, "model")
         names, ids = manifest.class_names, manifest.label_map
@@ -187,29 +187,6 @@ class _Export:
             )
             self._train(config, manifest, weights)
         return weights
-
-    def _check_unchanged(self, weights: str, config: TrialConfig, manifest: Manifest, encoder: Encoder) -> None:
-        """Raises ImbvlmError where classes or tower are by now others than those that the weights were trained on."""
-        trained = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))
-        mend = "put it back as it was, or begin a new sweep"
-        if list(manifest.class_names) != trained["class_names"]:
-            raise ImbvlmError(
-                f"the manifest {config.data.manifest} has other classes by now than {self.record.trial_id} was trained "
-                f"on: {self._first_unlike(manifest.class_names, trained['class_names'])}; {mend}"
-            )
-        # Sweeps of earlier versions don't say which tower it was.
-        if trained.get("tower", encoder.info.weights_fingerprint) != encoder.info.weights_fingerprint:
-            raise ImbvlmError(
-                f"the tower {config.encoder.name} has other weights by now than {self.record.trial_id} was trained on; "
-                f"{mend}"
-            )
-
-    @staticmethod
-    def _first_unlike(now: Sequence[str], before: Sequence[str]) -> str:
-        if len(now) != len(before):
-            return f"{len(now):,} in place of {len(before):,}"
-        label = next(label for label, (one, other) in enumerate(zip(now, before, strict=True)) if one != other)
-        return f"class {label} is {now[label]} in place of {before[label]}"
 
     def _train(self, config: TrialConfig, manifest: Manifest, weights: str) -> None:
         # Beside the sweep, which may have been moved.
@@ -256,3 +233,22 @@ class _Export:
         refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
         found = choose_post_hoc(self.folder, [refit], self.log, self.spec.objective).get(name)
         return None if found is None else found.adjustment
+
+
+def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], tower: str) -> None:
+    """Raises ImbvlmError where classes, or the tower by its fingerprint, aren't those of a refit's weights any more."""
+    trained = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))
+    before, mend = trained["class_names"], "put it back as it was, or begin a new sweep"
+    if list(class_names) != before:
+        unlike = (
+            f"class {label} is {now!r} in place of {then!r}"
+            for label, (now, then) in enumerate(zip(class_names, before, strict=False))
+            if now != then
+        )
+        how = next(unlike, f"{len(class_names):,} in place of {len(before):,}")
+        raise ImbvlmError(
+            f"the manifest {config.data.manifest} has other classes than the model was trained on: {how}; {mend}"
+        )
+    # Sweeps of earlier versions don't say which tower it was.
+    if trained.get("tower", tower) != tower:
+        raise ImbvlmError(f"the tower {config.encoder.name} has other weights than the model was trained on; {mend}")
