@@ -276,6 +276,23 @@ def test_two_models_that_know_different_classes_are_mixed():
     assert dict(choice.tried)[0.0] < 1 > dict(choice.tried)[1.0]
 
 
+def test_one_row_more_is_within_its_standard_error_whatever_the_number_of_rows():
+    """Both are 1 / (classes x rows of a class) then, and how sums are rounded must not decide what is exported."""
+    for num_classes in (2, 5, 10):
+        for each in range(5, 50, 3):
+            targets = torch.arange(num_classes).repeat_interleave(each)
+            right = F.one_hot(targets, num_classes).double()
+            wrong_once = right.clone()
+            wrong_once[0] = wrong_once[0].roll(1)
+            choice = choose_alpha(wrong_once, right, targets)
+            assert choice.value > 0
+            assert choice.gain == pytest.approx(choice.standard_error)
+            assert choice.taken == 0
+            wrong_twice = right.clone()
+            wrong_twice[:2] = wrong_twice[:2].roll(1, dims=1)
+            assert choose_alpha(wrong_twice, right, targets).taken > 0
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 
