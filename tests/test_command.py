@@ -10,7 +10,7 @@ import pytest
 
 from imbvlm.errors import ConfigError
 from imbvlm.sweep import command
-from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.spec import SweepSpec, check_spec
 
 SPEC = SweepSpec.from_tree(
     {
@@ -45,6 +45,40 @@ def test_options_become_settings_and_set_has_the_last_word() -> None:
     assert spec.base["data"]["manifest"] == "n"
     assert spec.read_space().parameters == ()
     assert command.with_options(SPEC, options()) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("fields", "train"),
+    [
+        ({}, {"num_epochs": 2}),
+        ({"base": {**SPEC.base, "train": {"num_epochs": 1, "batch_size": 8}}}, {"num_epochs": 1, "batch_size": 8}),
+        ({"base": {**SPEC.base, "train": {"num_steps": 9000}}}, {"num_steps": 20}),
+        ({"space": {"parameters": {"train.num_epochs": {"choice": [20, 50]}}}}, {"num_epochs": 2}),
+        (
+            {
+                "base": {**SPEC.base, "method": "zero_shot"},
+                "space": {"parameters": {"prompts.templates": {"choice": ["plain", "imagenet"]}}},
+            },
+            None,
+        ),
+    ],
+)
+def test_smoke_without_settings_of_its_own_is_few_short_trials(fields: dict[str, Any], train: Any) -> None:
+    """A sweep's YAML that somebody has written has no `smoke`, and its first try is no night's work either."""
+    own = SPEC.model_copy(update={"smoke": {}, "num_trials": 96, "confirm_trials": 3, **fields})
+    spec = command.with_options(own, options("--smoke"))
+    assert (spec.num_trials, spec.confirm_trials, spec.refit_seeds) == (4, 0, [0])
+    assert spec.base.get("train") == train
+    check_spec(spec)
+    assert command.with_options(own, options("--smoke", "--set", "num_trials=9")).num_trials == 9
+
+
+def test_smoke_runs_a_list_of_configurations_as_a_whole() -> None:
+    space = {"configurations": {f"depth-{depth}": {"decoder.depth": depth} for depth in range(1, 7)}}
+    spec = command.with_options(
+        SPEC.model_copy(update={"smoke": {}, "space": space, "num_trials": 6}), options("--smoke")
+    )
+    assert (spec.num_trials, spec.base["train"]) == (6, {"num_epochs": 2})
 
 
 def test_resume_takes_the_newest_of_this_name_and_no_other(tmp_path: Path) -> None:

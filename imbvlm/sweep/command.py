@@ -21,6 +21,7 @@ from imbvlm.sweep.compute import PLAN_FILE
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.listing import SweepState, read_spec, show_text
 from imbvlm.sweep.results import SPEC_FILE
+from imbvlm.sweep.smoke import smoke_settings
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import parse_scalar, parse_yaml
 
@@ -82,7 +83,12 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that change what a sweep is."""
     parser.add_argument("--manifest", help="another data set: a manifest's path, s3:// URI or embedded:NAME")
     parser.add_argument("--storage", help="folder or s3:// URI for sweeps and features")
-    parser.add_argument("--smoke", action="store_true", help="the same way in small, to see that it works")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the same way in small, to see that it works: as the sweep's `smoke` says, or else four trials of two "
+        "epochs, one seed",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -217,7 +223,7 @@ def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> Sweep
 def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
     """The spec with --smoke, --manifest, --storage and --set in it; raises ConfigError."""
     if options.smoke:
-        spec = spec.with_settings(spec.smoke, "--smoke")
+        spec = spec.with_settings(smoke_settings(spec), "--smoke")
     settings = parse_settings(options.set)
     if options.manifest:
         settings["data.manifest"] = options.manifest

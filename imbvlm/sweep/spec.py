@@ -119,7 +119,9 @@ class SweepSpec(Section):
     )
     max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost; preemptions don't count")
     max_trial_minutes: float | None = Field(None, gt=0, description="a trial that runs longer has failed; null: none")
-    smoke: dict[str, Any] = Field({}, description="settings that --smoke makes")
+    smoke: dict[str, Any] = Field(
+        {}, description="settings that --smoke makes; {}: four trials of two epochs, one seed"
+    )
     storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI under which sweeps and features are kept")
     feature_folder: str | None = Field(
         None, description="folder or s3:// URI for features; null: `features` under storage"
