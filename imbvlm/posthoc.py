@@ -75,7 +75,7 @@ class Choice:
     @property
     def taken(self) -> float:
         """The value where its gain is more than its standard error; the neutral one where it isn't shown to help."""
-        # Where one row alone has changed, the two are equal by their formulas, and sums of fractions differ by rounding.
+        # Where one row alone has changed, the two are equal by their formulas, and their sums differ by rounding.
         is_equal = math.isclose(self.gain, self.standard_error, rel_tol=1e-9, abs_tol=1e-12)
         return self.value if self.gain > self.standard_error and not is_equal else self.neutral
 

@@ -152,6 +152,21 @@ def test_a_folder_without_classes_says_what_it_should_look_like(tmp_path):
         from_folders(str(tmp_path), "pets")
 
 
+def test_a_folder_one_level_too_high_is_asked_about(tmp_path):
+    """It would be a single class, which every model predicts at 100 %."""
+    for path in ("up/photos/cat/1.png", "up/photos/dog/deep/2.png", "split/train/photos/cat/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(picture(9))
+    says = rf"one class, photos, and lie in folders of it \(cat, dog\).* did you mean {tmp_path}/up/photos\?"
+    with pytest.raises(ManifestError, match=says):
+        from_folders(str(tmp_path / "up"), "up")
+    with pytest.raises(ManifestError, match="let them lie where photos/ lies"):
+        from_folders(str(tmp_path / "split"), "split")
+    assert from_folders(str(tmp_path / "up/photos"), "pets").class_names == ("cat", "dog")
+    # What a class list names is a class.
+    assert from_folders(str(tmp_path / "up"), "up", class_names=["photos", "other"]).labels.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("separator", [" ", "\t"])
 def test_list_files_with_ids_and_paths_with_spaces(tree, separator):
     for split, official in (("train", "train"), ("val", "val"), ("test", "test")):
@@ -578,7 +593,8 @@ def test_the_check_names_everything_at_once(tree):
         "warning  1 name too long for the text tower's context: owl",
         "warning  1 class without training images (zero_train): owl",
         "warning  2 classes absent from the validation split: cat, owl",
-        "verdict  not usable as it is: 3 errors, 5 warnings",
+        "warning  2 classes absent from the test split and so from every average over it: cat, dog",
+        "verdict  not usable as it is: 3 errors, 6 warnings",
     ):
         assert part in text
 
@@ -615,6 +631,25 @@ def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):
     picture = next((tree / "train").rglob("*.png"))
     (tree / "test" / "owl" / "x.png").write_bytes(picture.read_bytes())
     assert "no test split" not in str(check_manifest(from_folders(str(tree), "pets")))
+
+
+def test_data_that_no_sweep_could_use_is_not_usable():
+    def checked(counts, splits=("train",)):
+        labels = np.tile(np.repeat(np.arange(len(counts)), counts), len(splits))
+        each = [split for split in splits for _ in range(sum(counts))]
+        table = pa.table({"bytes": [f"{n}".encode() for n in range(len(labels))], "label": labels, "split": each})
+        return check_manifest(Manifest.build(table, [f"c{n}" for n in range(len(counts))], "made"))
+
+    few = checked([4, 4, 4])
+    assert not few.ok
+    assert "error    no class has a validation image" in str(few)
+    assert "absent from validation" not in str(few)
+    assert checked([4, 4, 4], ("train", "val")).ok
+    single = checked([90, 0])
+    assert not single.ok
+    assert "error    two or more classes with training images are needed" in str(single)
+    assert "and there is 1: c0" in str(single)
+    assert checked([90, 5]).ok
 
 
 def test_a_good_manifest_is_good():

@@ -129,6 +129,11 @@ def test_objectives_that_the_data_can_not_give() -> None:
         check_data(spec(), stats, [0, 0, 0])
 
 
+def test_a_single_class_is_nothing_to_tell_apart() -> None:
+    with pytest.raises(ConfigError, match="training images are of 1 class, and two or more are needed"):
+        check_data(spec(), ClassStats.from_counts([200, 0]), [40, 0])
+
+
 def test_what_a_tower_has_not_got() -> None:
     def model(**decoder: Any) -> TrialConfig:
         return TrialConfig.from_tree({**BASE, "decoder": decoder})

@@ -146,6 +146,24 @@ def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> Non
     assert "ONLY 1.0 MB free: reduce features.num_views or features.precision" in describe_plan(found)
 
 
+@pytest.mark.parametrize(
+    ("counts", "fields", "says"),
+    [
+        ([4, 4, 4], {}, "no class has a validation image"),
+        ([40, 4], {"objective": "val/few_shot_accuracy"}, "no few_shot class has a validation image here"),
+        ([40], {}, "training images are of 1 class"),
+    ],
+)
+def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, fields, says: str) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    table = pa.table({"bytes": [str(n).encode() for n in range(len(labels))], "label": labels,
+                      "split": ["train"] * len(labels)})  # fmt: skip
+    path = str(tmp_path / "few.parquet")
+    Manifest.build(table, [f"class {n}" for n in range(len(counts))], "few").write(path)
+    with pytest.raises(ConfigError, match=says):
+        make_plan(spec(**fields).with_settings({"data.manifest": path}), None)
+
+
 @pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])
 def test_what_asha_runs_at_least(grace: float, factor: int, share: float) -> None:
     scheduler = {"name": "asha", "grace_fraction": grace, "reduction_factor": factor}

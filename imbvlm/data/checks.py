@@ -188,7 +188,19 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     if len(stats.zero_train):
         empty = tuple(names[label] for label in stats.zero_train)
         yield Finding("warning", f"{count_of(len(empty), 'class')} without training images (zero_train)", empty)
-    if "test" not in manifest.splits:
+    trained = tuple(names[label] for label in np.flatnonzero(stats.split_counts))
+    if len(trained) < 2:
+        message = (
+            "two or more classes with training images are needed to tell apart (of --folders DIR the folders in DIR "
+            f"are the classes), and there is {len(trained) or 'none'}"
+        )
+        yield Finding("error", message, trained)
+    if "test" in manifest.splits:
+        unscored = _absent(manifest, manifest.rows_of("test"))
+        if unscored:
+            message = f"{count_of(len(unscored), 'class')} absent from the test split and so from every average over it"
+            yield Finding("warning", message, unscored)
+    else:
         yield Finding(
             "warning",
             "no test split: a sweep can select, and can't score what it selected; keep images apart for it by "
@@ -196,10 +208,22 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
         )
     official = "val" in manifest.splits
     rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)
-    lost = tuple(names[label] for label in not_selectable(manifest.labels[rows], len(names)))
-    if lost:
+    lost = _absent(manifest, rows)
+    if len(lost) == len(names):
+        message = (
+            "no class has a validation image, so that nothing can be selected: carving needs classes of 5 or more "
+            "training images; give more, or a validation split"
+        )
+        yield Finding("error", message)
+    elif lost:
         kind = "the validation split" if official else "validation carved from training (fewer than 5 images)"
         yield Finding("warning" if official else "note", f"{count_of(len(lost), 'class')} absent from {kind}", lost)
+
+
+def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:
+    """Names of the classes without any of these rows."""
+    absent = not_selectable(manifest.labels[rows], len(manifest.class_names))
+    return tuple(manifest.class_names[label] for label in absent)
 
 
 def _undecodable(manifest: Manifest) -> Iterator[Finding]:

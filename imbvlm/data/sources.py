@@ -35,6 +35,8 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
     if not kept:
         raise ManifestError(root, [f"no image lies in a folder of a class, such as {root}/CLASS/image.jpg", *notes])
     labels = [parts[depth - 1] for parts in kept]
+    if class_names is None and all(len(parts) > depth + 1 for parts in kept) and len(set(labels)) == 1:
+        raise ManifestError(root, [_one_level_too_high(root, labels[0], kept, depth), *notes])
     names = class_names
     if names is None:
         names = sorted({*labels, *_empty_class_folders(root, with_splits=bool(splits))})
@@ -46,6 +48,14 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
         class_names=names,
         notes=notes,
         source=root,
+    )
+
+
+def _one_level_too_high(root: str, label: str, kept: Sequence[Sequence[str]], depth: int) -> str:
+    deeper = listed(sorted({parts[depth] for parts in kept}))
+    mend = f"did you mean {storage.join(root, label)}?" if depth == 1 else f"let them lie where {label}/ lies"
+    return (
+        f"all images are of one class, {label}, and lie in folders of it ({deeper}); if those are the classes, {mend}"
     )
 
 

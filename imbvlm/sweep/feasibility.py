@@ -12,6 +12,7 @@ from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, nodes_that_miss
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import count_of
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
@@ -211,7 +212,14 @@ def _trials_on(spec: SweepSpec, nodes: Iterable[tuple[float, float]]) -> int:
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
-    """Refuse an objective over classes that validation doesn't have; raises ConfigError."""
+    """Refuse data of a single class, and an objective over classes that validation has not; raises ConfigError."""
+    num_trained = int((stats.split_counts > 0).sum())
+    if num_trained < 2:
+        message = (
+            f"training images are of {count_of(num_trained, 'class')}, and two or more are needed to tell apart; "
+            "`imbvlm manifest check` says more"
+        )
+        raise ConfigError([Problem(message, spec.where("base", "data", "manifest"))])
     wanted = dict.fromkeys([*spec.objectives, *spec.constraints])
     groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in wanted]
     missing = [

@@ -41,7 +41,7 @@ from imbvlm.sweep.estimate import (
 from imbvlm.sweep.feasibility import Packing, check_models, concurrent_trials, packing, trials_at_once, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
-from imbvlm.sweep.run import needed_outputs
+from imbvlm.sweep.run import check_manifest, needed_outputs
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 
@@ -150,6 +150,8 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     space = check_spec(spec)
     towers = check_models(spec, space)
     manifest, problem = _read_manifest(spec)
+    if manifest is not None:
+        check_manifest(spec, manifest)
     cluster = running_cluster()
     concurrent, misfit = _concurrent(spec, cluster)
     found = tuple(

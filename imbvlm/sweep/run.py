@@ -537,6 +537,7 @@ def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
+    """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
     carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
