@@ -320,13 +320,13 @@ def _sweep_resume(options: argparse.Namespace) -> int:
 
 
 def _sweep_list(options: argparse.Namespace) -> int:
-    from imbvlm.sweep.listing import list_table, sweeps_under
+    from imbvlm.sweep.listing import list_text, sweeps_under
 
-    states = sweeps_under(options.storage)
+    states, unreadable = sweeps_under(options.storage)
     if options.json:
-        print(json.dumps([state.to_dict() for state in states], indent=1))
-    elif states:
-        print(list_table(states))
+        print(json.dumps([one.to_dict() for one in (*states, *unreadable)], indent=1))
+    elif states or unreadable:
+        print(list_text(states, unreadable))
     else:
         print(f"no sweep under {options.storage}")
     return 0

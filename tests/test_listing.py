@@ -11,6 +11,7 @@ from sweep_folder import write_sweep
 from imbvlm import cli
 from imbvlm.sweep import command
 from imbvlm.sweep.listing import SweepState
+from imbvlm.sweep.results import TrialLog
 
 COUNTS = [500, 120, 60, 20, 8]
 
@@ -44,6 +45,46 @@ def test_list_has_every_sweep_with_its_state_and_best(home, capsys):
     assert 0.7 < found[0]["best"]["value"] < 0.76
     assert set(found[0]["test"]) == {"winner", "linear probe", "zero-shot"}
     assert len(found[0]["test"]["winner"]["few_shot_accuracy"]) == 2
+
+
+def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path, capsys):
+    for name in ("damaged-spec", "odd-key", "no-text", "damaged-trial", "damaged-time", "sound"):
+        write_sweep(tmp_path / name, COUNTS, num_trials=1, refits=False)
+    (tmp_path / "damaged-spec" / "sweep.yaml").write_text("name: [")
+    with open(tmp_path / "odd-key" / "sweep.yaml", "a") as stream:
+        stream.write("num_trails: 3\n")
+    (tmp_path / "no-text" / "sweep.yaml").write_bytes(b"name: caf\xe9")
+    (tmp_path / "damaged-trial" / "trials" / "t00001.json").write_text("{")
+    (tmp_path / "damaged-time" / "spent.json").write_text("{")
+    said = imbvlm(capsys, "sweep", "list", str(tmp_path)).splitlines()
+    assert len(said) == 3 + 5
+    assert said[2].startswith(f"{tmp_path / 'sound'} ")
+    by_name = {line.split("  unreadable: ")[0].rpartition("/")[2]: line for line in said[3:]}
+    assert "did you mean 'num_trials'" in by_name["odd-key"]
+    assert "no UTF-8" in by_name["no-text"]
+    assert "t00001.json is not a trial's record" in by_name["damaged-trial"]
+    found = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert [one["state"] for one in found] == ["unfinished", *["unreadable"] * 5]
+    assert "sweep.yaml" in imbvlm(capsys, "sweep", "show", str(tmp_path / "no-text"), code=1)
+
+
+def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_mean(tmp_path, capsys):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    assert "over several seeds" not in imbvlm(capsys, "sweep", "show", str(folder))
+    log = TrialLog.read(str(folder))
+    first = log.best("val/balanced_accuracy")[0]
+    value = first.best_value("val/best_balanced_accuracy")
+    update = {"trial_id": f"{first.trial_id}-seed1", "kind": "confirm", "name": first.trial_id}
+    again = first.model_copy(deep=True, update=update)
+    for epoch in again.epochs:
+        epoch["val/best_balanced_accuracy"] = value - 0.1
+    log.save(again)
+    shown = imbvlm(capsys, "sweep", "show", str(folder))
+    assert f"{100 * value - 5:.1f} ± 7.1" in shown
+    # The linear probe has 50.0 on validation.
+    assert (
+        f"the best trial's mean of 2 seeds is {100 * value - 55:+.1f} points above the baseline linear probe" in shown
+    )
 
 
 def test_list_of_a_folder_without_sweeps_says_so(tmp_path, capsys):

@@ -79,6 +79,28 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
     assert len(text) < 1_000_000
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"read_at": "today"}', '{"read_at": "", "scores": 3, "readings": []}'])
+def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_path, damage):
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
+    (folder / "test.json").write_text(damage)
+    with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*; remove it, .* imbvlm sweep resume {folder}"):
+        Source.read(str(folder))
+
+
+def test_averages_that_leave_classes_out_say_so(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
+    assert "Averages are over" not in page_of(folder)
+    for path in (folder / "refits").glob("*/per_class.json"):
+        content = json.loads(path.read_text())
+        test = content["splits"]["test"]
+        test["correct"][0] = test["total"][0] = 0
+        test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
+        path.write_text(json.dumps(content))
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "scores"]
+    num_classes = len(COUNTS)
+    assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
+
+
 def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
     report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.4))))
     assert report.is_win

@@ -25,6 +25,8 @@ from imbvlm.sweep.summary import (
     pareto_table,
     scores_table,
     search_table,
+    seeds_rows,
+    seeds_table,
     verdict,
 )
 from imbvlm.yaml_file import parse_yaml
@@ -37,7 +39,11 @@ def read_spec(folder: str) -> SweepSpec:
     uri = storage.join(folder, SPEC_FILE)
     if not storage.exists(uri):
         raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")
-    return SweepSpec.from_tree(parse_yaml(storage.read_bytes(uri).decode(), uri))
+    try:
+        text = storage.read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8") from None
+    return SweepSpec.from_tree(parse_yaml(text, uri))
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,40 @@ class SweepState:
         return found
 
 
-def sweeps_under(folder: str) -> list[SweepState]:
-    """The sweeps directly in a storage folder, the newest last."""
-    found = [storage.join(folder, name) for name in storage.list_files(folder)]
-    states = [SweepState.read(one) for one in found if storage.exists(storage.join(one, SPEC_FILE))]
-    return sorted(states, key=lambda state: state.started_at or 0.0)
+@dataclass(frozen=True)
+class Unreadable:
+    """A sweep's folder that can't be read, and why."""
+
+    folder: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"folder": self.folder, "state": "unreadable", "reason": self.reason}
 
 
-def list_table(states: Sequence[SweepState]) -> str:
+def sweeps_under(folder: str) -> tuple[list[SweepState], list[Unreadable]]:
+    """The sweeps directly in a storage folder, the newest last, and those that can't be read."""
+    states, unreadable = [], []
+    for one in (storage.join(folder, name) for name in storage.list_files(folder)):
+        if not storage.exists(storage.join(one, SPEC_FILE)):
+            continue
+        try:
+            # Read later only, and by then it would hide the others where it is damaged.
+            read_spent(one)
+            states.append(SweepState.read(one))
+        except ImbvlmError as error:
+            unreadable.append(Unreadable(one, " ".join(str(error).split())))
+    return sorted(states, key=lambda state: state.started_at or 0.0), unreadable
+
+
+def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
+    """The sweeps as a table, and below it those that can't be read, with the reasons."""
+    lines = [f"{one.folder}  unreadable: {one.reason}" for one in unreadable]
+    return "\n".join([*([_table(states)] if states else []), *lines])
+
+
+def _table(states: Sequence[SweepState]) -> str:
     """A row a sweep: state, trials, best so far, when and where."""
     rows = []
     for state in states:
@@ -150,7 +182,9 @@ def show_text(state: SweepState) -> str:
     failed = [one for one in log.of("search") if one.state in ("failed", "error")]
     parts += [causes(failed)] if failed else []
     if state.best is not None:
-        parts += ["", search_table(log, spec), verdict(log, spec)]
+        parts += ["", search_table(log, spec)]
+        parts += [seeds_table(log, spec)] if seeds_rows(log, spec) else []
+        parts += [verdict(log, spec)]
     if state.best is not None and spec.other_objectives:
         parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:

@@ -42,7 +42,7 @@ from imbvlm.sweep.post_hoc import (
 from imbvlm.sweep.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.refits import EARLIER, name_earlier, refits
-from imbvlm.sweep.report.source import TEST_FILE, Source
+from imbvlm.sweep.report.source import TEST_FILE, Source, read_readings
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
 from imbvlm.sweep.results import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
@@ -374,6 +374,8 @@ class _Sweep:
                     [one for one in self.scored if one.name in names or one.name.startswith(EARLIER)], self.spec
                 )
             )
+            if source.classes is not None and source.classes.averaged_over:
+                say(source.classes.averaged_over)
         if "test" not in self.manifest.splits:
             say(
                 "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart by "
@@ -484,7 +486,7 @@ class _Sweep:
             if record.epochs
         }
         uri = storage.join(self.folder, TEST_FILE)
-        known = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {"scores": {}, "readings": []}
+        known = read_readings(self.folder) or {"scores": {}, "readings": []}
         new = {trial_id: answer for trial_id, answer in scores.items() if trial_id not in known["scores"]}
         if new:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -84,15 +84,19 @@ def objective_words(spec: SweepSpec) -> str:
 
 
 def verdict(log: TrialLog, spec: SweepSpec) -> str:
-    """Whether the best trial beats the best baseline on validation by more than the standard error."""
+    """Whether the best trial beats the best baseline on validation by more than the standard error.
+
+    A trial that was run with more seeds stands by their mean, as it was chosen.
+    """
     best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")
     if log.broken(best, spec.objective):
         wanted = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
         return f"no trial meets the constraints ({wanted}); {best.trial_id} comes nearest: try more trials"
     if not baselines:
         return "no baseline gave a result"
-    name = baselines[0].name
-    gain = (best.best_value(spec.best_objective) or 0.0) - (baselines[0].best_value(spec.best_objective) or 0.0)
+    name, values = baselines[0].name, log.seed_values(best, spec.objective)
+    gain = statistics.fmean(values) - statistics.fmean(log.seed_values(baselines[0], spec.objective))
+    which = "the best trial is" if len(values) == 1 else f"the best trial's mean of {len(values)} seeds is"
     error = (best.best_epoch(spec.objective) or {}).get("val/balanced_standard_error")
     if gain <= 0:
         return (
@@ -101,10 +105,10 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
         )
     if spec.objective == "val/balanced_accuracy" and error is not None and gain <= error:
         return (
-            f"the best trial is {100 * gain:+.1f} points from the baseline {name} on validation, within its standard "
+            f"{which} {100 * gain:+.1f} points from the baseline {name} on validation, within its standard "
             f"error of {100 * error:.1f}: no difference is shown"
         )
-    return f"the best trial is {100 * gain:+.1f} points above the baseline {name} on validation" + (
+    return f"{which} {100 * gain:+.1f} points above the baseline {name} on validation" + (
         f" (standard error {100 * error:.1f})"
         if error is not None and spec.objective == "val/balanced_accuracy"
         else ""

@@ -51,6 +51,8 @@ def scores(source: Source) -> Table | None:
                 rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
     header = ["what", *(heading for _, heading in kept), "seeds", "views"]
     caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
+    if source.classes is not None and source.classes.averaged_over:
+        caption += f" {source.classes.averaged_over}"
     return Table("scores", "Test split", header, rows, caption=caption)
 
 

@@ -46,6 +46,14 @@ class ClassRecord:
     num_parameters: int
     num_trained_parameters: int
 
+    @property
+    def averaged_over(self) -> str:
+        """Which classes the test split's averages are of, as a sentence; empty where it has images of all."""
+        num_scored, num_classes = int(np.count_nonzero(self.total)), len(self.total)
+        if num_scored == num_classes:
+            return ""
+        return f"Averages are over the {num_scored:,} of {num_classes:,} classes that have test images."
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -83,7 +91,9 @@ class Source:
                 by_name.setdefault(record.name, []).append(record)
         order = sorted(by_name, key=lambda name: (name != WINNER, name == "zero-shot", name))
         scored = tuple(Scored(name, tuple(by_name[name]), _classes(folder, by_name[name])) for name in order)
-        return Source(folder, spec, log, scored, _quarantine(folder), _read_at(folder))
+        readings = read_readings(folder)
+        read_at = None if readings is None else readings["read_at"]
+        return Source(folder, spec, log, scored, _quarantine(folder), read_at)
 
     @property
     def winner(self) -> Scored | None:
@@ -175,6 +185,14 @@ def _quarantine(folder: str) -> tuple[Mapping[str, str], ...]:
     return tuple(csv.DictReader(io.StringIO(storage.read_bytes(uri).decode())))
 
 
-def _read_at(folder: str) -> str | None:
+def read_readings(folder: str) -> dict[str, Any] | None:
+    """When the test split was read and what it has answered; None before. Raises ImbvlmError for a damaged file."""
     uri = storage.join(folder, TEST_FILE)
-    return str(json.loads(storage.read_bytes(uri))["read_at"]) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    try:
+        found = json.loads(storage.read_bytes(uri))
+        return {"read_at": str(found["read_at"]), "scores": dict(found["scores"]), "readings": list(found["readings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        mend = "remove it, and it is written again, with the time of now, by: imbvlm sweep resume"
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); {mend} {folder}") from None
