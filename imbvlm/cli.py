@@ -324,7 +324,7 @@ def _sweep_list(options: argparse.Namespace) -> int:
 
     states, unreadable = sweeps_under(options.storage)
     if options.json:
-        print(json.dumps([one.to_dict() for one in (*states, *unreadable)], indent=1))
+        print(json.dumps([*(one.to_dict() for one in states), *(one.to_dict() for one in unreadable)], indent=1))
     elif states or unreadable:
         print(list_text(states, unreadable))
     else:

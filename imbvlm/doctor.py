@@ -193,7 +193,7 @@ def _tower(name: str) -> Check:
     try:
         state = find_tower(EncoderConfig(name=name)).weights_state()
     except ImbvlmError as error:
-        return Check(title, "broken", str(error), "see README, Towers")
+        return Check(title, "broken", str(error), 'see README, "A tower of your own"')
     if state.present:
         return Check(title, "ok", "weights are here")
     if state.cause is None:

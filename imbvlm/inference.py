@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ TOWER_FOLDER = "tower"
 ZERO_SHOT_FILE = "zero_shot.safetensors"
 FORMAT = 2
 BATCH_SIZE = 64
+# How an export of several trials names their folders.
+_NUMBERED = re.compile(r"\d+-")
 ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 
@@ -309,6 +312,11 @@ def model_folder(folder: str) -> str:
     for found in (folder, storage.join(folder, "model")):
         if storage.exists(storage.join(found, CONFIG_FILE)):
             return found
+    numbered = [name for name in storage.list_files(folder) if _NUMBERED.match(name)]
+    several = [storage.join(folder, name) for name in numbered]
+    models = [one for one in several if storage.exists(storage.join(one, "model", CONFIG_FILE))]
+    if models:
+        raise ImbvlmError(f"{folder} has several exported models; name one of them: {', '.join(models)}")
     raise ImbvlmError(
         f"{folder} has no {CONFIG_FILE}, so it is no exported model; write one with `imbvlm export SWEEP -o {folder}`"
     )

@@ -689,6 +689,9 @@ def test_build_options_that_cannot_be_are_said(tree):
         run("build", "--list", "a.txt", "-o", "x.parquet")
     with pytest.raises(ImbvlmError, match="has no"):
         run("build", "--webdataset", tree, "-o", "x.parquet")
+    for words in (("--class-order", "nope"), ("--tail-shape", "pareto")):
+        with pytest.raises(ImbvlmError, match=f"{words[0]} is of the tail that --imbalance-factor gives"):
+            run("build", "--folders", tree, *words, "-o", "x.parquet")
 
 
 # ------------------------------------------------------------------------------------------------ limits of loss

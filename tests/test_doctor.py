@@ -83,6 +83,9 @@ def test_towers_here_elsewhere_and_nowhere(tmp_path):
     misspelt = _tower("openai_vit_b61")
     assert misspelt.state == "broken"
     assert "openai_vit_b16" in misspelt.found
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"\n## {misspelt.mend.split(chr(34))[1]}\n" in readme
+    assert ". It is one of " in _tower("nothing-alike").found
     empty = _tower(f"local-dir:{tmp_path}")
     assert "open_clip_config.json" in empty.found
     (offline,) = [

@@ -119,6 +119,16 @@ def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp
         imbvlm.load(tmp_path)
 
 
+def test_an_export_of_several_models_asks_which_one(tmp_path):
+    """What `export --top 2` writes; to a person who predicts with it, it is an export."""
+    for name in ("1-t00005/model", "2-t00003/model", "3-notes"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ("notes.txt" if name == "3-notes" else "config.json")).write_text("{}")
+    several = f"{tmp_path}/1-t00005, {tmp_path}/2-t00003"
+    with pytest.raises(ImbvlmError, match=f"{tmp_path} has several exported models; name one of them: {several}$"):
+        imbvlm.load(tmp_path)
+
+
 def test_the_fingerprint_sees_settings_and_pixels(monkeypatch):
     plain = Preprocess(32)
     assert plain.fingerprint() == Preprocess(32).fingerprint()

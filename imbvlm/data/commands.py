@@ -46,14 +46,19 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     option("--names", choices=NAMES, default="scientific", help="iNaturalist's scientific or common names")
     option("--test-share", type=float, help="keep such a share of each class apart as the test split")
     option("--imbalance-factor", type=float, help="give a balanced set a tail: largest class over smallest")
-    option("--tail-shape", choices=SHAPES, default="exponential", help="how counts fall (default: exponential)")
+    option("--tail-shape", choices=SHAPES, help="how counts fall (default: exponential)")
     option("--class-order", metavar="FILE", help="class names from head to tail; by default drawn from --seed")
     option("--seed", type=int, default=0, help="of the test share's rows, of the tail's order and rows")
     option("-o", "--output", required=True, metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
 
 
 def build(options: argparse.Namespace) -> int:
-    """Build a manifest, write it, print its summary."""
+    """Build a manifest, write it, print its summary; raises ImbvlmError."""
+    if options.imbalance_factor is None:
+        given = [name for name in ("class_order", "tail_shape") if getattr(options, name) is not None]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ImbvlmError(f"{option} is of the tail that --imbalance-factor gives; add one, or leave {option} out")
     manifest = _source(options)
     if options.test_share is not None or "val" not in manifest.splits:
         # Training images will be drawn as test or validation rows, and copies must stay on one side.
@@ -63,7 +68,11 @@ def build(options: argparse.Namespace) -> int:
     if options.imbalance_factor is not None:
         order = read_class_names(options.class_order) if options.class_order else None
         manifest = with_tail(
-            manifest, options.imbalance_factor, shape=options.tail_shape, class_order=order, seed=options.seed
+            manifest,
+            options.imbalance_factor,
+            shape=options.tail_shape or SHAPES[0],
+            class_order=order,
+            seed=options.seed,
         )
     manifest.write(options.output)
     print(summary(manifest))

@@ -295,8 +295,10 @@ def _unknown_model(config: EncoderConfig, model: str) -> ImbvlmError:
             f"encoder.name is {config.name!r}: download that repository and name its folder, {LOCAL_DIR}PATH"
         )
     valid = open_clip.list_models() if "/" in config.name else [*ENCODERS, *open_clip.list_models()]
+    closest = nearest(model, valid)
     return ImbvlmError(
-        f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; {nearest(model, valid)} "
+        f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; "
+        f"{closest}{'' if closest.endswith('?') else '.'} "
         f"It is one of {', '.join(ENCODERS)}, or open_clip's MODEL/TAG, or {LOCAL_DIR}PATH"
     )
 

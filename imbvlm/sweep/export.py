@@ -86,7 +86,7 @@ def export_sweep(
     spec, log = read_spec(folder), TrialLog.read(folder)
     ranked = log.best(spec.objective)
     if not ranked:
-        raise ImbvlmError(f"no trial of {folder} has a result yet; go on with --resume {folder}")
+        raise ImbvlmError(f"no trial of {folder} has a result yet; go on with: imbvlm sweep resume {folder}")
     records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
     several = pareto or top > 1
     if several:

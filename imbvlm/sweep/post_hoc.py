@@ -110,7 +110,8 @@ def read_adjustment(folder: str, name: str) -> Adjustment | None:
         chosen = json.loads(storage.read_bytes(uri)).get(name)
         return None if chosen is None else Adjustment(**chosen["adjustment"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ImbvlmError(f"{uri} is damaged ({error!r}); remove it and go on with --resume {folder}") from None
+        mend = f"remove it and go on with: imbvlm sweep resume {folder}"
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); {mend}") from None
 
 
 def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord]) -> str:
