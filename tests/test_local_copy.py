@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from imbvlm import storage
-from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.local_copy import Copies
+from imbvlm.errors import ConfigError, ImbvlmError, StorageError
+from imbvlm.features.local_copy import Copies, Wanted
 from imbvlm.features.store import FeatureStore, StoreError, StoreLayout
 
 SIZE = 100_000
@@ -33,7 +33,7 @@ def source_of(folder: Path, name: str, num_bytes: int = SIZE) -> str:
     return str(place)
 
 
-def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0):
+def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> Wanted:
     def fetch(name: str, path: Path) -> None:
         if log is not None:
             with log.open("a") as stream:
@@ -41,7 +41,12 @@ def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 
         storage.download(f"{source}/{name}", path)
         time.sleep(seconds)
 
-    return copies.hold(source, storage.file_states(source), fetch)
+    return Wanted(source, storage.file_states(source), fetch)
+
+
+def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0):
+    (held,) = copies.hold([wanted(source, log, seconds)])
+    return held
 
 
 def same(held, source: str) -> bool:
@@ -105,6 +110,28 @@ def test_the_longest_unused_goes_first_and_never_one_in_use(tmp_path: Path) -> N
     assert same(hold(copies, sources["d"]), sources["d"])
     assert c.exists()
     assert num_copies(tmp_path) == 2
+
+
+def test_what_a_trial_reads_is_held_whole_or_not_at_all_so_that_no_two_wait_for_each_other(tmp_path: Path) -> None:
+    """Room for both towers' training rows, and not for all: the second trial would keep half and wait for the first."""
+    both = {tower: [wanted(source_of(tmp_path, f"{tower}-{split}")) for split in ("train", "val")] for tower in "ab"}
+    copies = copies_of(tmp_path, 3 * SIZE + 10)
+    unused = hold(copies, source_of(tmp_path, "c")).folder
+    first = copies.hold(both["a"])
+    # What a driver retries: a sentence of ours that is no StorageError ends a trial for good.
+    with pytest.raises(StorageError, match=r"trials use 0.2 MB of it, and .*/b-train with 1 more folder has 0.2 MB"):
+        copies.hold(both["b"])
+    assert num_copies(tmp_path) == 3, "nothing of it is kept"
+    assert unused.exists(), "what wouldn't have made the room stays"
+    del first
+    assert all(map(same, copies.hold(both["b"]), [one.source for one in both["b"]]))
+
+
+def test_copies_that_are_whole_need_no_room(tmp_path: Path) -> None:
+    """Other files on the disk may have taken it since."""
+    source = source_of(tmp_path, "a")
+    hold(copies_of(tmp_path), source)
+    assert same(hold(copies_of(tmp_path, SIZE // 2), source), source)
 
 
 def test_what_could_never_be_held_is_refused_with_the_mend(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
+from imbvlm import storage
+from imbvlm.features.local_copy import Copies
 from imbvlm.training.session import TrialSession, TrialSettings
 
 
@@ -79,3 +81,34 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
         assert pair["label"] != pair["predicted"]
         assert all(row // VAL_PER_CLASS == pair["label"] for row in pair["rows"])
     assert sum(found["confidence_bins"][0]) == sum(found["total"])
+
+
+def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_says_so(
+    settings, tmp_path, monkeypatch, caplog
+):
+    """Two towers, and a disk for the copies of one: neither trial waits for the other, none is lost."""
+    monkeypatch.setattr("imbvlm.features.local_copy.WAIT_SECONDS", 0.0)
+    both = [tiny_features(tmp_path / name) for name in ("a", "b")]
+    sizes = [sum(one.size for one in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
+    copies = Copies(folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True)
+    first, second = (
+        dataclasses.replace(
+            settings,
+            feature_set=dataclasses.replace(one, copies=copies).to_dict(),
+            checkpoint_folder=None,
+            score_test=True,
+        )
+        for one in both
+    )
+    running = reports_of(first)
+    next(running)
+    assert len(list((tmp_path / "copies").glob("*/bytes"))) == 3, "training, validation and test rows at once"
+    *_, last = reports_of(second)
+    assert last["done_training"]
+    assert "test/top1_accuracy" in last
+    (said,) = caplog.messages
+    assert said.startswith("features are read where they lie, which may be slower: the copies of features on ")
+    assert list(running)[-1]["done_training"]
+    caplog.clear()
+    assert list(reports_of(second))[-1]["done_training"]
+    assert not caplog.messages, "now there is room"

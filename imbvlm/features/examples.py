@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,11 +20,12 @@ from imbvlm.config import EncoderConfig, Tree, TrialConfig
 from imbvlm.data.image_rows import ImageRows
 from imbvlm.data.images import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
-from imbvlm.features.local_copy import Copies
+from imbvlm.features.local_copy import Copies, HeldCopy, NoCopyError
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 
 Rows = npt.NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,35 @@ class FeatureSet:
         """The tower's `final_norm.weight`, `final_norm.bias` and `projection`, those that it has."""
         folder = next(iter(self.folders.values()))
         return _load_tensors(storage.join(folder, TOWER_FILE))
+
+
+def held_here(
+    features: FeatureSet, outputs: Iterable[OutputName], of_test: Iterable[OutputName] = ()
+) -> tuple[FeatureSet, list[HeldCopy]]:
+    """What a trial reads on this machine and the copies of all of it, which stay while they live; `of_test` comes on
+    top of the test split.
+
+    Without room for all at once a shared file system is read in place; NoCopyError for what lies elsewhere.
+    """
+    stores = [features.store(split) for split in features.folders]
+    stores += [features.five_crops(split) for split in features.five_crop]
+    tail = features.tail_store()
+    stores += [] if tail is None else [tail]
+    wanted = [store.wanted(output) for store in stores if store.copies is not None for output in sorted(set(outputs))]
+    if "test" in features.folders:
+        test = features.store("test")
+        wanted += [test.wanted(output) for output in sorted(set(of_test) - set(outputs)) if test.copies is not None]
+    copies = stores[0].copies
+    if copies is None or not wanted:
+        return features, []
+    if not all(storage.is_local(one.source) for one in wanted):
+        return features, copies.hold(wanted)
+    try:
+        # No trial waits for what it can read all the same.
+        return features, copies.hold(wanted, wait_seconds=0.0)
+    except NoCopyError as error:
+        _log.warning("features are read where they lie, which may be slower: %s", error)
+        return replace(features, copies=None), []
 
 
 @dataclass(frozen=True)

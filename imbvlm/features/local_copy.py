@@ -2,6 +2,7 @@
 
 What is copied is one output of one store, a folder. Beside its copy lie two files that processes lock (the kernel lets
 go of a lock when its process ends, however it ends): `.fetch` while files are brought, `.use` shared by all readers.
+Who waits for room holds nothing of what it asks for: two never wait for each other.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
 from imbvlm import storage
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import StorageError
 from imbvlm.schema import Section
 from imbvlm.storage import FileState, size_text
 
@@ -36,6 +38,26 @@ _SIZE_FILE = "bytes"
 
 # Brings a file of the source, by its name, to a path; raises ImbvlmError where what came isn't whole.
 Fetch = Callable[[str, Path], None]
+
+
+class NoCopyError(StorageError):
+    """A machine that can't keep a copy, or not yet: another try, there or elsewhere, may go well."""
+
+
+class Wanted(NamedTuple):
+    """A folder of which a copy is wanted: its files as they are now, and what brings them."""
+
+    source: str
+    files: Mapping[str, FileState]
+    fetch: Fetch
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(state.size for state in self.files.values())
+
+    def lacking(self, folder: Path) -> list[str]:
+        """Files that a copy hasn't got as they are now."""
+        return [name for name, state in self.files.items() if not _is_copy(folder / name, state)]
 
 
 class Copies(Section):
@@ -70,71 +92,74 @@ class Copies(Section):
         return int(room * MOST_OF_DISK if self.max_gigabytes is None else min(self.max_gigabytes * 1e9, room))
 
     def check_fits(self, source: str, num_bytes: int, *, here: bool = True) -> None:
-        """Raise ImbvlmError where a machine could never hold a copy of so many bytes; without `here` by the limit."""
+        """Raise NoCopyError where a machine could never hold a copy of so many bytes; without `here` by the limit."""
         limit = self.limit_bytes() if here else (self.max_gigabytes or math.inf) * 1e9
         if num_bytes > limit:
             where = f" on {socket.gethostname()}" if here else ""
-            raise ImbvlmError(
+            raise NoCopyError(
                 f"{source} has {size_text(num_bytes)}, and the copies of features{where} may take {size_text(limit)} "
                 f"of {self.root}; set feature_copies.max_gigabytes higher or feature_copies.folder "
                 "to a larger disk, or lower features.num_views or features.precision"
             )
 
-    def hold(self, source: str, files: Mapping[str, FileState], fetch: Fetch) -> HeldCopy:
-        """This machine's copy of some files of a folder, whole and as they are now; it stays while the answer lives.
+    def hold(self, wanted: Sequence[Wanted], *, wait_seconds: float | None = None) -> list[HeldCopy]:
+        """This machine's copies of some folders, all or none, whole and as they are now; each stays while it lives.
 
         Whoever asks while another process fetches waits for it, and some minutes for room that other trials use. Raises
-        ImbvlmError where there is none, StorageError where the source can't be read.
+        NoCopyError where there is none, StorageError where a source can't be read.
         """
-        folder = self.root / hashlib.sha256(source.encode()).hexdigest()[:32]
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise ImbvlmError(
+            raise NoCopyError(
                 f"{socket.gethostname()} can't keep copies of features in {self.root} ({error.strerror}); set "
                 "feature_copies.folder to a place on each machine's own disk"
             ) from None
-        with _locked(_beside(folder, "fetch"), fcntl.LOCK_EX):
-            held = HeldCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH))
-            lacking = [name for name, state in files.items() if not _is_copy(folder / name, state)]
-            if lacking:
-                self._make_room(source, folder, sum(state.size for state in files.values()))
-                _remove_others(folder, files)
-                with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-                    list(pool.map(lambda name: _bring(fetch, folder, name, files[name]), lacking))
-        return held
+        deadline = time.monotonic() + (WAIT_SECONDS if wait_seconds is None else wait_seconds)
+        while isinstance(found := self._try_hold(wanted), int):
+            if time.monotonic() > deadline:
+                raise NoCopyError(
+                    f"the copies of features on {socket.gethostname()} may take {size_text(self.limit_bytes())} of "
+                    f"{self.root}, trials use {size_text(found)} of it, and {_name(wanted)} has "
+                    f"{size_text(sum(one.num_bytes for one in wanted))}; set feature_copies.max_gigabytes higher, or "
+                    "max_concurrent_trials lower"
+                )
+            time.sleep(1)
+        for one, held in zip(wanted, found, strict=True):
+            with _locked(_beside(held.folder, "fetch"), fcntl.LOCK_EX):
+                _complete(one, held.folder)
+        return found
 
     def _held(self) -> list[Path]:
         """Folders of copies, the longest unused first."""
         found = [path.with_suffix("") for path in self.root.glob("*.use")]
         return sorted(filter(Path.is_dir, found), key=lambda folder: _beside(folder, "use").stat().st_mtime_ns)
 
-    def _make_room(self, source: str, folder: Path, num_bytes: int) -> None:
-        """Take so many bytes for a folder; other copies that nobody uses go where that is needed."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while (used := self._try_room(source, folder, num_bytes)) is not None:
-            if time.monotonic() > deadline:
-                raise ImbvlmError(
-                    f"the copies of features on {socket.gethostname()} may take {size_text(self.limit_bytes())} of "
-                    f"{self.root}, trials use {size_text(used)} of it, and {source} has {size_text(num_bytes)}; set "
-                    "feature_copies.max_gigabytes higher, or max_concurrent_trials lower"
-                )
-            time.sleep(1)
+    def _try_hold(self, wanted: Sequence[Wanted]) -> list[HeldCopy] | int:
+        """The copies with room for all that they lack; or how many bytes others use, where that leaves too few.
 
-    def _try_room(self, source: str, folder: Path, num_bytes: int) -> int | None:
-        """None, and the bytes are taken; or how many are in use by others, where there are too few."""
+        Unused copies go where that makes the room, and only then.
+        """
+        own = [self.root / hashlib.sha256(one.source.encode()).hexdigest()[:32] for one in wanted]
+        # Whoever uses or removes a copy begins under this lock: what is unused here stays so.
         with _locked(self.root / "room", fcntl.LOCK_EX):
-            self.check_fits(source, num_bytes)
-            limit = self.limit_bytes()
-            others = {one: _bytes_taken(one) for one in self._held() if one != folder}
-            for one in list(others):
-                if sum(others.values()) + num_bytes > limit and _evict(one):
-                    del others[one]
-            if sum(others.values()) + num_bytes > limit:
-                return sum(others.values())
-            folder.mkdir(exist_ok=True)
-            storage.write_bytes(str(folder / _SIZE_FILE), str(num_bytes).encode())
-            return None
+            if any(one.lacking(folder) for one, folder in zip(wanted, own, strict=True)):
+                num_bytes = sum(one.num_bytes for one in wanted)
+                self.check_fits(_name(wanted), num_bytes)
+                limit = self.limit_bytes()
+                others = {one: _bytes_taken(one) for one in self._held() if one not in own}
+                unused = [one for one in others if not _is_used(one)]
+                in_use = sum(others.values()) - sum(others[one] for one in unused)
+                if in_use + num_bytes > limit:
+                    return in_use
+                while sum(others.values()) + num_bytes > limit:
+                    oldest = unused.pop(0)
+                    shutil.rmtree(oldest)
+                    del others[oldest]
+                for one, folder in zip(wanted, own, strict=True):
+                    folder.mkdir(exist_ok=True)
+                    storage.write_bytes(str(folder / _SIZE_FILE), str(one.num_bytes).encode())
+            return [HeldCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH)) for folder in own]
 
 
 DEFAULT_COPIES = Copies()
@@ -147,6 +172,20 @@ class HeldCopy:
         self.folder = folder
         _touch(use)
         weakref.finalize(self, _release, use)
+
+
+def _name(wanted: Sequence[Wanted]) -> str:
+    more = len(wanted) - 1
+    return wanted[0].source + (f" with {more} more {'folders' if more > 1 else 'folder'}" if more else "")
+
+
+def _complete(wanted: Wanted, folder: Path) -> None:
+    """Bring what a copy lacks; only who holds its lock does."""
+    lacking = wanted.lacking(folder)
+    if lacking:
+        _remove_others(folder, wanted.files)
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            list(pool.map(lambda name: _bring(wanted.fetch, folder, name, wanted.files[name]), lacking))
 
 
 def _bring(fetch: Fetch, folder: Path, name: str, state: FileState) -> None:
@@ -176,14 +215,12 @@ def _remove_others(folder: Path, files: Mapping[str, FileState]) -> None:
             path.unlink()
 
 
-def _evict(folder: Path) -> bool:
-    """Remove a copy unless somebody uses it."""
+def _is_used(folder: Path) -> bool:
     try:
         with _locked(_beside(folder, "use"), fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(folder)
+            return False
     except BlockingIOError:
-        return False
-    return True
+        return True
 
 
 def _bytes_taken(folder: Path) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from imbvlm import storage
 from imbvlm.data.table import type_problem
 from imbvlm.errors import ImbvlmError
-from imbvlm.features.local_copy import DEFAULT_COPIES, Copies, HeldCopy
+from imbvlm.features.local_copy import DEFAULT_COPIES, Copies, HeldCopy, Wanted
 from imbvlm.models.encoder_info import OUTPUT_NAMES, ComputedIn, OutputName
 from imbvlm.storage import FileState
 
@@ -198,6 +198,15 @@ class FeatureStore:
         names = {shard: _shard_name(shard) for shard in range(self.layout.num_shards)}
         return {shard: found[name] for shard, name in names.items() if name in found}
 
+    def wanted(self, output: OutputName) -> Wanted:
+        """What a copy of an output is made of; raises StoreError where shards are lacking."""
+        present, source = self.present(output), storage.join(self.folder, output)
+        if len(present) < self.layout.num_shards:
+            raise StoreError(f"{source} lacks shards; start again and they are computed")
+        files = {_shard_name(shard): state for shard, state in present.items()}
+        shards = {_shard_name(shard): shard for shard in present}
+        return Wanted(source, files, lambda name, path: self._fetch(output, shards[name], path))
+
     def missing(self, output: OutputName, *, full: bool = False) -> list[int]:
         """Shards of an output that are absent, damaged or foreign.
 
@@ -358,14 +367,7 @@ class FeatureStore:
         if self.copies is None:
             return storage.join(self.folder, output)
         if output not in self._held:
-            present, source = self.present(output), storage.join(self.folder, output)
-            if len(present) < self.layout.num_shards:
-                raise StoreError(f"{source} lacks shards; start again and they are computed")
-            files = {_shard_name(shard): state for shard, state in present.items()}
-            shards = {_shard_name(shard): shard for shard in present}
-            self._held[output] = self.copies.hold(
-                source, files, lambda name, path: self._fetch(output, shards[name], path)
-            )
+            (self._held[output],) = self.copies.hold([self.wanted(output)])
         return str(self._held[output].folder)
 
     def _fetch(self, output: OutputName, shard: int, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 import traceback
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from imbvlm import storage
 from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.image_rows import ImageStream, stream_in_threads
 from imbvlm.errors import ImbvlmError, LostProcessesError, PackError
-from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.features.examples import FeatureSet, TrialData, held_here
+from imbvlm.features.local_copy import HeldCopy
+from imbvlm.models.encoder_info import OutputName
+from imbvlm.models.methods import stored_outputs
 from imbvlm.posthoc import Adjustment
 from imbvlm.storage import StorageError
 from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, save_model
@@ -65,6 +68,16 @@ class TrialSettings:
         return TrialSettings(**data)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What a trial reads, for those with the same `key`; `held` are this machine's copies of all of it."""
+
+    key: str
+    features: FeatureSet
+    data: TrialData
+    held: Sequence[HeldCopy]
+
+
 def default_device() -> torch.device:
     """The first GPU that this process sees, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +88,7 @@ class TrialSession:
 
     def __init__(self, device: torch.device, world: World = SINGLE, stream: ImageStream = stream_in_threads) -> None:
         self._device, self._world, self._stream = device, world, stream
-        self._opened: tuple[str, TrialData] | None = None
+        self._opened: _Opened | None = None
 
     def reports(self, settings: TrialSettings, pack: Pack | None = None) -> Generator[Report, None, None]:
         """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
@@ -106,9 +119,9 @@ class TrialSession:
             raise StorageError(f"{host} doesn't see {settings.marker}: the sweep's folder must be shared by all nodes")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        feature_set = FeatureSet.from_dict(settings.feature_set)
         memory = PeakMemory(self._device)
-        data = self._data(config, feature_set, settings)
+        opened = self._open(config, settings)
+        data, feature_set = opened.data, opened.features
         run = build_trial(config, data, self._device, self._world, self._stream)
         folder = settings.checkpoint_folder
         if folder is not None and has_checkpoint(folder):
@@ -168,13 +181,20 @@ class TrialSession:
             if self._world.rank == 0:
                 keeper.keep(epoch, logits, is_best=is_best, is_last=is_last)
 
-    def _data(self, config: TrialConfig, feature_set: FeatureSet, settings: TrialSettings) -> TrialData:
-        key = f"{config.data.model_dump_json()} {config.reads_images} {feature_set.to_dict()} {settings.refit}"
-        if self._opened is None or self._opened[0] != key:
+    def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
+        outputs, of_test = stored_outputs(config), list[OutputName]()
+        if settings.score_test and (settings.post_hoc or {}).get("alpha"):
+            of_test.append("image_embedding")
+        features = FeatureSet.from_dict(settings.feature_set)
+        # Copies of what the next trial doesn't read would keep their room.
+        copied = "" if features.copies is None else f"{sorted(outputs)} {of_test}"
+        key = f"{config.data.model_dump_json()} {config.reads_images} {features.to_dict()} {settings.refit} {copied}"
+        if self._opened is None or self._opened.key != key:
             # First let go: this machine may have no room for copies of both.
             self._opened = None
-            self._opened = (key, TrialData.open(config, feature_set, refit=settings.refit))
-        return self._opened[1]
+            features, held = held_here(features, outputs, of_test)
+            self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), held)
+        return self._opened
 
     def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> Report:
         scored: Report = {}
