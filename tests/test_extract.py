@@ -26,8 +26,9 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import TakenRows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.features.extract import ensure_features, plan_bytes, stored_images
+from imbvlm.features.extract import check_room, ensure_features, plan_bytes, stored_images, trial_bytes
 from imbvlm.features.loading import load_block
+from imbvlm.features.local_copy import Copies
 from imbvlm.features.store import FeatureStore
 from imbvlm.models.encoder import Encoder
 
@@ -181,6 +182,46 @@ def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
         extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"})
     assert "decoder" not in str(caught.value)
     assert "int8" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first tower fills the disk, or the whole search runs before the test split does."""
+    manifest, outputs, root = make_data(tmp_path), frozenset({"pooled"}), str(tmp_path / "features")
+    towers = [trial(tmp_path, tower, {"precision": precision}) for precision in ("float16", "float32")]
+    sizes = [plan_bytes(one, manifest, outputs, SPLITS)["pooled"] for one in towers]
+    usage = namedtuple("usage", "free")
+    free = [1.1 * sizes[1]]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))
+    for one in towers:
+        check_room([one], manifest, root, outputs)
+    with pytest.raises(ImbvlmError, match=r"need 0.0 MB more \(pooled 0.0 MB\).*reduce .*the number of towers \(2\)"):
+        check_room(towers, manifest, root, outputs)
+    # Of the first the training split is there, as after the search.
+    free[0] = 1e9
+    extract(tmp_path, towers[0], manifest, outputs, ("train",))
+    left = sum(sizes) - plan_bytes(towers[0], manifest, outputs, ("train",))["pooled"]
+    free[0] = 1.03 * left
+    check_room(towers, manifest, root, outputs)
+    free[0] = 1.01 * left
+    with pytest.raises(ImbvlmError, match=r"need 0\.0 MB more"):
+        check_room(towers, manifest, root, outputs)
+
+
+def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_pass(tmp_path: Path, tower: str) -> None:
+    """The test split's rows come on top of the search's; a shared folder is read in place where they don't fit."""
+    manifest, outputs = make_data(tmp_path), frozenset({"pooled"})
+    config = trial(tmp_path, tower)
+    most = trial_bytes(config, manifest, outputs)
+    assert most == 32 * 2 * (NUM_TRAIN + NUM_VAL)
+    root, small = "s3://no-bucket/features", Copies(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
+    with pytest.raises(ImbvlmError, match=r"what a trial of .* reads of s3://.* has .*feature_copies.max_gigabytes"):
+        check_room([config], manifest, root, outputs, copies=small)
+    check_room([config], manifest, root, outputs, copies=small.model_copy(update={"max_gigabytes": most / 1e9}))
+    shared = small.model_copy(update={"of_shared_folders": True})
+    check_room([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
 
 
 def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,15 @@ import pyarrow as pa
 import pytest
 from tiny_images import TinyImages
 
+from imbvlm.data.cluster import Cluster
 from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ConfigError
+from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.features.local_copy import Copies
 from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.console import Console
 from imbvlm.sweep.estimate import asha_share, commonest_shapes, sample_trials, shape_of
 from imbvlm.sweep.plan import calibrate_here, describe_plan, make_plan, plan_to_dict
+from imbvlm.sweep.run import run
 from imbvlm.sweep.spec import SweepSpec, check_spec
 
 BASE: dict[str, Any] = {
@@ -162,6 +168,45 @@ def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, f
     Manifest.build(table, [f"class {n}" for n in range(len(counts))], "few").write(path)
     with pytest.raises(ConfigError, match=says):
         make_plan(spec(**fields).with_settings({"data.manifest": path}), None)
+
+
+def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tmp_path) -> None:
+    plan = make_plan(spec(storage=str(tmp_path)), None)
+    for share, fits in ((1.01, False), (1.03, True)):
+        assert replace(plan, free_bytes=int(share * plan.missing_bytes)).fits_disk is fits
+
+
+def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monkeypatch, tmp_path) -> None:
+    """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
+    cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
+    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.ensure_features", lambda *args, **more: passes.append(args))
+    made = spec(storage=str(tmp_path))
+    needed = make_plan(made, None).missing_bytes
+    monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: int(0.9 * needed))
+    with pytest.raises(ImbvlmError, match=r"the stored features need .* more .*; reduce features\.num_views"):
+        run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+    assert not passes
+    assert not (tmp_path / "features").exists()
+
+
+def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_path) -> None:
+    """What one trial reads is one output of all splits, and image embeddings of the test split for a refit."""
+    space = {"parameters": {**SPACE["parameters"], "encoder.image_size": {"choice": [64, 96]}}}
+    plan = make_plan(spec(storage=str(tmp_path), space=space), None)
+
+    def words(gigabytes: float, concurrent: int = 2) -> str:
+        copies = Copies(folder=str(tmp_path), max_gigabytes=gigabytes, of_shared_folders=True)
+        return describe_plan(
+            replace(plan, spec=plan.spec.model_copy(update={"feature_copies": copies}), concurrent=concurrent)
+        )
+
+    (one, other), num_rows = plan.towers, TRAIN + VAL + TEST
+    assert one.trial_bytes == 2 * (num_rows * one.info.pooled_width + TEST * one.info.embedding_width)
+    both = (one.trial_bytes + other.trial_bytes) / 1e9
+    assert "TOO LITTLE for trials of several towers at once, which read them in place" in words(both / 1.1)
+    assert "TOO LITTLE" not in words(both / 1.1, concurrent=1) + words(both * 1.1)
+    assert "so that trials read the features in place" in words(both / 3)
 
 
 @pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +43,8 @@ SHARD_BYTES = 96_000_000
 LEAST_SHARDS = 8
 # Few CPUs: a worker each. Many: a worker per this many, since each holds the whole tower.
 THREADS_PER_WORKER = 4
-_DISK_MARGIN = 1.02
+# What lies beside a store's numbers: rows, reasons, Arrow's own words.
+DISK_MARGIN = 1.02
 
 
 class _Part(NamedTuple):
@@ -110,8 +110,8 @@ def ensure_features(
         _plan_part(config, manifest, root, ordered, encoder, part)
         for part in _parts(config, manifest, encoder, splits, five_crop)
     ]
-    _check_disk(config, root, works)
-    if copies.needed_for(root):
+    _check_disk([config], root, works)
+    if copies.needed_for(root) and not storage.is_local(root):
         _check_copies(copies, root, ordered, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
@@ -149,6 +149,40 @@ def plan_bytes(
     return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
+def trial_bytes(config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
+    """What one trial reads at the most: a refit reads its output of all splits, and image embeddings of the test."""
+    each = plan_bytes(config, manifest, outputs, manifest.splits)
+    beside = frozenset[OutputName]({"image_embedding"}) & outputs if "test" in manifest.splits else frozenset()
+    of_test = plan_bytes(config, manifest, beside, ("test",)).get("image_embedding", 0)
+    return max((count + (of_test if output != "image_embedding" else 0) for output, count in each.items()), default=0)
+
+
+def check_room(
+    configs: Sequence[TrialConfig],
+    manifest: Manifest,
+    root: str,
+    outputs: frozenset[OutputName],
+    *,
+    copies: Copies = DEFAULT_COPIES,
+) -> None:
+    """Refuse, before the first of the passes for these towers, what the disk can't hold of all splits of all of them.
+
+    Or what no machine could hold a copy of. Raises ImbvlmError.
+    """
+    root, free = storage.absolute(root), storage.free_bytes(root)
+    whole = sum(sum(plan_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
+    # What is there already is looked up, with the towers' weights, only where that matters.
+    if free is not None and whole * DISK_MARGIN > free:
+        works = [work for config in configs for work in _works_left(config, manifest, root, outputs, manifest.splits)]
+        # Towers may share a store.
+        _check_disk(configs, root, list({work.store.folder: work for work in works}.values()))
+    if copies.needed_for(root) and not storage.is_local(root):
+        for config in configs:
+            _check_copy(
+                copies, f"what a trial of {config.encoder.name} reads of {root}", trial_bytes(config, manifest, outputs)
+            )
+
+
 def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:
     """Crops of some official splits that training and evaluation read."""
     return sum(num_rows * num_views for num_rows, num_views in _sizes(config, manifest, splits))
@@ -181,8 +215,15 @@ def stored_images(
 
     Needs the weights; writes nothing, and takes a shard that is there for whole. Raises ImbvlmError.
     """
-    encoder = Encoder.from_config(config.encoder, config.eval)
-    num_images = num_bytes = 0
+    works = _works_left(config, manifest, root, outputs, splits)
+    return sum(work.num_images for work in works), sum(work.num_bytes(output) for work in works for output in outputs)
+
+
+def _works_left(
+    config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
+) -> list[_Work]:
+    """What `stored_images` counts."""
+    encoder, found = Encoder.from_config(config.encoder, config.eval), []
     for part in _parts(config, manifest, encoder, splits, ("test",) if "test" in splits else ()):
         rows = part.rows(manifest)
         key = _store_key(config, rows, encoder, part)
@@ -197,10 +238,8 @@ def stored_images(
             if output in outputs and config.features.store
         }
         shards = {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)}
-        work = _Work(part, store, rows, shards)
-        num_images += work.num_images
-        num_bytes += sum(work.num_bytes(output) for output in missing)
-    return num_images, num_bytes
+        found.append(_Work(part, store, rows, shards))
+    return found
 
 
 def _any_of(missing: Mapping[OutputName, Sequence[int]]) -> list[int]:
@@ -284,14 +323,12 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Par
     )
 
 
-def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
+def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work]) -> None:
     needed = {output: sum(work.num_bytes(output) for work in works) for output in OUTPUT_NAMES}
-    total = sum(needed.values())
-    if not total or not storage.is_local(root):
+    total, free = sum(needed.values()), storage.free_bytes(root)
+    if free is None or not total or total * DISK_MARGIN <= free:
         return
-    free = shutil.disk_usage(storage.local_path(root)).free
-    if total * _DISK_MARGIN <= free:
-        return
+    config = configs[0]
     features = config.features
     knobs = [f"features.num_views ({features.num_views})", f"features.precision ({features.precision})"]
     if features.tail_views is not None:
@@ -302,6 +339,8 @@ def _check_disk(config: TrialConfig, root: str, works: Sequence[_Work]) -> None:
         knobs += token_knobs(config)
         reading = ", ".join(name for name, entry in METHODS.items() if entry.reads == "tokens")
         knobs.append(f"or leave out the methods that need tokens ({reading})")
+    if len(configs) > 1:
+        knobs.append(f"the number of towers ({len(configs)})")
     parts = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
     raise ImbvlmError(
         f"the stored features need {size_text(total)} more ({parts}) and {root} has {size_text(free)} free; reduce "
@@ -317,14 +356,17 @@ def token_knobs(config: TrialConfig) -> list[str]:
 
 
 def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], works: Sequence[_Work]) -> None:
-    """Refuse what a machine could never hold: a trial reads all splits of an output together.
-
-    Of other machines only the limit is known, and not the disk.
-    """
+    """A trial reads all splits of an output together."""
     num_bytes = {output: sum(work.store.layout.num_bytes(output) for work in works) for output in outputs}
-    if num_bytes and (copies.max_gigabytes is not None or is_alone()):
+    if num_bytes:
         largest = max(num_bytes, key=num_bytes.__getitem__)
-        copies.check_fits(f"{largest} of {root}", num_bytes[largest], here=is_alone())
+        _check_copy(copies, f"{largest} of {root}", num_bytes[largest])
+
+
+def _check_copy(copies: Copies, what: str, num_bytes: int) -> None:
+    """Refuse what a machine could never hold; of other machines only the limit is known, and not the disk."""
+    if copies.max_gigabytes is not None or is_alone():
+        copies.check_fits(what, num_bytes, here=is_alone())
 
 
 # -------------------------------------------------------------------------------------------------- filling

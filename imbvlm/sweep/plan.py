@@ -14,7 +14,15 @@ from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.extract import image_bytes, num_crops, plan_bytes, stored_images, token_knobs
+from imbvlm.features.extract import (
+    DISK_MARGIN,
+    image_bytes,
+    num_crops,
+    plan_bytes,
+    stored_images,
+    token_knobs,
+    trial_bytes,
+)
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.models.towers import find_tower
 from imbvlm.storage import size_text
@@ -56,7 +64,8 @@ Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], 
 class Tower:
     """One tower of the space: what its stored outputs take on disk, and what is still to be computed of them.
 
-    Without a manifest `num_bytes` is of one image and view; `missing_images` is None where it isn't known.
+    Without a manifest `num_bytes` is of one image and view; `missing_images` is None where it isn't known. One trial
+    reads `trial_bytes` at the most.
     """
 
     config: TrialConfig
@@ -64,7 +73,7 @@ class Tower:
     num_bytes: int
     missing_bytes: int
     missing_images: int | None
-    largest_output_bytes: int = 0
+    trial_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Plan:
         """None where it can't be known."""
         if self.free_bytes is None or self.manifest is None:
             return None
-        return self.missing_bytes <= self.free_bytes
+        return self.missing_bytes * DISK_MARGIN <= self.free_bytes
 
     @property
     def copy_bytes(self) -> int:
@@ -115,8 +124,14 @@ class Plan:
     @property
     def fits_copies(self) -> bool:
         """Whether this machine could hold what one trial reads."""
-        largest = max((tower.largest_output_bytes for tower in self.towers), default=0)
+        largest = max((tower.trial_bytes for tower in self.towers), default=0)
         return not self.copy_bytes or largest <= self.spec.feature_copies.limit_bytes()
+
+    @property
+    def fits_all_copies(self) -> bool:
+        """Whether it could hold what trials of as many towers read as can run at once."""
+        largest = sorted((tower.trial_bytes for tower in self.towers), reverse=True)[: self.concurrent]
+        return not self.copy_bytes or sum(largest) <= self.spec.feature_copies.limit_bytes()
 
     @property
     def gpu_hours(self) -> Range | None:
@@ -247,15 +262,15 @@ def _tower(
     if manifest is None:
         return Tower(config, info, image_bytes(config, info, outputs), 0, None)
     each = plan_bytes(config, manifest, outputs, manifest.splits)
-    total, largest = sum(each.values()), max(each.values(), default=0)
+    total, most = sum(each.values()), trial_bytes(config, manifest, outputs)
     crops = num_crops(config, manifest, manifest.splits)
     root = spec.feature_root
     if not config.features.store:
         return Tower(config, info, 0, 0, 0)
     if not look or not storage.exists(root) or not find_tower(config.encoder).has_weights:
-        return Tower(config, info, total, total, crops, largest)
+        return Tower(config, info, total, total, crops, most)
     images, missing = stored_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
-    return Tower(config, info, total, missing, images, largest)
+    return Tower(config, info, total, missing, images, most)
 
 
 def _features_seconds(
@@ -437,8 +452,16 @@ def _disk(plan: Plan) -> str:
 def _copies(plan: Plan) -> str:
     copies = plan.spec.feature_copies
     limit = f"at most {size_text(copies.limit_bytes())} on this one"
+    in_place = storage.is_local(plan.spec.feature_root)
     if not plan.fits_copies:
-        limit = f"and ONLY {size_text(copies.limit_bytes())} on this one, too little for a trial"
+        what = "so that trials read the features in place" if in_place else "too little for a trial"
+        limit = f"and ONLY {size_text(copies.limit_bytes())} on this one, {what}"
+    elif not plan.fits_all_copies:
+        what = "read them in place" if in_place else "wait for each other's end"
+        limit += (
+            f", TOO LITTLE for trials of several towers at once, which {what}; set feature_copies.max_gigabytes "
+            "higher, feature_copies.folder to a larger disk, or search one tower at a time"
+        )
     return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {copies.root}: {limit}"
 
 
@@ -588,6 +611,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "bytes": plan.copy_bytes,
             "limit_bytes": spec.feature_copies.limit_bytes(),
             "fits": plan.fits_copies,
+            "fits_all_towers": plan.fits_all_copies,
         }
         if plan.copy_bytes
         else None,

@@ -18,7 +18,7 @@ from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError, LostProcessesError, Problem, StorageError
 from imbvlm.features.examples import FeatureSet
-from imbvlm.features.extract import ensure_features, num_crops, seconds_per_image, stored_images
+from imbvlm.features.extract import check_room, ensure_features, num_crops, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
 from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
@@ -166,6 +166,8 @@ class _Sweep:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
         self.budget.enter("features")
+        towers, outputs = tower_configs(spec, space), needed_outputs(spec, space)
+        check_room(towers, manifest, spec.feature_root, outputs, copies=spec.feature_copies)
         began, splits = time.monotonic(), ("train", "val") if "val" in manifest.splits else ("train",)
         self.features = self._extract(splits)
         if self.budget.is_limited and "test" in manifest.splits:
