@@ -224,6 +224,16 @@ def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_p
     check_room([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
 
 
+@pytest.mark.usefixtures("without_ray")
+def test_trials_on_several_machines_are_told_to_copy_a_shared_folder(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies is None
+    monkeypatch.setattr("imbvlm.features.extract.has_many_machines", lambda: True)
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies == Copies()
+
+
 def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path)
     with pytest.raises(ImbvlmError, match="has no test rows; it has train, val"):

@@ -220,6 +220,23 @@ def test_a_process_that_was_killed_uses_nothing_any_more(tmp_path: Path) -> None
     assert num_copies(tmp_path) == 1
 
 
+def test_by_itself_a_cluster_copies_a_shared_folder_and_one_machine_does_not() -> None:
+    """A node of a cluster would read every epoch over the network."""
+    assert Copies().needed_for("/shared/features", many_machines=True)
+    assert not Copies().needed_for("/home/me/features", many_machines=False)
+    assert Copies().needed_for("s3://bucket/features", many_machines=False)
+
+
+def test_by_itself_nothing_is_copied_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /tmp is a tmpfs, as on many nodes of Slurm, copies would take the memory that the trial is given."""
+    monkeypatch.setattr(os, "major", lambda device: 8)
+    copies_of(tmp_path).check_disk()
+    monkeypatch.setattr(os, "major", lambda device: 0)
+    with pytest.raises(StorageError, match=r"copies on .* isn't on a disk of this machine; set feature_copies.folder"):
+        copies_of(tmp_path).check_disk()
+    Copies(folder=str(tmp_path), of_shared_folders=True).check_disk()
+
+
 def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_otherwise(tmp_path: Path) -> None:
     layout = StoreLayout("d", 6, 1, 3, "float32", {"tokens": (2, 2), "pooled": (4,), "image_embedding": (2,)})
     shared = str(tmp_path / "shared")
@@ -227,8 +244,8 @@ def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_oth
     for shard in range(2):
         store.write("pooled", shard, values[3 * shard : 3 * shard + 3], [None] * 3)
     copies = Copies(folder=str(tmp_path / "copies"), of_shared_folders=True)
-    assert copies.needed_for(shared)
-    assert not copies_of(tmp_path).needed_for(shared)
+    assert copies.needed_for(shared, many_machines=False)
+    assert not Copies(of_shared_folders=False).needed_for(shared, many_machines=True)
     copied = FeatureStore.open(shared, ("pooled",), copies)
     expected = values[:, 0].astype(np.float32)
     assert np.array_equal(copied.gather("pooled", np.arange(6)).numpy(), expected)

@@ -112,3 +112,13 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     caplog.clear()
     assert list(reports_of(second))[-1]["done_training"]
     assert not caplog.messages, "now there is room"
+
+
+def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(settings, tmp_path, monkeypatch, caplog):
+    """That a cluster's machines keep copies by themselves must cost none of them the memory that its /tmp lies in."""
+    monkeypatch.setattr("os.major", lambda device: 0)
+    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=Copies(folder=str(tmp_path / "copies")))
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
+    assert last["done_training"]
+    assert not (tmp_path / "copies").exists()
+    assert "isn't on a disk of this machine" in caplog.text

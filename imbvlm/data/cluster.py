@@ -144,6 +144,11 @@ def is_alone() -> bool:
     return not ray.is_initialized() or sum(bool(node["Alive"]) for node in ray.nodes()) < 2
 
 
+def has_many_machines() -> bool:
+    """Whether a cluster is connected that has, or may grow to, more machines than one."""
+    return ray.is_initialized() and len(connected_cluster().grown) > 1
+
+
 def connected_cluster() -> Cluster:
     """The connected cluster as it is by now."""
     return _describe(started_here=False)

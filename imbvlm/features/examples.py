@@ -111,6 +111,7 @@ def held_here(
     if not all(storage.is_local(one.source) for one in wanted):
         return features, copies.hold(wanted)
     try:
+        copies.check_disk()
         # No trial waits for what it can read all the same.
         return features, copies.hold(wanted, wait_seconds=0.0)
     except NoCopyError as error:

@@ -16,7 +16,7 @@ import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
-from imbvlm.data.cluster import connected, is_alone, ray_gpus
+from imbvlm.data.cluster import connected, has_many_machines, is_alone, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
@@ -111,7 +111,7 @@ def ensure_features(
         for part in _parts(config, manifest, encoder, splits, five_crop)
     ]
     _check_disk([config], root, works)
-    if copies.needed_for(root) and not storage.is_local(root):
+    if not storage.is_local(root):
         _check_copies(copies, root, ordered, works)
     for work in works:
         _write_tower(work.store.folder, encoder)
@@ -132,7 +132,7 @@ def ensure_features(
     tail = next((work.store.folder for work in works if work.part.is_tail), None)
     location = absolute_manifest(config.data.manifest)
     tower = absolute_encoder(config.encoder).model_dump(mode="json")
-    kept = copies if copies.needed_for(root) else None
+    kept = copies if copies.needed_for(root, many_machines=has_many_machines()) else None
     return FeatureSet(location, folders, ordered, encoder.info, embeddings, tower, crops, tail, kept)
 
 
@@ -176,7 +176,7 @@ def check_room(
         works = [work for config in configs for work in _works_left(config, manifest, root, outputs, manifest.splits)]
         # Towers may share a store.
         _check_disk(configs, root, list({work.store.folder: work for work in works}.values()))
-    if copies.needed_for(root) and not storage.is_local(root):
+    if not storage.is_local(root):
         for config in configs:
             _check_copy(
                 copies, f"what a trial of {config.encoder.name} reads of {root}", trial_bytes(config, manifest, outputs)

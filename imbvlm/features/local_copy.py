@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -65,8 +65,10 @@ class Copies(Section):
 
     folder: str | None = Field(None, description="on each machine's own disk; null: imbvlm-features-UID in /tmp")
     max_gigabytes: float | None = Field(None, gt=0, description="on each machine; null: 80 % of that disk")
-    of_shared_folders: bool = Field(
-        False, description="copy from a file system that machines share, too; from an object store it is always so"
+    of_shared_folders: bool | Literal["auto"] = Field(
+        "auto",
+        description="copy from a file system that machines share, too; auto: where there are several, to those "
+        "that have a disk for it; from an object store it is always so",
     )
 
     @field_validator("folder")
@@ -76,9 +78,23 @@ class Copies(Section):
             raise ValueError(f"folder is {folder!r}, which isn't a place on each machine; give a path from / or ~ on")
         return folder
 
-    def needed_for(self, uri: str) -> bool:
+    def needed_for(self, uri: str, *, many_machines: bool) -> bool:
         """Whether trials read a copy of what lies there."""
-        return self.of_shared_folders or not storage.is_local(uri)
+        of_shared = many_machines if self.of_shared_folders == "auto" else self.of_shared_folders
+        return of_shared or not storage.is_local(uri)
+
+    def check_disk(self) -> None:
+        """Raise NoCopyError where nobody asked for copies and this machine has no disk for them.
+
+        Copies in memory would take that of trials, and those in a container's own layer or on a network help nobody.
+        """
+        there = next(one for one in (self.root, *self.root.parents) if one.exists())
+        # What is no block device has no major number.
+        if self.of_shared_folders == "auto" and os.major(there.stat().st_dev) == 0:
+            raise NoCopyError(
+                f"{self.root} on {socket.gethostname()} isn't on a disk of this machine; set feature_copies.folder to "
+                "one, or feature_copies.of_shared_folders to true or false"
+            )
 
     @property
     def root(self) -> Path:

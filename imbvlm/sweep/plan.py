@@ -118,7 +118,9 @@ class Plan:
     def copy_bytes(self) -> int:
         """What trials read in all, of which each machine keeps what it can; 0 where they read the folder itself."""
         copies = self.spec.feature_copies
-        known = self.manifest is not None and copies.needed_for(self.spec.feature_root)
+        known = self.manifest is not None and copies.needed_for(
+            self.spec.feature_root, many_machines=self.num_machines > 1
+        )
         return sum(tower.num_bytes for tower in self.towers) if known else 0
 
     @property
