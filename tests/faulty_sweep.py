@@ -71,7 +71,8 @@ class Sweep:
 
     def spec(self, **fields) -> SweepSpec:
         """What it runs, with other fields."""
-        return sweep_spec(self.manifest, self.storage, **{**self.fields, **fields})
+        copies = {"folder": str(self.folder.absolute() / "copies")}
+        return sweep_spec(self.manifest, self.storage, **{"feature_copies": copies, **self.fields, **fields})
 
     def started(self) -> bool:
         return bool(self._paths())

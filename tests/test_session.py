@@ -9,6 +9,7 @@ import torch
 from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
 from imbvlm import storage
+from imbvlm.errors import DiskFullError
 from imbvlm.features.local_copy import Copies
 from imbvlm.training.session import TrialSession, TrialSettings
 
@@ -122,3 +123,17 @@ def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(sett
     assert last["done_training"]
     assert not (tmp_path / "copies").exists()
     assert "isn't on a disk of this machine" in caplog.text
+
+
+def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(settings, tmp_path, monkeypatch, caplog):
+    """Else the sweep would take it for its own disk, and stop."""
+
+    def full(uri, path):
+        raise DiskFullError(f"can't write {path}: the disk is full; free some space there")
+
+    monkeypatch.setattr("imbvlm.storage.download", full)
+    copies = Copies(folder=str(tmp_path / "copies"), of_shared_folders=True)
+    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=copies)
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
+    assert last["done_training"]
+    assert "the disk is full" in caplog.text

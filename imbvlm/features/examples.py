@@ -20,7 +20,7 @@ from imbvlm.config import EncoderConfig, Tree, TrialConfig
 from imbvlm.data.image_rows import ImageRows
 from imbvlm.data.images import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
-from imbvlm.features.local_copy import Copies, HeldCopy, NoCopyError
+from imbvlm.features.local_copy import Copies, HeldCopy
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreError
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 
@@ -114,7 +114,8 @@ def held_here(
         copies.check_disk()
         # No trial waits for what it can read all the same.
         return features, copies.hold(wanted, wait_seconds=0.0)
-    except NoCopyError as error:
+    except storage.StorageError as error:
+        # Whatever it is, a full disk of this machine's too: if the folder itself is away, reading says so.
         _log.warning("features are read where they lie, which may be slower: %s", error)
         return replace(features, copies=None), []
 

@@ -98,9 +98,9 @@ def ensure_features(
     tower before anything is computed.
 
     With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
-    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Trials read what lies
-    in an object store from `copies`. Raises ImbvlmError where the tower can't be had, a disk is too small, or
-    `data.on_bad_image: strict` meets a bad image.
+    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Trials read from
+    `copies` what lies in an object store or is shared by several machines. Raises ImbvlmError where the tower can't be
+    had, a disk is too small, or `data.on_bad_image: strict` meets a bad image.
     """
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
