@@ -64,7 +64,7 @@ def assert_as_alone(results, config: TrialConfig, data, first: int = 0) -> None:
     """Results of epochs from `first` on are those of the configuration trained alone."""
     expected, _ = alone(config, data)
     assert [one.metrics["val/loss"] for one in results] == pytest.approx(
-        [one["val/loss"] for one in expected[first:]], rel=2e-5
+        [one["val/loss"] for one in expected[first:]], rel=1e-5
     )
 
 
@@ -84,7 +84,7 @@ def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
         torch.testing.assert_close(weights(runs[place]), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.loss))
         for epoch, metrics in enumerate(expected):
             for name in ("train/loss", "train/lr", "val/loss", "val/balanced_accuracy", "val/best_top1_accuracy"):
-                assert together[epoch][place][name] == pytest.approx(metrics[name], rel=2e-5), (config.loss, name)
+                assert together[epoch][place][name] == pytest.approx(metrics[name], rel=1e-5), (config.loss, name)
 
 
 def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
@@ -175,7 +175,7 @@ def test_second_stages_train_together_as_each_does_alone(tmp_path):
         torch.testing.assert_close(weights(run), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.second_stage))
         for name in ("val/loss", "train/loss", "train/lr", "second_stage/tau"):
             got, wanted = ([one[name] for one in epochs if name in one] for epochs in (results, expected))
-            assert got == pytest.approx(wanted, rel=2e-5), (config.second_stage, name)
+            assert got == pytest.approx(wanted, rel=1e-5), (config.second_stage, name)
 
 
 def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(tmp_path, monkeypatch):

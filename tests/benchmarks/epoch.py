@@ -14,18 +14,18 @@ from imbvlm.training.epochs import build_trial
 
 @dataclass(frozen=True)
 class InMemory:
-    """What `Examples` reads, as one tensor for each output."""
+    """What `Examples` reads, as one tensor for each output; `index_select` is faster than an index in brackets."""
 
     tensors: dict[str, torch.Tensor]
     num_views: int = 1
 
     def gather(self, output: str, rows: np.ndarray, views: np.ndarray | None = None) -> torch.Tensor:
-        return self.tensors[output][torch.from_numpy(rows)]
+        return self.tensors[output].index_select(0, torch.from_numpy(rows))
 
 
 def lines(options: Options) -> Iterator[Line]:
     for method, number, knobs in (
-        ("decoder", 384, {"decoder__depth": 3}),
+        ("decoder", 256, {"decoder__depth": 3}),
         ("decoder", 1000, {"decoder__depth": 1, "decoder__width": 192}),
         ("linear_probe", 20_000, {}),
     ):

@@ -3,50 +3,77 @@
 import os
 from collections.abc import Iterator
 from time import perf_counter
+from typing import Any
+from unittest.mock import patch
 
 import made
 import torch
-from table import Line, Options, rates, shown
+from table import Line, Options, number, rates, shown
 
 from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.extract import ensure_features
+from imbvlm.data.pipeline import Block, map_images
+from imbvlm.features import extract
 from imbvlm.features.tower_pass import BATCH_ON_CPU, BATCH_ON_GPU
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.encoder_info import ComputedIn
 
 
 def lines(options: Options) -> Iterator[Line]:
-    """The rate between the first block and the last: what a long pass has; and the whole call."""
-    architecture, number = ("ViT-L-14", 20_000) if options.large else ("ViT-B-32", 640)
+    """The rate once all workers are at work, which is what a long pass has; and the whole call."""
+    # Blocks of 64, which are whole batches, as long passes have.
+    architecture, num_images = ("ViT-L-14", 20_000) if options.large else ("ViT-B-32", 512)
     name = made.tower(options.folder / "tower", architecture)
-    manifest = made.image_manifest(options.folder / "data", number, 64, 20)
-    num_bare = 4000 if options.large else 192
-    bare = bare_rate(EncoderConfig(name=name), options.device, num_bare)
+    tower = EncoderConfig(name=name)
+    manifest = made.image_manifest(options.folder / "data", num_images, 64, 20)
+    num_bare = 2000 if options.large else 96
     config = TrialConfig.from_tree({"data": {"manifest": manifest}, "encoder": {"name": name}, "method": "zero_shot"})
-    seen: list[tuple[float, int]] = []
-
-    def note(text: str) -> None:
-        if " of " in text:
-            seen.append((perf_counter(), int(text.split()[1].replace(",", ""))))
-
-    begin = perf_counter()
-    outputs = frozenset({"tokens", "pooled", "image_embedding"})
-    ensure_features(config, Manifest.read(manifest), str(options.folder / "store"), outputs, ("train",), report=note)
-    whole = perf_counter() - begin
-    (first, done), (last, total) = seen[0], seen[-1]
-    what = f"extraction, {architecture} at 224 px, {total:,} JPEGs of 256 px, all outputs stored"
-    yield rates(what, (total - done) / (last - first), bare, "images/s", 0.9)
+    # The machine may get slower or faster meanwhile: what is bare is measured before and behind.
+    before = bare_rate(tower, options.device, num_bare)
+    rate, whole = _extract(config, str(options.folder / "store"))
+    behind = bare_rate(tower, options.device, num_bare)
+    what = f"extraction, {architecture} at 224 px, {num_images:,} JPEGs of 256 px, all outputs"
+    yield rates(what, rate, (before + behind) / 2, "images/s", 0.9)
+    yield shown("  the bare tower before and behind", f"{number(before)}, {number(behind)} images/s")
     yield shown("  the whole call, with Ray's start, the tower's and its check", whole, "s")
-    for what, tower in (
-        (architecture, EncoderConfig(name=name)),
+    for what, one in (
+        (architecture, tower),
         ("the package's tower at 96 px", EncoderConfig(name="tinylit_lite0", image_size=96)),
     ):
-        halved, full = (bare_rate(tower, options.device, num_bare // 3, kind) for kind in ("bfloat16", "float32"))
+        halved, full = (bare_rate(one, options.device, num_bare // 2, kind) for kind in ("bfloat16", "float32"))
         yield rates(f"  the bare tower in bfloat16 beside float32, {what}", halved, full, "images/s")
 
 
-def bare_rate(tower: EncoderConfig, device: str, number: int, computed_in: ComputedIn | None = None) -> float:
+def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
+    """Images a second, and seconds of the whole call."""
+    done: list[tuple[float, int]] = []
+    workers = []
+
+    def watched(*arguments: Any, num_workers: int, **named: Any) -> Iterator[Block]:
+        workers.append(num_workers)
+        for summary in map_images(*arguments, num_workers=num_workers, **named):
+            done.append((perf_counter(), summary["num_images"]))
+            yield summary
+
+    outputs = frozenset({"tokens", "pooled", "image_embedding"})
+    begin = perf_counter()
+    with patch.object(extract, "map_images", watched):
+        extract.ensure_features(
+            config, Manifest.read(config.data.manifest), root, outputs, ("train",), report=lambda line: None
+        )
+    return steady_rate(done, *workers), perf_counter() - begin
+
+
+def steady_rate(done: list[tuple[float, int]], num_workers: int) -> float:
+    """Images a second by blocks' ends and sizes, from each worker's first block on.
+
+    When the first block of all is done, those of other workers nearly are as well: they would count as made in no time.
+    """
+    counted = done[num_workers:]
+    return sum(size for _, size in counted) / (counted[-1][0] - done[num_workers - 1][0])
+
+
+def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputedIn | None = None) -> float:
     """Images a second of a tower over tensors in memory, with all cores and the batch size that suits it best.
 
     Without `computed_in` in what it computes by itself.
@@ -55,13 +82,13 @@ def bare_rate(tower: EncoderConfig, device: str, number: int, computed_in: Compu
     encoder = Encoder.from_config(tower, EvalConfig(), device)
     if computed_in is not None:
         encoder.compute_in(computed_in)
-    pixels = torch.randint(0, 255, (number, 3, encoder.info.image_size, encoder.info.image_size), dtype=torch.uint8)
+    pixels = torch.randint(0, 255, (num_images, 3, encoder.info.image_size, encoder.info.image_size), dtype=torch.uint8)
     best = 0.0
     for size in (BATCH_ON_GPU,) if device == "cuda" else (BATCH_ON_CPU, 4 * BATCH_ON_CPU):
         encoder.forward_images(pixels[:size])
         begin = perf_counter()
-        for start in range(0, number, size):
+        for start in range(0, num_images, size):
             outputs = encoder.forward_images(pixels[start : start + size])
         outputs.pooled.sum().item()
-        best = max(best, number / (perf_counter() - begin))
+        best = max(best, num_images / (perf_counter() - begin))
     return best

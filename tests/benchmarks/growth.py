@@ -23,6 +23,8 @@ from imbvlm.training.session import TrialSettings
 
 # A step of the size may cost this much more than its share: what is fixed is paid by the small ones, caches end.
 SLACK = 1.5
+# Processes that do the same differ by several MB: growth from less than this can't be told from chance.
+LEAST_MEGABYTES = 10
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -38,12 +40,12 @@ def lines(options: Options) -> Iterator[Line]:
     measured = {n: apart(_run_through, options.folder / f"through{n}", n, options.device) for n in trials}
     what = "proposed by TPE, run one after another by Ray Tune, recorded, tabled; a linear probe on 200 images each"
     yield from _growth("trials", measured, what)
-    for words, searcher in (("TPE, which looks at all earlier ones each time", "tpe"), ("random search", "random")):
-        measured = {n: apart(_searched, options.folder / f"{searcher}{n}", n, searcher) for n in trials}
-        yield from _growth("trials", measured, f"proposed by {words}, told, recorded, tabled; nothing trained")
+    measured = {n: apart(_searched, options.folder / f"searched{n}", n) for n in trials}
+    yield from _growth("trials", measured, "proposed by TPE, told, recorded, tabled; nothing trained")
 
 
 def _growth(of: str, measured: dict[int, tuple[float, float]], what: str) -> Iterator[Line]:
+    """What the smallest size takes in memory is taken for fixed: libraries, buffers of a batch."""
     yield shown(f"{of}: {what}", "")
     sizes = list(measured)
     for size, (taken, megabytes) in measured.items():
@@ -51,6 +53,11 @@ def _growth(of: str, measured: dict[int, tuple[float, float]], what: str) -> Ite
     for small, large in itertools.pairwise(sizes):
         share = measured[large][0] / measured[small][0] / (large / small)
         yield limited(f"  {small:,} to {large:,} {of}: growth of time over growth of {of}", share, "", SLACK)
+    least, fixed = sizes[0], measured[sizes[0]][1]
+    for small, large in itertools.pairwise(sizes[1:]):
+        before, after = (measured[size][1] - fixed for size in (small, large))
+        share = after / max(before, LEAST_MEGABYTES) / ((large - least) / (small - least))
+        yield limited(f"  {small:,} to {large:,} {of}: growth of memory beyond that of {least:,}", share, "", SLACK)
 
 
 def apart(work: Callable[..., float], *arguments: object) -> tuple[float, float]:
@@ -102,7 +109,7 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
 
 def _run_through(folder: Path, num_trials: int, device: str) -> float:
     features = made.stored_features(folder / "features", 200, num_classes=10)
-    spec = _spec("tpe", num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
+    spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
     console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
     lane = Lane(spec, str(folder), TrialLog(str(folder)), console, 1, budget, 10)
 
@@ -121,8 +128,8 @@ def _run_through(folder: Path, num_trials: int, device: str) -> float:
     return taken
 
 
-def _searched(folder: Path, num_trials: int, searcher_name: str) -> float:
-    spec = _spec(searcher_name, num_trials, {"data": {"manifest": "made"}}, "cpu")
+def _searched(folder: Path, num_trials: int) -> float:
+    spec = _spec(num_trials, {"data": {"manifest": "made"}}, "cpu")
     log = TrialLog(str(folder))
 
     def payload(job: object) -> dict[str, object]:
@@ -143,7 +150,7 @@ def _searched(folder: Path, num_trials: int, searcher_name: str) -> float:
     return time.perf_counter() - begin
 
 
-def _spec(searcher_name: str, num_trials: int, base: dict[str, object], device: str) -> SweepSpec:
+def _spec(num_trials: int, base: dict[str, object], device: str) -> SweepSpec:
     base = {"encoder": {"name": "made"}, "method": "linear_probe", **base}
     space = {"parameters": {
         "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
@@ -151,5 +158,5 @@ def _spec(searcher_name: str, num_trials: int, base: dict[str, object], device: 
         "classifier.temperature": {"loguniform": [0.01, 0.1]},
         "optim.lr": {"loguniform": [1e-3, 0.5]}}}  # fmt: skip
     return SweepSpec.from_tree({
-        "name": "made", "base": base, "space": space, "num_trials": num_trials, "searcher": {"name": searcher_name},
+        "name": "made", "base": base, "space": space, "num_trials": num_trials, "searcher": {"name": "tpe"},
         "gpus_per_worker": 1.0 if device == "cuda" else 0.0})  # fmt: skip

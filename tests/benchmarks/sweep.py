@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from cpu import WatchedCommand
 from extraction import bare_rate
-from table import Line, Options, seconds, shown, times
+from table import Line, Options, limited, seconds, shown, times
 from tune_script import WholeDecoder
 
 from imbvlm.config import DecoderConfig, EncoderConfig
@@ -32,6 +32,8 @@ NUM_TRIALS, NUM_EPOCHS, BATCH_SIZE, DEPTH, NUM_CLASSES = 16, 4, 32, 3, 20
 LOSSES = ("cross_entropy", "balanced_softmax")
 RATES = tuple(round(float(rate), 5) for rate in np.geomspace(0.003, 0.1, NUM_TRIALS // len(LOSSES)))
 METRIC = "val/balanced_accuracy"
+# Of every epoch, by loss and learning rate.
+Accuracies = Mapping[tuple[str, float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Ours:
     command: float
     until_first_trial: float
     num_epochs: int
-    accuracies: Mapping[tuple[str, float], float]
+    accuracies: Accuracies
 
 
 @dataclass(frozen=True)
@@ -56,52 +58,70 @@ class Script:
     whole: float
     cpu: float
     spent: Mapping[str, float]
-    accuracies: Mapping[tuple[str, float], float]
+    accuracies: Accuracies
 
 
 def lines(options: Options) -> Iterator[Line]:
-    num_train = options.images or (4000 if options.large else 240)
+    num_train = options.images or (4000 if options.large else 160)
     num_val = num_train // 3
     architecture = "ViT-L-14" if options.large else "ViT-B-32"
     tower = made.tower(options.folder / "tower", architecture)
     manifest = made.image_manifest(options.folder / "data", num_train, num_val, NUM_CLASSES)
     num_run = options.script_trials
     yield shown(f"{NUM_TRIALS} trials of {NUM_EPOCHS} epochs: {architecture}, decoder of depth {DEPTH}", "")
-    yield shown(
-        f"  on {num_train:,} training and {num_val:,} validation images, {num_run} of the script's trials run", ""
-    )
-    towers = {kind: bare_rate(EncoderConfig(name=tower), options.device, 64, kind) for kind in get_args(ComputedIn)}
-    computed_in = max(towers, key=towers.__getitem__)
-    plain, asha = (run_ours(options, tower, manifest, name, computed_in) for name in ("none", "asha"))
+    yield shown(f"  on {num_train:,} training and {num_val:,} validation images; {num_run} of the script's trials", "")
+    on_gpu = options.device == "cuda"
+    towers = {kind: bare_rate(EncoderConfig(name=tower), options.device, 32, kind) for kind in get_args(ComputedIn)}
+    tower_in = max(towers, key=towers.__getitem__)
+    plain, asha = (run_ours(options, tower, manifest, name, tower_in, "bfloat16") for name in ("none", "asha"))
+    shipped = run_ours(options, tower, manifest, "asha", None, None)
     script = run_script(options, tower, manifest, num_run)
-    yield times("whole sweep, ASHA off on both sides", plain.search, script.whole, "s", 10)
-    yield times("whole sweep as shipped, with ASHA, the script without", asha.search, script.whole, "s", 20)
-    yield times("  CPU seconds of the same, ASHA off", plain.cpu, script.cpu, "s")
-    yield times("  CPU seconds of the same, ASHA on", asha.cpu, script.cpu, "s")
-    yield shown("  with refit, report and end, ASHA off and on", f"{plain.command:.0f} s, {asha.command:.0f} s")
-    # The script's tower computes in bfloat16 on a GPU.
-    faster = towers[computed_in] / towers["bfloat16" if options.device == "cuda" else "float32"]
+    scripts = "bfloat16" if on_gpu else "float32"
+    faster = towers[tower_in] / towers[scripts]
     info = describe_encoder(EncoderConfig(name=tower))
-    yield from _parts(options, info, script, plain, asha, num_train + num_val, faster)
-    ours = [plain.accuracies[key] for key in script.accuracies]
-    theirs = list(script.accuracies.values())
-    error = np.sqrt(2 * np.mean(ours) * (1 - np.mean(ours)) / num_val)
-    yield shown("  balanced accuracy of the same configurations, last epoch", f"{np.mean(ours):.3f}")
-    yield shown("  the script's", f"{np.mean(theirs):.3f}")
-    yield shown(
-        "  largest difference; standard error of one", f"{np.max(np.abs(np.subtract(ours, theirs))):.3f}; {error:.3f}"
-    )
+    cost = decoder_costs(options.device, info)
+    ours = f"tower {tower_in}, decoder bfloat16"
+    yield shown("  what the script computes in; the sweep by its defaults", f"{scripts}; {scripts}")
+    yield times(f"ASHA off on both sides; {ours}", plain.search, script.whole, "s", 10)
+    if not on_gpu:
+        share = halved(script, faster, cost) / script.cpu
+        yield times("  had the script computed in that too (worked out)", plain.search, share * script.whole, "s")
+    yield times(f"with ASHA, the script without; {ours}", asha.search, script.whole, "s")
+    yield times("as shipped: all defaults, ASHA, the script without", shipped.search, script.whole, "s", 20)
+    for words, one in (("ASHA off", plain), ("ASHA on", asha), ("as shipped", shipped)):
+        yield times(f"  CPU seconds of the same, {words}", one.cpu, script.cpu, "s")
+    commands = ", ".join(f"{one.command:.0f}" for one in (plain, asha, shipped))
+    yield shown("  with refit, report and end, of the three", f"{commands} s")
+    yield from _parts(options, cost, script, plain, asha, num_train + num_val, faster)
+    for words, one in ((ours, plain), ("as shipped", shipped)):
+        yield from _same_accuracy(words, one.accuracies, script.accuracies, num_val)
+
+
+def halved(script: Script, faster: float, cost: Mapping[str, float]) -> float:
+    """CPU seconds of the script if it computed in bfloat16: its tower so many times faster, its decoder by `cost`."""
+    tower, decoder = script.spent["tower"], script.spent["decoder"]
+    return script.cpu - tower * (1 - 1 / faster) - decoder * (1 - cost["whole in bfloat16"] / cost["whole"])
+
+
+def _same_accuracy(words: str, ours: Accuracies, theirs: Accuracies, num_val: int) -> Iterator[Line]:
+    """Of configurations that both sides ran, at the last epoch that both did: ASHA ends trials early."""
+    last = [min(len(ours[key]), len(theirs[key])) - 1 for key in theirs]
+    pairs = np.array([(ours[key][at], theirs[key][at]) for key, at in zip(theirs, last, strict=True)])
+    mean = pairs.mean()
+    yield shown(f"  balanced accuracy; {words}; script's", f"{pairs[:, 0].mean():.3f}; {pairs[:, 1].mean():.3f}")
+    error = float(np.sqrt(mean * (1 - mean) / num_val))
+    apart = float(np.abs(pairs[:, 0] - pairs[:, 1]).max())
+    yield limited("    largest difference, at most twice the binomial standard error", apart, "", 2 * error)
 
 
 def _parts(
-    options: Options, info: EncoderInfo, script: Script, plain: Ours, asha: Ours, images: int, faster: float
+    options: Options, cost: Mapping[str, float], script: Script, plain: Ours, asha: Ours, images: int, faster: float
 ) -> Iterator[Line]:
     """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds.
 
     The sweep's tower is `faster` so many times by what it computes in.
     """
     on_gpu = options.device == "cuda"
-    cost = decoder_costs(options.device, info)
     left = sum(script.spent.values())
     yield shown(f"  {'wall' if on_gpu else 'CPU'} seconds of the script", left)
     yield shown(f"    {', '.join(script.spent)}", ", ".join(f"{one:.0f}" for one in script.spent.values()))
@@ -125,8 +145,11 @@ def _parts(
     yield shown(f"  wall time until the first trial: Ray's start and {images:,} images", plain.until_first_trial, "s")
 
 
-def run_ours(options: Options, tower: str, manifest: str, scheduler: str, computed_in: ComputedIn) -> Ours:
-    folder = options.folder / f"ours-{scheduler}"
+def run_ours(
+    options: Options, tower: str, manifest: str, scheduler: str, tower_in: ComputedIn | None, decoder_in: str | None
+) -> Ours:
+    """With what the tower and the decoder compute in; by itself for None."""
+    folder = options.folder / f"ours-{scheduler}-{decoder_in}"
     folder.mkdir()
     spec = SweepSpec.from_tree(
         {
@@ -134,8 +157,8 @@ def run_ours(options: Options, tower: str, manifest: str, scheduler: str, comput
             "base": {
                 "data": {"manifest": manifest}, "encoder": {"name": tower}, "method": "decoder",
                 "decoder": {"depth": DEPTH}, "classifier": {"kind": "linear"}, "eval": {"resize": 1.0},
-                "features": {"computed_in": computed_in},
-                "train": {"num_epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE, "precision": "bfloat16"},
+                "features": {"computed_in": tower_in or "auto"},
+                "train": {"num_epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE, "precision": decoder_in or "auto"},
             },
             "space": {"parameters": {"loss.name": {"choice": list(LOSSES)}, "optim.lr": {"choice": list(RATES)}}},
             "num_trials": NUM_TRIALS, "trial_scheduler": {"name": scheduler}, "refit_seeds": [0],
@@ -156,7 +179,10 @@ def run_ours(options: Options, tower: str, manifest: str, scheduler: str, comput
         ran.seconds,
         min(record.started_at for record in log.records.values()) - ran.began,
         sum(len(record.epochs) for record in search),
-        {(one.config["loss"]["name"], one.config["optim"]["lr"]): one.epochs[-1][METRIC] for one in search},
+        {
+            (one.config["loss"]["name"], one.config["optim"]["lr"]): [epoch[METRIC] for epoch in one.epochs]
+            for one in search
+        },
     )
 
 
@@ -185,7 +211,7 @@ def run_script(options: Options, tower: str, manifest: str, num_run: int) -> Scr
     }
     spent["starts and loading"] = (whole if options.device == "cuda" else cpu) - sum(spent.values())
     accuracies = {
-        (trial["one"]["loss"], trial["one"]["lr"]): trial["val_balanced_accuracy"][-1] for trial in answer["trials"]
+        (trial["one"]["loss"], trial["one"]["lr"]): trial["val_balanced_accuracy"] for trial in answer["trials"]
     }
     return Script(whole, cpu, spent, accuracies)
 
@@ -200,6 +226,7 @@ def decoder_costs(device: str, info: EncoderInfo) -> dict[str, float]:
         ("whole", WholeDecoder, torch.float32),
         ("one token", Decoder, torch.float32),
         ("bfloat16", Decoder, torch.bfloat16),
+        ("whole in bfloat16", WholeDecoder, torch.bfloat16),
     ):
         decoder = kind(info.token_width, DecoderConfig(depth=DEPTH), True).to(device)
         found[name] = seconds(made.training_step(decoder, tokens, precision), 5, clock)

@@ -50,7 +50,7 @@ def times(what: str, ours: float, other: float, unit: str = "s", wanted: float |
 
 def limited(what: str, value: float, unit: str, at_most: float) -> Line:
     """A value with a limit of its own."""
-    return Line(what, f"{number(value)} {unit}", "", None, f"<= {at_most:g}", value <= at_most)
+    return Line(what, f"{number(value)} {unit}", "", None, f"<= {number(at_most)}", value <= at_most)
 
 
 def shown(what: str, value: float | str, unit: str = "") -> Line:

@@ -26,7 +26,7 @@ KINDS = {
     "half precision, 2 x 2": (False, 2),
     "bytes, 2 x 2": (True, 2),
 }
-SEEDS, NUM_EPOCHS = range(3), 4
+SEEDS, NUM_EPOCHS = range(3), 2
 # 4 x 4 tokens of the embedded tower.
 DECODER = {
     "encoder__image_size": 128, "decoder__depth": 1, "decoder__width": 192, "optim__lr": 0.05,
@@ -73,7 +73,7 @@ def _score(config: TrialConfig, found: FeatureSet, seed: int, options: Options) 
 
 def _sizes(options: Options) -> Iterator[Line]:
     """Bytes and an epoch's seconds of tokens as many and as wide as a ViT-B/32's, and a quarter of the grid."""
-    number = 20_000 if options.large else 256
+    number = 20_000 if options.large else 128
     yield shown(f"{number:,} images x 50 tokens of 768, decoder of depth 3: MB on disk, and an epoch", "")
     runs, sizes = {}, {}
     for words, (int8, side) in KINDS.items():
