@@ -109,6 +109,14 @@ def test_with_more_seeds_the_best_mean_wins_and_one_lucky_seed_does_not(tmp_path
     assert [one.trial_id for one in failing.best(OBJECTIVE)] == ["t2", "t1"]
 
 
+def test_a_run_with_the_trials_own_seed_is_no_further_seed(tmp_path: Path) -> None:
+    """An older sweep may have one: it gives the trial's number once more."""
+    again = [("t1-seed0", 0.9), ("t1-seed1", 0.5)]
+    confirmed = [record(trial_id, [value], kind="confirm", name="t1") for trial_id, value in again]
+    log = log_of(tmp_path, record("t1", [0.9]), *confirmed)
+    assert log.seed_values(log.records["t1"], OBJECTIVE) == [0.9, 0.5]
+
+
 def test_records_are_read_back_as_they_were(tmp_path: Path) -> None:
     one = record("t00001", [0.25, 0.5], draw={"optim.lr": 0.1, "decoder.width": None}, started_at=1.5, ended_at=3.0)
     log_of(tmp_path, one, record("t00002", [], state="running"))

@@ -56,6 +56,7 @@ searcher:
   seeds: 1
 trial_scheduler: {name: asha, grace: 0.5}
 refit_seeds: [0, 1, 1]
+confirm_seeds: [2, 2]
 """
     with pytest.raises(ConfigError) as error:
         SweepSpec.from_tree(parse_yaml(text, "sweep.yaml"))
@@ -71,6 +72,7 @@ refit_seeds: [0, 1, 1]
         "sweep.yaml:9: unknown key 'searcher.seeds'; did you mean 'seed'?",
         "sweep.yaml:10: unknown key 'trial_scheduler.grace' for trial_scheduler asha; did you mean 'grace_fraction'?",
         "sweep.yaml:11: refit_seeds has a seed twice: 0, 1, 1",
+        "sweep.yaml:12: confirm_seeds has a seed twice: 2, 2",
     ]
 
 
@@ -280,6 +282,20 @@ def test_sections_that_some_method_of_the_space_reads_may_stand_in_the_base() ->
     assert probe.decoder is None
     deep = made.trial({"method": "decoder", "decoder.depth": 2, "loss.name": "balanced_softmax", "optim.lr": 0.1})
     assert (needed(deep.decoder).width, needed(deep.decoder).depth) == (64, 2)
+
+
+def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
+    made = spec(confirm_trials=2)
+    assert made.more_seeds == [1, 2]
+    reseeded = made.with_settings({"train.seed": 1})
+    check_spec(reseeded)
+    assert reseeded.more_seeds == [2]
+    only = spec(confirm_trials=2, confirm_seeds=[0])
+    assert refused(only) == [
+        "confirm_seeds of sweep small: confirm_seeds has only 0, with which every trial runs already (train.seed); "
+        "add another"
+    ]
+    check_spec(spec(confirm_seeds=[0]))
 
 
 def test_a_space_that_is_not_there_is_named_where_it_was_asked_for() -> None:

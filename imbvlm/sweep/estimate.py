@@ -232,7 +232,7 @@ def estimate(
     number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
     if mean is not None and share is not None:
         found = Range(share * asha_share(spec), share).times(number / concurrent)
-        num_again = spec.confirm_trials * len(spec.confirm_seeds)
+        num_again = spec.confirm_trials * len(spec.more_seeds)
         again = mean * num_again / min(concurrent, max(1, num_again))
         trials = Range(max(found.low, mean) + again, max(found.high, mean) + again)
     return Estimate(

@@ -352,7 +352,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
 def _confirm(spec: SweepSpec) -> list[str]:
     if not spec.confirm_trials:
         return []
-    seeds = ", ".join(map(str, spec.confirm_seeds))
+    seeds = ", ".join(map(str, spec.more_seeds))
     return [f"  seeds       the best {spec.confirm_trials} again with {seeds}; the best mean is the winner"]
 
 

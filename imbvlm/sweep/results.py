@@ -176,10 +176,15 @@ class TrialLog:
         return [] if value is None else [value, *self._further_seeds(objective).get(record.trial_id, [])]
 
     def _further_seeds(self, objective: str) -> Mapping[str, list[float]]:
-        """The running maxima of the runs with more seeds, by the trial that they repeat."""
+        """The running maxima of the runs with more seeds, by the trial that they repeat.
+
+        A run with the trial's own seed is left out, of which older sweeps may have one.
+        """
         found: dict[str, list[float]] = {}
         for one in self.of("confirm"):
-            if one.state in ENDED:
+            trial = self.records.get(one.name)
+            own = None if trial is None else f"{trial.trial_id}-seed{(trial.config.get('train') or {}).get('seed')}"
+            if one.state in ENDED and one.trial_id != own:
                 found.setdefault(one.name, []).append(one.best_value(_running_maximum(objective)) or 0.0)
         return found
 

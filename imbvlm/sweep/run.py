@@ -245,7 +245,7 @@ class _Sweep:
                 record.trial_config().with_overrides({"train.seed": seed}),
             )
             for record in few
-            for seed in self.spec.confirm_seeds
+            for seed in self.spec.more_seeds
         ]
         waiting = self._not_ended(jobs)
         if waiting and self.budget.exhausted(keep_for_refits=True) is None:

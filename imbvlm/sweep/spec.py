@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from imbvlm import storage
 from imbvlm.config import (
     Seed,
+    TrainConfig,
     TrialConfig,
     apply_overrides,
     dotted_keys,
@@ -109,7 +110,7 @@ class SweepSpec(Section):
     confirm_trials: int = Field(
         0, ge=0, description="so many of the best run again over confirm_seeds; the best mean on validation wins"
     )
-    confirm_seeds: list[Seed] = Field([1, 2], min_length=1)
+    confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="a trial's own seed is left out")
     refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     study: list[StudyTable] = Field(
         [], description="tables of listed configurations, each of which is refitted and scored as the winner is"
@@ -129,11 +130,11 @@ class SweepSpec(Section):
     feature_copies: Copies = DEFAULT_COPIES
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
-    @field_validator("refit_seeds")
+    @field_validator("confirm_seeds", "refit_seeds")
     @classmethod
-    def _each_seed_once(cls, seeds: list[int]) -> list[int]:
+    def _each_seed_once(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"refit_seeds has a seed twice: {', '.join(map(str, seeds))}")
+            raise ValueError(f"{info.field_name} has a seed twice: {', '.join(map(str, seeds))}")
         return seeds
 
     @staticmethod
@@ -242,6 +243,17 @@ class SweepSpec(Section):
         return (self.objective, *self.other_objectives)
 
     @property
+    def own_seed(self) -> int:
+        """Every trial's own seed, which no space can draw."""
+        seed = value_in(self.base, "train.seed")
+        return TrainConfig().seed if seed is NEVER_SET else int(seed)
+
+    @property
+    def more_seeds(self) -> list[int]:
+        """Those of confirm_seeds that a trial doesn't have already: the same run again would count as another."""
+        return [seed for seed in self.confirm_seeds if seed != self.own_seed]
+
+    @property
     def feature_root(self) -> str:
         """Where features are kept."""
         return self.feature_folder or storage.join(self.storage, "features")
@@ -281,6 +293,9 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
+    if not problems:
+        # It reads a seed of the base, which is one by now.
+        problems += _check_confirm_seeds(spec)
     if problems:
         raise ConfigError(problems)
     return space
@@ -331,6 +346,13 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
         message = "searcher random learns nothing from warm_start; set searcher.name: tpe, or take it out"
         problems.append(Problem(message, spec.where("warm_start")))
     return problems
+
+
+def _check_confirm_seeds(spec: SweepSpec) -> list[Problem]:
+    if not spec.confirm_trials or spec.more_seeds:
+        return []
+    message = f"confirm_seeds has only {spec.own_seed}, with which every trial runs already (train.seed); add another"
+    return [Problem(message, spec.where("confirm_seeds"))]
 
 
 def _check_limits(spec: SweepSpec) -> list[Problem]:
