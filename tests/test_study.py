@@ -20,7 +20,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError
 from imbvlm.losses import LOSSES
 from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.duplicates import canonical_key, not_trained
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.plan import describe_plan, make_plan
@@ -78,6 +78,31 @@ def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_
     going_on = StudySearcher(made, made.read_space(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert [job.trial_id for job in drive(going_on)] == ["t00003", "t00004"]
     assert going_on.num_repeats == 0
+
+
+def a_list(number: int) -> dict[str, Any]:
+    return {"configurations": {f"rate-{one}": {"optim.lr": one / 100} for one in range(1, number + 1)}}
+
+
+def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
+    base = {**BASE, "method": "linear_probe"}
+    made = SweepSpec(name="s", base=base, space=a_list(30))
+    search = StudySearcher(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    assert len(drive(search)) == 30
+    (tmp_path / "list.yaml").write_text(json.dumps(a_list(30)))
+    from_file = SweepSpec(name="s", base=base, space=str(tmp_path / "list.yaml"))
+    assert from_file.with_settings({"train.num_epochs": 1}).num_trials == 30
+    # What `sweep list` counts up to.
+    assert SweepSpec(name="s", base=base, space=a_list(3), num_trials=24).num_trials == 3
+    assert not_trained(made, check_spec(made)) == []
+
+
+def test_listed_configurations_that_are_not_run_are_named() -> None:
+    made = spec(space={"configurations": {row.name: row.draw for row in (PROBE, DECODER, ALIAS, MARC)}}, study=[])
+    space = check_spec(made)
+    assert not_trained(made, space) == ["decoder-la trains the same as decoder, and only decoder is run"]
+    fewer = made.with_settings({"num_trials": 2})
+    assert not_trained(fewer, space)[1] == "num_trials is 2 of 3 listed: marc will not run; set num_trials=4 to run all"
 
 
 def drive(search: StudySearcher) -> list[Job]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 from imbvlm.config import Tree, TrialConfig
+from imbvlm.sweep.listed_space import ListedSpace
+from imbvlm.sweep.space import SearchSpace
+from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.objective import loss_knobs
 
 
@@ -17,6 +20,25 @@ def canonical_key(config: TrialConfig) -> str:
         if section is not None and not section.is_on:
             del tree[key]
     return json.dumps(tree, sort_keys=True)
+
+
+def not_trained(spec: SweepSpec, space: SearchSpace) -> list[str]:
+    """Sentences on listed configurations that have no trial of their own; none where the space isn't a list."""
+    if not isinstance(space, ListedSpace):
+        return []
+    names: dict[str, list[str]] = {}
+    for name, draw in space.configurations.items():
+        names.setdefault(canonical_key(spec.trial(draw)), []).append(name)
+    found = [
+        f"{', '.join(others)} {'trains' if len(others) == 1 else 'train'} the same as {first}, and only {first} is run"
+        for first, *others in names.values()
+        if others
+    ]
+    left = [first for first, *_ in names.values()][spec.num_trials :]
+    if left:
+        mend = f"set num_trials={len(space.configurations)} to run all"
+        found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {', '.join(left)} will not run; {mend}")
+    return found
 
 
 def _folded(config: TrialConfig, loss: Tree) -> Tree:

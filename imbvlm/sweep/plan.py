@@ -31,6 +31,7 @@ from imbvlm.sweep.budget import cost_of_an_hour
 from imbvlm.sweep.calibration import Calibration, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.compute import between
 from imbvlm.sweep.console import duration, table
+from imbvlm.sweep.duplicates import not_trained
 from imbvlm.sweep.estimate import (
     PASS_START_SECONDS,
     START_SECONDS,
@@ -325,6 +326,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
     num_baselines = len(baselines(spec, space))
     if isinstance(space, ListedSpace):
         trials = [f"  trials      {len(space.configurations)} listed configurations, after {num_baselines} baselines"]
+        trials += [f"  not run     {sentence}" for sentence in not_trained(spec, space)]
         searcher = []
     else:
         of = "a continuous space" if size is None else f"{size:,} configurations"

@@ -25,6 +25,7 @@ from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.compute import Compute, Paces, compute_text, pace_key
 from imbvlm.sweep.console import Console, duration, table
+from imbvlm.sweep.duplicates import not_trained
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
@@ -81,7 +82,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     _check_provenance(folder, manifest, log)
     beside = side_folder(folder)
     console.copy_to(beside / PROGRESS_FILE)
-    console.say(opening(spec, manifest, folder, log))
+    console.say("\n".join([opening(spec, manifest, folder, log), *not_trained(spec, space)]))
     with _machine_errors_say_how_to_go_on(folder):
         with console.others_to(beside / LOG_FILE):
             optuna.logging.set_verbosity(optuna.logging.WARNING)

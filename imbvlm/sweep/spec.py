@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from imbvlm import storage
 from imbvlm.config import (
@@ -81,7 +81,9 @@ class SweepSpec(Section):
     constraints: dict[str, float] = Field(
         {}, description="accuracies at least, time/train_seconds at most; who breaks one isn't chosen"
     )
-    num_trials: int = Field(24, ge=1, description="different configurations trained; baselines don't count")
+    num_trials: int = Field(
+        24, ge=1, description="different configurations trained; baselines don't count; of a list all unless set lower"
+    )
     max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
     max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
     max_cost: float | None = Field(None, gt=0, description="in the currency of the price; with one of the two prices")
@@ -129,6 +131,15 @@ class SweepSpec(Section):
     )
     feature_copies: Copies = DEFAULT_COPIES
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_trials_as_are_listed(cls, data: Any) -> Any:
+        number = _num_listed(data.get("space")) if isinstance(data, Mapping) else 0
+        if not number:
+            return data
+        wanted = data.get("num_trials", number)
+        return {**data, "num_trials": min(wanted, number) if isinstance(wanted, int) else wanted}
 
     @field_validator("confirm_seeds", "refit_seeds")
     @classmethod
@@ -262,6 +273,15 @@ class SweepSpec(Section):
     def best_objective(self) -> str:
         """The reported key of the objective's running maximum, which Tune, ASHA, Optuna and every table use."""
         return self.objective.replace("val/", "val/best_")
+
+
+def _num_listed(space: Any) -> int:
+    """How many configurations a space lists; 0 for one that is searched, or whose mistakes the check will say."""
+    try:
+        found = read_space(space) if isinstance(space, str) else parse_space(YamlTree(space, ""))
+    except ConfigError:
+        return 0
+    return len(found.configurations) if isinstance(found, ListedSpace) else 0
 
 
 # Parts of a sweep that hold keys of their own.

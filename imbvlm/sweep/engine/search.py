@@ -178,6 +178,7 @@ class StudySearcher(UnsavedSearcher):
             if job is not None:
                 return job
         if self._listed:
+            self.exhausted = True
             return None
         for arm in self._arms.by_need():
             job = self._untried_of(arm)
