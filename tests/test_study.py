@@ -148,6 +148,7 @@ def listed(configurations: Any) -> dict[str, Any]:
         ({"space": {"configurations": {"prob": {}}}}, "'probe', which the space doesn't list; did you mean 'prob'?"),
         ({"space": {"parameters": {}}, "base": {**BASE, "method": "decoder"}}, "rows are listed configurations"),
         ({"stratify": ["method"]}, "the space lists its configurations; take it out"),
+        ({"warm_start": ["x"], "study": []}, "warm_start guides a search, and the space lists its configurations"),
         (
             listed({"a": {**ZERO_SHOT.draw, "loss.name": "focal"}, "b": PROBE.draw}),
             "loss.name is drawn when method = zero_shot, which doesn't read 'loss'; take it out",

@@ -310,7 +310,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
+    problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if not problems:
@@ -413,6 +413,13 @@ def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
             message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
             problems.append(Problem(message, spec.where("stratify", index)))
     return problems
+
+
+def _check_warm_start(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    if spec.warm_start and isinstance(space, ListedSpace) and not spec.study:
+        message = "warm_start guides a search, and the space lists its configurations; take it out"
+        return [Problem(message, spec.where("warm_start"))]
+    return []
 
 
 def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
