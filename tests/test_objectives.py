@@ -15,12 +15,15 @@ from test_sweep import QUICKSTART, newest, trials
 from test_sweep import run as run_script
 
 from imbvlm.config import TrialConfig
-from imbvlm.errors import ConfigError
+from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.sweep.budget import Budget
+from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.search import StudySearcher
 from imbvlm.sweep.objectives import SECONDS, Outcome, metric_value, outcome, pareto_indices
+from imbvlm.sweep.plan import make_plan
 from imbvlm.sweep.refits import refits
 from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.run import run as run_sweep
 from imbvlm.sweep.spec import SweepSpec, check_spec
 from imbvlm.sweep.summary import pareto_records, pareto_table, search_table, verdict
 from imbvlm.sweep.warm_start import told, warm_starts
@@ -182,6 +185,16 @@ def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(t
     assert values == [one.best_value(spec.best_objective) for one in inside]
     jobs = drive(search)
     assert [job.trial_id for job in jobs] == [f"t{number:05d}" for number in range(1, 6)]
+
+
+def test_a_warm_start_that_is_no_sweep_is_refused_by_the_plan_and_before_the_run_writes_anything(tmp_path):
+    data, tower = {"manifest": "embedded:fashion_mnist_lt"}, {"name": "tinylit_lite0", "image_size": 64}
+    spec = sweep_spec(base={"data": data, "encoder": tower}, warm_start=[str(tmp_path / "nope")])
+    with pytest.raises(ImbvlmError, match="nope is not a sweep's folder"):
+        make_plan(spec, None)
+    with pytest.raises(ImbvlmError, match="nope is not a sweep's folder"):
+        run_sweep(spec, str(tmp_path / "made"), Console())
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import check_manifest, needed_outputs
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
+from imbvlm.sweep.warm_start import warm_starts
 
 # So many kinds of trials are measured, about two seconds each.
 MAX_SHAPES = 6
@@ -167,6 +168,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     """Check the sweep, and measure its trials where `measure` is given; raises ConfigError, ImbvlmError."""
     space = check_spec(spec)
     towers = check_models(spec, space)
+    warm_starts(spec, space)
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
         check_manifest(spec, manifest)

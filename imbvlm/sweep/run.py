@@ -77,6 +77,8 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     manifest = Manifest.read(spec.base["data"]["manifest"])
     check_manifest(spec, manifest)
     check_models(spec, space)
+    # The search reads them after hours of features, perhaps: a folder that isn't a sweep's shows now.
+    warm_starts(spec, space)
     log = TrialLog.read(folder)
     log.constraints = spec.constraints
     _check_provenance(folder, manifest, log)

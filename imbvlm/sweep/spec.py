@@ -309,8 +309,9 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
     space = spec.read_space()
     problems = space.corner_draws(spec.base)[1]
-    problems += [*_check_objective(spec), *_check_conditions(spec, space), *_check_stratify(spec, space)]
-    problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
+    problems += [*_check_objective(spec), *_check_conditions(spec, space)]
+    problems += [*_check_stratify(spec, space), *_check_warm_start(spec, space)]
+    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
     if not problems:
         problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
     if not problems:
