@@ -90,6 +90,15 @@ def test_resume_takes_the_newest_of_this_name_and_no_other(tmp_path: Path) -> No
     assert command._resumed_folder(spec, chosen) == chosen
 
 
+def test_two_that_start_in_one_second_share_no_folder_and_are_found_again(tmp_path: Path) -> None:
+    spec = SPEC.with_settings({"storage": str(tmp_path)})
+    folders = {command._new_folder(spec) for _ in range(3)}
+    assert len(folders) == 3
+    for folder in folders:
+        sweep_folder(tmp_path, Path(folder).name, spec)
+    assert command._resumed_folder(spec, command.LATEST) in folders
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [

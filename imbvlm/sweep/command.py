@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -247,7 +248,9 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _new_folder(spec: SweepSpec) -> str:
-    return storage.join(storage.absolute(spec.storage), f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    # Two that are started in one second have folders of their own.
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return storage.join(storage.absolute(spec.storage), f"{spec.name}-{stamp}")
 
 
 def _wanted_folder(spec: SweepSpec, wanted: str) -> str:
@@ -275,7 +278,7 @@ def _resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) 
 
 
 def _latest(spec: SweepSpec) -> str:
-    stamped = re.compile(rf"{re.escape(spec.name)}-\d{{8}}-\d{{6}}")
+    stamped = re.compile(rf"{re.escape(spec.name)}-\d{{8}}-\d{{6}}(-[0-9a-f]{{4}})?")
     names = [name for name in storage.list_files(spec.storage) if stamped.fullmatch(name)]
     if not names:
         raise ConfigError([Problem(f"there is no sweep {spec.name} under {spec.storage} to go on with")])

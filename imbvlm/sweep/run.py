@@ -32,6 +32,7 @@ from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
 from imbvlm.sweep.feasibility import check_data, check_models, check_shared, packing, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
+from imbvlm.sweep.lease import held
 from imbvlm.sweep.post_hoc import (
     PostHoc,
     choose_post_hoc,
@@ -79,23 +80,26 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     check_models(spec, space)
     # The search reads them after hours of features, perhaps: a folder that isn't a sweep's shows now.
     warm_starts(spec, space)
-    log = TrialLog.read(folder)
-    log.constraints = spec.constraints
-    _check_provenance(folder, manifest, log)
-    beside = side_folder(folder)
-    console.copy_to(beside / PROGRESS_FILE)
-    console.say("\n".join([opening(spec, manifest, folder, log), *not_trained(spec, space)]))
-    with _machine_errors_say_how_to_go_on(folder):
-        with console.others_to(beside / LOG_FILE):
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-            with connected() as cluster:
-                sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
-                sweep.search()
-                sweep.confirm()
-                sweep.refit_and_score()
-                seconds = time.monotonic() - started
-        sweep.conclude(seconds)
+    with held(folder, console.say) as lease:
+        log = TrialLog.read(folder)
+        log.constraints = spec.constraints
+        _check_provenance(folder, manifest, log)
+        beside = side_folder(folder)
+        console.copy_to(beside / PROGRESS_FILE)
+        console.say("\n".join([opening(spec, manifest, folder, log), *not_trained(spec, space)]))
+        with _machine_errors_say_how_to_go_on(folder):
+            with console.others_to(beside / LOG_FILE):
+                optuna.logging.set_verbosity(optuna.logging.WARNING)
+                warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+                with connected() as cluster:
+                    sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
+                    sweep.search()
+                    lease.check()
+                    sweep.confirm()
+                    lease.check()
+                    sweep.refit_and_score()
+                    seconds = time.monotonic() - started
+            sweep.conclude(seconds)
     return log
 
 
