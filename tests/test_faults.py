@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -132,6 +133,10 @@ def test_a_killed_driver_goes_on(quiet, make_sweep, order, driver):
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 3)
+        # Another one beside it would read the test split again. It waits meanwhile, so that it doesn't end.
+        os.kill(sweep.process.pid, signal.SIGSTOP)
+        beside = Sweep(sweep.folder, sweep.manifest, **sweep.fields).run("--resume", code=1)
+        assert f"this sweep still runs (host {socket.gethostname()}, process {sweep.process.pid}, since" in beside
         os.kill(sweep.process.pid, signal.SIGKILL)
         sweep.process.wait()
     ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
@@ -151,8 +156,11 @@ def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
     assert "t00001" in partial
     assert "zero-shot" in partial
     assert not (sweep.path / "test.json").exists()
+    assert (sweep.path / "unfinished").exists()
+    assert not (sweep.path / "running.json").exists()
     sweep.run("--resume", str(sweep.path))
     assert_same_end(sweep, quiet)
+    assert not (sweep.path / "unfinished").exists()
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):

@@ -102,6 +102,16 @@ def test_show_has_the_tables_that_there_are(home, capsys):
     assert "test split" not in unfinished
 
 
+def test_a_finished_sweep_that_is_gone_on_with_is_unfinished_until_that_ends(home, capsys):
+    marker = home / "made-1" / "unfinished"
+    marker.touch()
+    try:
+        assert imbvlm(capsys, "sweep", "list", str(home)).splitlines()[2].split()[1] == "unfinished"
+        assert "sweep resume" in imbvlm(capsys, "sweep", "show", str(home / "made-1"))
+    finally:
+        marker.unlink()
+
+
 def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_for(tmp_path, capsys):
     folder = str(write_sweep(tmp_path / "made", COUNTS, other_objectives=["val/top1_accuracy"]))
     assert "no trial is better in all objectives than these" in imbvlm(capsys, "sweep", "show", folder)

@@ -10,6 +10,9 @@ from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.objective import loss_knobs
 
+# So many names stand in a sentence.
+NUM_NAMED = 5
+
 
 def canonical_key(config: TrialConfig) -> str:
     """Equal for configurations that train the same thing."""
@@ -37,7 +40,9 @@ def not_trained(spec: SweepSpec, space: SearchSpace) -> list[str]:
     left = [first for first, *_ in names.values()][spec.num_trials :]
     if left:
         mend = f"set num_trials={len(space.configurations)} to run all"
-        found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {', '.join(left)} will not run; {mend}")
+        more = f" and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
+        which = f"{', '.join(left[:NUM_NAMED])}{more}"
+        found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {which} will not run; {mend}")
     return found
 
 

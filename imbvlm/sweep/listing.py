@@ -32,6 +32,8 @@ from imbvlm.sweep.summary import (
 from imbvlm.yaml_file import parse_yaml
 
 BEST_FILE = "best.yaml"
+# Lies there from the start of a run until it has come to its end, also of one that adds trials to a finished sweep.
+UNFINISHED_FILE = "unfinished"
 
 
 def read_spec(folder: str) -> SweepSpec:
@@ -59,7 +61,9 @@ class SweepState:
     def read(folder: str) -> SweepState:
         """Read a folder; raises ImbvlmError where it isn't a sweep's."""
         spec = read_spec(folder)
-        return SweepState(folder, spec, TrialLog.read(folder), storage.exists(storage.join(folder, BEST_FILE)))
+        # Older sweeps have no word of a run that hasn't come to its end.
+        has_best, is_open = (storage.exists(storage.join(folder, name)) for name in (BEST_FILE, UNFINISHED_FILE))
+        return SweepState(folder, spec, TrialLog.read(folder), has_best and not is_open)
 
     @property
     def num_ended(self) -> int:

@@ -33,6 +33,7 @@ from imbvlm.sweep.export import best_config, write_best
 from imbvlm.sweep.feasibility import check_data, check_models, check_shared, packing, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.lease import held
+from imbvlm.sweep.listing import UNFINISHED_FILE
 from imbvlm.sweep.post_hoc import (
     PostHoc,
     choose_post_hoc,
@@ -168,6 +169,7 @@ class _Sweep:
             f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {at_a_time}"
         )
+        storage.write_bytes(storage.join(folder, UNFINISHED_FILE), b"a run has begun here and not come to its end\n")
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
         if not cluster.started_here:
             check_shared([folder, storage.absolute(spec.feature_root)])
@@ -183,6 +185,7 @@ class _Sweep:
         self.scored: list[TrialRecord] = []
         # The limit that is used up, such as `max_hours 8`.
         self.limit: str | None = None
+        self.num_refits_left = 0
         self.post_hoc: dict[str, PostHoc] = {}
 
     # ------------------------------------------------------------------------------------------------ phases
@@ -300,6 +303,7 @@ class _Sweep:
             self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
             self._run_fixed(waiting, settings, "refit", len(jobs))
         left = self._not_ended(jobs)
+        self.num_refits_left = len(left)
         if left and (limit := self.budget.exhausted()):
             self.limit = limit
             self.console.say(
@@ -342,6 +346,8 @@ class _Sweep:
             self._keep_pareto()
         self._say_scores()
         write_best(self.folder, best)
+        if not self.num_refits_left:
+            storage.delete(storage.join(self.folder, UNFINISHED_FILE))
         report = self._report()
         say()
         say(f"best: {best.trial_id} of {self.folder}, after {duration(seconds)}")
