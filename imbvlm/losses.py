@@ -279,8 +279,10 @@ class BuiltLoss:
         return LOSSES[self.name](logits, targets, self._counts, world=self._world, **self._knobs)
 
 
-def losses_together(losses: Sequence[BuiltLoss]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Each loss (M,) of its own logits, of (B, M, C) and targets (B,) for all; one worker.
+def losses_together(
+    losses: Sequence[BuiltLoss], device: str | torch.device = "cpu"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Each loss (M,) of its own logits, of (B, M, C) and targets (B,) for all, on the device; one worker.
 
     Losses of one name are computed at once, their knobs as tensors in float64.
     """
@@ -288,7 +290,11 @@ def losses_together(losses: Sequence[BuiltLoss]) -> Callable[[Tensor, Tensor], T
     losses = [loss.as_adjustment() for loss in losses]
     for place, loss in enumerate(losses):
         groups.setdefault(loss.form(), []).append(place)
-    parts = [(torch.tensor(places), _one_form([losses[place] for place in places])) for places in groups.values()]
+    # Tensors go to the device here, once: a copy each step would wait for it.
+    parts = [
+        (torch.tensor(places, device=device), _one_form([losses[place] for place in places], device))
+        for places in groups.values()
+    ]
     order = torch.argsort(torch.cat([places for places, _ in parts]))
 
     def together(logits: Tensor, targets: Tensor) -> Tensor:
@@ -296,28 +302,26 @@ def losses_together(losses: Sequence[BuiltLoss]) -> Callable[[Tensor, Tensor], T
         by_member = logits.transpose(0, 1).contiguous()
         if len(parts) == 1:
             return parts[0][1](by_member, targets)
-        found = [part(by_member[places.to(logits.device)], targets) for places, part in parts]
-        return torch.cat(found)[order.to(logits.device)]
+        return torch.cat([part(by_member[places], targets) for places, part in parts])[order]
 
     return together
 
 
-def _one_form(losses: Sequence[BuiltLoss]) -> Callable[[Tensor, Tensor], Tensor]:
+def _one_form(losses: Sequence[BuiltLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Of losses with the same `form`."""
     knobs = [loss.varying() for loss in losses]
     stacked = {
-        name: torch.stack([torch.as_tensor(one[name], dtype=torch.float64) for one in knobs]) for name in knobs[0]
+        name: torch.stack([torch.as_tensor(one[name], dtype=torch.float64) for one in knobs]).to(device)
+        for name in knobs[0]
     }
     function = LOSSES[losses[0].name]
 
     def together(logits: Tensor, targets: Tensor) -> Tensor:
-        here = {name: value.to(logits.device) for name, value in stacked.items()}
-
         def one(own_logits: Tensor, own_knobs: dict[str, Tensor]) -> Tensor:
             counts = own_knobs.pop(_COUNTS)
             return function(own_logits, targets, counts, **own_knobs)
 
-        return torch.func.vmap(one)(logits, here).to(logits.dtype)
+        return torch.func.vmap(one)(logits, stacked).to(logits.dtype)
 
     return together
 

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from tiny_data import tiny_config, tiny_data, tiny_features
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imbvlm.config import TrialConfig
 from imbvlm.config_stages import READ_NORMS
@@ -280,6 +282,28 @@ def test_what_shares_no_stream_of_features_is_not_packed():
     for shape in ({"decoder__depth": 2}, {"decoder__width": 8}, {"decoder__mlp_ratio": 2.0}):
         assert {pack_key(config) for config in decoders(**shape)}.isdisjoint({key, None})
     assert pack_key(probe(features__store=False)) is None
+
+
+class Devices(TorchDispatchMode):
+    """Notes where the tensors lie that operations are given; a single number travels with its operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.ndim]
+        self.seen |= {one.device.type for one in tensors}
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_of_losses_together_waits_for_a_copy_to_the_device():
+    losses = [build_loss(name, [50, 20, 5, 1, 0]) for name in LOSSES]
+    together = losses_together([*losses, build_loss("focal", [50, 20, 5, 1, 0], gamma=1.0)], "meta")
+    with Devices() as devices:
+        found = together(torch.empty(7, len(LOSSES) + 1, 5, device="meta"), torch.empty(7, dtype=int, device="meta"))
+    assert found.shape == (len(LOSSES) + 1,)
+    assert devices.seen == {"meta"}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -206,7 +206,7 @@ def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
         inputs, labels = to_device(batch, first.device)
         now = [loss_at(number) for loss_at in losses_at]
         if now != losses:
-            losses, together = now, losses_together(now)
+            losses, together = now, losses_together(now, first.device)
         of_members = together(torch.cat([stack.logits(inputs) for stack in stacks], dim=1), labels)
         for stack in stacks:
             stack.clear_gradients()
