@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from tiny_data import tiny_config, tiny_data, tiny_features
@@ -17,6 +18,7 @@ from imbvlm.models.decoupled import SECOND_STAGES
 from imbvlm.training import pack as pack_module
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import Evaluator
+from imbvlm.training.feed import RememberedFeed
 from imbvlm.training.pack import Pack, pack_key
 from imbvlm.training.session import TrialSession, TrialSettings
 
@@ -238,6 +240,18 @@ def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batc
         assert torch.equal(weights(runs[place]), expected_weights)
         for name in ("train/loss", "train/lr", "val/loss", "val/best_balanced_accuracy"):
             assert [turn[place].metrics[name] for turn in together] == [one[name] for one in metrics]
+
+
+@pytest.mark.parametrize(("most", "kept_on"), [(2**20, "meta"), (0, "cpu")])
+def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small(tmp_path, monkeypatch, most, kept_on):
+    monkeypatch.setattr("imbvlm.training.feed.ON_DEVICE_BYTES", most)
+    data = tiny_data(tmp_path)
+    feed = RememberedFeed(data.info, "pooled", torch.device("meta"))
+    chunks = np.array_split(np.arange(len(data.val)), 3)
+    first, second = list(feed.evaluate(data.val, chunks)), list(feed.evaluate(data.val, chunks))
+    assert {one.device.type for batch in first for one in batch[:2]} == {kept_on}
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert np.array_equal(np.concatenate([batch.examples for batch in first]), np.arange(len(data.val)))
 
 
 def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
