@@ -37,6 +37,12 @@ def write_all(
     return store
 
 
+@pytest.fixture(params=["by row", "by shard"])
+def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imbvlm.features.store.FEW_ROWS", 16 if request.param == "by row" else 0)
+
+
+@pytest.mark.usefixtures("copied")
 def test_rows_and_views_come_back_in_the_order_asked(tmp_path: Path) -> None:
     write_all(tmp_path, "tokens")
     store, values = FeatureStore.open(str(tmp_path)), numbers("tokens")
@@ -231,6 +237,7 @@ def test_shards_are_plain_arrow_files(tmp_path: Path) -> None:
         assert np.array_equal(np.array(batch.column("pooled").to_pylist(), np.float16), numbers()[4:8].reshape(8, 4))
 
 
+@pytest.mark.usefixtures("copied")
 def test_bytes_with_a_scale_are_off_by_half_a_scale_at_most(tmp_path: Path) -> None:
     layout = replace(LAYOUT, int8_tokens=True)
     # Channels of very different sizes, one of zeros; the second shard is larger than the first.

@@ -157,12 +157,12 @@ class Examples:
             return self.num_views
         return np.where(self.tail.places[self.rows] >= 0, self.tail.store.num_views, self.num_views)
 
-    def batch(self, output: OutputName, index: Rows, views: Rows | None = None) -> Tensor:
+    def batch(self, output: OutputName, index: Rows, views: Rows | None = None, pinned: bool = False) -> Tensor:
         """Outputs (B, ...) of examples (B,) in the store's precision; views (B,), the evaluation crop by default."""
         rows = self.rows[index]
         if self.tail is None or views is None:
-            return self.store.gather(output, rows, views)
-        gathered = self.store.gather(output, rows, np.where(self.tail.places[rows] >= 0, 0, views))
+            return self.store.gather(output, rows, views, pinned)
+        gathered = self.store.gather(output, rows, np.where(self.tail.places[rows] >= 0, 0, views), pinned)
         self.tail.put(gathered, output, rows, views)
         return gathered
 

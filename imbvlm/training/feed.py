@@ -99,7 +99,8 @@ class StoredFeed:
 
     def _load(self, source: Source, examples: Index, views: Index | None) -> Batch:
         assert isinstance(source, Examples), "a trial on stored features opens stored examples"
-        return _batch(source.batch(self._output, examples, views), source, examples, self._device)
+        inputs = source.batch(self._output, examples, views, self._device.type == "cuda")
+        return _batch(inputs, source, examples, self._device)
 
 
 class RememberedFeed(StoredFeed):

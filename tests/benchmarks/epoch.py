@@ -19,7 +19,9 @@ class InMemory:
     tensors: dict[str, torch.Tensor]
     num_views: int = 1
 
-    def gather(self, output: str, rows: np.ndarray, views: np.ndarray | None = None) -> torch.Tensor:
+    def gather(
+        self, output: str, rows: np.ndarray, views: np.ndarray | None = None, pinned: bool = False
+    ) -> torch.Tensor:
         return self.tensors[output].index_select(0, torch.from_numpy(rows))
 
 
