@@ -170,7 +170,7 @@ def download(uri: str, path: Path) -> None:
         raise failure("read", uri, error) from None
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a file that appears whole or not at all; folders above it are made. Raises StorageError."""
 
     def upload() -> None:
@@ -188,7 +188,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise failure("write", uri, error) from None
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -6,6 +6,7 @@ can't split, merge or drop what is in it, and a bad image is the block's own aff
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import pickle
@@ -32,6 +33,7 @@ Block = dict[str, Any]
 Load = Callable[[Block], Block]
 
 _DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
+_AT_ONCE, _IN_THREADS = "max_concurrent_calls_per_actor", "enable_true_multi_threading"
 # Ray Data looks every tenth of a second for tasks that have ended, and starts none after the first results of a dataset
 # until a second is over. So a task loads about this many images, and hands on each block as soon as it is loaded.
 IMAGES_PER_TASK = 1024
@@ -99,14 +101,16 @@ def map_images(
     waits: Callable[[str], None],
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
+    calls_per_worker: int = 1,
 ) -> Iterator[Block]:
     """Summaries of the blocks, in the order in which they are done.
 
     `load(descriptor)` runs in tasks and gives a dict, of `images_per_block` images at most, whose numpy arrays travel
     without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
-    member; called with that dict it returns a small summary. An ImbvlmError of either comes out as it was raised, and
-    LostProcessesError where process after process is lost over a block (its `name` is in the sentence) or as it starts.
-    `waits` is told, from another thread, why nothing goes on where the cluster lacks machines by now.
+    member; called with that dict, in `calls_per_worker` threads at once, it returns a small summary. An ImbvlmError of
+    either comes out as it was raised, and LostProcessesError where process after process is lost over a block (its
+    `name` is in the sentence) or as it starts. `waits` is told, from another thread, why nothing goes on where the
+    cluster lacks machines by now.
     """
     if not blocks:
         return
@@ -133,7 +137,7 @@ def map_images(
                 zero_copy_batch=True,
                 num_cpus=cpus.per_worker,
                 num_gpus=gpus_per_worker,
-                concurrency=num_workers,
+                **_pool(num_workers, calls_per_worker),
             )
         )
         need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
@@ -171,6 +175,15 @@ def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Ite
     largest = max(map(len, plan.batches), default=0)
     for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
         yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+
+
+def _pool(num_workers: int, calls_per_worker: int) -> dict[str, Any]:
+    """What tells Ray Data of so many workers; one that knows no calls at once makes them one after another."""
+    known = inspect.signature(ray.data.ActorPoolStrategy).parameters
+    if calls_per_worker == 1 or not known.keys() >= {_AT_ONCE, _IN_THREADS}:
+        return {"concurrency": num_workers}
+    overlapping = {_AT_ONCE: calls_per_worker, _IN_THREADS: True}
+    return {"compute": ray.data.ActorPoolStrategy(size=num_workers, **overlapping)}
 
 
 class _Descriptors(Sequence[Block]):

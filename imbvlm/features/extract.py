@@ -401,6 +401,8 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             num_workers=min(num_workers, num_blocks),
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
+            # One block is written while the GPU computes the next; a CPU would do both no sooner, in more memory.
+            calls_per_worker=2 if gpus else 1,
             waits=progress.wait,
         ):
             progress.add(summary["num_images"])

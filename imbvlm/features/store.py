@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
@@ -259,7 +260,7 @@ class FeatureStore:
             raise ValueError(f"shard {shard} of {output} has shape {expected}, and was given {values.shape}")
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(values, dtype=self.layout.precision)
-        if not np.isfinite(stored).all():
+        if not _is_finite(stored):
             raise StoreError(
                 f"{output} has values that are not finite in {self.layout.precision} (largest "
                 f"{np.abs(values).max():.4g}); set features.precision: float32, or look at the tower's weights"
@@ -268,10 +269,10 @@ class FeatureStore:
         if self.layout.stored_as(output) == "int8":
             stored, scale = quantised(stored)
         data = _to_arrow(self.layout, output, shard, stored, scale, reasons)
-        storage.write_bytes(self.shard_path(output, shard), data)
+        storage.write_bytes(self.shard_path(output, shard), memoryview(data))
         self._maps.pop((output, shard), None)
         self._held.pop(output, None)
-        return len(data)
+        return int(data.size)
 
     def view(self, output: OutputName, shard: int) -> Tensor:
         """A shard's values (rows, views, ...) as on disk, without a copy: memory that must not be written to."""
@@ -462,6 +463,11 @@ def _scale(batch: pa.RecordBatch) -> npt.NDArray[np.float32] | None:
     return scale
 
 
+def _is_finite(values: npt.NDArray[np.floating[Any]]) -> bool:
+    """Whether all are; with a NaN the extremes are NaN, and torch finds those of half floats in a third of the time."""
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(as_tensor(values)))
+
+
 def quantised(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Values (..., D) as bytes, and a scale for each channel (D,): bytes times scale are off by half a scale at most.
 
@@ -516,7 +522,7 @@ def _to_arrow(
     values: npt.NDArray[Any],
     scale: npt.NDArray[np.float32] | None,
     reasons: Sequence[str | None],
-) -> bytes:
+) -> pa.Buffer:
     """A shard's file, one record batch; its checksum lies in the schema's metadata."""
     rows = layout.rows_of(shard)
     schema = _schema(output, layout)
@@ -534,7 +540,7 @@ def _to_arrow(
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
         writer.write_batch(batch.replace_schema_metadata(metadata))
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 def _open_shard(path: str) -> pa.RecordBatch:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from imbvlm.config import EncoderConfig, EvalConfig
 from imbvlm.errors import ImbvlmError
@@ -25,6 +25,8 @@ BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 class TowerWorker:
     """Holds the tower in one process; called with a loaded block, it writes the block's shards.
+
+    Several threads may call it: one block at a time goes through the tower, while others are written.
 
     Raises ImbvlmError where the tower's weights here aren't those that the store is kept for.
     """
@@ -48,6 +50,7 @@ class TowerWorker:
             )
         self.encoder.compute_in(computed_in)
         self.batch_size = BATCH_ON_GPU if use_gpu else BATCH_ON_CPU
+        self._running = threading.Lock()
 
     def __call__(self, block: Block) -> Block:
         """Store the block's missing outputs; returns where, how many images it had, and its bad rows' reasons.
@@ -56,7 +59,9 @@ class TowerWorker:
         """
         store = FeatureStore.open(block["folder"])
         rows, outputs = store.layout.rows_of(block["shard"]), block["outputs"]
-        computed, written = self._run(block["images"], outputs, store), {}
+        with self._running:
+            computed = self._run(block["images"], outputs, store)
+        written = {}
         for output, values in computed.items():
             shaped = values.reshape(len(rows), store.num_views, *store.layout.shapes[output])
             # What a tower makes of a missing image means nothing.
@@ -69,13 +74,16 @@ class TowerWorker:
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore
     ) -> dict[OutputName, npt.NDArray[Any]]:
+        on_gpu = self.encoder.device.type == "cuda"
+        shapes = {output: (len(images), *store.layout.shapes[output]) for output in outputs}
         precision = getattr(torch, store.layout.precision)
-        parts: dict[OutputName, list[Tensor]] = {output: [] for output in outputs}
+        # Pinned, so that a batch goes on to main memory while the next one is computed.
+        found = {output: torch.empty(shape, dtype=precision, pin_memory=on_gpu) for output, shape in shapes.items()}
         for start in range(0, len(images), self.batch_size):
             batch = as_tensor(images[start : start + self.batch_size])
-            if self.encoder.device.type == "cuda":
-                batch = batch.pin_memory()
-            result = self.encoder.forward_images(batch)
-            for output in outputs:
-                parts[output].append(getattr(result, output).to(precision).cpu())
-        return {output: torch.cat(tensors).numpy() for output, tensors in parts.items()}
+            result = self.encoder.forward_images(batch.pin_memory() if on_gpu else batch)
+            for output, values in found.items():
+                values[start : start + len(batch)].copy_(getattr(result, output), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(self.encoder.device)
+        return {output: values.numpy() for output, values in found.items()}
