@@ -387,7 +387,8 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
         num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
         blocks = [block for work in works for block in _blocks(config, work)]
         tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
-        progress = _Progress(sum(work.num_images for work in works), report)
+        num_workers = min(num_workers, num_blocks)
+        progress = _Progress(sum(work.num_images for work in works), num_workers, report)
         by_folder = {work.store.folder: work for work in works}
         bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
         # Bytes of each shard that was written.
@@ -398,7 +399,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
             TowerWorker,
             (*tower, computed_in, threads, bool(gpus)),
             images_per_block=max(work.store.layout.rows_per_shard * work.store.num_views for work in works),
-            num_workers=min(num_workers, num_blocks),
+            num_workers=num_workers,
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
             # One block is written while the GPU computes the next; a CPU would do both no sooner, in more memory.
@@ -449,8 +450,10 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
 class _Progress:
     """Tells how far a pass is, how fast, and how long it still takes; workers' start isn't counted in the speed."""
 
-    def __init__(self, num_images: int, report: Report) -> None:
+    def __init__(self, num_images: int, num_workers: int, report: Report) -> None:
         self.num_images, self.done, self.report = num_images, 0, report
+        # Blocks until each worker has done one: as the first one comes the others' are nearly done.
+        self.to_start = num_workers
         self.first: tuple[int, float] | None = None
         # Of the whole cluster's time, workers' start aside; None before two blocks have come.
         self.seconds_per_image: float | None = None
@@ -459,11 +462,12 @@ class _Progress:
 
     def add(self, num_images: int) -> None:
         self.done += num_images
-        if self.first is None:
+        self.to_start -= 1
+        if self.first is None and self.to_start <= 0:
             self.first = (self.done, time.monotonic())
-        seconds = time.monotonic() - self.first[1]
         text = f"features: {self.done:,} of {self.num_images:,} images"
-        if seconds > 0 and self.done > self.first[0]:
+        seconds = 0.0 if self.first is None else time.monotonic() - self.first[1]
+        if self.first is not None and seconds > 0 and self.done > self.first[0]:
             self.seconds_per_image = seconds / (self.done - self.first[0])
             left = (self.num_images - self.done) * self.seconds_per_image
             text += f", {1 / self.seconds_per_image:,.0f} a second, {left:,.0f} s left"
