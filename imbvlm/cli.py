@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command: Command = options.command
         sys.exit(command(options))
     except ImbvlmError as error:
-        print(f"imbvlm: {error}", file=sys.stderr)
+        _say_on_stderr(str(error))
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
@@ -491,7 +491,7 @@ def _predict(options: argparse.Namespace) -> int:
         sys.stdout.flush()
     if bad:
         where = "; the column error says why" if options.out else ""
-        print(f"imbvlm: {bad} of {len(images)} images could not be read{where}", file=sys.stderr)
+        _say_on_stderr(f"{bad} of {len(images)} images could not be read{where}")
     return 1 if bad == len(images) else 0
 
 

@@ -81,15 +81,17 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return found
     # An operation in place gives the tensor that it was given.
     known = {id(one.held): one for one in there}
-    return tree_map(lambda one: known.get(id(one), _there(one)) if isinstance(one, torch.Tensor) else one, found)
+
+    def there_too(one: Any) -> Any:
+        if not isinstance(one, torch.Tensor):
+            return one
+        return known[id(one)] if id(one) in known else Elsewhere(one)
+
+    return tree_map(there_too, found)
 
 
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, Elsewhere) else value
-
-
-def _there(value: torch.Tensor) -> torch.Tensor:
-    return Elsewhere(value)
 
 
 def _tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from tiny_images import image_manifest
 import imbvlm
 from imbvlm.config import EncoderConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import with_column
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.post_hoc import logits_file
@@ -127,8 +128,7 @@ def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_
     place.rename(tmp_path / "moved")
     assert provenance_changes(str(tmp_path), provenance(manifest)) == ["image files are gone, or have changed in size"]
     uris = [uri.replace(str(place), str(tmp_path / "moved")) for uri in manifest.table["uri"].to_pylist()]
-    column = manifest.table.schema.get_field_index("uri")
-    moved = dataclasses.replace(manifest, table=manifest.table.set_column(column, "uri", pa.array(uris)))
+    moved = dataclasses.replace(manifest, table=with_column(manifest.table, "uri", pa.array(uris)))
     assert provenance_changes(str(tmp_path), provenance(moved)) == []
     with open(tmp_path / "moved" / "0.png", "ab") as stream:
         stream.write(b"0")

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from imbvlm.data.manifest import Manifest, ManifestError
-from imbvlm.data.table import SPLITS, count_of
+from imbvlm.data.table import SPLITS, count_of, with_column
 from imbvlm.errors import ImbvlmError
 
 
@@ -31,8 +31,8 @@ def with_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> Manif
     wanted = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
     codes = rows.split_codes.copy()
     codes[rows.draw(wanted, seed)] = SPLITS.index("test")
-    place = manifest.table.column_names.index("split")
     column = pa.array([SPLITS[code] for code in codes], manifest.table.schema.field("split").type)
     note = f"test split: {100 * share:g} % of each class's images, kept apart with seed {seed}"
-    table = manifest.table.set_column(place, manifest.table.schema.field("split"), column)
-    return replace(manifest, table=table, split_counts=None, notes=(*manifest.notes, note))
+    return replace(
+        manifest, table=with_column(manifest.table, "split", column), split_counts=None, notes=(*manifest.notes, note)
+    )

@@ -13,7 +13,7 @@ from imbvlm.data.fetching import MissingError, read_object
 from imbvlm.data.listing import file_sizes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.packs import ByteRange, parse_range, range_uri
-from imbvlm.data.table import digest_of
+from imbvlm.data.table import digest_of, with_column
 from imbvlm.errors import StorageError
 
 _THREADS = 16
@@ -36,8 +36,8 @@ def with_copies(manifest: Manifest) -> Manifest:
         return replace(manifest, notes=(*manifest.notes, note))
     for row, digest in zip(rows, digests, strict=True):
         contents[row] = digest
-    place, field = manifest.table.column_names.index("content"), manifest.table.schema.field("content")
-    return replace(manifest, table=manifest.table.set_column(place, field, pa.array(contents, field.type)))
+    column = pa.array(contents, manifest.table.schema.field("content").type)
+    return replace(manifest, table=with_column(manifest.table, "content", column))
 
 
 def copy_digests(uris: Sequence[str]) -> list[bytes | None]:

@@ -75,7 +75,7 @@ def absolute_uris(table: pa.Table, path: str) -> pa.Table:
     keep = pc.or_(pc.fill_null(pc.match_substring_regex(uris, _ABSOLUTE), True), embedded)
     below = pc.replace_substring_regex(uris, r"^\./", "")
     joined = pc.binary_join_element_wise(pa.scalar(folder, pa.large_string()), below, pa.scalar("/", pa.large_string()))
-    return _with_column(table, "uri", pc.if_else(keep, uris, joined))
+    return with_column(table, "uri", pc.if_else(keep, uris, joined))
 
 
 def relative_uris(table: pa.Table, path: str) -> pa.Table:
@@ -84,10 +84,11 @@ def relative_uris(table: pa.Table, path: str) -> pa.Table:
     below = pc.fill_null(pc.starts_with(uris, prefix), False)
     # A folder may be called ~misc, and what begins so would be read as somebody's home.
     rest = pc.replace_substring_regex(pc.utf8_slice_codeunits(uris, len(prefix)), _ABSOLUTE, r"./\1")
-    return _with_column(table, "uri", pc.if_else(below, rest, uris))
+    return with_column(table, "uri", pc.if_else(below, rest, uris))
 
 
-def _with_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
+def with_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
+    """The table with other values in a column that it has."""
     return table.set_column(table.column_names.index(name), name, values)
 
 

@@ -20,17 +20,17 @@ class Patience:
     def __init__(self) -> None:
         self._say_at: float | None = None
 
-    def is_over(self, lacks: bool) -> bool:
-        """Whether to say now that something lacks, told again and again whether it does."""
+    def to_say(self, sentence: str | None) -> str | None:
+        """The sentence where it is to be said now; told again and again what lacks, None for nothing."""
         now = time.monotonic()
-        if not lacks:
+        if sentence is None:
             self._say_at = None
         elif self._say_at is None:
             self._say_at = now + PATIENCE_SECONDS
         elif now >= self._say_at:
             self._say_at = now + SAY_AGAIN_SECONDS
-            return True
-        return False
+            return sentence
+        return None
 
 
 def lacking(
@@ -60,8 +60,7 @@ def said_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> I
     def watch() -> None:
         patience = Patience()
         while not ended.wait(LOOK_SECONDS):
-            sentence = lacks()
-            if patience.is_over(sentence is not None) and sentence is not None:
+            if sentence := patience.to_say(lacks()):
                 say(sentence)
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)

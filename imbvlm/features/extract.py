@@ -463,7 +463,7 @@ class _Progress:
     def add(self, num_images: int) -> None:
         self.done += num_images
         self.to_start -= 1
-        if self.first is None and self.to_start <= 0:
+        if self.to_start == 0:
             self.first = (self.done, time.monotonic())
         text = f"features: {self.done:,} of {self.num_images:,} images"
         seconds = 0.0 if self.first is None else time.monotonic() - self.first[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from imbvlm.config import Tree, TrialConfig
+from imbvlm.data.table import listed
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import SweepSpec
@@ -40,8 +41,7 @@ def not_trained(spec: SweepSpec, space: SearchSpace) -> list[str]:
     left = [first for first, *_ in names.values()][spec.num_trials :]
     if left:
         mend = f"set num_trials={len(space.configurations)} to run all"
-        more = f" and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
-        which = f"{', '.join(left[:NUM_NAMED])}{more}"
+        which = listed(left, NUM_NAMED)
         found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {which} will not run; {mend}")
     return found
 

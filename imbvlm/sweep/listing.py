@@ -50,12 +50,13 @@ def read_spec(folder: str) -> SweepSpec:
 
 @dataclass(frozen=True)
 class SweepState:
-    """One sweep's folder: its spec and records."""
+    """One sweep's folder: its spec and records, and how long its runs took where that was counted."""
 
     folder: str
     spec: SweepSpec
     log: TrialLog
     is_finished: bool
+    spent_seconds: float
 
     @staticmethod
     def read(folder: str) -> SweepState:
@@ -63,7 +64,7 @@ class SweepState:
         spec = read_spec(folder)
         # Older sweeps have no word of a run that hasn't come to its end.
         has_best, is_open = (storage.exists(storage.join(folder, name)) for name in (BEST_FILE, UNFINISHED_FILE))
-        return SweepState(folder, spec, TrialLog.read(folder), has_best and not is_open)
+        return SweepState(folder, spec, TrialLog.read(folder), has_best and not is_open, read_spent(folder).seconds)
 
     @property
     def num_ended(self) -> int:
@@ -87,9 +88,8 @@ class SweepState:
     @property
     def seconds(self) -> float | None:
         """Of all its runs, what lay between them left out; from first start to last end where none has counted."""
-        spent = read_spent(self.folder).seconds
-        if spent:
-            return spent
+        if self.spent_seconds:
+            return self.spent_seconds
         ends = [one.ended_at for one in self.log.records.values() if one.ended_at is not None]
         return max(ends) - self.started_at if ends and self.started_at is not None else None
 
@@ -144,8 +144,6 @@ def sweeps_under(folder: str) -> tuple[list[SweepState], list[Unreadable]]:
         if not storage.exists(storage.join(one, SPEC_FILE)):
             continue
         try:
-            # Read later only, and by then it would hide the others where it is damaged.
-            read_spent(one)
             states.append(SweepState.read(one))
         except ImbvlmError as error:
             unreadable.append(Unreadable(one, " ".join(str(error).split())))

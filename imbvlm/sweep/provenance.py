@@ -79,15 +79,15 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
 
 def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo) -> None:
     """Keep a tower's fingerprint as a sweep first meets it; raises ConfigError where it has other weights by now."""
-    uri = storage.join(folder, PROVENANCE_FILE)
-    found = json.loads(storage.read_bytes(uri))
-    towers = found.setdefault("towers", {})
-    name = " ".join(filter(None, (encoder.name, encoder.weights)))
-    if towers.setdefault(name, info.weights_fingerprint) != info.weights_fingerprint:
+    towers, name = known_towers(folder), " ".join(filter(None, (encoder.name, encoder.weights)))
+    before = towers.get(name)
+    if before is None:
+        found = json.loads(storage.read_bytes(storage.join(folder, PROVENANCE_FILE)))
+        write_provenance(folder, {**found, "towers": {**towers, name: info.weights_fingerprint}})
+    elif before != info.weights_fingerprint:
         raise ConfigError([Problem(
             f"the weights of the tower {name} are not those that the sweep began with; put them back, or begin a new "
             "sweep", folder)])  # fmt: skip
-    write_provenance(folder, found)
 
 
 def known_towers(folder: str) -> dict[str, str]:

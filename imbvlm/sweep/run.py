@@ -62,7 +62,7 @@ from imbvlm.sweep.summary import (
     seeds_table,
     verdict,
 )
-from imbvlm.sweep.warm_start import WarmTrial, told, warm_starts
+from imbvlm.sweep.warm_start import WarmStart, WarmTrial, told, warm_starts
 from imbvlm.training.session import TrialSettings
 from imbvlm.yaml_file import dump_yaml
 
@@ -79,8 +79,8 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     manifest = Manifest.read(spec.base["data"]["manifest"])
     check_manifest(spec, manifest)
     check_models(spec, space)
-    # The search reads them after hours of features, perhaps: a folder that isn't a sweep's shows now.
-    warm_starts(spec, space)
+    # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
+    starts = warm_starts(spec, space)
     with held(folder, console.say) as lease:
         log = TrialLog.read(folder)
         log.constraints = spec.constraints
@@ -94,7 +94,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
                 with connected() as cluster:
                     sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
-                    sweep.search()
+                    sweep.search(starts)
                     lease.check()
                     sweep.confirm()
                     lease.check()
@@ -190,10 +190,9 @@ class _Sweep:
 
     # ------------------------------------------------------------------------------------------------ phases
 
-    def search(self) -> None:
-        """Baselines, then trials of the space until the budget is used."""
+    def search(self, starts: Sequence[WarmStart]) -> None:
+        """Baselines, then trials of the space until the budget is used; the sampler is told of other sweeps first."""
         self.budget.enter("trials")
-        starts = warm_starts(self.spec, self.space)
         for start in starts:
             self.console.say(start.describe())
         # Once more than a trial's restarts: those of a pack that was lost go on alone.

@@ -1,6 +1,5 @@
 """Time and memory against the number of images, of classes and of trials: linear or better, no step in it."""
 
-import io
 import itertools
 import multiprocessing
 import time
@@ -10,16 +9,12 @@ from pathlib import Path
 import made
 from table import Line, Options, limited, shown
 
-from imbvlm.data.cluster import connected
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.console import Console
-from imbvlm.sweep.engine.search import Job, StudySearcher
-from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
+from imbvlm.sweep.engine.search import StudySearcher
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec, check_spec
 from imbvlm.training.epochs import build_trial
-from imbvlm.training.session import TrialSettings
 
 # A step of the size may cost this much more than its share: what is fixed is paid by the small ones, caches end.
 SLACK = 1.5
@@ -110,19 +105,11 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
 def _run_through(folder: Path, num_trials: int, device: str) -> float:
     features = made.stored_features(folder / "features", 200, num_classes=10)
     spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
-    console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
-    lane = Lane(spec, str(folder), TrialLog(str(folder)), console, 1, budget, 10)
-
-    def settings(job: Job) -> TrialSettings:
-        return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
-
-    with console.others_to(folder / "ray.log"), connected():
-        begin = time.perf_counter()
-        searcher = StudySearcher(spec, check_spec(spec), [], [], payload(lane, settings), budget)
-        run_jobs(lane, searcher, None, "search", num_trials)
-        lane.log.write_table()
-        taken = time.perf_counter() - begin
-    finished = sum(record.state == "finished" for record in lane.log.of("search"))
+    space = check_spec(spec)
+    log, taken = made.run_through(
+        folder, spec, features, num_trials, lambda make, budget: StudySearcher(spec, space, [], [], make, budget)
+    )
+    finished = sum(record.state == "finished" for record in log.of("search"))
     if finished != num_trials:
         raise RuntimeError(f"{finished} of {num_trials} trials were finished")
     return taken

@@ -1,5 +1,7 @@
 """Made-up data for benchmarks: stored features of any size, images, and towers with random weights."""
 
+import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +10,24 @@ import open_clip
 import pyarrow as pa
 import torch
 from PIL import Image
+from ray.tune.search import Searcher
 from safetensors.torch import save_file
 from torch import Tensor, from_numpy, nn
 from towers import write_config
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import Tree, TrialConfig
+from imbvlm.data.cluster import connected
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreLayout
 from imbvlm.models.encoder_info import EncoderInfo
+from imbvlm.sweep.budget import Budget
+from imbvlm.sweep.console import Console
+from imbvlm.sweep.engine.search import Job
+from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
+from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.session import TrialSettings
 
 SHARD_BYTES = 64_000_000
 
@@ -84,6 +95,29 @@ def trial(method: str, **overrides: object) -> TrialConfig:
     tree = {"data": {"manifest": "made"}, "encoder": {"name": "made"}, "method": method}
     tree["train"] = {"num_epochs": 4, "batch_size": 128}
     return TrialConfig.from_tree(tree).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def run_through(
+    folder: Path,
+    spec: SweepSpec,
+    features: FeatureSet,
+    num_trials: int,
+    searcher: Callable[[Callable[[Job], Tree], Budget], Searcher],
+) -> tuple[TrialLog, float]:
+    """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
+    console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
+    num_classes = len(Manifest.read(features.manifest).class_names)
+    lane = Lane(spec, str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
+
+    def settings(job: Job) -> TrialSettings:
+        return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
+
+    with console.others_to(folder / "ray.log"), connected():
+        begin = time.perf_counter()
+        run_jobs(lane, searcher(payload(lane, settings), budget), None, "search", num_trials)
+        lane.log.write_table()
+        taken = time.perf_counter() - begin
+    return lane.log, taken
 
 
 def training_step(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> Callable[[], None]:

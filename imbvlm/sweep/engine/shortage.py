@@ -33,6 +33,5 @@ class Shortage(tune.Callback):
         if now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
-        sentence = self._lacking()
-        if self._patience.is_over(sentence is not None) and sentence is not None:
+        if sentence := self._patience.to_say(self._lacking()):
             self._console.say(sentence)
