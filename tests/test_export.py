@@ -6,21 +6,25 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 from sweep_folder import sweep_spec, write_sweep
+from tiny_data import tiny_info
+from tiny_images import TinyImages
 
 import imbvlm
 from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.posthoc import Adjustment
-from imbvlm.sweep.export import check_trained_on, export_sweep, pareto_set
+from imbvlm.sweep.export import _Export, check_trained_on, export_sweep, pareto_set
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.model_card import CardFacts, model_card
+from imbvlm.sweep.provenance import check_tower, provenance, write_provenance
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.training.class_record import write_class_record
 
@@ -124,6 +128,30 @@ def test_what_a_model_was_trained_on_is_what_is_exported_with_it(tmp_path, names
     tree = {"data": {"manifest": "m"}, "encoder": {"name": "local-dir:mine"}, "method": "linear_probe"}
     with nullcontext() if words is None else pytest.raises(ImbvlmError, match=words):
         check_trained_on(str(tmp_path), TrialConfig.from_tree(tree), names, tower)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("data", "can't be trained again: the manifest's rows, labels or splits have changed since the sweep began"),
+        ("tower", "the weights of the tower .* are not those that the sweep began with"),
+    ],
+)
+def test_nothing_is_trained_again_on_other_data_or_another_tower(tmp_path, monkeypatch, changed, words):
+    """What a new training leaves would say of itself that it is of today's."""
+    problem = TinyImages(tmp_path)
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    found = provenance(Manifest.read(problem.manifest))
+    write_provenance(str(folder), {**found, "data": "another"} if changed == "data" else found)
+    config = problem.config("linear_probe")
+    if changed == "tower":
+        check_tower(str(folder), config.encoder, replace(tiny_info(), weights_fingerprint="another"))
+    # A trial that the sweep hasn't refitted.
+    monkeypatch.setattr("imbvlm.sweep.export.refits", lambda log, spec: [])
+    monkeypatch.setattr(_Export, "_config", lambda self: config)
+    monkeypatch.setattr(_Export, "_train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ImbvlmError, match=words):
+        export_sweep(str(folder), str(tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------------- of a real sweep

@@ -23,6 +23,7 @@ from imbvlm.sweep.console import Console, percent
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.model_card import CARD_FILE, UNSTATED, CardFacts, model_card
 from imbvlm.sweep.post_hoc import choose_post_hoc, read_adjustment
+from imbvlm.sweep.provenance import check_tower, data_changes
 from imbvlm.sweep.refits import Refit, refit_config, refits
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -146,6 +147,7 @@ class _Export:
         config = self._config()
         manifest = Manifest.read(config.data.manifest)
         encoder = Encoder.from_config(config.encoder, config.eval)
+        check_tower(self.folder, config.encoder, encoder.info, keep=False)
         weights = self._weights(config, manifest)
         check_trained_on(weights, config, manifest.class_names, encoder.info.weights_fingerprint)
         step = self._post_hoc(config, weights, manifest.class_names, encoder)
@@ -181,6 +183,9 @@ class _Export:
         weights = storage.join(self.folder, "refits", f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}")
         # The class record is written last.
         if not storage.exists(storage.join(weights, CLASS_RECORD_FILE)):
+            changes = data_changes(self.folder, manifest)
+            if changes:
+                raise ImbvlmError(f"{self.record.trial_id} can't be trained again: {changes[0]} since the sweep began")
             self.say(
                 f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
                 "is trained again on all training images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def provenance(manifest: Manifest) -> dict[str, Any]:
     root = Path(imbvlm.__file__).parent
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
-    return {"code": code, "torch": torch.__version__, "data": _data_digest(manifest),
-            "files": _sizes_digest(manifest)}  # fmt: skip
+    return {"code": code, "torch": torch.__version__, **_of_data(manifest)}
 
 
 def has_part(name: str) -> bool:
@@ -52,52 +52,73 @@ def write_provenance(folder: str, found: dict[str, Any]) -> None:
 
 def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
     """A clause for everything that has changed since a sweep began; raises ImbvlmError where its file is damaged."""
-    uri = storage.join(folder, PROVENANCE_FILE)
-    if not storage.exists(uri):
+    before = _written(folder)
+    if before is None:
         return [f"{PROVENANCE_FILE} is gone, so that nothing shows which code its trials ran with"]
-    try:
-        before = json.loads(storage.read_bytes(uri))
-        code = {name: digest for name, digest in dict(before["code"]).items() if has_part(name)}
-        torch_version, data = str(before["torch"]), str(before["data"])
-        # Of a version that didn't keep it: nothing is known.
-        files = str(before.get("files", now["files"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
+    code = {name: digest for name, digest in before["code"].items() if has_part(name)}
     changes = [
         f"imbvlm/{name} {_change(name in code, name in now['code'])}"
         for name in sorted({*code, *now["code"]})
         if code.get(name) != now["code"].get(name)
     ]
-    if torch_version != now["torch"]:
-        changes.append(f"torch was {torch_version} and is {now['torch']}")
-    if data != now["data"]:
-        changes.append("the manifest's rows, labels or splits have changed")
-    elif files != now["files"]:
-        changes.append("image files are gone, or have changed in size")
-    return changes
+    if before["torch"] != now["torch"]:
+        changes.append(f"torch was {before['torch']} and is {now['torch']}")
+    return [*changes, *_data_changes(before, now)]
 
 
-def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo) -> None:
-    """Keep a tower's fingerprint as a sweep first meets it; raises ConfigError where it has other weights by now."""
-    towers, name = known_towers(folder), " ".join(filter(None, (encoder.name, encoder.weights)))
-    before = towers.get(name)
-    if before is None:
-        found = json.loads(storage.read_bytes(storage.join(folder, PROVENANCE_FILE)))
-        write_provenance(folder, {**found, "towers": {**towers, name: info.weights_fingerprint}})
-    elif before != info.weights_fingerprint:
+def data_changes(folder: str, manifest: Manifest) -> list[str]:
+    """Those of the manifest and its image files alone; none where nothing is known. Raises ImbvlmError."""
+    before = _written(folder)
+    return [] if before is None else _data_changes(before, _of_data(manifest))
+
+
+def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
+    """Refuse a tower that has other weights by now than as a sweep first met it, which is kept then.
+
+    Raises ConfigError, ImbvlmError where the file is damaged.
+    """
+    before = _written(folder) or {}
+    towers, name = before.get("towers", {}), " ".join(filter(None, (encoder.name, encoder.weights)))
+    if towers.get(name, info.weights_fingerprint) != info.weights_fingerprint:
         raise ConfigError([Problem(
             f"the weights of the tower {name} are not those that the sweep began with; put them back, or begin a new "
             "sweep", folder)])  # fmt: skip
+    if keep and name not in towers:
+        write_provenance(folder, {**before, "towers": {**towers, name: info.weights_fingerprint}})
 
 
 def known_towers(folder: str) -> dict[str, str]:
-    """Fingerprints of the towers that a sweep has met, by name."""
+    """Fingerprints of the towers that a sweep has met, by name; raises ImbvlmError."""
+    return dict((_written(folder) or {}).get("towers", {}))
+
+
+def _written(folder: str) -> dict[str, Any] | None:
+    """What was written as the sweep began; None where the file is gone. Raises ImbvlmError where it is damaged."""
     uri = storage.join(folder, PROVENANCE_FILE)
-    return dict(json.loads(storage.read_bytes(uri)).get("towers", {})) if storage.exists(uri) else {}
+    if not storage.exists(uri):
+        return None
+    try:
+        found = json.loads(storage.read_bytes(uri))
+        known = {"code": dict(found["code"]), "torch": str(found["torch"]), "data": str(found["data"])}
+        return {**found, **known, "towers": dict(found.get("towers", {}))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
+
+
+def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if before["data"] != now["data"]:
+        return ["the manifest's rows, labels or splits have changed"]
+    # Of a version that didn't keep it nothing is known.
+    is_same = before.get("files", now["files"]) == now["files"]
+    return [] if is_same else ["image files are gone, or have changed in size"]
 
 
 def _change(was_there: bool, is_there: bool) -> str:
     return "has changed" if was_there and is_there else "is new" if is_there else "is gone"
+
+
+def _of_data(manifest: Manifest) -> dict[str, str]:
+    return {"data": _data_digest(manifest), "files": _sizes_digest(manifest)}
 
 
 def _data_digest(manifest: Manifest) -> str:
