@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors here are tiny: a second thread only waits for the first, for minutes where the machine is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers have a low priority by default, and wait for minutes where another test process is at work.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(autouse=True)
