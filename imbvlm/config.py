@@ -224,7 +224,8 @@ class TrainConfig(Section):
     num_steps: int | None = Field(None, ge=1, description="optimiser steps, as the study counts")
     batch_size: int = Field(256, ge=1, description="global: over all workers of the trial")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, float32 elsewhere"
+        "auto",
+        description="auto: bfloat16 on GPUs that have it and, for decoders, on CPUs that have it; else float32",
     )
     clip_grad_norm: float | None = Field(1.0, gt=0)
     compile: bool = Field(False, description="run the model through torch.compile")

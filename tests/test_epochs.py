@@ -313,6 +313,19 @@ def test_bfloat16_trains_with_float32_weights_and_is_close(data):
     assert rounded[0].metrics["train/loss"] == pytest.approx(exact[0].metrics["train/loss"], rel=0.2)
 
 
+def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(data, monkeypatch):
+    def computed_in(method, **knobs):
+        run, seen = build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **knobs), data), set()
+        run.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+        list(run.epochs())
+        return seen
+
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        assert computed_in("decoder") == {has_it}
+        assert computed_in("linear_probe") == {False}
+
+
 def test_clipping_changes_the_course_only_where_gradients_are_larger(data):
     def course(limit):
         return numbers(build_trial(tiny_config("linear_probe", train__clip_grad_norm=limit), data).epochs())

@@ -109,7 +109,8 @@ def tiny_config(method: str, **overrides: object) -> TrialConfig:
     encoder = tiny_tower()[0] if method == "prompt_tuning" else "tiny"
     tree = {"data": {"manifest": "tiny"}, "encoder": {"name": encoder}, "method": method}
     if method != "zero_shot":
-        tree["train"] = {"num_epochs": 3, "batch_size": 32}
+        # By itself a decoder's numbers hang on what the processor can do.
+        tree["train"] = {"num_epochs": 3, "batch_size": 32, "precision": "float32"}
         tree["loss"] = {"name": "cross_entropy"}
     return TrialConfig.from_tree(tree).with_overrides(
         {key.replace("__", "."): value for key, value in overrides.items()}

@@ -67,7 +67,7 @@ class TinyImages:
         """A configuration on these images; dotted keys with a double underscore, such as optim__lr."""
         tree = {"data": {"manifest": self.manifest}, "encoder": {"name": self.tower}, "method": method}
         if METHODS[method].trains:
-            tree["train"] = {"num_epochs": 3, "batch_size": 16}
+            tree["train"] = {"num_epochs": 3, "batch_size": 16, "precision": "float32"}
             tree["loss"] = {"name": "cross_entropy"}
         dotted = {key.replace("__", "."): value for key, value in overrides.items()}
         return TrialConfig.from_tree(tree).with_overrides(dotted)

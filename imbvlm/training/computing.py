@@ -17,6 +17,8 @@ from imbvlm.errors import ImbvlmError
 class Computing:
     """Contexts for a trial of `num_classes` on `num_workers`; `train` is None for a method without training.
 
+    `is_decoder` where it trains one on stored tokens.
+
     It knows nothing of the run itself, whose parts hold it: a run that is part of a circle would keep its tensors, and
     validation features with them, until Python looks for circles, hundreds of trials later.
     """
@@ -25,6 +27,7 @@ class Computing:
     device: torch.device
     num_workers: int
     num_classes: int
+    is_decoder: bool
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -41,8 +44,17 @@ class Computing:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of its modules."""
         precision = "float32" if self.train is None else self.train.precision
-        wanted = self.device.type == "cuda" if precision == "auto" else precision == "bfloat16"
+        wanted = self._pays() if precision == "auto" else precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    def _pays(self) -> bool:
+        """Whether the device has instructions for bfloat16, and the trial is faster by them.
+
+        On a CPU that is a decoder alone: what is frozen in a tower would be converted at each use.
+        """
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.device.type == "cpu" and self.is_decoder and torch.cpu._is_avx512_bf16_supported()
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

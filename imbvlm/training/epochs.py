@@ -97,7 +97,8 @@ class TrialRun:
         self.first_losses: list[float] = []
         self._first, self._last = self._spans()
         check_can_choose(config.second_stage, data)
-        self._computing = Computing(config.train, device, world.world_size, len(data.class_names))
+        is_decoder = self.entry.reads == "tokens" and not config.reads_images
+        self._computing = Computing(config.train, device, world.world_size, len(data.class_names), is_decoder)
         with self._computing.working(), _seeded(self._seed):
             self.model = build_model(config, data, device)
         copy_from_first(own_tensors(self.model), world)

@@ -10,22 +10,21 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import made
 import numpy as np
 import torch
 from cpu import WatchedCommand
-from extraction import bare_rate
 from table import Line, Options, limited, seconds, shown, times
 from tune_script import WholeDecoder
 
-from imbvlm.config import DecoderConfig, EncoderConfig
+from imbvlm.config import DecoderConfig, EncoderConfig, TrainConfig
 from imbvlm.models.decoder import Decoder
 from imbvlm.models.encoder import describe_encoder
-from imbvlm.models.encoder_info import ComputedIn, EncoderInfo
+from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.sweep.results import TrialLog
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.training.computing import Computing
 from imbvlm.yaml_file import dump_yaml
 
 NUM_TRIALS, NUM_EPOCHS, BATCH_SIZE, DEPTH, NUM_CLASSES = 16, 4, 32, 3, 20
@@ -71,36 +70,38 @@ def lines(options: Options) -> Iterator[Line]:
     yield shown(f"{NUM_TRIALS} trials of {NUM_EPOCHS} epochs: {architecture}, decoder of depth {DEPTH}", "")
     yield shown(f"  on {num_train:,} training and {num_val:,} validation images; {num_run} of the script's trials", "")
     on_gpu = options.device == "cuda"
-    towers = {kind: bare_rate(EncoderConfig(name=tower), options.device, 32, kind) for kind in get_args(ComputedIn)}
-    tower_in = max(towers, key=towers.__getitem__)
-    plain, asha = (run_ours(options, tower, manifest, name, tower_in, "bfloat16") for name in ("none", "asha"))
-    shipped = run_ours(options, tower, manifest, "asha", None, None)
+    plain, asha = (run_ours(options, tower, manifest, name) for name in ("none", "asha"))
     script = run_script(options, tower, manifest, num_run)
-    scripts = "bfloat16" if on_gpu else "float32"
-    faster = towers[tower_in] / towers[scripts]
-    info = describe_encoder(EncoderConfig(name=tower))
-    cost = decoder_costs(options.device, info)
-    ours = f"tower {tower_in}, decoder bfloat16"
-    yield shown("  what the script computes in; the sweep by its defaults", f"{scripts}; {scripts}")
-    yield times(f"ASHA off on both sides; {ours}", plain.search, script.whole, "s", 10)
-    if not on_gpu:
-        share = halved(script, faster, cost) / script.cpu
-        yield times("  had the script computed in that too (worked out)", plain.search, share * script.whole, "s")
-    yield times(f"with ASHA, the script without; {ours}", asha.search, script.whole, "s")
-    yield times("as shipped: all defaults, ASHA, the script without", shipped.search, script.whole, "s", 20)
-    for words, one in (("ASHA off", plain), ("ASHA on", asha), ("as shipped", shipped)):
+    cost = decoder_costs(options.device, describe_encoder(EncoderConfig(name=tower)))
+    scripts, decoder_in = "bfloat16" if on_gpu else "float32", by_itself(options.device)
+    yield shown(
+        "  what the script computes in; by themselves our tower; our decoder", f"{scripts}; {scripts}; {decoder_in}"
+    )
+    yield times("as shipped, but ASHA off on both sides", plain.search, script.whole, "s", 10)
+    yield times("as shipped, so with ASHA, the script without", asha.search, script.whole, "s", 20)
+    if scripts != decoder_in:
+        share = halved(script, cost) / script.cpu
+        for words, one in (("ASHA off", plain), ("ASHA on", asha)):
+            what = f"  had the script's decoder computed in that too (worked out), {words}"
+            yield times(what, one.search, share * script.whole, "s")
+    for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield times(f"  CPU seconds of the same, {words}", one.cpu, script.cpu, "s")
-    commands = ", ".join(f"{one.command:.0f}" for one in (plain, asha, shipped))
-    yield shown("  with refit, report and end, of the three", f"{commands} s")
-    yield from _parts(options, cost, script, plain, asha, num_train + num_val, faster)
-    for words, one in ((ours, plain), ("as shipped", shipped)):
+    commands = ", ".join(f"{one.command:.0f}" for one in (plain, asha))
+    yield shown("  with refit, report and end, of both", f"{commands} s")
+    yield from _parts(options, cost, script, plain, asha, num_train + num_val, decoder_in)
+    for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield from _same_accuracy(words, one.accuracies, script.accuracies, num_val)
 
 
-def halved(script: Script, faster: float, cost: Mapping[str, float]) -> float:
-    """CPU seconds of the script if it computed in bfloat16: its tower so many times faster, its decoder by `cost`."""
-    tower, decoder = script.spent["tower"], script.spent["decoder"]
-    return script.cpu - tower * (1 - 1 / faster) - decoder * (1 - cost["whole in bfloat16"] / cost["whole"])
+def by_itself(device: str) -> str:
+    """What a decoder's trial computes in by the defaults."""
+    with Computing(TrainConfig(), torch.device(device), 1, NUM_CLASSES, is_decoder=True).autocast():
+        return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
+
+
+def halved(script: Script, cost: Mapping[str, float]) -> float:
+    """CPU seconds of the script if its decoder computed in bfloat16."""
+    return script.cpu - script.spent["decoder"] * (1 - cost["whole in bfloat16"] / cost["whole"])
 
 
 def _same_accuracy(words: str, ours: Accuracies, theirs: Accuracies, num_val: int) -> Iterator[Line]:
@@ -115,28 +116,22 @@ def _same_accuracy(words: str, ours: Accuracies, theirs: Accuracies, num_val: in
 
 
 def _parts(
-    options: Options, cost: Mapping[str, float], script: Script, plain: Ours, asha: Ours, images: int, faster: float
+    options: Options, cost: Mapping[str, float], script: Script, plain: Ours, asha: Ours, images: int, decoder_in: str
 ) -> Iterator[Line]:
-    """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds.
-
-    The sweep's tower is `faster` so many times by what it computes in.
-    """
+    """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds."""
     on_gpu = options.device == "cuda"
     left = sum(script.spent.values())
     yield shown(f"  {'wall' if on_gpu else 'CPU'} seconds of the script", left)
     yield shown(f"    {', '.join(script.spent)}", ", ".join(f"{one:.0f}" for one in script.spent.values()))
     left -= script.spent["tower"] * (1 - 1 / (NUM_TRIALS * NUM_EPOCHS))
     yield shown("  left with each image through the tower once", left)
-    left -= script.spent["tower"] / (NUM_TRIALS * NUM_EPOCHS) * (1 - 1 / faster)
-    yield shown(f"  left with a tower in what is fastest here ({faster:.1f} times)", left)
     left -= script.spent["starts and loading"]
     yield shown("  left without processes and loaders for each trial", left)
-    decoder = script.spent["decoder"]
-    for what, name in (("the last block on the class token alone", "one token"), ("bfloat16", "bfloat16")):
-        left += decoder * (cost[name] / cost["whole"] - 1)
-        decoder *= cost[name] / cost["whole"]
-        cost = {**cost, "whole": cost[name]}
-        yield shown(f"  left with {what}", left)
+    left += script.spent["decoder"] * (cost["one token"] / cost["whole"] - 1)
+    yield shown("  left with the last block on the class token alone", left)
+    if decoder_in == "bfloat16" and not on_gpu:
+        left += script.spent["decoder"] * (cost["bfloat16"] - cost["one token"]) / cost["whole"]
+        yield shown("  left with bfloat16 in the decoder", left)
     yield shown("  measured, ASHA off", plain.search if on_gpu else plain.cpu)
     share = asha.num_epochs / plain.num_epochs
     yield shown(
@@ -145,11 +140,8 @@ def _parts(
     yield shown(f"  wall time until the first trial: Ray's start and {images:,} images", plain.until_first_trial, "s")
 
 
-def run_ours(
-    options: Options, tower: str, manifest: str, scheduler: str, tower_in: ComputedIn | None, decoder_in: str | None
-) -> Ours:
-    """With what the tower and the decoder compute in; by itself for None."""
-    folder = options.folder / f"ours-{scheduler}-{decoder_in}"
+def run_ours(options: Options, tower: str, manifest: str, scheduler: str) -> Ours:
+    folder = options.folder / f"ours-{scheduler}"
     folder.mkdir()
     spec = SweepSpec.from_tree(
         {
@@ -157,8 +149,7 @@ def run_ours(
             "base": {
                 "data": {"manifest": manifest}, "encoder": {"name": tower}, "method": "decoder",
                 "decoder": {"depth": DEPTH}, "classifier": {"kind": "linear"}, "eval": {"resize": 1.0},
-                "features": {"computed_in": tower_in or "auto"},
-                "train": {"num_epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE, "precision": decoder_in or "auto"},
+                "train": {"num_epochs": NUM_EPOCHS, "batch_size": BATCH_SIZE},
             },
             "space": {"parameters": {"loss.name": {"choice": list(LOSSES)}, "optim.lr": {"choice": list(RATES)}}},
             "num_trials": NUM_TRIALS, "trial_scheduler": {"name": scheduler}, "refit_seeds": [0],

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from PIL import Image
 from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from imbvlm.config import DecoderConfig, SgdConfig
 from imbvlm.models.decoder import Decoder
+from imbvlm.sampling import epoch_plan
 from imbvlm.training.optim import lr_at
 
 
@@ -40,6 +42,21 @@ class Images(Dataset):
 
     def __getitem__(self, row: int):
         return self.transform(Image.open(self.paths[row]).convert("RGB")), self.labels[row]
+
+
+class InOrder(Sampler[int]):
+    """Each epoch's images in the sweep's order, so that both sides' numbers can be compared."""
+
+    def __init__(self, labels: list[int], num_classes: int, num_epochs: int) -> None:
+        self.epoch = 0
+        self._plan = partial(epoch_plan, labels, num_classes, "instance_balanced", 0, num_epochs=num_epochs)
+        self._size = len(labels)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._plan(self.epoch).rows.tolist())
 
 
 class WholeDecoder(Decoder):
@@ -84,9 +101,10 @@ def train_loop(config: dict) -> None:
     )
     size = settings["batch_size"]
     data = {split: Images(settings["manifest"], split, transform) for split in ("train", "val")}
+    order = InOrder(data["train"].labels, settings["num_classes"], settings["num_epochs"])
     loaders = {
-        split: DataLoader(images, size, shuffle=split == "train", num_workers=1, persistent_workers=True)
-        for split, images in data.items()
+        split: DataLoader(images, size, sampler=sampler, num_workers=1, persistent_workers=True)
+        for (split, images), sampler in zip(data.items(), (order, None), strict=True)
     }
     priors = torch.from_numpy(np.bincount(data["train"].labels, minlength=settings["num_classes"]) / len(data["train"]))
     adjust = torch.log(priors).float().to(device) if config["one"]["loss"] == "balanced_softmax" else 0.0
@@ -110,7 +128,7 @@ def train_loop(config: dict) -> None:
             clock.note("decoder")
 
     for epoch in range(settings["num_epochs"]):
-        begin = time.perf_counter()
+        begin, order.epoch = time.perf_counter(), epoch
         clock.seconds = dict.fromkeys(clock.seconds, 0.0)
         for tokens, labels in batches("train"):
             with half():
