@@ -55,6 +55,11 @@ def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need Ray come first: with several test processes (`-n`) the long ones mustn't be left for the end."""
+    """Files that need Ray come first and, with several test processes (`-n`), into one of them: for one cluster.
+
+    Two clusters that stand by take a tenth of two cores. Of other files each goes to a process as a whole.
+    """
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in with_ray)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))

@@ -267,8 +267,8 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: 
     assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
 
 
-@pytest.mark.ray
-def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path)
     halved = trial(tmp_path, tower, {"computed_in": "bfloat16", "precision": "float32"})
     features, _ = extract(tmp_path, halved, manifest, {"pooled"}, splits=("val",))
@@ -320,8 +320,8 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str)
     assert more.store("train").missing("tokens") == []
 
 
-@pytest.mark.ray
-def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path, broken=(3, 6, 13))
     os.unlink(tmp_path / "data" / f"{NUM_TRAIN}.png")
     config = trial(tmp_path, tower)
