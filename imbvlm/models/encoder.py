@@ -83,7 +83,8 @@ class Encoder(TextSide):
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
         self._rules = rules_of(self.visual, info.name)
-        self._autocasts, self._input_dtype = True, torch.float32
+        self._autocasts = torch.cuda.is_bf16_supported(including_emulation=False)
+        self._input_dtype = torch.float32
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
         self._shift = (-torch.tensor(info.mean) * scale).view(1, 3, 1, 1).to(self.device)
@@ -120,8 +121,8 @@ class Encoder(TextSide):
     def compute_in(self, precision: ComputedIn) -> Encoder:
         """Choose what the image side computes in; returns itself.
 
-        By itself that is bfloat16 on CUDA, by autocast, and float32 elsewhere. On CPUs bfloat16 is of the weights:
-        under autocast torch copies a weight of attention for every token.
+        By itself that is bfloat16 on GPUs that have it, by autocast, and float32 elsewhere. On CPUs bfloat16 is of the
+        weights: under autocast torch copies a weight of attention for every token.
         """
         if self.device.type == "cuda":
             self._autocasts = precision == "bfloat16"
@@ -144,7 +145,7 @@ class Encoder(TextSide):
         """Outputs (float32, on the tower's device) of crops (B, 3, S, S) in bytes, as `preprocess` makes them.
 
         `image_embedding` is the model's own `encode_image`, not normalised. Unless `compute_in` says otherwise,
-        convolutions and matrices run in bfloat16 on CUDA and in float32 elsewhere.
+        convolutions and matrices run in bfloat16 on GPUs that have it and in float32 elsewhere.
         """
         return self.outputs(images)
 

@@ -74,7 +74,7 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
         entry = METHODS[name]
         tree = {"data": data, "encoder": encoder, "method": name}
         if entry.trains:
-            tree["train"] = {"batch_size": BATCH_SIZE}
+            tree["train"] = {"batch_size": BATCH_SIZE, "precision": "float32"}
         config = TrialConfig.from_tree(tree)
         with tempfile.TemporaryDirectory() as made:
             counts = count_parameters(build_model(config, _made_up_data(config, Path(made)), CPU), info)

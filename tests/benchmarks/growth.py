@@ -56,8 +56,12 @@ def _growth(of: str, measured: dict[int, tuple[float, float]], what: str) -> Ite
 
 
 def apart(work: Callable[..., float], *arguments: object) -> tuple[float, float]:
-    """What `work` returns, seconds, and the most memory (MB) that a process of its own took beyond its start."""
-    context = multiprocessing.get_context("spawn")
+    """What `work` returns, seconds, and the most memory (MB) that a process of its own took beyond its start.
+
+    All are forked from one that has imported the libraries, and nothing more.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     here, there = context.Pipe()
     process = context.Process(target=_report, args=(there, work, arguments))
     process.start()
@@ -80,7 +84,7 @@ def _peak_megabytes() -> float:
 
 def _epoch(folder: Path, num_rows: int, num_classes: int, num_val: int, device: str) -> float:
     """In a process that has not made the features itself: their making isn't counted in its memory."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_make, args=(folder, num_rows, num_classes, num_val))
     process.start()
     process.join()
