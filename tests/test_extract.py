@@ -293,7 +293,7 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path
 
 
 def test_a_gpu_without_units_for_bfloat16_is_refused(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It could emulate them at best, and a pass would take days."""
+    """At best it would emulate them, slowly."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(ImbvlmError, match=r"the Tesla T4 of .* set features.computed_in: float32"):
         TowerWorker(EncoderConfig(name=tower), EvalConfig(), "any", "bfloat16", 1, use_gpu=True)
