@@ -81,6 +81,9 @@ def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_me
     log.save(again)
     shown = imbvlm(capsys, "sweep", "show", str(folder))
     assert f"{100 * value - 5:.1f} ± 7.1" in shown
+    assert f" {100 * value - 5:.1f} " in imbvlm(capsys, "sweep", "list", str(tmp_path))
+    (found,) = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert found["best"]["value"] == pytest.approx(value - 0.05)
     # The linear probe has 50.0 on validation.
     assert (
         f"the best trial's mean of 2 seeds is {100 * value - 55:+.1f} points above the baseline linear probe" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ class SweepState:
         return next(iter(self.log.best(self.spec.objective)), None)
 
     @property
+    def best_value(self) -> float | None:
+        """Its objective: the mean of its seeds, where it was run again with more of them."""
+        best = self.best
+        return None if best is None else statistics.fmean(self.log.seed_values(best, self.spec.objective))
+
+    @property
     def scored(self) -> list[TrialRecord]:
         """The refits that have read the test split, the winner's first."""
         read = [one for one in self.log.of("refit") if one.epochs and "test/top1_accuracy" in one.epochs[-1]]
@@ -120,8 +127,7 @@ class SweepState:
         if self.spec.other_objectives:
             found["pareto"] = [one.trial_id for one in pareto_records(self.log, self.spec)]
         if best is not None:
-            value = best.best_value(self.spec.best_objective)
-            found["best"] = {"trial_id": best.trial_id, "value": value, "config": best.config}
+            found["best"] = {"trial_id": best.trial_id, "value": self.best_value, "config": best.config}
         return found
 
 
@@ -161,13 +167,12 @@ def _table(states: Sequence[SweepState]) -> str:
     rows = []
     for state in states:
         best = state.best
-        value = None if best is None else best.best_value(state.spec.best_objective)
         rows.append(
             [
                 state.folder,
                 "finished" if state.is_finished else "unfinished",
                 f"{state.num_ended}/{state.spec.num_trials}",
-                percent(value),
+                percent(state.best_value),
                 state.spec.objective,
                 "-" if best is None else best.trial_id,
                 "-" if state.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(state.started_at)),
@@ -201,13 +206,12 @@ def compare_text(states: Sequence[SweepState]) -> str:
     rows = []
     for state in states:
         best = state.best
-        value = None if best is None else best.best_value(state.spec.best_objective)
         rows.append(
             [
                 state.folder.rstrip("/").rpartition("/")[2],
                 f"{state.num_ended}/{state.spec.num_trials}",
                 "-" if state.seconds is None else duration(state.seconds),
-                percent(value),
+                percent(state.best_value),
                 *(mean_and_spread(state.test_values(WINNER, metric)) for metric in METRICS),
                 "-" if best is None else best.views,
                 "-" if best is None else describe(best),
