@@ -33,9 +33,16 @@ def test_a_sound_machine_is_sound(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_dead_cluster_is_named(tmp_path):
-    checks = doctor(str(tmp_path), code=1, RAY_ADDRESS="127.0.0.1:1")
-    (ray,) = [check for check in checks if check["name"] == "Ray"]
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """What is found beside a dead cluster and without a network."""
+    folder = str(tmp_path_factory.mktemp("broken"))
+    settings = {"RAY_ADDRESS": "127.0.0.1:1", "HF_HUB_OFFLINE": "1", "HF_HOME": folder}
+    return {check["name"]: check for check in doctor(folder, "--encoder", "openai_vit_l14", code=1, **settings)}
+
+
+def test_a_dead_cluster_is_named(broken):
+    ray = broken["Ray"]
     assert ray["state"] == "broken"
     assert "RAY_ADDRESS is 127.0.0.1:1, and no cluster answers there" in ray["found"]
     assert "RAY_ADDRESS" in ray["mend"]
@@ -78,7 +85,7 @@ def test_a_bucket_is_tried_and_left_as_it_was(tmp_path_factory, monkeypatch):
         assert "wrong" not in refused.found
 
 
-def test_towers_here_elsewhere_and_nowhere(tmp_path):
+def test_towers_here_elsewhere_and_nowhere(tmp_path, broken):
     assert _tower("tinylit_lite0").state == "ok"
     misspelt = _tower("openai_vit_b61")
     assert misspelt.state == "broken"
@@ -88,10 +95,7 @@ def test_towers_here_elsewhere_and_nowhere(tmp_path):
     assert ". It is one of " in _tower("nothing-alike").found
     empty = _tower(f"local-dir:{tmp_path}")
     assert "open_clip_config.json" in empty.found
-    (offline,) = [
-        one for one in doctor(str(tmp_path), "--encoder", "openai_vit_l14", code=1, HF_HUB_OFFLINE="1",
-                              HF_HOME=str(tmp_path)) if one["name"] == "tower openai_vit_l14"
-    ]  # fmt: skip
+    offline = broken["tower openai_vit_l14"]
     assert "HF_HUB_OFFLINE is set" in offline["found"]
     assert "local-dir:" in offline["mend"]
 
