@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,12 @@ def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
     os.mkfifo(pipe)
     process = subprocess.Popen([sys.executable, "-m", "imbvlm", "train", str(pipe)], stderr=subprocess.PIPE, text=True)
     with open(pipe, "w"):  # returns when the command has opened its end
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        while process.poll() is None:
+            # One that comes just before the read begins waits for its end, as Python looks for signals around calls.
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+    err = process.stderr.read()
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
