@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,14 +100,14 @@ def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
     """The command waits for its configuration in a pipe, so that the signal finds it at work."""
     pipe = tmp_path / "trial.yaml"
     os.mkfifo(pipe)
-    process = subprocess.Popen([sys.executable, "-m", "imbvlm", "train", str(pipe)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imbvlm", "train", str(pipe)], stderr=subprocess.PIPE, text=True,
+        # Tests that run in the background ignore it, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     with open(pipe, "w"):  # returns when the command has opened its end
-        while process.poll() is None:
-            # One that comes just before the read begins waits for its end, as Python looks for signals around calls.
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-    err = process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
