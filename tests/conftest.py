@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """All files that need Ray go to one test process, since a second cluster would take an eighth of a core idly."""
     from xdist.scheduler import LoadFileScheduling
 
+    @cache
+    def group(file: str) -> str:
+        return "ray" if "mark.ray" in (config.rootpath / file).read_text() else file
+
     class OneCluster(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "ray" if "mark.ray" in (config.rootpath / file).read_text() else file
+            return group(super()._split_scope(nodeid))
 
     return OneCluster(config, log)

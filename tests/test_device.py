@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-QUICK = ("vit, stored", "prompt_tuning, exported")
+QUICK = ("vit, stored", "linear_probe, vit, images", "from class_mean", "pack of decoders", "resumed", "exported")
 
 
 @pytest.mark.parametrize(
-    ("words", "at_least"), [(QUICK, 9), pytest.param((), 60, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    ("words", "at_least"), [(QUICK, 15), pytest.param((), 60, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
 def test_trials_run_on_another_device(tmp_path, words, at_least):
     """In a process of their own, all of which knows that device."""

@@ -72,6 +72,22 @@ def test_in_bfloat16_the_outputs_are_the_same_to_its_rounding(folders: dict[str,
     assert encoder.compute_in("bfloat16") is encoder
 
 
+def test_a_gpu_without_units_for_bfloat16_is_refused(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At best it would emulate them, slowly."""
+    encoder = load(folders["vit"])
+    encoder.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ImbvlmError, match=r"the Tesla T4 of .* set features.computed_in: float32"):
+        encoder.compute_in("bfloat16")
+
+
+def test_a_tower_on_the_cpu_takes_no_memory_of_a_gpu(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep's own process has one beside the GPUs of its trials, and to ask a GPU is to open it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: pytest.fail("a GPU was asked"))
+    encoder = load(folders["vit"])
+    encoder.forward_images(images(encoder))
+
+
 @pytest.mark.parametrize("kind", OTHER_SIZE)
 def test_description_without_weights_agrees_with_the_tower(folders: dict[str, str], kind: str) -> None:
     config = EncoderConfig(name=folders[kind], image_size=OTHER_SIZE[kind])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_images import extraction_in_this_process
 from towers import write_tower
 
-from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
+from imbvlm.config import TrialConfig
 from imbvlm.data.images import Preprocess, decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import TakenRows
@@ -30,7 +30,6 @@ from imbvlm.features.extract import check_room, ensure_features, plan_bytes, sto
 from imbvlm.features.loading import load_block
 from imbvlm.features.local_copy import Copies
 from imbvlm.features.store import FeatureStore
-from imbvlm.features.tower_pass import TowerWorker
 from imbvlm.models.encoder import Encoder
 
 NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
@@ -292,13 +291,6 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path
     assert not said
 
 
-def test_a_gpu_without_units_for_bfloat16_is_refused(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At best it would emulate them, slowly."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(ImbvlmError, match=r"the Tesla T4 of .* set features.computed_in: float32"):
-        TowerWorker(EncoderConfig(name=tower), EvalConfig(), "any", "bfloat16", 1, use_gpu=True)
-
-
 @pytest.mark.usefixtures("without_ray")
 def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
@@ -399,7 +391,7 @@ def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: st
 
 SCRIPT = """
 import sys, ray
-from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
+from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import TakenRows
 from imbvlm.features.extract import ensure_features

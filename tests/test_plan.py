@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -227,23 +229,24 @@ def test_every_method_is_measured_before_any_has_two_kinds() -> None:
 def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path) -> None:
     """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
     sizes = []
-    for num_classes in (10, 8142):
-        labels = np.resize(np.arange(num_classes, dtype=np.int32), 10_000)
-        table = pa.table({"bytes": [str(n).encode() for n in range(12_000)],
-                          "label": np.concatenate([labels, labels[:2000]]),
-                          "split": ["train"] * 10_000 + ["val"] * 2000})  # fmt: skip
-        path = str(tmp_path / f"{num_classes}.parquet")
-        Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
-        made = spec(storage=str(tmp_path / "runs")).with_settings({"data.manifest": path, "train.batch_size": 256})
-        plan = make_plan(made, calibrate_here)
-        (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
-        assert probe["epoch_seconds"] > 0
-        sizes.append(probe["host_bytes"])
+    # In a process of its own: what tests have left of this one's heap would be taken before any new memory.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        for num_classes in (10, 8142):
+            labels = np.resize(np.arange(num_classes, dtype=np.int32), 10_000)
+            table = pa.table({"bytes": [str(n).encode() for n in range(12_000)],
+                              "label": np.concatenate([labels, labels[:2000]]),
+                              "split": ["train"] * 10_000 + ["val"] * 2000})  # fmt: skip
+            path = str(tmp_path / f"{num_classes}.parquet")
+            Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
+            made = spec(storage=str(tmp_path / "runs")).with_settings({"data.manifest": path, "train.batch_size": 256})
+            plan = make_plan(made, lambda *arguments: apart.submit(calibrate_here, *arguments).result())
+            (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
+            assert probe["epoch_seconds"] > 0
+            sizes.append(probe["host_bytes"])
     width, batch, rows = 1280, 256, 2000
     # Weights, gradients and momentum; at the least log-probabilities and the gradient of logits; validation logits.
     grown = 4 * 3 * 8132 * width + 4 * 2 * batch * 8132 + 2 * rows * 8132
-    # Half as much again by itself; what tests before it have left of the heap moves it by as much.
-    assert grown < sizes[1] - sizes[0] < 3 * grown
+    assert grown < sizes[1] - sizes[0] < 2 * grown
     assert not (tmp_path / "runs").exists()
 
 

@@ -43,11 +43,6 @@ class TowerWorker:
     ) -> None:
         if not use_gpu:
             torch.set_num_threads(num_threads)
-        elif computed_in == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ImbvlmError(
-                f"the {torch.cuda.get_device_name()} of {socket.gethostname()} has no units for bfloat16, in which "
-                "towers compute on GPUs by themselves; set features.computed_in: float32"
-            )
         self.encoder = Encoder.from_config(encoder, evaluation, "cuda" if use_gpu else "cpu")
         if self.encoder.info.weights_fingerprint != fingerprint:
             raise ImbvlmError(

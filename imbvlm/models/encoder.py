@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,7 +84,8 @@ class Encoder(TextSide):
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
         self._rules = rules_of(self.visual, info.name)
-        self._autocasts = torch.cuda.is_bf16_supported(including_emulation=False)
+        # What was chosen for a GPU.
+        self._computed_in: ComputedIn | None = None
         self._input_dtype = torch.float32
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
@@ -122,10 +124,16 @@ class Encoder(TextSide):
         """Choose what the image side computes in; returns itself.
 
         By itself that is bfloat16 on GPUs that have it, by autocast, and float32 elsewhere. On CPUs bfloat16 is of the
-        weights: under autocast torch copies a weight of attention for every token.
+        weights: under autocast torch copies a weight of attention for every token. Raises ImbvlmError for bfloat16 on a
+        GPU without it.
         """
         if self.device.type == "cuda":
-            self._autocasts = precision == "bfloat16"
+            if precision == "bfloat16" and not _gpu_has_bfloat16():
+                raise ImbvlmError(
+                    f"the {torch.cuda.get_device_name()} of {socket.gethostname()} has no units for bfloat16, in which "
+                    "towers compute on GPUs by themselves; set features.computed_in: float32"
+                )
+            self._computed_in = precision
         else:
             self._input_dtype = getattr(torch, precision)
             self.visual.to(self._input_dtype)
@@ -152,10 +160,16 @@ class Encoder(TextSide):
     def outputs(self, images: Tensor) -> EncoderOutput:
         """The same as `forward_images`, for a graph: whether gradients are kept is the caller's choice."""
         pixels = self.normalize(images).to(self._input_dtype)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._autocasts and self.device.type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._autocasts()):
             outputs = self._rules.outputs(self.visual, pixels)
         tokens, pooled, embedding = (output.float() for output in outputs)
         return EncoderOutput(tokens if self.token_pool is None else self.token_pool @ tokens, pooled, embedding)
+
+    def _autocasts(self) -> bool:
+        """A GPU is asked only where the tower is on one: it would else take its memory in each process with a tower."""
+        if self.device.type != "cuda":
+            return False
+        return _gpu_has_bfloat16() if self._computed_in is None else self._computed_in == "bfloat16"
 
     def normalize(self, images: Tensor) -> Tensor:
         """The tower's input (B, 3, S, S), float32, of crops in bytes: mean and deviation taken out."""
@@ -348,6 +362,10 @@ def _visual_fingerprint(visual: Any, source: TowerSource) -> str:
         "vision": config["vision_cfg"],
     }
     return _fingerprint(visual.state_dict(), switches)
+
+
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _fingerprint(state: Mapping[str, Tensor], switches: Mapping[str, Any]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from imbvlm import storage
@@ -71,7 +71,7 @@ class SweepState:
     def num_ended(self) -> int:
         return sum(record.is_over for record in self.log.of("search"))
 
-    @property
+    @cached_property
     def best(self) -> TrialRecord | None:
         """The best trial by validation so far."""
         return next(iter(self.log.best(self.spec.objective)), None)
@@ -80,7 +80,7 @@ class SweepState:
     def best_value(self) -> float | None:
         """Its objective: the mean of its seeds, where it was run again with more of them."""
         best = self.best
-        return None if best is None else statistics.fmean(self.log.seed_values(best, self.spec.objective))
+        return None if best is None else self.log.mean_value(best, self.spec.objective)
 
     @property
     def scored(self) -> list[TrialRecord]:

@@ -175,6 +175,10 @@ class TrialLog:
         value = record.best_value(_running_maximum(objective))
         return [] if value is None else [value, *self._further_seeds(objective).get(record.trial_id, [])]
 
+    def mean_value(self, record: TrialRecord, objective: str) -> float:
+        """The mean of its `seed_values`, of which there must be one."""
+        return statistics.fmean(self.seed_values(record, objective))
+
     def _further_seeds(self, objective: str) -> Mapping[str, list[float]]:
         """The running maxima of the runs with more seeds, by the trial that they repeat.
 

@@ -95,7 +95,7 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     if not baselines:
         return "no baseline gave a result"
     name, values = baselines[0].name, log.seed_values(best, spec.objective)
-    gain = statistics.fmean(values) - statistics.fmean(log.seed_values(baselines[0], spec.objective))
+    gain = log.mean_value(best, spec.objective) - log.mean_value(baselines[0], spec.objective)
     which = "the best trial is" if len(values) == 1 else f"the best trial's mean of {len(values)} seeds is"
     error = (best.best_epoch(spec.objective) or {}).get("val/balanced_standard_error")
     if gain <= 0:
