@@ -74,15 +74,13 @@ def lines(options: Options) -> Iterator[Line]:
     script = run_script(options, tower, manifest, num_run)
     cost = decoder_costs(options.device, describe_encoder(EncoderConfig(name=tower)))
     scripts, decoder_in = "bfloat16" if on_gpu else "float32", by_itself(options.device)
-    yield shown(
-        "  what the script computes in; by themselves our tower; our decoder", f"{scripts}; {scripts}; {decoder_in}"
-    )
+    yield shown("  what the script computes in; our tower; our decoder", f"{scripts}; {scripts}; {decoder_in}")
     yield times("as shipped, but ASHA off on both sides", plain.search, script.whole, "s", 10)
     yield times("as shipped, so with ASHA, the script without", asha.search, script.whole, "s", 20)
     if scripts != decoder_in:
         share = halved(script, cost) / script.cpu
         for words, one in (("ASHA off", plain), ("ASHA on", asha)):
-            what = f"  had the script's decoder computed in that too (worked out), {words}"
+            what = f"  the script's decoder in that as well (worked out), {words}"
             yield times(what, one.search, share * script.whole, "s")
     for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield times(f"  CPU seconds of the same, {words}", one.cpu, script.cpu, "s")
