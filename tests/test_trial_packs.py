@@ -159,18 +159,28 @@ def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: P
     assert len(others) == 3
 
 
-def test_baselines_and_other_shapes_run_alone_and_none_is_lost(tmp_path: Path, features: FeatureSet) -> None:
+def test_baselines_of_a_tower_share_a_process_and_other_shapes_dont_and_none_is_lost(tmp_path: Path, features: FeatureSet) -> None:
     spec = make_spec(8, searcher={"name": "random", "seed": 1})
     spec = SweepSpec.from_tree({**spec.to_tree(), "space": {"parameters": {**SPACE,
         "data.class_sampling": {"choice": ["instance_balanced", "square_root"]}}}})  # fmt: skip
-    baseline = Job("b00001", "baseline", "zero-shot", tiny_config("zero_shot"))
-    tune = Tune(tmp_path, features, spec, 4, [baseline])
+    probe = tiny_config("linear_probe", train__num_epochs=3)
+    jobs = [
+        Job("b00001", "baseline", "zero-shot", tiny_config("zero_shot")),
+        Job("b00002", "baseline", "linear probe", probe),
+        Job("b00003", "baseline", "linear probe", probe, alone=True),
+    ]
+    tune = Tune(tmp_path, features, spec, 4, jobs)
     tune.run()
-    assert tune.sizes[0] == 1
-    assert sum(tune.sizes) == 9
-    assert max(tune.sizes) > 1
-    assert sorted(tune.log.records) == ["b00001", *(f"t{number:05d}" for number in range(1, 9))]
+    assert tune.sizes[:2] == [2, 1]
+    assert sum(tune.sizes) == 11
+    assert max(tune.sizes[2:]) > 1
+    assert sorted(tune.log.records) == ["b00001", "b00002", "b00003", *(f"t{number:05d}" for number in range(1, 9))]
     assert all(record.state in ("finished", "stopped") for record in tune.log.records.values())
+    beside, alone = (tune.log.records[trial_id] for trial_id in ("b00002", "b00003"))
+    # Nothing is divided among them, and nothing of the probe's is batched with another's.
+    assert (beside.pack_size, alone.pack_size) == (1, 1)
+    assert [epoch[BEST] for epoch in beside.epochs] == [epoch[BEST] for epoch in alone.epochs]
+    assert [epoch["val/loss"] for epoch in beside.epochs] == [epoch["val/loss"] for epoch in alone.epochs]
 
 
 def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: FeatureSet) -> None:

@@ -11,6 +11,7 @@ from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.yaml_file import YamlTree
 
+BASELINES_OF_A_TOWER = 2
 # The probe trains until validation hasn't improved for so many epochs.
 PROBE_PATIENCE = 10
 PROBE_EPOCHS = 100

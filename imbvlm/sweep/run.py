@@ -456,14 +456,14 @@ class _Sweep:
     def _baseline_jobs(self) -> list[Job]:
         self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.spec, self.space), 1)}
         return [
-            Job(trial_id, "baseline", one.name, one.config)
+            Job(trial_id, "baseline", one.name, one.config, alone=self._was_lost(trial_id))
             for trial_id, one in self._baselines.items()
             if not self._has_ended(trial_id)
         ]
 
     def _unfinished_jobs(self) -> list[Job]:
         return [
-            Job(record.trial_id, "search", "", record.trial_config(), record.draw, alone=record.state == "error")
+            Job(record.trial_id, "search", "", record.trial_config(), record.draw, alone=self._was_lost(record.trial_id))
             for record in self.log.of("search")
             if record.state not in ENDED
         ]
@@ -527,6 +527,11 @@ class _Sweep:
 
     def _not_ended(self, jobs: Sequence[Job]) -> list[Job]:
         return [job for job in jobs if not self._has_ended(job.trial_id)]
+
+    def _was_lost(self, trial_id: str) -> bool:
+        """Whether its process ended before it did."""
+        record = self.log.records.get(trial_id)
+        return record is not None and record.state == "error"
 
     def _has_ended(self, trial_id: str) -> bool:
         record = self.log.records.get(trial_id)

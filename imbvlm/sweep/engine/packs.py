@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.schema import Tree
+from imbvlm.sweep.baselines import BASELINES_OF_A_TOWER, tower_key
 from imbvlm.sweep.engine.scheduler import AshaPerMethod
 from imbvlm.sweep.engine.search import UnsavedSearcher
 from imbvlm.sweep.engine.trainable import settings_text
@@ -53,11 +54,13 @@ class Packs:
     def open(self, tune_id: str, members: list[Member]) -> Tree:
         """What Tune carries for a new group."""
         self._members[tune_id] = {member.name: member for member in members}
+        together = all(_trains_with_others(member.config) for member in members)
         for member in members:
-            member.config["record"]["pack_size"] = len(members)
+            member.config["record"]["pack_size"] = len(members) if together else 1
         return {
             "record": {"trial_id": members[0].name},
             "names": [member.name for member in members],
+            "together": together,
             "settings": settings_text([member.config["settings"] for member in members]),
             "stop_file": self._stop_file(tune_id),
         }
@@ -99,7 +102,8 @@ class _Waiting:
 class PackSearcher(UnsavedSearcher):
     """Asks another searcher for some trials ahead, and hands out those of one `pack_key` as one group.
 
-    `size` is how many there may be of a configuration's.
+    `size` is how many there may be of a configuration's. The baselines of a tower are a group as well, though each
+    trains by itself: they take seconds, and Tune would start a process for each, to end it when another is free.
     """
 
     def __init__(self, inner: Searcher, packs: Packs, size: Callable[[TrialConfig], int]) -> None:
@@ -130,10 +134,12 @@ class PackSearcher(UnsavedSearcher):
         self._num_asked += 1
         record = suggested["record"]
         config = TrialConfig.from_tree(record["config"])
-        # Baselines end by their own patience; what goes on after a crash may stand at any epoch.
-        packs = record["kind"] == "search" and not suggested["alone"]
-        size = self._size(config) if packs else 1
-        self._waiting.append(_Waiting(Member(inner_id, suggested), pack_key(config) if size > 1 else None, size))
+        key, size = None, 1
+        if not suggested["alone"] and record["kind"] == "baseline":
+            key, size = f"baselines of {tower_key(config)}", BASELINES_OF_A_TOWER
+        elif _trains_with_others(suggested) and self._size(config) > 1:
+            key, size = pack_key(config), self._size(config)
+        self._waiting.append(_Waiting(Member(inner_id, suggested), key, size))
         return True
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:
@@ -236,6 +242,9 @@ class PackCallback(tune.Callback):
         for member in self._packs.of(trial.trial_id):
             self._packs.end(trial.trial_id, member)
             member.run_metadata, member.max_failures = trial.run_metadata, trial.max_failures
+            if len(trial.config["names"]) > 1:
+                # Another one may be at fault: it is lost before its restarts were spent.
+                member.max_failures = trial.run_metadata.num_failures
             member.error_file = trial.error_file
             for callback in self._inner:
                 callback.on_trial_error(iteration, trials, member)
@@ -248,3 +257,8 @@ class PackCallback(tune.Callback):
         self._packs.end(trial.trial_id, member)
         for callback in self._inner:
             callback.on_trial_complete(iteration, trials, member)
+
+
+def _trains_with_others(payload: Tree) -> bool:
+    """Baselines end by their own patience; what goes on after a crash may stand at any epoch."""
+    return payload["record"]["kind"] == "search" and not payload["alone"]

@@ -114,7 +114,7 @@ class ProgressCallback(tune.Callback):
         if record.trial_id in self._ran_too_long:
             record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
         else:
-            self.num_lost += record.pack_size > 1 or trial.run_metadata.num_failures <= trial.max_failures
+            self.num_lost += trial.run_metadata.num_failures <= trial.max_failures
             record.state, record.stop_reason = "error", _cause(_failures(trial), record, self._sizes)
         self._end(record)
 

@@ -1,4 +1,4 @@
-"""Trials inside Tune's own process: one, or a pack that trains together. The next ones reuse it and its open data."""
+"""Trials inside Tune's own process: one, or several that may train together. The next ones reuse it and its open data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class InProcessTrial(tune.Trainable):
 
     def _start(self, config: Tree) -> None:
         names: list[str] = config["names"]
-        pack = Pack() if len(names) > 1 else None
+        pack = Pack() if len(names) > 1 and config["together"] else None
         self._stop_file: str = config["stop_file"]
         self._members: dict[str, Generator[Report, None, None]] = {}
         for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
