@@ -11,6 +11,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.features.extract import ensure_features
+from imbvlm.models.encoder_info import OutputName
 from imbvlm.training.epochs import TrialRun
 
 MANIFEST = "embedded:fashion_mnist_lt"
@@ -34,15 +35,14 @@ def features(
     splits: tuple[str, ...] = ("train", "val"),
     tail_views: int | None = None,
     text: bool = False,
+    outputs: frozenset[OutputName] = frozenset({"pooled"}),
 ) -> FeatureSet:
-    """Pooled outputs of these splits, of training so many views, and more of few-shot classes; class names' texts."""
+    """Outputs of these splits, of training so many views, and more of few-shot classes; class names' texts."""
     manifest = Manifest.read(MANIFEST)
     present = tuple(split for split in splits if split in manifest.splits)
     wanted = config(features__num_views=num_views, features__tail_views=tail_views)
     with extraction_in_this_process():
-        return ensure_features(
-            wanted, manifest, str(folder), frozenset({"pooled"}), present, text=text, report=lambda line: None
-        )
+        return ensure_features(wanted, manifest, str(folder), outputs, present, text=text, report=lambda line: None)
 
 
 def tested(run: TrialRun, found: FeatureSet) -> tuple[float, float]:

@@ -4,7 +4,8 @@ The grid is trained whole, in packs, for each seed. The searches are the sweep's
 they train is looked up in the grid: the same numbers, and no waiting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import embedded
@@ -12,7 +13,7 @@ import numpy as np
 import optuna
 from table import Line, Options, limited, shown
 
-from imbvlm.config import TrialConfig
+from imbvlm.config import Tree, TrialConfig
 from imbvlm.features.examples import FeatureSet, TrialData
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
@@ -42,7 +43,7 @@ Curves = dict[str, list[float]]
 def lines(options: Options) -> Iterator[Line]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = embedded.features(options.folder)
-    tables = {seed: train_grid(found, seed, options.device) for seed in SEEDS}
+    tables = {seed: train_grid(found, make_spec(seed), options.device) for seed in SEEDS}
     size = len(tables[0])
     finals = [[curve[-1] for curve in curves.values()] for curves in tables.values()]
     yield shown(f"exhaustive grid: {size} configurations of {embedded.NUM_EPOCHS} epochs, {len(SEEDS)} seeds", "")
@@ -58,23 +59,29 @@ def lines(options: Options) -> Iterator[Line]:
         ("TPE", "tpe", False),
         ("random search", "random", False),
     ):
-        regrets, shares = _searches(tables, NUM_SEARCHES, num_trials, searcher, stops)
+        settings = {"num_trials": num_trials, "searcher": searcher}
+        regrets, shares = searches(tables, NUM_SEARCHES, partial(make_spec, **settings), stops)
         low, points, high = (float(np.quantile(regrets, part)) for part in (0.25, 0.5, 0.75))
         what = f"{words}, {num_trials} trials: median regret in points, {len(regrets)} searches"
         yield limited(what, points, "", 0.5) if stops else shown(what, points)
         yield shown("  lower and upper quartile", f"{low:.2f} {high:.2f}")
         yield shown("  share of the grid's epochs", f"{100 * np.mean(shares):.1f} %")
     for loss in SPACE["loss.name"]["choice"]:
-        regrets, _ = _searches(tables, NUM_SEARCHES // 4, num_trials, "tpe", True, loss)
+        make = partial(make_spec, num_trials=num_trials, stratify=("loss.name",))
+        regrets, _ = searches(tables, NUM_SEARCHES // 4, make, True, lambda config, loss=loss: config.loss.name == loss)
         yield shown(f"  stratified by loss: median regret within {loss}", float(np.median(regrets)))
 
 
-def _searches(
-    tables: dict[int, Curves], number: int, num_trials: int, searcher: str, stops: bool, arm: str | None = None
+def searches(
+    tables: dict[int, Curves],
+    number: int,
+    make: Callable[[int, int], SweepSpec],
+    stops: bool,
+    counts: Callable[[TrialConfig], bool] = lambda config: True,
 ) -> tuple[list[float], list[float]]:
     """Regrets in points and shares of the grid's epochs of so many searches over each seed's grid."""
     found = [
-        search(curves, seed, number * seed + place, num_trials, searcher, stops, arm)
+        search(curves, make(seed, number * seed + place), stops, counts)
         for seed, curves in tables.items()
         for place in range(number)
     ]
@@ -83,14 +90,19 @@ def _searches(
 
 
 def make_spec(
-    seed: int, searcher_seed: int = 0, num_trials: int = 1, searcher: str = "tpe", stratify: tuple[str, ...] = ()
+    seed: int,
+    searcher_seed: int = 0,
+    num_trials: int = 1,
+    searcher: str = "tpe",
+    stratify: tuple[str, ...] = (),
+    space: Tree = SPACE,
 ) -> SweepSpec:
     """The sweep over the grid's space; ten random trials first, or half of a small budget."""
     base = embedded.config(train__seed=seed).to_tree()
     base = {key: value for key, value in base.items() if key not in ("loss", "classifier")}
     started = {"num_startup_trials": min(10, max(1, num_trials // 2))} if searcher == "tpe" else {}
     return SweepSpec.from_tree({
-        "name": "grid", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
+        "name": "grid", "base": base, "space": {"parameters": space}, "num_trials": num_trials,
         "searcher": {"name": searcher, "seed": searcher_seed, **started}, "stratify": list(stratify)})  # fmt: skip
 
 
@@ -101,9 +113,8 @@ def grid(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
     return [spec.trial(draw) for draw in draws]
 
 
-def train_grid(found: FeatureSet, seed: int, device: str) -> Curves:
+def train_grid(found: FeatureSet, spec: SweepSpec, device: str) -> Curves:
     """The running maximum of balanced accuracy over epochs of every configuration, by its canonical key."""
-    spec = make_spec(seed)
     packs: dict[str, list[TrialConfig]] = {}
     for config in grid(spec, spec.read_space()):
         packs.setdefault(str(pack_key(config)), []).append(config)
@@ -120,20 +131,16 @@ def train_grid(found: FeatureSet, seed: int, device: str) -> Curves:
     return curves
 
 
-def search(
-    curves: Curves, seed: int, searcher_seed: int, num_trials: int, searcher: str, stops: bool, arm: str | None
-) -> tuple[float, float]:
-    """Regret of what the search finds, in balanced accuracy of the last epoch, and its share of the grid's epochs.
-
-    With `arm` the search is stratified by loss, and both are of that loss alone.
+def search(curves: Curves, spec: SweepSpec, stops: bool, counts: Callable[[TrialConfig], bool]) -> tuple[float, float]:
+    """Regret of what the search finds among what counts, in balanced accuracy of the last epoch, and its share of the
+    grid's epochs.
     """
-    spec = make_spec(seed, searcher_seed, num_trials, searcher, ("loss.name",) if arm else ())
     study = StudySearcher(spec, spec.read_space(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
     scheduler = asha(AshaConfig(), BEST)
     scores: dict[str, float] = {}
     num_epochs = 0
     running: dict[str, SimpleNamespace] = {}
-    for number in range(10 * num_trials * embedded.NUM_EPOCHS):
+    for number in range(10 * spec.num_trials * embedded.NUM_EPOCHS):
         while len(running) < AT_ONCE and isinstance(asked := study.suggest(f"{number}.{len(running)}"), dict):
             job, name = asked["job"], f"{number}.{len(running)}"
             record = {"kind": "search", "config": job.config.to_tree()}
@@ -154,17 +161,12 @@ def search(
             if ended:
                 del running[name]
                 study.on_trial_complete(name, report)
-                if arm is None or trial.job.config.loss.name == arm:
+                if counts(trial.job.config):
                     scores[key] = report[BEST]
-    within = curves if arm is None else _within(curves, spec, arm)
+    keys = [canonical_key(config) for config in grid(spec, spec.read_space()) if counts(config)]
     chosen = max(scores, key=scores.__getitem__)
-    regret = max(curve[-1] for curve in within.values()) - curves[chosen][-1]
+    regret = max(curves[key][-1] for key in keys) - curves[chosen][-1]
     return regret, num_epochs / (len(curves) * embedded.NUM_EPOCHS)
-
-
-def _within(curves: Curves, spec: SweepSpec, loss: str) -> Curves:
-    keys = {canonical_key(config) for config in grid(spec, spec.read_space()) if config.loss.name == loss}
-    return {key: curve for key, curve in curves.items() if key in keys}
 
 
 def _rank_correlation(first: list[float], second: list[float]) -> float:
