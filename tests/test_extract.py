@@ -8,7 +8,9 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,8 @@ from imbvlm.models.encoder import Encoder
 NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
 ALL = frozenset({"tokens", "pooled", "image_embedding"})
 SPLITS = ("train", "val")
+# As the tower computes it on any machine.
+EXACT = {"precision": "float32", "computed_in": "float32"}
 
 
 def picture(number: int) -> Image.Image:
@@ -134,9 +138,7 @@ def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Pat
     whole = make_data(tmp_path)
     manifest = Manifest.build(whole.table, whole.class_names, "pictures", split_counts=counts)
     manifest.write(str(tmp_path / "data" / "manifest.parquet"))
-    config = trial(tmp_path, tower, {"tail_views": 3, "precision": "float32"}).with_overrides(
-        {"method": "linear_probe"}
-    )
+    config = trial(tmp_path, tower, EXACT | {"tail_views": 3}).with_overrides({"method": "linear_probe"})
     assert plan_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {"pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4}
     root, outputs = str(tmp_path / "features"), frozenset({"pooled"})
     assert stored_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
@@ -153,7 +155,7 @@ def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Pat
     # The second of the three rows there.
     crop = torch.from_numpy(encoder.preprocess.apply(pixels, 2, 1))[None]
     torch.testing.assert_close(views[2], encoder.forward_images(crop).pooled[0], atol=1e-4, rtol=1e-4)
-    plain = extract(tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"})
+    plain = extract(tmp_path, trial(tmp_path, tower, EXACT), manifest, {"pooled"})
     assert plain[0].folders == features.folders, "the other views are no other store"
     assert plain[0].tail is None
     assert plain[1] == []
@@ -245,7 +247,7 @@ def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> N
 
 @pytest.mark.ray
 def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: str) -> None:
-    manifest, config = make_data(tmp_path), trial(tmp_path, tower, {"num_views": 2, "precision": "float32"})
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
     features, said = extract(tmp_path, config, manifest)
     encoder = Encoder.from_config(config.encoder, config.eval)
     assert features.info == encoder.info
@@ -267,8 +269,24 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: 
     assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
 
 
+@pytest.mark.parametrize(("alone", "seconds", "here"), [(True, 10.0, True), (True, 0.0, False), (False, 10.0, False)])
+def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch, alone: bool, seconds: float, here: bool
+) -> None:
+    """Those of Ray start for longer; and a cluster's machines have others' work, which its scheduler knows of."""
+    monkeypatch.setattr("imbvlm.features.extract.has_machine_to_itself", lambda: alone)
+    monkeypatch.setattr("imbvlm.features.extract.SECONDS_HERE", seconds)
+    monkeypatch.setattr("imbvlm.features.extract.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    manifest = make_data(tmp_path)
+    with nullcontext() if here else pytest.raises(ConnectionError, match="Ray is asked for"):
+        features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, splits=("val",))
+        assert not features.store("val").missing("pooled")
+
+
 @pytest.mark.usefixtures("without_ray")
-def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path, tower: str) -> None:
+def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_data(tmp_path)
     halved = trial(tmp_path, tower, {"computed_in": "bfloat16", "precision": "float32"})
     features, _ = extract(tmp_path, halved, manifest, {"pooled"}, splits=("val",))
@@ -279,16 +297,18 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(tmp_path: Path
     got = features.store("val").gather("pooled", np.array([2]), np.array([0]))
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
     assert not torch.equal(got, whole)
-    plain = trial(tmp_path, tower, {"computed_in": "float32", "precision": "float32"})
+    plain = trial(tmp_path, tower, EXACT)
     other, said = extract(tmp_path, plain, manifest, {"pooled"}, splits=("val",))
     assert other.folders != features.folders
     assert f"features: {NUM_VAL} images to compute" in said
-    # What a CPU computes in by itself.
-    by_itself, said = extract(
-        tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"}, splits=("val",)
-    )
-    assert by_itself.folders == other.folders
-    assert not said
+    # What a CPU computes in by itself, as it has units for it or not.
+    for has_them, same in ((True, features), (False, other)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_them=has_them: has_them)
+        by_itself, said = extract(
+            tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"}, splits=("val",)
+        )
+        assert by_itself.folders == same.folders
+        assert not said
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -16,14 +16,16 @@ from apart import Apart, apart_with_ray, free_port, start_head
 ROOT = Path(__file__).parents[1]
 TAKEN = """
 import json, os, ray
-from imbvlm.data.cluster import connected
+from imbvlm.data.cluster import connected, has_machine_to_itself
 from imbvlm.errors import ImbvlmError
 
 def told():
     return os.environ.get("RAY_ADDRESS")
 
+before = has_machine_to_itself()
 try:
     with connected() as cluster:
+        assert (before, has_machine_to_itself()) == (cluster.started_here,) * 2
         answer = ray.get(ray.remote(num_cpus=1)(told).remote())
         print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, answer]))
 except ImbvlmError as error:

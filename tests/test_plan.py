@@ -79,6 +79,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
         "base": base, "num_trials": 12, "storage": str(tmp_path), "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0,
         "max_concurrent_trials": 2, "refit_seeds": [0, 1], "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
     }  # fmt: skip
+    monkeypatch.setattr("imbvlm.sweep.plan.SECONDS_HERE", 0.0)
     plan = make_plan(spec(**settings), known_speeds)
     found = plan_to_dict(plan)
     epoch = TRAIN * 1e-3 + VAL * 1e-4
@@ -95,6 +96,10 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     assert found["seconds"]["features"] == pytest.approx(2 * 8 + (TRAIN + VAL + TEST) * 4e-3 / CPUS)
     phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
     assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
+    monkeypatch.setattr("imbvlm.sweep.plan.SECONDS_HERE", 10.0)
+    here = plan_to_dict(make_plan(spec(**settings), known_speeds))
+    # No worker has to start for seconds of the tower.
+    assert here["seconds"]["features"] == pytest.approx(found["seconds"]["features"] - 2 * 8)
     assert found["gpu_hours"] == pytest.approx([2 * value / 3600 for value in total])
     assert found["cost"] == pytest.approx([2 * 2 * value / 3600 for value in total])
     text = describe_plan(plan)

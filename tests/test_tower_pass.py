@@ -15,9 +15,8 @@ LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
 
 
 def worker(forward_images) -> TowerWorker:
-    made = TowerWorker.__new__(TowerWorker)
-    made.encoder = SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images)
-    made.batch_size, made._running = 2, threading.Lock()
+    made = TowerWorker(SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images))
+    made.batch_size = 2
     return made
 
 

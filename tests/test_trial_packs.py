@@ -159,7 +159,7 @@ def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: P
     assert len(others) == 3
 
 
-def test_baselines_of_a_tower_share_a_process_and_other_shapes_dont_and_none_is_lost(tmp_path: Path, features: FeatureSet) -> None:
+def test_baselines_of_a_tower_share_a_process_and_other_shapes_dont(tmp_path: Path, features: FeatureSet) -> None:
     spec = make_spec(8, searcher={"name": "random", "seed": 1})
     spec = SweepSpec.from_tree({**spec.to_tree(), "space": {"parameters": {**SPACE,
         "data.class_sampling": {"choice": ["instance_balanced", "square_root"]}}}})  # fmt: skip

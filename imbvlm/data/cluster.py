@@ -83,7 +83,7 @@ def connected() -> Iterator[Cluster]:
     else:
         _start_here()
     try:
-        yield _describe(started_here=started)
+        yield connected_cluster()
     finally:
         ray.shutdown()
 
@@ -149,9 +149,9 @@ def has_many_machines() -> bool:
     return ray.is_initialized() and len(connected_cluster().grown) > 1
 
 
-def connected_cluster() -> Cluster:
-    """The connected cluster as it is by now."""
-    return _describe(started_here=False)
+def has_machine_to_itself() -> bool:
+    """Whether what runs shares this machine with no cluster's work: none is connected or would be, but its own."""
+    return _started_here() if ray.is_initialized() else not _cluster_answers()
 
 
 def running_cluster() -> Cluster | None:
@@ -288,8 +288,14 @@ def _answer_probe(probe: str) -> tuple[str, str, str]:
     return host, answer, ""
 
 
-def _describe(*, started_here: bool) -> Cluster:
-    resources = ray.cluster_resources()
+def _started_here() -> bool:
+    """Whether the connected cluster was started by this process."""
+    return bool(ray._private.worker._global_node.is_head())
+
+
+def connected_cluster() -> Cluster:
+    """The connected cluster as it is by now."""
+    resources, started_here = ray.cluster_resources(), _started_here()
     url = ray._private.worker.get_dashboard_url() or ""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = tuple((one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in alive)

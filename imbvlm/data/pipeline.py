@@ -93,7 +93,7 @@ def plan_tasks(num_blocks: int, images_per_block: int, num_at_once: int) -> int:
 def map_images(
     blocks: Sequence[Block],
     load: Load,
-    worker: type,
+    worker: Callable[..., Load],
     worker_args: tuple[Any, ...],
     *,
     images_per_block: int,
@@ -227,12 +227,12 @@ class _Load:
 class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
-    def __init__(self, worker: type, worker_args: tuple[Any, ...], attempts: Attempts) -> None:
+    def __init__(self, worker: Callable[..., Load], worker_args: tuple[Any, ...], attempts: Attempts) -> None:
         self.attempts = attempts
         self.failure: Block | None = None
         try:
             with attempts.at("start", "starting a tower"):
-                self.worker: Load = worker(*worker_args)
+                self.worker = worker(*worker_args)
         except ImbvlmError as error:
             self.failure = {_ERROR: error}
 

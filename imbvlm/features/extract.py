@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
-from imbvlm.data.cluster import connected, has_many_machines, is_alone, ray_gpus
+from imbvlm.data.cluster import connected, has_machine_to_itself, has_many_machines, is_alone, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
@@ -28,7 +28,7 @@ from imbvlm.features.loading import Block, bad_image_error, load_block
 from imbvlm.features.local_copy import DEFAULT_COPIES, Copies
 from imbvlm.features.store import PACE_FILE, STORE_FILE, TOWER_FILE, FeatureStore, StoreKey, StoreLayout
 from imbvlm.features.text import ensure_class_embeddings
-from imbvlm.features.tower_pass import TowerWorker
+from imbvlm.features.tower_pass import BATCH_ON_CPU, TowerWorker, start_worker
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES, ComputedIn, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS
@@ -43,6 +43,8 @@ SHARD_BYTES = 96_000_000
 LEAST_SHARDS = 8
 # Few CPUs: a worker each. Many: a worker per this many, since each holds the whole tower.
 THREADS_PER_WORKER = 4
+# Ray takes about so long until its workers have their towers, and a process of its own for each of them.
+SECONDS_HERE = 10.0
 # What lies beside a store's numbers: rows, reasons, Arrow's own words.
 DISK_MARGIN = 1.02
 
@@ -98,9 +100,10 @@ def ensure_features(
     tower before anything is computed.
 
     With `features.store: false` nothing is stored but text features, which come with `text` or image_embedding. Shards
-    that are complete stay, damaged ones are made again; without missing ones Ray isn't started. Trials read from
-    `copies` what lies in an object store or is shared by several machines. Raises ImbvlmError where the tower can't be
-    had, a disk is too small, or `data.on_bad_image: strict` meets a bad image.
+    that are complete stay, damaged ones are made again; what this process can compute within seconds, on a machine that
+    it has to itself, needs no Ray. Trials read from `copies` what lies in an object store or is shared by several
+    machines. Raises ImbvlmError where the tower can't be had, a disk is too small, or `data.on_bad_image: strict` meets
+    a bad image.
     """
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
@@ -278,12 +281,18 @@ def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, d
     return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes, config.features.int8_tokens)
 
 
-def _computed_in(config: TrialConfig) -> ComputedIn:
-    """What the tower computes in; of itself by where a pass would run: the connected cluster, or else this machine."""
+def computed_in(config: TrialConfig, info: EncoderInfo) -> ComputedIn:
+    """What the tower computes in; of itself by where a pass would run: the connected cluster, or else this machine.
+
+    That is bfloat16 on GPUs, and of a ViT on a single machine whose CPU has AMX, where it takes a third of the time.
+    """
     if config.features.computed_in != "auto":
         return config.features.computed_in
     num_gpus = ray_gpus()
-    return "bfloat16" if (torch.cuda.device_count() if num_gpus is None else num_gpus) else "float32"
+    on_gpu = bool(torch.cuda.device_count() if num_gpus is None else num_gpus)
+    # What the CPUs of other machines have isn't known.
+    pays = info.kind == "vit" and torch.cpu._is_amx_tile_supported() and not has_many_machines()
+    return "bfloat16" if on_gpu or pays else "float32"
 
 
 def _plan_part(
@@ -317,7 +326,7 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Par
         preprocess=part.preprocess.to_dict(),
         num_views=part.num_views,
         precision=config.features.precision,
-        computed_in=_computed_in(config),
+        computed_in=computed_in(config, encoder.info),
         token_pooling=encoder.info.token_pooling,
         int8_tokens=config.features.int8_tokens,
     )
@@ -373,53 +382,80 @@ def _check_copy(copies: Copies, what: str, num_bytes: int) -> None:
 
 
 def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
-    computed_in, by_itself = _computed_in(config), config.features.computed_in == "auto"
+    progress = _Progress(sum(work.num_images for work in works), report)
+    blocks = [block for work in works for block in _blocks(config, work)]
+    by_folder = {work.store.folder: work for work in works}
+    bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
+    # Bytes of each shard that was written.
+    written: dict[tuple[str, OutputName], dict[int, int]] = {}
+    here = _fits_here(config, encoder, progress.num_images)
+    for summary in _by_itself(encoder, blocks) if here else _by_workers(config, works, encoder, blocks, progress):
+        progress.add(summary["num_images"])
+        folder = summary["folder"]
+        for output, num_bytes in summary["written"].items():
+            written.setdefault((folder, output), {})[summary["shard"]] = num_bytes
+        if summary["bad"]:
+            # Wrong folders or keys shouldn't cost the whole pass.
+            bad[folder].update(summary["bad"])
+            _check_limits(config, by_folder[folder], bad[folder])
+    if progress.seconds_per_image is not None:
+        pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
+        for work in works:
+            storage.write_bytes(storage.join(work.store.folder, PACE_FILE), pace.encode())
+    for (folder, output), shards in written.items():
+        by_folder[folder].store.trust(output, shards, bad[folder])
+
+
+def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
+    """Whether this process would have computed so many images about as soon as workers have started; `encoder` is made
+    ready for that.
+    """
+    if ray_gpus() or torch.cuda.is_available() or not has_machine_to_itself():
+        return False
+    encoder.compute_in(computed_in(config, encoder.info))
+    size = encoder.info.image_size
+    images, taken = torch.zeros(BATCH_ON_CPU, 3, size, size, dtype=torch.uint8), list[float]()
+    # The first time prepares kernels, which is long beside a small tower.
+    while len(taken) < 2 and sum(taken) < 1:
+        started = time.monotonic()
+        encoder.forward_images(images)
+        taken.append(time.monotonic() - started)
+    return min(taken) * num_images / BATCH_ON_CPU <= SECONDS_HERE
+
+
+def _by_itself(encoder: Encoder, blocks: Sequence[Block]) -> Iterator[Block]:
+    worker = TowerWorker(encoder)
+    return (worker(load_block(block)) for block in blocks)
+
+
+def _by_workers(
+    config: TrialConfig, works: Sequence[_Work], encoder: Encoder, blocks: Sequence[Block], progress: _Progress
+) -> Iterator[Block]:
+    planned, is_chosen = computed_in(config, encoder.info), config.features.computed_in != "auto"
     with connected() as cluster:
-        num_blocks = sum(len(work.missing) for work in works)
-        gpus = 0 if by_itself and computed_in == "float32" else int(cluster.most_gpus)
-        if by_itself and computed_in == "bfloat16" and not gpus:
+        gpus = int(cluster.most_gpus) if is_chosen or planned == "bfloat16" else 0
+        if planned == "bfloat16" and computed_in(config, encoder.info) == "float32":
             raise ImbvlmError(
-                "this machine has a GPU and the running Ray cluster has none, so that its features would differ from "
-                "the GPU's; start the cluster with its GPUs, hide them with CUDA_VISIBLE_DEVICES=, or set "
-                "features.computed_in"
+                "by itself the tower computes in bfloat16 on this machine and in float32 on the running Ray cluster, "
+                "so that their features would differ; start the cluster with this machine's GPUs, hide them with "
+                "CUDA_VISIBLE_DEVICES=, or set features.computed_in"
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
-        num_workers = gpus or max(1, int(cluster.num_cpus) // threads)
-        blocks = [block for work in works for block in _blocks(config, work)]
+        progress.num_workers = min(gpus or max(1, int(cluster.num_cpus) // threads), len(blocks))
         tower = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
-        num_workers = min(num_workers, num_blocks)
-        progress = _Progress(sum(work.num_images for work in works), num_workers, report)
-        by_folder = {work.store.folder: work for work in works}
-        bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
-        # Bytes of each shard that was written.
-        written: dict[tuple[str, OutputName], dict[int, int]] = {}
-        for summary in map_images(
+        yield from map_images(
             blocks,
             load_block,
-            TowerWorker,
-            (*tower, computed_in, threads, bool(gpus)),
+            start_worker,
+            (*tower, planned, threads, bool(gpus)),
             images_per_block=max(work.store.layout.rows_per_shard * work.store.num_views for work in works),
-            num_workers=num_workers,
+            num_workers=progress.num_workers,
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
             # One block is written while the GPU computes the next; a CPU would do both no sooner, in more memory.
             calls_per_worker=2 if gpus else 1,
             waits=progress.wait,
-        ):
-            progress.add(summary["num_images"])
-            folder = summary["folder"]
-            for output, num_bytes in summary["written"].items():
-                written.setdefault((folder, output), {})[summary["shard"]] = num_bytes
-            if summary["bad"]:
-                # Wrong folders or keys shouldn't cost the whole pass.
-                bad[folder].update(summary["bad"])
-                _check_limits(config, by_folder[folder], bad[folder])
-        if progress.seconds_per_image is not None:
-            pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
-            for work in works:
-                storage.write_bytes(storage.join(work.store.folder, PACE_FILE), pace.encode())
-    for (folder, output), shards in written.items():
-        by_folder[folder].store.trust(output, shards, bad[folder])
+        )
 
 
 def seconds_per_image(folder: str) -> float | None:
@@ -450,10 +486,10 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
 class _Progress:
     """Tells how far a pass is, how fast, and how long it still takes; workers' start isn't counted in the speed."""
 
-    def __init__(self, num_images: int, num_workers: int, report: Report) -> None:
+    def __init__(self, num_images: int, report: Report) -> None:
         self.num_images, self.done, self.report = num_images, 0, report
-        # Blocks until each worker has done one: as the first one comes the others' are nearly done.
-        self.to_start = num_workers
+        # Until each worker has done a block nothing is counted: as the first one comes the others' are nearly done.
+        self.num_workers, self._num_blocks = 1, 0
         self.first: tuple[int, float] | None = None
         # Of the whole cluster's time, workers' start aside; None before two blocks have come.
         self.seconds_per_image: float | None = None
@@ -462,8 +498,8 @@ class _Progress:
 
     def add(self, num_images: int) -> None:
         self.done += num_images
-        self.to_start -= 1
-        if self.to_start == 0:
+        self._num_blocks += 1
+        if self._num_blocks == self.num_workers:
             self.first = (self.done, time.monotonic())
         text = f"features: {self.done:,} of {self.num_images:,} images"
         seconds = 0.0 if self.first is None else time.monotonic() - self.first[1]

@@ -1,4 +1,4 @@
-"""What the tower workers of the extraction pass do: a block of crops goes through the tower and is stored."""
+"""What the extraction pass does with a block of crops: it goes through the tower and is stored."""
 
 from __future__ import annotations
 
@@ -27,30 +27,11 @@ class TowerWorker:
     """Holds the tower in one process; called with a loaded block, it writes the block's shards.
 
     Several threads may call it: one block at a time goes through the tower, while others are written.
-
-    Raises ImbvlmError where the tower's weights here aren't those that the store is kept for, or where the GPU has no
-    units for bfloat16 and the store is of that.
     """
 
-    def __init__(
-        self,
-        encoder: EncoderConfig,
-        evaluation: EvalConfig,
-        fingerprint: str,
-        computed_in: ComputedIn,
-        num_threads: int,
-        use_gpu: bool,
-    ) -> None:
-        if not use_gpu:
-            torch.set_num_threads(num_threads)
-        self.encoder = Encoder.from_config(encoder, evaluation, "cuda" if use_gpu else "cpu")
-        if self.encoder.info.weights_fingerprint != fingerprint:
-            raise ImbvlmError(
-                f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
-                "extraction; give every machine the same file"
-            )
-        self.encoder.compute_in(computed_in)
-        self.batch_size = BATCH_ON_GPU if use_gpu else BATCH_ON_CPU
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.batch_size = BATCH_ON_GPU if encoder.device.type == "cuda" else BATCH_ON_CPU
         self._running = threading.Lock()
 
     def __call__(self, block: Block) -> Block:
@@ -88,3 +69,27 @@ class TowerWorker:
         if on_gpu:
             torch.cuda.synchronize(self.encoder.device)
         return {output: values.numpy() for output, values in found.items()}
+
+
+def start_worker(
+    encoder: EncoderConfig,
+    evaluation: EvalConfig,
+    fingerprint: str,
+    computed_in: ComputedIn,
+    num_threads: int,
+    use_gpu: bool,
+) -> TowerWorker:
+    """A tower in a process of its own.
+
+    Raises ImbvlmError where the tower's weights here aren't those that the store is kept for, or where the GPU has no
+    units for bfloat16 and the store is of that.
+    """
+    if not use_gpu:
+        torch.set_num_threads(num_threads)
+    tower = Encoder.from_config(encoder, evaluation, "cuda" if use_gpu else "cpu")
+    if tower.info.weights_fingerprint != fingerprint:
+        raise ImbvlmError(
+            f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
+            "extraction; give every machine the same file"
+        )
+    return TowerWorker(tower.compute_in(computed_in))

@@ -26,6 +26,7 @@ from imbvlm.data.streaming import StreamPlan
 from imbvlm.data.table import Rows
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import Examples, Source, TrialData
+from imbvlm.features.extract import computed_in
 from imbvlm.features.store import FeatureStore, StoreLayout
 from imbvlm.features.tower_pass import BATCH_ON_CPU, BATCH_ON_GPU
 from imbvlm.models.encoder import Encoder, absolute_encoder, describe_encoder
@@ -338,8 +339,7 @@ def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
 
 def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
     encoder = _tower(config, device)
-    if config.features.computed_in != "auto":
-        encoder.compute_in(config.features.computed_in)
+    encoder.compute_in(computed_in(config, encoder.info))
     manifest = Manifest.read(config.data.manifest)
     rows = manifest.rows_of("train")[:16]
     plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)

@@ -19,7 +19,8 @@ from imbvlm.training.pack import pack_key
 
 # What a trial takes beside its epochs: in a process that is there already, and where Ray Train starts workers for it.
 START_SECONDS = {"in_process": 0.4, "ray_train": 15.0}
-# Until a pass over images has its first image: workers start and load a tower. Test images have a pass of their own.
+# Until a pass over images by workers has its first image: they start and load a tower. Test images have a pass of their
+# own.
 PASS_START_SECONDS = 8.0
 # Draws over which a sweep's mean trial is taken.
 NUM_DRAWS = 200

@@ -16,6 +16,7 @@ from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.features.extract import (
     DISK_MARGIN,
+    SECONDS_HERE,
     image_bytes,
     num_crops,
     plan_bytes,
@@ -294,7 +295,11 @@ def _features_seconds(
             each = (speed.load_seconds + speed.tower_seconds * calibration.machine.num_threads) / cpus
         else:
             each = max(speed.load_seconds / cpus, speed.tower_seconds / max(1, gpus))
-        total += num_passes * PASS_START_SECONDS + tower.missing_images * each
+        start = PASS_START_SECONDS
+        if not gpus and cluster is None and tower.missing_images * speed.tower_seconds <= num_passes * SECONDS_HERE:
+            # The sweep's own process does it.
+            start = 0.0
+        total += num_passes * start + tower.missing_images * each
     return total
 
 

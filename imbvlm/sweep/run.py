@@ -463,9 +463,9 @@ class _Sweep:
 
     def _unfinished_jobs(self) -> list[Job]:
         return [
-            Job(record.trial_id, "search", "", record.trial_config(), record.draw, alone=self._was_lost(record.trial_id))
-            for record in self.log.of("search")
-            if record.state not in ENDED
+            Job(one.trial_id, "search", "", one.trial_config(), one.draw, alone=self._was_lost(one.trial_id))
+            for one in self.log.of("search")
+            if one.state not in ENDED
         ]
 
     def _search_settings(self, job: Job) -> TrialSettings:

@@ -15,12 +15,12 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.pipeline import Block, map_images
 from imbvlm.features import extract
 from imbvlm.features.tower_pass import BATCH_ON_CPU, BATCH_ON_GPU
-from imbvlm.models.encoder import Encoder
+from imbvlm.models.encoder import Encoder, describe_encoder
 from imbvlm.models.encoder_info import ComputedIn
 
 
 def lines(options: Options) -> Iterator[Line]:
-    """The rate once all workers are at work, which is what a long pass has; and the whole call."""
+    """The rate once all of Ray's workers are at work, as in a long pass; and the whole call."""
     # Blocks of 64, which are whole batches, as long passes have.
     architecture, num_images = ("ViT-L-14", 20_000) if options.large else ("ViT-B-32", 512)
     name = made.tower(options.folder / "tower", architecture)
@@ -28,11 +28,12 @@ def lines(options: Options) -> Iterator[Line]:
     manifest = made.image_manifest(options.folder / "data", num_images, 64, 20)
     num_bare = 2000 if options.large else 96
     config = TrialConfig.from_tree({"data": {"manifest": manifest}, "encoder": {"name": name}, "method": "zero_shot"})
+    kind = extract.computed_in(config, describe_encoder(tower))
     # The machine may get slower or faster meanwhile: what is bare is measured before and behind.
-    before = bare_rate(tower, options.device, num_bare)
+    before = bare_rate(tower, options.device, num_bare, kind)
     rate, whole = _extract(config, str(options.folder / "store"))
-    behind = bare_rate(tower, options.device, num_bare)
-    what = f"extraction, {architecture} at 224 px, {num_images:,} JPEGs of 256 px, all outputs"
+    behind = bare_rate(tower, options.device, num_bare, kind)
+    what = f"extraction, {architecture} at 224 px, {num_images:,} JPEGs of 256 px, all outputs, both in {kind}"
     yield rates(what, rate, (before + behind) / 2, "images/s", 0.9)
     yield shown("  the bare tower before and behind", f"{number(before)}, {number(behind)} images/s")
     yield shown("  the whole call, with Ray's start, the tower's and its check", whole, "s")
@@ -57,7 +58,7 @@ def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
 
     outputs = frozenset({"tokens", "pooled", "image_embedding"})
     begin = perf_counter()
-    with patch.object(extract, "map_images", watched):
+    with patch.object(extract, "map_images", watched), patch.object(extract, "SECONDS_HERE", 0.0):
         extract.ensure_features(
             config, Manifest.read(config.data.manifest), root, outputs, ("train",), report=lambda line: None
         )
@@ -73,15 +74,10 @@ def steady_rate(done: list[tuple[float, int]], num_workers: int) -> float:
     return sum(size for _, size in counted) / (counted[-1][0] - done[num_workers - 1][0])
 
 
-def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputedIn | None = None) -> float:
-    """Images a second of a tower over tensors in memory, with all cores and the batch size that suits it best.
-
-    Without `computed_in` in what it computes by itself.
-    """
+def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputedIn) -> float:
+    """Images a second of a tower over tensors in memory, with all cores and the batch size that suits it best."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    encoder = Encoder.from_config(tower, EvalConfig(), device)
-    if computed_in is not None:
-        encoder.compute_in(computed_in)
+    encoder = Encoder.from_config(tower, EvalConfig(), device).compute_in(computed_in)
     pixels = torch.randint(0, 255, (num_images, 3, encoder.info.image_size, encoder.info.image_size), dtype=torch.uint8)
     best = 0.0
     for size in (BATCH_ON_GPU,) if device == "cuda" else (BATCH_ON_CPU, 4 * BATCH_ON_CPU):

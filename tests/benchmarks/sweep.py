@@ -18,9 +18,11 @@ from cpu import WatchedCommand
 from table import Line, Options, limited, seconds, shown, times
 from tune_script import WholeDecoder
 
-from imbvlm.config import DecoderConfig, EncoderConfig, TrainConfig
+from imbvlm.config import DecoderConfig, TrainConfig, TrialConfig
+from imbvlm.features.extract import computed_in
+from imbvlm.features.tower_pass import BATCH_ON_CPU
 from imbvlm.models.decoder import Decoder
-from imbvlm.models.encoder import describe_encoder
+from imbvlm.models.encoder import Encoder, describe_encoder
 from imbvlm.models.encoder_info import EncoderInfo
 from imbvlm.sweep.results import TrialLog
 from imbvlm.sweep.spec import SweepSpec
@@ -72,21 +74,26 @@ def lines(options: Options) -> Iterator[Line]:
     on_gpu = options.device == "cuda"
     plain, asha = (run_ours(options, tower, manifest, name) for name in ("none", "asha"))
     script = run_script(options, tower, manifest, num_run)
-    cost = decoder_costs(options.device, describe_encoder(EncoderConfig(name=tower)))
+    config = zero_shot(manifest, tower)
+    info = describe_encoder(config.encoder)
+    cost = {**decoder_costs(options.device, info), **tower_costs(config, options.device)}
     scripts, decoder_in = "bfloat16" if on_gpu else "float32", by_itself(options.device)
-    yield shown("  what the script computes in; our tower; our decoder", f"{scripts}; {scripts}; {decoder_in}")
+    tower_in = computed_in(config, info)
+    yield shown("  what the script computes in; our tower; our decoder", f"{scripts}; {tower_in}; {decoder_in}")
     yield times("as shipped, but ASHA off on both sides", plain.search, script.whole, "s", 10)
     yield times("as shipped, so with ASHA, the script without", asha.search, script.whole, "s", 20)
-    if scripts != decoder_in:
-        share = halved(script, cost) / script.cpu
+    left = {"decoder": cost["whole in bfloat16"] / cost["whole"], "tower": cost["tower in bfloat16"] / cost["tower"]}
+    differs = {name: left[name] for name, kind in (("decoder", decoder_in), ("tower", tower_in)) if kind != scripts}
+    if differs:
+        share = 1 - sum(script.spent[name] * (1 - part) for name, part in differs.items()) / script.cpu
         for words, one in (("ASHA off", plain), ("ASHA on", asha)):
-            what = f"  the script's decoder in that as well (worked out), {words}"
+            what = f"  the script in that as well (worked out), {words}"
             yield times(what, one.search, share * script.whole, "s")
     for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield times(f"  CPU seconds of the same, {words}", one.cpu, script.cpu, "s")
     commands = ", ".join(f"{one.command:.0f}" for one in (plain, asha))
     yield shown("  with refit, report and end, of both", f"{commands} s")
-    yield from _parts(options, cost, script, plain, asha, num_train + num_val, decoder_in)
+    yield from _parts(options, cost, script, plain, asha, num_train + num_val, (tower_in, decoder_in))
     for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield from _same_accuracy(words, one.accuracies, script.accuracies, num_val)
 
@@ -95,11 +102,6 @@ def by_itself(device: str) -> str:
     """What a decoder's trial computes in by the defaults."""
     with Computing(TrainConfig(), torch.device(device), 1, NUM_CLASSES, is_decoder=True).autocast():
         return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
-
-
-def halved(script: Script, cost: Mapping[str, float]) -> float:
-    """CPU seconds of the script if its decoder computed in bfloat16."""
-    return script.cpu - script.spent["decoder"] * (1 - cost["whole in bfloat16"] / cost["whole"])
 
 
 def _same_accuracy(words: str, ours: Accuracies, theirs: Accuracies, num_val: int) -> Iterator[Line]:
@@ -114,22 +116,33 @@ def _same_accuracy(words: str, ours: Accuracies, theirs: Accuracies, num_val: in
 
 
 def _parts(
-    options: Options, cost: Mapping[str, float], script: Script, plain: Ours, asha: Ours, images: int, decoder_in: str
+    options: Options,
+    cost: Mapping[str, float],
+    script: Script,
+    plain: Ours,
+    asha: Ours,
+    images: int,
+    computed_in: tuple[str, str],
 ) -> Iterator[Line]:
     """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds."""
     on_gpu = options.device == "cuda"
     left = sum(script.spent.values())
     yield shown(f"  {'wall' if on_gpu else 'CPU'} seconds of the script", left)
     yield shown(f"    {', '.join(script.spent)}", ", ".join(f"{one:.0f}" for one in script.spent.values()))
-    left -= script.spent["tower"] * (1 - 1 / (NUM_TRIALS * NUM_EPOCHS))
+    once = script.spent["tower"] / (NUM_TRIALS * NUM_EPOCHS)
+    left += once - script.spent["tower"]
     yield shown("  left with each image through the tower once", left)
     left -= script.spent["starts and loading"]
     yield shown("  left without processes and loaders for each trial", left)
     left += script.spent["decoder"] * (cost["one token"] / cost["whole"] - 1)
     yield shown("  left with the last block on the class token alone", left)
+    tower_in, decoder_in = computed_in
     if decoder_in == "bfloat16" and not on_gpu:
         left += script.spent["decoder"] * (cost["bfloat16"] - cost["one token"]) / cost["whole"]
         yield shown("  left with bfloat16 in the decoder", left)
+    if tower_in == "bfloat16" and not on_gpu:
+        left += once * (cost["tower in bfloat16"] / cost["tower"] - 1)
+        yield shown("  left with bfloat16 in the tower", left)
     yield shown("  measured, ASHA off", plain.search if on_gpu else plain.cpu)
     share = asha.num_epochs / plain.num_epochs
     yield shown(
@@ -203,6 +216,25 @@ def run_script(options: Options, tower: str, manifest: str, num_run: int) -> Scr
         (trial["one"]["loss"], trial["one"]["lr"]): trial["val_balanced_accuracy"] for trial in answer["trials"]
     }
     return Script(whole, cpu, spent, accuracies)
+
+
+def zero_shot(manifest: str, tower: str) -> TrialConfig:
+    tree = {"data": {"manifest": manifest}, "encoder": {"name": tower}, "method": "zero_shot", "eval": {"resize": 1.0}}
+    return TrialConfig.from_tree(tree)
+
+
+def tower_costs(config: TrialConfig, device: str) -> dict[str, float]:
+    """Seconds of a batch in the tower, of one thread."""
+    clock, threads = time.perf_counter if device == "cuda" else time.process_time, torch.get_num_threads()
+    torch.set_num_threads(1)
+    encoder, found = Encoder.from_config(config.encoder, config.eval, device), {}
+    size = encoder.info.image_size
+    images = torch.zeros(BATCH_ON_CPU, 3, size, size, dtype=torch.uint8)
+    for name, precision in (("tower", "float32"), ("tower in bfloat16", "bfloat16")):
+        encoder.compute_in(precision)
+        found[name] = seconds(lambda: encoder.forward_images(images).pooled.sum().item(), 2, clock)
+    torch.set_num_threads(threads)
+    return found
 
 
 def decoder_costs(device: str, info: EncoderInfo) -> dict[str, float]:

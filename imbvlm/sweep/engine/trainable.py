@@ -1,4 +1,4 @@
-"""Trials inside Tune's own process: one, or several that may train together. The next ones reuse it and its open data."""
+"""Trials inside Tune's own process: one, or several at once. The next ones reuse it and its open data."""
 
 from __future__ import annotations
 
