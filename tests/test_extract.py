@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -281,6 +282,32 @@ def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
     with nullcontext() if here else pytest.raises(ConnectionError, match="Ray is asked for"):
         features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, splits=("val",))
         assert not features.store("val").missing("pooled")
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_images_take_too_long_to_be_loaded_here_is_left_to_workers(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large photos behind a small tower: a machine with many cores loads them in as many processes."""
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    few, late = threading.Semaphore(3), 0.1
+
+    def load(block):
+        if not few.acquire(blocking=False):
+            time.sleep(2 * late + 0.1)
+        return load_block(block)
+
+    monkeypatch.setattr("imbvlm.features.extract._fits_here", lambda *_: True)
+    monkeypatch.setattr("imbvlm.features.extract.SECONDS_HERE", late)
+    monkeypatch.setattr("imbvlm.features.extract.LOADING_THREADS", 1)
+    monkeypatch.setattr("imbvlm.features.extract.load_block", load)
+    monkeypatch.setattr("imbvlm.features.extract.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    with pytest.raises(ConnectionError, match="Ray is asked for"):
+        extract(tmp_path, config, manifest, {"pooled"}, splits=("train",))
+    (folder,) = (path.parent for path in (tmp_path / "features").glob("*/store.json"))
+    store = FeatureStore.open(str(folder))
+    # What was begun is computed.
+    assert 0 < len(store.present("pooled")) < store.layout.num_shards
 
 
 @pytest.mark.usefixtures("without_ray")

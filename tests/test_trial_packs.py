@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from imbvlm.sweep.engine.progress import ProgressCallback, _cause, _failures
 from imbvlm.sweep.engine.scheduler import asha
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.engine.trainable import InProcessTrial
-from imbvlm.sweep.engine.tuner import Lane, _of_storage, payload
+from imbvlm.sweep.engine.tuner import TUNE_SETTINGS, Lane, _of_storage, _tune_settings, payload
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
 from imbvlm.training.pack import PACKED
@@ -193,6 +194,18 @@ def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: Fea
     tune.run()
     assert tune.sizes == [1, 1, 2]
     assert [record.pack_size for record in tune.log.of("search")] == [1, 1, 2, 2]
+
+
+def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(monkeypatch):
+    """A process may run Tune for something else, too, whose results are files that a sweep has no use for."""
+    first, *others = TUNE_SETTINGS
+    monkeypatch.setenv(first, "0")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    with _tune_settings():
+        assert {os.environ[name] for name in TUNE_SETTINGS} == {"1"}
+    assert os.environ[first] == "0"
+    assert not any(name in os.environ for name in others)
 
 
 def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):

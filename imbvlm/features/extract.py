@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +49,8 @@ LEAST_SHARDS = 8
 THREADS_PER_WORKER = 4
 # Ray takes about so long until its workers have their towers, and a process of its own for each of them.
 SECONDS_HERE = 10.0
+# Each holds a block.
+LOADING_THREADS = 8
 # What lies beside a store's numbers: rows, reasons, Arrow's own words.
 DISK_MARGIN = 1.02
 
@@ -383,13 +389,14 @@ def _check_copy(copies: Copies, what: str, num_bytes: int) -> None:
 
 def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
     progress = _Progress(sum(work.num_images for work in works), report)
-    blocks = [block for work in works for block in _blocks(config, work)]
+    # Taken from its front by whoever computes them.
+    blocks = deque(block for work in works for block in _blocks(config, work))
     by_folder = {work.store.folder: work for work in works}
     bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
     # Bytes of each shard that was written.
     written: dict[tuple[str, OutputName], dict[int, int]] = {}
-    here = _fits_here(config, encoder, progress.num_images)
-    for summary in _by_itself(encoder, blocks) if here else _by_workers(config, works, encoder, blocks, progress):
+    here = _by_itself(encoder, blocks) if _fits_here(config, encoder, progress.num_images) else ()
+    for summary in chain(here, _by_workers(config, works, encoder, blocks, progress)):
         progress.add(summary["num_images"])
         folder = summary["folder"]
         for output, num_bytes in summary["written"].items():
@@ -423,14 +430,24 @@ def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
     return min(taken) * num_images / BATCH_ON_CPU <= SECONDS_HERE
 
 
-def _by_itself(encoder: Encoder, blocks: Sequence[Block]) -> Iterator[Block]:
-    worker = TowerWorker(encoder)
-    return (worker(load_block(block)) for block in blocks)
+def _by_itself(encoder: Encoder, blocks: deque[Block]) -> Iterator[Block]:
+    """Blocks are loaded by threads; where that takes far longer than the tower, what is left is the workers'."""
+    worker, loads = TowerWorker(encoder), deque[Future[Block]]()
+    num_threads, deadline = min(LOADING_THREADS, os.cpu_count() or 1), time.monotonic() + 2 * SECONDS_HERE
+    with ThreadPoolExecutor(num_threads) as pool:
+        while True:
+            while blocks and len(loads) <= num_threads and time.monotonic() < deadline:
+                loads.append(pool.submit(load_block, blocks.popleft()))
+            if not loads:
+                return
+            yield worker(loads.popleft().result())
 
 
 def _by_workers(
     config: TrialConfig, works: Sequence[_Work], encoder: Encoder, blocks: Sequence[Block], progress: _Progress
 ) -> Iterator[Block]:
+    if not blocks:
+        return
     planned, is_chosen = computed_in(config, encoder.info), config.features.computed_in != "auto"
     with connected() as cluster:
         gpus = int(cluster.most_gpus) if is_chosen or planned == "bfloat16" else 0

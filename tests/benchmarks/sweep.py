@@ -63,7 +63,7 @@ class Script:
 
 
 def lines(options: Options) -> Iterator[Line]:
-    num_train = options.images or (4000 if options.large else 160)
+    num_train = options.images or (4000 if options.large else 240)
     num_val = num_train // 3
     architecture = "ViT-L-14" if options.large else "ViT-B-32"
     tower = made.tower(options.folder / "tower", architecture)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,13 @@ from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.session import TrialSettings
 
 RAY_FOLDER = "ray"
+TUNE_SETTINGS = (
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
+    # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
+    "TUNE_DISABLE_SIGINT_HANDLER",
+    # A failed trial's report has no metrics; the objective's name was checked with the spec.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING",
+)
 
 
 @dataclass(frozen=True)
@@ -142,11 +149,6 @@ def run_jobs(
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
     }
     tune_controller.RayActorManager = _ActorManager
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # A failed trial's report has no metrics; the objective's name was checked with the spec.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -167,7 +169,8 @@ def run_jobs(
         ),
     )
     try:
-        tuner.fit()
+        with _tune_settings():
+            tuner.fit()
     except (OSError, tune.TuneError) as error:
         progress.storage_error = progress.storage_error or _of_storage(error, lane.folder)
         if progress.storage_error is None:
@@ -182,6 +185,20 @@ def run_jobs(
     for place in (lane.folder, str(lane.side_folder)):
         storage.delete(storage.join(place, RAY_FOLDER))
     return progress.num_lost
+
+
+@contextmanager
+def _tune_settings() -> Iterator[None]:
+    """What Tune reads from this process's environment, which is its user's again afterwards."""
+    before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
+    os.environ.update(dict.fromkeys(TUNE_SETTINGS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _of_storage(error: BaseException | None, folder: str) -> storage.StorageError | None:
