@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks [--all | --only SECTION ...] [--large] [--device cpu|cuda]
 
-The sizes fit two quiet cores in about a quarter of an hour, with --all in half an hour and more; --large takes those
-of a server. RESULTS.md beside this file has what was measured, and when.
+The sizes fit two quiet cores in twelve minutes, with --all in three quarters of an hour; --large takes those of a
+server. RESULTS.md beside this file has what was measured, and when.
 """
 
 import argparse
