@@ -9,7 +9,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -246,8 +246,15 @@ def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> N
 # ------------------------------------------------------------------------------------------------ with Ray
 
 
+@pytest.fixture
+def by_workers(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images would be computed by this process, which has started the cluster."""
+    monkeypatch.setattr("imbvlm.features.extract.SECONDS_HERE", 0.0)
+
+
 @pytest.mark.ray
-def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("by_workers")
+def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
     features, said = extract(tmp_path, config, manifest)
     encoder = Encoder.from_config(config.encoder, config.eval)
@@ -338,6 +345,31 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
         assert not said
 
 
+def test_a_running_cluster_decides_what_the_tower_computes_in(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where this process hadn't joined it: a sweep there would compute all of it again."""
+    manifest, root, outputs = make_data(tmp_path), str(tmp_path / "features"), frozenset({"pooled"})
+    exact = trial(tmp_path, tower, {"computed_in": "float32"})
+    with extraction_in_this_process():
+        extract(tmp_path, exact, manifest, outputs, splits=("val",))
+    is_connected = False
+
+    @contextmanager
+    def connected() -> Iterator[None]:
+        nonlocal is_connected
+        is_connected = True
+        yield
+        is_connected = False
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr("imbvlm.data.cluster.has_machine_to_itself", lambda: False)
+    monkeypatch.setattr("imbvlm.data.cluster.connected", connected)
+    monkeypatch.setattr("imbvlm.features.extract.has_many_machines", lambda: is_connected)
+    assert stored_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
+    assert extract(tmp_path, trial(tmp_path, tower), manifest, outputs, splits=("val",))[1] == []
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
@@ -404,7 +436,8 @@ def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str
 
 
 @pytest.mark.ray
-def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path, tower: str, ray_cluster: str) -> None:
+@pytest.mark.usefixtures("by_workers")
+def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path, tower: str) -> None:
     """A wrong folder or a lost mount would else cost the whole night."""
     manifest, said = make_data(tmp_path), []
     for path in (tmp_path / "data").glob("*.png"):

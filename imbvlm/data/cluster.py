@@ -9,7 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -286,6 +286,13 @@ def _answer_probe(probe: str) -> tuple[str, str, str]:
     except ImbvlmError as error:
         return host, answer, str(error)
     return host, answer, ""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within, a cluster that runs already is connected: what it can do decides, not this machine. None is started."""
+    with nullcontext() if has_machine_to_itself() else connected():
+        yield
 
 
 def _started_here() -> bool:

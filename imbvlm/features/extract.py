@@ -20,7 +20,7 @@ import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
-from imbvlm.data.cluster import connected, has_machine_to_itself, has_many_machines, is_alone, ray_gpus
+from imbvlm.data.cluster import connected, has_machine_to_itself, has_many_machines, is_alone, joined, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.pipeline import map_images
@@ -87,6 +87,7 @@ class _Work:
         return replace(layout, num_rows=rows).num_bytes(output)
 
 
+@joined()
 def ensure_features(
     config: TrialConfig,
     manifest: Manifest,
@@ -217,6 +218,7 @@ def image_bytes(config: TrialConfig, info: EncoderInfo, outputs: frozenset[Outpu
     return sum(layout.num_bytes(output) for output in outputs)
 
 
+@joined()
 def stored_images(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> tuple[int, int]:
@@ -453,9 +455,8 @@ def _by_workers(
         gpus = int(cluster.most_gpus) if is_chosen or planned == "bfloat16" else 0
         if planned == "bfloat16" and computed_in(config, encoder.info) == "float32":
             raise ImbvlmError(
-                "by itself the tower computes in bfloat16 on this machine and in float32 on the running Ray cluster, "
-                "so that their features would differ; start the cluster with this machine's GPUs, hide them with "
-                "CUDA_VISIBLE_DEVICES=, or set features.computed_in"
+                "this machine has a GPU and its Ray cluster has none, so that features would differ; let Ray use the "
+                "GPU, hide it with CUDA_VISIBLE_DEVICES=, or set features.computed_in"
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         progress.num_workers = min(gpus or max(1, int(cluster.num_cpus) // threads), len(blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig, needed
-from imbvlm.data.cluster import Cluster, call_on_worker, connected, running_cluster
+from imbvlm.data.cluster import Cluster, call_on_worker, connected, joined, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.features.extract import (
@@ -175,9 +176,9 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
         check_manifest(spec, manifest)
     cluster = running_cluster()
     concurrent, misfit = _concurrent(spec, cluster)
-    found = tuple(
-        _tower(spec, space, config, towers, manifest, look=measure is not None) for config in tower_configs(spec, space)
-    )
+    look = measure is not None
+    with joined() if look else nullcontext():
+        found = tuple(_tower(spec, space, config, towers, manifest, look=look) for config in tower_configs(spec, space))
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
