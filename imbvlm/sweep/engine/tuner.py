@@ -148,6 +148,8 @@ def run_jobs(
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
     }
+    # A variable for Lightning, by which trials couldn't begin in the processes that Ray has started beforehand.
+    class_cache.DEFAULT_ENV_VARS = {}
     tune_controller.RayActorManager = _ActorManager
     tuner = tune.Tuner(
         trainable,
