@@ -97,6 +97,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
     assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
     monkeypatch.setattr("imbvlm.sweep.plan.SECONDS_HERE", 10.0)
+    monkeypatch.setattr("imbvlm.sweep.plan.running_cluster", lambda: None)
     here = plan_to_dict(make_plan(spec(**settings), known_speeds))
     # No worker has to start for seconds of the tower.
     assert here["seconds"]["features"] == pytest.approx(found["seconds"]["features"] - 2 * 8)
