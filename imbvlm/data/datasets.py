@@ -66,10 +66,10 @@ def _size_findings(manifest: Manifest, dataset: Dataset) -> list[str]:
     if num_classes != dataset.num_classes:
         findings.append(f"it has {num_classes:,} classes, and the official list has {dataset.num_classes:,}")
     least, most = dataset.class_range
-    if (counts.min(), counts.max()) != (least, most):
+    smallest, largest = int(counts.min()), int(counts.max())
+    if (smallest, largest) != (least, most):
         findings.append(
-            f"classes have {counts.min():,} to {counts.max():,} training images, and the official list has "
-            f"{least:,} to {most:,}"
+            f"classes have {smallest:,} to {largest:,} training images, and the official list has {least:,} to {most:,}"
         )
     return findings
 

@@ -90,7 +90,7 @@ def accuracy_over_size(source: Source) -> Figure | None:
         return None
     counts = known[0][1].stats.split_counts
     drawing = Drawing(WIDTH, HEIGHT)
-    low, high = max(0.5, float(counts.min())), float(max(counts.max(), 2))
+    low, high = max(0.5, float(counts.min())), max(2.0, float(counts.max()))
     x, y = Scale(low * 0.85, high * 1.2, 52, WIDTH - 12, log=True), Scale(0, 1, HEIGHT - 46, TOP)
     frame(drawing, x, y, ("training images of a class", "accuracy, test (%)"), x_format=number, y_format=percent_tick)
     for limit in (19.5, 100.5):
