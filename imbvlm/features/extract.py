@@ -47,7 +47,7 @@ SHARD_BYTES = 96_000_000
 LEAST_SHARDS = 8
 # Few CPUs: a worker each. Many: a worker per this many, since each holds the whole tower.
 THREADS_PER_WORKER = 4
-# Ray takes about so long until its workers have their towers, and a process of its own for each of them.
+# What this process computes in so long needs no workers: they take about as long until each has its tower.
 SECONDS_HERE = 10.0
 # Each holds a block.
 LOADING_THREADS = 8
@@ -296,11 +296,17 @@ def computed_in(config: TrialConfig, info: EncoderInfo) -> ComputedIn:
     """
     if config.features.computed_in != "auto":
         return config.features.computed_in
-    num_gpus = ray_gpus()
-    on_gpu = bool(torch.cuda.device_count() if num_gpus is None else num_gpus)
+    if _num_gpus():
+        return "bfloat16"
     # What the CPUs of other machines have isn't known.
     pays = info.kind == "vit" and torch.cpu._is_amx_tile_supported() and not has_many_machines()
-    return "bfloat16" if on_gpu or pays else "float32"
+    return "bfloat16" if pays else "float32"
+
+
+def _num_gpus() -> int:
+    """Of where a pass would run."""
+    num_gpus = ray_gpus()
+    return torch.cuda.device_count() if num_gpus is None else num_gpus
 
 
 def _plan_part(
@@ -419,7 +425,7 @@ def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
     """Whether this process would have computed so many images about as soon as workers have started; `encoder` is made
     ready for that.
     """
-    if ray_gpus() or torch.cuda.is_available() or not has_machine_to_itself():
+    if _num_gpus() or not has_machine_to_itself():
         return False
     encoder.compute_in(computed_in(config, encoder.info))
     size = encoder.info.image_size

@@ -174,10 +174,11 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
         check_manifest(spec, manifest)
-    cluster = running_cluster()
-    concurrent, misfit = _concurrent(spec, cluster)
     look = measure is not None
+    # Joined once for all that is asked of it.
     with joined() if look else nullcontext():
+        cluster = running_cluster()
+        concurrent, misfit = _concurrent(spec, cluster)
         found = tuple(_tower(spec, space, config, towers, manifest, look=look) for config in tower_configs(spec, space))
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)

@@ -12,14 +12,13 @@ from table import Line, Options, shown
 SEEDS = range(3)
 NUM_SEARCHES = 10
 METHODS = ("linear_probe", "decoder")
-OF_PROBES = ("classifier.kind",)
 # The probes of the section `search`, and decoders on the tower's four tokens.
 ARMS = {
     "method": {"choice": list(METHODS)},
     "decoder.depth": {"choice": [1], "when": {"method": "decoder"}},
     "decoder.width": {"choice": [64], "when": {"method": "decoder"}},
     **SPACE,
-    **{key: {**SPACE[key], "when": {"method": "linear_probe"}} for key in OF_PROBES},
+    "classifier.kind": {**SPACE["classifier.kind"], "when": {"method": "linear_probe"}},
 }
 
 

@@ -59,8 +59,8 @@ def lines(options: Options) -> Iterator[Line]:
         ("TPE", "tpe", False),
         ("random search", "random", False),
     ):
-        settings = {"num_trials": num_trials, "searcher": searcher}
-        regrets, shares = searches(tables, NUM_SEARCHES, partial(make_spec, **settings), stops)
+        make = partial(make_spec, num_trials=num_trials, searcher=searcher)
+        regrets, shares = searches(tables, NUM_SEARCHES, make, stops)
         low, points, high = (float(np.quantile(regrets, part)) for part in (0.25, 0.5, 0.75))
         what = f"{words}, {num_trials} trials: median regret in points, {len(regrets)} searches"
         yield limited(what, points, "", 0.5) if stops else shown(what, points)

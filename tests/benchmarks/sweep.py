@@ -76,7 +76,7 @@ def lines(options: Options) -> Iterator[Line]:
     script = run_script(options, tower, manifest, num_run)
     config = zero_shot(manifest, tower)
     info = describe_encoder(config.encoder)
-    cost = {**decoder_costs(options.device, info), **tower_costs(config, options.device)}
+    cost = costs(config, info, options.device)
     scripts, decoder_in = "bfloat16" if on_gpu else "float32", by_itself(options.device)
     tower_in = computed_in(config, info)
     yield shown("  what the script computes in; our tower; our decoder", f"{scripts}; {tower_in}; {decoder_in}")
@@ -93,7 +93,7 @@ def lines(options: Options) -> Iterator[Line]:
         yield times(f"  CPU seconds of the same, {words}", one.cpu, script.cpu, "s")
     commands = ", ".join(f"{one.command:.0f}" for one in (plain, asha))
     yield shown("  with refit, report and end, of both", f"{commands} s")
-    yield from _parts(options, cost, script, plain, asha, num_train + num_val, (tower_in, decoder_in))
+    yield from _parts(options, cost, script, plain, asha, num_train + num_val, tower_in, decoder_in)
     for words, one in (("ASHA off", plain), ("ASHA on", asha)):
         yield from _same_accuracy(words, one.accuracies, script.accuracies, num_val)
 
@@ -122,7 +122,8 @@ def _parts(
     plain: Ours,
     asha: Ours,
     images: int,
-    computed_in: tuple[str, str],
+    tower_in: str,
+    decoder_in: str,
 ) -> Iterator[Line]:
     """What each part leaves of the script's seconds, by what was measured of it; then the sweep's own seconds."""
     on_gpu = options.device == "cuda"
@@ -136,7 +137,6 @@ def _parts(
     yield shown("  left without processes and loaders for each trial", left)
     left += script.spent["decoder"] * (cost["one token"] / cost["whole"] - 1)
     yield shown("  left with the last block on the class token alone", left)
-    tower_in, decoder_in = computed_in
     if decoder_in == "bfloat16" and not on_gpu:
         left += script.spent["decoder"] * (cost["bfloat16"] - cost["one token"]) / cost["whole"]
         yield shown("  left with bfloat16 in the decoder", left)
@@ -223,22 +223,8 @@ def zero_shot(manifest: str, tower: str) -> TrialConfig:
     return TrialConfig.from_tree(tree)
 
 
-def tower_costs(config: TrialConfig, device: str) -> dict[str, float]:
-    """Seconds of a batch in the tower, of one thread."""
-    clock, threads = time.perf_counter if device == "cuda" else time.process_time, torch.get_num_threads()
-    torch.set_num_threads(1)
-    encoder, found = Encoder.from_config(config.encoder, config.eval, device), {}
-    size = encoder.info.image_size
-    images = torch.zeros(BATCH_ON_CPU, 3, size, size, dtype=torch.uint8)
-    for name, precision in (("tower", "float32"), ("tower in bfloat16", "bfloat16")):
-        encoder.compute_in(precision)
-        found[name] = seconds(lambda: encoder.forward_images(images).pooled.sum().item(), 2, clock)
-    torch.set_num_threads(threads)
-    return found
-
-
-def decoder_costs(device: str, info: EncoderInfo) -> dict[str, float]:
-    """Seconds of a training step of each kind, of one thread, in main memory."""
+def costs(config: TrialConfig, info: EncoderInfo, device: str) -> dict[str, float]:
+    """Seconds of one thread, in main memory: a training step of a decoder of each kind, and a batch in the tower."""
     clock, threads = time.perf_counter if device == "cuda" else time.process_time, torch.get_num_threads()
     torch.set_num_threads(1)
     tokens = torch.randn(BATCH_SIZE, info.num_tokens, info.token_width, device=device)
@@ -251,5 +237,10 @@ def decoder_costs(device: str, info: EncoderInfo) -> dict[str, float]:
     ):
         decoder = kind(info.token_width, DecoderConfig(depth=DEPTH), True).to(device)
         found[name] = seconds(made.training_step(decoder, tokens, precision), 5, clock)
+    encoder = Encoder.from_config(config.encoder, config.eval, device)
+    images = torch.zeros(BATCH_ON_CPU, 3, info.image_size, info.image_size, dtype=torch.uint8)
+    for name, precision in (("tower", "float32"), ("tower in bfloat16", "bfloat16")):
+        encoder.compute_in(precision)
+        found[name] = seconds(lambda: encoder.forward_images(images).pooled.sum().item(), 2, clock)
     torch.set_num_threads(threads)
     return found

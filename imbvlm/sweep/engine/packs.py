@@ -54,7 +54,7 @@ class Packs:
     def open(self, tune_id: str, members: list[Member]) -> Tree:
         """What Tune carries for a new group."""
         self._members[tune_id] = {member.name: member for member in members}
-        together = all(_trains_with_others(member.config) for member in members)
+        together = len(members) > 1 and all(_trains_with_others(member.config) for member in members)
         for member in members:
             member.config["record"]["pack_size"] = len(members) if together else 1
         return {
@@ -134,11 +134,12 @@ class PackSearcher(UnsavedSearcher):
         self._num_asked += 1
         record = suggested["record"]
         config = TrialConfig.from_tree(record["config"])
-        key, size = None, 1
-        if not suggested["alone"] and record["kind"] == "baseline":
-            key, size = f"baselines of {tower_key(config)}", BASELINES_OF_A_TOWER
-        elif _trains_with_others(suggested) and self._size(config) > 1:
-            key, size = pack_key(config), self._size(config)
+        if record["kind"] == "baseline" and not suggested["alone"]:
+            size = BASELINES_OF_A_TOWER
+            key: str | None = f"baselines of {tower_key(config)}"
+        else:
+            size = self._size(config) if _trains_with_others(suggested) else 1
+            key = pack_key(config) if size > 1 else None
         self._waiting.append(_Waiting(Member(inner_id, suggested), key, size))
         return True
 

@@ -56,7 +56,7 @@ class InProcessTrial(tune.Trainable):
 
     def _start(self, config: Tree) -> None:
         names: list[str] = config["names"]
-        pack = Pack() if len(names) > 1 and config["together"] else None
+        pack = Pack() if config["together"] else None
         self._stop_file: str = config["stop_file"]
         self._members: dict[str, Generator[Report, None, None]] = {}
         for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
