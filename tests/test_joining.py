@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -13,21 +14,23 @@ from typing import Any
 import pytest
 from apart import Apart, apart_with_ray, free_port, start_head
 
+from imbvlm.data.cluster import HUGE_PAGES, MALLOC_SETTING
+
 ROOT = Path(__file__).parents[1]
 TAKEN = """
 import json, os, ray
-from imbvlm.data.cluster import connected, has_machine_to_itself
+from imbvlm.data.cluster import MALLOC_SETTING, connected, has_machine_to_itself
 from imbvlm.errors import ImbvlmError
 
 def told():
-    return os.environ.get("RAY_ADDRESS")
+    return [os.environ.get("RAY_ADDRESS"), os.environ.get(MALLOC_SETTING)]
 
 before = has_machine_to_itself()
 try:
     with connected() as cluster:
         assert (before, has_machine_to_itself()) == (cluster.started_here,) * 2
         answer = ray.get(ray.remote(num_cpus=1)(told).remote())
-        print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, answer]))
+        print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
 except ImbvlmError as error:
     print(json.dumps(str(error)))
 """
@@ -48,9 +51,11 @@ def taken(there: Apart, **settings: str) -> Any:
 @pytest.mark.timeout(300)
 def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
     with apart_with_ray(tmp_path) as there:
-        started_here, _, dashboard, _ = taken(there)
+        started_here, _, dashboard, _, *pages = taken(there)
         assert started_here
         assert dashboard.startswith("http://127.0.0.1:")
+        # Its processes alone have huge pages, unless a user says otherwise.
+        assert pages == [HUGE_PAGES, None]
         deadline = time.monotonic() + 30
         while any("gcs_server" in line for line in there.processes()):
             assert time.monotonic() < deadline, "its own cluster is still there"
@@ -72,13 +77,25 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
         assert all(address in refusal for address in addresses)
         assert "set RAY_ADDRESS" in refusal
         for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
-            started_here, found, _, told = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+            started_here, found, _, told, *_ = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
             # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
             assert (started_here, found, told) == (False, num_cpus, address)
         # Ray makes a token when it first starts a cluster of one's own, and heads ask for it from then on.
         assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
-        assert taken(there, RAY_ADDRESS="local")[0]
+        started_here, *_, pages, _ = taken(there, RAY_ADDRESS="local", GLIBC_TUNABLES="glibc.malloc.perturb=0")
+        assert (started_here, pages) == (True, "glibc.malloc.perturb=0")
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+
+
+def test_glibc_knows_the_settings_of_huge_pages():
+    loader = next(Path("/lib64").glob("ld-linux-*"), None)
+    if loader is None or platform.libc_ver() < ("glibc", "2.35"):
+        pytest.skip("it lists its settings, huge pages among them, since glibc 2.35")
+    listed = subprocess.run(
+        [str(loader), "--list-tunables"], env={MALLOC_SETTING: HUGE_PAGES}, capture_output=True, text=True, check=True
+    ).stdout
+    for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 256 * 2**20}.items():
+        assert f"glibc.malloc.{name}: {value:#x} " in listed
 
 
 @pytest.mark.slow

@@ -28,6 +28,14 @@ from imbvlm.yaml_file import read_foreign_yaml
 BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
 # Where the head's machine doesn't know it, this says which workers may come: [[count, CPUs, GPUs], ...].
 AUTOSCALER_SETTING = "IMBVLM_AUTOSCALER"
+# Read by glibc where a process begins; others ignore it. Blocks of up to 64 MB come from huge pages, of which 256 MB
+# are kept when they are free. Else each tensor of a step takes new small pages, a tenth to a half of a decoder's time.
+MALLOC_SETTING = "GLIBC_TUNABLES"
+HUGE_PAGES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 256 * 2**20}.items()
+)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANSWER_SECONDS = 5.0
 _PROBE_SECONDS = 120.0
 
@@ -77,11 +85,11 @@ def connected() -> Iterator[Cluster]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Ray's accelerator probing warns about a change of default on every start otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    started = not _cluster_answers()
-    if not started:
-        _join(logging.WARNING, runtime_env=_runtime_env())
-    else:
+    address = _address_that_answers()
+    if address is None:
         _start_here()
+    else:
+        _join(address, logging.WARNING, runtime_env=_runtime_env(address))
     try:
         yield connected_cluster()
     finally:
@@ -94,7 +102,7 @@ def _start_here() -> None:
     With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
     """
     try:
-        with _on_loopback():
+        with _on_loopback(), _in_huge_pages():
             ray.init(
                 address="local",
                 include_dashboard=True,
@@ -129,6 +137,19 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = expected
 
 
+@contextmanager
+def _in_huge_pages() -> Iterator[None]:
+    """Within, processes that start have large tensors in huge pages, unless the user's setting says otherwise."""
+    if MALLOC_SETTING in os.environ:
+        yield
+        return
+    os.environ[MALLOC_SETTING] = HUGE_PAGES
+    try:
+        yield
+    finally:
+        del os.environ[MALLOC_SETTING]
+
+
 def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
     """A call of a module's function on a machine of the connected cluster that has so many CPUs and GPUs free."""
     return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))
@@ -151,7 +172,7 @@ def has_many_machines() -> bool:
 
 def has_machine_to_itself() -> bool:
     """Whether what runs shares this machine with no cluster's work: none is connected or would be, but its own."""
-    return _started_here() if ray.is_initialized() else not _cluster_answers()
+    return _started_here() if ray.is_initialized() else _address_that_answers() is None
 
 
 def running_cluster() -> Cluster | None:
@@ -164,19 +185,21 @@ def running_cluster() -> Cluster | None:
     _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not _cluster_answers():
+    address = _address_that_answers()
+    if address is None:
         return None
-    _join(logging.ERROR)
+    _join(address, logging.ERROR)
     try:
         return connected_cluster()
     finally:
         ray.shutdown()
 
 
-def _join(logging_level: int, **settings: Any) -> None:
-    """Connect to the cluster that answers; Ray looks for a token by itself only where no address is given."""
+def _join(address: str, logging_level: int, **settings: Any) -> None:
+    """Connect to the cluster that answers there; Ray looks for a token by itself only where no address is given."""
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging_level, **settings)
+        with _on_loopback() if address.rpartition(":")[0] in LOOPBACK else nullcontext():
+            ray.init(address="auto", log_to_driver=False, logging_level=logging_level, **settings)
     except ConnectionError as error:
         mend = "look at its logs, or set RAY_ADDRESS=local for a cluster of the sweep's own"
         if "InvalidAuthToken" in str(error.__context__):
@@ -184,13 +207,19 @@ def _join(logging_level: int, **settings: Any) -> None:
         raise ImbvlmError(f"the Ray cluster can't be joined: {error}; {mend}") from None
 
 
-def _cluster_answers() -> bool:
-    """Whether something listens where Ray would join: at a dead cluster's address it tries for minutes."""
+def _address_that_answers() -> str | None:
+    """Where the cluster listens that Ray would join, or None: at a dead one's address it tries for minutes.
+
+    For loopback Ray takes this machine's address on the network, on which a cluster needn't listen.
+    """
     try:
-        address = services.canonicalize_bootstrap_address("auto") or ""
+        found = services.get_ray_address_from_environment("auto", None)
+        on_network = services.canonicalize_bootstrap_address(found)
     except ConnectionError:
-        return False
-    return _answers(address)
+        return None
+    if on_network is None:
+        return None
+    return next(filter(_answers, dict.fromkeys((on_network, found))), None)
 
 
 def _answers(address: str) -> bool:
@@ -209,26 +238,31 @@ def _clusters_here() -> list[str]:
     return sorted(filter(_answers, services.find_gcs_addresses()))
 
 
-def _runtime_env() -> dict[str, Any] | None:
+def _runtime_env(address: str) -> dict[str, Any] | None:
     """Beside another cluster on this machine, its processes are told which one is theirs.
 
     Ray Train's own cleaner would ask the other one, and never free the workers of a trial that was stopped.
     """
     if len(_clusters_here()) < 2:
         return None
-    return {"env_vars": {"RAY_ADDRESS": services.canonicalize_bootstrap_address("auto")}}
+    return {"env_vars": {"RAY_ADDRESS": address}}
 
 
 def _check_address() -> None:
     """Ray ends the process without a word where nothing listens at RAY_ADDRESS, and takes any of several clusters."""
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ImbvlmError(
+            f"RAY_ADDRESS is {address}, and a sweep can't run behind Ray's client: run it on a machine of the cluster, "
+            "by `ray submit` or `ray job submit`, or unset RAY_ADDRESS for a cluster of its own"
+        )
     running = [] if address else _clusters_here()
     if len(running) > 1:
         raise ImbvlmError(
             f"{len(running)} Ray clusters run on this machine ({', '.join(running)}): set RAY_ADDRESS to that which is "
             "meant, or to local for one of the sweep's own"
         )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return
     try:
