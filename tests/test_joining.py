@@ -95,7 +95,7 @@ def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them():
     listed = subprocess.run(
         [str(loader), "--list-tunables"], env={MALLOC_SETTING: HUGE_PAGES}, capture_output=True, text=True, check=True
     ).stdout
-    for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 256 * 2**20}.items():
+    for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 64 * 2**20}.items():
         assert f"glibc.malloc.{name}: {value:#x} " in listed
 
 
