@@ -84,6 +84,7 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
         assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
         started_here, *_, pages, _ = taken(there, RAY_ADDRESS="local", GLIBC_TUNABLES="glibc.malloc.perturb=0")
         assert (started_here, pages) == (True, "glibc.malloc.perturb=0")
+        assert "run it on a machine of the cluster" in taken(there, RAY_ADDRESS=f"ray://{addresses[0]}")
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
 
 

@@ -28,14 +28,14 @@ from imbvlm.yaml_file import read_foreign_yaml
 BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
 # Where the head's machine doesn't know it, this says which workers may come: [[count, CPUs, GPUs], ...].
 AUTOSCALER_SETTING = "IMBVLM_AUTOSCALER"
-# Read by glibc where a process begins; others ignore it. Blocks of up to 64 MB come from huge pages, of which as much is
-# kept when it is free. Else each tensor of a step takes new small pages, a tenth to a half of a decoder's time.
+# Read by glibc where a process begins; others ignore it. Blocks of up to 64 MB come from huge pages, of which as much
+# is kept when it is free. Else each tensor of a step takes new small pages, a tenth to a half of a decoder's time.
 MALLOC_SETTING = "GLIBC_TUNABLES"
 HUGE_PAGES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 64 * 2**20}.items()
 )
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 _ANSWER_SECONDS = 5.0
 _PROBE_SECONDS = 120.0
 
