@@ -11,12 +11,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray.tune.search import Searcher
 
 from imbvlm.config import TrialConfig
 from imbvlm.errors import ConfigError
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key
+from imbvlm.sweep.engine import search as search_module
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.results import TrialRecord
 from imbvlm.sweep.space_file import read_space
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"}
 BEST = "val/best_balanced_accuracy"
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
+RUNNING = optuna.trial.TrialState.RUNNING
 TWELVE = "{decoder.depth: {choice: [1, 2, 3]}, loss.name: {choice: [focal, ldam]}, optim.lr: {choice: [0.1, 0.2]}}"
 WIDE = "{decoder.depth: {int: [1, 4]}, optim.lr: {loguniform: [1e-3, 1]}}"
 
@@ -71,6 +75,10 @@ def record(job: Job, state: str, value: float | None) -> TrialRecord:
     return TrialRecord(
         trial_id=job.trial_id, kind="search", config=job.config.to_tree(), draw=job.draw, state=state, epochs=epochs
     )
+
+
+def storage_of(journal: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal)))
 
 
 def told(search: StudySearcher) -> list[tuple[Any, float | None]]:
@@ -416,18 +424,76 @@ def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
 
 
 def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path) -> None:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     of, journal = spec(TWELVE, num_trials=5), tmp_path / "new" / "optuna.log"
     search = searcher(of, journal=journal)
     assert next_job(search, "a") is not None
     search.on_trial_complete("a", {BEST: 0.5})
     running = next_job(search, "b")
-    seen = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    seen = optuna.load_study(study_name="s", storage=storage_of(journal))
     assert [one.state.name for one in seen.trials] == ["COMPLETE", "RUNNING"]
     assert seen.trials[0].value == 0.5
     assert running is not None
     again = searcher(of, known=[record(running, "finished", 0.7)], journal=journal)
-    seen = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    seen = optuna.load_study(study_name="s", storage=storage_of(journal))
     assert [one.value for one in seen.trials] == [one.value for one in again.study.trials] == [0.7]
+
+
+# ------------------------------------------------------------------------------------------------- many trials
+
+
+def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    of, journal = spec(WIDE, num_trials=150), tmp_path / "optuna.log"
+    search = searcher(of, journal=journal)
+    values: dict[str, float | None] = {}
+    running: list[tuple[str, Job]] = []
+    for number in range(150):
+        job = next_job(search, f"tune{number}")
+        assert job is not None
+        running.append((f"tune{number}", job))
+        if len(running) > 3:
+            tune_id, job = running.pop(0)
+            # Far off it fails, so that failed ones are among what is forgotten.
+            off = abs(math.log10(job.draw["optim.lr"] / 0.1)) + abs(job.draw["decoder.depth"] - 3)
+            values[job.trial_id] = None if off > 3 else 1.0 - off / 10
+            search.on_trial_complete(tune_id, None if off > 3 else {BEST: values[job.trial_id]})
+        assert len(search.study.get_trials(deepcopy=False)) < 40 + 4
+        assert sum(trial.state is RUNNING for trial in search.study.get_trials(deepcopy=False)) == len(running)
+    assert len(values) == 147
+    finished = sorted((value for value in values.values() if value is not None), reverse=True)
+    known = sorted((trial.value for trial in search.study.trials if trial.state is COMPLETE), reverse=True)
+    assert known[:10] == finished[:10]
+    assert known != finished[: len(known)], "some of the worse ones are kept as well, so that TPE knows where not to go"
+    open_draws = [job.draw for _, job in running]
+    assert [trial.params for trial in search.study.trials if trial.state is RUNNING] == open_draws
+    assert finished[0] > 0.97, "it has gone on learning"
+
+    (name,) = optuna.get_all_study_names(storage_of(journal))
+    shown = optuna.load_study(study_name=name, storage=storage_of(journal)).trials
+    told_there = [trial.value for trial in shown if trial.state is not RUNNING]
+    assert Counter(told_there) == Counter(values.values())
+    assert [trial.params for trial in shown if trial.state is RUNNING] == open_draws
+
+
+def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch) -> None:
+    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    jobs = drive(searcher(spec(WIDE, num_trials=100)), lambda job: job.draw["optim.lr"])
+    known = [record(job, "finished", job.draw["optim.lr"]) for job in jobs]
+    after = searcher(spec(WIDE, num_trials=110), known=known)
+    left = [trial.value for trial in after.study.trials]
+    assert len(left) < 40
+    assert max(left) == max(job.draw["optim.lr"] for job in jobs)
+    more = drive(after, lambda job: job.draw["optim.lr"])
+    assert len(more) == 10
+    assert not {job.config.key() for job in more} & {job.config.key() for job in jobs}
+
+
+@pytest.mark.parametrize("fields", [
+    {"searcher": {"name": "random"}},
+    {"searcher": {"name": "tpe", "num_startup_trials": 30}},
+])  # fmt: skip
+def test_nothing_is_forgotten_where_nothing_learns_from_it_yet(fields: dict[str, Any], monkeypatch) -> None:
+    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    search = searcher(spec(WIDE, num_trials=100, **fields))
+    drive(search)
+    assert len(search.study.trials) == 100

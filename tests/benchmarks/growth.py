@@ -109,10 +109,12 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
 def _run_through(folder: Path, num_trials: int, device: str) -> float:
     features = made.stored_features(folder / "features", 200, num_classes=10)
     spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
-    space = check_spec(spec)
-    log, taken = made.run_through(
-        folder, spec, features, num_trials, lambda make, budget: StudySearcher(spec, space, [], [], make, budget)
-    )
+    space, journal = check_spec(spec), folder / "optuna.log"
+
+    def searching(make: Callable[..., object], budget: Budget) -> StudySearcher:
+        return StudySearcher(spec, space, [], [], make, budget, journal=journal)
+
+    log, taken = made.run_through(folder, spec, features, num_trials, searching)
     finished = sum(record.state == "finished" for record in log.of("search"))
     if finished != num_trials:
         raise RuntimeError(f"{finished} of {num_trials} trials were finished")
@@ -128,7 +130,9 @@ def _searched(folder: Path, num_trials: int) -> float:
         return {"record": record}
 
     begin = time.perf_counter()
-    searcher = StudySearcher(spec, check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0))
+    searcher = StudySearcher(
+        spec, check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0), journal=folder / "optuna.log"
+    )
     for number in range(num_trials):
         record = searcher.suggest(str(number))["record"]
         value = record.draw["optim.lr"]

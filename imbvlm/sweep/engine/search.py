@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from imbvlm.config import TrialConfig
@@ -32,6 +33,16 @@ MAX_REPEATS = 8
 # So many random draws of a space that can't be counted are tried until it is taken for exhausted.
 MAX_RANDOM_DRAWS = 500
 VIOLATIONS = "violations"
+# TPE looks at each trial that it knows for every new one: of so many that have ended half are kept.
+MOST_KNOWN = 300
+
+
+@dataclass
+class Asked:
+    """A trial as Optuna has it: in the study that proposes, and by its number in the journal, where there is one."""
+
+    trial: optuna.trial.Trial
+    shown: int | None
 
 
 @dataclass
@@ -46,7 +57,7 @@ class Job:
     name: str
     config: TrialConfig
     draw: Draw = field(default_factory=dict)
-    asked: optuna.trial.Trial | None = None
+    asked: Asked | None = None
     alone: bool = False
 
 
@@ -86,7 +97,7 @@ class StudySearcher(UnsavedSearcher):
 
     A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
     `stratify` the arm with the fewest trials is next, and an arm without an untried configuration is closed; when all
-    are, `exhausted` says so.
+    are, `exhausted` says so. What TPE knows of many trials is half of them, so that proposals don't take ever longer.
     """
 
     def __init__(
@@ -111,19 +122,21 @@ class StudySearcher(UnsavedSearcher):
         self._running: dict[str, Job] = {}
         # By canonical key: the value of each configuration, and who waits for that of a running one.
         self._values: dict[str, Outcome | None] = {}
-        self._waiting: dict[str, list[optuna.trial.Trial]] = {}
-        self._handed_out = 0
+        self._waiting: dict[str, list[Asked]] = {}
+        # What was asked and isn't told yet.
+        self._open: list[Asked] = []
+        self._handed_out = self._num_told = 0
         ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
-        sampler, directions = _sampler(spec, len(known)), [direction(metric) for metric in spec.objectives]
-        storage = None if journal is None else _new_journal(journal)
-        self.study = optuna.create_study(study_name=spec.name, directions=directions, sampler=sampler, storage=storage)
+        self.study = _new_study(spec, len(known))
+        self._journal = None if journal is None else _Journal(journal, spec)
         for one in warm:
             self._add_finished(one.draw, self._outcome(one.record.epochs))
         for record in known:
             self._add_known(record)
+        self._forget()
 
     # ------------------------------------------------------------------------------------ what Tune asks
 
@@ -147,6 +160,7 @@ class StudySearcher(UnsavedSearcher):
         self._values[key] = value
         for asked in [job.asked, *self._waiting.pop(key, [])]:
             self._tell(asked, value)
+        self._forget()
 
     def _epochs(self, job: Job, result: Tree) -> list[Mapping[str, float]]:
         """All that a trial has reported; its record may not have the last report yet."""
@@ -227,12 +241,38 @@ class StudySearcher(UnsavedSearcher):
             self._tell(asked, self._values[key])
         return None
 
-    def _ask(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Draw]:
+    def _ask(self, names: Mapping[str, Any]) -> tuple[Asked, Draw]:
+        trial, draw = self._ask_study(names)
+        asked = Asked(trial, None if self._journal is None else self._journal.begin(trial))
+        self._open.append(asked)
+        return asked, draw
+
+    def _ask_study(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Draw]:
         # Put in and taken out at once: what is left in Optuna's queue would come up in another trial's place.
         if names:
             self.study.enqueue_trial(dict(names))
-        asked = self.study.ask()
-        return asked, self._space.draw(asked, self._spec.base)
+        trial = self.study.ask()
+        return trial, self._space.draw(trial, self._spec.base)
+
+    def _forget(self) -> None:
+        """Go on with half of many trials that have ended: the best ones, and as many of the others by chance.
+
+        Where several values or constraints decide, all are kept.
+        """
+        spec = self._spec
+        most = max(MOST_KNOWN, 4 * spec.searcher.num_startup_trials)
+        if self._num_told < most or spec.searcher.name != "tpe" or spec.other_objectives or spec.constraints:
+            return
+        complete = [one for one in self.study.get_trials(deepcopy=False) if one.state is TrialState.COMPLETE]
+        by_value = sorted(complete, key=lambda one: -(one.value or 0.0))
+        best, others = by_value[: most // 4], by_value[most // 4 :]
+        chance = random.Random(f"{spec.searcher.seed} {self._last_number}")
+        kept = best + chance.sample(others, min(len(others), most // 4))
+        self.study, self._num_told = _new_study(spec, self._last_number), len(kept)
+        # In the order in which they ended: TPE weighs the later ones more.
+        self.study.add_trials(sorted(kept, key=lambda one: one.number))
+        for asked in self._open:
+            asked.trial, _ = self._ask_study(asked.trial.params)
 
     def _hand_out(self, job: Job) -> None:
         key = canonical_key(job.config)
@@ -240,12 +280,16 @@ class StudySearcher(UnsavedSearcher):
         self._handed_out += 1
         self._arms.count(job.draw)
 
-    def _tell(self, asked: optuna.trial.Trial, value: Outcome | None) -> None:
+    def _tell(self, asked: Asked, value: Outcome | None) -> None:
+        self._open.remove(asked)
+        self._num_told += 1
         if value is None:
-            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            return
-        asked.set_user_attr(VIOLATIONS, value.violations)
-        self.study.tell(asked, list(value.values))
+            told = self.study.tell(asked.trial, state=TrialState.FAIL)
+        else:
+            asked.trial.set_user_attr(VIOLATIONS, value.violations)
+            told = self.study.tell(asked.trial, list(value.values))
+        if self._journal is not None and asked.shown is not None:
+            self._journal.end(asked.shown, told)
 
     # --------------------------------------------------------------------------------------- what is resumed
 
@@ -261,18 +305,20 @@ class StudySearcher(UnsavedSearcher):
         """A trial that this study didn't ask for."""
         fixed = optuna.trial.FixedTrial(self._space.names_of(draw, self._spec.base))
         self._space.draw(fixed, self._spec.base)
-        state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
         # The sampler reads violations there; of trials that it has asked for it writes them itself.
         attributes = {} if value is None or not value.violations else {"constraints": list(value.violations)}
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                values=None if value is None else list(value.values),
-                params=fixed.params,
-                distributions=dict(fixed.distributions),
-                system_attrs=attributes,
-            )
+        trial = optuna.trial.create_trial(
+            state=state,
+            values=None if value is None else list(value.values),
+            params=fixed.params,
+            distributions=dict(fixed.distributions),
+            system_attrs=attributes,
         )
+        self.study.add_trial(trial)
+        self._num_told += 1
+        if self._journal is not None:
+            self._journal.add(trial)
 
     def _adopt(self, job: Job) -> None:
         """An unfinished trial of an earlier run goes on as a trial of this study."""
@@ -280,11 +326,37 @@ class StudySearcher(UnsavedSearcher):
         self._hand_out(job)
 
 
-def _new_journal(path: Path) -> JournalStorage:
-    """Optuna's storage in a file that others can read meanwhile; a resumed search is told again from records."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
+class _Journal:
+    """Every trial in a file that Optuna's dashboard can read meanwhile; a resumed search is told again from records."""
+
+    def __init__(self, path: Path, spec: SweepSpec) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        directions = [direction(metric) for metric in spec.objectives]
+        self._study = optuna.create_study(study_name=spec.name, directions=directions, storage=storage)
+        self._num_trials = 0
+
+    def begin(self, trial: optuna.trial.Trial) -> int:
+        """Its number there."""
+        self.add(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=trial.params, distributions=dict(trial.distributions)
+            )
+        )
+        return self._num_trials - 1
+
+    def add(self, trial: optuna.trial.FrozenTrial) -> None:
+        self._study.add_trial(trial)
+        self._num_trials += 1
+
+    def end(self, number: int, told: optuna.trial.FrozenTrial) -> None:
+        self._study.tell(number, told.values, told.state)
+
+
+def _new_study(spec: SweepSpec, num_known: int) -> optuna.Study:
+    directions = [direction(metric) for metric in spec.objectives]
+    return optuna.create_study(study_name=spec.name, directions=directions, sampler=_sampler(spec, num_known))
 
 
 def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:
