@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [--all | --only SECTION ...] [--large] [--device cpu|cuda]
 
-The sizes fit two quiet cores in twelve minutes, with --all in three quarters of an hour; --large takes those of a
+The sizes fit two quiet cores in a quarter of an hour, with --all in three quarters of an hour; --large takes those of a
 server. RESULTS.md beside this file has what was measured, and when.
 """
 
