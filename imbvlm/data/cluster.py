@@ -102,7 +102,7 @@ def _start_here() -> None:
     With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
     """
     try:
-        with _on_loopback(), _in_huge_pages():
+        with _on_loopback(), _unless_set(MALLOC_SETTING, HUGE_PAGES):
             ray.init(
                 address="local",
                 include_dashboard=True,
@@ -125,29 +125,26 @@ def _on_loopback() -> Iterator[None]:
     Where Ray expects no other machines, as on Windows and macOS, that is its default; elsewhere all of its ports but
     the dashboard's are open. It reads the setting when it is imported, and its processes do so again.
     """
-    setting, expected = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    if setting in os.environ:
-        yield
-        return
-    os.environ[setting], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        del os.environ[setting]
-        ray_constants.ENABLE_RAY_CLUSTER = expected
+    expected = ray_constants.ENABLE_RAY_CLUSTER
+    with _unless_set(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0") as is_ours:
+        ray_constants.ENABLE_RAY_CLUSTER = expected and not is_ours
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = expected
 
 
 @contextmanager
-def _in_huge_pages() -> Iterator[None]:
-    """Within, processes that start have large tensors in huge pages, unless the user's setting says otherwise."""
-    if MALLOC_SETTING in os.environ:
-        yield
+def _unless_set(setting: str, value: str) -> Iterator[bool]:
+    """Within, the environment has a value for a setting, unless it has the user's: whether it is ours."""
+    if setting in os.environ:
+        yield False
         return
-    os.environ[MALLOC_SETTING] = HUGE_PAGES
+    os.environ[setting] = value
     try:
-        yield
+        yield True
     finally:
-        del os.environ[MALLOC_SETTING]
+        del os.environ[setting]
 
 
 def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,7 @@ class StudySearcher(UnsavedSearcher):
         # By canonical key: the value of each configuration, and who waits for that of a running one.
         self._values: dict[str, Outcome | None] = {}
         self._waiting: dict[str, list[Asked]] = {}
-        # What was asked and isn't told yet.
-        self._open: list[Asked] = []
-        self._handed_out = self._num_told = 0
+        self._handed_out = 0
         ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
@@ -243,9 +242,7 @@ class StudySearcher(UnsavedSearcher):
 
     def _ask(self, names: Mapping[str, Any]) -> tuple[Asked, Draw]:
         trial, draw = self._ask_study(names)
-        asked = Asked(trial, None if self._journal is None else self._journal.begin(trial))
-        self._open.append(asked)
-        return asked, draw
+        return Asked(trial, None if self._journal is None else self._journal.begin(trial)), draw
 
     def _ask_study(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Draw]:
         # Put in and taken out at once: what is left in Optuna's queue would come up in another trial's place.
@@ -260,18 +257,22 @@ class StudySearcher(UnsavedSearcher):
         Where several values or constraints decide, all are kept.
         """
         spec = self._spec
-        most = max(MOST_KNOWN, 4 * spec.searcher.num_startup_trials)
-        if self._num_told < most or spec.searcher.name != "tpe" or spec.other_objectives or spec.constraints:
+        if spec.searcher.name != "tpe" or spec.other_objectives or spec.constraints:
             return
-        complete = [one for one in self.study.get_trials(deepcopy=False) if one.state is TrialState.COMPLETE]
+        most = max(MOST_KNOWN, 4 * spec.searcher.num_startup_trials)
+        ended = [one for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()]
+        if len(ended) < most:
+            return
+        complete = [one for one in ended if one.state is TrialState.COMPLETE]
         by_value = sorted(complete, key=lambda one: -(one.value or 0.0))
         best, others = by_value[: most // 4], by_value[most // 4 :]
         chance = random.Random(f"{spec.searcher.seed} {self._last_number}")
         kept = best + chance.sample(others, min(len(others), most // 4))
-        self.study, self._num_told = _new_study(spec, self._last_number), len(kept)
+        self.study = _new_study(spec, self._last_number)
         # In the order in which they ended: TPE weighs the later ones more.
         self.study.add_trials(sorted(kept, key=lambda one: one.number))
-        for asked in self._open:
+        running = [job.asked for job in self._running.values() if job.asked is not None]
+        for asked in [*running, *chain.from_iterable(self._waiting.values())]:
             asked.trial, _ = self._ask_study(asked.trial.params)
 
     def _hand_out(self, job: Job) -> None:
@@ -281,8 +282,6 @@ class StudySearcher(UnsavedSearcher):
         self._arms.count(job.draw)
 
     def _tell(self, asked: Asked, value: Outcome | None) -> None:
-        self._open.remove(asked)
-        self._num_told += 1
         if value is None:
             told = self.study.tell(asked.trial, state=TrialState.FAIL)
         else:
@@ -316,7 +315,6 @@ class StudySearcher(UnsavedSearcher):
             system_attrs=attributes,
         )
         self.study.add_trial(trial)
-        self._num_told += 1
         if self._journal is not None:
             self._journal.add(trial)
 
