@@ -25,8 +25,8 @@ from imbvlm.errors import ImbvlmError
 def told():
     return [os.environ.get("RAY_ADDRESS"), os.environ.get(MALLOC_SETTING)]
 
-before = has_machine_to_itself()
 try:
+    before = has_machine_to_itself()
     with connected() as cluster:
         assert (before, has_machine_to_itself()) == (cluster.started_here,) * 2
         answer = ray.get(ray.remote(num_cpus=1)(told).remote())

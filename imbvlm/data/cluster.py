@@ -208,9 +208,15 @@ def _address_that_answers() -> str | None:
     """Where the cluster listens that Ray would join, or None: at a dead one's address it tries for minutes.
 
     For loopback Ray takes this machine's address on the network, on which a cluster needn't listen.
+    Raises ImbvlmError where RAY_ADDRESS names a Ray client's.
     """
     try:
         found = services.get_ray_address_from_environment("auto", None)
+        if found.startswith("ray://"):
+            raise ImbvlmError(
+                f"RAY_ADDRESS is {found}, and a sweep can't run behind Ray's client: run it on a machine of the "
+                "cluster, by `ray submit` or `ray job submit`, or unset RAY_ADDRESS for a cluster of its own"
+            )
         on_network = services.canonicalize_bootstrap_address(found)
     except ConnectionError:
         return None
@@ -248,18 +254,13 @@ def _runtime_env(address: str) -> dict[str, Any] | None:
 def _check_address() -> None:
     """Ray ends the process without a word where nothing listens at RAY_ADDRESS, and takes any of several clusters."""
     address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("ray://"):
-        raise ImbvlmError(
-            f"RAY_ADDRESS is {address}, and a sweep can't run behind Ray's client: run it on a machine of the cluster, "
-            "by `ray submit` or `ray job submit`, or unset RAY_ADDRESS for a cluster of its own"
-        )
     running = [] if address else _clusters_here()
     if len(running) > 1:
         raise ImbvlmError(
             f"{len(running)} Ray clusters run on this machine ({', '.join(running)}): set RAY_ADDRESS to that which is "
             "meant, or to local for one of the sweep's own"
         )
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
     try:
