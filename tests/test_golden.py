@@ -1,0 +1,15 @@
+"""The golden cases cover every registered method, loss and second stage; the numbers: `python -m tests.golden`."""
+
+from golden.cases import covered
+
+from imbvlm.losses import LOSSES
+from imbvlm.models.decoupled import SECOND_STAGES
+from imbvlm.models.methods import METHODS
+
+
+def test_every_method_loss_and_second_stage_has_a_golden_case():
+    assert covered() == {
+        "methods": frozenset(METHODS),
+        "losses": frozenset(LOSSES),
+        "second_stages": frozenset(SECOND_STAGES),
+    }
