@@ -18,6 +18,7 @@ from towers import CONFIGS, write_config
 
 CLASS_COUNTS = {"train": (104, 24, 9, 4, 2, 0), "val": (4,) * 6, "test": (4,) * 6}
 ENCODER, IMAGES, CLASSES, MANIFEST = "encoder", "images.parquet", "classes.txt", "manifest.parquet"
+IMAGE_SIDES = (36, 60)
 SWEEP, TRIALS = "golden-sweep.yaml", "trials"
 
 _METHODS: dict[str, dict[str, Any]] = {
@@ -182,8 +183,8 @@ def write_images(path: Path) -> None:
 
 
 def _image(label: int, rng: np.random.Generator) -> bytes:
-    height, width = rng.integers(36, 60, 2)
-    color = 255 * (0.5 + 0.4 * np.cos(2 * np.pi * (label / 6 + np.arange(3) / 3)))
+    height, width = rng.integers(*IMAGE_SIDES, 2)
+    color = 255 * (0.5 + 0.4 * np.cos(2 * np.pi * (label / len(CLASS_COUNTS["train"]) + np.arange(3) / 3)))
     pixels = np.clip(color + rng.normal(0, 60, 3) + rng.normal(0, 60, (height, width, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")

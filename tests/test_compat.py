@@ -1,0 +1,77 @@
+"""Files of version 0.1 (compat/v0.1.tar.xz, made by compat/make.py) are read, exported and gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from golden.commands import imbvlm
+
+SAMPLE = Path(__file__).parent / "compat" / "v0.1.tar.xz"
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch) -> Path:
+    """A copy of the sample, in which a command runs as its user's did."""
+    with tarfile.open(SAMPLE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sweeps_are_listed_and_shown(sample):
+    assert len(json.loads(imbvlm("sweep", "list", "runs", "--json"))) == 2
+    for name in ("limited", "tail-views"):
+        shown = imbvlm("sweep", "show", f"runs/{name}")
+        assert "linear probe" in shown
+        assert "t00001" in shown
+
+
+def test_a_sweep_is_reported_with_its_thumbnails(sample):
+    imbvlm("report", "runs/limited", "-o", "page.html")
+    page = (sample / "page.html").read_text()
+    assert "linear probe" in page
+    assert "data:image/" in page
+
+
+@pytest.mark.parametrize("name", ["limited", "tail-views"])
+def test_a_sweep_is_exported_and_predicts(sample, name):
+    imbvlm("export", f"runs/{name}", "-o", "again")
+    imbvlm("predict", "again", "manifest.parquet", "--top", "5", "--no-ray", "-o", "again.parquet")
+    assert pq.read_table("again.parquet").num_rows == pq.read_table("manifest.parquet").num_rows
+
+
+def test_an_exported_model_predicts_as_its_sweep_is_exported_now(sample):
+    imbvlm("export", "runs/limited", "-o", "again")
+    for model in ("exported", "again"):
+        imbvlm("predict", model, "manifest.parquet", "--top", "5", "--no-ray", "-o", f"{model}.parquet")
+    assert pq.read_table("exported.parquet").equals(pq.read_table("again.parquet"))
+
+
+def test_stored_features_and_the_manifest_are_sound(sample):
+    assert "runs/features" in imbvlm("features", "check", "runs/features")
+    imbvlm("manifest", "check", "manifest.parquet", "--decode")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_sweep_goes_on_with_its_features_and_trials(sample, ray_cluster):
+    recorded = json.loads(Path("runs/limited/provenance.json").read_bytes())["torch"]
+    if recorded != torch.__version__:
+        pytest.skip(f"the sample was made with torch {recorded}, and this is {torch.__version__}")
+    before = {path.name: path.read_bytes() for path in Path("runs/limited/trials").glob("t*.json")}
+    stores = {path: path.read_bytes() for path in Path("runs/features").rglob("*.arrow")}
+    command = [sys.executable, "-m", "imbvlm", "sweep", "resume", "runs/limited", "--set", "max_trials=5"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    after = {path.name: path.read_bytes() for path in Path("runs/limited/trials").glob("t*.json")}
+    assert len(before) == 3
+    assert len(after) == 5
+    assert {name: after[name] for name in before} == before
+    assert {path: path.read_bytes() for path in stores} == stores
