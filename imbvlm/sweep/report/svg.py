@@ -15,7 +15,7 @@ ALONE = (
     "svg{font:12px system-ui,sans-serif}text{fill:#1c2430}.grid{stroke:#d9dee7}.axis{stroke:#5c6675}"
     ".muted{fill:#5c6675}.c0{color:#1d5fd1}.c1{color:#c4610a}.c2{color:#6b7280}"
     ".c3{color:#0f8a6b}.c4{color:#9333a8}.c5{color:#a88608}.faint{color:#9aa3b0}.dim{opacity:.45}"
-    ".faint.thread{opacity:.55}.whisker{stroke:#1c2430;stroke-width:1.4}.halo{paint-order:stroke;stroke:#fff;stroke-width:3px;stroke-linejoin:round}"
+    ".faint.thread{stroke-opacity:.55}.whisker{stroke:#1c2430;stroke-width:1.4}.halo{paint-order:stroke;stroke:#fff;stroke-width:3px;stroke-linejoin:round}"
 )
 
 
