@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from imbvlm import storage
+from imbvlm.csv_cells import csv_line, escape_cell
 from imbvlm.data.assembly import IMAGE_SUFFIXES
 from imbvlm.data.images import ImageError, Preprocess, fetch
 from imbvlm.data.listing import list_tree, shown_path
@@ -220,14 +220,15 @@ def write_predictions(found: Iterable[Prediction], out: str, top: int) -> None:
 
 
 def write_csv(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
-    """image, class_1, probability_1, ..., error."""
-    writer = csv.writer(stream, lineterminator="\n")
+    """image, class_1, probability_1, ..., error; a text that a spreadsheet would run gets an apostrophe in front."""
     ranks = range(1, top + 1)
-    writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")), "error"])
+    columns = (f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))
+    stream.write(csv_line(["image", *columns, "error"]))
     for one in found:
         pairs = zip(one.class_names, one.probabilities, strict=True)
-        cells = [cell for name, value in pairs for cell in (name, f"{value:.6f}")]
-        writer.writerow([one.source, *cells, *([""] * (2 * top - len(cells))), one.error or ""])
+        cells = [cell for name, value in pairs for cell in (escape_cell(name), f"{value:.6f}")]
+        blank = [""] * (2 * top - len(cells))
+        stream.write(csv_line([escape_cell(one.source), *cells, *blank, escape_cell(one.error or "")]))
 
 
 def write_json_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:

@@ -1,6 +1,7 @@
 """`imbvlm predict`: the images that are meant, one row each in order, the same in every form and through Ray Data."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -14,9 +15,13 @@ from PIL import Image
 
 from imbvlm import cli
 from imbvlm import prediction_table as table
+from imbvlm.csv_cells import escape_cell
 from imbvlm.data.assembly import IMAGE_SUFFIXES
+from imbvlm.data.checks import CheckReport, Finding
 from imbvlm.data.sources import from_folders
+from imbvlm.data.tables import from_table
 from imbvlm.errors import ImbvlmError
+from imbvlm.inference import Prediction
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,27 @@ def test_every_form_of_the_table_has_the_same_rows(model, photos, tmp_path):
         assert [row["probability_1"], row["probability_2"]] == pytest.approx(one.probabilities)
         assert float(line["probability_1"]) == pytest.approx(one.probabilities[0], abs=1e-6)
         assert [each["class"] for each in item["classes"]] == list(one.class_names)
+
+
+FORMULAS = ["=1+1", "+1", "-2", "@sum", "\tx", "\rx", "\nx", "'=already", "''-twice", "plain", "it's", "'quoted'"]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path, text):
+    found = [Prediction(f"{text}.png", (text,), (0,), (0.5,))]
+    for suffix in ("csv", "parquet", "jsonl"):
+        table.write_predictions(iter(found), str(tmp_path / f"out.{suffix}"), 1)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.reader(stream))
+    assert not any(cell.startswith(tuple("=+-@\t\r\n")) for row in rows for cell in row)
+    assert rows[1][2] == "0.500000"
+    findings = CheckReport((Finding("note", text, (text,)),)).to_csv()
+    assert list(csv.reader(io.StringIO(findings, newline="")))[1] == ["note", escape_cell(text), escape_cell(text)]
+    back = from_table([str(tmp_path / "out.csv")], str(tmp_path), "back", columns={"label": "class_1"})
+    assert list(back.class_names) == [text]
+    assert back.table.column("uri").to_pylist() == [f"{tmp_path}/{text}.png"]
+    assert pq.read_table(tmp_path / "out.parquet").column("class_1").to_pylist() == [text]
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()[0])["image"] == f"{text}.png"
 
 
 def test_a_folder_gives_all_images_that_a_manifest_takes(photos, tmp_path):

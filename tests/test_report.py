@@ -24,6 +24,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
 from imbvlm.sweep.console import duration
+from imbvlm.sweep.quarantine import write_quarantine
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
 from imbvlm.sweep.report.raster import png
 from imbvlm.sweep.report.result_tables import compared_classes
@@ -198,6 +199,22 @@ def test_quarantined_files_are_counted_by_class(tmp_path):
     (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
     (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "quarantine_by_class"]
     assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
+
+
+def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):
+    """A spreadsheet would run a class called =1+1; -3.2 of a table is a number."""
+    names = ["=1+1", "+1", "-2", "@sum", *(f"class {number}" for number in range(4, len(COUNTS)))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    rows = [{"split": "train", "row": 3, "path": "-x.jpg", "reason": "cut", "label": 1, "class_name": "+1"}]
+    write_quarantine(str(folder), [{**rows[0], "shot_group": "many_shot"}])
+    assert (folder / "quarantine.csv").read_text().splitlines()[1] == "train,3,'-x.jpg,cut,1,'+1,many_shot"
+    source = Source.read(str(folder))
+    assert (source.quarantine[0]["path"], source.quarantine[0]["class_name"]) == ("-x.jpg", "+1")
+    tables = {one.name: list(csv.reader(one.csv().splitlines())) for one in parts(build(source))[1]}
+    assert [row[0] for row in tables["per_class"][1:5]] == ["'=1+1", "'+1", "'-2", "'@sum"]
+    assert tables["quarantine_by_class"][1][0] == "'+1"
+    assert all(cell.startswith("+") for row in tables["gained"][1:] for cell in row[-1:])
+    assert all(re.match(r"[+-]\d", cell) for row in tables["margins"][1:] for cell in row[1:5])
 
 
 def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imbvlm import storage
+from imbvlm.csv_cells import csv_line, escape_cell
 from imbvlm.data.assembly import ORDER_DISAGREES
 from imbvlm.data.identical import copy_digests
 from imbvlm.data.images import ImageError, decode, fetch
@@ -66,12 +65,12 @@ class CheckReport:
 
     def to_csv(self) -> str:
         """A line for each row or class that a finding is about: severity, finding, which one."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("severity", "finding", "which"))
-        for finding in self.findings:
-            writer.writerows((finding.severity, finding.message, which) for which in finding.examples or ("",))
-        return text.getvalue()
+        rows = [
+            (finding.severity, finding.message, which)
+            for finding in self.findings
+            for which in finding.examples or ("",)
+        ]
+        return "".join(csv_line(map(escape_cell, row)) for row in [("severity", "finding", "which"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON holds: the verdict, whether there is no error, each finding with all that it is about."""

@@ -19,6 +19,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from imbvlm import storage
+from imbvlm.csv_cells import ESCAPED
 from imbvlm.data.assembly import assemble, folders_of, split_of_file
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.packs import PackWriter
@@ -243,7 +244,13 @@ def _read_csv(path: str) -> list[pa.Table]:
         column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
     )
     parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    return [pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)]
+    table = pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)
+    return [pa.table([_unescaped(column) for column in table.columns], table.column_names)]
+
+
+def _unescaped(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of a CSV file without the apostrophes that our own tables have before what looks like a formula."""
+    return pc.replace_substring_regex(column, ESCAPED, r"\1") if pa.types.is_string(column.type) else column
 
 
 def _read_json(path: str) -> list[pa.Table]:

@@ -23,8 +23,8 @@ PROVENANCE_FILE = "provenance.json"
 # manifest's own digest tells.
 _NO_PART = (
     "sweep", "assets",
-    "__init__.py", "__main__.py", "cli.py", "cluster_file.py", "doctor.py", "inference.py", "onnx_graph.py",
-    "prediction_table.py",
+    "__init__.py", "__main__.py", "cli.py", "cluster_file.py", "csv_cells.py", "doctor.py", "inference.py",
+    "onnx_graph.py", "prediction_table.py",
     "data/__init__.py", "data/assembly.py", "data/checks.py", "data/commands.py", "data/datasets.py",
     "data/held_out.py", "data/identical.py", "data/inaturalist.py", "data/listing.py", "data/sources.py",
     "data/summary.py", "data/tables.py", "data/tails.py", "data/webdataset.py", "features/__init__.py",

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from imbvlm import storage
+from imbvlm.csv_cells import csv_line, escape_cell, unescape_cell
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import count_of
 from imbvlm.features.examples import FeatureSet
@@ -41,13 +42,20 @@ def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str,
 
 def write_quarantine(folder: str, rows: Iterable[dict[str, str | int]]) -> str:
     """Write quarantine.csv into a sweep's folder and return its location."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    cells = ((row[column] for column in COLUMNS) for row in rows)
+    lines = (csv_line(escape_cell(cell) if isinstance(cell, str) else cell for cell in row) for row in cells)
     uri = storage.join(folder, QUARANTINE_FILE)
-    storage.write_bytes(uri, text.getvalue().encode())
+    storage.write_bytes(uri, "".join([csv_line(COLUMNS), *lines]).encode())
     return uri
+
+
+def read_quarantine(folder: str) -> tuple[dict[str, str], ...]:
+    """The rows of a sweep's quarantine.csv; none where it has left nothing out."""
+    uri = storage.join(folder, QUARANTINE_FILE)
+    if not storage.exists(uri):
+        return ()
+    rows = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode(), newline=""))
+    return tuple({key: unescape_cell(row.get(key) or "") for key in COLUMNS} for row in rows)
 
 
 def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:

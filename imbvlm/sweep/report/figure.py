@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from imbvlm.csv_cells import csv_line, escape_cell
 from imbvlm.sweep.report.svg import Drawing
 
 WIDTH, HEIGHT = 460.0, 310.0
@@ -30,7 +31,7 @@ class Figure:
 
     def csv(self) -> str:
         """Its numbers as CSV: accuracies and shares as fractions."""
-        return _csv([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in self.data])
+        return "".join(csv_line(map(_figure_cell, row)) for row in self.data)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Table:
 
     def csv(self) -> str:
         """The table as CSV."""
-        return _csv([self.header, *self.rows])
+        rows = (map(self._cell, row, itertools.count()) for row in self.rows)
+        return "".join(map(csv_line, [map(escape_cell, self.header), *rows]))
+
+    def _cell(self, cell: str, column: int) -> str:
+        """A number, or the dash of an absent one, stays as it is; a text mustn't become a formula."""
+        is_number = cell == "-" or (column >= self.first_number and _NUMBER.fullmatch(cell))
+        return cell if is_number else escape_cell(cell)
 
     def latex(self) -> str:
         """The table in the papers' form, for booktabs."""
@@ -63,10 +70,14 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+# Such as +1,234.5 ± 0.1 or 3e-05.
+_NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ± [\d.]+)?")
+
+
+def _figure_cell(cell: object) -> object:
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    return escape_cell(cell) if isinstance(cell, str) else cell
 
 
 _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {

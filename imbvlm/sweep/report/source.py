@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from imbvlm.class_stats import ClassStats
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute
 from imbvlm.sweep.listing import read_spec
-from imbvlm.sweep.quarantine import QUARANTINE_FILE
+from imbvlm.sweep.quarantine import read_quarantine
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -93,7 +91,7 @@ class Source:
         scored = tuple(Scored(name, tuple(by_name[name]), _classes(folder, by_name[name])) for name in order)
         readings = read_readings(folder)
         read_at = None if readings is None else readings["read_at"]
-        return Source(folder, spec, log, scored, _quarantine(folder), read_at)
+        return Source(folder, spec, log, scored, read_quarantine(folder), read_at)
 
     @property
     def winner(self) -> Scored | None:
@@ -176,13 +174,6 @@ def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:
     except ValueError:
         raise ImbvlmError(f"{uri} is damaged; remove it to make a report without its classes") from None
     return content
-
-
-def _quarantine(folder: str) -> tuple[Mapping[str, str], ...]:
-    uri = storage.join(folder, QUARANTINE_FILE)
-    if not storage.exists(uri):
-        return ()
-    return tuple(csv.DictReader(io.StringIO(storage.read_bytes(uri).decode())))
 
 
 def read_readings(folder: str) -> dict[str, Any] | None:
