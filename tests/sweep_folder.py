@@ -40,11 +40,15 @@ def write_sweep(
     *,
     num_trials: int = 24,
     gain: float = 0.2,
+    adjusted: dict[str, float] | None = None,
     refits: bool = True,
     class_names: list[str] | None = None,
     **fields,
 ) -> Path:
-    """A folder in which the winner is `gain` better than the linear probe on the test split."""
+    """A folder in which the winner is `gain` better than the linear probe on the test split.
+
+    `adjusted` is the accuracy of some refits, by name, with their logits adjusted post hoc.
+    """
     spec, chance, log = sweep_spec(**fields), random.Random(0), TrialLog(str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     spec.to_yaml(folder / "sweep.yaml")
@@ -65,7 +69,8 @@ def write_sweep(
             ("zero-shot", 0.3, (0,)),
         ):
             for seed in seeds:
-                _write_refit(folder, log, name, seed, accuracy, class_counts, names)
+                splits = {"test": accuracy} | ({"test_post_hoc": adjusted[name]} if name in (adjusted or {}) else {})
+                _write_refit(folder, log, name, seed, splits, class_counts, names)
     log.write_table()
     return folder
 
@@ -92,7 +97,8 @@ def _record(trial_id: str, kind: str, config: dict, values: list[float], **field
     best, epochs = 0.0, []
     for number, value in enumerate(values, 1):
         best = max(best, value)
-        metrics = {"val/top1_accuracy": value + 0.05, "val/few_shot_accuracy": value - 0.2}
+        metrics = {"val/top1_accuracy": value + 0.05, "val/few_shot_accuracy": value - 0.2,
+                   "val/balanced_standard_error": 0.02}  # fmt: skip
         epochs.append({"epoch": float(number), OBJECTIVE: value, "val/best_balanced_accuracy": best, **metrics})
     given = {"state": "finished", "started_at": 1e9, "ended_at": 1e9 + 2 * len(values), **fields}
     return TrialRecord.model_validate({"trial_id": trial_id, "kind": kind, "config": config, "epochs": epochs, **given})
@@ -104,8 +110,43 @@ def _zero_shot(config: dict) -> dict:
 
 
 def _write_refit(
-    folder: Path, log: TrialLog, name: str, seed: int, accuracy: float, class_counts: list[int], names: list[str]
+    folder: Path,
+    log: TrialLog,
+    name: str,
+    seed: int,
+    splits: dict[str, float],
+    class_counts: list[int],
+    names: list[str],
 ) -> None:
+    """`splits` has the accuracy as trained, under test, and as adjusted, under test_post_hoc."""
+    found = {split: _scored(seed, accuracy, class_counts) for split, accuracy in splits.items()}
+    trial_id = f"refit-{name.replace(' ', '-')}-seed{seed}"
+    config = log.records["b00001" if name == "zero-shot" else "t00001"].config
+    if name != "zero-shot":
+        config = apply_overrides(config, {"train.seed": seed})
+    record = _record(trial_id, "refit", config, [], name=name)
+    record.epochs = [{"epoch": 1.0, **{f"{split}/{key}": float(value) for split, (metrics, _) in found.items()
+                                       for key, value in metrics.items()}}]  # fmt: skip
+    log.save(record)
+    counts = found["test"][1]
+    if "test_post_hoc" in found:
+        after = found["test_post_hoc"][1]
+        counts |= {"adjusted": after, "adjusted_confidence_bins": after["confidence_bins"]}
+    content = {
+        "format": 1,
+        "class_names": names,
+        "split_counts": class_counts,
+        "class_counts": class_counts,
+        "num_parameters": 1000,
+        "num_trained_parameters": 0 if name == "zero-shot" else 900,
+        "splits": {"test": counts},
+    }
+    (folder / "refits" / trial_id).mkdir(parents=True)
+    (folder / "refits" / trial_id / "per_class.json").write_text(json.dumps(content))
+
+
+def _scored(seed: int, accuracy: float, class_counts: list[int]) -> tuple[dict, dict]:
+    """Metrics, and counts per class."""
     generator = np.random.default_rng(seed)
     num_classes, stats = len(class_counts), ClassStats.from_counts(class_counts)
     labels = np.repeat(np.arange(num_classes), TEST_PER_CLASS)
@@ -119,28 +160,11 @@ def _write_refit(
     metrics = {"top1_accuracy": correct.sum() / total.sum(), "balanced_accuracy": per_class.mean(),
                "balanced_standard_error": 0.01, "expected_calibration_error": 0.1}  # fmt: skip
     metrics |= shot_group_accuracies(per_class, stats)
-    trial_id = f"refit-{name.replace(' ', '-')}-seed{seed}"
-    config = log.records["b00001" if name == "zero-shot" else "t00001"].config
-    record = _record(trial_id, "refit", config, [], name=name)
-    record.epochs = [{"epoch": 1.0, **{f"test/{key}": float(value) for key, value in metrics.items()}}]
-    log.save(record)
     rows = np.arange(len(labels))
-    content = {
-        "format": 1,
-        "class_names": names,
-        "split_counts": class_counts,
-        "class_counts": class_counts,
-        "num_parameters": 1000,
-        "num_trained_parameters": 0 if name == "zero-shot" else 900,
-        "splits": {
-            "test": {
-                "correct": correct.tolist(),
-                "total": total.tolist(),
-                "predicted": np.bincount(predicted, minlength=num_classes).tolist(),
-                "confidence_bins": np.array([[9.0] * 15, [6.0] * 15, [7.0] * 15]).tolist(),
-                "confusions": confusions(labels, predicted, rows),
-            }
-        },
+    return metrics, {
+        "correct": correct.tolist(),
+        "total": total.tolist(),
+        "predicted": np.bincount(predicted, minlength=num_classes).tolist(),
+        "confidence_bins": np.array([[9.0] * 15, [9 * accuracy] * 15, [7.0] * 15]).tolist(),
+        "confusions": confusions(labels, predicted, rows),
     }
-    (folder / "refits" / trial_id).mkdir(parents=True)
-    (folder / "refits" / trial_id / "per_class.json").write_text(json.dumps(content))

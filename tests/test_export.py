@@ -22,9 +22,11 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.posthoc import Adjustment
 from imbvlm.sweep.export import _Export, check_trained_on, export_sweep, pareto_set
-from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.listing import SweepState, read_spec, show_text
 from imbvlm.sweep.model_card import CardFacts, model_card
 from imbvlm.sweep.provenance import check_tower, provenance, write_provenance
+from imbvlm.sweep.report.sections import build
+from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.training.class_record import write_class_record
 
@@ -89,6 +91,16 @@ def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
     assert "2,480 train, 500 val, 2,000 test images; 10 classes (5 many-shot, 3 medium-shot, 2 few-shot)" in text
     assert "| baseline: linear probe | 2 |" in text
     assert "2 classes have fewer than 20 training images" in text
+
+
+def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path):
+    for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
+        folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
+        report, text = build(Source.read(str(folder))), card(folder)
+        (line,) = [one for one in text.splitlines() if one.startswith(start)]
+        statement = report.statement.replace("The winner", "This model").replace("the winner", "this model")
+        assert line == f"{statement} {report.beside}"
+        assert report.statement in show_text(SweepState.read(str(folder)))
 
 
 def test_the_card_has_a_baseline_as_adjusted_too(tmp_path):

@@ -24,6 +24,8 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
 from imbvlm.sweep.console import duration
+from imbvlm.sweep.difference import Difference
+from imbvlm.sweep.listing import SweepState, show_text
 from imbvlm.sweep.quarantine import write_quarantine
 from imbvlm.sweep.report.analysis import importances, pareto_front, rank_correlation, rungs
 from imbvlm.sweep.report.raster import png
@@ -102,47 +104,91 @@ def test_averages_that_leave_classes_out_say_so(tmp_path):
     assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
 
 
-def test_a_win_is_stated_with_its_error_and_its_spread(tmp_path):
-    report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.4))))
+def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
+    report = build(Source.read(str(folder)))
     assert report.is_win
     assert re.fullmatch(
         r"The winner is \d+\.\d points above linear probe in balanced accuracy on the test split "
-        r"\(standard error 1\.4, spread of its seeds \d\.\d\)\.", report.statement
+        r"\(95 % interval \+\d+\.\d to \+\d+\.\d; mean of 2 seeds, their spread \d\.\d\)\.", report.statement
     )  # fmt: skip
-    assert re.fullmatch(r"It is \d+\.\d points above zero-shot\.", report.beside)
+    # The error is 1.0 of each, so that 2.8 points of either side are in the interval.
+    gain, low, high = (float(one) for one in re.findall(r"\d+\.\d", report.statement)[:3])
+    assert (gain - low, high - gain) == pytest.approx((2.8, 2.8), abs=0.11)
+    assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.beside)
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
     assert [note.rpartition(" ")[0] for note in facts["few-shot"].notes] == ["linear probe", "zero-shot"]
+    shown = show_text(SweepState.read(str(folder)))
+    assert f"{report.statement} {report.beside}" in shown
+
+
+@pytest.mark.parametrize(
+    ("points", "words"), [(2.05, "+2.0 points from"), (2.9, "2.9 points above"), (-2.9, "2.9 points below")]
+)
+def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
+    """At 1.45 standard errors, 2.05 points here, nothing is shown."""
+    difference = Difference.of("linear probe", points / 100, [0.01, 0.01])
+    assert difference.words == f"{words} linear probe"
+    assert difference.is_win == (points > 2.78)
+    assert not Difference.of("linear probe", points / 100, [0.01, None]).is_win
 
 
 def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
-    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
-    log = TrialLog.read(str(folder))
-    for one in log.of("refit"):
-        if one.name == "linear probe":
-            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.97, "test_post_hoc/balanced_standard_error": 0.01}
-            log.save(one)
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4, adjusted={"linear probe": 0.99})
     report = build(Source.read(str(folder)))
     assert not report.is_win
-    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe with post hoc", report.statement)
-    assert re.match(r"It is \d+\.\d points above linear probe and \d+\.\d points above zero-shot\.", report.beside)
-    assert report.facts[0].notes[1] == "post hoc 97.0"
-    for one in log.of("refit"):
-        if one.name == "winner":
-            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.99, "test_post_hoc/balanced_standard_error": 0.01}
-            log.save(one)
-    both = build(Source.read(str(folder)))
-    assert both.is_win
-    words = "The winner is 2.0 points above linear probe, both with post hoc adjustment, in balanced accuracy"
-    assert both.statement.startswith(words)
-    assert both.facts[0].notes[0] == "post hoc 99.0"
+    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.statement)
+    assert "post hoc: logits adjusted after training" in report.beside.lower()
     (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
-    assert ["linear probe, post hoc", "balanced", 0.97, 0.0, 2] in bars.data
+    assert "linear probe, post hoc" in {row[0] for row in bars.data}
     (table,) = [one for one in parts(report)[1] if one.name == "margins"]
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
 
-def test_a_gain_within_the_standard_error_is_no_win(tmp_path):
+def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path):
+    """Tiles and class figures had the winner as trained while the verdict and `imbvlm export` have it adjusted."""
+    adjusted = {"winner": 0.99, "linear probe": 0.6}
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
+    report = build(source)
+    figures, tables = ({one.name: one for one in found} for found in parts(report))
+    ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
+    assert report.facts[0].value == f"{100 * np.mean(ours):.1f} %"
+    names = ["as trained", "linear probe", "linear probe, post hoc", "zero-shot"]
+    assert [note.rpartition(" ")[0] for note in report.facts[0].notes] == names
+    assert report.statement.startswith("The winner, post hoc, is ")
+    # A user who counts what predict says of the test images has one seed's model.
+    assert (
+        f"those of seed 0: counting what imbvlm predict gives for the test images finds balanced {100 * ours[0]:.1f}"
+        in (report.facts_note)
+    )
+    for name in ("class_size", "sorted_classes"):
+        assert [*dict.fromkeys(row[0] for row in figures[name].data[1:])] == (
+            ["winner, post hoc", "linear probe, post hoc", "zero-shot"]
+        )
+    assert tables["class_groups"].caption.endswith("winner, post hoc beside linear probe, post hoc.")
+    mean = np.mean([float(cell) for cell in (row[4] for row in tables["per_class"].rows)])
+    assert list(tables["per_class"].header[4:6]) == ["winner_accuracy", "winner, post hoc_accuracy"]
+    assert mean == pytest.approx(np.mean(source.winner.values("test/balanced_accuracy")), abs=1e-4)
+    after = source.winner.classes
+    assert (after.correct / after.total).mean() == pytest.approx(np.mean(ours))
+    assert source.classes is after
+    text = page_of(tmp_path / "made")
+    assert text.count("Post hoc: logits adjusted after training") == 1
+
+
+def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, adjusted={"winner": 0.99})
+    for path in (folder / "refits").glob("*/per_class.json"):
+        content = json.loads(path.read_text())
+        content["splits"]["test"].pop("adjusted", None)
+        path.write_text(json.dumps(content))
+    figures = {one.name: one for one in parts(build(Source.read(str(folder))))[0]}
+    assert figures["class_size"].data[1][0] == "winner"
+    assert "has kept its classes as trained" in figures["class_size"].caption
+
+
+def test_a_gain_within_the_interval_is_no_win(tmp_path):
     report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
     assert not report.is_win
     assert report.statement.startswith("No win is shown")
@@ -358,7 +404,7 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path):
     )
 
 
-def test_margins_stand_beside_the_seeds_spread_and_the_standard_error(tmp_path):
+def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
     source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
     (probe,) = [one for one in source.references if one.name == "linear probe"]
@@ -370,7 +416,7 @@ def test_margins_stand_beside_the_seeds_spread_and_the_standard_error(tmp_path):
             100 * np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)),
         )
         assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
-    assert row["standard error (balanced)"] == "1.4"
+    assert re.fullmatch(r"\[\+\d+\.\d, \+\d+\.\d\]", row["95 % interval (balanced)"])
 
 
 def test_several_objectives_have_their_pareto_set(tmp_path):
@@ -387,7 +433,7 @@ def test_several_objectives_have_their_pareto_set(tmp_path):
 def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):
     source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
-    ours, theirs, _ = compared_classes(source)
+    ours, theirs, *_ = compared_classes(source)
     gain = ours.correct / ours.total - theirs.correct / theirs.total
     for row in table.rows:
         labels = getattr(ours.stats, row[0].replace("-", "_"))

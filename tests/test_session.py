@@ -82,6 +82,23 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
         assert pair["label"] != pair["predicted"]
         assert all(row // VAL_PER_CLASS == pair["label"] for row in pair["rows"])
     assert sum(found["confidence_bins"][0]) == sum(found["total"])
+    assert "adjusted" not in found
+
+
+def test_a_refit_leaves_its_classes_as_adjusted_too(settings, tmp_path):
+    """What is exported is adjusted, and so is what a report shows of its classes."""
+    post_hoc = {"tau": 1.5, "alpha": 0.0, "temperature": 2.0}
+    folder = str(tmp_path / "refit")
+    refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=folder, post_hoc=post_hoc)
+    *_, last = reports_of(refit)
+    found = json.loads((tmp_path / "refit" / "per_class.json").read_text())["splits"]["test"]
+    for counts, split in ((found, "test"), (found["adjusted"], "test_post_hoc")):
+        assert sum(counts["correct"]) / sum(counts["total"]) == pytest.approx(last[f"{split}/top1_accuracy"])
+        wrong = sum(counts["total"]) - sum(counts["correct"])
+        assert sum(pair["count"] for pair in counts["confusions"]) == wrong
+    assert found["adjusted"]["predicted"] != found["predicted"]
+    # Version 0.1 reads them by this name.
+    assert found["adjusted_confidence_bins"] == found["adjusted"]["confidence_bins"] != found["confidence_bins"]
 
 
 def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_says_so(

@@ -51,6 +51,26 @@ def test_best_trials_then_baselines_at_their_best_epochs() -> None:
     assert "zero-shot" in rows[-1]
 
 
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (
+            0.04,
+            "the best trial is +4.0 points from the baseline probe on validation (95 % interval -1.5 to +9.5): no win",
+        ),
+        (0.06, "the best trial is 6.0 points above the baseline probe on validation (95 % interval +0.5 to +11.5)"),
+        (-0.01, "no trial beats the baseline probe on validation (-1.0 points, 95 % interval -6.5 to +4.5)"),
+    ],
+)
+def test_a_win_on_validation_is_beyond_the_95_percent_interval(gain: float, words: str) -> None:
+    """4 points were called above at 1.4 standard errors of the difference; each has one of 2 points."""
+    log = TrialLog("unused")
+    log.records = {"t1": record("t1", 0.5 + gain), "b1": record("b1", 0.5, "linear_probe", "baseline", "probe")}
+    for one in log.records.values():
+        one.epochs[0]["val/balanced_standard_error"] = 0.02
+    assert summary.verdict(log, SPEC).startswith(words)
+
+
 def test_a_trial_in_a_few_words() -> None:
     config = TrialConfig.from_tree({**BASE, "method": "decoder", "loss": {"name": "focal", "gamma": 1.234}})
     one = TrialRecord(trial_id="t", kind="search", config=config.to_tree())

@@ -13,6 +13,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.budget import read_spent
 from imbvlm.sweep.compute import Compute, compute_text
 from imbvlm.sweep.console import duration, percent, table
+from imbvlm.sweep.difference import refits_of, verdict_on_test
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import SPEC_FILE, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -196,6 +197,8 @@ def show_text(state: SweepState) -> str:
         parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:
         parts += ["", scores_table(state.scored, spec)]
+        on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
+        parts += [] if on_test is None else [str(on_test)]
     time_and_savings = compute_text(Compute.read(state.folder, spec, log))
     parts += ["", time_and_savings] if time_and_savings else []
     return "\n".join(parts)

@@ -12,6 +12,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.posthoc import Adjustment
 from imbvlm.sweep.console import percent
+from imbvlm.sweep.difference import POST_HOC_MEANS, verdict_on_test
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.summary import HEADINGS, METRICS, describe, mean_and_spread
@@ -148,16 +149,20 @@ def _metrics(facts: CardFacts) -> str:
     rows.append(_scores_row("this model", facts.refits, "test_post_hoc" if facts.is_adjusted else "test"))
     if facts.is_adjusted:
         rows.append(_scores_row("before its adjustments", facts.refits, "test"))
-    for name in dict.fromkeys(record.name for record in facts.log.of("baseline")):
+    names = dict.fromkeys(record.name for record in facts.log.of("baseline"))
+    for name in names:
         records = [one for one in facts.log.of("refit") if one.name == name and one.epochs]
         if records and name != this:
             rows.append(_scores_row(f"baseline: {name}", records, "test"))
             if "test_post_hoc/balanced_accuracy" in records[0].epochs[-1]:
                 rows.append(_scores_row(f"baseline: {name}, post hoc", records, "test_post_hoc"))
-                note = " Post hoc: logits adjusted after training by what validation chose."
+                note = f" {POST_HOC_MEANS}"
+    verdict = verdict_on_test(facts.log, facts.refits, "this model")
+    if verdict is not None and this not in names:
+        note = f"{'' if POST_HOC_MEANS in verdict.beside else note}\n\n{verdict}"
     return (
-        f"{_table(rows)}\n\nPercent on the test split, read once; ± is the standard deviation over seeds. The weights "
-        f"here are those of seed {facts.config.train.seed if facts.config.train else 0}.{note}"
+        f"{_table(rows)}\n\nPercent on the test split, read once; means over seeds, ± their standard deviation. The "
+        f"weights here are those of seed {facts.config.train.seed if facts.config.train else 0}.{note}"
     )
 
 

@@ -25,6 +25,7 @@ from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.compute import Compute, Paces, compute_text, pace_key
 from imbvlm.sweep.console import Console, duration, table
+from imbvlm.sweep.difference import refits_of, verdict_on_test
 from imbvlm.sweep.duplicates import not_trained
 from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
@@ -44,7 +45,7 @@ from imbvlm.sweep.post_hoc import (
 )
 from imbvlm.sweep.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.quarantine import describe_quarantine, quarantined_rows, write_quarantine
-from imbvlm.sweep.refits import EARLIER, name_earlier, refits
+from imbvlm.sweep.refits import EARLIER, WINNER, name_earlier, refits
 from imbvlm.sweep.report.source import TEST_FILE, Source, read_readings
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.report.write import write_report
@@ -388,6 +389,9 @@ class _Sweep:
                     [one for one in self.scored if one.name in names or one.name.startswith(EARLIER)], self.spec
                 )
             )
+            on_test = verdict_on_test(self.log, refits_of(self.log, WINNER), "the winner")
+            if on_test is not None:
+                say(str(on_test))
             if source.classes is not None and source.classes.averaged_over:
                 say(source.classes.averaged_over)
         if "test" not in self.manifest.splits:

@@ -10,6 +10,7 @@ import numpy as np
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.sweep.console import duration, percent, table
+from imbvlm.sweep.difference import Difference
 from imbvlm.sweep.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -84,7 +85,7 @@ def objective_words(spec: SweepSpec) -> str:
 
 
 def verdict(log: TrialLog, spec: SweepSpec) -> str:
-    """Whether the best trial beats the best baseline on validation by more than the standard error.
+    """Whether the best trial beats the best baseline on validation beyond the 95 % interval of their difference.
 
     A trial that was run with more seeds stands by their mean, as it was chosen.
     """
@@ -97,22 +98,18 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     name, values = baselines[0].name, log.seed_values(best, spec.objective)
     gain = log.mean_value(best, spec.objective) - log.mean_value(baselines[0], spec.objective)
     which = "the best trial is" if len(values) == 1 else f"the best trial's mean of {len(values)} seeds is"
-    error = (best.best_epoch(spec.objective) or {}).get("val/balanced_standard_error")
+    # Of no other metric the standard error is known.
+    is_known = spec.objective == "val/balanced_accuracy"
+    epochs = [one.best_epoch(spec.objective) or {} for one in (best, baselines[0])]
+    errors = [epoch.get("val/balanced_standard_error") if is_known else None for epoch in epochs]
+    difference = Difference.of(f"the baseline {name}", gain, errors)
     if gain <= 0:
         return (
-            f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points); "
-            "try more trials or another space"
+            f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points, "
+            f"{difference.interval_words}); try more trials or another space"
         )
-    if spec.objective == "val/balanced_accuracy" and error is not None and gain <= error:
-        return (
-            f"{which} {100 * gain:+.1f} points from the baseline {name} on validation, within its standard "
-            f"error of {100 * error:.1f}: no difference is shown"
-        )
-    return f"{which} {100 * gain:+.1f} points above the baseline {name} on validation" + (
-        f" (standard error {100 * error:.1f})"
-        if error is not None and spec.objective == "val/balanced_accuracy"
-        else ""
-    )
+    words = f"{which} {difference.words} on validation ({difference.interval_words})"
+    return words if difference.is_win else f"{words}: no win is shown"
 
 
 def pareto_records(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:

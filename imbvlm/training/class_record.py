@@ -41,15 +41,21 @@ def write_class_record(folder: str, record: dict[str, Any]) -> None:
 
 
 def _of_split(examples: Source, found: Examination) -> dict[str, Any]:
-    counters, adjusted = found.counters, found.adjusted
-    after = {} if adjusted is None else {"adjusted_confidence_bins": adjusted.bins.counts.tolist()}
+    if found.adjusted is None:
+        return _counts(examples, found)
+    after = _counts(examples, found.adjusted)
+    # Under a name of their own the bins stand for readers of version 0.1.
+    return {**_counts(examples, found), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
+
+
+def _counts(examples: Source, found: Examination) -> dict[str, Any]:
+    counters = found.counters
     return {
         "correct": counters.correct.tolist(),
         "total": counters.total.tolist(),
         "predicted": counters.predicted.tolist(),
         # Rows, right rows and summed confidence, per bin of confidence.
         "confidence_bins": found.bins.counts.tolist(),
-        **after,
         "confusions": confusions(examples.labels, found.predicted.numpy(), examples.rows),
     }
 

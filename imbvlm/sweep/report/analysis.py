@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,67 +12,13 @@ import numpy.typing as npt
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 
-from imbvlm.sweep.report.source import Scored, Source
+from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.results import TrialRecord
 from imbvlm.sweep.spec import AshaConfig
 
 # Fewer trials than this say nothing on what mattered.
 MIN_TRIALS = 10
 BEST_SHARE = 0.25
-TEST, POST_HOC = "test", "test_post_hoc"
-
-
-@dataclass(frozen=True)
-class Margin:
-    """The winner's gain over a baseline (fractions), beside the standard error of the difference and seeds' spread."""
-
-    baseline: str
-    is_adjusted: bool
-    gain: float
-    standard_error: float | None
-    spread: float | None
-
-    @property
-    def shown(self) -> bool:
-        """Whether the gain is larger than its standard error."""
-        return self.gain > (self.standard_error or 0.0)
-
-
-def margin(winner: Scored, baseline: Scored, split: str = TEST) -> Margin | None:
-    """The gain in balanced accuracy on the test split, as trained or as adjusted; None where either wasn't scored."""
-    ours, theirs = (values_in(one, split, "balanced_accuracy") for one in (winner, baseline))
-    if not ours or not theirs:
-        return None
-    errors = [values_in(one, split, "balanced_standard_error")[:1] for one in (winner, baseline)]
-    error = math.hypot(*(one[0] for one in errors)) if all(errors) else None
-    spread = statistics.stdev(ours) if len(ours) > 1 else None
-    gain = statistics.fmean(ours) - statistics.fmean(theirs)
-    return Margin(baseline.name, split == POST_HOC, gain, error, spread)
-
-
-def comparisons(source: Source) -> list[tuple[Scored, str]]:
-    """What the winner has to stand beside: each baseline as trained, and where an adjustment changes it as adjusted.
-
-    A plain probe whose logits are adjusted after training costs nothing more, so a winner must beat that one, too.
-    """
-    return [(one, split) for one in source.references for split in splits_of(one)]
-
-
-def splits_of(scored: Scored) -> list[str]:
-    """As trained, and where an adjustment changes its accuracy as adjusted."""
-    adjusted = scored.values(f"{POST_HOC}/balanced_accuracy")
-    changes = adjusted and adjusted != scored.values(f"{TEST}/balanced_accuracy")
-    return [TEST, POST_HOC] if changes else [TEST]
-
-
-def values_in(scored: Scored, split: str, metric: str) -> list[float]:
-    """Each seed's metric as adjusted where `split` says so and there is an adjustment, else as trained."""
-    return scored.values(f"{split}/{metric}") or scored.values(f"{TEST}/{metric}")
-
-
-def title_in(scored: Scored, split: str) -> str:
-    """The refit's name, with what was done to it."""
-    return f"{scored.name}, post hoc" if split == POST_HOC else scored.name
 
 
 def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:

@@ -11,26 +11,29 @@ import numpy.typing as npt
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import balanced_standard_error, per_class_accuracy
 from imbvlm.sweep.console import percent
-from imbvlm.sweep.report.analysis import POST_HOC, splits_of, title_in, values_in
+from imbvlm.sweep.difference import POST_HOC, title_in
 from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, Figure
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
-from imbvlm.sweep.report.svg import Drawing, Scale, frame, legend, number, percent_tick
+from imbvlm.sweep.report.svg import NUM_COLOURS, Drawing, Scale, frame, legend, number, percent_tick
 
 # Up to here each class has a mark of its own; above, classes of like size are one.
 MAX_MARKS = 120
 NUM_BINS = 14
 MAX_POINTS = 200
+# One colour for one thing on the whole page: methods of the search have these where they are those of baselines.
+COLOURS = {"winner": "c0", "linear probe": "c1", "zero-shot": "c2"}
+AS_TRAINED_ALONE = "This sweep has kept its classes as trained, before adjustment."
 
 
 def colour(source: Source, scored: Scored) -> tuple[str, int]:
     """The colour and shape of a refit's name, the same in every figure."""
     index = source.headline.index(scored)
-    return f"c{index % 6}", index
+    return COLOURS.get(scored.name, f"c{index % NUM_COLOURS}"), index
 
 
 def splits_beside(source: Source) -> list[tuple[Scored, str]]:
     """What bars show: the winner and the baselines as trained, and as adjusted where that changes them."""
-    return [(one, split) for one in source.headline for split in splits_of(one)]
+    return [(one, split) for one in source.headline for split in one.splits]
 
 
 def shot_group_bars(source: Source) -> Figure | None:
@@ -49,10 +52,10 @@ def shot_group_bars(source: Source) -> Figure | None:
     for place, group in enumerate(groups):
         middle = 48 + step * (place + 0.5)
         for index, (scored, split) in enumerate(shown):
-            values = values_in(scored, split, f"{group}_accuracy")
+            values = scored.values_in(split, f"{group}_accuracy")
             if not values:
                 continue
-            mean, name = statistics.fmean(values), title_in(scored, split)
+            mean, name = statistics.fmean(values), title_in(scored.name, split)
             data.append([name, _group_name(group), mean, _deviation(values), len(values)])
             left = middle + (index - len(shown) / 2) * width
             title = f"{name}, {_group_name(group)}: {percent(mean)} %"
@@ -62,17 +65,17 @@ def shot_group_bars(source: Source) -> Figure | None:
             if deviation:
                 drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
         drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
-    legend(drawing, 48, 14, [("post hoc" if split == POST_HOC else one.name, _bar_style(source, one, split), 1)
-                             for one, split in shown])  # fmt: skip
+    legend(drawing, 48, 14, [(title_in(one.name, split), _bar_style(source, one, split), 1) for one, split in shown])
     return Figure(
         "shot_groups", "Accuracy by shot group",
-        "Test split. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19.", drawing,
+        "Test split, means over seeds. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19."
+        f"{' Pale: as trained, before adjustment.' if len(shown) > len(source.headline) else ''}", drawing,
         [["what", "group", "accuracy", "deviation_over_seeds", "seeds"], *data],
     )  # fmt: skip
 
 
 def _bar_style(source: Source, scored: Scored, split: str) -> str:
-    return f"{colour(source, scored)[0]}{' dim' if split == POST_HOC else ''}"
+    return f"{colour(source, scored)[0]}{'' if split == scored.splits[-1] else ' dim'}"
 
 
 def _deviation(values: list[float]) -> float:
@@ -101,14 +104,26 @@ def accuracy_over_size(source: Source) -> Figure | None:
         if len(counts) <= MAX_MARKS:
             _class_marks(drawing, record, x, y, style, shape)
         _size_curve(drawing, record, x, y, style, band=index == 0)
-    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
+    legend(drawing, 52, 14, _class_legend(source, known))
     what = "Marks are classes, curves" if len(counts) <= MAX_MARKS else "Curves"
-    caption = f"{what} are means over classes of like size, the band the winner's standard error."
+    caption = f"{what} are means over classes of like size, the band the winner's standard error.{_kept(source)}"
     data: list[list[object]] = [
-        [one.name, size, mean, error] for one, record in known for size, mean, error in binned_accuracy(record)
+        [title_in(one.name, record.split), *point] for one, record in known for point in binned_accuracy(record)
     ]
     header = ["what", "training_images", "accuracy", "standard_error"]
     return Figure("class_size", "Accuracy against class size", caption, drawing, [header, *data])
+
+
+def _class_legend(source: Source, known: list[tuple[Scored, ClassRecord]]) -> list[tuple[str, str, int]]:
+    return [(title_in(one.name, record.split), *colour(source, one)) for one, record in known]
+
+
+def _kept(source: Source) -> str:
+    """Where classes are of another form than the headline, the sentence that says so."""
+    winner = source.winner
+    if winner is None or winner.classes is None or winner.classes.split == winner.splits[-1]:
+        return ""
+    return f" {AS_TRAINED_ALONE}"
 
 
 def _class_marks(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, shape: int) -> None:
@@ -158,13 +173,17 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
 
 def calibration(source: Source) -> Figure | None:
     """Accuracy against confidence on the test split: winner and baselines, and the winner as it is exported."""
-    known = [(one.name, colour(source, one), one.classes.confidence_bins, one.classes.num_seeds)
-             for one in source.headline if one.classes is not None]  # fmt: skip
+    known: list[tuple[str, tuple[str, int], npt.NDArray[np.float64], int]] = []
+    for one in source.headline:
+        if one.as_trained is None:
+            continue
+        (style, shape), seeds = colour(source, one), one.as_trained.num_seeds
+        if one is source.winner and one.adjusted_bins is not None:
+            known.append((title_in(one.name, POST_HOC), (style, shape), one.adjusted_bins, seeds))
+            style = f"{style} dim"
+        known.append((one.name, (style, shape), one.as_trained.confidence_bins, seeds))
     if not known:
         return None
-    winner = None if source.winner is None else source.winner.classes
-    if winner is not None and winner.adjusted_bins is not None:
-        known.append(("winner, post hoc", ("c3", 3), winner.adjusted_bins, winner.num_seeds))
     drawing, data = Drawing(WIDTH, HEIGHT), list[list[object]]()
     x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
     frame(drawing, x, y, ("confidence (%)", "accuracy, test (%)"), x_format=percent_tick, y_format=percent_tick)
@@ -179,7 +198,8 @@ def calibration(source: Source) -> Figure | None:
             drawing.dot(x(sure), y(accuracy), style, title, shape=shape, size=3.2)
             data.append([name, float(sure), float(accuracy), n])
     legend(drawing, 52, 14, [(name, *mark) for name, mark, _, _ in known])
-    after = " Post hoc: as it is exported." if winner is not None and winner.adjusted_bins is not None else ""
+    is_adjusted = source.winner is not None and source.winner.adjusted_bins is not None
+    after = " Pale: the winner as trained. Its export has the adjustment, temperature included." if is_adjusted else ""
     caption = f"Below the diagonal a model is surer than it should be.{after}"
     header = ["what", "confidence", "accuracy", "images_over_seeds"]
     return Figure("calibration", "Calibration", caption, drawing, [header, *data])
@@ -204,11 +224,12 @@ def sorted_classes(source: Source) -> Figure | None:
         points = [(x((place + 0.5) / len(ranked)), y(ranked[place])) for place in places]
         style, shape = colour(source, scored)
         drawing.line(points, style)
-        data += [[scored.name, (place + 0.5) / len(ranked), float(ranked[place])] for place in places.tolist()]
+        title = title_in(scored.name, record.split)
+        data += [[title, (place + 0.5) / len(ranked), float(ranked[place])] for place in places.tolist()]
         if len(ranked) <= NUM_BINS:
             for at, height in points:
                 drawing.dot(at, height, style, shape=shape, size=3)
-    legend(drawing, 52, 14, [(one.name, *colour(source, one)) for one, _ in known])
-    caption = "A curve that leaves the bottom early has few classes that it never gets right."
+    legend(drawing, 52, 14, _class_legend(source, known))
+    caption = f"A curve that leaves the bottom early has few classes that it never gets right.{_kept(source)}"
     header = ["what", "share_of_classes", "accuracy"]
     return Figure("sorted_classes", "Classes by their accuracy", caption, drawing, [header, *data])

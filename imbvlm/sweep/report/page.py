@@ -18,6 +18,7 @@ def page(report: Report, spec_yaml: str, commands: Sequence[str]) -> str:
     """The whole page."""
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
     beside = f"<p class='muted'>{escape(report.beside)}</p>" if report.beside else ""
+    facts_note = f"<p class='muted note'>{escape(report.facts_note)}</p>" if report.facts_note else ""
     links = "".join(f'<a href="#{one.name}">{escape(one.title)}</a>' for one in report.sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -28,7 +29,8 @@ def page(report: Report, spec_yaml: str, commands: Sequence[str]) -> str:
         f"<header><p class='kicker'>imbvlm sweep</p><h1>{escape(report.title)}</h1>"
         f"<p class='muted'>{escape(report.subtitle)}</p>"
         f"<div class='statement {'win' if report.is_win else ''}'><p>{escape(report.statement)}</p>{beside}</div>"
-        f"<dl class='facts'>{''.join(map(_fact, report.facts))}</dl><nav aria-label='Sections'>{links}</nav></header>"
+        f"<dl class='facts'>{''.join(map(_fact, report.facts))}</dl>{facts_note}"
+        f"<nav aria-label='Sections'>{links}</nav></header>"
         f"<main>{''.join(map(_section, report.sections))}{_repeat(spec_yaml, commands)}</main>"
         f"<footer class='muted'>imbvlm {escape(__version__)}</footer></body></html>"
     )

@@ -11,9 +11,9 @@ import numpy as np
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.report.analysis import POST_HOC, comparisons, margin, title_in, values_in
+from imbvlm.sweep.difference import POST_HOC, difference_on_test, title_in
 from imbvlm.sweep.report.figure import Table
-from imbvlm.sweep.report.source import ClassRecord, Scored, Source
+from imbvlm.sweep.report.source import ClassRecord, Source
 from imbvlm.sweep.results import TrialRecord
 from imbvlm.sweep.summary import (
     HEADINGS,
@@ -50,36 +50,38 @@ def scores(source: Source) -> Table | None:
             if any(values) or split == "test":
                 rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
     header = ["what", *(heading for _, heading in kept), "seeds", "views"]
-    caption = "Percent. ± is the standard deviation over seeds. Trained again on all training images; test read once."
+    caption = (
+        "Percent, means over seeds, ± their standard deviation. Trained again on all training images; test read once."
+    )
     if source.classes is not None and source.classes.averaged_over:
         caption += f" {source.classes.averaged_over}"
     return Table("scores", "Test split", header, rows, caption=caption)
 
 
 def margins(source: Source) -> Table | None:
-    """The winner's gain over each baseline by shot group, beside the spread of seeds and the standard error."""
+    """The gain of the winner, as it is exported, over each baseline by shot group, with its 95 % interval."""
     winner = source.winner
-    metrics = [*METRICS, "zero_train_accuracy"]
+    if winner is None:
+        return None
+    metrics, ours = [*METRICS, "zero_train_accuracy"], winner.splits[-1]
     kept = [
         (metric, heading) for metric, heading in zip(metrics, [*HEADINGS, "no training"], strict=True)
-        if winner is not None and winner.values(f"test/{metric}")
+        if winner.values(f"test/{metric}")
     ]  # fmt: skip
     rows = []
-    for one, split in comparisons(source):
-        found = None if winner is None else margin(winner, one, split)
-        if winner is not None and found is not None:
-            gains = (_gain(values_in(winner, split, metric), values_in(one, split, metric)) for metric, _ in kept)
-            error = "-" if found.standard_error is None else f"{100 * found.standard_error:.1f}"
-            rows.append([f"over {title_in(one, split)}", *gains, error])
+    for other, split in [(one, split) for one in source.references for split in one.splits]:
+        found = difference_on_test(winner.records, other.records, split, other.name)
+        if found is not None:
+            gains = (_gain(winner.values_in(ours, metric), other.values_in(split, metric)) for metric, _ in kept)
+            interval = "-" if found.standard_error is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+            rows.append([f"over {found.other}", *gains, interval])
     if not rows:
         return None
     caption = (
-        "Points. ± is the standard deviation over seeds, of both together. A gain below the standard error, which the "
-        "number of test images sets, is no win."
+        "Points. ± is the standard deviation over seeds, of both together. The number of test images sets the "
+        "interval; a win has all of it above 0."
     )
-    if any(split == POST_HOC for _, split in comparisons(source)):
-        caption += " Post hoc: both with what validation chose to do to their logits."
-    header = ["winner", *(heading for _, heading in kept), "standard error (balanced)"]
+    header = [winner.title, *(heading for _, heading in kept), "95 % interval (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)
 
 
@@ -177,11 +179,11 @@ def class_changes(source: Source) -> list[Table]:
     pair = compared_classes(source)
     if pair is None:
         return []
-    ours, theirs, name = pair
+    ours, theirs, title, name = pair
     gain = per_class_accuracy(ours.correct, ours.total) - per_class_accuracy(theirs.correct, theirs.total)
     known = np.flatnonzero(~np.isnan(gain))
     order = known[np.argsort(-gain[known], kind="stable")]
-    header = ["class", "training images", name, "winner", "change"]
+    header = ["class", "training images", name, title, "change"]
     found = []
     for title, key, labels in (
         (f"Gained most over {name}", "gained", [label for label in order[:NUM_CLASSES] if gain[label] > 0]),
@@ -207,7 +209,7 @@ def class_groups(source: Source) -> Table | None:
     pair = compared_classes(source)
     if pair is None:
         return None
-    ours, theirs, name = pair
+    ours, theirs, title, name = pair
     ours_accuracy, theirs_accuracy = (per_class_accuracy(one.correct, one.total) for one in (ours, theirs))
     rows = []
     for group in SHOT_GROUPS:
@@ -218,22 +220,27 @@ def class_groups(source: Source) -> Table | None:
                       (theirs_of == 0).sum())  # fmt: skip
             rows.append([group.replace("_", "-"), *(f"{count:,}" for count in counts)])
     header = ["", "classes", "gain", "lose", "never right", f"never right, {name}"]
-    caption = f"Classes with test images, the winner beside {name}."
+    caption = f"Classes with test images over all seeds, {title} beside {name}."
     return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
 
 
-def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str] | None:
-    """The winner's class record and that of the first baseline that has one."""
-    winner = source.winner
-    other: Scored | None = next((one for one in source.references if one.classes is not None), None)
-    if winner is None or winner.classes is None or other is None or other.classes is None:
+def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str, str] | None:
+    """The winner's class record and that of the first baseline that has one, as they are exported, and their titles."""
+    known = [(one, one.classes) for one in source.headline if one.classes is not None]
+    if len(known) < 2 or known[0][0] is not source.winner:
         return None
-    return winner.classes, other.classes, other.name
+    (winner, ours), (other, theirs), *_ = known
+    return ours, theirs, title_in(winner.name, ours.split), title_in(other.name, theirs.split)
 
 
 def per_class(source: Source) -> Table | None:
     """Every class of every refit: for files beside the page, not for the page."""
-    known = [(one.name, one.classes) for one in source.scored if one.classes is not None]
+    known = [
+        (title_in(one.name, record.split), record)
+        for one in source.scored
+        for record in (one.as_trained, one.adjusted if POST_HOC in one.splits else None)
+        if record is not None
+    ]
     if not known:
         return None
     first = known[0][1]

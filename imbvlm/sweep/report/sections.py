@@ -9,18 +9,9 @@ from dataclasses import dataclass, field
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.sweep.compute import phase_rows, stopping_words, store_words
 from imbvlm.sweep.console import duration, percent
+from imbvlm.sweep.difference import POST_HOC, title_in, verdict_on_test
 from imbvlm.sweep.report import class_figures, result_tables, search_figures, study_tables
-from imbvlm.sweep.report.analysis import (
-    POST_HOC,
-    Margin,
-    comparisons,
-    fairness,
-    importances,
-    margin,
-    rungs,
-    splits_of,
-    values_in,
-)
+from imbvlm.sweep.report.analysis import fairness, importances, rungs
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
@@ -90,7 +81,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page."""
+    """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page.
+
+    `facts_note` says what the headline's numbers are of.
+    """
 
     title: str
     subtitle: str
@@ -98,6 +92,7 @@ class Report:
     beside: str
     is_win: bool
     facts: list[Fact]
+    facts_note: str
     sections: list[Section]
     extra_tables: list[Table]
 
@@ -114,6 +109,7 @@ def build(source: Source) -> Report:
         beside=beside,
         is_win=is_win,
         facts=_facts(source),
+        facts_note=_facts_note(source),
         sections=[section for section in sections if section.blocks],
         extra_tables=extra,
     )
@@ -122,40 +118,18 @@ def build(source: Source) -> Report:
 # --------------------------------------------------------------------------------------------------- headline
 
 
-def _margins(source: Source) -> list[Margin]:
-    winner = source.winner
-    if winner is None:
-        return []
-    return [found for one, split in comparisons(source) if (found := margin(winner, one, split)) is not None]
-
-
 def _statement(source: Source) -> tuple[str, str, bool]:
     """The result beside the best baseline, beside the others, and whether it is a win."""
     best = source.log.best(source.spec.objective)
     if not best:
         return "No trial has given a result yet.", "", False
-    margins = sorted(_margins(source), key=lambda one: one.gain)
-    if not margins:
+    winner = source.winner
+    found = None if winner is None else verdict_on_test(source.log, winner.records, "the winner")
+    if found is None:
         sentence = verdict(source.log, source.spec)
         beside = "No test split has been scored: it takes images in a folder test/ beside train/, or --test-share."
         return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
-    first, *others = margins
-    errors = [f"standard error {100 * first.standard_error:.1f}"] if first.standard_error is not None else []
-    errors += [f"spread of its seeds {100 * first.spread:.1f}"] if first.spread is not None else []
-    known = f" ({', '.join(errors)})" if errors else ""
-    both = source.winner is not None and POST_HOC in splits_of(source.winner)
-    statement = f"{_margin_words(first, both)} in balanced accuracy on the test split{known}."
-    statement = f"The winner is {statement}" if first.shown else f"No win is shown: the winner is {statement}"
-    beside = f"It is {' and '.join(_margin_words(one, both) for one in others)}." if others else ""
-    if both or any(split == POST_HOC for _, split in comparisons(source)):
-        beside += " Post hoc: logits adjusted after training by what validation chose."
-    return statement, beside.strip(), first.shown
-
-
-def _margin_words(one: Margin, both: bool) -> str:
-    adjusted = ", both with post hoc adjustment," if both else " with post hoc adjustment"
-    place = "above" if one.gain >= 0 else "below"
-    return f"{100 * abs(one.gain):.1f} points {place} {one.baseline}{adjusted if one.is_adjusted else ''}"
+    return found.statement, found.beside, found.is_win
 
 
 def _facts(source: Source) -> list[Fact]:
@@ -163,14 +137,16 @@ def _facts(source: Source) -> list[Fact]:
     winner = source.winner
     if winner is not None and source.has_test:
         for group in ("balanced", "top1", *SHOT_GROUPS):
-            values = winner.values(f"test/{group}_accuracy")
+            exported = winner.splits[-1]
+            values = winner.values_in(exported, f"{group}_accuracy")
             if not values:
                 continue
             note = []
-            for other, split in class_figures.splits_beside(source)[1:]:
-                theirs = values_in(other, split, f"{group}_accuracy")
-                name = "post hoc" if split == POST_HOC else other.name
-                note += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
+            for other, split in class_figures.splits_beside(source):
+                theirs = other.values_in(split, f"{group}_accuracy")
+                name = "as trained" if other is winner else title_in(other.name, split)
+                if theirs and (other, split) != (winner, exported):
+                    note.append(f"{name} {percent(statistics.fmean(theirs))}")
             facts.append(Fact(_group_words(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
     elif best:
         others = source.log.best(source.spec.objective, "baseline")[:2]
@@ -182,6 +158,26 @@ def _facts(source: Source) -> list[Fact]:
             if key in epoch:
                 facts.append(Fact(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", tuple(note)))
     return facts
+
+
+def _facts_note(source: Source) -> str:
+    """What the headline's numbers are of, and those of the one seed whose weights are exported."""
+    winner = source.winner
+    if winner is None or not source.has_test:
+        return ""
+    split, first = winner.splits[-1], winner.records[0]
+    config, num_seeds = first.trial_config(), len(winner.records)
+    how = "adjusted post hoc, as imbvlm export gives it" if split == POST_HOC else "as imbvlm export gives it"
+    words = f"Large numbers: the winner {how}, on the test split"
+    if num_seeds > 1 and config.train is not None:
+        keys = (("balanced", "balanced_accuracy"), ("overall", "top1_accuracy"))
+        alone = [f"{name} {percent(values[0])}" for name, key in keys if (values := winner.values_in(split, key))]
+        words += (
+            f", means of {num_seeds} seeds. The exported weights are those of seed {config.train.seed}: counting what "
+            f"imbvlm predict gives for the test images finds {', '.join(alone)}"
+        )
+    crops = " imbvlm predict reads five crops of an image, and these numbers one." if config.eval.tte != "none" else ""
+    return f"{words}.{crops}"
 
 
 def _group_words(group: str) -> str:
@@ -220,6 +216,10 @@ def _classes(source: Source) -> Section:
     groups, changes = result_tables.class_groups(source), result_tables.class_changes(source)
     section.blocks += [groups] if groups else []
     section.blocks += [Columns(changes)] if changes else []
+    shown = source.classes
+    if shown is not None and (shown.split == POST_HOC or shown.num_seeds > 1):
+        title = title_in(source.scored[0].name, shown.split)
+        section.blocks.insert(0, f"Classes of the model {title!r}, over its {shown.num_seeds} seeds together.")
     pairs = _pairs(source)
     if pairs:
         section.blocks.append(Pairs("Confused most", pairs))

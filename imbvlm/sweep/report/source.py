@@ -15,6 +15,7 @@ from imbvlm import storage
 from imbvlm.class_stats import ClassStats
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute
+from imbvlm.sweep.difference import POST_HOC, TEST, splits_of, title_in, values_in
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.quarantine import read_quarantine
 from imbvlm.sweep.refits import WINNER
@@ -23,21 +24,22 @@ from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.class_record import CLASS_RECORD_FILE
 
 TEST_FILE = "test.json"
-TEST = "test"
 
 
 @dataclass(frozen=True)
 class ClassRecord:
-    """What some refits made of the classes, added over their seeds; arrays are per class (C,)."""
+    """What some refits made of the classes, added over their seeds; arrays are per class (C,).
 
+    `split` says whether as trained (TEST) or as adjusted (POST_HOC).
+    """
+
+    split: str
     class_names: tuple[str, ...]
     stats: ClassStats
     correct: npt.NDArray[np.int64]
     total: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     confidence_bins: npt.NDArray[np.float64]
-    # The same of the logits after what is done post hoc; None where that changes nothing.
-    adjusted_bins: npt.NDArray[np.float64] | None
     # By (label, predicted): how often, and rows of the split.
     confusions: Mapping[tuple[int, int], tuple[int, tuple[int, ...]]]
     num_seeds: int
@@ -59,11 +61,33 @@ class Scored:
 
     name: str
     records: tuple[TrialRecord, ...]
-    classes: ClassRecord | None
+    as_trained: ClassRecord | None
+    # The same of the logits after what is done post hoc. Sweeps of version 0.1 have the confidence bins alone.
+    adjusted: ClassRecord | None
+    adjusted_bins: npt.NDArray[np.float64] | None
+
+    @property
+    def splits(self) -> list[str]:
+        """As trained, and as adjusted where that changes accuracy; the last is what `imbvlm export` gives."""
+        return splits_of(self.records)
+
+    @property
+    def title(self) -> str:
+        """Its name, with what is done to it as it is exported."""
+        return title_in(self.name, self.splits[-1])
+
+    @property
+    def classes(self) -> ClassRecord | None:
+        """The classes of the model as it is exported, or as trained where nothing else was kept."""
+        return self.adjusted if self.splits[-1] == POST_HOC and self.adjusted is not None else self.as_trained
 
     def values(self, metric: str) -> list[float]:
         """The metric of each seed that has it, such as `test/few_shot_accuracy`."""
         return [record.epochs[-1][metric] for record in self.records if metric in record.epochs[-1]]
+
+    def values_in(self, split: str, metric: str) -> list[float]:
+        """Each seed's metric as adjusted where `split` says so and there is an adjustment, else as trained."""
+        return values_in(self.records, split, metric)
 
 
 @dataclass(frozen=True)
@@ -88,7 +112,7 @@ class Source:
             if record.epochs and record.state == "finished":
                 by_name.setdefault(record.name, []).append(record)
         order = sorted(by_name, key=lambda name: (name != WINNER, name == "zero-shot", name))
-        scored = tuple(Scored(name, tuple(by_name[name]), _classes(folder, by_name[name])) for name in order)
+        scored = tuple(_scored(folder, name, by_name[name]) for name in order)
         readings = read_readings(folder)
         read_at = None if readings is None else readings["read_at"]
         return Source(folder, spec, log, scored, read_quarantine(folder), read_at)
@@ -111,9 +135,14 @@ class Source:
 
     @property
     def classes(self) -> ClassRecord | None:
-        """The winner's class record, or any that knows the classes."""
+        """The winner's class record as it is exported, or any that knows the classes."""
         known = [one.classes for one in self.scored if one.classes is not None]
         return known[0] if known else None
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial that won the search."""
+        return next(iter(self.log.best(self.spec.objective)), None)
 
     def value(self, record: TrialRecord) -> float | None:
         """The objective's running maximum."""
@@ -134,26 +163,36 @@ class Source:
         return any(one.values("test/top1_accuracy") for one in self.scored)
 
 
-def _classes(folder: str, records: list[TrialRecord]) -> ClassRecord | None:
-    found = [one for record in records if (one := _class_file(folder, record)) and TEST in one["splits"]]
-    if not found:
-        return None
-    first, splits = found[0], [one["splits"][TEST] for one in found]
+def _scored(folder: str, name: str, records: list[TrialRecord]) -> Scored:
+    files = [one for record in records if (one := _class_file(folder, record)) and TEST in one["splits"]]
+    plain = [one["splits"][TEST] for one in files]
+    after = [one["adjusted"] for one in plain if "adjusted" in one]
+    return Scored(
+        name,
+        tuple(records),
+        _classes(TEST, files, plain) if files else None,
+        _classes(POST_HOC, files, after) if files and len(after) == len(files) else None,
+        _adjusted_bins(plain),
+    )
+
+
+def _classes(split: str, files: list[dict[str, Any]], splits: list[dict[str, Any]]) -> ClassRecord:
+    first = files[0]
     confusions: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
-    for split in splits:
-        for pair in split["confusions"]:
+    for one in splits:
+        for pair in one["confusions"]:
             key = (pair["label"], pair["predicted"])
             count, rows = confusions.get(key, (0, ()))
             confusions[key] = (count + pair["count"], tuple(dict.fromkeys([*rows, *pair["rows"]])))
-    sums = {name: np.sum([split[name] for split in splits], axis=0) for name in ("correct", "total", "predicted")}
+    sums = {name: np.sum([one[name] for one in splits], axis=0) for name in ("correct", "total", "predicted")}
     return ClassRecord(
+        split=split,
         class_names=tuple(first["class_names"]),
         stats=ClassStats.from_counts(first["class_counts"], first["split_counts"]),
         **sums,
-        confidence_bins=np.sum([split["confidence_bins"] for split in splits], axis=0),
-        adjusted_bins=_adjusted_bins(splits),
+        confidence_bins=np.sum([one["confidence_bins"] for one in splits], axis=0),
         confusions=confusions,
-        num_seeds=len(found),
+        num_seeds=len(files),
         num_parameters=first["num_parameters"],
         num_trained_parameters=first["num_trained_parameters"],
     )
