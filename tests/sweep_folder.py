@@ -121,7 +121,8 @@ def _write_refit(
     """`splits` has the accuracy as trained, under test, and as adjusted, under test_post_hoc."""
     found = {split: _scored(seed, accuracy, class_counts) for split, accuracy in splits.items()}
     trial_id = f"refit-{name.replace(' ', '-')}-seed{seed}"
-    config = log.records["b00001" if name == "zero-shot" else "t00001"].config
+    source = {"zero-shot": "b00001", "linear probe": "b00002"}.get(name, "t00001")
+    config = log.records[source].config
     if name != "zero-shot":
         config = apply_overrides(config, {"train.seed": seed})
     record = _record(trial_id, "refit", config, [], name=name)

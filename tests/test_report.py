@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -486,6 +487,41 @@ def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
         ink = np.asarray(Image.open(io.BytesIO(png(drawing.svg("a letter", alone=True)))).convert("L")) < 128
         heights.append(ink.any(axis=1).sum())
     assert 3 * heights[0] < heights[1] < 5 * heights[0]
+
+
+def test_one_colour_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
+    """The winner's blue was the first method's in Search, and no figure there showed the winner."""
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
+    best = source.best.trial_id
+    for name in ("history", "cost", "few_shot", "rung", "slice_optim.lr", "slice_method", "parallel"):
+        text = figures[name]
+        blue = re.findall(r'<(?:path|circle|polygon) class="c0[^>]*>(?:<title>([^<]*))?', text)
+        titles = [one for one in blue if one]
+        assert len(titles) == 1, name
+        assert best in titles[0], name
+        # The first two colours after the winner's are the baselines', and those of their methods.
+        marks = set(re.findall(r'class="(c[1-9])[^>]*><title>t\d+: [^(]*\((linear probe|decoder)', text))
+        assert marks == (set() if name == "parallel" else {("c1", "linear probe"), ("c3", "decoder")}), name
+    assert re.search(r'<rect class="c1"[^>]*><title>linear probe, overall', figures["shot_groups"])
+
+
+def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path):
+    text = page_of(write_sweep(tmp_path / "made", COUNTS))
+    assert "encoder tinylit_lite0 at 128 x 128 pixels" in text[: text.index("<main>")]
+    words = re.sub("<pre.*?</pre>|<style.*?</style>", "", text, flags=re.DOTALL)
+    assert not re.findall("PED-ANOVA|by the trial scheduler|linear_probe|cross_entropy", words)
+    folder = write_sweep(tmp_path / "gone", COUNTS, num_trials=1)
+    record = folder / "trials" / "t00001.json"
+    record.write_text(record.read_text().replace("tinylit_lite0", "local-dir:gone"))
+    assert build(Source.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
+
+
+def test_what_scrolls_shows_it():
+    """On a phone tables were cut off without a sign: a shadow stays at the edge where there is more."""
+    style = files("imbvlm.sweep.report").joinpath("report.css").read_text()
+    (rule,) = re.findall(r"\.scroll\{[^}]*\}", style)
+    assert rule.count(" local") == rule.count(" scroll") == 2
 
 
 def test_pale_lines_cost_what_solid_ones_do():

@@ -173,6 +173,15 @@ def describe(record: TrialRecord) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def value_words(key: str, value: object) -> str:
+    """A drawn value for reading: `linear_probe` is "linear probe", while an encoder keeps the name that users type."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None:
+        return "none"
+    return str(value) if key.startswith("encoder.") or not isinstance(value, str) else value.replace("_", " ")
+
+
 def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
     """Refits on the test split: mean over seeds, and their standard deviation behind ±; percent."""
     rows = []

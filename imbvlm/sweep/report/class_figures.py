@@ -12,23 +12,22 @@ from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import balanced_standard_error, per_class_accuracy
 from imbvlm.sweep.console import percent
 from imbvlm.sweep.difference import POST_HOC, title_in
-from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, Figure
+from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, WINNER_COLOUR, Figure, method_colour
 from imbvlm.sweep.report.source import ClassRecord, Scored, Source
-from imbvlm.sweep.report.svg import NUM_COLOURS, Drawing, Scale, frame, legend, number, percent_tick
+from imbvlm.sweep.report.svg import Drawing, Scale, frame, legend, number, percent_tick
 
 # Up to here each class has a mark of its own; above, classes of like size are one.
 MAX_MARKS = 120
 NUM_BINS = 14
 MAX_POINTS = 200
-# One colour for one thing on the whole page: methods of the search have these where they are those of baselines.
-COLOURS = {"winner": "c0", "linear probe": "c1", "zero-shot": "c2"}
 AS_TRAINED_ALONE = "This sweep has kept its classes as trained, before adjustment."
 
 
 def colour(source: Source, scored: Scored) -> tuple[str, int]:
     """The colour and shape of a refit's name, the same in every figure."""
     index = source.headline.index(scored)
-    return COLOURS.get(scored.name, f"c{index % NUM_COLOURS}"), index
+    method = str(scored.records[0].config["method"])
+    return WINNER_COLOUR if scored is source.winner else method_colour(method, [method]), index
 
 
 def splits_beside(source: Source) -> list[tuple[Scored, str]]:
@@ -172,16 +171,17 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
 
 
 def calibration(source: Source) -> Figure | None:
-    """Accuracy against confidence on the test split: winner and baselines, and the winner as it is exported."""
+    """Accuracy against confidence on the test split: models as they are exported, and the winner as trained, too."""
     known: list[tuple[str, tuple[str, int], npt.NDArray[np.float64], int]] = []
     for one in source.headline:
         if one.as_trained is None:
             continue
         (style, shape), seeds = colour(source, one), one.as_trained.num_seeds
-        if one is source.winner and one.adjusted_bins is not None:
+        if one.adjusted_bins is not None:
             known.append((title_in(one.name, POST_HOC), (style, shape), one.adjusted_bins, seeds))
             style = f"{style} dim"
-        known.append((one.name, (style, shape), one.as_trained.confidence_bins, seeds))
+        if one.adjusted_bins is None or one is source.winner:
+            known.append((one.name, (style, shape), one.as_trained.confidence_bins, seeds))
     if not known:
         return None
     drawing, data = Drawing(WIDTH, HEIGHT), list[list[object]]()

@@ -8,11 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imbvlm.csv_cells import csv_line, escape_cell
-from imbvlm.sweep.report.svg import Drawing
+from imbvlm.sweep.report.svg import NUM_COLOURS, Drawing
 
 WIDTH, HEIGHT = 460.0, 310.0
 # Where a plot begins, below its legend and the name of its upright axis.
 TOP = 50.0
+
+
+# One colour for one thing on the whole page. A baseline has its method's; the other methods take those that are left.
+WINNER_COLOUR = "c0"
+METHOD_COLOURS = {"linear_probe": "c1", "zero_shot": "c2"}
+
+
+def method_colour(method: str, methods: Sequence[str]) -> str:
+    """The colour of a method among those of a page."""
+    others = sorted(set(methods) - METHOD_COLOURS.keys())
+    first = len(METHOD_COLOURS) + 1
+    return METHOD_COLOURS.get(method) or f"c{first + others.index(method) % (NUM_COLOURS - first)}"
 
 
 @dataclass(frozen=True)

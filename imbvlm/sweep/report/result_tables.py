@@ -11,7 +11,7 @@ import numpy as np
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.metrics import per_class_accuracy
 from imbvlm.sweep.console import duration, percent
-from imbvlm.sweep.difference import POST_HOC, difference_on_test, title_in
+from imbvlm.sweep.difference import POST_HOC, TEST, difference_on_test, title_in
 from imbvlm.sweep.report.figure import Table
 from imbvlm.sweep.report.source import ClassRecord, Source
 from imbvlm.sweep.results import TrialRecord
@@ -24,12 +24,15 @@ from imbvlm.sweep.summary import (
     pareto_records,
     pareto_rows,
     seeds_rows,
+    value_words,
 )
 
 NUM_BEST = 12
 NUM_CLASSES = 8
 NUM_PAIRS = 12
 MAX_ROWS = 500
+# What records say of a trial that the scheduler has stopped, and what a reader is told.
+BY_SCHEDULER, STOPPED_EARLY = "by the trial scheduler", "early, since others were ahead"
 
 
 def scores(source: Source) -> Table | None:
@@ -45,9 +48,11 @@ def scores(source: Source) -> Table | None:
     rows = []
     for one in source.scored:
         about = [str(len(one.records)), one.records[0].views]
+        as_trained = [one.values(f"{TEST}/{metric}") for metric, _ in kept]
         for split, how in (("test", ""), ("test_tte", ", five crops"), ("test_post_hoc", ", post hoc")):
             values = [one.values(f"{split}/{metric}") for metric, _ in kept]
-            if any(values) or split == "test":
+            # Where nothing is adjusted, its row would say the same again.
+            if split == "test" or (any(values) and not (split == POST_HOC and values == as_trained)):
                 rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
     header = ["what", *(heading for _, heading in kept), "seeds", "views"]
     caption = (
@@ -132,11 +137,11 @@ def all_trials(source: Source) -> Table:
         [
             record.trial_id,
             record.state,
-            record.stop_reason,
+            record.stop_reason.replace(BY_SCHEDULER, STOPPED_EARLY),
             percent(source.value(record)),
             str(len(record.epochs)),
             f"{record.seconds():.1f}" if record.ended_at is not None else "-",
-            *(_cell(record.draw.get(key, "")) for key in keys),
+            *(value_words(key, record.draw[key]) if key in record.draw else "" for key in keys),
         ]
         for record in records
     ]
@@ -150,7 +155,7 @@ def arms(source: Source) -> list[Table]:
         groups: dict[str, list[tuple[TrialRecord, float]]] = defaultdict(list)
         for record, value in source.valued():
             if key in record.draw:
-                groups[_cell(record.draw[key])].append((record, value))
+                groups[value_words(key, record.draw[key])].append((record, value))
         rows = [
             [
                 name,
@@ -326,8 +331,4 @@ def _trial_row(source: Source, record: TrialRecord) -> list[str]:
 
 def _reason(record: TrialRecord) -> str:
     # Each epoch would be a group of its own otherwise.
-    return "by the trial scheduler" if record.state == "stopped" else record.stop_reason or "still running"
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return STOPPED_EARLY if record.state == "stopped" else record.stop_reason or "still running"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.report.analysis import Importance, pareto_front, rungs
-from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, Figure
+from imbvlm.sweep.report.figure import HEIGHT, TOP, WIDTH, WINNER_COLOUR, Figure, method_colour
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.report.svg import (
-    NUM_COLOURS,
+    RING,
     Drawing,
     Point,
     Scale,
@@ -23,7 +24,7 @@ from imbvlm.sweep.report.svg import (
     spread,
 )
 from imbvlm.sweep.results import TrialRecord
-from imbvlm.sweep.summary import describe
+from imbvlm.sweep.summary import describe, value_words
 
 MAX_AXES = 9
 MAX_LINES = 400
@@ -41,12 +42,47 @@ def methods(source: Source) -> list[str]:
     return sorted({str(record.config["method"]) for record in source.log.of("search")})
 
 
+@dataclass(frozen=True)
+class TrialMarks:
+    """How trials look in every figure of the search: colour and shape of their method, a ring around the winner."""
+
+    methods: Sequence[str]
+    winner_id: str
+
+    @staticmethod
+    def of(source: Source) -> TrialMarks:
+        """The marks of a sweep's trials."""
+        return TrialMarks(methods(source), "" if source.best is None else source.best.trial_id)
+
+    def dot(
+        self, drawing: Drawing, x: float, y: float, record: TrialRecord, value: float, more: str = "", *,
+        size: float = 3.6,
+    ) -> None:  # fmt: skip
+        """Draw a trial."""
+        method = str(record.config["method"])
+        stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
+        title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe(record)})"
+        style = f"{method_colour(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
+        drawing.dot(x, y, style, title, shape=self.methods.index(method), size=size)
+        if record.trial_id == self.winner_id:
+            drawing.dot(x, y, WINNER_COLOUR, f"winner, {title}", shape=RING, size=size)
+
+    @property
+    def legend(self) -> list[tuple[str, str, int]]:
+        """Methods and the winner's ring."""
+        kinds = [
+            (method.replace("_", " "), method_colour(method, self.methods), index)
+            for index, method in enumerate(self.methods)
+        ]
+        return [*kinds, ("winner", WINNER_COLOUR, RING)]
+
+
 def history(source: Source) -> Figure | None:
     """Each trial in the order of starting, with the running best."""
     pairs = source.valued()
     if not pairs:
         return None
-    drawing, kinds = Drawing(WIDTH, HEIGHT), methods(source)
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     numbers = [int(record.trial_id[1:]) for record, _ in pairs]
     references = [(one, value) for one in source.log.of("baseline") if (value := source.value(one)) is not None]
     low, high = min(value for _, value in pairs), max(value for _, value in pairs)
@@ -56,7 +92,8 @@ def history(source: Source) -> Figure | None:
     y = spread([value for _, value in [*pairs, *references]], HEIGHT - 46, TOP)
     frame(drawing, x, y, ("trial", objective_name(source)), x_format=_whole, y_format=percent_tick)
     for record, value in references:
-        drawing.line([(x.start, y(value)), (x.end, y(value))], "c2", width=1.2, dash="5 4", title=record.name)
+        style = method_colour(str(record.config["method"]), [*marks.methods, str(record.config["method"])])
+        drawing.line([(x.start, y(value)), (x.end, y(value))], style, width=1.4, dash="5 4", title=record.name)
         drawing.text(x.end - 2, y(value) - 4, record.name, anchor="end", style="muted", size=11)
     best, steps = -math.inf, list[Point]()
     for number_, (_, value) in zip(numbers, pairs, strict=True):
@@ -67,9 +104,11 @@ def history(source: Source) -> Figure | None:
     data = [_row(record, value) for record, value in pairs]
     data += [[one.trial_id, one.name, one.state, value] for one, value in references]
     for number_, (record, value) in zip(numbers, pairs, strict=True):
-        _trial_dot(drawing, x(number_), y(value), record, value, kinds)
-    legend(drawing, 52, 14, _kinds_legend(kinds))
-    caption = f"Each mark is a trial{_pale(source)}, the line the best so far, dashes the baselines."
+        marks.dot(drawing, x(number_), y(value), record, value)
+    legend(drawing, 52, 14, marks.legend)
+    caption = (
+        f"Each mark is a trial{_pale(source)}, the line the best so far, dashes the baselines, the ring the winner."
+    )
     return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
 
 
@@ -79,7 +118,7 @@ def against_cost(source: Source) -> Figure | None:
     if not pairs:
         return None
     costs = [max(0.05, record.seconds()) for record, _ in pairs]
-    drawing, kinds = Drawing(WIDTH, HEIGHT), methods(source)
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     x = spread(costs, 52, WIDTH - 12, log=True)
     y = spread([value for _, value in pairs], HEIGHT - 46, TOP)
     frame(
@@ -89,8 +128,8 @@ def against_cost(source: Source) -> Figure | None:
     front = pareto_front(costs, [value for _, value in pairs])
     _front_line(drawing, [(x(costs[index]), y(pairs[index][1])) for index in front])
     for cost, (record, value) in zip(costs, pairs, strict=True):
-        _trial_dot(drawing, x(cost), y(value), record, value, kinds, f", {duration(cost)}")
-    legend(drawing, 52, 14, _kinds_legend(kinds))
+        marks.dot(drawing, x(cost), y(value), record, value, f", {duration(cost)}")
+    legend(drawing, 52, 14, marks.legend)
     data = [[*_row(record, value), cost, index in front]
             for index, (cost, (record, value)) in enumerate(zip(costs, pairs, strict=True))]  # fmt: skip
     return Figure(
@@ -111,7 +150,7 @@ def against_few_shot(source: Source) -> Figure | None:
             break
     else:
         return None
-    drawing, kinds = Drawing(WIDTH, HEIGHT), methods(source)
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     x = spread([few for _, _, few, _ in points], 52, WIDTH - 12)
     y = spread([top for *_, top in points], HEIGHT - 46, TOP)
     name = group.replace("_", "-")
@@ -123,8 +162,8 @@ def against_few_shot(source: Source) -> Figure | None:
     _front_line(drawing, [(x(points[index][2]), y(points[index][3])) for index in front])
     for record, value, few, top in points:
         words = f", {name} {percent(few)}, overall {percent(top)}"
-        _trial_dot(drawing, x(few), y(top), record, value, kinds, words)
-    legend(drawing, 52, 14, _kinds_legend(kinds))
+        marks.dot(drawing, x(few), y(top), record, value, words)
+    legend(drawing, 52, 14, marks.legend)
     data = [[*_row(record, value), few, top, index in front] for index, (record, value, few, top) in enumerate(points)]
     return Figure(
         "few_shot", f"Overall against {name} accuracy", "What the head pays for the tail, and the Pareto front.",
@@ -137,7 +176,7 @@ def rung_against_end(source: Source) -> Figure | None:
     found = rungs(source)
     if not found or found[0].num_trials < 2:
         return None
-    rung, drawing, kinds = found[0], Drawing(WIDTH, HEIGHT), methods(source)
+    rung, drawing, marks = found[0], Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     x = spread([early for _, early, _ in rung.pairs], 52, WIDTH - 12)
     y = spread([value for *_, value in rung.pairs], HEIGHT - 46, TOP)
     frame(
@@ -145,8 +184,8 @@ def rung_against_end(source: Source) -> Figure | None:
         x_format=percent_tick, y_format=percent_tick,
     )  # fmt: skip
     for record, early, value in rung.pairs:
-        _trial_dot(drawing, x(early), y(value), record, value, kinds, f", {percent(early)} % at the rung")
-    legend(drawing, 52, 14, _kinds_legend(kinds))
+        marks.dot(drawing, x(early), y(value), record, value, f", {percent(early)} % at the rung")
+    legend(drawing, 52, 14, marks.legend)
     known = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
     caption = f"{known}Trials that finished alone: how those that were stopped would have ended isn't known."
     data = [[*_row(record, value), early] for record, early, value in rung.pairs]
@@ -165,9 +204,9 @@ def importance_bars(found: list[Importance]) -> Figure | None:
         top = 12 + 24 * index
         width = (WIDTH - left - 60) * one.share / max(rows[0].share, 1e-9)
         drawing.text(left - 8, top + 13, one.key, anchor="end")
-        drawing.bar(left, top + 2, max(width, 1), 15, "c0", f"{one.key}: {percent(one.share)} %")
+        drawing.bar(left, top + 2, max(width, 1), 15, "faint", f"{one.key}: {percent(one.share)} %")
         drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(one.share)} %", style="muted")
-    caption = "Share of what tells the best quarter of the trials from all that had the parameter (PED-ANOVA)."
+    caption = "Share of what tells the best quarter of the trials from all that had the parameter."
     data: list[list[object]] = [[one.key, one.share, one.num_trials] for one in found]
     header = ["parameter", "share", "trials"]
     return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
@@ -185,16 +224,16 @@ def slices(source: Source, order: Sequence[str]) -> list[Figure]:
 
 
 def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
-    named = {repr(record.draw[key]): _word(record.draw[key]) for record, _ in pairs}
+    named = {repr(record.draw[key]): value_words(key, record.draw[key]) for record, _ in pairs}
     crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
-    drawing, kinds = Drawing(340, 258 if crowded else 218), methods(source)
+    drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
     y = spread([value for _, value in source.valued()], 190, 14)
     x, places = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
     frame(drawing, x, y, ("", ""), x_format=number if places is None else None, y_format=percent_tick, num_ticks=(4, 4))
     for index, (record, value) in enumerate(pairs):
         # Beside each other where they would hide each other.
         at = x(record.draw[key]) if places is None else places[repr(record.draw[key])] + (index % 7 - 3) * 2.2
-        _trial_dot(drawing, at, y(value), record, value, kinds, f", {key} {_word(record.draw[key])}", size=3)
+        marks.dot(drawing, at, y(value), record, value, f", {key} {value_words(key, record.draw[key])}", size=3)
     for name, at in (places or {}).items():
         values = [value for record, value in pairs if repr(record.draw[key]) == name]
         middle = y(statistics.median(values))
@@ -208,8 +247,9 @@ def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> 
 
 
 def parallel(source: Source, order: Sequence[str]) -> Figure | None:
-    """Trials as lines over the drawn keys, the most important first; the best tenth stands out."""
-    pairs = sorted(source.valued(), key=lambda pair: pair[1])[-MAX_LINES:]
+    """Trials as lines over the drawn keys, the most important first; the winner and the best tenth stand out."""
+    winner = TrialMarks.of(source).winner_id
+    pairs = sorted(source.valued(), key=lambda pair: (pair[0].trial_id == winner, pair[1]))[-MAX_LINES:]
     keys = [*order, *(key for key in _keys(source) if key not in order)][:MAX_AXES]
     if len(pairs) < 2 or not keys:
         return None
@@ -227,10 +267,10 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
             (at, column.get(repr(record.draw.get(key, NEVER)), bottom))
             for at, key, column in zip(places, keys, columns, strict=False)
         ]
-        is_best = rank >= len(pairs) - num_best
+        is_best, is_winner = rank >= len(pairs) - num_best, record.trial_id == winner
         title = f"{record.trial_id}: {percent(value)} % ({describe(record)})"
-        drawing.line([*points, (places[-1], goal(value))], "c0 thread" if is_best else "faint thread",
-                     width=2 if is_best else 1, title=title)  # fmt: skip
+        style, line_width = (WINNER_COLOUR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
+        drawing.line([*points, (places[-1], goal(value))], f"{style} thread", width=line_width, title=title)
     for at, key, column in zip(places, keys, columns, strict=False):
         drawing.rule(at, top, at, bottom - 26, "axis")
         drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
@@ -243,7 +283,9 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
     drawing.text(width - 4, 22, "objective (%)", anchor="end", size=11.5)
     for tick in goal.ticks(5):
         drawing.text(places[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
-    caption = "Each line is a trial; the best tenth is blue. A line that dips to the bottom hasn't got that parameter."
+    caption = (
+        "Each line is a trial; the winner is blue, the best tenth dark. A line at the bottom hasn't got that parameter."
+    )
     data = [[*_row(record, value), *(record.draw.get(key, "") for key in keys)] for record, value in pairs]
     return Figure("parallel", "Parallel coordinates", caption, drawing, [[*_HEADER, *keys], *data], wide=True)
 
@@ -296,39 +338,14 @@ def _labels(
 ) -> list[tuple[str, float]]:
     values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
     if all(one.kind == "choice" for one in source.spec.read_space().of(key)):
-        return [(_word(value), column[name]) for name, value in values.items()]
+        return [(value_words(key, value), column[name]) for name, value in values.items()]
     ends = [min(values.values()), max(values.values())] if values else []
-    return [(_word(value), column[repr(value)]) for value in ends]
-
-
-def _trial_dot(
-    drawing: Drawing, x: float, y: float, record: TrialRecord, value: float, kinds: list[str], more: str = "",
-    *, size: float = 3.6,
-) -> None:  # fmt: skip
-    kind = kinds.index(str(record.config["method"]))
-    stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
-    title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe(record)})"
-    drawing.dot(x, y, f"{_colour(kind)}{' dim' if record.state == 'stopped' else ''}", title, shape=kind, size=size)
-
-
-def _colour(kind: int) -> str:
-    # The third colour is the baselines'.
-    return f"c{[0, 1, 3, 4, 5][kind % (NUM_COLOURS - 1)]}"
-
-
-def _kinds_legend(kinds: list[str]) -> list[tuple[str, str, int]]:
-    return [(kind.replace("_", " "), _colour(index), index) for index, kind in enumerate(kinds)]
+    return [(value_words(key, value), column[repr(value)]) for value in ends]
 
 
 def _front_line(drawing: Drawing, points: list[Point]) -> None:
     if len(points) > 1:
         drawing.line(points, "faint", width=1.8)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return "none" if value is None else str(value)
 
 
 def _whole(value: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import phase_rows, stopping_words, store_words
 from imbvlm.sweep.console import duration, percent
 from imbvlm.sweep.difference import POST_HOC, title_in, verdict_on_test
@@ -190,7 +191,22 @@ def _subtitle(source: Source) -> str:
     words.append(f"on {source.spec.base['data']['manifest']}")
     if source.compute.spent.seconds:
         words.append(f"in {duration(source.compute.spent.seconds)}")
-    return ", ".join(words)
+    return f"{', '.join(words)}; {_encoder_words(source)}"
+
+
+def _encoder_words(source: Source) -> str:
+    """The encoder of the winner, or of any trial before there is one, and the size of its images."""
+    # Fetched here: it takes seconds.
+    from imbvlm.models.encoder import describe_encoder
+
+    record = source.best or next(iter(source.log.records.values()))
+    encoder = record.trial_config().encoder
+    try:
+        size = describe_encoder(encoder).image_size
+    except ImbvlmError:
+        # A folder with an encoder may be gone by now, and the page has its name all the same.
+        return f"encoder {encoder.name}"
+    return f"encoder {encoder.name} at {size} x {size} pixels"
 
 
 # --------------------------------------------------------------------------------------------------- sections
@@ -281,8 +297,9 @@ def _mattered(source: Source) -> Section:
     bars = search_figures.importance_bars(found)
     section.blocks += [Grid([bars])] if bars else ["There are too few trials to say how much each parameter mattered."]
     section.blocks.append(
-        f"Each parameter's values and what trials with them reached ({search_figures.objective_name(source)}); colours "
-        f"are methods, as under Search{', pale marks were stopped early' if stopped else ''}, short lines are medians."
+        f"Each parameter's values and what trials with them reached ({search_figures.objective_name(source)}). Colours "
+        "are methods, as under Search, the ring is the winner"
+        f"{', pale marks were stopped early' if stopped else ''}, short lines are medians."
     )
     section.blocks.append(Grid(slices, small=True))
     section.blocks += [lines] if lines else []

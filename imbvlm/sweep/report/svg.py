@@ -9,12 +9,15 @@ from html import escape
 
 Point = tuple[float, float]
 Format = Callable[[float], str]
-NUM_COLOURS = 6
+NUM_COLOURS = 9
+# The shape of the mark around the winner.
+RING = -1
 # What a drawing looks like outside the page.
 ALONE = (
     "svg{font:12px system-ui,sans-serif}text{fill:#1c2430}.grid{stroke:#d9dee7}.axis{stroke:#5c6675}"
     ".muted{fill:#5c6675}.c0{color:#1d5fd1}.c1{color:#c4610a}.c2{color:#6b7280}"
-    ".c3{color:#0f8a6b}.c4{color:#9333a8}.c5{color:#a88608}.faint{color:#9aa3b0}.dim{opacity:.45}"
+    ".c3{color:#0f8a6b}.c4{color:#9333a8}.c5{color:#a88608}.c6{color:#c2255c}.c7{color:#0b7285}.c8{color:#7a4a1e}"
+    ".ink{color:#1c2430}.faint{color:#9aa3b0}.dim{opacity:.45}"
     ".faint.thread{stroke-opacity:.55}.whisker{stroke:#1c2430;stroke-width:1.4}.halo{paint-order:stroke;stroke:#fff;stroke-width:3px;stroke-linejoin:round}"
 )
 
@@ -80,6 +83,8 @@ class Drawing:
     width: float
     height: float
     parts: list[str] = field(default_factory=list)
+    # Painted last, whatever was drawn after it.
+    on_top: list[str] = field(default_factory=list)
 
     def line(self, points: Sequence[Point], style: str, *, width: float = 2, dash: str = "", title: str = "") -> None:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
@@ -92,7 +97,11 @@ class Drawing:
         self.parts.append(f'<path class="{style}" d="{path}" fill="currentColor" opacity="{opacity}"/>')
 
     def dot(self, x: float, y: float, style: str, title: str = "", *, size: float = 3.6, shape: int = 0) -> None:
-        """A circle, square, triangle or rhombus, so that colour isn't alone in telling series apart."""
+        """A circle, square, triangle or rhombus, so that colour isn't alone in telling series apart; RING is on top."""
+        if shape == RING:
+            ring = f'class="{style}" fill="none" stroke="currentColor" stroke-width="2.2"'
+            self.on_top.append(_mark("circle", f'{ring} cx="{x:.1f}" cy="{y:.1f}" r="{size + 2.2:g}"', title))
+            return
         common = f'class="{style}" fill="currentColor"'
         if shape % 4 == 0:
             mark = _mark("circle", f'{common} cx="{x:.1f}" cy="{y:.1f}" r="{size:g}"', title)
@@ -133,7 +142,7 @@ class Drawing:
         head = f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(title)}"'
         size = f' xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"' if alone else ""
         background = f'<style>{ALONE}</style><rect width="100%" height="100%" fill="#fff"/>' if alone else ""
-        return f"<svg {head}{size}>{background}{''.join(self.parts)}</svg>"
+        return f"<svg {head}{size}>{background}{''.join([*self.parts, *self.on_top])}</svg>"
 
 
 def _mark(tag: str, attributes: str, title: str) -> str:
