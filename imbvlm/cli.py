@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from imbvlm import __version__
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import LINE_BREAKS, ImbvlmError, printable
 
 if TYPE_CHECKING:
     from imbvlm.inference import Prediction
@@ -22,6 +23,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; leaves with 0, 1 where it failed (a sentence on stderr), 2 for wrong usage, 130 at Ctrl-C."""
     options = _parser().parse_args(_with_sweep_action(sys.argv[1:] if arguments is None else arguments))
+    # What Pillow finds odd in an image that it reads all the same isn't for the user, least of all with its own lines.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         command: Command = options.command
         sys.exit(command(options))
@@ -326,7 +329,7 @@ def _sweep_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([*(one.to_dict() for one in states), *(one.to_dict() for one in unreadable)], indent=1))
     elif states or unreadable:
-        print(list_text(states, unreadable))
+        print(printable(list_text(states, unreadable), keep=LINE_BREAKS))
     else:
         print(f"no sweep under {options.storage}")
     return 0
@@ -336,7 +339,7 @@ def _sweep_show(options: argparse.Namespace) -> int:
     from imbvlm.sweep.listing import SweepState, show_text
 
     state = SweepState.read(options.sweep)
-    print(json.dumps(state.to_dict(), indent=1) if options.json else show_text(state))
+    print(json.dumps(state.to_dict(), indent=1) if options.json else printable(show_text(state), keep=LINE_BREAKS))
     return 0
 
 
@@ -474,20 +477,20 @@ def _predict(options: argparse.Namespace) -> int:
         table.check_out(options.out)
     images = table.find_images(options.images, options.split)
     ray = options.ray if options.ray is not None else len(images) >= table.RAY_FROM
-    bad = 0
+    top, bad = table.limited_top(options.model, options.top), 0
 
     def counted() -> Iterator[Prediction]:
         nonlocal bad
-        for one in table.predictions(options.model, images, options.top, ray=ray, waits=_say_on_stderr):
+        for one in table.predictions(options.model, images, top, ray=ray, waits=_say_on_stderr):
             bad += one.error is not None
             yield one
 
     if options.out:
-        table.write_predictions(counted(), options.out, options.top)
+        table.write_predictions(counted(), options.out, top)
         print(f"{len(images):,} rows written to {options.out}")
     else:
         write = table.write_json_lines if options.json else table.write_lines
-        write(counted(), sys.stdout, options.top)
+        write(counted(), sys.stdout, top)
         sys.stdout.flush()
     if bad:
         where = "; the column error says why" if options.out else ""
@@ -496,7 +499,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _say_on_stderr(text: str) -> None:
-    print(f"imbvlm: {text}", file=sys.stderr, flush=True)
+    print(f"imbvlm: {printable(text, keep=LINE_BREAKS)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- check-cluster

@@ -1,8 +1,27 @@
 """What goes wrong, said to the user: every mistake of a file in one error, with its place and its mend."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+# Control characters, line separators, overrides of the reading direction, and bytes of a path that aren't UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What a sentence of several lines keeps.
+LINE_BREAKS = "\n"
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Text of others as one line for a terminal: what would move its cursor or forge a line stands as `\\x1b`, `\\n`.
+
+    Characters in `keep` stay, such as the line breaks of a sentence of ours.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(letter: str) -> str:
+    is_byte = "\udc80" <= letter <= "\udcff"
+    return f"\\x{ord(letter) - 0xDC00:02x}" if is_byte else letter.encode("unicode_escape").decode()
 
 
 class ImbvlmError(Exception):
@@ -11,6 +30,9 @@ class ImbvlmError(Exception):
 
 class StorageError(ImbvlmError):
     """A file or bucket that can't be read or written; the sentence names it and the cause."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class DiskFullError(StorageError):

@@ -22,8 +22,8 @@ from imbvlm.data.images import ImageError, Preprocess, fetch
 from imbvlm.data.listing import list_tree, shown_path
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.streaming import each_row
-from imbvlm.errors import ImbvlmError
-from imbvlm.inference import Model, Prediction, crops_of, described_crops, load, model_folder
+from imbvlm.errors import ImbvlmError, printable
+from imbvlm.inference import Model, Prediction, crops_of, described_crops, load, model_folder, read_description
 
 OUT_SUFFIXES = (".csv", ".parquet", ".jsonl")
 # From so many images on, Ray Data's processes pay for their start.
@@ -200,6 +200,12 @@ def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None])
 # -------------------------------------------------------------------------------------------------- the table
 
 
+def limited_top(folder: str, top: int) -> int:
+    """`top`, or the number of the model's classes where that is less: a table has no columns for more."""
+    names = read_description(model_folder(folder)).get("class_names")
+    return min(top, len(names)) if isinstance(names, list) and names else top
+
+
 def check_out(out: str) -> None:
     """Raises ImbvlmError for a file whose name doesn't say one of the forms."""
     if not out.endswith(OUT_SUFFIXES):
@@ -266,4 +272,5 @@ def write_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
     """A line an image, for reading."""
     for one in found:
         pairs = zip(one.class_names, one.probabilities, strict=True)
-        stream.write(f"{one.source}: {one.error or ', '.join(f'{name} {100 * value:.1f}%' for name, value in pairs)}\n")
+        text = one.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in pairs)
+        stream.write(f"{printable(f'{one.source}: {text}')}\n")

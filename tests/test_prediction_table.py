@@ -5,8 +5,10 @@ import io
 import json
 import os
 import sys
+import warnings
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3_server
@@ -17,11 +19,14 @@ from imbvlm import cli
 from imbvlm import prediction_table as table
 from imbvlm.csv_cells import escape_cell
 from imbvlm.data.assembly import IMAGE_SUFFIXES
-from imbvlm.data.checks import CheckReport, Finding
+from imbvlm.data.checks import CheckReport, Finding, check_manifest
+from imbvlm.data.manifest import ManifestError
 from imbvlm.data.sources import from_folders
+from imbvlm.data.summary import summary
 from imbvlm.data.tables import from_table
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import ImbvlmError, StorageError
 from imbvlm.inference import Prediction
+from imbvlm.sweep.console import Console
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,53 @@ def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path
     assert back.table.column("uri").to_pylist() == [f"{tmp_path}/{text}.png"]
     assert pq.read_table(tmp_path / "out.parquet").column("class_1").to_pylist() == [text]
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()[0])["image"] == f"{text}.png"
+
+
+FORGED = "cat\nimbvlm: all good\x1b[2K\r\u202e"
+
+
+def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(tmp_path, capsys):
+    """A class or a file may be called anything; files of predictions keep the names as they are."""
+    shown = r"cat\nimbvlm: all good\x1b[2K\r\u202e"
+    found = [Prediction(f"{FORGED}.png", (FORGED,), (0,), (0.5,)), Prediction("cut.png", error=FORGED)]
+    stream = io.StringIO()
+    table.write_lines(iter(found), stream, 1)
+    assert stream.getvalue().splitlines() == [f"{shown}.png: {shown} 50.0%", f"cut.png: {shown}"]
+    table.write_predictions(iter(found[:1]), str(tmp_path / "out.parquet"), 1)
+    assert pq.read_table(tmp_path / "out.parquet").column("class_1").to_pylist() == [FORGED]
+    rows = pa.table({"path": ["a.jpg", "b.jpg"], "label": [FORGED, "dog"]})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    manifest = from_table([str(tmp_path / "rows.parquet")], str(tmp_path), FORGED)
+    assert shown in summary(manifest)
+    texts = [summary(manifest), str(check_manifest(manifest)), str(Finding("note", FORGED, (FORGED,)))]
+    texts += [str(StorageError(f"{FORGED} is not there")), str(ManifestError("m", [FORGED]))]
+    for text in texts:
+        assert "\nimbvlm:" not in text
+        assert not set(text) & set("\x1b\r\u202e")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "gone\x1b[2K\r", "x.png"])
+    Console().say(f"one\n{FORGED}")
+    said = capsys.readouterr()
+    assert not set(said.err + said.out) & set("\x1b\r\u202e")
+    assert said.out.startswith("one\ncat")
+
+
+def test_no_more_classes_are_asked_for_than_the_model_has(model, photos, tmp_path):
+    """--top 10000000 wrote 20 million cells for each image."""
+    assert predict(model, photos / "a" / "0.png", "--top", "10000000", "-o", tmp_path / "out.csv") == 0
+    num_classes = len(json.loads((model / "config.json").read_text())["class_names"])
+    header = (tmp_path / "out.csv").read_text().splitlines()[0].split(",")
+    assert len(header) == 2 * num_classes + 2
+
+
+def test_what_pillow_warns_of_is_not_for_the_user(model, tmp_path):
+    """Of an image that is read all the same: here its EXIF is cut."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "odd.jpg", exif=exif)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert predict(model, tmp_path / "odd.jpg") == 0
+    assert [one for one in found if "PIL" in one.filename] == []
 
 
 def test_a_folder_gives_all_images_that_a_manifest_takes(photos, tmp_path):

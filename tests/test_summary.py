@@ -51,6 +51,15 @@ def test_best_trials_then_baselines_at_their_best_epochs() -> None:
     assert "zero-shot" in rows[-1]
 
 
+def test_a_stopped_trial_among_the_best_is_marked() -> None:
+    log = TrialLog("unused")
+    log.records = {"t1": record("t1", 0.6), "t2": record("t2", 0.5)}
+    log.records["t1"].state = "stopped"
+    first, second = search_table(log, SPEC).splitlines()[3:]
+    assert "(stopped early)" in first
+    assert "stopped" not in second
+
+
 @pytest.mark.parametrize(
     ("gain", "words"),
     [

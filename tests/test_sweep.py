@@ -65,7 +65,9 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
         assert re.search(rf"^{row} ", test, re.MULTILINE)
     assert re.search(r"^b00001 .*zero-shot", validation, re.MULTILINE)
     assert f"{sweep}/report.html" in printed
-    assert "points above linear probe" in (sweep / "report.html").read_text()
+    assert re.search(r"points (above|below|from) linear probe", (sweep / "report.html").read_text())
+    # The report's first sentence stands in the terminal too.
+    assert re.search(r"the winner(, post hoc,)? is .* on the test split \(95 % interval ", test, re.IGNORECASE)
     for name in ("best.yaml", "results.parquet", "test.json", "ray.log", "refits/refit-winner-seed0/model.safetensors"):
         assert (sweep / name).exists()
     assert f"imbvlm export {sweep}" in printed

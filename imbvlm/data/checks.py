@@ -21,6 +21,7 @@ from imbvlm.data.images import ImageError, decode, fetch
 from imbvlm.data.listing import file_sizes
 from imbvlm.data.manifest import Manifest, carve_validation, not_selectable
 from imbvlm.data.table import SPLITS, Rows, count_of, listed, split_codes
+from imbvlm.errors import printable
 
 Severity = Literal["error", "warning", "note"]
 
@@ -39,7 +40,7 @@ class Finding:
 
     def __str__(self) -> str:
         shown = f": {listed(self.examples, 5)}" if self.examples else ""
-        return f"{self.severity:8} {self.message}{shown}"
+        return f"{self.severity:8} {printable(self.message)}{shown}"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from imbvlm.data.table import (
     split_codes,
     type_findings,
 )
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import ImbvlmError, printable
 
 METADATA_KEY = b"imbvlm"
 EMBEDDED = "embedded:"
@@ -55,7 +55,9 @@ class ManifestError(ImbvlmError):
     def __init__(self, source: str, findings: Sequence[str]) -> None:
         self.source, self.findings = source, tuple(findings)
         heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
-        super().__init__("\n".join([f"{heading} wrong with the manifest {source}:", *(f"  {f}" for f in findings)]))
+        super().__init__(
+            "\n".join([f"{heading} wrong with the manifest {source}:", *(f"  {printable(f)}" for f in findings)])
+        )
 
     def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...]]]:
         return (ManifestError, (self.source, self.findings))

@@ -15,6 +15,7 @@ from imbvlm.data.listing import file_sizes
 from imbvlm.data.manifest import Manifest, carve_validation, not_selectable
 from imbvlm.data.packs import RANGE_MARK, parse_range
 from imbvlm.data.table import count_of
+from imbvlm.errors import printable
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -37,7 +38,7 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
         "",
         *plot_counts(stats.counts),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def summary_dict(manifest: Manifest) -> dict[str, Any]:

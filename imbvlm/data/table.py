@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imbvlm import storage
+from imbvlm.errors import printable
 
 Rows = npt.NDArray[np.int64]
 
@@ -212,4 +213,5 @@ def count_of(number: int, word: str) -> str:
 
 
 def listed(items: Sequence[str], most: int = 10) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    """Names of others as one line for people, the first few and how many more."""
+    return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")

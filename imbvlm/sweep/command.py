@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imbvlm import storage
-from imbvlm.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.errors import LINE_BREAKS, ConfigError, ImbvlmError, Problem, printable
 from imbvlm.schema import flat
 from imbvlm.sweep.compute import PLAN_FILE
 from imbvlm.sweep.console import Console
@@ -138,7 +138,7 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)
             return 130
     except ImbvlmError as error:
-        print(f"imbvlm: {error}", file=sys.stderr)
+        print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
         return 1
     return 0
 
@@ -200,7 +200,7 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
         )
         options.add_trials = add_trials
     except ImbvlmError as error:
-        print(f"imbvlm: {error}", file=sys.stderr)
+        print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
         return 1
     return run_command(spec, options)
 

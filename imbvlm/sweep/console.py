@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from imbvlm.errors import LINE_BREAKS, printable
+
 # On a terminal it is drawn anew at most so often; in a log file a line is written, later on less often; in CI hardly.
 REDRAW_SECONDS = 0.1
 LOG_SECONDS = ((0.0, 15.0), (300.0, 60.0), (3600.0, 300.0))
@@ -46,6 +48,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Print lines that stay."""
+        text = printable(text, keep=LINE_BREAKS)
         self._clear()
         self._write(f"{text}\n")
         self._write_copy(text)
@@ -64,6 +67,7 @@ class Console:
             self._write_copy(in_one)
         self._clear()
         lines = {"": text} if isinstance(text, str) else text
+        lines = {label: printable(one) for label, one in lines.items()}
         columns, rows = self._size()
         drawn = [row for label, one in lines.items() for row in self._rows(label, one, columns - 1)]
         # What has scrolled away couldn't be taken away again.

@@ -129,7 +129,7 @@ def pareto_rows(records: list[TrialRecord], spec: SweepSpec) -> list[list[str]]:
             duration(value or 0.0) if metric == SECONDS else percent(value)
             for metric, value in zip(spec.objectives, values, strict=True)
         ]
-        rows.append([record.trial_id, describe(record), *shown])
+        rows.append([record.trial_id, f"{describe(record)}{_mark(record)}", *shown])
     return rows
 
 
@@ -139,9 +139,14 @@ def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
     return f"no trial is better in all objectives than these (%):\n{found}"
 
 
+def _mark(record: TrialRecord) -> str:
+    """A trial that was stopped stands by its best until then: trained to its end it might be better, or come last."""
+    return " (stopped early)" if record.state == "stopped" else ""
+
+
 def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str]:
     best = record.best_epoch(spec.objective) or {}
-    what = (record.name or describe(record)) + (" (BREAKS A CONSTRAINT)" if breaks else "")
+    what = (record.name or describe(record)) + (" (BREAKS A CONSTRAINT)" if breaks else "") + _mark(record)
     return [
         record.trial_id,
         what,
