@@ -152,7 +152,7 @@ def test_no_more_classes_are_asked_for_than_the_model_has(model, photos, tmp_pat
 
 
 def test_what_pillow_warns_of_is_not_for_the_user(model, tmp_path):
-    """Of an image that is read all the same: here its EXIF is cut."""
+    """The image is read all the same: its EXIF alone is cut."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "odd.jpg", exif=exif)
     with warnings.catch_warnings(record=True) as found:

@@ -489,7 +489,7 @@ def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
     assert 3 * heights[0] < heights[1] < 5 * heights[0]
 
 
-def test_one_colour_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
+def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
     """The winner's blue was the first method's in Search, and no figure there showed the winner."""
     source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
     figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
@@ -500,7 +500,7 @@ def test_one_colour_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the
         titles = [one for one in blue if one]
         assert len(titles) == 1, name
         assert best in titles[0], name
-        # The first two colours after the winner's are the baselines', and those of their methods.
+        # The first two colors after the winner's are the baselines', and those of their methods.
         marks = set(re.findall(r'class="(c[1-9])[^>]*><title>t\d+: [^(]*\((linear probe|decoder)', text))
         assert marks == (set() if name == "parallel" else {("c1", "linear probe"), ("c3", "decoder")}), name
     assert re.search(r'<rect class="c1"[^>]*><title>linear probe, overall', figures["shot_groups"])

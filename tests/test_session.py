@@ -86,7 +86,7 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
 
 
 def test_a_refit_leaves_its_classes_as_adjusted_too(settings, tmp_path):
-    """What is exported is adjusted, and so is what a report shows of its classes."""
+    """An export is adjusted, and a report shows the classes of the export."""
     post_hoc = {"tau": 1.5, "alpha": 0.0, "temperature": 2.0}
     folder = str(tmp_path / "refit")
     refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=folder, post_hoc=post_hoc)

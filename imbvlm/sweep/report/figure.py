@@ -15,13 +15,13 @@ WIDTH, HEIGHT = 460.0, 310.0
 TOP = 50.0
 
 
-# One colour for one thing on the whole page. A baseline has its method's; the other methods take those that are left.
+# One color for one thing on the whole page. A baseline has its method's; the other methods take those that are left.
 WINNER_COLOUR = "c0"
 METHOD_COLOURS = {"linear_probe": "c1", "zero_shot": "c2"}
 
 
 def method_colour(method: str, methods: Sequence[str]) -> str:
-    """The colour of a method among those of a page."""
+    """The color of a method among those of a page."""
     others = sorted(set(methods) - METHOD_COLOURS.keys())
     first = len(METHOD_COLOURS) + 1
     return METHOD_COLOURS.get(method) or f"c{first + others.index(method) % (NUM_COLOURS - first)}"

@@ -44,7 +44,7 @@ def methods(source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class TrialMarks:
-    """How trials look in every figure of the search: colour and shape of their method, a ring around the winner."""
+    """How trials look in every figure of the search: color and shape of their method, a ring around the winner."""
 
     methods: Sequence[str]
     winner_id: str

@@ -162,7 +162,7 @@ def _facts(source: Source) -> list[Fact]:
 
 
 def _facts_note(source: Source) -> str:
-    """What the headline's numbers are of, and those of the one seed whose weights are exported."""
+    """The model of the headline's numbers, and the numbers of the one seed whose weights are exported."""
     winner = source.winner
     if winner is None or not source.has_test:
         return ""
@@ -297,7 +297,7 @@ def _mattered(source: Source) -> Section:
     bars = search_figures.importance_bars(found)
     section.blocks += [Grid([bars])] if bars else ["There are too few trials to say how much each parameter mattered."]
     section.blocks.append(
-        f"Each parameter's values and what trials with them reached ({search_figures.objective_name(source)}). Colours "
+        f"Each parameter's values and what trials with them reached ({search_figures.objective_name(source)}). Colors "
         "are methods, as under Search, the ring is the winner"
         f"{', pale marks were stopped early' if stopped else ''}, short lines are medians."
     )

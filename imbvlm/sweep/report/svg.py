@@ -97,7 +97,7 @@ class Drawing:
         self.parts.append(f'<path class="{style}" d="{path}" fill="currentColor" opacity="{opacity}"/>')
 
     def dot(self, x: float, y: float, style: str, title: str = "", *, size: float = 3.6, shape: int = 0) -> None:
-        """A circle, square, triangle or rhombus, so that colour isn't alone in telling series apart; RING is on top."""
+        """A circle, square, triangle or rhombus, so that color isn't alone in telling series apart; RING is on top."""
         if shape == RING:
             ring = f'class="{style}" fill="none" stroke="currentColor" stroke-width="2.2"'
             self.on_top.append(_mark("circle", f'{ring} cx="{x:.1f}" cy="{y:.1f}" r="{size + 2.2:g}"', title))
