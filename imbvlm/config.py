@@ -35,6 +35,8 @@ T = TypeVar("T")
 # Seeds go to torch and numpy alike.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MAX_IMAGE_SIZE = 2048
+# Above the CPUs of any machine. torch ends by SIGSEGV where the system can't start as many threads as it is told.
+MAX_THREADS = 1024
 
 ClassSampling = Literal["instance_balanced", "square_root", "class_balanced", "progressively_balanced"]
 
@@ -230,7 +232,7 @@ class TrainConfig(Section):
     clip_grad_norm: float | None = Field(1.0, gt=0)
     compile: bool = Field(False, description="run the model through torch.compile")
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads; null: the process's own. Numbers depend on it"
+        None, ge=1, le=MAX_THREADS, description="CPU threads; null: the process's own. Numbers depend on it"
     )
     seed: Seed = Field(0, description="of initial weights and of the epoch plan")
 

@@ -154,6 +154,8 @@ def test_files_that_are_wrong_as_a_whole(text: str, expected: list[str]) -> None
         ("optim.cosine_cycles", 0.7, "less than or equal to 0.5"),
         ("train.num_epochs", 10.0, "valid integer"),
         ("train.num_epochs", 0, "greater than or equal to 1"),
+        # torch would end the process by a signal.
+        ("train.num_threads", 100_000, "less than or equal to 1024"),
         ("train.seed", -1, "greater than or equal to 0"),
         ("train.seed", 2**32, "less than 4294967296"),
         ("train.batch_size", "256", "valid integer"),

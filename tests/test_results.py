@@ -158,6 +158,15 @@ def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
         TrialLog.read(str(tmp_path))
 
 
+def test_a_record_of_more_threads_than_a_system_has_is_refused(tmp_path: Path) -> None:
+    """A retraining would take them, and torch would end the process by a signal."""
+    log_of(tmp_path, record("t00001", [0.1]))
+    path = tmp_path / "trials" / "t00001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_threads": 100_000}))
+    with pytest.raises(ImbvlmError, match=r"t00001.json is not a trial's record"):
+        TrialLog.read(str(tmp_path))
+
+
 def test_a_folder_without_trials_has_none(tmp_path: Path) -> None:
     assert TrialLog.read(str(tmp_path / "new")).records == {}
 

@@ -314,6 +314,11 @@ def test_wrong_smoke_settings_show_before_they_are_needed() -> None:
     ]
 
 
+def test_a_worker_has_no_more_cpus_than_threads_can_be_started() -> None:
+    with pytest.raises(ConfigError, match="cpus_per_worker must be less than or equal to 1024, and is 100000"):
+        spec().with_settings({"cpus_per_worker": 100_000})
+
+
 @pytest.mark.parametrize("objective", ACCURACIES)
 def test_what_is_compared_is_the_running_maximum(objective: str) -> None:
     assert spec(objective=objective).best_objective == f"val/best_{objective.removeprefix('val/')}"

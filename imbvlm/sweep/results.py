@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imbvlm import storage
-from imbvlm.config import TrialConfig
+from imbvlm.config import MAX_THREADS, TrialConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.schema import Tree, flat
 from imbvlm.sweep.objectives import violations
@@ -44,7 +44,7 @@ class TrialRecord(BaseModel):
     started_at: float = 0.0
     ended_at: float | None = None
     driver: str = ""
-    num_threads: int | None = None
+    num_threads: int | None = Field(None, ge=1, le=MAX_THREADS)
     # How many trials trained together when it began.
     pack_size: int = 1
 

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_
 
 from imbvlm import storage
 from imbvlm.config import (
+    MAX_THREADS,
     Seed,
     TrainConfig,
     TrialConfig,
@@ -95,7 +96,7 @@ class SweepSpec(Section):
         "auto", description="auto: in process for one worker on stored features, else Ray Train"
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers of one trial")
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(1.0, gt=0, le=MAX_THREADS)
     gpus_per_worker: float = Field(0.0, ge=0)
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
     max_pack_size: int | None = Field(
