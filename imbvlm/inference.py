@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,6 @@ import numpy.typing as npt
 import PIL
 import torch
 from PIL import Image
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ from imbvlm.models.encoder import Encoder
 from imbvlm.models.methods import METHODS, ZeroShotClassifier, restore_model
 from imbvlm.models.tower_folder import save_tower
 from imbvlm.posthoc import Adjustment
-from imbvlm.training.checkpoint import MODEL_FILE, load_model_tensors
+from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
 from imbvlm.yaml_file import YamlTree
 
 CONFIG_FILE = "config.json"
@@ -41,7 +43,8 @@ FORMAT = 2
 BATCH_SIZE = 64
 # How an export of several trials names their folders.
 _NUMBERED = re.compile(r"\d+-")
-ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+_IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,30 @@ class PostHocStep:
     class_counts: tuple[int, ...]
     class_embeddings: Tensor | None = None
 
-    def write(self, folder: str) -> dict[str, Any]:
-        """Write what is too large for a description; the rest as plain data."""
+    def write(self, folder: str, digests: dict[str, str]) -> dict[str, Any]:
+        """Write what is too large for a description, and add its digest; the rest as plain data."""
         if self.class_embeddings is not None:
-            tensors = {"class_embeddings": self.class_embeddings.float().cpu().contiguous()}
-            storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), save_safetensors(tensors))
+            data = save_safetensors({"class_embeddings": self.class_embeddings.float().cpu().contiguous()})
+            storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), data)
+            digests[ZERO_SHOT_FILE] = hashlib.sha256(data).hexdigest()
         return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
 
     @staticmethod
-    def read(folder: str, data: Mapping[str, Any]) -> PostHocStep:
-        """Back from `write`; raises KeyError, TypeError or StorageError."""
+    def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> PostHocStep:
+        """Back from `write`; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
         values = dict(data)
-        counts = tuple(values.pop("class_counts"))
+        counts = tuple(operator.index(count) for count in values.pop("class_counts"))
+        if len(counts) != num_classes or min(counts) < 0:
+            raise ValueError(f"class_counts has {len(counts):,} numbers from 0 up, and there are {num_classes} classes")
+        adjustment = Adjustment(**{name: float(value) for name, value in values.items()})
+        if not (np.isfinite([adjustment.tau, adjustment.alpha]).all() and 0 < adjustment.temperature < np.inf):
+            raise ValueError(f"tau and alpha must be finite and temperature above 0, and it has {adjustment}")
         embeddings = None
-        if values["alpha"]:
-            embeddings = load_safetensors(storage.read_bytes(storage.join(folder, ZERO_SHOT_FILE)))["class_embeddings"]
-        return PostHocStep(Adjustment(**values), counts, embeddings)
+        if adjustment.alpha:
+            embeddings = read_tensors(folder, ZERO_SHOT_FILE, digests)["class_embeddings"]
+            if len(embeddings) != num_classes:
+                raise ValueError(f"{ZERO_SHOT_FILE} is of {len(embeddings):,} classes, and there are {num_classes:,}")
+        return PostHocStep(adjustment, counts, embeddings)
 
 
 class ImageClassifier(nn.Module):
@@ -136,21 +147,25 @@ class Model:
         self.network, self.preprocess, self.num_crops = network.eval(), preprocess, num_crops
         self.class_names, self._device = class_names, device
 
-    def predict(self, images: Iterable[ImageLike], top: int = 5) -> list[Prediction]:
-        """Classify images; one that can't be read gets an error in place of classes.
+    def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
+        """Classify one image or several; one that can't be read gets an error in place of classes.
 
-        An image is a path, a URI, an encoded file's bytes, a Pillow image, or an H x W x 3 array of uint8.
+        An image is a path, a URI, an encoded file's bytes, a Pillow image, or an H x W x 3 array of uint8. Raises
+        ImbvlmError for a `top` below 1, and for what is neither an image nor an iterable of them.
         """
         return list(self.predict_stream(images, top))
 
-    def predict_stream(self, images: Iterable[ImageLike], top: int = 5) -> Iterator[Prediction]:
+    def predict_stream(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> Iterator[Prediction]:
         """As `predict`, a batch at a time, in order."""
-        iterator = enumerate(images)
+        return self._stream(enumerate(_several(images)), _checked_top(top))
+
+    def _stream(self, iterator: Iterator[tuple[int, ImageLike]], top: int) -> Iterator[Prediction]:
         while batch := list(islice(iterator, max(1, BATCH_SIZE // self.num_crops))):
             yield from self._predict_batch(batch, top)
 
     def classify(self, crops: npt.NDArray[np.uint8], top: int = 5) -> list[tuple[list[int], list[float]]]:
         """Labels and probabilities of the most probable classes, best first, of crops, as `crops_of` makes them."""
+        top = _checked_top(top)
         if not len(crops):
             return []
         probabilities = self.probabilities(torch.from_numpy(crops)).cpu()
@@ -183,7 +198,7 @@ class Model:
                 return str(error)
             return None
 
-        names = [str(image) if isinstance(image, (str, Path)) else None for _, image in batch]
+        names = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else None for _, image in batch]
         reasons = each_row(load, names)
         sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
         good = [crop for crop in crops if crop is not None]
@@ -220,6 +235,23 @@ def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Prepr
     return preprocess, 1
 
 
+def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Images to iterate over: text, bytes and an array of one image are iterables themselves."""
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image)):
+        return [images]
+    if isinstance(images, np.ndarray) and images.ndim < 4:
+        return [images]
+    if isinstance(images, Iterable):
+        return images
+    raise ImbvlmError(f"predict takes an image or several: {_IMAGE_FORMS}; and got {type(images).__name__}")
+
+
+def _checked_top(top: int) -> int:
+    if isinstance(top, bool) or not hasattr(top, "__index__") or operator.index(top) < 1:
+        raise ImbvlmError(f"top, the number of classes an image, must be a whole number from 1 up, and is {top!r}")
+    return operator.index(top)
+
+
 def _picture(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8] | Image.Image:
     if isinstance(image, Image.Image):
         return picture_pixels(image)
@@ -227,7 +259,11 @@ def _picture(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8] 
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
         return image
-    return preprocess.decode(image if isinstance(image, bytes) else fetch(str(image), None))
+    if isinstance(image, bytes):
+        return preprocess.decode(image)
+    if isinstance(image, (str, os.PathLike)):
+        return preprocess.decode(fetch(os.fspath(image), None))
+    raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
 
 
 def write_model(
@@ -249,7 +285,9 @@ def write_model(
     with _local_copy(tower) as local:
         # Read back: what is described is what a user will load.
         written = _load_tower(local, config, encoder.device)
-    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(tensors))
+    weights = save_safetensors(tensors)
+    storage.write_bytes(storage.join(folder, MODEL_FILE), weights)
+    digests = {MODEL_FILE: hashlib.sha256(weights).hexdigest()}
     config = without_paths(config)
     description = {
         "format": FORMAT,
@@ -262,7 +300,8 @@ def write_model(
         "encoder": {**written.info.to_dict(), "name": config.encoder.name},
         "config": config.to_tree(),
         "scores": scores,
-        "post_hoc": None if post_hoc is None else post_hoc.write(folder),
+        "post_hoc": None if post_hoc is None else post_hoc.write(folder, digests),
+        "digests": digests,
     }
     storage.write_bytes(
         storage.join(folder, CONFIG_FILE), json.dumps(description, indent=1, ensure_ascii=False).encode()
@@ -281,7 +320,7 @@ def without_paths(config: TrialConfig) -> TrialConfig:
 
 def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
     tower = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
-    return Encoder.from_config(tower, config.eval, device)
+    return Encoder.from_config(tower, config.eval, device, with_text=False)
 
 
 @contextmanager
@@ -325,38 +364,58 @@ def model_folder(folder: str) -> str:
 def read_description(folder: str) -> dict[str, Any]:
     """What config.json in a model's folder says; raises ImbvlmError where it is of another format."""
     where = storage.join(folder, CONFIG_FILE)
-    try:
-        description: dict[str, Any] = json.loads(storage.read_bytes(where))
+    with _damage_named(where):
+        description: dict[str, Any] = storage.read_json(where)
         version = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
     if version != FORMAT:
         raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
     return description
 
 
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    """Within, what a damaged description makes Python raise becomes an ImbvlmError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ImbvlmError(f"{where} is not a model's description ({cause}); export the model again") from None
+
+
 def described_crops(folder: str) -> tuple[Preprocess, int]:
     """How the model in a folder looks at an image, without loading it; raises ImbvlmError."""
-    description = read_description(folder)
-    config = TrialConfig.from_tree(YamlTree(description["config"], storage.join(folder, CONFIG_FILE)))
-    return evaluation_crops(Preprocess.from_dict(description["preprocess"]), config)
+    where, description = storage.join(folder, CONFIG_FILE), read_description(folder)
+    with _damage_named(where):
+        tree, preprocess = description["config"], Preprocess.from_dict(description["preprocess"])
+    return evaluation_crops(preprocess, TrialConfig.from_tree(YamlTree(tree, where)))
+
+
+def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    names = description["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("class_names is no list of names")
+    return tuple(names)
 
 
 def _load(folder: str, name: str, device: torch.device) -> Model:
     where, description = storage.join(name, CONFIG_FILE), read_description(folder)
-    try:
-        class_names, preprocess = tuple(description["class_names"]), Preprocess.from_dict(description["preprocess"])
+    with _damage_named(where):
+        class_names, preprocess = _class_names(description), Preprocess.from_dict(description["preprocess"])
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
         looks, pillow = description["preprocess_fingerprint"], description["pillow"]
-        adjusted = description["post_hoc"]
-        post_hoc = None if adjusted is None else PostHocStep.read(folder, adjusted)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImbvlmError(f"{where} is not a model's description ({error!r}); export the model again") from None
+        adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
+        post_hoc = None if adjusted is None else PostHocStep.read(folder, adjusted, len(class_names), digests)
     config = TrialConfig.from_tree(YamlTree(tree, where))
     encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
             f"the tower in {name} is not the one that the classifier was trained on; export the model again"
+        )
+    bad = next((key for key, param in encoder.visual.named_parameters() if not torch.isfinite(param).all()), None)
+    if bad is not None:
+        raise ImbvlmError(
+            f"the tower in {name} has numbers that aren't finite in {bad}, so that probabilities would mean nothing; "
+            "export the model again"
         )
     if encoder.preprocess != preprocess:
         raise ImbvlmError(
@@ -368,6 +427,7 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
             f"images are resized otherwise here (Pillow {PIL.__version__}) than where {name} was exported (Pillow "
             f"{pillow}), so its probabilities would mean nothing; install pillow=={pillow}, or export the model here"
         )
-    classifier = restore_model(config, encoder.info, len(class_names), load_model_tensors(folder), encoder)
+    weights = read_tensors(folder, MODEL_FILE, digests)
+    classifier = restore_model(config, encoder.info, len(class_names), weights, encoder)
     network = ImageClassifier(encoder, classifier, config, post_hoc).to(device)
     return Model(network, *evaluation_crops(preprocess, config), class_names, device)

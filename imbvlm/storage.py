@@ -1,14 +1,16 @@
 """Files by path or URI, local disk and S3 alike; what is written appears whole or not at all."""
 
 import errno
+import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs as pafs
 
@@ -19,6 +21,9 @@ from imbvlm.errors import StorageError as StorageError
 # So long a store that has gone away is waited for when files are read, written or looked for.
 AWAY_SECONDS = 90.0
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 10.0
+
+# No description, record or list of this package comes near it.
+MAX_JSON_BYTES = 64_000_000
 
 _CHUNK_BYTES = 8_000_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -130,8 +135,12 @@ def exists(uri: str) -> bool:
         raise failure("look at", uri, error) from None
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole content of a file, as it was at one moment; raises StorageError with the cause."""
+def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
+    """The whole content of a file, as it was at one moment; raises StorageError with the cause.
+
+    A pipe or a device is denied, because it may never end, and so is a file of more than `max_bytes`.
+    """
+    _check_readable(uri, max_bytes)
 
     def read() -> bytes:
         if uri.startswith(s3.SCHEME):
@@ -147,6 +156,36 @@ def read_bytes(uri: str) -> bytes:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
         raise failure("read", uri, error) from None
+
+
+def read_json(uri: str) -> Any:
+    """Plain data of a JSON file; raises StorageError where it can't be read, ValueError where it is no JSON."""
+    data = read_bytes(uri, MAX_JSON_BYTES)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _check_readable(uri: str, max_bytes: int | None) -> None:
+    """Raises StorageError for what is no file or a larger one; says nothing of a file that isn't there."""
+    try:
+        if is_local(uri):
+            state = os.stat(local_path(uri))
+            if not stat.S_ISREG(state.st_mode):
+                what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe or a device"
+                raise StorageError(f"can't read {uri}: it is {what} and no file")
+            size = state.st_size
+        elif max_bytes is not None:
+            filesystem, path = open_filesystem(uri)
+            size = _patiently(uri, lambda: filesystem.get_file_info(path).size or 0, waits=False)
+        else:
+            return
+    except (OSError, ValueError):
+        # Reading says why, in its own words.
+        return
+    if max_bytes is not None and size > max_bytes:
+        raise StorageError(f"can't read {uri}: it has {size_text(size)}, and at most {size_text(max_bytes)} are read")
 
 
 def download(uri: str, path: Path) -> None:

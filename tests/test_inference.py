@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from exported_model import CLASS_NAMES, write_model_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import imbvlm
@@ -49,6 +52,34 @@ def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
     assert list(first.probabilities) == sorted(first.probabilities, reverse=True)
     for other in others:
         assert (other.class_names, other.probabilities) == (first.class_names, first.probabilities)
+
+
+def test_one_image_in_any_form_is_one_image(folder, tmp_path):
+    """Text, bytes and arrays are iterables: a path would be as many images as it has letters."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(picture()))
+    model = imbvlm.load(folder, "cpu")
+    (expected,) = model.predict([path])
+    for form in (path, str(path), path.read_bytes(), picture(), np.asarray(picture())):
+        for found in (model.predict(form), list(model.predict_stream(form))):
+            assert [one.probabilities for one in found] == [expected.probabilities]
+    assert len(model.predict(np.stack([np.asarray(picture())] * 3))) == 3
+    (grey,) = model.predict(np.zeros((4, 4), np.uint8))
+    assert "H x W x 3" in str(grey.error)
+
+
+def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder):
+    model = imbvlm.load(folder, "cpu")
+    with pytest.raises(ImbvlmError, match=r"predict takes an image or several: a path, .* and got NoneType"):
+        model.predict(None)
+    (found,) = model.predict([7])
+    assert str(found.error).endswith("and this is int")
+    for top in (0, -1, 1.5, "3", True):
+        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, and is"):
+            model.predict([], top=top)
+        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, and is"):
+            model.predict_stream([], top=top)
+    assert len(model.predict(picture(), top=np.int64(99))[0].labels) == len(CLASS_NAMES)
 
 
 def test_a_model_of_averaged_tokens_averages_them_again(tmp_path):
@@ -117,6 +148,61 @@ def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp
         imbvlm.load(edited(encoder={**description["encoder"], "weights_fingerprint": "0"}))
     with pytest.raises(ImbvlmError, match=r"has no config\.json, so it is no exported model"):
         imbvlm.load(tmp_path)
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A model's folder to damage."""
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def weights_with(folder, name, key, value):
+    tensors = load_file(folder / name)
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": math.nan}, "temperature above 0, and it has"),
+        ({"temperature": 0}, "temperature above 0, and it has"),
+        ({"tau": math.inf}, "must be finite"),
+        ({"class_counts": [90, 9]}, "class_counts has 2 numbers from 0 up, and there are 3 classes"),
+        ({"class_counts": [90, 9, -1]}, "class_counts has 3 numbers from 0 up"),
+        ({"class_counts": [90, 9, 1.5]}, "is not a model's description"),
+        ({"tau": "much"}, "is not a model's description"),
+    ],
+)
+def test_an_adjustment_without_meaning_is_refused(copied, change, words):
+    description = json.loads((copied / "config.json").read_text())
+    description["post_hoc"] |= change
+    (copied / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ImbvlmError, match=words):
+        imbvlm.load(copied, "cpu")
+
+
+def test_weights_that_are_not_what_was_exported_are_refused(copied):
+    """A flipped bit changes predictions a little, and nothing shows it."""
+    for name, key in (("model.safetensors", "classifier.weight"), ("zero_shot.safetensors", "class_embeddings")):
+        whole = (copied / name).read_bytes()
+        weights_with(copied, name, key, 0.25)
+        with pytest.raises(ImbvlmError, match=f"{name} is damaged: its content isn't what was exported"):
+            imbvlm.load(copied, "cpu")
+        (copied / name).write_bytes(whole)
+    imbvlm.load(copied, "cpu")
+
+
+def test_weights_that_are_no_numbers_are_refused_and_an_export_without_digests_is_not(copied):
+    description = json.loads((copied / "config.json").read_text())
+    # As version 0.1 wrote it.
+    del description["digests"]
+    (copied / "config.json").write_text(json.dumps(description))
+    imbvlm.load(copied, "cpu")
+    for value in (math.nan, math.inf):
+        weights_with(copied, "model.safetensors", "classifier.weight", value)
+        with pytest.raises(ImbvlmError, match=r"has numbers that aren't finite in classifier\.weight"):
+            imbvlm.load(copied, "cpu")
 
 
 def test_an_export_of_several_models_asks_which_one(tmp_path):

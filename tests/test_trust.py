@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from apart import apart_with_ray
+from exported_model import write_model_folder
 from listening import LOOPBACK
 from sweep_folder import write_sweep
 from towers import write_tower
@@ -212,6 +213,97 @@ def test_yaml_tags_run_nothing(read, mark, tmp_path):
         with pytest.raises(ImbvlmError):
             read(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:org/repo", "hf_hub:org/repo", "local-dir:/elsewhere", "https://host/x", "a/b", "", 7]
+)
+def test_a_tower_in_a_folder_names_no_place_for_timm_to_fetch_it_from(tmp_path, name):
+    path = tmp_path / "tower" / CONFIG_FILE
+    tower = write_tower(tmp_path / "tower", "timm_vit")
+    description = json.loads(path.read_text())
+    description["model_cfg"]["vision_cfg"]["timm_model_name"] = name
+    path.write_text(json.dumps(description))
+    with pytest.raises(ImbvlmError, match="has the plain name of an architecture of timm"):
+        find_tower(EncoderConfig(name=tower))
+
+
+def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names(tmp_path, monkeypatch):
+    """A text tower and a tokenizer of the hub aren't needed to classify images, so they aren't built."""
+    folder = write_model_folder(tmp_path)
+    path = folder / "tower" / CONFIG_FILE
+    description = json.loads(path.read_text())
+    hub = {"hf_model_name": "org/repo", "hf_tokenizer_name": "org/repo", "hf_proj_type": "mlp"}
+    description["model_cfg"]["text_cfg"] = hub
+    path.write_text(json.dumps(description))
+
+    def asked(*given, **named):
+        pytest.fail(f"a request was made: {given}")
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    monkeypatch.setattr("socket.socket.connect", asked)
+    # As if it were installed: it would ask the hub for the model.
+    monkeypatch.setattr("imbvlm.models.encoder.require_transformers", lambda *given: None)
+    monkeypatch.setattr("open_clip.hf_model.HFTextEncoder.__init__", asked)
+    (found,) = inference.load(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])
+    assert found.error is None
+
+
+def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path):
+    folder = write_model_folder(tmp_path)
+    for name in ("config.json", f"tower/{CONFIG_FILE}"):
+        whole = (folder / name).read_bytes()
+        for content in (b"[" * 200_000, b'{"format": 2, "config": ' + b"[" * 200_000):
+            (folder / name).write_bytes(content)
+            with pytest.raises(ImbvlmError, match="nested too deeply"):
+                inference.load(folder, "cpu")
+        os.truncate(folder / name, 65_000_000)
+        with pytest.raises(ImbvlmError, match=r"has 65\.0 MB, and at most 64\.0 MB are read"):
+            inference.load(folder, "cpu")
+        (folder / name).write_bytes(whole)
+    # Not as deep as Python can go, and deeper than a configuration is.
+    description = json.loads(whole_description := (folder / "config.json").read_text())
+    for key in ("config", "class_names", "post_hoc", "preprocess", "encoder", "digests"):
+        deep = json.dumps({**description, key: 0}).replace(f'"{key}": 0', f'"{key}": {"[" * 900}{"]" * 900}')
+        (folder / "config.json").write_text(deep)
+        with pytest.raises(ImbvlmError):
+            inference.load(folder, "cpu")
+    (folder / "config.json").write_text(whole_description)
+    inference.load(folder, "cpu")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "zero_shot.safetensors", f"tower/{CONFIG_FILE}",
+             "tower/open_clip_model.safetensors"],
+)  # fmt: skip
+def test_a_pipe_or_a_device_in_the_place_of_a_models_file_is_not_waited_for(tmp_path, name):
+    folder = write_model_folder(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ImbvlmError, match=f"{name}.* is (a pipe or a device|no file)"):
+        inference.load(folder, "cpu")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(ImbvlmError, match=f"{name}.* is (a pipe or a device|no file)"):
+        inference.load(folder, "cpu")
+
+
+def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_path):
+    folder = write_model_folder(tmp_path)
+    description = json.loads((folder / "config.json").read_text())
+    names = [f"class {number}" for number in range(100_000)]
+    post_hoc = {**description["post_hoc"], "alpha": 0, "class_counts": [1] * len(names)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for change in (
+        {"class_names": names, "post_hoc": None},
+        {"class_names": names, "post_hoc": post_hoc},
+        {"config": {**description["config"], "method": "decoder", "decoder": {"depth": 1, "width": 100_000}}},
+    ):
+        (folder / "config.json").write_text(json.dumps({**description, **change}))
+        with pytest.raises(ImbvlmError, match=r"the exported weights don't fit their configuration .* should be of"):
+            inference.load(folder, "cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from imbvlm.config import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
@@ -26,6 +29,7 @@ from imbvlm.models.encoder_info import ComputedIn, EncoderInfo
 from imbvlm.models.token_pooling import pooling_matrix
 from imbvlm.models.towers import (
     ENCODERS,
+    LOCAL_DIR,
     EncoderEntry,
     TowerSource,
     absolute_encoder,
@@ -42,6 +46,8 @@ __all__ = [
 ]  # fmt: skip
 
 TEXTS_AT_ONCE = 256
+# Stands in for the text tower of a model folder.
+_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 # What open_clip, timm and torch raise when weights and architecture don't go together.
 _BUILD_ERRORS = (
     RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError, EOFError,
@@ -93,15 +99,20 @@ class Encoder(TextSide):
         self.token_pool = None if token_pool is None else token_pool.to(self.device)
 
     @staticmethod
-    def from_config(config: EncoderConfig, evaluation: EvalConfig, device: str | torch.device = "cpu") -> Encoder:
+    def from_config(
+        config: EncoderConfig, evaluation: EvalConfig, device: str | torch.device = "cpu", *, with_text: bool = True
+    ) -> Encoder:
         """Load the tower that the configuration names.
+
+        Without `with_text` only the image side of a folder that `save_tower` wrote is built. Its description then names
+        nothing that a library would fetch: no text tower, no tokenizer.
 
         Raises ImbvlmError for unknown names (with the nearest), a QuickGELU that contradicts the weights, weights that
         can't be had or don't fit, an image size that the tower doesn't take, and outputs that aren't defined.
         """
         source = find_tower(config)
-        described, token_pool = _describe(config)
-        model = _load(source, config.image_size)
+        described, token_pool = _describe(config, with_text)
+        model = _load(source, config.image_size, with_text)
         info = replace(
             described,
             logit_scale=float(model.logit_scale.detach().exp()),
@@ -228,11 +239,11 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
     return _describe(config)[0]
 
 
-def _describe(config: EncoderConfig) -> tuple[EncoderInfo, Tensor | None]:
+def _describe(config: EncoderConfig, with_text: bool = True) -> tuple[EncoderInfo, Tensor | None]:
     """A tower's facts, and the matrix over its tokens where they are pooled."""
     source = find_tower(config)
     with torch.device("meta"):
-        model = _build(source, None, "meta")
+        model = _build(source, None, "meta", with_text)
         _resize(model.visual, config.image_size, source.name)
         rules = rules_of(model.visual, source.name)
         size = _square(model.visual.image_size, source.name)
@@ -296,33 +307,48 @@ def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:
 # -------------------------------------------------------------------------------------------------- loading
 
 
-def _load(source: TowerSource, image_size: int | None) -> Any:
-    model = _build(source, source.weights_file(), "cpu")
+def _load(source: TowerSource, image_size: int | None, with_text: bool) -> Any:
+    model = _build(source, source.weights_file(), "cpu", with_text)
     _resize(model.visual, image_size, source.name)
     return model.eval().requires_grad_(False)
 
 
-def _build(source: TowerSource, weights: str | None, device: str) -> Any:
+def _build(source: TowerSource, weights: str | None, device: str, with_text: bool) -> Any:
     """open_clip's model with its weights, or without any on the meta device."""
     text = source.model_config["text_cfg"]
-    if text.get("hf_model_name"):
+    if with_text and text.get("hf_model_name"):
         require_transformers(source.name, "the text tower")
+    loads = device != "meta"
     try:
         with _quiet_logging():
-            return open_clip.create_model(
+            model = open_clip.create_model(
                 source.model,
                 pretrained=weights,
-                load_weights=device != "meta",
-                require_pretrained=device != "meta",
+                load_weights=loads and with_text,
+                require_pretrained=loads and with_text,
                 force_quick_gelu=source.quick_gelu,
                 device=device,
+                **({} if with_text else {"text_cfg": dict(_NO_TEXT)}),
             )
+            if loads and not with_text:
+                _load_image_side(model, source.model.removeprefix(LOCAL_DIR))
+            return model
     except _BUILD_ERRORS as error:
         lines = str(error).strip().splitlines() or [""]
         cause = " ".join(line.strip() for line in lines[:3])
         if len(lines) > 3:
             cause += f" and {len(lines) - 3} more such lines"
         raise ImbvlmError(f"can't load the encoder {source.name} from {weights or source.model}: {cause}") from None
+
+
+def _load_image_side(model: Any, folder: str) -> None:
+    """Give a model the weights that `save_tower` wrote; those of the text side are left in the file."""
+    tensors, prefix = load_file(Path(folder) / HF_SAFE_WEIGHTS_NAME), "visual."
+    model.visual.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
+    with torch.no_grad():
+        model.logit_scale.copy_(tensors["logit_scale"])
 
 
 def _resize(visual: Any, image_size: int | None, name: str) -> None:

@@ -21,7 +21,7 @@ from imbvlm.models.decoupled import stage_module
 from imbvlm.models.encoder_info import EncoderInfo, OutputName
 from imbvlm.models.prompt_tuning import PromptClassifier, build_prompt_classifier
 from imbvlm.models.text_tower import TextTower, text_refusal
-from imbvlm.models.tower_classifier import load_own_tensors
+from imbvlm.models.tower_classifier import ON_FEATURES_PREFIX, load_own_tensors
 
 if TYPE_CHECKING:
     from imbvlm.models.encoder import Encoder
@@ -93,18 +93,10 @@ def restore_model(
 
     Where the trial reads images it takes over the tower of `encoder`.
     """
-    model: nn.Module
-    if config.method == "prompt_tuning":
-        # How much context there is, is in the weights alone.
-        context = next((one for name, one in tensors.items() if name.split(".")[-1] == "context"), torch.zeros(0))
-        embeddings = torch.zeros(num_classes, info.embedding_width)
-        model = PromptClassifier(torch.zeros_like(context), embeddings, info.logit_scale, None)
-    elif config.classifier is None:
-        model = ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
-    else:
-        decoder, width = _decoder(config, info, {})
-        classifier, stage = build_classifier(config.classifier, width, num_classes), config.second_stage
-        model = FeatureClassifier(decoder, classifier if stage is None else stage_module(stage.name, classifier))
+    # Without memory first: a description may ask for more than its weights hold.
+    with torch.device("meta"):
+        _check_fits(config, _on_features(config, info, num_classes, tensors), tensors, num_classes)
+    model = _on_features(config, info, num_classes, tensors)
     if config.reads_images:
         if encoder is None:
             raise ImbvlmError(f"a model of method {config.method} needs its tower")
@@ -114,6 +106,34 @@ def restore_model(
     except RuntimeError as error:
         raise ImbvlmError(f"the exported weights don't fit their configuration ({config.method}): {error}") from None
     return model.eval()
+
+
+def _on_features(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model on the tower's output, of the shape that its exported tensors should have."""
+    if config.method == "prompt_tuning":
+        # How much context there is, is in the weights alone.
+        context = next((one for name, one in tensors.items() if name.split(".")[-1] == "context"), torch.zeros(0))
+        embeddings = torch.zeros(num_classes, info.embedding_width)
+        return PromptClassifier(torch.zeros(context.shape), embeddings, info.logit_scale, None)
+    if config.classifier is None:
+        return ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
+    decoder, width = _decoder(config, info, {})
+    classifier, stage = build_classifier(config.classifier, width, num_classes), config.second_stage
+    return FeatureClassifier(decoder, classifier if stage is None else stage_module(stage.name, classifier))
+
+
+def _check_fits(config: TrialConfig, model: nn.Module, tensors: Mapping[str, Tensor], num_classes: int) -> None:
+    """Raise ImbvlmError where a model's tensors have other shapes than the exported ones."""
+    prefix = ON_FEATURES_PREFIX if config.reads_images else ""
+    for name, tensor in model.state_dict().items():
+        key = prefix + name
+        shape = tuple(tensors[key].shape) if key in tensors else None
+        if shape != tuple(tensor.shape):
+            raise ImbvlmError(
+                f"the exported weights don't fit their configuration ({config.method}, {num_classes:,} classes): "
+                f"{key} is {'missing' if shape is None else f'of shape {shape}'} and should be of shape "
+                f"{tuple(tensor.shape)}; export the model again"
+            )
 
 
 def needs_text(config: TrialConfig) -> bool:

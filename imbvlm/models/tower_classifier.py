@@ -13,7 +13,7 @@ from imbvlm.models.encoder_info import EncoderInfo, OutputName
 if TYPE_CHECKING:
     from imbvlm.models.encoder import Encoder
 
-TOWER_PREFIX = "tower."
+TOWER_PREFIX, ON_FEATURES_PREFIX = "tower.", "on_features."
 
 
 class TowerClassifier(nn.Module):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 
+from imbvlm import storage
 from imbvlm.assets import tower_path
 from imbvlm.config import EncoderConfig
 from imbvlm.errors import ImbvlmError, nearest
@@ -30,6 +31,8 @@ _PROBE_SECONDS = 10.0
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
 # Far above any tower that there is; what a file asks for beyond would fill memory before its weights are looked at.
 _MOST_LAYERS = 1000
+# timm takes other names for addresses of the hub, or for folders.
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,16 @@ class TowerSource:
         return max((path.stat().st_size for path in self._folder_files()), default=None)
 
     def _folder_files(self) -> list[Path]:
-        """Weights in a local folder; none where there is no folder."""
+        """Weights in a local folder; none where there is no folder. Raises ImbvlmError for a pipe or a device."""
         folder = Path(self.model.removeprefix(LOCAL_DIR))
         if not self.is_local or not folder.is_dir():
             return []
-        return [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
+        paths = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
+        for path in paths:
+            # open_clip would open it, and wait for ever.
+            if not path.is_file():
+                raise ImbvlmError(f"encoder.name is {self.name!r}, and {path} is no file with weights; remove it")
+        return paths
 
     @property
     def has_weights(self) -> bool:
@@ -164,17 +172,19 @@ def needs_quick_gelu_stated(model_config: Mapping[str, Any]) -> bool:
 
 def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
     path = Path(folder) / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        model_config, preprocess = data["model_cfg"], data.get("preprocess_cfg", {})
-        model_config["embed_dim"]
-        num_layers = max(_num_layers(model_config[side]) for side in ("vision_cfg", "text_cfg"))
-        runs_code = "trust_remote_code" in (model_config["text_cfg"].get("tokenizer_kwargs") or {})
-    except FileNotFoundError:
+    if not path.exists():
         raise ImbvlmError(
             f"encoder.name is {config.name!r}: {path} is not there; the folder needs {CONFIG_FILE} and its weights"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        )
+    try:
+        data = storage.read_json(str(path))
+        model_config, preprocess = data["model_cfg"], data.get("preprocess_cfg", {})
+        model_config["embed_dim"]
+        sides = ("vision_cfg", "text_cfg", *(["multimodal_cfg"] if "multimodal_cfg" in model_config else []))
+        num_layers = max(_num_layers(model_config[side]) for side in sides)
+        runs_code = "trust_remote_code" in (model_config["text_cfg"].get("tokenizer_kwargs") or {})
+        timm_name = model_config["vision_cfg"].get("timm_model_name")
+    except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ImbvlmError(
             f"encoder.name is {config.name!r}: {path} is not a model's description "
             f"({type(error).__name__}: {error}); it needs model_cfg with embed_dim, vision_cfg and text_cfg"
@@ -188,6 +198,11 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
         raise ImbvlmError(
             f"encoder.name is {config.name!r}, and {path} sets trust_remote_code: its tokenizer would run code that "
             "comes with it; take that out"
+        )
+    if timm_name is not None and not (isinstance(timm_name, str) and _TIMM_NAME.fullmatch(timm_name)):
+        raise ImbvlmError(
+            f"encoder.name is {config.name!r}, and {path} has timm_model_name {timm_name!r}; a tower in a folder has "
+            "the plain name of an architecture of timm, such as vit_base_patch16_224, and none of the hub or a path"
         )
     if config.weights is not None:
         raise ImbvlmError(

@@ -88,8 +88,25 @@ def save_model(folder: str, model: nn.Module) -> None:
 
 def load_model_tensors(folder: str) -> dict[str, Tensor]:
     """The tensors that `save_model` wrote, by name; raises CheckpointError where the file is damaged."""
-    where = storage.join(folder, MODEL_FILE)
-    return _parse(storage.read_bytes(where), where, "export the model again")
+    return read_tensors(folder, MODEL_FILE, {})
+
+
+def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file in an exported model's folder; raises CheckpointError.
+
+    The file must have its digest, where `digests` has one by its name, and every number in it must be finite.
+    """
+    where, fix = storage.join(folder, name), "copy the folder again, or export the model again"
+    data = storage.read_bytes(where)
+    if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
+        raise CheckpointError(f"{where} is damaged: its content isn't what was exported; {fix}")
+    tensors = _parse(data, where, "export the model again")
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{where} has numbers that aren't finite in {key}, so that probabilities would mean nothing; {fix}"
+            )
+    return tensors
 
 
 def _read_tensors(folder: str, name: str, digest: str) -> dict[str, Tensor]:
