@@ -1,20 +1,23 @@
 """What is taken away: which trials, in which folders, with a card that the Hugging Face hub reads."""
 
 import csv
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 from sweep_folder import sweep_spec, write_sweep
 from tiny_data import tiny_info
-from tiny_images import TinyImages
+from tiny_images import TinyImages, extraction_in_this_process
 
 import imbvlm
 from imbvlm.config import TrialConfig
@@ -28,6 +31,7 @@ from imbvlm.sweep.provenance import check_tower, provenance, write_provenance
 from imbvlm.sweep.report.sections import build
 from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.class_record import write_class_record
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +168,142 @@ def test_nothing_is_trained_again_on_other_data_or_another_tower(tmp_path, monke
     monkeypatch.setattr(_Export, "_train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(ImbvlmError, match=words):
         export_sweep(str(folder), str(tmp_path / "out"))
+
+
+# --------------------------------------------------------------------------------------- into a folder, again
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A sweep's folder with two trials and no refit, which an export trains within this process."""
+    home = tmp_path_factory.mktemp("searched")
+    with extraction_in_this_process():
+        yield searched_sweep(home, TinyImages(home))
+
+
+def searched_sweep(home, problem, manifest=None):
+    base = problem.config("linear_probe", train__num_epochs=1).to_tree()
+    base["data"]["manifest"] = manifest or problem.manifest
+    space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
+    spec = SweepSpec.from_tree({"name": "made", "base": base, "space": space, "refit_seeds": [0],
+                                "storage": str(home / "runs")})  # fmt: skip
+    folder = home / "runs" / "made-1"
+    log = TrialLog(str(folder))
+    for number, value in ((1, 0.8), (2, 0.7)):
+        draw = {"optim.lr": 0.1 * number}
+        metrics = {"epoch": 1.0, "val/balanced_accuracy": value, "val/best_balanced_accuracy": value}
+        log.save(TrialRecord(trial_id=f"t{number}", kind="search", state="finished", config=spec.trial(draw).to_tree(),
+                             draw=draw, epochs=[metrics], started_at=1.0, ended_at=2.0))  # fmt: skip
+    spec.to_yaml(folder / "sweep.yaml")
+    write_provenance(str(folder), provenance(Manifest.read(problem.manifest)))
+    return folder
+
+
+def exported_files(out):
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+
+
+MODEL_FILES = ["README.md", "config.json", "model.safetensors", "tower/open_clip_config.json",
+               "tower/open_clip_model.safetensors"]  # fmt: skip
+
+
+def test_an_export_takes_the_place_of_the_one_before_and_of_nothing_else(searched, tmp_path):
+    """What an earlier export left would be found by `predict`: a graph, or model/ beside several trials' folders."""
+    out, said = tmp_path / "out", []
+    export_sweep(str(searched), str(out), say=said.append)
+    one = sorted(["best.yaml", "export.json", *(f"model/{name}" for name in MODEL_FILES)])
+    assert exported_files(out) == one
+    listed = json.loads((out / "export.json").read_text())
+    assert sorted(listed["files"]) == sorted({*one} - {"export.json"})
+    assert listed["files"]["best.yaml"] == hashlib.sha256((out / "best.yaml").read_bytes()).hexdigest()
+    (out / "notes.txt").write_text("mine")
+    export_sweep(str(searched), str(out), top=2, say=said.append)
+    two = [f"{number}-t{number}/{name}" for number in (1, 2) for name in one if name != "export.json"]
+    assert exported_files(out) == sorted([*two, "trials.csv", "export.json", "notes.txt"])
+    assert [path.name for path in sorted(out.iterdir())] == ["1-t1", "2-t2", "export.json", "notes.txt", "trials.csv"]
+    export_sweep(str(searched), str(out), say=said.append)
+    assert exported_files(out) == sorted([*one, "notes.txt"])
+    assert imbvlm.load(out, "cpu").predict([np.zeros((9, 9, 3), np.uint8)])[0].error is None
+
+
+@pytest.mark.parametrize(
+    ("path", "top", "words"),
+    [
+        ("model/onnx/model.onnx", 1, "out has model/onnx/model.onnx; remove"),
+        ("model/config.json", 2, "out has model/config.json; remove"),
+        ("config.json", 1, "out has config.json; remove"),
+        ("7-t9/model/config.json", 1, "out has 7-t9/model/config.json; remove"),
+        ("best.yaml", 1, "out has best.yaml; remove"),
+        ("2-t2/mine.txt", 2, "out has 2-t2/mine.txt; remove"),
+    ],
+)
+def test_what_no_export_has_listed_is_named_before_anything_is_written(searched, tmp_path, path, top, words):
+    """An export of version 0.1 has no list: nobody knows whose files these are."""
+    file = tmp_path / "out" / path
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ImbvlmError, match=f"{words}.* or name another folder with -o"):
+        export_sweep(str(searched), str(tmp_path / "out"), top=top)
+    assert exported_files(tmp_path / "out") == [path]
+    assert file.read_text() == "mine"
+
+
+def test_a_listed_file_that_somebody_has_changed_stays_and_is_named(searched, tmp_path):
+    out = tmp_path / "out"
+    export_sweep(str(searched), str(out), say=lambda text: None)
+    card = out / "model" / "README.md"
+    card.write_text(card.read_text() + "mine")
+    with pytest.raises(ImbvlmError, match=r"out has model/README\.md \(changed since\); remove"):
+        export_sweep(str(searched), str(out), top=2)
+    assert card.read_text().endswith("mine")
+
+
+@pytest.mark.parametrize("step", ["write_model", "put"])
+def test_an_export_that_is_cut_off_leaves_the_one_before_or_can_be_repeated(searched, tmp_path, monkeypatch, step):
+    out = tmp_path / "out"
+    export_sweep(str(searched), str(out), say=lambda text: None)
+    before = {path: (out / path).read_bytes() for path in exported_files(out)}
+    with monkeypatch.context() as patch:
+        if step == "write_model":
+            patch.setattr("imbvlm.sweep.export.write_model", interrupt)
+        else:
+            patch.setattr("imbvlm.sweep.export_folder.storage.delete", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export_sweep(str(searched), str(out), top=2, say=lambda text: None)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    if step == "write_model":
+        assert {path: (out / path).read_bytes() for path in exported_files(out)} == before
+    export_sweep(str(searched), str(out), top=2, say=lambda text: None)
+    assert not (out / "model").exists()
+
+
+def interrupt(*given, **named):
+    raise KeyboardInterrupt
+
+
+def test_a_sweep_that_cannot_be_written_to_is_exported_all_the_same(searched, tmp_path):
+    """On a read-only disk; for root, whom no mode binds, with a file in the place of each folder."""
+    folder, said = tmp_path / "runs" / "made-1", []
+    shutil.copytree(searched, folder, ignore=lambda place, names: {"refits", "export.log"} & {*names})
+    shutil.copytree(searched.parent / "features", folder.parent / "features")
+    (folder / "refits").write_text("")
+    (folder / "export.log").mkdir()
+    before = exported_files(folder)
+    export_sweep(str(folder), str(tmp_path / "out"), say=said.append)
+    assert "t1 (80.0 % on validation) is trained again" in said[0]
+    assert f"its weights aren't kept for another export: can't write {folder}/refits/export-t1-seed0/" in said[1]
+    assert exported_files(folder) == before
+    assert imbvlm.load(tmp_path / "out", "cpu").class_names == tuple(f"class {label}" for label in range(5))
+
+
+def test_nothing_is_left_where_an_export_could_not_be_written(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr("imbvlm.sweep.export.write_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_sweep(str(searched), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImbvlmError, match=r"an export needs a folder, and .* is a file"):
+        export_sweep(str(searched), str(tmp_path / "file"))
 
 
 # ------------------------------------------------------------------------------------------- of a real sweep

