@@ -396,13 +396,14 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="a page (.html; default: report.html in the sweep's folder), or a folder: beside the page go "
         "figures as SVG and PNG, their numbers as CSV, tables as CSV and LaTeX",
     )
+    parser.add_argument("--manifest", help="where the sweep's manifest is, if it was moved; for images on the page")
     parser.set_defaults(command=_report)
 
 
 def _report(options: argparse.Namespace) -> int:
     from imbvlm.sweep.report.write import write_report
 
-    print(write_report(options.sweep, options.out))
+    print(write_report(options.sweep, options.out, options.manifest, _say_on_stderr))
     return 0
 
 
@@ -425,6 +426,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     which.add_argument("--top", type=positive, default=1, metavar="N", help="the N best by validation (default: 1)")
     which.add_argument("--pareto", action="store_true", help="the trials that none beats in every objective")
     parser.add_argument("--onnx", action="store_true", help="tower and classifier as one ONNX graph besides")
+    parser.add_argument("--manifest", help="where the sweep's manifest is, if it was moved")
     parser.add_argument("--licence", default="other", metavar="ID", help="for the model card, such as apache-2.0")
     parser.set_defaults(command=_export)
 
@@ -433,8 +435,9 @@ def _export(options: argparse.Namespace) -> int:
     from imbvlm.sweep.export import export_sweep
 
     exported = export_sweep(
-        options.sweep, options.out, top=options.top, pareto=options.pareto, onnx=options.onnx, licence=options.licence
-    )
+        options.sweep, options.out, top=options.top, pareto=options.pareto, onnx=options.onnx, licence=options.licence,
+        manifest=options.manifest,
+    )  # fmt: skip
     for one in exported:
         print(f"{one.record.trial_id} written to {one.folder}: best.yaml and model/, with its card in model/README.md")
         if one.onnx_difference is not None:

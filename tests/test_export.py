@@ -33,6 +33,7 @@ from imbvlm.sweep.report.source import Source
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.training.class_record import write_class_record
+from imbvlm.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
@@ -167,7 +168,7 @@ def test_nothing_is_trained_again_on_other_data_or_another_tower(tmp_path, monke
     monkeypatch.setattr(_Export, "_config", lambda self: config)
     monkeypatch.setattr(_Export, "_train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(ImbvlmError, match=words):
-        export_sweep(str(folder), str(tmp_path / "out"))
+        export_sweep(str(folder), str(tmp_path / "out"), manifest=problem.manifest)
 
 
 # --------------------------------------------------------------------------------------- into a folder, again
@@ -181,12 +182,12 @@ def searched(tmp_path_factory):
         yield searched_sweep(home, TinyImages(home))
 
 
-def searched_sweep(home, problem, manifest=None):
+def searched_sweep(home, problem, manifest=None, storage=None):
     base = problem.config("linear_probe", train__num_epochs=1).to_tree()
     base["data"]["manifest"] = manifest or problem.manifest
     space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
     spec = SweepSpec.from_tree({"name": "made", "base": base, "space": space, "refit_seeds": [0],
-                                "storage": str(home / "runs")})  # fmt: skip
+                                "storage": storage or str(home / "runs")})  # fmt: skip
     folder = home / "runs" / "made-1"
     log = TrialLog(str(folder))
     for number, value in ((1, 0.8), (2, 0.7)):
@@ -197,6 +198,37 @@ def searched_sweep(home, problem, manifest=None):
     spec.to_yaml(folder / "sweep.yaml")
     write_provenance(str(folder), provenance(Manifest.read(problem.manifest)))
     return folder
+
+
+@pytest.mark.parametrize("paths", ["relative", "absolute"])
+def test_a_sweep_is_exported_from_any_working_directory_and_after_its_project_was_moved(tmp_path, monkeypatch, paths):
+    """Version 0.1 wrote paths as they were typed; an absolute one is of where the project was."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    problem = TinyImages(home)
+    relative = ("images/manifest.parquet", "runs")
+    folder = searched_sweep(home, problem, *(relative if paths == "relative" else ()))
+    # A tower isn't moved along.
+    shutil.copytree(home, tmp_path / "moved")
+    if paths == "absolute":
+        Path(problem.manifest).unlink()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    moved = tmp_path / "moved" / "runs" / "made-1"
+    with extraction_in_this_process():
+        export_sweep(str(moved), "out", say=lambda text: None)
+    written = parse_yaml((elsewhere / "out" / "best.yaml").read_text(), "").data["data"]["manifest"]
+    assert written == str(tmp_path / "moved" / "images" / "manifest.parquet")
+    if paths == "relative":
+        # Where the export above has put its weights there is nothing to train.
+        shutil.copytree(moved / "refits", folder / "refits")
+        export_sweep(str(folder), "more", say=lambda text: None)
+        Path(problem.manifest).unlink()
+    else:
+        shutil.rmtree(folder.parent / "features", ignore_errors=True)
+    with pytest.raises(ImbvlmError, match=rf"is not at {problem.manifest}.*; put it back, or give its path with --man"):
+        export_sweep(str(folder), "third")
+    shutil.copytree(moved / "refits", folder / "refits", dirs_exist_ok=True)
+    export_sweep(str(folder), "third", manifest="../moved/images/manifest.parquet", say=lambda text: None)
 
 
 def exported_files(out):

@@ -21,6 +21,7 @@ from imbvlm.schema import flat
 from imbvlm.sweep.compute import PLAN_FILE
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.listing import SweepState, read_spec, show_text
+from imbvlm.sweep.manifest_path import with_absolute_paths, with_located_manifest
 from imbvlm.sweep.results import SPEC_FILE
 from imbvlm.sweep.smoke import smoke_settings
 from imbvlm.sweep.spec import SweepSpec
@@ -124,6 +125,8 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
         from imbvlm.sweep.run import fork, run
 
+        # From here on; a plan shows paths as they were typed.
+        spec = with_absolute_paths(spec)
         folder = _new_folder(spec)
         if options.fork:
             folder = fork(spec, _wanted_folder(spec, options.resume), folder, Console())
@@ -190,7 +193,7 @@ def _so_far(folder: str) -> str:
 def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0) -> int:
     """Go on with the sweep in a folder as its sweep.yaml says, its features beside it; prints errors as sentences."""
     try:
-        spec = read_spec(folder)
+        spec = with_located_manifest(read_spec(folder), folder)
         parent = storage.absolute(folder).rpartition("/")[0]
         parser = argparse.ArgumentParser()
         add_arguments(parser)
@@ -264,7 +267,7 @@ def _wanted_folder(spec: SweepSpec, wanted: str) -> str:
 def _resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) -> str:
     """The folder to go on in; raises ConfigError where it isn't a sweep or its spec is another."""
     folder = _wanted_folder(spec, wanted)
-    before = read_spec(folder)
+    before = with_located_manifest(read_spec(folder), folder)
     differences = [one for one in spec_differences(before, spec) if not (more_trials and one[0] == "num_trials")]
     if differences:
         raise ConfigError(
@@ -288,7 +291,7 @@ def _latest(spec: SweepSpec) -> str:
 def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, Any]]:
     """Dotted keys that differ between two specs, with both values; where things are kept doesn't count."""
 
-    old, new = (flat(parse_yaml(spec.to_yaml_text()).data) for spec in (before, now))
+    old, new = (flat(parse_yaml(with_absolute_paths(spec).to_yaml_text()).data) for spec in (before, now))
     ignored = (
         *("storage", "feature_folder", "feature_copies", "max_concurrent_trials", "max_failures", "max_trial_minutes"),
         *("smoke", "max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),

@@ -18,6 +18,8 @@ NUM_NAMED = 5
 def canonical_key(config: TrialConfig) -> str:
     """Equal for configurations that train the same thing."""
     tree = config.to_tree()
+    # A sweep has one, whose path may have been written otherwise before.
+    del tree["data"]["manifest"]
     if config.loss is not None:
         tree["loss"] = _folded(config, tree["loss"])
     for key, section in (("mixing", config.mixing), ("feature_augmentation", config.feature_augmentation)):

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from imbvlm import storage
 from imbvlm.config import PromptsConfig, TrialConfig
-from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.extract import ensure_features
 from imbvlm.inference import PostHocStep, load, without_paths, write_model
@@ -26,6 +26,7 @@ from imbvlm.posthoc import Adjustment
 from imbvlm.sweep.console import Console, percent
 from imbvlm.sweep.export_folder import ExportFolder
 from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.manifest_path import locate_manifest, with_located_manifest
 from imbvlm.sweep.model_card import CARD_FILE, UNSTATED, CardFacts, model_card
 from imbvlm.sweep.post_hoc import choose_post_hoc, read_adjustment
 from imbvlm.sweep.provenance import check_tower, data_changes
@@ -54,21 +55,21 @@ class Exported:
     onnx_difference: float | None = None
 
 
-def best_config(record: TrialRecord) -> TrialConfig:
-    """A trial's configuration such that `imbvlm train` alone repeats it: with the threads that its numbers hang on."""
+def best_config(record: TrialRecord, manifest: str) -> TrialConfig:
+    """A trial's configuration such that `imbvlm train` alone repeats it: with the threads that its numbers hang on.
+
+    `manifest` is where the sweep's manifest is by now.
+    """
     config = record.trial_config()
     if config.train is not None and config.train.num_threads is None and record.num_threads is not None:
         config = config.with_overrides({"train.num_threads": record.num_threads})
-    manifest = config.data.manifest
-    if storage.is_local(manifest) and not manifest.startswith("embedded:"):
-        config = config.with_overrides({"data.manifest": storage.absolute(manifest)})
-    return config
+    return config.with_overrides({"data.manifest": absolute_manifest(manifest)})
 
 
-def write_best(folder: str, record: TrialRecord) -> str:
+def write_best(folder: str, record: TrialRecord, manifest: str) -> str:
     """Write best.yaml into a folder and return its location."""
     uri = storage.join(folder, BEST_FILE)
-    storage.write_bytes(uri, dump_yaml(best_config(record).to_tree()).encode())
+    storage.write_bytes(uri, dump_yaml(best_config(record, manifest).to_tree()).encode())
     return uri
 
 
@@ -80,16 +81,18 @@ def export_sweep(
     pareto: bool = False,
     onnx: bool = False,
     licence: str = UNSTATED,
+    manifest: str | None = None,
     say: Say = print,
 ) -> list[Exported]:
     """Write best.yaml and model/ of the best trial, of the `top` best or of the Pareto set, each in a folder then.
 
     A trial that the sweep has not trained again on all training images is trained so here, from the stored features,
-    and the test split isn't read for it. Raises ImbvlmError where there is no result yet.
+    and the test split isn't read for it. `manifest` is where the sweep's manifest is by now. Raises ImbvlmError where
+    there is no result yet.
     """
     if onnx:
         require_onnx()
-    spec, log = read_spec(folder), TrialLog.read(folder)
+    spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
     ranked = log.best(spec.objective)
     if not ranked:
         raise ImbvlmError(f"no trial of {folder} has a result yet; go on with: imbvlm sweep resume {folder}")
@@ -153,8 +156,9 @@ class _Export:
 
     def write(self, out: str, onnx: bool, licence: str) -> float | None:
         """Write best.yaml and model/ into a folder; returns how far an ONNX graph's logits are off."""
-        write_best(out, self.record)
-        config = self._config()
+        location = locate_manifest(self.spec, self.folder)
+        write_best(out, self.record, location)
+        config = self._config().with_overrides({"data.manifest": location})
         manifest = Manifest.read(config.data.manifest)
         encoder = Encoder.from_config(config.encoder, config.eval)
         check_tower(self.folder, config.encoder, encoder.info, keep=False)

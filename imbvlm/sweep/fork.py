@@ -35,12 +35,12 @@ def choose_fork(source: str, spec: SweepSpec, space: SearchSpace, changes: list[
     """
     fork, before = Fork(), read_spec(source)
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)
-    own = {one.config.key(): f"b{number:05d}" for number, one in enumerate(baselines(spec, space), 1)}
+    own = {_key(one.config): f"b{number:05d}" for number, one in enumerate(baselines(spec, space), 1)}
     log = TrialLog.read(source)
     for record in [*log.of("baseline"), *log.of("search")]:
         reason, trial_id = "; ".join(changes), record.trial_id
         if not reason and record.kind == "baseline":
-            trial_id = own.get(record.trial_config().key(), "")
+            trial_id = own.get(_key(record.trial_config()), "")
             # Its patience asks for the objective.
             reason = "" if trial_id and before.objective == spec.objective else "another baseline now"
         elif not reason:
@@ -70,4 +70,9 @@ def _unlike(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> str:
     if not space.contains(record.draw, spec.base):
         return "the space no longer has it"
     config: TrialConfig = spec.trial(record.draw)
-    return "" if config.key() == record.trial_config().key() else "the base gives it another configuration"
+    return "" if _key(config) == _key(record.trial_config()) else "the base gives it another configuration"
+
+
+def _key(config: TrialConfig) -> str:
+    """Equal for equal configurations; whether the data is the same shows in its digests, not in its path."""
+    return config.with_overrides({"data.manifest": "any"}).key()

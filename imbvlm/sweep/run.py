@@ -345,7 +345,7 @@ class _Sweep:
         if self.spec.other_objectives:
             self._keep_pareto()
         self._say_scores()
-        write_best(self.folder, best)
+        write_best(self.folder, best, self.spec.base["data"]["manifest"])
         if not self.num_refits_left:
             storage.delete(storage.join(self.folder, UNFINISHED_FILE))
         report = self._report()
@@ -375,7 +375,9 @@ class _Sweep:
         self.console.say(pareto_table(records, self.spec))
         for record in records:
             uri = storage.join(self.folder, PARETO_FOLDER, f"{record.trial_id}.yaml")
-            storage.write_bytes(uri, dump_yaml(best_config(record).to_tree()).encode())
+            storage.write_bytes(
+                uri, dump_yaml(best_config(record, self.spec.base["data"]["manifest"]).to_tree()).encode()
+            )
         self.console.say(f"their configurations: {storage.join(self.folder, PARETO_FOLDER)}/TRIAL.yaml")
 
     def _say_scores(self) -> None:

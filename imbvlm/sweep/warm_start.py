@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from imbvlm.data.manifest import absolute_manifest
 from imbvlm.errors import ConfigError
 from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.manifest_path import with_located_manifest
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, is_active, value_in
 from imbvlm.sweep.spec import SweepSpec
@@ -43,11 +45,11 @@ def warm_starts(spec: SweepSpec, space: SearchSpace) -> list[WarmStart]:
 
 
 def _warm_start(spec: SweepSpec, space: SearchSpace, folder: str) -> WarmStart:
-    before = str(read_spec(folder).base["data"]["manifest"])
+    before = str(with_located_manifest(read_spec(folder), folder).base["data"]["manifest"])
     ended = [one for one in TrialLog.read(folder).of("search") if one.best_value(spec.best_objective) is not None]
     found = [WarmTrial(draw, one) for one in ended if (draw := _draw_of(one, spec, space)) is not None]
-    manifest = str(spec.base["data"]["manifest"])
-    return WarmStart(folder, tuple(found), len(ended), None if before == manifest else before)
+    is_same = absolute_manifest(before) == absolute_manifest(str(spec.base["data"]["manifest"]))
+    return WarmStart(folder, tuple(found), len(ended), None if is_same else before)
 
 
 def _draw_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Draw | None:

@@ -15,7 +15,7 @@ from imbvlm.sweep.report import class_figures, result_tables, search_figures, st
 from imbvlm.sweep.report.analysis import fairness, importances, rungs
 from imbvlm.sweep.report.figure import Figure, Table
 from imbvlm.sweep.report.source import Source
-from imbvlm.sweep.report.thumbnails import manifest_or_none, thumbnails
+from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
 from imbvlm.sweep.summary import describe, verdict
 
 
@@ -84,7 +84,7 @@ class Fact:
 class Report:
     """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page.
 
-    `facts_note` says what the headline's numbers are of.
+    `facts_note` says what the headline's numbers are of. `notes` are sentences on what the page lacks.
     """
 
     title: str
@@ -96,11 +96,13 @@ class Report:
     facts_note: str
     sections: list[Section]
     extra_tables: list[Table]
+    notes: list[str]
 
 
 def build(source: Source) -> Report:
     """The report of what a sweep's folder holds by now."""
-    sections = [_result(source), _classes(source), _search(source), _mattered(source), _compute(source), _data(source)]
+    classes, notes = _classes(source)
+    sections = [_result(source), classes, _search(source), _mattered(source), _compute(source), _data(source)]
     statement, beside, is_win = _statement(source)
     extra = [table for table in (result_tables.per_class(source), result_tables.all_trials(source)) if table]
     return Report(
@@ -113,6 +115,7 @@ def build(source: Source) -> Report:
         facts_note=_facts_note(source),
         sections=[section for section in sections if section.blocks],
         extra_tables=extra,
+        notes=notes,
     )
 
 
@@ -227,7 +230,8 @@ def _result(source: Source) -> Section:
     return section
 
 
-def _classes(source: Source) -> Section:
+def _classes(source: Source) -> tuple[Section, list[str]]:
+    """The section, and why it lacks images of confused pairs."""
     section = Section("classes", "Classes")
     groups, changes = result_tables.class_groups(source), result_tables.class_changes(source)
     section.blocks += [groups] if groups else []
@@ -236,29 +240,32 @@ def _classes(source: Source) -> Section:
     if shown is not None and (shown.split == POST_HOC or shown.num_seeds > 1):
         title = title_in(source.scored[0].name, shown.split)
         section.blocks.insert(0, f"Classes of the model {title!r}, over its {shown.num_seeds} seeds together.")
-    pairs = _pairs(source)
+    pairs, reason = _pairs(source)
+    notes = [f"Not all images of confused pairs are shown: {reason}"] if reason else []
     if pairs:
-        section.blocks.append(Pairs("Confused most", pairs))
+        section.blocks += [Pairs("Confused most", pairs), *notes]
     confused = result_tables.confused_pairs(source)
     section.blocks += [Folded(confused)] if confused else []
     figures = [one for one in (class_figures.sorted_classes(source), class_figures.calibration(source)) if one]
     section.blocks += [Grid(figures)] if figures else []
-    return section
+    return section, notes
 
 
-def _pairs(source: Source) -> list[Pair]:
+def _pairs(source: Source) -> tuple[list[Pair], str]:
+    """Cards of the pairs that are confused most, and why some of their images can't be shown; empty where all are."""
     record = source.classes
     if record is None or not record.confusions:
-        return []
-    manifest = manifest_or_none(str(source.spec.base["data"]["manifest"]))
-    found = []
+        return [], ""
+    manifest = read_manifest(source.spec, source.folder)
+    found, reasons = [], [manifest] if isinstance(manifest, str) else []
     for label, predicted, count, rows in result_tables.worst_pairs(record):
         share = percent(count / record.total[label])
         trained = record.stats.split_counts[label]
         detail = f"{share} % of its test images ({trained:,} training image{'s' if trained != 1 else ''})"
-        pictures = () if manifest is None else tuple(thumbnails(manifest, "test", rows))
-        found.append(Pair((record.class_names[label], record.class_names[predicted]), detail, pictures))
-    return found
+        pictures, lost = ([], []) if isinstance(manifest, str) else thumbnails(manifest, "test", rows)
+        reasons += lost
+        found.append(Pair((record.class_names[label], record.class_names[predicted]), detail, tuple(pictures)))
+    return found, "; ".join([*reasons[:1], *([f"and {len(reasons) - 1:,} more"] if len(reasons) > 1 else [])])
 
 
 def _search(source: Source) -> Section:

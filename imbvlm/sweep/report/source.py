@@ -17,6 +17,7 @@ from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import Compute
 from imbvlm.sweep.difference import POST_HOC, TEST, splits_of, title_in, values_in
 from imbvlm.sweep.listing import read_spec
+from imbvlm.sweep.manifest_path import with_located_manifest
 from imbvlm.sweep.quarantine import read_quarantine
 from imbvlm.sweep.refits import WINNER
 from imbvlm.sweep.results import TrialLog, TrialRecord
@@ -102,9 +103,12 @@ class Source:
     read_at: str | None
 
     @staticmethod
-    def read(folder: str) -> Source:
-        """Read records, refits and lists; raises ImbvlmError where there is no sweep or no trial in it yet."""
-        spec, log = read_spec(folder), TrialLog.read(folder)
+    def read(folder: str, manifest: str | None = None) -> Source:
+        """Read records, refits and lists; raises ImbvlmError where there is no sweep or no trial in it yet.
+
+        `manifest` is where the sweep's manifest is by now.
+        """
+        spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
         if not log.records:
             raise ImbvlmError(f"{folder} has no trial yet, so there is nothing to report")
         by_name: dict[str, list[TrialRecord]] = {}

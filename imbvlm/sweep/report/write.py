@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from imbvlm import storage
 from imbvlm.sweep.report.figure import Figure, Table
@@ -15,14 +16,19 @@ REPORT_FILE = "report.html"
 MAX_LATEX_ROWS = 100
 
 
-def write_report(folder: str, out: str | None = None) -> str:
+def write_report(
+    folder: str, out: str | None = None, manifest: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> str:
     """Write the report of a sweep's folder and return the page's location; raises ImbvlmError.
 
     `out` is a page (.html), by default report.html in the sweep's folder, or a folder, which gets every figure as SVG,
-    PNG and the CSV of its numbers, and every table as CSV and LaTeX besides.
+    PNG and the CSV of its numbers, and every table as CSV and LaTeX besides. `manifest` is where the sweep's manifest
+    is by now, and `say` is told what the page lacks.
     """
-    source = Source.read(folder)
+    source = Source.read(folder, manifest)
     report = build(source)
+    for note in report.notes:
+        say(note)
     text = page(report, source.spec.to_yaml_text(), commands(source))
     if out is None or out.endswith((".html", ".htm")):
         uri = out or storage.join(folder, REPORT_FILE)
