@@ -84,11 +84,11 @@ def future_format(folder):
 @pytest.mark.parametrize(
     "damage", [damage_tensors, truncate_tensors, remove_tensors, truncate_index, empty_index, future_format]
 )
-def test_damage_is_an_error_that_names_the_folder_and_the_mend(tmp_path, state, damage):
+def test_damage_is_an_error_that_names_the_folder(tmp_path, state, damage):
     checkpoint.save_checkpoint(str(tmp_path), state)
     damage(tmp_path)
     assert checkpoint.has_checkpoint(str(tmp_path))
-    with pytest.raises(CheckpointError, match=f"remove {tmp_path}"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         checkpoint.load_checkpoint(str(tmp_path))
 
 

@@ -14,6 +14,7 @@ from tiny_images import TinyImages
 
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.training.checkpoint import save_checkpoint
 from imbvlm.training.epochs import build_trial
 from imbvlm.training.session import TrialSession, TrialSettings
 from imbvlm.training.world import DistributedWorld
@@ -80,8 +81,21 @@ def start_at_unlike_epochs(rank, world_size, folder, features):
     try:
         next(run.epochs())
     except ImbvlmError as error:
-        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)))
+        outcome = {"error": str(error), "reports": reports_behind_a_checkpoint(rank, world, folder, data, features)}
+        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
+
+
+def reports_behind_a_checkpoint(rank, world, folder, data, features):
+    """Worker 0's is sound, worker 1's is damaged."""
+    config, checkpoint = tiny_config("linear_probe", train__num_epochs=2), f"{folder}/checkpoint-{rank}"
+    run = build_trial(config, data)
+    next(run.epochs())
+    save_checkpoint(checkpoint, run.state_dict())
+    if rank == 1:
+        Path(checkpoint, "state.json").write_text("{")
+    settings = TrialSettings(config.to_tree(), features, "val/balanced_accuracy", checkpoint)
+    return list(TrialSession(torch.device("cpu"), world).reports(settings))
 
 
 def in_processes(target, world_size, folder, features):
@@ -120,9 +134,15 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
         assert workers[0][case]["weights"] == workers[1][case]["weights"]
 
 
-def test_workers_restored_at_unlike_epochs_stop_instead_of_waiting(tmp_path):
-    errors = in_processes(start_at_unlike_epochs, 2, tmp_path, tiny_features(tmp_path / "features"))
-    assert all("different epochs (0 to 1)" in error and "shared storage" in error for error in errors)
+def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_all_start_again(tmp_path):
+    """In both cases one would wait for the others for ever."""
+    workers = in_processes(start_at_unlike_epochs, 2, tmp_path, tiny_features(tmp_path / "features"))
+    assert all(
+        "different epochs (0 to 1)" in worker["error"] and "shared storage" in worker["error"] for worker in workers
+    )
+    assert [[report["epoch"] for report in worker["reports"]] for worker in workers] == [[1, 2]] * 2
+    assert "another worker" in workers[0]["reports"][0]["restart"]
+    assert "is damaged" in workers[1]["reports"][0]["restart"]
 
 
 # ------------------------------------------------------------------------------------------------ under Ray Train

@@ -47,13 +47,53 @@ def test_patience_ends_a_trial_early_and_survives_a_restart(settings):
         shutil.rmtree(settings.checkpoint_folder)
 
 
-def test_a_damaged_checkpoint_is_a_failure_that_says_so(settings, tmp_path):
-    next(reports_of(settings))
-    (tmp_path / "checkpoint" / "state.json").write_text("{")
-    (report,) = reports_of(settings)
-    assert report["done"]
-    assert "is damaged" in report["failure"]
-    assert f"remove {tmp_path / 'checkpoint'}" in report["failure"]
+def cut_index(folder):
+    (folder / "state.json").write_text("{")
+
+
+def change_a_byte(folder):
+    (path,) = folder.glob("state-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def another_trials(folder):
+    index = json.loads((folder / "state.json").read_text())
+    index["scalars"]["trial"] = "another"
+    (folder / "state.json").write_text(json.dumps(index))
+
+
+def without_its_epoch(folder):
+    index = json.loads((folder / "state.json").read_text())
+    index["scalars"]["epoch"] = None
+    (folder / "state.json").write_text(json.dumps(index))
+
+
+def a_later_versions(folder):
+    index = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(index | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_index, change_a_byte, another_trials, without_its_epoch, a_later_versions],
+    ids=lambda one: one.__name__,
+)
+def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(settings, tmp_path, damage):
+    """Else a bit on a disk loses the trial for good: what has failed isn't run again."""
+    undamaged = list(reports_of(dataclasses.replace(settings, checkpoint_folder=None)))
+    before = reports_of(settings)
+    for _ in range(2):
+        next(before)
+    before.close()
+    damage(tmp_path / "checkpoint")
+    again = list(reports_of(settings))
+    values = [[report["val/balanced_accuracy"] for report in reports] for reports in (again, undamaged)]
+    assert values[0] == values[1]
+    assert again[-1]["done_training"]
+    assert "checkpoint" in again[0]["restart"]
+    assert not any("restart" in report for report in again[1:])
+    # The second run has replaced it.
+    assert "restart" not in next(reports_of(settings))
 
 
 def test_a_diverging_trial_ends_with_a_failure(settings):

@@ -61,10 +61,12 @@ class Tune:
     ) -> None:
         self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
         budget = Budget(spec, str(folder), 0.0)
-        lane = Lane(spec, str(folder), self.log, Console(io.StringIO()), 1, budget, 10)
+        self.printed = io.StringIO()
+        lane = Lane(spec, str(folder), self.log, Console(self.printed), 1, budget, 10)
 
         def settings(job: Job) -> TrialSettings:
-            return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective)
+            checkpoints = str(folder / "checkpoints" / job.trial_id)
+            return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, checkpoints)
 
         self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
         self.searcher = PackSearcher(self.study, self.packs, lambda config: size)
@@ -142,6 +144,21 @@ def test_records_stops_and_values_are_those_of_each_trial_by_itself(
     assert told(packed) == told(alone)
     states = [record.state for record in packed.log.of("search")]
     assert set(states) == {"finished", "stopped"}
+
+
+def test_one_whose_checkpoint_is_damaged_starts_again_and_the_console_and_its_record_say_so(
+    tmp_path: Path, features: FeatureSet
+) -> None:
+    damaged = tmp_path / "checkpoints" / "t00003" / "state.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    tune = Tune(tmp_path, features, make_spec(6), 3)
+    tune.run()
+    records = TrialLog.read(str(tmp_path)).of("search")
+    assert {record.state for record in records} <= {"finished", "stopped"}
+    assert [record.trial_id for record in records if record.restart_reason] == ["t00003"]
+    assert tune.printed.getvalue().count("t00003 starts again from its first epoch: the checkpoint's index ") == 1
+    assert not damaged.exists()
 
 
 def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: Path, features: FeatureSet) -> None:

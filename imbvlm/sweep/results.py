@@ -47,6 +47,8 @@ class TrialRecord(BaseModel):
     num_threads: int | None = Field(None, ge=1, le=MAX_THREADS)
     # How many trials trained together when it began.
     pack_size: int = 1
+    # Why it started again from its first epoch: its checkpoint was damaged.
+    restart_reason: str = ""
 
     def trial_config(self) -> TrialConfig:
         """The configuration, checked."""

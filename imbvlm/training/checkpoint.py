@@ -26,7 +26,10 @@ TENSORS_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 
 
 class CheckpointError(ImbvlmError):
-    """A checkpoint that is damaged, incomplete or of another trial; the sentence says which and where."""
+    """A checkpoint that is damaged, incomplete or of another trial; the sentence says which and where.
+
+    A trial that meets one starts again from its first epoch, so the sentence names no fix.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialSta
         version, name = index["format"], str(index["tensors_file"])
         digest, scalars = str(index["tensors_sha256"]), dict(index["scalars"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint's index {where} is damaged ({error!r}); {_mend(folder)}") from None
+        raise CheckpointError(f"the checkpoint's index {where} is damaged ({error!r})") from None
     if not TENSORS_NAME.fullmatch(name):
         raise CheckpointError(f"the checkpoint's index {where} names {name!r}, which is not one of its files")
     if version != FORMAT:
-        raise CheckpointError(f"{where} has format {version}, and this version reads {FORMAT}; {_mend(folder)}")
+        raise CheckpointError(f"{where} has format {version}, and this version reads {FORMAT}")
     tensors = _read_tensors(folder, name, digest)
     return TrialState({key: tensor.to(device) for key, tensor in tensors.items()}, scalars)
 
@@ -100,7 +103,7 @@ def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str
     data = storage.read_bytes(where)
     if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
         raise CheckpointError(f"{where} is damaged: its content isn't what was exported; {fix}")
-    tensors = _parse(data, where, "export the model again")
+    tensors = _parse(data, where, "; export the model again")
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -112,18 +115,18 @@ def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str
 def _read_tensors(folder: str, name: str, digest: str) -> dict[str, Tensor]:
     where = storage.join(folder, name)
     if not storage.exists(where):
-        raise CheckpointError(f"the checkpoint in {folder} is incomplete: {name} is not there; {_mend(folder)}")
+        raise CheckpointError(f"the checkpoint in {folder} is incomplete: {name} is not there")
     data = storage.read_bytes(where)
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"{where} is damaged: its content isn't what was written; {_mend(folder)}")
-    return _parse(data, where, _mend(folder))
+        raise CheckpointError(f"{where} is damaged: its content isn't what was written")
+    return _parse(data, where)
 
 
-def _parse(data: bytes, where: str, mend: str) -> dict[str, Tensor]:
+def _parse(data: bytes, where: str, fix: str = "") -> dict[str, Tensor]:
     try:
         return dict(load_safetensors(data))
     except SafetensorError as error:
-        raise CheckpointError(f"{where} is damaged ({error}); {mend}") from None
+        raise CheckpointError(f"{where} is damaged ({error}){fix}") from None
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,10 +140,6 @@ def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(value.data_ptr())
         result[name] = value
     return result
-
-
-def _mend(folder: str) -> str:
-    return f"remove {folder} to start this trial again from its first epoch"
 
 
 def as_tensor_names(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

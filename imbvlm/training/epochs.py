@@ -353,7 +353,7 @@ class TrialRun:
     def load_state_dict(self, state: TrialState) -> None:
         """Go on from a state; raises CheckpointError where it is another trial's or lacks something."""
         if state.scalars.get("trial") != self._identity():
-            raise CheckpointError("the checkpoint is of a trial with another configuration; choose another folder")
+            raise CheckpointError("the checkpoint is of a trial with another configuration")
         try:
             self.epoch, self.step = int(state.scalars["epoch"]), int(state.scalars["step"])
             if self.epoch > self._first.end_epoch:
@@ -363,7 +363,7 @@ class TrialRun:
                 self._course.go_on_from(state.scalars["losses"])
             self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
             self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint lacks what this trial needs: {error}") from None
 
     def _load_tensors(self, state: TrialState) -> None:

@@ -22,7 +22,13 @@ from imbvlm.models.encoder_info import OutputName
 from imbvlm.models.methods import stored_outputs
 from imbvlm.posthoc import Adjustment
 from imbvlm.storage import StorageError
-from imbvlm.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, save_model
+from imbvlm.training.checkpoint import (
+    CheckpointError,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from imbvlm.training.class_record import class_record, write_class_record
 from imbvlm.training.epochs import TrialRun, build_trial
 from imbvlm.training.evaluation import LogitAdjuster
@@ -93,7 +99,8 @@ class TrialSession:
     def reports(self, settings: TrialSettings, pack: Pack | None = None) -> Generator[Report, None, None]:
         """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
 
-        A trial that trains with a pack has an empty report before its first epoch: it has joined.
+        A trial that trains with a pack has an empty report before its first epoch: it has joined. One whose checkpoint
+        is damaged starts again from its first epoch, and its first report has the reason as `restart`.
 
         The last has `done_training`, or `failure` where it broke. What would come again is a report,
         so that nobody retries it; storage that is away for a while raises, what machines lack, and PackError, since
@@ -122,22 +129,39 @@ class TrialSession:
         memory = PeakMemory(self._device)
         opened = self._open(config, settings)
         data, feature_set = opened.data, opened.features
-        run = build_trial(config, data, self._device, self._world, self._stream)
-        folder = settings.checkpoint_folder
-        if folder is not None and has_checkpoint(folder):
-            run.load_state_dict(load_checkpoint(folder, self._device))
+        run, damage = self._restored(config, data, settings.checkpoint_folder)
+        restart: Report = {} if damage is None else {"restart": damage}
         keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
         try:
             if pack is not None:
                 run.join(pack)
                 yield {}
             for report in self._reports_of(run, feature_set, settings, keeper):
-                yield {**report, **self._peak(memory)} if report.get("done_training") else report
+                yield {**report, **restart, **self._peak(memory)} if report.get("done_training") else report | restart
+                restart = {}
         finally:
             # A trial that the scheduler stops ends here, too.
             run.leave_pack()
             if keeper is not None and self._world.rank == 0:
                 keeper.flush()
+
+    def _restored(self, config: TrialConfig, data: TrialData, folder: str | None) -> tuple[TrialRun, str | None]:
+        """A run as its checkpoint left it; a new one, with the reason, where some worker finds that one damaged."""
+
+        def new_run() -> TrialRun:
+            return build_trial(config, data, self._device, self._world, self._stream)
+
+        run, damage = new_run(), None
+        if folder is not None and has_checkpoint(folder):
+            try:
+                run.load_state_dict(load_checkpoint(folder, self._device))
+            except CheckpointError as error:
+                damage = str(error)
+        if not int(self._world.max(torch.tensor(int(damage is not None)))):
+            return run, None
+        # A part of the state may be in the run already, and a GPU may have no room for two.
+        del run
+        return new_run(), damage or f"another worker of the trial found the checkpoint in {folder} damaged"
 
     def _reports_of(
         self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: LogitKeeper | None

@@ -81,6 +81,9 @@ class ProgressCallback(tune.Callback):
             if isinstance(value, NUMBER) and not isinstance(value, bool) and (key in ("epoch", "step") or "/" in key)
         }
         record = self._log.records[_id(trial)]
+        if result.get("restart"):
+            record.restart_reason = str(result["restart"])
+            self._console.say(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
         self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
         # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
         if record.seconds() > SAVE_AFTER_SECONDS:
