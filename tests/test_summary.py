@@ -91,6 +91,40 @@ def test_a_trial_in_a_few_words() -> None:
     assert describe(one) == "zero shot, instance balanced"
 
 
+def failed(*reasons: str) -> list[TrialRecord]:
+    config = TrialConfig.from_tree({**BASE, "method": "zero_shot"}).to_tree()
+    return [
+        TrialRecord(trial_id=f"t{number}", kind="search", state="failed", stop_reason=reason, config=config)
+        for number, reason in enumerate(reasons)
+    ]
+
+
+def test_causes_that_differ_in_numbers_ids_or_paths_alone_are_one() -> None:
+    """Six trials that diverge at six steps would be five lines of one, and the sixth dropped."""
+    diverged = [f"the loss wasn't finite at step {step:,} (lr {step / 7:.3g})" for step in (12, 1700, 3, 40, 5, 6, 12)]
+    lost = [
+        f"ActorDiedError: {actor} on 10.0.0.{actor[0]} can't read s3://b/{actor}.bin"
+        for actor in ("4fa9e1c0", "77bc01de")
+    ]
+    lines = summary.causes(failed(*lost, *diverged, "its worker was lost")).splitlines()
+    assert lines == [
+        "10 trials failed:",
+        "  7 x the loss wasn't finite at step 12 (lr 1.71) (with other numbers or names in the others)",
+        f"  2 x {lost[0]} (with other numbers or names in the others)",
+        "  1 x its worker was lost",
+    ]
+
+
+def test_causes_beyond_the_commonest_are_counted_and_unlike_words_stay_apart() -> None:
+    letters = "abcdefgh"
+    lines = summary.causes(
+        failed(*(f"the {letter} failed" for letter in letters), "the a failed"), "refit"
+    ).splitlines()
+    assert lines[:2] == ["9 refits failed:", "  2 x the a failed"]
+    assert lines[-1] == "  3 x 3 other causes; each record in trials/ has its own"
+    assert summary.causes(failed("the a failed")) == "1 trial failed:\n  1 x the a failed"
+
+
 def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
     scored = []
     for seed, value in enumerate((0.70, 0.72, 0.74)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from imbvlm.class_stats import SHOT_GROUPS
 from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.data.table import count_of
 from imbvlm.sweep.console import duration, percent, table
 from imbvlm.sweep.difference import Difference
 from imbvlm.sweep.objectives import SECONDS, metric_value, outcome, pareto_indices
@@ -18,6 +20,9 @@ from imbvlm.sweep.spec import SweepSpec
 METRICS = ("top1_accuracy", "balanced_accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
 HEADINGS = ("overall", "balanced", "many", "medium", "few")
 NUM_BEST = 8
+MAX_CAUSES = 5
+# Paths, ids in hexadecimal digits, and numbers.
+_VARIES = re.compile(r"(?<![\w.])(?:\w+:/)?/[^\s:;,()'\"]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b|\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 
 def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> str:
@@ -49,10 +54,25 @@ def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> 
 
 
 def causes(failed: list[TrialRecord], what: str = "trial") -> str:
-    """Why trials failed, the commonest cause first."""
-    grouped = Counter(record.stop_reason for record in failed)
-    lines = [f"{len(failed)} {what}{'s' if len(failed) > 1 else ''} failed:"]
-    return "\n".join(lines + [f"  {count} x {reason}" for reason, count in grouped.most_common(5)])
+    """Why trials failed, the commonest cause first; those that differ in numbers, ids or paths alone are one cause."""
+    grouped: dict[str, Counter[str]] = {}
+    for record in failed:
+        grouped.setdefault(_without_numbers(record.stop_reason), Counter())[record.stop_reason] += 1
+    ranked = sorted(grouped.values(), key=lambda reasons: -reasons.total())
+    lines = [f"{count_of(len(failed), what)} failed:"]
+    for reasons in ranked[:MAX_CAUSES]:
+        (reason, _), *others = reasons.most_common()
+        unlike = " (with other numbers or names in the others)" if others else ""
+        lines.append(f"  {reasons.total()} x {reason}{unlike}")
+    rest = ranked[MAX_CAUSES:]
+    if rest:
+        num_failed = sum(reasons.total() for reasons in rest)
+        lines.append(f"  {num_failed} x {count_of(len(rest), 'other cause')}; each record in trials/ has its own")
+    return "\n".join(lines)
+
+
+def _without_numbers(reason: str) -> str:
+    return _VARIES.sub("#", reason)
 
 
 def search_table(log: TrialLog, spec: SweepSpec) -> str:
