@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from sweep_folder import write_sweep
+from sweep_folder import OBJECTIVE, write_sweep
 
 from imbvlm import cli
+from imbvlm.data.manifest import Manifest
 from imbvlm.sweep import command
 from imbvlm.sweep.listing import SweepState
+from imbvlm.sweep.provenance import data_size, provenance, write_provenance
 from imbvlm.sweep.results import TrialLog
 
 COUNTS = [500, 120, 60, 20, 8]
@@ -124,13 +127,52 @@ def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_
     assert found["pareto"] == [found["best"]["trial_id"]]
 
 
-def test_compare_puts_winners_side_by_side_and_says_what_is_not_alike(home, capsys):
-    text = imbvlm(capsys, "compare", str(home / "made-1"), str(home / "made-2"))
-    assert [line.split()[0] for line in text.splitlines()[3:5]] == ["made-1", "made-2"]
+def test_list_says_on_which_data_a_sweep_was(tmp_path, capsys):
+    """Two sweeps of one name on two folders of photos look alike otherwise."""
+    for name, size in (("new", {"num_classes": 5, "num_images": 1708}), ("of-an-earlier-version", {})):
+        write_sweep(tmp_path / name, COUNTS, num_trials=1, refits=False)
+        (tmp_path / name / "provenance.json").write_text(json.dumps({"code": {}, "torch": "", "data": "", **size}))
+    said = imbvlm(capsys, "sweep", "list", str(tmp_path))
+    assert "  gone: 5 classes, 1,708 images  " in said
+    found = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert [(one["manifest"], one["num_classes"], one["num_images"]) for one in found] == [
+        ("gone.parquet", 5, 1708), ("gone.parquet", None, None),
+    ]  # fmt: skip
+
+
+def test_a_sweep_keeps_the_size_of_its_data(tmp_path):
+    table = pa.table({"bytes": [b"a", b"b", b"c"], "label": [0, 1, 1], "split": ["train"] * 3})
+    write_provenance(str(tmp_path), provenance(Manifest.build(table, ["x", "y"], "few")))
+    assert data_size(str(tmp_path)) == (2, 3)
+    assert data_size(str(tmp_path / "nowhere")) is None
+
+
+def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alike(tmp_path, capsys):
+    """A model is exported with what was adjusted after training, so that is what there is to compare."""
+    for name, adjusted in (("a", 0.9), ("b", None)):
+        folder = write_sweep(tmp_path / name, COUNTS, objective="val/few_shot_accuracy" if name == "b" else OBJECTIVE)
+        log = TrialLog.read(str(folder))
+        for record in log.of("refit"):
+            epoch = record.epochs[-1]
+            changed = adjusted if record.name == "winner" else epoch["test/balanced_accuracy"]
+            if adjusted is not None and record.name != "zero-shot":
+                epoch["test_post_hoc/balanced_accuracy"] = changed
+                log.save(record)
+    folders = [str(tmp_path / name) for name in "ab"]
+    text = imbvlm(capsys, "compare", *folders)
+    rows = [line.split("  ") for line in text.splitlines()[3:]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    # The linear probe has a row of its own as adjusted, too, since overall accuracy wasn't adjusted here.
+    assert [row[:2] for row in rows[:3]] == [["a", "winner"], ["b", "winner"], ["a", "winner, post hoc"]]
+    assert [row[:2] for row in rows[-3:-1]] == [["a", "zero-shot"], ["b", "zero-shot"]]
+    assert "90.0 ± 0.0" in rows[2]
+    assert "50.0" in next(row for row in rows if row[:2] == ["a", "linear probe"])
     assert "unlike objectives" in text
     assert "unlike data" not in text
-    found = json.loads(imbvlm(capsys, "compare", str(home / "made-1"), str(home / "made-2"), "--json"))
+    found = json.loads(imbvlm(capsys, "compare", *folders, "--json"))
     assert [one["name"] for one in found] == ["made", "made"]
+    assert found[0]["test_post_hoc"]["winner"] == {"balanced_accuracy": [0.9, 0.9]}
+    assert found[1]["test_post_hoc"] == {}
 
 
 @pytest.mark.parametrize("words", [("show",), ("resume",)])

@@ -37,11 +37,12 @@ _SAME_NUMBERS = {"e7cd71b5c38fbf67": "138099d (version 0.1)"}
 
 
 def provenance(manifest: Manifest) -> dict[str, Any]:
-    """Digests of the files that extract and train, torch's version, and digests of the rows and of image files."""
+    """Digests of the files that extract and train, torch's version, and digests and numbers of rows and image files."""
     root = Path(imbvlm.__file__).parent
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
-    return {"code": code, "torch": torch.__version__, **_of_data(manifest)}
+    size = {"num_classes": len(manifest.class_names), "num_images": len(manifest)}
+    return {"code": code, "torch": torch.__version__, **_of_data(manifest), **size}
 
 
 def code_digest(code: Mapping[str, str]) -> str:
@@ -101,6 +102,13 @@ def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep:
 def known_towers(folder: str) -> dict[str, str]:
     """Fingerprints of the towers that a sweep has met, by name; raises ImbvlmError."""
     return dict((_written(folder) or {}).get("towers", {}))
+
+
+def data_size(folder: str) -> tuple[int, int] | None:
+    """Classes and images of a sweep's manifest; None where an earlier version has begun it. Raises ImbvlmError."""
+    before = _written(folder) or {}
+    num_classes, num_images = before.get("num_classes"), before.get("num_images")
+    return (num_classes, num_images) if isinstance(num_classes, int) and isinstance(num_images, int) else None
 
 
 def _written(folder: str) -> dict[str, Any] | None:
