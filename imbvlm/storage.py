@@ -74,10 +74,19 @@ def join(uri: str, *parts: str) -> str:
 
 def free_bytes(uri: str) -> int | None:
     """Room on the disk of a location, also of one that isn't there yet; None for an object store."""
-    if not is_local(uri):
-        return None
+    return shutil.disk_usage(_existing(uri)).free if is_local(uri) else None
+
+
+def is_same_disk(uri: str, other: str) -> bool:
+    """Whether two locations, which need not exist yet, take their room from one disk of this machine."""
+    both_local = is_local(uri) and is_local(other)
+    return both_local and _existing(uri).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(uri: str) -> Path:
+    """A local location, or the nearest folder above it that exists."""
     path = Path(absolute(uri))
-    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
+    return next(above for above in (path, *path.parents) if above.exists())
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -18,13 +18,17 @@ from tiny_images import TinyImages
 from imbvlm.data.cluster import Cluster
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError, ImbvlmError
+from imbvlm.features.extract import DISK_MARGIN
 from imbvlm.features.local_copy import Copies
 from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.estimate import asha_share, commonest_shapes, sample_trials, shape_of
 from imbvlm.sweep.plan import calibrate_here, describe_plan, make_plan, plan_to_dict
+from imbvlm.sweep.post_hoc import max_logit_files
 from imbvlm.sweep.run import run
 from imbvlm.sweep.spec import SweepSpec, check_spec
+from imbvlm.sweep.summary import NUM_BEST
+from imbvlm.training.val_logits import file_bytes
 
 BASE: dict[str, Any] = {
     "data": {"manifest": "embedded:fashion_mnist_lt"},
@@ -196,6 +200,33 @@ def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monk
         run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
     assert not passes
     assert not (tmp_path / "features").exists()
+
+
+def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refused(monkeypatch, tmp_path) -> None:
+    """Features would fit, and what trials leave would fill the disk in the middle of the search."""
+    settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
+    made = spec(**settings, max_pack_size=5)
+    plan = make_plan(made, None)
+    each = file_bytes(VAL, 10)
+    assert plan_to_dict(plan)["logit_bytes"] == (2 + NUM_BEST + 2 * 5) * each
+    few = spec(**{**settings, "num_trials": 4})
+    assert max_logit_files(few, few.read_space(), 10) == 2 + 4
+    assert "logits      of validation, up to 0.4 MB" in describe_plan(plan)
+    features = plan.missing_bytes * DISK_MARGIN
+    assert plan.fits_disk
+    monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: int(features + 0.9 * plan.logit_bytes))
+    full = make_plan(made, None)
+    assert not full.fits_disk
+    assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
+    cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
+    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.ensure_features", lambda *args, **more: passes.append(args))
+    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
+                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip
+        monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri, room=room: int(room))
+        with pytest.raises(ImbvlmError, match=says):
+            run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+    assert not passes
 
 
 def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sweep_folder import sweep_spec, write_sweep
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_features
 from towers import write_tower
 
 from imbvlm import inference
+from imbvlm.class_stats import ClassStats
 from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
 from imbvlm.errors import ImbvlmError
 from imbvlm.features.examples import FeatureSet, TrialData
@@ -25,13 +28,16 @@ from imbvlm.sweep.post_hoc import (
     choose_post_hoc,
     describe_post_hoc,
     logits_file,
+    max_logit_files,
     prune_logits,
     read_adjustment,
     write_post_hoc,
 )
 from imbvlm.sweep.refits import Refit
 from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.summary import NUM_BEST
 from imbvlm.training.session import TrialSession, TrialSettings
+from imbvlm.training.val_logits import LogitKeeper, file_bytes
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
 COUNTS = np.array([400, 100, 30, 8, 0])
@@ -235,14 +241,67 @@ def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_a
     assert "within its standard error 100.0, so that it stays at 0" in describe_post_hoc("winner", neutral, [])
 
 
-def test_logits_of_losers_are_deleted(tmp_path, log):
-    logits, targets = honest()
-    for name in ("t1", "t2", "b1"):
-        write_logits(tmp_path, name, targets, best=logits)
-    prune_logits(str(tmp_path), ["t2", "b1"])
-    left = sorted(path.name for path in (tmp_path / "logits").iterdir())
-    assert left == ["b1.safetensors", "t2.safetensors"]
-    prune_logits(str(tmp_path / "nowhere"), [])
+def sweep_with_logits(tmp_path, **fields):
+    """Of 24 trials and 2 baselines, each of which has left logits."""
+    folder = write_sweep(tmp_path / "made", [120, 60, 30, 12, 5], refits=False, **fields)
+    log = TrialLog.read(str(folder))
+    (folder / "logits").mkdir()
+    for trial_id in log.records:
+        Path(logits_file(str(folder), trial_id)).write_bytes(b"logits")
+    return str(folder), log, sweep_spec(**fields)
+
+
+def with_logits(folder):
+    return {path.name.removesuffix(".safetensors") for path in Path(folder, "logits").iterdir()}
+
+
+def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_path):
+    folder, log, spec = sweep_with_logits(tmp_path)
+    best = [record.trial_id for record in log.best(spec.objective)]
+    # They go on, from what they have left.
+    log.records[best[-1]].state, log.records[best[-2]].state, log.records[best[-3]].state = "running", "paused", "error"
+    prune_logits(folder, log, spec)
+    assert with_logits(folder) == {*best[:NUM_BEST], *best[-3:], "b00001", "b00002"}
+    prune_logits(str(tmp_path / "nowhere"), log, spec)
+
+
+def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path):
+    """With fresh crops each method's best is refitted, and any of those with more seeds may be the winner."""
+    folder, log, spec = sweep_with_logits(tmp_path, fresh_crops=True, confirm_trials=10)
+    best = list(log.best(spec.objective))
+    second = next(record for record in best if record.config["method"] != best[0].config["method"])
+    for epoch in second.epochs:
+        epoch["val/best_balanced_accuracy"] *= 0.01
+    for record in best:
+        if record.config["method"] == second.config["method"] and record is not second:
+            for epoch in record.epochs:
+                epoch["val/best_balanced_accuracy"] *= 0.001
+    prune_logits(folder, log, spec)
+    assert len(with_logits(folder)) == 10 + 1 + 2
+    assert second.trial_id in with_logits(folder)
+    assert len(with_logits(folder)) <= max_logit_files(spec, spec.read_space(), 0)
+
+
+def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path):
+    folder, log, spec = sweep_with_logits(tmp_path)
+    begun = Path(folder, "logits", ".t00001.safetensors.x1y2")
+    begun.write_bytes(b"log")
+    prune_logits(folder, log, spec)
+    assert begun.exists(), "a trial may be writing it"
+    prune_logits(folder, log, spec, is_over=True)
+    assert not begun.exists()
+
+
+def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path):
+    rows, classes = 50, 20
+    keeper = LogitKeeper(
+        str(tmp_path / "l"), SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
+    )
+    keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)
+    keeper.keep(2, torch.zeros(rows, classes).half(), is_best=False, is_last=True)
+    header = 1000
+    assert (tmp_path / "l").stat().st_size <= file_bytes(rows, classes) + header
+    assert file_bytes(10**6, 1000) == 0, "so many are not kept"
 
 
 # --------------------------------------------------------------------------------------------------- on the test split

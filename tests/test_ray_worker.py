@@ -81,8 +81,8 @@ def start_at_unlike_epochs(rank, world_size, folder, features):
     try:
         next(run.epochs())
     except ImbvlmError as error:
-        outcome = {"error": str(error), "reports": reports_behind_a_checkpoint(rank, world, folder, data, features)}
-        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
+        answer = {"error": str(error), "reports": reports_behind_a_checkpoint(rank, world, folder, data, features)}
+        Path(folder, f"{rank}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

@@ -29,8 +29,10 @@ from imbvlm.sweep.engine.scheduler import asha
 from imbvlm.sweep.engine.search import Job, StudySearcher
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.engine.tuner import TUNE_SETTINGS, Lane, _of_storage, _tune_settings, payload
+from imbvlm.sweep.post_hoc import logits_file
 from imbvlm.sweep.results import TrialLog, TrialRecord
 from imbvlm.sweep.spec import AshaConfig, SweepSpec
+from imbvlm.sweep.summary import NUM_BEST
 from imbvlm.training.pack import PACKED
 from imbvlm.training.session import TrialSettings
 
@@ -66,14 +68,20 @@ class Tune:
 
         def settings(job: Job) -> TrialSettings:
             checkpoints = str(folder / "checkpoints" / job.trial_id)
-            return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, checkpoints)
+            logits = logits_file(str(folder), job.trial_id)
+            return TrialSettings(
+                job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
+            )
 
         self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
         self.searcher = PackSearcher(self.study, self.packs, lambda config: size)
         self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
-        progress = ProgressCallback(self.log, lane.console, BEST, "search", 12, budget, lambda: None, {}, "")
+        progress = ProgressCallback(
+            self.log, lane.console, BEST, "search", 12, budget, lambda: None, lane.prune_logits, {}, ""
+        )
         self.callback = PackCallback([progress], self.packs)
         self.sizes: list[int] = []
+        self.logits, self.num_logits = folder / "logits", list[int]()
         self.ids = (f"tune{number}" for number in itertools.count())
 
     def run(self, at_once: int = 1) -> None:
@@ -107,6 +115,8 @@ class Tune:
             self.searcher.on_trial_complete(trial.trial_id, result)
             self.callback.on_trial_complete(0, [], trial)
             trial.run.cleanup()
+        self.callback.on_step_end(0, [])
+        self.num_logits.append(len(list(self.logits.glob("*"))))
         return bool(decision == STOP)
 
 
@@ -159,6 +169,17 @@ def test_one_whose_checkpoint_is_damaged_starts_again_and_the_console_and_its_re
     assert [record.trial_id for record in records if record.restart_reason] == ["t00003"]
     assert tune.printed.getvalue().count("t00003 starts again from its first epoch: the checkpoint's index ") == 1
     assert not damaged.exists()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_validation_logits_are_pruned_as_trials_end(tmp_path: Path, features: FeatureSet, size: int) -> None:
+    """Else 64 trials of iNaturalist's size leave 8.5 GB until the search is over."""
+    tune = Tune(tmp_path, features, make_spec(40), size)
+    tune.run()
+    best = [record.trial_id for record in tune.log.best("val/balanced_accuracy")[:NUM_BEST]]
+    assert {path.stem for path in tune.logits.iterdir()} == set(best)
+    assert len(tune.log.of("search")) == 40
+    assert NUM_BEST <= max(tune.num_logits) <= NUM_BEST + size
 
 
 def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: Path, features: FeatureSet) -> None:

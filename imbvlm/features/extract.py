@@ -174,18 +174,19 @@ def check_room(
     outputs: frozenset[OutputName],
     *,
     copies: Copies = DEFAULT_COPIES,
+    other_bytes: int = 0,
 ) -> None:
     """Refuse, before the first of the passes for these towers, what the disk can't hold of all splits of all of them.
 
-    Or what no machine could hold a copy of. Raises ImbvlmError.
+    Or what no machine could hold a copy of. `other_bytes` are what trials will write to that disk. Raises ImbvlmError.
     """
     root, free = storage.absolute(root), storage.free_bytes(root)
     whole = sum(sum(plan_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
     # What is there already is looked up, with the towers' weights, only where that matters.
-    if free is not None and whole * DISK_MARGIN > free:
+    if free is not None and whole * DISK_MARGIN + other_bytes > free:
         works = [work for config in configs for work in _works_left(config, manifest, root, outputs, manifest.splits)]
         # Towers may share a store.
-        _check_disk(configs, root, list({work.store.folder: work for work in works}.values()))
+        _check_disk(configs, root, list({work.store.folder: work for work in works}.values()), other_bytes)
     if not storage.is_local(root):
         for config in configs:
             _check_copy(
@@ -346,10 +347,10 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Par
     )
 
 
-def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work]) -> None:
+def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work], other_bytes: int = 0) -> None:
     needed = {output: sum(work.num_bytes(output) for work in works) for output in OUTPUT_NAMES}
     total, free = sum(needed.values()), storage.free_bytes(root)
-    if free is None or not total or total * DISK_MARGIN <= free:
+    if free is None or not total or total * DISK_MARGIN + other_bytes <= free:
         return
     config = configs[0]
     features = config.features
@@ -365,9 +366,10 @@ def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work
     if len(configs) > 1:
         knobs.append(f"the number of towers ({len(configs)})")
     parts = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
+    others = f", trials' validation logits up to {size_text(other_bytes)}," if other_bytes else ""
     raise ImbvlmError(
-        f"the stored features need {size_text(total)} more ({parts}) and {root} has {size_text(free)} free; reduce "
-        f"{', '.join(knobs)}, or choose a storage folder on a larger disk"
+        f"the stored features need {size_text(total)} more ({parts}){others} and {root} has {size_text(free)} free; "
+        f"reduce {', '.join(knobs)}, or choose a storage folder on a larger disk"
     )
 
 

@@ -52,7 +52,7 @@ from imbvlm.sweep.estimate import (
 from imbvlm.sweep.feasibility import Packing, check_models, concurrent_trials, packing, trials_at_once, uses_ray_train
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
-from imbvlm.sweep.run import check_manifest, needed_outputs
+from imbvlm.sweep.run import check_manifest, max_logit_bytes, needed_outputs
 from imbvlm.sweep.space import Draw, SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 from imbvlm.sweep.warm_start import warm_starts
@@ -106,6 +106,9 @@ class Plan:
     # How trials train together, and what each further one adds; None without a manifest.
     together: Together | None = None
     packing: Packing | None = None
+    # What validation logits take at one time, at most, and the room that stored features leave for them.
+    logit_bytes: int = 0
+    logit_room: int | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -116,7 +119,11 @@ class Plan:
         """None where it can't be known."""
         if self.free_bytes is None or self.manifest is None:
             return None
-        return self.missing_bytes * DISK_MARGIN <= self.free_bytes
+        return self.missing_bytes * DISK_MARGIN <= self.free_bytes and self.fits_logits
+
+    @property
+    def fits_logits(self) -> bool:
+        return self.logit_room is None or self.logit_bytes <= self.logit_room
 
     @property
     def copy_bytes(self) -> int:
@@ -184,10 +191,14 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
     calibration = estimated = together = packs = None
+    logits, logit_room = 0, storage.free_bytes(spec.storage)
+    if logit_room is not None and storage.is_same_disk(spec.storage, spec.feature_root):
+        logit_room -= int(DISK_MARGIN * sum(tower.missing_bytes for tower in found))
     if manifest is not None:
         rows = _rows(spec, manifest)
         packs = packing(spec, towers.values(), manifest, concurrent)
         together = Together.of(sample, packs.size)
+        logits = max_logit_bytes(spec, space, manifest, packs, concurrent)
         if measure is not None:
             shapes = commonest_shapes(sample, MAX_SHAPES)
             known = set(map(shape_of, shapes))
@@ -209,7 +220,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
         _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown), _machine(cluster), misfit,
         concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
-        together, packs,
+        together, packs, logits, logit_room,
     )  # fmt: skip
 
 
@@ -428,6 +439,7 @@ def _reading(plan: Plan) -> list[str]:
     lines.append(f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}")
     if manifest is not None:
         lines.append(f"  features    {_disk(plan)}")
+        lines.append(f"  logits      {_logits(plan)}")
     if plan.copy_bytes:
         lines.append(f"  copies      {_copies(plan)}")
     return lines
@@ -452,13 +464,25 @@ def _disk(plan: Plan) -> str:
     text = f"{size_text(plan.missing_bytes)} to write"
     if plan.free_bytes is None:
         return text
-    if plan.fits_disk:
+    if plan.missing_bytes * DISK_MARGIN <= plan.free_bytes:
         return f"{text}, {size_text(plan.free_bytes)} free"
     reads_tokens = "tokens" in needed_outputs(plan.spec, plan.space)
     knobs = "".join(f", {knob}" for knob in token_knobs(plan.towers[0].config)) if reads_tokens else ""
     return (
         f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
         f"{knobs}, or choose another --storage"
+    )
+
+
+def _logits(plan: Plan) -> str:
+    if not plan.logit_bytes:
+        return "none: validation has too many rows and classes to keep them"
+    text = f"of validation, up to {size_text(plan.logit_bytes)} at one time"
+    if plan.fits_logits or plan.logit_room is None:
+        return text
+    return (
+        f"{text}, and ONLY {size_text(max(0, plan.logit_room))} left for them: lower max_concurrent_trials or "
+        "max_pack_size, or choose another --storage"
     )
 
 
@@ -617,6 +641,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             for one in plan.towers
         ],
         "free_bytes": plan.free_bytes,
+        "logit_bytes": plan.logit_bytes,
         "fits_disk": plan.fits_disk,
         "feature_root": spec.feature_root,
         "copies": {

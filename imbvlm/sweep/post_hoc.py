@@ -22,10 +22,14 @@ from imbvlm.posthoc import (
     choose_tau,
     fit_temperature,
 )
-from imbvlm.sweep.baselines import tower_key
+from imbvlm.storage import size_text
+from imbvlm.sweep.baselines import baselines, tower_key
 from imbvlm.sweep.console import percent
-from imbvlm.sweep.refits import Refit
-from imbvlm.sweep.results import TrialLog, TrialRecord
+from imbvlm.sweep.refits import Refit, refits
+from imbvlm.sweep.results import ENDED, TrialLog, TrialRecord
+from imbvlm.sweep.space import SearchSpace
+from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.summary import NUM_BEST
 from imbvlm.training.val_logits import KeptLogits, read_logits
 
 LOGITS_FOLDER = "logits"
@@ -72,12 +76,60 @@ def logits_file(folder: str, trial_id: str) -> str:
     return storage.join(folder, LOGITS_FOLDER, f"{trial_id}.safetensors")
 
 
-def prune_logits(folder: str, keep: Sequence[str]) -> None:
-    """Delete the logits of every trial but some: they can be large, and only those of the best are asked for."""
-    wanted = {f"{trial_id}.safetensors" for trial_id in keep}
-    for name in storage.list_files(storage.join(folder, LOGITS_FOLDER)):
-        if name not in wanted:
-            storage.delete(storage.join(folder, LOGITS_FOLDER, name))
+def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
+    """Ids of the trials whose validation logits may still be read: by `choose_post_hoc`, now or when others have ended.
+
+    Those are the baselines, what would be refitted by now, and the best few, which further seeds may put in another
+    order and `export --top` asks for. A trial that falls behind them stays behind: no other trial's end changes its
+    value.
+    """
+    best = log.best(spec.objective)
+    needed = [*log.of("baseline"), *best[:NUM_BEST], *log.ranked(spec.objective)[: spec.confirm_trials]]
+    needed += [refit.record for refit in refits(log, spec)] if best else []
+    return {record.trial_id for record in needed}
+
+
+def max_logit_files(spec: SweepSpec, space: SearchSpace, num_running: int) -> int:
+    """How many trials' validation logits exist at one time, at most, while so many trials run."""
+    methods = {value for parameter in space.parameters if parameter.key == "method" for value in parameter.values}
+    retained = NUM_BEST + spec.confirm_trials + (max(1, len(methods)) if spec.fresh_crops else 0)
+    num_trials = spec.num_trials if spec.study else min(spec.num_trials, retained + num_running)
+    return len(baselines(spec, space)) + num_trials
+
+
+def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool = False) -> None:
+    """Delete the validation logits of ended trials from which nothing will be chosen; a trial that goes on has its own.
+
+    They are large: 133 MB for one epoch of iNaturalist's validation. `is_over` says that no trial runs: what killed
+    writers have left goes, too.
+    """
+    names = storage.list_files(storage.join(folder, LOGITS_FOLDER))
+    ended = [name for name in names if (record := log.records.get(_trial_of(name))) and record.state in ENDED]
+    unfinished = [name for name in names if is_over and _trial_of(name) not in log.records]
+    needed = trials_to_choose_from(log, spec) if ended else set()
+    for name in [*unfinished, *(name for name in ended if _trial_of(name) not in needed)]:
+        storage.delete(storage.join(folder, LOGITS_FOLDER, name))
+
+
+def _trial_of(file_name: str) -> str:
+    """Empty for a file that its writer has not renamed yet."""
+    return file_name.partition(".")[0]
+
+
+def logit_bytes(folder: str) -> int:
+    """Bytes of the validation logits in a sweep's folder."""
+    return sum(state.size for state in storage.file_states(storage.join(folder, LOGITS_FOLDER)).values())
+
+
+def check_logits_fit(folder: str, num_bytes: int) -> None:
+    """Refuse a sweep whose validation logits its folder's disk can't hold; raises ImbvlmError."""
+    free = storage.free_bytes(folder)
+    if free is not None and num_bytes > free:
+        raise ImbvlmError(
+            f"the validation logits of trials need up to {size_text(num_bytes)} at one time and {folder} has "
+            f"{size_text(free)} free; lower max_concurrent_trials or max_pack_size, or choose a storage folder on a "
+            "larger disk"
+        )
 
 
 def choose_post_hoc(folder: str, refits: Sequence[Refit], log: TrialLog, objective: str) -> dict[str, PostHoc]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 
 from imbvlm import storage
@@ -31,16 +32,18 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import check_data, check_models, check_shared, packing, trials_at_once
+from imbvlm.sweep.feasibility import Packing, check_data, check_models, check_shared, packing, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.lease import held
 from imbvlm.sweep.listing import UNFINISHED_FILE
 from imbvlm.sweep.post_hoc import (
     PostHoc,
+    check_logits_fit,
     choose_post_hoc,
     describe_post_hoc,
+    logit_bytes,
     logits_file,
-    prune_logits,
+    max_logit_files,
     write_post_hoc,
 )
 from imbvlm.sweep.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
@@ -53,7 +56,6 @@ from imbvlm.sweep.results import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind
 from imbvlm.sweep.space import SearchSpace
 from imbvlm.sweep.spec import AshaConfig, SweepSpec, check_spec
 from imbvlm.sweep.summary import (
-    NUM_BEST,
     causes,
     opening,
     pareto_records,
@@ -65,12 +67,15 @@ from imbvlm.sweep.summary import (
 )
 from imbvlm.sweep.warm_start import WarmStart, WarmTrial, told, warm_starts
 from imbvlm.training.session import TrialSettings
+from imbvlm.training.val_logits import file_bytes
 from imbvlm.yaml_file import dump_yaml
 
 LOG_FILE = "ray.log"
 PARETO_FOLDER = "pareto"
 PROGRESS_FILE = "progress.log"
 OPTUNA_FILE = "optuna.log"
+# Kinds of trials that leave validation logits.
+LOGIT_KINDS: tuple[TrialKind, ...] = ("baseline", "search")
 
 
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
@@ -79,7 +84,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     space = check_spec(spec)
     manifest = Manifest.read(spec.base["data"]["manifest"])
     check_manifest(spec, manifest)
-    check_models(spec, space)
+    models = check_models(spec, space)
     # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
     starts = warm_starts(spec, space)
     with held(folder, console.say) as lease:
@@ -94,7 +99,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                 optuna.logging.set_verbosity(optuna.logging.WARNING)
                 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
                 with connected() as cluster:
-                    sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started)
+                    sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started, models)
                     sweep.search(starts)
                     lease.check()
                     sweep.confirm()
@@ -150,6 +155,7 @@ class _Sweep:
         console: Console,
         cluster: Cluster,
         started: float,
+        models: Mapping[str, EncoderInfo],
     ) -> None:
         self.spec, self.space, self.manifest, self.folder, self.log, self.console = (
             spec,
@@ -177,7 +183,14 @@ class _Sweep:
         self._quarantined: list[dict[str, str | int]] = []
         self.budget.enter("features")
         towers, outputs = tower_configs(spec, space), needed_outputs(spec, space)
-        check_room(towers, manifest, spec.feature_root, outputs, copies=spec.feature_copies)
+        # An earlier run may have been killed before it came to this.
+        self.lane.prune_logits(is_over=True)
+        logits = self._logit_bytes_to_come(packing(spec, models.values(), manifest, concurrent))
+        check_logits_fit(folder, logits)
+        others = logits if storage.is_same_disk(folder, spec.feature_root) else 0
+        check_room(
+            towers, manifest, spec.feature_root, outputs, copies=spec.feature_copies, other_bytes=others
+        )  # fmt: skip
         began, splits = time.monotonic(), ("train", "val") if "val" in manifest.splits else ("train",)
         self.features = self._extract(splits)
         if self.budget.is_limited and "test" in manifest.splits:
@@ -213,8 +226,7 @@ class _Sweep:
             self.console.say(
                 f"{searcher.num_repeats} proposals were drawn before; they took the known value and didn't count"
             )
-        best = [record.trial_id for record in self.log.best(self.spec.objective)[:NUM_BEST]]
-        prune_logits(self.folder, [*best, *self._baselines])
+        self.lane.prune_logits(is_over=True)
         failed = [record for record in ended if record.state in ("failed", "error")]
         if failed:
             self.console.say(causes(failed))
@@ -452,6 +464,15 @@ class _Sweep:
             seen += num_crops(config, self.manifest, splits)
         return seconds * max(1.0, missing / seen) if missing else 0.0
 
+    def _logit_bytes_to_come(self, packs: Packing) -> int:
+        """What validation logits will take at most, beside those of an earlier run: all trials may have ended in it."""
+        spec, manifest = self.spec, self.manifest
+        largest = max_logit_bytes(spec, self.space, manifest, packs, self.lane.max_concurrent)
+        num_ended = sum(record.state in ENDED for kind in LOGIT_KINDS for record in self.log.of(kind))
+        num_left = max(0, len(baselines(spec, self.space)) + spec.num_trials - num_ended)
+        each = file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
+        return max(0, min(largest - logit_bytes(self.folder), num_left * each))
+
     def _say_quarantined(self, features: FeatureSet) -> None:
         """Towers decode the same files, so the first one's list is everybody's."""
         bad = quarantined_rows(self.manifest, features)
@@ -550,6 +571,13 @@ def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
 
 
+def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, packs: Packing, concurrent: int) -> int:
+    """What validation logits take of the sweep's folder at one time, at most."""
+    num_running = concurrent * max(map(packs.size, spec.corner_trials(space)))
+    files = max_logit_files(spec, space, num_running)
+    return files * file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
+
+
 def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
     """Methods that train, that the space leaves out, and that some of these towers could take."""
     base = tower_configs(spec, space)[0]
@@ -565,7 +593,14 @@ def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
-    carved = carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
-    val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
+    held_out, val_rows = _held_out_rows(spec, manifest), _val_rows(spec, manifest)
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
-    check_data(spec, manifest.class_stats(carved), counts.tolist())
+    check_data(spec, manifest.class_stats(held_out), counts.tolist())
+
+
+def _held_out_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
+    return carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+
+
+def _val_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
+    return manifest.rows_of("val") if "val" in manifest.splits else _held_out_rows(spec, manifest)

@@ -95,6 +95,13 @@ def read_logits(uri: str) -> KeptLogits | None:
     return KeptLogits(epochs, tensors, targets, ClassStats.from_counts(*counts))
 
 
+def file_bytes(num_rows: int, num_classes: int) -> int:
+    """The most that one trial leaves of so many rows and classes: two epochs' logits, and what they are of."""
+    if not EpochLogits.fits(num_rows, num_classes):
+        return 0
+    return 4 * num_rows * num_classes + 4 * num_rows + 16 * num_classes
+
+
 class LogitKeeper:
     """Writes a trial's validation logits: a new best one at most so often, everything when the trial ends.
 

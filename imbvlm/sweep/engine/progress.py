@@ -39,10 +39,13 @@ class ProgressCallback(tune.Callback):
         total: int,
         budget: Budget,
         after_end: Callable[[], None],
+        after_step: Callable[[], None],
         ran_too_long: Mapping[str, str],
         sizes: str,
     ) -> None:
-        self._budget, self._after_end, self._ran_too_long, self._sizes = budget, after_end, ran_too_long, sizes
+        self._budget, self._ran_too_long, self._sizes = budget, ran_too_long, sizes
+        # Called when a trial has ended, and after each of Tune's steps in which some have.
+        self._after_end, self._after_step, self._has_ended = after_end, after_step, False
         # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited. And those
         # of packs, since another one may be at fault.
         self.num_lost = 0
@@ -56,6 +59,14 @@ class ProgressCallback(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore that we don't use.
         return {}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._has_ended and self.storage_error is None:
+            self._has_ended = False
+            try:
+                self._after_step()
+            except StorageError as error:
+                self.storage_error = error
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
@@ -126,6 +137,7 @@ class ProgressCallback(tune.Callback):
         self._save(record)
         if record.state in ENDED and self.storage_error is None:
             self._remove_checkpoint(record)
+        self._has_ended = True
         self._after_end()
         self._show()
 

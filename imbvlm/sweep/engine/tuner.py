@@ -31,6 +31,7 @@ from imbvlm.sweep.engine.time_limit import TimeLimit
 from imbvlm.sweep.engine.train_driver import FreeGroups, ray_train_trial
 from imbvlm.sweep.engine.trainable import InProcessTrial
 from imbvlm.sweep.feasibility import DRIVER_CPUS, shortage, uses_ray_train
+from imbvlm.sweep.post_hoc import prune_logits
 from imbvlm.sweep.refits import refit_seconds
 from imbvlm.sweep.results import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec import SweepSpec
@@ -73,6 +74,10 @@ class Lane:
         if self.budget.is_limited:
             self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
         self.budget.keep()
+
+    def prune_logits(self, *, is_over: bool = False) -> None:
+        """Delete the validation logits from which nothing will be chosen; `is_over` where no trial runs."""
+        prune_logits(self.folder, self.log, self.spec, is_over=is_over)
 
     @property
     def num_threads(self) -> int:
@@ -135,8 +140,8 @@ def run_jobs(
         asked = None if scheduler is None else PackScheduler(scheduler, packs)
     limit = TimeLimit(spec.max_trial_minutes, asked)
     progress = ProgressCallback(
-        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, limit.reasons,
-        f"{spec.num_workers} worker(s), {lane.num_classes} classes",
+        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, lane.prune_logits,
+        limit.reasons, f"{spec.num_workers} worker(s), {lane.num_classes} classes",
     )  # fmt: skip
     callbacks: list[tune.Callback] = [
         progress,
