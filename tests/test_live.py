@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import fcntl
 import io
+import itertools
 import os
 import pty
+import random
 import re
 import select
 import struct
@@ -14,17 +16,18 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_folder import write_sweep
+from sweep_folder import sweep_spec, write_sweep
 from test_sweep import QUICKSTART
 
 from imbvlm.sweep import console as console_file
 from imbvlm.sweep.console import Console
-from imbvlm.sweep.live import Moment, live_lines
-from imbvlm.sweep.results import TrialLog
+from imbvlm.sweep.live import Moment, live_lines, seconds_left
+from imbvlm.sweep.results import TrialLog, TrialRecord
 
 OBJECTIVE = "val/balanced_accuracy"
 
@@ -37,13 +40,13 @@ def log(tmp_path) -> TrialLog:
     states = {"failed": "the loss wasn't finite", "error": "its worker was lost", "running": "", "paused": ""}
     for record, (state, reason) in zip(records[-4:], states.items(), strict=True):
         record.state, record.stop_reason = state, reason
-    records[-4].ended_at = 2e9
+    records[-4].ended_at, records[-2].ended_at = 1e9 + 50, None
     records[-2].epochs[-1]["train/images_per_second"] = 1234.5
     return log
 
 
 def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log):
-    lines = live_lines(log, OBJECTIVE, Moment("search", 30, 12, 100.0, "5 min 0 s of 1 h 0 min"))
+    lines = live_lines(log, OBJECTIVE, Moment("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min"))
     assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
     best = log.best(OBJECTIVE)[0]
     epoch = best.best_epoch(OBJECTIVE)
@@ -52,19 +55,89 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
         f"few {100 * epoch['val/few_shot_accuracy']:.1f}), "
     )
     assert lines["best"].endswith(f"{100 * (epoch[OBJECTIVE] - 0.5):+.1f} points to linear probe")
-    # 10 of this run in 100 s, 8 to go.
-    assert lines["speed"] == "1,234 images a second, about 1 min 20 s left"
+    assert lines["speed"].startswith("1,234 images a second, ")
     assert lines["used"] == "5 min 0 s of 1 h 0 min"
     log.of("search")[-2].epochs.clear()
-    between = live_lines(log, OBJECTIVE, Moment("search", 30, 12, 100.0, ""))
-    assert between["left"] == "about 1 min 20 s"
+    between = live_lines(log, OBJECTIVE, Moment("search", 30, 1e9 + 100, 100.0, ""))
+    assert between["left"]
     assert "speed" not in between
     assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
 
 
 def test_what_is_not_known_yet_is_not_shown(tmp_path):
-    (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, Moment("search", 8, 0, 1.0, "")).items()
+    (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, Moment("search", 8, 1e9, 1.0, "")).items()
     assert only == ("trials", "0 of 8 done, 0 running")
+
+
+def simulated(
+    num_trials: int, num_processes: int, pack_size: int, stopped_share: float, order: int
+) -> Iterator[tuple[float, TrialLog, Moment]]:
+    """A search, moment by moment, with what is truly left: a trial has 12 epochs of 3 s, or of a pack's together 3 s.
+
+    ASHA stops some after 4 epochs, from the first on.
+    """
+    chance, log, clock = random.Random(order), TrialLog("nowhere"), 1e9
+    config = sweep_spec().trial({"method": "linear_probe", "loss.name": "focal", "optim.lr": 0.1}).to_tree()
+    processes: list[list[TrialRecord]] = [[] for _ in range(num_processes)]
+    moments, began, ids = [], clock, iter(range(num_trials))
+    stopped = {ten + number for ten in range(0, num_trials, 10)
+               for number in chance.sample(range(10), round(10 * stopped_share))}  # fmt: skip
+    while True:
+        for process in processes:
+            if not process:
+                numbers = [number for _, number in zip(range(pack_size), ids, strict=False)]
+                for number in numbers:
+                    pack = f"t{numbers[0]}" if len(numbers) > 1 else ""
+                    process.append(TrialRecord(trial_id=f"t{number}", kind="search", config=config, started_at=clock,
+                                               pack_size=len(numbers), pack=pack))  # fmt: skip
+                log.records |= {record.trial_id: record for record in process}
+        if not any(processes):
+            break
+        clock += 1.5
+        for process in processes:
+            for record in list(process):
+                done = int((clock - record.started_at) / 3)
+                record.epochs = [
+                    {"epoch": float(epoch), "train/images_per_second": 900.0} for epoch in range(1, done + 1)
+                ]
+                if done == (4 if int(record.trial_id[1:]) in stopped else 12):
+                    record.state, record.ended_at = ("stopped" if done == 4 else "finished"), clock
+                    process.remove(record)
+        moments.append((clock, log_copy(log), Moment("search", num_trials, clock, clock - began, "")))
+    for now, then, moment in moments:
+        yield clock - now, then, moment
+
+
+def log_copy(log: TrialLog) -> TrialLog:
+    copied = TrialLog(log.folder)
+    copied.records = {key: record.model_copy() for key, record in log.records.items()}
+    return copied
+
+
+@pytest.mark.parametrize("pack_size", [1, 6])
+@pytest.mark.parametrize("stopped_share", [0.0, 0.7])
+def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size, stopped_share):
+    """It was 16 minutes at the first trial, and 3 a minute later."""
+    for order in range(2):
+        *moments, (_, _, end) = simulated(48 if pack_size == 1 else 120, 2, pack_size, stopped_share, order)
+        # The last trials may be longer or shorter than most.
+        early = [(left, log, moment) for left, log, moment in moments if left > 75]
+        bounds = [seconds_left(log, log.of("search"), moment) for _, log, moment in early]
+        first = next(index for index, bound in enumerate(bounds) if bound is not None)
+        assert early[first][2].seconds < 0.3 * end.seconds
+        known = [bound for bound in bounds[first:] if bound is not None]
+        assert len(known) == len(bounds[first:])
+        for (low, high), (left, _, _) in zip(known, early[first:], strict=True):
+            assert low / 1.6 < left < 1.6 * high
+        for before, after in itertools.pairwise(map(sum, known)):
+            assert 0.67 < after / before < 1.5
+
+
+def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once():
+    *_, (_, log, moment) = itertools.islice(simulated(48, 2, 24, 0.0, 0), 10)
+    lines = live_lines(log, OBJECTIVE, moment)
+    assert lines["trials"] == "0 of 48 done, 48 running in 2 processes"
+    assert lines["speed"] == "1,800 images a second"
 
 
 class Terminal(io.StringIO):

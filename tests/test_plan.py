@@ -59,7 +59,7 @@ def spec(**fields: Any) -> SweepSpec:
             14,
             "14 isn't a multiple, so 2 have 3 trials and 4 have 2; num_trials 12 or 18 gives each the same",
         ),
-        (4, "num_trials 4 isn't a multiple, so 4 have 1 trials and 2 have 0; num_trials 6 gives each the same"),
+        (4, "num_trials 4 isn't a multiple, so 4 have 1 trial and 2 have 0; num_trials 6 gives each the same"),
     ],
 )
 def test_trials_that_do_not_fall_evenly_on_the_arms_are_said(num_trials: int, says: str) -> None:
@@ -134,6 +134,9 @@ def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
     assert found["seconds"]["refits"] == by_itself["seconds"]["refits"]
     assert (found["pack_size"], by_itself["pack_size"]) == (5, 1)
     assert "up to 5 train together" in describe_plan(packed)
+    # The live view counts the same way.
+    assert "1 process at a time, of up to 5 trials that train together" in describe_plan(packed)
+    assert "1 trial at a time" in describe_plan(alone)
     assert "train together" not in describe_plan(alone)
     # What judges trials by their time trains each alone.
     timed = make_plan(spec(**settings, max_pack_size=5, constraints={"time/train_seconds": 9.0}), None)

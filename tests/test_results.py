@@ -154,7 +154,9 @@ def test_left_over_temporary_files_are_no_records(tmp_path: Path) -> None:
 def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "t00001.json").write_text(text)
-    with pytest.raises(ImbvlmError, match=r"t00001.json is not a trial's record .*remove it to run that trial again"):
+    with pytest.raises(
+        ImbvlmError, match=r"t00001.json is not a trial's record \(1 mistake\); remove it to run that trial again"
+    ):
         TrialLog.read(str(tmp_path))
 
 

@@ -90,7 +90,7 @@ def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
     """Each stopped trial's missing epochs at its own mean pace."""
     stopped, epochs, planned, seconds = 0, 0, 0, 0.0
     for record in records:
-        wanted = _planned_epochs(record) or len(record.epochs)
+        wanted = planned_epochs(record) or len(record.epochs)
         planned += wanted
         if record.state == "stopped" and record.epochs:
             missing = max(0, wanted - len(record.epochs))
@@ -100,7 +100,7 @@ def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
     return Stopped(stopped, epochs, planned, seconds)
 
 
-def _planned_epochs(record: TrialRecord) -> int | None:
+def planned_epochs(record: TrialRecord) -> int | None:
     """Epochs of both stages of a trial that runs to its end; None where that can't be told yet."""
     config: TrialConfig = record.trial_config()
     if config.train is None:

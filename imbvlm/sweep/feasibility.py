@@ -124,6 +124,10 @@ class Packing:
         """What one more such trial adds to its process, or to its GPU's memory."""
         return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
 
+    def largest(self, spec: SweepSpec, space: SearchSpace) -> int:
+        """How many trials of a sweep one process may have."""
+        return max(map(self.size, spec.corner_trials(space)))
+
     def size(self, config: TrialConfig) -> int:
         """How many trials of the configuration's `pack_key` may train together."""
         if self.most < 2 or pack_key(config) is None or (config.method == "decoder" and not self.holds_decoders):
@@ -157,6 +161,13 @@ def packing(spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, 
         num_val=len(manifest.rows_of("val")) if "val" in manifest.splits else num_train,
         holds_decoders=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
     )
+
+
+def at_a_time(concurrent: int, pack_size: int) -> str:
+    """How many trials run at once, such as `2 trials at a time`, where a process has up to `pack_size` of them."""
+    if pack_size < 2:
+        return f"{count_of(concurrent, 'trial')} at a time"
+    return f"{count_of(concurrent, 'process')} at a time, of up to {pack_size} trials that train together"
 
 
 def _lacks(

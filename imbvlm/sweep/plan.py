@@ -14,6 +14,7 @@ from imbvlm import storage
 from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, call_on_worker, connected, joined, running_cluster
 from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.data.table import count_of
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.features.extract import (
     DISK_MARGIN,
@@ -49,7 +50,15 @@ from imbvlm.sweep.estimate import (
     sample_trials,
     shape_of,
 )
-from imbvlm.sweep.feasibility import Packing, check_models, concurrent_trials, packing, trials_at_once, uses_ray_train
+from imbvlm.sweep.feasibility import (
+    Packing,
+    at_a_time,
+    check_models,
+    concurrent_trials,
+    packing,
+    trials_at_once,
+    uses_ray_train,
+)
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import SECONDS
 from imbvlm.sweep.run import check_manifest, max_logit_bytes, needed_outputs
@@ -109,6 +118,11 @@ class Plan:
     # What validation logits take at one time, at most, and the room that stored features leave for them.
     logit_bytes: int = 0
     logit_room: int | None = None
+
+    @property
+    def pack_size(self) -> int:
+        """How many trials train together, at most."""
+        return 1 if self.together is None else self.together.most
 
     @property
     def missing_bytes(self) -> int:
@@ -402,7 +416,7 @@ def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
     below, above = least * num_arms, (least + 1) * num_arms
     even = f"num_trials {above}" if not below else f"num_trials {below} or {above}"
     return [
-        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {least + 1} trials and "
+        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {count_of(least + 1, 'trial')} and "
         f"{num_arms - more} have {least}; {even} gives each the same"
     ]
 
@@ -564,7 +578,7 @@ def _takes(plan: Plan) -> list[str]:
     if found is None:
         return []
     spec = plan.spec
-    lines = [f"would take, on {plan.machine}, {plan.concurrent} trials at a time:"]
+    lines = [f"would take, on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
     if plan.misfit:
         lines.append(f"  NOT HERE: {plan.misfit}")
     unknown = "not known: not every method or tower could be measured"

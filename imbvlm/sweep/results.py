@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imbvlm import storage
 from imbvlm.config import MAX_THREADS, TrialConfig
+from imbvlm.data.table import count_of
 from imbvlm.errors import ImbvlmError
 from imbvlm.schema import Tree, flat
 from imbvlm.sweep.objectives import violations
@@ -47,6 +48,8 @@ class TrialRecord(BaseModel):
     num_threads: int | None = Field(None, ge=1, le=MAX_THREADS)
     # How many trials trained together when it began.
     pack_size: int = 1
+    # The first of the trials with which it shares a process; empty where it has one to itself.
+    pack: str = ""
     # Why it started again from its first epoch: its checkpoint was damaged.
     restart_reason: str = ""
 
@@ -118,8 +121,9 @@ class TrialLog:
             try:
                 record = TrialRecord.model_validate_json(storage.read_bytes(uri))
             except ValidationError as error:
+                mistakes = count_of(error.error_count(), "mistake")
                 raise ImbvlmError(
-                    f"{uri} is not a trial's record ({error.error_count()} mistakes); remove it to run that trial again"
+                    f"{uri} is not a trial's record ({mistakes}); remove it to run that trial again"
                 ) from None
             # The id is a file's name: another one would be written somewhere else.
             if name != f"{record.trial_id}.json":

@@ -17,6 +17,7 @@ import optuna
 from imbvlm import storage
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
+from imbvlm.data.table import count_of
 from imbvlm.errors import ConfigError, ImbvlmError, LostProcessesError, Problem, StorageError
 from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import check_room, ensure_features, num_crops, seconds_per_image, stored_images
@@ -32,7 +33,7 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import Packing, check_data, check_models, check_shared, packing, trials_at_once
+from imbvlm.sweep.feasibility import Packing, at_a_time, check_data, check_models, check_shared, packing, trials_at_once
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.lease import held
 from imbvlm.sweep.listing import UNFINISHED_FILE
@@ -171,10 +172,11 @@ class _Sweep:
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
             joined += f", growing to {cluster.most_cpus:g} CPUs and {cluster.most_gpus:g} GPUs"
-        at_a_time = f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time"
+        packs = packing(spec, models.values(), manifest, concurrent)
+        trials = at_a_time(concurrent, packs.largest(spec, space))
         console.say(
             f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
-            f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {at_a_time}"
+            f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {trials}"
         )
         storage.write_bytes(storage.join(folder, UNFINISHED_FILE), b"a run has begun here and not come to its end\n")
         storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
@@ -185,7 +187,7 @@ class _Sweep:
         towers, outputs = tower_configs(spec, space), needed_outputs(spec, space)
         # An earlier run may have been killed before it came to this.
         self.lane.prune_logits(is_over=True)
-        logits = self._logit_bytes_to_come(packing(spec, models.values(), manifest, concurrent))
+        logits = self._logit_bytes_to_come(packs)
         check_logits_fit(folder, logits)
         others = logits if storage.is_same_disk(folder, spec.feature_root) else 0
         check_room(
@@ -223,9 +225,8 @@ class _Sweep:
                 f"the space has no further configuration: {len(ended)} trials instead of {self.spec.num_trials}"
             )
         if searcher.num_repeats:
-            self.console.say(
-                f"{searcher.num_repeats} proposals were drawn before; they took the known value and didn't count"
-            )
+            proposals = count_of(searcher.num_repeats, "proposal")
+            self.console.say(f"{proposals} had been drawn before, took the known value and didn't count")
         self.lane.prune_logits(is_over=True)
         failed = [record for record in ended if record.state in ("failed", "error")]
         if failed:
@@ -271,7 +272,7 @@ class _Sweep:
         ]
         waiting = self._not_ended(jobs)
         if waiting and self.budget.exhausted(keep_for_refits=True) is None:
-            self.console.say(f"running the best {len(few)} again with more seeds: {len(waiting)} runs")
+            self.console.say(f"running the best {len(few)} again with more seeds: {count_of(len(waiting), 'run')}")
             self._run_fixed(
                 waiting, lambda job: self._settings(job, self.features[tower_key(job.config)]), "confirm", len(jobs)
             )
@@ -312,7 +313,7 @@ class _Sweep:
 
         if waiting and self.budget.exhausted() is None:
             what = "everything" if self.spec.study else "the winner and the baselines"
-            self.console.say(f"refitting {what} on all training images: {len(waiting)} runs")
+            self.console.say(f"refitting {what} on all training images: {count_of(len(waiting), 'run')}")
             self._run_fixed(waiting, settings, "refit", len(jobs))
         left = self._not_ended(jobs)
         self.num_refits_left = len(left)
@@ -324,7 +325,7 @@ class _Sweep:
             )
         elif left:
             self.console.say(
-                f"{len(left)} refits were lost with their machines; go on with: imbvlm sweep resume {self.folder}"
+                f"{count_of(len(left), 'refit')} lost with a machine; go on with: imbvlm sweep resume {self.folder}"
             )
         failed = [one for one in self.log.of("refit") if one.state == "failed"]
         if failed:
@@ -573,7 +574,7 @@ def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]
 
 def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, packs: Packing, concurrent: int) -> int:
     """What validation logits take of the sweep's folder at one time, at most."""
-    num_running = concurrent * max(map(packs.size, spec.corner_trials(space)))
+    num_running = concurrent * packs.largest(spec, space)
     files = max_logit_files(spec, space, num_running)
     return files * file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
 

@@ -57,6 +57,7 @@ class Packs:
         together = len(members) > 1 and all(_trains_with_others(member.config) for member in members)
         for member in members:
             member.config["record"]["pack_size"] = len(members) if together else 1
+            member.config["record"]["pack"] = members[0].name if len(members) > 1 else ""
         return {
             "record": {"trial_id": members[0].name},
             "names": [member.name for member in members],

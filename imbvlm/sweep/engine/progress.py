@@ -54,7 +54,6 @@ class ProgressCallback(tune.Callback):
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
         self._started = time.monotonic()
-        self._num_known = self._num_ended()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore that we don't use.
@@ -73,11 +72,8 @@ class ProgressCallback(tune.Callback):
         before = self._log.records.get(record.trial_id)
         if before is not None and before.state in ("paused", "error"):
             # The time that it lay still doesn't count.
-            before.started_at, before.ended_at, before.pack_size = (
-                time.time() - before.seconds(),
-                None,
-                record.pack_size,
-            )
+            before.started_at, before.ended_at = time.time() - before.seconds(), None
+            before.pack_size, before.pack = record.pack_size, record.pack
             before.state, before.stop_reason = "running", ""
             self._save(before)
         elif before is None or before.state != "running":
@@ -163,14 +159,11 @@ class ProgressCallback(tune.Callback):
             if full in line:
                 self.storage_error = self.storage_error or DiskFullError(line.partition(name)[2].strip())
 
-    def _num_ended(self) -> int:
-        return sum(record.is_over for record in self._log.of(self._kind))
-
     def _show(self) -> None:
         if not self._console.is_due:
             return
         seconds, used = time.monotonic() - self._started, self._budget.describe()
-        moment = Moment(self._kind, self._total, self._num_known, seconds, used)
+        moment = Moment(self._kind, self._total, time.time(), seconds, used)
         self._console.live(live_lines(self._log, self._objective.replace("best_", ""), moment))
 
 
