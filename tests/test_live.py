@@ -133,6 +133,20 @@ def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size, sto
             assert 0.67 < after / before < 1.5
 
 
+def test_a_last_trial_that_outlasts_the_others_has_a_bound():
+    """Ten were stopped after 12 s; it is at 14 s and has 5 of 12 epochs."""
+    config = sweep_spec().trial({"method": "linear_probe", "loss.name": "focal", "optim.lr": 0.1}).to_tree()
+    log = TrialLog("nowhere")
+    for number in range(11):
+        start, is_last = 1e9 + 12 * number, number == 10
+        log.records[f"t{number}"] = TrialRecord(
+            trial_id=f"t{number}", kind="search", state="running" if is_last else "stopped", config=config,
+            epochs=[{"epoch": float(epoch)} for epoch in range(1, 6 if is_last else 5)],
+            started_at=start, ended_at=None if is_last else start + 12,
+        )  # fmt: skip
+    assert live_lines(log, OBJECTIVE, Moment("search", 11, 1e9 + 134, 134.0, ""))["left"] == "up to 20 s"
+
+
 def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once():
     *_, (_, log, moment) = itertools.islice(simulated(48, 2, 24, 0.0, 0), 10)
     lines = live_lines(log, OBJECTIVE, moment)

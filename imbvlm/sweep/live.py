@@ -17,8 +17,8 @@ NUM_FAILURES = 2
 # The slowest process is one of the running and of so many that ended last: the view is drawn ten times a second.
 NUM_LATEST = 20
 # The time left is not shown before so many trials and so many processes have ended, nor while its bounds are so far
-# apart. Bounds that are nearer than the last are one number.
-MIN_ENDED, MIN_COMPLETE, MAX_RATIO, CERTAIN_RATIO = 3, 2, 3.0, 1.25
+# apart and the upper one is more than a share of the time so far. Bounds that are nearer than the last are one number.
+MIN_ENDED, MIN_COMPLETE, MAX_RATIO, END_SHARE, CERTAIN_RATIO = 3, 2, 3.0, 0.25, 1.25
 LABELS: Mapping[TrialKind, str] = {"baseline": "trials", "search": "trials", "confirm": "seeds", "refit": "refits"}
 WORDS = {"finished": "to their end", "stopped": "stopped early", "failed": "failed", "error": "lost"}
 
@@ -110,6 +110,8 @@ def _images_per_second(process: Sequence[TrialRecord]) -> float:
 
 
 def _time_left(low: float, high: float) -> str:
+    if high > MAX_RATIO * low:
+        return f"up to {duration(high)}"
     return (
         f"about {duration((low + high) / 2)}" if high <= CERTAIN_RATIO * low else f"{duration(low)} to {duration(high)}"
     )
@@ -143,7 +145,8 @@ def seconds_left(log: TrialLog, records: list[TrialRecord], moment: Moment) -> t
         # As many processes work at once as until now.
         bounds.append(max([(seconds_each * num_waiting + sum(remaining)) * moment.seconds / worked, *remaining]))
     low, high = sorted(bounds)
-    return (low, high) if high <= MAX_RATIO * low or not high else None
+    # Near the end little is left whichever it is.
+    return (low, high) if high <= max(MAX_RATIO * low, END_SHARE * moment.seconds) else None
 
 
 def _size(process: Sequence[TrialRecord]) -> int:
