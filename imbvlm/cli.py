@@ -200,7 +200,9 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _extract_features(options: argparse.Namespace) -> int:
     from imbvlm import storage
     from imbvlm.config import TrialConfig
+    from imbvlm.data.manifest import Manifest
     from imbvlm.features.commands import extract
+    from imbvlm.models.encoder import describe_encoder
     from imbvlm.sweep.command import parse_settings
     from imbvlm.sweep.console import Console
 
@@ -211,11 +213,14 @@ def _extract_features(options: argparse.Namespace) -> int:
     }
     config = TrialConfig.from_tree(tree).with_overrides(parse_settings(options.set), "--set")
     console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
+    # The log makes a folder, so mistakes are found first.
+    manifest = Manifest.read(config.data.manifest)
+    describe_encoder(config.encoder)
     is_local = storage.is_local(options.storage) and not options.dry_run
     with console.others_to(storage.local_path(options.storage) / "features.log" if is_local else None):
         report = (lambda text: None) if options.json else console.live
         root = storage.join(options.storage, "features")
-        found = extract(config, root, outputs, report=report, dry_run=options.dry_run)
+        found = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
         console.end_live()
     print(json.dumps(found.to_dict(), indent=1) if options.json else found.describe())
     return 0
@@ -475,7 +480,9 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _predict(options: argparse.Namespace) -> int:
     from imbvlm import prediction_table as table
+    from imbvlm import storage
 
+    storage.check_location(options.model)
     if options.out:
         table.check_out(options.out)
     images = table.find_images(options.images, options.split)

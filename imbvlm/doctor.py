@@ -153,6 +153,9 @@ def _shared_memory() -> Check:
 def _place(place: str) -> Check:
     """A folder or bucket for sweeps: it can be listed, written and read."""
     name = f"storage {place}"
+    problem = storage.location_problem(place)
+    if problem is not None:
+        return Check(name, "broken", problem, "choose a folder or s3://BUCKET/... with --storage")
     if storage.is_local(place):
         return _local_place(name, Path(storage.absolute(place)))
     steps: list[tuple[str, Callable[[str], object]]] = [

@@ -207,7 +207,8 @@ def limited_top(folder: str, top: int) -> int:
 
 
 def check_out(out: str) -> None:
-    """Raises ImbvlmError for a file whose name doesn't say one of the forms."""
+    """Raises ImbvlmError for a file whose name doesn't say one of the forms, or that lies where nothing is written."""
+    storage.check_location(out)
     if not out.endswith(OUT_SUFFIXES):
         raise ImbvlmError(f"--out is {out!r}; its name must end with {', '.join(OUT_SUFFIXES)}")
 

@@ -50,7 +50,7 @@ def split(uri: str) -> tuple[str, str]:
     """Bucket and key of an s3:// URI; raises StorageError where there is no bucket."""
     bucket, _, key = uri.removeprefix(SCHEME).partition("/")
     if not bucket:
-        raise StorageError(f"{uri} has no bucket; it should look like s3://BUCKET/KEY")
+        raise StorageError(f"{uri} names no bucket; it should look like s3://BUCKET/KEY")
     return bucket, key
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -28,6 +29,13 @@ MAX_JSON_BYTES = 64_000_000
 _CHUNK_BYTES = 8_000_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
+# `s3:/x` is s3://x after a path library has joined it; another word before `:/` may be a folder's name.
+SCHEMED = r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|S3|file):/)"
+# The URIs that are read and written.
+SUPPORTED = r"(?:file://.|s3://[A-Za-z0-9][A-Za-z0-9._-]*(?:/|$))"
+ONLY = "only local paths and s3://BUCKET/... are supported"
+_SCHEMED, _SUPPORTED = re.compile(SCHEMED), re.compile(SUPPORTED)
+
 Result = TypeVar("Result")
 
 
@@ -50,16 +58,51 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
+def is_uri(location: str) -> bool:
+    """Whether a location is written as a URI, supported or not, and not as a path."""
+    return _SCHEMED.match(location) is not None
+
+
+def location_problem(location: str) -> str | None:
+    """The reason why a location is invalid, with the nearest valid form; None for a path, file:// and s3://BUCKET."""
+    if "\0" in location:
+        return f"{location!r} has a null character, which no path can have; take it out"
+    if not is_uri(location) or _SUPPORTED.match(location):
+        return None
+    scheme, _, rest = location.partition(":")
+    rest = rest.lstrip("/")
+    if scheme.lower() == "s3":
+        if location.startswith(s3.SCHEME) or not _SUPPORTED.match(f"{s3.SCHEME}{rest}"):
+            return f"{location} names no bucket; it should look like s3://BUCKET/KEY"
+        return f"{location} is no location; did you mean s3://{rest}?"
+    if scheme.lower() == "file":
+        return f"{location} is no location; it should look like file:///{rest or 'FOLDER'}"
+    if scheme.lower() in ("gs", "gcs", "r2", "s3a", "s3n", "oss") and _SUPPORTED.match(f"{s3.SCHEME}{rest}"):
+        return f"{location}: {ONLY}; if that store speaks S3, give s3://{rest} and set AWS_ENDPOINT_URL"
+    return f"{location}: {ONLY}; copy it to one of them"
+
+
+def check_location(location: str) -> None:
+    """Raise StorageError for a location that is neither a path nor a supported URI."""
+    problem = location_problem(location)
+    if problem is not None:
+        raise StorageError(problem)
+
+
 def is_local(uri: str) -> bool:
-    """Whether a location is on this machine's file systems rather than in an object store."""
-    return "://" not in uri or uri.startswith("file://")
+    """Whether a location is on this machine's file systems rather than in S3; raises StorageError for any other."""
+    check_location(uri)
+    return not uri.startswith(s3.SCHEME)
 
 
 def local_path(uri: str) -> Path:
     """The path of a local location; raises StorageError for any other."""
     if not is_local(uri):
         raise StorageError(f"{uri} is not on a local disk")
-    return Path(uri.removeprefix("file://")).expanduser()
+    try:
+        return Path(uri.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"{uri} is no path: {error}") from None
 
 
 def absolute(uri: str) -> str:
@@ -86,21 +129,18 @@ def is_same_disk(uri: str, other: str) -> bool:
 def _existing(uri: str) -> Path:
     """A local location, or the nearest folder above it that exists."""
     path = Path(absolute(uri))
-    return next(above for above in (path, *path.parents) if above.exists())
+    return next(above for above in (path, *path.parents) if os.path.exists(above))
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """pyarrow's file system and the path in it; S3's endpoint, region and credentials come from the AWS settings."""
     if is_local(uri):
         return pafs.LocalFileSystem(), absolute(uri)
+    bucket, key = s3.split(uri)
     try:
-        if uri.startswith(s3.SCHEME):
-            bucket, key = s3.split(uri)
-            return s3.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return s3.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
     except (OSError, ValueError) as error:
         raise StorageError(f"can't open {uri}: {error}") from None
-    return filesystem, path
 
 
 def failure(what: str, uri: str, error: Exception) -> StorageError:

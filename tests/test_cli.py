@@ -140,3 +140,68 @@ def test_a_manifests_summary_and_findings_are_json_where_asked_for(capsys, tmp_p
     assert report["verdict"].startswith("usable")
     (one,) = [finding for finding in report["findings"] if "can't be decoded" in finding["message"]]
     assert (one["severity"], len(one["examples"])) == ("warning", 1)
+
+
+ELSEWHERE = {
+    "s3://": "names no bucket; it should look like s3://BUCKET/KEY",
+    "gs://bucket/a": "only local paths and s3://BUCKET/... are supported",
+    "http://host/a.parquet": "only local paths and s3://BUCKET/... are supported",
+}
+
+
+@pytest.mark.parametrize("uri", ELSEWHERE)
+def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(capsys, tmp_path, monkeypatch, uri):
+    """`s3://` became a folder `s3:`, `gs://` never ended, and a list's http:// images ended a check in another way."""
+    trial = {"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"},
+             "method": "linear_probe"}  # fmt: skip
+    sweep = {"name": "s", "base": trial, "space": {"parameters": {"optim.lr": {"loguniform": [0.01, 1.0]}}}}
+    here = {"trial.yaml": trial, "sweep.yaml": sweep, "stored.yaml": {**sweep, "storage": uri},
+            "listed.yaml": {**sweep, "base": {**trial, "data": {"manifest": uri}}}}  # fmt: skip
+    for name, tree in here.items():
+        (tmp_path / name).write_text(json.dumps(tree))
+    (tmp_path / "train.txt").write_text(f"{uri} 0\n")
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    extract = ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0")
+    for words in (
+        ("train", "trial.yaml", "--storage", uri), ("train", "trial.yaml", "-o", uri),
+        ("train", "trial.yaml", "--set", f"data.manifest={uri}"), (*extract, "--storage", uri),
+        (*extract, "--storage", uri, "--dry-run"), ("features", "extract", uri, "--encoder", "tinylit_lite0"),
+        ("features", "check", uri), ("sweep", "run", "sweep.yaml", "--storage", uri), ("sweep", "run", "stored.yaml"),
+        ("sweep", "run", "sweep.yaml", "--manifest", uri), ("sweep", "run", "listed.yaml", "--dry-run"),
+        ("sweep", "run", "sweep.yaml", "--set", f"feature_folder={uri}"),
+        ("sweep", "run", "sweep.yaml", "--warm-start", uri), ("sweep", "run", "sweep.yaml", "--resume", uri),
+        ("sweep", "resume", uri), ("sweep", "list", uri), ("sweep", "show", uri), ("compare", uri), ("report", uri),
+        ("plan", "sweep.yaml", "--manifest", uri), ("plan", "stored.yaml"), ("export", uri, "-o", "out"),
+        ("manifest", "build", "--list", "train=train.txt", "-o", "m.parquet"), ("manifest", "show", uri),
+        ("manifest", "build", "--folders", "photos", "-o", uri), ("manifest", "build", "--folders", uri, "-o", "m"),
+        ("manifest", "build", "--table", uri, "-o", "m"), ("manifest", "check", uri), ("predict", "model", uri),
+        ("predict", uri, "photos"), ("predict", "model", "photos", "-o", f"{uri}/a.csv"),
+    ):  # fmt: skip
+        code, out, err = leave(capsys, *words)
+        assert (code, out) == (1, ""), words
+        assert ELSEWHERE[uri] in err, words
+        assert uri.rpartition("/")[0] in err
+        assert "Traceback" not in err
+    assert f"broken   storage {uri}" in leave(capsys, "doctor", uri)[1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["", "/below", "/" + "n" * 300])
+def test_a_storage_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path, below):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "trial.yaml").write_text(
+        '{"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"}, '
+        '"method": "linear_probe"}'
+    )
+    for words in (
+        ("train", str(tmp_path / "trial.yaml")),
+        ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"),
+    ):
+        for place in (f"{tmp_path / 'file'}{below}", f"~nobody-at-all{below}"):
+            code, out, err = leave(capsys, *words, "--storage", place)
+            assert (code, out) == (1, "")
+            assert err.startswith("imbvlm: ")
+            assert place in err
+            assert "Traceback" not in err

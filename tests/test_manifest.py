@@ -244,3 +244,21 @@ def pc_format(labels):
 
     names = pa.array(np.arange(len(labels))).cast(pa.string())
     return pc.binary_join_element_wise("s3://bucket/images", names, "/")
+
+
+@pytest.mark.parametrize("uri", ["http://host/a.jpg", "gs://bucket/a.jpg", "s3:///a.jpg", "s3:/bucket/a.jpg"])
+def test_images_that_lie_where_nothing_is_read_are_refused_by_row(tmp_path, uri):
+    uris = ["img/0.jpg", uri, "s3://bucket/2.jpg", f"file://{tmp_path}/3.jpg"]
+    where = (
+        "names no bucket"
+        if uri.startswith("s3:///")
+        else "did you mean s3://bucket/a.jpg"
+        if "s3" in uri
+        else "only local"
+    )
+    with pytest.raises(ManifestError, match=rf"1 row \(row 1\) whose image can't be read: {uri}.*{where}"):
+        Manifest.build(table(uri=uris), NAMES, "pets")
+    # A row that embeds its image may keep any uri as a name.
+    made = Manifest.build(table(uri=uris, bytes=[None, b"x", None, None]), NAMES, "pets")
+    made.write(str(tmp_path / "pets.parquet"))
+    assert Manifest.read(str(tmp_path / "pets.parquet")).table.column("uri")[1].as_py() == uri

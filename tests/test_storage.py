@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,43 @@ def test_locations_by_path_file_uri_and_object_store(tmp_path: Path, monkeypatch
     assert not storage.is_local("s3://bucket/runs")
     with pytest.raises(StorageError, match="s3://bucket/runs is not on a local disk"):
         storage.local_path("s3://bucket/runs")
-    with pytest.raises(StorageError, match="can't open ftp://host/a"):
-        storage.read_bytes("ftp://host/a")
+
+
+NOT_TAKEN = {
+    "s3://": r"s3:// names no bucket; it should look like s3://BUCKET/KEY",
+    "s3:///runs": r"s3:///runs names no bucket; it should look like s3://BUCKET/KEY",
+    "s3:/bucket/runs": r"s3:/bucket/runs is no location; did you mean s3://bucket/runs\?",
+    "S3://bucket/runs": r"S3://bucket/runs is no location; did you mean s3://bucket/runs\?",
+    "gs://bucket/runs": r"gs://bucket/runs: only local paths and s3://BUCKET/\.\.\. are .* give s3://bucket/runs",
+    "http://host/a": r"http://host/a: only local paths and s3://BUCKET/\.\.\. are supported; copy it to one",
+    "hdfs://host/a": r"hdfs://host/a: only local paths",
+    "file:/runs": r"file:/runs is no location; it should look like file:///runs",
+    "a\0b": r"null character, which no path can have",
+}
+
+
+@pytest.mark.parametrize("uri", NOT_TAKEN)
+def test_only_paths_and_buckets_are_taken_and_nothing_is_asked_or_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    """`s3://` alone became a local folder `s3:`, and pyarrow asked gs:// without an end."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[Callable[[], object]] = [
+        lambda: storage.join(uri, "a"), lambda: storage.absolute(uri), lambda: storage.read_bytes(uri),
+        lambda: storage.write_bytes(uri, b"x"), lambda: storage.exists(uri), lambda: storage.list_files(uri),
+        lambda: storage.delete(uri), lambda: storage.free_bytes(uri), lambda: storage.file_states(uri),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(StorageError, match=NOT_TAKEN[uri]):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_before_a_colon_are_folders_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("./s3:/a", "Genus:/a", "12:30/a", "http/a"):
+        storage.write_bytes(path, b"x")
+        assert storage.read_bytes(path) == b"x"
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def _unless_set(setting: str, value: str) -> Iterator[bool]:
         del os.environ[setting]
 
 
+@contextmanager
+def on_this_machine() -> Iterator[None]:
+    """Within, a running cluster is joined only where RAY_ADDRESS names it or it is connected already."""
+    with _unless_set("RAY_ADDRESS", "local"):
+        yield
+
+
 def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
     """A call of a module's function on a machine of the connected cluster that has so many CPUs and GPUs free."""
     return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))

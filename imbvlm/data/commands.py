@@ -54,6 +54,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build(options: argparse.Namespace) -> int:
     """Build a manifest, write it, print its summary; raises ImbvlmError."""
+    storage.check_location(options.output)
     if options.imbalance_factor is None:
         given = [name for name in ("class_order", "tail_shape") if getattr(options, name) is not None]
         if given:

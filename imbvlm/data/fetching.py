@@ -35,6 +35,8 @@ def read_object(uri: str) -> bytes:
     A name that isn't there as written is tried with its percent escapes decoded. Raises MissingError for this file's
     own faults, StorageError where the store doesn't answer.
     """
+    if (problem := storage.location_problem(uri)) is not None:
+        raise MissingError(problem)
     part = parse_range(uri)
     for name in file_names(uri):
         try:
@@ -75,16 +77,10 @@ def _read_local(uri: str, part: ByteRange | None) -> bytes:
 
 def _read_remote(uri: str, part: ByteRange | None) -> bytes:
     try:
-        if uri.startswith(s3.SCHEME):
-            return s3.get(uri) if part is None else s3.get(uri, part.offset, part.num_bytes)
-        filesystem, path = storage.open_filesystem(uri)
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read() if part is None else file.read_at(part.num_bytes, part.offset))
+        return s3.get(uri) if part is None else s3.get(uri, part.offset, part.num_bytes)
     except FileNotFoundError:
         raise
     except PermissionError:
-        raise MissingError(
-            f"access denied for {s3.identity()}" if uri.startswith(s3.SCHEME) else "access denied"
-        ) from None
+        raise MissingError(f"access denied for {s3.identity()}") from None
     except OSError as error:
         raise storage.failure("read", uri, error) from None

@@ -158,7 +158,7 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
             paths.append(file)
             labels.append(label)
             splits.append(split)
-    uris = [path if "://" in path or path.startswith("/") else storage.join(root, path) for path in paths]
+    uris = [path if storage.is_uri(path) or path.startswith("/") else storage.join(root, path) for path in paths]
     source = ", ".join(lists.values())
     findings = [*wrong[:20], *_and_more(wrong)]
     numbers, folders = None, {}

@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("content", pa.binary(16)),
     ]
 )
-_ABSOLUTE = r"^(/|~|[A-Za-z][A-Za-z0-9+.-]*://)"
+_ABSOLUTE = rf"^(/|~|{storage.SCHEMED})"
 
 
 def type_problem(kind: pa.DataType) -> str | None:
@@ -192,7 +192,18 @@ def row_findings(table: pa.Table, num_classes: int) -> list[str]:
     nothing = pc.and_(_blank(table.column("uri")), table.column("bytes").is_null())
     if pc.any(nothing).as_py():
         findings.append(f"{_rows(nothing)} with neither a uri nor bytes")
-    return findings
+    return [*findings, *_location_findings(table)]
+
+
+def _location_findings(table: pa.Table) -> list[str]:
+    """Rows with a URI that isn't supported; a row that embeds its image may have any URI, as a name."""
+    uris = pc.if_else(table.column("bytes").is_null(), table.column("uri"), pa.scalar(None, pa.large_string()))
+    has_scheme = pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SCHEMED}"), False)
+    wrong = pc.and_(has_scheme, pc.invert(pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SUPPORTED}"), True)))
+    if not pc.any(wrong).as_py():
+        return []
+    first = storage.location_problem(uris.filter(wrong)[0].as_py())
+    return [f"{_rows(wrong)} whose image can't be read: {first}"]
 
 
 def _blank(uris: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -284,4 +284,4 @@ def _read_parquet(path: str) -> Any:
 
 
 def _located(uri: str, root: str) -> str:
-    return uri if "://" in uri or uri.startswith("/") else storage.join(root, uri)
+    return uri if storage.is_uri(uri) or uri.startswith("/") else storage.join(root, uri)

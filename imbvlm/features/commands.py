@@ -53,10 +53,16 @@ class Extraction:
 
 
 def extract(
-    config: TrialConfig, root: str, outputs: frozenset[OutputName], *, report: Report, dry_run: bool
+    config: TrialConfig,
+    manifest: Manifest,
+    root: str,
+    outputs: frozenset[OutputName],
+    *,
+    report: Report,
+    dry_run: bool,
 ) -> Extraction:
     """Compute what is missing of a tower's outputs over all splits of the manifest; raises ImbvlmError."""
-    manifest, root = Manifest.read(config.data.manifest), storage.absolute(root)
+    root = storage.absolute(root)
     total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
     num_images, num_bytes = stored_images(config, manifest, root, outputs, manifest.splits)
     folders, seconds = {}, None

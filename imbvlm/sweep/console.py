@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from imbvlm import storage
 from imbvlm.errors import LINE_BREAKS, printable
 
 # On a terminal it is drawn anew at most so often; in a log file a line is written, later on less often; in CI hardly.
@@ -43,7 +44,7 @@ class Console:
 
     def copy_to(self, path: Path) -> None:
         """Write what is said, and the live view now and then, into a file as well."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         self._copy = path
 
     def say(self, text: str = "") -> None:
@@ -135,15 +136,22 @@ class Console:
 
     @contextmanager
     def others_to(self, log: Path | None) -> Iterator[None]:
-        """Send what else this process and its libraries print to a file; `say` and `live` go on to the user."""
+        """Send what else this process and its libraries print to a file; `say` and `live` go on to the user.
+
+        Raises StorageError where the file can't be written.
+        """
         if log is None:
             yield
             return
-        log.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(log)
+        try:
+            sink = open(log, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise storage.failure("write", str(log), error) from None
         sys.stdout.flush()
         sys.stderr.flush()
         saved_out, saved_err, ours = os.dup(1), os.dup(2), self._stream
-        with open(log, "ab") as sink:
+        with sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
         if ours is sys.stdout:
@@ -164,6 +172,13 @@ class Console:
             os.close(saved_err)
             if self._is_gone:
                 _to_nowhere(*self._terminals)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage.failure("write", str(path), error) from None
 
 
 def _to_nowhere(*descriptors: int) -> None:

@@ -90,6 +90,7 @@ def export_sweep(
     and the test split isn't read for it. `manifest` is where the sweep's manifest is by now. Raises ImbvlmError where
     there is no result yet.
     """
+    storage.check_location(out)
     if onnx:
         require_onnx()
     spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from imbvlm.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.config import TrialConfig, needed
 from imbvlm.data.cluster import Cluster, nodes_that_miss
-from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.data.table import count_of
 from imbvlm.errors import ConfigError, Problem
 from imbvlm.models.encoder import describe_encoder
@@ -222,16 +224,36 @@ def _trials_on(spec: SweepSpec, nodes: Iterable[tuple[float, float]]) -> int:
     return sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes) // spec.num_workers
 
 
+def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
+    """Counts of the images that train, and the number of validation images of each class."""
+    carved = carve_validation(manifest, split_seed)
+    val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
+    counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
+    return manifest.class_stats(carved), counts.tolist()
+
+
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
     """Refuse data of a single class, and an objective over classes that validation has not; raises ConfigError."""
-    num_trained = int((stats.split_counts > 0).sum())
-    if num_trained < 2:
-        message = (
-            f"training images are of {count_of(num_trained, 'class')}, and two or more are needed to tell apart; "
-            "`imbvlm manifest check` says more"
-        )
+    wanted = tuple(dict.fromkeys([*spec.objectives, *spec.constraints]))
+    if (message := one_class_mistake(stats)) is not None:
         raise ConfigError([Problem(message, spec.where("base", "data", "manifest"))])
-    wanted = dict.fromkeys([*spec.objectives, *spec.constraints])
+    if (message := validation_mistake(stats, val_labels_per_class, wanted)) is not None:
+        raise ConfigError([Problem(message, spec.where("objective"))])
+
+
+def one_class_mistake(stats: ClassStats) -> str | None:
+    """The mistake of training images of fewer than two classes."""
+    num_trained = int((stats.split_counts > 0).sum())
+    if num_trained >= 2:
+        return None
+    return (
+        f"training images are of {count_of(num_trained, 'class')}, and two or more are needed to tell apart; "
+        "`imbvlm manifest check` says more"
+    )
+
+
+def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wanted: Sequence[str]) -> str | None:
+    """The mistake of validation rows that can't give one of the wanted metrics."""
     groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in wanted]
     missing = [
         group
@@ -239,18 +261,16 @@ def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[in
         if group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group))
     ]
     if not sum(val_labels_per_class):
-        message = (
+        return (
             "no class has a validation image (carving needs classes of 5 or more training images), so that nothing can "
             "be selected"
         )
-    elif missing:
-        message = (
+    if missing:
+        return (
             f"val/{missing[0]}_accuracy: no {missing[0]} class has a validation image here; choose "
             "val/balanced_accuracy"
         )
-    else:
-        return
-    raise ConfigError([Problem(message, spec.where("objective"))])
+    return None
 
 
 def check_models(spec: SweepSpec, space: SearchSpace) -> dict[str, EncoderInfo]:

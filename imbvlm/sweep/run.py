@@ -33,7 +33,16 @@ from imbvlm.sweep.engine.scheduler import AshaPerMethod, asha
 from imbvlm.sweep.engine.search import FixedSearcher, Job, StudySearcher
 from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs, side_folder
 from imbvlm.sweep.export import best_config, write_best
-from imbvlm.sweep.feasibility import Packing, at_a_time, check_data, check_models, check_shared, packing, trials_at_once
+from imbvlm.sweep.feasibility import (
+    Packing,
+    at_a_time,
+    check_data,
+    check_models,
+    check_shared,
+    data_counts,
+    packing,
+    trials_at_once,
+)
 from imbvlm.sweep.fork import choose_fork, write_fork
 from imbvlm.sweep.lease import held
 from imbvlm.sweep.listing import UNFINISHED_FILE
@@ -594,14 +603,10 @@ def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
-    held_out, val_rows = _held_out_rows(spec, manifest), _val_rows(spec, manifest)
-    counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
-    check_data(spec, manifest.class_stats(held_out), counts.tolist())
-
-
-def _held_out_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
-    return carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+    check_data(spec, *data_counts(manifest, int(spec.base["data"].get("split_seed", 0))))
 
 
 def _val_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
-    return manifest.rows_of("val") if "val" in manifest.splits else _held_out_rows(spec, manifest)
+    if "val" in manifest.splits:
+        return manifest.rows_of("val")
+    return carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))

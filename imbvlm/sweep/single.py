@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from imbvlm import storage
 from imbvlm.config import TrialConfig
+from imbvlm.data.cluster import on_this_machine
 from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ImbvlmError
+from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.extract import ensure_features
+from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import OutputName
 from imbvlm.models.methods import needs_text, stored_outputs
 from imbvlm.sweep.console import Console, percent
+from imbvlm.sweep.feasibility import check_model, data_counts, one_class_mistake, validation_mistake
 from imbvlm.training.session import TrialSession, TrialSettings, default_device
 
 OBJECTIVE = "val/balanced_accuracy"
@@ -17,15 +20,26 @@ LOG_FILE = "train.log"
 
 
 def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False) -> dict[str, float]:
-    """Extract what is missing, train, and return the last epoch's metrics with the best so far; raises ImbvlmError."""
+    """Extract what is missing, train, and return the last epoch's metrics with the best so far; raises ImbvlmError.
+
+    Training uses this machine; the features come from a cluster only where RAY_ADDRESS names it.
+    """
+    for location in (storage_folder, out or storage_folder):
+        storage.check_location(location)
     console = Console()
     say = (lambda text: None) if quiet else console.say
     manifest = Manifest.read(config.data.manifest)
+    stats, val_counts = data_counts(manifest, config.data.split_seed)
+    mistake = one_class_mistake(stats) or validation_mistake(stats, val_counts, [OBJECTIVE])
+    if mistake is not None:
+        raise ConfigError([Problem(mistake, config.data.manifest)])
+    if problems := check_model(config, describe_encoder(config.encoder)):
+        raise ConfigError(problems)
     splits = tuple(split for split in manifest.splits if split != "test")
     root = storage.join(storage_folder, "features")
     log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
     outputs = stored_outputs(config)
-    with console.others_to(log):
+    with console.others_to(log), on_this_machine():
         if not outputs:
             # Streamed images: one pass of the tower finds what can't be read while nothing is lost yet.
             ensure_features(config, manifest, root, frozenset[OutputName]({"pooled"}), splits, report=say)

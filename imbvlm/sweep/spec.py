@@ -142,6 +142,14 @@ class SweepSpec(Section):
         wanted = data.get("num_trials", number)
         return {**data, "num_trials": min(wanted, number) if isinstance(wanted, int) else wanted}
 
+    @field_validator("storage", "feature_folder", "warm_start")
+    @classmethod
+    def _can_be_read_and_written(cls, value: Any, info: ValidationInfo) -> Any:
+        locations = value if isinstance(value, list) else [value] if value is not None else []
+        for problem in filter(None, map(storage.location_problem, locations)):
+            raise ValueError(f"{info.field_name}: {problem}")
+        return value
+
     @field_validator("confirm_seeds", "refit_seeds")
     @classmethod
     def _each_seed_once(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
@@ -456,6 +464,10 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
         elif key in OPTIONAL_SECTIONS and methods and key not in read:
             message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out"
             problems.append(Problem(message, spec.where("base", key)))
+    manifest = value_in(spec.base, "data.manifest")
+    problem = storage.location_problem(manifest) if isinstance(manifest, str) else None
+    if problem is not None:
+        problems.append(Problem(f"data.manifest: {problem}", spec.where("base", "data", "manifest")))
     return problems
 
 

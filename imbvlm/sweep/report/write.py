@@ -25,6 +25,7 @@ def write_report(
     PNG and the CSV of its numbers, and every table as CSV and LaTeX besides. `manifest` is where the sweep's manifest
     is by now, and `say` is told what the page lacks.
     """
+    storage.check_location(out or folder)
     source = Source.read(folder, manifest)
     report = build(source)
     for note in report.notes:
