@@ -366,7 +366,7 @@ def _plan(options: argparse.Namespace) -> int:
     from imbvlm.sweep.command import print_plan, with_options
 
     spec = with_options(_spec(options.spec, " --dry-run"), options)
-    return print_plan(spec, options.measure, as_json=options.json)
+    return print_plan(spec, options.measure, as_json=options.json, num_gpus=options.gpus)
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

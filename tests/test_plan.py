@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_images import TinyImages
+from tiny_images import TinyImages, extraction_in_this_process
 
 from imbvlm.data.cluster import Cluster
 from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError, ImbvlmError
-from imbvlm.features.extract import DISK_MARGIN
+from imbvlm.features.extract import DISK_MARGIN, ensure_features
 from imbvlm.features.local_copy import Copies
+from imbvlm.sweep import command
 from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.estimate import asha_share, commonest_shapes, sample_trials, shape_of
-from imbvlm.sweep.plan import calibrate_here, describe_plan, make_plan, plan_to_dict
+from imbvlm.sweep.plan import DRY_RUN, calibrate_here, describe_plan, make_plan, plan_to_dict
 from imbvlm.sweep.post_hoc import max_logit_files
 from imbvlm.sweep.run import run
 from imbvlm.sweep.spec import SweepSpec, check_spec
@@ -309,3 +310,72 @@ def test_a_limit_on_money_needs_a_price() -> None:
     check_spec(spec(max_cost=5.0, price_per_machine_hour=2.0))
     with pytest.raises(ConfigError, match="a machine's price has its GPUs in it; set one of them"):
         check_spec(spec(price_per_gpu_hour=2.0, price_per_machine_hour=2.0))
+
+
+def leave(capsys: pytest.CaptureFixture[str], made: SweepSpec, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        command.main(made, ["--dry-run", "--measure=no", *words])
+    captured = capsys.readouterr()
+    assert isinstance(left.value.code, int)
+    return left.value.code, captured.out, captured.err
+
+
+def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsys, monkeypatch, tmp_path) -> None:
+    """Scripts ran `--dry-run && ...`, and it left with 0 without manifest, weights or GPU."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    fits = spec(storage=str(tmp_path))
+    code, out, err = leave(capsys, fits)
+    assert (code, err) == (0, "")
+    assert "would run on this machine" in out
+    needs_gpu = fits.with_settings({"gpus_per_worker": 8.0})
+    everything = ["--manifest=none.parquet", "--set=encoder.name=openai_vit_b32"]
+    code, out, err = leave(capsys, needs_gpu, *everything)
+    assert code == 1
+    assert out.rstrip().endswith(DRY_RUN)
+    first, *lacking = err.splitlines()
+    assert first == "imbvlm: the sweep can't run here:"
+    for says, line in zip(
+        (
+            "manifest none.parquet (NOT THERE",
+            "encoder openai_vit_b32: its weights are not here",
+            "a trial needs 8 GPUs",
+        ),
+        lacking,
+        strict=True,
+    ):
+        assert line.startswith(f"  {says}")
+    assert "NOT HERE: a trial needs 8 GPUs" in out
+    # Another machine has its own files, and as many GPUs as are asked for.
+    code, out, err = leave(capsys, needs_gpu, *everything, "--gpus=16")
+    assert (code, err) == (0, "")
+    assert "would run on another machine" in out
+    assert "16 GPUs, 2 trials at a time" in out
+    code, out, err = leave(capsys, needs_gpu, "--gpus=4")
+    assert code == 1
+    assert "can't run on another machine" in err
+    with pytest.raises(SystemExit) as left:
+        command.main(fits, ["--gpus=4"])
+    assert left.value.code == 1
+    assert "--gpus: a plan alone can be for another machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_without_times_counts_what_is_stored_already(tmp_path) -> None:
+    """With `--measure no` all of it was to be written, whatever was there."""
+    problem = TinyImages(tmp_path)
+    config = problem.config("linear_probe", features__computed_in="float32")
+    made = SweepSpec.from_tree({
+        "name": "stored", "base": {key: config.to_tree()[key] for key in ("data", "encoder", "features", "method")},
+        "space": SPACE, "storage": str(tmp_path / "runs"), "feature_folder": str(tmp_path / "features"),
+    })  # fmt: skip
+    assert plan_to_dict(make_plan(made, None))["towers"][0]["missing_bytes"] > 0
+    with extraction_in_this_process():
+        ensure_features(
+            config, Manifest.read(problem.manifest), str(tmp_path / "features"),
+            frozenset({"pooled", "image_embedding"}), ("train", "val", "test"), report=lambda text: None,
+        )  # fmt: skip
+    plan = make_plan(made, None)
+    assert plan_to_dict(plan)["towers"][0]["missing_bytes"] == 0
+    assert "features    all there already" in describe_plan(plan)

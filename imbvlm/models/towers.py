@@ -73,6 +73,16 @@ class WeightsState:
     address: str
     cause: str | None
 
+    @property
+    def problem(self) -> str | None:
+        """Why the weights can't be had, and the fix; None where they are here or can be fetched."""
+        if self.present or self.cause is None:
+            return None
+        return (
+            f"its weights are not here, and {self.address} doesn't answer ({self.cause}); fetch them where there is a "
+            "network and name them as encoder.weights or local-dir:PATH, or set HF_ENDPOINT or HTTPS_PROXY"
+        )
+
 
 @dataclass(frozen=True)
 class TowerSource:

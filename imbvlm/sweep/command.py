@@ -79,6 +79,12 @@ def add_measure_argument(parser: argparse.ArgumentParser) -> None:
         default="here",
         help="where a plan measures a few steps of each kind of trial (default: here; cluster joins the one that runs)",
     )
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="plan for another machine, with N GPUs; without it a plan of what can't run here ends with exit code 1",
+    )
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +124,9 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         if options.add_trials:
             spec = _with_more_trials(spec, options.resume, options.add_trials)
         if options.dry_run:
-            return print_plan(spec, options.measure, as_json=False)
+            return print_plan(spec, options.measure, as_json=False, num_gpus=options.gpus)
+        if options.gpus is not None:
+            raise ConfigError([Problem("a plan alone can be for another machine: add --dry-run", "--gpus")])
         if options.plan and options.resume:
             raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
         if options.fork and not options.resume:
@@ -159,19 +167,25 @@ def _without_hangup() -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def print_plan(spec: SweepSpec, measure: str, *, as_json: bool) -> int:
-    """Show what a sweep would do and take; raises ImbvlmError."""
-    from imbvlm.sweep.plan import DRY_RUN, describe_plan, plan_to_dict
+def print_plan(spec: SweepSpec, measure: str, *, as_json: bool, num_gpus: int | None = None) -> int:
+    """Show what a sweep would do and take, then all that it lacks; 1 where it lacks something, raises ImbvlmError."""
+    from imbvlm.sweep.plan import DRY_RUN, describe_plan, obstacles, plan_to_dict
 
-    plan = _plan(spec, measure)
-    print(json.dumps(plan_to_dict(plan), indent=1) if as_json else f"{describe_plan(plan)}\n{DRY_RUN}")
-    return 0
+    plan = _plan(spec, measure, num_gpus)
+    lacking = obstacles(plan, is_here=num_gpus is None)
+    as_text = f"{describe_plan(plan)}\n{DRY_RUN}"
+    print(json.dumps({**plan_to_dict(plan), "obstacles": lacking}, indent=1) if as_json else as_text, flush=True)
+    if not lacking:
+        return 0
+    where = "here" if num_gpus is None else f"on {plan.machine}"
+    print("\n  ".join([f"imbvlm: the sweep can't run {where}:", *lacking]), file=sys.stderr)
+    return 1
 
 
-def _plan(spec: SweepSpec, measure: str) -> Plan:
+def _plan(spec: SweepSpec, measure: str, num_gpus: int | None = None) -> Plan:
     from imbvlm.sweep.plan import calibrate_here, calibrate_on_cluster, make_plan
 
-    return make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure])
+    return make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure], num_gpus)
 
 
 def _keep_plan(spec: SweepSpec, measure: str, folder: str) -> None:

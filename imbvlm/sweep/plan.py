@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -51,6 +52,7 @@ from imbvlm.sweep.estimate import (
     shape_of,
 )
 from imbvlm.sweep.feasibility import (
+    DRIVER_CPUS,
     Packing,
     at_a_time,
     check_models,
@@ -131,9 +133,15 @@ class Plan:
     @property
     def fits_disk(self) -> bool | None:
         """None where it can't be known."""
+        fits = self.fits_features
+        return None if fits is None else fits and self.fits_logits
+
+    @property
+    def fits_features(self) -> bool | None:
+        """None where it can't be known."""
         if self.free_bytes is None or self.manifest is None:
             return None
-        return self.missing_bytes * DISK_MARGIN <= self.free_bytes and self.fits_logits
+        return self.missing_bytes * DISK_MARGIN <= self.free_bytes
 
     @property
     def fits_logits(self) -> bool:
@@ -187,25 +195,28 @@ def calibrate_on_cluster(spec: SweepSpec, trials: Sequence[TrialConfig], towers:
         )  # fmt: skip
 
 
-def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
-    """Check the sweep, and measure its trials where `measure` is given; raises ConfigError, ImbvlmError."""
+def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None = None) -> Plan:
+    """Check the sweep, and measure its trials where `measure` is given; raises ConfigError, ImbvlmError.
+
+    With `num_gpus` the plan is for another machine that has so many, and files missing here are no obstacles.
+    """
     space = check_spec(spec)
     towers = check_models(spec, space)
     warm_starts(spec, space)
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
         check_manifest(spec, manifest)
-    look = measure is not None
+    look = num_gpus is None
     # Joined once for all that is asked of it.
     with joined() if look else nullcontext():
-        cluster = running_cluster()
+        cluster = running_cluster() if num_gpus is None else _elsewhere(spec, num_gpus)
         concurrent, misfit = _concurrent(spec, cluster)
         found = tuple(_tower(spec, space, config, towers, manifest, look=look) for config in tower_configs(spec, space))
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
     calibration = estimated = together = packs = None
-    logits, logit_room = 0, storage.free_bytes(spec.storage)
+    logits, logit_room = 0, storage.free_bytes(spec.storage) if look else None
     if logit_room is not None and storage.is_same_disk(spec.storage, spec.feature_root):
         logit_room -= int(DISK_MARGIN * sum(tower.missing_bytes for tower in found))
     if manifest is not None:
@@ -230,19 +241,50 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None) -> Plan:
             passes = _features_seconds(found, calibration, cluster, 2 if rows.test else 1)
             estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
-        spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root),
-        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown), _machine(cluster), misfit,
-        concurrent, calibration, tuple(shapes), rows,
+        spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root) if look else None,
+        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown),
+        _machine(cluster, is_here=look), misfit, concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
         together, packs, logits, logit_room,
     )  # fmt: skip
+
+
+def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
+    """All reasons why the sweep would be rejected if it were started now; of another machine only its size is known.
+
+    Where weights are missing, it asks whether their server answers.
+    """
+    return [*(_missing_files(plan) if is_here else ()), *([plan.misfit] if plan.misfit else [])]
+
+
+def _missing_files(plan: Plan) -> list[str]:
+    """Files and disk space that the sweep needs and this machine lacks."""
+    problems = [] if plan.manifest is not None else [f"manifest {plan.manifest_problem}"]
+    for tower in plan.towers:
+        try:
+            problem = find_tower(tower.config.encoder).weights_state().problem
+        except ImbvlmError as error:
+            problem = str(error)
+        problems += [] if problem is None else [f"encoder {tower.config.encoder.name}: {problem}"]
+    problems += [] if plan.fits_features is not False else [f"features: {_disk(plan)}"]
+    return problems + ([] if plan.fits_logits else [f"logits: {_logits(plan)}"])
+
+
+def _elsewhere(spec: SweepSpec, num_gpus: int) -> Cluster:
+    """A machine with so many GPUs and the CPUs that their trials take, or as many as this one has."""
+    workers = num_gpus / spec.gpus_per_worker if spec.gpus_per_worker else 0
+    num_cpus = float(max(_cpus(), math.ceil(workers * (spec.cpus_per_worker + DRIVER_CPUS))))
+    nodes = ((num_cpus, float(num_gpus)),)
+    return Cluster("not started", num_cpus, float(num_gpus), False, nodes, nodes)
 
 
 def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
     source = spec.base["data"]["manifest"]
     try:
         return Manifest.read(source), ""
-    except storage.StorageError:
+    except storage.StorageError as error:
+        if "is not there" not in str(error):
+            return None, str(error)
         return None, f"{source} (NOT THERE: make it with `imbvlm manifest build`, or give --manifest)"
     except ImbvlmError as error:
         return None, str(error)
@@ -274,7 +316,9 @@ def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> floa
     return max(there, concurrent * spec.num_workers * spec.gpus_per_worker)
 
 
-def _machine(cluster: Cluster | None) -> str:
+def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
+    if cluster is not None and not is_here:
+        return f"another machine, {cluster.num_cpus:g} CPUs and {cluster.num_gpus:g} GPUs"
     cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
     where = "this machine" if cluster is None else f"the cluster that runs ({len(cluster.nodes)} machines)"
     return f"{where}, {cpus:g} CPUs and {gpus:g} GPUs"
@@ -478,7 +522,7 @@ def _disk(plan: Plan) -> str:
     text = f"{size_text(plan.missing_bytes)} to write"
     if plan.free_bytes is None:
         return text
-    if plan.missing_bytes * DISK_MARGIN <= plan.free_bytes:
+    if plan.fits_features:
         return f"{text}, {size_text(plan.free_bytes)} free"
     reads_tokens = "tokens" in needed_outputs(plan.spec, plan.space)
     knobs = "".join(f", {knob}" for knob in token_knobs(plan.towers[0].config)) if reads_tokens else ""
@@ -574,13 +618,13 @@ def _short(seconds: float) -> str:
 
 
 def _takes(plan: Plan) -> list[str]:
-    found = plan.estimate
-    if found is None:
-        return []
-    spec = plan.spec
-    lines = [f"would take, on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
+    spec, found = plan.spec, plan.estimate
+    what = "would run" if found is None else "would take,"
+    lines = [f"{what} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
     if plan.misfit:
         lines.append(f"  NOT HERE: {plan.misfit}")
+    if found is None:
+        return lines if plan.misfit else [lines[0].removesuffix(":")]
     unknown = "not known: not every method or tower could be measured"
     passes = "nothing to compute" if found.features == 0 else None
     passes = passes or (unknown if found.features is None else duration(found.features))
