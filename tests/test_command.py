@@ -10,6 +10,7 @@ import pytest
 
 from imbvlm.errors import ConfigError
 from imbvlm.sweep import command
+from imbvlm.sweep.run import removed_if_rejected
 from imbvlm.sweep.spec import SweepSpec, check_spec
 
 SPEC = SweepSpec.from_tree(
@@ -142,6 +143,53 @@ def test_a_sweep_that_never_began_is_nothing_to_go_on_with(capsys: pytest.Captur
         command.main(SPEC, [f"--manifest={tmp_path / 'none.parquet'}", f"--storage={tmp_path / 'runs'}"])
     assert capsys.readouterr().err == f"imbvlm: {tmp_path / 'none.parquet'} is not there\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_cannot_be_had_are_said_before_there_is_a_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They were missed after Ray had started, in a folder that looked like a sweep; a plan was kept there before."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    base = {"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "openai_vit_b32"}}
+    made = SPEC.model_copy(update={"base": {**base, "method": "linear_probe"}, "space": {"parameters": {}}})
+    for words in ([], ["--plan", "--measure=no"]):
+        with pytest.raises(SystemExit) as stop:
+            command.main(made, words)
+        assert stop.value.code == 1
+        assert "openai_vit_b32" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_removed_where_it_is_new_and_its_sweep_never_began(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def begin(folder: Path, names: tuple[str, ...]) -> None:
+        with removed_if_rejected(str(folder)):
+            for name in names:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text("x")
+            raise ConfigError([])
+
+    def rejected(folder: Path, *names: str) -> None:
+        with pytest.raises(ConfigError):
+            begin(folder, names)
+
+    rejected(tmp_path / "runs" / "deep" / "inat-1", "ray.log", "provenance.json")
+    assert list(tmp_path.iterdir()) == []
+    # Another one's files stay, and so does what a sweep has begun.
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes").write_text("mine")
+    rejected(tmp_path / "runs" / "inat-1", "ray.log")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes"]
+    rejected(tmp_path / "runs" / "inat-2", "ray.log", "sweep.yaml")
+    (tmp_path / "runs" / "inat-3").mkdir()
+    rejected(tmp_path / "runs" / "inat-3", "ray.log")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["inat-2", "inat-3", "notes"]
 
 
 def test_wrong_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,10 +214,12 @@ def feature_times(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (home / "runs" / "features").rglob("*.arrow")}
 
 
-def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers(home):
+def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves_no_folder(home):
+    before = sorted(home.rglob("*"))
     printed = run(QUICKSTART, "--smoke", "--set", "num_workers=64", cwd=home, code=1)
     assert "the cluster h" in printed
     assert "num_workers" in printed
+    assert sorted(home.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -131,19 +131,19 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
             raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
         if options.fork and not options.resume:
             raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
-        from imbvlm.sweep.run import fork, run
+        from imbvlm.sweep.run import fork, removed_if_rejected, run
 
         # From here on; a plan shows paths as they were typed.
         spec = with_absolute_paths(spec)
         folder = _new_folder(spec)
-        if options.fork:
-            folder = fork(spec, _wanted_folder(spec, options.resume), folder, Console())
-        elif options.resume:
+        if options.resume and not options.fork:
             folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
-        if options.plan:
-            _keep_plan(spec, options.measure, folder)
         try:
-            with _without_hangup():
+            with _without_hangup(), removed_if_rejected(folder):
+                if options.fork:
+                    fork(spec, _wanted_folder(spec, options.resume), folder, Console())
+                if options.plan:
+                    _keep_plan(spec, options.measure, folder)
                 run(spec, folder, Console())
         except KeyboardInterrupt:
             print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from imbvlm.features.examples import FeatureSet
 from imbvlm.features.extract import check_room, ensure_features, num_crops, seconds_per_image, stored_images
 from imbvlm.models.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.models.methods import METHODS, tower_problem
+from imbvlm.models.towers import find_tower
 from imbvlm.sweep.baselines import Baseline, baselines, tower_configs, tower_key
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.compute import Compute, Paces, compute_text, pace_key
@@ -97,6 +98,9 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     models = check_models(spec, space)
     # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
     starts = warm_starts(spec, space)
+    for config in tower_configs(spec, space):
+        # Fetched before there is a folder: without weights there is no sweep.
+        find_tower(config.encoder).weights_file()
     with held(folder, console.say) as lease:
         log = TrialLog.read(folder)
         log.constraints = spec.constraints
@@ -121,6 +125,25 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
 
 
 @contextmanager
+def removed_if_rejected(folder: str) -> Iterator[None]:
+    """Within, a folder that is new is removed again where the sweep ends before its sweep.yaml is written."""
+    beside = side_folder(folder)
+    is_new = not storage.exists(folder)
+    new_parents = [one for one in beside.absolute().parents if not one.exists()]
+    try:
+        yield
+    except BaseException:
+        # What ended the sweep is raised, also where the store is away by now.
+        with suppress(StorageError, OSError):
+            if is_new and storage.exists(folder) and not storage.exists(storage.join(folder, SPEC_FILE)):
+                storage.delete(folder)
+                storage.delete(str(beside))
+                for parent in new_parents:
+                    parent.rmdir()
+        raise
+
+
+@contextmanager
 def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
     try:
         yield
@@ -128,8 +151,8 @@ def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
         raise type(error)(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
 
 
-def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
-    """Begin a sweep's folder with the trials of another that are still valid, and return it; raises ConfigError."""
+def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
+    """Begin a sweep's folder with the trials of another that are still valid; raises ConfigError."""
     space = check_spec(spec)
     found = provenance(Manifest.read(spec.base["data"]["manifest"]))
     chosen = choose_fork(source, spec, space, provenance_changes(source, found))
@@ -137,7 +160,6 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> str:
     write_provenance(folder, {**found, "towers": known_towers(source)} if chosen.kept else found)
     write_fork(chosen, source, folder)
     console.say(chosen.describe(source))
-    return folder
 
 
 def _check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
@@ -187,8 +209,6 @@ class _Sweep:
             f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {trials}"
         )
-        storage.write_bytes(storage.join(folder, UNFINISHED_FILE), b"a run has begun here and not come to its end\n")
-        storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
         if not cluster.started_here:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
@@ -202,6 +222,9 @@ class _Sweep:
         check_room(
             towers, manifest, spec.feature_root, outputs, copies=spec.feature_copies, other_bytes=others
         )  # fmt: skip
+        # The last check is behind us: `removed_if_rejected` keeps a folder with these.
+        storage.write_bytes(storage.join(folder, UNFINISHED_FILE), b"a run has begun here and not come to its end\n")
+        storage.write_bytes(storage.join(folder, SPEC_FILE), spec.to_yaml_text().encode())
         began, splits = time.monotonic(), ("train", "val") if "val" in manifest.splits else ("train",)
         self.features = self._extract(splits)
         if self.budget.is_limited and "test" in manifest.splits:
