@@ -2,17 +2,22 @@
 
 Softmax and six other losses, class-balanced sampling and four second stages on a decoder over a frozen tower, beside
 zero-shot, CoOp, a linear probe and full fine-tuning; towers, pre-training sets, depths of the decoder, and the cost.
+It runs in full on GPUs. Without one, and on the data in the package, it runs in small: the package's own encoder on
+CPUs, a few epochs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.command import add_arguments, run_command
+from imbvlm.sweep.plan import resources
 from imbvlm.sweep.space import Draw
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.study import Part, Row, study_fields
@@ -73,6 +78,8 @@ PRETRAINING = {"OpenAI": "openai_vit_b16", "LAION-400M": "laion400m_vit_b16", "L
 DEPTHS = range(7)
 PARTS = ("methods", "losses", "prompt_losses", "since", "towers", "pretraining", "depth", "cost")
 
+# CPUs of a trial on a GPU, where the machine has as many; its driver takes a little besides.
+CPUS_PER_GPU = 4
 # The study's recipe: 8,192 steps of 256, on one GPU a trial.
 LARGE: Mapping[str, Any] = {
     "base": {
@@ -85,7 +92,7 @@ LARGE: Mapping[str, Any] = {
     "own": {},
     "driver": "ray_train",
     "gpus_per_worker": 1,
-    "cpus_per_worker": 4,
+    "cpus_per_worker": CPUS_PER_GPU,
     "fresh_crops": True,
     "smoke": {"train.num_epochs": 1, "encoder.name": "openai_vit_b16", "refit_seeds": [0], "fresh_crops": False},
 }
@@ -113,16 +120,22 @@ SMALL: Mapping[str, Any] = {
 }
 
 
-def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[SweepSpec, list[str]]:
-    """The sweep of some parts of PARTS on a data set, and sentences on what it leaves out."""
-    is_small = manifest.startswith(EMBEDDED)
-    setting = SMALL if is_small else LARGE
+def study(
+    names: Iterable[str], manifest: str = DEFAULT_MANIFEST, num_cpus: float | None = None, num_gpus: float = 1
+) -> tuple[SweepSpec, list[str]]:
+    """The sweep of some parts of PARTS on a data set and a machine, and sentences on what it leaves out."""
+    is_embedded = manifest.startswith(EMBEDDED)
+    is_small = is_embedded or not num_gpus
+    setting = dict(SMALL if is_small else LARGE)
+    if num_cpus is not None and not is_small:
+        setting["cpus_per_worker"] = max(1, min(CPUS_PER_GPU, math.ceil(num_cpus / num_gpus) - 1))
     base = {"data": {"manifest": manifest}, **setting["base"]}
     left_out = []
     towers, pretraining, since = TOWERS, PRETRAINING, {**SINCE, **IN_VIT}
     if is_small:
         towers, pretraining, since = {"TinyLiT": "tinylit_lite0"}, {}, SINCE
-        left_out = [f"part towers leaves out {', '.join(TOWERS)}: the data in the package has the package's own tower"]
+        why = "the data in the package has" if is_embedded else "there is no GPU, so that the study takes"
+        left_out = [f"part towers leaves out {', '.join(TOWERS)}: {why} the package's own encoder"]
         left_out += [f"part since leaves out {', '.join(IN_VIT)}, which train in the blocks of a ViT"]
         left_out += [f"part pretraining leaves out {', '.join(PRETRAINING)}, as their towers"]
     methods = _methods()
@@ -146,7 +159,14 @@ def study(names: Iterable[str], manifest: str = DEFAULT_MANIFEST) -> tuple[Sweep
             "trial_scheduler": {"name": "none"},
         }
     )
-    return found, [sentence for sentence in left_out if sentence.split()[1] in names]
+    said = [sentence for sentence in left_out if sentence.split()[1] in names]
+    if is_small and not is_embedded:
+        said.insert(
+            0,
+            "there is no GPU: the study runs in small, with TinyLiT at 96 px for ViT-B/16, on CPUs (--dry-run --gpus N "
+            "plans it in full)",
+        )
+    return found, said
 
 
 def _with_own(part: Part, own: Mapping[str, Draw]) -> Part:
@@ -202,7 +222,11 @@ if __name__ == "__main__":
     add_arguments(parser)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all where not given")
     options = parser.parse_args()
-    spec, left_out = study(options.part, options.manifest or DEFAULT_MANIFEST)
+    try:
+        num_cpus, num_gpus = resources() if options.gpus is None else (None, options.gpus)
+    except ImbvlmError as error:
+        sys.exit(f"imbvlm: {error}")
+    spec, left_out = study(options.part, options.manifest or DEFAULT_MANIFEST, num_cpus, num_gpus)
     print(*left_out, sep="\n", end="\n" if left_out else "")
     if not spec.study:
         sys.exit("nothing is left of what --part names; name other parts, or give --manifest")

@@ -22,6 +22,7 @@ from imbvlm.losses import LOSSES
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.duplicates import canonical_key, not_trained
 from imbvlm.sweep.engine.search import Job, StudySearcher
+from imbvlm.sweep.feasibility import concurrent_trials
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.plan import describe_plan, make_plan
 from imbvlm.sweep.published import PUBLISHED, published_scores
@@ -341,6 +342,25 @@ def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
         }  # fmt: skip
         steps = {one.train.num_steps for one in losses}
         assert steps == {8192}
+
+
+def test_the_study_runs_on_what_there_is(paper: Any) -> None:
+    """Own photos on a laptop meant a ViT-B/16 with one GPU and four CPUs a trial, for `--smoke` as well."""
+    here, said = paper.study(paper.PARTS, "photos.parquet", 2, 0)
+    assert (here.gpus_per_worker, here.cpus_per_worker, here.driver) == (0, 1, "in_process")
+    assert here.base["data"]["manifest"] == "photos.parquet"
+    assert said[0].startswith("there is no GPU: the study runs in small")
+    for made in (here, here.with_settings(here.smoke, "--smoke")):
+        check_spec(made)
+        assert concurrent_trials(made, 2, 0) == 2
+        assert made.base["encoder"]["name"] == "tinylit_lite0"
+    # A trial takes as many of four CPUs as each GPU's share has beside the trial's driver.
+    shares = [(2, 1, 1), (4, 1, 3), (8, 1, 4), (32, 8, 3), (64, 8, 4)]
+    for num_cpus, num_gpus, cpus_per_worker in shares:
+        there, said = paper.study(["methods"], "photos.parquet", num_cpus, num_gpus)
+        assert (there.gpus_per_worker, there.cpus_per_worker, said) == (1, cpus_per_worker, [])
+        assert concurrent_trials(there, num_cpus, num_gpus) == num_gpus
+    assert paper.study(["methods"], "photos.parquet")[0].cpus_per_worker == 4
 
 
 @pytest.mark.usefixtures("own_machine")

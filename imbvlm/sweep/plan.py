@@ -296,6 +296,12 @@ def _rows(spec: SweepSpec, manifest: Manifest) -> Rows:
     return Rows(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
 
 
+def resources() -> tuple[float, float]:
+    """CPUs and GPUs of the cluster that a sweep would join, or else of this machine; starts nothing."""
+    cluster = running_cluster()
+    return (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.most_cpus, cluster.most_gpus)
+
+
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
