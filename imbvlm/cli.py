@@ -156,6 +156,14 @@ def _check_manifest(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------- features
 
 
+# Another image size or crop is another input of the encoder, whose outputs a sweep can't read.
+READ_BY = (
+    "A sweep reads these outputs where its encoder, encoder.image_size, eval.resize and features are the same, and "
+    "computes others itself; sweeps/quickstart.py and a small sweeps/paper.py need --encoder tinylit_lite0 "
+    "--image-size 96 --set eval.resize=1.0"
+)
+
+
 def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
         commands, "features", "Compute and check the stored outputs of towers.",
@@ -166,6 +174,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         actions, "extract", "Run a tower over a manifest's images and keep its outputs, for sweeps to come.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --set features.num_views=4",
     )  # fmt: skip
+    action.description = f"{action.description} {READ_BY}."
     action.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
     action.add_argument("--encoder", required=True, metavar="NAME", help="a tower's name")
     action.add_argument("--image-size", type=int, metavar="PIXELS", help="side of its input (default: the tower's own)")
@@ -222,7 +231,7 @@ def _extract_features(options: argparse.Namespace) -> int:
         root = storage.join(options.storage, "features")
         found = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
         console.end_live()
-    print(json.dumps(found.to_dict(), indent=1) if options.json else found.describe())
+    print(json.dumps(found.to_dict(), indent=1) if options.json else f"{found.describe()}\n{READ_BY}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -17,6 +18,10 @@ from sweep_folder import write_sweep
 from tiny_images import image_manifest
 
 from imbvlm import cli
+from imbvlm.config import TrialConfig
+from imbvlm.sweep.baselines import tower_configs
+from imbvlm.sweep.command import parse_settings
+from imbvlm.sweep.spec import check_spec
 
 COMMANDS = {
     "doctor", "manifest", "features", "train", "sweep", "plan", "compare", "report", "export", "predict",
@@ -205,3 +210,36 @@ def test_a_storage_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path,
             assert err.startswith("imbvlm: ")
             assert place in err
             assert "Traceback" not in err
+
+
+def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_path, monkeypatch):
+    """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    options = shlex.split(cli.READ_BY[cli.READ_BY.index("--encoder") :])
+    taken = cli._parser().parse_args(["features", "extract", "embedded:fashion_mnist_lt", *options])
+    tree = {"data": {"manifest": taken.manifest}, "encoder": {"name": taken.encoder, "image_size": taken.image_size},
+            "method": "zero_shot"}  # fmt: skip
+    extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(taken.set))
+    sweeps = [importlib.import_module("sweeps.quickstart").spec, importlib.import_module("sweeps.paper").spec]
+    for spec in sweeps:
+        for config in tower_configs(spec, check_spec(spec)):
+            assert (config.encoder, config.eval, config.features) == (
+                extracted.encoder, extracted.eval, extracted.features,
+            )  # fmt: skip
+    words = ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--dry-run")
+    assert cli.READ_BY in " ".join(leave(capsys, *words[:2], "--help")[1].split())
+    code, out, _ = leave(capsys, *words, "--storage", str(tmp_path))
+    assert code == 0
+    assert "tinylit_lite0 at 128 px, eval.resize 1.143: " in out
+    assert cli.READ_BY in out
+
+
+def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch):
+    """So that sweeps on one storage share what is computed."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    ways: dict[str, set[tuple]] = {}
+    for path in sorted((Path(__file__).parent.parent / "sweeps").glob("*.py")):
+        spec = importlib.import_module(f"sweeps.{path.stem}").spec
+        for config in tower_configs(spec, check_spec(spec)):
+            ways.setdefault(config.encoder.name, set()).add((config.encoder.image_size, config.eval.resize))
+    assert {name: way for name, way in ways.items() if len(way) > 1} == {}

@@ -11,6 +11,7 @@ from imbvlm.config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extract import Report, ensure_features, plan_bytes, stored_images
 from imbvlm.features.store import STORE_FILE, FeatureStore, StoreError
+from imbvlm.models.encoder import describe_encoder
 from imbvlm.models.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.storage import size_text
 
@@ -20,6 +21,8 @@ class Extraction:
     """What a pass has done or would do: `num_images` counts crops, one a view; `seconds` is None where none was run."""
 
     encoder: str
+    image_size: int
+    resize: float
     splits: tuple[str, ...]
     outputs: tuple[OutputName, ...]
     folders: dict[str, str]
@@ -36,7 +39,8 @@ class Extraction:
     def describe(self) -> str:
         """A few lines for people."""
         lines = [
-            f"{self.encoder}: {', '.join(self.outputs)} of {', '.join(self.splits)}, {size_text(self.total_bytes)}"
+            f"{self.encoder} at {self.image_size} px, eval.resize {self.resize:.4g}: {', '.join(self.outputs)} of "
+            f"{', '.join(self.splits)}, {size_text(self.total_bytes)}"
         ]
         if not self.num_images:
             lines.append("all of it is there already")
@@ -73,7 +77,17 @@ def extract(
     ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
     free = storage.free_bytes(root)
     return Extraction(
-        config.encoder.name, manifest.splits, ordered, folders, total, num_images, num_bytes, free, seconds
+        config.encoder.name,
+        describe_encoder(config.encoder).image_size,
+        config.eval.resize,
+        manifest.splits,
+        ordered,
+        folders,
+        total,
+        num_images,
+        num_bytes,
+        free,
+        seconds,
     )
 
 
