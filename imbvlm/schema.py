@@ -21,7 +21,9 @@ GONE_WITHOUT_NAME = "gone without a name"
 class Section(BaseModel):
     """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
     if not TYPE_CHECKING:  # Type checkers go on to see each field's name and type.
 
@@ -198,7 +200,7 @@ def _written_path(item: Any, data: Any) -> KeyPath:
 def _sentence(root: type[Section], path: KeyPath, items: list[Any], data: Any) -> str:
     dotted = ".".join(map(str, path)) or "the file"
     item = items[0]
-    kind, context, value = item["type"], item.get("ctx", {}), _shown(item.get("input"))
+    kind, context, value = item["type"], item.get("ctx", {}), shown(item.get("input"))
     if len(items) > 1:
         return f"{dotted} must be {' or '.join(dict.fromkeys(map(_rule, items)))}, and is {value}"
     if kind == "extra_forbidden":
@@ -216,7 +218,7 @@ def _sentence(root: type[Section], path: KeyPath, items: list[Any], data: Any) -
         words = str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
         got = item["input"].get(path[-1]) if kind == "union_tag_invalid" else item["input"]
         mend = nearest(str(got), [word.strip().strip("'") for word in words])
-        return f"{dotted} is {_shown(got)}, which is not one of its values; {mend}"
+        return f"{dotted} is {shown(got)}, which is not one of its values; {mend}"
     rule = _rule(item)
     return f"{dotted} must be {rule}, and is {value}" if rule != item["msg"] else f"{dotted} is {value}: {rule}"
 
@@ -241,6 +243,7 @@ def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
     return f"unknown key {'.'.join(map(str, path))!r}{owner}; {mend}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: a long one is cut."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -276,6 +276,23 @@ def test_out_of_memory_names_what_to_lower(data):
         next(run.epochs())
 
 
+@pytest.mark.parametrize(
+    ("decoder", "fix"),
+    [
+        ({"decoder__width": 4096}, r"Set decoder\.width below 4096, whose weights take 4.0 GB in training$"),
+        ({}, r"Lower train\.batch_size, or give the trial more workers; or set decoder\.width below 16$"),
+    ],
+)
+def test_out_of_memory_names_the_decoders_width_where_its_weights_are_most_of_it(data, decoder, fix):
+    """A width of 16 was meant and 16,384 set: no batch is small enough for that."""
+    run = build_trial(tiny_config("decoder", train__batch_size=64), data)
+    decoder = run.config.with_overrides({key.replace("__", "."): value for key, value in decoder.items()}).decoder
+    computing = dataclasses.replace(run._computing, decoder=decoder)
+    assert (computing.num_tokens, computing.token_width) == (data.info.num_tokens, data.info.token_width)
+    with pytest.raises(ImbvlmError, match=fix), computing.working():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+
 def test_an_error_while_reading_features_is_raised_and_no_thread_stays(data):
     broken = dataclasses.replace(data.train, rows=data.train.rows + 10_000)
     with pytest.raises(IndexError):

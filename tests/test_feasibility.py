@@ -22,6 +22,7 @@ from imbvlm.sweep.feasibility import (
     uses_ray_train,
 )
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.yaml_file import YamlTree
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
 
@@ -104,6 +105,26 @@ def test_all_that_lacks_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         concurrent_trials(spec(num_workers=4, gpus_per_worker=2, driver="in_process"), 2, 1)
     assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"gpus_per_worker": 8}, "gpus_per_worker"),
+        ({"gpus_per_worker": 1, "num_workers": 4}, "num_workers"),
+        ({"cpus_per_worker": 64}, "cpus_per_worker"),
+        ({"num_workers": 64}, "num_workers"),
+        ({"driver": "in_process", "num_workers": 2}, "driver"),
+    ],
+)
+def test_the_place_of_what_lacks_is_that_of_the_key_to_lower(fields: dict[str, Any], key: str) -> None:
+    """Too many GPUs were said at the line of `num_workers`, or at none where only the GPUs were set."""
+    tree = {**spec().to_tree(), "num_workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, **fields}
+    places = {(name,): f"x.yaml:{line}" for line, name in enumerate(tree, 1)}
+    made = SweepSpec.from_tree(YamlTree(tree, "x.yaml", places))
+    with pytest.raises(ConfigError) as error:
+        concurrent_trials(made, 8, 2)
+    assert [one.where for one in error.value.problems] == [places[(key,)]]
 
 
 def test_a_worker_must_fit_on_one_machine() -> None:

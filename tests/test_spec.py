@@ -374,3 +374,49 @@ def test_features_lie_with_the_sweeps_unless_a_folder_is_named() -> None:
     check_spec(spec(feature_folder="s3://bucket/features"))
     with pytest.raises(ConfigError, match="folder is 'copies', which isn't a place on each machine"):
         spec(feature_copies={"folder": "copies"})
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (f"{{loguniform: [1, {'1' + '0' * 400}]}}", "loguniform of optim.lr must be finite, and is [1, 10000"),
+        ("{loguniform: [1, 1e400]}", "loguniform of optim.lr must be finite, and is [1, inf]"),
+        ("{uniform: [.nan, 1]}", "uniform of optim.lr must be finite, and is [nan, 1]"),
+        ("{uniform: [-1e308, 1e308]}", "uniform of optim.lr must be finite, and is [-1e+308, 1e+308]"),
+        ("{choice: [.nan, 0.1]}", "choice of optim.lr must be finite, and has nan"),
+    ],
+)
+def test_numbers_that_are_none_are_said_as_they_were_written(written: str, said: str) -> None:
+    """A whole number of 401 digits was a traceback, and behind a `--set` a .nan was a None."""
+    tree = parse_yaml(f"{{parameters: {{optim.lr: {written}}}}}").data
+    made = SweepSpec.from_tree({"name": "x", "base": BASE, "space": tree})
+    for one in (made, made.with_settings({"num_trials": 3})):
+        with pytest.raises(ConfigError) as error:
+            check_spec(one)
+        (problem,) = error.value.problems
+        assert problem.message.startswith(said)
+
+
+def test_all_mistakes_of_a_file_are_shown_at_once_however_deep(tmp_path: Path) -> None:
+    """Mistakes of the space, and then of the base, came up once those before them were fixed."""
+    path = tmp_path / "sweep.yaml"
+    lines = [
+        "name: x", "base:", "  data: {manifest: m.parquet}", "  encoder: {name: tinylit_lite0}",
+        "  method: linear_probe", "  optim: {lr: -1}", "  loss: {nme: focal}", "objektive: val/x", "num_trials: many",
+        "space:", "  parameters:", "    optim.momentum: {uniform: [1, 0]}", "    loss.nam: {choice: [focal]}",
+        "    optim.weight_decay: {uniform: [0, 0.1]}",
+    ]  # fmt: skip
+    said = {
+        6: "optim.lr must be greater than 0, and is -1", 7: "unknown key 'loss.nme'; did you mean 'loss.name'?",
+        8: "unknown key 'objektive'", 9: "num_trials must be a valid integer", 12: "uniform of optim.momentum is empty",
+        13: "'loss.nam' is no key of a trial",
+    }  # fmt: skip
+    for left_out in ([], [8, 9], [8, 9, 12, 13], [6, 7]):
+        path.write_text("\n".join("" if n in left_out else line for n, line in enumerate(lines, 1)))
+        with pytest.raises(ConfigError) as error:
+            check_spec(SweepSpec.from_yaml(path))
+        found = {int(one.where.rpartition(":")[2]): one.message for one in error.value.problems}
+        assert sorted(found) == [n for n in said if n not in left_out]
+        assert len(found) == len(error.value.problems)
+        for number, message in found.items():
+            assert said[number].split(";")[0].split(",")[0] in message

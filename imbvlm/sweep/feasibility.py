@@ -75,7 +75,7 @@ def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
 
 def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
     """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
-    lacking = next(_lacks(spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "has now"), None)
+    _, lacking = next(_lacks(spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "has now"), ("", None))
     if lacking is None:
         return None
     return (
@@ -92,7 +92,7 @@ def concurrent_trials(
     `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
     """
     lacking = _lacks(spec, num_cpus, num_gpus, nodes, has)
-    problems = [Problem(message, spec.where("num_workers")) for message in lacking]
+    problems = [Problem(message, spec.where(key)) for key, message in lacking]
     if problems:
         raise ConfigError(problems)
     fitting = _trials_on(spec, nodes or [(num_cpus, num_gpus)])
@@ -174,34 +174,43 @@ def at_a_time(concurrent: int, pack_size: int) -> str:
 
 def _lacks(
     spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
-) -> Iterator[str]:
-    """Why a trial can never start, with both numbers and the mend."""
+) -> Iterator[tuple[str, str]]:
+    """The reasons why a trial can never start, with both numbers and the fix, each by the key to lower."""
     workers = f"num_workers {spec.num_workers}"
     if spec.driver == "in_process" and spec.num_workers > 1:
-        yield f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}; set driver: ray_train"
+        message = f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}"
+        yield "driver", f"{message}; set driver: ray_train"
     need_gpus = spec.num_workers * spec.gpus_per_worker
     if need_gpus > num_gpus:
-        yield (
+        # One worker may need more than there is; else it is their number.
+        key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
+        message = (
             f"a trial needs {need_gpus:g} GPUs ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and the cluster "
             f"{has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
         )
+        yield key, message
     if _need_cpus(spec) > num_cpus:
         driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
-        yield (
+        key = "cpus_per_worker" if spec.cpus_per_worker > num_cpus or spec.num_workers == 1 else "num_workers"
+        message = (
             f"a trial needs {_need_cpus(spec):g} CPUs ({workers} x cpus_per_worker {spec.cpus_per_worker:g}{driver}) "
             f"and the cluster {has} {num_cpus:g}; lower num_workers or cpus_per_worker"
         )
+        yield key, message
     elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
         largest = max(nodes, key=lambda node: (node[1], node[0]))
-        yield (
+        key = "gpus_per_worker" if spec.gpus_per_worker > largest[1] else "cpus_per_worker"
+        message = (
             f"a worker needs {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs on one machine, and the "
             f"largest has {largest[0]:g} CPUs and {largest[1]:g} GPUs; lower cpus_per_worker or gpus_per_worker"
         )
+        yield key, message
     elif need_gpus <= num_gpus and not _trials_on(spec, nodes or [(num_cpus, num_gpus)]):
-        yield (
+        message = (
             f"a trial of {spec.num_workers} workers ({_need(spec)}) doesn't fit on this cluster's machines; lower "
             "num_workers"
         )
+        yield "num_workers", message
 
 
 def _need(spec: SweepSpec) -> str:

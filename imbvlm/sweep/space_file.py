@@ -11,7 +11,7 @@ from typing import Any
 
 from imbvlm.config import Tree, TrialConfig, dotted_keys
 from imbvlm.errors import ConfigError, Problem, nearest
-from imbvlm.schema import refusal
+from imbvlm.schema import refusal, shown
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.space import KINDS, Kind, Parameter, SearchSpace, is_one_of
 from imbvlm.yaml_file import KeyPath, YamlTree, read_yaml
@@ -186,8 +186,8 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
     if len(values) != 2 or any(isinstance(value, bool) or not isinstance(value, number) for value in values):
         return f"{kind} of {key} must be [low, high] of {'whole ' if kind == 'int' else ''}numbers, and is {values!r}"
     low, high = values
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{kind} of {key} must be finite, and is {values!r}"
+    if not (_is_finite(low) and _is_finite(high) and _is_finite(high - low)):
+        return f"{kind} of {key} must be finite, and is {shown(values)}"
     if low >= high:
         return f"{kind} of {key} is empty: low {low} is not below high {high}"
     if kind == "loguniform" and low <= 0:
@@ -203,8 +203,19 @@ def _choice_mistake(key: str, values: list[Any]) -> str | None:
     nested = [value for value in values if not _is_plain(value)]
     if nested:
         return f"choice of {key} must list plain values, and has {nested[0]!r}"
+    endless = [value for value in values if isinstance(value, (int, float)) and not _is_finite(value)]
+    if endless:
+        return f"choice of {key} must be finite, and has {shown(endless[0])}"
     repeated = [value for index, value in enumerate(values) if is_one_of(value, values[:index])]
     return f"choice of {key} has {repeated[0]!r} twice" if repeated else None
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number is one that a float can hold; a YAML's whole number may have any length."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_plain(value: Any) -> bool:

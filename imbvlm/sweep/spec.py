@@ -22,7 +22,7 @@ from imbvlm.config import (
 from imbvlm.config_methods import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.errors import ConfigError, Problem, nearest
 from imbvlm.features.local_copy import DEFAULT_COPIES, Copies
-from imbvlm.schema import Section, Tree, dotted_keys_of, explain, refusal, set_keys
+from imbvlm.schema import Section, Tree, dotted_keys_of, explain, flat, refusal, set_keys, shown
 from imbvlm.sweep.listed_space import ListedSpace
 from imbvlm.sweep.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.space import NEVER_SET, Draw, SearchSpace, value_in
@@ -169,7 +169,8 @@ class SweepSpec(Section):
         try:
             spec = SweepSpec.model_validate(located.data)
         except ValidationError as error:
-            raise ConfigError(explain(SweepSpec, error, located, located.data)) from None
+            problems = explain(SweepSpec, error, located, located.data)
+            raise ConfigError(dict.fromkeys([*problems, *_mistakes_inside(located)])) from None
         spec._origin = _Origin(located.file, located.places)
         return spec
 
@@ -293,6 +294,40 @@ def _num_listed(space: Any) -> int:
     return len(found.configurations) if isinstance(found, ListedSpace) else 0
 
 
+def _mistakes_inside(located: YamlTree) -> list[Problem]:
+    """Mistakes in the base and the space of a sweep that has others, so that all of a file's are shown at once."""
+    data = located.data if isinstance(located.data, dict) else {}
+
+    def part(key: str) -> YamlTree:
+        places = {path[1:]: place for path, place in located.places.items() if path[:1] == (key,)}
+        return YamlTree(data.get(key), located.file, places)
+
+    problems = _base_mistakes(part("base"))
+    try:
+        if isinstance(data.get("space"), dict):
+            parse_space(part("space"))
+    except ConfigError as error:
+        problems += error.problems
+    return problems
+
+
+def _base_mistakes(located: YamlTree) -> list[Problem]:
+    """Keys that no trial has, and values that their keys can't have, whatever the method."""
+    if not isinstance(located.data, dict):
+        return []
+    valid, problems = dotted_keys(), []
+    for key, value in flat(located.data).items():
+        if key in valid:
+            rule = refusal(TrialConfig, key, value)
+            mistake = f"{key} must be {rule}, and is {shown(value)}" if rule else None
+        else:
+            is_section = any(name.startswith(f"{key}.") for name in valid)
+            mistake = None if is_section else f"unknown key {key!r}; {nearest(key, valid)}"
+        if mistake is not None:
+            problems.append(Problem(mistake, located.where(tuple(key.split(".")))))
+    return problems
+
+
 # Parts of a sweep that hold keys of their own.
 _WHOLE = frozenset({"base", "space", "smoke"})
 
@@ -316,18 +351,25 @@ def _setting_mistake(key: str, value: Any) -> str | None:
 
 def check_spec(spec: SweepSpec) -> SearchSpace:
     """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
-    space = spec.read_space()
+    try:
+        space = spec.read_space()
+    except ConfigError as error:
+        outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
+        raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
     problems = space.corner_draws(spec.base)[1]
     problems += [*_check_objective(spec), *_check_conditions(spec, space)]
     problems += [*_check_stratify(spec, space), *_check_warm_start(spec, space)]
     problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
-    if not problems:
-        problems += [*_check_draws(spec, space), *_check_first_trials(spec, space), *_check_smoke(spec)]
+    is_sound = not problems
+    problems += _check_draws(spec, space)
+    if is_sound:
+        # What else is wrong with them may follow from the mistakes before.
+        problems += [*_check_first_trials(spec, space), *_check_smoke(spec)]
     if not problems:
         # It reads a seed of the base, which is one by now.
         problems += _check_confirm_seeds(spec)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(dict.fromkeys(problems))
     return space
 
 

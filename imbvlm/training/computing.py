@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
-from imbvlm.config import TrainConfig
+from imbvlm.config import DecoderConfig, TrainConfig
 from imbvlm.errors import ImbvlmError
+from imbvlm.models.decoder import num_parameters
+from imbvlm.storage import size_text
+
+_CPU_SIGNS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Computing:
     num_workers: int
     num_classes: int
     is_decoder: bool
+    # Of a decoder: its configuration, and the tokens of an image with their width.
+    decoder: DecoderConfig | None = None
+    num_tokens: int = 0
+    token_width: int = 0
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -75,14 +83,25 @@ class Computing:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            # On a GPU an error of its own; torch's allocator on CPUs has only this sentence.
+            # On a GPU an error of its own; torch's allocator on CPUs has only these sentences.
             its_own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not its_own and "can't allocate memory" not in str(error):
+            if not its_own and not any(sign in str(error) for sign in _CPU_SIGNS):
                 raise
             cause = (str(error) or "Python's allocator").splitlines()[0]
-            raise ImbvlmError(
-                f"out of memory with {self._sizes()}: {cause} Lower train.batch_size, or give the trial more workers"
-            ) from None
+            raise ImbvlmError(f"out of memory with {self._sizes()}: {cause} {self._fix()}") from None
+
+    def _fix(self) -> str:
+        """The fix by what takes most of the memory: a decoder's weights, or the batch's activations."""
+        batch = "train.batch_size, or give the trial more workers"
+        if self.decoder is None or self.train is None:
+            return f"Lower {batch}"
+        width = self.decoder.width or self.token_width
+        # Weights, their gradients and two moments; of a token in each block about 16 activations of the width.
+        num_weights = 4 * num_parameters(self.token_width, self.decoder)
+        num_activations = 16 * self.train.batch_size * self.num_tokens * width * max(1, self.decoder.depth)
+        if num_weights < num_activations:
+            return f"Lower {batch}; or set decoder.width below {width}"
+        return f"Set decoder.width below {width}, whose weights take {size_text(4 * num_weights)} in training"
 
     def _sizes(self) -> str:
         batch_size = "" if self.train is None else f"train.batch_size {self.train.batch_size} over "

@@ -98,7 +98,10 @@ class TrialRun:
         self._first, self._last = self._spans()
         check_can_choose(config.second_stage, data)
         is_decoder = self.entry.reads == "tokens" and not config.reads_images
-        self._computing = Computing(config.train, device, world.world_size, len(data.class_names), is_decoder)
+        self._computing = Computing(
+            config.train, device, world.world_size, len(data.class_names), is_decoder,
+            config.decoder, data.info.num_tokens, data.info.token_width,
+        )  # fmt: skip
         with self._computing.working(), _seeded(self._seed):
             self.model = build_model(config, data, device)
         copy_from_first(own_tensors(self.model), world)

@@ -186,8 +186,10 @@ def _cause(failures: str, record: TrialRecord, sizes: str) -> str:
         return "its worker was lost"
     if any(sign in error for sign in MEMORY_SIGNS):
         batch_size = (record.config.get("train") or {}).get("batch_size")
+        width = (record.config.get("decoder") or {}).get("width")
+        decoder = "" if width is None else f" or decoder.width ({width})"
         return (
-            f"its machine ran out of memory with train.batch_size {batch_size} over {sizes}; lower train.batch_size, "
-            "or run fewer trials at once (max_concurrent_trials)"
+            f"its machine ran out of memory with train.batch_size {batch_size} over {sizes}; lower train.batch_size"
+            f"{decoder}, or run fewer trials at once (max_concurrent_trials)"
         )
     return lines[-1][:500]
