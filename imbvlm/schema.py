@@ -177,6 +177,29 @@ def explain(root: type[Section], error: ValidationError, located: YamlTree, data
         # Of a list with a wrong item, only the item is the mistake.
         if not any(other != path and other[: len(path)] == path for other in grouped):
             problems.append(Problem(_sentence(root, path, items, data), located.where(path)))
+            if items[0]["type"] in ("union_tag_invalid", "union_tag_not_found"):
+                problems += _mistakes_beside(root, path, located, data)
+    return problems
+
+
+def _mistakes_beside(root: type[Section], tag: KeyPath, located: YamlTree, data: Any) -> list[Problem]:
+    """Mistakes that no variant admits in a section whose name or kind is one, since nothing else of it was checked."""
+    section = data
+    for part in tag[:-1]:
+        section = section[part]
+    valid = {name: None for cls in section_classes(root, tag[:-1]) for name in cls.model_fields}
+    problems = []
+    for key, value in section.items():
+        dotted = ".".join(map(str, (*tag[:-1], key)))
+        if key == tag[-1] or isinstance(value, dict):
+            continue
+        if key not in valid:
+            mistake = f"unknown key {dotted!r}; {nearest(str(key), valid)}"
+        elif rule := refusal(root, dotted, value):
+            mistake = f"{dotted} must be {rule}, and is {shown(value)}"
+        else:
+            continue
+        problems.append(Problem(mistake, located.where((*tag[:-1], key))))
     return problems
 
 

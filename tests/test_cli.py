@@ -182,6 +182,8 @@ def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(capsys
         ("manifest", "build", "--list", "train=train.txt", "-o", "m.parquet"), ("manifest", "show", uri),
         ("manifest", "build", "--folders", "photos", "-o", uri), ("manifest", "build", "--folders", uri, "-o", "m"),
         ("manifest", "build", "--table", uri, "-o", "m"), ("manifest", "check", uri), ("predict", "model", uri),
+            ("manifest", "show", "embedded:emoji_lt", "--plot", uri),
+            ("manifest", "check", "embedded:emoji_lt", "-o", uri),
         ("predict", uri, "photos"), ("predict", "model", "photos", "-o", f"{uri}/a.csv"),
     ):  # fmt: skip
         code, out, err = leave(capsys, *words)

@@ -413,3 +413,15 @@ def test_dotted_keys_are_all_leaves_over_all_variants() -> None:
 )
 def test_one_value_can_be_checked_alone(key: str, value: Any, rule: str | None) -> None:
     assert refusal(TrialConfig, key, value) == rule
+
+
+def test_a_section_with_a_wrong_name_has_its_other_mistakes_shown_too() -> None:
+    tree = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "linear_probe",
+            "optim": {"name": "adam", "lr": -1, "moment": 0.9, "momentum": 0.9}}  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        TrialConfig.from_tree(tree)
+    assert [problem.message for problem in error.value.problems] == [
+        "optim.name is 'adam', which is not one of its values; did you mean 'adamw'?",
+        "optim.lr must be greater than 0, and is -1",
+        "unknown key 'optim.moment'; did you mean 'momentum'?",
+    ]

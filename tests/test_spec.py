@@ -397,6 +397,28 @@ def test_numbers_that_are_none_are_said_as_they_were_written(written: str, said:
         assert problem.message.startswith(said)
 
 
+def test_no_mistake_of_a_sweep_hides_another() -> None:
+    """Those of first_trials, smoke and trials came up once all others were fixed."""
+    made = SweepSpec.from_tree({
+        "name": "x", "base": {**BASE, "method": "linear_probe", "train": {"num_epochs": 2, "num_steps": 3}},
+        "space": {"parameters": {"optim.lr": {"loguniform": [0.1, 1]}}}, "stratify": ["loss.nam"],
+        "first_trials": [{"optim.lr": 7}], "smoke": {"num_trialz": 2}, "constraints": {"val/x": 1}, "max_cost": 4.0,
+    })  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        check_spec(made)
+    said = [problem.message for problem in error.value.problems]
+    for part in (
+        "'val/x' is not",
+        "stratify names",
+        "max_cost is 4",
+        "are both given",
+        "first_trials[0]",
+        "num_trialz",
+    ):
+        assert sum(part in message for message in said) == 1, part
+    assert len(said) == 6
+
+
 def test_all_mistakes_of_a_file_are_shown_at_once_however_deep(tmp_path: Path) -> None:
     """Mistakes of the space, and then of the base, came up once those before them were fixed."""
     path = tmp_path / "sweep.yaml"

@@ -120,6 +120,7 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print a manifest's summary and the curve of its counts."""
+    storage.check_location(options.plot or "")
     manifest = Manifest.read(options.manifest)
     as_json = options.json
     print(json.dumps(summary_dict(manifest), indent=1) if as_json else summary(manifest, split_seed=options.split_seed))
@@ -147,6 +148,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace, truncated: Callable[[Sequence[str]], Sequence[str]] | None = None) -> int:
     """Print what is wrong or odd, and a verdict; 1 where there is an error."""
+    storage.check_location(options.output or "")
     report = check_manifest(
         Manifest.read(options.manifest), decode_all=options.decode, split_seed=options.split_seed, truncated=truncated
     )

@@ -356,16 +356,15 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     except ConfigError as error:
         outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
         raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
-    problems = space.corner_draws(spec.base)[1]
-    problems += [*_check_objective(spec), *_check_conditions(spec, space)]
-    problems += [*_check_stratify(spec, space), *_check_warm_start(spec, space)]
-    problems += [*_check_study(spec, space), *_check_base(spec, space), *_check_limits(spec)]
-    is_sound = not problems
-    problems += _check_draws(spec, space)
-    if is_sound:
-        # What else is wrong with them may follow from the mistakes before.
-        problems += [*_check_first_trials(spec, space), *_check_smoke(spec)]
-    if not problems:
+    of_conditions = [*space.corner_draws(spec.base)[1], *_check_conditions(spec, space)]
+    of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
+    problems = [*_check_objective(spec), *of_conditions, *_check_stratify(spec, space)]
+    problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *of_base, *_check_limits(spec)]
+    problems += [*of_trials, *_check_smoke(spec)]
+    if not of_conditions and not of_base:
+        # A draw may be outside the space because of these.
+        problems += _check_first_trials(spec, space)
+    if not of_conditions and not of_base and not of_trials:
         # It reads a seed of the base, which is one by now.
         problems += _check_confirm_seeds(spec)
     if problems:
