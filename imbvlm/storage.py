@@ -65,8 +65,6 @@ def is_uri(location: str) -> bool:
 
 def location_problem(location: str) -> str | None:
     """The reason why a location is invalid, with the nearest valid form; None for a path, file:// and s3://BUCKET."""
-    if "\0" in location:
-        return f"{location!r} has a null character, which no path can have; take it out"
     if not is_uri(location) or _SUPPORTED.match(location):
         return None
     scheme, _, rest = location.partition(":")
@@ -99,6 +97,8 @@ def local_path(uri: str) -> Path:
     """The path of a local location; raises StorageError for any other."""
     if not is_local(uri):
         raise StorageError(f"{uri} is not on a local disk")
+    if "\0" in uri:
+        raise StorageError(f"{uri!r} has a null character, which no path can have; take it out")
     try:
         return Path(uri.removeprefix("file://")).expanduser()
     except RuntimeError as error:

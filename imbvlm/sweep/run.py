@@ -127,9 +127,9 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
 @contextmanager
 def removed_if_rejected(folder: str) -> Iterator[None]:
     """Within, a folder that is new is removed again where the sweep ends before its sweep.yaml is written."""
-    beside = side_folder(folder)
+    local_folder = side_folder(folder)
     is_new = not storage.exists(folder)
-    new_parents = [one for one in beside.absolute().parents if not one.exists()]
+    new_parents = [parent for parent in local_folder.absolute().parents if not parent.exists()]
     try:
         yield
     except BaseException:
@@ -137,7 +137,7 @@ def removed_if_rejected(folder: str) -> Iterator[None]:
         with suppress(StorageError, OSError):
             if is_new and storage.exists(folder) and not storage.exists(storage.join(folder, SPEC_FILE)):
                 storage.delete(folder)
-                storage.delete(str(beside))
+                storage.delete(str(local_folder))
                 for parent in new_parents:
                     parent.rmdir()
         raise

@@ -32,7 +32,7 @@ class Computing:
     num_workers: int
     num_classes: int
     is_decoder: bool
-    # Of a decoder: its configuration, and the tokens of an image with their width.
+    # A decoder's configuration, and the number and width of an image's tokens.
     decoder: DecoderConfig | None = None
     num_tokens: int = 0
     token_width: int = 0
