@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from aws_metadata import aws_metadata
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -124,6 +125,42 @@ def test_ray_s_commands_name_the_missing_region_and_start_nothing():
     done = subprocess.run([ray, "up", "-y", str(GPU)], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode != 0
     assert "None is not of type 'string'" in done.stdout + done.stderr
+
+
+def run_export(tmp_path, metadata: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The command by which the head shares its disk, with nothing of it written to the machine's /etc: its exports."""
+    commands = yaml.safe_load(GPU.read_text())["head_setup_commands"]
+    (command,) = (command for command in commands if "/etc/exports" in command)
+    (tmp_path / "bin").mkdir()
+    sudo, exports = tmp_path / "bin" / "sudo", tmp_path / "exports"
+    sudo.write_text(
+        f'#!/bin/sh\n[ "$*" = "exportfs -ra" ] || {{ [ "$*" = "tee /etc/exports" ] && cat > {exports}; }}\n'
+    )
+    sudo.chmod(0o755)
+    # As Ray's launcher runs it, behind others.
+    words = ["bash", "-c", f"true && ({command.replace('169.254.169.254', metadata)})"]
+    environment = {**os.environ, "PATH": f"{sudo.parent}:{os.environ['PATH']}", "no_proxy": "127.0.0.1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False, timeout=60), exports
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("networks", ["172.31.0.0/16", "10.0.0.0/16\n100.64.0.0/16"])
+def test_the_head_s_disk_is_shared_with_its_own_network_alone_and_writes_are_on_disk(tmp_path, networks):
+    with aws_metadata(networks) as metadata:
+        done, exports = run_export(tmp_path, metadata)
+    assert done.returncode == 0, done.stderr
+    options = "(rw,sync,no_subtree_check,no_root_squash)"
+    assert exports.read_text() == f"/shared {' '.join(network + options for network in networks.split())}\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("networks", ["", None])
+def test_a_head_that_is_told_no_network_shares_its_disk_with_nobody(tmp_path, networks):
+    with aws_metadata(networks or "") as metadata:
+        done, exports = run_export(tmp_path, metadata if networks is not None else f"{metadata}/nothing")
+    assert done.returncode == 1
+    assert "AWS's metadata service doesn't say which network the head is in" in done.stderr
+    assert not exports.exists()
 
 
 def test_nothing_secret_is_in_a_command():

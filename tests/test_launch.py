@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from apart import free_port
+from aws_metadata import aws_metadata
 from listening import LOOPBACK
 from loopback_machine import USER, LoopbackMachine, loopback_machine, machine_problem
 
@@ -42,12 +43,11 @@ STAND_INS = {
     ),
     "sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y nfs-kernel-server && sudo chown $USER /shared && "
     "mkdir -p /shared/runs /shared/data": "mkdir -p ~/shared/runs ~/shared/data",
-    "echo '/shared *(rw,async,no_subtree_check,no_root_squash)' | sudo tee /etc/exports > /dev/null && sudo exportfs "
-    "-ra": "true",
+    "sudo tee /etc/exports > /dev/null && sudo exportfs -ra": "cat > ~/exports",
 }
 
 
-def loopback_file(machine: LoopbackMachine, dashboard_port: int) -> dict:
+def loopback_file(machine: LoopbackMachine, dashboard_port: int, metadata: str) -> dict:
     """cluster/gpu.yaml with another provider and login, its node types gone, and its ports free ones of loopback."""
     shipped = yaml.safe_load((ROOT / "cluster" / "gpu.yaml").read_text())
     for key in ("metadata", "head_node_type", "available_node_types", "max_workers"):
@@ -55,6 +55,7 @@ def loopback_file(machine: LoopbackMachine, dashboard_port: int) -> dict:
     text = yaml.safe_dump(shipped, width=1_000_000)
     stand_ins = {
         **STAND_INS,
+        "169.254.169.254": metadata,
         "--port=6379 --object-manager-port=8076 --dashboard-host=0.0.0.0": (
             f"--node-ip-address=127.0.0.1 --port={free_port()} --dashboard-host=127.0.0.1 "
             f"--dashboard-port={dashboard_port}"
@@ -165,10 +166,12 @@ def machine(tmp_path_factory) -> Iterator[LoopbackMachine]:
 def test_ray_up_submit_export_job_and_down(machine, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     port, file = free_port(), tmp_path / "loopback.yaml"
-    file.write_text(yaml.safe_dump(loopback_file(machine, port), sort_keys=False))
-    check_cluster_file(file)
-    ray = Launcher(machine, file)
-    ray("up", "-y", str(file), seconds=900)
+    with aws_metadata("127.0.0.0/8") as metadata:
+        file.write_text(yaml.safe_dump(loopback_file(machine, port, metadata), sort_keys=False))
+        check_cluster_file(file)
+        ray = Launcher(machine, file)
+        ray("up", "-y", str(file), seconds=900)
+    assert (machine.home / "exports").read_text() == "/shared 127.0.0.0/8(rw,sync,no_subtree_check,no_root_squash)\n"
     token = (machine.home / ".ray" / "auth_token").read_text().strip()
     assert len(token) > 20
     hosts = subprocess.run(
