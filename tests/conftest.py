@@ -41,7 +41,10 @@ def ray_cluster(fault_orders: Path) -> Iterator[str]:
     """The address of this test process's Ray cluster, of two CPUs with a dashboard (Tune over Train hangs without)."""
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
+    context = ray.init(
+        # A cluster that a killed head or another test process has left behind must not be joined.
+        address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False
+    )  # fmt: skip
     address = context.address_info["gcs_address"]
     # Sweeps that tests start as processes join this cluster, whatever else runs on the machine.
     os.environ["RAY_ADDRESS"] = address

@@ -149,3 +149,18 @@ def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
     assert "winner " in done.stdout
     assert asked.read_text().split() == ["--nodes=1", "--ntasks=1", "--cpus-per-task=2"]
     assert len((tmp_path / ".ray" / "auth_token").read_text()) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_tests_join_no_foreign_cluster(ray_cluster, tmp_path):
+    """As where a head of another's still runs, or was killed and has left its address."""
+    (tmp_path / "test_address.py").write_text("def test_it(ray_cluster):\n    print(f'on {ray_cluster} end')\n")
+    for foreign in (ray_cluster, f"127.0.0.1:{free_port()}"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-s", "-p", "conftest", "-p", "no:cacheprovider", "test_address.py"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "RAY_ADDRESS": foreign},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"on {foreign} end" not in done.stdout
