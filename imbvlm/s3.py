@@ -54,9 +54,14 @@ def split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def settings() -> tuple[str, ...]:
+    """What makes one client differ from another, as it is in the environment now."""
+    return tuple(os.environ.get(name, "") for name in _SETTINGS)
+
+
 def filesystem(bucket: str) -> pafs.S3FileSystem:
     """pyarrow's client for a bucket; one per process and settings, because making one may ask for the region."""
-    return _filesystem(bucket, tuple(os.environ.get(name, "") for name in _SETTINGS))
+    return _filesystem(bucket, settings())
 
 
 @lru_cache(maxsize=32)
@@ -89,7 +94,7 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
     it allows. Raises FileNotFoundError, PermissionError, ConnectionError where the store is away, StorageError.
     """
     bucket, key = split(uri)
-    reader = _reader(bucket, tuple(os.environ.get(name, "") for name in _SETTINGS))
+    reader = _reader(bucket, settings())
     headers = {} if num_bytes is None else {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
     problem = ""
     for attempt in range(_ATTEMPTS):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -18,9 +19,10 @@ import pyarrow.fs as pafs
 from imbvlm import s3
 from imbvlm.errors import DiskFullError
 from imbvlm.errors import StorageError as StorageError
+from imbvlm.outages import Outages
 
-# So long a store that has gone away is waited for when files are read, written or looked for.
-AWAY_SECONDS = 90.0
+# This process's, for whoever shows what happens to name who is told.
+OUTAGES = Outages()
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 10.0
 
 # No description, record or list of this package comes near it.
@@ -152,22 +154,32 @@ def failure(what: str, uri: str, error: Exception) -> StorageError:
     return StorageError(f"can't {what} {uri}: {error}")
 
 
-def _patiently(uri: str, call: Callable[[], Result], waits: bool = True) -> Result:
+def _patiently(uri: str, call: Callable[[], Result], kind: str = "read", waits: bool = True) -> Result:
     """A call that outlasts refusals now and then and, if it `waits`, a store that is away; what lasts comes at once."""
-    return s3.patiently(uri, lambda: _outlasting(uri, call, waits))
+    return s3.patiently(uri, call if is_local(uri) else lambda: _outlasting(uri, call, kind, waits))
 
 
-def _outlasting(uri: str, call: Callable[[], Result], waits: bool) -> Result:
-    deadline = time.monotonic() + (AWAY_SECONDS if waits and not is_local(uri) else 0.0)
-    wait = FIRST_WAIT_SECONDS
+def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) -> Result:
+    # With other settings it is another store's, or one that answers.
+    store = ("/".join(uri.split("/", 3)[:3]), *s3.settings())
+    OUTAGES.check(store, kind)
+    wait, deadline = FIRST_WAIT_SECONDS, math.inf
     while True:
         try:
-            return call()
+            result = call()
         except OSError as error:
-            if _is_lasting(error) or time.monotonic() + wait > deadline:
+            if _is_lasting(error):
+                OUTAGES.answered(store, kind)
+                raise
+            # Others may be answered meanwhile, so that the store is back and this call's file isn't.
+            deadline = min(deadline, OUTAGES.failed(store, kind, error, wait) if waits else -math.inf)
+            if time.monotonic() + wait > deadline:
                 raise
             time.sleep(wait)
             wait = min(2 * wait, MOST_WAIT_SECONDS)
+        else:
+            OUTAGES.answered(store, kind)
+            return result
 
 
 def _is_lasting(error: OSError) -> bool:
@@ -271,7 +283,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         if is_local(uri):
             _write_local(local_path(uri), data)
         else:
-            _patiently(uri, upload)
+            _patiently(uri, upload, "write")
     except OSError as error:
         raise failure("write", uri, error) from None
 
@@ -327,7 +339,7 @@ def _infos(uri: str, waits: bool = True) -> list[pafs.FileInfo]:
     filesystem, path = open_filesystem(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
     try:
-        return _patiently(uri, lambda: filesystem.get_file_info(selector), waits)
+        return _patiently(uri, lambda: filesystem.get_file_info(selector), waits=waits)
     except OSError as error:
         raise failure("list", uri, error) from None
 
@@ -344,6 +356,6 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
     try:
-        _patiently(uri, remove)
+        _patiently(uri, remove, "write")
     except OSError as error:
         raise failure("remove", uri, error) from None

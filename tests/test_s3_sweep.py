@@ -14,6 +14,7 @@ from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, undisturbed, wri
 from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm import storage
+from imbvlm.outages import AWAY_SECONDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -156,6 +157,34 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
     assert list((tmp_path / "ray").rglob("raylet.out"))
     assert list((tmp_path / "home").rglob("ray.log"))
     assert not files_with(secrets, tmp_path)
+
+
+def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_with_what_to_do(
+    manifest, tmp_path, quiet, s3, fault_orders
+):
+    is_gone = [False]
+    sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/gone")
+    with proxy(s3, lambda number, method, path: (0, "") if is_gone[0] else None) as endpoint:
+        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
+        try:
+            sweep.start(environment=s3.settings(endpoint))
+            sweep.wait_for(lambda: sweep.num_ended() >= 2)
+            began, is_gone[0] = time.monotonic(), True
+            printed = sweep.end(1)
+            seconds = time.monotonic() - began
+        finally:
+            fault_orders.unlink()
+        assert printed.count(f"s3://{BUCKET} doesn't answer; it is waited for until ") == 1
+        assert f"can't write s3://{BUCKET}/gone/" in printed
+        assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
+        assert "Traceback" not in printed
+        # Each call takes a quarter of a minute to fail: the first one, and the last before the store is given up.
+        assert seconds < AWAY_SECONDS + 45
+        ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+        is_gone[0] = False
+        sweep.run("--resume", environment=s3.settings(endpoint))
+    assert {key: sweep.records()[key] for key in ended} == ended
+    assert_same_end(sweep, quiet)
 
 
 def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(manifest, tmp_path, quiet, s3, fault_orders):

@@ -101,7 +101,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     for config in tower_configs(spec, space):
         # Fetched before there is a folder: without weights there is no sweep.
         find_tower(config.encoder).weights_file()
-    with held(folder, console.say) as lease:
+    with storage.OUTAGES.said_by(console.say), held(folder, console.say) as lease:
         log = TrialLog.read(folder)
         log.constraints = spec.constraints
         _check_provenance(folder, manifest, log)
