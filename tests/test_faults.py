@@ -145,6 +145,54 @@ def test_a_killed_driver_goes_on(quiet, make_sweep, order, driver):
     assert_same_end(sweep, quiet)
 
 
+def children(pid: int, name: str) -> list[int]:
+    """Processes of that name which a process has started."""
+    pids = [int(text) for path in Path(f"/proc/{pid}/task").glob("*/children") for text in path.read_text().split()]
+    return [child for child in pids if Path(f"/proc/{child}/comm").read_text().strip() == name]
+
+
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(quiet, sweep, order, process):
+    with order(loss_seconds=0.1) as ids:
+        sweep.start(environment={"RAY_ADDRESS": "local"})
+        sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        assert kill(children(sweep.process.pid, process)) == 1
+        began = time.monotonic()
+        printed = sweep.end(1, seconds=120)
+        assert time.monotonic() - began < 10
+        for pid in ids("trial"):
+            wait_gone(pid)
+    way_on = f"; then go on with: imbvlm sweep resume {sweep.path}"
+    (sentence,) = (line for line in printed.splitlines() if line.endswith(way_on))
+    # Ray may be faster, and ends this process without a word.
+    own, others = (
+        f"imbvlm: Ray's {process} on this machine was killed by signal 9",
+        "imbvlm: this run was ended without",
+    )
+    assert sentence.startswith((own, others) if process == "raylet" else own)
+    assert "Traceback" not in printed
+    assert sentence in (sweep.path / "progress.log").read_text()
+    sweep.begin("sweep", "resume", str(sweep.path)).end()
+    assert_same_end(sweep, quiet)
+
+
+def test_a_joined_cluster_whose_head_is_gone_ends_the_sweep_with_how_to_go_on(quiet, make_sweep, tmp_path, order):
+    with apart_with_ray(tmp_path) as there:
+        sweep, port = make_sweep(there=there), free_port()
+        start_head(there, tmp_path, port, "--num-cpus=2")
+        with order(loss_seconds=0.1):
+            sweep.start(environment={"RAY_ADDRESS": f"127.0.0.1:{port}"})
+            sweep.wait_for(lambda: sweep.num_ended() >= 2)
+            there.run("pkill", "-KILL", "-x", "gcs_server")
+            printed = sweep.end(1, seconds=120)
+    sweep.there = None
+    assert f"imbvlm: nothing answers at 127.0.0.1:{port}, where the Ray cluster's head was" in printed
+    assert f"; then go on with: imbvlm sweep resume {sweep.path}" in printed
+    assert "Traceback" not in printed
+    sweep.begin("sweep", "resume", str(sweep.path)).end()
+    assert_same_end(sweep, quiet)
+
+
 def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
     with order(loss_seconds=0.1):
         sweep.start()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -52,3 +55,42 @@ def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
         assert over.wait(10)
     assert said == ["away", "away"]
     assert not [thread for thread in threading.enumerate() if thread.name == "waiting"]
+
+
+LOSES = """
+import math, os, sys, time
+from imbvlm.data.waiting import LastWord, ended_when
+gone_at = math.inf
+
+def lost(failed):
+    # Seen late, but for an error.
+    return "it is gone" if time.monotonic() >= gone_at + 0.5 * (not failed) else None
+
+with ended_when(lost, LastWord("go on", 1, sys.argv[1])):
+    {}
+print("still there")
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "printed", "error"),
+    [
+        ("gone_at = time.monotonic(); time.sleep(60)", 1, "imbvlm: it is gone; then go on\n", ""),
+        ("gone_at = time.monotonic(); raise OSError('of Ray')", 1, "imbvlm: it is gone; then go on\n", ""),
+        # As Ray ends it from C++, and as the kernel does.
+        ("os._exit(1)", 1, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
+        ("os.kill(os.getpid(), 9)", -9, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
+        ("raise OSError('of its own')", 1, "", "OSError: of its own\n"),
+        ("pass", 0, "still there\n", ""),
+    ],
+)
+def test_what_hangs_on_a_cluster_that_is_gone_ends_with_a_sentence(tmp_path, work, code, printed, error):
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES.format(work), str(tmp_path / "log")],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert re.fullmatch(printed, done.stdout)
+    assert done.stderr.endswith(error) if error else not done.stderr
+    log = tmp_path / "log"
+    assert (log.read_text() if log.exists() else "") == (done.stdout if "imbvlm: " in printed else "")

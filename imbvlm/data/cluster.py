@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import time
 import uuid
@@ -21,6 +22,7 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imbvlm import storage
+from imbvlm.data.waiting import LastWord, ended_when
 from imbvlm.errors import ImbvlmError
 from imbvlm.yaml_file import read_foreign_yaml
 
@@ -38,6 +40,11 @@ HUGE_PAGES = ":".join(
 LOOPBACK = ("127.0.0.1", "localhost")
 _ANSWER_SECONDS = 5.0
 _PROBE_SECONDS = 120.0
+# Ray tries for a minute to reach a head that is gone, since another may be started there; then it ends this process.
+_HEAD_SECONDS, _HEAD_LOOK_SECONDS = 45.0, 5.0
+_ASKED_SECONDS = 15.0
+# What no cluster goes on without, by Ray's names of its processes.
+_VITAL = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 
 Result = TypeVar("Result")
 
@@ -72,9 +79,10 @@ class Cluster:
 
 
 @contextmanager
-def connected() -> Iterator[Cluster]:
+def connected(last_word: LastWord | None = None) -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that was started here is stopped afterwards.
 
+    Where the cluster is gone meanwhile, the process ends with code 1 and a last word, by default on standard error.
     Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or refuses, or names none of several.
     """
     if ray.is_initialized():
@@ -91,9 +99,54 @@ def connected() -> Iterator[Cluster]:
     else:
         _join(address, logging.WARNING, runtime_env=_runtime_env(address))
     try:
-        yield connected_cluster()
+        with ended_when(_Watch().lost, last_word or LastWord()):
+            yield connected_cluster()
     finally:
         ray.shutdown()
+
+
+class _Watch:
+    """Sees whether the connected cluster is gone: processes that were started here, and whether its head answers."""
+
+    def __init__(self) -> None:
+        self._is_own, self._address = _started_here(), ray.get_runtime_context().gcs_address
+        self._ended_at: float | None = None
+        self._heard = self._asked = time.monotonic()
+        self._knows_head = _answers(self._address)
+
+    def lost(self, failed: bool) -> str | None:
+        """A sentence once it is gone, or is likely to be the cause of an error that has come."""
+        return self._lost_process(failed) or self._lost_head(failed)
+
+    def _lost_process(self, failed: bool) -> str | None:
+        # A cluster that was joined has no process that this one started.
+        dead = [pair for pair in ray._private.worker._global_node.dead_processes() if pair[0] in _VITAL]
+        if not dead:
+            return None
+        (name, process), now = dead[0], time.monotonic()
+        self._ended_at = self._ended_at or now
+        code = process.returncode
+        # Asked to end, perhaps by what asks all processes of a job or service: this one has its own way to end then.
+        if code in (0, -signal.SIGTERM) and not failed and now - self._ended_at < _ASKED_SECONDS:
+            return None
+        how = f"was killed by signal {-code}" if code < 0 else f"has ended with code {code}"
+        return (
+            f"Ray's {name} on this machine {how}, and nothing runs on without it; its logs are in "
+            "/tmp/ray/session_latest/logs, and where they don't say why look at this machine's memory"
+        )
+
+    def _lost_head(self, failed: bool) -> str | None:
+        now = time.monotonic()
+        if not self._knows_head or (now - self._asked < _HEAD_LOOK_SECONDS and not failed):
+            return None
+        self._asked = now
+        if _answers(self._address):
+            self._heard = now
+            return None
+        if now - self._heard < _HEAD_SECONDS and not failed:
+            return None
+        fix = "" if self._is_own else "; start the cluster again"
+        return f"nothing answers at {self._address}, where the Ray cluster's head was{fix}"
 
 
 def _start_here() -> None:

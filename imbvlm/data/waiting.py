@@ -1,17 +1,22 @@
-"""When and how it is said that a cluster lacks machines: Ray waits for them without a word, for ever."""
+"""Says that a cluster lacks machines, or that it is gone: Ray waits for ever without a word, or ends without one."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 LOOK_SECONDS = 10.0
 # A machine may be back at once, and a new one takes a moment until it is known.
 PATIENCE_SECONDS = 30.0
 SAY_AGAIN_SECONDS = 1800.0
 _END_SECONDS = 5.0
+# Once its cluster is gone Ray may end this process at any call, so that it must be seen at once.
+_WATCH_SECONDS = 0.1
 
 
 class Patience:
@@ -71,3 +76,68 @@ def said_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> I
         ended.set()
         # It asks Ray, which ends a process that asks behind the end of its connection.
         thread.join(_END_SECONDS)
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """How this process's last sentence is said: what it tells to do, to which descriptor, and a file that has it too.
+
+    `before` is printed first, as where a live view has left the cursor at the end of its line.
+    """
+
+    fix: str = "type the command again"
+    descriptor: int = 2
+    copy: str = os.devnull
+    before: str = ""
+
+    def text(self, sentence: str) -> str:
+        return f"imbvlm: {sentence}; then {self.fix}"
+
+
+# It says the line that it is sent, nothing for an empty one, and its own where this process ends and has sent none.
+_SHELL = 'read -r line || line=$1; [ -z "$line" ] || printf "%s%s\\n" "$3" "$line" | tee -a "$2"'
+_SILENT = (
+    "this run was ended without a word: it was killed, perhaps since this machine's memory was full, or Ray has ended "
+    "it, as it does where one of its own processes is gone; its logs in /tmp/ray/session_latest/logs may say more"
+)
+
+
+@contextmanager
+def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Iterator[None]:
+    """Inside, this process ends with code 1 as soon as `lost` gives a sentence, which is its last word.
+
+    `lost` is told whether an error has come meanwhile, of which it may be the cause. No exception would do: a call of
+    Ray that waits for a cluster that is gone can't be interrupted. And Ray itself ends the process from C++, with code
+    1, after a minute or as soon as a raylet is asked; a shell outside it has the last word then.
+    """
+    shell = subprocess.Popen(
+        ["sh", "-c", _SHELL, "sh", last_word.text(_SILENT), last_word.copy, last_word.before],
+        stdin=subprocess.PIPE, stdout=last_word.descriptor, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    ended, ending = threading.Event(), threading.Lock()
+
+    def tell_shell(line: str) -> None:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            shell.communicate(f"{line}\n".encode(), timeout=_END_SECONDS)
+
+    def end_if_lost(*, failed: bool) -> None:
+        with ending:
+            if sentence := lost(failed):
+                tell_shell(last_word.text(sentence))
+                os._exit(1)
+
+    def watch() -> None:
+        while not ended.wait(_WATCH_SECONDS):
+            end_if_lost(failed=False)
+
+    thread = threading.Thread(target=watch, name="cluster", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception:
+        end_if_lost(failed=True)
+        raise
+    finally:
+        ended.set()
+        thread.join(_END_SECONDS)
+        tell_shell("")

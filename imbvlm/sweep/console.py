@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from imbvlm import storage
+from imbvlm.data.waiting import LastWord
 from imbvlm.errors import LINE_BREAKS, printable
 
 # On a terminal it is drawn anew at most so often; in a log file a line is written, later on less often; in CI hardly.
@@ -53,6 +55,14 @@ class Console:
         self._clear()
         self._write(f"{text}\n")
         self._write_copy(text)
+
+    def last_word(self, fix: str) -> LastWord:
+        """How the sentence is said with which this process may end, where it can't say it itself."""
+        try:
+            descriptor = self._stream.fileno()
+        except OSError:
+            descriptor = subprocess.DEVNULL
+        return LastWord(fix, descriptor, str(self._copy or os.devnull), "\n" if self._redraws else "")
 
     def live(self, text: str | Mapping[str, str]) -> None:
         """Replace the live view by a line, or by several under their labels."""

@@ -112,7 +112,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
             with console.others_to(beside / LOG_FILE):
                 optuna.logging.set_verbosity(optuna.logging.WARNING)
                 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-                with connected() as cluster:
+                with connected(console.last_word(_way_on(folder))) as cluster:
                     sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started, models)
                     sweep.search(starts)
                     lease.check()
@@ -148,7 +148,11 @@ def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
     try:
         yield
     except (StorageError, LostProcessesError) as error:
-        raise type(error)(f"{error}; then go on with: imbvlm sweep resume {folder}") from None
+        raise type(error)(f"{error}; then {_way_on(folder)}") from None
+
+
+def _way_on(folder: str) -> str:
+    return f"go on with: imbvlm sweep resume {folder}"
 
 
 def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
