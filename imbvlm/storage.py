@@ -134,8 +134,16 @@ def _existing(uri: str) -> Path:
     return next(above for above in (path, *path.parents) if os.path.exists(above))
 
 
+def check_name(uri: str) -> None:
+    """Raises StorageError for a name whose bytes aren't UTF-8: pyarrow and Parquet know no others."""
+    shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if shown != uri:
+        raise StorageError(f"{shown} has a name that isn't UTF-8; rename it")
+
+
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """pyarrow's file system and the path in it; S3's endpoint, region and credentials come from the AWS settings."""
+    check_name(uri)
     if is_local(uri):
         return pafs.LocalFileSystem(), absolute(uri)
     bucket, key = s3.split(uri)
@@ -189,8 +197,10 @@ def _is_lasting(error: OSError) -> bool:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = open_filesystem(uri)
     try:
+        if is_local(uri):
+            return local_path(uri).exists()
+        filesystem, path = open_filesystem(uri)
         return _patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
     except OSError as error:
         raise failure("look at", uri, error) from None

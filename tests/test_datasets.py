@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from imbvlm.data.assembly import read_class_names
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.held_out import with_test_split
-from imbvlm.data.images import decode, fetch
+from imbvlm.data.images import decode, decode_picture, fetch
 from imbvlm.data.inaturalist import from_inaturalist
 from imbvlm.data.manifest import Manifest, ManifestError, carve_validation
 from imbvlm.data.quarantine import limit_findings
@@ -243,13 +245,114 @@ def test_bad_lines_and_labels_outside_are_said_together(tmp_path):
     assert "with a label outside 0 to 1, the class names: 7" in caught.value.findings[1]
 
 
-def test_an_order_that_disagrees_between_list_and_names_is_an_error_of_the_check(tree):
-    (tree / "train.txt").write_text("train/cat/a 1.png 0\ntrain/dog/c.png 1\n")
-    lists = {"train": str(tree / "train.txt")}
-    wrong = from_lists(lists, str(tree), "pets", class_names=["dog", "cat", "owl"])
-    assert "0 is 'dog' in the class list, and its images lie in 'cat'" in str(check_manifest(wrong))
-    assert not check_manifest(wrong).ok
-    assert not from_lists(lists, str(tree), "pets", class_names=CLASSES).notes
+def listed_pets(folder, labels=(0, 0, 1, 1, 2), folders=("cat", "cat", "dog", "dog/deep", "owl")):
+    """A list of images in folders that are called as classes."""
+    lines = [
+        f"images/{where}/{number}.png {label}"
+        for number, (where, label) in enumerate(zip(folders, labels, strict=True))
+    ]
+    (folder / "train.txt").write_text("\n".join(lines))
+    return {"train": str(folder / "train.txt")}
+
+
+WRONG_LISTS = {
+    "order": (["dog", "cat", "owl"], r"0 is 'dog' in the class list, and its images lie in 'cat'; 1 is 'cat' .* 'dog'"),
+    "heading": (["name", "cat", "dog", "owl"], r"0 is 'name' in the class list, and its images lie in 'cat'"),
+    "twice": (["cat", "dog", "owl", "cat"], r"a name twice: 'cat' is 0 and 3, and 3 has no image"),
+    "twice within": (["cat", "dog", "dog"], r"2 is 'dog' in the class list, and its images lie in 'owl'"),
+    "misspelt": (["cat", "dgo", "owl"], r"1 is 'dgo' in the class list, and its images lie in 'dog'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_a_class_list_that_its_folders_contradict_is_refused(tmp_path, case):
+    """Every name would stand for another class, and nothing that trains or scores would notice."""
+    names, says = WRONG_LISTS[case]
+    lists = listed_pets(tmp_path)
+    with pytest.raises(ManifestError, match=says):
+        from_lists(lists, str(tmp_path), "pets", class_names=names)
+    rows = [line.rpartition(" ")[::2] for line in (tmp_path / "train.txt").read_text().splitlines()]
+    (tmp_path / "rows.csv").write_text("\n".join(["path,label", *map(",".join, rows)]))
+    with pytest.raises(ManifestError, match=says):
+        from_table([str(tmp_path / "rows.csv")], str(tmp_path), "pets", class_names=names)
+    # A manifest that another version or another hand has made, as `run`, `train` and `check` read it.
+    good = from_lists(lists, str(tmp_path), "pets", class_names=CLASSES)
+    metadata = {"imbvlm": json.dumps({"class_names": names})}
+    pq.write_table(good.table.replace_schema_metadata(metadata), tmp_path / "pets.parquet")
+    with pytest.raises(ManifestError, match=says):
+        Manifest.read(str(tmp_path / "pets.parquet"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        CLASSES,
+        [*CLASSES, "newt", "yak"],  # Classes without images, in their order.
+        ["Cat", "dog (animal)", "owl"],
+        ["felis catus", "canis lupus", "strix"],  # Folders are called otherwise, as by WordNet's ids.
+    ],
+)
+def test_a_class_list_that_folders_do_not_contradict_is_taken(tmp_path, names):
+    lists = listed_pets(tmp_path)
+    made = from_lists(lists, str(tmp_path), "pets", class_names=names)
+    made.write(str(tmp_path / "pets.parquet"))
+    assert list(Manifest.read(str(tmp_path / "pets.parquet")).class_names) == names
+    assert not made.notes
+
+
+def test_folders_that_hold_several_classes_say_nothing_of_their_names(tmp_path):
+    """Labels that somebody has corrected, and the folders of cameras."""
+    lists = listed_pets(tmp_path, (0, 1, 1, 1, 2, 0), ("cat", "cat", "dog", "cat", "owl", "dog"))
+    assert from_lists(lists, str(tmp_path), "pets", class_names=["cat", "dog", "owl"]).class_names == tuple(CLASSES)
+    assert from_lists(lists, str(tmp_path), "pets", class_names=["dog", "cat", "owl"]).class_names[0] == "dog"
+
+
+def test_labels_that_are_names_may_differ_from_their_folders(tmp_path):
+    (tmp_path / "rows.csv").write_text("path,label\nx/cat/1.png,cat\nx/dog/2.png,dog\nx/lion/3.png,wild\n")
+    made = from_table([str(tmp_path / "rows.csv")], str(tmp_path), "pets")
+    made.write(str(tmp_path / "pets.parquet"))
+    assert Manifest.read(str(tmp_path / "pets.parquet")).class_names == ("cat", "dog", "wild")
+
+
+def test_a_list_longer_than_the_ids_needs_folders_that_show_its_order(tmp_path):
+    lists = listed_pets(tmp_path, folders=("all",) * 5)
+    says = r"has 4 names, and the largest class id is 2: .* before 'owl'; leave out names .* or label images by name"
+    with pytest.raises(ManifestError, match=says):
+        from_lists(lists, str(tmp_path), "pets", class_names=["name", *CLASSES])
+    assert len(from_lists(lists, str(tmp_path), "pets", class_names=CLASSES)) == 5
+    # The hub's own names are those of all of its files.
+    assert from_table(hub_files(tmp_path)[:1], "", "pets").class_names == tuple(CLASSES)
+
+
+def test_a_name_twice_in_a_list_for_folders_is_refused(tree):
+    with pytest.raises(ManifestError, match="the class list has a name twice: 'dog'; list each class once"):
+        from_folders(str(tree), "pets", class_names=["cat", "dog", "dog", "owl"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes by name")
+def test_links_to_nothing_pipes_and_loops_are_named(tree):
+    images, others = (
+        ("train/cat/gone.png", "train/cat/itself.png", "train/dog/pipe.png"),
+        ("loop", "train/cat/up", "train/newt"),
+    )
+    for path, target in zip(
+        [*images[:2], *others], ["nowhere.png", "itself.png", ".", "..", "/nowhere/newt"], strict=True
+    ):
+        (tree / path).symlink_to(target)
+    os.mkfifo(tree / images[2])
+    found = from_folders(str(tree), "pets")
+    what = "a broken link, a link to a folder above it, a pipe or a device"
+    assert found.notes == (
+        f"3 images that can't be read, each {what}: {', '.join(images)}",
+        f"3 names left out, each {what}: {', '.join(others)}",
+    )
+    assert list(found.class_names) == CLASSES
+    assert len(found) == len(TREE) + 3
+    (missing,) = [finding for finding in check_manifest(found).findings if "missing" in finding.message]
+    assert missing.examples == tuple(str(tree / path) for path in images)
+    (tree / "rows.csv").symlink_to("nowhere.csv")
+    with pytest.raises(ImbvlmError, match=r"1 name that can't be read, .*: rows\.csv; remove or mend"):
+        run("build", "--table", tree, "-o", "x.parquet")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
@@ -379,6 +482,90 @@ def test_compressed_or_unlabelled_shards_are_refused(tmp_path):
         for name, content in (("x.png", b"abc"), ("x.cls", "²".encode()), ("x.json", b"caf\xe9")):
             add_member(archive, name, content)
     assert from_shards([str(tmp_path / "d.tar")], "pets").class_names == ("²",)
+
+
+CSV_FAULTS = {
+    b'path,label\na.jpg,cat\nb.jpg,"dog\nc.jpg,dog\n': "begins in line 3 .*unexpected end of data.*must end with one",
+    b'path,label,caption\na.jpg,cat,"two\nb.jpg,dog,x\nc.jpg,owl,y\n': "begins in line 2 .*unexpected end of data",
+    b'path,label\na.jpg,"cat\nb.jpg,dog\nc.jpg,"owl\n': "begins in line 2 .*expected after",
+    b'path,label\na.jpg,"cat\nb.jpg,dog\nc.jpg,owl"\n': r"1 cell of 'label' with a line break: .*is a quote not closed",
+}
+
+
+@pytest.mark.parametrize("content", CSV_FAULTS)
+def test_a_quote_that_takes_rows_is_said(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(ManifestError, match=CSV_FAULTS[content]):
+        from_table([str(tmp_path / "rows.csv")], "", "pets")
+
+
+def test_quotes_and_line_ends_that_may_be_are_read(tmp_path):
+    rows = b'path,label,caption\na.jpg,5" pipe,"two\nlines, ""of"" them"\nb.jpg,dog,"x"\n'
+    for content in (rows, rows.replace(b"\n", b"\r\n"), rows.replace(b"\n", b"\r")):
+        (tmp_path / "rows.csv").write_bytes(content)
+        found = from_table([str(tmp_path / "rows.csv")], "/", "pets")
+        assert found.class_names == ('5" pipe', "dog")
+        assert found.table.column("uri").to_pylist() == ["/a.jpg", "/b.jpg"]
+
+
+@pytest.mark.parametrize("before", [b"", b"]" * 200_000, b'{"path": "]]]", "label": "\\"[["}\n'])
+@pytest.mark.parametrize("line_end", [b"", b"\n"])
+def test_json_lines_nested_too_deep_are_refused(tmp_path, before, line_end):
+    """pyarrow's parser would end the process."""
+    deep = (b"[" + line_end) * 100_000 + b"]" * 100_000
+    (tmp_path / "rows.jsonl").write_bytes(before + b'{"path": "a.jpg", "label": ' + deep + b"}\n")
+    with pytest.raises(ManifestError, match="nested more than 100 levels deep"):
+        from_table([str(tmp_path / "rows.jsonl")], "", "pets")
+
+
+def test_brackets_within_texts_are_no_levels(tmp_path):
+    name = "[" * 500 + '"{'
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"path": "a", "label": x}) + "\n" for x in (name, "b")))
+    assert from_table([str(tmp_path / "rows.jsonl")], "", "pets").class_names == (name, "b")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["nope", "[]", '{"info": 3}', '{"info": {"features": {"label": 3}}}', "[" * 200_000, b"\xff",
+     '{"info": {"features": {"label": {"names": [1, 2]}}}}', '{"info": {"features": {"label": {"names": "ab"}}}}'],
+)  # fmt: skip
+def test_metadata_that_is_not_the_hubs_is_said_and_not_read_beside_a_class_list(tmp_path, metadata):
+    table = pa.table({"path": ["a", "b"], "label": [0, 1]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ManifestError, match=r"its metadata 'huggingface.* can't be read: .* --class-names"):
+        from_table([str(tmp_path / "rows.parquet")], "", "pets")
+    assert len(from_table([str(tmp_path / "rows.parquet")], "", "pets", class_names=["x", "y"])) == 2
+
+
+def test_a_shard_cut_within_a_header_is_refused_and_one_without_its_end_is_noted(tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for key in "ab":
+            add_member(archive, f"{key}.cls", b"0")
+            add_member(archive, f"{key}.png", picture(0))
+    whole = stream.getvalue()
+    path = tmp_path / "a.tar"
+    # Each member has 512 bytes of header and 512 of content.
+    path.write_bytes(whole[: 2048 + 100])
+    with pytest.raises(ManifestError, match=r"truncated header at byte 2,048, .* it may be cut short"):
+        from_shards([str(path)], "pets")
+    path.write_bytes(whole[:2048] + b"x" * 512 + whole[2048 + 512 :])
+    with pytest.raises(ManifestError, match=r"bad checksum at byte 2,048|invalid header at byte 2,048"):
+        from_shards([str(path)], "pets")
+    path.write_bytes(whole[:2048])
+    assert from_shards([str(path)], "pets").notes == (f"1 shard without tar's end mark, and perhaps cut short: {path}",)
+    path.write_bytes(whole)
+    assert from_shards([str(path)], "pets").notes == ()
+
+
+def test_photos_in_heic_are_rows_and_name_the_extra_that_reads_them(tree, monkeypatch):
+    (tree / "train/cat/photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    monkeypatch.setattr("imbvlm.data.assembly.reads_heif", lambda: False)
+    monkeypatch.setattr("imbvlm.data.images.reads_heif", lambda: False)
+    found = from_folders(str(tree), "pets")
+    advice = "HEIC is read with the extra heif: pip install 'imbvlm[heif]'"
+    assert found.notes == (f"1 image in HEIC, such as {tree}/train/cat/photo.HEIC: {advice}",)
+    assert f"photo.HEIC ({advice}; train; cat" in str(check_manifest(found, decode_all=True))
 
 
 # ------------------------------------------------------------------------------------------------ iNaturalist
@@ -599,6 +786,36 @@ def test_the_check_names_everything_at_once(tree):
         assert part in text
 
 
+def test_a_check_decodes_no_more_at_once_than_one_image_may_have(tmp_path, monkeypatch):
+    """Eight photos of 170 megapixels took 10 GB."""
+    for number in range(8):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[number % 2] / f"{number}.png").write_bytes(picture(number, (300, 100 + number)))
+    (tmp_path / "a" / "large.png").write_bytes(picture(1, (300, 400)))
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def decode_and_count(data):
+        found = decode_picture(data)
+        with lock:
+            at_once[0] += found.width * found.height
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= found.width * found.height
+        return found
+
+    monkeypatch.setattr("imbvlm.data.checks.decode_picture", decode_and_count)
+    monkeypatch.setattr("imbvlm.data.checks.MAX_PIXELS", 70_000)
+    report = check_manifest(from_folders(str(tmp_path), "made"), decode_all=True)
+    assert "can't be decoded" not in str(report)
+    # The large one alone, which is above the limit by itself.
+    assert most[0] == 120_000
+    (tmp_path / "a" / "large.png").unlink()
+    most[0] = 0
+    check_manifest(from_folders(str(tmp_path), "made"), decode_all=True)
+    assert 60_000 < most[0] <= 70_000
+
+
 def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path):
     labels = np.repeat(np.arange(5), [40, 11, 3, 2, 1])
     # Three copies of one image, which stay together.
@@ -682,6 +899,26 @@ def test_build_show_and_check_by_command(tree, capsys, monkeypatch):
     assert "error    3 files of 5 missing" in capsys.readouterr().out
     rows = [line for line in (tree / "findings.csv").read_text().splitlines() if line.startswith("error,3 files of 5")]
     assert [row.rpartition("/")[2] for row in rows] == ["a 1.png", "b é.png", "c.png"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_names_that_are_not_utf8_are_said_where_they_are_named(tree):
+    bad = os.fsdecode(b"caf\xe9")
+    sources = [("--table", f"{bad}.csv"), ("--list", f"train={bad}.txt"), ("--webdataset", f"{bad}.tar")]
+    for words in (*sources, ("--folders", tree, "--class-names", bad), ("--folders", tree, "-o", f"{bad}.parquet")):
+        with pytest.raises(ImbvlmError, match=r"caf\\xe9.* has a name that isn't UTF-8; rename it"):
+            run("build", "-o", "x.parquet", *words)
+    with pytest.raises(ImbvlmError, match=r"its name 'caf\\udce9' is not UTF-8"):
+        run("build", "-o", "x.parquet", "--folders", tree, "--name", bad)
+    for which in ("show", "check"):
+        with pytest.raises(ImbvlmError, match=r"caf\\xe9\.parquet has a name"):
+            run(which, f"{bad}.parquet")
+
+
+@pytest.mark.parametrize("words", [("--test-share", "0.5"), ("--imbalance-factor", "2")])
+def test_a_seed_below_zero_is_refused(tree, words):
+    with pytest.raises(ImbvlmError, match="a seed must be a whole number from 0 on, and is -1"):
+        run("build", "--folders", tree / "train", *words, "--seed", "-1", "-o", tree / "x.parquet")
 
 
 def test_build_options_that_cannot_be_are_said(tree):

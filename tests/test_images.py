@@ -423,3 +423,33 @@ def test_the_faster_crop_is_within_a_few_grey_levels_of_the_exact_one():
     assert fast.decode(data).size == (300, 225)
     assert off_by(fast.apply(fast.decode(data)), exact.apply(exact.decode(data)).astype(int)) <= 4
     assert fast.decode(data, least_crop=0.5).size == (600, 450)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "P", "I;16", "F", "LA"])
+def test_an_image_converted_in_strips_is_that_converted_at_once(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    if kind == "F":
+        values = rng.normal(size=(40, 60)).astype(np.float32)
+        values[3, 4] = np.nan
+        data = encode(Image.fromarray(values), "TIFF")
+    elif kind == "I;16":
+        data = encode(Image.fromarray(rng.integers(0, 65536, (40, 60)).astype(np.uint16)), "PNG", transparency=7)
+    elif kind == "P":
+        data = encode(PHOTO.convert("P"), "PNG", transparency=bytes(range(256)))
+    else:
+        data = encode(half_clear(kind), "PNG")
+    whole = decode(data)
+    monkeypatch.setattr("imbvlm.data.images._STRIP_PIXELS", 7 * whole.shape[1])
+    assert np.array_equal(decode(data), whole)
+
+
+def test_photos_in_heic_are_read_with_their_extra(monkeypatch):
+    heif = pytest.importorskip("pillow_heif")
+    stream = io.BytesIO()
+    heif.from_pillow(PHOTO).save(stream, quality=-1)
+    assert off_by(decode(stream.getvalue()), PIXELS) < 20
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    heif.from_pillow(PHOTO).save(stream, quality=-1, exif=exif.tobytes())
+    assert decode(stream.getvalue()).shape[:2] in ((60, 40), (40, 60))

@@ -262,3 +262,25 @@ def test_images_that_lie_where_nothing_is_read_are_refused_by_row(tmp_path, uri)
     made = Manifest.build(table(uri=uris, bytes=[None, b"x", None, None]), NAMES, "pets")
     made.write(str(tmp_path / "pets.parquet"))
     assert Manifest.read(str(tmp_path / "pets.parquet")).table.column("uri")[1].as_py() == uri
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        (b"nope", "'imbvlm' can't be read: Invalid JSON"),
+        (b"[" * 200_000, "'imbvlm' can't be read: Invalid JSON"),
+        (b"\xff", "'imbvlm' can't be read: Invalid JSON"),
+        (b"[]", "'imbvlm' can't be read: Input should be an object"),
+        (b"{}", r"'imbvlm\.class_names' can't be read: Field required"),
+        (b'{"class_names": "abc"}', r"'imbvlm\.class_names' can't be read"),
+        (b'{"class_names": [1, 2, 3]}', r"'imbvlm\.class_names\.0' can't be read: Input should be a valid string"),
+        (b'{"class_names": ["a", "b", "c"], "notes": 7}', r"'imbvlm\.notes' can't be read"),
+        (b'{"class_names": ["a", "b", "c"], "split_counts": [1, "x", 2]}', r"'imbvlm\.split_counts\.1' can't be read"),
+        (b'{"class_names": ["a", "b", "c"], "split_counts": [1]}', "split_counts has a count .* 3 classes, and is 1"),
+        (b'{"class_names": ["a", "b", "c"], "label_map": [1]}', r"'imbvlm\.label_map' can't be read"),
+    ],
+)
+def test_metadata_that_is_not_a_manifests_is_said(tmp_path, metadata, says):
+    pq.write_table(table().replace_schema_metadata({"imbvlm": metadata}), tmp_path / "pets.parquet")
+    with pytest.raises(ManifestError, match=says):
+        Manifest.read(str(tmp_path / "pets.parquet"))

@@ -182,8 +182,9 @@ def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_pat
     assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith(f"{expected},")
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["image"] == expected
     assert pq.read_table(tmp_path / "out.parquet").column("image").to_pylist() == [expected]
-    assert predict(model, tmp_path / "in") == 0
-    assert capsys.readouterr().out.startswith(f"{expected}: ")
+    for place in (tmp_path / "in", good):
+        assert predict(model, place) == 0
+        assert capsys.readouterr().out.startswith(f"{expected}: ")
     images = table.find_images([str(tmp_path / "in")])
     good.unlink()
     (lost,) = table.predictions(str(model), images, 1, ray=False, waits=print)

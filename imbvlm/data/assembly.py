@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm import storage
+from imbvlm.data.class_list import longer_list_findings, repeated_findings
+from imbvlm.data.images import HEIF_ADVICE, HEIF_SUFFIXES, reads_heif
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.table import count_of, listed
 from imbvlm.errors import nearest
@@ -21,9 +23,11 @@ SPLIT_NAMES: Mapping[str, str] = {
     "test": "test", "testing": "test", "tst": "test",
 }  # fmt: skip
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
+        *(".avif", *HEIF_SUFFIXES),
+    )
 )
-_MOST_SHOWN = 5
 _LARGEST_LABEL = 2**31 - 1
 
 Labels = Sequence[int] | Sequence[str] | npt.NDArray[np.int64]
@@ -37,6 +41,7 @@ def assemble(
     uris: Sequence[str | None] | None = None,
     data: Sequence[bytes | None] | None = None,
     class_names: Sequence[str] | None = None,
+    own_names: Sequence[str] | None = None,
     folder_names: Mapping[int, str] | None = None,
     notes: Sequence[str] = (),
     source: str = "",
@@ -44,13 +49,14 @@ def assemble(
     """Build a manifest from columns as the source has them.
 
     `labels` are class ids or class names. Names without `class_names` are numbered in sorted order; ids without them
-    are called by `folder_names`, or by their number, and ids with gaps are mapped to 0, 1, 2, ... with the map kept.
-    Ids that can't be those of `class_names`, and are all among them as they are written, are names.
-    Raises ManifestError with every finding.
+    are called by `own_names`, which the source itself lists for its ids, by `folder_names`, or by their number; ids
+    with gaps and no list are mapped to 0, 1, 2, ... with the map kept. Ids that can't be those of `class_names`, and
+    are all among them as they are written, are names. Raises ManifestError with every finding.
     """
     columns = {"uri": uris, "bytes": None if data is None else pa.array(data, pa.large_binary())}
-    ids, names, label_map, odd, wrong = _number(labels, class_names, folder_names or {})
-    named = class_names is not None or _are_names(labels) or bool(folder_names)
+    names_given = class_names if class_names is not None else own_names
+    ids, names, label_map, by_name, odd, wrong = _number(labels, names_given, folder_names or {})
+    named = names_given is not None or by_name or bool(folder_names)
     table = pa.table(
         {
             **{key: column for key, column in columns.items() if column is not None},
@@ -61,13 +67,29 @@ def assemble(
     findings: tuple[str, ...] = ()
     try:
         manifest = Manifest.build(
-            table, names, name, notes=[*notes, *odd], label_map=label_map, named=named, source=source or name
+            table,
+            names,
+            name,
+            notes=[*notes, *odd, *_unread_notes(uris or ())],
+            label_map=label_map,
+            named=named,
+            labeled_by_name=by_name,
+            source=source or name,
         )
+        if class_names is not None:
+            wrong += repeated_findings(class_names) if by_name else longer_list_findings(manifest.table, class_names)
     except ManifestError as error:
         findings = error.findings
     if wrong or findings:
         raise ManifestError(source or name, [*wrong, *findings])
     return manifest
+
+
+def _unread_notes(uris: Sequence[str | None]) -> list[str]:
+    if reads_heif():
+        return []
+    unread = [uri for uri in uris if uri is not None and uri.lower().endswith(HEIF_SUFFIXES)]
+    return [f"{count_of(len(unread), 'image')} in HEIC, such as {unread[0]}: {HEIF_ADVICE}"] if unread else []
 
 
 def _are_names(labels: Labels) -> bool:
@@ -76,8 +98,8 @@ def _are_names(labels: Labels) -> bool:
 
 def _number(
     labels: Labels, class_names: Sequence[str] | None, folder_names: Mapping[int, str]
-) -> tuple[npt.NDArray[np.int64], list[str], dict[str, int] | None, list[str], list[str]]:
-    """Class ids, class names, the map of the source's ids, what is odd, what is wrong."""
+) -> tuple[npt.NDArray[np.int64], list[str], dict[str, int] | None, bool, list[str], list[str]]:
+    """Class ids, class names, the map of the source's ids, whether labels are names, what is odd, what is wrong."""
     if _are_names(labels):
         texts = [str(label) for label in labels]
         names = sorted(set(texts)) if class_names is None else list(class_names)
@@ -90,7 +112,7 @@ def _number(
                 f"{listed([repr(text) for text in unknown])}; {nearest(unknown[0], names)}"
             ]
         # A label outside the list has been said by name, and must not be said again by number.
-        return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, [], wrong
+        return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, True, [], wrong
     ids = np.asarray(labels, dtype=np.int64)
     known, numbered = np.unique(ids, return_inverse=True)
     if class_names is not None:
@@ -102,12 +124,12 @@ def _number(
         bounds = f"0 to {len(class_names) - 1}, the class names"
         wrong = [f"{count_of(len(large), 'label')} outside {bounds}: {listed(large)}"] if large else []
         kept = np.where(np.isin(ids, [int(label) for label in large]), 0, ids)
-        return kept, list(class_names), None, _order_notes(class_names, folder_names), wrong
+        return kept, list(class_names), None, False, [], wrong
     gaps = len(known) > 0 and (known[0] != 0 or known[-1] != len(known) - 1)
     names = [folder_names.get(int(label), f"class {label}") for label in known]
     label_map = {str(label): index for index, label in enumerate(known.tolist())} if gaps else None
     odd = [f"class ids {known[0]} to {known[-1]} with gaps were mapped to 0 to {len(known) - 1}"] if gaps else []
-    return numbered.astype(np.int64), names, label_map, odd, []
+    return numbered.astype(np.int64), names, label_map, False, odd, []
 
 
 def _mixed(labels: Sequence[str]) -> list[str]:
@@ -128,28 +150,6 @@ def _mixed(labels: Sequence[str]) -> list[str]:
 def class_id(label: str) -> int | None:
     """The whole number that a label is; None for a name."""
     return int(label) if re.fullmatch(r"-?\d{1,18}", label) else None
-
-
-def _order_notes(class_names: Sequence[str], folder_names: Mapping[int, str]) -> list[str]:
-    """A class list whose names are the folders of the images, but in another order, is almost surely a mistake."""
-    plain = [plain_name(name) for name in class_names]
-    folders = {label: plain_name(folder) for label, folder in folder_names.items() if label < len(plain)}
-    if not set(folders.values()) <= set(plain):
-        return []
-    off = [label for label, folder in sorted(folders.items()) if plain[label] != folder]
-    shown = [
-        f"{label} is {class_names[label]!r} in the class list, and its images lie in {folder_names[label]!r}"
-        for label in off[:_MOST_SHOWN]
-    ]
-    return [f"{ORDER_DISAGREES}: {'; '.join(shown)}{' and more' if len(off) > _MOST_SHOWN else ''}"] if off else []
-
-
-ORDER_DISAGREES = "the class list and the image folders disagree on the order"
-
-
-def plain_name(name: str) -> str:
-    """A class name for comparison: lower case, words separated by one space."""
-    return " ".join(re.split(r"[\s_\-/,]+", name.strip().lower()))
 
 
 def folders_of(uris: Sequence[str], labels: npt.NDArray[np.int64]) -> dict[int, str]:

@@ -14,11 +14,11 @@ from imbvlm.data.datasets import DATASETS, build_dataset
 from imbvlm.data.held_out import with_test_split
 from imbvlm.data.identical import with_copies
 from imbvlm.data.inaturalist import NAMES, RANKS, from_inaturalist
-from imbvlm.data.listing import list_tree
+from imbvlm.data.listing import list_tree, shown_path
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources import from_folders, from_lists
 from imbvlm.data.summary import plot_svg, summary, summary_dict
-from imbvlm.data.table import SPLITS
+from imbvlm.data.table import SPLITS, count_of, listed
 from imbvlm.data.tables import from_table
 from imbvlm.data.tails import SHAPES, with_tail
 from imbvlm.data.webdataset import from_shards
@@ -183,8 +183,12 @@ def _files(places: Sequence[str], suffixes: frozenset[str]) -> list[str]:
         if PurePosixPath(place).suffix.lower() in suffixes:
             found.append(place)
         else:
-            below = [file.path for file in list_tree(place) if PurePosixPath(file.path).suffix.lower() in suffixes]
+            below = [file for file in list_tree(place) if PurePosixPath(file.path).suffix.lower() in suffixes]
             if not below:
                 raise ImbvlmError(f"{place} has no {', '.join(sorted(suffixes))} file")
-            found += [storage.join(place, path) for path in below]
+            broken = [shown_path(file.path) for file in below if file.num_bytes < 0]
+            if broken:
+                wrong = f"{count_of(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"
+                raise ImbvlmError(f"{place} has {wrong}: {listed(broken)}; remove or mend them")
+            found += [storage.join(place, file.path) for file in below]
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imbvlm import storage
-from imbvlm.data.assembly import plain_name
+from imbvlm.data.class_list import plain_name
 from imbvlm.data.inaturalist import from_inaturalist
 from imbvlm.data.manifest import EMBEDDED, Manifest, ManifestError
 from imbvlm.data.sources import from_lists

@@ -25,7 +25,9 @@ def file_state(uri: str) -> os.stat_result | None:
     """The state of the local file that `read_object` reads; None where there is none, or it lies elsewhere."""
     for name in file_names(uri) if storage.is_local(uri) else ():
         with suppress(OSError, ValueError):
-            return os.stat(_local_path(name))
+            state = os.stat(_local_path(name))
+            if stat.S_ISREG(state.st_mode):
+                return state
     return None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,9 +26,16 @@ Box = tuple[float, float, float, float]
 
 # Pillow's own bound for a decompression bomb. Larger JPEGs are decoded at a fraction of their size.
 MAX_PIXELS = 178_956_970
+# Converted at once, where the way to RGB takes many bytes a pixel.
+_STRIP_PIXELS = 1 << 22
+# Photos of phones, which Pillow reads with another package.
+HEIF_SUFFIXES = (".heic", ".heif")
+HEIF_ADVICE = "HEIC is read with the extra heif: pip install 'imbvlm[heif]'"
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Formats with a signature in their first bytes; EPS and WMF are left out because Pillow starts other programs for them.
 FORMATS = (
     "JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "ICO", "PPM", "JPEG2000", "AVIF", "SGI", "PSD", "QOI",
+    "HEIF",
 )  # fmt: skip
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
@@ -102,6 +110,15 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int
         raise ImageError(_reason(error, data)) from None
 
 
+def decoded_pixels(data: bytes) -> int:
+    """How many pixels `decode` will make of an image file, by its header; raises ImageError."""
+    try:
+        with _open(data, MAX_PIXELS, None) as image:
+            return image.width * image.height
+    except DECODER_ERRORS as error:
+        raise ImageError(_reason(error, data)) from None
+
+
 def _open(data: bytes, max_pixels: int, least_side: int | None) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
@@ -131,9 +148,18 @@ def _eighths(width: int, height: int, max_pixels: int, least_side: int | None) -
     return eighths
 
 
+def reads_heif() -> bool:
+    """Whether the extra heif is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
+    if reads_heif():
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -152,12 +178,36 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """In strips, since what is made on the way takes several times the image's own memory."""
     mode = image.mode
     if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_scaled_grey(image)).convert("RGB")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _on_white(image.convert("RGBA"))
-    return image if mode == "RGB" else image.convert("RGB")
+        scale = _grey_scale(image)
+
+        def convert(strip: Image.Image) -> Image.Image:
+            return Image.fromarray(_scaled_grey(strip, *scale)).convert("RGB")
+
+    elif mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+
+        def convert(strip: Image.Image) -> Image.Image:
+            return _on_white(strip.convert("RGBA"))
+
+    elif mode == "RGB":
+        return image
+    else:
+        return image.convert("RGB")
+    if image.width * image.height <= _STRIP_PIXELS:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        whole.paste(convert(strip), (0, top))
+    return whole
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Parts of an image from top to bottom, with the row where each begins."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -165,13 +215,10 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _scaled_grey(image: Image.Image) -> Pixels:
+def _scaled_grey(image: Image.Image, offset: float, span: float) -> Pixels:
     values = np.asarray(image)
-    if image.mode == "F":
-        grey = _float_to_bytes(values)
-    else:
-        bits = _tiff_bits(image)
-        grey = _float_to_bytes(values, top=float(2**bits - 1) if bits < 16 else 65535.0)
+    scaled = (np.where(np.isfinite(values), values, offset).astype(np.float64) - offset) * (255.0 / span)
+    grey = np.rint(scaled).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey = np.where(values == transparent, np.uint8(255), grey)
@@ -184,17 +231,20 @@ def _tiff_bits(image: Image.Image) -> int:
     return int(bits[0]) if isinstance(bits, tuple) and 8 < bits[0] < 16 else 16
 
 
-def _float_to_bytes(values: npt.NDArray[Any], top: float | None = None) -> Pixels:
-    finite = np.isfinite(values)
-    if not finite.any():
+def _grey_scale(image: Image.Image) -> tuple[float, float]:
+    """What black is, and how much more white is."""
+    ranges = []
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        values = values[np.isfinite(values)]
+        ranges += [(float(values.min()), float(values.max()))] if values.size else []
+    if not ranges:
         raise ImageError("no finite pixel")
-    kept = values[finite]
-    low, high = float(kept.min()), float(kept.max())
-    tops = (1.0, 255.0, 65535.0) if top is None else (top,)
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    bits = _tiff_bits(image)
+    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (float(2**bits - 1),)
     fitting = [bound for bound in tops if low >= 0 and high <= bound]
-    offset, span = (0.0, fitting[0]) if fitting else (low, (high - low) or 1.0)
-    scaled = (np.where(finite, values, offset).astype(np.float64) - offset) * (255.0 / span)
-    return np.rint(scaled).astype(np.uint8)
+    return (0.0, fitting[0]) if fitting else (low, (high - low) or 1.0)
 
 
 def _reason(error: BaseException, data: bytes) -> str:
@@ -206,6 +256,8 @@ def _reason(error: BaseException, data: bytes) -> str:
         return f"above the limit of {MAX_PIXELS:,} pixels"
     if isinstance(error, EOFError) or "truncated" in text.lower() or "not enough" in text.lower() or _cut_webp(data):
         return "truncated"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and not reads_heif():
+        return HEIF_ADVICE
     if isinstance(error, UnidentifiedImageError):
         known = next((name for name, signature in _SIGNATURES.items() if data.startswith(signature)), None)
         shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])

@@ -53,6 +53,7 @@ def from_inaturalist(
         class_names,
         name,
         label_map={str(key): label_of[key] for key in ids} if mapped else None,
+        labeled_by_name=True,
         named=not all(text.removeprefix("class ").isdigit() for text in class_names),
         source=", ".join(annotations.values()),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ _S3_THREADS = 32
 
 
 class Found(NamedTuple):
-    """A file by its path below the root that was listed, with its size in bytes."""
+    """A file by its path below the root that was listed, with its size in bytes.
+
+    The size is -1 for what holds no bytes: a link that leads nowhere or back to a folder above it, a pipe, a device.
+    """
 
     path: str
     num_bytes: int
@@ -71,18 +75,34 @@ def shown_path(path: str) -> str:
 def _walk(root: str) -> Iterator[Found]:
     if not os.path.isdir(root):
         raise storage.StorageError(f"{root} is not a folder")
-    pending = [root]
+    pending = [(root, frozenset((_identity(os.stat(root)),)))]
     start = len(root.rstrip("/")) + 1
     while pending:
+        folder, above = pending.pop()
         try:
-            with os.scandir(pending.pop()) as entries:
+            with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        pending.append(entry.path)
-                    elif entry.is_file():
-                        yield Found(entry.path[start:], entry.stat().st_size)
+                    state = _state(entry)
+                    if state is not None and stat.S_ISREG(state.st_mode):
+                        yield Found(entry.path[start:], state.st_size)
+                    elif state is not None and stat.S_ISDIR(state.st_mode) and _identity(state) not in above:
+                        pending.append((entry.path, above | {_identity(state)}))
+                    else:
+                        yield Found(entry.path[start:], -1)
         except OSError as error:
             raise storage.StorageError(f"can't list {error.filename}: {error.strerror}") from None
+
+
+def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a name leads to; None for a link to nothing or to itself."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
 
 
 def _list_s3(root: str) -> list[Found]:

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imbvlm import s3, storage
 from imbvlm.assets import manifest_path
 from imbvlm.class_stats import ClassStats
+from imbvlm.data.class_list import class_list_findings
 from imbvlm.data.fetching import file_state
 from imbvlm.data.table import (
     SCHEMA,
@@ -28,10 +29,15 @@ from imbvlm.data.table import (
     absolute_uris,
     conform,
     content_groups,
+    count_of,
+    is_utf8,
+    listed,
+    metadata_findings,
     missing_columns,
     name_findings,
     relative_uris,
     row_findings,
+    seeded,
     split_codes,
     type_findings,
 )
@@ -103,6 +109,8 @@ class Manifest:
     label_map: dict[str, int] | None = None
     # False where the class names are only numbers that stand for names: text methods mean nothing then.
     named: bool = True
+    # True where labels came as names, so that no list of names can be in another order than class ids.
+    labeled_by_name: bool = False
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @staticmethod
@@ -115,18 +123,30 @@ class Manifest:
         label_map: dict[str, int] | None = None,
         split_counts: Sequence[int] | None = None,
         named: bool = True,
+        labeled_by_name: bool = False,
         source: str = "",
     ) -> Manifest:
         """Check a table with columns label, split and uri or bytes; raises ManifestError with every finding."""
         missing = missing_columns(table)
         findings, warnings = name_findings(class_names)
+        if not is_utf8(name):
+            findings.append(f"its name {name!a} is not UTF-8; give another by --name")
         if not missing:
             table = conform(table)
             findings += row_findings(table, len(class_names))
+        if split_counts is not None and (len(split_counts) != len(class_names) or min(split_counts, default=0) < 0):
+            findings.append(
+                f"split_counts has a count of 0 or more for each of {count_of(len(class_names), 'class')}, and is "
+                f"{listed([str(count) for count in split_counts])}"
+            )
+        if not missing and not findings and not labeled_by_name:
+            findings += class_list_findings(table, class_names)
         if missing or findings:
             raise ManifestError(source or name, [*missing, *findings])
         counts = None if split_counts is None else tuple(int(count) for count in split_counts)
-        return Manifest(table, tuple(class_names), name, counts, tuple(notes), label_map, named, tuple(warnings))
+        return Manifest(
+            table, tuple(class_names), name, counts, tuple(notes), label_map, named, labeled_by_name, tuple(warnings)
+        )
 
     @staticmethod
     def read(source: str) -> Manifest:
@@ -139,17 +159,19 @@ class Manifest:
         metadata = _metadata(table.schema, source)
         return Manifest.build(
             absolute_uris(table.replace_schema_metadata(None), path),
-            metadata["class_names"],
-            metadata.get("name", source),
-            notes=metadata.get("notes", ()),
-            label_map=metadata.get("label_map"),
-            split_counts=metadata.get("split_counts"),
-            named=metadata.get("named", True),
+            metadata.class_names,
+            metadata.name or source,
+            notes=metadata.notes,
+            label_map=metadata.label_map,
+            split_counts=metadata.split_counts,
+            named=metadata.named,
+            labeled_by_name=metadata.labeled_by_name,
             source=source,
         )
 
     def write(self, path: str) -> None:
         """Write as Parquet, whole or not at all; uris below the file's folder become relative, so both can move."""
+        storage.check_name(path)
         metadata = {
             "class_names": self.class_names,
             "name": self.name,
@@ -157,6 +179,7 @@ class Manifest:
             "notes": self.notes,
             "label_map": self.label_map,
             "named": self.named,
+            "labeled_by_name": self.labeled_by_name,
         }
         table = relative_uris(self.table, path).replace_schema_metadata(
             {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
@@ -235,8 +258,8 @@ def label_rows(source: str) -> LabelRows:
     path = _resolve(source)
     table = _read_parquet(path, ["uri", "label", "split", "content"])
     metadata = _metadata(table.schema, source)
-    manifest = Manifest(table, tuple(metadata["class_names"]), metadata["name"], metadata.get("split_counts"))
-    return manifest.label_rows()
+    counts = None if metadata.split_counts is None else tuple(metadata.split_counts)
+    return Manifest(table, tuple(metadata.class_names), metadata.name or source, counts).label_rows()
 
 
 def carve_validation(manifest: Manifest, seed: int) -> Rows:
@@ -307,14 +330,32 @@ def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_by
     return found.cast(pa.schema(fields, file.schema_arrow.metadata))
 
 
-def _metadata(schema: pa.Schema, source: str) -> dict[str, Any]:
+class _Metadata(BaseModel):
+    """What a manifest's Parquet file says of it besides its rows; files of version 0.1 lack the last."""
+
+    model_config = ConfigDict(strict=True)
+
+    class_names: list[str]
+    name: str | None = None
+    split_counts: list[int] | None = None
+    notes: list[str] = []
+    label_map: dict[str, int] | None = None
+    named: bool = True
+    labeled_by_name: bool = False
+
+
+def _metadata(schema: pa.Schema, source: str) -> _Metadata:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise ManifestError(
             source, ["it has no class names, so it is not a manifest yet; make one with `imbvlm manifest build`"]
         )
-    metadata: dict[str, Any] = json.loads(raw)
-    return metadata
+    try:
+        return _Metadata.model_validate_json(raw)
+    except ValidationError as error:
+        findings = metadata_findings(error, METADATA_KEY.decode())
+        fix = "make the manifest again with `imbvlm manifest build`"
+        raise ManifestError(source, [f"{one}; {fix}" for one in findings]) from None
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -329,7 +370,7 @@ def _draw(labels: npt.NDArray[np.int64], groups: Rows, quota: npt.NDArray[np.int
     one_class = np.minimum.reduceat(grouped_labels, first) == np.maximum.reduceat(grouped_labels, first)
     group_label = grouped_labels[first]
     # Small groups come first, so that a class of mostly single images never fails to fill its quota.
-    chance = np.random.default_rng(seed).random(len(size))
+    chance = seeded(seed).random(len(size))
     ranked = np.lexsort((chance, size, group_label))
     ranked = ranked[one_class[ranked]]
     total = np.cumsum(size[ranked])

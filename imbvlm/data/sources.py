@@ -31,7 +31,13 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
     splits, others = _top_folders(root, paths, class_names)
     depth = 2 if splits else 1
     kept = [parts for parts in paths if len(parts) > depth and parts[0] not in others]
-    notes = [*_unreadable(root, unreadable), *_left_out(files, images), *_outside(paths, len(kept), others)]
+    broken = [file.path for file in files if file.num_bytes < 0]
+    notes = [
+        *_unreadable(root, unreadable),
+        *_broken(broken, {file.path for file in images}),
+        *_left_out([file for file in files if file.num_bytes >= 0], images),
+        *_outside(paths, len(kept), others),
+    ]
     if not kept:
         raise ManifestError(root, [f"no image lies in a folder of a class, such as {root}/CLASS/image.jpg", *notes])
     labels = [parts[depth - 1] for parts in kept]
@@ -39,7 +45,7 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
         raise ManifestError(root, [_one_level_too_high(root, labels[0], kept, depth), *notes])
     names = class_names
     if names is None:
-        names = sorted({*labels, *_empty_class_folders(root, with_splits=bool(splits))})
+        names = sorted({*labels, *_empty_class_folders(root, set(broken), with_splits=bool(splits))})
     return assemble(
         name,
         labels,
@@ -97,14 +103,18 @@ def _is_text(path: str) -> bool:
     return shown_path(path) == path
 
 
-def _empty_class_folders(root: str, *, with_splits: bool) -> set[str]:
+def _empty_class_folders(root: str, broken: set[str], *, with_splits: bool) -> set[str]:
     """Folders without images are classes too, without images; object stores have no empty folders."""
     if not storage.is_local(root):
         return set()
     base = storage.local_path(root)
     parents = [folder for folder in base.iterdir() if folder.name.lower() in SPLIT_NAMES] if with_splits else [base]
     folders = [folder for parent in parents if parent.is_dir() for folder in parent.iterdir() if folder.is_dir()]
-    return {folder.name for folder in folders if not is_hidden(folder.name) and _is_text(folder.name)}
+    return {
+        folder.name
+        for folder in folders
+        if not is_hidden(folder.name) and _is_text(folder.name) and str(folder.relative_to(base)) not in broken
+    }
 
 
 def _unreadable(root: str, files: Sequence[Found]) -> list[str]:
@@ -114,9 +124,18 @@ def _unreadable(root: str, files: Sequence[Found]) -> list[str]:
     return [f"{count_of(len(files), 'file')} left out whose path is not UTF-8, such as {one}; rename what isn't"]
 
 
+def _broken(broken: Sequence[str], images: set[str]) -> list[str]:
+    """Links to nothing and the like: those that are named like images stay rows, and a check names them as missing."""
+    rows = [path for path in broken if path in images]
+    others = [path for path in broken if path not in images]
+    what = "a broken link, a link to a folder above it, a pipe or a device"
+    notes = [f"{count_of(len(rows), 'image')} that can't be read, each {what}: {listed(rows)}"] if rows else []
+    return notes + ([f"{count_of(len(others), 'name')} left out, each {what}: {listed(others)}"] if others else [])
+
+
 def _left_out(files: Sequence[Found], images: Sequence[Found]) -> list[str]:
     suffixes = sorted({PurePosixPath(file.path).suffix.lower() or "no suffix" for file in set(files) - set(images)})
-    number = count_of(len(files) - len(images), "file")
+    number = count_of(len(set(files) - set(images)), "file")
     return [f"{number} left out by their suffix: {listed(suffixes)}"] if suffixes else []
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from imbvlm import storage
-from imbvlm.errors import printable
+from imbvlm.errors import ImbvlmError, printable
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,6 +48,26 @@ def type_findings(schema: pa.Schema, names: Iterable[str]) -> list[str]:
     """The `type_problem` of each of these columns that has one, as a sentence."""
     problems = {name: type_problem(schema.field(name).type) for name in names}
     return [f"the column {name!r} isn't read: {problem}" for name, problem in problems.items() if problem]
+
+
+def metadata_findings(error: ValidationError, key: str) -> list[str]:
+    """What is wrong with a Parquet file's own metadata under a key, as sentences."""
+    wrong = [
+        (".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_url=False, include_input=False)
+    ]
+    return [f"its metadata {'.'.join(filter(None, (key, place)))!r} can't be read: {text}" for place, text in wrong[:5]]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written into a file: what came from bytes that aren't UTF-8 can't."""
+    return text.isascii() or text.encode("utf-8", "replace").decode() == text
+
+
+def seeded(seed: int) -> np.random.Generator:
+    """What draws rows or classes by a seed; raises ImbvlmError for one below 0."""
+    if seed < 0:
+        raise ImbvlmError(f"a seed must be a whole number from 0 on, and is {seed}")
+    return np.random.default_rng(seed)
 
 
 class TakenRows:
@@ -161,6 +182,9 @@ def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is wrong with the class names, and what is only odd (duplicates)."""
     empty = [str(index) for index, name in enumerate(class_names) if not name.strip()]
     findings = [] if class_names else ["it has no class names"]
+    odd = [ascii(name) for name in class_names if not is_utf8(name)]
+    if odd:
+        findings.append(f"{count_of(len(odd), 'class name')} not in UTF-8: {listed(odd)}")
     if empty:
         findings.append(f"{count_of(len(empty), 'class')} without a name: {listed(empty)}")
     ids: dict[str, list[str]] = {}

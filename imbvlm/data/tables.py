@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
 
 from imbvlm import storage
 from imbvlm.csv_cells import ESCAPED
 from imbvlm.data.assembly import assemble, folders_of, split_of_file
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.packs import PackWriter
-from imbvlm.data.table import count_of, listed, type_findings
+from imbvlm.data.table import count_of, listed, metadata_findings, type_findings
 from imbvlm.errors import nearest
 
 # The names under which tables have each column, the likeliest first.
@@ -37,6 +37,10 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 EMBED_AT_MOST_BYTES = 128_000_000
 # Of a Parquet file, whose row groups may hold all of its images.
 _ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
+# Of a JSON value: lists and objects in each other.
+_MOST_LEVELS = 100
+_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Of a 64-bit number with its sign.
 _MOST_DIGITS = 20
 
@@ -57,7 +61,7 @@ def from_table(
     manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
     """
     root = storage.absolute(root)
-    rows = _Rows(name, PackWriter(pack_prefix, EMBED_AT_MOST_BYTES))
+    rows = _Rows(name, PackWriter(pack_prefix, EMBED_AT_MOST_BYTES), reads_names=class_names is None)
     for path in paths:
         for table in _batches(path):
             rows.add(table, path, columns or {})
@@ -74,7 +78,8 @@ def from_table(
         rows.splits,
         uris=rows.pack.located(uris),
         data=rows.pack.embedded,
-        class_names=names,
+        class_names=class_names,
+        own_names=rows.class_names,
         folder_names=folders,
         notes=rows.notes,
         source=source,
@@ -84,8 +89,8 @@ def from_table(
 class _Rows:
     """Columns gathered from the tables of a source."""
 
-    def __init__(self, name: str, pack: PackWriter) -> None:
-        self.name, self.pack = name, pack
+    def __init__(self, name: str, pack: PackWriter, *, reads_names: bool) -> None:
+        self.name, self.pack, self.reads_names = name, pack, reads_names
         self.uris: list[str | None] = []
         # As each piece of a table has them: whether they are ids or names shows only in all of them.
         self.labels: list[pa.ChunkedArray] = []
@@ -95,8 +100,11 @@ class _Rows:
 
     def add(self, table: pa.Table, path: str, chosen: Mapping[str, str]) -> None:
         found = _find_columns(table, path, chosen)
-        self.class_names = self.class_names or _hub_class_names(table.schema, found["label"])
+        if self.reads_names and self.class_names is None:
+            self.class_names = _hub_class_names(table.schema, found["label"], path)
         wrong = _empty_findings(table, [found[what] for what in ("label", "split") if what in found])
+        if path.lower().endswith((".csv", ".tsv")):
+            wrong += _line_break_findings(table, [found[what] for what in ("uri", "label", "split") if what in found])
         if wrong:
             raise ManifestError(path, wrong)
         labels = table.column(found["label"])
@@ -161,6 +169,21 @@ def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
     ]
 
 
+def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    """A cell of a CSV that goes over several lines: a quote that opens in one row and closes in another takes all
+    rows between."""
+    findings = []
+    for name in columns:
+        cells = table.column(name).cast(pa.string())
+        broken = cells.filter(pc.match_substring_regex(cells, r"[\r\n]")).to_pylist()
+        if broken:
+            shown = listed([repr(cell[:60]) for cell in broken], 3)
+            findings.append(
+                f"{count_of(len(broken), 'cell')} of {name!r} with a line break: {shown}; is a quote not closed?"
+            )
+    return findings
+
+
 def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
     """A column as text; raises ManifestError for one that isn't plain values."""
     column = table.column(name)
@@ -211,12 +234,29 @@ def _images(table: pa.Table, found: Mapping[str, str], path: str) -> tuple[list[
     return uris, column.to_pylist()
 
 
-def _hub_class_names(schema: pa.Schema, label: str) -> list[str] | None:
-    """Class names that the Hugging Face hub keeps in a Parquet file's metadata."""
+class _Feature(BaseModel):
+    names: list[str] | None = None
+
+
+class _Info(BaseModel):
+    features: dict[str, Any] = {}
+
+
+class _HubMetadata(BaseModel):
+    info: _Info = _Info()
+
+
+def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | None:
+    """Class names that the Hugging Face hub keeps in a Parquet file's metadata; raises ManifestError."""
     raw = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(raw).get("info", {}).get("features", {}) if raw else {}
-    names = features.get(label, {}).get("names")
-    return list(names) if names else None
+    if not raw:
+        return None
+    try:
+        features = _HubMetadata.model_validate_json(raw).info.features
+        return _Feature.model_validate(features.get(label, {})).names or None
+    except ValidationError as error:
+        fix = "list the classes by --class-names, and it isn't read"
+        raise ManifestError(path, [f"{one}; {fix}" for one in metadata_findings(error, "huggingface")]) from None
 
 
 def _batches(path: str) -> Sequence[pa.Table] | Any:
@@ -237,7 +277,9 @@ def _batches(path: str) -> Sequence[pa.Table] | Any:
 def _read_csv(path: str) -> list[pa.Table]:
     data = _read_utf8(path)
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    first = data[: data.find(b"\n") if b"\n" in data else len(data)].decode("utf-8-sig")
+    _check_quotes(data, delimiter, path)
+    end = re.search(rb"[\r\n]", data)
+    first = data[: end.start() if end else len(data)].decode("utf-8-sig")
     header = next(csv.reader(io.StringIO(first), delimiter=delimiter), [])
     # Everything is read as text: a path or a label must not lose its zeros or become a date, and may be called NA.
     options = pa_csv.ConvertOptions(
@@ -253,8 +295,29 @@ def _unescaped(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.replace_substring_regex(column, ESCAPED, r"\1") if pa.types.is_string(column.type) else column
 
 
+def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
+    """Raise ManifestError for a quote that isn't closed: pyarrow would take all that follows for one cell."""
+    if b'"' not in data:
+        return
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    reader, line = csv.reader(text, delimiter=delimiter, strict=True), 1
+    try:
+        for _ in reader:
+            line = reader.line_num + 1
+    except csv.Error as error:
+        rule = "a cell that begins with a quote must end with one, and a quote within it is written twice"
+        raise ManifestError(path, [f"the row that begins in line {line} can't be read ({error}): {rule}"]) from None
+
+
 def _read_json(path: str) -> list[pa.Table]:
-    return [pa_json.read_json(pa.BufferReader(_read_utf8(path)))]
+    data = _read_utf8(path)
+    # pyarrow's parser calls itself for each level, and has no limit: the process would end.
+    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    steps = np.where(np.isin(np.frombuffer(brackets, np.uint8), list(b"[{")), 1, -1)
+    levels_at = np.cumsum(steps)
+    if (levels_at - np.minimum.accumulate(levels_at)).max(initial=0) > _MOST_LEVELS:
+        raise ManifestError(path, [f"a value in it is nested more than {_MOST_LEVELS} levels deep; write plain values"])
+    return [pa_json.read_json(pa.BufferReader(data))]
 
 
 def _read_utf8(path: str) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.table import seeded
 from imbvlm.errors import ImbvlmError, nearest
 
 SHAPES = ("exponential", "pareto")
@@ -53,7 +54,7 @@ def with_tail(
     ManifestError where a class has too few images for its place, or the order isn't the classes'.
     """
     names = manifest.class_names
-    rng = np.random.default_rng(seed)
+    rng = seeded(seed)
     order = rng.permutation(len(names)) if class_order is None else _order(names, class_order)
     rows = manifest.rows_of("train")
     labels = manifest.labels[rows]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from imbvlm import storage
 from imbvlm.data.assembly import IMAGE_SUFFIXES, assemble, class_id, split_of_file
@@ -23,6 +23,18 @@ _SHARDS_AT_ONCE = 8
 _MOST_LABEL_BYTES = 1 << 20
 
 
+class _WholeHeader(tarfile.TarInfo):
+    """A member's header; where one after the first is cut or damaged, tarfile itself takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            where = f"at byte {tarfile_.offset:,}, where a member should begin"
+            raise tarfile.ReadError(f"{error} {where}; it may be cut short, so copy or make it again") from None
+
+
 @dataclass
 class _Shard:
     """A shard's samples (key -> its image's uri and its label), names of other members, keys of replaced images."""
@@ -30,6 +42,7 @@ class _Shard:
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    has_end: bool = True
 
 
 def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
@@ -47,7 +60,8 @@ def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] |
         for key, sample in shard.samples.items()
         if "uri" in sample
     ]
-    notes = _left_out(shards)
+    open_ended = [path for path, shard in zip(paths, shards, strict=True) if not shard.has_end]
+    notes = [*_left_out(shards), *_open_ended_notes(open_ended)]
     if not images:
         raise ManifestError(", ".join(paths), ["no image is in it, such as KEY.jpg", *notes])
     unlabelled = [f"{path}: {key}" for path, key, sample in images if "label" not in sample]
@@ -91,6 +105,11 @@ def _left_out(shards: Sequence[_Shard]) -> list[str]:
     return notes
 
 
+def _open_ended_notes(paths: Sequence[str]) -> list[str]:
+    shown = listed([shown_path(path) for path in paths], 3)
+    return [f"{count_of(len(paths), 'shard')} without tar's end mark, and perhaps cut short: {shown}"] if paths else []
+
+
 def _read_shard(path: str) -> _Shard:
     shard = _Shard()
     filesystem, inner = storage.open_filesystem(path)
@@ -99,11 +118,12 @@ def _read_shard(path: str) -> _Shard:
         # Headers are far apart: local files are skipped through, objects are read from start to end in one request.
         with (
             filesystem.open_input_file(inner) if local else filesystem.open_input_stream(inner) as stream,
-            tarfile.open(fileobj=stream, mode="r:" if local else "r|") as archive,
+            tarfile.open(fileobj=stream, mode="r:" if local else "r|", tarinfo=_WholeHeader) as archive,
         ):
             for member in archive:
                 if member.isfile():
                     _add_member(shard, path, archive, member)
+            shard.has_end = archive.offset < filesystem.get_file_info(inner).size
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except tarfile.TarError as error:
@@ -154,6 +174,6 @@ def _text_of(data: bytes, path: str, name: str) -> str:
 def _label_of(data: bytes) -> Any:
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return next((found[key] for key in _LABEL_KEYS if key in found), None) if isinstance(found, dict) else None
