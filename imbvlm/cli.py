@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# isort: off
+from imbvlm import interrupts
+
+interrupts.from_first_line()
+# isort: on
+
 import argparse
 import json
 import sys
@@ -21,21 +27,28 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; leaves with 0, 1 where it failed (a sentence on stderr), 2 for wrong usage, 130 at Ctrl-C."""
-    options = _parser().parse_args(_with_sweep_action(sys.argv[1:] if arguments is None else arguments))
+    """Run one command; exits with 0, 1 for a failure (a sentence on stderr), 2 for wrong usage, 130, or 143."""
+    with interrupts.handled() as signals:
+        try:
+            code = signals.outlast(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+        except ImbvlmError as error:
+            _say_on_stderr(str(error))
+            code = 1
+        except BrokenPipeError:
+            code = 1
+        if code is None:
+            signals.end()
+            print(f"\nimbvlm: {signals.sentence}", file=sys.stderr)
+            code = signals.exit_code
+        sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(_with_sweep_action(arguments))
     # What Pillow finds odd in an image that it reads all the same isn't for the user, least of all with its own lines.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        command: Command = options.command
-        sys.exit(command(options))
-    except ImbvlmError as error:
-        _say_on_stderr(str(error))
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nimbvlm: interrupted", file=sys.stderr)
-        sys.exit(130)
+    command: Command = options.command
+    return command(options)
 
 
 EPILOG = """\
@@ -49,6 +62,7 @@ exit codes:
   1    it failed, with a sentence on standard error; a check found something broken
   2    wrong usage
   130  interrupted (Ctrl-C); what was finished is kept
+  143  interrupted by SIGTERM (scancel, kubectl delete, systemctl stop); likewise
 """
 
 

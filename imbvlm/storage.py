@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs as pafs
 
-from imbvlm import s3
+from imbvlm import interrupts, s3
 from imbvlm.errors import DiskFullError
 from imbvlm.errors import StorageError as StorageError
 from imbvlm.outages import Outages
@@ -183,7 +183,7 @@ def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) ->
             deadline = min(deadline, OUTAGES.failed(store, kind, error, wait) if waits else -math.inf)
             if time.monotonic() + wait > deadline:
                 raise
-            time.sleep(wait)
+            interrupts.sleep(wait)
             wait = min(2 * wait, MOST_WAIT_SECONDS)
         else:
             OUTAGES.answered(store, kind)

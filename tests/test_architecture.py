@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from its own line and those above. Folders stand as one, but for the files named on lines of their
 # own: what a trial reads of stored features knows towers by their description alone, so that it stands above models/.
 LAYERS = [
-    *("errors", "csv_cells", "yaml_file", "s3", "outages", "storage", "schema"),
+    *("interrupts", "errors", "csv_cells", "yaml_file", "s3", "outages", "storage", "schema"),
     *("config_losses", "config_methods", "config_mixing", "config_prompts", "config_stages", "config_tower", "config"),
     *("class_stats", "losses", "sampling", "metrics", "posthoc"),
     *("assets", "data", "assets.build_tower", "assets.build"),

@@ -78,7 +78,7 @@ def test_every_option_is_explained(name):
 def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_path):
     _, printed, _ = leave(capsys, "--help")
     told = [line.split()[0] for line in printed.split("exit codes:")[1].splitlines() if line.strip()]
-    assert told == ["0", "1", "2", "130"]
+    assert told == ["0", "1", "2", "130", "143"]
     assert leave(capsys, "sweep", "list", str(tmp_path))[0] == 0
     for words in (("train", "nowhere.yaml"), ("sweep", "show", str(tmp_path)), ("plan", str(tmp_path / "no.yaml")),
                   ("manifest", "show", "nowhere.parquet"), ("predict", "no-model", "no-photo.jpg"),

@@ -211,6 +211,59 @@ def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
     assert not (sweep.path / "unfinished").exists()
 
 
+def below(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    children = [one for one, parent in parents.items() if parent == pid]
+    return children + [grandchild for child in children for grandchild in below(child)]
+
+
+@pytest.mark.parametrize("told", ["driver", "everything"])
+def test_sigterm_ends_within_ten_seconds_as_ctrl_c_does(quiet, sweep, order, told):
+    """`kill` tells the driver alone, `systemctl stop` and `scancel` all processes, those of its own Ray too."""
+    with order(loss_seconds=0.1):
+        sweep.start(environment={"RAY_ADDRESS": "local"})
+        sweep.wait_for(lambda: sweep.num_ended() >= 3)
+        driver = sweep.process.pid
+        pids = [driver, *below(driver)] if told == "everything" else [driver]
+        assert len(pids) > 5 or told == "driver"
+        began = time.monotonic()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        printed = sweep.end(143)
+    assert time.monotonic() - began < 10
+    assert f"imbvlm sweep resume {sweep.path}" in printed
+    assert "Traceback" not in printed
+    partial = printed.split("interrupted by SIGTERM")[1]
+    assert "t00001" in partial
+    assert not (sweep.path / "test.json").exists()
+    sweep.run("--resume", str(sweep.path), environment={"RAY_ADDRESS": "local"})
+    assert_same_end(sweep, quiet)
+
+
+@pytest.mark.parametrize(("command", "number"), [("features", signal.SIGTERM), ("train", signal.SIGINT)])
+def test_other_commands_end_with_a_line_too(sweep, command, number):
+    config = sweep.folder / "trial.yaml"
+    sweep.spec().trial({"train.num_epochs": 100000}).to_yaml(config)
+    words = ["features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"]
+    began_at = "%" if command == "features" else "epoch 2"
+    sweep.begin(*(words if command == "features" else ["train", str(config)]), environment={"RAY_ADDRESS": "local"})
+    lines = []
+    while began_at not in (lines or [""])[-1]:
+        lines.append(sweep.process.stdout.readline())
+        assert lines[-1], lines
+    began = time.monotonic()
+    sweep.process.send_signal(number)
+    printed = sweep.end(128 + number)
+    assert time.monotonic() - began < 10
+    assert printed.splitlines()[-1] == ("imbvlm: interrupted" + " by SIGTERM" * (number == signal.SIGTERM))
+    assert "Traceback" not in printed
+
+
 def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
     """As where ssh loses its connection: all that runs in the session is told, and writing fails from then on."""
     ours, theirs = pty.openpty()

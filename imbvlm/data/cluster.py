@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from imbvlm import storage
+from imbvlm import interrupts, storage
 from imbvlm.data.waiting import LastWord, ended_when
 from imbvlm.errors import ImbvlmError
 from imbvlm.yaml_file import read_foreign_yaml
@@ -155,7 +156,7 @@ def _start_here() -> None:
     With the dashboard: without it Tune never frees the workers of a stopped Ray Train trial.
     """
     try:
-        with _on_loopback(), _unless_set(MALLOC_SETTING, HUGE_PAGES):
+        with _own_signals(), _on_loopback(), _unless_set(MALLOC_SETTING, HUGE_PAGES):
             ray.init(
                 address="local",
                 include_dashboard=True,
@@ -185,6 +186,24 @@ def _on_loopback() -> Iterator[None]:
             yield
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = expected
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Within, Ray is connected and SIGTERM stays with this process's handler.
+
+    Ray sets two in Python, which end the process without a word, and one of its own in C++, which ends it by SIGABRT.
+    """
+    ours, set_handler = interrupts.current(), ray._private.utils.set_sigterm_handler
+    if ours is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = set_handler
+        ours.own()
 
 
 @contextmanager
@@ -255,7 +274,7 @@ def running_cluster() -> Cluster | None:
 def _join(address: str, logging_level: int, **settings: Any) -> None:
     """Connect to the cluster that answers there; Ray looks for a token by itself only where no address is given."""
     try:
-        with _on_loopback() if address.rpartition(":")[0] in LOOPBACK else nullcontext():
+        with _own_signals(), _on_loopback() if address.rpartition(":")[0] in LOOPBACK else nullcontext():
             ray.init(address="auto", log_to_driver=False, logging_level=logging_level, **settings)
     except ConnectionError as error:
         mend = "look at its logs, or set RAY_ADDRESS=local for a cluster of the sweep's own"

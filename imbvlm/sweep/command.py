@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# isort: off
+from imbvlm import interrupts
+
+interrupts.from_first_line()
+# isort: on
+
 import argparse
 import json
 import os
@@ -119,38 +125,46 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
     """Apply the options and run; prints errors as sentences."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        spec = with_options(spec, options)
-        if options.add_trials:
-            spec = _with_more_trials(spec, options.resume, options.add_trials)
-        if options.dry_run:
-            return print_plan(spec, options.measure, as_json=False, num_gpus=options.gpus)
-        if options.gpus is not None:
-            raise ConfigError([Problem("a plan alone can be for another machine: add --dry-run", "--gpus")])
-        if options.plan and options.resume:
-            raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
-        if options.fork and not options.resume:
-            raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
-        from imbvlm.sweep.run import fork, removed_if_rejected, run
-
-        # From here on; a plan shows paths as they were typed.
-        spec = with_absolute_paths(spec)
-        folder = _new_folder(spec)
-        if options.resume and not options.fork:
-            folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
+    with interrupts.handled() as signals:
         try:
-            with _without_hangup(), removed_if_rejected(folder):
-                if options.fork:
-                    fork(spec, _wanted_folder(spec, options.resume), folder, Console())
-                if options.plan:
-                    _keep_plan(spec, options.measure, folder)
-                run(spec, folder, Console())
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; finished trials are kept\n{_so_far(folder)}", file=sys.stderr)
-            return 130
-    except ImbvlmError as error:
-        print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
-        return 1
+            code = signals.outlast(lambda: _run(spec, options, signals))
+        except ImbvlmError as error:
+            print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
+            return 1
+        if code is None:
+            signals.end()
+            print(f"\n{signals.sentence}; finished trials are kept\n{_so_far(signals.folder)}", file=sys.stderr)
+            return signals.exit_code
+        return code
+
+
+def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Interrupts) -> int:
+    spec = with_options(spec, options)
+    if options.add_trials:
+        spec = _with_more_trials(spec, options.resume, options.add_trials)
+    if options.dry_run:
+        return print_plan(spec, options.measure, as_json=False, num_gpus=options.gpus)
+    if options.gpus is not None:
+        raise ConfigError([Problem("a plan alone can be for another machine: add --dry-run", "--gpus")])
+    if options.plan and options.resume:
+        raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
+    if options.fork and not options.resume:
+        raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
+    from imbvlm.sweep.run import fork, removed_if_rejected, run
+
+    interrupts.check()
+    # From here on; a plan shows paths as they were typed.
+    spec = with_absolute_paths(spec)
+    folder = _new_folder(spec)
+    if options.resume and not options.fork:
+        folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
+    signals.folder = folder
+    with _without_hangup(), removed_if_rejected(folder):
+        if options.fork:
+            fork(spec, _wanted_folder(spec, options.resume), folder, Console())
+        if options.plan:
+            _keep_plan(spec, options.measure, folder)
+        run(spec, folder, Console())
     return 0
 
 
@@ -197,11 +211,15 @@ def _keep_plan(spec: SweepSpec, measure: str, folder: str) -> None:
     storage.write_bytes(storage.join(folder, PLAN_FILE), json.dumps(plan_to_dict(plan), indent=1).encode())
 
 
-def _so_far(folder: str) -> str:
+def _so_far(folder: str | None) -> str:
     """What an interrupted sweep has found, with the command that goes on."""
-    if not storage.exists(storage.join(folder, SPEC_FILE)):
-        return "nothing has run yet"
-    return show_text(SweepState.read(folder))
+    try:
+        if folder is None or not storage.exists(storage.join(folder, SPEC_FILE)):
+            return "nothing has run yet"
+        return show_text(SweepState.read(folder))
+    except (ImbvlmError, KeyboardInterrupt):
+        # Its store is away, and this process has no time to wait for it.
+        return f"go on with: imbvlm sweep resume {folder}"
 
 
 def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0) -> int:

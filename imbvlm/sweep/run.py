@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
-from imbvlm import storage
+from imbvlm import interrupts, storage
 from imbvlm.data.cluster import Cluster, connected
 from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.data.table import count_of
@@ -45,7 +45,7 @@ from imbvlm.sweep.feasibility import (
     trials_at_once,
 )
 from imbvlm.sweep.fork import choose_fork, write_fork
-from imbvlm.sweep.lease import held
+from imbvlm.sweep.lease import Lease, held
 from imbvlm.sweep.listing import UNFINISHED_FILE
 from imbvlm.sweep.post_hoc import (
     PostHoc,
@@ -115,13 +115,19 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                 with connected(console.last_word(_way_on(folder))) as cluster:
                     sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started, models)
                     sweep.search(starts)
-                    lease.check()
+                    _check_still_wanted(lease)
                     sweep.confirm()
-                    lease.check()
+                    _check_still_wanted(lease)
                     sweep.refit_and_score()
                     seconds = time.monotonic() - started
             sweep.conclude(seconds)
     return log
+
+
+def _check_still_wanted(lease: Lease) -> None:
+    """Raises KeyboardInterrupt where a signal has come, and ImbvlmError where the folder is another run's now."""
+    interrupts.check()
+    lease.check()
 
 
 @contextmanager
@@ -466,6 +472,8 @@ class _Sweep:
         try:
             return write_report(self.folder)
         except Exception as error:  # noqa: BLE001
+            # A library may have made it of one.
+            interrupts.check()
             self.console.say(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
             return None
 

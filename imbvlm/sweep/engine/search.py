@@ -324,13 +324,28 @@ class StudySearcher(UnsavedSearcher):
         self._hand_out(job)
 
 
+class _NoLock:
+    """A sweep's lease lets one process write its journal.
+
+    Optuna's lock of a killed process stands in the next one's way for 30 s, and makes an error of an interrupt.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Nothing."""
+
+
 class _Journal:
     """Every trial in a file that Optuna's dashboard can read meanwhile; a resumed search is told again from records."""
 
     def __init__(self, path: Path, spec: SweepSpec) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        # Version 0.1 locked it. A lock that it left makes other writers, such as a dashboard, wait for 30 s.
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+        storage = JournalStorage(JournalFileBackend(str(path), _NoLock()))
         directions = [direction(metric) for metric in spec.objectives]
         self._study = optuna.create_study(study_name=spec.name, directions=directions, storage=storage)
         self._num_trials = 0

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray import tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.execution import class_cache, tune_controller
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
-from imbvlm import storage
+from imbvlm import interrupts, storage
 from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.cluster import connected_cluster
 from imbvlm.sweep.budget import Budget
@@ -148,6 +150,7 @@ def run_jobs(
         Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
     ]
     callbacks = [PackCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
+    callbacks.append(EndAtSignal())
     callbacks.append(Shortage(lambda: shortage(spec, connected_cluster()), lane.console))
     # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
     class_cache.ENV_VARS_TO_PROPAGATE = {
@@ -176,7 +179,7 @@ def run_jobs(
         ),
     )
     try:
-        with _tune_settings():
+        with _tune_settings(), interrupts.held():
             tuner.fit()
     except (OSError, tune.TuneError) as error:
         progress.storage_error = progress.storage_error or _of_storage(error, lane.folder)
@@ -231,6 +234,16 @@ class _ActorManager(RayActorManager):
         if not isinstance(exception, (RayActorError, RayTaskError)):
             exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
         super()._actor_task_failed(tracked_actor_task, exception)
+
+
+class EndAtSignal(tune.Callback):
+    """Ends everything at Ctrl-C between two of Tune's steps, a tenth of a second each.
+
+    Raised within a step, an interrupt may become an error of a trial, and the sweep would go on.
+    """
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        interrupts.check()
 
 
 class NothingKept(tune.Stopper):
