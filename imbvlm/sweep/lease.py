@@ -13,15 +13,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from imbvlm import storage
+from imbvlm import interrupts, storage
 from imbvlm.errors import ImbvlmError, StorageError
 from imbvlm.sweep.console import duration
+from imbvlm.sweep.lease_file import lease_file
 
 LEASE_FILE = "running.json"
-BEAT_SECONDS = 30.0
+BEAT_SECONDS = 10.0
 # A run that can't be looked at from here has ended when it has been silent for so long.
 SILENT_SECONDS = 120.0
 LOOK_SECONDS = 2.0
+# Of several that start together one has it after the first attempt, and the others find it with that one.
+ATTEMPTS = 20
+PAUSE_SECONDS = 0.1
+# The file keeps its length when its last number has another one, since it is written in place.
+SPARE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -90,33 +96,56 @@ def _born(pid: int) -> str:
 
 
 class Lease:
-    """A folder's file in the hands of this process, until it finds another one's there, or none."""
+    """A folder's file in the hands of this process; where it finds another one's there, or none, the process ends."""
 
     def __init__(self, folder: str) -> None:
         self._folder, self._uri, self._holder = folder, storage.join(folder, LEASE_FILE), Holder.here()
+        self._file, self._length = lease_file(self._uri), len(_to_bytes(self._holder)) + SPARE_BYTES
+        self._is_mains = threading.current_thread() is threading.main_thread()
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._lost: ImbvlmError | None = None
 
     def take(self, say: Callable[[str], None]) -> None:
         """Take it where nobody has it, or wait whether one that can't be looked at has ended; raises ImbvlmError."""
-        found = _read(self._uri)
-        if found is not None and not found.is_gone:
-            if found.is_seen:
-                raise self._still_runs(found)
-            self._outwait(found, say)
-        self._write()
-        # Of two that began together, the one that wrote last has it.
-        now = _read(self._uri)
-        if now is not None and now.token != self._holder.token:
-            raise self._still_runs(now)
-        self._beats.start()
+        for _ in range(ATTEMPTS):
+            if self._try(say):
+                self._beats.start()
+                return
+            time.sleep(PAUSE_SECONDS)
+        raise ImbvlmError(
+            f"other runs are taking {self._folder} at this moment, and none has it; try again, and if that doesn't "
+            f"help delete {self._uri}"
+        )
+
+    def _try(self, say: Callable[[str], None]) -> bool:
+        """Whether this process has got it; another one acted in between otherwise. Raises ImbvlmError."""
+        before = self._file.read()
+        if before is None:
+            return self._file.create(self._content())
+        holder = _parse(self._uri, before.data)
+        if not holder.is_gone:
+            if holder.is_seen:
+                raise self._still_runs(holder)
+            self._outwait(holder, say)
+        return self._file.replace(before, holder.token, self._content())
 
     def check(self) -> None:
         """Raises ImbvlmError where another run has taken the folder meanwhile, or the file was deleted for one."""
+        self.check_lost()
         now = _read(self._uri)
         if now is None or now.token != self._holder.token:
             who = "its file was deleted" if now is None else now.describe()
             raise ImbvlmError(f"{self._folder} is another run's now ({who}), so this one ends; what it found is kept")
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost is not None
+
+    def check_lost(self) -> None:
+        """Raises ImbvlmError where a heartbeat has found that."""
+        if self._lost is not None:
+            raise self._lost
 
     def give_back(self) -> None:
         """Nobody works here any more."""
@@ -155,31 +184,44 @@ class Lease:
             f"wait for its end or end it, then go on (if that process is none of a sweep, delete {self._uri})"
         )
 
-    def _write(self) -> None:
+    def _content(self) -> bytes:
         self._holder = replace(self._holder, beat=time.time())
-        storage.write_bytes(self._uri, json.dumps(asdict(self._holder), indent=1).encode())
+        return _to_bytes(self._holder).ljust(self._length)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             try:
                 # Looked at first: what another run has taken, or a user deleted or moved, must not come back.
                 self.check()
-                self._write()
+                self._file.renew(self._content())
             except StorageError:
                 # The store is away; if that lasts, those who want to keep a record say so.
                 continue
-            except ImbvlmError:
+            except ImbvlmError as error:
+                self._lost = error
+                if self._is_mains and not self._ended.is_set():
+                    # Until it ends both would write the same records.
+                    interrupts.interrupt_main()
                 return
 
 
 def _read(uri: str) -> Holder | None:
     """Who works in a folder; None where nobody does. Raises ImbvlmError."""
     try:
-        return Holder(**json.loads(storage.read_bytes(uri)))
+        return _parse(uri, storage.read_bytes(uri))
     except StorageError:
         if storage.exists(uri):
             raise
         return None
+
+
+def _to_bytes(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder), indent=1).encode()
+
+
+def _parse(uri: str, data: bytes) -> Holder:
+    try:
+        return Holder(**json.loads(data))
     except (ValueError, TypeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error}); delete it if no run of this sweep is going on") from None
 
@@ -191,5 +233,11 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
     lease.take(say)
     try:
         yield lease
+    except BaseException:
+        # Its own sentence, not that of what ended the work for it.
+        if lease.is_lost and (signals := interrupts.current()) is not None:
+            signals.forget()
+        lease.check_lost()
+        raise
     finally:
         lease.give_back()
