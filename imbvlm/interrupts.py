@@ -77,6 +77,15 @@ class Interrupts:
         self._num_held += 1
         self.is_told = True
 
+    def finish(self) -> None:
+        """Exit after SIGTERM, which Ray's processes may have had too: without them Ray's own end aborts or hangs."""
+        if self.received is signal.SIGTERM:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                # A pipe may have no reader any more.
+                with suppress(OSError):
+                    stream.flush()
+            os._exit(self.exit_code)
+
     def forget(self) -> None:
         """The signal was this process's own, which has said why it ends."""
         self.received = None
@@ -201,14 +210,15 @@ def interrupt_main() -> None:
 def handled() -> Iterator[Interrupts]:
     """Within, this process's signals are handled here; in another thread than the main one nothing changes."""
     handler = current() or Interrupts()
-    if not _is_main_thread() or current() is not None:
-        yield handler
-        return
-    handler.install()
+    is_new = _is_main_thread() and current() is None
+    if is_new:
+        handler.install()
     try:
         yield handler
     finally:
-        if not (handler.is_told and _is_program(sys.modules["__main__"].__dict__)):
+        if handler.is_told and _is_program(sys.modules["__main__"].__dict__):
+            handler.finish()
+        elif is_new:
             handler.remove()
 
 

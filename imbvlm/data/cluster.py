@@ -103,7 +103,9 @@ def connected(last_word: LastWord | None = None) -> Iterator[Cluster]:
         with ended_when(_Watch().lost, last_word or LastWord()):
             yield connected_cluster()
     finally:
-        ray.shutdown()
+        # After SIGTERM, which Ray's processes may have had too, they end with this one: without them this would hang.
+        if (signals := interrupts.current()) is None or signals.received is not signal.SIGTERM:
+            ray.shutdown()
 
 
 class _Watch:
