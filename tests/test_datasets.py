@@ -620,6 +620,45 @@ def test_inaturalist_common_names_and_higher_ranks(tmp_path):
         from_inaturalist(files, "", "inat", rank="order")
 
 
+IMAGES, NOTES = [{"id": 1, "file_name": "1.jpg"}], [{"image_id": 1, "category_id": 0}]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ([], "it should be an object with images and annotations"),
+        (None, "it should be an object"),
+        ({"images": IMAGES, "annotations": NOTES}, "no file has categories"),
+        ({"categories": 7}, "'categories' should be a list"),
+        ({"categories": [7]}, r"categories\[0\].id should be a whole number, and is the entry 7"),
+        ({"categories": [{"id": 1.5}]}, r"categories\[0\].id should be a whole number, and is 1.5"),
+        ({"categories": [{"id": 0}, {"id": "0"}]}, "1 category id given twice: 0"),
+        ({"categories": TAXA}, "'images' should be a list"),
+        ({"categories": TAXA, "images": [{"id": 1}]}, r"images\[0\].file_name should be a path in UTF-8, and is None"),
+        ({"categories": TAXA, "images": [{"id": [], "file_name": "x"}]}, r"images\[0\].id should be a number or a text"),
+        ({"categories": TAXA, "images": [{"id": 1, "file_name": "\ud800"}]}, "file_name should be a path in UTF-8"),
+        ({"categories": TAXA, "images": IMAGES, "annotations": {}}, "'annotations' should be a list"),
+        ({"categories": TAXA, "images": IMAGES, "annotations": [{"image_id": 1}]}, r"annotations\[0\].category_id"),
+        ({"categories": TAXA, "images": IMAGES}, "1 images have no annotation"),
+    ],
+)
+def test_inaturalist_of_another_shape_is_named(tmp_path, content, match):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=match):
+        from_inaturalist({"train": str(path)}, "", "inat")
+
+
+def test_inaturalist_nested_without_end_or_with_annotations_of_no_image(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ManifestError, match="nested too deeply"):
+        from_inaturalist({"train": str(path)}, "", "inat")
+    content = {"categories": TAXA, "images": IMAGES, "annotations": [*NOTES, {"image_id": 9, "category_id": 1}]}
+    path.write_text(json.dumps(content))
+    assert "1 annotation of" in str(from_inaturalist({"train": str(path)}, "", "inat").notes)
+
+
 # ------------------------------------------------------------------------------------------------ benchmarks
 
 

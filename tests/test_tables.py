@@ -107,3 +107,20 @@ def test_a_class_may_be_called_na(read):
     labels = ["NA", "null", "nan", "N/A", "None"]
     rows = "".join(f"{row}.jpg,{label}\n" for row, label in enumerate(labels))
     assert classes(read(f"path,label\n{rows}")) == labels
+
+
+def test_a_row_that_is_null_is_named_where_pyarrow_would_end_the_process(tmp_path):
+    row = '{"path": "a.jpg", "label": "cat", "more": [null, "null"], "note": null}\n'
+    for number, text in enumerate(("null\n" + row, row * 20_000 + "null\n", "null", row + " null\n" + row)):
+        path = tmp_path / f"train{number}.jsonl"
+        path.write_text(text)
+        with pytest.raises(ManifestError, match="a row in it is null; every row is an object"):
+            from_table([str(path)], "", "x")
+    path.write_text(row)
+    assert len(from_table([str(path)], "", "x")) == 1
+
+
+def test_a_cell_above_pythons_limit_isnt_called_a_mistake_in_its_quotes(read):
+    long = "x" * 140_000
+    with pytest.raises(ManifestError, match="field limit .*take the column with such long cells out, or write"):
+        read(f'path,label,note\na.jpg,cat,"{long}"\n')

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,34 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm import storage
+from imbvlm.data.assembly import class_id
 from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.table import count_of, is_utf8, listed
 from imbvlm.errors import nearest
 
 RANKS = ("species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
 NAMES = ("scientific", "common")
+_FIX = "; give iNaturalist's own annotation file"
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_id(value: Any) -> bool:
+    return class_id(str(value)) is not None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and is_utf8(value)
+
+
+# What is read of each list's entries, by the rule and the function that says whether a value fits it.
+_FIELDS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "images": {"id": ("a number or a text", _is_key), "file_name": ("a path in UTF-8", _is_text)},
+    "annotations": {"image_id": ("a number or a text", _is_key), "category_id": ("a whole number", _is_id)},
+    "categories": {"id": ("a whole number", _is_id)},
+}
 
 
 def from_inaturalist(
@@ -38,20 +62,29 @@ def from_inaturalist(
     if names not in NAMES:
         raise ManifestError(name, [f"names {names!r} is not known; {nearest(names, NAMES)}"])
     files = {split: _read_json(path) for split, path in annotations.items()}
-    listed = _read_json(categories) if categories else None
-    taxa = listed["categories"] if isinstance(listed, dict) else listed
-    if taxa is None:
-        taxa = next((file["categories"] for file in files.values() if file.get("categories")), None)
-    if taxa is None:
+    for split, file in files.items():
+        if not isinstance(file, dict):
+            raise ManifestError(annotations[split], [f"it should be an object with images and annotations{_FIX}"])
+    where = categories or next((annotations[split] for split, file in files.items() if file.get("categories")), None)
+    if where is None:
         raise ManifestError(name, ["no file has categories"])
-    label_of, class_names = _classes(taxa, rank, names, name)
-    parts = [_rows(file, split, root, label_of, annotations[split]) for split, file in files.items()]
+    listed = _read_json(categories) if categories else next(filter(_has_categories, files.values()))
+    taxa = _entries(listed if isinstance(listed, dict) else {"categories": listed}, "categories", where)
+    label_of, class_names = _classes(taxa, rank, names, where)
+    read = {split: _rows(file, split, root, label_of, annotations[split]) for split, file in files.items()}
+    parts = [table for table, _ in read.values()]
+    notes = [
+        f"{count_of(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
+        for split, (_, number) in read.items()
+        if number
+    ]
     ids = sorted(label_of)
     mapped = rank != "species" or ids != list(range(len(ids)))
     return Manifest.build(
         pa.concat_tables(parts),
         class_names,
         name,
+        notes=notes,
         label_map={str(key): label_of[key] for key in ids} if mapped else None,
         labeled_by_name=True,
         named=not all(text.removeprefix("class ").isdigit() for text in class_names),
@@ -62,13 +95,35 @@ def from_inaturalist(
 def _read_json(path: str) -> Any:
     try:
         return json.loads(storage.read_bytes(path))
+    except RecursionError:
+        raise ManifestError(path, ["its values are nested too deeply"]) from None
     except ValueError as error:
         raise ManifestError(path, [f"it is no JSON: {error}"]) from None
+
+
+def _has_categories(file: Mapping[str, Any]) -> bool:
+    return bool(file.get("categories"))
+
+
+def _entries(file: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    """A list of a file, each of its entries with all that is read of it; raises ManifestError with the first wrong."""
+    entries = file.get(key)
+    if not isinstance(entries, list):
+        raise ManifestError(source, [f"{key!r} should be a list{_FIX}"])
+    for place, entry in enumerate(entries):
+        for name, (rule, is_valid) in _FIELDS[key].items():
+            if not isinstance(entry, dict) or not is_valid(entry.get(name)):
+                shown = f"{entry.get(name)!r:.60}" if isinstance(entry, dict) else f"the entry {entry!r:.60}"
+                raise ManifestError(source, [f"{key}[{place}].{name} should be {rule}, and is {shown}{_FIX}"])
+    return entries
 
 
 def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> tuple[dict[int, int], list[str]]:
     """Category id -> label, and the class names."""
     taxa = sorted(taxa, key=lambda taxon: int(taxon["id"]))
+    twice = [str(one["id"]) for one, other in pairwise(taxa) if int(one["id"]) == int(other["id"])]
+    if twice:
+        raise ManifestError(source, [f"{count_of(len(twice), 'category id')} given twice: {listed(twice, 3)}"])
     if rank == "species":
         return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
     lacking = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
@@ -88,21 +143,28 @@ def _name(taxon: Mapping[str, Any], names: str) -> str:
     return str(taxon.get("common_name") or scientific) if names == "common" else scientific
 
 
-def _rows(file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str) -> pa.Table:
-    category_of = {note["image_id"]: int(note["category_id"]) for note in file.get("annotations", ())}
-    images = file["images"]
+def _rows(
+    file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str
+) -> tuple[pa.Table, int]:
+    """Rows of a file's images, and the number of its annotations that are of none of them."""
+    images = _entries(file, "images", source)
+    category_of = {
+        note["image_id"]: int(note["category_id"])
+        for note in (_entries(file, "annotations", source) if "annotations" in file else ())
+    }
     bare = [str(image["file_name"]) for image in images if image["id"] not in category_of]
     if bare:
         raise ManifestError(source, [f"{len(bare)} images have no annotation, such as {bare[0]}"])
     labels = _labels([category_of[image["id"]] for image in images], label_of)
     folder = storage.absolute(root)
-    return pa.table(
+    table = pa.table(
         {
             "uri": [f"{folder}/{image['file_name']}" for image in images],
             "label": pa.array(labels, pa.int32()),
             "split": [split] * len(images),
         }
     )
+    return table, len(category_of.keys() - {image["id"] for image in images})
 
 
 def _labels(categories: list[int], label_of: Mapping[int, int]) -> npt.NDArray[np.int64]:

@@ -40,7 +40,8 @@ _ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
 # Of a JSON value: lists and objects in each other.
 _MOST_LEVELS = 100
 _STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+# All but brackets, and the first letter of null.
+_NO_MARKS = bytes(set(range(256)) - set(b"[]{}n"))
 # Of a 64-bit number with its sign.
 _MOST_DIGITS = 20
 
@@ -306,17 +307,23 @@ def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
             line = reader.line_num + 1
     except csv.Error as error:
         rule = "a cell that begins with a quote must end with one, and a quote within it is written twice"
+        if "field limit" in str(error):
+            rule = "take the column with such long cells out, or write the table as Parquet"
         raise ManifestError(path, [f"the row that begins in line {line} can't be read ({error}): {rule}"]) from None
 
 
 def _read_json(path: str) -> list[pa.Table]:
     data = _read_utf8(path)
-    # pyarrow's parser calls itself for each level, and has no limit: the process would end.
-    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
-    steps = np.where(np.isin(np.frombuffer(brackets, np.uint8), list(b"[{")), 1, -1)
-    levels_at = np.cumsum(steps)
-    if (levels_at - np.minimum.accumulate(levels_at)).max(initial=0) > _MOST_LEVELS:
+    # pyarrow's parser calls itself for each level, and has no limit: the process would end. So it would at a block of
+    # rows that begins with null.
+    marks = np.frombuffer(_STRING.sub(b"", data).translate(None, _NO_MARKS), np.uint8)
+    steps = np.where(np.isin(marks, list(b"[{")), 1, np.where(marks == ord("n"), 0, -1))
+    levels_at = np.concatenate([[0], np.cumsum(steps)])
+    levels = (levels_at - np.minimum.accumulate(levels_at))[1:]
+    if levels.max(initial=0) > _MOST_LEVELS:
         raise ManifestError(path, [f"a value in it is nested more than {_MOST_LEVELS} levels deep; write plain values"])
+    if (levels[marks == ord("n")] == 0).any():
+        raise ManifestError(path, ["a row in it is null; every row is an object, such as {\"path\": ..., \"label\": ...}"])
     return [pa_json.read_json(pa.BufferReader(data))]
 
 
