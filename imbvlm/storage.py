@@ -31,8 +31,8 @@ MAX_JSON_BYTES = 64_000_000
 _CHUNK_BYTES = 8_000_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# `s3:/x` is s3://x after a path library has joined it; another word before `:/` may be a folder's name.
-SCHEMED = r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|S3|file):/)"
+# `s3:/x` is s3://x after a path library has joined it, and `s3:x` a slip. Another word before `:` may be a folder's.
+SCHEMED = r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|S3|file):)"
 # The URIs that are read and written.
 SUPPORTED = r"(?:file://.|s3://[A-Za-z0-9][A-Za-z0-9._-]*(?:/|$))"
 ONLY = "only local paths and s3://BUCKET/... are supported"
@@ -211,7 +211,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 
     A pipe or a device is denied, because it may never end, and so is a file of more than `max_bytes`.
     """
-    _check_readable(uri, max_bytes)
+    check_readable(uri, max_bytes)
 
     def read() -> bytes:
         if uri.startswith(s3.SCHEME):
@@ -238,7 +238,7 @@ def read_json(uri: str) -> Any:
         raise ValueError("its values are nested too deeply") from None
 
 
-def _check_readable(uri: str, max_bytes: int | None) -> None:
+def check_readable(uri: str, max_bytes: int | None = None) -> None:
     """Raises StorageError for what is no file or a larger one; says nothing of a file that isn't there."""
     try:
         if is_local(uri):
@@ -261,6 +261,7 @@ def _check_readable(uri: str, max_bytes: int | None) -> None:
 
 def download(uri: str, path: Path) -> None:
     """Copy a file to a local path, over what lies there, in bounded memory; raises StorageError."""
+    check_readable(uri)
     filesystem, source = open_filesystem(uri)
 
     def copy() -> None:

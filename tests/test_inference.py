@@ -193,6 +193,13 @@ def test_weights_that_are_not_what_was_exported_are_refused(copied):
     imbvlm.load(copied, "cpu")
 
 
+def test_a_file_of_weights_that_no_model_has_is_refused_before_it_is_read(copied):
+    with (copied / "model.safetensors").open("r+b") as stream:
+        stream.truncate(10**12)
+    with pytest.raises(ImbvlmError, match=r"model.safetensors: it has 1,000\.0 GB, and at most 16\.0 GB are read"):
+        imbvlm.load(copied, "cpu")
+
+
 def test_weights_that_are_no_numbers_are_refused_and_an_export_without_digests_is_not(copied):
     description = json.loads((copied / "config.json").read_text())
     # As version 0.1 wrote it.

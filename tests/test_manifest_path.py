@@ -110,3 +110,13 @@ def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_director
     Path(other).unlink()
     with pytest.raises(ImbvlmError, match=f"is not at {other}; put it back"):
         locate_manifest(spec.with_settings({"storage": str(home / "runs")}), folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [("gone.parquet", "the manifest gone.parquet is not there"), ("gs://b/k", "gs://b/k: only local paths and s3://")],
+)
+def test_a_given_manifest_that_isnt_there_is_an_error_of_the_report(home, given, match):
+    with pytest.raises(ImbvlmError, match=match):
+        write_report(str(home / "runs" / "made-1"), "report.html", given)
+    assert not Path("report.html").exists()

@@ -40,6 +40,9 @@ def test_locations_by_path_file_uri_and_object_store(tmp_path: Path, monkeypatch
 NOT_TAKEN = {
     "s3://": r"s3:// names no bucket; it should look like s3://BUCKET/KEY",
     "s3:///runs": r"s3:///runs names no bucket; it should look like s3://BUCKET/KEY",
+    "s3:": r"s3: names no bucket; it should look like s3://BUCKET/KEY",
+    "s3:bucket/runs": r"s3:bucket/runs is no location; did you mean s3://bucket/runs\?",
+    "file:runs": r"file:runs is no location; it should look like file:///runs",
     "s3:/bucket/runs": r"s3:/bucket/runs is no location; did you mean s3://bucket/runs\?",
     "S3://bucket/runs": r"S3://bucket/runs is no location; did you mean s3://bucket/runs\?",
     "gs://bucket/runs": r"gs://bucket/runs: only local paths and s3://BUCKET/\.\.\. are .* give s3://bucket/runs",

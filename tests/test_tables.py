@@ -1,10 +1,13 @@
 """Tables as spreadsheets and other programs write them are read, or refused by a sentence that says the mend."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imbvlm.data.manifest import ManifestError
+from imbvlm import storage
+from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.tables import from_table
 
 
@@ -122,5 +125,13 @@ def test_a_row_that_is_null_is_named_where_pyarrow_would_end_the_process(tmp_pat
 
 def test_a_cell_above_pythons_limit_isnt_called_a_mistake_in_its_quotes(read):
     long = "x" * 140_000
-    with pytest.raises(ManifestError, match="field limit .*take the column with such long cells out, or write"):
+    with pytest.raises(ManifestError, match=r"field limit .*take the column with such long cells out, or write"):
         read(f'path,label,note\na.jpg,cat,"{long}"\n')
+
+
+@pytest.mark.parametrize("read_pipe", [lambda path: from_table([path], "", "x"), Manifest.read, storage.read_bytes])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read_pipe):
+    path = tmp_path / "train.parquet"
+    os.mkfifo(path)
+    with pytest.raises(storage.StorageError, match="it is a pipe or a device and no file"):
+        read_pipe(str(path))

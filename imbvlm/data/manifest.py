@@ -285,6 +285,7 @@ def absolute_manifest(source: str) -> str:
 
 
 def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
+    storage.check_readable(path)
     filesystem, inner = storage.open_filesystem(path)
 
     def read() -> pa.Table:

@@ -172,11 +172,11 @@ def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
 
 def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
     """A cell of a CSV that goes over several lines: a quote that opens in one row and closes in another takes all
-    rows between."""
+    rows between. What begins with a line break may be a text of our own, which had an apostrophe in front."""
     findings = []
     for name in columns:
         cells = table.column(name).cast(pa.string())
-        broken = cells.filter(pc.match_substring_regex(cells, r"[\r\n]")).to_pylist()
+        broken = cells.filter(pc.match_substring_regex(cells, r"(?s).[\r\n]")).to_pylist()
         if broken:
             shown = listed([repr(cell[:60]) for cell in broken], 3)
             findings.append(
@@ -323,7 +323,7 @@ def _read_json(path: str) -> list[pa.Table]:
     if levels.max(initial=0) > _MOST_LEVELS:
         raise ManifestError(path, [f"a value in it is nested more than {_MOST_LEVELS} levels deep; write plain values"])
     if (levels[marks == ord("n")] == 0).any():
-        raise ManifestError(path, ["a row in it is null; every row is an object, such as {\"path\": ..., \"label\": ...}"])
+        raise ManifestError(path, ['a row in it is null; every row is an object, such as {"path": ..., "label": ...}'])
     return [pa_json.read_json(pa.BufferReader(data))]
 
 
@@ -341,6 +341,7 @@ def _read_utf8(path: str) -> bytes:
 
 
 def _read_parquet(path: str) -> Any:
+    storage.check_readable(path)
     filesystem, inner = storage.open_filesystem(path)
     try:
         with filesystem.open_input_file(inner) as stream:

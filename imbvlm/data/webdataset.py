@@ -37,11 +37,13 @@ class _WholeHeader(tarfile.TarInfo):
 
 @dataclass
 class _Shard:
-    """A shard's samples (key -> its image's uri and its label), names of other members, keys of replaced images."""
+    """A shard's samples (key -> its image's uri and its label), names of other members, keys of replaced images,
+    names of links, pipes and devices."""
 
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
     has_end: bool = True
 
 
@@ -102,6 +104,19 @@ def _left_out(shards: Sequence[_Shard]) -> list[str]:
     if replaced:
         number, one = count_of(len(replaced), "image"), shown_path(replaced[0].removeprefix("/"))
         notes.append(f"{number} left out for a later one of the same key in its shard, such as {one}")
+    links = [name for shard in shards for name in shard.links]
+    if links:
+        number = count_of(len(links), "member")
+        notes.append(
+            f"{number} left out, each a link, a pipe or a device, such as {shown_path(links[0])}: tar writes a file "
+            "that comes twice as a link; make the shard with --hard-dereference"
+        )
+    bare = [
+        key for shard in shards for key, sample in shard.samples.items() if "label" in sample and "uri" not in sample
+    ]
+    if bare:
+        shown = shown_path(bare[0].removeprefix("/"))
+        notes.append(f"{count_of(len(bare), 'label')} left out without an image of the same key, such as {shown}")
     return notes
 
 
@@ -112,6 +127,7 @@ def _open_ended_notes(paths: Sequence[str]) -> list[str]:
 
 def _read_shard(path: str) -> _Shard:
     shard = _Shard()
+    storage.check_readable(path)
     filesystem, inner = storage.open_filesystem(path)
     local = storage.is_local(path)
     try:
@@ -123,6 +139,8 @@ def _read_shard(path: str) -> _Shard:
             for member in archive:
                 if member.isfile():
                     _add_member(shard, path, archive, member)
+                elif not member.isdir():
+                    shard.links.append(member.name)
             shard.has_end = archive.offset < filesystem.get_file_info(inner).size
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None

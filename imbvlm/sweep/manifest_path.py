@@ -28,13 +28,18 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:
     """A spec from a sweep's folder with its manifest's location, which is searched for unless it is given.
 
-    A manifest that is gone keeps the path that was written.
+    A manifest that is gone keeps the path that was written. Raises ImbvlmError for a given one that isn't there.
     """
-    try:
-        manifest = locate_manifest(spec, folder) if manifest is None else absolute_manifest(manifest)
-    except ImbvlmError:
-        return spec
-    return spec.model_copy(update={"base": apply_overrides(spec.base, {"data.manifest": manifest})})
+    if manifest is not None:
+        location = absolute_manifest(manifest)
+        if not location.startswith(EMBEDDED) and not storage.exists(location):
+            raise ImbvlmError(f"the manifest {manifest} is not there; give the path of the sweep's manifest")
+    else:
+        try:
+            location = locate_manifest(spec, folder)
+        except ImbvlmError:
+            return spec
+    return spec.model_copy(update={"base": apply_overrides(spec.base, {"data.manifest": location})})
 
 
 def locate_manifest(spec: SweepSpec, folder: str) -> str:

@@ -22,6 +22,8 @@ from imbvlm.models.tower_classifier import own_tensors
 FORMAT = 1
 INDEX_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
+# Twice the largest image tower of open_clip, 1.8 billion numbers of four bytes.
+_MAX_MODEL_BYTES = 16_000_000_000
 TENSORS_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 
 
@@ -100,7 +102,7 @@ def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str
     The file must have its digest, where `digests` has one by its name, and every number in it must be finite.
     """
     where, fix = storage.join(folder, name), "copy the folder again, or export the model again"
-    data = storage.read_bytes(where)
+    data = storage.read_bytes(where, _MAX_MODEL_BYTES)
     if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
         raise CheckpointError(f"{where} is damaged: its content isn't what was exported; {fix}")
     tensors = _parse(data, where, "; export the model again")
