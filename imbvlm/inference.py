@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from imbvlm import storage
 from imbvlm.config import EncoderConfig, TrialConfig
-from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, fetch, picture_pixels
+from imbvlm.data.decode_budget import DecodeBudget
+from imbvlm.data.images import FIVE_CROPS, ImageError, Preprocess, picture_pixels
 from imbvlm.data.listing import list_tree
 from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
@@ -191,9 +192,11 @@ class Model:
     def _predict_batch(self, batch: Sequence[tuple[int, ImageLike]], top: int) -> list[Prediction]:
         crops: list[npt.NDArray[np.uint8] | None] = [None] * len(batch)
 
+        budget = DecodeBudget()
+
         def load(number: int) -> str | None:
             try:
-                crops[number] = crops_of(self.preprocess, self.num_crops, _picture(batch[number][1], self.preprocess))
+                crops[number] = self._crops(batch[number][1], budget)
             except (ImageError, storage.StorageError) as error:
                 return str(error)
             return None
@@ -203,6 +206,12 @@ class Model:
         sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
         good = [crop for crop in crops if crop is not None]
         return self.predictions(sources, np.stack(good) if good else np.empty(0, np.uint8), reasons, top)
+
+    def _crops(self, image: ImageLike, budget: DecodeBudget) -> npt.NDArray[np.uint8]:
+        if isinstance(image, (str, os.PathLike)):
+            with budget.fetched(os.fspath(image), None) as data:
+                return crops_of(self.preprocess, self.num_crops, self.preprocess.decode(data))
+        return crops_of(self.preprocess, self.num_crops, _picture(image, self.preprocess))
 
     def predictions(
         self, sources: Sequence[str], good: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
@@ -252,7 +261,9 @@ def _checked_top(top: int) -> int:
     return operator.index(top)
 
 
-def _picture(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8] | Image.Image:
+def _picture(
+    image: bytes | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
+) -> npt.NDArray[np.uint8] | Image.Image:
     if isinstance(image, Image.Image):
         return picture_pixels(image)
     if isinstance(image, np.ndarray):
@@ -261,8 +272,6 @@ def _picture(image: ImageLike, preprocess: Preprocess) -> npt.NDArray[np.uint8] 
         return image
     if isinstance(image, bytes):
         return preprocess.decode(image)
-    if isinstance(image, (str, os.PathLike)):
-        return preprocess.decode(fetch(os.fspath(image), None))
     raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
 
 

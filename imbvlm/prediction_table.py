@@ -18,7 +18,8 @@ import torch
 from imbvlm import storage
 from imbvlm.csv_cells import csv_line, escape_cell
 from imbvlm.data.assembly import IMAGE_SUFFIXES
-from imbvlm.data.images import ImageError, Preprocess, fetch
+from imbvlm.data.decode_budget import DecodeBudget
+from imbvlm.data.images import ImageError, Preprocess
 from imbvlm.data.listing import list_tree, shown_path
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.data.streaming import each_row
@@ -124,9 +125,12 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
     uris, contents, side = block["uris"], block["contents"], preprocess.image_size
     crops = np.zeros((len(uris), num_crops, 3, side, side), dtype=np.uint8)
 
+    budget = DecodeBudget()
+
     def load_one(number: int) -> str | None:
         try:
-            crops[number] = crops_of(preprocess, num_crops, preprocess.decode(fetch(uris[number], contents[number])))
+            with budget.fetched(uris[number], contents[number]) as data:
+                crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
         except ImageError as error:
             return shown_path(error.reason)
         return None

@@ -857,7 +857,7 @@ def test_a_check_decodes_no_more_at_once_than_one_image_may_have(tmp_path, monke
         return found
 
     monkeypatch.setattr("imbvlm.data.checks.decode_picture", decode_and_count)
-    monkeypatch.setattr("imbvlm.data.checks.MAX_PIXELS", 70_000)
+    monkeypatch.setattr("imbvlm.data.decode_budget.MAX_PIXELS", 70_000)
     report = check_manifest(from_folders(str(tmp_path), "made"), decode_all=True)
     assert "can't be decoded" not in str(report)
     # The large one alone, which is above the limit by itself.

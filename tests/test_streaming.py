@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -310,3 +312,27 @@ def test_rand_augment_draws_all_of_its_operations_alike():
     assert 25 < same < 130
     # Most come in two directions, two of them leave a ramp over the whole range as it is.
     assert len({pixels.tobytes() for pixels in found}) >= 16
+
+
+def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(location, manifest, monkeypatch):
+    """Sixteen threads that train on images of 170 megapixels would take 11 GB."""
+    running, most, lock, decode = 0, 0, threading.Lock(), Preprocess.decode
+
+    def counting(self, data, least_crop=1.0):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+        return decode(self, data, least_crop)
+
+    monkeypatch.setattr(Preprocess, "decode", counting)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    plan = plan_for(manifest)
+    for limit, is_alone in ((10**9, False), (1, True)):
+        monkeypatch.setattr("imbvlm.data.decode_budget.MAX_PIXELS", limit)
+        most = 0
+        assert sum(len(batch.rows) for batch in stream_in_threads(location, plan)) == len(plan.rows)
+        assert (most == 1) is is_alone

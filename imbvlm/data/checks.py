@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,12 +15,11 @@ import pyarrow.compute as pc
 
 from imbvlm import storage
 from imbvlm.csv_cells import csv_line, escape_cell
-from imbvlm.data.fetching import file_state
+from imbvlm.data.decode_budget import DecodeBudget
 from imbvlm.data.identical import copy_digests
-from imbvlm.data.images import MAX_PIXELS, ImageError, decode_picture, decoded_pixels, fetch
+from imbvlm.data.images import ImageError, decode_picture
 from imbvlm.data.listing import file_sizes
 from imbvlm.data.manifest import Manifest, carve_validation, not_selectable
-from imbvlm.data.packs import parse_range
 from imbvlm.data.table import SPLITS, Rows, count_of, listed, split_codes
 from imbvlm.errors import printable
 
@@ -30,8 +27,6 @@ Severity = Literal["error", "warning", "note"]
 
 _THREADS = 8
 _MOST_NAMED = 1000
-# Of files that wait to be decoded.
-_FILE_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -231,46 +226,17 @@ def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:
     return tuple(manifest.class_names[label] for label in absent)
 
 
-class _Budget:
-    """Lets threads go on side by side while what they hold adds up to a limit or less; more than that only alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used, self._freed = limit, 0, threading.Condition()
-
-    @contextmanager
-    def take(self, amount: int) -> Iterator[None]:
-        with self._freed:
-            self._freed.wait_for(lambda: self._used == 0 or self._used + amount <= self._limit)
-            self._used += amount
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._used -= amount
-                self._freed.notify_all()
-
-
-def _file_bytes(uri: str | None) -> int:
-    """Of an image's file or its part of one; 0 where that isn't known before it is read."""
-    part = parse_range(uri or "")
-    state = file_state(uri or "") if part is None else None
-    return part.num_bytes if part is not None else state.st_size if state is not None else 0
-
-
 def _undecodable(manifest: Manifest) -> Iterator[Finding]:
     uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
     stats, splits = manifest.class_stats(), split_codes(manifest.table.column("split"))
 
-    files, pixels = _Budget(_FILE_BYTES), _Budget(MAX_PIXELS)
+    budget = DecodeBudget(_THREADS)
 
     def reason(row: int) -> str | None:
         uri, content = uris[row].as_py(), data[row]
         try:
-            # What waits to be decoded lies in memory as well.
-            with files.take(_file_bytes(uri) if not content.is_valid else 0):
-                image = fetch(uri, content.as_py())
-                with pixels.take(decoded_pixels(image)):
-                    decode_picture(image)
+            with budget.fetched(uri, content.as_py()) as image:
+                decode_picture(image)
         except ImageError as error:
             return error.reason
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from imbvlm.data.decode_budget import DecodeBudget
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.streaming import ImageBatch, StreamPlan, load_batch
 from imbvlm.data.table import Rows
@@ -53,12 +54,13 @@ def stream_in_threads(location: str, plan: StreamPlan) -> Iterator[ImageBatch]:
     """A plan's batches through threads of this process, some ahead of the one in use; errors come in their turn."""
     manifest = opened_manifest(location)
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    budget = DecodeBudget(num_threads)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="read-images") as pool:
         waiting: deque[list[Future[dict[str, Any]]]] = deque()
         try:
             for positions in plan.batches:
                 parts = replace(plan, batches=_parts(positions, num_threads)).blocks(manifest)
-                waiting.append([pool.submit(load_batch, part) for part in parts])
+                waiting.append([pool.submit(load_batch, part, budget) for part in parts])
                 if len(waiting) > READ_AHEAD:
                     yield _joined(waiting.popleft())
             while waiting:

@@ -93,7 +93,7 @@ def picture_pixels(picture: Image.Image) -> Pixels:
     """Pixels (H, W, 3) in RGB of an opened Pillow image, by the rules of `decode`; raises ImageError."""
     try:
         picture.load()
-        return np.asarray(_to_rgb(_upright(picture)))
+        return np.asarray(_upright(_to_grey_or_rgb(picture), _orientation(picture)))
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, b"")) from None
 
@@ -105,7 +105,11 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int
     try:
         with _open(data, max_pixels, least_side) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            orientation, picture = _orientation(image), _to_grey_or_rgb(image)
+            if picture is not image:
+                # Its memory is needed for what comes.
+                image.close()
+            return _upright(picture, orientation)
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, data)) from None
 
@@ -163,28 +167,29 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """How an image is turned upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODER_ERRORS:
         # Damaged EXIF says nothing on the pixels.
-        orientation = 1
-    method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
-    if method is None:
-        return image
-    turned = image.transpose(method)
-    turned.info = dict(image.info)
-    return turned
+        return None
+    return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """In strips, since what is made on the way takes several times the image's own memory."""
-    mode = image.mode
+def _upright(image: Image.Image, method: Image.Transpose | None) -> Image.Image:
+    turned = image if method is None else image.transpose(method)
+    return turned if turned.mode == "RGB" else turned.convert("RGB")
+
+
+def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    """In strips, since what is made on the way takes several times the image's own memory; grey has a quarter of it."""
+    mode, made = image.mode, "RGB"
     if mode.startswith("I") or mode == "F":
-        scale = _grey_scale(image)
+        scale, made = _grey_scale(image), "L"
 
         def convert(strip: Image.Image) -> Image.Image:
-            return Image.fromarray(_scaled_grey(strip, *scale)).convert("RGB")
+            return Image.fromarray(_scaled_grey(strip, *scale))
 
     elif mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
 
@@ -197,7 +202,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     if image.width * image.height <= _STRIP_PIXELS:
         return convert(image)
-    whole = Image.new("RGB", image.size)
+    whole = Image.new(made, image.size)
     for top, strip in _strips(image):
         whole.paste(convert(strip), (0, top))
     return whole

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from imbvlm import storage
 from imbvlm.data.augment import Augmentation
-from imbvlm.data.images import ImageError, Pixels, Preprocess, fetch
+from imbvlm.data.decode_budget import DecodeBudget
+from imbvlm.data.images import ImageError, Pixels, Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.table import Rows, TakenRows
 
@@ -76,8 +78,12 @@ def each_row(load: Callable[[int], str | None], uris: Sequence[str | None]) -> l
         return list(pool.map(load, range(len(uris))))
 
 
-def load_batch(block: dict[str, Any]) -> dict[str, Any]:
-    """Fetch, decode and change one batch's images; a bad one is black, with its reason. Raises StorageError."""
+def load_batch(block: dict[str, Any], budget: DecodeBudget | None = None) -> dict[str, Any]:
+    """Fetch, decode and change one batch's images; a bad one is black, with its reason. Raises StorageError.
+
+    Batches that are loaded side by side share a `budget`.
+    """
+    shared = DecodeBudget(_REMOTE_THREADS) if budget is None else budget
     preprocess = Preprocess.from_dict(block["preprocess"])
     augmentation = None if block["augmentation"] is None else Augmentation.from_dict(block["augmentation"])
     (uris, contents), positions = block["images"].read(), block["positions"]
@@ -87,15 +93,18 @@ def load_batch(block: dict[str, Any]) -> dict[str, Any]:
 
     def load(number: int) -> str | None:
         try:
-            picture = preprocess.decode(fetch(uris[number], contents[number]), least_crop)
+            with shared.fetched(uris[number], contents[number]) as data:
+                change(preprocess.decode(data, least_crop), number)
         except ImageError as error:
             return error.reason
+        return None
+
+    def change(picture: Image.Image, number: int) -> None:
         if augmentation is None:
             preprocess.apply(picture, block["view"], out=images[number])
         else:
             rng = np.random.default_rng((block["seed"], block["epoch"], int(positions[number])))
             augmentation.apply(picture, preprocess, rng, block["progress"], out=images[number])
-        return None
 
     reasons = tuple(each_row(load, uris))
     ok = np.array([reason is None for reason in reasons], dtype=bool)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from imbvlm.data.images import LEAST_CROP, ImageError, Preprocess, fetch
+from imbvlm.data.decode_budget import DecodeBudget
+from imbvlm.data.images import LEAST_CROP, ImageError, Preprocess
 from imbvlm.data.streaming import each_row
 from imbvlm.errors import ImbvlmError
 
@@ -23,13 +24,16 @@ def load_block(block: Block) -> Block:
     shape = (len(uris), views, 3, preprocess.image_size, preprocess.image_size)
     images = np.zeros(shape, dtype=np.uint8)
 
+    budget = DecodeBudget()
+
     def load_row(number: int) -> str | None:
         try:
-            picture = preprocess.decode(fetch(uris[number], contents[number]), LEAST_CROP if views > 1 else 1.0)
+            with budget.fetched(uris[number], contents[number]) as data:
+                picture = preprocess.decode(data, LEAST_CROP if views > 1 else 1.0)
+                for view in range(views):
+                    preprocess.apply(picture, view, block["first_row"] + number, out=images[number, view])
         except ImageError as error:
             return error.reason
-        for view in range(views):
-            preprocess.apply(picture, view, block["first_row"] + number, out=images[number, view])
         return None
 
     reasons = each_row(load_row, uris)
