@@ -53,7 +53,7 @@ class _Budget:
 
 
 def _file_bytes(uri: str | None) -> int:
-    """Of an image's file or its part of one; 0 where that isn't known before it is read."""
+    """The size of an image's file or of its part of one; 0 where that isn't known before it is read."""
     part = parse_range(uri or "")
     state = file_state(uri or "") if part is None else None
     return part.num_bytes if part is not None else state.st_size if state is not None else 0

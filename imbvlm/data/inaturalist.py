@@ -34,7 +34,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and is_utf8(value)
 
 
-# What is read of each list's entries, by the rule and the function that says whether a value fits it.
+# The fields that are read of each list's entries, each with its rule and the function that checks it.
 _FIELDS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "images": {"id": ("a number or a text", _is_key), "file_name": ("a path in UTF-8", _is_text)},
     "annotations": {"image_id": ("a number or a text", _is_key), "category_id": ("a whole number", _is_id)},
