@@ -44,7 +44,7 @@ FORMAT = 2
 BATCH_SIZE = 64
 # How an export of several trials names their folders.
 _NUMBERED = re.compile(r"\d+-")
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
 _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
 
 
@@ -246,7 +246,7 @@ def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Prepr
 
 def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Images to iterate over: text, bytes and an array of one image are iterables themselves."""
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image)):
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return [images]
@@ -270,8 +270,8 @@ def _picture(
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
         return image
-    if isinstance(image, bytes):
-        return preprocess.decode(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return preprocess.decode(bytes(image))
     raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
 
 

@@ -60,7 +60,8 @@ def test_one_image_in_any_form_is_one_image(folder, tmp_path):
     path.write_bytes(encoded(picture()))
     model = imbvlm.load(folder, "cpu")
     (expected,) = model.predict([path])
-    for form in (path, str(path), path.read_bytes(), picture(), np.asarray(picture())):
+    encoded_forms = (path.read_bytes(), bytearray(path.read_bytes()), memoryview(path.read_bytes()))
+    for form in (path, str(path), *encoded_forms, picture(), np.asarray(picture())):
         for found in (model.predict(form), list(model.predict_stream(form))):
             assert [one.probabilities for one in found] == [expected.probabilities]
     assert len(model.predict(np.stack([np.asarray(picture())] * 3))) == 3
