@@ -504,6 +504,7 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _predict(options: argparse.Namespace) -> int:
     from imbvlm import prediction_table as table
     from imbvlm import storage
+    from imbvlm.data.table import count_of
 
     storage.check_location(options.model)
     if options.out:
@@ -520,14 +521,14 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.out:
         table.write_predictions(counted(), options.out, top)
-        print(f"{len(images):,} rows written to {options.out}")
+        print(f"{count_of(len(images), 'row')} written to {options.out}")
     else:
         write = table.write_json_lines if options.json else table.write_lines
         write(counted(), sys.stdout, top)
         sys.stdout.flush()
     if bad:
         where = "; the column error says why" if options.out else ""
-        _say_on_stderr(f"{bad} of {len(images)} images could not be read{where}")
+        _say_on_stderr(f"{bad:,} of {count_of(len(images), 'image')} could not be read{where}")
     return 1 if bad == len(images) else 0
 
 

@@ -56,7 +56,9 @@ class FileState(NamedTuple):
 
 
 def size_text(num_bytes: float) -> str:
-    """A size for people: 57.1 MB, 230.2 GB."""
+    """A size for people: 1.2 kB, 57.1 MB, 230.2 GB."""
+    if 0 < num_bytes < 1e5:
+        return f"{num_bytes / 1e3:,.1f} kB"
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 

@@ -802,6 +802,12 @@ def test_the_summary_names_counts_groups_splits_and_draws_the_curve():
     ):
         assert part in text
     assert "176 training images will be carved off (seed 0)" in text
+    few = Manifest.build(
+        pa.table({"bytes": [bytes([row]) for row in range(12)], "label": [0] * 9 + [1] * 3, "split": ["train"] * 12}),
+        ["many", "rare"],
+        "two",
+    )
+    assert summary(few).splitlines()[3].endswith("(seed 0), 1 class without any")
     assert "█" in text
 
 

@@ -464,7 +464,7 @@ def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: st
     assert again == features
     torch.testing.assert_close(load_file(text)["class_embeddings"], expected["class_embeddings"])
     assert all(torch.equal(load_file(norms)[name], tensor) for name, tensor in tensors.items())
-    assert [line for line in said if line.startswith("text features")]
+    assert [line for line in said if line.startswith("text features") and line.endswith(" names, 1 sentence each")]
     other = config.with_overrides({"prompts.templates": ["a drawing of {}"]})
     assert extract(tmp_path, other, manifest)[0].class_embeddings != features.class_embeddings
 

@@ -294,7 +294,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
         ("nan", "wasn't finite"),
         ("inf", "wasn't finite"),
         ("raise", "ValueError: a fault of the tests"),
-        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker(s), 10 classes"),
+        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker, 10 classes"),
     ],
 )
 def test_a_bad_loss_fails_its_trials_alone_and_says_why(quiet, sweep, order, fault, sentence):
@@ -358,7 +358,7 @@ def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
         printed = run_with_little_memory(there, sweep, tmp_path, 8_000_000_000)
         states = {(one["draw"]["loss.name"], one["state"]) for one in sweep.records().values()}
         outcome, num_records, num_processes = sweep.outcome(), len(sweep.records()), len(ids("trial"))
-    sentence = "its machine ran out of memory with train.batch_size 32 over 1 worker(s), 10 classes"
+    sentence = "its machine ran out of memory with train.batch_size 32 over 1 worker, 10 classes"
     assert f"{len(rates)} x {sentence}" in printed
     assert states == {("cross_entropy", "finished"), ("focal", "error")}
     kept = [json.dumps({"loss.name": "cross_entropy", "optim.lr": rate}, sort_keys=True) for rate in rates]
@@ -557,7 +557,7 @@ def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(manifest, tmp_path
     ("fault", "sentence"),
     [
         ("hang", "2 x ran longer than max_trial_minutes 0.2"),
-        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker(s), 10 classes"),
+        ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker, 10 classes"),
     ],
 )
 def test_a_trial_at_fault_in_a_pack_is_ended_alone(quiet, make_sweep, order, fault, sentence):

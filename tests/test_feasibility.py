@@ -83,7 +83,7 @@ def test_how_many_run_at_once(fields: dict[str, Any], cpus: float, gpus: float, 
             {"gpus_per_worker": 1},
             2,
             0,
-            r"needs 1 GPUs \(num_workers 1 x gpus_per_worker 1\) and the cluster has 0; "
+            r"needs 1 GPU \(num_workers 1 x gpus_per_worker 1\) and the cluster has 0; "
             r"lower num_workers or gpus_per_worker \(0 trains on CPUs\)",
         ),
         ({"driver": "in_process", "num_workers": 2}, 8, 0, "in_process runs one worker a trial and num_workers is 2"),
@@ -200,7 +200,7 @@ def test_more_than_the_autoscaler_may_start_is_refused_with_both_numbers() -> No
     of = spec(gpus_per_worker=2, cpus_per_worker=4, num_workers=4, driver="ray_train")
     with pytest.raises(ConfigError, match=r"a trial needs 8 GPUs .* the cluster can grow to 6"):
         trials_at_once(of, head_of(*[(8.0, 1.0)] * 6))
-    with pytest.raises(ConfigError, match="on one machine, and the largest has 8 CPUs and 1 GPUs"):
+    with pytest.raises(ConfigError, match="on one machine, and the largest has 8 CPUs and 1 GPU;"):
         trials_at_once(spec(gpus_per_worker=2, cpus_per_worker=4), head_of(*[(8.0, 1.0)] * 6))
 
 

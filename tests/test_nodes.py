@@ -257,7 +257,7 @@ def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_coul
         start_head(there, tmp_path, port, "--num-cpus=0", f"--autoscaling-config={file}", **known, **settings)
         large = Sweep(tmp_path / "large", manifest, there=there, cpus_per_worker=2, max_concurrent_trials=None)
         printed = large.run(code=1, environment=there_is)
-        assert "a worker needs 2 CPUs and 0 GPUs on one machine, and the largest has 1 CPUs" in printed
+        assert "a worker needs 2 CPUs and 0 GPUs on one machine, and the largest has 1 CPU " in printed
         large.change(cpus_per_worker=1, max_concurrent_trials=3)
         printed = large.run(code=1, environment=there_is)
         assert "max_concurrent_trials is 3 and the cluster holds 2 trials" in printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.errors import ConfigError, ImbvlmError
 from imbvlm.features.extract import DISK_MARGIN, ensure_features
 from imbvlm.features.local_copy import Copies
+from imbvlm.storage import size_text
 from imbvlm.sweep import command
 from imbvlm.sweep.calibration import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.console import Console
@@ -109,7 +111,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     assert found["gpu_hours"] == pytest.approx([2 * value / 3600 for value in total])
     assert found["cost"] == pytest.approx([2 * 2 * value / 3600 for value in total])
     text = describe_plan(plan)
-    assert "NOT HERE: a trial needs 1 GPUs" in text
+    assert "NOT HERE: a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
     assert "max_hours   0.01: will end the search early" in text
     assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
 
@@ -161,6 +163,15 @@ def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothin
     assert "max_cost    100: enough" in describe_plan(rented)
 
 
+def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
+    """`1 worker(s) of 1 CPUs`, `0.00 GB` and `1 views` stood there."""
+    text = describe_plan(make_plan(spec(gpus_per_worker=0.5), None, 1))
+    assert "a trial has 1 worker of 1 CPU and 0.5 GPUs" in text
+    assert " and 1 GPU," in text
+    assert re.search(r"; features \d+\.\d MB \([a-z_, ]+, 1 view\)", text)
+    assert [size_text(size) for size in (0, 2_048, 1_000_000)] == ["0.0 MB", "2.0 kB", "1.0 MB"]
+
+
 def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("imbvlm.storage.free_bytes", lambda uri: 1_000_000)
     found = make_plan(spec(storage=str(tmp_path)), None)
@@ -195,7 +206,7 @@ def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tm
 def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monkeypatch, tmp_path) -> None:
     """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.ensure_features", lambda *args, **more: passes.append(args))
     made = spec(storage=str(tmp_path))
     needed = make_plan(made, None).missing_bytes
@@ -223,7 +234,7 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     assert not full.fits_disk
     assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.connected", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.ensure_features", lambda *args, **more: passes.append(args))
     for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
                        (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip

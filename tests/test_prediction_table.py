@@ -221,7 +221,11 @@ def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, ca
     assert said.out == f"10 rows written to {tmp_path}/out.csv\n"
     assert said.err == "imbvlm: 1 of 10 images could not be read; the column error says why\n"
     assert predict(model, photos / "a" / "broken.jpg") == 1
-    assert "broken.jpg: truncated" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "broken.jpg: truncated" in said.out
+    assert said.err == "imbvlm: 1 of 1 image could not be read\n"
+    assert predict(model, photos / "a" / "0.png", "-o", tmp_path / "one.csv") == 0
+    assert capsys.readouterr().out == f"1 row written to {tmp_path}/one.csv\n"
     assert predict(model, photos / "a" / "0.png", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["classes"]) == 3
     assert predict(tmp_path, photos) == 1

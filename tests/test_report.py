@@ -246,6 +246,9 @@ def test_quarantined_files_are_counted_by_class(tmp_path):
     (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
     (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "quarantine_by_class"]
     assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
+    assert "Left out: 3 files that could not be decoded." in page_of(folder)
+    (folder / "quarantine.csv").write_text("\n".join(lines[:2]) + "\n")
+    assert "Left out: 1 file that could not be decoded." in page_of(folder)
 
 
 def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):

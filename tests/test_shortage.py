@@ -35,7 +35,7 @@ def test_what_a_trial_demands_what_is_left_and_how_to_go_on() -> None:
     assert shortage(of, cluster_of((0, 0), (8, 1))) is None
     found = shortage(of, cluster_of((0, 0), (8, 0)))
     assert found is not None
-    assert "a trial needs 1 GPUs (num_workers 1 x gpus_per_worker 1) and the cluster has now 0" in found
+    assert "a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1) and the cluster has now 0" in found
     assert "lower num_workers or gpus_per_worker (0 trains on CPUs), and go on by --resume with --fork" in found
     assert "or add a machine that a trial fits on, for which the sweep waits" in found
     found = shortage(spec(cpus_per_worker=4), cluster_of((2, 0), (3, 0)))

@@ -254,13 +254,13 @@ def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
         "Failure # 2 (occurred at 2026-11-25_22-20-23)\nOutOfMemoryError: 1 worker(s) were killed due to the node "
         "running low on memory. Memory was 6.9GB used\nOOM kill reason: usage exceeded\nConsider more memory\n"
     )
-    named = "its machine ran out of memory with train.batch_size 64 over 2 worker(s), 10 classes"
+    named = "its machine ran out of memory with train.batch_size 64 over 2 workers, 10 classes"
     for text, words in ((lost, "The actor died unexpectedly."), (lost + memory, named),
                         (memory + lost.replace("# 1", "# 3"), "The actor died unexpectedly."),
                         ("Failure # 1 (occurred at 2026-11-25_22-20-17)\n\n", "its worker was lost")):  # fmt: skip
         (tmp_path / "error.txt").write_text(text)
         failures = _failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
-        assert _cause(failures, record, "2 worker(s), 10 classes").startswith(words)
+        assert _cause(failures, record, "2 workers, 10 classes").startswith(words)
     assert _cause(_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
 
 

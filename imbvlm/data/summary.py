@@ -89,7 +89,7 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     carved = carve_validation(manifest, split_seed)
     lost = not_selectable(manifest.labels[carved], len(manifest.class_names))
     note = f"{'val':17} none; {len(carved):,} training images will be carved off (seed {split_seed})"
-    return [*lines, f"{note}, {len(lost):,} classes without any" if len(lost) else note]
+    return [*lines, f"{note}, {count_of(len(lost), 'class')} without any" if len(lost) else note]
 
 
 def _group_lines(stats: ClassStats) -> list[str]:

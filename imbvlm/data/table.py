@@ -241,10 +241,11 @@ def _rows(mask: pa.ChunkedArray) -> str:
     return f"{count_of(len(rows), 'row')} ({shown})"
 
 
-def count_of(number: int, word: str) -> str:
-    """`1 class`, `3 classes`."""
+def count_of(number: float, word: str) -> str:
+    """`1 class`, `3 classes`, `0.5 GPUs`."""
     plural = f"{word}es" if word.endswith("s") else f"{word}s"
-    return f"{number:,} {word if number == 1 else plural}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {word if number == 1 else plural}"
 
 
 def listed(items: Sequence[str], most: int = 10) -> str:

@@ -573,7 +573,7 @@ def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[Output
         raise bad_image_error(work.part.split, name, bad[0].reason)
     _check_limits(config, work, {entry.row: entry.reason for entry in bad})
     what = f"{len(bad):,} of {work.store.num_rows:,} {work.part.split} images"
-    report(f"{what} are left out, such as {name}: {bad[0].reason}")
+    report(f"{what} {'is' if len(bad) == 1 else 'are'} left out, such as {name}: {bad[0].reason}")
 
 
 def _check_limits(config: TrialConfig, work: _Work, bad: Mapping[int, str]) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from imbvlm import storage
 from imbvlm.config import PromptsConfig, TrialConfig
+from imbvlm.data.table import count_of
 from imbvlm.models.encoder import Encoder
 from imbvlm.models.prompts import class_embeddings, templates_of, truncated_names
 
@@ -37,7 +38,9 @@ def ensure_class_embeddings(
         if cut:
             shown = ", ".join(repr(name) for name in cut[:3])
             report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
-        report(f"text features: {len(class_names):,} class names, {len(templates)} sentence(s) each")
+        report(
+            f"text features: {count_of(len(class_names), 'class name')}, {count_of(len(templates), 'sentence')} each"
+        )
         device = encoder.device
         encoder.to("cuda" if torch.cuda.is_available() else device)
         tensor = class_embeddings(encoder, class_names, templates).contiguous()

@@ -185,24 +185,25 @@ def _lacks(
         # One worker may need more than there is; else it is their number.
         key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
         message = (
-            f"a trial needs {need_gpus:g} GPUs ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and the cluster "
-            f"{has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
+            f"a trial needs {count_of(need_gpus, 'GPU')} ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and "
+            f"the cluster {has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
         )
         yield key, message
     if _need_cpus(spec) > num_cpus:
         driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
         key = "cpus_per_worker" if spec.cpus_per_worker > num_cpus or spec.num_workers == 1 else "num_workers"
         message = (
-            f"a trial needs {_need_cpus(spec):g} CPUs ({workers} x cpus_per_worker {spec.cpus_per_worker:g}{driver}) "
-            f"and the cluster {has} {num_cpus:g}; lower num_workers or cpus_per_worker"
+            f"a trial needs {count_of(_need_cpus(spec), 'CPU')} ({workers} x cpus_per_worker "
+            f"{spec.cpus_per_worker:g}{driver}) and the cluster {has} {num_cpus:g}; "
+            "lower num_workers or cpus_per_worker"
         )
         yield key, message
     elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
         largest = max(nodes, key=lambda node: (node[1], node[0]))
         key = "gpus_per_worker" if spec.gpus_per_worker > largest[1] else "cpus_per_worker"
         message = (
-            f"a worker needs {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs on one machine, and the "
-            f"largest has {largest[0]:g} CPUs and {largest[1]:g} GPUs; lower cpus_per_worker or gpus_per_worker"
+            f"a worker needs {_resources(spec.cpus_per_worker, spec.gpus_per_worker)} on one machine, and the largest "
+            f"has {_resources(*largest)}; lower cpus_per_worker or gpus_per_worker"
         )
         yield key, message
     elif need_gpus <= num_gpus and not _trials_on(spec, nodes or [(num_cpus, num_gpus)]):
@@ -214,7 +215,11 @@ def _lacks(
 
 
 def _need(spec: SweepSpec) -> str:
-    return f"{_need_cpus(spec):g} CPUs and {spec.num_workers * spec.gpus_per_worker:g} GPUs"
+    return _resources(_need_cpus(spec), spec.num_workers * spec.gpus_per_worker)
+
+
+def _resources(cpus: float, gpus: float) -> str:
+    return f"{count_of(cpus, 'CPU')} and {count_of(gpus, 'GPU')}"
 
 
 def _need_cpus(spec: SweepSpec) -> float:

@@ -324,10 +324,10 @@ def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> floa
 
 def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
     if cluster is not None and not is_here:
-        return f"another machine, {cluster.num_cpus:g} CPUs and {cluster.num_gpus:g} GPUs"
+        return f"another machine, {count_of(cluster.num_cpus, 'CPU')} and {count_of(cluster.num_gpus, 'GPU')}"
     cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
     where = "this machine" if cluster is None else f"the cluster that runs ({len(cluster.nodes)} machines)"
-    return f"{where}, {cpus:g} CPUs and {gpus:g} GPUs"
+    return f"{where}, {count_of(cpus, 'CPU')} and {count_of(gpus, 'GPU')}"
 
 
 def _tower(
@@ -428,8 +428,8 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         *searcher,
         *_arms(spec, space),
         f"  stopping    {stopping}",
-        f"  driver      {driver}; a trial has {spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPUs "
-        f"and {spec.gpus_per_worker:g} GPUs",
+        f"  driver      {driver}; a trial has {count_of(spec.num_workers, 'worker')} of "
+        f"{count_of(spec.cpus_per_worker, 'CPU')} and {count_of(spec.gpus_per_worker, 'GPU')}",
         *_confirm(spec),
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
@@ -519,7 +519,8 @@ def _tower_line(plan: Plan, tower: Tower) -> str:
         return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
     features = tower.config.features
     more = "" if features.tail_views is None else f", {features.tail_views} of few-shot classes"
-    return f"{text}; features {tower.num_bytes / 1e9:,.2f} GB ({outputs}, {features.num_views} views{more})"
+    views = count_of(features.num_views, "view")
+    return f"{text}; features {size_text(tower.num_bytes)} ({outputs}, {views}{more})"
 
 
 def _disk(plan: Plan) -> str:

@@ -212,11 +212,11 @@ class _Sweep:
         self.lane = Lane(spec, folder, log, console, concurrent, self.budget, len(manifest.class_names))
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
-            joined += f", growing to {cluster.most_cpus:g} CPUs and {cluster.most_gpus:g} GPUs"
+            joined += f", growing to {count_of(cluster.most_cpus, 'CPU')} and {count_of(cluster.most_gpus, 'GPU')}"
         packs = packing(spec, models.values(), manifest, concurrent)
         trials = at_a_time(concurrent, packs.largest(spec, space))
         console.say(
-            f"Ray: {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs{joined}, dashboard "
+            f"Ray: {count_of(cluster.num_cpus, 'CPU')}, {count_of(cluster.num_gpus, 'GPU')}{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {trials}"
         )
         if not cluster.started_here:

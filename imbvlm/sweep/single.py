@@ -6,6 +6,7 @@ from imbvlm import storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import on_this_machine
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.table import count_of
 from imbvlm.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.features.extract import ensure_features
 from imbvlm.models.encoder import describe_encoder
@@ -86,7 +87,7 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             say("five crops are not scored: the data has no validation split of its own")
     if last.get("data/unreadable_images"):
         say(
-            f"{int(last['data/unreadable_images'])} images could not be read and were left out; "
+            f"{count_of(int(last['data/unreadable_images']), 'image')} could not be read and left out; "
             f"`imbvlm manifest check {config.data.manifest} --decode` names them"
         )
     return last

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from imbvlm.config import DecoderConfig, TrainConfig
+from imbvlm.data.table import count_of
 from imbvlm.errors import ImbvlmError
 from imbvlm.models.decoder import num_parameters
 from imbvlm.storage import size_text
@@ -105,4 +106,5 @@ class Computing:
 
     def _sizes(self) -> str:
         batch_size = "" if self.train is None else f"train.batch_size {self.train.batch_size} over "
-        return f"{batch_size}{self.num_workers} worker(s), {self.num_classes} classes, on {self.device}"
+        size = f"{count_of(self.num_workers, 'worker')}, {count_of(self.num_classes, 'class')}"
+        return f"{batch_size}{size}, on {self.device}"

@@ -21,6 +21,7 @@ from ray.tune.stopper import CombinedStopper
 from imbvlm import interrupts, storage
 from imbvlm.config import Tree, TrialConfig
 from imbvlm.data.cluster import connected_cluster
+from imbvlm.data.table import count_of
 from imbvlm.sweep.budget import Budget
 from imbvlm.sweep.console import Console
 from imbvlm.sweep.engine.monitor import Monitor
@@ -143,7 +144,7 @@ def run_jobs(
     limit = TimeLimit(spec.max_trial_minutes, asked)
     progress = ProgressCallback(
         lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, lane.prune_logits,
-        limit.reasons, f"{spec.num_workers} worker(s), {lane.num_classes} classes",
+        limit.reasons, f"{count_of(spec.num_workers, 'worker')}, {count_of(lane.num_classes, 'class')}",
     )  # fmt: skip
     callbacks: list[tune.Callback] = [
         progress,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imbvlm.class_stats import SHOT_GROUPS
+from imbvlm.data.table import count_of
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.compute import phase_rows, stopping_words, store_words
 from imbvlm.sweep.console import duration, percent
@@ -354,7 +355,7 @@ def _data(source: Source) -> Section:
         )
     table = result_tables.quarantine(source)
     if table is not None:
-        section.blocks += [f"{len(source.quarantine):,} files could not be decoded and were left out.", table]
+        section.blocks += [f"Left out: {count_of(len(source.quarantine), 'file')} that could not be decoded.", table]
     elif section.blocks:
         section.blocks.append("Every file could be decoded.")
     if source.read_at is not None:
