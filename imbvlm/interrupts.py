@@ -32,6 +32,8 @@ class Interrupts:
         self.folder: str | None = None
         # Whether all was said, so that only the process's own end is left.
         self.is_told = False
+        # Called where the process ends at once, which runs no `finally`.
+        self.before_leaving: Callable[[], None] | None = None
         self._num_held = 0
         self._before: dict[signal.Signals, object] = {}
         self._reader = self._writer = self._stderr = -1
@@ -162,6 +164,8 @@ class Interrupts:
             # Its terminal may be gone.
             with suppress(OSError):
                 os.write(self._stderr, text.encode())
+        if self.before_leaving is not None:
+            self.before_leaving()
         os._exit(self.exit_code)
 
 

@@ -58,15 +58,20 @@ def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
 
 
 LOSES = """
-import math, os, sys, time
+import hashlib, math, os, sys, threading, time
+from imbvlm import interrupts
 from imbvlm.data.waiting import LastWord, ended_when
-gone_at = math.inf
+gone_at, interrupts.GRACE_SECONDS = math.inf, 0.5
 
 def lost(failed):
     # Seen late, but for an error.
     return "it is gone" if time.monotonic() >= gone_at + 0.5 * (not failed) else None
 
-with ended_when(lost, LastWord("go on", 1, sys.argv[1])):
+def stuck():
+    # Python calls no handler before this comes back, in a quarter of an hour.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+with interrupts.handled(), ended_when(lost, LastWord("go on", 1, sys.argv[1])):
     {}
 print("still there")
 """
@@ -80,6 +85,8 @@ print("still there")
         # As Ray ends it from C++, and as the kernel does.
         ("os._exit(1)", 1, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
         ("os.kill(os.getpid(), 9)", -9, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
+        # A second Ctrl-C, or a SIGTERM whose time is over.
+        ("threading.Timer(0.5, os.kill, [os.getpid(), 15]).start(); stuck()", 143, "", "\nimbvlm: interrupted by SIGTERM\n"),
         ("raise OSError('of its own')", 1, "", "OSError: of its own\n"),
         ("pass", 0, "still there\n", ""),
     ],

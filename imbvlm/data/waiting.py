@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from imbvlm import interrupts
+
 LOOK_SECONDS = 10.0
 # A machine may be back at once, and a new one takes a moment until it is known.
 PATIENCE_SECONDS = 30.0
@@ -114,7 +116,12 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
         ["sh", "-c", _SHELL, "sh", last_word.text(_SILENT), last_word.copy, last_word.before],
         stdin=subprocess.PIPE, stdout=last_word.descriptor, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    ended, ending = threading.Event(), threading.Lock()
+    assert shell.stdin is not None
+    ended, ending, to_shell = threading.Event(), threading.Lock(), shell.stdin.fileno()
+
+    def keep_silent() -> None:
+        with suppress(OSError):
+            os.write(to_shell, b"\n")
 
     def tell_shell(line: str) -> None:
         with suppress(OSError, subprocess.TimeoutExpired):
@@ -132,6 +139,10 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
 
     thread = threading.Thread(target=watch, name="cluster", daemon=True)
     thread.start()
+    signals = interrupts.current()
+    if signals is not None:
+        # What ends this process at once at a signal has said so itself.
+        signals.before_leaving = keep_silent
     try:
         yield
     except Exception:
@@ -141,3 +152,5 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
         ended.set()
         thread.join(_END_SECONDS)
         tell_shell("")
+        if signals is not None:
+            signals.before_leaving = None
