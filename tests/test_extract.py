@@ -9,7 +9,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tiny_images import extraction_in_this_process
 from towers import write_tower
 
+from imbvlm import interrupts
 from imbvlm.config import TrialConfig
 from imbvlm.data.images import Preprocess, decode
 from imbvlm.data.manifest import Manifest
@@ -368,6 +369,25 @@ def test_a_running_cluster_decides_what_the_tower_computes_in(
     monkeypatch.setattr("imbvlm.features.extract.has_many_machines", lambda: is_connected)
     assert stored_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
     assert extract(tmp_path, trial(tmp_path, tower), manifest, outputs, splits=("val",))[1] == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_ctrl_c_of_which_a_library_makes_nothing_ends_the_pass(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a `__del__`, of which Python ignores what is raised."""
+    told: list[int] = []
+
+    def add(_: object, num_images: int) -> None:
+        told.append(num_images)
+        if len(told) == 1:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("imbvlm.features.extract._Progress.add", add)
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt):
+        extract(tmp_path, trial(tmp_path, tower), make_data(tmp_path), {"pooled"})
+    assert len(told) == 1
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -9,6 +9,7 @@ import sysconfig
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from sweep_folder import sweep_spec
 
 from imbvlm import cli, interrupts
+from imbvlm.data import cluster
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.engine import search
 
@@ -204,6 +206,22 @@ def test_waiting_for_a_store_that_is_away_ends_at_a_signal() -> None:
     with pytest.raises(KeyboardInterrupt):
         wait()
     assert time.monotonic() - began < 10
+
+
+def test_a_signal_of_which_ray_makes_nothing_while_it_starts_is_heeded_once_it_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sweep went on, and only a second Ctrl-C ended it."""
+
+    def start_here() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(cluster, "_start_here", start_here)
+    monkeypatch.setattr(cluster._Watch, "begin", lambda self: None)
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt), cluster.connected():
+        pytest.fail("it goes on")
 
 
 STUCK = """

@@ -116,6 +116,24 @@ def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, process):
+    """Ray itself ends the process from C++ then, or gives up."""
+    kill = f"until found=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $found"
+    work = "from imbvlm.data.cluster import connected\nwith connected(): pass"
+    with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", kill)) as killing:
+        done = subprocess.run(
+            there.command(sys.executable, "-c", work), env={**os.environ, "RAY_ADDRESS": "local"},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert killing.wait(10) == 0
+    assert done.returncode == 1
+    sentences = ("Ray can't be started on this machine", "this run was ended without a word", "Ray's logs")
+    assert any(sentence in done.stderr for sentence in sentences), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
     """Of Slurm there are its variables, and programs that note what they are asked and do it on this machine."""
     stubs, asked = tmp_path / "stubs", tmp_path / "asked"

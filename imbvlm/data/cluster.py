@@ -94,13 +94,17 @@ def connected(last_word: LastWord | None = None) -> Iterator[Cluster]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Ray's accelerator probing warns about a change of default on every start otherwise.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = _address_that_answers()
-    if address is None:
-        _start_here()
-    else:
-        _join(address, logging.WARNING, runtime_env=_runtime_env(address))
+    address, watch = _address_that_answers(), _Watch()
     try:
-        with ended_when(_Watch().lost, last_word or LastWord()):
+        # Ray may end this process without a word also while it connects.
+        with ended_when(watch.lost, last_word or LastWord()):
+            if address is None:
+                _start_here()
+            else:
+                _join(address, logging.WARNING, runtime_env=_runtime_env(address))
+            watch.begin()
+            # Ray may have made nothing of it meanwhile.
+            interrupts.check()
             yield connected_cluster()
     finally:
         # After SIGTERM, which Ray's processes may have had too, they end with this one: without them this would hang.
@@ -112,14 +116,19 @@ class _Watch:
     """Sees whether the connected cluster is gone: processes that were started here, and whether its head answers."""
 
     def __init__(self) -> None:
-        self._is_own, self._address = _started_here(), ray.get_runtime_context().gcs_address
         self._ended_at: float | None = None
+        self._is_connected = False
+
+    def begin(self) -> None:
+        """From now on; Ray is connected."""
+        self._is_own, self._address = _started_here(), ray.get_runtime_context().gcs_address
         self._heard = self._asked = time.monotonic()
         self._knows_head = _answers(self._address)
+        self._is_connected = True
 
     def lost(self, failed: bool) -> str | None:
         """A sentence once it is gone, or is likely to be the cause of an error that has come."""
-        return self._lost_process(failed) or self._lost_head(failed)
+        return self._lost_process(failed) or self._lost_head(failed) if self._is_connected else None
 
     def _lost_process(self, failed: bool) -> str | None:
         # A cluster that was joined has no process that this one started.

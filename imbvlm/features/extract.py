@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from imbvlm import storage
+from imbvlm import interrupts, storage
 from imbvlm.config import TrialConfig
 from imbvlm.data.cluster import connected, has_machine_to_itself, has_many_machines, is_alone, joined, ray_gpus
 from imbvlm.data.images import FIVE_CROPS, Preprocess
@@ -408,6 +408,7 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
     here = _by_itself(encoder, blocks) if _fits_here(config, encoder, progress.num_images) else ()
     for summary in chain(here, _by_workers(config, works, encoder, blocks, progress)):
         progress.add(summary["num_images"])
+        interrupts.check()
         folder = summary["folder"]
         for output, num_bytes in summary["written"].items():
             written.setdefault((folder, output), {})[summary["shard"]] = num_bytes
