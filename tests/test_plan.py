@@ -339,7 +339,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsy
     fits = spec(storage=str(tmp_path))
     code, out, err = leave(capsys, fits)
     assert (code, err) == (0, "")
-    assert "would run on this machine" in out
+    assert "would run on " in out
     needs_gpu = fits.with_settings({"gpus_per_worker": 8.0})
     everything = ["--manifest=none.parquet", "--set=encoder.name=openai_vit_b32"]
     code, out, err = leave(capsys, needs_gpu, *everything)

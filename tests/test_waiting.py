@@ -86,7 +86,12 @@ print("still there")
         ("os._exit(1)", 1, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
         ("os.kill(os.getpid(), 9)", -9, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
         # A second Ctrl-C, or a SIGTERM whose time is over.
-        ("threading.Timer(0.5, os.kill, [os.getpid(), 15]).start(); stuck()", 143, "", "\nimbvlm: interrupted by SIGTERM\n"),
+        (
+            "threading.Timer(0.5, os.kill, [os.getpid(), 15]).start(); stuck()",
+            143,
+            "",
+            "\nimbvlm: interrupted by SIGTERM\n",
+        ),
         ("raise OSError('of its own')", 1, "", "OSError: of its own\n"),
         ("pass", 0, "still there\n", ""),
     ],
