@@ -262,7 +262,7 @@ def _checked_top(top: int) -> int:
 
 
 def _picture(
-    image: bytes | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
+    image: bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
 ) -> npt.NDArray[np.uint8] | Image.Image:
     if isinstance(image, Image.Image):
         return picture_pixels(image)
