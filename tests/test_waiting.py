@@ -106,3 +106,26 @@ def test_what_hangs_on_a_cluster_that_is_gone_ends_with_a_sentence(tmp_path, wor
     assert done.stderr.endswith(error) if error else not done.stderr
     log = tmp_path / "log"
     assert (log.read_text() if log.exists() else "") == (done.stdout if "imbvlm: " in printed else "")
+
+
+INTERRUPTED = """
+import subprocess
+from imbvlm.data.waiting import LastWord, ended_when
+start = subprocess.Popen
+
+def interrupted(*arguments, **more):
+    start(*arguments, **more)
+    raise KeyboardInterrupt
+
+subprocess.Popen = interrupted
+try:
+    with ended_when(lambda failed: None, LastWord("go on", 1)):
+        pass
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_ctrl_c_before_it_watches_leaves_its_sentence_to_the_sweep():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")

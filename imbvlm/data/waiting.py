@@ -96,8 +96,9 @@ class LastWord:
         return f"imbvlm: {sentence}; then {self.fix}"
 
 
-# It says the line that it is sent, nothing for an empty one, and its own where this process ends and has sent none.
-_SHELL = 'read -r line || line=$1; [ -z "$line" ] || printf "%s%s\\n" "$3" "$line" | tee -a "$2"'
+# From the first line that it is sent on: it says the next one, nothing for an empty one, and its own where this process
+# ends and has sent none.
+_SHELL = 'read -r _ || exit; read -r line || line=$1; [ -z "$line" ] || printf "%s%s\\n" "$3" "$line" | tee -a "$2"'
 _SILENT = (
     "this run was ended without a word: it was killed, perhaps since this machine's memory was full, or Ray has ended "
     "it, as it does where one of its own processes is gone; its logs in /tmp/ray/session_latest/logs may say more"
@@ -119,7 +120,7 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
     assert shell.stdin is not None
     ended, ending, to_shell = threading.Event(), threading.Lock(), shell.stdin.fileno()
 
-    def keep_silent() -> None:
+    def send_empty_line() -> None:
         with suppress(OSError):
             os.write(to_shell, b"\n")
 
@@ -137,20 +138,23 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
         while not ended.wait(_WATCH_SECONDS):
             end_if_lost(failed=False)
 
-    thread = threading.Thread(target=watch, name="cluster", daemon=True)
-    thread.start()
-    signals = interrupts.current()
-    if signals is not None:
-        # What ends this process at once at a signal has said so itself.
-        signals.before_leaving = keep_silent
+    thread, signals = threading.Thread(target=watch, name="cluster", daemon=True), interrupts.current()
     try:
+        # Now, since a Ctrl-C before this line leaves the shell behind.
+        send_empty_line()
+        thread.start()
+        if signals is not None:
+            # What ends this process at once at a signal has said so itself.
+            signals.before_leaving = send_empty_line
         yield
     except Exception:
         end_if_lost(failed=True)
         raise
     finally:
-        ended.set()
-        thread.join(_END_SECONDS)
-        tell_shell("")
-        if signals is not None:
-            signals.before_leaving = None
+        with interrupts.held():
+            ended.set()
+            if thread.is_alive():
+                thread.join(_END_SECONDS)
+            if signals is not None:
+                signals.before_leaving = None
+            tell_shell("")
