@@ -119,7 +119,7 @@ def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
 @pytest.mark.parametrize("process", ["raylet", "gcs_server"])
 def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, process):
     """Ray itself ends the process from C++ then, or gives up."""
-    kill = f"until found=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $found"
+    kill = f"until pid=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $pid"
     work = "from imbvlm.data.cluster import connected\nwith connected(): pass"
     with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", kill)) as killing:
         done = subprocess.run(
