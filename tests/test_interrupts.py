@@ -18,7 +18,7 @@ import optuna
 import pytest
 from sweep_folder import sweep_spec
 
-from imbvlm import cli, interrupts
+from imbvlm import interrupts
 from imbvlm.data import cluster
 from imbvlm.errors import ImbvlmError
 from imbvlm.sweep.engine import search
@@ -143,27 +143,30 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> None:
 
 @signals
 @pytest.mark.parametrize("becomes", ["an error", "nothing"])
-def test_what_a_library_makes_of_a_signal_does_not_count(
-    number: signal.Signals, becomes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def show(*_: object) -> str:
-        try:
-            signal.raise_signal(number)
-        except KeyboardInterrupt:
-            if becomes == "an error":
-                raise FileNotFoundError("optuna.log.lock.rename") from None
-        return "all is well"
+def test_what_a_library_makes_of_a_signal_does_not_count(number: signal.Signals, becomes: str, tmp_path: Path) -> None:
+    """In a process of its own, since a SIGTERM leaves a process a few seconds to end."""
+    path = program(
+        tmp_path,
+        f"""
+        import signal
+        from imbvlm import cli
+        from imbvlm.sweep import listing
 
-    monkeypatch.setattr("imbvlm.sweep.listing.sweeps_under", show)
-    monkeypatch.setattr("imbvlm.sweep.listing.list_text", show)
-    before = [signal.getsignal(one) for one in CODES]
-    monkeypatch.setattr(interrupts, "_is_program", lambda main: False)
-    # After SIGTERM the process has a time to end, and this one is the tests'.
-    monkeypatch.setattr(interrupts.Interrupts, "_leave", lambda *_: None)
-    with pytest.raises(SystemExit) as left:
+        def show(*_):
+            try:
+                signal.raise_signal({int(number)})
+            except KeyboardInterrupt:
+                if {becomes == "an error"}:
+                    raise FileNotFoundError("optuna.log.lock.rename") from None
+            return "all is well"
+
+        listing.sweeps_under = listing.list_text = show
         cli.main(["sweep", "list"])
-    assert (left.value.code, capsys.readouterr().err) == (CODES[number][0], f"\n{CODES[number][1]}\n")
-    assert [signal.getsignal(one) for one in CODES] == before
+        """,
+    )
+    process = start(path, cwd=tmp_path)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (CODES[number][0], f"\n{CODES[number][1]}\n")
 
 
 def test_held_back_a_signal_waits_for_the_next_check() -> None:
