@@ -1,6 +1,7 @@
 """What several tests share: one local Ray cluster for those that need it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,14 @@ def same_numbers() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_sigint() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, although Ray Train may have left its handler in this test process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

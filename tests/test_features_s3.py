@@ -101,7 +101,7 @@ def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3,
     with pytest.raises(SystemExit) as ended:
         main(["features", "check", uri])
     assert ended.value.code == 1
-    assert "pooled: 3 of 3 shards, 0.0 MB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
+    assert "pooled: 3 of 3 shards, 0.2 kB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
     assert FeatureStore.open(uri).missing("pooled") == [1]
     values = numbers()[4:8]
     FeatureStore.create(uri, LAYOUT).write("pooled", 1, values, [None] * 4)

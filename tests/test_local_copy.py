@@ -136,7 +136,7 @@ def test_copies_that_are_whole_need_no_room(tmp_path: Path) -> None:
 
 def test_what_could_never_be_held_is_refused_with_the_mend(tmp_path: Path) -> None:
     source = source_of(tmp_path, "a")
-    with pytest.raises(ImbvlmError, match=r"has 0.1 MB, and the copies .* may take 0.1 MB of .*max_gigabytes higher"):
+    with pytest.raises(ImbvlmError, match=r"has 0.1 MB, and the copies .* may take 50.0 kB of .*max_gigabytes higher"):
         hold(copies_of(tmp_path, SIZE // 2), source)
     assert num_copies(tmp_path) == 0
     (tmp_path / "file").write_bytes(b"")

@@ -138,7 +138,7 @@ def test_features_check_finds_what_no_date_shows(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as ended:
         main(["features", "check", str(tmp_path / "store")])
     assert ended.value.code == 1
-    assert "pooled: 3 of 3 shards, 0.0 MB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
+    assert "pooled: 3 of 3 shards, 0.2 kB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
 
 
 def test_a_file_that_changes_within_a_tick_of_its_check_is_checked_again(tmp_path: Path) -> None:
