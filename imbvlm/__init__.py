@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imbvlm.base.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from imbvlm.inference import Model
-
-__version__ = "0.1.0"
+    from imbvlm.inference.predictor import Model
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
@@ -20,6 +20,6 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     Raises ImbvlmError where the folder is incomplete, or where images would be prepared otherwise than for training.
     """
     # Importing the package stays free of torch: the command line starts with it.
-    from imbvlm.inference import load
+    from imbvlm.inference.model_folder import load
 
     return load(folder, device)

@@ -1,5 +1,5 @@
 """`python -m imbvlm` is the `imbvlm` command."""
 
-from imbvlm.cli import main
+from imbvlm.cli.app import main
 
 main()

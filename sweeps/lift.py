@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping
 
-from imbvlm.sweep.command import add_arguments, run_command
-from imbvlm.sweep.recipes import LIFT, LIFT_PLUS
-from imbvlm.sweep.space import Draw
+from imbvlm.cli.sweep_script import add_arguments, run_command
 from imbvlm.sweep.spec import SweepSpec
-from imbvlm.sweep.study import Part, Row, study_fields
+from imbvlm.sweep.spec.published_recipes import LIFT, LIFT_PLUS
+from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.studies import Part, Row, study_fields
 
 # Epochs of LIFT and of LIFT+; the width of the adapters follows from the number of classes.
 EPOCHS = {"imagenet_lt": (10, 5), "places_lt": (10, 5), "inat2018": (20, 15)}

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from imbvlm.errors import ImbvlmError
-from imbvlm.sweep.command import add_arguments, run_command
-from imbvlm.sweep.plan import resources
-from imbvlm.sweep.space import Draw
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.cli.sweep_script import add_arguments, run_command
+from imbvlm.sweep.plan.sweep_plan import resources
 from imbvlm.sweep.spec import SweepSpec
-from imbvlm.sweep.study import Part, Row, study_fields
+from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.studies import Part, Row, study_fields
 
 EMBEDDED = "embedded:"
 DEFAULT_MANIFEST = "embedded:fashion_mnist_lt"

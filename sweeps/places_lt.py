@@ -1,8 +1,8 @@
 """Places-LT on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
 
 from imbvlm.sweep.command import main
-from imbvlm.sweep.recipes import LIFT
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.spec.published_recipes import LIFT
 
 spec = SweepSpec(
     name="places_lt",

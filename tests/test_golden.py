@@ -2,9 +2,9 @@
 
 from golden.cases import covered
 
-from imbvlm.losses import LOSSES
-from imbvlm.models.decoupled import SECOND_STAGES
-from imbvlm.models.methods import METHODS
+from imbvlm.longtail.losses import LOSSES
+from imbvlm.models.model_builder import METHODS
+from imbvlm.models.second_stage_modules import SECOND_STAGES
 
 
 def test_every_method_loss_and_second_stage_has_a_golden_case():

@@ -17,13 +17,13 @@ import s3_server
 from test_datasets import spread, write_lists
 from towers import write_tower
 
-from imbvlm.config_methods import METHOD_SECTIONS
-from imbvlm.config_stages import SecondStageConfig
-from imbvlm.data.datasets import DATASETS
+from imbvlm.base.schema import tag_of, variants
+from imbvlm.config.method_registry import METHOD_SECTIONS
+from imbvlm.config.second_stage_registry import SecondStageConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.losses import LOSSES, loss_knobs
-from imbvlm.models.methods import METHODS
-from imbvlm.schema import tag_of, variants
+from imbvlm.data.sources.benchmark_registry import DATASETS
+from imbvlm.longtail.losses import LOSSES, loss_knobs
+from imbvlm.models.model_builder import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_the_tree_names_every_file_of_the_package_and_no_other():
     named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree))
     there = {path.name for path in (ROOT / "imbvlm").rglob("*.py") if not path.name.startswith("__")}
     assert named - there == set()
-    assert there - named == {"build.py", "build_tower.py"}
+    assert there - named == set()
 
 
 def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
@@ -232,14 +232,14 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
     function, line, knobs, formula = code_blocks(text, "python")
     row = "| `poly1` | `epsilon` | polynomial | 9 ms | it is one's own |\n| `focal`"
     for name, edits in {
-        "imbvlm/losses.py": {
+        "imbvlm/longtail/losses.py": {
             "LOSSES: Mapping[str, LossFunction] = {\n": f"{function}\n\nLOSSES: Mapping[str, LossFunction] = {{\n{line}"
         },
-        "imbvlm/config_losses.py": {
+        "imbvlm/config/loss_registry.py": {
             "# Every loss of LOSSES": f"{knobs}\n\n# Every loss of LOSSES",
             "    | LadeConfig,": "    | LadeConfig\n    | Poly1Config,",
         },
-        "tests/test_losses.py": {'    "focal": ({"gamma"': f'{formula}    "focal": ({{"gamma"'},
+        "tests/longtail/test_losses.py": {'    "focal": ({"gamma"': f'{formula}    "focal": ({{"gamma"'},
         "README.md": {"| `focal`": row},
     }.items():
         source = (tmp_path / name).read_text(encoding="utf-8")

@@ -27,25 +27,27 @@ from listening import LOOPBACK
 from sweep_folder import write_sweep
 from towers import write_tower
 
-from imbvlm import inference
 from imbvlm.assets import tower_path
-from imbvlm.cluster_file import check_cluster_file
-from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
-from imbvlm.data.images import ImageError, decode, fetch
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.cli.cluster_file_check import check_cluster_file
+from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.images.decoding import ImageError, decode, fetch
 from imbvlm.data.manifest import Manifest, ManifestError, label_rows
-from imbvlm.data.tables import from_table
-from imbvlm.data.webdataset import from_shards
-from imbvlm.errors import ImbvlmError
-from imbvlm.features.store import FeatureStore, StoreError, StoreLayout
-from imbvlm.models.encoder import Encoder, describe_encoder
-from imbvlm.models.towers import CONFIG_FILE, find_tower
-from imbvlm.sweep.listing import SweepState
-from imbvlm.sweep.post_hoc import read_adjustment
-from imbvlm.sweep.provenance import provenance_changes
-from imbvlm.sweep.results import TrialLog
-from imbvlm.sweep.spec import SweepSpec
+from imbvlm.data.sources.table_files import from_table
+from imbvlm.data.sources.webdataset import from_shards
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreError, StoreLayout
+from imbvlm.inference.model_folder import load
+from imbvlm.models.encoders.encoder_registry import CONFIG_FILE, find_tower
+from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.sweep.records.adjustment_selection import read_adjustment
+from imbvlm.sweep.records.provenance import provenance_changes
+from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, load_model_tensors, save_checkpoint
-from imbvlm.training.val_logits import read_logits
+from imbvlm.training.validation_logits import read_logits
 
 CLASS_COUNTS = [200, 50, 8]
 
@@ -102,7 +104,7 @@ def test_no_reader_of_results_models_and_state_unpickles(hostile, mark, tmp_path
         path.write_bytes(hostile)
     folder = str(tmp_path)
     refused(load_model_tensors, folder)
-    refused(inference.load, folder)
+    refused(load, folder)
     refused(FeatureStore.open, folder)
     refused(TrialLog.read, folder)
     refused(SweepState.read, folder)
@@ -243,9 +245,10 @@ def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names
     monkeypatch.setattr("socket.getaddrinfo", asked)
     monkeypatch.setattr("socket.socket.connect", asked)
     # As if it were installed: it would ask the hub for the model.
-    monkeypatch.setattr("imbvlm.models.encoder.require_transformers", lambda *given: None)
+    monkeypatch.setattr("imbvlm.models.encoders.encoder.require_transformers", lambda *given: None)
+    monkeypatch.setattr("imbvlm.models.encoders.open_clip_encoder.require_transformers", lambda *given: None)
     monkeypatch.setattr("open_clip.hf_model.HFTextEncoder.__init__", asked)
-    (found,) = inference.load(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])
+    (found,) = load(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])
     assert found.error is None
 
 
@@ -256,10 +259,10 @@ def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path):
         for content in (b"[" * 200_000, b'{"format": 2, "config": ' + b"[" * 200_000):
             (folder / name).write_bytes(content)
             with pytest.raises(ImbvlmError, match="nested too deeply"):
-                inference.load(folder, "cpu")
+                load(folder, "cpu")
         os.truncate(folder / name, 65_000_000)
         with pytest.raises(ImbvlmError, match=r"has 65\.0 MB, and at most 64\.0 MB are read"):
-            inference.load(folder, "cpu")
+            load(folder, "cpu")
         (folder / name).write_bytes(whole)
     # Not as deep as Python can go, and deeper than a configuration is.
     description = json.loads(whole_description := (folder / "config.json").read_text())
@@ -267,9 +270,9 @@ def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path):
         deep = json.dumps({**description, key: 0}).replace(f'"{key}": 0', f'"{key}": {"[" * 900}{"]" * 900}')
         (folder / "config.json").write_text(deep)
         with pytest.raises(ImbvlmError):
-            inference.load(folder, "cpu")
+            load(folder, "cpu")
     (folder / "config.json").write_text(whole_description)
-    inference.load(folder, "cpu")
+    load(folder, "cpu")
 
 
 @pytest.mark.timeout(30)
@@ -282,11 +285,11 @@ def test_a_pipe_or_a_device_in_the_place_of_a_models_file_is_not_waited_for(tmp_
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(ImbvlmError, match=f"{name}.* is (a pipe or a device|no file)"):
-        inference.load(folder, "cpu")
+        load(folder, "cpu")
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
     with pytest.raises(ImbvlmError, match=f"{name}.* is (a pipe or a device|no file)"):
-        inference.load(folder, "cpu")
+        load(folder, "cpu")
 
 
 def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_path):
@@ -302,7 +305,7 @@ def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(
     ):
         (folder / "config.json").write_text(json.dumps({**description, **change}))
         with pytest.raises(ImbvlmError, match=r"the exported weights don't fit their configuration .* should be of"):
-            inference.load(folder, "cpu")
+            load(folder, "cpu")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
 
 
@@ -387,7 +390,7 @@ def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path):
 LISTENING = """
 import json
 from listening import listening
-from imbvlm.data.cluster import connected
+from imbvlm.ray_runtime.connection import connected
 with connected() as cluster:
     print(json.dumps([cluster.dashboard, listening()]))
 """
@@ -395,7 +398,7 @@ with connected() as cluster:
 
 @pytest.mark.slow
 def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone(tmp_path):
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with apart_with_ray(tmp_path) as there:
         done = subprocess.run(
             there.command(sys.executable, "-c", LISTENING),

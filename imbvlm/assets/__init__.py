@@ -1,9 +1,9 @@
-"""Data and a small tower that come with the package; NOTICE.md has their licences, build.py remakes them."""
+"""Data and a small tower that come with the package; NOTICE.md has their licences, tests/tools remakes them."""
 
 from importlib import resources
 from pathlib import Path
 
-from imbvlm.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, nearest
 
 MANIFESTS = ("emoji_lt", "fashion_mnist_lt")
 TOWERS = ("tinylit-lite0",)

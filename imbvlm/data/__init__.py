@@ -1,1 +1,1 @@
-
+"""The manifest, and images read by it."""

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imbvlm.data.table import SPLITS, count_of, listed, split_codes
+from imbvlm.base.formatting import count_of, listed
+from imbvlm.data.manifest_schema import SPLITS, split_codes
 
 _MOST_SHOWN = 5
 # Enough to know a class's folders by: of millions of images all would take seconds.

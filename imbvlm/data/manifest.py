@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,21 +16,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from imbvlm import s3, storage
 from imbvlm.assets import manifest_path
-from imbvlm.class_stats import ClassStats
+from imbvlm.base import s3, storage
+from imbvlm.base.errors import ImbvlmError, printable
+from imbvlm.base.formatting import count_of, listed, size_text
 from imbvlm.data.class_list import class_list_findings
-from imbvlm.data.fetching import file_state
-from imbvlm.data.table import (
+from imbvlm.data.files.file_listing import file_states
+from imbvlm.data.manifest_schema import (
     SCHEMA,
     SPLITS,
     Rows,
     absolute_uris,
     conform,
     content_groups,
-    count_of,
     is_utf8,
-    listed,
     metadata_findings,
     missing_columns,
     name_findings,
@@ -41,7 +39,7 @@ from imbvlm.data.table import (
     split_codes,
     type_findings,
 )
-from imbvlm.errors import ImbvlmError, printable
+from imbvlm.longtail.class_stats import ClassStats
 
 METADATA_KEY = b"imbvlm"
 EMBEDDED = "embedded:"
@@ -51,8 +49,6 @@ CARVE_AT_MOST = 3
 _ROW_GROUP = 65536
 # What is read may be so many times its file, or so many bytes; in pieces of so many rows.
 _MOST_GROWTH, _LEAST_BOUND, _ROWS_AT_ONCE = 200, 1_000_000_000, 1024
-_STAT_THREADS = 8
-_STAT_CHUNK = 8192
 
 
 class ManifestError(ImbvlmError):
@@ -262,16 +258,6 @@ def label_rows(source: str) -> LabelRows:
     return Manifest(table, tuple(metadata.class_names), metadata.name or source, counts).label_rows()
 
 
-def carve_validation(manifest: Manifest, seed: int) -> Rows:
-    """Manifest row numbers to take from training as validation (PROTOCOL); empty where it has validation rows."""
-    return manifest.label_rows().carve(seed)
-
-
-def not_selectable(labels: npt.NDArray[np.int64], num_classes: int) -> Rows:
-    """Ids of the classes without a row in `labels`, the validation rows: selection can't see them."""
-    return np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
@@ -319,7 +305,7 @@ def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_by
             tables.append(pa.table(plain))
             num_bytes += tables[-1].nbytes
             if num_bytes > most_bytes:
-                size = storage.size_text(most_bytes)
+                size = size_text(most_bytes)
                 wrong = f"its rows are more than {size} in memory, so it isn't read; is it a manifest?"
                 raise ManifestError(path, [wrong])
         # One after another, so that what is copied together isn't all of the rows at once.
@@ -380,20 +366,3 @@ def _draw(labels: npt.NDArray[np.int64], groups: Rows, quota: npt.NDArray[np.int
     taken = np.zeros(len(size), dtype=bool)
     taken[ranked[within <= quota[group_label[ranked]]]] = True
     return np.flatnonzero(taken[group])
-
-
-def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
-    chunks = [uris[start : start + _STAT_CHUNK] for start in range(0, len(uris), _STAT_CHUNK)]
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        states = list(pool.map(_states_of, chunks))
-    return np.concatenate([np.empty((0, 2), dtype=np.int64), *states])
-
-
-def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    states = np.full((len(uris), 2), -1, dtype=np.int64)
-    for index, uri in enumerate(uris):
-        found = file_state(uri)
-        if found is not None:
-            states[index] = found.st_size, found.st_mtime_ns
-    return states

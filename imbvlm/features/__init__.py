@@ -1,1 +1,1 @@
-
+"""Stored encoder outputs, and what a trial reads."""

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from imbvlm.errors import ImbvlmError
-from imbvlm.models.visual import PRE_NORM_BLOCKS
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.models.encoders.encoder_outputs import PRE_NORM_BLOCKS
 
 Blocks = Mapping[str, nn.Module]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
-from imbvlm.config import CosineClassifierConfig, LinearClassifierConfig
-from imbvlm.errors import ImbvlmError
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
 
 # A vector shorter than this has no direction: it counts as zero and gets no gradient, which would be 1 / length.
 MIN_NORM = 1e-6
@@ -83,3 +84,33 @@ def _start_from(classifier: LinearClassifier | CosineClassifier, init_weight: Te
 def full_precision(features: Tensor) -> torch.autocast:
     """No autocast: bfloat16 logits of a cosine classifier, at 1 / temperature = 25, are 0.125 apart."""
     return torch.autocast(features.device.type, enabled=False)
+
+
+class FeatureClassifier(nn.Module):
+    """A classifier on stored features, behind a decoder or none: (B, ...) -> (B, C)."""
+
+    def __init__(self, decoder: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.classifier = classifier
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of tokens (B, T, D) or pooled features (B, P)."""
+        logits: Tensor = self.classifier(self.decoder(features))
+        return logits
+
+
+class ZeroShotClassifier(nn.Module):
+    """Scaled cosine similarity of image and text embeddings, nothing trained [Radford 2021, "CLIP"]."""
+
+    class_embeddings: Tensor
+    logit_scale: Tensor
+
+    def __init__(self, class_embeddings: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.register_buffer("class_embeddings", class_embeddings.float())
+        self.register_buffer("logit_scale", torch.tensor(logit_scale))
+
+    def forward(self, image_embedding: Tensor) -> Tensor:
+        """Logits (B, C) of image embeddings (B, E)."""
+        return self.logit_scale * functional.normalize(image_embedding, dim=-1) @ self.class_embeddings.T

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imbvlm.config import DecoderConfig
-from imbvlm.errors import ImbvlmError
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.model_sections import DecoderConfig
 
 FinalNorm = tuple[Tensor, Tensor, float]
 

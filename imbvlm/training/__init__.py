@@ -1,1 +1,1 @@
-
+"""One trial, from its settings to its last report."""

@@ -15,9 +15,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from imbvlm import storage
-from imbvlm.errors import ImbvlmError
-from imbvlm.models.tower_classifier import own_tensors
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.models.model_state import own_tensors
 
 FORMAT = 1
 INDEX_FILE = "state.json"

@@ -9,7 +9,7 @@ from table import Line, Options, in_turn, shown, times
 from torch import Tensor
 from torch.nn import functional as F
 
-from imbvlm.config import DecoderConfig
+from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.models import decoder
 
 BATCH, REPEATS = 32, 6

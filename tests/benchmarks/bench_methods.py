@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import open_clip
@@ -28,13 +28,13 @@ import torch
 from PIL import Image
 from towers import write_config
 
-from imbvlm.config import TrialConfig
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.losses import LOSSES, build_loss
-from imbvlm.models.encoder import Encoder
-from imbvlm.models.methods import METHODS, build_model
-from imbvlm.models.tower_classifier import count_parameters
-from imbvlm.sweep.calibration import _made_up_data, _tower_speed, _trial_speed
+from imbvlm.longtail.losses import LOSSES, build_loss
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.model_builder import METHODS, build_model
+from imbvlm.models.model_state import count_parameters
+from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _tower_speed, _trial_speed
 
 NUM_CLASSES, NUM_IMAGES, BATCH_SIZE = 100, 1000, 128
 LOGITS = (256, 8142)

@@ -7,12 +7,13 @@ import numpy as np
 from table import Line, shown
 from tiny_images import extraction_in_this_process
 
-from imbvlm.config import TrialConfig
+from imbvlm.config.encoder_info import OutputName
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.features.extract import ensure_features
-from imbvlm.models.encoder_info import OutputName
-from imbvlm.training.epochs import TrialRun
+from imbvlm.features.extraction import ensure_features
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.training.trial_run import TrialRun
 
 MANIFEST = "embedded:fashion_mnist_lt"
 NUM_EPOCHS = 12

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from table import Line, Options, in_turn, rates
 
-from imbvlm.features.examples import TrialData
-from imbvlm.training.epochs import build_trial
+from imbvlm.features.trial_data import TrialData
+from imbvlm.training.trial_run import build_trial
 
 
 @dataclass(frozen=True)

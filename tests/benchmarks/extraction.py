@@ -10,13 +10,14 @@ import made
 import torch
 from table import Line, Options, number, rates, shown
 
-from imbvlm.config import EncoderConfig, EvalConfig, TrialConfig
+from imbvlm.config.encoder_info import ComputedIn
+from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.pipeline import Block, map_images
-from imbvlm.features import extract
-from imbvlm.features.tower_pass import BATCH_ON_CPU, BATCH_ON_GPU
-from imbvlm.models.encoder import Encoder, describe_encoder
-from imbvlm.models.encoder_info import ComputedIn
+from imbvlm.features import extraction, extraction_plan
+from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
+from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.ray_runtime.image_pipeline import Block, map_images
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -28,7 +29,7 @@ def lines(options: Options) -> Iterator[Line]:
     manifest = made.image_manifest(options.folder / "data", num_images, 64, 20)
     num_bare = 2000 if options.large else 96
     config = TrialConfig.from_tree({"data": {"manifest": manifest}, "encoder": {"name": name}, "method": "zero_shot"})
-    kind = extract.computed_in(config, describe_encoder(tower))
+    kind = extraction_plan.computed_in(config, describe_encoder(tower))
     # The machine may get slower or faster meanwhile: what is bare is measured before and behind.
     before = bare_rate(tower, options.device, num_bare, kind)
     rate, whole = _extract(config, str(options.folder / "store"))
@@ -58,8 +59,8 @@ def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
 
     outputs = frozenset({"tokens", "pooled", "image_embedding"})
     begin = perf_counter()
-    with patch.object(extract, "map_images", watched), patch.object(extract, "SECONDS_HERE", 0.0):
-        extract.ensure_features(
+    with patch.object(extraction, "map_images", watched), patch.object(extraction, "SECONDS_HERE", 0.0):
+        extraction.ensure_features(
             config, Manifest.read(config.data.manifest), root, outputs, ("train",), report=lambda line: None
         )
     return steady_rate(done, *workers), perf_counter() - begin

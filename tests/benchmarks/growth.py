@@ -9,12 +9,14 @@ from pathlib import Path
 import made
 from table import Line, Options, limited, shown
 
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.engine.search import StudySearcher
-from imbvlm.sweep.results import TrialLog, TrialRecord
-from imbvlm.sweep.spec import SweepSpec, check_spec
-from imbvlm.training.epochs import build_trial
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.training.trial_run import build_trial
 
 # A step of the size may cost this much more than its share: what is fixed is paid by the small ones, caches end.
 SLACK = 1.5

@@ -19,10 +19,10 @@ from PIL import Image
 from s3_server import BUCKET, delayed, program, serve
 from table import in_turn, limited, rates, shown
 
-from imbvlm.data.images import Preprocess
+from imbvlm.data.image_stream import StreamPlan, load_batch
+from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.pipeline import map_images, stream_blocks
-from imbvlm.data.streaming import StreamPlan, load_batch
+from imbvlm.ray_runtime.image_pipeline import map_images, stream_blocks
 
 NUM_IMAGES, SIDE, BATCH = 2000, 224, 128
 REPEATS = 3

@@ -15,19 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor, from_numpy, nn
 from towers import write_config
 
-from imbvlm.config import Tree, TrialConfig
-from imbvlm.data.cluster import connected
+from imbvlm.base.console import Console
+from imbvlm.base.schema import Tree
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.examples import FeatureSet
-from imbvlm.features.store import TOWER_FILE, FeatureStore, StoreLayout
-from imbvlm.models.encoder_info import EncoderInfo
-from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.console import Console
-from imbvlm.sweep.engine.search import Job
-from imbvlm.sweep.engine.tuner import Lane, payload, run_jobs
-from imbvlm.sweep.results import TrialLog
-from imbvlm.sweep.spec import SweepSpec
-from imbvlm.training.session import TrialSettings
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import TOWER_FILE, StoreLayout
+from imbvlm.ray_runtime.connection import connected
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.jobs import Job, Lane, payload
+from imbvlm.sweep.tune.tune_runner import run_jobs
+from imbvlm.training.trial_session import TrialSettings
 
 SHARD_BYTES = 64_000_000
 

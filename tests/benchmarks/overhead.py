@@ -6,8 +6,8 @@ import made
 import numpy as np
 from table import Line, Options, limited, shown
 
-from imbvlm.sweep.engine.search import FixedSearcher, Job
-from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.jobs import FixedSearcher, Job
 
 
 def lines(options: Options) -> Iterator[Line]:

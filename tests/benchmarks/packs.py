@@ -14,11 +14,13 @@ from table import Line, Options, in_turn, limited, shown, times
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
-from imbvlm.config import DecoderConfig, TrialConfig
-from imbvlm.features.examples import FeatureSet, TrialData
+from imbvlm.config.model_sections import DecoderConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
 from imbvlm.models.decoder import Decoder
-from imbvlm.training.epochs import build_trial
-from imbvlm.training.pack import Pack
+from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_run import build_trial
 
 LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjustment", "focal")
 # What a pack gives is what each member gives alone, to this share of it.

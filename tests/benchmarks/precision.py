@@ -8,7 +8,7 @@ import torch
 from table import Line, Options, in_turn, shown, times
 from torch import Tensor, nn
 
-from imbvlm.config import DecoderConfig
+from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.models.decoder import Decoder
 
 BATCH, REPEATS = 32, 4

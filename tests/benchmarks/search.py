@@ -13,16 +13,18 @@ import numpy as np
 import optuna
 from table import Line, Options, limited, shown
 
-from imbvlm.config import Tree, TrialConfig
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.sweep.budget import Budget
-from imbvlm.sweep.duplicates import canonical_key
-from imbvlm.sweep.engine.scheduler import asha
-from imbvlm.sweep.engine.search import StudySearcher
-from imbvlm.sweep.space import SearchSpace
-from imbvlm.sweep.spec import AshaConfig, SweepSpec
-from imbvlm.training.epochs import build_trial
-from imbvlm.training.pack import Pack, pack_key
+from imbvlm.base.schema import Tree
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.spec.equivalence import canonical_key
+from imbvlm.sweep.spec.search_space import SearchSpace
+from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.tune.asha_brackets import asha
+from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.training.trial_pack import Pack, pack_key
+from imbvlm.training.trial_run import build_trial
 
 BEST = "val/best_balanced_accuracy"
 SEEDS = range(5)

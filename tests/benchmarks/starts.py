@@ -6,9 +6,10 @@ from typing import get_args
 import embedded
 from table import Line, Options, shown
 
-from imbvlm.config import CosineClassifierConfig
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.training.epochs import build_trial
+from imbvlm.config.model_sections import CosineClassifierConfig
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.training.trial_run import build_trial
 
 SEEDS = range(5)
 EPOCHS = (1, 3, 12)

@@ -18,16 +18,18 @@ from cpu import WatchedCommand
 from table import Line, Options, limited, seconds, shown, times
 from tune_script import WholeDecoder
 
-from imbvlm.config import DecoderConfig, TrainConfig, TrialConfig
-from imbvlm.features.extract import computed_in
-from imbvlm.features.tower_pass import BATCH_ON_CPU
+from imbvlm.base.yaml_file import dump_yaml
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.model_sections import DecoderConfig
+from imbvlm.config.training_sections import TrainConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.encoder_worker import BATCH_ON_CPU
+from imbvlm.features.extraction_plan import computed_in
 from imbvlm.models.decoder import Decoder
-from imbvlm.models.encoder import Encoder, describe_encoder
-from imbvlm.models.encoder_info import EncoderInfo
-from imbvlm.sweep.results import TrialLog
-from imbvlm.sweep.spec import SweepSpec
-from imbvlm.training.computing import Computing
-from imbvlm.yaml_file import dump_yaml
+from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.step.compute_context import Computing
 
 NUM_TRIALS, NUM_EPOCHS, BATCH_SIZE, DEPTH, NUM_CLASSES = 16, 4, 32, 3, 20
 LOSSES = ("cross_entropy", "balanced_softmax")

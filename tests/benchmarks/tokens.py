@@ -10,14 +10,16 @@ import made
 from table import Line, Options, in_turn, shown, times
 from tiny_images import extraction_in_this_process
 
-from imbvlm import storage
-from imbvlm.config import TrialConfig
+from imbvlm.base import storage
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.features.extract import ensure_features
-from imbvlm.features.store import TOWER_FILE, FeatureStore
-from imbvlm.models.token_pooling import pooling_matrix
-from imbvlm.training.epochs import build_trial
+from imbvlm.features.extraction import ensure_features
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import TOWER_FILE
+from imbvlm.features.trial_data import TrialData
+from imbvlm.models.encoders.token_pooling import pooling_matrix
+from imbvlm.training.trial_run import build_trial
 
 # Whether tokens are bytes, and how many by how many are one.
 KINDS = {

@@ -24,10 +24,11 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from imbvlm.config import DecoderConfig, SgdConfig
+from imbvlm.config.model_sections import DecoderConfig
+from imbvlm.config.training_sections import SgdConfig
+from imbvlm.longtail.class_sampling import epoch_plan
 from imbvlm.models.decoder import Decoder
-from imbvlm.sampling import epoch_plan
-from imbvlm.training.optim import lr_at
+from imbvlm.training.step.optimizers import lr_at
 
 
 class Images(Dataset):

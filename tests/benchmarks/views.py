@@ -7,9 +7,10 @@ import embedded
 import numpy as np
 from table import Line, Options, shown
 
-from imbvlm.features.examples import FeatureSet, TrialData
-from imbvlm.sampling import EpochPlan
-from imbvlm.training.epochs import TrialRun, build_trial
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.longtail.class_sampling import EpochPlan
+from imbvlm.training.trial_run import TrialRun, build_trial
 
 SEEDS = range(5)
 NUM_VIEWS = (1, 2, 4, 8)

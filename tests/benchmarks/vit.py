@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import open_clip
@@ -33,15 +33,15 @@ from safetensors.torch import save_file
 from tiny_images import extraction_in_this_process
 from torch import Tensor
 
-from imbvlm.config import TrialConfig
+from imbvlm.cli.sweep_script import parse_settings
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.examples import TrialData
-from imbvlm.features.extract import ensure_features
-from imbvlm.models.methods import stored_outputs
-from imbvlm.models.tower_classifier import count_parameters
-from imbvlm.sweep.command import parse_settings
-from imbvlm.sweep.recipes import LIFT_PLUS
-from imbvlm.training.epochs import build_trial
+from imbvlm.features.extraction import ensure_features
+from imbvlm.features.trial_data import TrialData
+from imbvlm.models.model_builder import stored_outputs
+from imbvlm.models.model_state import count_parameters
+from imbvlm.sweep.spec.published_recipes import LIFT_PLUS
+from imbvlm.training.trial_run import build_trial
 
 GROUPS = ("balanced", "many_shot", "medium_shot", "few_shot")
 NUM_BLOCKS = 12

@@ -20,7 +20,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 # The package is another commit's; the helpers are this one's.
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[2]),
+    str(Path(__file__).resolve().parents[1]),
+    str(Path(__file__).resolve().parents[1] / "helpers"),
+]
 
 from golden import cases  # noqa: E402
 

@@ -133,11 +133,11 @@ def patch_session(module):
 
 
 PATCHES = {
-    "imbvlm.losses": patch_losses,
-    "imbvlm.features.loading": patch_loading,
-    "imbvlm.prediction_table": patch_prediction,
-    "imbvlm.features.tower_pass": patch_tower,
-    "imbvlm.training.session": patch_session,
+    "imbvlm.longtail.losses": patch_losses,
+    "imbvlm.features.image_blocks": patch_loading,
+    "imbvlm.inference.batch_prediction": patch_prediction,
+    "imbvlm.features.encoder_worker": patch_tower,
+    "imbvlm.training.trial_session": patch_session,
 }
 
 

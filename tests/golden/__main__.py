@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def _write_inputs(folder: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from tests.golden.cases import write_inputs
 
     write_inputs(folder)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from imbvlm import storage
-from imbvlm.sweep.duplicates import canonical_key
-from imbvlm.sweep.listed_space import ListedSpace
-from imbvlm.sweep.published import Published, published_scores
-from imbvlm.sweep.refits import fresh_name, listed_names
-from imbvlm.sweep.report.figure import Table
-from imbvlm.sweep.report.source import Scored, Source
-from imbvlm.sweep.results import TrialRecord
-from imbvlm.sweep.study_config import StudyTable
-from imbvlm.sweep.summary import HEADINGS, METRICS, mean_and_spread
+from imbvlm.base import storage
+from imbvlm.base.formatting import mean_and_spread
+from imbvlm.sweep.records.refit_selection import fresh_name, listed_names
+from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
+from imbvlm.sweep.records.trial_log import TrialRecord
+from imbvlm.sweep.report.plotting import Table
+from imbvlm.sweep.report.report_data import Scored, Source
+from imbvlm.sweep.spec.equivalence import canonical_key
+from imbvlm.sweep.spec.published_recipes import Published, published_scores
+from imbvlm.sweep.spec.search_space import ListedSpace
+from imbvlm.sweep.spec.sweep_spec import StudyTable
 
 SCORES = {
     "top1_accuracy": "overall",

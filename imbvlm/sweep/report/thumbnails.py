@@ -7,12 +7,12 @@ import io
 
 from PIL import Image
 
-from imbvlm import storage
-from imbvlm.data.images import ImageError, decode, fetch
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.data.images.decoding import ImageError, decode, fetch
 from imbvlm.data.manifest import Manifest
-from imbvlm.errors import ImbvlmError
-from imbvlm.sweep.manifest_path import locate_manifest
-from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.spec.manifest_path import locate_manifest
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 SIDE = 72
 PER_PAIR = 3

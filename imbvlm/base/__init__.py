@@ -1,0 +1,1 @@
+"""Errors, files, YAML, sections, formatting and the console."""

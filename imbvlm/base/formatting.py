@@ -1,0 +1,75 @@
+"""Numbers, durations, sizes and tables as text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from imbvlm.base.errors import printable
+
+
+def size_text(num_bytes: float) -> str:
+    """A size for people: 1.2 kB, 57.1 MB, 230.2 GB."""
+    if 0 < num_bytes < 1e5:
+        return f"{num_bytes / 1e3:,.1f} kB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Such as `42 s`, `3 min 5 s` or `2 h 10 min`."""
+    whole = round(max(0.0, seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one digit, or a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: words to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(cells, widths, numeric, strict=True)
+        ).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _is_number(text: str) -> bool:
+    return (
+        text == "-"
+        or text.replace(".", "").replace("-", "").replace("+", "").replace("±", "").replace(" ", "").isdigit()
+    )
+
+
+def count_of(number: float, word: str) -> str:
+    """`1 class`, `3 classes`, `0.5 GPUs`."""
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {word if number == 1 else plural}"
+
+
+def listed(items: Sequence[str], most: int = 10) -> str:
+    """Names of others as one line for people, the first few and how many more."""
+    return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = percent(statistics.fmean(values))
+    return f"{mean} ± {percent(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def between(low: float, high: float) -> str:
+    """Such as `40 s to 1 min 10 s`, or `40 s` where both read alike."""
+    words = duration(low), duration(high)
+    return words[0] if words[0] == words[1] else " to ".join(words)

@@ -1,0 +1,1 @@
+"""The `imbvlm` command."""

@@ -1,0 +1,190 @@
+"""Checks a cluster's file before any machine is paid for: values that must be set, and what Ray's own check misses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from imbvlm.base.errors import ConfigError, Problem
+from imbvlm.base.schema import Tree
+from imbvlm.base.yaml_file import YamlTree, read_foreign_yaml
+from imbvlm.ray_runtime.cluster_resources import AUTOSCALER_SETTING
+
+# What a value must look like, and an example of one.
+PATTERNS = {
+    "region": (re.compile(r"[a-z]{2}(-[a-z]+)+-\d"), "us-east-1"),
+    "zone": (re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z](,[a-z]{2}(-[a-z]+)+-\d[a-z])*"), "us-east-1a"),
+    "image": (re.compile(r"ami-[0-9a-f]{8,17}"), "ami-0123456789abcdef0"),
+}
+KUBERAY_PREFIX = "imbvlm/"
+
+
+def check_cluster_file(path: str | Path) -> None:
+    """Check a file for Ray's cluster launcher or KubeRay; raises ConfigError with every mistake and its line."""
+    located = read_foreign_yaml(path)
+    tree = located.data
+    if not isinstance(tree, dict):
+        raise ConfigError([Problem("a cluster's file is a mapping of keys", located.file)])
+    problems = list(_check_kuberay(located, tree) if "apiVersion" in tree else _check_launcher(located, tree))
+    if problems:
+        raise ConfigError(problems)
+
+
+# ------------------------------------------------------------------------------------------- `ray up`'s files
+
+
+def _check_launcher(located: YamlTree, tree: Tree) -> Iterator[Problem]:
+    settings = tree.get("metadata")
+    yield from _check_settings(located, settings if isinstance(settings, dict) else {}, ("metadata",))
+    shape = _shape_problem(tree)
+    if shape is not None:
+        yield Problem(shape, located.file)
+        return
+    if tree["provider"].get("type") == "aws":
+        yield from _check_aws(located, tree)
+    yield from _check_node_types(located, tree)
+    yield from _check_mounts(located, tree)
+
+
+def _check_settings(located: YamlTree, settings: Tree, path: tuple[str, ...]) -> Iterator[Problem]:
+    """Named values at the top of the file: set, and of the right form."""
+    for key, value in settings.items():
+        name = key.removeprefix(KUBERAY_PREFIX)
+        pattern, example = PATTERNS.get(name, (None, "")) if path == ("metadata",) else (None, "")
+        where = located.where((*path, key))
+        if value is None:
+            yield Problem(f"{name} must be set{f', such as {example}' if example else ''}", where)
+        elif pattern is not None and not pattern.fullmatch(str(value)):
+            yield Problem(f"{name} is {value!r}, which doesn't look like one; an example is {example}", where)
+
+
+def _shape_problem(tree: Tree) -> str | None:
+    """What Ray itself says of the file; values that aren't set yet are ours to name."""
+    try:
+        validate_config(prepare_config(_with_strings(tree)))
+    except jsonschema.ValidationError as error:
+        place = ".".join(str(part) for part in error.absolute_path)
+        return f"{f'{place}: ' if place else ''}{error.message}"
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        return f"Ray's cluster launcher can't read this: {error!r}"
+    return None
+
+
+def _with_strings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_strings(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_strings(one) for one in value]
+    return "" if value is None else value
+
+
+def _check_aws(located: YamlTree, tree: Tree) -> Iterator[Problem]:
+    provider = tree["provider"]
+    if "region" not in provider:
+        yield Problem("provider.region is missing: Ray would take us-west-2", located.where(("provider",)))
+    region, zones = provider.get("region"), provider.get("availability_zone")
+    if region and zones and not all(zone.strip().startswith(region) for zone in str(zones).split(",")):
+        message = f"the zone {zones} is not in the region {region}"
+        yield Problem(message, located.where(("metadata", "zone")))
+    for name, node_type in tree.get("available_node_types", {}).items():
+        for key in ("InstanceType", "ImageId"):
+            if key not in node_type["node_config"]:
+                where = located.where(("available_node_types", name, "node_config"))
+                yield Problem(
+                    f"node type {name} has no {key}: Ray would choose one that has no GPU or is too old", where
+                )
+
+
+def _check_node_types(located: YamlTree, tree: Tree) -> Iterator[Problem]:
+    """Ray checks none of this: it starts, and the workers never come."""
+    types, most = tree.get("available_node_types", {}), tree.get("max_workers")
+    if not types or most is None:
+        if tree["provider"].get("type") == "aws":
+            yield Problem("max_workers and available_node_types are needed", located.file)
+        return
+    head = tree["head_node_type"]
+    for name, node_type in types.items():
+        where = located.where(("available_node_types", name, "max_workers"))
+        least, own = node_type.get("min_workers", 0), node_type.get("max_workers", 0 if name == head else most)
+        if own > most:
+            yield Problem(f"node type {name} may have {own} workers, and all together {most}; raise max_workers", where)
+        if least > own:
+            yield Problem(f"node type {name} has min_workers {least} above its max_workers {own}", where)
+    if not any(one.get("max_workers", most) for name, one in types.items() if name != head) or most < 1:
+        yield Problem("no node type may have workers, so trials would wait for ever", located.where(("max_workers",)))
+
+
+def _check_mounts(located: YamlTree, tree: Tree) -> Iterator[Problem]:
+    for remote, local in tree.get("file_mounts", {}).items():
+        if not Path(str(local)).expanduser().exists():
+            where = located.where(("file_mounts", remote))
+            yield Problem(f"{local} is not there, seen from {Path.cwd()}; start in the repository's root", where)
+
+
+# --------------------------------------------------------------------------------------------------- KubeRay
+
+
+def _check_kuberay(located: YamlTree, tree: Tree) -> Iterator[Problem]:
+    if tree.get("kind") != "RayJob" or not str(tree["apiVersion"]).startswith("ray.io/"):
+        yield Problem(f"this is a {tree.get('kind')} of {tree['apiVersion']}, not a RayJob of ray.io", located.file)
+        return
+    annotations = (tree.get("metadata") or {}).get("annotations") or {}
+    yield from _check_settings(located, annotations, ("metadata", "annotations"))
+    cluster = (tree.get("spec") or {}).get("rayClusterSpec") or {}
+    for index, group in enumerate(cluster.get("workerGroupSpecs") or []):
+        least, now, most = (group.get(key, 0) for key in ("minReplicas", "replicas", "maxReplicas"))
+        if not least <= now <= most or most < 1:
+            where = located.where(("spec", "rayClusterSpec", "workerGroupSpecs", index))
+            counts = f"minReplicas {least}, replicas {now} and maxReplicas {most}"
+            yield Problem(f"worker group {group.get('groupName')}: {counts} don't fit", where)
+    yield from _check_told_workers(located, cluster)
+    if not cluster.get("workerGroupSpecs"):
+        where = located.where(("spec", "rayClusterSpec"))
+        yield Problem("there is no worker group, so trials would wait for ever", where)
+
+
+def _check_told_workers(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
+    """A sweep on the head, which has no GPU, knows by this setting alone what may come."""
+    where = located.where(("spec", "rayClusterSpec", "headGroupSpec"))
+    there = []
+    for group in cluster.get("workerGroupSpecs") or []:
+        limits = _container(group).get("resources", {}).get("limits", {})
+        cpus, gpus = limits.get("cpu", 0), limits.get("nvidia.com/gpu", 0)
+        there.append([int(group.get("maxReplicas", 0)), _number(cpus), _number(gpus)])
+    told = {
+        one.get("name"): one.get("value") for one in _container(cluster.get("headGroupSpec") or {}).get("env") or []
+    }
+    wanted = json.dumps(there)
+    try:
+        same = json.loads(told.get(AUTOSCALER_SETTING) or "null") == there
+    except ValueError:
+        same = False
+    if not same:
+        given = told.get(AUTOSCALER_SETTING)
+        yield Problem(f"the head's {AUTOSCALER_SETTING} is {given!r}, and the worker groups make it '{wanted}'", where)
+
+
+def _container(group: Tree) -> Tree:
+    containers = ((group.get("template") or {}).get("spec") or {}).get("containers") or [{}]
+    return dict(containers[0])
+
+
+def _number(quantity: Any) -> float:
+    """Kubernetes' way to write counts: 8, "8", "500m"."""
+    text = str(quantity)
+    value = float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+    return int(value) if value == int(value) else value

@@ -1,0 +1,69 @@
+"""`imbvlm predict`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from imbvlm.cli.options import _command, _say_on_stderr
+
+if TYPE_CHECKING:
+    from imbvlm.inference.predictor import Prediction
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from imbvlm.cli.sweep_script import positive
+
+    parser = _command(
+        commands,
+        "predict",
+        "Classify images with an exported model.",
+        "imbvlm predict my-model photos/ --top 3 -o predictions.csv\n"
+        "  imbvlm predict s3://my-bucket/my-model s3://my-bucket/photos -o s3://my-bucket/predictions.parquet",
+    )
+    parser.add_argument("model", help="what `imbvlm export` wrote, a folder or s3:// URI")
+    parser.add_argument("images", nargs="+", help="files, folders, manifests (.parquet) or s3:// prefixes")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="of manifests; all rows without it")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument("-o", "--out", help="a .csv, .parquet or .jsonl to write (also s3://) instead of printing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument(
+        "--ray",
+        action=argparse.BooleanOptionalAction,
+        help="classify on every GPU or CPU of the cluster through Ray Data (default: from 5,000 images on)",
+    )
+    parser.set_defaults(command=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from imbvlm.base import storage
+    from imbvlm.base.formatting import count_of
+    from imbvlm.inference import batch_prediction as table
+    from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
+
+    storage.check_location(options.model)
+    if options.out:
+        check_out(options.out)
+    images = table.find_images(options.images, options.split)
+    ray = options.ray if options.ray is not None else len(images) >= table.RAY_FROM
+    top, bad = table.limited_top(options.model, options.top), 0
+
+    def counted() -> Iterator[Prediction]:
+        nonlocal bad
+        for one in table.predictions(options.model, images, top, ray=ray, waits=_say_on_stderr):
+            bad += one.error is not None
+            yield one
+
+    if options.out:
+        write_predictions(counted(), options.out, top)
+        print(f"{count_of(len(images), 'row')} written to {options.out}")
+    else:
+        write = write_json_lines if options.json else write_lines
+        write(counted(), sys.stdout, top)
+        sys.stdout.flush()
+    if bad:
+        where = "; the column error says why" if options.out else ""
+        _say_on_stderr(f"{bad:,} of {count_of(len(images), 'image')} could not be read{where}")
+    return 1 if bad == len(images) else 0

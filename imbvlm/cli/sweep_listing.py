@@ -1,0 +1,122 @@
+"""Sweeps as text: those of a storage folder, one in full, several side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from imbvlm.base.formatting import duration, mean_and_spread, percent, table
+from imbvlm.sweep.records.difference import refits_of, verdict_on_test
+from imbvlm.sweep.records.resource_usage import Compute, compute_text
+from imbvlm.sweep.records.summary_tables import (
+    HEADINGS,
+    METRICS,
+    causes,
+    pareto_records,
+    pareto_table,
+    scores_table,
+    search_table,
+    seeds_rows,
+    seeds_table,
+    verdict,
+)
+from imbvlm.sweep.records.sweep_folder import Split, SweepState, Unreadable
+from imbvlm.sweep.records.trial_log import WINNER, describe
+
+
+def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
+    """The sweeps as a table, and below it those that can't be read, with the reasons."""
+    lines = [f"{one.folder}  unreadable: {one.reason}" for one in unreadable]
+    return "\n".join([*([_table(states)] if states else []), *lines])
+
+
+def _table(states: Sequence[SweepState]) -> str:
+    """A row a sweep: state, trials, best so far, on which data, when and where."""
+    rows = []
+    for state in states:
+        best = state.best
+        rows.append(
+            [
+                state.folder,
+                "finished" if state.is_finished else "unfinished",
+                f"{state.num_ended}/{state.spec.num_trials}",
+                percent(state.best_value),
+                state.spec.objective,
+                "-" if best is None else best.trial_id,
+                state.data,
+                "-" if state.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(state.started_at)),
+            ]
+        )
+    return table(["sweep", "state", "trials", "best", "objective (%)", "trial", "data", "started"], rows)
+
+
+def show_text(state: SweepState) -> str:
+    """What a finished sweep has printed, and of an unfinished one what there is."""
+    spec, log = state.spec, state.log
+    where = "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {state.folder}"
+    parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {where}"]
+    failed = [one for one in log.of("search") if one.state in ("failed", "error")]
+    parts += [causes(failed)] if failed else []
+    if state.best is not None:
+        parts += ["", search_table(log, spec)]
+        parts += [seeds_table(log, spec)] if seeds_rows(log, spec) else []
+        parts += [verdict(log, spec)]
+    if state.best is not None and spec.other_objectives:
+        parts += ["", pareto_table(pareto_records(log, spec), spec)]
+    if state.scored:
+        parts += ["", scores_table(state.scored, spec)]
+        on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
+        parts += [] if on_test is None else [str(on_test)]
+    time_and_savings = compute_text(Compute.read(state.folder, spec, log))
+    parts += ["", time_and_savings] if time_and_savings else []
+    return "\n".join(parts)
+
+
+def compare_text(states: Sequence[SweepState]) -> str:
+    """Sweeps side by side: winners and baselines on the test split, as trained and as adjusted after training."""
+    wanted = {row: row[0] for state in states for row in state.compared}
+    rows = [
+        _compared_row(state, name, split)
+        for name, split in sorted(wanted, key=lambda row: (row[0] != WINNER, row[0] == "zero-shot", row))
+        for state in states
+        if (name, split) in state.compared
+    ]
+    header = ["sweep", "what", "trials", "time", "validation", *HEADINGS, "views", "configuration"]
+    parts = [
+        "best on validation by the sweep's objective; refits on the test split, mean ± deviation of seeds (%); an "
+        "exported model is the winner, post hoc where there is such a row:"
+    ]
+    parts += [table(header, rows), *_unlike(states)]
+    return "\n".join(parts)
+
+
+def _compared_row(state: SweepState, name: str, split: Split) -> list[str]:
+    is_winner = name == WINNER
+    log, objective = state.log, state.spec.objective
+    ranked = [
+        one for one in log.best(objective, "search" if is_winner else "baseline") if is_winner or one.name == name
+    ]
+    record = next(iter(ranked), None)
+    return [
+        state.folder.rstrip("/").rpartition("/")[2],
+        name if split == "test" else f"{name}, post hoc",
+        f"{state.num_ended}/{state.spec.num_trials}" if is_winner else "-",
+        "-" if state.seconds is None or not is_winner else duration(state.seconds),
+        # It is of the model as trained.
+        percent(None if record is None or split != "test" else log.mean_value(record, objective)),
+        *(mean_and_spread(state.test_values(name, metric, split)) for metric in METRICS),
+        "-" if record is None else record.views,
+        "-" if record is None or not is_winner else describe(record),
+    ]
+
+
+def _unlike(states: Sequence[SweepState]) -> list[str]:
+    """What keeps the numbers from being comparable."""
+    found = []
+    for what, values in (
+        ("data", [state.manifest for state in states]),
+        ("objectives", [state.spec.objective for state in states]),
+    ):
+        if len(set(values)) > 1:
+            found.append(f"these sweeps have unlike {what} ({', '.join(dict.fromkeys(values))}): compare with care")
+    return found

@@ -1,0 +1,1 @@
+"""What one trial is: sections, registries, and facts about an encoder."""

@@ -1,0 +1,269 @@
+"""What one trial is: a strict, typed configuration, from YAML and dotted overrides, all mistakes named at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ValidationError, ValidationInfo, field_validator
+
+from imbvlm.base.errors import ConfigError, Problem
+from imbvlm.base.schema import GONE_WITHOUT_NAME, Section, Tree, dotted_keys_of, explain, set_keys
+from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
+from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
+from imbvlm.config.loss_registry import LossConfig, SmoothedLoss
+from imbvlm.config.method_registry import (
+    DEFAULT_SECTIONS,
+    IMAGE_SECTIONS,
+    METHOD_DEFAULTS,
+    METHOD_SECTIONS,
+    OPTIONAL_SECTIONS,
+    Method,
+)
+from imbvlm.config.model_sections import (
+    AdapterConfig,
+    ClassifierConfig,
+    CosineClassifierConfig,
+    DecoderConfig,
+    FineTuningConfig,
+    LoraConfig,
+    PromptTuningConfig,
+)
+from imbvlm.config.second_stage_registry import READ_NORMS, SecondStageConfig
+from imbvlm.config.training_sections import (
+    AugmentationConfig,
+    FeatureAugmentationConfig,
+    MemoryConfig,
+    MixingConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+T = TypeVar("T")
+
+
+class TrialConfig(Section):
+    """One trial: the same file for `imbvlm train`, for a sweep's base, and for an exported best."""
+
+    data: DataConfig
+    encoder: EncoderConfig
+    features: FeaturesConfig = FeaturesConfig()
+    method: Method
+    prompts: PromptsConfig | None = None
+    prompt_tuning: PromptTuningConfig | None = None
+    decoder: DecoderConfig | None = None
+    adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
+    fine_tuning: FineTuningConfig | None = None
+    augmentation: AugmentationConfig | None = None
+    memory: MemoryConfig | None = None
+    classifier: ClassifierConfig | None = None
+    loss: LossConfig | None = None
+    mixing: MixingConfig | None = None
+    feature_augmentation: FeatureAugmentationConfig | None = None
+    optim: OptimConfig | None = None
+    train: TrainConfig | None = None
+    second_stage: Annotated[SecondStageConfig | None, GONE_WITHOUT_NAME] = None
+    eval: EvalConfig = EvalConfig()
+
+    @field_validator("classifier")
+    @classmethod
+    def _text_needs_the_pooled_output(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
+        decoder = info.data.get("decoder")
+        if getattr(classifier, "init", None) != "text" or not isinstance(decoder, DecoderConfig):
+            return classifier
+        if decoder.init != "identity" or decoder.width is not None or decoder.input_norm == "none":
+            raise ValueError(
+                "classifier.init: text needs the tower's pooled output, and a random decoder changes it; set "
+                "decoder.init: identity (with decoder.width: null and decoder.input_norm: layer_norm), or method: "
+                "linear_probe"
+            )
+        return classifier
+
+    @field_validator("second_stage")
+    @classmethod
+    def _stands_on_stored_features_and_lengths(cls, stage: Section | None, info: ValidationInfo) -> Section | None:
+        name, features = getattr(stage, "name", None), info.data.get("features")
+        if stage is not None and isinstance(features, FeaturesConfig) and not features.store:
+            raise ValueError("second_stage stands on stored features; set features.store: true, or second_stage: null")
+        if name in READ_NORMS and isinstance(info.data.get("classifier"), CosineClassifierConfig):
+            raise ValueError(
+                f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier's mean "
+                "nothing; set classifier.kind: linear, or choose another second stage"
+            )
+        return stage
+
+    @field_validator("mixing")
+    @classmethod
+    def _images_are_mixed_where_they_are_read(cls, mixing: Section | None, info: ValidationInfo) -> Section | None:
+        if not isinstance(mixing, MixingConfig) or not mixing.is_on:
+            return mixing
+        if not _reads_images(info.data):
+            raise ValueError(
+                "mixing is of images, and this trial reads stored features; set features.store: false, or mixing: "
+                "null and feature_augmentation.mixup"
+            )
+        _check_soft_targets("mixing", info.data.get("loss"))
+        return mixing
+
+    @field_validator("feature_augmentation")
+    @classmethod
+    def _features_vary_where_they_are_stored(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        if not isinstance(section, FeatureAugmentationConfig) or not section.is_on:
+            return section
+        if _reads_images(info.data):
+            raise ValueError(
+                "feature_augmentation is of stored features, and this trial reads images; set features.store: true, "
+                "or feature_augmentation: null and mixing.mixup"
+            )
+        if section.mixup:
+            _check_soft_targets("feature_augmentation.mixup", info.data.get("loss"))
+        return section
+
+    @field_validator("classifier")
+    @classmethod
+    def _class_means_are_of_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
+        features = info.data.get("features")
+        stored = not isinstance(features, FeaturesConfig) or features.store
+        if getattr(classifier, "init", None) == "class_mean" and not stored:
+            raise ValueError(
+                "classifier.init: class_mean needs the stored features of all training images; set features.store: "
+                "true, or classifier.init: text or random"
+            )
+        return classifier
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the trial runs the tower itself, on images, instead of reading its stored output."""
+        return _reads_images({"features": self.features, "method": self.method})
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> TrialConfig:
+        """Read a trial's file; raises ConfigError with every mistake, its line and the nearest valid name."""
+        return TrialConfig.from_tree(read_yaml(path))
+
+    @staticmethod
+    def from_tree(tree: YamlTree | Tree) -> TrialConfig:
+        """Check plain data; sections that the method reads get their defaults. Raises ConfigError."""
+        located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
+        data = _complete(located.data)
+        problems = _unread_sections(located)
+        try:
+            config = TrialConfig.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError([*problems, *explain(TrialConfig, error, located, data)]) from None
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def to_tree(self) -> Tree:
+        """Plain data that `from_tree` reads back to an equal configuration; unused sections are left out."""
+        dumped = self.model_dump(mode="json")
+        return {key: value for key, value in dumped.items() if value is not None or key not in OPTIONAL_SECTIONS}
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the whole configuration, defaults included."""
+        Path(path).write_text(dump_yaml(self.to_tree()), encoding="utf-8")
+
+    def with_overrides(self, overrides: Mapping[str, Any], origin: str = "override") -> TrialConfig:
+        """A checked copy with dotted keys replaced, such as {"optim.lr": 0.01}; raises ConfigError."""
+        tree = apply_overrides(self.to_tree(), overrides)
+        if "method" in overrides:
+            tree = drop_unused_sections(tree, keep=overrides)
+        return TrialConfig.from_tree(YamlTree(tree, origin))
+
+    def key(self) -> str:
+        """Canonical JSON: equal for equal configurations."""
+        return json.dumps(self.to_tree(), sort_keys=True)
+
+
+def needed(section: T | None) -> T:
+    """A section that the trial's method is known to read (TrialConfig fills those in)."""
+    if section is None:
+        raise AssertionError("this method doesn't read that section; METHOD_SECTIONS says which it reads")
+    return section
+
+
+def _reads_images(data: Tree) -> bool:
+    """Whether a trial of these sections reads images; False where they aren't valid."""
+    features = data.get("features")
+    without_store = isinstance(features, FeaturesConfig) and not features.store
+    return without_store or METHOD_SECTIONS.get(str(data.get("method")), frozenset()) >= IMAGE_SECTIONS
+
+
+def _check_soft_targets(section: str, loss: Section | None) -> None:
+    """Raises ValueError for a loss that isn't defined between two classes."""
+    if loss is not None and not isinstance(loss, SmoothedLoss):
+        name = getattr(loss, "name", "")
+        raise ValueError(
+            f"{section} gives targets between two classes, and loss {name} is defined for one class alone; choose a "
+            f"loss with label_smoothing, such as balanced_softmax, or take {section} out"
+        )
+
+
+def _complete(data: Any) -> Any:
+    """Plain data with what a section may leave out; anything but a section stays, for the check to refuse."""
+    if not isinstance(data, dict):
+        return data
+    complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
+    own = METHOD_DEFAULTS.get(str(data.get("method")), {})
+    for key, general in DEFAULT_SECTIONS.items():
+        default = {**general, **own.get(key, {})}
+        section = complete.get(key, {} if key in _read_by(data) else None)
+        if isinstance(section, dict):
+            tags = {tag: value for tag, value in default.items() if tag in ("name", "kind")}
+            unset = section.get("num_epochs") is None and section.get("num_steps") is None
+            lengths = default if key == "train" and unset else {}
+            # Another optimiser than the paper's has its own defaults.
+            knobs = default if key != "train" and all(section.get(tag, tags[tag]) == tags[tag] for tag in tags) else {}
+            complete[key] = {**tags, **knobs, **section, **lengths}
+    return complete
+
+
+def _unread_sections(located: YamlTree) -> list[Problem]:
+    data = located.data
+    if not isinstance(data, dict) or not _read_by(data):
+        return []
+    message = "method {} doesn't read the section {!r}; take it out or choose another method"
+    unread = [key for key in data if key in OPTIONAL_SECTIONS - _read_by(data) and data[key] is not None]
+    return [Problem(message.format(data["method"], key), located.where((key,))) for key in unread]
+
+
+def _read_by(data: Tree) -> frozenset[str]:
+    """The optional sections that the data's method reads; none where its method isn't known."""
+    method = data.get("method")
+    return METHOD_SECTIONS.get(method, frozenset()) if isinstance(method, str) else frozenset()
+
+
+# -------------------------------------------------------------------------------------------------- dotted keys
+
+# Setting one of these lets go of what was said beside it: another tower's weights, the length in other units.
+_LETS_GO: Mapping[str, tuple[str, ...]] = {
+    "encoder.name": ("encoder.weights", "encoder.quick_gelu"),
+    "train.num_epochs": ("train.num_steps",),
+    "train.num_steps": ("train.num_epochs",),
+}
+
+
+def apply_overrides(tree: Tree, overrides: Mapping[str, Any]) -> Tree:
+    """A deep copy of plain data with dotted keys set; choosing another variant drops the old variant's knobs."""
+    return set_keys(TrialConfig, tree, overrides, _LETS_GO)
+
+
+def drop_unused_sections(tree: Tree, keep: Iterable[str] = ()) -> Tree:
+    """Without the sections that the tree's method doesn't read, except those named by the dotted keys in `keep`."""
+    read = _read_by(tree)
+    kept = read | {key.split(".")[0] for key in keep}
+    return {key: value for key, value in tree.items() if not read or key not in OPTIONAL_SECTIONS or key in kept}
+
+
+def dotted_keys() -> list[str]:
+    """Every dotted key that a trial's configuration can have, over all variants."""
+    return dotted_keys_of(TrialConfig)
+
+
+def needs_text(config: TrialConfig) -> bool:
+    """Whether a trial reads the class names' text embeddings."""
+    return config.method == "zero_shot" or (config.classifier is not None and config.classifier.init == "text")

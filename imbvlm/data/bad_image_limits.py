@@ -1,0 +1,49 @@
+"""How much may be lost to images that can't be used before a run had better stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from imbvlm.base.formatting import count_of, listed
+from imbvlm.data.manifest import Manifest
+
+_MOST_NAMED = 5
+
+
+def limit_findings(
+    manifest: Manifest, split: str, bad: Mapping[int, str], *, max_images: int | None, max_share: float
+) -> list[str]:
+    """What is above the limits among a split's images; `bad` is row in the split -> reason. Empty where all is well.
+
+    `max_share` is of the split's images. A class that would lose every training image is always one too many.
+    """
+    if not bad:
+        return []
+    rows = manifest.split(split)
+    number = count_of(len(bad), "image")
+    examples = listed([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: _MOST_NAMED + 1]], _MOST_NAMED)
+    findings = []
+    if max_images is not None and len(bad) > max_images:
+        findings.append(f"{number} of {split} can't be used, above data.max_bad_images {max_images:,}: {examples}")
+    if len(bad) > max_share * len(rows):
+        share = f"{len(bad) / len(rows):.1%} of {len(rows):,}"
+        findings.append(
+            f"{number} of {split} can't be used, {share}, above data.max_bad_share {max_share:g}: {examples}"
+        )
+    if split == "train":
+        findings += _lost_classes(rows, bad)
+    return findings
+
+
+def _lost_classes(rows: Manifest, bad: Mapping[int, str]) -> list[str]:
+    num_classes = len(rows.class_names)
+    before = np.bincount(rows.labels, minlength=num_classes)
+    after = before - np.bincount(rows.labels[list(bad)], minlength=num_classes)
+    lost = [f"{rows.class_names[label]!r} ({before[label]})" for label in np.flatnonzero((before > 0) & (after == 0))]
+    return [f"{count_of(len(lost), 'class')} would lose every training image: {listed(lost)}"] if lost else []
+
+
+def _name(rows: Manifest, row: int) -> str:
+    return rows.table.column("uri")[row].as_py() or f"row {row}"

@@ -1,0 +1,1 @@
+"""Bytes from local disks and object stores."""

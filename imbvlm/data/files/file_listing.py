@@ -1,0 +1,171 @@
+"""All files below a folder or an s3:// prefix, with their sizes; S3 is listed in parallel."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imbvlm.base import s3, storage
+from imbvlm.data.files.object_reader import file_names, file_state
+
+_S3_THREADS = 32
+
+
+class Found(NamedTuple):
+    """A file by its path below the root that was listed, with its size in bytes.
+
+    The size is -1 for what holds no bytes: a link that leads nowhere or back to a folder above it, a pipe, a device.
+    """
+
+    path: str
+    num_bytes: int
+
+
+def list_tree(root: str) -> list[Found]:
+    """Every file below a root, sorted by path; hidden ones are left out. Raises StorageError."""
+    found = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
+    return sorted(file for file in found if not is_hidden(file.path))
+
+
+def listed_objects(uris: Sequence[str]) -> dict[str, int]:
+    """Bytes of those objects that exist below the deepest folder common to each bucket's uris. Raises StorageError."""
+    present: dict[str, int] = {}
+    by_bucket: dict[str, list[str]] = {}
+    for uri in uris:
+        by_bucket.setdefault("/".join(uri.split("/", 3)[:3]), []).append(uri)
+    for group in by_bucket.values():
+        low, high = min(group), max(group)
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+        folder = low[:same].rpartition("/")[0]
+        present |= {f"{folder}/{file.path}": file.num_bytes for file in list_tree(folder)}
+    return present
+
+
+def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Bytes (N,) of the files that images are or lie in, -1 where there is none; objects are looked up by listing.
+
+    Raises StorageError where a store can't be listed.
+    """
+    sizes = file_states(uris)[:, 0]
+    remote = {row: file_names(uri) for row, uri in enumerate(uris) if not storage.is_local(uri)}
+    if remote:
+        present = listed_objects([name for names in remote.values() for name in names])
+        for row, names in remote.items():
+            sizes[row] = next((present[name] for name in names if name in present), -1)
+    return sizes
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path below a root, or a folder's name, is hidden or what macOS leaves in archives."""
+    return path.startswith(".") or "/." in path or "__MACOSX" in path.split("/")
+
+
+def shown_path(path: str) -> str:
+    """A path as text for people and files: each byte of it that isn't UTF-8 as `\\xe9`."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _walk(root: str) -> Iterator[Found]:
+    if not os.path.isdir(root):
+        raise storage.StorageError(f"{root} is not a folder")
+    pending = [(root, frozenset((_identity(os.stat(root)),)))]
+    start = len(root.rstrip("/")) + 1
+    while pending:
+        folder, above = pending.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    state = _state(entry)
+                    if state is not None and stat.S_ISREG(state.st_mode):
+                        yield Found(entry.path[start:], state.st_size)
+                    elif state is not None and stat.S_ISDIR(state.st_mode) and _identity(state) not in above:
+                        pending.append((entry.path, above | {_identity(state)}))
+                    else:
+                        yield Found(entry.path[start:], -1)
+        except OSError as error:
+            raise storage.StorageError(f"can't list {error.filename}: {error.strerror}") from None
+
+
+def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a name leads to; None for a link to nothing or to itself."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
+
+
+def _list_s3(root: str) -> list[Found]:
+    """Prefixes of the first two levels are found one request each, and what is below them side by side."""
+    bucket, prefix = s3.split(root)
+    prefix = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
+    client = s3.client()
+    with s3.explained(root), ThreadPoolExecutor(_S3_THREADS) as pool:
+        files, folders = _level(client, bucket, prefix)
+        for level in pool.map(lambda folder: _level(client, bucket, folder), folders):
+            files += level[0]
+            for part in pool.map(lambda folder: _below(client, bucket, folder), level[1]):
+                files += part
+    if not files:
+        raise storage.StorageError(f"nothing is below {root}")
+    return [Found(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
+
+
+def _level(client: Any, bucket: str, prefix: str) -> tuple[list[Found], list[str]]:
+    pages = _pages(client, Bucket=bucket, Prefix=prefix, Delimiter="/")
+    folders = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+    return _files_of(pages), folders
+
+
+def _below(client: Any, bucket: str, prefix: str) -> list[Found]:
+    return _files_of(_pages(client, Bucket=bucket, Prefix=prefix))
+
+
+def _pages(client: Any, **options: str) -> list[dict[str, Any]]:
+    return s3.patiently(s3.SCHEME, lambda: list(client.get_paginator("list_objects_v2").paginate(**options)))
+
+
+def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[Found]:
+    return [Found(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+
+
+# Photos of phones, which Pillow reads with another package.
+HEIF_SUFFIXES = (".heic", ".heif")
+
+
+_STAT_THREADS = 8
+_STAT_CHUNK = 8192
+
+
+def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
+    chunks = [uris[start : start + _STAT_CHUNK] for start in range(0, len(uris), _STAT_CHUNK)]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        states = list(pool.map(_states_of, chunks))
+    return np.concatenate([np.empty((0, 2), dtype=np.int64), *states])
+
+
+def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    states = np.full((len(uris), 2), -1, dtype=np.int64)
+    for index, uri in enumerate(uris):
+        found = file_state(uri)
+        if found is not None:
+            states[index] = found.st_size, found.st_mtime_ns
+    return states
+
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
+        *(".avif", *HEIF_SUFFIXES),
+    )
+)

@@ -1,0 +1,151 @@
+"""Fresh crops and colours for methods that see images: random crops, flip, jitter, RandAugment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.data.images.decoding import Pixels
+from imbvlm.data.images.preprocess import Box, Preprocess, channels_first, random_crop
+
+CropName = Literal["center", "random_resized", "growing"]
+CROPS = ("center", "random_resized", "growing")
+# RandAugment's magnitudes run from 0 to 30 [Cubuk et al. 2020].
+MAX_MAGNITUDE = 30
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What changes from epoch to epoch. Raises ImbvlmError for values that mean nothing.
+
+    `growing` is LIFT+'s crop: a square whose least area grows from `crop_scale[0]` to all of the image over training,
+    by 1 - sqrt(1 - t^2). `jitter` is the strength of brightness, contrast and saturation, each drawn from
+    1 - jitter to 1 + jitter. `rand_ops` operations of RandAugment at `rand_magnitude` follow the crop.
+    """
+
+    crop: CropName = "random_resized"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    jitter: float = 0.0
+    rand_ops: int = 0
+    rand_magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ImbvlmError(f"crop {self.crop!r} is not known; {nearest(self.crop, CROPS)}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ImbvlmError(f"crop_scale must be two shares of the area, 0 < least <= most <= 1: {self.crop_scale}")
+        if not 0 <= self.jitter < 1:
+            raise ImbvlmError(f"jitter must be from 0 to below 1, and is {self.jitter}")
+        if self.rand_ops < 0 or not 0 <= self.rand_magnitude <= MAX_MAGNITUDE:
+            raise ImbvlmError(
+                f"rand_ops must be 0 or more and rand_magnitude from 0 to {MAX_MAGNITUDE}: {self.rand_ops}, "
+                f"{self.rand_magnitude}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Augmentation:
+        """The inverse of `to_dict`."""
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Augmentation(**known)
+
+    @property
+    def least_crop(self) -> float:
+        """The shorter side of the smallest crop, as a share of the image's."""
+        return 1.0 if self.crop == "center" else math.sqrt(self.crop_scale[0] * min(self.crop_ratio[0], 1.0))
+
+    def apply(
+        self,
+        image: Pixels | Image.Image,
+        preprocess: Preprocess,
+        rng: np.random.Generator,
+        progress: float,
+        *,
+        out: Pixels | None = None,
+    ) -> Pixels:
+        """Pixels (3, S, S) of one image (H, W, 3), into `out` if given; `progress` through training is from 0 to 1."""
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        box = self._box(picture, preprocess, rng, progress)
+        picture = preprocess.resized(picture, box)
+        if self.flip and rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            picture = _jitter(picture, self.jitter, rng)
+        for _ in range(self.rand_ops):
+            operation = _OPERATIONS[int(rng.integers(len(_OPERATIONS)))]
+            picture = operation(picture, self.rand_magnitude / MAX_MAGNITUDE, 1.0 if rng.random() < 0.5 else -1.0)
+        return channels_first(picture, out)
+
+    def _box(self, picture: Image.Image, preprocess: Preprocess, rng: np.random.Generator, progress: float) -> Box:
+        if self.crop == "center":
+            return preprocess.centre(*picture.size)
+        if self.crop == "random_resized":
+            return random_crop(rng, *picture.size, self.crop_scale, self.crop_ratio)
+        return growing_crop(rng, *picture.size, self.crop_scale, progress)
+
+
+def growing_crop(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], progress: float) -> Box:
+    """A square (left, top, right, bottom) whose least share of the area grows with progress [LIFT+]."""
+    grown = 1 - math.sqrt(max(0.0, 1 - progress**2))
+    least = scale[0] + grown * (scale[1] - scale[0])
+    largest = min(width, height) ** 2 / (width * height)
+    area = rng.uniform(min(least, largest), min(scale[1], largest)) * width * height
+    side = min(width, height, max(1, round(math.sqrt(area))))
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return left, top, left + side, top + side
+
+
+def _jitter(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for index in rng.permutation(len(enhancers)):
+        picture = enhancers[index](picture).enhance(float(rng.uniform(1 - strength, 1 + strength)))
+    return picture
+
+
+Operation = Callable[[Image.Image, float, float], Image.Image]
+
+
+def _affine(coefficients: Callable[[float, int], tuple[float, ...]]) -> Operation:
+    def operate(picture: Image.Image, strength: float, sign: float) -> Image.Image:
+        matrix = coefficients(sign * strength, picture.width)
+        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+    return operate
+
+
+def _enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
+    def operate(picture: Image.Image, strength: float, sign: float) -> Image.Image:
+        changed: Image.Image = enhancer(picture).enhance(1 + sign * strength * 0.9)
+        return changed
+
+    return operate
+
+
+# strength is from 0 to 1; the ranges are RandAugment's as torchvision has them.
+_OPERATIONS: tuple[Operation, ...] = (
+    lambda picture, strength, sign: picture,
+    lambda picture, strength, sign: ImageOps.autocontrast(picture),
+    lambda picture, strength, sign: ImageOps.equalize(picture),
+    lambda picture, strength, sign: ImageOps.posterize(picture, max(1, 8 - round(4 * strength))),
+    lambda picture, strength, sign: ImageOps.solarize(picture, round(255 * (1 - strength))),
+    lambda picture, strength, sign: picture.rotate(30 * sign * strength, Image.Resampling.BILINEAR),
+    _affine(lambda amount, side: (1, 0.3 * amount, 0, 0, 1, 0)),
+    _affine(lambda amount, side: (1, 0, 0, 0.3 * amount, 1, 0)),
+    _affine(lambda amount, side: (1, 0, 150 / 331 * amount * side, 0, 1, 0)),
+    _affine(lambda amount, side: (1, 0, 0, 0, 1, 150 / 331 * amount * side)),
+    _enhance(ImageEnhance.Color),
+    _enhance(ImageEnhance.Contrast),
+    _enhance(ImageEnhance.Brightness),
+    _enhance(ImageEnhance.Sharpness),
+)

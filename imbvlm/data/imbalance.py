@@ -1,0 +1,95 @@
+"""A long tail made from a balanced set: how many training images each class keeps, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.manifest_schema import seeded
+
+SHAPES = ("exponential", "pareto")
+
+
+def tail_counts(
+    num_classes: int, largest: int, imbalance_factor: float, shape: str = "exponential"
+) -> npt.NDArray[np.int64]:
+    """Images per class from head to tail (C,): `largest` down to `largest / imbalance_factor`.
+
+    exponential: largest x factor^(-i / (C - 1)) [Cao 2019]; pareto: largest x (i + 1)^-p, with the p that brings the
+    last class to the factor. Raises ImbvlmError for a factor below 1, an unknown shape, or an empty last class.
+    """
+    if imbalance_factor < 1:
+        raise ImbvlmError(f"the imbalance factor is largest over smallest class, at least 1, and is {imbalance_factor}")
+    if shape not in SHAPES:
+        raise ImbvlmError(f"tail shape {shape!r} is not known; {nearest(shape, SHAPES)}")
+    if largest / imbalance_factor < 0.5:
+        raise ImbvlmError(
+            f"an imbalance factor of {imbalance_factor:g} leaves the last class without images: the largest class has "
+            f"{largest:,}, so it can be at most {2 * largest:,}"
+        )
+    rank = np.arange(num_classes)
+    if shape == "exponential":
+        shares = imbalance_factor ** (-rank / max(1, num_classes - 1))
+    else:
+        shares = (rank + 1.0) ** (-np.log(imbalance_factor) / np.log(max(2, num_classes)))
+    return np.maximum(1, np.rint(largest * shares)).astype(np.int64)
+
+
+def with_tail(
+    manifest: Manifest,
+    imbalance_factor: float,
+    *,
+    shape: str = "exponential",
+    class_order: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Manifest:
+    """Keep a long tail of the training rows; validation and test rows stay.
+
+    Classes go from head to tail in `class_order`, or in an order drawn from `seed`, which also draws the rows. Raises
+    ManifestError where a class has too few images for its place, or the order isn't the classes'.
+    """
+    names = manifest.class_names
+    rng = seeded(seed)
+    order = rng.permutation(len(names)) if class_order is None else _order(names, class_order)
+    rows = manifest.rows_of("train")
+    labels = manifest.labels[rows]
+    available = np.bincount(labels, minlength=len(names))
+    wanted = np.empty(len(names), dtype=np.int64)
+    wanted[order] = tail_counts(len(names), int(available.max()), imbalance_factor, shape)
+    short = np.flatnonzero(available < wanted)
+    if len(short):
+        lacking = [
+            f"{names[label]!r} has {available[label]} training images, and its place in the tail has {wanted[label]}"
+            for label in short
+        ]
+        raise ManifestError(manifest.name, lacking)
+    chance = rng.random(len(rows))
+    ranked = np.lexsort((chance, labels))
+    starts = np.concatenate([[0], np.cumsum(available)[:-1]])
+    position = np.empty(len(rows), dtype=np.int64)
+    position[ranked] = np.arange(len(rows)) - starts[labels[ranked]]
+    dropped = rows[position >= wanted[labels]]
+    kept = np.setdiff1d(np.arange(len(manifest)), dropped, assume_unique=True)
+    note = f"given a tail: imbalance factor {imbalance_factor:g}, {shape}, seed {seed}"
+    return replace(manifest.take(kept), split_counts=tuple(wanted.tolist()), notes=(*manifest.notes, note))
+
+
+def _order(names: Sequence[str], class_order: Sequence[str]) -> npt.NDArray[np.int64]:
+    if sorted(names) != sorted(class_order) or len(set(names)) != len(names):
+        missing = sorted(set(names) - set(class_order))
+        unknown = sorted(set(class_order) - set(names))
+        raise ManifestError(
+            "the class order",
+            [
+                *(f"{name!r} is not in it" for name in missing[:10]),
+                *(f"{name!r} is no class; {nearest(name, names)}" for name in unknown[:10]),
+            ]
+            or ["it must name each class once, and class names must differ"],
+        )
+    number = {name: label for label, name in enumerate(names)}
+    return np.array([number[name] for name in class_order])

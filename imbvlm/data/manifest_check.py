@@ -1,0 +1,262 @@
+"""What is wrong or odd with a manifest's images and names, in one list with a verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imbvlm.base import storage
+from imbvlm.base.csv_cells import csv_line, escape_cell
+from imbvlm.base.errors import printable
+from imbvlm.base.formatting import count_of, listed
+from imbvlm.data.duplicate_files import copy_digests
+from imbvlm.data.files.file_listing import file_sizes
+from imbvlm.data.images.decode_budget import DecodeBudget
+from imbvlm.data.images.decoding import ImageError, decode_picture
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
+from imbvlm.data.splits import carve_validation, not_selectable
+
+Severity = Literal["error", "warning", "note"]
+
+_THREADS = 8
+_MOST_NAMED = 1000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing: errors keep a manifest from being used well, warnings lose something, notes are good to know."""
+
+    severity: Severity
+    message: str
+    # All rows or classes that it is about, by name.
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = f": {listed(self.examples, 5)}" if self.examples else ""
+        return f"{self.severity:8} {printable(self.message)}{shown}"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Findings, errors first."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        counts = Counter(finding.severity for finding in self.findings)
+        if counts["error"]:
+            return (
+                f"not usable as it is: {count_of(counts['error'], 'error')}, {count_of(counts['warning'], 'warning')}"
+            )
+        return f"usable, with {count_of(counts['warning'], 'warning')}" if counts["warning"] else "good"
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def to_csv(self) -> str:
+        """A line for each row or class that a finding is about: severity, finding, which one."""
+        rows = [
+            (finding.severity, finding.message, which)
+            for finding in self.findings
+            for which in finding.examples or ("",)
+        ]
+        return "".join(csv_line(map(escape_cell, row)) for row in [("severity", "finding", "which"), *rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds: the verdict, whether there is no error, each finding with all that it is about."""
+        return {"verdict": self.verdict, "ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.findings), f"verdict  {self.verdict}"])
+
+
+def check_manifest(
+    manifest: Manifest,
+    *,
+    decode_all: bool = False,
+    split_seed: int = 0,
+    truncated: Callable[[Sequence[str]], Sequence[str]] | None = None,
+) -> CheckReport:
+    """Look at files, duplicates, names and splits.
+
+    `decode_all` reads every image; without it only files that may be the same in two splits are read. `truncated`
+    picks the class names that the text tower would cut off. Raises StorageError.
+    """
+    findings = [
+        *_missing_files(manifest),
+        *_same_uri(manifest),
+        *_same_content(manifest),
+        *_names(manifest, truncated),
+        *_splits(manifest, split_seed),
+        *(_undecodable(manifest) if decode_all else ()),
+        *(Finding("note", note) for note in manifest.notes),
+    ]
+    order = ("error", "warning", "note")
+    return CheckReport(tuple(sorted(findings, key=lambda finding: order.index(finding.severity))))
+
+
+def _missing_files(manifest: Manifest) -> Iterator[Finding]:
+    """All files that aren't there; objects are looked up by listing, not one by one."""
+    bare = manifest.table.column("bytes").is_null().to_numpy()
+    uris = manifest.table.column("uri").filter(pa.array(bare)).to_pylist()
+    missing = [uri for uri, size in zip(uris, file_sizes(uris).tolist(), strict=True) if size < 0]
+    if missing:
+        yield Finding("error", f"{count_of(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
+
+
+def _same_uri(manifest: Manifest) -> Iterator[Finding]:
+    bare = pc.is_null(manifest.table.column("bytes"))
+    table = manifest.table.filter(bare)
+    yield from _across(table.column("uri"), table, "path", manifest)
+
+
+def _same_content(manifest: Manifest) -> Iterator[Finding]:
+    """Identical images: local files as they are now, objects as they were when the manifest was built."""
+    contents = manifest.table.column("content").to_pylist()
+    uris = manifest.table.column("uri").to_pylist()
+    embedded = manifest.table.column("bytes").is_valid().to_pylist()
+    files = [row for row, inside in enumerate(embedded) if not inside and storage.is_local(uris[row])]
+    for row, digest in zip(files, copy_digests([uris[row] for row in files]), strict=True):
+        contents[row] = digest
+    known = pa.array([content is not None for content in contents])
+    keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(known)
+    yield from _across(keys, manifest.table.filter(known), "content", manifest)
+
+
+def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifest) -> Iterator[Finding]:
+    """Rows with equal keys: in two splits an error, under two labels or twice in one split a warning."""
+    if not len(keys):
+        return
+    encoded = pc.dictionary_encode(keys.combine_chunks()).indices.to_numpy()
+    splits, labels = split_codes(table.column("split")), table.column("label").to_numpy()
+    uris = table.column("uri")
+    order = np.argsort(encoded, kind="stable")
+    first = np.flatnonzero(np.concatenate([[True], np.diff(encoded[order]) > 0]))
+    size = np.diff(np.concatenate([first, [len(order)]]))
+
+    def differs(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        ordered = values[order]
+        return np.minimum.reduceat(ordered, first) != np.maximum.reduceat(ordered, first)
+
+    in_splits, in_labels = differs(splits), differs(labels)
+
+    def named(groups: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        names = []
+        for start, many in zip(first[groups][:_MOST_NAMED], size[groups][:_MOST_NAMED], strict=True):
+            rows = order[start : start + many]
+            where = "/".join(dict.fromkeys(SPLITS[splits[row]] for row in rows))
+            classes = "/".join(dict.fromkeys(manifest.class_names[labels[row]] for row in rows))
+            names.append(f"{uris[int(rows[0])].as_py() or f'row {rows[0]}'} ({where}; {classes})")
+        return tuple(names)
+
+    groups: list[tuple[Severity, str, npt.NDArray[np.bool_]]] = [
+        ("error", f"with the same {what} in two splits", in_splits),
+        ("warning", f"with the same {what} under two labels", in_labels),
+        ("warning", f"with the same {what} more than once in one split", (size > 1) & ~in_splits & ~in_labels),
+    ]
+    for severity, message, chosen in groups:
+        if chosen.any():
+            yield Finding(severity, f"{count_of(int(chosen.sum()), 'image')} {message}", named(chosen))
+
+
+def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str]] | None) -> Iterator[Finding]:
+    for warning in manifest.warnings:
+        yield Finding("warning", warning)
+    if not manifest.named:
+        yield Finding("warning", "classes have numbers and no names, so text methods are refused")
+    if truncated is not None and manifest.named:
+        long = tuple(truncated(manifest.class_names))
+        if long:
+            yield Finding("warning", f"{count_of(len(long), 'name')} too long for the text tower's context", long)
+    if manifest.label_map is not None:
+        yield Finding("note", "the source's class ids are mapped; the map is kept here and exported with a model")
+
+
+def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
+    stats, names = manifest.class_stats(), manifest.class_names
+    if len(stats.zero_train):
+        empty = tuple(names[label] for label in stats.zero_train)
+        yield Finding("warning", f"{count_of(len(empty), 'class')} without training images (zero_train)", empty)
+    trained = tuple(names[label] for label in np.flatnonzero(stats.split_counts))
+    if len(trained) < 2:
+        message = (
+            "two or more classes with training images are needed to tell apart (of --folders DIR the folders in DIR "
+            f"are the classes), and there is {len(trained) or 'none'}"
+        )
+        yield Finding("error", message, trained)
+    if "test" in manifest.splits:
+        unscored = _absent(manifest, manifest.rows_of("test"))
+        if unscored:
+            message = f"{count_of(len(unscored), 'class')} absent from the test split and so from every average over it"
+            yield Finding("warning", message, unscored)
+    else:
+        yield Finding(
+            "warning",
+            "no test split: a sweep can select, and can't score what it selected; keep images apart for it by "
+            "--test-share 0.2, in a folder test/ beside train/, or as rows of that split",
+        )
+    official = "val" in manifest.splits
+    rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)
+    lost = _absent(manifest, rows)
+    if len(lost) == len(names):
+        message = (
+            "no class has a validation image, so that nothing can be selected: carving needs classes of 5 or more "
+            "training images; give more, or a validation split"
+        )
+        yield Finding("error", message)
+    elif lost:
+        kind = "the validation split" if official else "validation carved from training (fewer than 5 images)"
+        yield Finding("warning" if official else "note", f"{count_of(len(lost), 'class')} absent from {kind}", lost)
+
+
+def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:
+    """Names of the classes without any of these rows."""
+    absent = not_selectable(manifest.labels[rows], len(manifest.class_names))
+    return tuple(manifest.class_names[label] for label in absent)
+
+
+def _undecodable(manifest: Manifest) -> Iterator[Finding]:
+    uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
+    stats, splits = manifest.class_stats(), split_codes(manifest.table.column("split"))
+
+    budget = DecodeBudget(_THREADS)
+
+    def reason(row: int) -> str | None:
+        uri, content = uris[row].as_py(), data[row]
+        try:
+            with budget.fetched(uri, content.as_py()) as image:
+                decode_picture(image)
+        except ImageError as error:
+            return error.reason
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        reasons = list(pool.map(reason, range(len(manifest))))
+    bad = [(row, text) for row, text in enumerate(reasons) if text is not None]
+    if bad:
+        shown = tuple(
+            f"{uris[row].as_py() or f'row {row}'} ({text}; {SPLITS[splits[row]]}; "
+            f"{manifest.class_names[manifest.labels[row]]}, {stats.group_of(int(manifest.labels[row]))})"
+            for row, text in bad
+        )
+        yield Finding("warning", f"{count_of(len(bad), 'image')} of {len(manifest):,} can't be decoded", shown)
+    lost = np.setdiff1d(
+        np.unique(manifest.labels[manifest.rows_of("train")]),
+        manifest.labels[[row for row in manifest.rows_of("train") if reasons[row] is None]],
+    )
+    if len(lost):
+        names = tuple(manifest.class_names[label] for label in lost)
+        yield Finding("error", f"{count_of(len(lost), 'class')} would lose every training image", names)

@@ -1,0 +1,242 @@
+"""The manifest's Arrow table: its columns and types, uris against their folder, identical images, and what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import count_of, listed
+
+Rows = npt.NDArray[np.int64]
+
+SPLITS = ("train", "val", "test")
+# `content` is the digest of embedded bytes, and of files that were copies of each other when the manifest was built, so
+# that trials can keep identical images together without reading images.
+SCHEMA = pa.schema(
+    [
+        ("uri", pa.large_string()),
+        ("bytes", pa.large_binary()),
+        ("label", pa.int32()),
+        ("split", pa.dictionary(pa.int8(), pa.string())),
+        ("content", pa.binary(16)),
+    ]
+)
+_ABSOLUTE = rf"^(/|~|{storage.SCHEMED})"
+
+
+def type_problem(kind: pa.DataType) -> str | None:
+    """Why values of a type aren't read from a file that somebody else may have made; None for plain types.
+
+    A file chooses its types, and one that Ray Data registers unpickles each value that is looked at.
+    """
+    if isinstance(kind, pa.ExtensionType):
+        return f"it is of the type {kind.extension_name}, and what reads that may run code; write plain Arrow types"
+    inside = [kind.field(number).type for number in range(kind.num_fields)]
+    inside += [kind.value_type] if pa.types.is_dictionary(kind) else []
+    return next(filter(None, map(type_problem, inside)), None)
+
+
+def type_findings(schema: pa.Schema, names: Iterable[str]) -> list[str]:
+    """The `type_problem` of each of these columns that has one, as a sentence."""
+    problems = {name: type_problem(schema.field(name).type) for name in names}
+    return [f"the column {name!r} isn't read: {problem}" for name, problem in problems.items() if problem]
+
+
+def metadata_findings(error: ValidationError, key: str) -> list[str]:
+    """What is wrong with a Parquet file's own metadata under a key, as sentences."""
+    wrong = [
+        (".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_url=False, include_input=False)
+    ]
+    return [f"its metadata {'.'.join(filter(None, (key, place)))!r} can't be read: {text}" for place, text in wrong[:5]]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written into a file: what came from bytes that aren't UTF-8 can't."""
+    return text.isascii() or text.encode("utf-8", "replace").decode() == text
+
+
+def seeded(seed: int) -> np.random.Generator:
+    """What draws rows or classes by a seed; raises ImbvlmError for one below 0."""
+    if seed < 0:
+        raise ImbvlmError(f"a seed must be a whole number from 0 on, and is {seed}")
+    return np.random.default_rng(seed)
+
+
+class TakenRows:
+    """Where the images of some rows of a manifest's table are; they leave it only where they are read or pickled.
+
+    So blocks can be planned without a copy of all embedded images.
+    """
+
+    def __init__(self, table: pa.Table, rows: Rows) -> None:
+        self._table, self._rows = table.select(["uri", "bytes"]), rows
+
+    def read(self) -> tuple[list[str | None], list[bytes | None]]:
+        """Uris and embedded bytes of each row."""
+        taken = self._table.take(pa.array(self._rows))
+        return taken.column("uri").to_pylist(), taken.column("bytes").to_pylist()
+
+    def __reduce__(self) -> tuple[type[TakenRows], tuple[pa.Table, Rows]]:
+        return TakenRows, (self._table.take(pa.array(self._rows)), np.arange(len(self._rows)))
+
+
+def absolute_uris(table: pa.Table, path: str) -> pa.Table:
+    if "uri" not in table.column_names:
+        return table
+    folder = storage.absolute(path).rpartition("/")[0]
+    uris = table.column("uri").cast(pa.large_string())
+    embedded = table.column("bytes").is_valid() if "bytes" in table.column_names else pa.scalar(False)
+    keep = pc.or_(pc.fill_null(pc.match_substring_regex(uris, _ABSOLUTE), True), embedded)
+    below = pc.replace_substring_regex(uris, r"^\./", "")
+    joined = pc.binary_join_element_wise(pa.scalar(folder, pa.large_string()), below, pa.scalar("/", pa.large_string()))
+    return with_column(table, "uri", pc.if_else(keep, uris, joined))
+
+
+def relative_uris(table: pa.Table, path: str) -> pa.Table:
+    prefix = storage.absolute(path).rpartition("/")[0] + "/"
+    uris = table.column("uri")
+    below = pc.fill_null(pc.starts_with(uris, prefix), False)
+    # A folder may be called ~misc, and what begins so would be read as somebody's home.
+    rest = pc.replace_substring_regex(pc.utf8_slice_codeunits(uris, len(prefix)), _ABSOLUTE, r"./\1")
+    return with_column(table, "uri", pc.if_else(below, rest, uris))
+
+
+def with_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
+    """The table with other values in a column that it has."""
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def conform(table: pa.Table) -> pa.Table:
+    """The columns of SCHEMA in its types, with the digests of embedded bytes; other columns are left out."""
+    rows = table.num_rows
+    columns = {
+        field.name: table.column(field.name) if field.name in table.column_names else pa.nulls(rows, field.type)
+        for field in SCHEMA
+    }
+    if "content" not in table.column_names or columns["content"].null_count > columns["bytes"].null_count:
+        columns["content"] = _digests(columns["bytes"])
+    split = columns["split"].cast(pa.string())
+    columns["split"] = pc.dictionary_encode(split).cast(SCHEMA.field("split").type)
+    return pa.table([columns[field.name].cast(field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def _digests(data: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if data.null_count == len(data):
+        return pa.nulls(len(data), pa.binary(16))
+    return pa.array([digest_of(value.as_buffer()) if value.is_valid else None for value in data], pa.binary(16))
+
+
+def digest_of(data: Any) -> bytes:
+    """Of an image's bytes, as in the column `content`."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def split_codes(split: pa.ChunkedArray) -> npt.NDArray[np.int8]:
+    """Index in SPLITS of each row, whatever the order of the column's own dictionary."""
+    codes = pc.index_in(split.cast(pa.string()), value_set=pa.array(SPLITS))
+    return codes.to_numpy().astype(np.int8)
+
+
+def content_groups(table: pa.Table) -> Rows:
+    """A number per row (N,), equal for rows with the same content where it is known, or else the same uri."""
+    uris = _ids(table.column("uri"))
+    if "content" not in table.column_names or table.column("content").null_count == table.num_rows:
+        return uris
+    contents = _ids(table.column("content"))
+    known = table.column("content").is_valid().to_numpy()
+    return np.where(known, contents, uris + contents.max() + 1)
+
+
+def _ids(values: pa.ChunkedArray) -> Rows:
+    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    return encoded.indices.to_numpy().astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+def missing_columns(table: pa.Table) -> list[str]:
+    """What keeps the rows from being looked at."""
+    columns, findings = table.column_names, []
+    for name in ("label", "split"):
+        if name not in columns:
+            findings.append(f"column {name!r} is missing; it has {', '.join(columns)}")
+    if not {"uri", "bytes"} & set(columns):
+        findings.append("columns 'uri' and 'bytes' are both missing; a row needs one of them")
+    if "label" in columns and not pa.types.is_integer(table.schema.field("label").type):
+        findings.append(f"labels must be whole numbers, and are {table.schema.field('label').type}")
+    return findings
+
+
+def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is wrong with the class names, and what is only odd (duplicates)."""
+    empty = [str(index) for index, name in enumerate(class_names) if not name.strip()]
+    findings = [] if class_names else ["it has no class names"]
+    odd = [ascii(name) for name in class_names if not is_utf8(name)]
+    if odd:
+        findings.append(f"{count_of(len(odd), 'class name')} not in UTF-8: {listed(odd)}")
+    if empty:
+        findings.append(f"{count_of(len(empty), 'class')} without a name: {listed(empty)}")
+    ids: dict[str, list[str]] = {}
+    for index, name in enumerate(class_names):
+        ids.setdefault(name.strip().casefold(), []).append(str(index))
+    twice = [f"{class_names[int(same[0])]!r} ({', '.join(same)})" for name, same in ids.items() if name and same[1:]]
+    warning = f"{count_of(len(twice), 'name')} of several classes, which text methods can't tell apart: {listed(twice)}"
+    return findings, [warning] if twice else []
+
+
+def row_findings(table: pa.Table, num_classes: int) -> list[str]:
+    """What is wrong with the rows of a table that `conform` has made."""
+    labels, split, findings = table.column("label"), table.column("split"), []
+    if labels.null_count:
+        findings.append(f"{_rows(labels.is_null())} without a label")
+    outside = pc.fill_null(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)), False)
+    if pc.any(outside).as_py():
+        values = [str(value) for value in pc.unique(labels.filter(outside)).to_pylist()]
+        findings.append(
+            f"{_rows(outside)} with a label outside 0 to {num_classes - 1}, the class names: {listed(values)}"
+        )
+    names = pc.fill_null(split.cast(pa.string()), "null")
+    unknown = pc.invert(pc.is_in(names, value_set=pa.array(SPLITS)))
+    if pc.any(unknown).as_py():
+        values = [repr(value) for value in pc.unique(names.filter(unknown)).to_pylist()]
+        findings.append(f"{_rows(unknown)} with a split that is none of {', '.join(SPLITS)}: {listed(values)}")
+    if not pc.any(pc.equal(names, "train")).as_py():
+        findings.append("no row is a training row (split 'train')")
+    nothing = pc.and_(_blank(table.column("uri")), table.column("bytes").is_null())
+    if pc.any(nothing).as_py():
+        findings.append(f"{_rows(nothing)} with neither a uri nor bytes")
+    return [*findings, *_location_findings(table)]
+
+
+def _location_findings(table: pa.Table) -> list[str]:
+    """Rows with a URI that isn't supported; a row that embeds its image may have any URI, as a name."""
+    uris = pc.if_else(table.column("bytes").is_null(), table.column("uri"), pa.scalar(None, pa.large_string()))
+    has_scheme = pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SCHEMED}"), False)
+    wrong = pc.and_(has_scheme, pc.invert(pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SUPPORTED}"), True)))
+    if not pc.any(wrong).as_py():
+        return []
+    first = storage.location_problem(uris.filter(wrong)[0].as_py())
+    return [f"{_rows(wrong)} whose image can't be read: {first}"]
+
+
+def _blank(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(pc.binary_length(uris), 0), True)
+
+
+def _rows(mask: pa.ChunkedArray) -> str:
+    rows = np.flatnonzero(mask.to_numpy())
+    first = ", ".join(str(row) for row in rows[:3])
+    shown = f"{'row' if len(rows) == 1 else 'rows'} {first}{', ...' if len(rows) > 3 else ''}"
+    return f"{count_of(len(rows), 'row')} ({shown})"

@@ -1,0 +1,154 @@
+"""What a manifest has, as text: classes, splits, shot groups, bytes, and the curve of counts as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from imbvlm.base import storage
+from imbvlm.base.errors import printable
+from imbvlm.base.formatting import count_of
+from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
+from imbvlm.data.files.file_listing import file_sizes
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.splits import carve_validation, not_selectable
+from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+
+_PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -> str:
+    """Several lines of text, the last ones the plot of training images per class, sorted, on a log scale."""
+    stats = manifest.class_stats()
+    lines = [
+        f"manifest          {manifest.name}",
+        f"classes           {len(manifest.class_names):,}{'' if manifest.named else ' (without names)'}",
+        *_split_lines(manifest, split_seed),
+        f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
+        f"{int(stats.counts[stats.counts > 0].min()):,} training images a class)",
+        *_group_lines(stats),
+        f"bytes             {_size_text(manifest)}",
+        f"largest classes   {_examples(manifest, stats, -1, num_examples)}",
+        f"smallest classes  {_examples(manifest, stats, 1, num_examples)}",
+        *(f"note              {note}" for note in (*manifest.notes, *manifest.warnings)),
+        "",
+        *plot_counts(stats.counts),
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def summary_dict(manifest: Manifest) -> dict[str, Any]:
+    """What JSON holds of a manifest; bytes are None where the store can't be listed."""
+    stats = manifest.class_stats()
+    try:
+        size: int | None = num_bytes(manifest)
+    except storage.StorageError:
+        size = None
+    return {
+        "name": manifest.name,
+        "num_classes": stats.num_classes,
+        "images": {split: len(manifest.rows_of(split)) for split in manifest.splits},
+        "imbalance_factor": stats.imbalance_factor,
+        "classes_by_shot_group": {group: len(getattr(stats, group)) for group in SHOT_GROUPS},
+        "class_names": list(manifest.class_names),
+        "training_images": stats.counts.tolist(),
+        "num_bytes": size,
+        "notes": [*manifest.notes, *manifest.warnings],
+    }
+
+
+def num_bytes(manifest: Manifest) -> int:
+    """Bytes of all images: embedded ones, parts of files, files, and objects, which are looked up by listing.
+
+    What isn't there counts nothing. Raises StorageError where a store can't be listed.
+    """
+    embedded = pc.sum(pc.binary_length(manifest.table.column("bytes"))).as_py() or 0
+    uris = manifest.table.column("uri").filter(manifest.table.column("bytes").is_null())
+    in_parts = pc.match_substring(uris, RANGE_MARK)
+    parts = sum(part.num_bytes for uri in uris.filter(in_parts).to_pylist() if (part := parse_range(uri)))
+    whole = uris.filter(pc.invert(in_parts)).to_pylist()
+    sizes = file_sizes(whole)
+    return int(embedded + parts + sizes[sizes > 0].sum())
+
+
+def _size_text(manifest: Manifest) -> str:
+    try:
+        return _size(num_bytes(manifest))
+    except storage.StorageError as error:
+        return f"not known: {error}"
+
+
+def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
+    lines = [f"{split:17} {len(manifest.rows_of(split)):,} images" for split in manifest.splits]
+    if "val" in manifest.splits:
+        return lines
+    carved = carve_validation(manifest, split_seed)
+    lost = not_selectable(manifest.labels[carved], len(manifest.class_names))
+    note = f"{'val':17} none; {len(carved):,} training images will be carved off (seed {split_seed})"
+    return [*lines, f"{note}, {count_of(len(lost), 'class')} without any" if len(lost) else note]
+
+
+def _group_lines(stats: ClassStats) -> list[str]:
+    found = {group: getattr(stats, group) for group in SHOT_GROUPS}
+    return [f"{group:17} {count_of(len(classes), 'class')}" for group, classes in found.items() if len(classes)]
+
+
+def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:
+    order = np.argsort(direction * stats.counts, kind="stable")[:number]
+    return ", ".join(f"{manifest.class_names[label]} ({stats.counts[label]:,})" for label in order)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"
+
+
+def plot_counts(counts: npt.NDArray[np.int64], width: int = _PLOT_WIDTH, height: int = _PLOT_HEIGHT) -> list[str]:
+    """Counts (C,) from head to tail as lines of block characters; heights on a log scale from 1."""
+    ordered = np.sort(counts)[::-1]
+    width = min(width, len(ordered))
+    edges = np.linspace(0, len(ordered), width + 1).astype(int)
+    means = np.add.reduceat(ordered, edges[:-1]) / np.diff(edges)
+    means = means.repeat(max(1, _PLOT_WIDTH // width))
+    top = float(np.log1p(ordered.max()))
+    levels = np.rint(np.log1p(means) / max(top, 1e-9) * height * 8).astype(int)
+    lines = []
+    for row in range(height, 0, -1):
+        filled = np.clip(levels - (row - 1) * 8, 0, 8)
+        label = f"{round(np.expm1(top * row / height)):>9,} "
+        lines.append(label + "".join(_BLOCKS[level] for level in filled).rstrip())
+    return [*lines, " " * 10 + _axis(len(ordered), len(means))]
+
+
+def _axis(num_classes: int, width: int) -> str:
+    right = f"{num_classes:,} classes"
+    return right if len(right) + 2 > width else "1" + right.rjust(width - 1)
+
+
+def plot_svg(counts: Sequence[int] | npt.NDArray[np.int64], title: str) -> str:
+    """The same curve as an SVG picture, for reports and pages."""
+    from xml.sax.saxutils import escape
+
+    ordered = np.sort(np.asarray(counts))[::-1]
+    top = float(np.log10(max(10, ordered.max())))
+    across = np.linspace(60, 620, len(ordered)) if len(ordered) > 1 else np.array([60.0])
+    down = 300 - 260 * np.log10(np.maximum(ordered, 0.5)).clip(0) / top
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    ticks = "".join(
+        f'<text x="52" y="{300 - 260 * power / top + 4:.0f}" text-anchor="end">{10**power:,}</text>'
+        f'<path d="M56 {300 - 260 * power / top:.1f}H620" stroke="#ddd"/>'
+        for power in range(int(top) + 1)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" font-size="12">'
+        f'<rect width="640" height="340" fill="#fff"/><text x="60" y="22" font-size="14">{escape(title)}</text>{ticks}'
+        f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="2"/>'
+        f'<text x="60" y="326">classes from head to tail ({len(ordered):,}); training images, log scale</text></svg>'
+    )

@@ -1,0 +1,173 @@
+"""Manifests from iNaturalist's annotation files (2018, 2019, 2021): species or a higher rank as classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imbvlm.base import storage
+from imbvlm.base.errors import nearest
+from imbvlm.base.formatting import count_of, listed
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.manifest_schema import is_utf8
+from imbvlm.data.sources.manifest_builder import class_id
+
+RANKS = ("species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
+NAMES = ("scientific", "common")
+_FIX = "; give iNaturalist's own annotation file"
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_id(value: Any) -> bool:
+    return class_id(str(value)) is not None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and is_utf8(value)
+
+
+# The fields that are read of each list's entries, each with its rule and the function that checks it.
+_FIELDS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "images": {"id": ("a number or a text", _is_key), "file_name": ("a path in UTF-8", _is_text)},
+    "annotations": {"image_id": ("a number or a text", _is_key), "category_id": ("a whole number", _is_id)},
+    "categories": {"id": ("a whole number", _is_id)},
+}
+
+
+def from_inaturalist(
+    annotations: Mapping[str, str],
+    root: str,
+    name: str,
+    *,
+    categories: str | None = None,
+    rank: str = "species",
+    names: str = "scientific",
+) -> Manifest:
+    """Annotation JSON by split; images lie below `root` as `file_name` says.
+
+    `categories` is the file with the names and ranks that the annotations of 2018 and 2019 hide behind numbers; where
+    names stay unknown the classes are called by their ids and the manifest says that they are unnamed. `rank` joins
+    species into a higher class, `names` is `scientific` or `common`. Raises ManifestError, StorageError.
+    """
+    if rank not in RANKS:
+        raise ManifestError(name, [f"rank {rank!r} is not known; {nearest(rank, RANKS)}"])
+    if names not in NAMES:
+        raise ManifestError(name, [f"names {names!r} is not known; {nearest(names, NAMES)}"])
+    files = {split: _read_json(path) for split, path in annotations.items()}
+    for split, file in files.items():
+        if not isinstance(file, dict):
+            raise ManifestError(annotations[split], [f"it should be an object with images and annotations{_FIX}"])
+    where = categories or next((annotations[split] for split, file in files.items() if file.get("categories")), None)
+    if where is None:
+        raise ManifestError(name, ["no file has categories"])
+    listed = _read_json(categories) if categories else next(filter(_has_categories, files.values()))
+    taxa = _entries(listed if isinstance(listed, dict) else {"categories": listed}, "categories", where)
+    label_of, class_names = _classes(taxa, rank, names, where)
+    read = {split: _rows(file, split, root, label_of, annotations[split]) for split, file in files.items()}
+    parts = [table for table, _ in read.values()]
+    notes = [
+        f"{count_of(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
+        for split, (_, number) in read.items()
+        if number
+    ]
+    ids = sorted(label_of)
+    mapped = rank != "species" or ids != list(range(len(ids)))
+    return Manifest.build(
+        pa.concat_tables(parts),
+        class_names,
+        name,
+        notes=notes,
+        label_map={str(key): label_of[key] for key in ids} if mapped else None,
+        labeled_by_name=True,
+        named=not all(text.removeprefix("class ").isdigit() for text in class_names),
+        source=", ".join(annotations.values()),
+    )
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(storage.read_bytes(path))
+    except RecursionError:
+        raise ManifestError(path, ["its values are nested too deeply"]) from None
+    except ValueError as error:
+        raise ManifestError(path, [f"it is no JSON: {error}"]) from None
+
+
+def _has_categories(file: Mapping[str, Any]) -> bool:
+    return bool(file.get("categories"))
+
+
+def _entries(file: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    """A list of a file, each of its entries with all that is read of it; raises ManifestError with the first wrong."""
+    entries = file.get(key)
+    if not isinstance(entries, list):
+        raise ManifestError(source, [f"{key!r} should be a list{_FIX}"])
+    for place, entry in enumerate(entries):
+        for name, (rule, is_valid) in _FIELDS[key].items():
+            if not isinstance(entry, dict) or not is_valid(entry.get(name)):
+                shown = f"{entry.get(name)!r:.60}" if isinstance(entry, dict) else f"the entry {entry!r:.60}"
+                raise ManifestError(source, [f"{key}[{place}].{name} should be {rule}, and is {shown}{_FIX}"])
+    return entries
+
+
+def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> tuple[dict[int, int], list[str]]:
+    """Category id -> label, and the class names."""
+    taxa = sorted(taxa, key=lambda taxon: int(taxon["id"]))
+    twice = [str(one["id"]) for one, other in pairwise(taxa) if int(one["id"]) == int(other["id"])]
+    if twice:
+        raise ManifestError(source, [f"{count_of(len(twice), 'category id')} given twice: {listed(twice, 3)}"])
+    if rank == "species":
+        return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
+    lacking = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
+    if lacking:
+        shown = ", ".join(lacking[:3])
+        raise ManifestError(
+            source, [f"{len(lacking)} categories have no {rank}, such as {shown}; give categories.json"]
+        )
+    groups = sorted({str(taxon[rank]) for taxon in taxa})
+    return {int(taxon["id"]): groups.index(str(taxon[rank])) for taxon in taxa}, groups
+
+
+def _name(taxon: Mapping[str, Any], names: str) -> str:
+    scientific = str(taxon.get("name", ""))
+    if not scientific or scientific.isdigit():
+        return f"class {taxon['id']}"
+    return str(taxon.get("common_name") or scientific) if names == "common" else scientific
+
+
+def _rows(
+    file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str
+) -> tuple[pa.Table, int]:
+    """Rows of a file's images, and the number of its annotations that are of none of them."""
+    images = _entries(file, "images", source)
+    category_of = {
+        note["image_id"]: int(note["category_id"])
+        for note in (_entries(file, "annotations", source) if "annotations" in file else ())
+    }
+    bare = [str(image["file_name"]) for image in images if image["id"] not in category_of]
+    if bare:
+        raise ManifestError(source, [f"{len(bare)} images have no annotation, such as {bare[0]}"])
+    labels = _labels([category_of[image["id"]] for image in images], label_of)
+    folder = storage.absolute(root)
+    table = pa.table(
+        {
+            "uri": [f"{folder}/{image['file_name']}" for image in images],
+            "label": pa.array(labels, pa.int32()),
+            "split": [split] * len(images),
+        }
+    )
+    return table, len(category_of.keys() - {image["id"] for image in images})
+
+
+def _labels(categories: list[int], label_of: Mapping[int, int]) -> npt.NDArray[np.int64]:
+    """Labels; an unknown category becomes -1, which the manifest's own check reports with its rows."""
+    return np.array([label_of.get(category, -1) for category in categories], dtype=np.int64)

@@ -1,0 +1,359 @@
+"""Manifests from tables: CSV, TSV, JSON lines and Parquet, also Parquet with embedded images as on Hugging Face."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from imbvlm.base import storage
+from imbvlm.base.csv_cells import ESCAPED
+from imbvlm.base.errors import nearest
+from imbvlm.base.formatting import count_of, listed
+from imbvlm.data.files.byte_ranges import PackWriter
+from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.manifest_schema import metadata_findings, type_findings
+from imbvlm.data.sources.manifest_builder import assemble, folders_of, split_of_file
+
+# The names under which tables have each column, the likeliest first.
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "uri": ("uri", "path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image", "img"),
+    "label": ("label", "labels", "class_id", "category_id", "class", "category", "target", "class_name", "fine_label"),
+    "split": ("split", "set", "subset", "partition"),
+    "bytes": ("bytes", "image_bytes", "image", "img", "jpg", "png"),
+}  # fmt: skip
+# Images up to this size in all stay inside the manifest; more go to pack files beside it, so that memory stays flat.
+EMBED_AT_MOST_BYTES = 128_000_000
+# Of a Parquet file, whose row groups may hold all of its images.
+_ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
+# Of a JSON value: lists and objects in each other.
+_MOST_LEVELS = 100
+_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
+# All but brackets, and the first letter of null.
+_NO_MARKS = bytes(set(range(256)) - set(b"[]{}n"))
+# Of a 64-bit number with its sign.
+_MOST_DIGITS = 20
+
+
+def from_table(
+    paths: Sequence[str],
+    root: str,
+    name: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    class_names: Sequence[str] | None = None,
+    pack_prefix: str | None = None,
+) -> Manifest:
+    """Rows of one or several tables; a relative path in them is below `root`.
+
+    `columns` names the table's columns for uri, label, split and bytes where they aren't found by their usual names;
+    without a split column the files' names tell it, or else every row is a training row. Embedded images stay in the
+    manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
+    """
+    root = storage.absolute(root)
+    rows = _Rows(name, PackWriter(pack_prefix, EMBED_AT_MOST_BYTES), reads_names=class_names is None)
+    for path in paths:
+        for table in _batches(path):
+            rows.add(table, path, columns or {})
+    rows.pack.close()
+    names = class_names if class_names is not None else rows.class_names
+    source = ", ".join(paths)
+    labels = _label_values(rows.labels, names, source)
+    uris = [None if uri is None else _located(uri, root) for uri in rows.uris]
+    has_ids = bool(labels) and isinstance(labels[0], int)
+    folders = folders_of([uri or "" for uri in rows.uris], np.array(labels, np.int64)) if has_ids else {}
+    return assemble(
+        name,
+        labels,
+        rows.splits,
+        uris=rows.pack.located(uris),
+        data=rows.pack.embedded,
+        class_names=class_names,
+        own_names=rows.class_names,
+        folder_names=folders,
+        notes=rows.notes,
+        source=source,
+    )
+
+
+class _Rows:
+    """Columns gathered from the tables of a source."""
+
+    def __init__(self, name: str, pack: PackWriter, *, reads_names: bool) -> None:
+        self.name, self.pack, self.reads_names = name, pack, reads_names
+        self.uris: list[str | None] = []
+        # As each piece of a table has them: whether they are ids or names shows only in all of them.
+        self.labels: list[pa.ChunkedArray] = []
+        self.splits: list[str] = []
+        self.notes: list[str] = []
+        self.class_names: list[str] | None = None
+
+    def add(self, table: pa.Table, path: str, chosen: Mapping[str, str]) -> None:
+        found = _find_columns(table, path, chosen)
+        if self.reads_names and self.class_names is None:
+            self.class_names = _hub_class_names(table.schema, found["label"], path)
+        wrong = _empty_findings(table, [found[what] for what in ("label", "split") if what in found])
+        if path.lower().endswith((".csv", ".tsv")):
+            wrong += _line_break_findings(table, [found[what] for what in ("uri", "label", "split") if what in found])
+        if wrong:
+            raise ManifestError(path, wrong)
+        labels = table.column(found["label"])
+        self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, found["label"], path))
+        if "split" in found:
+            self.splits += _texts(table, found["split"], path).to_pylist()
+        else:
+            self._split_by_file(path, table.num_rows)
+        uris, data = _images(table, found, path)
+        self.uris += uris
+        self.pack.add(data if data is not None else [None] * table.num_rows)
+
+    def _split_by_file(self, path: str, num_rows: int) -> None:
+        split = split_of_file(path)
+        note = "no split column and no split in the files' names: every row is a training row"
+        if split is None and note not in self.notes:
+            self.notes.append(note)
+        self.splits += [split or "train"] * num_rows
+
+
+def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict[str, str]:
+    present, wrong = table.column_names, []
+    fields = dict(zip(present, table.schema, strict=True))
+    found = {}
+    for what, column in chosen.items():
+        if column in present:
+            found[what] = column
+        else:
+            wrong.append(f"there is no column {column!r} for {what}; {nearest(column, present)}")
+    lower = {name.lower(): name for name in reversed(present)}
+    for what, candidates in COLUMNS.items():
+        usable = [lower[name] for name in candidates if name in lower and _fits(what, fields[lower[name]])]
+        if what not in chosen and usable:
+            found[what] = usable[0]
+    if "label" not in found and "label" not in chosen:
+        wrong.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
+    if not {"uri", "bytes"} & found.keys() and not {"uri", "bytes"} & chosen.keys():
+        wrong.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
+    repeated = sorted({name for name in found.values() if present.count(name) > 1})
+    wrong += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
+    wrong += type_findings(table.schema, set(found.values()) - set(repeated))
+    if wrong:
+        raise ManifestError(path, wrong)
+    return found
+
+
+def _fits(what: str, field: pa.Field) -> bool:
+    kind = field.type
+    if what == "bytes":
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind))
+    if what == "uri":
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return True
+
+
+def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    empty = {name: table.column(name).null_count for name in columns}
+    return [
+        f"{count_of(number, 'row')} {'has' if number == 1 else 'have'} no {name!r}"
+        for name, number in empty.items()
+        if number
+    ]
+
+
+def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    """A cell of a CSV that goes over several lines: a quote that opens in one row and closes in another takes all
+    rows between. What begins with a line break may be a text of our own, which had an apostrophe in front."""
+    findings = []
+    for name in columns:
+        cells = table.column(name).cast(pa.string())
+        broken = cells.filter(pc.match_substring_regex(cells, r"(?s).[\r\n]")).to_pylist()
+        if broken:
+            shown = listed([repr(cell[:60]) for cell in broken], 3)
+            findings.append(
+                f"{count_of(len(broken), 'cell')} of {name!r} with a line break: {shown}; is a quote not closed?"
+            )
+    return findings
+
+
+def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
+    """A column as text; raises ManifestError for one that isn't plain values."""
+    column = table.column(name)
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        wrong = f"the column {name!r} is of the type {column.type}, and must be text or whole numbers"
+        raise ManifestError(path, [f"{wrong}; choose another one by --column"]) from None
+
+
+def _label_values(
+    columns: Sequence[pa.ChunkedArray], class_names: Sequence[str] | None, source: str
+) -> list[int] | list[str]:
+    """Class ids where all labels are whole numbers, else class names.
+
+    Texts that a number would change, such as 007, are names where the class names have all of them. Raises
+    ManifestError for those that can't be either.
+    """
+    texts = [str(label) for column in columns for label in column.to_pylist()]
+    distinct = set(texts)
+    written_as_ids = all(pa.types.is_integer(column.type) for column in columns)
+    if not written_as_ids and not all(re.fullmatch("[0-9]+", text) for text in distinct):
+        return texts
+    plain = {text: text.lstrip("0") or "0" for text in distinct}
+    large = [text for text, number in plain.items() if len(number) > _MOST_DIGITS or int(number) >= 1 << 63]
+    if class_names is not None and (large or distinct != set(plain.values())) and distinct <= set(class_names):
+        return texts
+    alike = sorted(text for text, many in Counter(plain.values()).items() if many > 1)
+    wrong = [f"labels that are one number are written in several ways: {listed(alike)}"] if alike else []
+    wrong += [f"{count_of(len(large), 'label')} too large for a class id: {listed(sorted(large))}"] if large else []
+    if wrong:
+        mend = "list every class by --class-names where names are numbers"
+        raise ManifestError(source, [f"{one}; {mend}" for one in wrong])
+    return [int(text) for text in texts]
+
+
+def _images(table: pa.Table, found: Mapping[str, str], path: str) -> tuple[list[str | None], list[bytes | None] | None]:
+    uris: list[str | None] = [None] * table.num_rows
+    if "uri" in found:
+        uris = _texts(table, found["uri"], path).to_pylist()
+    if "bytes" not in found:
+        return uris, None
+    column = table.column(found["bytes"])
+    if pa.types.is_struct(column.type):
+        if "uri" not in found and column.type.get_field_index("path") >= 0:
+            uris = pc.struct_field(column, "path").to_pylist()
+        column = pc.struct_field(column, "bytes")
+    return uris, column.to_pylist()
+
+
+class _Feature(BaseModel):
+    names: list[str] | None = None
+
+
+class _Info(BaseModel):
+    features: dict[str, Any] = {}
+
+
+class _HubMetadata(BaseModel):
+    info: _Info = _Info()
+
+
+def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | None:
+    """Class names that the Hugging Face hub keeps in a Parquet file's metadata; raises ManifestError."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    if not raw:
+        return None
+    try:
+        features = _HubMetadata.model_validate_json(raw).info.features
+        return _Feature.model_validate(features.get(label, {})).names or None
+    except ValidationError as error:
+        fix = "list the classes by --class-names, and it isn't read"
+        raise ManifestError(path, [f"{one}; {fix}" for one in metadata_findings(error, "huggingface")]) from None
+
+
+def _batches(path: str) -> Sequence[pa.Table] | Any:
+    """The table in pieces of bounded memory."""
+    suffix = path.rpartition(".")[2].lower()
+    readers = {
+        "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_json, "ndjson": _read_json, "json": _read_json,
+        "parquet": _read_parquet,
+    }  # fmt: skip
+    if suffix not in readers:
+        raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {nearest(suffix, readers)}"])
+    try:
+        yield from readers[suffix](path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ManifestError(path, [f"it can't be read as {suffix}: {error}"]) from None
+
+
+def _read_csv(path: str) -> list[pa.Table]:
+    data = _read_utf8(path)
+    delimiter = "\t" if path.lower().endswith(".tsv") else ","
+    _check_quotes(data, delimiter, path)
+    end = re.search(rb"[\r\n]", data)
+    first = data[: end.start() if end else len(data)].decode("utf-8-sig")
+    header = next(csv.reader(io.StringIO(first), delimiter=delimiter), [])
+    # Everything is read as text: a path or a label must not lose its zeros or become a date, and may be called NA.
+    options = pa_csv.ConvertOptions(
+        column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
+    )
+    parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    table = pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)
+    return [pa.table([_unescaped(column) for column in table.columns], table.column_names)]
+
+
+def _unescaped(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of a CSV file without the apostrophes that our own tables have before what looks like a formula."""
+    return pc.replace_substring_regex(column, ESCAPED, r"\1") if pa.types.is_string(column.type) else column
+
+
+def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
+    """Raise ManifestError for a quote that isn't closed: pyarrow would take all that follows for one cell."""
+    if b'"' not in data:
+        return
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    reader, line = csv.reader(text, delimiter=delimiter, strict=True), 1
+    try:
+        for _ in reader:
+            line = reader.line_num + 1
+    except csv.Error as error:
+        rule = "a cell that begins with a quote must end with one, and a quote within it is written twice"
+        if "field limit" in str(error):
+            rule = "take the column with such long cells out, or write the table as Parquet"
+        raise ManifestError(path, [f"the row that begins in line {line} can't be read ({error}): {rule}"]) from None
+
+
+def _read_json(path: str) -> list[pa.Table]:
+    data = _read_utf8(path)
+    # pyarrow's parser calls itself for each level, and has no limit: the process would end. So it would at a block of
+    # rows that begins with null.
+    marks = np.frombuffer(_STRING.sub(b"", data).translate(None, _NO_MARKS), np.uint8)
+    steps = np.where(np.isin(marks, list(b"[{")), 1, np.where(marks == ord("n"), 0, -1))
+    levels_at = np.concatenate([[0], np.cumsum(steps)])
+    levels = (levels_at - np.minimum.accumulate(levels_at))[1:]
+    if levels.max(initial=0) > _MOST_LEVELS:
+        raise ManifestError(path, [f"a value in it is nested more than {_MOST_LEVELS} levels deep; write plain values"])
+    if (levels[marks == ord("n")] == 0).any():
+        raise ManifestError(path, ['a row in it is null; every row is an object, such as {"path": ..., "label": ...}'])
+    return [pa_json.read_json(pa.BufferReader(data))]
+
+
+def _read_utf8(path: str) -> bytes:
+    data = storage.read_bytes(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ManifestError(path, ["it is in UTF-16, as Excel's 'Unicode Text' is; save it as UTF-8 ('CSV UTF-8')"])
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wrong = f"line {line} is not in UTF-8, and may be in Latin-1 or Windows-1252; save the file as UTF-8"
+        raise ManifestError(path, [wrong]) from None
+    return data
+
+
+def _read_parquet(path: str) -> Any:
+    storage.check_readable(path)
+    filesystem, inner = storage.open_filesystem(path)
+    try:
+        with filesystem.open_input_file(inner) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                yield pa.Table.from_batches([batch])
+    except FileNotFoundError:
+        raise storage.StorageError(f"{path} is not there") from None
+    except OSError as error:
+        raise storage.failure("read", path, error) from None
+
+
+def _located(uri: str, root: str) -> str:
+    return uri if storage.is_uri(uri) or uri.startswith("/") else storage.join(root, uri)

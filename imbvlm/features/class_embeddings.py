@@ -1,0 +1,69 @@
+"""Stored text features of the class names, for zero-shot, prompts and text initialisation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from imbvlm.base import storage
+from imbvlm.base.formatting import count_of
+from imbvlm.config.input_sections import PromptsConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of, truncated_names
+
+_FOLDER = "class-embeddings"
+_CHECKSUM = "sha256"
+
+
+def ensure_class_embeddings(
+    config: TrialConfig, class_names: Sequence[str], root: str, encoder: Encoder, report: Callable[[str], None]
+) -> str:
+    """Path of a safetensors file with `class_embeddings` (C, E), written where it is missing or damaged.
+
+    Raises ImbvlmError where the tower's text side can't be had.
+    """
+    templates = templates_of(config.prompts or PromptsConfig())
+    key = {"tower": encoder.text_fingerprint(), "names": list(class_names), "templates": templates}
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = storage.join(root, _FOLDER, f"{digest}.safetensors")
+    if not _is_intact(path):
+        cut = truncated_names(encoder, class_names, templates)
+        if cut:
+            shown = ", ".join(repr(name) for name in cut[:3])
+            report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
+        report(
+            f"text features: {count_of(len(class_names), 'class name')}, {count_of(len(templates), 'sentence')} each"
+        )
+        device = encoder.device
+        encoder.to("cuda" if torch.cuda.is_available() else device)
+        tensor = class_embeddings(encoder, class_names, templates).contiguous()
+        encoder.to(device)
+        checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))
+    return path
+
+
+def _is_intact(path: str) -> bool:
+    """Whether the file holds what it was written with; from an object store it is read whole first."""
+    if not storage.exists(path):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "embeddings"
+        if storage.is_local(path):
+            local = storage.local_path(path)
+        else:
+            storage.download(path, local)
+        try:
+            with safe_open(local, framework="pt") as file:
+                tensor, metadata = file.get_tensor("class_embeddings").clone(), file.metadata() or {}
+        except (OSError, SafetensorError):
+            return False
+    return metadata.get(_CHECKSUM) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

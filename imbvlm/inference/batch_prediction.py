@@ -1,0 +1,204 @@
+"""`imbvlm predict`: which images are meant, and predictions in this process or through Ray Data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, list_tree, shown_path
+from imbvlm.data.image_stream import each_row
+from imbvlm.data.images.decode_budget import DecodeBudget
+from imbvlm.data.images.decoding import ImageError
+from imbvlm.data.images.preprocess import Preprocess
+from imbvlm.data.manifest import EMBEDDED, Manifest
+from imbvlm.inference.model_folder import described_crops, load, model_folder, read_description
+from imbvlm.inference.predictor import Model, Prediction, crops_of
+
+# From so many images on, Ray Data's processes pay for their start.
+RAY_FROM = 5_000
+BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to classify, in order: a location each, or the bytes of those that a manifest holds itself.
+
+    `names` are text for the table, also where a location has bytes that aren't UTF-8.
+    """
+
+    names: Sequence[str]
+    uris: Sequence[str | None]
+    contents: Sequence[bytes | None]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def find_images(places: Sequence[str], split: str | None = None) -> Images:
+    """Files as given; of folders and s3:// prefixes the images below, sorted; of manifests the rows, of one `split`.
+
+    Raises ImbvlmError where nothing is there.
+    """
+    names, uris, contents = list[str](), list[str | None](), list[bytes | None]()
+    for place in places:
+        if place.startswith(EMBEDDED) or place.endswith(".parquet"):
+            manifest = Manifest.read(place)
+            if split is not None:
+                _check_split(place, manifest, split)
+                manifest = manifest.split(split)
+            table = manifest.table
+            rows = zip(table.column("uri").to_pylist(), table.column("bytes").to_pylist(), strict=True)
+            for number, (uri, data) in enumerate(rows):
+                names.append(uri or f"{place} row {number}")
+                uris.append(uri)
+                contents.append(data)
+            continue
+        found = _files(place)
+        names += found
+        uris += found
+        contents += [None] * len(found)
+    if not names:
+        raise ImbvlmError(f"no image in {', '.join(places)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return Images([shown_path(name) for name in names], uris, contents)
+
+
+def _check_split(place: str, manifest: Manifest, split: str) -> None:
+    if split not in manifest.splits:
+        raise ImbvlmError(f"{place} has no {split} images; it has {', '.join(manifest.splits)}")
+
+
+def _files(place: str) -> list[str]:
+    if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES and not (storage.is_local(place) and os.path.isdir(place)):
+        if storage.is_local(place) and not storage.exists(place):
+            raise ImbvlmError(f"{place} is not there")
+        return [place]
+    if storage.is_local(place) and not storage.local_path(place).is_dir():
+        if not storage.exists(place):
+            raise ImbvlmError(f"{place} is not there")
+        # A file by another name: its content says what it is.
+        return [place]
+    below = (file.path for file in list_tree(place))
+    return [storage.join(place, path) for path in below if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+
+
+# ----------------------------------------------------------------------------------------------- predicting
+
+
+def predictions(
+    folder: str, images: Images, top: int, *, ray: bool, waits: Callable[[str], None]
+) -> Iterator[Prediction]:
+    """Each image's prediction in order: by a model in this process, or by Ray Data's on every GPU or CPU.
+
+    `waits` is told, from another thread, why nothing goes on where the cluster lacks machines by now.
+
+    Raises ImbvlmError where the model can't be loaded or would prepare images otherwise.
+    """
+    if ray:
+        yield from _in_ray(folder, images, top, waits)
+        return
+    model = load(folder)
+    for start in range(0, len(images), BLOCK_SIZE):
+        block = load_crops(_block(images, start, model.preprocess, model.num_crops))
+        yield from _predicted(model, block, top)
+
+
+def load_crops(block: dict[str, Any]) -> dict[str, Any]:
+    """Fetch, decode and crop a block's images: adds `images` (N, V, 3, S, S) and a reason or None per image.
+
+    Raises StorageError where a store doesn't answer.
+    """
+    preprocess, num_crops = Preprocess.from_dict(block["preprocess"]), block["num_crops"]
+    uris, contents, side = block["uris"], block["contents"], preprocess.image_size
+    crops = np.zeros((len(uris), num_crops, 3, side, side), dtype=np.uint8)
+
+    budget = DecodeBudget()
+
+    def load_one(number: int) -> str | None:
+        try:
+            with budget.fetched(uris[number], contents[number]) as data:
+                crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
+        except ImageError as error:
+            return shown_path(error.reason)
+        return None
+
+    reasons = each_row(load_one, uris)
+    return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
+
+
+class ModelWorker:
+    """Holds an exported model in one process of Ray Data; called with a loaded block, it gives its predictions."""
+
+    def __init__(self, folder: str, top: int, num_threads: int, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(num_threads)
+        self._model, self._top = load(folder, "cuda" if use_gpu else "cpu"), top
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        return {"start": block["start"], "predictions": _predicted(self._model, block, self._top)}
+
+
+def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -> dict[str, Any]:
+    part = slice(start, start + BLOCK_SIZE)
+    return {
+        "start": start,
+        "names": images.names[part],
+        "uris": images.uris[part],
+        "contents": images.contents[part],
+        "preprocess": preprocess.to_dict(),
+        "num_crops": num_crops,
+    }
+
+
+def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction]:
+    good = np.array([reason is None for reason in block["reasons"]])
+    return model.predictions(block["names"], block["images"][good], block["reasons"], top)
+
+
+def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None]) -> Iterator[Prediction]:
+    # Only here: a handful of images needs no cluster.
+    from imbvlm.ray_runtime.connection import connected
+    from imbvlm.ray_runtime.image_pipeline import map_images
+
+    where = storage.absolute(model_folder(folder))
+    preprocess, num_crops = described_crops(where)
+    located = Images(images.names, [uri and storage.absolute(uri) for uri in images.uris], images.contents)
+    blocks = [_block(located, start, preprocess, num_crops) for start in range(0, len(images), BLOCK_SIZE)]
+    waiting: dict[int, list[Prediction]] = {}
+    written = 0
+    with connected() as cluster:
+        use_gpu = cluster.num_gpus > 0
+        num_workers = int(cluster.num_gpus) if use_gpu else max(1, int(cluster.num_cpus) // 4)
+        threads = 1 if use_gpu else max(1, int(cluster.num_cpus) // (2 * num_workers))
+        done = map_images(
+            blocks,
+            load_crops,
+            ModelWorker,
+            (where, top, threads, use_gpu),
+            images_per_block=BLOCK_SIZE,
+            num_workers=num_workers,
+            waits=waits,
+            cpus_per_worker=1 if use_gpu else threads,
+            gpus_per_worker=1.0 if use_gpu else 0.0,
+        )
+        for block in done:
+            waiting[block["start"]] = block["predictions"]
+            while written in waiting:
+                yield from waiting.pop(written)
+                written += BLOCK_SIZE
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def limited_top(folder: str, top: int) -> int:
+    """`top`, or the number of the model's classes where that is less: a table has no columns for more."""
+    names = read_description(model_folder(folder)).get("class_names")
+    return min(top, len(names)) if isinstance(names, list) and names else top

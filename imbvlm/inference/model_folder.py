@@ -1,0 +1,210 @@
+"""A model folder: written from a refit, loaded and described without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import PIL
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.yaml_file import YamlTree
+from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.files.file_listing import list_tree
+from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
+from imbvlm.inference.predictor import ImageClassifier, Model, PostHocStep
+from imbvlm.models.encoders.encoder_folder import save_tower
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.model_builder import restore_model
+from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
+
+CONFIG_FILE = "config.json"
+TOWER_FOLDER = "tower"
+FORMAT = 2
+# How an export of several trials names their folders.
+_NUMBERED = re.compile(r"\d+-")
+
+
+def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Preprocess, int]:
+    """How a configuration looks at an image, and how many crops that is: one, or five whose logits are averaged."""
+    if config.eval.tte == "five_crop":
+        return preprocess.five_crop(config.eval.expand), len(FIVE_CROPS)
+    return preprocess, 1
+
+
+def write_model(
+    folder: str,
+    config: TrialConfig,
+    tensors: dict[str, Tensor],
+    encoder: Encoder,
+    class_names: Sequence[str],
+    scores: dict[str, Any],
+    post_hoc: PostHocStep | None = None,
+    label_map: Mapping[str, int] | None = None,
+) -> None:
+    """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict.
+
+    `label_map` is class id in the data's source -> class, where those ids were not 0, 1, 2, ...
+    """
+    tower = storage.join(folder, TOWER_FOLDER)
+    save_tower(encoder, tower)
+    with _local_copy(tower) as local:
+        # Read back: what is described is what a user will load.
+        written = _load_tower(local, config, encoder.device)
+    weights = save_safetensors(tensors)
+    storage.write_bytes(storage.join(folder, MODEL_FILE), weights)
+    digests = {MODEL_FILE: hashlib.sha256(weights).hexdigest()}
+    config = without_paths(config)
+    description = {
+        "format": FORMAT,
+        "library_name": "imbvlm",
+        "class_names": list(class_names),
+        "label_map": None if label_map is None else dict(label_map),
+        "preprocess": written.preprocess.to_dict(),
+        "preprocess_fingerprint": written.preprocess.fingerprint(),
+        "pillow": PIL.__version__,
+        "encoder": {**written.info.to_dict(), "name": config.encoder.name},
+        "config": config.to_tree(),
+        "scores": scores,
+        "post_hoc": None if post_hoc is None else post_hoc.write(folder, digests),
+        "digests": digests,
+    }
+    storage.write_bytes(
+        storage.join(folder, CONFIG_FILE), json.dumps(description, indent=1, ensure_ascii=False).encode()
+    )
+
+
+def without_paths(config: TrialConfig) -> TrialConfig:
+    """The configuration with names of files in place of this machine's paths: an exported model is given to others."""
+    overrides = {"data.manifest": PurePosixPath(config.data.manifest).name}
+    if config.encoder.name.startswith("local-dir:"):
+        overrides["encoder.name"] = f"local-dir:{PurePosixPath(config.encoder.name).name}"
+    if config.encoder.weights is not None:
+        overrides["encoder.weights"] = PurePosixPath(config.encoder.weights).name
+    return config.with_overrides(overrides)
+
+
+def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
+    tower = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
+    return Encoder.from_config(tower, config.eval, device, with_text=False)
+
+
+@contextmanager
+def _local_copy(folder: str) -> Iterator[str]:
+    """The folder itself, or a copy of one in an object store for as long as it is read."""
+    if storage.is_local(folder):
+        yield str(storage.local_path(folder))
+        return
+    with TemporaryDirectory() as copy:
+        for file in list_tree(folder):
+            storage.write_bytes(storage.join(copy, file.path), storage.read_bytes(storage.join(folder, file.path)))
+        yield copy
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """Load a model folder that `imbvlm export` wrote, also from s3://, onto a GPU where there is one.
+
+    Raises ImbvlmError where it is incomplete, of other weights, or where images would be prepared otherwise than for
+    its training.
+    """
+    where = model_folder(str(folder))
+    with _local_copy(where) as local:
+        return _load(local, where, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def model_folder(folder: str) -> str:
+    """The folder with config.json: that one, or model/ in it; raises ImbvlmError."""
+    for found in (folder, storage.join(folder, "model")):
+        if storage.exists(storage.join(found, CONFIG_FILE)):
+            return found
+    numbered = [name for name in storage.list_files(folder) if _NUMBERED.match(name)]
+    several = [storage.join(folder, name) for name in numbered]
+    models = [one for one in several if storage.exists(storage.join(one, "model", CONFIG_FILE))]
+    if models:
+        raise ImbvlmError(f"{folder} has several exported models; name one of them: {', '.join(models)}")
+    raise ImbvlmError(
+        f"{folder} has no {CONFIG_FILE}, so it is no exported model; write one with `imbvlm export SWEEP -o {folder}`"
+    )
+
+
+def read_description(folder: str) -> dict[str, Any]:
+    """What config.json in a model's folder says; raises ImbvlmError where it is of another format."""
+    where = storage.join(folder, CONFIG_FILE)
+    with _damage_named(where):
+        description: dict[str, Any] = storage.read_json(where)
+        version = description["format"]
+    if version != FORMAT:
+        raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
+    return description
+
+
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    """Within, what a damaged description makes Python raise becomes an ImbvlmError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ImbvlmError(f"{where} is not a model's description ({cause}); export the model again") from None
+
+
+def described_crops(folder: str) -> tuple[Preprocess, int]:
+    """How the model in a folder looks at an image, without loading it; raises ImbvlmError."""
+    where, description = storage.join(folder, CONFIG_FILE), read_description(folder)
+    with _damage_named(where):
+        tree, preprocess = description["config"], Preprocess.from_dict(description["preprocess"])
+    return evaluation_crops(preprocess, TrialConfig.from_tree(YamlTree(tree, where)))
+
+
+def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    names = description["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("class_names is no list of names")
+    return tuple(names)
+
+
+def _load(folder: str, name: str, device: torch.device) -> Model:
+    where, description = storage.join(name, CONFIG_FILE), read_description(folder)
+    with _damage_named(where):
+        class_names, preprocess = _class_names(description), Preprocess.from_dict(description["preprocess"])
+        tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
+        looks, pillow = description["preprocess_fingerprint"], description["pillow"]
+        adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
+        post_hoc = None if adjusted is None else PostHocStep.read(folder, adjusted, len(class_names), digests)
+    config = TrialConfig.from_tree(YamlTree(tree, where))
+    encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
+    if encoder.info.weights_fingerprint != fingerprint:
+        raise ImbvlmError(
+            f"the tower in {name} is not the one that the classifier was trained on; export the model again"
+        )
+    bad = next((key for key, param in encoder.visual.named_parameters() if not torch.isfinite(param).all()), None)
+    if bad is not None:
+        raise ImbvlmError(
+            f"the tower in {name} has numbers that aren't finite in {bad}, so that probabilities would mean nothing; "
+            "export the model again"
+        )
+    if encoder.preprocess != preprocess:
+        raise ImbvlmError(
+            f"this version prepares images otherwise than {name} was trained with: {encoder.preprocess} instead of "
+            f"{preprocess}"
+        )
+    if preprocess.fingerprint() != looks:
+        raise ImbvlmError(
+            f"images are resized otherwise here (Pillow {PIL.__version__}) than where {name} was exported (Pillow "
+            f"{pillow}), so its probabilities would mean nothing; install pillow=={pillow}, or export the model here"
+        )
+    weights = read_tensors(folder, MODEL_FILE, digests)
+    classifier = restore_model(config, encoder.info, len(class_names), weights, encoder)
+    network = ImageClassifier(encoder, classifier, config, post_hoc).to(device)
+    return Model(network, *evaluation_crops(preprocess, config), class_names, device)

@@ -1,0 +1,116 @@
+"""An exported model as one ONNX graph, tower and classifier together, checked with onnxruntime against its logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.inference.predictor import ImageClassifier, Model
+
+ONNX_FILE = "onnx/model.onnx"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Of the largest logit: features that are rounded to half precision may fall to the other side.
+TOLERANCE = 2e-3
+# A protobuf holds 2 GB at most; larger weights go into a file beside it.
+_MAX_GRAPH_BYTES = 1_500_000_000
+
+
+class _Graph(nn.Module):
+    """Crops in bytes (B, 3, S, S) -> adjusted logits and probabilities, (B, C)."""
+
+    def __init__(self, network: ImageClassifier) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        adjusted = self.network(images)[1]
+        return adjusted, adjusted.softmax(dim=1)
+
+
+def require_onnx() -> None:
+    """Raises ImbvlmError where a package of the extra `onnx` isn't installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImbvlmError(f"--onnx needs {', '.join(missing)}; install it with: pip install 'imbvlm[onnx]'")
+
+
+def write_onnx(model: Model, folder: str) -> float:
+    """Write onnx/model.onnx into a model's folder and return its largest difference of logits from `model`'s.
+
+    Input `images` (B, 3, S, S) is crops in bytes, as the model's preprocessing makes them; outputs are `logits` and
+    `probabilities` (B, C), with what was adjusted on validation. `model` must be on the CPU. Raises ImbvlmError where
+    the tower can't be written as a graph, or where onnxruntime computes other logits.
+    """
+    require_onnx()
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / Path(ONNX_FILE).name
+        _export(model, path)
+        difference = _largest_difference(model, path)
+        for file in sorted(path.parent.iterdir()):
+            storage.write_bytes(storage.join(folder, Path(ONNX_FILE).parent.name, file.name), file.read_bytes())
+    return difference
+
+
+def _export(model: Model, path: Path) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.network.state_dict().values())
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Graph(model.network).eval(),
+                (_crops(model, 2),),
+                str(path),
+                input_names=["images"],
+                output_names=["logits", "probabilities"],
+                dynamic_shapes={"images": {0: "batch"}},
+                dynamo=True,
+                external_data=size > _MAX_GRAPH_BYTES,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise ImbvlmError(f"this model can't be written as an ONNX graph: {_first_cause(error)}") from None
+    finally:
+        logging.disable(before)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What torch's exporter stumbled over: its own sentence only says at which step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _largest_difference(model: Model, path: Path) -> float:
+    """Over made-up crops, in a batch of another size than the graph was made with."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    crops = _crops(model, 5)
+    found = session.run(["logits"], {"images": crops.numpy()})[0]
+    with torch.inference_mode():
+        expected = model.network(crops)[1].numpy()
+    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise ImbvlmError(
+            f"the ONNX graph computes other logits than the model: they differ by {difference:.3g}, where the largest "
+            f"is {largest:.3g}; it was not written"
+        )
+    return difference
+
+
+def _crops(model: Model, number: int) -> Tensor:
+    side = model.preprocess.image_size
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (number, 3, side, side), dtype=torch.uint8, generator=generator)

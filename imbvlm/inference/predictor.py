@@ -1,0 +1,256 @@
+"""An exported classifier in memory: images to probabilities, without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.image_stream import each_row
+from imbvlm.data.images.decode_budget import DecodeBudget
+from imbvlm.data.images.decoding import ImageError, picture_pixels
+from imbvlm.data.images.preprocess import Preprocess
+from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.models.classifier import ZeroShotClassifier
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.model_builder import METHODS
+from imbvlm.training.checkpoint import read_tensors
+
+ZERO_SHOT_FILE = "zero_shot.safetensors"
+BATCH_SIZE = 64
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
+_IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first; `error` says why there are none."""
+
+    source: str
+    class_names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PostHocStep:
+    """What is done to a model's logits before they become probabilities: an adjustment, chosen on validation.
+
+    `class_counts` (C,) are those that the model was trained on; `class_embeddings` (C, E) are there where zero-shot
+    logits are mixed in.
+    """
+
+    adjustment: Adjustment
+    class_counts: tuple[int, ...]
+    class_embeddings: Tensor | None = None
+
+    def write(self, folder: str, digests: dict[str, str]) -> dict[str, Any]:
+        """Write what is too large for a description, and add its digest; the rest as plain data."""
+        if self.class_embeddings is not None:
+            data = save_safetensors({"class_embeddings": self.class_embeddings.float().cpu().contiguous()})
+            storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), data)
+            digests[ZERO_SHOT_FILE] = hashlib.sha256(data).hexdigest()
+        return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
+
+    @staticmethod
+    def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> PostHocStep:
+        """Back from `write`; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
+        values = dict(data)
+        counts = tuple(operator.index(count) for count in values.pop("class_counts"))
+        if len(counts) != num_classes or min(counts) < 0:
+            raise ValueError(f"class_counts has {len(counts):,} numbers from 0 up, and there are {num_classes} classes")
+        adjustment = Adjustment(**{name: float(value) for name, value in values.items()})
+        if not (np.isfinite([adjustment.tau, adjustment.alpha]).all() and 0 < adjustment.temperature < np.inf):
+            raise ValueError(f"tau and alpha must be finite and temperature above 0, and it has {adjustment}")
+        embeddings = None
+        if adjustment.alpha:
+            embeddings = read_tensors(folder, ZERO_SHOT_FILE, digests)["class_embeddings"]
+            if len(embeddings) != num_classes:
+                raise ValueError(f"{ZERO_SHOT_FILE} is of {len(embeddings):,} classes, and there are {num_classes:,}")
+        return PostHocStep(adjustment, counts, embeddings)
+
+
+class ImageClassifier(nn.Module):
+    """Tower, classifier and what was adjusted on validation in one module: crops in bytes to logits."""
+
+    def __init__(
+        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: PostHocStep | None
+    ) -> None:
+        super().__init__()
+        self.tower, self.classifier = encoder.visual, classifier
+        self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
+        mixes = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
+        self.zero_shot = None
+        if mixes and post_hoc is not None and post_hoc.class_embeddings is not None:
+            self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.logit_scale)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier's own logits and the adjusted ones, both (B, C) in float32, of crops (B, 3, S, S)."""
+        outputs = None
+        if self.zero_shot is not None or not self._config.reads_images:
+            outputs = self._encoder.outputs(images)
+        if self._config.reads_images:
+            logits = self.classifier(images)
+        else:
+            logits = self.classifier(self._as_stored(getattr(outputs, METHODS[self._config.method].reads)))
+        logits = logits.float()
+        if self._post_hoc is None:
+            return logits, logits
+        zero_shot = None
+        if self.zero_shot is not None and outputs is not None:
+            zero_shot = self.zero_shot(self._as_stored(outputs.image_embedding))
+        counts = torch.tensor(self._post_hoc.class_counts, device=logits.device)
+        return logits, self._post_hoc.adjustment.apply(logits, counts, zero_shot)
+
+    def _as_stored(self, features: Tensor) -> Tensor:
+        """A tower's output in the precision in which what was trained on was stored."""
+        return features.half().float() if self._config.features.precision == "float16" else features
+
+
+class Model:
+    """An exported classifier with its own tower, preprocessing and class names."""
+
+    def __init__(
+        self,
+        network: ImageClassifier,
+        preprocess: Preprocess,
+        num_crops: int,
+        class_names: tuple[str, ...],
+        device: torch.device,
+    ) -> None:
+        self.network, self.preprocess, self.num_crops = network.eval(), preprocess, num_crops
+        self.class_names, self._device = class_names, device
+
+    def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
+        """Classify one image or several; one that can't be read gets an error in place of classes.
+
+        An image is a path, a URI, an encoded file's bytes, a Pillow image, or an H x W x 3 array of uint8. Raises
+        ImbvlmError for a `top` below 1, and for what is neither an image nor an iterable of them.
+        """
+        return list(self.predict_stream(images, top))
+
+    def predict_stream(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> Iterator[Prediction]:
+        """As `predict`, a batch at a time, in order."""
+        return self._stream(enumerate(_several(images)), _checked_top(top))
+
+    def _stream(self, iterator: Iterator[tuple[int, ImageLike]], top: int) -> Iterator[Prediction]:
+        while batch := list(islice(iterator, max(1, BATCH_SIZE // self.num_crops))):
+            yield from self._predict_batch(batch, top)
+
+    def classify(self, crops: npt.NDArray[np.uint8], top: int = 5) -> list[tuple[list[int], list[float]]]:
+        """Labels and probabilities of the most probable classes, best first, of crops, as `crops_of` makes them."""
+        top = _checked_top(top)
+        if not len(crops):
+            return []
+        probabilities = self.probabilities(torch.from_numpy(crops)).cpu()
+        values, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
+        return list(zip(labels.tolist(), values.tolist(), strict=True))
+
+    def logits(self, crops: Tensor) -> Tensor:
+        """The classifier's own logits (B, C) of crops (B, 3, S, S) in bytes, or their means over (B, V, 3, S, S)."""
+        return self._run(crops, 0)
+
+    def probabilities(self, crops: Tensor) -> Tensor:
+        """Probabilities (B, C) of crops as `logits` takes them, after what was adjusted on validation."""
+        return self._run(crops, 1).softmax(dim=1)
+
+    @torch.inference_mode()
+    def _run(self, crops: Tensor, output: int) -> Tensor:
+        if crops.ndim == 4:
+            logits: Tensor = self.network(crops.to(self._device))[output]
+            return logits
+        num_images, num_crops = crops.shape[:2]
+        return self._run(crops.flatten(0, 1), output).view(num_images, num_crops, -1).mean(dim=1)
+
+    def _predict_batch(self, batch: Sequence[tuple[int, ImageLike]], top: int) -> list[Prediction]:
+        crops: list[npt.NDArray[np.uint8] | None] = [None] * len(batch)
+
+        budget = DecodeBudget()
+
+        def load(number: int) -> str | None:
+            try:
+                crops[number] = self._crops(batch[number][1], budget)
+            except (ImageError, storage.StorageError) as error:
+                return str(error)
+            return None
+
+        names = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else None for _, image in batch]
+        reasons = each_row(load, names)
+        sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
+        good = [crop for crop in crops if crop is not None]
+        return self.predictions(sources, np.stack(good) if good else np.empty(0, np.uint8), reasons, top)
+
+    def _crops(self, image: ImageLike, budget: DecodeBudget) -> npt.NDArray[np.uint8]:
+        if isinstance(image, (str, os.PathLike)):
+            with budget.fetched(os.fspath(image), None) as data:
+                return crops_of(self.preprocess, self.num_crops, self.preprocess.decode(data))
+        return crops_of(self.preprocess, self.num_crops, _picture(image, self.preprocess))
+
+    def predictions(
+        self, sources: Sequence[str], good: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
+    ) -> list[Prediction]:
+        """One for each source: its reason, or what its crops among the `good` ones, in order, are classified as."""
+        found = iter(self.classify(good, top))
+        return [
+            self._prediction(source, *next(found)) if reason is None else Prediction(source, error=reason)
+            for source, reason in zip(sources, reasons, strict=True)
+        ]
+
+    def _prediction(self, source: str, labels: Sequence[int], probabilities: Sequence[float]) -> Prediction:
+        """Labels with their names."""
+        return Prediction(
+            source, tuple(self.class_names[label] for label in labels), tuple(labels), tuple(probabilities)
+        )
+
+
+def crops_of(
+    preprocess: Preprocess, num_crops: int, picture: npt.NDArray[np.uint8] | Image.Image
+) -> npt.NDArray[np.uint8]:
+    """What one image is to a model: crops (V, 3, S, S)."""
+    return np.stack([preprocess.apply(picture, crop) for crop in range(num_crops)])
+
+
+def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Images to iterate over: text, bytes and an array of one image are iterables themselves."""
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        return [images]
+    if isinstance(images, np.ndarray) and images.ndim < 4:
+        return [images]
+    if isinstance(images, Iterable):
+        return images
+    raise ImbvlmError(f"predict takes an image or several: {_IMAGE_FORMS}; and got {type(images).__name__}")
+
+
+def _checked_top(top: int) -> int:
+    if isinstance(top, bool) or not hasattr(top, "__index__") or operator.index(top) < 1:
+        raise ImbvlmError(f"top, the number of classes an image, must be a whole number from 1 up, and is {top!r}")
+    return operator.index(top)
+
+
+def _picture(
+    image: bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
+) -> npt.NDArray[np.uint8] | Image.Image:
+    if isinstance(image, Image.Image):
+        return picture_pixels(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
+        return image
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return preprocess.decode(bytes(image))
+    raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")

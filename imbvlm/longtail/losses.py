@@ -1,0 +1,413 @@
+"""Every loss, a pure function of logits (B, C), targets (B,) and class counts (C,); LOSSES and build_loss.
+
+Adding one: a function here, a line in LOSSES, its knobs in config. All of them are sums of w l over sums of w, so that
+the same function gives one process its loss and each of several workers a share whose average is the exact global one.
+
+Those of SOFT_TARGETS also take targets (B, C), each row's shares of the classes, which sum to 1: an example with a half
+of two classes counts as half an example of each, sum(t w l) / sum(t w) over rows and classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.longtail.class_stats import PRIOR_FLOOR
+from imbvlm.longtail.worker_group import ONE_WORKER, Reducer
+
+Knob = float | Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016].
+
+    Other losses with `label_smoothing` have this in the place of -log p_y, with their own p and weights.
+    """
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, None, label_smoothing, world)
+
+
+def focal(
+    logits: Tensor, targets: Tensor, class_counts: Tensor, *, gamma: Knob = 2.0, world: Reducer = ONE_WORKER
+) -> Tensor:
+    """(1 - p_y)^gamma (-log p_y) [Lin et al. 2017, eq. 4].
+
+    log(1 - p_y) is the log-sum-exp over the other classes: the logarithm of 1 minus a rounded p_y is -inf for a
+    confident, correct example, and its gradient NaN.
+    """
+    log_probs = F.log_softmax(_computing(logits), dim=-1)
+    others = log_probs.masked_fill(_is_target(log_probs, targets), torch.finfo(log_probs.dtype).min)
+    return _weighted_mean(
+        torch.exp(gamma * torch.logsumexp(others, dim=-1)) * _nll(log_probs, targets),
+        None,
+        world,
+    )
+
+
+def inverse_frequency(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
+    counts = _floored(class_counts, logits)
+    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, world)
+
+
+def effective_number(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    beta: Knob = 0.9999,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
+    weights = effective_number_weights(_floored(class_counts, logits), beta)
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
+
+
+def generalized_reweight(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    exponent: Knob = 1.2,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
+    log_weights = -exponent * torch.log(_floored(class_counts, logits))
+    # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
+    weights = torch.softmax(log_weights, dim=-1) * logits.shape[-1]
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
+
+
+def balanced_softmax(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """CE(z + log prior) [Ren et al. 2020]."""
+    return logit_adjustment(logits, targets, class_counts, tau=1.0, label_smoothing=label_smoothing, world=world)
+
+
+def logit_adjustment(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    tau: Knob = 1.0,
+    label_smoothing: Knob = 0.0,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
+    adjusted = _computing(logits) + (tau * _log_prior(class_counts, logits)).to(_computing(logits).dtype)
+    return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, world)
+
+
+def ldam(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    max_margin: Knob = 0.5,
+    margin_scale: Knob = 1.0,
+    reweight: Tensor | None = None,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """CE(z - margin_scale m_y on the target), m_c = max_margin n_c^-1/4 / max(n^-1/4) [Cao et al. 2019].
+
+    The maximum is over classes with images, and a class without any has the largest margin. Only the margin is
+    scaled: a cosine classifier (margin_scale = 1 / temperature) has scaled the logits already. `reweight` (C,): class
+    weights for deferred re-weighting, such as `effective_number_weights`.
+    """
+    logits = _computing(logits)
+    margins = (max_margin * margin_scale * _margin_shares(class_counts, logits)).to(logits.dtype)
+    log_probs = F.log_softmax(torch.where(_is_target(logits, targets), logits - margins, logits), dim=-1)
+    weights = None if reweight is None else reweight.to(logits.device)[targets]
+    return _weighted_mean(_nll(log_probs, targets), weights, world)
+
+
+def lade(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    remine_lambda: Knob = 0.1,
+    weight: Knob = 0.1,
+    world: Reducer = ONE_WORKER,
+) -> Tensor:
+    """CE(z + log prior) + weight * sum_c prior_c (t_c + remine_lambda t_c^2 - mean_c) [Hong et al. 2021].
+
+    mean_c is the mean of z_c over the batch's examples of class c (0 without any), t_c the logarithm of the mean of
+    exp(z_c) / (C prior_c) over the whole batch: the regularised Donsker-Varadhan bound, as its authors published
+    it. Both take the raw logits z, not the adjusted ones.
+    """
+    logits = _computing(logits)
+    estimator = _lade_estimator(
+        logits, targets, _log_prior(class_counts, logits).to(logits.dtype), remine_lambda, world
+    )
+    return balanced_softmax(logits, targets, class_counts, world=world) + weight * estimator
+
+
+LossFunction = Callable[..., Tensor]
+
+LOSSES: Mapping[str, LossFunction] = {
+    "cross_entropy": cross_entropy,
+    "focal": focal,
+    "inverse_frequency": inverse_frequency,
+    "effective_number": effective_number,
+    "generalized_reweight": generalized_reweight,
+    "balanced_softmax": balanced_softmax,
+    "logit_adjustment": logit_adjustment,
+    "ldam": ldam,
+    "lade": lade,
+}
+
+# Those that correct for the prior: `loss.prior` says which counts they are given.
+PRIOR_CORRECTING = frozenset({"balanced_softmax", "logit_adjustment", "lade"})
+# Those that are linear in their target, which may lie between classes.
+SOFT_TARGETS = frozenset(
+    name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters
+)
+# What these give the reducer depends on logits; for the others on targets alone.
+NEEDS_ALL_LOGITS = frozenset({"lade"})
+
+
+# -------------------------------------------------------------------------------------------------- building
+
+
+def loss_knobs(name: str) -> dict[str, Any]:
+    """The knobs of a loss and their defaults; raises ImbvlmError for a name that LOSSES lacks."""
+    if name not in LOSSES:
+        raise ImbvlmError(f"no loss is called {name!r}; {nearest(name, LOSSES)}")
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "world"}
+
+
+_COUNTS = "class_counts"
+# Cases of logit adjustment, exactly.
+_TAUS = {"cross_entropy": 0.0, "balanced_softmax": 1.0}
+
+
+class BuiltLoss:
+    """A loss with its counts and knobs: (logits (B, C), targets (B,) or, with SOFT_TARGETS, (B, C)) -> scalar.
+
+    With several workers each gets a share whose average over workers is the exact global loss, and likewise its
+    gradient, however uneven the local batches; a local batch may be empty.
+    """
+
+    def __init__(self, name: str, class_counts: Tensor, world: Reducer, knobs: Mapping[str, Any]) -> None:
+        self.name = name
+        self._counts = class_counts
+        self._world = world
+        self._knobs = dict(knobs)
+
+    def over(self, world: Reducer) -> BuiltLoss:
+        """The same loss with another reducer."""
+        return BuiltLoss(self.name, self._counts, world, self._knobs)
+
+    def as_adjustment(self) -> BuiltLoss:
+        """Logit adjustment where the loss is a case of it, so that more losses can be computed at once."""
+        if self.name not in _TAUS:
+            return self
+        return BuiltLoss("logit_adjustment", self._counts, self._world, {**self._knobs, "tau": _TAUS[self.name]})
+
+    def form(self) -> tuple[Any, ...]:
+        """Equal for losses that differ in numbers alone."""
+        return self.name, *sorted(self.varying())
+
+    def varying(self) -> dict[str, Any]:
+        """Class counts and knobs that have a value, all of them numbers."""
+        return {_COUNTS: self._counts, **{name: knob for name, knob in self._knobs.items() if knob is not None}}
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim > 1 and self.name not in SOFT_TARGETS:
+            raise ImbvlmError(f"loss {self.name} is defined for one class, and was given targets between classes")
+        if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it
+            self._counts = self._counts.to(logits.device)
+        return LOSSES[self.name](logits, targets, self._counts, world=self._world, **self._knobs)
+
+
+def losses_together(
+    losses: Sequence[BuiltLoss], device: str | torch.device = "cpu"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Each loss (M,) of its own logits, of (B, M, C) and targets (B,) for all, on the device; one worker.
+
+    Losses of one name are computed at once, their knobs as tensors in float64.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    losses = [loss.as_adjustment() for loss in losses]
+    for place, loss in enumerate(losses):
+        groups.setdefault(loss.form(), []).append(place)
+    # Tensors go to the device here, once: a copy each step would wait for it.
+    parts = [
+        (torch.tensor(places, device=device), _one_form([losses[place] for place in places], device))
+        for places in groups.values()
+    ]
+    order = torch.argsort(torch.cat([places for places, _ in parts]))
+
+    def together(logits: Tensor, targets: Tensor) -> Tensor:
+        # In memory by member: a softmax over a strided axis takes twice as long.
+        by_member = logits.transpose(0, 1).contiguous()
+        if len(parts) == 1:
+            return parts[0][1](by_member, targets)
+        return torch.cat([part(by_member[places], targets) for places, part in parts])[order]
+
+    return together
+
+
+def _one_form(losses: Sequence[BuiltLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of losses with the same `form`."""
+    knobs = [loss.varying() for loss in losses]
+    stacked = {
+        name: torch.stack([torch.as_tensor(one[name], dtype=torch.float64) for one in knobs]).to(device)
+        for name in knobs[0]
+    }
+    function = LOSSES[losses[0].name]
+
+    def together(logits: Tensor, targets: Tensor) -> Tensor:
+        def one(own_logits: Tensor, own_knobs: dict[str, Tensor]) -> Tensor:
+            counts = own_knobs.pop(_COUNTS)
+            return function(own_logits, targets, counts, **own_knobs)
+
+        return torch.func.vmap(one)(logits, stacked).to(logits.dtype)
+
+    return together
+
+
+def build_loss(
+    name: str, class_counts: npt.ArrayLike | Tensor, *, world: Reducer | None = None, **knobs: Any
+) -> BuiltLoss:
+    """A loss of LOSSES with its class counts (C,) and knobs; raises ImbvlmError for an unknown name or knob."""
+    valid = loss_knobs(name)
+    for knob in knobs:
+        if knob not in valid:
+            raise ImbvlmError(f"loss {name} has no knob {knob!r}; {nearest(knob, valid)}")
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.ndim != 1 or not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
+        raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, and is {class_counts!r}")
+    if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
+        raise ImbvlmError(f"class_counts must be images per class, not shares, and sum to {float(counts.sum()):g}")
+    return BuiltLoss(name, counts, ONE_WORKER if world is None else world, knobs)
+
+
+def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: Knob = 0.9999) -> Tensor:
+    """(1 - beta) / (1 - beta^n) per class (C,), scaled to mean 1 [Cui et al. 2019]."""
+    counts = torch.as_tensor(class_counts)
+    counts = counts if counts.is_floating_point() else counts.double()
+    log_beta = torch.log(torch.as_tensor(beta, dtype=counts.dtype, device=counts.device))
+    weights = 1 / -torch.expm1(counts.clamp(min=PRIOR_FLOOR) * log_beta)
+    return weights / weights.mean()
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+def _computing(logits: Tensor) -> Tensor:
+    """Half precision is too coarse for log-softmax; float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _floored(class_counts: Tensor, logits: Tensor) -> Tensor:
+    """Counts in float64 for tables of weights, an empty class as half an image."""
+    return class_counts.to(device=logits.device, dtype=torch.float64).clamp(min=PRIOR_FLOOR)
+
+
+def _log_prior(class_counts: Tensor, logits: Tensor) -> Tensor:
+    counts = _floored(class_counts, logits)
+    return torch.log(counts / counts.sum())
+
+
+def _margin_shares(class_counts: Tensor, logits: Tensor) -> Tensor:
+    """n^-1/4 over its largest value among the classes with images; 1 for a class without."""
+    counts = class_counts.to(_floored(class_counts, logits))
+    smallest = torch.where(counts > 0, counts, torch.inf).min()
+    return (counts / smallest).clamp(min=1).pow(-0.25)
+
+
+def _is_target(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, C), true at each row's target. A mask and not a scatter, whose order of additions varies on CUDA."""
+    return targets.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
+
+
+def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _cross_entropy(
+    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: Knob, world: Reducer
+) -> Tensor:
+    """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as shares of them (B, C)."""
+    if targets.ndim == 1:
+        weights = None if class_weights is None else class_weights[targets]
+        nll = _nll(log_probs, targets)
+    else:
+        shares = targets.to(log_probs.dtype)
+        shares = shares if class_weights is None else shares * class_weights.to(log_probs.dtype)
+        weights = shares.sum(dim=-1)
+        nll = -(shares * log_probs).sum(dim=-1) / weights
+    losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
+    return _weighted_mean(losses, weights, world)
+
+
+def _weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: Knob, world: Reducer
+) -> Tensor:
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, world)
+
+
+def _weighted_mean(losses: Tensor, weights: Tensor | None, world: Reducer) -> Tensor:
+    """This worker's share of the global sum(w l) / sum(w): the average of the shares is the whole. No rows: 0."""
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    total = world.sum(weights.sum().detach()).clamp(min=torch.finfo(losses.dtype).tiny)
+    return world.world_size * (weights * losses).sum() / total
+
+
+def _lade_estimator(logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: Knob, world: Reducer) -> Tensor:
+    """This worker's share of the negated, regularised bound, weighted by class prior."""
+    prior = log_prior.exp()
+    ones = torch.ones_like(targets, dtype=logits.dtype)
+    class_sizes = world.sum(logits.new_zeros(logits.shape[-1]).index_add(0, targets, ones))
+    num_examples = class_sizes.sum()
+    own_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    own_means = ((prior / class_sizes.clamp(min=1))[targets] * own_logits).sum()
+    log_mean = _global_logsumexp(logits, world) - torch.log(num_examples.clamp(min=1))
+    second = log_mean - log_prior - math.log(logits.shape[-1])
+    bound = torch.where(num_examples > 0, (prior * (second + remine_lambda * second.square())).sum(), 0)
+    # Every worker has the whole bound but gradient through its own rows alone; an average would shrink that.
+    return bound.detach() + world.world_size * (bound - bound.detach() - own_means)
+
+
+def _global_logsumexp(logits: Tensor, world: Reducer) -> Tensor:
+    """log sum exp over the rows of all workers (C,), with gradient through this worker's rows only."""
+    lowest = torch.finfo(logits.dtype).min
+    peak = world.max(torch.cat([logits.detach(), logits.new_full((1, logits.shape[-1]), lowest)]).amax(dim=0))
+    local = torch.exp(logits - peak).sum(dim=0)
+    total = world.sum(local.detach()) + (local - local.detach())
+    return peak + torch.log(total.clamp(min=torch.finfo(logits.dtype).tiny))

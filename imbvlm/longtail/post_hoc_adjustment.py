@@ -1,0 +1,345 @@
+"""After training, from stored validation logits: logit adjustment, temperature scaling, mixing with zero-shot logits.
+
+Nothing trains and no model is needed. What is chosen, is chosen on validation by the sweep's objective from a finite
+list that is kept whole, so that a report can show what else was tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.longtail.class_stats import PRIOR_FLOOR, ClassStats
+from imbvlm.longtail.metrics import CalibrationBins, predictions
+
+TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
+ALPHAS = tuple(round(0.05 * step, 10) for step in range(21))
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+# Rows whose logits are changed in memory at once.
+CHUNK_SIZE = 1024
+_MAX_STEPS = 60
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What is done to a trained model's logits: tau of logit adjustment, alpha of zero-shot logits, a temperature."""
+
+    tau: float = 0.0
+    alpha: float = 0.0
+    temperature: float = 1.0
+
+    def apply(
+        self, logits: Tensor, class_counts: npt.ArrayLike | Tensor, zero_shot_logits: Tensor | None = None
+    ) -> Tensor:
+        """Adjusted logits (B, C) of a model that was trained on (C,) counts; alpha needs `zero_shot_logits` (B, C)."""
+        adjusted = adjust_logits(logits, class_counts, self.tau)
+        if self.alpha:
+            if zero_shot_logits is None:
+                raise ImbvlmError("mixing with zero-shot logits needs them, and there are none")
+            adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
+        return adjusted / self.temperature
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether every prediction stays as it was, and only probabilities change."""
+        return self.tau == 0 and self.alpha == 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value with the best validation score, and everything tried: (value, score).
+
+    `standard_error` is that of its gain over the neutral value on the same rows, where it was asked for.
+    """
+
+    value: float
+    score: float
+    tried: tuple[tuple[float, float], ...]
+    neutral: float = 0.0
+    standard_error: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """Score above that of the neutral value."""
+        return self.score - dict(self.tried)[self.neutral]
+
+    @property
+    def taken(self) -> float:
+        """The value where its gain is more than its standard error; the neutral one where it isn't shown to help."""
+        # Where one row alone has changed, the two are equal by their formulas, and their sums differ by rounding.
+        is_equal = math.isclose(self.gain, self.standard_error, rel_tol=1e-9, abs_tol=1e-12)
+        return self.value if self.gain > self.standard_error and not is_equal else self.neutral
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and mean cross entropy and expected calibration error of validation without and with it.
+
+    `standard_error` is that of the gain in cross entropy, of its difference on the same rows; `is_bounded` is False
+    where the cross entropy has no minimum, since every row is right.
+    """
+
+    temperature: float
+    loss_before: float
+    loss_after: float
+    calibration_error_before: float
+    calibration_error_after: float
+    standard_error: float
+    is_bounded: bool
+
+    @property
+    def objection(self) -> str | None:
+        """Why the rows don't support the temperature, for a sentence; None where they do.
+
+        Among few rows one that is wrong with large logits decides the cross entropy.
+        """
+        if not self.is_bounded:
+            return "has no lower end, as every row is right"
+        if not 1.01 * MIN_TEMPERATURE < self.temperature < 0.99 * MAX_TEMPERATURE:
+            return "is where the range ends"
+        gain = self.loss_before - self.loss_after
+        if gain <= self.standard_error:
+            return f"lowers the cross entropy by {gain:.2g}, within its standard error {self.standard_error:.2g}"
+        if self.calibration_error_after >= self.calibration_error_before:
+            return "lowers the cross entropy and not the calibration error"
+        return None
+
+    @property
+    def taken(self) -> float:
+        """The temperature where the rows support it, else 1, which changes nothing."""
+        return self.temperature if self.objection is None else 1.0
+
+    @property
+    def calibration_error_taken(self) -> float:
+        """With the temperature that is taken."""
+        return self.calibration_error_after if self.objection is None else self.calibration_error_before
+
+
+def choose(values: Iterable[float], score: Callable[[float], float], neutral: float) -> Choice:
+    """The value of the highest score; of equals the one nearest to `neutral`, which changes nothing."""
+    tried = tuple((value, score(value)) for value in values)
+    best, best_score = max(tried, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
+    return Choice(best, best_score, tried, neutral)
+
+
+def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
+    """Weights (C,) such that the metric, an accuracy, is the weighted sum of per-class accuracies on these targets.
+
+    Raises ImbvlmError where no class of the metric's group has a row.
+    """
+    total = torch.bincount(targets, minlength=stats.num_classes).double()
+    if metric == "top1_accuracy":
+        return total / total.sum()
+    counted = total > 0
+    if metric != "balanced_accuracy":
+        members = torch.zeros_like(counted)
+        members[torch.from_numpy(getattr(stats, metric.removesuffix("_accuracy")))] = True
+        counted &= members
+    if not counted.any():
+        raise ImbvlmError(f"no class of {metric} has a validation row")
+    return counted.double() / counted.sum()
+
+
+def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float) -> Tensor:
+    """z - tau log prior: (B, C) logits, (C,) counts that the model was trained on [Menon et al. 2021, eq. 9].
+
+    A class without images has the prior of half an image.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64, device=logits.device).clamp(min=PRIOR_FLOOR)
+    logits = _computing(logits)
+    return logits - (tau * torch.log(counts / counts.sum())).to(logits.dtype)
+
+
+def choose_tau(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: npt.ArrayLike | Tensor,
+    taus: Sequence[float] = TAUS,
+    weights: Tensor | None = None,
+) -> Choice:
+    """tau of `adjust_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+
+    Without weights by balanced accuracy. Raises ImbvlmError.
+    """
+    _check(logits, targets)
+    return _choose_by_rows(
+        taus, targets, weights, logits.shape[1], lambda tau, rows: adjust_logits(logits[rows], class_counts, tau)
+    )
+
+
+def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) z + alpha z_zero_shot, both (B, C) and each on its own scale."""
+    return (1 - alpha) * _computing(logits) + alpha * _computing(zero_shot_logits)
+
+
+def choose_alpha(
+    logits: Tensor,
+    zero_shot_logits: Tensor,
+    targets: Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    weights: Tensor | None = None,
+) -> Choice:
+    """alpha of `mix_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+
+    Without weights by balanced accuracy. Raises ImbvlmError.
+    """
+    _check(logits, targets)
+    if zero_shot_logits.shape != logits.shape:
+        raise ImbvlmError(
+            f"zero-shot logits must be of the same rows and classes as the model's, {tuple(logits.shape)}, and are "
+            f"{tuple(zero_shot_logits.shape)}"
+        )
+    return _choose_by_rows(
+        alphas,
+        targets,
+        weights,
+        logits.shape[1],
+        lambda alpha, rows: mix_logits(logits[rows], zero_shot_logits[rows], alpha),
+    )
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
+    """T, 0.01 to 100, of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
+
+    The loss is convex in 1 / T, so that the minimum is where its slope is 0: Newton's steps, kept in a bracket.
+    Raises ImbvlmError without rows, or for logits that aren't finite.
+    """
+    _check(logits, targets)
+    if not bool(torch.isfinite(logits).all()):
+        raise ImbvlmError("logits that aren't finite can't be calibrated; leave those rows out")
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    inverse = min(max(1.0, low), high)
+    for _ in range(_MAX_STEPS):
+        slope, curvature = _slope(logits, targets, inverse)
+        if slope == 0:
+            break
+        low, high = (inverse, high) if slope < 0 else (low, inverse)
+        step = inverse - slope / curvature if curvature > 0 else 0.0
+        # A step that leaves the bracket, or has no curvature to go by, halves it instead.
+        following = step if low < step < high else float(np.sqrt(low * high))
+        if abs(following - inverse) <= _TOLERANCE * inverse:
+            break
+        inverse = following
+    before, bins_before = _calibration(logits, targets, 1.0)
+    after, bins_after = _calibration(logits, targets, 1 / inverse)
+    # Of the mean of n differences; one row says nothing of it.
+    spread = float((before - after).std()) if len(targets) > 1 else math.inf
+    num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
+    return Calibration(
+        temperature=1 / inverse,
+        loss_before=float(before.mean()),
+        loss_after=float(after.mean()),
+        calibration_error_before=bins_before.compute()["expected_calibration_error"],
+        calibration_error_after=bins_after.compute()["expected_calibration_error"],
+        standard_error=spread / math.sqrt(num_rows),
+        is_bounded=num_right < num_rows,
+    )
+
+
+def calibration_error(logits: Tensor, targets: Tensor) -> float:
+    """Expected calibration error of logits (N, C), targets (N,) as they are. Raises ImbvlmError without rows."""
+    _check(logits, targets)
+    return _calibration(logits, targets, 1.0)[1].compute()["expected_calibration_error"]
+
+
+def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[slice], Tensor]) -> float:
+    """Mean accuracy over the classes with rows; `logits_of(rows)` gives logits (B, C). A row with a NaN is wrong."""
+    return _score(_right(targets, logits_of), targets, _balanced(targets, num_classes))
+
+
+def gain_standard_error(right: Tensor, before: Tensor, targets: Tensor, weights: Tensor) -> float:
+    """Standard error of a weighted accuracy's difference between two predictions of the same rows (N,) [McNemar 1947].
+
+    sqrt(sum_c (w_c / n_c)^2 k_c), k_c the rows of class c that one of the two has right and the other hasn't.
+    """
+    changed = torch.bincount(targets[right != before], minlength=len(weights)).double()
+    total = torch.bincount(targets, minlength=len(weights)).clamp(min=1).double()
+    return float(((weights.to(total) / total).square() * changed).sum().sqrt())
+
+
+def _choose_by_rows(
+    values: Sequence[float],
+    targets: Tensor,
+    weights: Tensor | None,
+    num_classes: int,
+    logits_at: Callable[[float, slice], Tensor],
+) -> Choice:
+    """By weighted accuracy, with the standard error of the gain over 0."""
+    weights = _balanced(targets, num_classes) if weights is None else weights
+
+    def right_at(value: float) -> Tensor:
+        return _right(targets, lambda rows: logits_at(value, rows))
+
+    choice = choose(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
+    if choice.value == choice.neutral:
+        return choice
+    error = gain_standard_error(right_at(choice.value), right_at(choice.neutral), targets, weights)
+    return replace(choice, standard_error=error)
+
+
+def _balanced(targets: Tensor, num_classes: int) -> Tensor:
+    present = torch.bincount(targets, minlength=num_classes) > 0
+    return present.double() / present.sum()
+
+
+def _right(targets: Tensor, logits_of: Callable[[slice], Tensor]) -> Tensor:
+    """Which rows (N,) are predicted right; those with a NaN aren't."""
+    right = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+    for start in range(0, len(targets), CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
+        classes, valid = predictions(logits_of(rows))
+        right[rows] = (classes == targets[rows]) & valid
+    return right
+
+
+def _score(right: Tensor, targets: Tensor, weights: Tensor) -> float:
+    """Sum over classes of weight (C,) times accuracy."""
+    total = torch.bincount(targets, minlength=len(weights)).clamp(min=1)
+    correct = torch.bincount(targets[right], minlength=len(weights))
+    weights = weights.to(correct.device)
+    return float((weights * correct / total).sum() / weights.sum())
+
+
+def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, float]:
+    """First and second derivative of the mean cross entropy of inverse * z, added in float64."""
+    slope = curvature = 0.0
+    for start in range(0, len(targets), CHUNK_SIZE):
+        part = _computing(logits[start : start + CHUNK_SIZE])
+        part = part - part.gather(1, targets[start : start + CHUNK_SIZE, None])
+        probs = torch.softmax(inverse * part, dim=1)
+        mean = (probs * part).sum(dim=1, keepdim=True)
+        slope += float(mean.sum(dtype=torch.float64))
+        part -= mean
+        curvature += float((probs * part.square_()).sum(dtype=torch.float64))
+    return slope / len(targets), curvature / len(targets)
+
+
+def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, CalibrationBins]:
+    """Cross entropy of each row (N,) and confidence bins of z / temperature, in float64."""
+    bins, losses = CalibrationBins(), []
+    for start in range(0, len(targets), CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
+        scaled = logits[rows].double() / temperature
+        bins.update(scaled, targets[rows])
+        losses.append(F.cross_entropy(scaled, targets[rows], reduction="none"))
+    return torch.cat(losses), bins
+
+
+def _computing(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    if len(targets) == 0:
+        raise ImbvlmError("there are no validation rows to choose on")
+    if logits.ndim != 2 or len(logits) != len(targets):
+        raise ImbvlmError(f"logits must be (rows, classes) of {len(targets)} rows, and are {tuple(logits.shape)}")

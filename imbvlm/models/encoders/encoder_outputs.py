@@ -1,0 +1,285 @@
+"""Tokens, pooled and image embedding of open_clip's visual classes by one forward (PROTOCOL, "Encoder outputs")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from imbvlm.base.errors import ImbvlmError
+
+
+class EncoderOutput(NamedTuple):
+    """tokens (B, T, D) before the final norm; pooled (B, P) after it, before the projection; image_embedding (B, E)."""
+
+    tokens: Tensor
+    pooled: Tensor
+    image_embedding: Tensor
+
+
+class FinalNorm(NamedTuple):
+    """A tower's last layer norm: weight (D,), bias (D,), eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Visual(NamedTuple):
+    """What is known about one visual class; every function takes the module.
+
+    `blocks` are the modules that images pass one after another, by their names in the tower; empty where not known.
+    """
+
+    outputs: Callable[[Any, Tensor], EncoderOutput]
+    final_norm: Callable[[Any], FinalNorm | None]
+    projection: Callable[[Any], Tensor | None]
+    has_class_token: Callable[[Any], bool]
+    is_vit: Callable[[Any], bool]
+    blocks: Callable[[Any], dict[str, nn.Module]]
+    resize: Callable[[Any, int], None]
+    refusal: Callable[[Any], str | None]
+
+
+def rules_of(visual: nn.Module, name: str) -> Visual:
+    """The rules for a tower's class; raises ImbvlmError by name for one whose outputs aren't defined."""
+    rules = OUTPUTS.get(type(visual))
+    reason = f"its image tower is a {type(visual).__name__}" if rules is None else rules.refusal(visual)
+    if rules is None or reason is not None:
+        known = ", ".join(cls.__name__ for cls in OUTPUTS)
+        raise ImbvlmError(
+            f"the encoder {name} can't be used: {reason}; known are {known}, each with one pooled vector that "
+            "encode_image projects"
+        )
+    return rules
+
+
+# ------------------------------------------------------------------------------------- open_clip's own ViT
+
+
+def _vit_outputs(visual: Any, images: Tensor) -> EncoderOutput:
+    # Not output_tokens=True: that gives the projected pooled vector and drops the class token.
+    tokens = visual.transformer(visual._embeds(images))
+    if visual.final_ln_after_pool:
+        pooled = visual.ln_post(_vit_pool(visual, tokens))
+    else:
+        pooled = _vit_pool(visual, visual.ln_post(tokens))
+    return EncoderOutput(tokens, pooled, pooled if visual.proj is None else pooled @ visual.proj)
+
+
+def _vit_pool(visual: Any, tokens: Tensor) -> Tensor:
+    return tokens[:, 0] if visual.pool_type == "tok" else tokens[:, 1:].mean(dim=1)
+
+
+def _vit_refusal(visual: Any) -> str | None:
+    if visual.attn_pool is not None:
+        return "its VisionTransformer has an attentional pooler (CoCa's), which has no token output of its own"
+    if visual.pool_type not in ("tok", "avg"):
+        return f"its VisionTransformer has pool_type {visual.pool_type!r}, which gives no pooled vector"
+    return None
+
+
+def _vit_projection(visual: Any) -> Tensor:
+    return _eye(visual.ln_post.weight) if visual.proj is None else visual.proj.detach()
+
+
+def _vit_blocks(visual: Any) -> dict[str, nn.Module]:
+    return _members("transformer.resblocks", visual.transformer.resblocks)
+
+
+def _vit_resize(visual: Any, image_size: int) -> None:
+    patch = visual.patch_size[0]
+    if image_size % patch:
+        raise ImbvlmError(_not_a_multiple(image_size, patch, "patches"))
+    visual.positional_embedding = _resized_positions(visual.positional_embedding, image_size // patch)
+    visual.image_size = (image_size, image_size)
+    visual.grid_size = (image_size // patch, image_size // patch)
+
+
+# -------------------------------------------------------------------------------------- open_clip's ResNet
+
+
+def _resnet_outputs(visual: Any, images: Tensor) -> EncoderOutput:
+    positions = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+    pooled = visual.attnpool(positions)
+    return EncoderOutput(positions.flatten(2).transpose(1, 2), pooled, pooled)
+
+
+def _resnet_blocks(visual: Any) -> dict[str, nn.Module]:
+    return {name: getattr(visual, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+
+
+def _resnet_resize(visual: Any, image_size: int) -> None:
+    if image_size % 32:
+        raise ImbvlmError(_not_a_multiple(image_size, 32, "strides"))
+    visual.attnpool.positional_embedding = _resized_positions(visual.attnpool.positional_embedding, image_size // 32)
+    visual.image_size = image_size
+
+
+# ---------------------------------------------------------------------------------------------- timm's trunks
+
+
+def _timm_outputs(visual: Any, images: Tensor) -> EncoderOutput:
+    trunk = visual.trunk
+    if _timm_is_vit(visual):
+        features, last = trunk.forward_intermediates(
+            images, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True
+        )
+        patches, prefix = last[0] if isinstance(last[0], tuple) else (last[0], None)
+        tokens = patches if prefix is None else torch.cat([prefix, patches], dim=1)
+    else:
+        features = trunk.forward_features(images)
+        tokens = _flat_positions(trunk, features)
+    pooled = trunk.forward_head(features, pre_logits=True)
+    if hasattr(visual.head, "pool"):
+        pooled = visual.head.pool(pooled)
+    return EncoderOutput(tokens, pooled.flatten(1), visual.head(trunk.forward_head(features)))
+
+
+def _flat_positions(trunk: Any, features: Tensor) -> Tensor:
+    """(B, H x W, C) of a feature map; timm's Swin and kin keep channels last."""
+    if features.ndim == 3:
+        return features
+    if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)
+
+
+def _timm_is_vit(visual: Any) -> bool:
+    return hasattr(visual.trunk, "num_prefix_tokens") and hasattr(visual.trunk, "forward_intermediates")
+
+
+def _timm_has_class_token(visual: Any) -> bool:
+    return getattr(visual.trunk, "cls_token", None) is not None
+
+
+def _timm_final_norm(visual: Any) -> FinalNorm | None:
+    if not _timm_is_vit(visual):
+        return None
+    # Trunks that average have their norm behind the pooling.
+    norms = (getattr(visual.trunk, name, None) for name in ("norm", "fc_norm"))
+    return next((_layer_norm(norm) for norm in norms if isinstance(norm, nn.LayerNorm)), None)
+
+
+def _timm_projection(visual: Any) -> Tensor | None:
+    """The weight of a single linear map, the identity where nothing projects; None for anything else."""
+    if hasattr(visual.head, "pool"):
+        return _eye(next(visual.parameters()), visual.head.pool.out_features)
+    steps = [module for module in visual.head if not isinstance(module, nn.Dropout | nn.Identity)]
+    if visual.trunk.num_classes:
+        steps.insert(0, visual.trunk.get_classifier())
+    if not steps:
+        return _eye(next(visual.parameters()), visual.trunk.num_features)
+    return steps[0].weight.detach().T if len(steps) == 1 and isinstance(steps[0], nn.Linear) else None
+
+
+def _timm_blocks(visual: Any) -> dict[str, nn.Module]:
+    """timm calls a trunk's blocks or stages by one of few names."""
+    for name in ("blocks", "stages", "layers"):
+        members = getattr(visual.trunk, name, None)
+        if isinstance(members, nn.Sequential | nn.ModuleList):
+            return _members(f"trunk.{name}", members)
+    numbered = (f"layer{number}" for number in range(1, 5))
+    return {f"trunk.{name}": getattr(visual.trunk, name) for name in numbered if hasattr(visual.trunk, name)}
+
+
+def _timm_resize(visual: Any, image_size: int) -> None:
+    patch = getattr(getattr(visual.trunk, "patch_embed", None), "patch_size", None)
+    if patch is not None and image_size % patch[0]:
+        raise ImbvlmError(_not_a_multiple(image_size, patch[0], "patches"))
+    if hasattr(visual.head, "pool"):
+        raise ImbvlmError(f"encoder.image_size is {image_size}, and this tower's attention pool fits only its own size")
+    try:
+        visual.set_input_size(image_size)
+    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
+        raise ImbvlmError(f"encoder.image_size is {image_size}, which this tower doesn't take ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------ small
+
+
+def _members(name: str, modules: nn.Sequential | nn.ModuleList) -> dict[str, nn.Module]:
+    return {f"{name}.{number}": module for number, module in enumerate(modules)}
+
+
+def _layer_norm(norm: nn.LayerNorm) -> FinalNorm:
+    weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight.detach()
+    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
+    return FinalNorm(weight, bias, norm.eps)
+
+
+def _eye(like: Tensor, width: int | None = None) -> Tensor:
+    return torch.eye(width or len(like), device=like.device)
+
+
+def _resized_positions(positions: Tensor, grid: int) -> nn.Parameter:
+    """Positional embeddings (1 + G x G, D) interpolated to another grid as open_clip does; the first stays."""
+    first, rest = positions.detach()[:1], positions.detach()[1:]
+    old = round(len(rest) ** 0.5)
+    square = rest.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    resized = resized.permute(0, 2, 3, 1).reshape(grid * grid, -1)
+    return nn.Parameter(torch.cat([first, resized]), requires_grad=False)
+
+
+def _not_a_multiple(image_size: int, step: int, what: str) -> str:
+    below = max(step, image_size // step * step)
+    return (
+        f"encoder.image_size is {image_size}, which is no multiple of this tower's {what} of {step} px; "
+        f"use {below} or {below + step}"
+    )
+
+
+def _no_norm(visual: Any) -> None:
+    return None
+
+
+OUTPUTS: dict[type[nn.Module], Visual] = {
+    VisionTransformer: Visual(
+        outputs=_vit_outputs,
+        final_norm=lambda visual: _layer_norm(visual.ln_post),
+        projection=_vit_projection,
+        has_class_token=lambda visual: True,
+        is_vit=lambda visual: True,
+        blocks=_vit_blocks,
+        resize=_vit_resize,
+        refusal=_vit_refusal,
+    ),
+    ModifiedResNet: Visual(
+        outputs=_resnet_outputs,
+        final_norm=_no_norm,
+        # The attention pool projects, so that pooled is in the text space already.
+        projection=lambda visual: _eye(visual.attnpool.c_proj.bias),
+        has_class_token=lambda visual: False,
+        is_vit=lambda visual: False,
+        blocks=_resnet_blocks,
+        resize=_resnet_resize,
+        refusal=_no_norm,
+    ),
+    TimmModel: Visual(
+        outputs=_timm_outputs,
+        final_norm=_timm_final_norm,
+        projection=_timm_projection,
+        has_class_token=_timm_has_class_token,
+        is_vit=_timm_is_vit,
+        blocks=_timm_blocks,
+        resize=_timm_resize,
+        refusal=_no_norm,
+    ),
+}
+
+# Blocks that add attention(norm(x)) and then mlp(norm(x)), scaled by LayerScale where they have one: the second norm.
+PRE_NORM_BLOCKS: dict[type[nn.Module], str] = {
+    ResidualAttentionBlock: "ln_2",
+    CustomResidualAttentionBlock: "ln_2",
+    Block: "norm2",
+    EvaBlock: "norm2",
+}

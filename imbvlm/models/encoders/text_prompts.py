@@ -1,0 +1,78 @@
+"""Sentences that turn class names into text features, as open_clip's zero-shot classifier does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from open_clip import OPENAI_IMAGENET_TEMPLATES
+from torch import Tensor
+
+from imbvlm.config.input_sections import PromptsConfig
+from imbvlm.models.encoders.encoder import TextSide
+from imbvlm.models.encoders.open_clip_encoder import TEXTS_AT_ONCE, Encoder
+from imbvlm.models.prompt_learner import PromptTokens
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("a photo of a {}.",),
+    "imagenet": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
+}
+
+
+def templates_of(config: PromptsConfig) -> tuple[str, ...]:
+    """The sentences of a configuration, each with one {} for the class name."""
+    return TEMPLATES[config.templates] if isinstance(config.templates, str) else tuple(config.templates)
+
+
+def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Text features (C, E) in float32 on the CPU: normalised, averaged over the templates, normalised again.
+
+    The transpose of open_clip's `build_zero_shot_classifier`; memory doesn't grow with the number of sentences.
+    """
+    at_once = max(1, TEXTS_AT_ONCE // len(templates))
+    parts = []
+    for start in range(0, len(class_names), at_once):
+        names = class_names[start : start + at_once]
+        features = encoder.encode_text([_fill(template, name) for name in names for template in templates])
+        mean = features.reshape(len(names), len(templates), -1).mean(dim=1)
+        parts.append((mean / mean.norm(dim=1, keepdim=True)).cpu())
+    # A clone, since tensors made in inference mode can't take part in training later.
+    return torch.cat(parts).clone()
+
+
+def truncated_names(encoder: TextSide, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+    """Class names whose longest sentence doesn't fit in the text tower's context: it reads only their beginning."""
+    context = encoder.context_length
+    # Long enough to see what the tokenizer would cut off.
+    room = 4 * context
+    padding = encoder.tokenize([""], room)[0, -1]
+    lengths = (encoder.tokenize([_fill(template, "x") for template in templates], room) != padding).sum(dim=1)
+    longest = templates[int(lengths.argmax())]
+    found: list[str] = []
+    for start in range(0, len(class_names), TEXTS_AT_ONCE):
+        names = class_names[start : start + TEXTS_AT_ONCE]
+        tokens = encoder.tokenize([_fill(longest, name) for name in names], room)
+        cut = (tokens[:, context:] != padding).any(dim=1).tolist()
+        found += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
+    return tuple(found)
+
+
+def prompt_tokens(encoder: Encoder, class_names: Sequence[str], init_words: str | None) -> PromptTokens:
+    """Tokens of the texts "NAME." and of the words that learned context starts from."""
+    room = 4 * encoder.context_length
+    parts = [
+        encoder.tokenize([_fill("{}.", name) for name in class_names[start : start + TEXTS_AT_ONCE]], room)
+        for start in range(0, len(class_names), TEXTS_AT_ONCE)
+    ]
+    words: list[int] = []
+    if init_words is not None:
+        ids = encoder.tokenize([init_words], room)[0]
+        # An empty text is its start, its end, and padding.
+        end = int((encoder.tokenize([""], room)[0, 1] == ids).int().argmax())
+        words = ids[1:end].tolist()
+    return PromptTokens(torch.cat(parts), words, encoder.context_length)
+
+
+def _fill(template: str, name: str) -> str:
+    # Not str.format: other braces in a sentence or a name are just characters.
+    return template.replace("{}", name, 1)

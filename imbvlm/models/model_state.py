@@ -1,0 +1,53 @@
+"""A model's own tensors and parameter counts, without those of the frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.models.encoder_classifier import TOWER_PREFIX, TowerClassifier
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a model with the image side of its tower, and how many of them train."""
+
+    total: int
+    trained: int
+
+    @property
+    def share(self) -> float:
+        """Trained over total."""
+        return self.trained / max(self.total, 1)
+
+
+def count_parameters(model: nn.Module, info: EncoderInfo) -> ParameterCounts:
+    """What a model has and trains; the frozen tower counts where the model reads its stored output, too."""
+    own = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    return ParameterCounts(own + (0 if isinstance(model, TowerClassifier) else info.num_parameters), trained)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers without what is frozen inside its tower, which the tower's own weights give."""
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if name in trained or not _in_tower(model, name)}
+
+
+def load_own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors that `own_tensors` gave; raises RuntimeError where they don't fit."""
+    if not isinstance(model, TowerClassifier):
+        model.load_state_dict(dict(tensors))
+        return
+    expected = own_tensors(model)
+    if expected.keys() != tensors.keys():
+        missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+        raise RuntimeError(f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}")
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _in_tower(model: nn.Module, name: str) -> bool:
+    return isinstance(model, TowerClassifier) and name.startswith(TOWER_PREFIX)

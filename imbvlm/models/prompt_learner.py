@@ -1,0 +1,177 @@
+"""Prompts whose context words are learned, before a frozen text tower [Zhou et al. 2022, "CoOp"]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.model_sections import PromptTuningConfig
+from imbvlm.models.text_tower import TextTower
+
+MAX_DEFAULT_TOKENS = 16
+INIT_DEVIATION = 0.02
+
+
+class PromptClassifier(nn.Module):
+    """Scaled cosine similarity of image embeddings (B, E) and class embeddings made of learned context: (B, C).
+
+    `context` (n, D), or (C, n, D) with one for each class, is all that trains. While it does, the class embeddings are
+    made anew at each step; `eval()` keeps them in the buffer `class_embeddings`, so that what is saved then predicts
+    without a text tower. The tower isn't part of the module: its weights are neither saved nor moved with it.
+    """
+
+    class_embeddings: Tensor
+    logit_scale: Tensor
+
+    def __init__(self, context: Tensor, class_embeddings: Tensor, logit_scale: float, text: ClassTexts | None) -> None:
+        super().__init__()
+        self.context = nn.Parameter(context)
+        self.register_buffer("class_embeddings", class_embeddings)
+        self.register_buffer("logit_scale", torch.tensor(logit_scale))
+        self._text, self._is_stale = text, text is not None
+
+    def forward(self, image_embedding: Tensor) -> Tensor:
+        """Logits (B, C) of image embeddings (B, E)."""
+        classes = self.class_embeddings
+        if self.training:
+            assert self._text is not None, "a restored model has no text tower, and only predicts"
+            classes = self._text.encode(self.context)
+        with torch.autocast(image_embedding.device.type, enabled=False):
+            return self.logit_scale * F.normalize(image_embedding.float(), dim=-1) @ classes.float().T
+
+    def train(self, mode: bool = True) -> PromptClassifier:
+        """As torch's; `eval()` brings `class_embeddings` up to date."""
+        super().train(mode)
+        if mode:
+            self._is_stale = True
+        elif self._is_stale and self._text is not None:
+            with torch.no_grad():
+                self.class_embeddings.copy_(self._text.encode(self.context))
+            self._is_stale = False
+        return self
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._is_stale = True
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What the tokenizer says: `ids` (C, T) of "NAME." for each class, T long enough for all of them; `words`, the
+    tokens of `init_words` without start and end.
+    """
+
+    ids: Tensor
+    words: Sequence[int]
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of each class's prompt stand: `ids` (C, T), 0 where context stands; `ends` (C,), the token that
+    is read; `slots` (C, T, n), 1 where position t has the i-th learned vector.
+    """
+
+    ids: Tensor
+    ends: Tensor
+    slots: Tensor
+
+
+class ClassTexts:
+    """The prompts of all classes before a frozen text tower, encoded `chunk_size` classes at a time."""
+
+    def __init__(self, tower: TextTower, layout: Layout, chunk_size: int, device: torch.device) -> None:
+        self.tower = tower.to(device)
+        self._layout = Layout(layout.ids.to(device), layout.ends.to(device), layout.slots.to(device))
+        self._chunk_size = chunk_size
+
+    def encode(self, context: Tensor) -> Tensor:
+        """Class embeddings (C, E), normalised, of context (n, D) or (C, n, D).
+
+        With several chunks a backward pass computes each anew, so that memory holds one at a time.
+        """
+        num_classes = len(self._layout.ids)
+        parts = []
+        for start in range(0, num_classes, self._chunk_size):
+            rows = slice(start, start + self._chunk_size)
+            own = context[rows] if context.ndim == 3 else context
+            if torch.is_grad_enabled() and num_classes > self._chunk_size:
+                parts.append(checkpoint(self._encode, own, rows, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._encode(own, rows))
+        return torch.cat(parts)
+
+    def _encode(self, context: Tensor, rows: slice) -> Tensor:
+        slots = self._layout.slots[rows]
+        words = self.tower.token_embedding(self._layout.ids[rows]) * (1 - slots.sum(dim=-1, keepdim=True))
+        # A product with ones and zeros and not a gather, whose gradient would be added in varying order on a GPU.
+        with torch.autocast(words.device.type, enabled=False):
+            learned = slots @ context
+        encoded: Tensor = self.tower(words + learned, self._layout.ends[rows])
+        return encoded
+
+
+def prompt_layout(
+    ids: Tensor, ends: Tensor, num_tokens: int, config: PromptTuningConfig, context_length: int
+) -> Layout:
+    """Make room for `num_tokens` learned vectors in the texts "NAME." of the classes, tokenised (C, T), read at (C,).
+
+    The last token of a text is taken for its full stop, which stays last wherever the name stands. A name that doesn't
+    fit loses its end, as it would without learned vectors.
+    """
+    room = context_length - 2 - num_tokens
+    first = {"end": num_tokens, "middle": num_tokens // 2, "front": 0}[config.position]
+    prompts = []
+    for row, end in zip(ids.tolist(), ends.tolist(), strict=True):
+        content = [(token, -1) for token in row[1:end]]
+        name, stop = (content[:-1], content[-1:]) if len(content) <= room else (content[:room], [])
+        learned = [(0, slot) for slot in range(num_tokens)]
+        before, after = learned[:first], learned[first:]
+        prompts.append([(row[0], -1), *before, *name, *after, *stop, (row[end], -1)])
+    lengths = [len(prompt) for prompt in prompts]
+    padded = torch.tensor([prompt + [(0, -1)] * (max(lengths) - len(prompt)) for prompt in prompts])
+    slots = (padded[..., 1:] == torch.arange(num_tokens)).float()
+    return Layout(padded[..., 0].contiguous(), torch.tensor(lengths) - 1, slots)
+
+
+def default_num_tokens(context_length: int) -> int:
+    """16, or a quarter of a shorter context."""
+    return min(MAX_DEFAULT_TOKENS, context_length // 4)
+
+
+def initial_context(config: PromptTuningConfig, words: Tensor, num_tokens: int, num_classes: int) -> Tensor:
+    """Context (n, D), or (C, n, D): embeddings (m, D) of the given words first, then random ones of deviation 0.02.
+
+    Raises ImbvlmError for more words than there are vectors.
+    """
+    if len(words) > num_tokens:
+        raise ImbvlmError(
+            f"prompt_tuning.init_words {config.init_words!r} are {len(words)} tokens and prompt_tuning.num_tokens is "
+            f"{num_tokens}; raise it, or set it to null"
+        )
+    shape = (num_classes, num_tokens, words.shape[1]) if config.per_class else (num_tokens, words.shape[1])
+    context = INIT_DEVIATION * torch.randn(shape)
+    context[..., : len(words), :] = words
+    return context
+
+
+def build_prompt_classifier(
+    config: PromptTuningConfig, tower: TextTower, tokens: PromptTokens, info: EncoderInfo, device: torch.device
+) -> PromptClassifier:
+    """The classifier at its start, with its text tower on the device; raises ImbvlmError for too many init_words."""
+    words, num_tokens = tokens.words, config.num_tokens
+    if num_tokens is None:
+        num_tokens = len(words) or default_num_tokens(tokens.context_length)
+    layout = prompt_layout(tokens.ids, tower.ends(tokens.ids), num_tokens, config, tokens.context_length)
+    embedded = tower.token_embedding(torch.tensor(words, dtype=torch.long, device=tower.token_embedding.weight.device))
+    context = initial_context(config, embedded.detach().float(), num_tokens, len(tokens.ids))
+    texts = ClassTexts(tower, layout, config.chunk_size, device)
+    embeddings = torch.zeros(len(tokens.ids), info.embedding_width)
+    return PromptClassifier(context, embeddings, info.logit_scale, texts)

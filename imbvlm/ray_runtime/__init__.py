@@ -1,0 +1,1 @@
+"""Joining Ray, and Ray Data."""

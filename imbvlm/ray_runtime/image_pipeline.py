@@ -1,0 +1,272 @@
+"""Ray Data at work: blocks of images are loaded by tasks and go whole to a pool of tower workers.
+
+The only file that imports ray.data. A block is one row of the dataset from its descriptor to its summary, so Ray Data
+can't split, merge or drop what is in it, and a bad image is the block's own affair (its `ok` flags and reasons).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data.context import DataContext
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.data.image_stream import ImageBatch, StreamPlan, load_batch, opened_manifest
+from imbvlm.ray_runtime.attempt_limit import Attempts
+from imbvlm.ray_runtime.capacity_notice import lacking, said_while
+from imbvlm.ray_runtime.cluster_resources import connected_cluster
+from imbvlm.ray_runtime.cpu_allocation import plan_cpus, plan_tasks
+
+Block = dict[str, Any]
+Load = Callable[[Block], Block]
+
+_DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
+_AT_ONCE, _IN_THREADS = "max_concurrent_calls_per_actor", "enable_true_multi_threading"
+# The threads in which Ray Data fetches results for whoever iterates: they end within a second of its end.
+RAY_DATA_THREADS = ("iter_threaded", "map_tp_", "ray-data-")
+_THREADS_END_SECONDS = 5.0
+# Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
+_FREE_CPU_WAIT_SECONDS = 2.0
+
+
+def map_images(
+    blocks: Sequence[Block],
+    load: Load,
+    worker: Callable[..., Load],
+    worker_args: tuple[Any, ...],
+    *,
+    images_per_block: int,
+    num_workers: int,
+    waits: Callable[[str], None],
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float = 0,
+    calls_per_worker: int = 1,
+) -> Iterator[Block]:
+    """Summaries of the blocks, in the order in which they are done.
+
+    `load(descriptor)` runs in tasks and gives a dict, of `images_per_block` images at most, whose numpy arrays travel
+    without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
+    member; called with that dict, in `calls_per_worker` threads at once, it returns a small summary. An ImbvlmError of
+    either comes out as it was raised, and LostProcessesError where process after process is lost over a block (its
+    `name` is in the sentence) or as it starts. `waits` is told, from another thread, why nothing goes on where the
+    cluster lacks machines by now.
+    """
+    if not blocks:
+        return
+    free = _free_cpus(num_workers * cpus_per_worker + 1)
+    nodes = _cpus_of_nodes()
+    smallest = min(nodes, default=math.inf)
+    cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
+    rows = _Descriptors(blocks)
+    with _quiet_context(), _threads_ended(), closing(Attempts()) as attempts:
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
+            .map_batches(
+                _Load(load, attempts),
+                batch_size=1,
+                batch_format="numpy",
+                num_cpus=cpus.per_task,
+                concurrency=cpus.num_tasks,
+            )
+            .map_batches(
+                _Worker,
+                fn_constructor_args=(worker, worker_args, attempts),
+                batch_size=1,
+                batch_format="numpy",
+                zero_copy_batch=True,
+                num_cpus=cpus.per_worker,
+                num_gpus=gpus_per_worker,
+                **_pool(num_workers, calls_per_worker),
+            )
+        )
+        need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
+        with said_while(lambda: lacking(connected_cluster().nodes, *need), waits):
+            yield from _summaries(dataset)
+
+
+def stream_blocks(
+    blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int, ahead: int = 1
+) -> Iterator[Block]:
+    """Loaded blocks in the order given, some made ahead of their use; arrays are read-only and not copied.
+
+    Its tasks book no CPU, as a DataLoader's workers don't: beside Train workers that hold every CPU it goes on too. An
+    ImbvlmError of `load` comes out as it was raised, and LostProcessesError as in `map_images`.
+    """
+    if not blocks:
+        return
+    rows = _Descriptors(blocks)
+    with _quiet_context() as context, _threads_ended(), closing(Attempts()) as attempts:
+        context.execution_options.preserve_order = True
+        dataset = ray.data.from_items(
+            rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
+        ).map_batches(_Load(load, attempts), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
+        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
+            block = _unpack(batch)
+            del block[_WHICH]
+            if _ERROR in block:
+                raise block[_ERROR]
+            yield block
+
+
+def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
+    """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
+    blocks = plan.blocks(opened_manifest(location))
+    largest = max(map(len, plan.batches), default=0)
+    for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
+        yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+
+
+def _pool(num_workers: int, calls_per_worker: int) -> dict[str, Any]:
+    """What tells Ray Data of so many workers; one that knows no calls at once makes them one after another."""
+    known = inspect.signature(ray.data.ActorPoolStrategy).parameters
+    if calls_per_worker == 1 or not known.keys() >= {_AT_ONCE, _IN_THREADS}:
+        return {"concurrency": num_workers}
+    overlapping = {_AT_ONCE: calls_per_worker, _IN_THREADS: True}
+    return {"compute": ray.data.ActorPoolStrategy(size=num_workers, **overlapping)}
+
+
+class _Descriptors(Sequence[Block]):
+    """Blocks as rows of a dataset, pickled one at a time, since they may bring their images along."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {_DESCRIPTOR: pickle.dumps((index, self.blocks[index]))}
+
+
+def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
+    for row in dataset.iter_rows():
+        summary: Block = pickle.loads(row[_REST])
+        if _ERROR in summary:
+            raise summary[_ERROR]
+        yield summary
+
+
+class _Load:
+    """First stage: a descriptor becomes a loaded block."""
+
+    def __init__(self, load: Load, attempts: Attempts) -> None:
+        self.load, self.attempts = load, attempts
+
+    def __call__(self, batch: Mapping[str, Any]) -> Block:
+        number, block = pickle.loads(batch[_DESCRIPTOR][0])
+        name = block.get("name", "images")
+
+        def load() -> Block:
+            with self.attempts.at(f"load-{number}", f"loading {name}"):
+                return self.load(block)
+
+        return _pack({**_guarded(load), _WHICH: (number, name)})
+
+
+class _Worker:
+    """Second stage: a loaded block becomes a summary."""
+
+    def __init__(self, worker: Callable[..., Load], worker_args: tuple[Any, ...], attempts: Attempts) -> None:
+        self.attempts = attempts
+        self.failure: Block | None = None
+        try:
+            with attempts.at("start", "starting a tower"):
+                self.worker = worker(*worker_args)
+        except ImbvlmError as error:
+            self.failure = {_ERROR: error}
+
+    def __call__(self, batch: Mapping[str, Any]) -> Block:
+        block = _unpack(batch)
+        number, name = block.pop(_WHICH)
+
+        def work() -> Block:
+            with self.attempts.at(f"work-{number}", f"running the tower over {name}"):
+                return self.worker(block)
+
+        return {_REST: [pickle.dumps(self.failure or (block if _ERROR in block else _guarded(work)))]}
+
+
+def _guarded(stage: Callable[[], Block]) -> Block:
+    """The project's own errors travel as values: Ray Data would log them and hand on only their text."""
+    try:
+        return stage()
+    except ImbvlmError as error:
+        return {_ERROR: error}
+
+
+def _pack(block: Block) -> Block:
+    """Numeric arrays as tensor columns of one row, which are shared and not copied; the rest pickled."""
+    arrays = {
+        f"array:{key}": value[None]
+        for key, value in block.items()
+        if isinstance(value, np.ndarray) and value.dtype != object and value.size
+    }
+    rest = {key: value for key, value in block.items() if f"array:{key}" not in arrays}
+    return {**arrays, _REST: [pickle.dumps(rest)]}
+
+
+def _unpack(batch: Mapping[str, Any]) -> Block:
+    arrays = {key.removeprefix("array:"): value[0] for key, value in batch.items() if key.startswith("array:")}
+    return {**arrays, **pickle.loads(batch[_REST][0])}
+
+
+def _free_cpus(wanted: float) -> float:
+    deadline = time.monotonic() + _FREE_CPU_WAIT_SECONDS
+    total = ray.cluster_resources().get("CPU", 0.0)
+    while (free := float(ray.available_resources().get("CPU", 0.0))) < min(wanted, total):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return free
+
+
+def _cpus_of_nodes() -> list[float]:
+    """Of those that have any."""
+    return [cpus for cpus, _ in connected_cluster().nodes if cpus]
+
+
+@contextmanager
+def _threads_ended() -> Iterator[None]:
+    """Behind a pass its threads have ended, also where an error ended it.
+
+    One that still asks Ray for a result when this process leaves the cluster ends the process at once, with code 1 and
+    no word of the error.
+    """
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + _THREADS_END_SECONDS
+        for thread in set(threading.enumerate()) - before:
+            if thread.name.startswith(RAY_DATA_THREADS):
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def _quiet_context() -> Iterator[DataContext]:
+    """Ray Data without progress bars and chatter, for the datasets made and run inside."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.enable_auto_log_stats = False
+    # A row, which is a block of ours, never waits for the next one of its task.
+    context.target_max_block_size = 1
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with DataContext.current(context):
+            yield context
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,367 @@
+"""Refuses in seconds what could never run: resources the cluster doesn't have, metrics the data can't give."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imbvlm.base.errors import ConfigError, Problem
+from imbvlm.base.formatting import count_of
+from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.splits import carve_validation
+from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.models.encoders.encoder_registry import find_tower
+from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+from imbvlm.models.model_builder import METHODS, tower_problem
+from imbvlm.models.text_tower import text_refusal
+from imbvlm.ray_runtime.cluster_resources import Cluster
+from imbvlm.ray_runtime.shared_folder_check import nodes_that_miss
+from imbvlm.sweep.records.adjustment_selection import max_logit_files
+from imbvlm.sweep.spec.baselines import tower_configs
+from imbvlm.sweep.spec.search_space import SearchSpace
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.trial_pack import member_bytes, pack_key
+from imbvlm.training.validation_logits import file_bytes
+
+# The process that starts a Ray Train trial's workers waits for most of its life.
+DRIVER_CPUS = 0.01
+# Of a GPU's memory, for the members of a pack.
+GPU_BYTES = 4 * 2**30
+
+
+def uses_ray_train(spec: SweepSpec) -> bool:
+    """What `driver: auto` means: one worker on stored features runs in process, anything else under Ray Train."""
+    if spec.driver != "auto":
+        return spec.driver == "ray_train"
+    return spec.num_workers > 1 or _reads_images(spec)
+
+
+def _reads_images(spec: SweepSpec) -> bool:
+    """Whether some trial of the sweep runs the tower itself."""
+    drawn: dict[str, list[Any]] = {"method": [], "features.store": []}
+    for parameter in spec.read_space().parameters:
+        drawn.get(parameter.key, []).extend(parameter.values)
+    methods = drawn["method"] or [spec.base.get("method")]
+    stored = drawn["features.store"] or [spec.base.get("features", {}).get("store", True)]
+    return not all(stored) or any(name in METHODS and METHODS[name].trains_tower for name in methods)
+
+
+def check_shared(folders: Sequence[str]) -> None:
+    """Refuse folders that the connected cluster's nodes don't share; raises ConfigError."""
+    mend = "trials there couldn't keep what they find; choose a --storage that every node sees at the same place"
+    problems = [
+        Problem(f"{folder} isn't shared by all nodes: {mistake}; {mend}", "storage")
+        for folder in folders
+        for mistake in nodes_that_miss(folder)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
+    """How many trials run at once on a cluster that has grown as far as it may; raises ConfigError where none can."""
+    if uses_ray_train(spec) and not cluster.dashboard:
+        message = (
+            "the Ray cluster has no dashboard, and without one Ray Train never frees the workers of a trial that has "
+            "ended; start it with one (`ray start --head` goes on without where its port is taken: --dashboard-port)"
+        )
+        raise ConfigError([Problem(message, spec.where("driver"))])
+    return concurrent_trials(
+        spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "can grow to" if cluster.can_grow else "has"
+    )
+
+
+def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
+    """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
+    _, lacking = next(_lacks(spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "has now"), ("", None))
+    if lacking is None:
+        return None
+    return (
+        f"no trial fits on what is left of the cluster: {lacking}, and go on by --resume with --fork; or add a machine "
+        "that a trial fits on, for which the sweep waits"
+    )
+
+
+def concurrent_trials(
+    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
+) -> int:
+    """How many trials run at once on a cluster; raises ConfigError where not even one can.
+
+    `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
+    """
+    lacking = _lacks(spec, num_cpus, num_gpus, nodes, has)
+    problems = [Problem(message, spec.where(key)) for key, message in lacking]
+    if problems:
+        raise ConfigError(problems)
+    fitting = _trials_on(spec, nodes or [(num_cpus, num_gpus)])
+    wanted = spec.max_concurrent_trials or fitting
+    if wanted > fitting:
+        message = (
+            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {_need(spec)} at once; the "
+            f"others would starve. Set it to {fitting} or null"
+        )
+        raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
+    return wanted
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How many trials may train together: at most `most` of them, and what `room` bytes hold.
+
+    Widths are the largest of the space's towers, `num_train` and `num_val` the most images there may be of each.
+    """
+
+    most: int
+    room: int
+    token_width: int
+    pooled_width: int
+    num_classes: int
+    num_train: int
+    num_val: int
+    holds_decoders: bool
+
+    def bytes_of(self, config: TrialConfig) -> int:
+        """What one more such trial adds to its process, or to its GPU's memory."""
+        return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
+
+    def largest(self, spec: SweepSpec, space: SearchSpace) -> int:
+        """How many trials of a sweep one process may have."""
+        return max(map(self.size, spec.corner_trials(space)))
+
+    def size(self, config: TrialConfig) -> int:
+        """How many trials of the configuration's `pack_key` may train together."""
+        if self.most < 2 or pack_key(config) is None or (config.method == "decoder" and not self.holds_decoders):
+            return 1
+        return max(1, min(self.most, self.room // max(1, self.bytes_of(config))))
+
+
+def packing(spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
+    """How a sweep's trials train together.
+
+    A quarter of this machine's memory is for the packs that run at once, or GPU_BYTES of each GPU. A sweep that judges
+    trials by their time runs each alone. On CPUs decoders of a useful size gain nothing by it, so there they are
+    together only where `max_pack_size` is set; on a GPU reading and copying their tokens is what bounds them.
+    """
+    known, num_train = list(towers), len(manifest.rows_of("train"))
+    if spec.gpus_per_worker:
+        room = int(GPU_BYTES * spec.gpus_per_worker)
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
+    by_time = any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints))
+    # TPE proposes the next from what it has been told: four rounds of packs at least.
+    wanted = spec.max_pack_size or max(1, spec.num_trials // (4 * concurrent))
+    return Packing(
+        most=1 if by_time or uses_ray_train(spec) else wanted,
+        room=room,
+        token_width=max(info.token_width for info in known),
+        pooled_width=max(info.pooled_width for info in known),
+        num_classes=len(manifest.class_names),
+        num_train=num_train,
+        # Carved validation rows are a part of those to train on.
+        num_val=len(manifest.rows_of("val")) if "val" in manifest.splits else num_train,
+        holds_decoders=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
+    )
+
+
+def at_a_time(concurrent: int, pack_size: int) -> str:
+    """How many trials run at once, such as `2 trials at a time`, where a process has up to `pack_size` of them."""
+    if pack_size < 2:
+        return f"{count_of(concurrent, 'trial')} at a time"
+    return f"{count_of(concurrent, 'process')} at a time, of up to {pack_size} trials that train together"
+
+
+def _lacks(
+    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
+) -> Iterator[tuple[str, str]]:
+    """The reasons why a trial can never start, with both numbers and the fix, each by the key to lower."""
+    workers = f"num_workers {spec.num_workers}"
+    if spec.driver == "in_process" and spec.num_workers > 1:
+        message = f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}"
+        yield "driver", f"{message}; set driver: ray_train"
+    need_gpus = spec.num_workers * spec.gpus_per_worker
+    if need_gpus > num_gpus:
+        # One worker may need more than there is; else it is their number.
+        key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
+        message = (
+            f"a trial needs {count_of(need_gpus, 'GPU')} ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and "
+            f"the cluster {has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
+        )
+        yield key, message
+    if _need_cpus(spec) > num_cpus:
+        driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
+        key = "cpus_per_worker" if spec.cpus_per_worker > num_cpus or spec.num_workers == 1 else "num_workers"
+        message = (
+            f"a trial needs {count_of(_need_cpus(spec), 'CPU')} ({workers} x cpus_per_worker "
+            f"{spec.cpus_per_worker:g}{driver}) and the cluster {has} {num_cpus:g}; "
+            "lower num_workers or cpus_per_worker"
+        )
+        yield key, message
+    elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
+        largest = max(nodes, key=lambda node: (node[1], node[0]))
+        key = "gpus_per_worker" if spec.gpus_per_worker > largest[1] else "cpus_per_worker"
+        message = (
+            f"a worker needs {_resources(spec.cpus_per_worker, spec.gpus_per_worker)} on one machine, and the largest "
+            f"has {_resources(*largest)}; lower cpus_per_worker or gpus_per_worker"
+        )
+        yield key, message
+    elif need_gpus <= num_gpus and not _trials_on(spec, nodes or [(num_cpus, num_gpus)]):
+        message = (
+            f"a trial of {spec.num_workers} workers ({_need(spec)}) doesn't fit on this cluster's machines; lower "
+            "num_workers"
+        )
+        yield "num_workers", message
+
+
+def _need(spec: SweepSpec) -> str:
+    return _resources(_need_cpus(spec), spec.num_workers * spec.gpus_per_worker)
+
+
+def _resources(cpus: float, gpus: float) -> str:
+    return f"{count_of(cpus, 'CPU')} and {count_of(gpus, 'GPU')}"
+
+
+def _need_cpus(spec: SweepSpec) -> float:
+    return spec.num_workers * spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+
+
+def _workers_on(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
+    """How many workers one machine holds, each with room for its trial's driver."""
+    cpus = spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+    by_cpus = math.floor(num_cpus / cpus + 1e-9)
+    return min(by_cpus, math.floor(num_gpus / spec.gpus_per_worker + 1e-9)) if spec.gpus_per_worker else by_cpus
+
+
+def _trials_on(spec: SweepSpec, nodes: Iterable[tuple[float, float]]) -> int:
+    """How many trials machines hold at once."""
+    return sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes) // spec.num_workers
+
+
+def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
+    """Counts of the images that train, and the number of validation images of each class."""
+    carved = carve_validation(manifest, split_seed)
+    val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
+    counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
+    return manifest.class_stats(carved), counts.tolist()
+
+
+def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
+    """Refuse data of a single class, and an objective over classes that validation has not; raises ConfigError."""
+    wanted = tuple(dict.fromkeys([*spec.objectives, *spec.constraints]))
+    if (message := one_class_mistake(stats)) is not None:
+        raise ConfigError([Problem(message, spec.where("base", "data", "manifest"))])
+    if (message := validation_mistake(stats, val_labels_per_class, wanted)) is not None:
+        raise ConfigError([Problem(message, spec.where("objective"))])
+
+
+def one_class_mistake(stats: ClassStats) -> str | None:
+    """The mistake of training images of fewer than two classes."""
+    num_trained = int((stats.split_counts > 0).sum())
+    if num_trained >= 2:
+        return None
+    return (
+        f"training images are of {count_of(num_trained, 'class')}, and two or more are needed to tell apart; "
+        "`imbvlm manifest check` says more"
+    )
+
+
+def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wanted: Sequence[str]) -> str | None:
+    """The mistake of validation rows that can't give one of the wanted metrics."""
+    groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in wanted]
+    missing = [
+        group
+        for group in groups
+        if group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group))
+    ]
+    if not sum(val_labels_per_class):
+        return (
+            "no class has a validation image (carving needs classes of 5 or more training images), so that nothing can "
+            "be selected"
+        )
+    if missing:
+        return (
+            f"val/{missing[0]}_accuracy: no {missing[0]} class has a validation image here; choose "
+            "val/balanced_accuracy"
+        )
+    return None
+
+
+def check_models(spec: SweepSpec, space: SearchSpace) -> dict[str, EncoderInfo]:
+    """Describe every tower of the space without its weights, and refuse what a trial asks of one that hasn't it."""
+    towers: dict[str, EncoderInfo] = {}
+    problems: dict[Problem, None] = {}
+    for config in spec.corner_trials(space):
+        key = config.encoder.model_dump_json()
+        if key not in towers:
+            towers[key] = describe_encoder(config.encoder)
+        problems.update(dict.fromkeys(check_model(config, towers[key])))
+    if problems:
+        raise ConfigError(problems)
+    return towers
+
+
+def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
+    """What a configuration asks of a tower that doesn't have it."""
+    in_tower = tower_problem(config, info)
+    if in_tower is not None:
+        return [Problem(in_tower)]
+    if config.method == "prompt_tuning":
+        text_config = find_tower(config.encoder).model_config["text_cfg"]
+        refusal = text_refusal(text_config, info.name, needed(config.prompt_tuning).num_tokens)
+        return [] if refusal is None else [Problem(refusal)]
+    if config.method != "decoder":
+        return []
+    problems = []
+    decoder = needed(config.decoder)
+    width = decoder.width or info.token_width
+    if width % decoder.num_heads:
+        message = f"decoder.num_heads {decoder.num_heads} doesn't divide the token width {width} of {info.name}; "
+        problems.append(Problem(message + "choose a divisor, or a decoder.width that it divides"))
+    if decoder.init == "identity" and not info.has_class_token:
+        message = f"decoder.init: identity needs a tower with a class token, and {info.name} has none"
+        problems.append(Problem(message))
+    return problems
+
+
+def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]:
+    """What the space's methods and the baselines read of a tower."""
+    reads: set[OutputName] = {METHODS[method].reads for method in _methods_of(spec, space)}
+    return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
+
+
+def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, packs: Packing, concurrent: int) -> int:
+    """What validation logits take of the sweep's folder at one time, at most."""
+    num_running = concurrent * packs.largest(spec, space)
+    files = max_logit_files(spec, space, num_running)
+    return files * file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
+
+
+def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
+    """Methods that train, that the space leaves out, and that some of these towers could take."""
+    base = tower_configs(spec, space)[0]
+    left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(spec, space)]
+    could = {name: base.with_overrides({"method": name}) for name in left}
+    return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]
+
+
+def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
+    chosen = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
+    return {str(method) for method in chosen}
+
+
+def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
+    """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
+    check_data(spec, *data_counts(manifest, int(spec.base["data"].get("split_seed", 0))))
+
+
+def _val_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
+    if "val" in manifest.splits:
+        return manifest.rows_of("val")
+    return carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))

@@ -1,0 +1,361 @@
+"""How fast a configuration trains and evaluates, and the memory it takes: a few real steps on made-up outputs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo
+from imbvlm.config.training_sections import AdamWConfig
+from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.data.image_stream import ImageRows, StreamPlan, stream_in_threads
+from imbvlm.data.manifest import Manifest, absolute_manifest
+from imbvlm.data.manifest_schema import Rows
+from imbvlm.data.splits import carve_validation
+from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
+from imbvlm.features.extraction_plan import computed_in
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreLayout
+from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.models.encoders.encoder_registry import absolute_encoder, find_tower
+from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.model_builder import METHODS
+from imbvlm.training.step.batch_source import READ_AHEAD
+from imbvlm.training.trial_pack import Pack, pack_key
+from imbvlm.training.trial_run import TrialRun, build_trial
+from imbvlm.training.trial_session import default_device
+from imbvlm.training.validation_logits import EpochLogits
+
+# Steps are taken for so long, but three at least; after a first one of this length a second is enough.
+STEP_SECONDS = 1.0
+SLOW_STEP_SECONDS = 8.0
+# A store of so many made-up rows, or bytes, is read again and again: it stays in memory, as a small real one does.
+SAMPLE_ROWS = 256
+SAMPLE_BYTES = 64_000_000
+# How a pack is measured: members, and how long or how many steps an epoch of one of them is.
+PACK_MEMBERS, PACK_SECONDS, MOST_PACK_STEPS = 4, 0.1, 16
+# A trial inside the tower takes smaller steps here on a CPU; its time is counted by the image.
+IMAGES_ON_CPU = 8
+
+Speed = TypeVar("Speed")
+
+
+@dataclass(frozen=True)
+class TrialSpeed:
+    """Seconds of one image in training and in evaluation, and the bytes of one worker, on its device and beside it."""
+
+    train_seconds: float
+    eval_seconds: float
+    host_bytes: int
+    device_bytes: int
+    # What one more of a pack adds to an image's training; None where it takes what it would take alone.
+    more_seconds: float | None = None
+
+    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, together: float = 1.0) -> float:
+        """Of one epoch with its validation, shared evenly by the trial's workers; a trial's share of a pack's."""
+        train = self.train_seconds
+        if self.more_seconds is not None:
+            train = (train + (together - 1) * self.more_seconds) / together
+        return (train * num_train + self.eval_seconds * num_val) / num_workers
+
+
+@dataclass(frozen=True)
+class TowerSpeed:
+    """Seconds that one image takes to be read and cropped on one CPU, and to go through the tower on one device."""
+
+    load_seconds: float
+    tower_seconds: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where something was measured."""
+
+    host: str
+    device: str
+    num_threads: int
+
+    def describe(self) -> str:
+        threads = f"{self.num_threads} CPU thread{'s' if self.num_threads > 1 else ''}"
+        return f"{self.host}, {threads if self.device == 'cpu' else self.device}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found: speeds in the order asked, a sentence where one can't be measured."""
+
+    machine: Machine
+    trials: tuple[TrialSpeed | str, ...]
+    towers: tuple[TowerSpeed | str, ...]
+    seconds: float
+
+
+def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_threads: int) -> Calibration:
+    """Measure configurations one after another, each alone, with so many CPU threads; raises ImbvlmError.
+
+    Methods that read stored outputs need no weights of a tower; the others, and towers themselves, do.
+    """
+    started, before = time.perf_counter(), torch.get_num_threads()
+    own_bytes = _resident_bytes()
+    torch.set_num_threads(num_threads)
+    try:
+        device = default_device()
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        return Calibration(
+            Machine(socket.gethostname(), name, num_threads),
+            tuple(_measured(partial(_trial_speed, own_bytes), config, device) for config in trials),
+            tuple(_measured(_tower_speed, config, device) for config in towers),
+            time.perf_counter() - started,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(
+    measure: Callable[[TrialConfig, torch.device], Speed], config: TrialConfig, device: torch.device
+) -> Speed | str:
+    try:
+        return measure(config, device)
+    except ImbvlmError as error:
+        return str(error)
+
+
+# --------------------------------------------------------------------------------------------------- one trial
+
+
+class _Enough(Exception):
+    """Ends a run in the middle of its first epoch."""
+
+
+class _StepClock:
+    """Counts steps and their time, without the first, whose saved tensors it adds up instead."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.saved: dict[int, int] = {}
+        self._watching = ExitStack()
+
+    def start(self) -> None:
+        self._watching.enter_context(saved_tensors_hooks(self._note, lambda tensor: tensor))
+        self._started = time.perf_counter()
+
+    def after_step(self) -> None:
+        self._watching.close()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        steps, spent = len(self.times), self.times[-1] - self._started
+        if (steps >= 3 and self.times[-1] - self.times[0] > STEP_SECONDS) or (steps >= 2 and spent > SLOW_STEP_SECONDS):
+            raise _Enough
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def step_seconds(self) -> float:
+        if len(self.times) < 2:
+            return self.times[0] - self._started
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> TrialSpeed:
+    with tempfile.TemporaryDirectory(prefix="imbvlm-calibration-") as folder:
+        # Where weights start from makes no difference to how long a step takes.
+        overrides = {} if config.classifier is None else {"classifier.init": "random"}
+        config = config.with_overrides({**overrides, **({} if config.train is None else {"second_stage": None})})
+        num_images = 0 if config.train is None else config.train.batch_size
+        # Memory is that of the batches that were asked for, however small the steps are here.
+        batch = num_images or 256
+        if config.reads_images and device.type == "cpu" and num_images > IMAGES_ON_CPU:
+            config, num_images = config.with_overrides({"train.batch_size": IMAGES_ON_CPU}), IMAGES_ON_CPU
+        if config.train is not None and config.train.num_threads is not None:
+            config = config.with_overrides({"train.num_threads": None})
+        data = _made_up_data(config, Path(folder))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run, clock = build_trial(config, data, device), _StepClock()
+        if num_images:
+            clock.start()
+            try:
+                for _ in run.epochs(clock.after_step):
+                    pass
+            except _Enough:
+                pass
+        eval_seconds = _eval_seconds(run, data.val, num_images or 256)
+        step_seconds = clock.step_seconds / num_images if num_images else 0.0
+        host, on_device = _bytes(run, clock, batch, num_images)
+        if device.type == "cuda":
+            host, on_device = host - on_device, torch.cuda.max_memory_allocated()
+        else:
+            on_device = 0
+        # Decoders train by turns: on a CPU each takes what it takes alone.
+        alone = pack_key(config) is None or (config.method == "decoder" and device.type == "cpu")
+        more = None if alone else _more_seconds(config, data, device, clock.step_seconds)
+        return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, more)
+
+
+def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, step_seconds: float) -> float:
+    """What each further member of a pack adds to an image, in short epochs without validation."""
+    num_steps = min(MOST_PACK_STEPS, max(1, int(PACK_SECONDS / step_seconds)))
+    # The first one warms up, unless its steps are so long that it doesn't matter.
+    num_epochs = 2 if num_steps > 1 else 1
+    config = config.with_overrides({"train.num_epochs": num_epochs, "second_stage": None})
+    rows = np.arange(min(len(data.train), num_steps * needed(config.train).batch_size))
+    part = replace(data, train=_first(data.train, rows), val=_first(data.val, rows[:0]))
+    runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], Pack()
+    for run in runs:
+        run.join(pack)
+    generators, taken = [run.epochs() for run in runs], []
+    for _ in range(num_epochs):
+        started = time.perf_counter()
+        for generator in generators:
+            next(generator)
+        taken.append(time.perf_counter() - started)
+    alone = step_seconds * len(rows) / needed(config.train).batch_size
+    return max(0.0, taken[-1] - alone) / ((PACK_MEMBERS - 1) * max(1, len(rows)))
+
+
+def _eval_seconds(run: TrialRun, val: Source, at_once: int) -> float:
+    """Seconds of one image, over the rows that take about as long as the steps did."""
+    if not len(val):
+        return 0.0
+    rows = np.arange(min(len(val), at_once))
+    while True:
+        part = _first(val, rows)
+        started = time.perf_counter()
+        run.counters(part)
+        spent = time.perf_counter() - started
+        if len(rows) == len(val) or spent > STEP_SECONDS / 3:
+            return spent / len(rows)
+        rows = np.arange(min(len(val), 4 * len(rows)))
+
+
+def _first(source: Source, rows: Rows) -> Source:
+    if isinstance(source, Examples):
+        return Examples(source.store, source.rows[rows], source.labels[rows])
+    return ImageRows(source.manifest, source.rows[rows], source.places[rows], source.labels[rows])
+
+
+def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -> tuple[int, int]:
+    """Memory that a trial adds to its process, in all and what of it would lie on a GPU.
+
+    Weights, gradients, the optimiser's state, what the first step kept for its backward pass, gradients of logits, and
+    batches that are read ahead; validation logits where they are kept. Logits grow with batch size x classes.
+    """
+    weights = sum(param.numel() * param.element_size() for param in run.model.parameters())
+    weights += sum(buffer.numel() * buffer.element_size() for buffer in run.model.buffers())
+    trained = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
+    states = 2 if isinstance(run.config.optim, AdamWConfig) else 1
+    kept = sum(size for where, size in clock.saved.items() if where not in _storages(run))
+    num_classes, scale = len(run.data.class_names), batch_size / max(1, num_images)
+    parts = 1 if run.config.memory is None else run.config.memory.accumulation
+    logits = 2 * 4 * batch_size * num_classes
+    on_device = int(weights + trained * (1 + states) + (kept * scale + logits) / parts)
+    numbers = run.feed.numbers_per_example * batch_size
+    reading = numbers * (2 * (READ_AHEAD + 1) + 4)
+    rows = len(run.data.val)
+    val_logits = 2 * rows * num_classes if EpochLogits.fits(rows, num_classes) else 0
+    return on_device + reading + val_logits, on_device
+
+
+def _storages(run: TrialRun) -> set[int]:
+    return {param.untyped_storage().data_ptr() for param in run.model.parameters()}
+
+
+def _resident_bytes() -> int:
+    """What this process holds by now: Python, torch and what they have loaded."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
+    """The manifest's rows and classes; outputs of the tower's shape that repeat, or the images themselves."""
+    manifest = Manifest.read(config.data.manifest)
+    carved = carve_validation(manifest, config.data.split_seed)
+    train = np.setdiff1d(manifest.rows_of("train"), carved)
+    val = manifest.rows_of("val") if "val" in manifest.splits else carved
+    needs_tower = config.reads_images or config.method == "prompt_tuning"
+    info = _tower(config).info if needs_tower else describe_encoder(config.encoder)
+    sources: list[Source]
+    if config.reads_images:
+        location = absolute_manifest(config.data.manifest)
+        sources = [ImageRows(location, np.arange(len(rows)), rows, manifest.labels[rows]) for rows in (train, val)]
+    else:
+        store = _made_up_store(config, info, folder)
+        sources = [
+            Examples(store, np.arange(len(rows)) % store.num_rows, manifest.labels[rows]) for rows in (train, val)
+        ]
+    num_classes = len(manifest.class_names)
+    counts = np.bincount(manifest.labels[train], minlength=num_classes)
+    return TrialData(
+        class_names=tuple(manifest.class_names),
+        class_stats=ClassStats.from_counts(counts, manifest.class_stats().split_counts),
+        train=sources[0],
+        val=sources[1],
+        info=info,
+        class_embeddings=torch.nn.functional.normalize(torch.randn(num_classes, info.embedding_width), dim=-1),
+        encoder=absolute_encoder(config.encoder),
+    )
+
+
+def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> FeatureStore:
+    precision, output = config.features.precision, METHODS[config.method].reads
+    shapes = {name: info.shape(name) for name in OUTPUT_NAMES}
+    row_bytes = int(np.prod(shapes[output])) * np.dtype(precision).itemsize
+    num_rows = max(8, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
+    layout = StoreLayout("calibration", num_rows, 1, num_rows, precision, shapes, config.features.int8_tokens)
+    store = FeatureStore.create(str(folder), layout)
+    values = np.random.default_rng(0).standard_normal((num_rows, 1, *shapes[output]), dtype=np.float32)
+    store.write(output, 0, values, [None] * num_rows)
+    return FeatureStore.open(str(folder), (output,))
+
+
+# ---------------------------------------------------------------------------------------------------- one tower
+
+
+def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
+    """The tower with its weights; raises ImbvlmError where they would have to be fetched first."""
+    if not find_tower(config.encoder).has_weights:
+        raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet")
+    return Encoder.from_config(config.encoder, config.eval, device)
+
+
+def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
+    encoder = _tower(config, device)
+    encoder.compute_in(computed_in(config, encoder.info))
+    manifest = Manifest.read(config.data.manifest)
+    rows = manifest.rows_of("train")[:16]
+    plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)
+    location = absolute_manifest(config.data.manifest)
+    # The first time opens the manifest and starts threads.
+    next(stream_in_threads(location, plan))
+    started = time.perf_counter()
+    batch = next(stream_in_threads(location, plan))
+    load = (time.perf_counter() - started) * min(os.cpu_count() or 1, len(rows)) / len(rows)
+    at_once = BATCH_ON_GPU if device.type == "cuda" else BATCH_ON_CPU
+    images = torch.from_numpy(np.resize(batch.images, (at_once, *batch.images.shape[1:])))
+    encoder.forward_images(images)
+    started, num_times = time.perf_counter(), 0
+    while num_times == 0 or time.perf_counter() - started < STEP_SECONDS:
+        encoder.forward_images(images).pooled.cpu()
+        num_times += 1
+    return TowerSpeed(load, (time.perf_counter() - started) / (num_times * at_once))

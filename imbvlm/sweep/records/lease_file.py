@@ -1,0 +1,181 @@
+"""A file that one of several writers gets: each takes it where it isn't there, or in place of one that they all read.
+
+Locally a hard link decides, which is made once, and in S3 a conditional write.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from imbvlm.base import s3, storage
+
+# A store that knows no conditions keeps what was written last: by then every writer that began with the same file has
+# written, and one that was overwritten later has seen that at its next heartbeat.
+SETTLE_SECONDS = 15.0
+# What FAT and some network file systems answer, on which there are no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class Content(NamedTuple):
+    """The bytes of a file, and the version of it that was read."""
+
+    data: bytes
+    version: str
+
+
+class LeaseFile(Protocol):
+    """Each method raises StorageError where the file's place doesn't answer."""
+
+    def read(self) -> Content | None:
+        """None where it isn't there."""
+
+    def create(self, data: bytes) -> bool:
+        """Whether this writer got it; another one has it otherwise."""
+
+    def replace(self, before: Content, token: str, data: bytes) -> bool:
+        """Take it in place of what was read, which `token` names; whether this writer got it."""
+
+    def renew(self, data: bytes) -> None:
+        """Write it again; nothing happens where another one has it by now."""
+
+
+def lease_file(uri: str) -> LeaseFile:
+    """The file at a location."""
+    return LocalLeaseFile(storage.local_path(uri)) if storage.is_local(uri) else StoredLeaseFile(uri)
+
+
+class LocalLeaseFile:
+    """In a folder that several machines may share."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Renewed in place: once another writer has replaced the file, that reaches nobody.
+        self._stream: BinaryIO | None = None
+
+    def read(self) -> Content | None:
+        try:
+            return Content(self._path.read_bytes(), "")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise storage.failure("read", str(self._path), error) from None
+
+    def create(self, data: bytes) -> bool:
+        self._stream = self._create(self._path, data)
+        return self._stream is not None
+
+    def replace(self, before: Content, token: str, data: bytes) -> bool:
+        # Whoever makes this file may replace what the token names, and nobody else meanwhile.
+        claim = self._path.with_name(f".{self._path.name}.{token}")
+        stream = self._create(claim, data)
+        if stream is None:
+            return False
+        now = self.read()
+        if now is None or now.data != before.data:
+            claim.unlink()
+            return False
+        os.replace(claim, self._path)
+        self._stream = stream
+        return True
+
+    def renew(self, data: bytes) -> None:
+        assert self._stream is not None
+        try:
+            os.pwrite(self._stream.fileno(), data, 0)
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise storage.failure("write", str(self._path), error) from None
+
+    def _create(self, path: Path, data: bytes) -> BinaryIO | None:
+        """The new file, which appears whole; None where one is there."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            try:
+                os.chmod(temporary, 0o644)
+                stream = _written(os.fdopen(handle, "r+b"), data)
+                return stream if _link(temporary, path) else None
+            finally:
+                os.unlink(temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise storage.failure("write", str(path), error) from None
+        try:
+            return _written(path.open("x+b"), data)
+        except FileExistsError:
+            return None
+        except OSError as error:
+            raise storage.failure("write", str(path), error) from None
+
+
+def _written(stream: BinaryIO, data: bytes) -> BinaryIO:
+    stream.write(data)
+    stream.flush()
+    os.fsync(stream.fileno())
+    return stream
+
+
+def _link(source: str, path: Path) -> bool:
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        # NFS answers so where it has made the link and was asked again.
+        return os.stat(source).st_nlink == 2
+    return True
+
+
+class StoredLeaseFile:
+    """In S3, by conditional writes; where a store knows none, the last of those that write together has it."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._is_conditional = uri, True
+        self._etag, self._last = "", b""
+
+    def read(self) -> Content | None:
+        version = s3.get_version(self._uri)
+        return None if version is None else Content(*version)
+
+    def create(self, data: bytes) -> bool:
+        return self._take(data, lambda: s3.put(self._uri, data, IfNoneMatch="*"))
+
+    def replace(self, before: Content, token: str, data: bytes) -> bool:
+        return self._take(data, lambda: s3.put(self._uri, data, IfMatch=before.version))
+
+    def renew(self, data: bytes) -> None:
+        if not self._is_conditional:
+            s3.put(self._uri, data)
+            return
+        before, self._last = self._last, data
+        etag = s3.put(self._uri, data, IfMatch=self._etag)
+        if etag is None:
+            # Another's by now, or ours: this write or the one before succeeded, and its answer was lost.
+            now = self.read()
+            if now is None or now.data not in (before, data):
+                return
+            etag = now.version
+        self._etag = etag
+
+    def _take(self, data: bytes, put: Callable[[], str | None]) -> bool:
+        try:
+            etag = put()
+            if etag is None:
+                now = self.read()
+                if now is None or now.data != data:
+                    return False
+                etag = now.version
+            self._etag = etag
+            # The condition doesn't hold any more: a store that takes no notice of it writes all the same.
+            if put() is None:
+                return True
+        except s3.NoConditionsError:
+            s3.put(self._uri, data)
+        self._is_conditional = False
+        time.sleep(SETTLE_SECONDS)
+        now = self.read()
+        return now is not None and now.data == data

@@ -1,0 +1,162 @@
+"""What a sweep's numbers come from besides its spec, written when it begins: code that trains, torch, data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import imbvlm
+from imbvlm.base import storage
+from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.data.files.file_listing import file_states
+from imbvlm.data.manifest import Manifest
+
+PROVENANCE_FILE = "provenance.json"
+# Folders whose files a worker that extracts or trains imports: a trial's numbers may change with them.
+_PARTS = (
+    "base",
+    "config",
+    "longtail",
+    "data/files",
+    "data/images",
+    "data",
+    "ray_runtime",
+    "models/encoders",
+    "models",
+    "features",
+    "training/step",
+    "training",
+)
+
+# Digests of whole sets of code files whose trials have the numbers of this code's, bit by bit, as `python -m
+# tests.golden compare COMMIT` shows. A commit that changes a number empties the table.
+_SAME_NUMBERS = {"e7cd71b5c38fbf67": "138099d (version 0.1)"}
+
+
+def provenance(manifest: Manifest) -> dict[str, Any]:
+    """Digests of the files that extract and train, torch's version, and digests and numbers of rows and image files."""
+    root = Path(imbvlm.__file__).parent
+    files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
+    size = {"num_classes": len(manifest.class_names), "num_images": len(manifest)}
+    return {"code": code, "torch": torch.__version__, **_of_data(manifest), **size}
+
+
+def code_digest(code: Mapping[str, str]) -> str:
+    """One digest of the digests of code files by name."""
+    return hashlib.sha256(json.dumps(dict(code), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def has_part(name: str) -> bool:
+    """Whether a trial's numbers may change with a file, such as `training/step/optimizers.py`."""
+    return name.rpartition("/")[0] in _PARTS and name != "base/version.py"
+
+
+def write_provenance(folder: str, found: dict[str, Any]) -> None:
+    """Write provenance.json into a sweep's folder."""
+    storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(found, indent=1).encode())
+
+
+def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
+    """A clause for everything that has changed since a sweep began; raises ImbvlmError where its file is damaged."""
+    before = _written(folder)
+    if before is None:
+        return [f"{PROVENANCE_FILE} is gone, so that nothing shows which code its trials ran with"]
+    code = {name: digest for name, digest in before["code"].items() if has_part(name)}
+    if code_digest(before["code"]) in _SAME_NUMBERS:
+        code = now["code"]
+    changes = [
+        f"imbvlm/{name} {_change(name in code, name in now['code'])}"
+        for name in sorted({*code, *now["code"]})
+        if code.get(name) != now["code"].get(name)
+    ]
+    if before["torch"] != now["torch"]:
+        changes.append(f"torch was {before['torch']} and is {now['torch']}")
+    return [*changes, *_data_changes(before, now)]
+
+
+def data_changes(folder: str, manifest: Manifest) -> list[str]:
+    """Those of the manifest and its image files alone; none where nothing is known. Raises ImbvlmError."""
+    before = _written(folder)
+    return [] if before is None else _data_changes(before, _of_data(manifest))
+
+
+def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
+    """Refuse a tower that has other weights by now than as a sweep first met it, which is kept then.
+
+    Raises ConfigError, ImbvlmError where the file is damaged.
+    """
+    before = _written(folder) or {}
+    towers, name = before.get("towers", {}), " ".join(filter(None, (encoder.name, encoder.weights)))
+    if towers.get(name, info.weights_fingerprint) != info.weights_fingerprint:
+        raise ConfigError([Problem(
+            f"the weights of the tower {name} are not those that the sweep began with; put them back, or begin a new "
+            "sweep", folder)])  # fmt: skip
+    if keep and name not in towers:
+        write_provenance(folder, {**before, "towers": {**towers, name: info.weights_fingerprint}})
+
+
+def known_towers(folder: str) -> dict[str, str]:
+    """Fingerprints of the towers that a sweep has met, by name; raises ImbvlmError."""
+    return dict((_written(folder) or {}).get("towers", {}))
+
+
+def data_size(folder: str) -> tuple[int, int] | None:
+    """Classes and images of a sweep's manifest; None where an earlier version has begun it. Raises ImbvlmError."""
+    before = _written(folder) or {}
+    num_classes, num_images = before.get("num_classes"), before.get("num_images")
+    return (num_classes, num_images) if isinstance(num_classes, int) and isinstance(num_images, int) else None
+
+
+def _written(folder: str) -> dict[str, Any] | None:
+    """What was written as the sweep began; None where the file is gone. Raises ImbvlmError where it is damaged."""
+    uri = storage.join(folder, PROVENANCE_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        found = json.loads(storage.read_bytes(uri))
+        known = {"code": dict(found["code"]), "torch": str(found["torch"]), "data": str(found["data"])}
+        return {**found, **known, "towers": dict(found.get("towers", {}))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
+
+
+def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if before["data"] != now["data"]:
+        return ["the manifest's rows, labels or splits have changed"]
+    # Of a version that didn't keep it nothing is known.
+    is_same = before.get("files", now["files"]) == now["files"]
+    return [] if is_same else ["image files are gone, or have changed in size"]
+
+
+def _change(was_there: bool, is_there: bool) -> str:
+    return "has changed" if was_there and is_there else "is new" if is_there else "is gone"
+
+
+def _of_data(manifest: Manifest) -> dict[str, str]:
+    return {"data": _data_digest(manifest), "files": _sizes_digest(manifest)}
+
+
+def _data_digest(manifest: Manifest) -> str:
+    """Of what stays the same where images are moved: labels, splits, class names and, where it is known, content."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(list(manifest.class_names)).encode())
+    digest.update(np.ascontiguousarray(manifest.labels).tobytes())
+    for split in manifest.splits:
+        digest.update(f"{split} ".encode() + np.ascontiguousarray(manifest.rows_of(split)).tobytes())
+    digest.update(b"".join(one or b"-" for one in manifest.table.column("content").to_pylist()))
+    return digest.hexdigest()
+
+
+def _sizes_digest(manifest: Manifest) -> str:
+    """Of local files' sizes: they stay as they are where images are moved."""
+    uris = [uri for uri in manifest.table.column("uri").to_pylist() if uri is not None]
+    return hashlib.blake2b(file_states(uris)[:, 0].tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,70 @@
+"""The images that could not be decoded: counted, and listed with path, reason, class and shot group."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable
+
+from imbvlm.base import storage
+from imbvlm.base.csv_cells import csv_line, escape_cell, unescape_cell
+from imbvlm.base.formatting import count_of
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.feature_set import FeatureSet
+
+QUARANTINE_FILE = "quarantine.csv"
+COLUMNS = ("split", "row", "path", "reason", "label", "class_name", "shot_group")
+
+
+def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str, str | int]]:
+    """One row per image that was left out; `row` counts from 0 within its split."""
+    stats = manifest.class_stats()
+    found: list[dict[str, str | int]] = []
+    for split in features.folders:
+        bad = features.store(split).quarantine
+        numbers = manifest.rows_of(split)[[entry.row for entry in bad]].tolist() if bad else []
+        uris = manifest.table.column("uri")
+        for entry, number in zip(bad, numbers, strict=True):
+            label = int(manifest.labels[number])
+            values = (
+                split,
+                entry.row,
+                uris[number].as_py() or f"embedded image {number}",
+                entry.reason,
+                label,
+                manifest.class_names[label],
+                stats.group_of(label),
+            )
+            found.append(dict(zip(COLUMNS, values, strict=True)))
+    return found
+
+
+def write_quarantine(folder: str, rows: Iterable[dict[str, str | int]]) -> str:
+    """Write quarantine.csv into a sweep's folder and return its location."""
+    cells = ((row[column] for column in COLUMNS) for row in rows)
+    lines = (csv_line(escape_cell(cell) if isinstance(cell, str) else cell for cell in row) for row in cells)
+    uri = storage.join(folder, QUARANTINE_FILE)
+    storage.write_bytes(uri, "".join([csv_line(COLUMNS), *lines]).encode())
+    return uri
+
+
+def read_quarantine(folder: str) -> tuple[dict[str, str], ...]:
+    """The rows of a sweep's quarantine.csv; none where it has left nothing out."""
+    uri = storage.join(folder, QUARANTINE_FILE)
+    if not storage.exists(uri):
+        return ()
+    rows = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode(), newline=""))
+    return tuple({key: unescape_cell(row.get(key) or "") for key in COLUMNS} for row in rows)
+
+
+def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:
+    """A sentence: how many of which shot groups, the commonest reason, and where the list is."""
+    groups = ", ".join(
+        f"{count} {group.replace('_', '-')}" for group, count in Counter(str(row["shot_group"]) for row in rows).items()
+    )
+    reason, count = Counter(str(row["reason"]) for row in rows).most_common(1)[0]
+    return (
+        f"{count_of(len(rows), 'image')} left out, as decoding failed ({groups}); most often ({count}): {reason}. "
+        f"List: {uri}"
+    )

@@ -1,0 +1,87 @@
+"""Writes a sweep's report: one page, or a folder with figures and tables beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from imbvlm.base import storage
+from imbvlm.sweep.report.html_page import page
+from imbvlm.sweep.report.plotting import Figure, Table, png
+from imbvlm.sweep.report.report_content import Columns, Folded, Grid, Report, build
+from imbvlm.sweep.report.report_data import Source
+
+REPORT_FILE = "report.html"
+MAX_LATEX_ROWS = 100
+
+
+def write_report(
+    folder: str, out: str | None = None, manifest: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> str:
+    """Write the report of a sweep's folder and return the page's location; raises ImbvlmError.
+
+    `out` is a page (.html), by default report.html in the sweep's folder, or a folder, which gets every figure as SVG,
+    PNG and the CSV of its numbers, and every table as CSV and LaTeX besides. `manifest` is where the sweep's manifest
+    is by now, and `say` is told what the page lacks.
+    """
+    storage.check_location(out or folder)
+    source = Source.read(folder, manifest)
+    report = build(source)
+    for note in report.notes:
+        say(note)
+    text = page(report, source.spec.to_yaml_text(), commands(source))
+    if out is None or out.endswith((".html", ".htm")):
+        uri = out or storage.join(folder, REPORT_FILE)
+        storage.write_bytes(uri, text.encode())
+        return uri
+    uri = storage.join(out, REPORT_FILE)
+    storage.write_bytes(uri, text.encode())
+    _write_parts(report, out)
+    return uri
+
+
+def commands(source: Source) -> list[str]:
+    """What to type next."""
+    folder = source.folder
+    return [
+        f"imbvlm export {folder} -o my-model",
+        "imbvlm predict my-model PHOTO.jpg",
+        f"imbvlm train {storage.join(folder, 'best.yaml')}",
+        f"imbvlm report {folder} -o report-files    # figures as SVG and PNG, all numbers as CSV, LaTeX",
+    ]
+
+
+def _write_parts(report: Report, out: str) -> None:
+    figures, tables = parts(report)
+    for figure in figures:
+        svg, place = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
+        for ending, content in (("svg", svg.encode()), ("png", png(svg)), ("csv", figure.csv().encode())):
+            storage.write_bytes(f"{place}.{ending}", content)
+    for table in tables:
+        place = storage.join(out, "tables", _file(table.name))
+        storage.write_bytes(f"{place}.csv", table.csv().encode())
+        # No paper prints a row for each of thousands of classes or trials.
+        if len(table.rows) <= MAX_LATEX_ROWS:
+            storage.write_bytes(f"{place}.tex", table.latex().encode())
+
+
+def parts(report: Report) -> tuple[list[Figure], list[Table]]:
+    """All figures and tables of a report, in the page's order."""
+    figures, tables = list[Figure](), list[Table]()
+    for block in (block for section in report.sections for block in section.blocks):
+        if isinstance(block, Figure):
+            figures.append(block)
+        elif isinstance(block, Grid):
+            figures += block.figures
+        elif isinstance(block, Table):
+            tables.append(block)
+        elif isinstance(block, Columns):
+            tables += block.tables
+        elif isinstance(block, Folded):
+            tables.append(block.table)
+    known = {table.name for table in tables}
+    return figures, tables + [table for table in report.extra_tables if table.name not in known]
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,0 +1,332 @@
+"""Tables of a report: scores, best trials, arms, reasons for stopping, classes, confused pairs, quarantined files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from imbvlm.base.formatting import duration, mean_and_spread, percent
+from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.longtail.metrics import per_class_accuracy
+from imbvlm.sweep.records.difference import POST_HOC, TEST, difference_on_test, title_in
+from imbvlm.sweep.records.summary_tables import (
+    HEADINGS,
+    METRICS,
+    objective_words,
+    pareto_records,
+    pareto_rows,
+    seeds_rows,
+    value_words,
+)
+from imbvlm.sweep.records.trial_log import TrialRecord, describe
+from imbvlm.sweep.report.plotting import Table
+from imbvlm.sweep.report.report_data import ClassRecord, Source
+
+NUM_BEST = 12
+NUM_CLASSES = 8
+NUM_PAIRS = 12
+MAX_ROWS = 500
+# What records say of a trial that the scheduler has stopped, and what a reader is told.
+BY_SCHEDULER, STOPPED_EARLY = "by the trial scheduler", "early, since others were ahead"
+
+
+def scores(source: Source) -> Table | None:
+    """The refits on the test split, in the papers' form."""
+    if not source.has_test:
+        return None
+    metrics = [*METRICS, "zero_train_accuracy", "expected_calibration_error"]
+    headings = [*HEADINGS, "no training", "calibration error"]
+    kept = [
+        (metric, heading) for metric, heading in zip(metrics, headings, strict=True)
+        if any(one.values(f"test/{metric}") for one in source.scored)
+    ]  # fmt: skip
+    rows = []
+    for one in source.scored:
+        about = [str(len(one.records)), one.records[0].views]
+        as_trained = [one.values(f"{TEST}/{metric}") for metric, _ in kept]
+        for split, how in (("test", ""), ("test_tte", ", five crops"), ("test_post_hoc", ", post hoc")):
+            values = [one.values(f"{split}/{metric}") for metric, _ in kept]
+            # Where nothing is adjusted, its row would say the same again.
+            if split == "test" or (any(values) and not (split == POST_HOC and values == as_trained)):
+                rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
+    header = ["what", *(heading for _, heading in kept), "seeds", "views"]
+    caption = (
+        "Percent, means over seeds, ± their standard deviation. Trained again on all training images; test read once."
+    )
+    if source.classes is not None and source.classes.averaged_over:
+        caption += f" {source.classes.averaged_over}"
+    return Table("scores", "Test split", header, rows, caption=caption)
+
+
+def margins(source: Source) -> Table | None:
+    """The gain of the winner, as it is exported, over each baseline by shot group, with its 95 % interval."""
+    winner = source.winner
+    if winner is None:
+        return None
+    metrics, ours = [*METRICS, "zero_train_accuracy"], winner.splits[-1]
+    kept = [
+        (metric, heading) for metric, heading in zip(metrics, [*HEADINGS, "no training"], strict=True)
+        if winner.values(f"test/{metric}")
+    ]  # fmt: skip
+    rows = []
+    for other, split in [(one, split) for one in source.references for split in one.splits]:
+        found = difference_on_test(winner.records, other.records, split, other.name)
+        if found is not None:
+            gains = (_gain(winner.values_in(ours, metric), other.values_in(split, metric)) for metric, _ in kept)
+            interval = "-" if found.standard_error is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+            rows.append([f"over {found.other}", *gains, interval])
+    if not rows:
+        return None
+    caption = (
+        "Points. ± is the standard deviation over seeds, of both together. The number of test images sets the "
+        "interval; a win has all of it above 0."
+    )
+    header = [winner.title, *(heading for _, heading in kept), "95 % interval (balanced)"]
+    return Table("margins", "Margin", header, rows, caption=caption)
+
+
+def _gain(left: list[float], right: list[float]) -> str:
+    if not left or not right:
+        return "-"
+    gain = f"{100 * (statistics.fmean(left) - statistics.fmean(right)):+.1f}"
+    spreads = [statistics.stdev(values) for values in (left, right) if len(values) > 1]
+    return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
+
+
+def over_seeds(source: Source) -> Table | None:
+    """The best few, which were run again with more seeds."""
+    rows = seeds_rows(source.log, source.spec)
+    if not rows:
+        return None
+    caption = "Percent on validation, best epochs; ± is the standard deviation over seeds. The best mean is the winner."
+    header = ["trial", "what", "seeds", objective_words(source.spec)]
+    return Table("over_seeds", "The best few over several seeds", header, rows, 2, caption)
+
+
+def best_trials(source: Source) -> Table:
+    """The best trials and the baselines on validation, each at its best epoch."""
+    best = source.log.best(source.spec.objective)[:NUM_BEST]
+    rows = [_trial_row(source, record) for record in [*best, *_baselines(source)]]
+    header = ["trial", "what", *HEADINGS, "epochs", "time", "views", "state"]
+    caption = (
+        "Percent, at each trial's best epoch; selection saw these numbers, so compare with others' on the test split."
+    )
+    return Table("best_trials", "Best trials", header, rows, 2, caption)
+
+
+def pareto(source: Source) -> Table | None:
+    """Where there are several objectives, the trials that none beats in all of them."""
+    spec = source.spec
+    rows = pareto_rows(pareto_records(source.log, spec), spec) if spec.other_objectives else []
+    if not rows:
+        return None
+    caption = "Percent on validation. No trial is better in all objectives than one of these."
+    return Table("pareto", "Pareto set", ["trial", "what", *spec.objectives], rows, 2, caption)
+
+
+def all_trials(source: Source) -> Table:
+    """Every trial of the search with what it drew."""
+    records = source.log.of("search")
+    keys = list(dict.fromkeys(key for record in records for key in record.draw))
+    rows = [
+        [
+            record.trial_id,
+            record.state,
+            record.stop_reason.replace(BY_SCHEDULER, STOPPED_EARLY),
+            percent(source.value(record)),
+            str(len(record.epochs)),
+            f"{record.seconds():.1f}" if record.ended_at is not None else "-",
+            *(value_words(key, record.draw[key]) if key in record.draw else "" for key in keys),
+        ]
+        for record in records
+    ]
+    return Table("trials", "All trials", ["trial", "state", "why", "best", "epochs", "seconds", *keys], rows, 3)
+
+
+def arms(source: Source) -> list[Table]:
+    """For each stratified key (without any: the method), what its choices gave."""
+    found = []
+    for key in source.spec.stratify or ["method"]:
+        groups: dict[str, list[tuple[TrialRecord, float]]] = defaultdict(list)
+        for record, value in source.valued():
+            if key in record.draw:
+                groups[value_words(key, record.draw[key])].append((record, value))
+        rows = [
+            [
+                name,
+                str(len(pairs)),
+                percent(max(value for _, value in pairs)),
+                percent(statistics.median(value for _, value in pairs)),
+                _time(statistics.fmean(record.seconds() for record, _ in pairs)),
+            ]
+            for name, pairs in sorted(groups.items(), key=lambda item: -max(value for _, value in item[1]))
+        ]
+        if len(rows) > 1:
+            header = [key, "trials", "best", "median", "mean time"]
+            found.append(Table(f"arms_{key}", f"By {key}", header, rows))
+    return found
+
+
+def stops(source: Source) -> Table:
+    """Why trials ended, grouped."""
+    counts = Counter((record.state, _reason(record)) for record in source.log.of("search"))
+    rows = [[state, reason, str(count)] for (state, reason), count in counts.most_common(20)]
+    return Table("stops", "Why each trial stopped", ["state", "why", "trials"], rows, 2)
+
+
+def class_changes(source: Source) -> list[Table]:
+    """The classes that won and lost most against the best trained baseline."""
+    pair = compared_classes(source)
+    if pair is None:
+        return []
+    ours, theirs, title, name = pair
+    gain = per_class_accuracy(ours.correct, ours.total) - per_class_accuracy(theirs.correct, theirs.total)
+    known = np.flatnonzero(~np.isnan(gain))
+    order = known[np.argsort(-gain[known], kind="stable")]
+    header = ["class", "training images", name, title, "change"]
+    found = []
+    for title, key, labels in (
+        (f"Gained most over {name}", "gained", [label for label in order[:NUM_CLASSES] if gain[label] > 0]),
+        (f"Lost most against {name}", "lost", [label for label in order[::-1][:NUM_CLASSES] if gain[label] < 0]),
+    ):
+        rows = [
+            [
+                ours.class_names[label],
+                f"{ours.stats.split_counts[label]:,}",
+                percent(theirs.correct[label] / theirs.total[label]),
+                percent(ours.correct[label] / ours.total[label]),
+                f"{100 * gain[label]:+.1f}",
+            ]
+            for label in labels
+        ]
+        if rows:
+            found.append(Table(key, title, header, rows))
+    return found
+
+
+def class_groups(source: Source) -> Table | None:
+    """By shot group how many classes gain and lose against the best trained baseline, and how many are never right."""
+    pair = compared_classes(source)
+    if pair is None:
+        return None
+    ours, theirs, title, name = pair
+    ours_accuracy, theirs_accuracy = (per_class_accuracy(one.correct, one.total) for one in (ours, theirs))
+    rows = []
+    for group in SHOT_GROUPS:
+        labels = getattr(ours.stats, group)
+        ours_of, theirs_of = (one[labels][~np.isnan(ours_accuracy[labels])] for one in (ours_accuracy, theirs_accuracy))
+        if len(ours_of):
+            counts = (len(ours_of), (ours_of > theirs_of).sum(), (ours_of < theirs_of).sum(), (ours_of == 0).sum(),
+                      (theirs_of == 0).sum())  # fmt: skip
+            rows.append([group.replace("_", "-"), *(f"{count:,}" for count in counts)])
+    header = ["", "classes", "gain", "lose", "never right", f"never right, {name}"]
+    caption = f"Classes with test images over all seeds, {title} beside {name}."
+    return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
+
+
+def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str, str] | None:
+    """The winner's class record and that of the first baseline that has one, as they are exported, and their titles."""
+    known = [(one, one.classes) for one in source.headline if one.classes is not None]
+    if len(known) < 2 or known[0][0] is not source.winner:
+        return None
+    (winner, ours), (other, theirs), *_ = known
+    return ours, theirs, title_in(winner.name, ours.split), title_in(other.name, theirs.split)
+
+
+def per_class(source: Source) -> Table | None:
+    """Every class of every refit: for files beside the page, not for the page."""
+    known = [
+        (title_in(one.name, record.split), record)
+        for one in source.scored
+        for record in (one.as_trained, one.adjusted if POST_HOC in one.splits else None)
+        if record is not None
+    ]
+    if not known:
+        return None
+    first = known[0][1]
+    columns = [(name, per_class_accuracy(record.correct, record.total)) for name, record in known]
+    rows = [
+        [
+            class_name,
+            str(first.stats.split_counts[label]),
+            first.stats.group_of(label),
+            str(first.total[label] // max(1, first.num_seeds)),
+            *("" if np.isnan(accuracy[label]) else f"{accuracy[label]:.4f}" for _, accuracy in columns),
+        ]
+        for label, class_name in enumerate(first.class_names)
+    ]
+    header = ["class", "training_images", "shot_group", "test_images", *(f"{name}_accuracy" for name, _ in columns)]
+    return Table("per_class", "Per class", header, rows)
+
+
+def worst_pairs(record: ClassRecord) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """(label, predicted, count over seeds, rows) of the pairs confused most, of equals the larger share first."""
+    ranked = sorted(
+        record.confusions.items(),
+        key=lambda item: (-item[1][0], -item[1][0] / max(1, record.total[item[0][0]]), item[0]),
+    )
+    return [(label, predicted, count, rows) for (label, predicted), (count, rows) in ranked[:NUM_PAIRS]]
+
+
+def confused_pairs(source: Source) -> Table | None:
+    """The worst pairs as a table."""
+    record = source.classes
+    if record is None or not record.confusions:
+        return None
+    rows = [
+        [
+            record.class_names[label],
+            record.class_names[predicted],
+            f"{count / record.num_seeds:.1f}",
+            percent(count / record.total[label]),
+            f"{record.stats.split_counts[label]:,}",
+        ]
+        for label, predicted, count, _ in worst_pairs(record)
+    ]
+    header = ["class", "taken for", "images", "share of class", "training images"]
+    return Table("confused", "Confused most, as a table", header, rows, 2)
+
+
+def quarantine(source: Source) -> Table | None:
+    """Files that were left out, by class."""
+    if not source.quarantine:
+        return None
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in source.quarantine:
+        groups[row["class_name"], row["shot_group"]].append(row["reason"])
+    rows = [
+        [name, group.replace("_", "-"), str(len(reasons)), Counter(reasons).most_common(1)[0][0]]
+        for (name, group), reasons in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]
+    header = ["class", "shot group", "files", "commonest reason"]
+    return Table("quarantine_by_class", "Left out, by class", header, rows[:MAX_ROWS], 4)
+
+
+def _baselines(source: Source) -> list[TrialRecord]:
+    """The best first, those without a value last."""
+    return sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
+
+
+def _trial_row(source: Source, record: TrialRecord) -> list[str]:
+    best = record.best_epoch(source.spec.objective) or {}
+    return [
+        record.trial_id,
+        record.name or describe(record),
+        *(percent(best.get(f"val/{metric}")) for metric in METRICS),
+        str(len(record.epochs)),
+        _time(record.seconds()) if record.ended_at is not None else "-",
+        record.views,
+        record.state,
+    ]
+
+
+def _reason(record: TrialRecord) -> str:
+    # Each epoch would be a group of its own otherwise.
+    return STOPPED_EARLY if record.state == "stopped" else record.stop_reason or "still running"

@@ -1,0 +1,357 @@
+"""Figures of the search: history, cost, few-shot accuracy, slices, parallel coordinates, importance."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imbvlm.base.formatting import duration, percent
+from imbvlm.sweep.records.summary_tables import value_words
+from imbvlm.sweep.records.trial_log import TrialRecord, describe
+from imbvlm.sweep.report.plotting import (
+    HEIGHT,
+    RING,
+    TOP,
+    WIDTH,
+    WINNER_COLOUR,
+    Drawing,
+    Figure,
+    Point,
+    Scale,
+    frame,
+    legend,
+    method_colour,
+    number,
+    percent_tick,
+    spread,
+)
+from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_statistics import Importance, pareto_front, rungs
+
+MAX_AXES = 9
+MAX_LINES = 400
+MAX_SLICES = 12
+NEVER = "–"
+
+
+def objective_name(source: Source) -> str:
+    """Such as `balanced accuracy, validation (%)`."""
+    return f"{source.spec.objective.removeprefix('val/').replace('_', ' ')}, validation (%)"
+
+
+def methods(source: Source) -> list[str]:
+    """The methods of the search's trials; their place is their colour and shape."""
+    return sorted({str(record.config["method"]) for record in source.log.of("search")})
+
+
+@dataclass(frozen=True)
+class TrialMarks:
+    """How trials look in every figure of the search: color and shape of their method, a ring around the winner."""
+
+    methods: Sequence[str]
+    winner_id: str
+
+    @staticmethod
+    def of(source: Source) -> TrialMarks:
+        """The marks of a sweep's trials."""
+        return TrialMarks(methods(source), "" if source.best is None else source.best.trial_id)
+
+    def dot(
+        self, drawing: Drawing, x: float, y: float, record: TrialRecord, value: float, more: str = "", *,
+        size: float = 3.6,
+    ) -> None:  # fmt: skip
+        """Draw a trial."""
+        method = str(record.config["method"])
+        stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
+        title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe(record)})"
+        style = f"{method_colour(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
+        drawing.dot(x, y, style, title, shape=self.methods.index(method), size=size)
+        if record.trial_id == self.winner_id:
+            drawing.dot(x, y, WINNER_COLOUR, f"winner, {title}", shape=RING, size=size)
+
+    @property
+    def legend(self) -> list[tuple[str, str, int]]:
+        """Methods and the winner's ring."""
+        kinds = [
+            (method.replace("_", " "), method_colour(method, self.methods), index)
+            for index, method in enumerate(self.methods)
+        ]
+        return [*kinds, ("winner", WINNER_COLOUR, RING)]
+
+
+def history(source: Source) -> Figure | None:
+    """Each trial in the order of starting, with the running best."""
+    pairs = source.valued()
+    if not pairs:
+        return None
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    numbers = [int(record.trial_id[1:]) for record, _ in pairs]
+    references = [(one, value) for one in source.log.of("baseline") if (value := source.value(one)) is not None]
+    low, high = min(value for _, value in pairs), max(value for _, value in pairs)
+    # A baseline far away would press the trials into a line; its number is in the tables.
+    references = [(one, value) for one, value in references if value > low - (high - low)]
+    x = spread([*numbers, 1], 52, WIDTH - 12, pad=0.03)
+    y = spread([value for _, value in [*pairs, *references]], HEIGHT - 46, TOP)
+    frame(drawing, x, y, ("trial", objective_name(source)), x_format=_whole, y_format=percent_tick)
+    for record, value in references:
+        style = method_colour(str(record.config["method"]), [*marks.methods, str(record.config["method"])])
+        drawing.line([(x.start, y(value)), (x.end, y(value))], style, width=1.4, dash="5 4", title=record.name)
+        drawing.text(x.end - 2, y(value) - 4, record.name, anchor="end", style="muted", size=11)
+    best, steps = -math.inf, list[Point]()
+    for number_, (_, value) in zip(numbers, pairs, strict=True):
+        steps += [(x(number_), y(best))] if steps and value > best else []
+        best = max(best, value)
+        steps.append((x(number_), y(best)))
+    drawing.line(steps, "faint", width=1.8)
+    data = [_row(record, value) for record, value in pairs]
+    data += [[one.trial_id, one.name, one.state, value] for one, value in references]
+    for number_, (record, value) in zip(numbers, pairs, strict=True):
+        marks.dot(drawing, x(number_), y(value), record, value)
+    legend(drawing, 52, 14, marks.legend)
+    caption = (
+        f"Each mark is a trial{_pale(source)}, the line the best so far, dashes the baselines, the ring the winner."
+    )
+    return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
+
+
+def against_cost(source: Source) -> Figure | None:
+    """Accuracy against seconds with the Pareto front."""
+    pairs = [(record, value) for record, value in source.valued() if record.ended_at is not None]
+    if not pairs:
+        return None
+    costs = [max(0.05, record.seconds()) for record, _ in pairs]
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    x = spread(costs, 52, WIDTH - 12, log=True)
+    y = spread([value for _, value in pairs], HEIGHT - 46, TOP)
+    frame(
+        drawing, x, y, ("seconds of a trial, its start included", objective_name(source)),
+        x_format=number, y_format=percent_tick,
+    )  # fmt: skip
+    front = pareto_front(costs, [value for _, value in pairs])
+    _front_line(drawing, [(x(costs[index]), y(pairs[index][1])) for index in front])
+    for cost, (record, value) in zip(costs, pairs, strict=True):
+        marks.dot(drawing, x(cost), y(value), record, value, f", {duration(cost)}")
+    legend(drawing, 52, 14, marks.legend)
+    data = [[*_row(record, value), cost, index in front]
+            for index, (cost, (record, value)) in enumerate(zip(costs, pairs, strict=True))]  # fmt: skip
+    return Figure(
+        "cost", "Accuracy against cost", "The line is the Pareto front: no trial is both faster and better.", drawing,
+        [[*_HEADER, "seconds", "on_front"], *data],
+    )  # fmt: skip
+
+
+def against_few_shot(source: Source) -> Figure | None:
+    """Overall against few-shot accuracy (or the smallest group that there is) at each trial's best epoch."""
+    for group in ("few_shot", "medium_shot"):
+        points = []
+        for record, value in source.valued():
+            best = record.best_epoch(source.spec.objective) or {}
+            if f"val/{group}_accuracy" in best:
+                points.append((record, value, best[f"val/{group}_accuracy"], best["val/top1_accuracy"]))
+        if points:
+            break
+    else:
+        return None
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    x = spread([few for _, _, few, _ in points], 52, WIDTH - 12)
+    y = spread([top for *_, top in points], HEIGHT - 46, TOP)
+    name = group.replace("_", "-")
+    frame(
+        drawing, x, y, (f"{name} accuracy, validation (%)", "overall accuracy, validation (%)"),
+        x_format=percent_tick, y_format=percent_tick,
+    )  # fmt: skip
+    front = pareto_front([-few for _, _, few, _ in points], [top for *_, top in points])
+    _front_line(drawing, [(x(points[index][2]), y(points[index][3])) for index in front])
+    for record, value, few, top in points:
+        words = f", {name} {percent(few)}, overall {percent(top)}"
+        marks.dot(drawing, x(few), y(top), record, value, words)
+    legend(drawing, 52, 14, marks.legend)
+    data = [[*_row(record, value), few, top, index in front] for index, (record, value, few, top) in enumerate(points)]
+    return Figure(
+        "few_shot", f"Overall against {name} accuracy", "What the head pays for the tail, and the Pareto front.",
+        drawing, [[*_HEADER, f"{group}_accuracy", "top1_accuracy", "on_front"], *data],
+    )  # fmt: skip
+
+
+def rung_against_end(source: Source) -> Figure | None:
+    """What trials that finished had at ASHA's first rung, against their best."""
+    found = rungs(source)
+    if not found or found[0].num_trials < 2:
+        return None
+    rung, drawing, marks = found[0], Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    x = spread([early for _, early, _ in rung.pairs], 52, WIDTH - 12)
+    y = spread([value for *_, value in rung.pairs], HEIGHT - 46, TOP)
+    frame(
+        drawing, x, y, (f"at {rung.share:.0%} of its length, validation (%)", objective_name(source)),
+        x_format=percent_tick, y_format=percent_tick,
+    )  # fmt: skip
+    for record, early, value in rung.pairs:
+        marks.dot(drawing, x(early), y(value), record, value, f", {percent(early)} % at the rung")
+    legend(drawing, 52, 14, marks.legend)
+    known = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
+    caption = f"{known}Trials that finished alone: how those that were stopped would have ended isn't known."
+    data = [[*_row(record, value), early] for record, early, value in rung.pairs]
+    header = [*_HEADER, "at_the_rung"]
+    return Figure("rung", "Where early stopping decides, and the end", caption, drawing, [header, *data])
+
+
+def importance_bars(found: list[Importance]) -> Figure | None:
+    """Each parameter's share, largest first."""
+    if not found:
+        return None
+    rows = found[:12]
+    drawing = Drawing(WIDTH, 40 + 24 * len(rows))
+    left = 12 + 6.6 * max(len(one.key) for one in rows)
+    for index, one in enumerate(rows):
+        top = 12 + 24 * index
+        width = (WIDTH - left - 60) * one.share / max(rows[0].share, 1e-9)
+        drawing.text(left - 8, top + 13, one.key, anchor="end")
+        drawing.bar(left, top + 2, max(width, 1), 15, "faint", f"{one.key}: {percent(one.share)} %")
+        drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(one.share)} %", style="muted")
+    caption = "Share of what tells the best quarter of the trials from all that had the parameter."
+    data: list[list[object]] = [[one.key, one.share, one.num_trials] for one in found]
+    header = ["parameter", "share", "trials"]
+    return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
+
+
+def slices(source: Source, order: Sequence[str]) -> list[Figure]:
+    """The objective over each drawn key's values, a small figure a key, all of one scale."""
+    found = []
+    for key in [*order, *(key for key in _keys(source) if key not in order)][:MAX_SLICES]:
+        pairs = [(record, value) for record, value in source.valued() if key in record.draw]
+        if len({repr(record.draw[key]) for record, _ in pairs}) > 1:
+            data = [[*_row(record, value), record.draw[key]] for record, value in pairs]
+            found.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs), [[*_HEADER, key], *data]))
+    return found
+
+
+def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
+    named = {repr(record.draw[key]): value_words(key, record.draw[key]) for record, _ in pairs}
+    crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
+    drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
+    y = spread([value for _, value in source.valued()], 190, 14)
+    x, places = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
+    frame(drawing, x, y, ("", ""), x_format=number if places is None else None, y_format=percent_tick, num_ticks=(4, 4))
+    for index, (record, value) in enumerate(pairs):
+        # Beside each other where they would hide each other.
+        at = x(record.draw[key]) if places is None else places[repr(record.draw[key])] + (index % 7 - 3) * 2.2
+        marks.dot(drawing, at, y(value), record, value, f", {key} {value_words(key, record.draw[key])}", size=3)
+    for name, at in (places or {}).items():
+        values = [value for record, value in pairs if repr(record.draw[key]) == name]
+        middle = y(statistics.median(values))
+        drawing.line([(at - 14, middle), (at + 14, middle)], "faint", title=f"median of {len(values)}")
+        word = named[name] if len(named[name]) < 24 else f"{named[name][:22]}…"
+        if crowded:
+            drawing.text(at + 6, 206, word, anchor="end", style="muted", size=10.5, turn=-24)
+        else:
+            drawing.text(at, 206, word, anchor="middle", style="muted", size=11)
+    return drawing
+
+
+def parallel(source: Source, order: Sequence[str]) -> Figure | None:
+    """Trials as lines over the drawn keys, the most important first; the winner and the best tenth stand out."""
+    winner = TrialMarks.of(source).winner_id
+    pairs = sorted(source.valued(), key=lambda pair: (pair[0].trial_id == winner, pair[1]))[-MAX_LINES:]
+    keys = [*order, *(key for key in _keys(source) if key not in order)][:MAX_AXES]
+    if len(pairs) < 2 or not keys:
+        return None
+    width, height = 1000.0, 360.0
+    drawing, top, bottom = Drawing(width, height), 46.0, height - 44.0
+    # The first name is centred on its axis.
+    left = max(60.0, 3.4 * len(keys[0]))
+    gap = (width - 60 - left) / len(keys)
+    places = [left + index * gap for index in range(len(keys) + 1)]
+    columns = [_parallel_axis(source, key, pairs, top, bottom - 26) for key in keys]
+    goal = spread([value for _, value in pairs], bottom - 26, top)
+    num_best = max(1, len(pairs) // 10)
+    for rank, (record, value) in enumerate(pairs):
+        points = [
+            (at, column.get(repr(record.draw.get(key, NEVER)), bottom))
+            for at, key, column in zip(places, keys, columns, strict=False)
+        ]
+        is_best, is_winner = rank >= len(pairs) - num_best, record.trial_id == winner
+        title = f"{record.trial_id}: {percent(value)} % ({describe(record)})"
+        style, line_width = (WINNER_COLOUR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
+        drawing.line([*points, (places[-1], goal(value))], f"{style} thread", width=line_width, title=title)
+    for at, key, column in zip(places, keys, columns, strict=False):
+        drawing.rule(at, top, at, bottom - 26, "axis")
+        drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
+        for word, y in _labels(source, key, pairs, column):
+            # Up to the next axis: 5.6 is a letter's mean width at that size.
+            drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (5.6 * len(word))))
+        if any(key not in record.draw for record, _ in pairs):
+            drawing.text(at, bottom + 16, "not drawn", anchor="middle", style="muted", size=10.5)
+    drawing.rule(places[-1], top, places[-1], bottom - 26, "axis")
+    drawing.text(width - 4, 22, "objective (%)", anchor="end", size=11.5)
+    for tick in goal.ticks(5):
+        drawing.text(places[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
+    caption = (
+        "Each line is a trial; the winner is blue, the best tenth dark. A line at the bottom hasn't got that parameter."
+    )
+    data = [[*_row(record, value), *(record.draw.get(key, "") for key in keys)] for record, value in pairs]
+    return Figure("parallel", "Parallel coordinates", caption, drawing, [[*_HEADER, *keys], *data], wide=True)
+
+
+# ------------------------------------------------------------------------------------------------------ parts
+
+
+_HEADER = ["trial", "method", "state", "objective"]
+
+
+def _pale(source: Source) -> str:
+    return " (pale: stopped early)" if any(record.state == "stopped" for record, _ in source.valued()) else ""
+
+
+def _row(record: TrialRecord, value: float) -> list[object]:
+    """The start of a figure's numbers of a trial."""
+    return [record.trial_id, str(record.config["method"]), record.state, value]
+
+
+def _keys(source: Source) -> list[str]:
+    """The drawn keys in the space's order."""
+    return list(dict.fromkeys(parameter.key for parameter in source.spec.read_space().parameters))
+
+
+def _value_axis(
+    source: Source, key: str, values: Sequence[Any], start: float, end: float
+) -> tuple[Scale, dict[str, float] | None]:
+    """A scale for numbers of a range; for choices the place of each value by its repr."""
+    ranges = source.spec.read_space().of(key)
+    if all(one.kind != "choice" for one in ranges):
+        return spread(values, start, end, log=any(one.kind == "loguniform" for one in ranges)), None
+    listed = dict.fromkeys(repr(value) for one in ranges for value in (one.finite_values() or ()))
+    names = [name for name in listed if name in {repr(value) for value in values}]
+    step = (end - start) / len(names)
+    return Scale(0, 1, start, end), {name: start + step * (index + 0.5) for index, name in enumerate(names)}
+
+
+def _parallel_axis(
+    source: Source, key: str, pairs: list[tuple[TrialRecord, float]], top: float, bottom: float
+) -> dict[str, float]:
+    values = [record.draw[key] for record, _ in pairs if key in record.draw]
+    if not values:
+        return {}
+    scale, places = _value_axis(source, key, values, bottom, top)
+    return places if places is not None else {repr(value): scale(value) for value in values}
+
+
+def _labels(
+    source: Source, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
+) -> list[tuple[str, float]]:
+    values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
+    if all(one.kind == "choice" for one in source.spec.read_space().of(key)):
+        return [(value_words(key, value), column[name]) for name, value in values.items()]
+    ends = [min(values.values()), max(values.values())] if values else []
+    return [(value_words(key, value), column[repr(value)]) for value in ends]
+
+
+def _front_line(drawing: Drawing, points: list[Point]) -> None:
+    if len(points) > 1:
+        drawing.line(points, "faint", width=1.8)
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else ""

@@ -1,0 +1,108 @@
+"""Run a sweep from its specification to its best configuration, or fork an earlier one."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+
+from imbvlm.base import interrupts, storage
+from imbvlm.base.console import Console
+from imbvlm.base.errors import ConfigError, LostProcessesError, Problem, StorageError
+from imbvlm.data.manifest import Manifest
+from imbvlm.models.encoders.encoder_registry import find_tower
+from imbvlm.ray_runtime.connection import connected
+from imbvlm.sweep.plan.feasibility import check_manifest, check_models
+from imbvlm.sweep.records.earlier_sweeps import choose_fork, warm_starts, write_fork
+from imbvlm.sweep.records.folder_lease import Lease, held
+from imbvlm.sweep.records.provenance import known_towers, provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.summary_tables import opening
+from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.run.sweep_run import _Sweep
+from imbvlm.sweep.spec.baselines import tower_configs
+from imbvlm.sweep.spec.equivalence import not_trained
+from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.jobs import side_folder
+
+LOG_FILE = "ray.log"
+PROGRESS_FILE = "progress.log"
+
+
+def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
+    """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError if all fail."""
+    started = time.monotonic()
+    space = check_spec(spec)
+    manifest = Manifest.read(spec.base["data"]["manifest"])
+    check_manifest(spec, manifest)
+    models = check_models(spec, space)
+    # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
+    starts = warm_starts(spec, space)
+    for config in tower_configs(spec, space):
+        # Fetched before there is a folder: without weights there is no sweep.
+        find_tower(config.encoder).weights_file()
+    with storage.OUTAGES.said_by(console.say), held(folder, console.say) as lease:
+        log = TrialLog.read(folder)
+        log.constraints = spec.constraints
+        _check_provenance(folder, manifest, log)
+        beside = side_folder(folder)
+        console.copy_to(beside / PROGRESS_FILE)
+        console.say("\n".join([opening(spec, manifest, folder, log), *not_trained(spec, space)]))
+        with _machine_errors_say_how_to_go_on(folder):
+            with console.others_to(beside / LOG_FILE):
+                optuna.logging.set_verbosity(optuna.logging.WARNING)
+                warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+                with connected(console.last_word(_way_on(folder))) as cluster:
+                    sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started, models)
+                    sweep.search(starts)
+                    _check_still_wanted(lease)
+                    sweep.confirm()
+                    _check_still_wanted(lease)
+                    sweep.refit_and_score()
+                    seconds = time.monotonic() - started
+            sweep.conclude(seconds)
+    return log
+
+
+def _check_still_wanted(lease: Lease) -> None:
+    """Raises KeyboardInterrupt where a signal has come, and ImbvlmError where the folder is another run's now."""
+    interrupts.check()
+    lease.check()
+
+
+@contextmanager
+def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (StorageError, LostProcessesError) as error:
+        raise type(error)(f"{error}; then {_way_on(folder)}") from None
+
+
+def _way_on(folder: str) -> str:
+    return f"go on with: imbvlm sweep resume {folder}"
+
+
+def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
+    """Begin a sweep's folder with the trials of another that are still valid; raises ConfigError."""
+    space = check_spec(spec)
+    found = provenance(Manifest.read(spec.base["data"]["manifest"]))
+    chosen = choose_fork(source, spec, space, provenance_changes(source, found))
+    # Trials that are kept are of these towers.
+    write_provenance(folder, {**found, "towers": known_towers(source)} if chosen.kept else found)
+    write_fork(chosen, source, folder)
+    console.say(chosen.describe(source))
+
+
+def _check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
+    """Refuse to go on with other code or data than the sweep began with; raises ConfigError."""
+    found = provenance(manifest)
+    if not log.records:
+        write_provenance(folder, found)
+        return
+    changes = provenance_changes(folder, found)
+    if changes:
+        mend = "since the sweep began; set it back, or add --fork for a new sweep"
+        raise ConfigError(Problem(f"{change} {mend}", folder) for change in changes)

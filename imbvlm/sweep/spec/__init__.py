@@ -1,0 +1,3 @@
+"""What a sweep is."""
+
+from imbvlm.sweep.spec.sweep_spec import SweepSpec as SweepSpec

@@ -1,0 +1,226 @@
+"""The check of a whole specification before a sweep starts."""
+
+from __future__ import annotations
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ConfigError, Problem, nearest
+from imbvlm.base.yaml_file import YamlTree
+from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
+from imbvlm.sweep.spec.search_space import NEVER_SET, Draw, ListedSpace, SearchSpace, value_in
+from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, SweepSpec, _base_mistakes
+
+
+def check_spec(spec: SweepSpec) -> SearchSpace:
+    """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
+    try:
+        space = spec.read_space()
+    except ConfigError as error:
+        outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
+        raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
+    of_conditions = [*space.corner_draws(spec.base)[1], *_check_conditions(spec, space)]
+    of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
+    problems = [*_check_objective(spec), *of_conditions, *_check_stratify(spec, space)]
+    problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *of_base, *_check_limits(spec)]
+    problems += [*of_trials, *_check_smoke(spec)]
+    if not of_conditions and not of_base:
+        # A draw may be outside the space because of these.
+        problems += _check_first_trials(spec, space)
+    if not of_conditions and not of_base and not of_trials:
+        # It reads a seed of the base, which is one by now.
+        problems += _check_confirm_seeds(spec)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return space
+
+
+def _check_objective(spec: SweepSpec) -> list[Problem]:
+    problems = []
+    if spec.objective not in ACCURACIES:
+        message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, ACCURACIES)}"
+        problems.append(Problem(message, spec.where("objective")))
+    known = (*ACCURACIES, SECONDS)
+    for index, metric in enumerate(spec.other_objectives):
+        if metric not in known:
+            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+        elif metric == spec.objective or metric in spec.other_objectives[:index]:
+            message = f"{metric} is an objective already; take it out"
+        else:
+            continue
+        problems.append(Problem(f"other_objectives: {message}", spec.where("other_objectives", index)))
+    for metric, limit in spec.constraints.items():
+        if metric not in known:
+            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+        elif metric != SECONDS and not 0 <= limit <= 1:
+            message = f"{metric} is a fraction from 0 to 1, and its limit is {limit:g}"
+        elif limit < 0:
+            message = f"{metric} can't be below 0, and its limit is {limit:g}"
+        else:
+            continue
+        problems.append(Problem(f"constraints: {message}", spec.where("constraints", metric)))
+    return [*problems, *_check_objectives_together(spec)]
+
+
+def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
+    problems = []
+    if SECONDS in spec.other_objectives and not isinstance(spec.trial_scheduler, NoSchedulerConfig):
+        message = (
+            f"{SECONDS} is an objective, and a trial that ASHA stops would seem cheap; set trial_scheduler.name: none, "
+            "or make it a constraint"
+        )
+        problems.append(Problem(message, spec.where("other_objectives")))
+    if spec.study and (spec.other_objectives or spec.constraints or spec.warm_start or spec.confirm_trials):
+        message = (
+            "a study searches nothing: other_objectives, constraints, warm_start and confirm_trials have no effect; "
+            "take them out"
+        )
+        problems.append(Problem(message, spec.where("study")))
+    if spec.searcher.name == "random" and spec.warm_start:
+        message = "searcher random learns nothing from warm_start; set searcher.name: tpe, or take it out"
+        problems.append(Problem(message, spec.where("warm_start")))
+    return problems
+
+
+def _check_confirm_seeds(spec: SweepSpec) -> list[Problem]:
+    if not spec.confirm_trials or spec.more_seeds:
+        return []
+    message = f"confirm_seeds has only {spec.own_seed}, with which every trial runs already (train.seed); add another"
+    return [Problem(message, spec.where("confirm_seeds"))]
+
+
+def _check_limits(spec: SweepSpec) -> list[Problem]:
+    per_gpu, per_machine = spec.price_per_gpu_hour, spec.price_per_machine_hour
+    if per_gpu is not None and per_machine is not None:
+        message = (
+            f"price_per_gpu_hour is {per_gpu:g} and price_per_machine_hour {per_machine:g}: a machine's price has its "
+            "GPUs in it; set one of them"
+        )
+        return [Problem(message, spec.where("price_per_machine_hour"))]
+    if spec.max_cost is None or per_gpu is not None or per_machine is not None:
+        return []
+    message = (
+        f"max_cost is {spec.max_cost:g}, and without a price nothing has a cost; set price_per_machine_hour or "
+        "price_per_gpu_hour too"
+    )
+    return [Problem(message, spec.where("max_cost"))]
+
+
+def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    return [
+        Problem(f"the condition of {parameter.key} names {key}, which neither base nor space sets", parameter.where)
+        for parameter in space.parameters
+        for key in parameter.when
+        if not space.of(key) and value_in(spec.base, key) is NEVER_SET
+    ]
+
+
+def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    if spec.stratify and isinstance(space, ListedSpace):
+        message = "stratify shares out what is searched, and the space lists its configurations; take it out"
+        return [Problem(message, spec.where("stratify"))]
+    problems = []
+    for index, key in enumerate(spec.stratify):
+        ranges = space.of(key)
+        if not ranges or any(one.finite_values() is None for one in ranges):
+            mend = nearest(key, [one.key for one in space.parameters if one.kind == "choice"])
+            message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
+            problems.append(Problem(message, spec.where("stratify", index)))
+    return problems
+
+
+def _check_warm_start(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    if spec.warm_start and isinstance(space, ListedSpace) and not spec.study:
+        message = "warm_start guides a search, and the space lists its configurations; take it out"
+        return [Problem(message, spec.where("warm_start"))]
+    return []
+
+
+def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    """Every row of a study is a listed configuration."""
+    if not spec.study:
+        return []
+    if not isinstance(space, ListedSpace):
+        message = "a study's rows are listed configurations; give the space as a section 'configurations'"
+        return [Problem(message, spec.where("study"))]
+    return [
+        Problem(
+            f"row {row.label!r} of table {table.name} shows {row.configuration!r}, which the space doesn't list; "
+            f"{nearest(row.configuration, space.configurations)}",
+            spec.where("study", index),
+        )
+        for index, table in enumerate(spec.study)
+        for row in table.rows
+        if row.configuration not in space.configurations
+    ]
+
+
+def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    """The base's sections are known and some method of the space reads them."""
+    chosen = [method for one in space.of("method") for method in one.values] or [spec.base.get("method")]
+    methods = [str(method) for method in chosen if method in METHOD_SECTIONS]
+    read = frozenset[str]().union(*(METHOD_SECTIONS[method] for method in methods))
+    problems = []
+    for key in spec.base:
+        if key not in TrialConfig.model_fields:
+            message = f"unknown key {key!r}; {nearest(key, TrialConfig.model_fields)}"
+            problems.append(Problem(message, spec.where("base", key)))
+        elif key in OPTIONAL_SECTIONS and methods and key not in read:
+            message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out"
+            problems.append(Problem(message, spec.where("base", key)))
+    manifest = value_in(spec.base, "data.manifest")
+    problem = storage.location_problem(manifest) if isinstance(manifest, str) else None
+    if problem is not None:
+        problems.append(Problem(f"data.manifest: {problem}", spec.where("base", "data", "manifest")))
+    return problems
+
+
+def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    """The trial of every combination of choices that decide what exists, at both ends of each range, can be built."""
+    problems: dict[Problem, None] = {}
+    base = spec._located("base", spec.base)
+    for draw in space.corner_draws(spec.base)[0]:
+        unread = _unread_keys(draw, space, str(draw.get("method", spec.base.get("method"))))
+        if unread:
+            problems |= dict.fromkeys(unread)
+            continue
+        # A mistake at a drawn key is the space's.
+        places = dict(base.places) | {(*key.split("."),): space.of(key)[0].where for key in draw}
+        try:
+            TrialConfig.from_tree(YamlTree(spec._trial_tree(draw), base.file, places))
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    return list(problems)
+
+
+def _unread_keys(draw: Draw, space: SearchSpace, method: str) -> list[Problem]:
+    problems = []
+    for key in draw:
+        section = key.split(".")[0]
+        if method in METHOD_SECTIONS and section in OPTIONAL_SECTIONS - METHOD_SECTIONS[method]:
+            readers = [name for name, sections in METHOD_SECTIONS.items() if section in sections]
+            mend = f"add when: {{method: {readers[0] if len(readers) == 1 else '[' + ', '.join(readers) + ']'}}}"
+            mend = "take it out" if isinstance(space, ListedSpace) else mend
+            message = f"{key} is drawn when method = {method}, which doesn't read {section!r}; {mend}"
+            problems.append(Problem(message, space.of(key)[0].where))
+    return problems
+
+
+def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    problems = []
+    for index, draw in enumerate(spec.first_trials):
+        try:
+            space.names_of(draw, spec.base)
+        except ConfigError as error:
+            where = spec.where("first_trials", index)
+            problems += [Problem(f"first_trials[{index}]: {problem.message}", where) for problem in error.problems]
+    return problems
+
+
+def _check_smoke(spec: SweepSpec) -> list[Problem]:
+    """`--smoke` would work: a misspelt setting shows before somebody needs it."""
+    try:
+        smoke = spec.with_settings(spec.smoke, "smoke")
+        return [] if smoke == spec else _check_draws(smoke, smoke.read_space())
+    except ConfigError as error:
+        return list(error.problems)

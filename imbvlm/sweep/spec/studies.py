@@ -1,0 +1,61 @@
+"""A study from parts: rows of named configurations become one list, in which each stands once, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from imbvlm.base.schema import Tree
+from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
+from imbvlm.config.trial_config import TrialConfig, apply_overrides, drop_unused_sections
+from imbvlm.sweep.spec.equivalence import canonical_key
+from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.sweep_spec import StudyRow, StudyTable
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a study: its words in the table, the name of its configuration, and what that sets."""
+
+    label: str
+    name: str
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a study."""
+
+    name: str
+    title: str
+    rows: Sequence[Row]
+    columns: Literal["scores", "cost"] = "scores"
+
+
+def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
+    """The fields `base`, `space`, `study`, `num_trials` of a SweepSpec; configurations that train the same stand once.
+
+    Sections of the base that only rows of other parts read are left out. Raises ConfigError for a row that can't be
+    built on the base.
+    """
+    configurations: dict[str, Draw] = {}
+    read: set[str] = set()
+    names: dict[str, str] = {}
+    tables = []
+    for part in parts:
+        rows = []
+        for row in part.rows:
+            tree = drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw)
+            config = TrialConfig.from_tree(tree)
+            read |= METHOD_SECTIONS[config.method]
+            name = names.setdefault(canonical_key(config), row.name)
+            configurations.setdefault(name, row.draw)
+            rows.append(StudyRow(label=row.label, configuration=name))
+        tables.append(StudyTable(name=part.name, title=part.title, columns=part.columns, rows=rows))
+    return {
+        "base": {key: value for key, value in base.items() if key in read or key not in OPTIONAL_SECTIONS},
+        "space": {"configurations": configurations},
+        "study": [table.model_dump() for table in tables],
+        "num_trials": max(1, len(configurations)),
+    }

@@ -1,0 +1,85 @@
+"""Trials inside Tune's own process: one, or several at once. The next ones reuse it and its open data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Generator
+
+from ray import tune
+
+from imbvlm.base import storage
+from imbvlm.base.schema import Tree
+from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_session import Report, TrialSession, TrialSettings, default_device
+
+
+class InProcessTrial(tune.Trainable):
+    """One `step` is one epoch of every member that hasn't ended; `reports` has a report for each of them.
+
+    Tune's own checkpoints aren't used: the members' sessions keep theirs without pickling.
+    """
+
+    def setup(self, config: Tree) -> None:
+        self._session = TrialSession(default_device())
+        self._start(config)
+
+    def reset_config(self, new_config: Tree) -> bool:
+        self.cleanup()
+        self._start(new_config)
+        return True
+
+    def step(self) -> Report:
+        for name in self._stopped():
+            if name in self._members:
+                self._members.pop(name).close()
+        reports = []
+        for name, member in list(self._members.items()):
+            report = next(member)
+            reports.append({**report, "member": name})
+            if report.get("done"):
+                self._members.pop(name).close()
+        epoch = max((report.get("epoch", 0) for report in reports), default=0)
+        return {"reports": reports, "epoch": epoch, "done": not self._members}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: each member's session keeps its own."""
+
+    def load_checkpoint(self, checkpoint: Tree | None) -> None:
+        """The sessions have read their own already."""
+
+    def cleanup(self) -> None:
+        for member in self._members.values():
+            member.close()
+        self._members.clear()
+
+    def _start(self, config: Tree) -> None:
+        names: list[str] = config["names"]
+        pack = Pack() if config["together"] else None
+        self._stop_file: str = config["stop_file"]
+        self._members: dict[str, Generator[Report, None, None]] = {}
+        for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
+            self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
+        if pack is not None:
+            # All join before any of them trains.
+            for name, reports in self._members.items():
+                first = next(reports)
+                if first:
+                    self._members[name] = _only(first)
+
+    def _stopped(self) -> list[str]:
+        """Members that the trial scheduler has stopped so far; the driver writes them before it asks for a step."""
+        if len(self._members) < 2 or not storage.exists(self._stop_file):
+            return []
+        found: list[str] = json.loads(storage.read_bytes(self._stop_file))
+        return found
+
+
+def _settings_of(text: str) -> list[Tree]:
+    found: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
+    return found
+
+
+def _only(report: Report) -> Generator[Report, None, None]:
+    yield report

@@ -1,0 +1,158 @@
+"""The jobs that Ray Tune runs: what each trains, where, and with which settings."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+
+from imbvlm.base import storage
+from imbvlm.base.console import Console
+from imbvlm.base.schema import Tree
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.sweep.plan.feasibility import uses_ray_train
+from imbvlm.sweep.records.adjustment_selection import prune_logits
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.refit_selection import refit_seconds
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.trial_session import TrialSettings
+
+
+@dataclass
+class Asked:
+    """A trial as Optuna has it: in the study that proposes, and by its number in the journal, where there is one."""
+
+    trial: optuna.trial.Trial
+    shown: int | None
+
+
+@dataclass
+class Job:
+    """One trial to run: its identity, its configuration, and what Optuna calls it (baselines have nothing there).
+
+    `alone` keeps it out of packs.
+    """
+
+    trial_id: str
+    kind: TrialKind
+    name: str
+    config: TrialConfig
+    draw: Draw = field(default_factory=dict)
+    asked: Asked | None = None
+    alone: bool = False
+
+
+class UnsavedSearcher(Searcher):
+    """A searcher that Tune can't save or pickle anything of: resuming reads the trials' records."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its searcher for a restore that we don't use; ours holds the console and the manifest.
+        return {}
+
+
+class FixedSearcher(UnsavedSearcher):
+    """Hands out a given list of jobs while there is time and money; Optuna doesn't know them."""
+
+    def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
+        super().__init__(metric="epoch", mode="max")
+        self._jobs = list(jobs)
+        self._payload, self._budget = payload, budget
+
+    def suggest(self, trial_id: str) -> Tree | str:
+        if not self._jobs or self._budget.exhausted():
+            return str(Searcher.FINISHED)
+        return self._payload(self._jobs.pop(0))
+
+    def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
+        """Nothing learns from these."""
+
+
+def settings_text(settings: list[Tree]) -> str:
+    """Members' settings as one short string: Tune copies a trial's configuration into each report, and keeps it."""
+    return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What all jobs of a sweep share: its spec, folder, log, console and how many run at once."""
+
+    spec: SweepSpec
+    folder: str
+    log: TrialLog
+    console: Console
+    max_concurrent: int
+    budget: Budget
+    num_classes: int
+
+    @property
+    def side_folder(self) -> Path:
+        """Where files are kept that grow while the sweep runs, which no object store can hold."""
+        return side_folder(self.folder)
+
+    @property
+    def driver(self) -> str:
+        """The driver that `auto` chose."""
+        return "ray_train" if uses_ray_train(self.spec) else "in_process"
+
+    def count_spent(self) -> None:
+        """Keep what is spent, and where that is limited how much the refits will need."""
+        if self.budget.is_limited:
+            self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
+        self.budget.keep()
+
+    def prune_logits(self, *, is_over: bool = False) -> None:
+        """Delete the validation logits from which nothing will be chosen; `is_over` where no trial runs."""
+        prune_logits(self.folder, self.log, self.spec, is_over=is_over)
+
+    @property
+    def num_threads(self) -> int:
+        """Torch threads of one worker: its share of CPUs."""
+        return max(1, int(self.spec.cpus_per_worker))
+
+
+def side_folder(folder: str) -> Path:
+    """A sweep's own folder, or for one in an object store a folder of that name here."""
+    return storage.local_path(folder) if storage.is_local(folder) else Path(folder.rstrip("/").rpartition("/")[2])
+
+
+def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
+    """What Tune carries to a trial's process for a job."""
+
+    def of(job: Job) -> Tree:
+        record = TrialRecord(
+            trial_id=job.trial_id,
+            kind=job.kind,
+            name=job.name,
+            config=job.config.to_tree(),
+            draw=job.draw,
+            driver=lane.driver,
+            num_threads=lane.num_threads,
+        )
+        spec = lane.spec
+        return {
+            "record": record.model_dump(mode="json"),
+            "settings": settings(job).to_dict(),
+            "resources": {
+                "num_workers": spec.num_workers,
+                "cpus_per_worker": spec.cpus_per_worker,
+                "gpus_per_worker": spec.gpus_per_worker,
+            },
+            "alone": job.alone,
+        }
+
+    return of

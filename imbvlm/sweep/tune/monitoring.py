@@ -1,0 +1,142 @@
+"""What others can watch while a sweep runs: Ray metrics, which Prometheus reads, and TensorBoard's files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.util.metrics import Gauge
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from imbvlm.base.schema import Tree
+from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, TrialState
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+
+TENSORBOARD_FOLDER = "tensorboard"
+GROUPS = ("top1", "balanced", *SHOT_GROUPS)
+# Ray hands metrics on every ten seconds, and each look at a thousand trials takes milliseconds.
+TELL_SECONDS = 2.0
+# Each flush waits for the disk.
+FLUSH_SECONDS = 5.0
+
+
+class Monitor(tune.Callback):
+    """Follows a trial log, which another callback keeps in step with Tune before this one is called."""
+
+    def __init__(self, spec: SweepSpec, log: TrialLog, folder: Path, sweep: str) -> None:
+        self._spec, self._log, self._folder = spec, log, folder
+        self._curves: dict[str, _Curves] = {}
+        self._is_new, self._told_at = True, -math.inf
+        tags = {"sweep": sweep}
+        self._trials = _gauge("imbvlm_trials", "trials of a sweep by kind and state", tags, ("kind", "state"))
+        self._best = _gauge("imbvlm_best_value", "largest objective on validation so far", tags, ("objective",))
+        self._accuracy = _gauge("imbvlm_best_accuracy", "the best trial's accuracies on validation", tags, ("group",))
+        self._gpu_hours = _gauge("imbvlm_gpu_hours", "hours of the GPUs that trials have booked", tags, ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks for a restore that we don't use.
+        return {}
+
+    def setup(self, **info: Any) -> None:
+        self._tell()
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        # Tune takes a step several times a second, whatever its trials do.
+        if self._is_new and time.monotonic() - self._told_at > TELL_SECONDS:
+            self._tell()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._is_new = True
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
+        record = self._record(trial)
+        if not record.epochs:
+            return
+        if record.trial_id not in self._curves:
+            self._curves[record.trial_id] = _Curves(self._folder / TENSORBOARD_FOLDER / record.trial_id)
+        self._curves[record.trial_id].add(record.epochs[-1])
+        self._is_new = True
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(trial)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for curves in self._curves.values():
+            curves.close()
+        self._curves.clear()
+        self._tell()
+
+    def _end(self, trial: Trial) -> None:
+        curves = self._curves.pop(self._record(trial).trial_id, None)
+        if curves is not None:
+            curves.close()
+        self._is_new = True
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        return self._log.records[str(trial.config["record"]["trial_id"])]
+
+    def _tell(self) -> None:
+        self._is_new, self._told_at = False, time.monotonic()
+        records = list(self._log.records.values())
+        for kind in get_args(TrialKind):
+            states = [record.state for record in records if record.kind == kind]
+            for state in get_args(TrialState):
+                self._trials.set(states.count(state), tags={"kind": kind, "state": state})
+        gpus = self._spec.num_workers * self._spec.gpus_per_worker
+        self._gpu_hours.set(gpus * sum(record.seconds() for record in records) / 3600)
+        best = next(iter(self._log.best(self._spec.objective)), None)
+        if best is None:
+            return
+        self._best.set(best.best_value(self._spec.best_objective) or 0.0, tags={"objective": self._spec.objective})
+        epoch = best.best_epoch(self._spec.objective) or {}
+        for group in GROUPS:
+            if f"val/{group}_accuracy" in epoch:
+                self._accuracy.set(epoch[f"val/{group}_accuracy"], tags={"group": group})
+
+
+class _Curves:
+    """TensorBoard's file of one trial. The library's own SummaryWriter keeps a thread, a pipe and memory for each.
+
+    On a full disk curves are lost: raised here, Tune would take it for the trial's failure. The next record says it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._flushed_at = folder, -math.inf
+        self._file: EventsWriter | None = None
+
+    def add(self, epoch: Mapping[str, float]) -> None:
+        """Values by tag, those with a slash; `epoch` is the step."""
+        now, step = time.time(), int(epoch["epoch"])
+        with suppress(OSError):
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = EventsWriter(str(self._folder / "events"))
+            for key, value in epoch.items():
+                if "/" in key:
+                    self._file.write_event(Event(wall_time=now, step=step, summary=scalar(key, value)))
+            if now - self._flushed_at > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed_at = now
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+
+def _gauge(name: str, description: str, fixed: dict[str, str], keys: tuple[str, ...]) -> Gauge:
+    gauge = Gauge(name, description=description, tag_keys=(*fixed, *keys))
+    gauge.set_default_tags(fixed)
+    return gauge

@@ -1,0 +1,195 @@
+"""Writes each trial's record as Tune reports it, and the live view; runs in the driver as a Tune callback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from imbvlm.base import storage
+from imbvlm.base.console import Console
+from imbvlm.base.errors import DiskFullError, StorageError
+from imbvlm.base.schema import Tree
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.tune.live_status import Moment, live_lines
+
+NUMBER = (int, float)
+SAVE_AFTER_SECONDS = 20.0
+# Of a process that Ray has ended because its machine had no memory left, as Tune and as Ray Train tell it.
+MEMORY_SIGNS = ("OutOfMemoryError", "node running low on memory")
+
+
+class ProgressCallback(tune.Callback):
+    """Keeps the trial log in step with Tune; `ran_too_long` has reasons of trials that were ended for their time.
+
+    `sizes` says what every trial asks for beside its batch size.
+    """
+
+    def __init__(
+        self,
+        log: TrialLog,
+        console: Console,
+        best_objective: str,
+        kind: TrialKind,
+        total: int,
+        budget: Budget,
+        after_end: Callable[[], None],
+        after_step: Callable[[], None],
+        ran_too_long: Mapping[str, str],
+        sizes: str,
+    ) -> None:
+        self._budget, self._ran_too_long, self._sizes = budget, ran_too_long, sizes
+        # Called when a trial has ended, and after each of Tune's steps in which some have.
+        self._after_end, self._after_step, self._has_ended = after_end, after_step, False
+        # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited. And those
+        # of packs, since another one may be at fault.
+        self.num_lost = 0
+        # What kept a record from being written: nothing that runs on would be kept.
+        self.storage_error: StorageError | None = None
+        self._log, self._console, self._objective = log, console, best_objective
+        self._kind, self._total = kind, total
+        self._started = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks for a restore that we don't use.
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._has_ended and self.storage_error is None:
+            self._has_ended = False
+            try:
+                self._after_step()
+            except StorageError as error:
+                self.storage_error = error
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
+        before = self._log.records.get(record.trial_id)
+        if before is not None and before.state in ("paused", "error"):
+            # The time that it lay still doesn't count.
+            before.started_at, before.ended_at = time.time() - before.seconds(), None
+            before.pack_size, before.pack = record.pack_size, record.pack
+            before.state, before.stop_reason = "running", ""
+            self._save(before)
+        elif before is None or before.state != "running":
+            self._save(record)
+        self._show()
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
+        # Tune adds its own keys; ours are `epoch`, `step` and those with a slash.
+        metrics = {
+            key: float(value)
+            for key, value in result.items()
+            if isinstance(value, NUMBER) and not isinstance(value, bool) and (key in ("epoch", "step") or "/" in key)
+        }
+        record = self._log.records[_id(trial)]
+        if result.get("restart"):
+            record.restart_reason = str(result["restart"])
+            self._console.say(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
+        self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
+        # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
+        if record.seconds() > SAVE_AFTER_SECONDS:
+            self._save(record)
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        result = trial.last_result or {}
+        record = self._log.records[_id(trial)]
+        if result.get("failure"):
+            record.state, record.stop_reason = "failed", str(result["failure"])
+        elif result.get("done_training"):
+            record.state, record.stop_reason = "finished", "trained to its end"
+        elif self.storage_error is not None:
+            # Ended with all others: it goes on when there is room again.
+            return
+        elif self._kind == "search" and (limit := self._budget.exhausted(keep_for_refits=True)):
+            record.state, record.stop_reason = "paused", f"by {limit} after epoch {result.get('epoch')}"
+        else:
+            record.state, record.stop_reason = "stopped", f"by the trial scheduler after epoch {result.get('epoch')}"
+        self._end(record)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._heed_full_disk(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._heed_full_disk(trial)
+        # A process that was to be used again may die before it has begun with the trial.
+        new = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
+        record = self._log.records.get(_id(trial), new)
+        if record.trial_id in self._ran_too_long:
+            record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
+        else:
+            self.num_lost += trial.run_metadata.num_failures <= trial.max_failures
+            record.state, record.stop_reason = "error", _cause(_failures(trial), record, self._sizes)
+        self._end(record)
+
+    def _end(self, record: TrialRecord) -> None:
+        record.ended_at = time.time()
+        self._save(record)
+        if record.state in ENDED and self.storage_error is None:
+            self._remove_checkpoint(record)
+        self._has_ended = True
+        self._after_end()
+        self._show()
+
+    def _save(self, record: TrialRecord) -> None:
+        # Raised here, Tune would take it for the trial's own failure.
+        try:
+            self._log.save(record)
+        except StorageError as error:
+            self.storage_error = self.storage_error or error
+
+    def _remove_checkpoint(self, record: TrialRecord) -> None:
+        """Nothing goes on from it, and that of a fine-tuned tower is as large as several models."""
+        try:
+            storage.delete(storage.join(self._log.folder, CHECKPOINTS_FOLDER, record.trial_id))
+        except StorageError as error:
+            self.storage_error = error
+
+    def _heed_full_disk(self, trial: Trial) -> None:
+        """A checkpoint that didn't fit into the sweep's folder won't fit at the next attempt, nor will another's."""
+        name = f"{DiskFullError.__module__}.{DiskFullError.__qualname__}: "
+        full = f"{name}can't write {self._log.folder}/"
+        for line in _failures(trial).splitlines():
+            if full in line:
+                self.storage_error = self.storage_error or DiskFullError(line.partition(name)[2].strip())
+
+    def _show(self) -> None:
+        if not self._console.is_due:
+            return
+        seconds, used = time.monotonic() - self._started, self._budget.describe()
+        moment = Moment(self._kind, self._total, time.time(), seconds, used)
+        self._console.live(live_lines(self._log, self._objective.replace("best_", ""), moment))
+
+
+def _id(trial: Trial) -> str:
+    return str(trial.config["record"]["trial_id"])
+
+
+def _failures(trial: Trial) -> str:
+    """Tune's own file of all failures of a trial; its copy in the sweep's folder comes later, if the disk has room."""
+    path = None if trial.error_file is None else Path(trial.error_file)
+    return path.read_text() if path is not None and path.exists() else ""
+
+
+def _cause(failures: str, record: TrialRecord, sizes: str) -> str:
+    """The last line of the last failure's traceback; memory that ran out is named with what asked for it."""
+    error = failures.rpartition("\nFailure # ")[2]
+    # The first line says when it was.
+    lines = [line.strip() for line in error.splitlines()[1:] if line.strip()]
+    if not lines:
+        return "its worker was lost"
+    if any(sign in error for sign in MEMORY_SIGNS):
+        batch_size = (record.config.get("train") or {}).get("batch_size")
+        width = (record.config.get("decoder") or {}).get("width")
+        decoder = "" if width is None else f" or decoder.width ({width})"
+        return (
+            f"its machine ran out of memory with train.batch_size {batch_size} over {sizes}; lower train.batch_size"
+            f"{decoder}, or run fewer trials at once (max_concurrent_trials)"
+        )
+    return lines[-1][:500]

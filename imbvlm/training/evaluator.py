@@ -1,0 +1,189 @@
+"""What a module makes of examples: outputs batch by batch, logits in order, per-class counts over workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
+from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.worker_group import World
+from imbvlm.models.classifier import ZeroShotClassifier
+from imbvlm.training.step.batch_source import Batch, Feed, Index, to_device
+from imbvlm.training.validation_logits import EpochLogits
+
+Forward = Callable[[Tensor], Tensor]
+
+# Inputs and logits of an evaluation batch, in bytes of float32.
+EVAL_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One look at a split: per-class counts, confidence bins, and every example's predicted class (N,).
+
+    It is -1 for an image that can't be read. `adjusted` is the same look at adjusted logits, where they were asked for.
+    """
+
+    counters: ClassCounters
+    bins: CalibrationBins
+    predicted: Tensor
+    adjusted: Examination | None = None
+
+    def metrics(self, stats: ClassStats) -> dict[str, float]:
+        """Accuracies, loss, macro precision, recall and F1, and calibration error by their plain names."""
+        return self.counters.compute(stats) | self.counters.macro_scores() | self.bins.compute()
+
+
+class LogitAdjuster:
+    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store."""
+
+    def __init__(self, adjustment: Adjustment, data: TrialData, stored: Examples, device: torch.device) -> None:
+        self._adjustment, self._counts, self._stored = adjustment, data.class_stats.counts, stored
+        self._zero_shot: ZeroShotClassifier | None = None
+        if adjustment.alpha:
+            if data.class_embeddings is None:
+                raise ImbvlmError("mixing with zero-shot logits needs the class names' text embeddings")
+            self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.logit_scale).to(device)
+
+    def __call__(self, logits: Tensor, examples: Index) -> Tensor:
+        """Adjusted logits (B, C) of the examples (B,)."""
+        zero_shot = None
+        if self._zero_shot is not None:
+            embedding = self._stored.batch("image_embedding", examples)
+            zero_shot = self._zero_shot(embedding.to(logits.device).float())
+        return self._adjustment.apply(logits, self._counts, zero_shot)
+
+
+class _Look:
+    """An Examination as it grows, of this worker's examples."""
+
+    def __init__(self, num_rows: int, num_classes: int) -> None:
+        self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
+        # Each example is one worker's: the sum over workers is its class plus 1, or 0 where its image can't be read.
+        self._found = torch.zeros(num_rows, dtype=torch.int64)
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        labels = batch.labels.to(logits.device)
+        self._counters.update(logits, labels)
+        self._bins.update(logits, labels)
+        self._found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
+
+    def examination(self, world: World) -> Examination:
+        counters, bins = self._counters.reduced(world), self._bins.reduced(world)
+        return Examination(counters, bins, world.sum(self._found).cpu() - 1)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Reads a trial's data through a feed; `computing` is the context in which modules run."""
+
+    data: TrialData
+    feed: Feed
+    device: torch.device
+    world: World
+    computing: Callable[[], AbstractContextManager[Any]]
+
+    def outputs(
+        self, forward: Forward, examples: Source, index: Index, view: int | None = None
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """Float32 outputs of the examples at `index`, a batch at a time, on the device; no gradients.
+
+        `view` is a stored view, or None for the evaluation crop.
+        """
+        numbers = max(self.feed.numbers_per_example, len(self.data.class_names))
+        size = min(max(EVAL_BYTES // (4 * numbers), 32), 4096)
+        chunks = [index[start : start + size] for start in range(0, len(index), size)]
+        for batch in self.feed.evaluate(examples, chunks, view):
+            inputs, _ = to_device(batch, self.device)
+            with self.computing(), torch.inference_mode():
+                output = forward(inputs).float()
+            yield output, batch
+
+    def share(self, examples: Source) -> Index:
+        """The examples (indices) that fall to this worker: every world_size-th."""
+        return np.arange(self.world.rank, len(examples.labels), self.world.world_size)
+
+    def counters(self, forward: Forward, examples: Source, keep: EpochLogits | None = None) -> ClassCounters:
+        """Per-class counts over the examples, added over workers: every worker must call it.
+
+        `keep` is given this worker's logits.
+        """
+        counters = ClassCounters(len(self.data.class_names))
+        for logits, batch in self.outputs(forward, examples, self.share(examples)):
+            counters.update(logits, batch.labels.to(logits.device))
+            if keep is not None:
+                keep.add(batch.examples, logits)
+        return counters.reduced(self.world)
+
+    def mean_outputs(
+        self, forward: Forward, examples: Source, index: Index, views: Sequence[int | None]
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """As `outputs`, the mean over some views of each example."""
+        streams = [self.outputs(forward, examples, index, view) for view in views]
+        # All views of an example come from one image, so that their batches hold the same examples.
+        for batches in zip(*streams, strict=True):
+            yield torch.stack([output for output, _ in batches]).mean(dim=0), batches[0][1]
+
+    def examine(
+        self,
+        forward: Forward,
+        examples: Source,
+        adjust: Callable[[Tensor, Index], Tensor] | None = None,
+        views: Sequence[int | None] = (None,),
+    ) -> Examination:
+        """As `counters`, with what a report shows besides; every worker must call it.
+
+        `adjust` gives other logits from the logits and which examples they are of; of several `views` the mean logits
+        count.
+        """
+        plain = _Look(len(examples.labels), len(self.data.class_names))
+        adjusted = _Look(len(examples.labels), len(self.data.class_names))
+        for logits, batch in self.mean_outputs(forward, examples, self.share(examples), views):
+            plain.add(logits, batch)
+            if adjust is not None:
+                adjusted.add(adjust(logits, batch.examples), batch)
+        found = plain.examination(self.world)
+        return found if adjust is None else replace(found, adjusted=adjusted.examination(self.world))
+
+    def logits(self, forward: Forward, examples: Source) -> Tensor:
+        """Float32 logits (N, C) of all examples in order, on the CPU; no other worker is needed.
+
+        Those of an image that can't be read are NaN.
+        """
+        found = torch.full((len(examples.labels), len(self.data.class_names)), math.nan)
+        for logits, batch in self.outputs(forward, examples, np.arange(len(examples.labels))):
+            found[torch.from_numpy(batch.examples)] = logits.cpu()
+        return found
+
+    def all_views(self, forward: Forward, examples: Examples, width: int) -> Tensor:
+        """Outputs (V, width) of every view of every example, on the device of every worker; all must call it.
+
+        An example's views stand one after another, from `first_views` on.
+        """
+        views = np.broadcast_to(examples.views, len(examples))
+        found, starts = torch.zeros(int(views.sum()), width, device=self.device), first_views(examples)
+        share = self.share(examples)
+        for view in range(int(views.max(initial=0))):
+            share = share[views[share] > view]
+            places = torch.from_numpy(starts[share] + view).to(self.device)
+            for output, _ in self.outputs(forward, examples, share, view):
+                found[places[: len(output)]] = output
+                places = places[len(output) :]
+        return self.world.sum(found) if len(found) else found
+
+
+def first_views(examples: Examples) -> Index:
+    """The place (N,) of each example's first view where all views of all examples stand one after another."""
+    views = np.broadcast_to(examples.views, len(examples))
+    return np.cumsum(views) - views

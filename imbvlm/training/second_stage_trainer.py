@@ -1,0 +1,196 @@
+"""The second stage of a trial: a frozen decoder's outputs in memory, and what is trained on them in seconds."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.second_stage_registry import SecondStageConfig, TauNormalizationConfig
+from imbvlm.config.training_sections import SgdConfig, TrainConfig
+from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.longtail.class_sampling import Rows, epoch_plan
+from imbvlm.longtail.losses import build_loss
+from imbvlm.longtail.metrics import ClassCounters
+from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier
+from imbvlm.models.second_stage_modules import SECOND_STAGES, choose_tau_normalization, stage_module, tau_normalized
+from imbvlm.training.evaluator import Evaluator, first_views
+from imbvlm.training.stage_trainer import Course, Span
+from imbvlm.training.step.batch_source import Batch
+from imbvlm.training.step.distributed import copy_from_first
+from imbvlm.training.validation_logits import EpochLogits
+
+# Validation features whose logits are in memory at once.
+CHUNK_SIZE = 4096
+
+
+class StageFeatures:
+    """A frozen decoder's outputs in memory on the device; each part is computed when it is first asked for.
+
+    Every worker must ask. Trials of a pack, which have the same decoder, share them.
+    """
+
+    def __init__(self, model: FeatureClassifier, evaluator: Evaluator) -> None:
+        self._model, self._evaluator = model, evaluator
+        self._width = _known(model.classifier).weight.shape[1]
+
+    @cached_property
+    def train(self) -> Tensor:
+        """(V, D) of all views of training rows, a row's one after another."""
+        return self._outputs(self._evaluator.data.train)
+
+    @cached_property
+    def val(self) -> Tensor:
+        """(M, D) of validation."""
+        return self._outputs(self._evaluator.data.val)
+
+    @cached_property
+    def train_labels(self) -> Tensor:
+        """(N,)."""
+        return torch.from_numpy(self._evaluator.data.train.labels).to(self._evaluator.device)
+
+    @cached_property
+    def val_labels(self) -> Tensor:
+        """(M,)."""
+        return torch.from_numpy(self._evaluator.data.val.labels).to(self._evaluator.device)
+
+    @cached_property
+    def _starts(self) -> Rows:
+        return first_views(_stored(self._evaluator.data.train))
+
+    def batch(self, rows: Rows, views: Rows) -> Batch:
+        """Training rows in one view of each."""
+        places, index = (torch.from_numpy(one).to(self.train.device) for one in (self._starts[rows] + views, rows))
+        return Batch(self.train[places], self.train_labels[index], rows)
+
+    def _outputs(self, examples: Source) -> Tensor:
+        self._model.eval()
+        return self._evaluator.all_views(self._model.decoder, _stored(examples), self._width)
+
+
+class SecondStageRun:
+    """A second stage on a trial's model, whose decoder is frozen and whose classifier it replaces.
+
+    Building it needs no trained first stage (a resumed trial loads its tensors afterwards); `start` does. Random
+    numbers are drawn from torch's global generator. `course` is None where nothing trains; `features` are what it
+    reads, those of another trial of its pack where it is given them.
+    """
+
+    def __init__(
+        self,
+        config: SecondStageConfig,
+        train: TrainConfig,
+        model: FeatureClassifier,
+        span: Span,
+        evaluator: Evaluator,
+        features: StageFeatures | None = None,
+    ) -> None:
+        self._config, self._train, self._model = config, train, model
+        self._span, self._evaluator = span, evaluator
+        self._first = model.classifier
+        self.features = StageFeatures(model, evaluator) if features is None else features
+        model.decoder.requires_grad_(False)
+        model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
+        copy_from_first(model.classifier.state_dict(), evaluator.world)
+        self.course = self._build_course()
+
+    def start(self) -> dict[str, float]:
+        """What is decided as the first stage ends, as metrics: tau, the configured one or the best on validation."""
+        config, first = self._config, self._first
+        if not isinstance(config, TauNormalizationConfig) or not isinstance(first, LinearClassifier):
+            return {}
+        tau = config.tau
+        if tau is None:
+            tau = choose_tau_normalization(first, self.features.val, self.features.val_labels).value
+        self._model.classifier = tau_normalized(first, tau)
+        return {"second_stage/tau": tau}
+
+    def validate(self, keep: EpochLogits | None = None) -> ClassCounters:
+        """Per-class counts of validation, the same for every worker; every worker must call it.
+
+        `keep` is given this worker's share of the logits.
+        """
+        features, counters = self.features, ClassCounters(len(self._evaluator.data.class_names))
+        world = self._evaluator.world
+        self._model.eval()
+        with torch.inference_mode():
+            for start in range(0, len(features.val), CHUNK_SIZE):
+                part = slice(start, start + CHUNK_SIZE)
+                logits = self._model.classifier(features.val[part])
+                counters.update(logits, features.val_labels[part])
+                if keep is not None:
+                    rows = np.arange(start, start + len(logits))
+                    mine = rows % world.world_size == world.rank
+                    keep.add(rows[mine], logits[torch.from_numpy(mine)])
+        return counters
+
+    def prepare(self) -> None:
+        """Compute what it reads; every worker must call it, and before it trains."""
+        if self.course is not None:
+            _ = self.features.train
+        _ = self.features.val
+
+    @property
+    def pack_key(self) -> str:
+        """Equal for those that can be trained together: stages of one name and length."""
+        return self._config.model_dump_json(exclude={"lr", "weight_decay", "exponent", "tau"})
+
+    def _build_course(self) -> Course | None:
+        """The paper's sampling and reweighting; SGD with half a cosine."""
+        config, entry, evaluator = self._config, SECOND_STAGES[self._config.name], self._evaluator
+        if isinstance(config, TauNormalizationConfig) or entry.class_sampling is None or entry.loss is None:
+            return None
+        # Not by way of self: a circle would keep the features in memory when the trial has ended.
+        data, span, features = evaluator.data, self._span, self.features
+        counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
+        loss = build_loss(entry.loss, counts, world=evaluator.world, **config.model_dump(include={"exponent"}))
+        # Epochs are counted on from the first stage's, so that the two stages draw independently.
+        plan_of = partial(
+            epoch_plan,
+            data.train.labels,
+            len(data.class_names),
+            entry.class_sampling,
+            self._train.seed,
+            num_epochs=span.end_epoch,
+            num_views=data.train.views,
+        )
+        optim = SgdConfig(
+            lr=config.lr, weight_decay=config.weight_decay, warmup_fraction=0.0, lr_schedule="half_cosine"
+        )
+        return Course(
+            model=self._model.classifier,
+            forward=self._model.classifier,
+            optim=optim,
+            train=self._train,
+            span=span,
+            steps_per_epoch=span.num_steps // span.num_epochs,
+            plan_of=plan_of,
+            read=lambda plan, shares, epoch: (features.batch(plan.rows[share], plan.views[share]) for share in shares),
+            losses_of=lambda epoch: lambda step: loss,
+            words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
+            device=evaluator.device,
+            world=evaluator.world,
+            autocast=nullcontext,
+        )
+
+
+def check_can_choose(config: SecondStageConfig | None, data: TrialData) -> None:
+    """Raises ImbvlmError, before anything is trained, where tau would be chosen on validation that isn't there."""
+    if isinstance(config, TauNormalizationConfig) and config.tau is None and not len(data.val):
+        raise ImbvlmError(
+            "second_stage tau_normalization chooses tau on validation rows, and there are none; set second_stage.tau"
+        )
+
+
+def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
+    assert isinstance(classifier, (LinearClassifier, CosineClassifier)), "a first stage ends in one of these"
+    return classifier
+
+
+def _stored(examples: Source) -> Examples:
+    assert isinstance(examples, Examples), "TrialConfig lets only trials on stored features have a second stage"
+    return examples

@@ -1,0 +1,78 @@
+"""A batch in parts: the gradient of the whole batch's loss with the memory of one part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from imbvlm.longtail.losses import NEEDS_ALL_LOGITS, BuiltLoss
+from imbvlm.longtail.worker_group import Reducer
+
+
+def backward_in_parts(
+    forward: Callable[[Tensor], Tensor],
+    loss_function: BuiltLoss,
+    world: Reducer,
+    inputs: Tensor,
+    labels: Tensor,
+    num_parts: int,
+) -> Tensor:
+    """Add this worker's gradients of the global loss to the parameters; returns its share of the loss (0-d).
+
+    A weighted mean's denominator needs only labels: the loss of logits 0 tells what the workers sum, and each part is
+    divided by the same. A loss that needs all logits gets them from a forward of their own without gradients.
+    """
+    if num_parts == 1 or len(labels) <= 1:
+        loss = loss_function(forward(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    parts = list(zip(inputs.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True))
+    parts = [(part, part_labels) for part, part_labels in parts if len(part_labels)]
+    recorder = _Recorder(world)
+    logits, whole = None, loss_function.over(recorder)
+    if loss_function.name in NEEDS_ALL_LOGITS:
+        with torch.no_grad():
+            logits = torch.cat([forward(part) for part, _ in parts])
+            value = whole(logits, labels)
+    total = torch.zeros((), device=labels.device)
+    for part, part_labels in parts:
+        part_logits = forward(part)
+        if logits is None and not recorder.sums:
+            whole(part_logits.new_zeros(len(labels), part_logits.shape[1]), labels)
+        loss = loss_function.over(recorder.replayed())(part_logits, part_labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = total + loss.detach()
+    return total if logits is None else value
+
+
+class _Recorder:
+    """Passes sums and maxima on to the workers, and keeps their results."""
+
+    def __init__(self, world: Reducer) -> None:
+        self._world, self.world_size = world, world.world_size
+        self.sums: list[Tensor] = []
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.sums.append(self._world.sum(value))
+        return self.sums[-1]
+
+    def max(self, value: Tensor) -> Tensor:
+        self.sums.append(self._world.max(value))
+        return self.sums[-1]
+
+    def replayed(self) -> Reducer:
+        """The same results again, in their order, whatever is asked."""
+        return _Replay(self.sums, self.world_size)
+
+
+class _Replay:
+    def __init__(self, results: list[Tensor], world_size: int) -> None:
+        self._results, self.world_size = iter(results), world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        return next(self._results)
+
+    def max(self, value: Tensor) -> Tensor:
+        return next(self._results)

@@ -1,0 +1,95 @@
+"""Optimisers, their learning rate at each step, and gradient clipping that clips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from imbvlm.config.training_sections import AdamWConfig, OptimConfig
+
+# A parameter group's factor on the learning rate.
+LR_SCALE = "lr_scale"
+
+
+def build_optimizer(
+    config: OptimConfig, params: Iterable[nn.Parameter], lr_scales: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser over those parameters that train; weight decay holds for all of them (LIFT does so).
+
+    `lr_scales` are factors on the learning rate, one per parameter. Raises ValueError where no parameter trains: the
+    method's table says whether one does.
+    """
+    params = list(params)
+    scaled: dict[float, list[nn.Parameter]] = {}
+    for param, scale in zip(params, lr_scales or [1.0] * len(params), strict=True):
+        if param.requires_grad:
+            scaled.setdefault(scale, []).append(param)
+    if not scaled:
+        raise ValueError("no parameter trains, so there is nothing to optimise")
+    trainable = [{"params": members, LR_SCALE: scale} for scale, members in scaled.items()]
+    if isinstance(config, AdamWConfig):
+        first, second = config.betas
+        return torch.optim.AdamW(
+            trainable, lr=config.lr, betas=(first, second), weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        trainable,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def lr_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
+    """The factor on the learning rate at a step (0-based) of num_steps: linear warm-up, then the schedule.
+
+    No step is wasted on a rate of 0: the first warm-up step has 1 / warm-up steps, and the schedule's progress
+    stays below 1. `cosine` is cos(pi cycles progress), `half_cosine` is (1 + cos(pi progress)) / 2, and
+    `epoch_half_cosine` is the latter as it stands at the epoch's first step [LIFT, whose code says so].
+    """
+    if not 0 <= step < num_steps:
+        raise ValueError(f"step must be from 0 to {num_steps - 1}, and is {step}")
+    warmup_steps = round(config.warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if config.lr_schedule == "epoch_half_cosine":
+        step = max(step - step % steps_per_epoch, warmup_steps)
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    if config.lr_schedule == "constant":
+        return 1.0
+    if config.lr_schedule in ("half_cosine", "epoch_half_cosine"):
+        return (1 + math.cos(math.pi * progress)) / 2
+    return math.cos(math.pi * config.cosine_cycles * progress)
+
+
+def rate_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate at a step (0-based): the factor of `lr_at`, behind a first epoch at `first_epoch_lr`."""
+    if config.first_epoch_lr is None:
+        return config.lr * lr_at(config, step, num_steps, steps_per_epoch)
+    if step < steps_per_epoch:
+        return config.first_epoch_lr
+    return config.lr * lr_at(config, step - steps_per_epoch, num_steps - steps_per_epoch, steps_per_epoch)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group this learning rate, times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_SCALE]
+
+
+def clip_gradients(params: list[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """Scale all gradients together so that their total norm is at most max_norm; returns the norm before (0-d).
+
+    With None nothing is scaled; the norm is there all the same, since it tells a gradient that isn't finite.
+    """
+    gradients = [param.grad for param in params if param.grad is not None]
+    norm = get_total_norm(gradients)
+    if max_norm is not None:
+        clip_grads_with_norm_(params, max_norm, norm)
+    return norm

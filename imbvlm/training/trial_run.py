@@ -1,0 +1,446 @@
+"""The training loop of one trial: a generator that yields an EpochResult after every epoch, in plain torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.second_stage_registry import num_stage_epochs
+from imbvlm.config.training_sections import AugmentationConfig
+from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.data.image_stream import ImageStream, stream_in_threads
+from imbvlm.data.images.augmentation import Augmentation
+from imbvlm.data.images.preprocess import CROP_SCALE
+from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.longtail.class_sampling import epoch_plan
+from imbvlm.longtail.metrics import ClassCounters
+from imbvlm.longtail.worker_group import SINGLE, World
+from imbvlm.models.classifier import FeatureClassifier
+from imbvlm.models.encoder_classifier import TowerClassifier
+from imbvlm.models.model_builder import METHODS, build_model
+from imbvlm.models.model_state import count_parameters, load_own_tensors, own_tensors
+from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
+from imbvlm.training.evaluator import Evaluator, Examination
+from imbvlm.training.second_stage_trainer import SecondStageRun, StageFeatures, check_can_choose
+from imbvlm.training.stage_trainer import Course, Span
+from imbvlm.training.step.batch_mixing import Mixer, VariationTransfer
+from imbvlm.training.step.batch_source import Feed, ImageFeed, Index, RememberedFeed, StoredFeed
+from imbvlm.training.step.compute_context import Computing
+from imbvlm.training.step.distributed import copy_from_first
+from imbvlm.training.step.loss_schedule import Objective
+from imbvlm.training.trial_pack import Pack, Seat
+from imbvlm.training.validation_logits import EpochLogits
+
+NUM_FIRST_LOSSES = 8
+# Keeps what a second stage starts from apart from what its first stage started from.
+_SECOND_STAGE_STREAM = 0x2D57
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch gave: `epoch` from 1, `step` optimiser steps so far, fractions and seconds in `metrics`.
+
+    `failure` is a sentence where a loss or gradient wasn't finite; the run ends with that result.
+    """
+
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    failure: str | None = None
+
+
+def build_trial(
+    config: TrialConfig,
+    data: TrialData,
+    device: str | torch.device = "cpu",
+    world: World = SINGLE,
+    stream: ImageStream = stream_in_threads,
+) -> TrialRun:
+    """A trial ready to run: the same configuration and seed give the same numbers whatever ran before it.
+
+    `stream` brings the images of a trial that reads them. Raises ImbvlmError where the method can't be built on these
+    features.
+    """
+    return TrialRun(config, data, torch.device(device), world, stream)
+
+
+class TrialRun:
+    """One trial: its model, what trains it at present, and where it stands.
+
+    With a second stage the epochs after the first stage's are its own: their metrics are those of the model with the
+    second stage's classifier, and the best values are the largest over both.
+    """
+
+    def __init__(
+        self, config: TrialConfig, data: TrialData, device: torch.device, world: World, stream: ImageStream
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.device = device
+        self.world = world
+        self.entry = METHODS[config.method]
+        self.epoch = 0
+        self.step = 0
+        # Largest accuracies so far, and the epochs that first had them.
+        self.best: dict[str, float] = {}
+        self.best_epoch: dict[str, int] = {}
+        self.result: EpochResult | None = None
+        # Of the last epoch; none where there would be too many.
+        self.val_logits: EpochLogits | None = None
+        self.first_losses: list[float] = []
+        self._first, self._last = self._spans()
+        check_can_choose(config.second_stage, data)
+        is_decoder = self.entry.reads == "tokens" and not config.reads_images
+        self._computing = Computing(
+            config.train, device, world.world_size, len(data.class_names), is_decoder,
+            config.decoder, data.info.num_tokens, data.info.token_width,
+        )  # fmt: skip
+        with self._computing.working(), _seeded(self._seed):
+            self.model = build_model(config, data, device)
+        copy_from_first(own_tensors(self.model), world)
+        self.parameters = count_parameters(self.model, data.info)
+        self.feed = self._build_feed(stream)
+        # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
+        compiled = config.train is not None and config.train.compile
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+        self._evaluator = Evaluator(data, self.feed, device, world, self._computing.evaluating)
+        self._course = self._first_course() if self.entry.trains else None
+        self._second: SecondStageRun | None = None
+        # What a second stage has decided at its start, for its first epoch's metrics.
+        self._decided: dict[str, float] = {}
+        self._seat: Seat | None = None
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of both stages; a method without training has one that only evaluates."""
+        return self._last.end_epoch
+
+    def join(self, pack: Pack) -> None:
+        """Train with the others of a pack from now on; a run that goes on from a checkpoint trains alone."""
+        if self._course is not None and self.step == 0:
+            feed = RememberedFeed(self.data.info, self.entry.reads, self.device)
+            second = None if self.config.second_stage is None else self._begin_second_stage
+            self._seat = pack.join(self._course, feed, second)
+            self._evaluator = replace(self._evaluator, feed=self._seat.feed)
+
+    def leave_pack(self) -> None:
+        """The pack goes on without this run."""
+        if self._seat is not None:
+            self._seat.leave()
+            self._seat = None
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def epochs(self, after_step: Callable[[], None] = lambda: None) -> Iterator[EpochResult]:
+        """Train and evaluate epoch after epoch; a run that was restored at its end yields its last result again.
+
+        `after_step` is called where the run could be saved, in the middle of an epoch too.
+        """
+        self._agree_on_epoch()
+        if self.epoch >= self.num_epochs and self.result is not None:
+            yield self.result
+            return
+        while self.epoch < self.num_epochs:
+            with self._computing.working():
+                self.result = self._run_epoch(after_step)
+            yield self.result
+            if self.result.failure is not None:
+                return
+
+    def _run_epoch(self, after_step: Callable[[], None]) -> EpochResult:
+        metrics: dict[str, float] = {}
+        if self.epoch == self._first.end_epoch and self._second is None:
+            if self._seat is None:
+                self._begin_second_stage(None)
+            else:
+                self._seat.pack.begin_second_stages()
+        metrics |= self._decided
+        self._decided = {}
+        if self._second is not None:
+            self._second.prepare()
+        course = self._course
+        if course is not None:
+            if self._seat is None:
+                trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
+            else:
+                trained = self._seat.train_epoch(self.epoch, self.step)
+            self.step = trained.step
+            if self.epoch == 0:
+                self.first_losses = trained.losses[:NUM_FIRST_LOSSES]
+            if trained.failure is not None:
+                return EpochResult(self.epoch + 1, self.step, {}, trained.failure)
+            metrics |= trained.metrics
+        self.epoch += 1
+        metrics |= self._validate()
+        num_unreadable = self.feed.count_unreadable(self.world)
+        if num_unreadable:
+            metrics["data/unreadable_images"] = float(num_unreadable)
+        if not math.isfinite(metrics.get("val/loss", 0.0)):
+            return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
+        return EpochResult(self.epoch, self.step, metrics)
+
+    def _stepped(self, after_step: Callable[[], None], step: int) -> None:
+        self.step = step
+        # Epochs of a second stage take seconds, and what it starts from isn't saved.
+        if self._second is None:
+            after_step()
+
+    def _failure(self, course: Course | None, what: str) -> str:
+        if course is None:
+            return f"the {what} of {self.config.method} isn't finite; look at the stored features"
+        return course.failure(what, self.epoch - 1, self.step)
+
+    def _first_course(self) -> Course:
+        train, optim = needed(self.config.train), self.config.optim
+        assert optim is not None, "TrialConfig gives every method that trains its optim section"
+        objective = Objective(
+            self.config,
+            self.data.class_stats.counts,
+            self._first.num_epochs,
+            self._first.num_steps,
+            self.device,
+            self.world,
+            self.data.info.logit_scale,
+        )
+        return Course(
+            model=self.model,
+            forward=self._forward,
+            optim=optim,
+            train=train,
+            span=self._first,
+            steps_per_epoch=self._steps_per_epoch(),
+            plan_of=partial(
+                epoch_plan,
+                self.data.train.labels,
+                len(self.data.class_names),
+                self.config.data.class_sampling,
+                train.seed,
+                num_epochs=self._first.num_epochs,
+                num_views=self.data.train.views,
+            ),
+            read=partial(self.feed.train, self.data.train),
+            losses_of=objective.for_epoch,
+            words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
+            device=self.device,
+            world=self.world,
+            autocast=self._computing.autocast,
+            mix=self._mixer(),
+            num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
+        )
+
+    def _build_feed(self, stream: ImageStream) -> Feed:
+        if not isinstance(self.model, TowerClassifier):
+            return StoredFeed(self.data.info, self.entry.reads, self.device, self._transfer())
+        return ImageFeed(
+            self.model.preprocess,
+            _augmentation(self.config.augmentation),
+            self._seed,
+            self._first.num_epochs,
+            stream,
+            self.device,
+            strict=self.config.data.on_bad_image == "strict",
+            expand=self.config.eval.expand,
+        )
+
+    def _mixer(self) -> Mixer | None:
+        """What mixes the batches of the first stage, images or features by what the trial reads."""
+        images, features = self.config.mixing, self.config.feature_augmentation
+        mixup = (0.0 if images is None else images.mixup) + (0.0 if features is None else features.mixup)
+        cutmix = 0.0 if images is None else images.cutmix
+        if not mixup and not cutmix:
+            return None
+        return Mixer(mixup, cutmix, len(self.data.class_names), self._seed, self.world.rank)
+
+    def _transfer(self) -> VariationTransfer | None:
+        section, train = self.config.feature_augmentation, self.data.train
+        if section is None or not section.transfer:
+            return None
+        assert isinstance(train, Examples), "TrialConfig lets only trials on stored features have feature augmentation"
+        return VariationTransfer(section.transfer, train, self.data.class_stats, self._seed)
+
+    def _begin_second_stage(self, features: StageFeatures | None) -> SecondStageRun:
+        """The first stage has ended: put the second's classifier in place, and let it decide what it does at once."""
+        self._second = self._build_second_stage(features)
+        self._decided = self._second.start()
+        return self._second
+
+    def _build_second_stage(self, features: StageFeatures | None = None) -> SecondStageRun:
+        """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
+        config, model = self.config.second_stage, self.model
+        assert config is not None, "without a second stage there is no epoch behind the first's"
+        assert isinstance(model, FeatureClassifier), "METHOD_SECTIONS lets only such methods have a second stage"
+        seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
+        with _seeded(seed):
+            second = SecondStageRun(config, needed(self.config.train), model, self._last, self._evaluator, features)
+        self._forward, self._course = model, second.course
+        return second
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, examples: Source) -> dict[str, float]:
+        """Metrics by their plain names over all examples; every worker must call it."""
+        return self.counters(examples).compute(self.data.class_stats)
+
+    def logits(self, examples: Source) -> Tensor:
+        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed.
+
+        Those of an image that can't be read are NaN.
+        """
+        self.model.eval()
+        return self._evaluator.logits(self._forward, examples)
+
+    def counters(self, examples: Source) -> ClassCounters:
+        """Per-class counts over the examples, added over workers: each does its strided share."""
+        self.model.eval()
+        return self._evaluator.counters(self._forward, examples)
+
+    def examine(self, examples: Source, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> Examination:
+        """As `counters`, with what a report shows besides, also of adjusted logits; every worker must call it."""
+        self.model.eval()
+        return self._evaluator.examine(self._forward, examples, adjust)
+
+    def examine_views(self, examples: Source) -> Examination:
+        """As `examine` by the mean logits of all views of each example; every worker must call it."""
+        self.model.eval()
+        return self._evaluator.examine(self._forward, examples, views=range(examples.num_views))
+
+    def _validate(self) -> dict[str, float]:
+        """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
+        if len(self.data.val.labels) == 0:
+            return {}
+        started = time.perf_counter()
+        shape = len(self.data.val.labels), len(self.data.class_names)
+        self.val_logits = EpochLogits(*shape) if EpochLogits.fits(*shape) else None
+        self.model.eval()
+        if self._second is None:
+            counters = self._evaluator.counters(self._forward, self.data.val, self.val_logits)
+        else:
+            counters = self._second.validate(self.val_logits)
+        metrics = counters.compute(self.data.class_stats)
+        for name, value in metrics.items():
+            if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):
+                self.best[name], self.best_epoch[name] = value, self.epoch
+        return {
+            **{f"val/{name}": value for name, value in metrics.items()},
+            **{f"val/best_{name}": value for name, value in self.best.items()},
+            "time/eval_seconds": time.perf_counter() - started,
+        }
+
+    # ---------------------------------------------------------------------------------------------- its state
+
+    def state_dict(self) -> TrialState:
+        """All that a run built from the same configuration needs to go on with the same numbers."""
+        tensors = as_tensor_names("model/", own_tensors(self.model))
+        if self._course is not None:
+            for name, param in self.model.named_parameters():
+                tensors |= as_tensor_names(f"optimizer/{name}/", self._course.optimizer.state.get(param, {}))
+        metrics = {} if self.result is None else self.result.metrics
+        scalars = {
+            "trial": self._identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "metrics": metrics,
+            "losses": [] if self._course is None else self._course.losses_so_far(),
+        }
+        return TrialState(tensors, scalars)
+
+    def load_state_dict(self, state: TrialState) -> None:
+        """Go on from a state; raises CheckpointError where it is another trial's or lacks something."""
+        if state.scalars.get("trial") != self._identity():
+            raise CheckpointError("the checkpoint is of a trial with another configuration")
+        try:
+            self.epoch, self.step = int(state.scalars["epoch"]), int(state.scalars["step"])
+            if self.epoch > self._first.end_epoch:
+                self._second = self._build_second_stage()
+            self._load_tensors(state)
+            if self._course is not None:
+                self._course.go_on_from(state.scalars["losses"])
+            self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
+            self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint lacks what this trial needs: {error}") from None
+
+    def _load_tensors(self, state: TrialState) -> None:
+        prefix = "model/"
+        model = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
+        load_own_tensors(self.model, model)
+        if self._course is None:
+            return
+        for name, param in self.model.named_parameters():
+            start = f"optimizer/{name}/"
+            found = {key.removeprefix(start): t for key, t in state.tensors.items() if key.startswith(start)}
+            if found:
+                self._course.optimizer.state[param] = {key: _state_of(param, kept) for key, kept in found.items()}
+
+    def _agree_on_epoch(self) -> None:
+        """Workers that start at different epochs or steps would wait for each other for ever."""
+        places = torch.tensor([self.epoch, -self.epoch, self.step, -self.step])
+        latest, earliest, last_step, first_step = self.world.max(places).tolist()
+        if latest != -earliest or last_step != -first_step:
+            raise ImbvlmError(
+                f"the trial's workers were restored at different epochs ({-earliest} to {latest}) or steps "
+                f"({-first_step} to {last_step}): all of them must see the same checkpoint, so keep it in shared "
+                "storage (s3:// or a network file system)"
+            )
+
+    def _identity(self) -> str:
+        return hashlib.sha256(self.config.key().encode()).hexdigest()[:32]
+
+    # --------------------------------------------------------------------------------------------- small things
+
+    def _spans(self) -> tuple[Span, Span]:
+        """The first stage's epochs and steps, and the second's behind them, which are none without one.
+
+        A method without training has one epoch that only evaluates.
+        """
+        if not self.entry.trains:
+            return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
+        train, per_epoch = needed(self.config.train), self._steps_per_epoch()
+        if per_epoch == 0:
+            raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
+        num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
+        first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
+        num_epochs = num_stage_epochs(self.config.second_stage)
+        return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train.labels) / needed(self.config.train).batch_size)
+
+    @property
+    def _seed(self) -> int:
+        return 0 if self.config.train is None else self.config.train.seed
+
+
+def _augmentation(section: AugmentationConfig | None) -> Augmentation:
+    """A frozen tower's fresh crops are drawn as its stored views are, so that both can be compared."""
+    if section is None:
+        return Augmentation(crop_scale=CROP_SCALE)
+    knobs = section.model_dump(exclude={"min_scale", "color_jitter"})
+    return Augmentation(**knobs, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
+
+
+def _state_of(param: Tensor, kept: Tensor) -> Tensor:
+    """What an optimiser had for a parameter, laid out in memory as that is: its fused kernels count on it."""
+    if kept.shape != param.shape:
+        return kept.to(param.device, copy=True)
+    return torch.empty_like(param.detach(), dtype=kept.dtype).copy_(kept)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator started from a seed, and given back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

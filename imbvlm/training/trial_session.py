@@ -1,0 +1,248 @@
+"""One trial from settings to its last report, the same for every driver: restore, train, checkpoint, save, score."""
+
+from __future__ import annotations
+
+import socket
+import time
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError, LostProcessesError, PackError, StorageError
+from imbvlm.base.schema import Tree
+from imbvlm.config.encoder_info import OutputName
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.image_stream import ImageStream, stream_in_threads
+from imbvlm.features.feature_cache import HeldCopy
+from imbvlm.features.feature_set import FeatureSet, held_here
+from imbvlm.features.trial_data import TrialData
+from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.worker_group import SINGLE, World
+from imbvlm.models.model_builder import stored_outputs
+from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
+from imbvlm.training.evaluator import LogitAdjuster
+from imbvlm.training.per_class_results import class_record, write_class_record
+from imbvlm.training.step.compute_context import PeakMemory
+from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_run import TrialRun, build_trial
+from imbvlm.training.validation_logits import LogitKeeper
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What a driver is told about one trial; JSON-able.
+
+    `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
+    weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch, also
+    with the logits adjusted by `post_hoc` (an Adjustment); `logits_file` is where validation logits are kept; `marker`
+    is a file of the sweep, which a machine that doesn't share its folder would lack.
+    """
+
+    config: Tree
+    feature_set: Tree
+    objective: str
+    checkpoint_folder: str | None = None
+    checkpoint_seconds: float = 60.0
+    num_threads: int | None = None
+    patience: int | None = None
+    refit: bool = False
+    score_test: bool = False
+    model_folder: str | None = None
+    post_hoc: dict[str, float] | None = None
+    logits_file: str | None = None
+    marker: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> TrialSettings:
+        """Back from `to_dict`."""
+        return TrialSettings(**data)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a trial reads, for those with the same `key`; `held` are this machine's copies of all of it."""
+
+    key: str
+    features: FeatureSet
+    data: TrialData
+    held: Sequence[HeldCopy]
+
+
+def default_device() -> torch.device:
+    """The first GPU that this process sees, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class TrialSession:
+    """Opens what a trial reads and yields its reports; data that the next trial shares stays open."""
+
+    def __init__(self, device: torch.device, world: World = SINGLE, stream: ImageStream = stream_in_threads) -> None:
+        self._device, self._world, self._stream = device, world, stream
+        self._opened: _Opened | None = None
+
+    def reports(self, settings: TrialSettings, pack: Pack | None = None) -> Generator[Report, None, None]:
+        """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
+
+        A trial that trains with a pack has an empty report before its first epoch: it has joined. One whose checkpoint
+        is damaged starts again from its first epoch, and its first report has the reason as `restart`.
+
+        The last has `done_training`, or `failure` where it broke. What would come again is a report,
+        so that nobody retries it; storage that is away for a while raises, what machines lack, and PackError, since
+        each of a pack's trials may go on alone.
+        """
+        epoch = 0
+        try:
+            for report in self._reports(settings, pack):
+                epoch = int(report.get("epoch", 0))
+                yield report
+        except (OSError, StorageError, LostProcessesError, PackError):
+            raise
+        except Exception as error:
+            # Other workers may be waiting in a sum for this one; only an exception ends them.
+            if self._world.world_size > 1:
+                raise
+            yield {"epoch": epoch, "failure": _sentence(error), "done": True}
+
+    def _reports(self, settings: TrialSettings, pack: Pack | None) -> Iterator[Report]:
+        config = TrialConfig.from_tree(settings.config)
+        if settings.marker is not None and not storage.exists(settings.marker):
+            host = socket.gethostname()
+            raise StorageError(f"{host} doesn't see {settings.marker}: the sweep's folder must be shared by all nodes")
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        memory = PeakMemory(self._device)
+        opened = self._open(config, settings)
+        data, feature_set = opened.data, opened.features
+        run, damage = self._restored(config, data, settings.checkpoint_folder)
+        restart: Report = {} if damage is None else {"restart": damage}
+        keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
+        try:
+            if pack is not None:
+                run.join(pack)
+                yield {}
+            for report in self._reports_of(run, feature_set, settings, keeper):
+                yield {**report, **restart, **self._peak(memory)} if report.get("done_training") else report | restart
+                restart = {}
+        finally:
+            # A trial that the scheduler stops ends here, too.
+            run.leave_pack()
+            if keeper is not None and self._world.rank == 0:
+                keeper.flush()
+
+    def _restored(self, config: TrialConfig, data: TrialData, folder: str | None) -> tuple[TrialRun, str | None]:
+        """A run as its checkpoint left it; a new one, with the reason, where some worker finds that one damaged."""
+
+        def new_run() -> TrialRun:
+            return build_trial(config, data, self._device, self._world, self._stream)
+
+        run, damage = new_run(), None
+        if folder is not None and has_checkpoint(folder):
+            try:
+                run.load_state_dict(load_checkpoint(folder, self._device))
+            except CheckpointError as error:
+                damage = str(error)
+        if not int(self._world.max(torch.tensor(int(damage is not None)))):
+            return run, None
+        # A part of the state may be in the run already, and a GPU may have no room for two.
+        del run
+        return new_run(), damage or f"another worker of the trial found the checkpoint in {folder} damaged"
+
+    def _reports_of(
+        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: LogitKeeper | None
+    ) -> Iterator[Report]:
+        objective, folder = settings.objective.removeprefix("val/"), settings.checkpoint_folder
+        saved_at = time.monotonic()
+
+        def save_when_due() -> None:
+            nonlocal saved_at
+            due = time.monotonic() - saved_at >= settings.checkpoint_seconds
+            if folder is not None and self._world.rank == 0 and due:
+                save_checkpoint(folder, run.state_dict())
+                saved_at = time.monotonic()
+
+        for result in run.epochs(save_when_due):
+            progress = result.epoch / run.num_epochs
+            report: Report = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
+            best_epoch = run.best_epoch.get(objective, 0)
+            patient = settings.patience is None or result.epoch - best_epoch < settings.patience
+            if result.failure is not None:
+                yield {**report, "failure": result.failure, "done": True}
+                return
+            is_last = result.epoch == run.num_epochs or not patient
+            if keeper is not None:
+                self._keep_logits(keeper, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
+            if is_last:
+                yield {**report, **self._finish(run, feature_set, settings), "done_training": True, "done": True}
+                return
+            save_when_due()
+            yield {**report, "done": False}
+
+    def _peak(self, memory: PeakMemory) -> Report:
+        """The largest worker's; every worker must call it."""
+        largest = int(self._world.max(torch.tensor(memory.bytes() or 0)))
+        return {"memory/peak_bytes": largest} if largest else {}
+
+    def _keep_logits(self, keeper: LogitKeeper, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
+        """Every worker must call it: each has the logits of its share alone."""
+        if run.val_logits is not None and (is_best or is_last):
+            logits = run.val_logits.gathered(self._world)
+            if self._world.rank == 0:
+                keeper.keep(epoch, logits, is_best=is_best, is_last=is_last)
+
+    def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
+        outputs, of_test = stored_outputs(config), list[OutputName]()
+        if settings.score_test and (settings.post_hoc or {}).get("alpha"):
+            of_test.append("image_embedding")
+        features = FeatureSet.from_dict(settings.feature_set)
+        # Copies of what the next trial doesn't read would keep their room.
+        copied = "" if features.copies is None else f"{sorted(outputs)} {of_test}"
+        key = f"{config.data.model_dump_json()} {config.reads_images} {features.to_dict()} {settings.refit} {copied}"
+        if self._opened is None or self._opened.key != key:
+            # First let go: this machine may have no room for copies of both.
+            self._opened = None
+            features, held = held_here(features, outputs, of_test)
+            self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), held)
+        return self._opened
+
+    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> Report:
+        scored: Report = {}
+        examined = {}
+        if settings.score_test:
+            examples = TrialData.open_split(run.config, feature_set, "test")
+            adjust = None
+            if settings.post_hoc is not None:
+                stored = TrialData.open_stored(run.config, feature_set, "test")
+                adjust = LogitAdjuster(Adjustment(**settings.post_hoc), run.data, stored, self._device)
+            found = run.examine(examples, adjust)
+            scored = {f"test/{name}": value for name, value in found.metrics(run.data.class_stats).items()}
+            if found.adjusted is not None:
+                adjusted = found.adjusted.metrics(run.data.class_stats)
+                scored |= {f"test_post_hoc/{name}": value for name, value in adjusted.items()}
+            examined["test"] = (examples, found)
+        for split in feature_set.five_crop:
+            if split != "test" or settings.score_test:
+                crops = run.examine_views(TrialData.open_five_crops(run.config, feature_set, split))
+                scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
+        if settings.model_folder is not None and self._world.rank == 0:
+            save_model(settings.model_folder, run.model.eval())
+            write_class_record(settings.model_folder, class_record(run, examined))
+        return scored
+
+
+def _sentence(error: Exception) -> str:
+    """The error for its user; what isn't ours says where it happened."""
+    if isinstance(error, ImbvlmError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"

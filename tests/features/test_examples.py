@@ -1,0 +1,141 @@
+"""What a trial reads: the right rows for training, validation and test, and the two kinds of counts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_data import tiny_info
+
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.splits import carve_validation
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreError, StoreLayout
+from imbvlm.features.trial_data import TrialData
+
+NAMES = ("many", "few", "alone")
+TRAIN = [0] * 12 + [1] * 6 + [2]
+
+
+def manifest(splits: dict[str, list[int]]) -> Manifest:
+    rows = [(split, label) for split, labels in splits.items() for label in labels]
+    table = pa.table(
+        {
+            "uri": [f"/images/{number}.png" for number in range(len(rows))],
+            "label": [label for _, label in rows],
+            "split": [split for split, _ in rows],
+        }
+    )
+    return Manifest.build(table, NAMES, "letters")
+
+
+def config(path: Path, **encoder) -> TrialConfig:
+    data = {"manifest": str(path), "split_seed": 3}
+    return TrialConfig.from_tree({"data": data, "encoder": {"name": "tiny", **encoder}, "method": "linear_probe"})
+
+
+def features(folder: Path, splits: dict[str, list[int]], bad: tuple[int, ...] = (), num_views: int = 2) -> FeatureSet:
+    """A store for each split whose pooled numbers are row + view / 10."""
+    manifest(splits).write(str(folder / "manifest.parquet"))
+    folders = {}
+    for split, labels in splits.items():
+        views = num_views if split == "train" else 1
+        layout = StoreLayout(split, len(labels), views, 4, "float32", {"pooled": (1,)})
+        store = FeatureStore.create(str(folder / split), layout)
+        for shard in range(layout.num_shards):
+            rows = np.array(layout.rows_of(shard))
+            values = (rows[:, None] + np.arange(views) / 10)[:, :, None]
+            store.write("pooled", shard, values, ["gone" if split == "train" and row in bad else None for row in rows])
+        (folder / split / "tower.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        folders[split] = str(folder / split)
+    return FeatureSet(str(folder / "manifest.parquet"), folders, ("pooled",), tiny_info())
+
+
+def rows_read(examples) -> list[int]:
+    return examples.batch("pooled", np.arange(len(examples))).flatten().round().int().tolist()
+
+
+def test_official_validation_is_used_and_nothing_is_carved(tmp_path: Path) -> None:
+    stored = features(tmp_path, {"train": TRAIN, "val": [0, 1, 2, 2], "test": [1, 0]})
+    data = TrialData.open(config(tmp_path / "manifest.parquet"), stored)
+    assert rows_read(data.train) == list(range(19))
+    assert data.val.labels.tolist() == [0, 1, 2, 2]
+    assert data.class_stats.counts.tolist() == data.class_stats.split_counts.tolist() == [12, 6, 1]
+    test = TrialData.open_split(config(tmp_path / "manifest.parquet"), stored, "test")
+    assert test.labels.tolist() == [1, 0]
+    views = data.train.batch("pooled", np.array([2, 2]), np.array([0, 1])).flatten().tolist()
+    assert views == pytest.approx([2.0, 2.1])
+    assert (data.train.num_views, data.val.num_views) == (2, 1)
+
+
+def test_carved_rows_leave_training_and_come_back_for_the_refit(tmp_path: Path) -> None:
+    stored, path = features(tmp_path, {"train": TRAIN, "test": [0]}), tmp_path / "manifest.parquet"
+    data = TrialData.open(config(path), stored)
+    carved = carve_validation(Manifest.read(str(path)), 3).tolist()
+    assert len(carved) == 3
+    assert rows_read(data.val) == sorted(carved)
+    assert rows_read(data.train) == [row for row in range(19) if row not in carved]
+    assert data.class_stats.counts.tolist() == [10, 5, 1]
+    assert data.class_stats.split_counts.tolist() == [12, 6, 1]
+    assert data.val.labels.tolist() == [TRAIN[row] for row in sorted(carved)]
+    again = TrialData.open(config(path), stored, refit=True)
+    assert rows_read(again.train) == list(range(19))
+    assert len(again.val) == 0
+    assert again.class_stats.counts.tolist() == [12, 6, 1]
+
+
+def test_quarantined_rows_are_left_out_and_a_lost_class_is_named(tmp_path: Path) -> None:
+    stored = features(tmp_path, {"train": TRAIN, "val": [0, 1, 2]}, bad=(4, 18))
+    data = TrialData.open(config(tmp_path / "manifest.parquet"), stored)
+    assert rows_read(data.train) == [row for row in range(18) if row != 4]
+    assert data.class_stats.counts.tolist() == [11, 6, 0]
+    assert data.class_stats.split_counts.tolist() == [12, 6, 1]
+    assert data.class_names == NAMES
+    assert len(data.warnings) == 1
+    assert "'alone'" in data.warnings[0]
+
+
+def with_tail(stored: FeatureSet, folder: Path, num_rows: int, num_views: int = 5) -> FeatureSet:
+    """A store of more views beside it, whose numbers are 100 + row + view / 10."""
+    layout = StoreLayout("tail", num_rows, num_views, num_rows, "float32", {"pooled": (1,)})
+    store = FeatureStore.create(str(folder / "tail"), layout)
+    values = 100 + np.arange(num_rows)[:, None] + np.arange(num_views) / 10
+    store.write("pooled", 0, values[:, :, None], [None] * num_rows)
+    return replace(stored, tail=str(folder / "tail"))
+
+
+def test_rows_of_few_shot_classes_have_their_views_in_a_store_of_their_own(tmp_path: Path) -> None:
+    labels = [1] + [0] * 20 + [1]
+    stored = with_tail(features(tmp_path, {"train": labels, "val": [0, 1]}), tmp_path, 2)
+    assert FeatureSet.from_dict(json.loads(json.dumps(stored.to_dict()))) == stored
+    train = TrialData.open(config(tmp_path / "manifest.parquet"), stored).train
+    assert train.views.tolist() == [5, *[2] * 20, 5]
+    found = train.batch("pooled", np.array([0, 21, 3, 0]), np.array([4, 0, 1, 1])).flatten().tolist()
+    assert found == pytest.approx([100.4, 101.0, 3.1, 100.1])
+    assert rows_read(train) == list(range(22)), "what is evaluated is the evaluation crop, in the store of all"
+
+
+def test_more_views_of_other_rows_are_refused(tmp_path: Path) -> None:
+    stored = with_tail(features(tmp_path, {"train": TRAIN}), tmp_path, 7)
+    with pytest.raises(StoreError, match=r"19 rows of few-shot classes where the store .* has 7: it was changed"):
+        TrialData.open(config(tmp_path / "manifest.parquet"), stored)
+
+
+def test_feature_set_goes_through_json(tmp_path: Path) -> None:
+    stored = features(tmp_path, {"train": TRAIN})
+    assert FeatureSet.from_dict(json.loads(json.dumps(stored.to_dict()))) == stored
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    stored, path = features(tmp_path, {"train": TRAIN}), tmp_path / "manifest.parquet"
+    with pytest.raises(StoreError, match="the test split has no stored features; extracted: train"):
+        TrialData.open_split(config(path), stored, "test")
+    with pytest.raises(StoreError, match=r"asks for encoder tiny at 64 px.*tiny at 32 px"):
+        TrialData.open(config(path, image_size=64), stored)
+    manifest({"train": TRAIN[:-1]}).write(str(path))
+    with pytest.raises(StoreError, match=r"18 rows where the store .* has 19"):
+        TrialData.open(config(path), stored)

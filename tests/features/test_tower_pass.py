@@ -1,0 +1,78 @@
+"""What a tower worker stores, and that the tower goes on while a block is written; without Ray."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from imbvlm.features.encoder_worker import TowerWorker
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreError, StoreLayout
+
+LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
+
+
+def worker(forward_images) -> TowerWorker:
+    made = TowerWorker(SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images))
+    made.batch_size = 2
+    return made
+
+
+def block(folder, shard):
+    images = np.full((3, 3, 4, 4), shard + 1, np.uint8)
+    reasons = [None, None, "truncated"]
+    return {"folder": str(folder), "shard": shard, "outputs": ("pooled",), "images": images, "reasons": reasons}
+
+
+def mean_pixels(images):
+    return SimpleNamespace(pooled=images.float().mean(dim=(1, 2, 3))[:, None].repeat(1, 2))
+
+
+def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its_own(tmp_path, monkeypatch):
+    FeatureStore.create(str(tmp_path), LAYOUT)
+    second, write = threading.Event(), FeatureStore.write
+
+    def forward(images):
+        if int(images.max()) == 2:
+            second.set()
+        return mean_pixels(images)
+
+    def slow(self, output, shard, values, reasons):
+        # The first block's shard waits for the second block's turn in the tower.
+        assert second.wait(60)
+        if shard == 0:
+            raise StoreError("the first can't be written")
+        return write(self, output, shard, values, reasons)
+
+    monkeypatch.setattr(FeatureStore, "write", slow)
+    tower = worker(forward)
+    with ThreadPoolExecutor(2) as pool:
+        broken, good = (pool.submit(tower, block(tmp_path, shard)) for shard in (0, 1))
+        with pytest.raises(StoreError, match="the first"):
+            broken.result()
+        summary = good.result()
+    assert (summary["shard"], summary["num_images"], summary["bad"]) == (1, 3, {5: "truncated"})
+    store = FeatureStore.open(str(tmp_path))
+    assert store.missing("pooled") == [0]
+    assert summary["written"] == {"pooled": store.present("pooled")[1].size}
+    assert store.view("pooled", 1).flatten().tolist() == [2, 2, 2, 2, 0, 0]
+
+
+def test_one_block_at_a_time_goes_through_the_tower(tmp_path):
+    FeatureStore.create(str(tmp_path), LAYOUT)
+    inside = threading.Lock()
+
+    def forward(images):
+        assert inside.acquire(blocking=False), "two blocks at once would not fit on a GPU"
+        threading.Event().wait(0.01)
+        inside.release()
+        return mean_pixels(images)
+
+    tower = worker(forward)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(tower, [block(tmp_path, shard) for shard in (0, 1)]))
+    assert [one["shard"] for one in found] == [0, 1]
+    assert FeatureStore.open(str(tmp_path)).missing("pooled") == []

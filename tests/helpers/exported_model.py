@@ -1,0 +1,35 @@
+"""A small exported model: a debug ViT with a linear classifier, adjusted with everything that can be."""
+
+from pathlib import Path
+
+import torch
+from towers import write_tower
+
+from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.inference.model_folder import write_model
+from imbvlm.inference.predictor import PostHocStep
+from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.model_builder import _decoder
+
+CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
+
+
+def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_probe", **tower: object) -> Path:
+    """Write the tower and a model on it; returns the model's folder. `tower` has further keys of its section."""
+    section = {"name": write_tower(folder / "tower", kind), **tower}
+    encoder = Encoder.from_config(EncoderConfig(**section), EvalConfig())
+    tree = {"data": {"manifest": "m"}, "encoder": section, "optim": {"lr": 0.1}}
+    config = TrialConfig.from_tree({**tree, "method": method, "classifier": {"kind": "linear"}})
+    torch.manual_seed(0)
+    decoder, width = _decoder(config, encoder.info, {})
+    weights = {
+        "classifier.weight": torch.randn(len(CLASS_NAMES), width),
+        "classifier.bias": torch.zeros(len(CLASS_NAMES)),
+        **{f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
+    }
+    embeddings = torch.nn.functional.normalize(torch.randn(len(CLASS_NAMES), encoder.info.embedding_width), dim=1)
+    step = PostHocStep(Adjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)
+    write_model(str(folder / "model"), config, weights, encoder, CLASS_NAMES, {}, step)
+    return folder / "model"

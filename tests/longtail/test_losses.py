@@ -1,0 +1,505 @@
+"""Losses: identities, independent float64 formulas, gradients, wild inputs, exactness over workers."""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.loss_registry import LossConfig
+from imbvlm.longtail.losses import LOSSES, PRIOR_CORRECTING, build_loss, effective_number_weights, loss_knobs
+
+CONFIGS = {cls.model_fields["name"].default: cls for cls in get_args(get_args(LossConfig)[0])}
+# Knobs of a function that the training loop sets rather than the configuration.
+SET_BY_THE_LOOP = {"reweight"}
+# Keys of a configuration that say what the loop gives the function.
+READ_BY_THE_LOOP = {"name", "prior", "reweight_from"}
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+# A head, a middle, a tail, a class without images.
+COUNTS = torch.tensor([500, 120, 30, 4, 1, 0])
+
+
+def batch(rows=16, num_classes=6, seed=0, scale=2.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, num_classes, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, num_classes, (rows,), generator=generator)
+    return logits.to(dtype), targets
+
+
+def value(name, logits, targets, counts=COUNTS, **knobs):
+    return LOSSES[name](logits, targets, counts, **knobs)
+
+
+def assert_same(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# -------------------------------------------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "other", "other_knobs"),
+    [
+        ("focal", {"gamma": 0.0}, "cross_entropy", {}),
+        ("logit_adjustment", {"tau": 1.0}, "balanced_softmax", {}),
+        ("logit_adjustment", {"tau": 0.0}, "cross_entropy", {}),
+        ("generalized_reweight", {"exponent": 0.0}, "cross_entropy", {}),
+        ("generalized_reweight", {"exponent": 1.0}, "inverse_frequency", {}),
+        ("effective_number", {"beta": 0.0}, "cross_entropy", {}),
+        ("effective_number", {"beta": 1 - 1e-9}, "inverse_frequency", {}),
+        ("lade", {"weight": 0.0}, "balanced_softmax", {}),
+        ("ldam", {"max_margin": 1e-12}, "cross_entropy", {}),
+        ("ldam", {"margin_scale": 1e-12}, "cross_entropy", {}),
+        ("cross_entropy", {"label_smoothing": 0.0}, "cross_entropy", {}),
+    ],
+)
+def test_a_loss_becomes_another_at_the_edge_of_its_knob(name, knobs, other, other_knobs):
+    logits, targets = batch()
+    assert_same(value(name, logits, targets, **knobs), value(other, logits, targets, **other_knobs), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["inverse_frequency", "effective_number", "generalized_reweight", "balanced_softmax", "logit_adjustment"]
+)
+def test_with_equal_counts_nothing_is_left_to_correct(name):
+    logits, targets = batch()
+    equal = torch.full((6,), 37)
+    assert_same(value(name, logits, targets, equal), value("cross_entropy", logits, targets))
+
+
+def test_cross_entropy_is_torchs_own_with_smoothing_too():
+    logits, targets = batch()
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    assert_same(value("cross_entropy", logits, targets, label_smoothing=0.1), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "label_smoothing" in loss_knobs(name)])
+def test_smoothing_moves_a_share_of_the_target_to_all_classes(name):
+    """None: the loss without it. All: no class is more of a target than another. In between, so much of each."""
+    logits, targets = batch()
+    plain, everything = (value(name, logits, targets, label_smoothing=share) for share in (0.0, 1.0))
+    assert_same(plain, value(name, logits, targets))
+    assert_same(value(name, logits, targets, label_smoothing=0.3), 0.7 * plain + 0.3 * everything)
+    equal = torch.full((6,), 9)
+    assert_same(*(value(name, logits, y, equal, label_smoothing=1.0) for y in (targets, (targets + 1) % 6)))
+
+
+def test_a_weighted_loss_is_torchs_weighted_mean():
+    logits, targets = batch()
+    weights = COUNTS.double().clamp(min=0.5).pow(-1)
+    expected = torch.nn.functional.cross_entropy(logits, targets, weight=weights)
+    assert_same(value("inverse_frequency", logits, targets), expected)
+
+
+def test_ldam_scales_only_the_margin():
+    logits, targets = batch()
+    assert_same(
+        value("ldam", logits, targets, max_margin=0.3, margin_scale=25.0),
+        value("ldam", logits, targets, max_margin=7.5),
+    )
+
+
+def test_an_empty_class_does_not_change_the_margins_of_the_others():
+    logits, targets = batch(num_classes=5)
+    absent = torch.cat([logits, torch.full((len(logits), 1), -1e4, dtype=torch.float64)], dim=1)
+    assert_same(value("ldam", logits, targets, COUNTS[:5]), value("ldam", absent, targets, COUNTS))
+
+
+def test_deferred_reweighting_of_ldam_is_by_effective_number():
+    logits, targets = batch()
+    weights = effective_number_weights(COUNTS)
+    assert weights.mean().item() == pytest.approx(1)
+    assert_same(
+        value("ldam", logits, targets, max_margin=1e-12, reweight=weights),
+        value("effective_number", logits, targets, beta=0.9999),
+        1e-9,
+    )
+
+
+# -------------------------------------------------------------------- the same formula, written again in numpy
+
+
+def numpy_nll(z, y):
+    z = z - z.max(axis=1, keepdims=True)
+    return np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]
+
+
+def numpy_prior(n):
+    n = np.maximum(n, 0.5)
+    return n / n.sum()
+
+
+def numpy_smoothed(z, y, smoothing):
+    others = np.mean([numpy_nll(z, np.full(len(y), c)) for c in range(z.shape[1])], axis=0)
+    return (1 - smoothing) * numpy_nll(z, y) + smoothing * others
+
+
+def numpy_weighted(z, y, w, smoothing):
+    return (w[y] * numpy_smoothed(z, y, smoothing)).sum() / w[y].sum()
+
+
+def numpy_focal(z, y, n, gamma):
+    p = np.exp(-numpy_nll(z, y))
+    return ((1 - p) ** gamma * -np.log(p)).mean()
+
+
+def numpy_ldam(z, y, n, max_margin, margin_scale):
+    m = np.maximum(n, n[n > 0].min()) ** -0.25
+    z = z.copy()
+    z[np.arange(len(y)), y] -= margin_scale * (max_margin * m / m.max())[y]
+    return numpy_nll(z, y).mean()
+
+
+def numpy_lade(z, y, n, remine_lambda, weight):
+    prior = numpy_prior(n)
+    num_classes = len(n)
+    estimator = 0.0
+    for c in range(num_classes):
+        own = z[y == c, c]
+        first = own.mean() if len(own) else 0.0
+        second = np.log(np.mean(np.exp(z[:, c]) / (num_classes * prior[c])))
+        estimator -= prior[c] * (first - second - remine_lambda * second**2)
+    return numpy_nll(z + np.log(prior), y).mean() + weight * estimator
+
+
+FORMULAS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
+    "cross_entropy": (
+        {"label_smoothing": 0.2},
+        lambda z, y, n, label_smoothing: numpy_smoothed(z, y, label_smoothing).mean(),
+    ),
+    "focal": ({"gamma": 1.7}, numpy_focal),
+    "inverse_frequency": (
+        {"label_smoothing": 0.1},
+        lambda z, y, n, label_smoothing: numpy_weighted(z, y, n.sum() / (len(n) * np.maximum(n, 0.5)), label_smoothing),
+    ),
+    "effective_number": (
+        {"beta": 0.97, "label_smoothing": 0.3},
+        lambda z, y, n, beta, label_smoothing: numpy_weighted(
+            z, y, (1 - beta) / (1 - beta ** np.maximum(n, 0.5)), label_smoothing
+        ),
+    ),
+    "generalized_reweight": (
+        {"exponent": 0.8, "label_smoothing": 0.1},
+        lambda z, y, n, exponent, label_smoothing: numpy_weighted(
+            z, y, np.maximum(n, 0.5) ** -exponent, label_smoothing
+        ),
+    ),
+    "balanced_softmax": (
+        {"label_smoothing": 0.15},
+        lambda z, y, n, label_smoothing: numpy_smoothed(z + np.log(numpy_prior(n)), y, label_smoothing).mean(),
+    ),
+    "logit_adjustment": (
+        {"tau": 1.4, "label_smoothing": 0.1},
+        lambda z, y, n, tau, label_smoothing: numpy_smoothed(
+            z + tau * np.log(numpy_prior(n)), y, label_smoothing
+        ).mean(),
+    ),
+    "ldam": ({"max_margin": 0.4, "margin_scale": 12.0}, numpy_ldam),
+    "lade": ({"remine_lambda": 0.3, "weight": 0.2}, numpy_lade),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_is_its_formula(name, seed):
+    knobs, formula = FORMULAS[name]
+    logits, targets = batch(rows=23, seed=seed)
+    expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **knobs)
+    assert value(name, logits, targets, **knobs).item() == pytest.approx(expected, rel=1e-11)
+
+
+# ---------------------------------------------------------------------------------- contract, every loss alike
+
+
+def test_the_configuration_has_every_loss_and_every_knob():
+    assert set(CONFIGS) == set(LOSSES)
+    for name, config in CONFIGS.items():
+        knobs = loss_knobs(name)
+        assert set(config.model_fields) - READ_BY_THE_LOOP == set(knobs) - SET_BY_THE_LOOP, name
+        assert ("prior" in config.model_fields) == (name in PRIOR_CORRECTING), name
+
+
+@every_loss
+def test_defaults_are_those_of_the_configuration(name):
+    config = CONFIGS[name]()
+    for knob, default in loss_knobs(name).items():
+        if knob not in SET_BY_THE_LOOP and getattr(config, knob) is not None:
+            assert getattr(config, knob) == default, knob
+
+
+@every_loss
+def test_gradients_are_the_derivatives(name):
+    logits, targets = batch(rows=7)
+    assert torch.autograd.gradcheck(lambda z: value(name, z, targets), logits.requires_grad_())
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("right", [True, False])
+def test_logits_of_ten_thousand_give_a_finite_loss_and_gradient(name, dtype, right):
+    logits = torch.full((6, 6), -1e4)
+    places = torch.arange(6)
+    logits[places, places if right else (places + 1) % 6] = 1e4
+    logits = logits.to(dtype).requires_grad_()
+    loss = value(name, logits, places)  # includes the class without training images
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+@every_loss
+def test_a_confident_right_answer_has_no_nan(name):
+    logits = torch.zeros(2, 6)
+    logits[:, 0] = 200.0
+    logits.requires_grad_()
+    value(name, logits, torch.zeros(2, dtype=torch.long)).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
+def test_focal_stays_finite_where_gamma_is_below_one(gamma):
+    logits = torch.tensor([[60.0, 0, 0], [0, 60, 0]], requires_grad=True)
+    value("focal", logits, torch.tensor([0, 0]), COUNTS[:3], gamma=gamma).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+@every_loss
+def test_half_precision_is_computed_in_float32(name):
+    logits, targets = batch(dtype=torch.bfloat16)
+    assert_same(value(name, logits, targets), value(name, logits.float(), targets), 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(value(name, logits, targets), value(name, logits.float(), targets), 0)
+
+
+@every_loss
+def test_classes_that_the_batch_lacks_and_one_class_alone_are_fine(name):
+    logits, _ = batch(rows=4)
+    for targets in (torch.full((4,), 5), torch.zeros(4, dtype=torch.long)):
+        assert torch.isfinite(value(name, logits, targets))
+    single = torch.randn(3, 1, requires_grad=True)
+    value(name, single, torch.zeros(3, dtype=torch.long), COUNTS[:1]).backward()
+    assert torch.isfinite(single.grad).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"lade"}))  # whose estimator is of the logits themselves
+def test_adding_a_constant_to_all_logits_of_a_row_changes_nothing(name):
+    logits, targets = batch()
+    shifted = logits + torch.arange(len(logits), dtype=torch.float64)[:, None]
+    assert_same(value(name, logits, targets), value(name, shifted, targets), 1e-9)
+
+
+@every_loss
+def test_the_order_of_rows_changes_nothing(name):
+    logits, targets = batch()
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(3))
+    assert_same(value(name, logits, targets), value(name, logits[order], targets[order]), 1e-12)
+
+
+@every_loss
+def test_the_order_of_classes_changes_nothing(name):
+    logits, targets = batch()
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+    renamed = torch.argsort(order)[targets]
+    assert_same(value(name, logits, targets), value(name, logits[:, order], renamed, COUNTS[order]), 1e-12)
+
+
+@every_loss
+def test_a_pack_of_trials_runs_in_one_call(name):
+    """Knobs as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
+    knobs = {knob: torch.tensor([0.3, 0.6, 0.9]) for knob in loss_knobs(name) if knob not in SET_BY_THE_LOOP}
+    logits = torch.stack([batch(seed=seed)[0] for seed in range(3)])
+    targets = batch()[1]
+    packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, knobs)
+    for trial in range(3):
+        alone = value(name, logits[trial], targets, **{knob: values[trial].item() for knob, values in knobs.items()})
+        assert_same(packed[trial], alone, 1e-6)
+
+
+@every_loss
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_wild_inputs_stay_finite(name, data):
+    num_classes = data.draw(st.integers(2, 8))
+    rows = data.draw(st.integers(1, 6))
+    counts = data.draw(st.lists(st.integers(0, 10**7), min_size=num_classes, max_size=num_classes))
+    numbers = st.floats(-1e4, 1e4, width=32)
+    logits = data.draw(st.lists(numbers, min_size=rows * num_classes, max_size=rows * num_classes))
+    targets = data.draw(st.lists(st.integers(0, num_classes - 1), min_size=rows, max_size=rows))
+    tensor = torch.tensor(logits, dtype=torch.float32).view(rows, num_classes).requires_grad_()
+    loss = build_loss(name, counts)(tensor, torch.tensor(targets))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(tensor.grad).all()
+    if name != "lade":
+        assert loss.item() >= 0
+
+
+# --------------------------------------------------------------------------------------------------- building
+
+
+def test_an_unknown_name_or_knob_is_refused_with_the_nearest_valid_one():
+    with pytest.raises(ImbvlmError, match="balanced_softmax"):
+        build_loss("balanced_softmx", COUNTS)
+    with pytest.raises(ImbvlmError, match="gamma"):
+        build_loss("focal", COUNTS, gama=2.0)
+    with pytest.raises(ImbvlmError, match="no knob 'tau'"):
+        build_loss("cross_entropy", COUNTS, tau=1.0)
+
+
+@pytest.mark.parametrize("counts", [[0.7, 0.3], [3, -1], [[1, 2]], [float("nan"), 1]])
+def test_counts_that_are_not_images_per_class_are_refused(counts):
+    with pytest.raises(ImbvlmError, match="class_counts"):
+        build_loss("balanced_softmax", counts)
+
+
+@every_loss
+def test_a_built_loss_is_the_pure_one(name):
+    logits, targets = batch()
+    knobs = FORMULAS[name][0]
+    assert_same(build_loss(name, COUNTS.numpy(), **knobs)(logits, targets), value(name, logits, targets, **knobs), 0)
+
+
+# ---------------------------------------------------------------------------------------------------- workers
+
+
+class Threads:
+    """Workers as threads that meet at a barrier; what each gave is added in rank order."""
+
+    def __init__(self, world_size):
+        self.barrier = threading.Barrier(world_size, timeout=20)
+        self.given: list[Tensor | None] = [None] * world_size
+
+    def worker(self, rank):
+        shared = self
+
+        class Worker:
+            world_size = len(shared.given)
+
+            def _meet(self, tensor, combine):
+                assert not tensor.requires_grad
+                shared.given[rank] = tensor
+                shared.barrier.wait()
+                result = combine(torch.stack(shared.given), dim=0)
+                shared.barrier.wait()
+                return result
+
+            def sum(self, tensor):
+                return self._meet(tensor, torch.sum)
+
+            def max(self, tensor):
+                return self._meet(tensor, torch.amax)
+
+        return Worker()
+
+
+def shares(name, parts, logits, targets, counts=COUNTS, **knobs):
+    """Each worker's loss and the gradient of its own rows, for the given rows of each."""
+    meeting = Threads(len(parts))
+    results: list = [None] * len(parts)
+
+    def work(rank):
+        local = logits[parts[rank]].clone().requires_grad_()
+        loss = build_loss(name, counts, world=meeting.worker(rank), **knobs)(local, targets[parts[rank]])
+        loss.backward()
+        results[rank] = (loss.detach(), local.grad)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@every_loss
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 8), (15, 1), (16, 0), (0, 16), (4, 4, 4, 4), (1, 0, 14, 1)],
+    ids=lambda sizes: "+".join(map(str, sizes)),
+)
+def test_the_average_over_workers_is_the_global_loss_and_gradient(name, sizes):
+    logits, targets = batch(rows=16)
+    starts = np.cumsum((0, *sizes))
+    parts = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    results = shares(name, parts, logits, targets)
+    whole = logits.clone().requires_grad_()
+    expected = value(name, whole, targets)
+    expected.backward()
+    assert_same(torch.stack([loss for loss, _ in results]).mean(), expected.detach(), 1e-12)
+    gradient = torch.cat([grad for _, grad in results]) / len(sizes)
+    assert_same(gradient, whole.grad, 1e-12)
+
+
+@every_loss
+def test_no_rows_on_any_worker_is_a_loss_of_zero(name):
+    empty = torch.arange(0)
+    logits, targets = batch()
+    for loss, _ in shares(name, [empty, empty], logits, targets):
+        assert loss.item() == 0
+    assert value(name, logits[:0], targets[:0]).item() == 0
+
+
+class Gloo:
+    """Workers of torch.distributed, as a training loop has them."""
+
+    @property
+    def world_size(self):
+        return dist.get_world_size()
+
+    def sum(self, tensor):
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor):
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    @staticmethod
+    def _reduce(tensor, how):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, op=how)
+        return tensor
+
+
+def train_on_gloo(rank, folder, world_size, sizes):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    found = {}
+    start = sum(sizes[:rank])
+    for name in LOSSES:
+        features, targets = batch(rows=sum(sizes), num_classes=5)
+        own = slice(start, start + sizes[rank])
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 6).double()
+        loss = build_loss(name, COUNTS, world=Gloo())(model(features[own]), targets[own])
+        loss.backward()
+        average = [Gloo().sum(tensor) / world_size for tensor in (loss.detach(), model.weight.grad)]
+        found[name] = [tensor.tolist() for tensor in average]
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        with open(f"{folder}/found.json", "w") as file:
+            json.dump(found, file)
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (7, 0)], ids=["uneven", "one empty"])
+def test_two_real_processes_train_as_one(tmp_path, sizes):
+    mp.spawn(train_on_gloo, args=(str(tmp_path), 2, sizes), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name in LOSSES:
+        features, targets = batch(rows=sum(sizes), num_classes=5)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 6).double()
+        expected = value(name, model(features), targets)
+        expected.backward()
+        assert found[name][0] == pytest.approx(expected.item(), rel=1e-12), name
+        assert_same(torch.tensor(found[name][1], dtype=torch.float64), model.weight.grad, 1e-12)

@@ -1,0 +1,143 @@
+"""Linear and cosine classifiers: their formula, their start, zero vectors, precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
+from imbvlm.models.classifier import CosineClassifier, LinearClassifier, build_classifier, unit
+
+LINEAR, COSINE = LinearClassifierConfig(), CosineClassifierConfig(temperature=0.04)
+both = pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
+
+
+def features(rows=5, width=12, seed=0):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_linear_is_torchs_own():
+    classifier = build_classifier(LINEAR, 12, 7).double()
+    x = features()
+    assert classifier.bias.shape == (7,)
+    torch.testing.assert_close(classifier(x), x @ classifier.weight.T + classifier.bias)
+
+
+def test_cosine_is_the_cosine_over_the_temperature():
+    classifier = build_classifier(COSINE, 12, 7).double()
+    x = features()
+    expected = F.cosine_similarity(x[:, None], classifier.weight[None], dim=-1) / 0.04
+    torch.testing.assert_close(classifier(x), expected)
+    assert set(classifier.state_dict()) == {"weight"}
+
+
+def test_cosine_knows_no_lengths():
+    classifier = build_classifier(COSINE, 12, 7).double()
+    x = features()
+    expected = classifier(x)
+    torch.testing.assert_close(classifier(100 * x), expected)
+    with torch.no_grad():
+        classifier.weight.mul_(3.0)
+    torch.testing.assert_close(classifier(x), expected)
+
+
+def test_cosine_starts_on_the_sphere():
+    classifier = build_classifier(COSINE, 512, 50)
+    torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(50))
+    cosines = (classifier.weight @ classifier.weight.T).fill_diagonal_(0)
+    assert cosines.abs().max() < 0.3
+
+
+@both
+def test_zero_vectors_give_finite_logits_and_gradients(config):
+    classifier = build_classifier(config, 12, 7)
+    with torch.no_grad():
+        classifier.weight[2].zero_()
+    x = features().float()
+    x[1].zero_()
+    x.requires_grad_()
+    classifier(x).square().sum().backward()
+    for gradient in (x.grad, classifier.weight.grad):
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().max() < 1e5  # one dead feature doesn't take over a clipped step
+    if config is COSINE:
+        assert torch.equal(classifier(x)[1], torch.zeros(7))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_unit_vectors_have_length_1_and_true_gradients(scale):
+    vectors = (scale * features()).requires_grad_()
+    torch.testing.assert_close(unit(vectors).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    if scale == 1.0:
+        assert torch.autograd.gradcheck(unit, vectors)
+
+
+@both
+def test_it_starts_from_given_weights(config):
+    given = features(rows=7, seed=1)
+    classifier = build_classifier(config, 12, 7, init_weight=given).double()
+    torch.testing.assert_close(classifier.weight, given, rtol=1e-6, atol=1e-6)
+    if isinstance(classifier, LinearClassifier):
+        assert classifier.bias.abs().sum() == 0
+    before = given.clone()
+    with torch.no_grad():
+        classifier.weight.zero_()
+    assert torch.equal(given, before)
+
+
+@both
+def test_a_class_without_a_mean_starts_at_random_and_learns(config):
+    given = features(rows=7, seed=1)
+    given[3] = 0
+    classifier = build_classifier(config, 12, 7, init_weight=given)
+    assert classifier.weight[3].norm() > 0.01
+    classifier(features().float()).square().sum().backward()
+    assert classifier.weight.grad[3].abs().sum() > 0
+
+
+@both
+def test_weights_of_another_shape_are_refused(config):
+    with pytest.raises(ImbvlmError, match=r"\(7, 10\).*\(7, 12\)"):
+        build_classifier(config, 12, 7, init_weight=torch.zeros(7, 10))
+
+
+@both
+def test_the_same_seed_starts_the_same(config):
+    torch.manual_seed(1)
+    first = build_classifier(config, 12, 7).weight
+    torch.manual_seed(1)
+    assert torch.equal(first, build_classifier(config, 12, 7).weight)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_are_float32_whatever_comes_in(config, dtype):
+    classifier = build_classifier(config, 12, 7)
+    x = features().to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(x)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, classifier(x.float()), rtol=0, atol=0)
+
+
+@both
+def test_a_batch_without_rows_passes(config):
+    out = build_classifier(config, 12, 7)(torch.zeros(0, 12))
+    assert out.shape == (0, 7)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("build", [lambda: LinearClassifier(8, 3), lambda: CosineClassifier(8, 3, 0.1)])
+def test_it_learns(build):
+    torch.manual_seed(0)
+    classifier = build()
+    centres = torch.randn(3, 8)
+    labels = torch.arange(90) % 3
+    x = centres[labels] + 0.3 * torch.randn(90, 8)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(x), labels)
+        loss.backward()
+        optimizer.step()
+    assert (classifier(x).argmax(dim=1) == labels).float().mean() > 0.97

@@ -1,0 +1,184 @@
+"""Which Ray cluster a sweep takes: the one that runs, one of its own where none does, and of two the one it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apart import Apart, apart_with_ray, free_port, start_head
+
+from imbvlm.ray_runtime.connection import HUGE_PAGES, MALLOC_SETTING
+
+ROOT = Path(__file__).parents[2]
+TAKEN = """
+import json, os, ray
+from imbvlm.ray_runtime.connection import MALLOC_SETTING, connected, has_machine_to_itself
+from imbvlm.base.errors import ImbvlmError
+
+def told():
+    return [os.environ.get("RAY_ADDRESS"), os.environ.get(MALLOC_SETTING)]
+
+try:
+    before = has_machine_to_itself()
+    with connected() as cluster:
+        assert (before, has_machine_to_itself()) == (cluster.started_here,) * 2
+        answer = ray.get(ray.remote(num_cpus=1)(told).remote())
+        print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
+except ImbvlmError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def taken(there: Apart, **settings: str) -> Any:
+    """What a sweep says of the cluster that it takes, or why it takes none."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        there.command(sys.executable, "-c", TAKEN), env={**environment, **settings},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
+    with apart_with_ray(tmp_path) as there:
+        started_here, _, dashboard, _, *pages = taken(there)
+        assert started_here
+        assert dashboard.startswith("http://127.0.0.1:")
+        # Its processes alone have huge pages, unless a user says otherwise.
+        assert pages == [HUGE_PAGES, None]
+        deadline = time.monotonic() + 30
+        while any("gcs_server" in line for line in there.processes()):
+            assert time.monotonic() < deadline, "its own cluster is still there"
+            time.sleep(0.5)
+
+        addresses = []
+        for num_cpus in (3, 5):
+            port = free_port()
+            ports = [f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+            head = tmp_path / f"head-{num_cpus}"
+            head.mkdir()
+            start_head(there, head, port, f"--num-cpus={num_cpus}", *ports)
+            addresses.append(f"127.0.0.1:{port}")
+            if num_cpus == 3:
+                assert taken(there)[:2] == [False, 3.0]
+
+        refusal = taken(there)
+        assert refusal.startswith("2 Ray clusters run on this machine (")
+        assert all(address in refusal for address in addresses)
+        assert "set RAY_ADDRESS" in refusal
+        for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
+            started_here, found, _, told, *_ = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+            # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
+            assert (started_here, found, told) == (False, num_cpus, address)
+        # Ray makes a token when it first starts a cluster of one's own, and heads ask for it from then on.
+        assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
+        started_here, *_, pages, _ = taken(there, RAY_ADDRESS="local", GLIBC_TUNABLES="glibc.malloc.perturb=0")
+        assert (started_here, pages) == (True, "glibc.malloc.perturb=0")
+        assert "run it on a machine of the cluster" in taken(there, RAY_ADDRESS=f"ray://{addresses[0]}")
+        assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+
+
+def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them():
+    assert f"`{HUGE_PAGES}`" in (ROOT / "README.md").read_text().replace(f"{MALLOC_SETTING}=", "")
+    loader = next(Path("/lib64").glob("ld-linux-*"), None)
+    if loader is None or platform.libc_ver() < ("glibc", "2.35"):
+        pytest.skip("it lists its settings, huge pages among them, since glibc 2.35")
+    listed = subprocess.run(
+        [str(loader), "--list-tunables"], env={MALLOC_SETTING: HUGE_PAGES}, capture_output=True, text=True, check=True
+    ).stdout
+    for name, value in {"hugetlb": 1, "mmap_threshold": 64 * 2**20, "trim_threshold": 64 * 2**20}.items():
+        assert f"glibc.malloc.{name}: {value:#x} " in listed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
+    """As on a machine that is busy with other work: one of Ray's processes gets no time."""
+    hold = "until found=$(pgrep -x raylet); do sleep 0.01; done; kill -STOP $found"
+    with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", hold)) as holding:
+        refusal = taken(there, RAY_ADDRESS="local")
+        assert holding.wait(10) == 0
+        left = [line for line in there.processes() if "gcs_server" in line or "raylet/raylet" in line]
+    assert refusal.startswith("Ray can't be started on this machine: The current node timed out during startup.")
+    assert "Where it is busy with other work try again later; Ray's logs are in /tmp/ray" in refusal
+    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, process):
+    """Ray itself ends the process from C++ then, or gives up."""
+    kill = f"until pid=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $pid"
+    work = "from imbvlm.ray_runtime.connection import connected\nwith connected(): pass"
+    with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", kill)) as killing:
+        done = subprocess.run(
+            there.command(sys.executable, "-c", work), env={**os.environ, "RAY_ADDRESS": "local"},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert killing.wait(10) == 0
+    assert done.returncode == 1
+    sentences = ("Ray can't be started on this machine", "this run was ended without a word", "Ray's logs")
+    assert any(sentence in done.stderr for sentence in sentences), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
+    """Of Slurm there are its variables, and programs that note what they are asked and do it on this machine."""
+    stubs, asked = tmp_path / "stubs", tmp_path / "asked"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (stubs / "srun").write_text(
+        f'#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "$1" >> {asked}; shift; done\nexec "$@"\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    script = tmp_path / "slurm.sh"
+    shipped = (ROOT / "cluster" / "slurm.sh").read_text()
+    assert "--dashboard-host 0.0.0.0" in shipped
+    script.write_text(shipped.replace("--dashboard-host 0.0.0.0", "--dashboard-host 127.0.0.1"))
+    brief = ["--set", "num_trials=2", "--set", "method=linear_probe", "--storage", str(tmp_path / "runs")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {
+        "IMBVLM_ENV": str(Path(sys.executable).parents[1]), "HOME": str(tmp_path), "SLURM_JOB_NODELIST": "node[1-1]",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2", "PATH": f"{stubs}:{os.environ['PATH']}",
+        # So all of Ray's ports are on loopback.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }  # fmt: skip
+    with apart_with_ray(tmp_path) as there:
+        done = subprocess.run(
+            there.command("bash", str(script), "sweeps/quickstart.py", "--smoke", *brief, folder=ROOT),
+            env=environment, capture_output=True, text=True, check=False, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not [line for line in there.processes() if "raylet" in line or "gcs_server" in line]
+    assert "Ray: 2 CPUs, 0 GPUs (a cluster that was running already)" in done.stdout
+    assert "winner " in done.stdout
+    assert asked.read_text().split() == ["--nodes=1", "--ntasks=1", "--cpus-per-task=2"]
+    assert len((tmp_path / ".ray" / "auth_token").read_text()) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_tests_join_no_foreign_cluster(ray_cluster, tmp_path):
+    """As where a head of another's still runs, or was killed and has left its address."""
+    (tmp_path / "test_address.py").write_text("def test_it(ray_cluster):\n    print(f'on {ray_cluster} end')\n")
+    for foreign in (ray_cluster, f"127.0.0.1:{free_port()}"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-s", "-p", "conftest", "-p", "no:cacheprovider", "test_address.py"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "RAY_ADDRESS": foreign},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"on {foreign} end" not in done.stdout

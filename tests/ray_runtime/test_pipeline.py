@@ -1,0 +1,252 @@
+"""Blocks of images through Ray Data: whole, none lost, none waiting for ever, errors as they were raised."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from ray import cloudpickle
+
+from imbvlm.base.errors import LostProcessesError, StorageError
+from imbvlm.ray_runtime.attempt_limit import MOST_LOST
+from imbvlm.ray_runtime.cpu_allocation import IMAGES_PER_TASK, plan_cpus, plan_tasks
+from imbvlm.ray_runtime.image_pipeline import RAY_DATA_THREADS, map_images
+
+SIDE = 16
+# Workers don't have the folder of the tests on their path.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def load(descriptor):
+    num_images = descriptor["num_images"]
+    if descriptor.get("fail"):
+        raise StorageError("the bucket doesn't answer")
+    images = np.full((num_images, 3, SIDE, SIDE), descriptor["shard"], np.uint8)
+    return {
+        "shard": descriptor["shard"],
+        "images": images,
+        "ok": np.arange(num_images) % 3 > 0,
+        "reasons": ["truncated", None],
+        "pid": os.getpid(),
+    }
+
+
+class Tower:
+    """Stands for a tower: made once per worker, sees whole blocks."""
+
+    def __init__(self, scale):
+        if scale == 0:
+            raise StorageError("the tower's file is not there")
+        self.scale = scale
+        self.calls = 0
+
+    def __call__(self, block):
+        self.calls += 1
+        if block["shard"] == 255:
+            raise StorageError("the disk is full")
+        return {
+            "shard": block["shard"],
+            "shape": block["images"].shape,
+            "sum": int(block["images"].sum()) * self.scale,
+            "num_bad": int((~block["ok"]).sum()),
+            "reasons": block["reasons"],
+            "loaded_here": block["pid"] == os.getpid(),
+            "pid": os.getpid(),
+            "calls": self.calls,
+        }
+
+
+def run(blocks, **options):
+    return sorted(
+        map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, waits=print, **options),
+        key=lambda found: found["shard"],
+    )
+
+
+@pytest.mark.ray
+def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster):
+    blocks = [{"shard": shard, "num_images": 300 if shard < 7 else 5} for shard in range(8)]
+    found = run(blocks)
+    assert [row["shard"] for row in found] == list(range(8))
+    assert [row["shape"][0] for row in found] == [300] * 7 + [5]
+    assert [row["sum"] for row in found] == [2 * b["shard"] * b["num_images"] * 3 * SIDE * SIDE for b in blocks]
+    assert all(row["reasons"] == ["truncated", None] for row in found)
+    assert {row["pid"] for row in found} == {found[0]["pid"]}
+    assert max(row["calls"] for row in found) == 8
+    assert not any(row["loaded_here"] for row in found)
+
+
+@pytest.mark.ray
+def test_a_block_larger_than_ray_datas_own_block_size_is_not_split(ray_cluster):
+    num_images = 150 * 2**20 // (3 * SIDE * SIDE)
+    assert run([{"shard": 1, "num_images": num_images}])[0]["shape"] == (num_images, 3, SIDE, SIDE)
+
+
+@pytest.mark.ray
+def test_nothing_to_do_starts_nothing(ray_cluster):
+    assert run([]) == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("held", [1.5, 2])
+def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster, held):
+    import ray
+
+    @ray.remote(num_cpus=held)
+    class Holder:
+        def ready(self):
+            return True
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote(), timeout=30)
+    try:
+        assert len(run([{"shard": shard, "num_images": 4} for shard in range(3)])) == 3
+    finally:
+        ray.kill(holder)
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"shard": 0, "num_images": 3, "fail": True}, "the bucket doesn't answer"),
+        ({"shard": 255, "num_images": 3}, "the disk is full"),
+    ],
+)
+def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block, message):
+    with pytest.raises(StorageError, match=message):
+        run([{"shard": 1, "num_images": 3}, block])
+
+
+@pytest.mark.ray
+def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster, capfd):
+    with pytest.raises(StorageError, match="the tower's file is not there"):
+        list(
+            map_images(
+                [{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1, waits=print
+            )
+        )
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.ray
+def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster):
+    """Where the connection is closed by then, Ray ends the process without a word of the error."""
+    blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
+    for _ in range(3):
+        with pytest.raises(StorageError, match="the tower's file is not there"):
+            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_workers=1, waits=print))
+        assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
+
+
+def die_at_first(folder, number):
+    """So many processes do, as if a machine had ended them."""
+    for path in (folder / str(one) for one in range(number)):
+        if not path.exists():
+            path.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_load(descriptor):
+    die_at_first(*descriptor.get("load", (None, 0)))
+    return {**load(descriptor), "work": descriptor.get("work", (None, 0))}
+
+
+class DyingTower(Tower):
+    def __init__(self, *start):
+        die_at_first(*start)
+        super().__init__(1)
+
+    def __call__(self, block):
+        die_at_first(*block["work"])
+        return super().__call__(block)
+
+
+def run_dying(folder, stage, number):
+    """Three blocks, over one of which so many processes die, or as many as they start."""
+    blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
+    blocks[1][stage] = (folder, number)
+    start = blocks[1].pop("start", (folder, 0))
+    return list(map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_workers=1, waits=print))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "work"), [("load", "loading shard 1"), ("work", "running the tower over shard 1"), ("start", "starting")]
+)
+def test_process_after_process_lost_over_the_same_work_ends_the_pass(ray_cluster, tmp_path, stage, work):
+    with pytest.raises(LostProcessesError, match=rf"{work}.*: {MOST_LOST} processes in a row were lost"):
+        run_dying(tmp_path, stage, MOST_LOST + 9)
+    assert len(os.listdir(tmp_path)) == MOST_LOST
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("stage", ["load", "work", "start"])
+def test_a_few_lost_processes_cost_nothing(ray_cluster, tmp_path, stage):
+    found = run_dying(tmp_path, stage, MOST_LOST - 1)
+    assert sorted(one["shard"] for one in found) == [0, 1, 2]
+
+
+@pytest.mark.ray
+def test_ray_data_prints_nothing(ray_cluster, capfd):
+    run([{"shard": shard, "num_images": 4} for shard in range(3)])
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "Dataset" not in shown.err
+    assert "Running" not in shown.err
+
+
+@pytest.mark.parametrize("free", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 16.0, 17.0])
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (8, 0), (1, 1), (0.5, 0.25)])
+def test_both_stages_always_fit_into_the_free_cpus_at_once(free, num_workers, cpus, gpus):
+    plan = plan_cpus(free, num_workers, cpus, gpus)
+    assert plan.num_tasks >= 1
+    assert plan.per_worker * num_workers + plan.per_task * plan.num_tasks <= free + 1e-9
+    assert 0 <= plan.per_worker <= cpus
+    assert free == 0 or plan.per_worker != plan.per_task
+    assert free == 0 or plan.per_task > 0
+
+
+@pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (3, 2.0), (2, 4.0)])
+def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
+    """On two nodes of one CPU, workers of half a CPU on each leave no whole CPU for a task."""
+    plan = plan_cpus(nodes * node_cpus, nodes, 1, 0, node_cpus)
+    assert plan.per_worker + plan.per_task <= node_cpus
+    assert 0 < plan.per_task != plan.per_worker
+
+
+@pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (2, 8.0), (3, 1.0), (4, 8.0), (10, 16.0)])
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_task(nodes, node_cpus, cpus):
+    num_workers = max(1, int(nodes * node_cpus) // cpus)
+    plan = plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus, nodes)
+    left = [node_cpus] * (nodes - nodes // 2)
+    for _ in range(num_workers):
+        fullest = min((cpus for cpus in left if cpus >= plan.per_worker), default=None)
+        if fullest is not None:
+            left[left.index(fullest)] = fullest - plan.per_worker
+    assert max(left) + 1e-9 >= plan.per_task
+    # As many tasks as where nothing goes away.
+    assert plan.num_tasks == plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus).num_tasks
+    assert 0 < plan.per_worker != plan.per_task > 0
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 16, 17, 1709])
+@pytest.mark.parametrize("images_per_block", [1, 128, 256, 5000])
+@pytest.mark.parametrize("num_at_once", [1, 2, 15])
+def test_blocks_are_shared_by_few_tasks_and_evenly(num_blocks, images_per_block, num_at_once):
+    num_tasks = plan_tasks(num_blocks, images_per_block, num_at_once)
+    assert min(num_blocks, num_at_once) <= num_tasks <= num_blocks
+    # As many for each of those at once, or one for every block.
+    assert num_tasks % num_at_once == 0 or num_tasks == num_blocks
+    most = -(-num_blocks // num_tasks)
+    assert most == 1 or most * images_per_block <= IMAGES_PER_TASK
+    fewer = num_tasks - num_at_once
+    assert fewer <= 0 or num_tasks == num_blocks or -(-num_blocks // fewer) * images_per_block > IMAGES_PER_TASK

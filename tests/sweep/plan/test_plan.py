@@ -1,0 +1,395 @@
+"""What is shown before a sweep: how its trials fall on the arms, what they would read, take and cost."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_images import TinyImages, extraction_in_this_process
+
+from imbvlm.base.console import Console
+from imbvlm.base.errors import ConfigError, ImbvlmError
+from imbvlm.base.formatting import size_text
+from imbvlm.cli import sweep_script
+from imbvlm.data.manifest import Manifest
+from imbvlm.features.extraction import ensure_features
+from imbvlm.features.feature_cache import Copies
+from imbvlm.features.store_sizes import DISK_MARGIN
+from imbvlm.ray_runtime.cluster_resources import Cluster
+from imbvlm.sweep.plan.cost_estimate import asha_share, commonest_shapes, sample_trials, shape_of
+from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, plan_to_dict
+from imbvlm.sweep.plan.speed_benchmark import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.plan.sweep_plan import calibrate_here, make_plan
+from imbvlm.sweep.records.adjustment_selection import max_logit_files
+from imbvlm.sweep.records.summary_tables import NUM_BEST
+from imbvlm.sweep.run.run_phases import run
+from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.validation_logits import file_bytes
+
+BASE: dict[str, Any] = {
+    "data": {"manifest": "embedded:fashion_mnist_lt"},
+    "encoder": {"name": "tinylit_lite0", "image_size": 64},
+    "method": "linear_probe",
+}
+SPACE = {
+    "parameters": {
+        "loss.name": {"choice": ["cross_entropy", "focal", "balanced_softmax"]},
+        "data.class_sampling": {"choice": ["instance_balanced", "square_root"]},
+        "optim.lr": {"loguniform": [0.01, 1.0]},
+    }
+}
+
+
+pytestmark = pytest.mark.usefixtures("own_machine")
+
+
+def spec(**fields: Any) -> SweepSpec:
+    return SweepSpec.from_tree({"name": "small", "base": BASE, "space": SPACE, **fields})
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "says"),
+    [
+        (12, "6 of loss.name x data.class_sampling, 2 trials each"),
+        (
+            14,
+            "14 isn't a multiple, so 2 have 3 trials and 4 have 2; num_trials 12 or 18 gives each the same",
+        ),
+        (4, "num_trials 4 isn't a multiple, so 4 have 1 trial and 2 have 0; num_trials 6 gives each the same"),
+    ],
+)
+def test_trials_that_do_not_fall_evenly_on_the_arms_are_said(num_trials: int, says: str) -> None:
+    text = describe_plan(make_plan(spec(num_trials=num_trials, stratify=["loss.name", "data.class_sampling"]), None))
+    assert says in text
+
+
+TRAIN, VAL, TEST = 2480, 500, 2000  # of embedded:fashion_mnist_lt
+CPUS = len(os.sched_getaffinity(0))
+
+
+def known_speeds(spec, trials, towers):
+    """A millisecond an image in training, a tenth of it in evaluation; towers as fast."""
+    speeds = tuple(TrialSpeed(0.0 if one.train is None else 1e-3, 1e-4, 700_000_000, 0) for one in trials)
+    return Calibration(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
+
+
+def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp_path) -> None:
+    base = {**BASE, "train": {"num_epochs": 5}}
+    settings = {
+        "base": base, "num_trials": 12, "storage": str(tmp_path), "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0,
+        "max_concurrent_trials": 2, "refit_seeds": [0, 1], "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
+    }  # fmt: skip
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 0.0)
+    plan = make_plan(spec(**settings), known_speeds)
+    found = plan_to_dict(plan)
+    epoch = TRAIN * 1e-3 + VAL * 1e-4
+    assert [one["epoch_seconds"] for one in found["measured"]] == pytest.approx([epoch, VAL * 1e-4])
+    assert found["mean_epochs"] == 5
+    trials = 12 * (0.4 + 5 * epoch) / 2
+    assert found["seconds"]["trials"] == pytest.approx([trials, trials])
+    # Zero-shot once; the probe at least for its patience of 10 epochs, at most for 100.
+    assert found["seconds"]["baselines"] == pytest.approx([(0.8 + VAL * 1e-4 + n * epoch) / 2 for n in (10, 100)])
+    again = TRAIN * 1e-3
+    refits = [(2 * (0.4 + 5 * again) + 2 * (0.4 + n * again) + 0.4) / 2 for n in (1, 100)]
+    assert found["seconds"]["refits"] == pytest.approx(refits)
+    total = found["seconds"]["total"]
+    assert found["seconds"]["features"] == pytest.approx(2 * 8 + (TRAIN + VAL + TEST) * 4e-3 / CPUS)
+    phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
+    assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 10.0)
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.running_cluster", lambda: None)
+    here = plan_to_dict(make_plan(spec(**settings), known_speeds))
+    # No worker has to start for seconds of the tower.
+    assert here["seconds"]["features"] == pytest.approx(found["seconds"]["features"] - 2 * 8)
+    assert found["gpu_hours"] == pytest.approx([2 * value / 3600 for value in total])
+    assert found["cost"] == pytest.approx([2 * 2 * value / 3600 for value in total])
+    text = describe_plan(plan)
+    assert "NOT HERE: a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
+    assert "max_hours   0.01: will end the search early" in text
+    assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
+
+
+def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
+    """Half of the trials share a class sampling: of 5 asked for, 1 + 4 / 2 are one pack on average."""
+    settings = {
+        "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 400, "storage": str(tmp_path),
+        "stratify": ["data.class_sampling"], "max_concurrent_trials": 1, "trial_scheduler": {"name": "none"},
+        "refit_seeds": [0],
+    }  # fmt: skip
+
+    def speeds(spec, trials, towers):
+        found = known_speeds(spec, trials, towers)
+        return replace(found, trials=tuple(replace(one, more_seconds=1e-4) for one in found.trials))
+
+    packed, alone = (make_plan(spec(**settings, max_pack_size=size), speeds) for size in (5, 1))
+    found, by_itself = plan_to_dict(packed), plan_to_dict(alone)
+    epoch = TRAIN * 1e-3 + VAL * 1e-4
+    assert by_itself["seconds"]["trials"] == pytest.approx([400 * (0.4 + 5 * epoch)] * 2)
+    share = TRAIN * (1e-3 + 2 * 1e-4) / 3 + VAL * 1e-4
+    assert found["seconds"]["trials"] == pytest.approx([400 * (0.4 / 3 + 5 * share)] * 2, rel=0.02)
+    assert found["seconds"]["refits"] == by_itself["seconds"]["refits"]
+    assert (found["pack_size"], by_itself["pack_size"]) == (5, 1)
+    assert "up to 5 train together" in describe_plan(packed)
+    # The live view counts the same way.
+    assert "1 process at a time, of up to 5 trials that train together" in describe_plan(packed)
+    assert "1 trial at a time" in describe_plan(alone)
+    assert "train together" not in describe_plan(alone)
+    # What judges trials by their time trains each alone.
+    timed = make_plan(spec(**settings, max_pack_size=5, constraints={"time/train_seconds": 9.0}), None)
+    assert plan_to_dict(timed)["pack_size"] == 1
+
+
+def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path) -> None:
+    settings = {"storage": str(tmp_path), "num_trials": 40, "trial_scheduler": {"name": "none"}}
+    whole, limited = (make_plan(spec(**settings, max_trials=most), known_speeds) for most in (None, 10))
+    assert whole.estimate is not None
+    assert limited.estimate is not None
+    assert whole.estimate.trials.high == pytest.approx(4 * limited.estimate.trials.high)
+    priced = make_plan(spec(**settings, price_per_gpu_hour=2.0), known_speeds)
+    assert "cost        nothing: price_per_gpu_hour is set, and no GPU is used" in describe_plan(priced)
+    rented = make_plan(spec(**settings, price_per_machine_hour=0.5, max_cost=100.0), known_speeds)
+    assert rented.estimate is not None
+    total = rented.estimate.total
+    assert total is not None
+    assert plan_to_dict(rented)["cost"] == pytest.approx([total.low * 0.5 / 3600, total.high * 0.5 / 3600])
+    assert "at 0.5 an hour, 1 machine paid for" in describe_plan(rented)
+    assert "max_cost    100: enough" in describe_plan(rented)
+
+
+def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
+    """`1 worker(s) of 1 CPUs`, `0.00 GB` and `1 views` stood there."""
+    text = describe_plan(make_plan(spec(gpus_per_worker=0.5), None, 1))
+    assert "a trial has 1 worker of 1 CPU and 0.5 GPUs" in text
+    assert " and 1 GPU," in text
+    assert re.search(r"; features \d+\.\d MB \([a-z_, ]+, 1 view\)", text)
+    assert [size_text(size) for size in (0, 2_048, 1_000_000)] == ["0.0 MB", "2.0 kB", "1.0 MB"]
+
+
+def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: 1_000_000)
+    found = make_plan(spec(storage=str(tmp_path)), None)
+    assert plan_to_dict(found)["fits_disk"] is False
+    assert "ONLY 1.0 MB free: reduce features.num_views or features.precision" in describe_plan(found)
+
+
+@pytest.mark.parametrize(
+    ("counts", "fields", "says"),
+    [
+        ([4, 4, 4], {}, "no class has a validation image"),
+        ([40, 4], {"objective": "val/few_shot_accuracy"}, "no few_shot class has a validation image here"),
+        ([40], {}, "training images are of 1 class"),
+    ],
+)
+def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, fields, says: str) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    table = pa.table({"bytes": [str(n).encode() for n in range(len(labels))], "label": labels,
+                      "split": ["train"] * len(labels)})  # fmt: skip
+    path = str(tmp_path / "few.parquet")
+    Manifest.build(table, [f"class {n}" for n in range(len(counts))], "few").write(path)
+    with pytest.raises(ConfigError, match=says):
+        make_plan(spec(**fields).with_settings({"data.manifest": path}), None)
+
+
+def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tmp_path) -> None:
+    plan = make_plan(spec(storage=str(tmp_path)), None)
+    for share, fits in ((1.01, False), (1.03, True)):
+        assert replace(plan, free_bytes=int(share * plan.missing_bytes)).fits_disk is fits
+
+
+def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monkeypatch, tmp_path) -> None:
+    """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
+    cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.connected", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
+    made = spec(storage=str(tmp_path))
+    needed = make_plan(made, None).missing_bytes
+    monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(0.9 * needed))
+    with pytest.raises(ImbvlmError, match=r"the stored features need .* more .*; reduce features\.num_views"):
+        run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+    assert not passes
+    assert not (tmp_path / "features").exists()
+
+
+def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refused(monkeypatch, tmp_path) -> None:
+    """Features would fit, and what trials leave would fill the disk in the middle of the search."""
+    settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
+    made = spec(**settings, max_pack_size=5)
+    plan = make_plan(made, None)
+    each = file_bytes(VAL, 10)
+    assert plan_to_dict(plan)["logit_bytes"] == (2 + NUM_BEST + 2 * 5) * each
+    few = spec(**{**settings, "num_trials": 4})
+    assert max_logit_files(few, few.read_space(), 10) == 2 + 4
+    assert "logits      of validation, up to 0.4 MB" in describe_plan(plan)
+    features = plan.missing_bytes * DISK_MARGIN
+    assert plan.fits_disk
+    monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(features + 0.9 * plan.logit_bytes))
+    full = make_plan(made, None)
+    assert not full.fits_disk
+    assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
+    cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.connected", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
+    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
+                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip
+        monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri, room=room: int(room))
+        with pytest.raises(ImbvlmError, match=says):
+            run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+    assert not passes
+
+
+def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_path) -> None:
+    """What one trial reads is one output of all splits, and image embeddings of the test split for a refit."""
+    space = {"parameters": {**SPACE["parameters"], "encoder.image_size": {"choice": [64, 96]}}}
+    plan = make_plan(spec(storage=str(tmp_path), space=space), None)
+
+    def words(gigabytes: float, concurrent: int = 2) -> str:
+        copies = Copies(folder=str(tmp_path), max_gigabytes=gigabytes, of_shared_folders=True)
+        return describe_plan(
+            replace(plan, spec=plan.spec.model_copy(update={"feature_copies": copies}), concurrent=concurrent)
+        )
+
+    (one, other), num_rows = plan.towers, TRAIN + VAL + TEST
+    assert one.trial_bytes == 2 * (num_rows * one.info.pooled_width + TEST * one.info.embedding_width)
+    both = (one.trial_bytes + other.trial_bytes) / 1e9
+    assert "TOO LITTLE for trials of several towers at once, which read them in place" in words(both / 1.1)
+    assert "TOO LITTLE" not in words(both / 1.1, concurrent=1) + words(both * 1.1)
+    assert "so that trials read the features in place" in words(both / 3)
+
+
+@pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])
+def test_what_asha_runs_at_least(grace: float, factor: int, share: float) -> None:
+    scheduler = {"name": "asha", "grace_fraction": grace, "reduction_factor": factor}
+    assert asha_share(spec(trial_scheduler=scheduler)) == pytest.approx(share)
+
+
+def test_every_method_is_measured_before_any_has_two_kinds() -> None:
+    space = {"parameters": {"method": {"choice": ["linear_probe", "decoder"]},
+             "decoder.depth": {"int": [1, 4], "when": {"method": "decoder"}}}}  # fmt: skip
+    made = SweepSpec.from_tree({"name": "s", "base": {k: v for k, v in BASE.items() if k != "method"}, "space": space})
+    sample = sample_trials(made, check_spec(made))
+    assert {one.method for one in commonest_shapes(sample, 2)} == {"linear_probe", "decoder"}
+    assert len({shape_of(one) for one in commonest_shapes(sample, 9)}) == 5
+
+
+def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path) -> None:
+    """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
+    sizes = []
+    # In a process of its own: what tests have left of this one's heap would be taken before any new memory.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        for num_classes in (10, 8142):
+            labels = np.resize(np.arange(num_classes, dtype=np.int32), 10_000)
+            table = pa.table({"bytes": [str(n).encode() for n in range(12_000)],
+                              "label": np.concatenate([labels, labels[:2000]]),
+                              "split": ["train"] * 10_000 + ["val"] * 2000})  # fmt: skip
+            path = str(tmp_path / f"{num_classes}.parquet")
+            Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
+            made = spec(storage=str(tmp_path / "runs")).with_settings({"data.manifest": path, "train.batch_size": 256})
+            plan = make_plan(made, lambda *arguments: apart.submit(calibrate_here, *arguments).result())
+            (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
+            assert probe["epoch_seconds"] > 0
+            sizes.append(probe["host_bytes"])
+    width, batch, rows = 1280, 256, 2000
+    # Weights, gradients and momentum; at the least log-probabilities and the gradient of logits; validation logits.
+    grown = 4 * 3 * 8132 * width + 4 * 2 * batch * 8132 + 2 * rows * 8132
+    assert grown < sizes[1] - sizes[0] < 2 * grown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_step_measured(tmp_path) -> None:
+    """On a CPU a calibration takes steps of 8 images, and activations of 64 are eight times as much."""
+    problem = TinyImages(tmp_path)
+    trials = [problem.config("adapter", train__batch_size=size) for size in (8, 64)]
+    small, large = calibrate(trials, [], 1).trials
+    assert isinstance(small, TrialSpeed)
+    assert isinstance(large, TrialSpeed)
+    tokens, width, layers = 17, 32, 2
+    # At least what each block keeps of attention and MLP: a dozen activations.
+    assert large.host_bytes - small.host_bytes > 4 * 56 * tokens * width * layers * 12
+
+
+def test_a_limit_on_money_needs_a_price() -> None:
+    with pytest.raises(ConfigError, match="max_cost is 5, and without a price nothing has a cost"):
+        check_spec(spec(max_cost=5.0))
+    check_spec(spec(max_cost=5.0, price_per_gpu_hour=2.0))
+    check_spec(spec(max_cost=5.0, price_per_machine_hour=2.0))
+    with pytest.raises(ConfigError, match="a machine's price has its GPUs in it; set one of them"):
+        check_spec(spec(price_per_gpu_hour=2.0, price_per_machine_hour=2.0))
+
+
+def leave(capsys: pytest.CaptureFixture[str], made: SweepSpec, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        sweep_script.main(made, ["--dry-run", "--measure=no", *words])
+    captured = capsys.readouterr()
+    assert isinstance(left.value.code, int)
+    return left.value.code, captured.out, captured.err
+
+
+def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsys, monkeypatch, tmp_path) -> None:
+    """Scripts ran `--dry-run && ...`, and it left with 0 without manifest, weights or GPU."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    fits = spec(storage=str(tmp_path))
+    code, out, err = leave(capsys, fits)
+    assert (code, err) == (0, "")
+    assert "would run on " in out
+    needs_gpu = fits.with_settings({"gpus_per_worker": 8.0})
+    everything = ["--manifest=none.parquet", "--set=encoder.name=openai_vit_b32"]
+    code, out, err = leave(capsys, needs_gpu, *everything)
+    assert code == 1
+    assert out.rstrip().endswith(DRY_RUN)
+    first, *lacking = err.splitlines()
+    assert first == "imbvlm: the sweep can't run here:"
+    for says, line in zip(
+        (
+            "manifest none.parquet (NOT THERE",
+            "encoder openai_vit_b32: its weights are not here",
+            "a trial needs 8 GPUs",
+        ),
+        lacking,
+        strict=True,
+    ):
+        assert line.startswith(f"  {says}")
+    assert "NOT HERE: a trial needs 8 GPUs" in out
+    # Another machine has its own files, and as many GPUs as are asked for.
+    code, out, err = leave(capsys, needs_gpu, *everything, "--gpus=16")
+    assert (code, err) == (0, "")
+    assert "would run on another machine" in out
+    assert "16 GPUs, 2 trials at a time" in out
+    code, out, err = leave(capsys, needs_gpu, "--gpus=4")
+    assert code == 1
+    assert "can't run on another machine" in err
+    with pytest.raises(SystemExit) as left:
+        sweep_script.main(fits, ["--gpus=4"])
+    assert left.value.code == 1
+    assert "--gpus: a plan alone can be for another machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_without_times_counts_what_is_stored_already(tmp_path) -> None:
+    """With `--measure no` all of it was to be written, whatever was there."""
+    problem = TinyImages(tmp_path)
+    config = problem.config("linear_probe", features__computed_in="float32")
+    made = SweepSpec.from_tree({
+        "name": "stored", "base": {key: config.to_tree()[key] for key in ("data", "encoder", "features", "method")},
+        "space": SPACE, "storage": str(tmp_path / "runs"), "feature_folder": str(tmp_path / "features"),
+    })  # fmt: skip
+    assert plan_to_dict(make_plan(made, None))["towers"][0]["missing_bytes"] > 0
+    with extraction_in_this_process():
+        ensure_features(
+            config, Manifest.read(problem.manifest), str(tmp_path / "features"),
+            frozenset({"pooled", "image_embedding"}), ("train", "val", "test"), report=lambda text: None,
+        )  # fmt: skip
+    plan = make_plan(made, None)
+    assert plan_to_dict(plan)["towers"][0]["missing_bytes"] == 0
+    assert "features    all there already" in describe_plan(plan)

@@ -1,0 +1,186 @@
+"""Limits on trials, hours and money: counted over resumptions, the refits' share kept, and the sweep ends whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from sweep_folder import sweep_spec, write_sweep
+from test_search import TWELVE, drive, searcher
+from test_search import spec as search_spec
+from test_sweep import QUICKSTART, imbvlm, newest, run, trials
+
+from imbvlm.base.errors import ConfigError
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.refit_selection import name_earlier, refit_seconds, refits
+from imbvlm.sweep.records.trial_log import TrialLog
+
+
+def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0, machine_seconds: float = 0.0) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "spent.json").write_text(
+        json.dumps({"seconds": seconds, "gpu_seconds": gpu_seconds, "machine_seconds": machine_seconds, "phases": {}})
+    )
+    return folder
+
+
+def test_hours_of_earlier_runs_count_and_are_kept(tmp_path):
+    folder = spent(tmp_path / "a", 3590.0)
+    budget = Budget(sweep_spec(max_hours=1.0), str(folder), 0.0)
+    assert budget.exhausted() is None
+    assert budget.exhausted(keep_for_refits=True) is None
+    budget.refit_seconds = 60.0
+    assert budget.exhausted() is None
+    assert budget.exhausted(keep_for_refits=True) == "max_hours 1"
+    budget.refit_seconds, budget.test_feature_seconds = 0.0, 60.0
+    assert budget.exhausted(keep_for_refits=True) == "max_hours 1"
+    time.sleep(0.01)
+    budget.keep(now=True)
+    assert 3590 < json.loads((folder / "spent.json").read_text())["seconds"] < 3600
+    assert Budget(sweep_spec(max_hours=0.99), str(folder), 0.0).exhausted() == "max_hours 0.99"
+
+
+def test_money_is_for_all_gpus_all_the_time(tmp_path):
+    folder = spent(tmp_path / "a", 3600.0, 4 * 3600.0)
+    spec = sweep_spec(max_cost=10.0, price_per_gpu_hour=2.0)
+    budget = Budget(spec, str(folder), 4.0)
+    assert budget.cost == pytest.approx(8.0, abs=0.01)
+    assert budget.exhausted() is None
+    budget.refit_seconds = 900.0  # 4 GPUs for a quarter of an hour at 2: 2 more
+    assert budget.exhausted(keep_for_refits=True) == "max_cost 10"
+    with pytest.raises(ConfigError, match=r"this cluster has no GPU; set price_per_machine_hour in its place"):
+        Budget(spec, str(folder), 0.0)
+
+
+def test_money_is_for_all_machines_where_their_price_is_given(tmp_path):
+    folder = spent(tmp_path / "a", 3600.0, 0.0, 2 * 3600.0)
+    budget = Budget(sweep_spec(max_cost=1.0, price_per_machine_hour=0.4), str(folder), 0.0, 2)
+    assert budget.cost == pytest.approx(0.8, abs=0.001)
+    assert budget.exhausted() is None
+    budget.refit_seconds = 900.0  # two machines for a quarter of an hour at 0.4: 0.2 more
+    assert budget.exhausted(keep_for_refits=True) == "max_cost 1"
+    assert budget.describe() == "0.80 of 1"
+
+
+def test_no_trial_starts_beyond_max_trials():
+    assert len(drive(searcher(search_spec(TWELVE, num_trials=10, max_trials=4)))) == 4
+    assert len(drive(searcher(search_spec(TWELVE, num_trials=3, max_trials=4)))) == 3
+
+
+def test_the_refits_share_is_what_their_trials_took(tmp_path):
+    log = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)))
+    spec = sweep_spec()
+    winner, probe, zero_shot = refits(log, spec)
+    each = [winner.record.seconds()] * 2 + [probe.record.seconds()] * 2 + [zero_shot.record.seconds()]
+    assert refit_seconds(log, spec, 2) == max(sum(each) / 2, max(each))
+    assert refit_seconds(TrialLog("nowhere"), spec, 2) == 0
+
+
+def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path):
+    log, spec = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False))), sweep_spec()
+
+    def refit_all():
+        made = {one.trial_id(seed, log): (one, config) for one in refits(log, spec) for seed, config in one.seeded()}
+        name_earlier(log, {key: one.name for key, (one, _) in made.items()})
+        for trial_id, (one, config) in made.items():
+            if trial_id not in log.records:
+                fields = {"trial_id": trial_id, "kind": "refit", "name": one.name, "config": config.to_tree()}
+                log.save(one.record.model_copy(update=fields))
+        return list(made)
+
+    first = refit_all()
+    assert first[0] == "refit-winner-seed0"
+    assert refit_all() == first
+    better = log.best(spec.objective)[1]
+    for epoch in better.epochs:
+        epoch |= {"val/balanced_accuracy": 0.99, "val/best_balanced_accuracy": 0.99}
+    second = refit_all()
+    assert second[0] == f"refit-winner-{better.trial_id}-seed0"
+    assert second[2:] == first[2:]
+    names = {one.trial_id: one.name for one in log.of("refit")}
+    assert names["refit-winner-seed0"] == "earlier winner"
+    assert names[second[0]] == "winner"
+    assert {one.name for one in TrialLog.read(log.folder).of("refit")} == set(names.values())
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def home(ray_cluster, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("limited")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(420)
+def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home):
+    printed = run(QUICKSTART, "--smoke", "--set", "method=linear_probe", "--set", "max_trials=3", cwd=home)
+    sweep = newest(home)
+    assert "max_trials 3 is used up: 3 of 8 trials have ended; go on with: imbvlm sweep resume" in printed
+    assert "test split, read once" in printed
+    assert (sweep / "best.yaml").exists()
+    again = imbvlm("sweep", "resume", str(sweep), "--set", "max_trials=5", cwd=home)
+    assert "max_trials 5 is used up: 5 of 8 trials" in again
+    last = imbvlm("sweep", "resume", str(sweep), "--set", "max_trials=null", "--add-trials", "1", cwd=home)
+    assert "used up" not in last
+    records = trials(sweep)
+    assert sorted(key for key in records if key.startswith("t")) == [f"t{number:05d}" for number in range(1, 10)]
+    drawn = {json.dumps(one["draw"], sort_keys=True) for one in records.values() if one["kind"] == "search"}
+    assert len(drawn) == 9
+    # Each refit has read the test split once, and the readings are all there.
+    reading = json.loads((sweep / "test.json").read_text())
+    read = [trial for one in reading["readings"] for trial in one["trials"]]
+    assert sorted(read) == sorted(set(read)) == sorted(key for key, one in records.items() if one["kind"] == "refit")
+    # Of equals the earlier one.
+    best = max((one for _, one in sorted(records.items()) if one["kind"] == "search"),
+               key=lambda one: max(epoch["val/balanced_accuracy"] for epoch in one["epochs"]))  # fmt: skip
+    (winner,) = [one for one in records.values() if one["name"] == "winner"]
+    assert {**winner["config"], "train": 0} == {**best["config"], "train": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(420)
+def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(home):
+    """Long trials: what runs when time is up ends at its next epoch, and goes on from there."""
+    long = ["--set", "method=linear_probe", "--set", "train.num_epochs=400", "--set", "trial_scheduler.name=none"]
+    hours = 25 / 3600
+    printed = run(
+        QUICKSTART, "--smoke", *long, "--set", f"max_hours={hours}", "--set", "num_trials=2", cwd=home, code=1
+    )
+    sweep = newest(home)
+    assert f"max_hours {hours:g} is used up: 0 of 2 trials have ended, 2 paused; go on with: imbvlm" in printed
+    assert "no trial has ended yet" in printed
+    paused = trials(sweep)
+    assert {one["state"] for one in paused.values() if one["kind"] == "search"} == {"paused"}
+    assert "test.json" not in {path.name for path in sweep.iterdir()}
+    used = json.loads((sweep / "spent.json").read_text())["seconds"]
+    assert 10 <= used < 60
+    imbvlm("sweep", "resume", str(sweep), "--set", "max_hours=1", cwd=home)
+    after = trials(sweep)
+    for trial_id in ("t00001", "t00002"):
+        assert after[trial_id]["state"] == "finished"
+        assert [epoch["epoch"] for epoch in after[trial_id]["epochs"]] == list(range(1, 401))
+    assert json.loads((sweep / "spent.json").read_text())["seconds"] > used
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(420)
+def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home):
+    """At 36 an hour the machine costs 0.01 a second: 1 of money is 100 seconds, the refits' share kept."""
+    endless = ["--set", "method=linear_probe", "--set", "num_trials=500", "--set", "max_pack_size=1"]
+    priced = ["--set", "price_per_machine_hour=36", "--set", "max_cost=1"]
+    printed = run(QUICKSTART, "--smoke", *endless, "--set", "train.num_epochs=40", *priced, cwd=home)
+    sweep = newest(home)
+    assert "max_cost 1 is used up: " in printed
+    assert "go on with: imbvlm sweep resume" in printed
+    assert "test split, read once" in printed
+    assert (sweep / "best.yaml").exists()
+    used = json.loads((sweep / "spent.json").read_text())
+    assert used["machine_seconds"] == used["seconds"]
+    assert 0.7 < 36 * used["machine_seconds"] / 3600 < 1.5
+    assert all(one["state"] in ("finished", "stopped", "paused") for one in trials(sweep).values())

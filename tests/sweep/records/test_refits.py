@@ -1,0 +1,75 @@
+"""What is trained again for the test split: with what the search chose on validation, of which a refit has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+
+OBJECTIVE = "val/balanced_accuracy"
+BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"}
+SPEC = SweepSpec(name="s", base=BASE, space={"parameters": {}}, refit_seeds=[3, 4])
+
+
+def record(trial_id: str, values: list[float], config: dict[str, Any] | None = None, **fields: Any) -> TrialRecord:
+    epochs = [
+        {"epoch": float(number), OBJECTIVE: value, "val/best_balanced_accuracy": max(values[:number])}
+        for number, value in enumerate(values, 1)
+    ]
+    tree = TrialConfig.from_tree({**BASE, **(config or {})}).to_tree()
+    given = {"kind": "search", "state": "finished", "config": tree, "epochs": epochs, **fields}
+    return TrialRecord(trial_id=trial_id, **given)
+
+
+def log_of(folder: Path, *records: TrialRecord) -> TrialLog:
+    log = TrialLog(str(folder))
+    for one in records:
+        log.save(one)
+    return log
+
+
+NORMALIZED = {"classifier": {"kind": "linear"}, "second_stage": {"name": "tau_normalization"}}
+
+
+def test_the_winner_is_refitted_at_its_configured_length_with_each_seed(tmp_path: Path) -> None:
+    log = log_of(tmp_path, record("t1", [0.2, 0.6, 0.5]), record("t2", [0.4]))
+    (winner,) = refits(log, SPEC)
+    assert (winner.name, winner.record.trial_id) == ("winner", "t1")
+    assert [(seed, config.train.seed, config.train.num_epochs) for seed, config in winner.seeded()] == [
+        (3, 3, 10),
+        (4, 4, 10),
+    ]
+
+
+def test_a_tau_that_validation_chose_is_set_in_the_refit(tmp_path: Path) -> None:
+    one = record("t1", [0.2, 0.6], NORMALIZED)
+    one.epochs[-1]["second_stage/tau"] = 0.45
+    (winner,) = refits(log_of(tmp_path, one), SPEC)
+    assert winner.config.second_stage.tau == 0.45
+    configured = record("t2", [0.7], {**NORMALIZED, "second_stage": {"name": "tau_normalization", "tau": 0.3}})
+    (winner,) = refits(log_of(tmp_path, one, configured), SPEC)
+    assert (winner.record.trial_id, winner.config.second_stage.tau) == ("t2", 0.3)
+
+
+def test_a_trial_that_was_stopped_before_it_chose_tau_does_not_win(tmp_path: Path) -> None:
+    stopped = record("t1", [0.9], NORMALIZED, state="stopped")
+    (winner,) = refits(log_of(tmp_path, stopped, record("t2", [0.4])), SPEC)
+    assert winner.record.trial_id == "t2"
+
+
+def test_baselines_take_as_long_as_their_best_took_and_zero_shot_one_seed(tmp_path: Path) -> None:
+    probe = record("b2", [0.1, 0.5, 0.4], {"method": "linear_probe"}, kind="baseline", name="linear probe")
+    other = record("b3", [0.3], {"method": "linear_probe"}, kind="baseline", name="linear probe b")
+    zero_shot = record("b1", [0.2], {"method": "zero_shot"}, kind="baseline", name="zero-shot")
+    found = refits(log_of(tmp_path, record("t1", [0.6]), probe, other, zero_shot), SPEC)
+    assert [(one.name, one.seeds) for one in found] == [
+        ("winner", (3, 4)),
+        ("linear probe", (3, 4)),
+        ("zero-shot", (0,)),
+    ]
+    assert found[1].config.train.num_epochs == 2
+    assert found[2].seeded() == [(0, found[2].config)]

@@ -1,0 +1,598 @@
+"""A report says what the sweep has found and no more, in one page that asks the network for nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sweep_folder import sweep_spec, write_sweep
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import duration
+from imbvlm.cli.sweep_listing import show_text
+from imbvlm.data.manifest import Manifest
+from imbvlm.sweep.records.difference import Difference
+from imbvlm.sweep.records.quarantine_list import write_quarantine
+from imbvlm.sweep.records.resource_usage import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
+from imbvlm.sweep.records.summary_tables import pareto_records
+from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.report.plotting import Drawing, png, spread
+from imbvlm.sweep.report.report_content import build
+from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_statistics import importances, pareto_front, rank_correlation, rungs
+from imbvlm.sweep.report.report_writer import parts, write_report
+from imbvlm.sweep.report.score_tables import compared_classes
+
+COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
+LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its tags close."""
+
+    VOID = frozenset({"meta", "link", "img", "path", "circle", "polygon", "rect", "line", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for key, value in attrs if key in ("src", "href", "srcset", "xlink:href", "data")]
+        if tag not in self.VOID and tag != "li":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID and tag != "li":
+            assert self.open.pop() == tag
+
+
+def page_of(folder: Path) -> str:
+    return Path(write_report(str(folder))).read_text(encoding="utf-8")
+
+
+def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
+    text = page_of(write_sweep(tmp_path / "made", COUNTS))
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(one.startswith(("#", "data:")) for one in page.references)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert len(text) < 1_000_000
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"read_at": "today"}', '{"read_at": "", "scores": 3, "readings": []}'])
+def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_path, damage):
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
+    (folder / "test.json").write_text(damage)
+    with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*; remove it, .* imbvlm sweep resume {folder}"):
+        Source.read(str(folder))
+
+
+def test_averages_that_leave_classes_out_say_so(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
+    assert "Averages are over" not in page_of(folder)
+    for path in (folder / "refits").glob("*/per_class.json"):
+        content = json.loads(path.read_text())
+        test = content["splits"]["test"]
+        test["correct"][0] = test["total"][0] = 0
+        test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
+        path.write_text(json.dumps(content))
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "scores"]
+    num_classes = len(COUNTS)
+    assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
+
+
+def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
+    report = build(Source.read(str(folder)))
+    assert report.is_win
+    assert re.fullmatch(
+        r"The winner is \d+\.\d points above linear probe in balanced accuracy on the test split "
+        r"\(95 % interval \+\d+\.\d to \+\d+\.\d; mean of 2 seeds, their spread \d\.\d\)\.", report.statement
+    )  # fmt: skip
+    # The error is 1.0 of each, so that 2.8 points of either side are in the interval.
+    gain, low, high = (float(one) for one in re.findall(r"\d+\.\d", report.statement)[:3])
+    assert (gain - low, high - gain) == pytest.approx((2.8, 2.8), abs=0.11)
+    assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.beside)
+    facts = {fact.label: fact for fact in report.facts}
+    assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
+    assert [note.rpartition(" ")[0] for note in facts["few-shot"].notes] == ["linear probe", "zero-shot"]
+    shown = show_text(SweepState.read(str(folder)))
+    assert f"{report.statement} {report.beside}" in shown
+
+
+@pytest.mark.parametrize(
+    ("points", "words"), [(2.05, "+2.0 points from"), (2.9, "2.9 points above"), (-2.9, "2.9 points below")]
+)
+def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
+    """At 1.45 standard errors, 2.05 points here, nothing is shown."""
+    difference = Difference.of("linear probe", points / 100, [0.01, 0.01])
+    assert difference.words == f"{words} linear probe"
+    assert difference.is_win == (points > 2.78)
+    assert not Difference.of("linear probe", points / 100, [0.01, None]).is_win
+
+
+def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4, adjusted={"linear probe": 0.99})
+    report = build(Source.read(str(folder)))
+    assert not report.is_win
+    assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.statement)
+    assert "post hoc: logits adjusted after training" in report.beside.lower()
+    (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
+    assert "linear probe, post hoc" in {row[0] for row in bars.data}
+    (table,) = [one for one in parts(report)[1] if one.name == "margins"]
+    assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
+
+
+def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path):
+    """Tiles and class figures had the winner as trained while the verdict and `imbvlm export` have it adjusted."""
+    adjusted = {"winner": 0.99, "linear probe": 0.6}
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
+    report = build(source)
+    figures, tables = ({one.name: one for one in found} for found in parts(report))
+    ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
+    assert report.facts[0].value == f"{100 * np.mean(ours):.1f} %"
+    names = ["as trained", "linear probe", "linear probe, post hoc", "zero-shot"]
+    assert [note.rpartition(" ")[0] for note in report.facts[0].notes] == names
+    assert report.statement.startswith("The winner, post hoc, is ")
+    # A user who counts what predict says of the test images has one seed's model.
+    assert (
+        f"those of seed 0: counting what imbvlm predict gives for the test images finds balanced {100 * ours[0]:.1f}"
+        in (report.facts_note)
+    )
+    for name in ("class_size", "sorted_classes"):
+        assert [*dict.fromkeys(row[0] for row in figures[name].data[1:])] == (
+            ["winner, post hoc", "linear probe, post hoc", "zero-shot"]
+        )
+    assert tables["class_groups"].caption.endswith("winner, post hoc beside linear probe, post hoc.")
+    mean = np.mean([float(cell) for cell in (row[4] for row in tables["per_class"].rows)])
+    assert list(tables["per_class"].header[4:6]) == ["winner_accuracy", "winner, post hoc_accuracy"]
+    assert mean == pytest.approx(np.mean(source.winner.values("test/balanced_accuracy")), abs=1e-4)
+    after = source.winner.classes
+    assert (after.correct / after.total).mean() == pytest.approx(np.mean(ours))
+    assert source.classes is after
+    text = page_of(tmp_path / "made")
+    assert text.count("Post hoc: logits adjusted after training") == 1
+
+
+def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, adjusted={"winner": 0.99})
+    for path in (folder / "refits").glob("*/per_class.json"):
+        content = json.loads(path.read_text())
+        content["splits"]["test"].pop("adjusted", None)
+        path.write_text(json.dumps(content))
+    figures = {one.name: one for one in parts(build(Source.read(str(folder))))[0]}
+    assert figures["class_size"].data[1][0] == "winner"
+    assert "has kept its classes as trained" in figures["class_size"].caption
+
+
+def test_a_gain_within_the_interval_is_no_win(tmp_path):
+    report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
+    assert not report.is_win
+    assert report.statement.startswith("No win is shown")
+
+
+def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    report = build(Source.read(str(folder)))
+    assert "on validation" in report.statement
+    assert report.beside.startswith("No test split has been scored: it takes images in a folder test/")
+    facts = {fact.label: fact for fact in report.facts}
+    assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
+    assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")
+    assert "Test split" not in page_of(folder)
+
+
+def test_a_sweep_that_has_just_begun_has_a_page(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
+    (folder / "trials" / "t00001.json").unlink()
+    assert "No trial has given a result yet" in page_of(folder)
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(ImbvlmError, match=r"has no sweep\.yaml"):
+        write_report(str(tmp_path))
+    write_sweep(tmp_path / "made", COUNTS, refits=False)
+    shutil.rmtree(tmp_path / "made" / "trials")
+    with pytest.raises(ImbvlmError, match="no trial yet"):
+        write_report(str(tmp_path / "made"))
+
+
+def test_a_page_of_8142_classes_is_small_and_quick(tmp_path):
+    """Aggregated: no mark, row or name for each class."""
+    folder = write_sweep(tmp_path / "made", LONG_TAIL)
+    started = time.perf_counter()
+    text = page_of(folder)
+    assert time.perf_counter() - started < 20
+    assert len(text) < 1_000_000
+    assert sum(f">class {number}<" in text for number in range(len(LONG_TAIL))) < 60
+
+
+def test_hostile_names_are_words(tmp_path):
+    names = [f"<script>alert({number})</script>\"'&" for number in range(len(COUNTS))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    page = Page(page_of(folder))
+    assert "script" not in page.tags
+    assert page.open == []
+
+
+def test_quarantined_files_are_counted_by_class(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    lines = ["split,row,path,reason,label,class_name,shot_group"]
+    lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
+    (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "quarantine_by_class"]
+    assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
+    assert "Left out: 3 files that could not be decoded." in page_of(folder)
+    (folder / "quarantine.csv").write_text("\n".join(lines[:2]) + "\n")
+    assert "Left out: 1 file that could not be decoded." in page_of(folder)
+
+
+def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):
+    """A spreadsheet would run a class called =1+1; -3.2 of a table is a number."""
+    names = ["=1+1", "+1", "-2", "@sum", *(f"class {number}" for number in range(4, len(COUNTS)))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    rows = [{"split": "train", "row": 3, "path": "-x.jpg", "reason": "cut", "label": 1, "class_name": "+1"}]
+    write_quarantine(str(folder), [{**rows[0], "shot_group": "many_shot"}])
+    assert (folder / "quarantine.csv").read_text().splitlines()[1] == "train,3,'-x.jpg,cut,1,'+1,many_shot"
+    source = Source.read(str(folder))
+    assert (source.quarantine[0]["path"], source.quarantine[0]["class_name"]) == ("-x.jpg", "+1")
+    tables = {one.name: list(csv.reader(one.csv().splitlines())) for one in parts(build(source))[1]}
+    assert [row[0] for row in tables["per_class"][1:5]] == ["'=1+1", "'+1", "'-2", "'@sum"]
+    assert tables["quarantine_by_class"][1][0] == "'+1"
+    assert all(cell.startswith("+") for row in tables["gained"][1:] for cell in row[-1:])
+    assert all(re.match(r"[+-]\d", cell) for row in tables["margins"][1:] for cell in row[1:5])
+
+
+def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path):
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    counts = manifest.class_stats().split_counts.tolist()
+    folder = write_sweep(tmp_path / "made", counts, class_names=list(manifest.class_names))
+    assert "<img" not in page_of(folder)
+    spec = (folder / "sweep.yaml").read_text().replace("gone.parquet", "embedded:fashion_mnist_lt")
+    (folder / "sweep.yaml").write_text(spec)
+    assert page_of(folder).count('<img src="data:image/webp;base64,') >= 12
+
+
+def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
+    adaptive = page_of(write_sweep(tmp_path / "tpe", COUNTS))
+    assert "What may have mattered" in adaptive
+    assert "A hint, not a finding" in adaptive
+    random = page_of(write_sweep(tmp_path / "random", COUNTS, searcher={"name": "random"}))
+    assert "drawn at random" in random
+    assert "not a finding" not in random
+    stratified = page_of(write_sweep(tmp_path / "even", COUNTS, stratify=["loss.name"]))
+    assert "Each choice of loss.name got the same number of trials" in stratified
+    assert "By loss.name" in stratified
+
+
+def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path):
+    found = importances(Source.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
+    assert found[0].key == "loss.name"
+    assert sum(one.share for one in found) == pytest.approx(1)
+    assert {one.key for one in found} == {"loss.name", "method", "decoder.depth", "optim.lr"}
+
+
+def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    saved = saved_by_stopping(source.log.of("search"))
+    assert (saved.num_stopped, saved.epochs, saved.planned_epochs) == (6, 6 * 8, 24 * 12)
+    assert saved.seconds == pytest.approx(6 * 8 * 2)
+    (rung,) = rungs(source)
+    assert rung.num_trials == 18
+    assert rung.correlation == pytest.approx(1)
+
+
+def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    log = TrialLog.read(str(folder))
+    probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
+    (key,) = {pace_key(one.trial_config()) for one in probes}
+    phases = {"start": 10.0, "features": 20.0, "trials": 70.0, "refits": 30.0}
+    spent = {"seconds": 130.0, "gpu_seconds": 520.0, "machine_seconds": 130.0, "phases": phases}
+    plan = {
+        "seconds": {
+            "features": 15.0,
+            "baselines": [2.0, 20.0],
+            "trials": [40, 60],
+            "refits": [9, 9],
+            "total": [66, 104],
+        }
+    }
+    assert "Where the time went" not in page_of(folder)
+    for name, content in (("spent", spent), ("paces", {"num_train": 500, "seconds": {key: 0.01}}), ("plan", plan)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    compute = Compute.read(str(folder), sweep_spec(), log)
+    saved = saved_by_store(compute)
+    epochs = sum(len(one.epochs) for one in probes)
+    assert (saved.num_epochs, saved.num_read, saved.num_seen) == (epochs, 500 * epochs, 500)
+    assert saved.tower_seconds == pytest.approx(5 * epochs)
+    # Four GPUs stood by all the time.
+    words = f"spared about {duration(5 * epochs - 20)} ({4 * (5 * epochs - 20) / 3600:.3g} GPU-hours): trials read "
+    assert compute_text(compute).splitlines()[1].startswith(f"feature store: {words}")
+    assert compute_text(compute).splitlines()[0] == (
+        "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
+        "and trials 1 min 10 s, refits and test split 30 s"
+    )
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "time"]
+    assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
+    assert words.replace("spared", "Spared", 1) in page_of(folder)
+    # A store that costs more than it spares is no gain.
+    (folder / "paces.json").write_text(json.dumps({"num_train": 1, "seconds": {key: 1e-6}}))
+    assert "feature store: spared nothing here" in compute_text(Compute.read(str(folder), sweep_spec(), log))
+
+
+def test_a_front_has_no_trial_that_is_slower_and_worse():
+    assert pareto_front([3, 1, 2, 2, 5], [0.9, 0.5, 0.4, 0.6, 0.8]) == [1, 3, 0]
+    assert pareto_front([], []) == []
+
+
+def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), st.booleans(), st.integers(2, 8))
+def test_axes_have_ticks_inside_whatever_the_values(values, log, wanted):
+    scale = spread(values, 0, 100, log=log)
+    ticks = scale.ticks(wanted)
+    assert 1 <= len(ticks) <= 3 * wanted
+    assert all(-1 <= scale(tick) <= 101 for tick in ticks)
+    assert all(0 <= scale(value) <= 100 for value in values)
+
+
+def test_a_folder_gets_every_figure_and_table(tmp_path):
+    names = ["50 % & more_or_less", *(f"class {number}" for number in range(1, len(COUNTS)))]
+    folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
+    page = Path(write_report(str(folder), str(tmp_path / "out")))
+    assert page == tmp_path / "out" / "report.html"
+    figures = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    wanted = {"shot_groups", "class_size", "sorted_classes", "calibration", "history", "cost", "few_shot", "rung"}
+    assert wanted | {"importance", "parallel", "slice_optim_lr"} <= figures
+    for name in figures:
+        place = tmp_path / "out" / "figures" / name
+        with Image.open(place.with_suffix(".png")) as picture:
+            assert picture.width >= 1000
+            # Drawn, not only a white page: text and marks have many shades.
+            assert len(picture.convert("L").getcolors()) > 20
+        with open(place.with_suffix(".csv"), newline="") as stream:
+            header, *numbers = csv.reader(stream)
+        assert numbers
+        assert {len(row) for row in numbers} == {len(header)}
+    with open(tmp_path / "out" / "tables" / "per_class.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["training_images"]) for row in rows] == COUNTS
+    assert rows[0]["class"] == names[0]
+    latex = (tmp_path / "out" / "tables" / "scores.tex").read_text()
+    assert latex.startswith("\\begin{tabular}{lcccc")
+    assert re.search(r"^winner & [\d.]+ \$\\pm\$ [\d.]+ .* & 2 & 1 \\\\$", latex, re.MULTILINE)
+
+
+def test_a_figures_numbers_are_those_of_the_records(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    figures = {one.name: list(csv.DictReader(one.csv().splitlines())) for one in parts(build(source))[0]}
+    best = max(value for _, value in source.valued())
+    assert max(float(row["objective"]) for row in figures["cost"]) == pytest.approx(best, abs=1e-5)
+    front = [float(row["objective"]) for row in figures["cost"] if row["on_front"] == "True"]
+    assert max(front) == pytest.approx(best, abs=1e-5)
+    winner = [row for row in figures["shot_groups"] if row["what"] == "winner" and row["group"] == "few"]
+    assert float(winner[0]["accuracy"]) == pytest.approx(
+        sum(source.winner.values("test/few_shot_accuracy")) / 2, abs=1e-5
+    )
+
+
+def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
+    (probe,) = [one for one in source.references if one.name == "linear probe"]
+    row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
+    for group, heading in (("top1", "overall"), ("few_shot", "few")):
+        ours, theirs = (one.values(f"test/{group}_accuracy") for one in (source.winner, probe))
+        gain, spread_ = (
+            100 * (np.mean(ours) - np.mean(theirs)),
+            100 * np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)),
+        )
+        assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
+    assert re.fullmatch(r"\[\+\d+\.\d, \+\d+\.\d\]", row["95 % interval (balanced)"])
+
+
+def test_several_objectives_have_their_pareto_set(tmp_path):
+    few = "val/few_shot_accuracy"
+    assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
+    source = Source.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "pareto"]
+    assert list(table.header[2:]) == ["val/balanced_accuracy", few]
+    found = [one.trial_id for one in pareto_records(source.log, source.spec)]
+    assert [row[0] for row in table.rows] == found
+    assert found[0] == source.log.best("val/balanced_accuracy")[0].trial_id
+
+
+def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
+    ours, theirs, *_ = compared_classes(source)
+    gain = ours.correct / ours.total - theirs.correct / theirs.total
+    for row in table.rows:
+        labels = getattr(ours.stats, row[0].replace("-", "_"))
+        never = [int((one.correct[labels] == 0).sum()) for one in (ours, theirs)]
+        found = [len(labels), int((gain[labels] > 0).sum()), int((gain[labels] < 0).sum()), *never]
+        assert [int(cell) for cell in row[1:]] == found
+    assert sum(int(row[1]) for row in table.rows) == len(COUNTS)
+
+
+def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    assert "over several seeds" not in page_of(folder)
+    log = TrialLog.read(str(folder))
+    first = log.best("val/balanced_accuracy")[0]
+    value = first.best_value("val/best_balanced_accuracy")
+    again = first.model_copy(
+        deep=True, update={"trial_id": f"{first.trial_id}-seed1", "kind": "confirm", "name": first.trial_id}
+    )
+    again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
+    again.epochs = again.epochs[-1:]
+    log.save(again)
+    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "over_seeds"]
+    assert table.rows[0][0] == first.trial_id
+    assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
+
+
+def test_calibration_shows_the_winner_as_it_is_exported_too(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    assert "winner, post hoc" not in page_of(folder)
+    for path in folder.glob("refits/refit-winner-*/per_class.json"):
+        content = json.loads(path.read_text())
+        content["splits"]["test"]["adjusted_confidence_bins"] = np.array([[9.0] * 15, [7.0] * 15, [7.0] * 15]).tolist()
+        path.write_text(json.dumps(content))
+    assert "winner, post hoc" in page_of(folder)
+
+
+def test_the_command_prints_where_the_page_is(tmp_path):
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    command = [sys.executable, "-m", "imbvlm", "report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{folder}/report.html\n"
+    # The manifest of this folder never was there.
+    (note,) = done.stderr.splitlines()
+    assert note.startswith("imbvlm: Not all images of confused pairs are shown: the manifest gone.parquet of the sweep")
+
+
+def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
+    heights = []
+    for size in (6, 24):
+        drawing = Drawing(60, 40)
+        drawing.text(5, 30, "H", size=size)
+        ink = np.asarray(Image.open(io.BytesIO(png(drawing.svg("a letter", alone=True)))).convert("L")) < 128
+        heights.append(ink.any(axis=1).sum())
+    assert 3 * heights[0] < heights[1] < 5 * heights[0]
+
+
+def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
+    """The winner's blue was the first method's in Search, and no figure there showed the winner."""
+    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
+    best = source.best.trial_id
+    for name in ("history", "cost", "few_shot", "rung", "slice_optim.lr", "slice_method", "parallel"):
+        text = figures[name]
+        blue = re.findall(r'<(?:path|circle|polygon) class="c0[^>]*>(?:<title>([^<]*))?', text)
+        titles = [one for one in blue if one]
+        assert len(titles) == 1, name
+        assert best in titles[0], name
+        # The first two colors after the winner's are the baselines', and those of their methods.
+        marks = set(re.findall(r'class="(c[1-9])[^>]*><title>t\d+: [^(]*\((linear probe|decoder)', text))
+        assert marks == (set() if name == "parallel" else {("c1", "linear probe"), ("c3", "decoder")}), name
+    assert re.search(r'<rect class="c1"[^>]*><title>linear probe, overall', figures["shot_groups"])
+
+
+def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path):
+    text = page_of(write_sweep(tmp_path / "made", COUNTS))
+    assert "encoder tinylit_lite0 at 128 x 128 pixels" in text[: text.index("<main>")]
+    words = re.sub("<pre.*?</pre>|<style.*?</style>", "", text, flags=re.DOTALL)
+    assert not re.findall("PED-ANOVA|by the trial scheduler|linear_probe|cross_entropy", words)
+    folder = write_sweep(tmp_path / "gone", COUNTS, num_trials=1)
+    record = folder / "trials" / "t00001.json"
+    record.write_text(record.read_text().replace("tinylit_lite0", "local-dir:gone"))
+    assert build(Source.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
+
+
+def test_what_scrolls_shows_it():
+    """On a phone tables were cut off without a sign: a shadow stays at the edge where there is more."""
+    style = files("imbvlm.sweep.report").joinpath("report.css").read_text()
+    (rule,) = re.findall(r"\.scroll\{[^}]*\}", style)
+    assert rule.count(" local") == rule.count(" scroll") == 2
+
+
+def test_pale_lines_cost_what_solid_ones_do():
+    """Opacity on a line that crosses the drawing made a picture of its own for each: 45 s for a thousand trials."""
+    seconds = []
+    for style in ("c0 thread", "faint thread"):
+        drawing = Drawing(1000, 360)
+        for number in range(30):
+            drawing.line([(0, number), (500, 350 - number), (1000, 5 * number)], style, width=1)
+        started = time.process_time()
+        png(drawing.svg("lines", alone=True))
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 4 * seconds[0]
+
+
+# ------------------------------------------------------------------------------------------------- in a browser
+
+
+def chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on this machine; install it to see the report opened")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr"]
+    return subprocess.run([program, *quiet, *arguments], capture_output=True, text=True, timeout=100, check=True)
+
+
+def opened(page: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Lines of the console, and URLs of http(s) that were asked for."""
+    log = tmp_path / "net.json"
+    done = chromium(f"--log-net-log={log}", "--dump-dom", page.as_uri())
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # Chromium asks for things of its own besides; what a page asks for has this annotation (blink_resource_loader).
+    asked = re.findall(r'"traffic_annotation":101845102,"url":"(https?://[^"]+)"', log.read_text())
+    return console, asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [COUNTS, LONG_TAIL], ids=["10 classes", "8142 classes"])
+def test_chromium_opens_it_without_an_error_or_a_request(tmp_path, counts):
+    folder = write_sweep(tmp_path / "made", counts)
+    assert opened(Path(write_report(str(folder))), tmp_path) == ([], [])
+    # The same look does see a page that asks and complains.
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("no")</script>')
+    console, asked = opened(bad, tmp_path)
+    assert console
+    assert "http://127.0.0.1:9/x.png" in asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(tmp_path, width):
+    """Wide tables and figures scroll by themselves; the page doesn't."""
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    text = Path(write_report(str(folder))).read_text()
+    probe = tmp_path / "probe.html"
+    frame = json.dumps(text).replace("</", "<\\/")
+    # A frame of that width: headless windows have a least width of their own.
+    probe.write_text(
+        f'<iframe id="f" width="{width}" height="900"></iframe><p id="out"></p><script>'
+        f"const f=document.getElementById('f');f.onload=()=>{{const d=f.contentDocument.documentElement;"
+        f"document.getElementById('out').textContent='widths '+d.scrollWidth+' '+d.clientWidth}};"
+        f"f.srcdoc={frame}</script>"
+    )
+    done = chromium("--dump-dom", "--virtual-time-budget=5000", probe.as_uri())
+    found = re.search(r"widths (\d+) (\d+)", done.stdout)
+    assert found is not None
+    assert int(found[1]) <= int(found[2]) <= width

@@ -1,0 +1,121 @@
+"""A sweep's manifest is found from any working directory, and its path may be written in more than one way."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from sweep_folder import sweep_spec, write_sweep
+from tiny_images import PER_CLASS, image_manifest
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.cli import sweep_script
+from imbvlm.sweep.records.earlier_sweeps import choose_fork, warm_starts
+from imbvlm.sweep.records.sweep_folder import read_spec
+from imbvlm.sweep.report.report_writer import write_report
+from imbvlm.sweep.spec.equivalence import canonical_key
+from imbvlm.sweep.spec.manifest_path import locate_manifest, with_absolute_paths
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+
+COUNTS = [30, 12, 6, 3, 0]
+DRAW = {"method": "linear_probe", "loss.name": "cross_entropy", "optim.lr": 0.1}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project with a manifest and a sweep as version 0.1 wrote it, and a working directory elsewhere."""
+    image_manifest(tmp_path / "home" / "images")
+    monkeypatch.setattr("sweep_folder.TEST_PER_CLASS", PER_CLASS)
+    write_sweep(tmp_path / "home" / "runs" / "made-1", COUNTS, base=base("images/manifest.parquet"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "home"
+
+
+def base(manifest):
+    return {"data": {"manifest": manifest}, "encoder": {"name": "tinylit_lite0"}, "train": {"num_epochs": 12}}
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    sweep_script.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[SweepSpec]:
+    """The specs of the sweeps that were run."""
+    specs: list[SweepSpec] = []
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.run", lambda spec, folder, console: specs.append(spec))
+    return specs
+
+
+def test_a_sweeps_paths_are_absolute_from_its_start_on(home, monkeypatch, ran):
+    monkeypatch.chdir(home)
+    spec = sweep_spec(base=base("images/manifest.parquet"), feature_folder="features")
+    assert sweep_script.run_command(spec, options()) == 0
+    (local,) = ran
+    remote = with_absolute_paths(sweep_spec(base=base("embedded:fashion_mnist_lt"), storage="s3://b/k"))
+    assert local.base["data"]["manifest"] == str(home / "images" / "manifest.parquet")
+    assert (local.storage, local.feature_folder) == (str(home / "runs"), str(home / "features"))
+    assert remote.base["data"]["manifest"] == "embedded:fashion_mnist_lt"
+    assert remote.storage == "s3://b/k"
+
+
+def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(home, monkeypatch, ran):
+    folder, manifest = str(home / "runs" / "made-1"), str(home / "images" / "manifest.parquet")
+    assert sweep_script.resume_command(folder) == 0
+    monkeypatch.chdir(home)
+    for typed in ("images/manifest.parquet", manifest):
+        assert sweep_script.run_command(sweep_spec(base=base(typed)), options(f"--resume={folder}")) == 0
+    assert sweep_script.run_command(sweep_spec(base=base("images/other.parquet")), options(f"--resume={folder}")) == 1
+    assert [spec.base["data"]["manifest"] for spec in ran] == [manifest] * 3
+
+
+def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
+    folder = str(home / "runs" / "made-1")
+    relative, absolute = read_spec(folder), sweep_spec(base=base(str(home / "images" / "manifest.parquet")))
+    assert canonical_key(relative.trial(DRAW)) == canonical_key(absolute.trial(DRAW))
+    assert sweep_script.spec_differences(relative, with_absolute_paths(relative)) == []
+    fork = choose_fork(folder, absolute, absolute.read_space(), [])
+    # The helper's second baseline is not of this space.
+    assert [record.kind for record, _ in fork.kept].count("search") == 24
+    (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}), absolute.read_space())
+    assert start.other_manifest is None
+
+
+def test_a_report_has_its_images_from_anywhere_or_says_why_not(home, tmp_path):
+    folder, notes = str(home / "runs" / "made-1"), list[str]()
+    page = Path(write_report(folder, str(tmp_path / "page.html"), say=notes.append)).read_text()
+    assert "data:image/webp" in page
+    assert notes == []
+    manifest = (home / "images" / "manifest.parquet").rename(tmp_path / "images.parquet")
+    page = Path(write_report(folder, str(tmp_path / "page.html"), say=notes.append)).read_text()
+    assert "data:image/webp" not in page
+    (note,) = notes
+    assert note.startswith("Not all images of confused pairs are shown: the manifest images/manifest.parquet of the")
+    assert f"is not at {home}/images/manifest.parquet or {tmp_path}/elsewhere/images/manifest.parquet; put it" in note
+    assert "Not all images of confused pairs are shown" in page
+    page = Path(write_report(folder, str(tmp_path / "page.html"), str(manifest), notes.append)).read_text()
+    assert "data:image/webp" in page
+
+
+def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_directory(home, monkeypatch, tmp_path):
+    spec, folder = read_spec(str(home / "runs" / "made-1")), str(home / "runs" / "made-1")
+    other = image_manifest(tmp_path / "elsewhere" / "images")
+    assert locate_manifest(spec, folder) == str(home / "images" / "manifest.parquet")
+    (home / "images" / "manifest.parquet").unlink()
+    assert locate_manifest(spec, folder) == other
+    # Nothing is implied where the storage was absolute and the manifest wasn't.
+    Path(other).unlink()
+    with pytest.raises(ImbvlmError, match=f"is not at {other}; put it back"):
+        locate_manifest(spec.with_settings({"storage": str(home / "runs")}), folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [("gone.parquet", "the manifest gone.parquet is not there"), ("gs://b/k", "gs://b/k: only local paths and s3://")],
+)
+def test_a_given_manifest_that_isnt_there_is_an_error_of_the_report(home, given, match):
+    with pytest.raises(ImbvlmError, match=match):
+        write_report(str(home / "runs" / "made-1"), "report.html", given)
+    assert not Path("report.html").exists()

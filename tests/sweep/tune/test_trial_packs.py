@@ -1,0 +1,284 @@
+"""A pack is several trials to everybody but Tune: the same records, stops and values as for each by itself."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from ray.tune import TuneError
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from tiny_data import tiny_config, tiny_features
+
+from imbvlm.base.console import Console
+from imbvlm.base.errors import DiskFullError
+from imbvlm.base.schema import Tree
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.sweep.records.adjustment_selection import logits_file
+from imbvlm.sweep.records.budget import Budget
+from imbvlm.sweep.records.summary_tables import NUM_BEST
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.tune.asha_brackets import asha
+from imbvlm.sweep.tune.in_process_trial import InProcessTrial
+from imbvlm.sweep.tune.jobs import Job, Lane, payload
+from imbvlm.sweep.tune.pack_members import PackCallback, Packs, PackScheduler, PackSearcher
+from imbvlm.sweep.tune.progress_callback import ProgressCallback, _cause, _failures
+from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, _of_storage, _tune_settings
+from imbvlm.training.trial_pack import PACKED
+from imbvlm.training.trial_session import TrialSettings
+
+BEST = "val/best_balanced_accuracy"
+STOP = TrialScheduler.STOP
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SPACE = {
+    "loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
+    "classifier.kind": {"choice": ["linear", "cosine"]},
+    "optim.lr": {"loguniform": [1e-4, 0.5]},
+}
+
+
+def make_spec(num_trials: int = 12, method: str = "linear_probe", **fields: Any) -> SweepSpec:
+    base = tiny_config(method, train__num_epochs=6).to_tree()
+    base = {key: value for key, value in base.items() if key not in ("loss", "classifier")}
+    return SweepSpec.from_tree(
+        {"name": "packs", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
+         "searcher": {"name": "random"}, **fields}
+    )  # fmt: skip
+
+
+class Tune:
+    """What Tune's controller does with a searcher, a scheduler, a callback and a trainable, in this process."""
+
+    def __init__(
+        self, folder: Path, features: FeatureSet, spec: SweepSpec, size: int, jobs: Sequence[Job] = ()
+    ) -> None:
+        self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
+        budget = Budget(spec, str(folder), 0.0)
+        self.printed = io.StringIO()
+        lane = Lane(spec, str(folder), self.log, Console(self.printed), 1, budget, 10)
+
+        def settings(job: Job) -> TrialSettings:
+            checkpoints = str(folder / "checkpoints" / job.trial_id)
+            logits = logits_file(str(folder), job.trial_id)
+            return TrialSettings(
+                job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
+            )
+
+        self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
+        self.searcher = PackSearcher(self.study, self.packs, lambda config: size)
+        self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
+        progress = ProgressCallback(
+            self.log, lane.console, BEST, "search", 12, budget, lambda: None, lane.prune_logits, {}, ""
+        )
+        self.callback = PackCallback([progress], self.packs)
+        self.sizes: list[int] = []
+        self.logits, self.num_logits = folder / "logits", list[int]()
+        self.ids = (f"tune{number}" for number in itertools.count())
+
+    def run(self, at_once: int = 1) -> None:
+        """So many Tune trials step by turns; the next ones start when all of them have ended."""
+        while trials := [one for one in (self.start() for _ in range(at_once)) if one is not None]:
+            while trials:
+                trials = [one for one in trials if not self.step(one)]
+
+    def start(self) -> SimpleNamespace | None:
+        trial_id = next(self.ids)
+        config = self.searcher.suggest(trial_id)
+        if config == Searcher.FINISHED:
+            return None
+        trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={})
+        self.sizes.append(len(config["names"]))
+        self.scheduler.on_trial_add(None, trial)
+        trial.run = InProcessTrial.__new__(InProcessTrial)
+        trial.run.setup(config)
+        self.callback.on_trial_start(0, [], trial)
+        return trial
+
+    def step(self, trial: SimpleNamespace) -> bool:
+        result: Tree = trial.run.step()
+        decision = STOP if result["done"] else self.scheduler.on_trial_result(None, trial, result)
+        if decision != STOP:
+            self.searcher.on_trial_result(trial.trial_id, result)
+        self.callback.on_trial_result(0, [], trial, result)
+        trial.last_result = result
+        if decision == STOP:
+            self.scheduler.on_trial_complete(None, trial, result)
+            self.searcher.on_trial_complete(trial.trial_id, result)
+            self.callback.on_trial_complete(0, [], trial)
+            trial.run.cleanup()
+        self.callback.on_step_end(0, [])
+        self.num_logits.append(len(list(self.logits.glob("*"))))
+        return bool(decision == STOP)
+
+
+def found(tune: Tune) -> dict[str, tuple[Any, ...]]:
+    return {
+        record.trial_id: (record.draw, record.state, record.stop_reason, len(record.epochs),
+                          [pytest.approx(epoch["val/loss"], rel=5e-5) for epoch in record.epochs])
+        for record in tune.log.of("search")
+    }  # fmt: skip
+
+
+def told(tune: Tune) -> list[tuple[Any, ...]]:
+    return [(trial.params, trial.state, pytest.approx(trial.value, abs=1e-6)) for trial in tune.study.study.trials]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
+    return tiny_features(tmp_path_factory.mktemp("features"))
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_records_stops_and_values_are_those_of_each_trial_by_itself(
+    tmp_path: Path, features: FeatureSet, method: str
+) -> None:
+    alone, packed = (Tune(tmp_path / str(size), features, make_spec(method=method), size) for size in (1, 4))
+    for tune in (alone, packed):
+        for trial_id in ("t00001", "t00099"):
+            (Path(tune.log.folder) / "checkpoints" / trial_id).mkdir(parents=True)
+    alone.run(at_once=4)
+    packed.run()
+    # What nothing goes on from takes no room.
+    assert [path.name for path in tmp_path.rglob("checkpoints/t*")] == ["t00099"] * 2
+    assert (alone.sizes, packed.sizes) == ([1] * 12, [4] * 3)
+    assert found(packed) == found(alone)
+    assert told(packed) == told(alone)
+    states = [record.state for record in packed.log.of("search")]
+    assert set(states) == {"finished", "stopped"}
+
+
+def test_one_whose_checkpoint_is_damaged_starts_again_and_the_console_and_its_record_say_so(
+    tmp_path: Path, features: FeatureSet
+) -> None:
+    damaged = tmp_path / "checkpoints" / "t00003" / "state.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    tune = Tune(tmp_path, features, make_spec(6), 3)
+    tune.run()
+    records = TrialLog.read(str(tmp_path)).of("search")
+    assert {record.state for record in records} <= {"finished", "stopped"}
+    assert [record.trial_id for record in records if record.restart_reason] == ["t00003"]
+    assert tune.printed.getvalue().count("t00003 starts again from its first epoch: the checkpoint's index ") == 1
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_validation_logits_are_pruned_as_trials_end(tmp_path: Path, features: FeatureSet, size: int) -> None:
+    """Else 64 trials of iNaturalist's size leave 8.5 GB until the search is over."""
+    tune = Tune(tmp_path, features, make_spec(40), size)
+    tune.run()
+    best = [record.trial_id for record in tune.log.best("val/balanced_accuracy")[:NUM_BEST]]
+    assert {path.stem for path in tune.logits.iterdir()} == set(best)
+    assert len(tune.log.of("search")) == 40
+    assert NUM_BEST <= max(tune.num_logits) <= NUM_BEST + size
+
+
+def test_one_whose_numbers_run_away_ends_by_itself_with_its_sentence(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(4, first_trials=[{"loss.name": "focal", "classifier.kind": "linear", "optim.lr": 1e35}])
+    spec = SweepSpec.from_tree(
+        {**spec.to_tree(), "space": {"parameters": {**SPACE, "optim.lr": {"loguniform": [1e-4, 1e36]}}}}
+    )
+    tune = Tune(tmp_path, features, spec, 4)
+    tune.run()
+    first, *others = tune.log.of("search")
+    assert first.state == "failed"
+    assert "wasn't finite" in first.stop_reason
+    assert {trial.state for trial in tune.study.study.trials if trial.params["optim.lr"] == 1e35} == {
+        optuna.trial.TrialState.FAIL
+    }
+    assert len(others) == 3
+
+
+def test_baselines_of_a_tower_share_a_process_and_other_shapes_dont(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(8, searcher={"name": "random", "seed": 1})
+    spec = SweepSpec.from_tree({**spec.to_tree(), "space": {"parameters": {**SPACE,
+        "data.class_sampling": {"choice": ["instance_balanced", "square_root"]}}}})  # fmt: skip
+    probe = tiny_config("linear_probe", train__num_epochs=3)
+    jobs = [
+        Job("b00001", "baseline", "zero-shot", tiny_config("zero_shot")),
+        Job("b00002", "baseline", "linear probe", probe),
+        Job("b00003", "baseline", "linear probe", probe, alone=True),
+    ]
+    tune = Tune(tmp_path, features, spec, 4, jobs)
+    tune.run()
+    assert tune.sizes[:2] == [2, 1]
+    assert sum(tune.sizes) == 11
+    assert max(tune.sizes[2:]) > 1
+    assert sorted(tune.log.records) == ["b00001", "b00002", "b00003", *(f"t{number:05d}" for number in range(1, 9))]
+    assert all(record.state in ("finished", "stopped") for record in tune.log.records.values())
+    beside, alone = (tune.log.records[trial_id] for trial_id in ("b00002", "b00003"))
+    # Nothing is divided among them, and nothing of the probe's is batched with another's.
+    assert (beside.pack_size, alone.pack_size) == (1, 1)
+    assert [epoch[BEST] for epoch in beside.epochs] == [epoch[BEST] for epoch in alone.epochs]
+    assert [epoch["val/loss"] for epoch in beside.epochs] == [epoch["val/loss"] for epoch in alone.epochs]
+
+
+def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: FeatureSet) -> None:
+    spec = make_spec(4)
+    draws = [{"loss.name": "focal", "classifier.kind": "linear", "optim.lr": lr} for lr in (0.1, 0.2)]
+    jobs = [
+        Job(f"t{number:05d}", "search", "", spec.trial(draw), draw, alone=True) for number, draw in enumerate(draws, 1)
+    ]
+    tune = Tune(tmp_path, features, spec, 4, jobs)
+    tune.run()
+    assert tune.sizes == [1, 1, 2]
+    assert [record.pack_size for record in tune.log.of("search")] == [1, 1, 2, 2]
+
+
+def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(monkeypatch):
+    """A process may run Tune for something else, too, whose results are files that a sweep has no use for."""
+    first, *others = TUNE_SETTINGS
+    monkeypatch.setenv(first, "0")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    with _tune_settings():
+        assert {os.environ[name] for name in TUNE_SETTINGS} == {"1"}
+    assert os.environ[first] == "0"
+    assert not any(name in os.environ for name in others)
+
+
+def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
+    """As Tune writes them; a machine without memory is named with what asked for it."""
+    record = TrialRecord(trial_id="t1", kind="search", config={"train": {"batch_size": 64}})
+    lost = "Failure # 1 (occurred at 2026-11-25_22-20-17)\nThe actor died unexpectedly.\n"
+    memory = (
+        "Failure # 2 (occurred at 2026-11-25_22-20-23)\nOutOfMemoryError: 1 worker(s) were killed due to the node "
+        "running low on memory. Memory was 6.9GB used\nOOM kill reason: usage exceeded\nConsider more memory\n"
+    )
+    named = "its machine ran out of memory with train.batch_size 64 over 2 workers, 10 classes"
+    for text, words in ((lost, "The actor died unexpectedly."), (lost + memory, named),
+                        (memory + lost.replace("# 1", "# 3"), "The actor died unexpectedly."),
+                        ("Failure # 1 (occurred at 2026-11-25_22-20-17)\n\n", "its worker was lost")):  # fmt: skip
+        (tmp_path / "error.txt").write_text(text)
+        failures = _failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
+        assert _cause(failures, record, "2 workers, 10 classes").startswith(words)
+    assert _cause(_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (DiskFullError("can't write /runs/spent.json: the disk is full"), "can't write /runs/spent.json"),
+        (OSError(errno.ENOSPC, "No space left on device"), "can't write /runs: the disk is full"),
+        (TimeoutError("Ray waited too long"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Ray has gone"), None),
+        (ValueError("a mistake of ours"), None),
+    ],
+)
+def test_what_a_callback_could_not_keep_is_told_where_tune_ends_over_it(cause, words):
+    """Tune wraps what its callbacks, searcher and scheduler raise, and hides it behind a traceback's text."""
+    wrapped = TuneError("Traceback of it")
+    wrapped.__context__ = cause
+    found = _of_storage(wrapped, "/runs")
+    assert (found is None) == (words is None)
+    assert words is None or str(found).startswith(words)

@@ -1,0 +1,28 @@
+"""On another device than the CPU trials of every kind give the same numbers: nothing is left where it was made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1] / "helpers"
+QUICK = ("vit, stored", "linear_probe, vit, images", "from class_mean", "pack of decoders", "resumed", "exported")
+
+
+@pytest.mark.parametrize(
+    ("words", "at_least"), [(QUICK, 15), pytest.param((), 60, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_trials_run_on_another_device(tmp_path, words, at_least):
+    """In a process of their own, all of which knows that device."""
+    command = [sys.executable, HERE / "device_cases.py", tmp_path, *words]
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    failed = {name: there for name, (_, there) in found.items() if isinstance(there, str)}
+    assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
+    assert len(found) >= at_least
+    for name, (here, there) in found.items():
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-4), name

@@ -1,0 +1,196 @@
+"""What a driver hears of one trial: each epoch, the end, and failures as reports; resumed as if never stopped."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
+
+from imbvlm.base import storage
+from imbvlm.base.errors import DiskFullError
+from imbvlm.features.feature_cache import Copies
+from imbvlm.training.trial_session import TrialSession, TrialSettings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TrialSettings(
+        config=tiny_config("linear_probe", train__num_epochs=30, optim__lr=0.3).to_tree(),
+        feature_set=tiny_features(tmp_path / "features").to_dict(),
+        checkpoint_folder=str(tmp_path / "checkpoint"),
+        objective="val/balanced_accuracy",
+        checkpoint_seconds=0.0,
+        patience=4,
+    )
+
+
+def reports_of(settings):
+    return TrialSession(torch.device("cpu")).reports(settings)
+
+
+def test_patience_ends_a_trial_early_and_survives_a_restart(settings):
+    whole = [
+        report["val/balanced_accuracy"] for report in reports_of(dataclasses.replace(settings, checkpoint_folder=None))
+    ]
+    best = max(range(len(whole)), key=whole.__getitem__)
+    assert len(whole) == best + 1 + 4 < 30
+    for stop in (1, best + 2):
+        stopped = reports_of(settings)
+        started = [next(stopped)["val/balanced_accuracy"] for _ in range(stop)]
+        stopped.close()
+        resumed = list(reports_of(settings))
+        assert started + [report["val/balanced_accuracy"] for report in resumed] == whole
+        assert resumed[-1]["done_training"]
+        assert [report["done"] for report in resumed] == [False] * (len(resumed) - 1) + [True]
+        shutil.rmtree(settings.checkpoint_folder)
+
+
+def cut_index(folder):
+    (folder / "state.json").write_text("{")
+
+
+def change_a_byte(folder):
+    (path,) = folder.glob("state-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+def another_trials(folder):
+    index = json.loads((folder / "state.json").read_text())
+    index["scalars"]["trial"] = "another"
+    (folder / "state.json").write_text(json.dumps(index))
+
+
+def without_its_epoch(folder):
+    index = json.loads((folder / "state.json").read_text())
+    index["scalars"]["epoch"] = None
+    (folder / "state.json").write_text(json.dumps(index))
+
+
+def a_later_versions(folder):
+    index = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(index | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_index, change_a_byte, another_trials, without_its_epoch, a_later_versions],
+    ids=lambda one: one.__name__,
+)
+def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(settings, tmp_path, damage):
+    """Else a bit on a disk loses the trial for good: what has failed isn't run again."""
+    undamaged = list(reports_of(dataclasses.replace(settings, checkpoint_folder=None)))
+    before = reports_of(settings)
+    for _ in range(2):
+        next(before)
+    before.close()
+    damage(tmp_path / "checkpoint")
+    again = list(reports_of(settings))
+    values = [[report["val/balanced_accuracy"] for report in reports] for reports in (again, undamaged)]
+    assert values[0] == values[1]
+    assert again[-1]["done_training"]
+    assert "checkpoint" in again[0]["restart"]
+    assert not any("restart" in report for report in again[1:])
+    # The second run has replaced it.
+    assert "restart" not in next(reports_of(settings))
+
+
+def test_a_diverging_trial_ends_with_a_failure(settings):
+    tree = tiny_config("linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None).to_tree()
+    (report,) = reports_of(dataclasses.replace(settings, config=tree))
+    assert report["done"]
+    assert "wasn't finite" in report["failure"]
+    assert not [key for key in report if key.startswith("val/")]
+
+
+def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
+    """Counts, pairs and bins are of the same look at the test split as the scores; rows lead back to its images."""
+    refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=str(tmp_path / "refit"))
+    *_, last = reports_of(refit)
+    record = json.loads((tmp_path / "refit" / "per_class.json").read_text())
+    assert record["split_counts"] == list(CLASS_COUNTS)
+    assert record["num_trained_parameters"] == record["num_parameters"] > 0
+    found = record["splits"]["test"]
+    assert sum(found["correct"]) / sum(found["total"]) == pytest.approx(last["test/top1_accuracy"])
+    assert 0 <= last["test/expected_calibration_error"] <= 1
+    wrong = sum(found["total"]) - sum(found["correct"])
+    assert sum(pair["count"] for pair in found["confusions"]) == wrong > 0
+    counts = [pair["count"] for pair in found["confusions"]]
+    assert counts == sorted(counts, reverse=True)
+    for pair in found["confusions"]:
+        assert pair["label"] != pair["predicted"]
+        assert all(row // VAL_PER_CLASS == pair["label"] for row in pair["rows"])
+    assert sum(found["confidence_bins"][0]) == sum(found["total"])
+    assert "adjusted" not in found
+
+
+def test_a_refit_leaves_its_classes_as_adjusted_too(settings, tmp_path):
+    """An export is adjusted, and a report shows the classes of the export."""
+    post_hoc = {"tau": 1.5, "alpha": 0.0, "temperature": 2.0}
+    folder = str(tmp_path / "refit")
+    refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=folder, post_hoc=post_hoc)
+    *_, last = reports_of(refit)
+    found = json.loads((tmp_path / "refit" / "per_class.json").read_text())["splits"]["test"]
+    for counts, split in ((found, "test"), (found["adjusted"], "test_post_hoc")):
+        assert sum(counts["correct"]) / sum(counts["total"]) == pytest.approx(last[f"{split}/top1_accuracy"])
+        wrong = sum(counts["total"]) - sum(counts["correct"])
+        assert sum(pair["count"] for pair in counts["confusions"]) == wrong
+    assert found["adjusted"]["predicted"] != found["predicted"]
+    # Version 0.1 reads them by this name.
+    assert found["adjusted_confidence_bins"] == found["adjusted"]["confidence_bins"] != found["confidence_bins"]
+
+
+def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_says_so(
+    settings, tmp_path, monkeypatch, caplog
+):
+    """Two towers, and a disk for the copies of one: neither trial waits for the other, none is lost."""
+    monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
+    both = [tiny_features(tmp_path / name) for name in ("a", "b")]
+    sizes = [sum(one.size for one in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
+    copies = Copies(folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True)
+    first, second = (
+        dataclasses.replace(
+            settings,
+            feature_set=dataclasses.replace(one, copies=copies).to_dict(),
+            checkpoint_folder=None,
+            score_test=True,
+        )
+        for one in both
+    )
+    running = reports_of(first)
+    next(running)
+    assert len(list((tmp_path / "copies").glob("*/bytes"))) == 3, "training, validation and test rows at once"
+    *_, last = reports_of(second)
+    assert last["done_training"]
+    assert "test/top1_accuracy" in last
+    (said,) = caplog.messages
+    assert said.startswith("features are read where they lie, which may be slower: the copies of features on ")
+    assert list(running)[-1]["done_training"]
+    caplog.clear()
+    assert list(reports_of(second))[-1]["done_training"]
+    assert not caplog.messages, "now there is room"
+
+
+def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(settings, tmp_path, monkeypatch, caplog):
+    """That a cluster's machines keep copies by themselves must cost none of them the memory that its /tmp lies in."""
+    monkeypatch.setattr("os.major", lambda device: 0)
+    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=Copies(folder=str(tmp_path / "copies")))
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
+    assert last["done_training"]
+    assert not (tmp_path / "copies").exists()
+    assert "isn't on a disk of this machine" in caplog.text
+
+
+def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(settings, tmp_path, monkeypatch, caplog):
+    """Else the sweep would take it for its own disk, and stop."""
+
+    def full(uri, path):
+        raise DiskFullError(f"can't write {path}: the disk is full; free some space there")
+
+    monkeypatch.setattr("imbvlm.base.storage.download", full)
+    copies = Copies(folder=str(tmp_path / "copies"), of_shared_folders=True)
+    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=copies)
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
+    assert last["done_training"]
+    assert "the disk is full" in caplog.text
