@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from imbvlm.cli.sweep_script import add_arguments, run_command
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.spec.published_recipes import LIFT, LIFT_PLUS
-from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.studies import Part, Row, study_fields
 
 # Epochs of LIFT and of LIFT+; the width of the adapters follows from the number of classes.
@@ -21,8 +21,8 @@ DEFAULT = "imagenet_lt"
 PARTS = ("recipe", "ablation", "losses", "cost")
 TOWERS = {"B/16": "openai_vit_b16", "L/14": "openai_vit_l14"}
 # A 24 GB card holds a batch of L/14 in four parts; the numbers stay the same.
-IN_PARTS: Draw = {"memory.accumulation": 4}
-LOSSES: Mapping[str, Draw] = {
+IN_PARTS: Params = {"memory.accumulation": 4}
+LOSSES: Mapping[str, Params] = {
     "CE": {"loss.name": "cross_entropy"},
     "Focal": {"loss.name": "focal"},
     "LDAM": {"loss.name": "ldam"},
@@ -32,15 +32,15 @@ LOSSES: Mapping[str, Draw] = {
     "LA": {"loss.name": "logit_adjustment", "loss.tau": 1.0},
 }
 # The classifier alone, on fresh crops through the frozen tower.
-CLASSIFIER: Draw = {"method": "linear_probe", "features.store": False}
+CLASSIFIER: Params = {"method": "linear_probe", "features.store": False}
 
 
 def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = None) -> SweepSpec:
     """The sweep of some parts of PARTS by a data set's recipe."""
     epochs, epochs_plus = EPOCHS[recipe]
-    lift: Draw = {**LIFT, "train.num_epochs": epochs}
-    plus: Draw = {**LIFT_PLUS, "train.num_epochs": epochs_plus}
-    at_random: Draw = {**lift, "classifier.init": "random"}
+    lift: Params = {**LIFT, "train.num_epochs": epochs}
+    plus: Params = {**LIFT_PLUS, "train.num_epochs": epochs_plus}
+    at_random: Params = {**lift, "classifier.init": "random"}
     both = [
         Row(f"{label}, {tower}", f"{name}-{tower.lower().replace('/', '')}", {**draw, "encoder.name": encoder, **more})
         for label, name, draw in (("LIFT", "lift", lift), ("LIFT+", "lift-plus", plus))
@@ -86,7 +86,7 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
     )
 
 
-def _under(draw: Draw, loss: str) -> Draw:
+def _under(draw: Params, loss: str) -> Params:
     """With another loss, and without the knobs of the recipe's own."""
     return {**{key: value for key, value in draw.items() if not key.startswith("loss.")}, **LOSSES[loss]}
 

@@ -19,13 +19,13 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.sweep_script import add_arguments, run_command
 from imbvlm.sweep.plan.sweep_plan import resources
 from imbvlm.sweep.spec import SweepSpec
-from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.studies import Part, Row, study_fields
 
 EMBEDDED = "embedded:"
 DEFAULT_MANIFEST = "embedded:fashion_mnist_lt"
 
-LOSSES: Mapping[str, Draw] = {
+LOSSES: Mapping[str, Params] = {
     "Softmax": {"loss.name": "cross_entropy"},
     "CBW": {"loss.name": "inverse_frequency"},
     "GRW": {"loss.name": "generalized_reweight"},
@@ -36,7 +36,7 @@ LOSSES: Mapping[str, Draw] = {
 }
 SOFTMAX = LOSSES["Softmax"]
 # The twelve methods: the losses, class-balanced sampling, and what follows a first stage under softmax.
-TWELVE: Mapping[str, Draw] = {
+TWELVE: Mapping[str, Params] = {
     **LOSSES,
     "CBS": {**SOFTMAX, "data.class_sampling": "class_balanced"},
     "CRT": {**SOFTMAX, "second_stage.name": "classifier_retraining"},
@@ -44,11 +44,11 @@ TWELVE: Mapping[str, Draw] = {
     "DisAlign": {**SOFTMAX, "second_stage.name": "disalign"},
     "MARC": {**SOFTMAX, "second_stage.name": "marc"},
 }
-ZERO_SHOT: Draw = {"method": "zero_shot"}
-PROBE: Draw = {"method": "linear_probe"}
-DECODER: Draw = {"method": "decoder"}
+ZERO_SHOT: Params = {"method": "zero_shot"}
+PROBE: Params = {"method": "linear_probe"}
+DECODER: Params = {"method": "decoder"}
 # As CoOp trains: fifty epochs at 0.002, half a cosine, the first epoch at a small rate.
-COOP: Draw = {
+COOP: Params = {
     "method": "prompt_tuning",
     "optim.lr": 0.002,
     "optim.nesterov": False,
@@ -58,10 +58,10 @@ COOP: Draw = {
     "optim.first_epoch_lr": 1e-5,
     "train.num_epochs": 50,
 }
-FINE_TUNING: Draw = {"method": "fine_tuning", "optim.lr": 1e-3}
+FINE_TUNING: Params = {"method": "fine_tuning", "optim.lr": 1e-3}
 # What came after the study: other losses and a classifier that normalises, and less than the whole tower trained.
-COSINE: Draw = {"classifier.kind": "cosine", "classifier.temperature": 0.05, **LOSSES["Balanced Softmax"]}
-SINCE: Mapping[str, Draw] = {
+COSINE: Params = {"classifier.kind": "cosine", "classifier.temperature": 0.05, **LOSSES["Balanced Softmax"]}
+SINCE: Mapping[str, Params] = {
     "Decoder, effective number": {**DECODER, "loss.name": "effective_number"},
     "Decoder, LDAM-DRW": {**DECODER, **LOSSES["LDAM"], "loss.reweight_from": 0.8},
     "Decoder, tau-normalization": {**DECODER, **SOFTMAX, "second_stage.name": "tau_normalization"},
@@ -69,7 +69,7 @@ SINCE: Mapping[str, Draw] = {
     "Linear probe, cosine": {**PROBE, **COSINE},
     "Bias tuning": {"method": "bias_tuning", "optim.lr": 0.01, **COSINE},
 }
-IN_VIT: Mapping[str, Draw] = {
+IN_VIT: Mapping[str, Params] = {
     "Adapters": {"method": "adapter", "optim.lr": 0.01, **COSINE},
     "LoRA": {"method": "lora", "optim.lr": 0.01, **COSINE},
 }
@@ -169,7 +169,7 @@ def study(
     return found, said
 
 
-def _with_own(part: Part, own: Mapping[str, Draw]) -> Part:
+def _with_own(part: Part, own: Mapping[str, Params]) -> Part:
     """The part with what a method sets otherwise on this scale."""
     rows = [replace(row, draw={**row.draw, **own.get(row.draw["method"], {})}) for row in part.rows]
     return replace(part, rows=rows)
@@ -186,7 +186,7 @@ def _methods() -> list[Row]:
     ]
 
 
-def _rows(name: str, method: Draw, variants: Mapping[str, Draw]) -> list[Row]:
+def _rows(name: str, method: Params, variants: Mapping[str, Params]) -> list[Row]:
     return [Row(label, f"{name}-{_slug(label)}", {**method, **draw}) for label, draw in variants.items()]
 
 

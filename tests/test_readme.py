@@ -21,7 +21,7 @@ from imbvlm.base.schema import tag_of, variants
 from imbvlm.config.method_registry import METHOD_SECTIONS
 from imbvlm.config.second_stage_registry import SecondStageConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.sources.benchmark_registry import DATASETS
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 from imbvlm.longtail.losses import LOSSES, loss_knobs
 from imbvlm.models.model_builder import METHODS
 
@@ -174,7 +174,7 @@ def test_commands_run(clone, title):
 @pytest.mark.timeout(900)
 def test_commands_of_the_gpu_box_run_on_a_stand_in(clone):
     """Official lists of the right sizes without their images; a debug ViT on CPUs; two trials of one epoch."""
-    sizes = DATASETS["imagenet_lt"].sizes
+    sizes = BENCHMARKS["imagenet_lt"].sizes
     lists = clone / "data" / "imagenet_lt"
     lists.mkdir(parents=True)
     counts = spread(sizes["train"], 5, 1280, 1000)

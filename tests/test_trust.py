@@ -39,7 +39,7 @@ from imbvlm.data.sources.webdataset import from_shards
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 from imbvlm.inference.model_folder import load
-from imbvlm.models.encoders.encoder_registry import CONFIG_FILE, find_tower
+from imbvlm.models.encoders.encoder_registry import CONFIG_FILE, resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.provenance import provenance_changes
@@ -141,7 +141,7 @@ def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower):
         description["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": value}
         (tower / CONFIG_FILE).write_text(json.dumps(description))
         with pytest.raises(ImbvlmError, match="sets trust_remote_code"):
-            find_tower(EncoderConfig(name=f"local-dir:{tower}"))
+            resolve_encoder(EncoderConfig(name=f"local-dir:{tower}"))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_tower_in_a_folder_names_no_place_for_timm_to_fetch_it_from(tmp_path, 
     description["model_cfg"]["vision_cfg"]["timm_model_name"] = name
     path.write_text(json.dumps(description))
     with pytest.raises(ImbvlmError, match="has the plain name of an architecture of timm"):
-        find_tower(EncoderConfig(name=tower))
+        resolve_encoder(EncoderConfig(name=tower))
 
 
 def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names(tmp_path, monkeypatch):
@@ -390,8 +390,8 @@ def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path):
 LISTENING = """
 import json
 from listening import listening
-from imbvlm.ray_runtime.connection import connected
-with connected() as cluster:
+from imbvlm.ray_runtime.connection import ray_session
+with ray_session() as cluster:
     print(json.dumps([cluster.dashboard, listening()]))
 """
 

@@ -49,7 +49,7 @@ class Console:
         _make_parent(path)
         self._copy = path
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Print lines that stay."""
         text = printable(text, keep=LINE_BREAKS)
         self._clear()
@@ -64,14 +64,14 @@ class Console:
             descriptor = subprocess.DEVNULL
         return LastWord(fix, descriptor, str(self._copy or os.devnull), "\n" if self._redraws else "")
 
-    def live(self, text: str | Mapping[str, str]) -> None:
+    def update_live(self, text: str | Mapping[str, str]) -> None:
         """Replace the live view by a line, or by several under their labels."""
         if not self.is_due:
             return
         self._drawn_at = time.monotonic()
         in_one = text if isinstance(text, str) else "; ".join(f"{label}: {one}" for label, one in text.items())
         if not self._redraws:
-            self.say(in_one)
+            self.print(in_one)
             return
         if self._drawn_at - self._copied_at >= self._log_pause:
             self._copied_at = self._drawn_at
@@ -145,8 +145,8 @@ class Console:
         return columns or 100, rows or 24
 
     @contextmanager
-    def others_to(self, log: Path | None) -> Iterator[None]:
-        """Send what else this process and its libraries print to a file; `say` and `live` go on to the user.
+    def redirect_output(self, log: Path | None) -> Iterator[None]:
+        """Send what else this process and its libraries print to a file; `print` and `update_live` go on to the user.
 
         Raises StorageError where the file can't be written.
         """
@@ -157,7 +157,7 @@ class Console:
         try:
             sink = open(log, "ab")  # noqa: SIM115
         except OSError as error:
-            raise storage.failure("write", str(log), error) from None
+            raise storage.storage_error("write", str(log), error) from None
         sys.stdout.flush()
         sys.stderr.flush()
         saved_out, saved_err, ours = os.dup(1), os.dup(2), self._stream
@@ -188,7 +188,7 @@ def _make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise storage.failure("write", str(path), error) from None
+        raise storage.storage_error("write", str(path), error) from None
 
 
 def _to_nowhere(*descriptors: int) -> None:

@@ -73,7 +73,7 @@ class ConfigError(ImbvlmError, ValueError):
         return (ConfigError, (self.problems,))
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def suggest_name(name: str, valid: Iterable[str]) -> str:
     """A clause that names the closest of the valid names, and all of them where they are few."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -50,19 +50,19 @@ def _is_number(text: str) -> bool:
     )
 
 
-def count_of(number: float, word: str) -> str:
+def pluralize(number: float, word: str) -> str:
     """`1 class`, `3 classes`, `0.5 GPUs`."""
     plural = f"{word}es" if word.endswith("s") else f"{word}s"
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {word if number == 1 else plural}"
 
 
-def listed(items: Sequence[str], most: int = 10) -> str:
+def join_limited(items: Sequence[str], most: int = 10) -> str:
     """Names of others as one line for people, the first few and how many more."""
     return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_std(values: list[float]) -> str:
     if not values:
         return "-"
     mean = percent(statistics.fmean(values))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 # So long a store that has gone away is waited for when files are read, written or looked for.
-AWAY_SECONDS = 90.0
+OUTAGE_SECONDS = 90.0
 # A store that was given up is asked again this often at most: a call to one that refuses connections took 3 to 17 s.
 ASK_AGAIN_SECONDS = 30.0
 
@@ -62,11 +62,11 @@ class Outages:
             outage = self._outages.setdefault(store, _Outage(now))
             outage.kinds.add(kind)
             outage.failed_at, outage.error = now, str(error)
-            outage.is_given_up |= now + wait > outage.since + AWAY_SECONDS
+            outage.is_given_up |= now + wait > outage.since + OUTAGE_SECONDS
         if is_new:
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + AWAY_SECONDS))
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + OUTAGE_SECONDS))
             self.say(f"{store[0]} doesn't answer; it is waited for until {until}")
-        return -math.inf if outage.is_given_up else outage.since + AWAY_SECONDS
+        return -math.inf if outage.is_given_up else outage.since + OUTAGE_SECONDS
 
     def answered(self, store: Store, kind: str) -> None:
         """A call was answered."""

@@ -170,9 +170,11 @@ def put(uri: str, data: bytes, **condition: str) -> str | None:
     from botocore.exceptions import ClientError
 
     bucket, key = split(uri)
-    with explained(uri):
+    with translate_errors(uri):
         try:
-            written = patiently(uri, lambda: _kept_client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
+            written = retry_denied(
+                uri, lambda: _kept_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            )
         except ClientError as error:
             status, code = _answer(error)
             if condition and status in (404, 409, 412) and code != "NoSuchBucket":
@@ -188,9 +190,9 @@ def get_version(uri: str) -> tuple[bytes, str] | None:
     from botocore.exceptions import ClientError
 
     bucket, key = split(uri)
-    with explained(uri):
+    with translate_errors(uri):
         try:
-            answer = patiently(uri, lambda: _kept_client().get_object(Bucket=bucket, Key=key))
+            answer = retry_denied(uri, lambda: _kept_client().get_object(Bucket=bucket, Key=key))
             return answer["Body"].read(), str(answer["ETag"])
         except ClientError as error:
             if _answer(error) == (404, "NoSuchKey"):
@@ -252,7 +254,7 @@ def is_denied(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or any(code in str(error) for code in _DENIED)
 
 
-def patiently(uri: str, call: Callable[[], T]) -> T:
+def retry_denied(uri: str, call: Callable[[], T]) -> T:
     """What `call` gives, asked again a bounded number of times while S3 refuses: under load it refuses what it allows.
 
     For pyarrow and boto3, which don't ask again after a 403; refusals that last and everything else are raised at once.
@@ -280,7 +282,7 @@ def denied(uri: str, code: str = "") -> StorageError:
 
 
 @contextmanager
-def explained(uri: str) -> Iterator[None]:
+def translate_errors(uri: str) -> Iterator[None]:
     """Inside, boto3's errors become a StorageError that names the place, and for a refusal who was asking."""
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from imbvlm.base.errors import ConfigError, Problem, nearest
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.yaml_file import KeyPath, YamlTree
 
 Tree = dict[str, Any]
 
 
 # Beside the type of an optional section: setting its name or kind to null takes the section away.
-GONE_WITHOUT_NAME = "gone without a name"
+NULL_NAME_REMOVES = "gone without a name"
 
 
 class Section(BaseModel):
@@ -32,7 +32,7 @@ class Section(BaseModel):
             try:
                 self.__pydantic_validator__.validate_python(values, self_instance=self)
             except ValidationError as error:
-                raise ConfigError(explain(type(self), error, YamlTree(values, ""), values)) from None
+                raise ConfigError(to_problems(type(self), error, YamlTree(values, ""), values)) from None
 
         # What is read from a file goes around it, as around pydantic's own, and keeps the places of its mistakes.
         __init__.__pydantic_base_init__ = True
@@ -72,7 +72,7 @@ def _goes_without_name(root: type[Section], dotted: str, value: Any) -> bool:
     if value is not None or last not in ("name", "kind"):
         return False
     found = [cls.model_fields.get(section) for cls in section_classes(root, tuple(above[1:]))]
-    return any(info is not None and GONE_WITHOUT_NAME in info.metadata for info in found)
+    return any(info is not None and NULL_NAME_REMOVES in info.metadata for info in found)
 
 
 def dotted_keys_of(root: type[Section]) -> list[str]:
@@ -91,7 +91,7 @@ def dotted_keys_of(root: type[Section]) -> list[str]:
     return list(keys)
 
 
-def refusal(root: type[Section], dotted: str, value: Any) -> str | None:
+def violated_rule(root: type[Section], dotted: str, value: Any) -> str | None:
     """The rule that a value of a dotted key breaks, such as `greater than 0`; None where some variant admits it."""
     if _goes_without_name(root, dotted, value):
         return None
@@ -111,25 +111,25 @@ def refusal(root: type[Section], dotted: str, value: Any) -> str | None:
     return " or ".join(rules) if rules else "a key of a trial"
 
 
-def flat(tree: Tree, prefix: str = "") -> Tree:
+def flatten(tree: Tree, prefix: str = "") -> Tree:
     """Dotted keys and plain values of nested data."""
     found: Tree = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
 # ------------------------------------------------------------------------------------------------ dotted keys
 
 
-def set_keys(
-    root: type[Section], tree: Tree, values: Mapping[str, Any], lets_go: Mapping[str, tuple[str, ...]] | None = None
+def with_dotted_keys(
+    root: type[Section], tree: Tree, values: Mapping[str, Any], resets: Mapping[str, tuple[str, ...]] | None = None
 ) -> Tree:
     """A deep copy of plain data with dotted keys set; sections on the way are made.
 
     Choosing another variant lets go of the old one's knobs, except those that mean the same in the new one (of the
-    same default); setting a key of `lets_go` lets go of keys beside it, unless `values` sets them too. A null name
-    takes a section away that is marked as GONE_WITHOUT_NAME.
+    same default); setting a key of `resets` lets go of keys beside it, unless `values` sets them too. A null name
+    takes a section away that is marked as NULL_NAME_REMOVES.
     """
     result = copy.deepcopy(tree)
     values = {
@@ -145,7 +145,7 @@ def set_keys(
         value = copy.deepcopy(values[dotted])
         if section.get(last) != value:
             _drop_old_knobs(section_classes(root, tuple(above)), section, last, value)
-            for other in (lets_go or {}).get(dotted, ()):
+            for other in (resets or {}).get(dotted, ()):
                 if value is not None and other not in values:
                     section.pop(other.rpartition(".")[2], None)
         section[last] = value
@@ -167,7 +167,7 @@ def _drop_old_knobs(classes: list[type[Section]], section: Tree, tag: str, value
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
-def explain(root: type[Section], error: ValidationError, located: YamlTree, data: Any) -> list[Problem]:
+def to_problems(root: type[Section], error: ValidationError, located: YamlTree, data: Any) -> list[Problem]:
     """Each mistake once, with its place in the file and its mend; `data` is what was checked against `root`."""
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -194,8 +194,8 @@ def _mistakes_beside(root: type[Section], tag: KeyPath, located: YamlTree, data:
         if key == tag[-1] or isinstance(value, dict):
             continue
         if key not in valid:
-            mistake = f"unknown key {dotted!r}; {nearest(str(key), valid)}"
-        elif rule := refusal(root, dotted, value):
+            mistake = f"unknown key {dotted!r}; {suggest_name(str(key), valid)}"
+        elif rule := violated_rule(root, dotted, value):
             mistake = f"{dotted} must be {rule}, and is {shown(value)}"
         else:
             continue
@@ -240,7 +240,7 @@ def _sentence(root: type[Section], path: KeyPath, items: list[Any], data: Any) -
     if kind in ("union_tag_invalid", "literal_error"):
         words = str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
         got = item["input"].get(path[-1]) if kind == "union_tag_invalid" else item["input"]
-        mend = nearest(str(got), [word.strip().strip("'") for word in words])
+        mend = suggest_name(str(got), [word.strip().strip("'") for word in words])
         return f"{dotted} is {shown(got)}, which is not one of its values; {mend}"
     rule = _rule(item)
     return f"{dotted} must be {rule}, and is {value}" if rule != item["msg"] else f"{dotted} is {value}: {rule}"
@@ -262,7 +262,7 @@ def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
     valid = [name for cls in chosen or classes for name in cls.model_fields]
     owner = "".join(f" for {'.'.join(map(str, path[:-1]))} {tag_of(cls)[1]}" for cls in chosen)  # type: ignore[index]
     others = [tag[1] for cls in classes if path[-1] in cls.model_fields and (tag := tag_of(cls)) is not None]
-    mend = f"only {', '.join(others)} has it" if others else nearest(str(path[-1]), valid)
+    mend = f"only {', '.join(others)} has it" if others else suggest_name(str(path[-1]), valid)
     return f"unknown key {'.'.join(map(str, path))!r}{owner}; {mend}"
 
 

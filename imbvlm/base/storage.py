@@ -24,7 +24,7 @@ from imbvlm.base.outages import Outages
 
 # This process's, for whoever shows what happens to name who is told.
 OUTAGES = Outages()
-FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 10.0
+FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 10.0
 
 # No description, record or list of this package comes near it.
 MAX_JSON_BYTES = 64_000_000
@@ -149,7 +149,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise StorageError(f"can't open {uri}: {error}") from None
 
 
-def failure(what: str, uri: str, error: Exception) -> StorageError:
+def storage_error(what: str, uri: str, error: Exception) -> StorageError:
     """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked, a full disk is named so."""
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
@@ -160,7 +160,7 @@ def failure(what: str, uri: str, error: Exception) -> StorageError:
 
 def _patiently(uri: str, call: Callable[[], Result], kind: str = "read", waits: bool = True) -> Result:
     """A call that outlasts refusals now and then and, if it `waits`, a store that is away; what lasts comes at once."""
-    return s3.patiently(uri, call if is_local(uri) else lambda: _outlasting(uri, call, kind, waits))
+    return s3.retry_denied(uri, call if is_local(uri) else lambda: _outlasting(uri, call, kind, waits))
 
 
 def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) -> Result:
@@ -180,7 +180,7 @@ def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) ->
             if time.monotonic() + wait > deadline:
                 raise
             interrupts.sleep(wait)
-            wait = min(2 * wait, MOST_WAIT_SECONDS)
+            wait = min(2 * wait, MAX_WAIT_SECONDS)
         else:
             OUTAGES.answered(store, kind)
             return result
@@ -199,7 +199,7 @@ def exists(uri: str) -> bool:
         filesystem, path = open_filesystem(uri)
         return _patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
     except OSError as error:
-        raise failure("look at", uri, error) from None
+        raise storage_error("look at", uri, error) from None
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
@@ -222,7 +222,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
-        raise failure("read", uri, error) from None
+        raise storage_error("read", uri, error) from None
 
 
 def read_json(uri: str) -> Any:
@@ -273,8 +273,8 @@ def download(uri: str, path: Path) -> None:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise failure("write", str(path), error) from None
-        raise failure("read", uri, error) from None
+            raise storage_error("write", str(path), error) from None
+        raise storage_error("read", uri, error) from None
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -292,7 +292,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         else:
             _patiently(uri, upload, "write")
     except OSError as error:
-        raise failure("write", uri, error) from None
+        raise storage_error("write", uri, error) from None
 
 
 def _write_local(path: Path, data: bytes | memoryview) -> None:
@@ -338,7 +338,7 @@ def file_states(uri: str) -> dict[str, FileState]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise failure("list", uri, error) from None
+        raise storage_error("list", uri, error) from None
     return found
 
 
@@ -348,7 +348,7 @@ def _infos(uri: str, waits: bool = True) -> list[pafs.FileInfo]:
     try:
         return _patiently(uri, lambda: filesystem.get_file_info(selector), waits=waits)
     except OSError as error:
-        raise failure("list", uri, error) from None
+        raise storage_error("list", uri, error) from None
 
 
 def delete(uri: str) -> None:
@@ -365,4 +365,4 @@ def delete(uri: str) -> None:
     try:
         _patiently(uri, remove, "write")
     except OSError as error:
-        raise failure("remove", uri, error) from None
+        raise storage_error("remove", uri, error) from None

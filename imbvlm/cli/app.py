@@ -142,11 +142,11 @@ def _check_manifest(options: argparse.Namespace) -> int:
     def truncated(names: Sequence[str]) -> Sequence[str]:
         # Fetched here: importing a tower's side costs seconds.
         from imbvlm.config.input_sections import EncoderConfig
-        from imbvlm.models.encoders.encoder import TextSide
-        from imbvlm.models.encoders.encoder_registry import find_tower
+        from imbvlm.models.encoders.encoder import TextTokenizer
+        from imbvlm.models.encoders.encoder_registry import resolve_encoder
         from imbvlm.models.encoders.text_prompts import truncated_names
 
-        return truncated_names(TextSide(find_tower(EncoderConfig(name=options.encoder))), names, ["{}"])
+        return truncated_names(TextTokenizer(resolve_encoder(EncoderConfig(name=options.encoder))), names, ["{}"])
 
     return check(options, truncated)
 
@@ -224,8 +224,8 @@ def _extract_features(options: argparse.Namespace) -> int:
     manifest = Manifest.read(config.data.manifest)
     describe_encoder(config.encoder)
     is_local = storage.is_local(options.storage) and not options.dry_run
-    with console.others_to(storage.local_path(options.storage) / "features.log" if is_local else None):
-        report = (lambda text: None) if options.json else console.live
+    with console.redirect_output(storage.local_path(options.storage) / "features.log" if is_local else None):
+        report = (lambda text: None) if options.json else console.update_live
         root = storage.join(options.storage, "features")
         found = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
         console.end_live()

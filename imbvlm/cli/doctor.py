@@ -119,10 +119,10 @@ def _gpus() -> Check:
 
 
 def _ray() -> Check:
-    from imbvlm.ray_runtime.connection import running_cluster
+    from imbvlm.ray_runtime.connection import find_cluster
 
     try:
-        cluster = running_cluster()
+        cluster = find_cluster()
     except (ImbvlmError, RuntimeError, OSError) as error:
         cause = str(error).splitlines()[0]
         mend = "stop it with `ray stop`, unset RAY_ADDRESS, or use its versions of Ray and Python"
@@ -191,11 +191,11 @@ def _local_place(name: str, path: Path) -> Check:
 
 
 def _tower(name: str) -> Check:
-    from imbvlm.models.encoders.encoder_registry import find_tower
+    from imbvlm.models.encoders.encoder_registry import resolve_encoder
 
     title = f"tower {name}"
     try:
-        state = find_tower(EncoderConfig(name=name)).weights_state()
+        state = resolve_encoder(EncoderConfig(name=name)).weights_state()
     except ImbvlmError as error:
         return Check(title, "broken", str(error), 'see README, "A tower of your own"')
     if state.present:

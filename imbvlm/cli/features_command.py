@@ -14,7 +14,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import Report, ensure_features
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE, StoreError
-from imbvlm.features.store_sizes import plan_bytes, stored_images
+from imbvlm.features.store_sizes import pending_images, store_bytes
 from imbvlm.models.encoders.open_clip_encoder import describe_encoder
 
 
@@ -69,8 +69,8 @@ def extract(
 ) -> Extraction:
     """Compute what is missing of a tower's outputs over all splits of the manifest; raises ImbvlmError."""
     root = storage.absolute(root)
-    total = sum(plan_bytes(config, manifest, outputs, manifest.splits).values())
-    num_images, num_bytes = stored_images(config, manifest, root, outputs, manifest.splits)
+    total = sum(store_bytes(config, manifest, outputs, manifest.splits).values())
+    num_images, num_bytes = pending_images(config, manifest, root, outputs, manifest.splits)
     folders, seconds = {}, None
     if not dry_run:
         started = time.monotonic()

@@ -9,21 +9,21 @@ from pathlib import PurePosixPath
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of, listed
-from imbvlm.data.duplicate_files import with_copies
-from imbvlm.data.files.file_listing import list_tree, shown_path
-from imbvlm.data.imbalance import SHAPES, with_tail
+from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.data.duplicate_files import mark_duplicates
+from imbvlm.data.files.file_listing import list_tree, printable_path
+from imbvlm.data.imbalance import SHAPES, make_imbalanced
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_check import check_manifest
 from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.manifest_summary import plot_svg, summary, summary_dict
-from imbvlm.data.sources.benchmark_registry import DATASETS, build_dataset
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
 from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
 from imbvlm.data.sources.inaturalist import NAMES, RANKS, from_inaturalist
 from imbvlm.data.sources.manifest_builder import read_class_names
 from imbvlm.data.sources.table_files import from_table
 from imbvlm.data.sources.webdataset import from_shards
-from imbvlm.data.splits import with_test_split
+from imbvlm.data.splits import hold_out_test_split
 
 _TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"))
 
@@ -31,7 +31,7 @@ _TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".par
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `manifest build`: one source, then names, tail and output."""
     source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source("--dataset", choices=sorted(DATASETS), help="a benchmark by name, its official files in --root")
+    source("--dataset", choices=sorted(BENCHMARKS), help="a benchmark by name, its official files in --root")
     source("--folders", metavar="DIR", help="a folder per class, or train, val and test folders of them")
     source("--list", nargs="+", metavar="SPLIT=FILE", help="`path label` lists, such as train=train.txt")
     source("--table", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines or Parquet files, or a folder of them")
@@ -64,12 +64,12 @@ def build(options: argparse.Namespace) -> int:
     manifest = _source(options)
     if options.test_share is not None or "val" not in manifest.splits:
         # Training images will be drawn as test or validation rows, and copies must stay on one side.
-        manifest = with_copies(manifest)
+        manifest = mark_duplicates(manifest)
     if options.test_share is not None:
-        manifest = with_test_split(manifest, options.test_share, seed=options.seed)
+        manifest = hold_out_test_split(manifest, options.test_share, seed=options.seed)
     if options.imbalance_factor is not None:
         order = read_class_names(options.class_order) if options.class_order else None
-        manifest = with_tail(
+        manifest = make_imbalanced(
             manifest,
             options.imbalance_factor,
             shape=options.tail_shape or SHAPES[0],
@@ -187,9 +187,9 @@ def _files(places: Sequence[str], suffixes: frozenset[str]) -> list[str]:
             below = [file for file in list_tree(place) if PurePosixPath(file.path).suffix.lower() in suffixes]
             if not below:
                 raise ImbvlmError(f"{place} has no {', '.join(sorted(suffixes))} file")
-            broken = [shown_path(file.path) for file in below if file.num_bytes < 0]
+            broken = [printable_path(file.path) for file in below if file.num_bytes < 0]
             if broken:
-                wrong = f"{count_of(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"
-                raise ImbvlmError(f"{place} has {wrong}: {listed(broken)}; remove or mend them")
+                wrong = f"{pluralize(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"
+                raise ImbvlmError(f"{place} has {wrong}: {join_limited(broken)}; remove or mend them")
             found += [storage.join(place, file.path) for file in below]
     return found

@@ -39,7 +39,7 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _predict(options: argparse.Namespace) -> int:
     from imbvlm.base import storage
-    from imbvlm.base.formatting import count_of
+    from imbvlm.base.formatting import pluralize
     from imbvlm.inference import batch_prediction as table
     from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
 
@@ -58,12 +58,12 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.out:
         write_predictions(counted(), options.out, top)
-        print(f"{count_of(len(images), 'row')} written to {options.out}")
+        print(f"{pluralize(len(images), 'row')} written to {options.out}")
     else:
         write = write_json_lines if options.json else write_lines
         write(counted(), sys.stdout, top)
         sys.stdout.flush()
     if bad:
         where = "; the column error says why" if options.out else ""
-        _say_on_stderr(f"{bad:,} of {count_of(len(images), 'image')} could not be read{where}")
+        _say_on_stderr(f"{bad:,} of {pluralize(len(images), 'image')} could not be read{where}")
     return 1 if bad == len(images) else 0

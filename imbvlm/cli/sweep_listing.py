@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from imbvlm.base.formatting import duration, mean_and_spread, percent, table
+from imbvlm.base.formatting import duration, mean_std, percent, table
 from imbvlm.sweep.records.difference import refits_of, verdict_on_test
-from imbvlm.sweep.records.resource_usage import Compute, compute_text
+from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
-    causes,
+    failure_causes,
     pareto_records,
     pareto_table,
     scores_table,
@@ -21,7 +21,7 @@ from imbvlm.sweep.records.summary_tables import (
     verdict,
 )
 from imbvlm.sweep.records.sweep_folder import Split, SweepState, Unreadable
-from imbvlm.sweep.records.trial_log import WINNER, describe
+from imbvlm.sweep.records.trial_log import WINNER, describe_trial
 
 
 def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
@@ -56,7 +56,7 @@ def show_text(state: SweepState) -> str:
     where = "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {state.folder}"
     parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {where}"]
     failed = [one for one in log.of("search") if one.state in ("failed", "error")]
-    parts += [causes(failed)] if failed else []
+    parts += [failure_causes(failed)] if failed else []
     if state.best is not None:
         parts += ["", search_table(log, spec)]
         parts += [seeds_table(log, spec)] if seeds_rows(log, spec) else []
@@ -67,7 +67,7 @@ def show_text(state: SweepState) -> str:
         parts += ["", scores_table(state.scored, spec)]
         on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
         parts += [] if on_test is None else [str(on_test)]
-    time_and_savings = compute_text(Compute.read(state.folder, spec, log))
+    time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
     parts += ["", time_and_savings] if time_and_savings else []
     return "\n".join(parts)
 
@@ -104,9 +104,9 @@ def _compared_row(state: SweepState, name: str, split: Split) -> list[str]:
         "-" if state.seconds is None or not is_winner else duration(state.seconds),
         # It is of the model as trained.
         percent(None if record is None or split != "test" else log.mean_value(record, objective)),
-        *(mean_and_spread(state.test_values(name, metric, split)) for metric in METRICS),
+        *(mean_std(state.test_values(name, metric, split)) for metric in METRICS),
         "-" if record is None else record.views,
-        "-" if record is None or not is_winner else describe(record),
+        "-" if record is None or not is_winner else describe_trial(record),
     ]
 
 

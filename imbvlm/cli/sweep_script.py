@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import LINE_BREAKS, ConfigError, ImbvlmError, Problem, printable
-from imbvlm.base.schema import flat
+from imbvlm.base.schema import flatten
 from imbvlm.base.yaml_file import parse_scalar, parse_yaml
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.sweep.records.resource_usage import PLAN_FILE
@@ -320,7 +320,7 @@ def _latest(spec: SweepSpec) -> str:
 def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, Any]]:
     """Dotted keys that differ between two specs, with both values; where things are kept doesn't count."""
 
-    old, new = (flat(parse_yaml(with_absolute_paths(spec).to_yaml_text()).data) for spec in (before, now))
+    old, new = (flatten(parse_yaml(with_absolute_paths(spec).to_yaml_text()).data) for spec in (before, now))
     ignored = (
         *("storage", "feature_folder", "feature_copies", "max_concurrent_trials", "max_failures", "max_trial_minutes"),
         *("smoke", "max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),

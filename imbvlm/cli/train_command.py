@@ -5,7 +5,7 @@ from __future__ import annotations
 from imbvlm.base import storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
-from imbvlm.base.formatting import count_of, percent
+from imbvlm.base.formatting import percent, pluralize
 from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest
@@ -28,7 +28,7 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     for location in (storage_folder, out or storage_folder):
         storage.check_location(location)
     console = Console()
-    say = (lambda text: None) if quiet else console.say
+    say = (lambda text: None) if quiet else console.print
     manifest = Manifest.read(config.data.manifest)
     stats, val_counts = data_counts(manifest, config.data.split_seed)
     mistake = one_class_mistake(stats) or validation_mistake(stats, val_counts, [OBJECTIVE])
@@ -40,7 +40,7 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     root = storage.join(storage_folder, "features")
     log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
     outputs = stored_outputs(config)
-    with console.others_to(log), on_this_machine():
+    with console.redirect_output(log), on_this_machine():
         if not outputs:
             # Streamed images: one pass of the tower finds what can't be read while nothing is lost yet.
             ensure_features(config, manifest, root, frozenset[OutputName]({"pooled"}), splits, report=say)
@@ -87,7 +87,7 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             say("five crops are not scored: the data has no validation split of its own")
     if last.get("data/unreadable_images"):
         say(
-            f"{count_of(int(last['data/unreadable_images']), 'image')} could not be read and left out; "
+            f"{pluralize(int(last['data/unreadable_images']), 'image')} could not be read and left out; "
             f"`imbvlm manifest check {config.data.manifest} --decode` names them"
         )
     return last

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 OutputName = Literal["tokens", "pooled", "image_embedding"]
-ComputedIn = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16"]
 OUTPUT_NAMES: tuple[OutputName, ...] = get_args(OutputName)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from imbvlm.base.schema import Tree
 
-Method = Literal[
+MethodName = Literal[
     "zero_shot", "prompt_tuning", "linear_probe", "decoder", "adapter", "lora", "bias_tuning", "fine_tuning"
 ]
 

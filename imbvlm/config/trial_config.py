@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ValidationError, ValidationInfo, field_validator
 
 from imbvlm.base.errors import ConfigError, Problem
-from imbvlm.base.schema import GONE_WITHOUT_NAME, Section, Tree, dotted_keys_of, explain, set_keys
+from imbvlm.base.schema import NULL_NAME_REMOVES, Section, Tree, dotted_keys_of, to_problems, with_dotted_keys
 from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
 from imbvlm.config.loss_registry import LossConfig, SmoothedLoss
@@ -20,7 +20,7 @@ from imbvlm.config.method_registry import (
     METHOD_DEFAULTS,
     METHOD_SECTIONS,
     OPTIONAL_SECTIONS,
-    Method,
+    MethodName,
 )
 from imbvlm.config.model_sections import (
     AdapterConfig,
@@ -50,7 +50,7 @@ class TrialConfig(Section):
     data: DataConfig
     encoder: EncoderConfig
     features: FeaturesConfig = FeaturesConfig()
-    method: Method
+    method: MethodName
     prompts: PromptsConfig | None = None
     prompt_tuning: PromptTuningConfig | None = None
     decoder: DecoderConfig | None = None
@@ -65,7 +65,7 @@ class TrialConfig(Section):
     feature_augmentation: FeatureAugmentationConfig | None = None
     optim: OptimConfig | None = None
     train: TrainConfig | None = None
-    second_stage: Annotated[SecondStageConfig | None, GONE_WITHOUT_NAME] = None
+    second_stage: Annotated[SecondStageConfig | None, NULL_NAME_REMOVES] = None
     eval: EvalConfig = EvalConfig()
 
     @field_validator("classifier")
@@ -153,7 +153,7 @@ class TrialConfig(Section):
         try:
             config = TrialConfig.model_validate(data)
         except ValidationError as error:
-            raise ConfigError([*problems, *explain(TrialConfig, error, located, data)]) from None
+            raise ConfigError([*problems, *to_problems(TrialConfig, error, located, data)]) from None
         if problems:
             raise ConfigError(problems)
         return config
@@ -179,7 +179,7 @@ class TrialConfig(Section):
         return json.dumps(self.to_tree(), sort_keys=True)
 
 
-def needed(section: T | None) -> T:
+def require_section(section: T | None) -> T:
     """A section that the trial's method is known to read (TrialConfig fills those in)."""
     if section is None:
         raise AssertionError("this method doesn't read that section; METHOD_SECTIONS says which it reads")
@@ -240,7 +240,7 @@ def _read_by(data: Tree) -> frozenset[str]:
 # -------------------------------------------------------------------------------------------------- dotted keys
 
 # Setting one of these lets go of what was said beside it: another tower's weights, the length in other units.
-_LETS_GO: Mapping[str, tuple[str, ...]] = {
+RESETS: Mapping[str, tuple[str, ...]] = {
     "encoder.name": ("encoder.weights", "encoder.quick_gelu"),
     "train.num_epochs": ("train.num_steps",),
     "train.num_steps": ("train.num_epochs",),
@@ -249,7 +249,7 @@ _LETS_GO: Mapping[str, tuple[str, ...]] = {
 
 def apply_overrides(tree: Tree, overrides: Mapping[str, Any]) -> Tree:
     """A deep copy of plain data with dotted keys set; choosing another variant drops the old variant's knobs."""
-    return set_keys(TrialConfig, tree, overrides, _LETS_GO)
+    return with_dotted_keys(TrialConfig, tree, overrides, RESETS)
 
 
 def drop_unused_sections(tree: Tree, keep: Iterable[str] = ()) -> Tree:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest import Manifest
 
 _MOST_NAMED = 5
 
 
-def limit_findings(
+def bad_image_findings(
     manifest: Manifest, split: str, bad: Mapping[int, str], *, max_images: int | None, max_share: float
 ) -> list[str]:
     """What is above the limits among a split's images; `bad` is row in the split -> reason. Empty where all is well.
@@ -22,8 +22,8 @@ def limit_findings(
     if not bad:
         return []
     rows = manifest.split(split)
-    number = count_of(len(bad), "image")
-    examples = listed([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: _MOST_NAMED + 1]], _MOST_NAMED)
+    number = pluralize(len(bad), "image")
+    examples = join_limited([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: _MOST_NAMED + 1]], _MOST_NAMED)
     findings = []
     if max_images is not None and len(bad) > max_images:
         findings.append(f"{number} of {split} can't be used, above data.max_bad_images {max_images:,}: {examples}")
@@ -42,7 +42,7 @@ def _lost_classes(rows: Manifest, bad: Mapping[int, str]) -> list[str]:
     before = np.bincount(rows.labels, minlength=num_classes)
     after = before - np.bincount(rows.labels[list(bad)], minlength=num_classes)
     lost = [f"{rows.class_names[label]!r} ({before[label]})" for label in np.flatnonzero((before > 0) & (after == 0))]
-    return [f"{count_of(len(lost), 'class')} would lose every training image: {listed(lost)}"] if lost else []
+    return [f"{pluralize(len(lost), 'class')} would lose every training image: {join_limited(lost)}"] if lost else []
 
 
 def _name(rows: Manifest, row: int) -> str:

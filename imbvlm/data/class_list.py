@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest_schema import SPLITS, split_codes
 
 _MOST_SHOWN = 5
@@ -70,9 +70,9 @@ def longer_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[st
     largest = pc.max(table.column("label")).as_py()
     if largest is None or largest + 1 >= len(class_names) or folder_evidence(table, class_names).num_agreeing:
         return []
-    extra = listed([repr(name) for name in class_names[largest + 1 :]], _MOST_SHOWN)
+    extra = join_limited([repr(name) for name in class_names[largest + 1 :]], _MOST_SHOWN)
     return [
-        f"the class list has {count_of(len(class_names), 'name')}, and the largest class id is {largest}: nothing "
+        f"the class list has {pluralize(len(class_names), 'name')}, and the largest class id is {largest}: nothing "
         f"shows that no line is too many, as a heading is, before {extra}; leave out names without images at its end, "
         "or label images by name instead of id"
     ]
@@ -81,7 +81,7 @@ def longer_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[st
 def repeated_findings(class_names: Sequence[str]) -> list[str]:
     """Names that a list for labels by name has twice: which of the two is meant can't be known."""
     twice = [repr(name) for name, number in Counter(class_names).items() if number > 1]
-    return [f"the class list has a name twice: {listed(twice)}; list each class once"] if twice else []
+    return [f"the class list has a name twice: {join_limited(twice)}; list each class once"] if twice else []
 
 
 def _lines(findings: Sequence[str]) -> str:

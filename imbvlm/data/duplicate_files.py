@@ -21,7 +21,7 @@ _THREADS = 16
 _LAST_BYTES = 4096
 
 
-def with_copies(manifest: Manifest) -> Manifest:
+def mark_duplicates(manifest: Manifest) -> Manifest:
     """The manifest with the content of training files that are copies, so that what is drawn keeps these together.
 
     Where a store doesn't answer, a note says that copies aren't known.
@@ -30,7 +30,7 @@ def with_copies(manifest: Manifest) -> Manifest:
     uris = manifest.table.column("uri").to_pylist()
     rows = [row for row in manifest.rows_of("train").tolist() if contents[row] is None]
     try:
-        digests = copy_digests([uris[row] for row in rows])
+        digests = duplicate_digests([uris[row] for row in rows])
     except StorageError as error:
         note = f"files were not compared, so copies of one image may fall on both sides of a split: {error}"
         return replace(manifest, notes=(*manifest.notes, note))
@@ -40,7 +40,7 @@ def with_copies(manifest: Manifest) -> Manifest:
     return replace(manifest, table=with_column(manifest.table, "content", column))
 
 
-def copy_digests(uris: Sequence[str]) -> list[bytes | None]:
+def duplicate_digests(uris: Sequence[str]) -> list[bytes | None]:
     """Digests of those files that have a copy under another name among these, None for all others.
 
     Only files that share their size are read, and as a whole only those that share their end too. Raises StorageError.

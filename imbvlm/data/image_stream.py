@@ -20,7 +20,7 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, Pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import Rows, TakenRows
+from imbvlm.data.manifest_schema import LazyRows, Rows
 
 _REMOTE_THREADS = 16
 
@@ -67,13 +67,13 @@ class StreamPlan:
                 **common,
                 "positions": np.asarray(positions, dtype=np.int64),
                 "rows": self.rows[positions],
-                "images": TakenRows(manifest.table, self.rows[positions]),
+                "images": LazyRows(manifest.table, self.rows[positions]),
             }
             for positions in self.batches
         ]
 
 
-def each_row(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
+def map_rows(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
     """Call `load` for each row's number: one after another for local files, which are read faster than decoded, and
     side by side for objects elsewhere, which are waited for."""
     if all(uri is None or storage.is_local(uri) for uri in uris):
@@ -110,7 +110,7 @@ def load_batch(block: dict[str, Any], budget: DecodeBudget | None = None) -> dic
             rng = np.random.default_rng((block["seed"], block["epoch"], int(positions[number])))
             augmentation.apply(picture, preprocess, rng, block["progress"], out=images[number])
 
-    reasons = tuple(each_row(load, uris))
+    reasons = tuple(map_rows(load, uris))
     ok = np.array([reason is None for reason in reasons], dtype=bool)
     return {"images": images, "rows": block["rows"], "ok": ok, "reasons": reasons}
 
@@ -143,14 +143,14 @@ class ImageRows:
 
 
 @lru_cache(maxsize=2)
-def opened_manifest(location: str) -> Manifest:
+def cached_manifest(location: str) -> Manifest:
     """A manifest, read once by a process."""
     return Manifest.read(location)
 
 
 def stream_in_threads(location: str, plan: StreamPlan) -> Iterator[ImageBatch]:
     """A plan's batches through threads of this process, some ahead of the one in use; errors come in their turn."""
-    manifest = opened_manifest(location)
+    manifest = cached_manifest(location)
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     budget = DecodeBudget(num_threads)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="read-images") as pool:

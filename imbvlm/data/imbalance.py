@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import seeded
 
 SHAPES = ("exponential", "pareto")
 
 
-def tail_counts(
+def imbalanced_counts(
     num_classes: int, largest: int, imbalance_factor: float, shape: str = "exponential"
 ) -> npt.NDArray[np.int64]:
     """Images per class from head to tail (C,): `largest` down to `largest / imbalance_factor`.
@@ -26,7 +26,7 @@ def tail_counts(
     if imbalance_factor < 1:
         raise ImbvlmError(f"the imbalance factor is largest over smallest class, at least 1, and is {imbalance_factor}")
     if shape not in SHAPES:
-        raise ImbvlmError(f"tail shape {shape!r} is not known; {nearest(shape, SHAPES)}")
+        raise ImbvlmError(f"tail shape {shape!r} is not known; {suggest_name(shape, SHAPES)}")
     if largest / imbalance_factor < 0.5:
         raise ImbvlmError(
             f"an imbalance factor of {imbalance_factor:g} leaves the last class without images: the largest class has "
@@ -40,7 +40,7 @@ def tail_counts(
     return np.maximum(1, np.rint(largest * shares)).astype(np.int64)
 
 
-def with_tail(
+def make_imbalanced(
     manifest: Manifest,
     imbalance_factor: float,
     *,
@@ -60,7 +60,7 @@ def with_tail(
     labels = manifest.labels[rows]
     available = np.bincount(labels, minlength=len(names))
     wanted = np.empty(len(names), dtype=np.int64)
-    wanted[order] = tail_counts(len(names), int(available.max()), imbalance_factor, shape)
+    wanted[order] = imbalanced_counts(len(names), int(available.max()), imbalance_factor, shape)
     short = np.flatnonzero(available < wanted)
     if len(short):
         lacking = [
@@ -87,7 +87,7 @@ def _order(names: Sequence[str], class_order: Sequence[str]) -> npt.NDArray[np.i
             "the class order",
             [
                 *(f"{name!r} is not in it" for name in missing[:10]),
-                *(f"{name!r} is no class; {nearest(name, names)}" for name in unknown[:10]),
+                *(f"{name!r} is no class; {suggest_name(name, names)}" for name in unknown[:10]),
             ]
             or ["it must name each class once, and class names must differ"],
         )

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from imbvlm.assets import manifest_path
 from imbvlm.base import s3, storage
 from imbvlm.base.errors import ImbvlmError, printable
-from imbvlm.base.formatting import count_of, listed, size_text
+from imbvlm.base.formatting import join_limited, pluralize, size_text
 from imbvlm.data.class_list import class_list_findings
 from imbvlm.data.files.file_listing import file_states
 from imbvlm.data.manifest_schema import (
@@ -43,7 +43,7 @@ from imbvlm.longtail.class_stats import ClassStats
 
 METADATA_KEY = b"imbvlm"
 EMBEDDED = "embedded:"
-# Validation rows of a class with n >= 5 training images: min(3, n // 5) (PROTOCOL, "Splits, counts, selection").
+# Validation rows of a class with n >= 5 training images: min(3, n // 5) (docs/protocol.md, Splits).
 CARVE_FROM = 5
 CARVE_AT_MOST = 3
 _ROW_GROUP = 65536
@@ -132,8 +132,8 @@ class Manifest:
             findings += row_findings(table, len(class_names))
         if split_counts is not None and (len(split_counts) != len(class_names) or min(split_counts, default=0) < 0):
             findings.append(
-                f"split_counts has a count of 0 or more for each of {count_of(len(class_names), 'class')}, and is "
-                f"{listed([str(count) for count in split_counts])}"
+                f"split_counts has a count of 0 or more for each of {pluralize(len(class_names), 'class')}, and is "
+                f"{join_limited([str(count) for count in split_counts])}"
             )
         if not missing and not findings and not labeled_by_name:
             findings += class_list_findings(table, class_names)
@@ -284,12 +284,12 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
             return _bounded(file, present, path, max(_LEAST_BOUND, _MOST_GROWTH * stream.size()))
 
     try:
-        return s3.patiently(path, read)
+        return s3.retry_denied(path, read)
     except FileNotFoundError:
         where = f" in {os.getcwd()}" if storage.is_local(path) and not os.path.isabs(path) else ""
         raise storage.StorageError(f"{path} is not there{where}") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise storage.failure("read the manifest", path, error) from None
+        raise storage.storage_error("read the manifest", path, error) from None
 
 
 def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_bytes: int) -> pa.Table:

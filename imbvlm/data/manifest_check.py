@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 from imbvlm.base import storage
 from imbvlm.base.csv_cells import csv_line, escape_cell
 from imbvlm.base.errors import printable
-from imbvlm.base.formatting import count_of, listed
-from imbvlm.data.duplicate_files import copy_digests
+from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.data.duplicate_files import duplicate_digests
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
-from imbvlm.data.splits import carve_validation, not_selectable
+from imbvlm.data.splits import carve_validation, classes_without_validation
 
 Severity = Literal["error", "warning", "note"]
 
@@ -41,7 +41,7 @@ class Finding:
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = f": {listed(self.examples, 5)}" if self.examples else ""
+        shown = f": {join_limited(self.examples, 5)}" if self.examples else ""
         return f"{self.severity:8} {printable(self.message)}{shown}"
 
 
@@ -57,9 +57,9 @@ class CheckReport:
         counts = Counter(finding.severity for finding in self.findings)
         if counts["error"]:
             return (
-                f"not usable as it is: {count_of(counts['error'], 'error')}, {count_of(counts['warning'], 'warning')}"
+                f"not usable as it is: {pluralize(counts['error'], 'error')}, {pluralize(counts['warning'], 'warning')}"
             )
-        return f"usable, with {count_of(counts['warning'], 'warning')}" if counts["warning"] else "good"
+        return f"usable, with {pluralize(counts['warning'], 'warning')}" if counts["warning"] else "good"
 
     @property
     def ok(self) -> bool:
@@ -114,7 +114,7 @@ def _missing_files(manifest: Manifest) -> Iterator[Finding]:
     uris = manifest.table.column("uri").filter(pa.array(bare)).to_pylist()
     missing = [uri for uri, size in zip(uris, file_sizes(uris).tolist(), strict=True) if size < 0]
     if missing:
-        yield Finding("error", f"{count_of(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
+        yield Finding("error", f"{pluralize(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
 
 
 def _same_uri(manifest: Manifest) -> Iterator[Finding]:
@@ -129,7 +129,7 @@ def _same_content(manifest: Manifest) -> Iterator[Finding]:
     uris = manifest.table.column("uri").to_pylist()
     embedded = manifest.table.column("bytes").is_valid().to_pylist()
     files = [row for row, inside in enumerate(embedded) if not inside and storage.is_local(uris[row])]
-    for row, digest in zip(files, copy_digests([uris[row] for row in files]), strict=True):
+    for row, digest in zip(files, duplicate_digests([uris[row] for row in files]), strict=True):
         contents[row] = digest
     known = pa.array([content is not None for content in contents])
     keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(known)
@@ -169,7 +169,7 @@ def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifes
     ]
     for severity, message, chosen in groups:
         if chosen.any():
-            yield Finding(severity, f"{count_of(int(chosen.sum()), 'image')} {message}", named(chosen))
+            yield Finding(severity, f"{pluralize(int(chosen.sum()), 'image')} {message}", named(chosen))
 
 
 def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str]] | None) -> Iterator[Finding]:
@@ -180,7 +180,7 @@ def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str
     if truncated is not None and manifest.named:
         long = tuple(truncated(manifest.class_names))
         if long:
-            yield Finding("warning", f"{count_of(len(long), 'name')} too long for the text tower's context", long)
+            yield Finding("warning", f"{pluralize(len(long), 'name')} too long for the text tower's context", long)
     if manifest.label_map is not None:
         yield Finding("note", "the source's class ids are mapped; the map is kept here and exported with a model")
 
@@ -189,7 +189,7 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     stats, names = manifest.class_stats(), manifest.class_names
     if len(stats.zero_train):
         empty = tuple(names[label] for label in stats.zero_train)
-        yield Finding("warning", f"{count_of(len(empty), 'class')} without training images (zero_train)", empty)
+        yield Finding("warning", f"{pluralize(len(empty), 'class')} without training images (zero_train)", empty)
     trained = tuple(names[label] for label in np.flatnonzero(stats.split_counts))
     if len(trained) < 2:
         message = (
@@ -200,7 +200,9 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     if "test" in manifest.splits:
         unscored = _absent(manifest, manifest.rows_of("test"))
         if unscored:
-            message = f"{count_of(len(unscored), 'class')} absent from the test split and so from every average over it"
+            message = (
+                f"{pluralize(len(unscored), 'class')} absent from the test split and so from every average over it"
+            )
             yield Finding("warning", message, unscored)
     else:
         yield Finding(
@@ -219,12 +221,12 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
         yield Finding("error", message)
     elif lost:
         kind = "the validation split" if official else "validation carved from training (fewer than 5 images)"
-        yield Finding("warning" if official else "note", f"{count_of(len(lost), 'class')} absent from {kind}", lost)
+        yield Finding("warning" if official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
 
 
 def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:
     """Names of the classes without any of these rows."""
-    absent = not_selectable(manifest.labels[rows], len(manifest.class_names))
+    absent = classes_without_validation(manifest.labels[rows], len(manifest.class_names))
     return tuple(manifest.class_names[label] for label in absent)
 
 
@@ -252,11 +254,11 @@ def _undecodable(manifest: Manifest) -> Iterator[Finding]:
             f"{manifest.class_names[manifest.labels[row]]}, {stats.group_of(int(manifest.labels[row]))})"
             for row, text in bad
         )
-        yield Finding("warning", f"{count_of(len(bad), 'image')} of {len(manifest):,} can't be decoded", shown)
+        yield Finding("warning", f"{pluralize(len(bad), 'image')} of {len(manifest):,} can't be decoded", shown)
     lost = np.setdiff1d(
         np.unique(manifest.labels[manifest.rows_of("train")]),
         manifest.labels[[row for row in manifest.rows_of("train") if reasons[row] is None]],
     )
     if len(lost):
         names = tuple(manifest.class_names[label] for label in lost)
-        yield Finding("error", f"{count_of(len(lost), 'class')} would lose every training image", names)
+        yield Finding("error", f"{pluralize(len(lost), 'class')} would lose every training image", names)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.formatting import join_limited, pluralize
 
 Rows = npt.NDArray[np.int64]
 
@@ -71,7 +71,7 @@ def seeded(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-class TakenRows:
+class LazyRows:
     """Where the images of some rows of a manifest's table are; they leave it only where they are read or pickled.
 
     So blocks can be planned without a copy of all embedded images.
@@ -85,8 +85,8 @@ class TakenRows:
         taken = self._table.take(pa.array(self._rows))
         return taken.column("uri").to_pylist(), taken.column("bytes").to_pylist()
 
-    def __reduce__(self) -> tuple[type[TakenRows], tuple[pa.Table, Rows]]:
-        return TakenRows, (self._table.take(pa.array(self._rows)), np.arange(len(self._rows)))
+    def __reduce__(self) -> tuple[type[LazyRows], tuple[pa.Table, Rows]]:
+        return LazyRows, (self._table.take(pa.array(self._rows)), np.arange(len(self._rows)))
 
 
 def absolute_uris(table: pa.Table, path: str) -> pa.Table:
@@ -185,14 +185,15 @@ def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
     findings = [] if class_names else ["it has no class names"]
     odd = [ascii(name) for name in class_names if not is_utf8(name)]
     if odd:
-        findings.append(f"{count_of(len(odd), 'class name')} not in UTF-8: {listed(odd)}")
+        findings.append(f"{pluralize(len(odd), 'class name')} not in UTF-8: {join_limited(odd)}")
     if empty:
-        findings.append(f"{count_of(len(empty), 'class')} without a name: {listed(empty)}")
+        findings.append(f"{pluralize(len(empty), 'class')} without a name: {join_limited(empty)}")
     ids: dict[str, list[str]] = {}
     for index, name in enumerate(class_names):
         ids.setdefault(name.strip().casefold(), []).append(str(index))
     twice = [f"{class_names[int(same[0])]!r} ({', '.join(same)})" for name, same in ids.items() if name and same[1:]]
-    warning = f"{count_of(len(twice), 'name')} of several classes, which text methods can't tell apart: {listed(twice)}"
+    shared = f"{pluralize(len(twice), 'name')} of several classes, which text methods can't tell apart"
+    warning = f"{shared}: {join_limited(twice)}"
     return findings, [warning] if twice else []
 
 
@@ -205,13 +206,13 @@ def row_findings(table: pa.Table, num_classes: int) -> list[str]:
     if pc.any(outside).as_py():
         values = [str(value) for value in pc.unique(labels.filter(outside)).to_pylist()]
         findings.append(
-            f"{_rows(outside)} with a label outside 0 to {num_classes - 1}, the class names: {listed(values)}"
+            f"{_rows(outside)} with a label outside 0 to {num_classes - 1}, the class names: {join_limited(values)}"
         )
     names = pc.fill_null(split.cast(pa.string()), "null")
     unknown = pc.invert(pc.is_in(names, value_set=pa.array(SPLITS)))
     if pc.any(unknown).as_py():
         values = [repr(value) for value in pc.unique(names.filter(unknown)).to_pylist()]
-        findings.append(f"{_rows(unknown)} with a split that is none of {', '.join(SPLITS)}: {listed(values)}")
+        findings.append(f"{_rows(unknown)} with a split that is none of {', '.join(SPLITS)}: {join_limited(values)}")
     if not pc.any(pc.equal(names, "train")).as_py():
         findings.append("no row is a training row (split 'train')")
     nothing = pc.and_(_blank(table.column("uri")), table.column("bytes").is_null())
@@ -239,4 +240,4 @@ def _rows(mask: pa.ChunkedArray) -> str:
     rows = np.flatnonzero(mask.to_numpy())
     first = ", ".join(str(row) for row in rows[:3])
     shown = f"{'row' if len(rows) == 1 else 'rows'} {first}{', ...' if len(rows) > 3 else ''}"
-    return f"{count_of(len(rows), 'row')} ({shown})"
+    return f"{pluralize(len(rows), 'row')} ({shown})"

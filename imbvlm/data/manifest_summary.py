@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from imbvlm.base import storage
 from imbvlm.base.errors import printable
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.splits import carve_validation, not_selectable
+from imbvlm.data.splits import carve_validation, classes_without_validation
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
@@ -88,14 +88,14 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     if "val" in manifest.splits:
         return lines
     carved = carve_validation(manifest, split_seed)
-    lost = not_selectable(manifest.labels[carved], len(manifest.class_names))
+    lost = classes_without_validation(manifest.labels[carved], len(manifest.class_names))
     note = f"{'val':17} none; {len(carved):,} training images will be carved off (seed {split_seed})"
-    return [*lines, f"{note}, {count_of(len(lost), 'class')} without any" if len(lost) else note]
+    return [*lines, f"{note}, {pluralize(len(lost), 'class')} without any" if len(lost) else note]
 
 
 def _group_lines(stats: ClassStats) -> list[str]:
     found = {group: getattr(stats, group) for group in SHOT_GROUPS}
-    return [f"{group:17} {count_of(len(classes), 'class')}" for group, classes in found.items() if len(classes)]
+    return [f"{group:17} {pluralize(len(classes), 'class')}" for group, classes in found.items() if len(classes)]
 
 
 def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:

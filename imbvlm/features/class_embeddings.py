@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.models.encoders.open_clip_encoder import Encoder
@@ -40,7 +40,7 @@ def ensure_class_embeddings(
             shown = ", ".join(repr(name) for name in cut[:3])
             report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
         report(
-            f"text features: {count_of(len(class_names), 'class name')}, {count_of(len(templates), 'sentence')} each"
+            f"text features: {pluralize(len(class_names), 'class name')}, {pluralize(len(templates), 'sentence')} each"
         )
         device = encoder.device
         encoder.to("cuda" if torch.cuda.is_available() else device)

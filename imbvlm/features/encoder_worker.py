@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import ComputedIn, OutputName
+from imbvlm.config.encoder_info import ComputeDtype, OutputName
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import Block
@@ -24,7 +24,7 @@ from imbvlm.models.encoders.open_clip_encoder import Encoder
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
-class TowerWorker:
+class EncoderWorker:
     """Holds the tower in one process; called with a loaded block, it writes the block's shards.
 
     Several threads may call it: one block at a time goes through the tower, while others are written.
@@ -72,14 +72,14 @@ class TowerWorker:
         return {output: values.numpy() for output, values in found.items()}
 
 
-def start_worker(
+def make_encoder_worker(
     encoder: EncoderConfig,
     evaluation: EvalConfig,
     fingerprint: str,
-    computed_in: ComputedIn,
+    computed_in: ComputeDtype,
     num_threads: int,
     use_gpu: bool,
-) -> TowerWorker:
+) -> EncoderWorker:
     """A tower in a process of its own.
 
     Raises ImbvlmError where the tower's weights here aren't those that the store is kept for, or where the GPU has no
@@ -93,4 +93,4 @@ def start_worker(
             f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
             "extraction; give every machine the same file"
         )
-    return TowerWorker(tower.compute_in(computed_in))
+    return EncoderWorker(tower.compute_in(computed_in))

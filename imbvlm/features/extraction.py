@@ -18,11 +18,11 @@ from imbvlm.base import interrupts, storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.data.bad_image_limits import limit_findings
+from imbvlm.data.bad_image_limits import bad_image_findings
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.class_embeddings import ensure_class_embeddings
-from imbvlm.features.encoder_worker import BATCH_ON_CPU, TowerWorker, start_worker
-from imbvlm.features.extraction_plan import _blocks, _num_gpus, _parts, _plan_part, _Work, computed_in
+from imbvlm.features.encoder_worker import BATCH_ON_CPU, EncoderWorker, make_encoder_worker
+from imbvlm.features.extraction_plan import PendingPart, _blocks, _num_gpus, _parts, _plan_part, resolve_compute_dtype
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
@@ -32,7 +32,7 @@ from imbvlm.features.store_sizes import _check_copies, _check_disk
 from imbvlm.models.encoders.encoder_registry import absolute_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines
-from imbvlm.ray_runtime.connection import connected, has_machine_to_itself, joined
+from imbvlm.ray_runtime.connection import existing_cluster, owns_machine, ray_session
 from imbvlm.ray_runtime.image_pipeline import map_images
 
 Report = Callable[[str], None]
@@ -44,7 +44,7 @@ SECONDS_HERE = 10.0
 LOADING_THREADS = 8
 
 
-@joined()
+@existing_cluster()
 def ensure_features(
     config: TrialConfig,
     manifest: Manifest,
@@ -106,7 +106,7 @@ def ensure_features(
 # -------------------------------------------------------------------------------------------------- filling
 
 
-def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report: Report) -> None:
+def _fill(config: TrialConfig, works: Sequence[PendingPart], encoder: Encoder, report: Report) -> None:
     progress = _Progress(sum(work.num_images for work in works), report)
     # Taken from its front by whoever computes them.
     blocks = deque(block for work in works for block in _blocks(config, work))
@@ -130,16 +130,16 @@ def _fill(config: TrialConfig, works: Sequence[_Work], encoder: Encoder, report:
         for work in works:
             storage.write_bytes(storage.join(work.store.folder, PACE_FILE), pace.encode())
     for (folder, output), shards in written.items():
-        by_folder[folder].store.trust(output, shards, bad[folder])
+        by_folder[folder].store.mark_verified(output, shards, bad[folder])
 
 
 def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
     """Whether this process would have computed so many images about as soon as workers have started; `encoder` is made
     ready for that.
     """
-    if _num_gpus() or not has_machine_to_itself():
+    if _num_gpus() or not owns_machine():
         return False
-    encoder.compute_in(computed_in(config, encoder.info))
+    encoder.compute_in(resolve_compute_dtype(config, encoder.info))
     size = encoder.info.image_size
     images, taken = torch.zeros(BATCH_ON_CPU, 3, size, size, dtype=torch.uint8), list[float]()
     # The first time prepares kernels, which is long beside a small tower.
@@ -152,7 +152,7 @@ def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
 
 def _by_itself(encoder: Encoder, blocks: deque[Block]) -> Iterator[Block]:
     """Blocks are loaded by threads; where that takes far longer than the tower, what is left is the workers'."""
-    worker, loads = TowerWorker(encoder), deque[Future[Block]]()
+    worker, loads = EncoderWorker(encoder), deque[Future[Block]]()
     num_threads, deadline = min(LOADING_THREADS, os.cpu_count() or 1), time.monotonic() + 2 * SECONDS_HERE
     with ThreadPoolExecutor(num_threads) as pool:
         while True:
@@ -164,14 +164,14 @@ def _by_itself(encoder: Encoder, blocks: deque[Block]) -> Iterator[Block]:
 
 
 def _by_workers(
-    config: TrialConfig, works: Sequence[_Work], encoder: Encoder, blocks: Sequence[Block], progress: _Progress
+    config: TrialConfig, works: Sequence[PendingPart], encoder: Encoder, blocks: Sequence[Block], progress: _Progress
 ) -> Iterator[Block]:
     if not blocks:
         return
-    planned, is_chosen = computed_in(config, encoder.info), config.features.computed_in != "auto"
-    with connected() as cluster:
-        gpus = int(cluster.most_gpus) if is_chosen or planned == "bfloat16" else 0
-        if planned == "bfloat16" and computed_in(config, encoder.info) == "float32":
+    planned, is_chosen = resolve_compute_dtype(config, encoder.info), config.features.computed_in != "auto"
+    with ray_session() as cluster:
+        gpus = int(cluster.max_gpus) if is_chosen or planned == "bfloat16" else 0
+        if planned == "bfloat16" and resolve_compute_dtype(config, encoder.info) == "float32":
             raise ImbvlmError(
                 "this machine has a GPU and its Ray cluster has none, so that features would differ; let Ray use the "
                 "GPU, hide it with CUDA_VISIBLE_DEVICES=, or set features.computed_in"
@@ -182,7 +182,7 @@ def _by_workers(
         yield from map_images(
             blocks,
             load_block,
-            start_worker,
+            make_encoder_worker,
             (*tower, planned, threads, bool(gpus)),
             images_per_block=max(work.store.layout.rows_per_shard * work.store.num_views for work in works),
             num_workers=progress.num_workers,
@@ -253,7 +253,7 @@ def _write_tower(folder: str, encoder: Encoder) -> None:
         storage.write_bytes(path, data)
 
 
-def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[OutputName], report: Report) -> None:
+def _check_quarantine(config: TrialConfig, work: PendingPart, outputs: Sequence[OutputName], report: Report) -> None:
     """Say how many images are left out; a store filled under `quarantine` isn't good enough for `strict`."""
     bad = FeatureStore.open(work.store.folder, outputs).quarantine
     if not bad:
@@ -267,10 +267,10 @@ def _check_quarantine(config: TrialConfig, work: _Work, outputs: Sequence[Output
     report(f"{what} {'is' if len(bad) == 1 else 'are'} left out, such as {name}: {bad[0].reason}")
 
 
-def _check_limits(config: TrialConfig, work: _Work, bad: Mapping[int, str]) -> None:
+def _check_limits(config: TrialConfig, work: PendingPart, bad: Mapping[int, str]) -> None:
     """Stop before training where more images of a split are bad than the configuration allows; `bad`: row -> reason."""
     limits = config.data.max_bad_images, config.data.max_bad_share
-    findings = limit_findings(work.rows, work.part.split, bad, max_images=limits[0], max_share=limits[1])
+    findings = bad_image_findings(work.rows, work.part.split, bad, max_images=limits[0], max_share=limits[1])
     if findings:
         mend = "mend the files or take their rows out; `imbvlm manifest check MANIFEST --decode -o FILE` names them all"
         raise ImbvlmError("\n  ".join(["too many images can't be used:", *findings, mend]))

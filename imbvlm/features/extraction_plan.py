@@ -12,11 +12,11 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import OUTPUT_NAMES, ComputedIn, EncoderInfo, OutputName
+from imbvlm.config.encoder_info import OUTPUT_NAMES, ComputeDtype, EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import Rows, TakenRows
+from imbvlm.data.manifest_schema import LazyRows, Rows
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import Block
 from imbvlm.features.store_layout import StoreKey, StoreLayout
@@ -27,10 +27,10 @@ ROWS_PER_SHARD = 512
 # A block of crops, and the largest output of a shard, stay near this size in memory.
 SHARD_BYTES = 96_000_000
 # Small data is still cut into a few blocks, so that several workers share it.
-LEAST_SHARDS = 8
+MIN_SHARDS = 8
 
 
-class _Part(NamedTuple):
+class StorePart(NamedTuple):
     """One store: an official split, or its rows of few-shot classes, in so many crops that `preprocess` makes."""
 
     split: str
@@ -44,10 +44,10 @@ class _Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Work:
+class PendingPart:
     """What a part lacks: shard number -> outputs to compute."""
 
-    part: _Part
+    part: StorePart
     store: FeatureStore
     rows: Manifest
     missing: Mapping[int, tuple[OutputName, ...]]
@@ -74,17 +74,17 @@ def _num_views(config: TrialConfig, split: str) -> int:
 
 def _parts(
     config: TrialConfig, manifest: Manifest, encoder: Encoder, splits: Sequence[str], five_crop: Sequence[str]
-) -> list[_Part]:
+) -> list[StorePart]:
     """What is computed: each split as it is evaluated or trained on, and where they are asked for more views of
     few-shot classes, and some splits as five crops.
     """
-    found = [_Part(split, encoder.preprocess, _num_views(config, split)) for split in splits]
+    found = [StorePart(split, encoder.preprocess, _num_views(config, split)) for split in splits]
     tail_views = config.features.tail_views
     if tail_views is not None and "train" in splits and len(few_shot_rows(manifest)):
-        found.append(_Part("train", encoder.preprocess, tail_views, is_tail=True))
+        found.append(StorePart("train", encoder.preprocess, tail_views, is_tail=True))
     if config.eval.tte == "five_crop":
         preprocess = encoder.preprocess.five_crop(config.eval.expand)
-        found += [_Part(split, preprocess, len(FIVE_CROPS)) for split in five_crop]
+        found += [StorePart(split, preprocess, len(FIVE_CROPS)) for split in five_crop]
     return found
 
 
@@ -93,11 +93,11 @@ def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, d
     shapes = {output: info.shape(output) for output in OUTPUT_NAMES}
     largest = max(math.prod(shape) for shape in shapes.values()) * np.dtype(precision).itemsize
     bytes_per_row = views * max(largest, 3 * info.image_size**2)
-    rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // LEAST_SHARDS))
+    rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // MIN_SHARDS))
     return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes, config.features.int8_tokens)
 
 
-def computed_in(config: TrialConfig, info: EncoderInfo) -> ComputedIn:
+def resolve_compute_dtype(config: TrialConfig, info: EncoderInfo) -> ComputeDtype:
     """What the tower computes in; of itself by where a pass would run: the connected cluster, or else this machine.
 
     That is bfloat16 on GPUs, and of a ViT on a single machine whose CPU has AMX, where it takes a third of the time.
@@ -123,8 +123,8 @@ def _plan_part(
     root: str,
     outputs: Sequence[OutputName],
     encoder: Encoder,
-    part: _Part,
-) -> _Work:
+    part: StorePart,
+) -> PendingPart:
     rows = part.rows(manifest)
     if not len(rows):
         raise ImbvlmError(
@@ -137,10 +137,10 @@ def _plan_part(
     for output in outputs:
         for shard in store.missing(output):
             missing[shard] = (*missing.get(shard, ()), output)
-    return _Work(part, store, rows, dict(sorted(missing.items())))
+    return PendingPart(part, store, rows, dict(sorted(missing.items())))
 
 
-def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Part) -> StoreKey:
+def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: StorePart) -> StoreKey:
     """Of the rows of a part."""
     return StoreKey(
         rows=rows.row_fingerprint(part.split),
@@ -148,13 +148,13 @@ def _store_key(config: TrialConfig, rows: Manifest, encoder: Encoder, part: _Par
         preprocess=part.preprocess.to_dict(),
         num_views=part.num_views,
         precision=config.features.precision,
-        computed_in=computed_in(config, encoder.info),
+        computed_in=resolve_compute_dtype(config, encoder.info),
         token_pooling=encoder.info.token_pooling,
         int8_tokens=config.features.int8_tokens,
     )
 
 
-def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
+def _blocks(config: TrialConfig, work: PendingPart) -> list[Block]:
     return [
         {
             "folder": work.store.folder,
@@ -166,7 +166,7 @@ def _blocks(config: TrialConfig, work: _Work) -> list[Block]:
             "num_views": work.store.num_views,
             "preprocess": work.part.preprocess.to_dict(),
             "strict": config.data.on_bad_image == "strict",
-            "images": TakenRows(work.rows.table, np.arange(rows.start, rows.stop)),
+            "images": LazyRows(work.rows.table, np.arange(rows.start, rows.stop)),
         }
         for shard, outputs in work.missing.items()
         for rows in [work.store.layout.rows_of(shard)]

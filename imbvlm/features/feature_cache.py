@@ -31,7 +31,7 @@ from imbvlm.base.schema import Section
 from imbvlm.base.storage import FileState
 
 # Of the disk, where no limit is set.
-MOST_OF_DISK = 0.8
+MAX_DISK_FRACTION = 0.8
 FETCHES_AT_ONCE = 8
 # So long a trial waits for room that others use: they may be about to end.
 WAIT_SECONDS = 600.0
@@ -41,11 +41,11 @@ _SIZE_FILE = "bytes"
 Fetch = Callable[[str, Path], None]
 
 
-class NoCopyError(StorageError):
+class CacheFullError(StorageError):
     """A machine that can't keep a copy, or not yet: another try, there or elsewhere, may go well."""
 
 
-class Wanted(NamedTuple):
+class CacheRequest(NamedTuple):
     """A folder of which a copy is wanted: its files as they are now, and what brings them."""
 
     source: str
@@ -85,14 +85,14 @@ class Copies(Section):
         return of_shared or not storage.is_local(uri)
 
     def check_disk(self) -> None:
-        """Raise NoCopyError where nobody asked for copies and this machine has no disk for them.
+        """Raise CacheFullError where nobody asked for copies and this machine has no disk for them.
 
         Copies in memory would take that of trials, and those in a container's own layer or on a network help nobody.
         """
         there = next(one for one in (self.root, *self.root.parents) if one.exists())
         # What is no block device has no major number.
         if self.of_shared_folders == "auto" and os.major(there.stat().st_dev) == 0:
-            raise NoCopyError(
+            raise CacheFullError(
                 f"{self.root} on {socket.gethostname()} isn't on a disk of this machine; set feature_copies.folder to "
                 "one, or feature_copies.of_shared_folders to true or false"
             )
@@ -106,36 +106,36 @@ class Copies(Section):
     def limit_bytes(self) -> int:
         """How much the copies on this machine may take together."""
         room = sum(map(_bytes_on_disk, self._held())) + (storage.free_bytes(str(self.root)) or 0)
-        return int(room * MOST_OF_DISK if self.max_gigabytes is None else min(self.max_gigabytes * 1e9, room))
+        return int(room * MAX_DISK_FRACTION if self.max_gigabytes is None else min(self.max_gigabytes * 1e9, room))
 
     def check_fits(self, source: str, num_bytes: int, *, here: bool = True) -> None:
-        """Raise NoCopyError where a machine could never hold a copy of so many bytes; without `here` by the limit."""
+        """Raise CacheFullError where no copy of so many bytes can fit on a machine; without `here` by the limit."""
         limit = self.limit_bytes() if here else (self.max_gigabytes or math.inf) * 1e9
         if num_bytes > limit:
             where = f" on {socket.gethostname()}" if here else ""
-            raise NoCopyError(
+            raise CacheFullError(
                 f"{source} has {size_text(num_bytes)}, and the copies of features{where} may take {size_text(limit)} "
                 f"of {self.root}; set feature_copies.max_gigabytes higher or feature_copies.folder "
                 "to a larger disk, or lower features.num_views or features.precision"
             )
 
-    def hold(self, wanted: Sequence[Wanted], *, wait_seconds: float | None = None) -> list[HeldCopy]:
+    def pin(self, wanted: Sequence[CacheRequest], *, wait_seconds: float | None = None) -> list[PinnedCopy]:
         """This machine's copies of some folders, all or none, whole and as they are now; each stays while it lives.
 
         Whoever asks while another process fetches waits for it, and some minutes for room that other trials use. Raises
-        NoCopyError where there is none, StorageError where a source can't be read.
+        CacheFullError where there is none, StorageError where a source can't be read.
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise NoCopyError(
+            raise CacheFullError(
                 f"{socket.gethostname()} can't keep copies of features in {self.root} ({error.strerror}); set "
                 "feature_copies.folder to a place on each machine's own disk"
             ) from None
         deadline = time.monotonic() + (WAIT_SECONDS if wait_seconds is None else wait_seconds)
         while isinstance(found := self._try_hold(wanted), int):
             if time.monotonic() > deadline:
-                raise NoCopyError(
+                raise CacheFullError(
                     f"the copies of features on {socket.gethostname()} may take {size_text(self.limit_bytes())} of "
                     f"{self.root}, trials use {size_text(found)} of it, and {_name(wanted)} has "
                     f"{size_text(sum(one.num_bytes for one in wanted))}; set feature_copies.max_gigabytes higher, or "
@@ -152,7 +152,7 @@ class Copies(Section):
         found = [path.with_suffix("") for path in self.root.glob("*.use")]
         return sorted(filter(Path.is_dir, found), key=lambda folder: _beside(folder, "use").stat().st_mtime_ns)
 
-    def _try_hold(self, wanted: Sequence[Wanted]) -> list[HeldCopy] | int:
+    def _try_hold(self, wanted: Sequence[CacheRequest]) -> list[PinnedCopy] | int:
         """The copies with room for all that they lack; or how many bytes others use, where that leaves too few.
 
         Unused copies go where that makes the room, and only then.
@@ -176,13 +176,13 @@ class Copies(Section):
                 for one, folder in zip(wanted, own, strict=True):
                     folder.mkdir(exist_ok=True)
                     storage.write_bytes(str(folder / _SIZE_FILE), str(one.num_bytes).encode())
-            return [HeldCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH)) for folder in own]
+            return [PinnedCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH)) for folder in own]
 
 
 DEFAULT_COPIES = Copies()
 
 
-class HeldCopy:
+class PinnedCopy:
     """A folder that isn't removed while this object lives."""
 
     def __init__(self, folder: Path, use: int) -> None:
@@ -191,12 +191,12 @@ class HeldCopy:
         weakref.finalize(self, _release, use)
 
 
-def _name(wanted: Sequence[Wanted]) -> str:
+def _name(wanted: Sequence[CacheRequest]) -> str:
     more = len(wanted) - 1
     return wanted[0].source + (f" with {more} more {'folders' if more > 1 else 'folder'}" if more else "")
 
 
-def _complete(wanted: Wanted, folder: Path) -> None:
+def _complete(wanted: CacheRequest, folder: Path) -> None:
     """Bring what a copy lacks; only who holds its lock does."""
     lacking = wanted.lacking(folder)
     if lacking:

@@ -14,7 +14,7 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
-from imbvlm.features.feature_cache import Copies, HeldCopy
+from imbvlm.features.feature_cache import Copies, PinnedCopy
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreError
 
@@ -82,13 +82,13 @@ class FeatureSet:
         return _load_tensors(storage.join(folder, TOWER_FILE))
 
 
-def held_here(
+def pin_features(
     features: FeatureSet, outputs: Iterable[OutputName], of_test: Iterable[OutputName] = ()
-) -> tuple[FeatureSet, list[HeldCopy]]:
+) -> tuple[FeatureSet, list[PinnedCopy]]:
     """What a trial reads on this machine and the copies of all of it, which stay while they live; `of_test` comes on
     top of the test split.
 
-    Without room for all at once a shared file system is read in place; NoCopyError for what lies elsewhere.
+    Without room for all at once a shared file system is read in place; CacheFullError for what lies elsewhere.
     """
     stores = [features.store(split) for split in features.folders]
     stores += [features.five_crops(split) for split in features.five_crop]
@@ -102,11 +102,11 @@ def held_here(
     if copies is None or not wanted:
         return features, []
     if not all(storage.is_local(one.source) for one in wanted):
-        return features, copies.hold(wanted)
+        return features, copies.pin(wanted)
     try:
         copies.check_disk()
         # No trial waits for what it can read all the same.
-        return features, copies.hold(wanted, wait_seconds=0.0)
+        return features, copies.pin(wanted, wait_seconds=0.0)
     except storage.StorageError as error:
         # Whatever it is, a full disk of this machine's too: if the folder itself is away, reading says so.
         _log.warning("features are read where they lie, which may be slower: %s", error)

@@ -21,7 +21,7 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.base.storage import FileState
 from imbvlm.config.encoder_info import OUTPUT_NAMES, OutputName
-from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies, HeldCopy, Wanted
+from imbvlm.features.feature_cache import DEFAULT_COPIES, CacheRequest, Copies, PinnedCopy
 from imbvlm.features.shard_file import (
     Rows,
     _checksum,
@@ -37,7 +37,7 @@ from imbvlm.features.shard_file import (
     _schema,
     _to_arrow,
     as_tensor,
-    quantised,
+    quantize_int8,
 )
 from imbvlm.features.store_layout import STORE_FILE, VERIFIED_FILE, StoreError, StoreLayout
 
@@ -58,7 +58,7 @@ class Quarantined(NamedTuple):
     reason: str
 
 
-class _Proof(NamedTuple):
+class VerifiedShard(NamedTuple):
     """What is known of a shard since its bytes were last checked: its file then, and why which of its rows are bad."""
 
     state: FileState
@@ -80,7 +80,7 @@ class FeatureStore:
     copies: Copies | None = None
     # Memory maps opened so far; a map costs address space, not memory.
     _maps: dict[tuple[OutputName, int], _Mapped] = field(default_factory=dict, repr=False, compare=False)
-    _held: dict[OutputName, HeldCopy] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[OutputName, PinnedCopy] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def create(folder: str, layout: StoreLayout) -> FeatureStore:
@@ -132,14 +132,14 @@ class FeatureStore:
         names = {shard: _shard_name(shard) for shard in range(self.layout.num_shards)}
         return {shard: found[name] for shard, name in names.items() if name in found}
 
-    def wanted(self, output: OutputName) -> Wanted:
+    def wanted(self, output: OutputName) -> CacheRequest:
         """What a copy of an output is made of; raises StoreError where shards are lacking."""
         present, source = self.present(output), storage.join(self.folder, output)
         if len(present) < self.layout.num_shards:
             raise StoreError(f"{source} lacks shards; start again and they are computed")
         files = {_shard_name(shard): state for shard, state in present.items()}
         shards = {_shard_name(shard): shard for shard in present}
-        return Wanted(source, files, lambda name, path: self._fetch(output, shards[name], path))
+        return CacheRequest(source, files, lambda name, path: self._fetch(output, shards[name], path))
 
     def missing(self, output: OutputName, *, full: bool = False) -> list[int]:
         """Shards of an output that are absent, damaged or foreign.
@@ -149,12 +149,12 @@ class FeatureStore:
         """
         proofs, states = self._proofs(output), self.present(output)
 
-        def prove(shard: int) -> _Proof | None:
+        def prove(shard: int) -> VerifiedShard | None:
             known = proofs.get(shard)
             if not full and known is not None and known.state == states[shard]:
                 return known
             bad = self._check(output, shard)
-            return None if bad is None else _Proof(states[shard], bad)
+            return None if bad is None else VerifiedShard(states[shard], bad)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = dict(zip(states, pool.map(prove, states), strict=True))
@@ -162,7 +162,7 @@ class FeatureStore:
         self._keep_proofs(output, proofs, intact)
         return [shard for shard in range(self.layout.num_shards) if shard not in intact]
 
-    def trust(self, output: OutputName, written: Mapping[int, int], bad: Mapping[int, str]) -> None:
+    def mark_verified(self, output: OutputName, written: Mapping[int, int], bad: Mapping[int, str]) -> None:
         """Take shards for intact that were just written, with so many bytes, to an object store, which loses none.
 
         So nobody has to fetch all of them only to see that. On a disk they are read once, by the next `missing`.
@@ -171,7 +171,7 @@ class FeatureStore:
             return
         proofs, states = self._proofs(output), self.present(output)
         fresh = {
-            shard: _Proof(state, {row: bad[row] for row in self.layout.rows_of(shard) if row in bad})
+            shard: VerifiedShard(state, {row: bad[row] for row in self.layout.rows_of(shard) if row in bad})
             for shard, state in states.items()
             if written.get(shard) == state.size
         }
@@ -197,7 +197,7 @@ class FeatureStore:
             )
         scale = None
         if self.layout.stored_as(output) == "int8":
-            stored, scale = quantised(stored)
+            stored, scale = quantize_int8(stored)
         data = _to_arrow(self.layout, output, shard, stored, scale, reasons)
         storage.write_bytes(self.shard_path(output, shard), memoryview(data))
         self._maps.pop((output, shard), None)
@@ -248,7 +248,7 @@ class FeatureStore:
         flags[[entry.row for entry in self.quarantine]] = False
         return flags
 
-    def _proofs(self, output: OutputName) -> dict[int, _Proof]:
+    def _proofs(self, output: OutputName) -> dict[int, VerifiedShard]:
         """What each shard was when its bytes were last checked; empty where that isn't known."""
         path = storage.join(self.folder, output, VERIFIED_FILE)
         if not storage.exists(path):
@@ -256,13 +256,15 @@ class FeatureStore:
         try:
             data = json.loads(storage.read_bytes(path))
             return {
-                int(shard): _Proof(FileState(*state), {int(row): str(reason) for row, reason in bad.items()})
+                int(shard): VerifiedShard(FileState(*state), {int(row): str(reason) for row, reason in bad.items()})
                 for shard, (state, bad) in data.items()
             }
         except (ValueError, TypeError, AttributeError):
             return {}
 
-    def _keep_proofs(self, output: OutputName, before: Mapping[int, _Proof], intact: Mapping[int, _Proof]) -> None:
+    def _keep_proofs(
+        self, output: OutputName, before: Mapping[int, VerifiedShard], intact: Mapping[int, VerifiedShard]
+    ) -> None:
         oldest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
         # An object is replaced as a whole, and its store's clock is another one.
         is_remote = not storage.is_local(self.folder)
@@ -300,7 +302,7 @@ class FeatureStore:
         if self.copies is None:
             return storage.join(self.folder, output)
         if output not in self._held:
-            (self._held[output],) = self.copies.hold([self.wanted(output)])
+            (self._held[output],) = self.copies.pin([self.wanted(output)])
         return str(self._held[output].folder)
 
     def _fetch(self, output: OutputName, shard: int, path: Path) -> None:

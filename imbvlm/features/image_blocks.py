@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.data.image_stream import each_row
+from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError
-from imbvlm.data.images.preprocess import LEAST_CROP, Preprocess
+from imbvlm.data.images.preprocess import MIN_CROP, Preprocess
 
 Block = dict[str, Any]
 
@@ -30,14 +30,14 @@ def load_block(block: Block) -> Block:
     def load_row(number: int) -> str | None:
         try:
             with budget.fetched(uris[number], contents[number]) as data:
-                picture = preprocess.decode(data, LEAST_CROP if views > 1 else 1.0)
+                picture = preprocess.decode(data, MIN_CROP if views > 1 else 1.0)
                 for view in range(views):
                     preprocess.apply(picture, view, block["first_row"] + number, out=images[number, view])
         except ImageError as error:
             return error.reason
         return None
 
-    reasons = each_row(load_row, uris)
+    reasons = map_rows(load_row, uris)
     bad = next((number for number, reason in enumerate(reasons) if reason is not None), None)
     if block["strict"] and bad is not None:
         name = uris[bad] or f"row {block['first_row'] + bad}"

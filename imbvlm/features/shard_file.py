@@ -75,7 +75,7 @@ def _is_finite(values: npt.NDArray[np.floating[Any]]) -> bool:
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(as_tensor(values)))
 
 
-def quantised(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_int8(values: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Values (..., D) as bytes, and a scale for each channel (D,): bytes times scale are off by half a scale at most.
 
     The largest of a channel becomes 127, a channel of zeros has scale 1.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import ComputedIn, OutputName
+from imbvlm.config.encoder_info import ComputeDtype, OutputName
 
 # Raise it when the meaning of an output or the layout of a shard changes: old stores are then computed again.
 FORMAT_VERSION = 1
@@ -40,7 +40,7 @@ class StoreKey:
     preprocess: Mapping[str, Any]
     num_views: int
     precision: Precision
-    computed_in: ComputedIn
+    computed_in: ComputeDtype
     token_pooling: int = 1
     int8_tokens: bool = False
 

@@ -11,20 +11,20 @@ from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.extraction_plan import _layout, _num_views, _parts, _store_key, _Work, few_shot_rows
+from imbvlm.features.extraction_plan import PendingPart, _layout, _num_views, _parts, _store_key, few_shot_rows
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.model_builder import METHODS
-from imbvlm.ray_runtime.cluster_resources import is_alone
-from imbvlm.ray_runtime.connection import joined
+from imbvlm.ray_runtime.cluster_resources import is_single_node
+from imbvlm.ray_runtime.connection import existing_cluster
 
 # What lies beside a store's numbers: rows, reasons, Arrow's own words.
 DISK_MARGIN = 1.02
 
 
-def plan_bytes(
+def store_bytes(
     config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> dict[OutputName, int]:
     """Bytes on disk of each output over some official splits; needs no weights."""
@@ -39,13 +39,13 @@ def plan_bytes(
 
 def trial_bytes(config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
     """What one trial reads at the most: a refit reads its output of all splits, and image embeddings of the test."""
-    each = plan_bytes(config, manifest, outputs, manifest.splits)
+    each = store_bytes(config, manifest, outputs, manifest.splits)
     beside = frozenset[OutputName]({"image_embedding"}) & outputs if "test" in manifest.splits else frozenset()
-    of_test = plan_bytes(config, manifest, beside, ("test",)).get("image_embedding", 0)
+    of_test = store_bytes(config, manifest, beside, ("test",)).get("image_embedding", 0)
     return max((count + (of_test if output != "image_embedding" else 0) for output, count in each.items()), default=0)
 
 
-def check_room(
+def check_disk_space(
     configs: Sequence[TrialConfig],
     manifest: Manifest,
     root: str,
@@ -59,7 +59,7 @@ def check_room(
     Or what no machine could hold a copy of. `other_bytes` are what trials will write to that disk. Raises ImbvlmError.
     """
     root, free = storage.absolute(root), storage.free_bytes(root)
-    whole = sum(sum(plan_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
+    whole = sum(sum(store_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
     # What is there already is looked up, with the towers' weights, only where that matters.
     if free is not None and whole * DISK_MARGIN + other_bytes > free:
         works = [work for config in configs for work in _works_left(config, manifest, root, outputs, manifest.splits)]
@@ -85,14 +85,14 @@ def _sizes(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> li
     return sizes
 
 
-def image_bytes(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
+def bytes_per_image(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
     """Bytes of these outputs of one crop."""
     layout = _layout(config, info, 1, 1, "")
     return sum(layout.num_bytes(output) for output in outputs)
 
 
-@joined()
-def stored_images(
+@existing_cluster()
+def pending_images(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> tuple[int, int]:
     """Crops that a pass would still compute, and bytes that it would still write, by the shards that are there now.
@@ -105,8 +105,8 @@ def stored_images(
 
 def _works_left(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
-) -> list[_Work]:
-    """What `stored_images` counts."""
+) -> list[PendingPart]:
+    """What `pending_images` counts."""
     encoder, found = Encoder.from_config(config.encoder, config.eval), []
     for part in _parts(config, manifest, encoder, splits, ("test",) if "test" in splits else ()):
         rows = part.rows(manifest)
@@ -122,7 +122,7 @@ def _works_left(
             if output in outputs and config.features.store
         }
         shards = {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)}
-        found.append(_Work(part, store, rows, shards))
+        found.append(PendingPart(part, store, rows, shards))
     return found
 
 
@@ -130,7 +130,7 @@ def _any_of(missing: Mapping[OutputName, Sequence[int]]) -> list[int]:
     return sorted({shard for shards in missing.values() for shard in shards})
 
 
-def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work], other_bytes: int = 0) -> None:
+def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[PendingPart], other_bytes: int = 0) -> None:
     needed = {output: sum(work.num_bytes(output) for work in works) for output in OUTPUT_NAMES}
     total, free = sum(needed.values()), storage.free_bytes(root)
     if free is None or not total or total * DISK_MARGIN + other_bytes <= free:
@@ -143,7 +143,7 @@ def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work
     size = config.encoder.image_size or "the tower's own"
     knobs.append(f"encoder.image_size ({size})")
     if needed["tokens"]:
-        knobs += token_knobs(config)
+        knobs += token_size_options(config)
         reading = ", ".join(name for name, entry in METHODS.items() if entry.reads == "tokens")
         knobs.append(f"or leave out the methods that need tokens ({reading})")
     if len(configs) > 1:
@@ -156,14 +156,14 @@ def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[_Work
     )
 
 
-def token_knobs(config: TrialConfig) -> list[str]:
+def token_size_options(config: TrialConfig) -> list[str]:
     """What makes stored tokens smaller and isn't set yet, with the share of bytes that it leaves of them."""
     share = "a half" if config.features.precision == "float16" else "a quarter"
     knobs = [] if config.features.int8_tokens else [f"set features.int8_tokens: true ({share} of the tokens' bytes)"]
     return knobs if config.encoder.token_pooling > 1 else [*knobs, "set encoder.token_pooling: 2 (a quarter of them)"]
 
 
-def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], works: Sequence[_Work]) -> None:
+def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], works: Sequence[PendingPart]) -> None:
     """A trial reads all splits of an output together."""
     num_bytes = {output: sum(work.store.layout.num_bytes(output) for work in works) for output in outputs}
     if num_bytes:
@@ -173,5 +173,5 @@ def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], work
 
 def _check_copy(copies: Copies, what: str, num_bytes: int) -> None:
     """Refuse what a machine could never hold; of other machines only the limit is known, and not the disk."""
-    if copies.max_gigabytes is not None or is_alone():
-        copies.check_fits(what, num_bytes, here=is_alone())
+    if copies.max_gigabytes is not None or is_single_node():
+        copies.check_fits(what, num_bytes, here=is_single_node())

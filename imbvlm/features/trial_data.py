@@ -39,7 +39,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Examples:
+class StoredRows:
     """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows.
 
     `num_views` of each are in that store, those of few-shot classes may have more in `tail`.
@@ -72,7 +72,7 @@ class Examples:
 
 
 # What a trial trains on or is evaluated on.
-Source = Examples | ImageRows
+RowSource = StoredRows | ImageRows
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class TrialData:
 
     class_names: tuple[str, ...]
     class_stats: ClassStats
-    train: Source
-    val: Source
+    train: RowSource
+    val: RowSource
     info: EncoderInfo
     tower: Mapping[str, Tensor] = field(default_factory=dict)
     class_embeddings: Tensor | None = None
     warnings: tuple[str, ...] = ()
-    stored: Examples | None = None
+    stored: StoredRows | None = None
     encoder: EncoderConfig | None = None
 
     @staticmethod
@@ -131,22 +131,22 @@ class TrialData:
         )
 
     @staticmethod
-    def open_split(config: TrialConfig, features: FeatureSet, split: str) -> Source:
+    def open_split(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
         rows = label_rows(features.manifest).rows_of(split)
         return _source(config, features, TrialData.open_stored(config, features, split), rows)
 
     @staticmethod
-    def open_five_crops(config: TrialConfig, features: FeatureSet, split: str) -> Source:
+    def open_five_crops(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
         """As `open_split`, each image as five crops: views in the store, or numbers that the stream is given."""
         source = TrialData.open_split(config, features, split)
-        if isinstance(source, Examples):
+        if isinstance(source, StoredRows):
             store = features.five_crops(split)
             return replace(source, store=store, num_views=store.num_views)
         return replace(source, num_views=len(FIVE_CROPS))
 
     @staticmethod
-    def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> Examples:
+    def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
         """As `open_split`, as they are stored, also where the trial runs the tower itself; in the same order."""
         _check_tower(config, features)
         table, store = label_rows(features.manifest), features.store(split)
@@ -154,7 +154,7 @@ class TrialData:
         return _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
 
 
-def _source(config: TrialConfig, features: FeatureSet, examples: Examples, split_rows: Rows) -> Source:
+def _source(config: TrialConfig, features: FeatureSet, examples: StoredRows, split_rows: Rows) -> RowSource:
     """The examples as stored, or the same rows as images where the trial runs the tower itself."""
     if not config.reads_images:
         return examples
@@ -177,14 +177,14 @@ def _check_tower(config: TrialConfig, features: FeatureSet) -> None:
 
 def _examples(
     store: FeatureStore, table: LabelRows, split_rows: Rows, keep: npt.NDArray[np.bool_], num_views: int
-) -> Examples:
+) -> StoredRows:
     if store.num_rows != len(split_rows):
         raise StoreError(
             f"the manifest has {len(split_rows)} rows where the store {store.folder} has {store.num_rows}: it was "
             "changed after extraction; start again and the store is made anew"
         )
     rows = np.flatnonzero(keep & store.ok)
-    return Examples(store, rows, table.labels[split_rows[rows]], num_views)
+    return StoredRows(store, rows, table.labels[split_rows[rows]], num_views)
 
 
 def _tail(features: FeatureSet, table: LabelRows, train_rows: Rows) -> Tail | None:

@@ -13,8 +13,8 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, list_tree, shown_path
-from imbvlm.data.image_stream import each_row
+from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, list_tree, printable_path
+from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError
 from imbvlm.data.images.preprocess import Preprocess
@@ -67,7 +67,7 @@ def find_images(places: Sequence[str], split: str | None = None) -> Images:
         contents += [None] * len(found)
     if not names:
         raise ImbvlmError(f"no image in {', '.join(places)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Images([shown_path(name) for name in names], uris, contents)
+    return Images([printable_path(name) for name in names], uris, contents)
 
 
 def _check_split(place: str, manifest: Manifest, split: str) -> None:
@@ -126,10 +126,10 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
             with budget.fetched(uris[number], contents[number]) as data:
                 crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
         except ImageError as error:
-            return shown_path(error.reason)
+            return printable_path(error.reason)
         return None
 
-    reasons = each_row(load_one, uris)
+    reasons = map_rows(load_one, uris)
     return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
 
 
@@ -164,7 +164,7 @@ def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction
 
 def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None]) -> Iterator[Prediction]:
     # Only here: a handful of images needs no cluster.
-    from imbvlm.ray_runtime.connection import connected
+    from imbvlm.ray_runtime.connection import ray_session
     from imbvlm.ray_runtime.image_pipeline import map_images
 
     where = storage.absolute(model_folder(folder))
@@ -173,7 +173,7 @@ def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None])
     blocks = [_block(located, start, preprocess, num_crops) for start in range(0, len(images), BLOCK_SIZE)]
     waiting: dict[int, list[Prediction]] = {}
     written = 0
-    with connected() as cluster:
+    with ray_session() as cluster:
         use_gpu = cluster.num_gpus > 0
         num_workers = int(cluster.num_gpus) if use_gpu else max(1, int(cluster.num_cpus) // 4)
         threads = 1 if use_gpu else max(1, int(cluster.num_cpus) // (2 * num_workers))

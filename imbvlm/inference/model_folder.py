@@ -23,8 +23,8 @@ from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.files.file_listing import list_tree
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
-from imbvlm.inference.predictor import ImageClassifier, Model, PostHocStep
-from imbvlm.models.encoders.encoder_folder import save_tower
+from imbvlm.inference.predictor import InferenceModule, LogitPostprocessor, Model
+from imbvlm.models.encoders.encoder_folder import save_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import restore_model
 from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
@@ -50,7 +50,7 @@ def write_model(
     encoder: Encoder,
     class_names: Sequence[str],
     scores: dict[str, Any],
-    post_hoc: PostHocStep | None = None,
+    post_hoc: LogitPostprocessor | None = None,
     label_map: Mapping[str, int] | None = None,
 ) -> None:
     """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict.
@@ -58,7 +58,7 @@ def write_model(
     `label_map` is class id in the data's source -> class, where those ids were not 0, 1, 2, ...
     """
     tower = storage.join(folder, TOWER_FOLDER)
-    save_tower(encoder, tower)
+    save_encoder(encoder, tower)
     with _local_copy(tower) as local:
         # Read back: what is described is what a user will load.
         written = _load_tower(local, config, encoder.device)
@@ -181,7 +181,7 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
         looks, pillow = description["preprocess_fingerprint"], description["pillow"]
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
-        post_hoc = None if adjusted is None else PostHocStep.read(folder, adjusted, len(class_names), digests)
+        post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
     config = TrialConfig.from_tree(YamlTree(tree, where))
     encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
@@ -206,5 +206,5 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
         )
     weights = read_tensors(folder, MODEL_FILE, digests)
     classifier = restore_model(config, encoder.info, len(class_names), weights, encoder)
-    network = ImageClassifier(encoder, classifier, config, post_hoc).to(device)
+    network = InferenceModule(encoder, classifier, config, post_hoc).to(device)
     return Model(network, *evaluation_crops(preprocess, config), class_names, device)

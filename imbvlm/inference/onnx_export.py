@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.inference.predictor import ImageClassifier, Model
+from imbvlm.inference.predictor import InferenceModule, Model
 
 ONNX_FILE = "onnx/model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -27,7 +27,7 @@ _MAX_GRAPH_BYTES = 1_500_000_000
 class _Graph(nn.Module):
     """Crops in bytes (B, 3, S, S) -> adjusted logits and probabilities, (B, C)."""
 
-    def __init__(self, network: ImageClassifier) -> None:
+    def __init__(self, network: InferenceModule) -> None:
         super().__init__()
         self.network = network
 

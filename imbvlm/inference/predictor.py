@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.data.image_stream import each_row
+from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS
@@ -48,14 +48,14 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class PostHocStep:
+class LogitPostprocessor:
     """What is done to a model's logits before they become probabilities: an adjustment, chosen on validation.
 
     `class_counts` (C,) are those that the model was trained on; `class_embeddings` (C, E) are there where zero-shot
     logits are mixed in.
     """
 
-    adjustment: Adjustment
+    adjustment: PostHocAdjustment
     class_counts: tuple[int, ...]
     class_embeddings: Tensor | None = None
 
@@ -68,13 +68,13 @@ class PostHocStep:
         return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
 
     @staticmethod
-    def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> PostHocStep:
+    def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> LogitPostprocessor:
         """Back from `write`; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
         values = dict(data)
         counts = tuple(operator.index(count) for count in values.pop("class_counts"))
         if len(counts) != num_classes or min(counts) < 0:
             raise ValueError(f"class_counts has {len(counts):,} numbers from 0 up, and there are {num_classes} classes")
-        adjustment = Adjustment(**{name: float(value) for name, value in values.items()})
+        adjustment = PostHocAdjustment(**{name: float(value) for name, value in values.items()})
         if not (np.isfinite([adjustment.tau, adjustment.alpha]).all() and 0 < adjustment.temperature < np.inf):
             raise ValueError(f"tau and alpha must be finite and temperature above 0, and it has {adjustment}")
         embeddings = None
@@ -82,14 +82,14 @@ class PostHocStep:
             embeddings = read_tensors(folder, ZERO_SHOT_FILE, digests)["class_embeddings"]
             if len(embeddings) != num_classes:
                 raise ValueError(f"{ZERO_SHOT_FILE} is of {len(embeddings):,} classes, and there are {num_classes:,}")
-        return PostHocStep(adjustment, counts, embeddings)
+        return LogitPostprocessor(adjustment, counts, embeddings)
 
 
-class ImageClassifier(nn.Module):
+class InferenceModule(nn.Module):
     """Tower, classifier and what was adjusted on validation in one module: crops in bytes to logits."""
 
     def __init__(
-        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: PostHocStep | None
+        self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: LogitPostprocessor | None
     ) -> None:
         super().__init__()
         self.tower, self.classifier = encoder.visual, classifier
@@ -127,7 +127,7 @@ class Model:
 
     def __init__(
         self,
-        network: ImageClassifier,
+        network: InferenceModule,
         preprocess: Preprocess,
         num_crops: int,
         class_names: tuple[str, ...],
@@ -190,7 +190,7 @@ class Model:
             return None
 
         names = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else None for _, image in batch]
-        reasons = each_row(load, names)
+        reasons = map_rows(load, names)
         sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
         good = [crop for crop in crops if crop is not None]
         return self.predictions(sources, np.stack(good) if good else np.empty(0, np.uint8), reasons, top)

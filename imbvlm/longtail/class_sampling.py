@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import ClassSampling
 
 Rows = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ def sampled_counts(class_counts: npt.ArrayLike, class_sampling: ClassSampling, e
     """
     if class_sampling not in get_args(ClassSampling):
         raise ImbvlmError(
-            f"no class sampling is called {class_sampling!r}; {nearest(class_sampling, get_args(ClassSampling))}"
+            f"no class sampling is called {class_sampling!r}; {suggest_name(class_sampling, get_args(ClassSampling))}"
         )
     if not 0 <= epoch < num_epochs:
         raise ImbvlmError(f"epoch must be from 0 to num_epochs - 1, and is {epoch} of {num_epochs}")

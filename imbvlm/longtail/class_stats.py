@@ -33,7 +33,7 @@ def _as_counts(values: Sequence[int] | npt.ArrayLike, what: str) -> Counts:
 class ClassStats:
     """Training images per class (C,): `counts` that are trained on, `split_counts` of the official list.
 
-    Shot groups come from `split_counts`; priors, weights and margins from `counts` (PROTOCOL, "Two kinds of counts").
+    Shot groups come from `split_counts`; priors, weights and margins from `counts` (docs/protocol.md).
     """
 
     counts: Counts

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
 from imbvlm.longtail.worker_group import ONE_WORKER, Reducer
 
-Knob = float | Tensor
+LossOption = float | Tensor
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -34,7 +34,7 @@ def cross_entropy(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    label_smoothing: Knob = 0.0,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016].
@@ -45,7 +45,7 @@ def cross_entropy(
 
 
 def focal(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, gamma: Knob = 2.0, world: Reducer = ONE_WORKER
+    logits: Tensor, targets: Tensor, class_counts: Tensor, *, gamma: LossOption = 2.0, world: Reducer = ONE_WORKER
 ) -> Tensor:
     """(1 - p_y)^gamma (-log p_y) [Lin et al. 2017, eq. 4].
 
@@ -66,7 +66,7 @@ def inverse_frequency(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    label_smoothing: Knob = 0.0,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
@@ -79,8 +79,8 @@ def effective_number(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    beta: Knob = 0.9999,
-    label_smoothing: Knob = 0.0,
+    beta: LossOption = 0.9999,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
@@ -93,8 +93,8 @@ def generalized_reweight(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    exponent: Knob = 1.2,
-    label_smoothing: Knob = 0.0,
+    exponent: LossOption = 1.2,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
@@ -109,7 +109,7 @@ def balanced_softmax(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    label_smoothing: Knob = 0.0,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """CE(z + log prior) [Ren et al. 2020]."""
@@ -121,8 +121,8 @@ def logit_adjustment(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    tau: Knob = 1.0,
-    label_smoothing: Knob = 0.0,
+    tau: LossOption = 1.0,
+    label_smoothing: LossOption = 0.0,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
@@ -135,8 +135,8 @@ def ldam(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    max_margin: Knob = 0.5,
-    margin_scale: Knob = 1.0,
+    max_margin: LossOption = 0.5,
+    margin_scale: LossOption = 1.0,
     reweight: Tensor | None = None,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
@@ -158,8 +158,8 @@ def lade(
     targets: Tensor,
     class_counts: Tensor,
     *,
-    remine_lambda: Knob = 0.1,
-    weight: Knob = 0.1,
+    remine_lambda: LossOption = 0.1,
+    weight: LossOption = 0.1,
     world: Reducer = ONE_WORKER,
 ) -> Tensor:
     """CE(z + log prior) + weight * sum_c prior_c (t_c + remine_lambda t_c^2 - mean_c) [Hong et al. 2021].
@@ -205,7 +205,7 @@ NEEDS_ALL_LOGITS = frozenset({"lade"})
 def loss_knobs(name: str) -> dict[str, Any]:
     """The knobs of a loss and their defaults; raises ImbvlmError for a name that LOSSES lacks."""
     if name not in LOSSES:
-        raise ImbvlmError(f"no loss is called {name!r}; {nearest(name, LOSSES)}")
+        raise ImbvlmError(f"no loss is called {name!r}; {suggest_name(name, LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "world"}
 
@@ -215,7 +215,7 @@ _COUNTS = "class_counts"
 _TAUS = {"cross_entropy": 0.0, "balanced_softmax": 1.0}
 
 
-class BuiltLoss:
+class ConfiguredLoss:
     """A loss with its counts and knobs: (logits (B, C), targets (B,) or, with SOFT_TARGETS, (B, C)) -> scalar.
 
     With several workers each gets a share whose average over workers is the exact global loss, and likewise its
@@ -228,15 +228,15 @@ class BuiltLoss:
         self._world = world
         self._knobs = dict(knobs)
 
-    def over(self, world: Reducer) -> BuiltLoss:
+    def over(self, world: Reducer) -> ConfiguredLoss:
         """The same loss with another reducer."""
-        return BuiltLoss(self.name, self._counts, world, self._knobs)
+        return ConfiguredLoss(self.name, self._counts, world, self._knobs)
 
-    def as_adjustment(self) -> BuiltLoss:
+    def as_adjustment(self) -> ConfiguredLoss:
         """Logit adjustment where the loss is a case of it, so that more losses can be computed at once."""
         if self.name not in _TAUS:
             return self
-        return BuiltLoss("logit_adjustment", self._counts, self._world, {**self._knobs, "tau": _TAUS[self.name]})
+        return ConfiguredLoss("logit_adjustment", self._counts, self._world, {**self._knobs, "tau": _TAUS[self.name]})
 
     def form(self) -> tuple[Any, ...]:
         """Equal for losses that differ in numbers alone."""
@@ -254,8 +254,8 @@ class BuiltLoss:
         return LOSSES[self.name](logits, targets, self._counts, world=self._world, **self._knobs)
 
 
-def losses_together(
-    losses: Sequence[BuiltLoss], device: str | torch.device = "cpu"
+def stack_losses(
+    losses: Sequence[ConfiguredLoss], device: str | torch.device = "cpu"
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Each loss (M,) of its own logits, of (B, M, C) and targets (B,) for all, on the device; one worker.
 
@@ -282,7 +282,7 @@ def losses_together(
     return together
 
 
-def _one_form(losses: Sequence[BuiltLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _one_form(losses: Sequence[ConfiguredLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Of losses with the same `form`."""
     knobs = [loss.varying() for loss in losses]
     stacked = {
@@ -303,21 +303,21 @@ def _one_form(losses: Sequence[BuiltLoss], device: str | torch.device) -> Callab
 
 def build_loss(
     name: str, class_counts: npt.ArrayLike | Tensor, *, world: Reducer | None = None, **knobs: Any
-) -> BuiltLoss:
+) -> ConfiguredLoss:
     """A loss of LOSSES with its class counts (C,) and knobs; raises ImbvlmError for an unknown name or knob."""
     valid = loss_knobs(name)
     for knob in knobs:
         if knob not in valid:
-            raise ImbvlmError(f"loss {name} has no knob {knob!r}; {nearest(knob, valid)}")
+            raise ImbvlmError(f"loss {name} has no knob {knob!r}; {suggest_name(knob, valid)}")
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
         raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, and is {class_counts!r}")
     if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
         raise ImbvlmError(f"class_counts must be images per class, not shares, and sum to {float(counts.sum()):g}")
-    return BuiltLoss(name, counts, ONE_WORKER if world is None else world, knobs)
+    return ConfiguredLoss(name, counts, ONE_WORKER if world is None else world, knobs)
 
 
-def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: Knob = 0.9999) -> Tensor:
+def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: LossOption = 0.9999) -> Tensor:
     """(1 - beta) / (1 - beta^n) per class (C,), scaled to mean 1 [Cui et al. 2019]."""
     counts = torch.as_tensor(class_counts)
     counts = counts if counts.is_floating_point() else counts.double()
@@ -361,7 +361,7 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cross_entropy(
-    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: Knob, world: Reducer
+    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, world: Reducer
 ) -> Tensor:
     """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as shares of them (B, C)."""
     if targets.ndim == 1:
@@ -377,7 +377,7 @@ def _cross_entropy(
 
 
 def _weighted_cross_entropy(
-    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: Knob, world: Reducer
+    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, world: Reducer
 ) -> Tensor:
     return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, world)
 
@@ -389,7 +389,9 @@ def _weighted_mean(losses: Tensor, weights: Tensor | None, world: Reducer) -> Te
     return world.world_size * (weights * losses).sum() / total
 
 
-def _lade_estimator(logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: Knob, world: Reducer) -> Tensor:
+def _lade_estimator(
+    logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: LossOption, world: Reducer
+) -> Tensor:
     """This worker's share of the negated, regularised bound, weighted by class prior."""
     prior = log_prior.exp()
     ones = torch.ones_like(targets, dtype=logits.dtype)

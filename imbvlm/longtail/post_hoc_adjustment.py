@@ -30,7 +30,7 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Adjustment:
+class PostHocAdjustment:
     """What is done to a trained model's logits: tau of logit adjustment, alpha of zero-shot logits, a temperature."""
 
     tau: float = 0.0
@@ -55,7 +55,7 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ValueSelection:
     """The value with the best validation score, and everything tried: (value, score).
 
     `standard_error` is that of its gain over the neutral value on the same rows, where it was asked for.
@@ -73,7 +73,7 @@ class Choice:
         return self.score - dict(self.tried)[self.neutral]
 
     @property
-    def taken(self) -> float:
+    def accepted(self) -> float:
         """The value where its gain is more than its standard error; the neutral one where it isn't shown to help."""
         # Where one row alone has changed, the two are equal by their formulas, and their sums differ by rounding.
         is_equal = math.isclose(self.gain, self.standard_error, rel_tol=1e-9, abs_tol=1e-12)
@@ -81,7 +81,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class TemperatureFit:
     """A temperature, and mean cross entropy and expected calibration error of validation without and with it.
 
     `standard_error` is that of the gain in cross entropy, of its difference on the same rows; `is_bounded` is False
@@ -114,7 +114,7 @@ class Calibration:
         return None
 
     @property
-    def taken(self) -> float:
+    def accepted(self) -> float:
         """The temperature where the rows support it, else 1, which changes nothing."""
         return self.temperature if self.objection is None else 1.0
 
@@ -124,11 +124,11 @@ class Calibration:
         return self.calibration_error_after if self.objection is None else self.calibration_error_before
 
 
-def choose(values: Iterable[float], score: Callable[[float], float], neutral: float) -> Choice:
+def select_best(values: Iterable[float], score: Callable[[float], float], neutral: float) -> ValueSelection:
     """The value of the highest score; of equals the one nearest to `neutral`, which changes nothing."""
     tried = tuple((value, score(value)) for value in values)
     best, best_score = max(tried, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
-    return Choice(best, best_score, tried, neutral)
+    return ValueSelection(best, best_score, tried, neutral)
 
 
 def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
@@ -159,13 +159,13 @@ def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: flo
     return logits - (tau * torch.log(counts / counts.sum())).to(logits.dtype)
 
 
-def choose_tau(
+def select_tau(
     logits: Tensor,
     targets: Tensor,
     class_counts: npt.ArrayLike | Tensor,
     taus: Sequence[float] = TAUS,
     weights: Tensor | None = None,
-) -> Choice:
+) -> ValueSelection:
     """tau of `adjust_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
 
     Without weights by balanced accuracy. Raises ImbvlmError.
@@ -181,13 +181,13 @@ def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor
     return (1 - alpha) * _computing(logits) + alpha * _computing(zero_shot_logits)
 
 
-def choose_alpha(
+def select_alpha(
     logits: Tensor,
     zero_shot_logits: Tensor,
     targets: Tensor,
     alphas: Sequence[float] = ALPHAS,
     weights: Tensor | None = None,
-) -> Choice:
+) -> ValueSelection:
     """alpha of `mix_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
 
     Without weights by balanced accuracy. Raises ImbvlmError.
@@ -207,7 +207,7 @@ def choose_alpha(
     )
 
 
-def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
+def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
     """T, 0.01 to 100, of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
 
     The loss is convex in 1 / T, so that the minimum is where its slope is 0: Newton's steps, kept in a bracket.
@@ -234,7 +234,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Calibration:
     # Of the mean of n differences; one row says nothing of it.
     spread = float((before - after).std()) if len(targets) > 1 else math.inf
     num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
-    return Calibration(
+    return TemperatureFit(
         temperature=1 / inverse,
         loss_before=float(before.mean()),
         loss_after=float(after.mean()),
@@ -272,14 +272,14 @@ def _choose_by_rows(
     weights: Tensor | None,
     num_classes: int,
     logits_at: Callable[[float, slice], Tensor],
-) -> Choice:
+) -> ValueSelection:
     """By weighted accuracy, with the standard error of the gain over 0."""
     weights = _balanced(targets, num_classes) if weights is None else weights
 
     def right_at(value: float) -> Tensor:
         return _right(targets, lambda rows: logits_at(value, rows))
 
-    choice = choose(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
+    choice = select_best(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
     if choice.value == choice.neutral:
         return choice
     error = gain_standard_error(right_at(choice.value), right_at(choice.neutral), targets, weights)

@@ -23,7 +23,7 @@ class LinearClassifier(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, features: Tensor) -> Tensor:
-        with full_precision(features):
+        with autocast_disabled(features):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -33,11 +33,11 @@ class CosineClassifier(nn.Module):
     def __init__(self, in_features: int, num_classes: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.weight = nn.Parameter(unit(torch.randn(num_classes, in_features)))
+        self.weight = nn.Parameter(l2_normalize(torch.randn(num_classes, in_features)))
 
     def forward(self, features: Tensor) -> Tensor:
-        with full_precision(features):
-            return F.linear(unit(features.to(self.weight.dtype)), unit(self.weight)) / self.temperature
+        with autocast_disabled(features):
+            return F.linear(l2_normalize(features.to(self.weight.dtype)), l2_normalize(self.weight)) / self.temperature
 
 
 def build_classifier(
@@ -61,7 +61,7 @@ def build_classifier(
     return classifier
 
 
-def unit(vectors: Tensor) -> Tensor:
+def l2_normalize(vectors: Tensor) -> Tensor:
     """Vectors (..., D) of length 1; a zero vector stays zero and has gradient 0."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * torch.where(norms > MIN_NORM, 1 / norms.clamp(min=MIN_NORM), 0)
@@ -81,7 +81,7 @@ def _start_from(classifier: LinearClassifier | CosineClassifier, init_weight: Te
             classifier.bias.zero_()
 
 
-def full_precision(features: Tensor) -> torch.autocast:
+def autocast_disabled(features: Tensor) -> torch.autocast:
     """No autocast: bfloat16 logits of a cosine classifier, at 1 / temperature = 25, are 0.125 apart."""
     return torch.autocast(features.device.type, enabled=False)
 

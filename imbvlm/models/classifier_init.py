@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.features.trial_data import Examples
+from imbvlm.features.trial_data import StoredRows
 
 # Images whose features are in memory at once while class means are computed.
 CHUNK_SIZE = 512
@@ -36,7 +36,7 @@ def text_weights(class_embeddings: Tensor, projection: Tensor | None, width: int
 
 @torch.no_grad()
 def class_means(
-    decoder: nn.Module, train: Examples, reads: OutputName, num_classes: int, width: int, device: torch.device
+    decoder: nn.Module, train: StoredRows, reads: OutputName, num_classes: int, width: int, device: torch.device
 ) -> Tensor:
     """Mean of each class's normalised features as the classifier will receive them, normalised: (C, width).
 

@@ -33,7 +33,7 @@ class Decoder(nn.Module):
             )
         self.input_norm = _input_norm(width_in, final_norm) if config.input_norm == "layer_norm" else nn.Identity()
         self.projection = nn.Identity() if config.width is None else _linear(width_in, config.width)
-        self.blocks = nn.ModuleList(Block(self.width, config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DecoderBlock(self.width, config) for _ in range(config.depth))
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
@@ -57,7 +57,7 @@ def num_parameters(width_in: int, config: DecoderConfig) -> int:
     return input_norm + projection + config.depth * (norms + attention + mlp)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with GELU: (B, T, D) to (B, T, D), first_only to (B, 1, D)."""
 
     def __init__(self, width: int, config: DecoderConfig) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TOWER_PREFIX, ON_FEATURES_PREFIX = "tower.", "on_features."
 
 
-class TowerClassifier(nn.Module):
+class EncoderClassifier(nn.Module):
     """Crops in bytes (B, 3, S, S) -> logits (B, C), through the tower that `encoder` holds.
 
     The tower always computes as in evaluation: no dropout, and batch norm with the statistics of pre-training. `reads`
@@ -56,7 +56,7 @@ class TowerClassifier(nn.Module):
         features: Tensor = getattr(self._rules.outputs(self.tower, pixels), self._reads)
         return features.float() if self.token_pool is None else self.token_pool @ features.float()
 
-    def train(self, mode: bool = True) -> TowerClassifier:
+    def train(self, mode: bool = True) -> EncoderClassifier:
         super().train(mode)
         self.tower.eval()
         return self

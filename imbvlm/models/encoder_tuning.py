@@ -8,7 +8,7 @@ from torch import nn
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.models.adapters import (
     adapter_width,
     add_adapters,
@@ -19,11 +19,11 @@ from imbvlm.models.adapters import (
     train_all,
     train_biases,
 )
-from imbvlm.models.encoder_classifier import TowerClassifier
+from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 
-def load_tower(encoder: EncoderConfig, evaluation: EvalConfig, info: EncoderInfo, device: torch.device) -> Encoder:
+def load_encoder(encoder: EncoderConfig, evaluation: EvalConfig, info: EncoderInfo, device: torch.device) -> Encoder:
     """The tower that features were described by, on a device; raises ImbvlmError where its weights have changed."""
     # What is drawn for weights that are then loaded leaves the trial's random numbers alone.
     with torch.random.fork_rng(devices=[]):
@@ -38,13 +38,13 @@ def load_tower(encoder: EncoderConfig, evaluation: EvalConfig, info: EncoderInfo
 
 def tower_classifier(
     config: TrialConfig, encoder: Encoder, reads: OutputName, on_features: nn.Module, num_classes: int
-) -> TowerClassifier:
+) -> EncoderClassifier:
     """The model of a trial on images, with exactly what its method trains left trainable.
 
     `on_features` maps the output that it reads to logits. Takes over the encoder's tower. Raises ImbvlmError where the
     method doesn't go with the tower.
     """
-    model = TowerClassifier(encoder, reads, on_features)
+    model = EncoderClassifier(encoder, reads, on_features)
     tower, name = model.tower, encoder.info.name
     blocks = encoder.rules.blocks(tower)
     if config.adapter is not None:
@@ -56,7 +56,7 @@ def tower_classifier(
         train_biases(tower)
     elif config.method == "fine_tuning":
         train_all(tower)
-        scales = lr_scales(tower, blocks, needed(config.fine_tuning).layer_decay, name)
+        scales = lr_scales(tower, blocks, require_section(config.fine_tuning).layer_decay, name)
         model.lr_scales = {f"tower.{param}": scale for param, scale in scales.items()}
     size = encoder.info.image_size
     grey = torch.full((1, 3, size, size), 128, dtype=torch.uint8, device=encoder.device)

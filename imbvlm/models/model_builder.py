@@ -13,23 +13,23 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.method_registry import IMAGE_SECTIONS, METHOD_SECTIONS
 from imbvlm.config.model_sections import ClassifierConfig
-from imbvlm.config.trial_config import TrialConfig, needed
-from imbvlm.features.trial_data import Examples, TrialData
+from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.features.trial_data import StoredRows, TrialData
 from imbvlm.models.classifier import FeatureClassifier, ZeroShotClassifier, build_classifier
 from imbvlm.models.classifier_init import class_means, text_weights
 from imbvlm.models.decoder import Decoder, FinalNorm
 from imbvlm.models.encoder_classifier import ON_FEATURES_PREFIX
-from imbvlm.models.model_state import load_own_tensors
+from imbvlm.models.model_state import load_own_state_dict
 from imbvlm.models.prompt_learner import PromptClassifier, build_prompt_classifier
 from imbvlm.models.second_stage_modules import stage_module
-from imbvlm.models.text_tower import TextTower, text_refusal
+from imbvlm.models.text_tower import TextTower, unsupported_text_tower
 
 if TYPE_CHECKING:
     from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 
 @dataclass(frozen=True)
-class MethodEntry:
+class Method:
     """One method: the encoder output its classifier reads, whether anything trains, and how its model is built.
 
     `build(config, data, device)` gives a model that maps a batch of that output to logits (B, C); of images where the
@@ -70,7 +70,7 @@ def restore_model(
             raise ImbvlmError(f"a model of method {config.method} needs its tower")
         model = _on_images(config, model, encoder, num_classes)
     try:
-        load_own_tensors(model, tensors)
+        load_own_state_dict(model, tensors)
     except RuntimeError as error:
         raise ImbvlmError(f"the exported weights don't fit their configuration ({config.method}): {error}") from None
     return model.eval()
@@ -132,12 +132,12 @@ def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device)
 
 def _build_prompt_tuning(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
     # Not imported with this file: open_clip takes seconds, and trials that read stored outputs do without it.
-    from imbvlm.models.encoder_tuning import load_tower
+    from imbvlm.models.encoder_tuning import load_encoder
     from imbvlm.models.encoders.text_prompts import prompt_tokens
 
-    encoder = load_tower(data.encoder or config.encoder, config.eval, data.info, device)
-    prompts, text_config = needed(config.prompt_tuning), encoder.source.model_config["text_cfg"]
-    refusal = text_refusal(text_config, encoder.info.name, prompts.num_tokens)
+    encoder = load_encoder(data.encoder or config.encoder, config.eval, data.info, device)
+    prompts, text_config = require_section(config.prompt_tuning), encoder.source.model_config["text_cfg"]
+    refusal = unsupported_text_tower(text_config, encoder.info.name, prompts.num_tokens)
     if refusal is not None:
         raise ImbvlmError(refusal)
     tokens = prompt_tokens(encoder, data.class_names, prompts.init_words)
@@ -159,9 +159,9 @@ def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -
 
 def _with_tower(config: TrialConfig, data: TrialData, model: nn.Module, device: torch.device) -> nn.Module:
     # Trials on stored features start faster without open_clip.
-    from imbvlm.models.encoder_tuning import load_tower
+    from imbvlm.models.encoder_tuning import load_encoder
 
-    encoder = load_tower(data.encoder or config.encoder, config.eval, data.info, device)
+    encoder = load_encoder(data.encoder or config.encoder, config.eval, data.info, device)
     return _on_images(config, model, encoder, len(data.class_names))
 
 
@@ -209,7 +209,7 @@ def _initial_weight(
         return text_weights(_class_embeddings(config, data), data.tower.get("projection"), width)
     if classifier.init == "class_mean":
         reads = METHODS[config.method].reads
-        examples = data.train if isinstance(data.train, Examples) else data.stored
+        examples = data.train if isinstance(data.train, StoredRows) else data.stored
         if examples is None:
             raise ImbvlmError("classifier.init is class_mean, and the training images have no stored features")
         return class_means(decoder, examples, reads, len(data.class_names), width, device)
@@ -235,8 +235,8 @@ def _class_embeddings(config: TrialConfig, data: TrialData) -> Tensor:
     return data.class_embeddings
 
 
-METHODS: Mapping[str, MethodEntry] = {
-    "zero_shot": MethodEntry(
+METHODS: Mapping[str, Method] = {
+    "zero_shot": Method(
         reads="image_embedding",
         trains=False,
         trains_tower=False,
@@ -244,7 +244,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Compares image embeddings with the class names' text embeddings; nothing is trained.",
         paper="Radford et al., ICML 2021",
     ),
-    "prompt_tuning": MethodEntry(
+    "prompt_tuning": Method(
         reads="image_embedding",
         trains=True,
         trains_tower=False,
@@ -252,7 +252,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Learns the words around the class names, before the frozen text tower.",
         paper="Zhou et al., IJCV 2022",
     ),
-    "linear_probe": MethodEntry(
+    "linear_probe": Method(
         reads="pooled",
         trains=True,
         trains_tower=False,
@@ -260,7 +260,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Trains a linear or cosine classifier on the tower's pooled output.",
         paper="Radford et al., ICML 2021",
     ),
-    "decoder": MethodEntry(
+    "decoder": Method(
         reads="tokens",
         trains=True,
         trains_tower=False,
@@ -268,7 +268,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Trains a light transformer decoder over all of the tower's tokens, and a classifier.",
         paper="Wang et al., IJCV 2023",
     ),
-    "adapter": MethodEntry(
+    "adapter": Method(
         reads="pooled",
         trains=True,
         trains_tower=True,
@@ -276,7 +276,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Trains a narrow adapter beside the MLP in every block of a ViT, and a classifier on pooled output.",
         paper="Chen et al., NeurIPS 2022; Shi et al., ICML 2024 (LIFT)",
     ),
-    "lora": MethodEntry(
+    "lora": Method(
         reads="pooled",
         trains=True,
         trains_tower=True,
@@ -284,7 +284,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Trains low-rank updates of attention in every block of a ViT, and a classifier on pooled output.",
         paper="Hu et al., ICLR 2022",
     ),
-    "bias_tuning": MethodEntry(
+    "bias_tuning": Method(
         reads="pooled",
         trains=True,
         trains_tower=True,
@@ -292,7 +292,7 @@ METHODS: Mapping[str, MethodEntry] = {
         summary="Trains the biases of the tower, and a classifier on its pooled output.",
         paper="Zaken et al., ACL 2022",
     ),
-    "fine_tuning": MethodEntry(
+    "fine_tuning": Method(
         reads="pooled",
         trains=True,
         trains_tower=True,

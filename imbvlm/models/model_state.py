@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from imbvlm.config.encoder_info import EncoderInfo
-from imbvlm.models.encoder_classifier import TOWER_PREFIX, TowerClassifier
+from imbvlm.models.encoder_classifier import TOWER_PREFIX, EncoderClassifier
 
 
 class ParameterCounts(NamedTuple):
@@ -27,22 +27,22 @@ def count_parameters(model: nn.Module, info: EncoderInfo) -> ParameterCounts:
     """What a model has and trains; the frozen tower counts where the model reads its stored output, too."""
     own = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    return ParameterCounts(own + (0 if isinstance(model, TowerClassifier) else info.num_parameters), trained)
+    return ParameterCounts(own + (0 if isinstance(model, EncoderClassifier) else info.num_parameters), trained)
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters and buffers without what is frozen inside its tower, which the tower's own weights give."""
     trained = {name for name, param in model.named_parameters() if param.requires_grad}
     state = model.state_dict()
     return {name: value for name, value in state.items() if name in trained or not _in_tower(model, name)}
 
 
-def load_own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model the tensors that `own_tensors` gave; raises RuntimeError where they don't fit."""
-    if not isinstance(model, TowerClassifier):
+def load_own_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors that `own_state_dict` gave; raises RuntimeError where they don't fit."""
+    if not isinstance(model, EncoderClassifier):
         model.load_state_dict(dict(tensors))
         return
-    expected = own_tensors(model)
+    expected = own_state_dict(model)
     if expected.keys() != tensors.keys():
         missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         raise RuntimeError(f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}")
@@ -50,4 +50,4 @@ def load_own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _in_tower(model: nn.Module, name: str) -> bool:
-    return isinstance(model, TowerClassifier) and name.startswith(TOWER_PREFIX)
+    return isinstance(model, EncoderClassifier) and name.startswith(TOWER_PREFIX)

@@ -30,7 +30,9 @@ class PromptClassifier(nn.Module):
     class_embeddings: Tensor
     logit_scale: Tensor
 
-    def __init__(self, context: Tensor, class_embeddings: Tensor, logit_scale: float, text: ClassTexts | None) -> None:
+    def __init__(
+        self, context: Tensor, class_embeddings: Tensor, logit_scale: float, text: ClassPrompts | None
+    ) -> None:
         super().__init__()
         self.context = nn.Parameter(context)
         self.register_buffer("class_embeddings", class_embeddings)
@@ -74,7 +76,7 @@ class PromptTokens:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptLayout:
     """Where the tokens of each class's prompt stand: `ids` (C, T), 0 where context stands; `ends` (C,), the token that
     is read; `slots` (C, T, n), 1 where position t has the i-th learned vector.
     """
@@ -84,12 +86,12 @@ class Layout:
     slots: Tensor
 
 
-class ClassTexts:
+class ClassPrompts:
     """The prompts of all classes before a frozen text tower, encoded `chunk_size` classes at a time."""
 
-    def __init__(self, tower: TextTower, layout: Layout, chunk_size: int, device: torch.device) -> None:
+    def __init__(self, tower: TextTower, layout: PromptLayout, chunk_size: int, device: torch.device) -> None:
         self.tower = tower.to(device)
-        self._layout = Layout(layout.ids.to(device), layout.ends.to(device), layout.slots.to(device))
+        self._layout = PromptLayout(layout.ids.to(device), layout.ends.to(device), layout.slots.to(device))
         self._chunk_size = chunk_size
 
     def encode(self, context: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class ClassTexts:
 
 def prompt_layout(
     ids: Tensor, ends: Tensor, num_tokens: int, config: PromptTuningConfig, context_length: int
-) -> Layout:
+) -> PromptLayout:
     """Make room for `num_tokens` learned vectors in the texts "NAME." of the classes, tokenised (C, T), read at (C,).
 
     The last token of a text is taken for its full stop, which stays last wherever the name stands. A name that doesn't
@@ -138,7 +140,7 @@ def prompt_layout(
     lengths = [len(prompt) for prompt in prompts]
     padded = torch.tensor([prompt + [(0, -1)] * (max(lengths) - len(prompt)) for prompt in prompts])
     slots = (padded[..., 1:] == torch.arange(num_tokens)).float()
-    return Layout(padded[..., 0].contiguous(), torch.tensor(lengths) - 1, slots)
+    return PromptLayout(padded[..., 0].contiguous(), torch.tensor(lengths) - 1, slots)
 
 
 def default_num_tokens(context_length: int) -> int:
@@ -172,6 +174,6 @@ def build_prompt_classifier(
     layout = prompt_layout(tokens.ids, tower.ends(tokens.ids), num_tokens, config, tokens.context_length)
     embedded = tower.token_embedding(torch.tensor(words, dtype=torch.long, device=tower.token_embedding.weight.device))
     context = initial_context(config, embedded.detach().float(), num_tokens, len(tokens.ids))
-    texts = ClassTexts(tower, layout, config.chunk_size, device)
+    texts = ClassPrompts(tower, layout, config.chunk_size, device)
     embeddings = torch.zeros(len(tokens.ids), info.embedding_width)
     return PromptClassifier(context, embeddings, info.logit_scale, texts)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import ClassSampling
-from imbvlm.longtail.post_hoc_adjustment import Choice, balanced_accuracy, choose
-from imbvlm.models.classifier import MIN_NORM, CosineClassifier, LinearClassifier, full_precision
+from imbvlm.longtail.post_hoc_adjustment import ValueSelection, balanced_accuracy, select_best
+from imbvlm.models.classifier import MIN_NORM, CosineClassifier, LinearClassifier, autocast_disabled
 
 Classifier = LinearClassifier | CosineClassifier
 
@@ -25,7 +25,7 @@ NORM_TAUS = tuple(round(0.05 * step, 10) for step in range(21))
 _CONFIDENCE_SCALE = 0.1
 
 
-class OnFrozenLogits(nn.Module):
+class LogitTransform(nn.Module):
     """What changes the logits of a first stage's classifier, of which it has a frozen copy."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -41,7 +41,7 @@ class OnFrozenLogits(nn.Module):
         raise NotImplementedError
 
 
-class LearnableWeightScaling(OnFrozenLogits):
+class LearnableWeightScaling(LogitTransform):
     """s_c z_c, s (C,) learned, from 1 [Kang et al. 2020, "LWS"]."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -52,7 +52,7 @@ class LearnableWeightScaling(OnFrozenLogits):
         return self.scale * logits
 
 
-class DisAlign(OnFrozenLogits):
+class DisAlign(LogitTransform):
     """(1 + sigma(x) s) z + sigma(x) b, sigma(x) = sigmoid(v . x + c) [Zhang et al. 2021, "DisAlign"].
 
     s (C,) starts from 1, b (C,) from 0, and v as torch's own times 0.1, so that sigma is near 1/2 for every image.
@@ -68,12 +68,12 @@ class DisAlign(OnFrozenLogits):
             self.confidence.weight.mul_(_CONFIDENCE_SCALE)
 
     def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
-        with full_precision(features):
+        with autocast_disabled(features):
             confidence = torch.sigmoid(self.confidence(features.to(self.confidence.weight.dtype)))
         return (1 + confidence * self.scale) * logits + confidence * self.bias
 
 
-class Marc(OnFrozenLogits):
+class Marc(LogitTransform):
     """a z + b ||w||, a (C,) from 1, b (C,) from 0, w the first stage's weights [Wang et al. 2022, "MARC"]."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -87,7 +87,7 @@ class Marc(OnFrozenLogits):
         return self.scale * logits + self.bias * self.norms
 
 
-def retrained(classifier: Classifier) -> Classifier:
+def fresh_classifier(classifier: Classifier) -> Classifier:
     """A fresh classifier of the same kind and shape, at random [Kang et al. 2020, "cRT"]."""
     num_classes, width = classifier.weight.shape
     if isinstance(classifier, CosineClassifier):
@@ -103,21 +103,21 @@ def tau_normalized(classifier: LinearClassifier, tau: float) -> LinearClassifier
     return result
 
 
-def choose_tau_normalization(classifier: LinearClassifier, features: Tensor, targets: Tensor) -> Choice:
+def choose_tau_normalization(classifier: LinearClassifier, features: Tensor, targets: Tensor) -> ValueSelection:
     """tau of `tau_normalized` by balanced accuracy on validation features (N, D), targets (N,). Raises ImbvlmError.
 
     Of equals the smallest, which changes least.
     """
     if len(targets) == 0:
         raise ImbvlmError("tau_normalization chooses tau on validation rows, and there are none")
-    with torch.no_grad(), full_precision(features):
+    with torch.no_grad(), autocast_disabled(features):
         logits = F.linear(features.to(classifier.weight.dtype), classifier.weight)
 
         def score(tau: float) -> float:
             powers = _norm_powers(classifier, tau)
             return balanced_accuracy(targets, len(powers), lambda rows: logits[rows] * powers)
 
-        return choose(NORM_TAUS, score, neutral=0.0)
+        return select_best(NORM_TAUS, score, neutral=0.0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class SecondStage:
 
 SECOND_STAGES: Mapping[str, SecondStage] = {
     "classifier_retraining": SecondStage(
-        build=retrained,
+        build=fresh_classifier,
         class_sampling="class_balanced",
         loss="cross_entropy",
         summary="Trains a fresh classifier on the frozen decoder (cRT).",

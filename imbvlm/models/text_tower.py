@@ -22,7 +22,7 @@ class TextTower(nn.Module):
     mask: Tensor
 
     def __init__(self, model: Any, text_config: Mapping[str, Any]) -> None:
-        """`model` is open_clip's, `text_config` its text_cfg, which `text_refusal` has passed."""
+        """`model` is open_clip's, `text_config` its text_cfg, which `unsupported_text_tower` has passed."""
         super().__init__()
         # CustomTextCLIP has its text side in one module, CLIP among its own attributes.
         text = getattr(model, "text", model)
@@ -56,7 +56,7 @@ class TextTower(nn.Module):
         return F.normalize(read.float(), dim=-1)
 
 
-def text_refusal(text_config: Mapping[str, Any], name: str, num_tokens: int | None) -> str | None:
+def unsupported_text_tower(text_config: Mapping[str, Any], name: str, num_tokens: int | None) -> str | None:
     """Why the prompts of a tower (open_clip's text_cfg) can't have learned context, so many tokens of it; or None."""
     own = not any(text_config.get(key) for key in ("hf_model_name", "no_causal_mask", "embed_cls"))
     if not own or _pool_type(text_config) not in ("argmax", "eos"):

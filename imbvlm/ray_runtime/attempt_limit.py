@@ -14,10 +14,10 @@ from ray.experimental import internal_kv
 from imbvlm.base.errors import LostProcessesError
 
 # Machines go away by chance, but not so often in a row at the same work.
-MOST_LOST = 5
+MAX_LOST_WORKERS = 5
 
 
-class Attempts:
+class AttemptLimiter:
     """What processes of a pass have begun: notes in the cluster's own store of keys and values.
 
     Made where the pass is begun; its processes carry it.
@@ -30,7 +30,7 @@ class Attempts:
     def at(self, key: str, work: str) -> Iterator[None]:
         """One more attempt, by this process; `work` says at what.
 
-        Raises LostProcessesError where MOST_LOST of those before it were lost, none has ended since.
+        Raises LostProcessesError where MAX_LOST_WORKERS of those before it were lost, none has ended since.
         """
         first, again = f"{self._prefix}/{key}", f"{self._prefix}/{key}/"
         worker_id = ray.get_runtime_context().get_worker_id()
@@ -41,9 +41,9 @@ class Attempts:
             return
         begun = [name.decode().removeprefix(again) for name in internal_kv._internal_kv_list(again)]
         begun += [noted.decode() for noted in [internal_kv._internal_kv_get(first)] if noted is not None]
-        if len(begun) >= MOST_LOST:
+        if len(begun) >= MAX_LOST_WORKERS:
             exits = [found for one in begun if (found := _exit_of(one)) is not None]
-            if len(exits) >= MOST_LOST:
+            if len(exits) >= MAX_LOST_WORKERS:
                 out_of_memory = common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY in exits
                 raise LostProcessesError(_sentence(work, len(exits), out_of_memory=out_of_memory))
         internal_kv._internal_kv_put(f"{again}{worker_id}", b"")

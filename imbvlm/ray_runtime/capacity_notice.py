@@ -21,7 +21,7 @@ _END_SECONDS = 5.0
 _WATCH_SECONDS = 0.1
 
 
-class Patience:
+class NoticeThrottle:
     """Decides when a lack is said: once it has lasted for PATIENCE_SECONDS, and then every SAY_AGAIN_SECONDS."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Patience:
         return None
 
 
-def lacking(
+def missing_capacity(
     nodes: Sequence[tuple[float, float]], cpus_per_worker: float, gpus: float, cpus_per_task: float
 ) -> str | None:
     """Why no image goes on by CPUs and GPUs of the machines that are there; None where one does.
@@ -60,12 +60,12 @@ def lacking(
 
 
 @contextmanager
-def said_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> Iterator[None]:
+def notify_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> Iterator[None]:
     """Inside, `say` what `lacks` gives where it lasts."""
     ended = threading.Event()
 
     def watch() -> None:
-        patience = Patience()
+        patience = NoticeThrottle()
         while not ended.wait(LOOK_SECONDS):
             if sentence := patience.to_say(lacks()):
                 say(sentence)

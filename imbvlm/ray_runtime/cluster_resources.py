@@ -24,7 +24,7 @@ AUTOSCALER_SETTING = "IMBVLM_AUTOSCALER"
 class Cluster:
     """What a sweep may use: the dashboard, CPUs and GPUs in all and of each machine, whether we started it.
 
-    `grown` has the machines when an autoscaler has brought all that it may; without one they are `nodes`.
+    `max_nodes` has the machines when an autoscaler has brought all that it may; without one they are `nodes`.
     """
 
     dashboard: str
@@ -32,36 +32,36 @@ class Cluster:
     num_gpus: float
     started_here: bool
     nodes: tuple[tuple[float, float], ...]
-    grown: tuple[tuple[float, float], ...]
+    max_nodes: tuple[tuple[float, float], ...]
 
     @property
     def can_grow(self) -> bool:
-        return self.grown != self.nodes
+        return self.max_nodes != self.nodes
 
     @property
-    def most_cpus(self) -> float:
+    def max_cpus(self) -> float:
         """CPUs of all machines when it has grown."""
-        return sum(cpus for cpus, _ in self.grown)
+        return sum(cpus for cpus, _ in self.max_nodes)
 
     @property
-    def most_gpus(self) -> float:
+    def max_gpus(self) -> float:
         """GPUs of all machines when it has grown."""
-        return sum(gpus for _, gpus in self.grown)
+        return sum(gpus for _, gpus in self.max_nodes)
 
 
 def ray_gpus() -> int | None:
     """GPUs of the connected cluster when it has grown as far as it may; None where none is connected."""
-    return int(connected_cluster().most_gpus) if ray.is_initialized() else None
+    return int(connected_cluster().max_gpus) if ray.is_initialized() else None
 
 
-def is_alone() -> bool:
+def is_single_node() -> bool:
     """Whether what runs runs on this machine: no cluster is connected, or one of a single node."""
     return not ray.is_initialized() or sum(bool(node["Alive"]) for node in ray.nodes()) < 2
 
 
 def has_many_machines() -> bool:
     """Whether a cluster is connected that has, or may grow to, more machines than one."""
-    return ray.is_initialized() and len(connected_cluster().grown) > 1
+    return ray.is_initialized() and len(connected_cluster().max_nodes) > 1
 
 
 def _started_here() -> bool:

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def connected(last_word: LastWord | None = None) -> Iterator[Cluster]:
+def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that was started here is stopped afterwards.
 
     Where the cluster is gone meanwhile, the process ends with code 1 and a last word, by default on standard error.
@@ -197,17 +197,17 @@ def on_this_machine() -> Iterator[None]:
         yield
 
 
-def call_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
+def run_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
     """A call of a module's function on a machine of the connected cluster that has so many CPUs and GPUs free."""
     return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))
 
 
-def has_machine_to_itself() -> bool:
+def owns_machine() -> bool:
     """Whether what runs shares this machine with no cluster's work: none is connected or would be, but its own."""
     return _started_here() if ray.is_initialized() else _address_that_answers() is None
 
 
-def running_cluster() -> Cluster | None:
+def find_cluster() -> Cluster | None:
     """The cluster that a sweep would join, or None; starts nothing.
 
     Raises ImbvlmError where RAY_ADDRESS names one that doesn't answer, RuntimeError where its versions aren't ours.
@@ -307,7 +307,7 @@ def _check_address() -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def existing_cluster() -> Iterator[None]:
     """Within, a cluster that runs already is connected: what it can do decides, not this machine. None is started."""
-    with nullcontext() if has_machine_to_itself() else connected():
+    with nullcontext() if owns_machine() else ray_session():
         yield

@@ -22,9 +22,9 @@ import ray.data
 from ray.data.context import DataContext
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.data.image_stream import ImageBatch, StreamPlan, load_batch, opened_manifest
-from imbvlm.ray_runtime.attempt_limit import Attempts
-from imbvlm.ray_runtime.capacity_notice import lacking, said_while
+from imbvlm.data.image_stream import ImageBatch, StreamPlan, cached_manifest, load_batch
+from imbvlm.ray_runtime.attempt_limit import AttemptLimiter
+from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
 from imbvlm.ray_runtime.cpu_allocation import plan_cpus, plan_tasks
 
@@ -69,7 +69,7 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
-    with _quiet_context(), _threads_ended(), closing(Attempts()) as attempts:
+    with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
@@ -91,7 +91,7 @@ def map_images(
             )
         )
         need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
-        with said_while(lambda: lacking(connected_cluster().nodes, *need), waits):
+        with notify_while(lambda: missing_capacity(connected_cluster().nodes, *need), waits):
             yield from _summaries(dataset)
 
 
@@ -106,7 +106,7 @@ def stream_blocks(
     if not blocks:
         return
     rows = _Descriptors(blocks)
-    with _quiet_context() as context, _threads_ended(), closing(Attempts()) as attempts:
+    with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
@@ -121,7 +121,7 @@ def stream_blocks(
 
 def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
     """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
-    blocks = plan.blocks(opened_manifest(location))
+    blocks = plan.blocks(cached_manifest(location))
     largest = max(map(len, plan.batches), default=0)
     for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
         yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
@@ -160,7 +160,7 @@ def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
 class _Load:
     """First stage: a descriptor becomes a loaded block."""
 
-    def __init__(self, load: Load, attempts: Attempts) -> None:
+    def __init__(self, load: Load, attempts: AttemptLimiter) -> None:
         self.load, self.attempts = load, attempts
 
     def __call__(self, batch: Mapping[str, Any]) -> Block:
@@ -177,7 +177,7 @@ class _Load:
 class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
-    def __init__(self, worker: Callable[..., Load], worker_args: tuple[Any, ...], attempts: Attempts) -> None:
+    def __init__(self, worker: Callable[..., Load], worker_args: tuple[Any, ...], attempts: AttemptLimiter) -> None:
         self.attempts = attempts
         self.failure: Block | None = None
         try:

@@ -16,7 +16,7 @@ from imbvlm.base.errors import ImbvlmError
 _PROBE_SECONDS = 120.0
 
 
-def nodes_that_miss(folder: str) -> list[str]:
+def nodes_without_access(folder: str) -> list[str]:
     """Nodes that don't see what this process writes into a folder, or can't write there: names and what went wrong.
 
     Raises StorageError where this process can't write there itself.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.models.model_state import own_tensors
+from imbvlm.models.model_state import own_state_dict
 
 FORMAT = 1
 INDEX_FILE = "state.json"
@@ -88,7 +88,7 @@ def save_model(folder: str, model: nn.Module) -> None:
 
     What is frozen inside a tower is left out: the tower has its own file.
     """
-    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(own_tensors(model))))
+    storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(own_state_dict(model))))
 
 
 def load_model_tensors(folder: str) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.worker_group import World
 from imbvlm.models.classifier import ZeroShotClassifier
-from imbvlm.training.step.batch_source import Batch, Feed, Index, to_device
-from imbvlm.training.validation_logits import EpochLogits
+from imbvlm.training.step.batch_source import Batch, BatchSource, Index, to_device
+from imbvlm.training.validation_logits import EpochValLogits
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,7 @@ EVAL_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Examination:
+class EvalResult:
     """One look at a split: per-class counts, confidence bins, and every example's predicted class (N,).
 
     It is -1 for an image that can't be read. `adjusted` is the same look at adjusted logits, where they were asked for.
@@ -38,7 +38,7 @@ class Examination:
     counters: ClassCounters
     bins: CalibrationBins
     predicted: Tensor
-    adjusted: Examination | None = None
+    adjusted: EvalResult | None = None
 
     def metrics(self, stats: ClassStats) -> dict[str, float]:
         """Accuracies, loss, macro precision, recall and F1, and calibration error by their plain names."""
@@ -48,7 +48,9 @@ class Examination:
 class LogitAdjuster:
     """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store."""
 
-    def __init__(self, adjustment: Adjustment, data: TrialData, stored: Examples, device: torch.device) -> None:
+    def __init__(
+        self, adjustment: PostHocAdjustment, data: TrialData, stored: StoredRows, device: torch.device
+    ) -> None:
         self._adjustment, self._counts, self._stored = adjustment, data.class_stats.counts, stored
         self._zero_shot: ZeroShotClassifier | None = None
         if adjustment.alpha:
@@ -65,8 +67,8 @@ class LogitAdjuster:
         return self._adjustment.apply(logits, self._counts, zero_shot)
 
 
-class _Look:
-    """An Examination as it grows, of this worker's examples."""
+class EvalAccumulator:
+    """An EvalResult as it grows, of this worker's examples."""
 
     def __init__(self, num_rows: int, num_classes: int) -> None:
         self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
@@ -79,9 +81,9 @@ class _Look:
         self._bins.update(logits, labels)
         self._found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
 
-    def examination(self, world: World) -> Examination:
+    def examination(self, world: World) -> EvalResult:
         counters, bins = self._counters.reduced(world), self._bins.reduced(world)
-        return Examination(counters, bins, world.sum(self._found).cpu() - 1)
+        return EvalResult(counters, bins, world.sum(self._found).cpu() - 1)
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class Evaluator:
     """Reads a trial's data through a feed; `computing` is the context in which modules run."""
 
     data: TrialData
-    feed: Feed
+    feed: BatchSource
     device: torch.device
     world: World
     computing: Callable[[], AbstractContextManager[Any]]
 
     def outputs(
-        self, forward: Forward, examples: Source, index: Index, view: int | None = None
+        self, forward: Forward, examples: RowSource, index: Index, view: int | None = None
     ) -> Iterator[tuple[Tensor, Batch]]:
         """Float32 outputs of the examples at `index`, a batch at a time, on the device; no gradients.
 
@@ -110,11 +112,11 @@ class Evaluator:
                 output = forward(inputs).float()
             yield output, batch
 
-    def share(self, examples: Source) -> Index:
+    def share(self, examples: RowSource) -> Index:
         """The examples (indices) that fall to this worker: every world_size-th."""
         return np.arange(self.world.rank, len(examples.labels), self.world.world_size)
 
-    def counters(self, forward: Forward, examples: Source, keep: EpochLogits | None = None) -> ClassCounters:
+    def counters(self, forward: Forward, examples: RowSource, keep: EpochValLogits | None = None) -> ClassCounters:
         """Per-class counts over the examples, added over workers: every worker must call it.
 
         `keep` is given this worker's logits.
@@ -127,7 +129,7 @@ class Evaluator:
         return counters.reduced(self.world)
 
     def mean_outputs(
-        self, forward: Forward, examples: Source, index: Index, views: Sequence[int | None]
+        self, forward: Forward, examples: RowSource, index: Index, views: Sequence[int | None]
     ) -> Iterator[tuple[Tensor, Batch]]:
         """As `outputs`, the mean over some views of each example."""
         streams = [self.outputs(forward, examples, index, view) for view in views]
@@ -135,20 +137,20 @@ class Evaluator:
         for batches in zip(*streams, strict=True):
             yield torch.stack([output for output, _ in batches]).mean(dim=0), batches[0][1]
 
-    def examine(
+    def evaluate_full(
         self,
         forward: Forward,
-        examples: Source,
+        examples: RowSource,
         adjust: Callable[[Tensor, Index], Tensor] | None = None,
         views: Sequence[int | None] = (None,),
-    ) -> Examination:
+    ) -> EvalResult:
         """As `counters`, with what a report shows besides; every worker must call it.
 
         `adjust` gives other logits from the logits and which examples they are of; of several `views` the mean logits
         count.
         """
-        plain = _Look(len(examples.labels), len(self.data.class_names))
-        adjusted = _Look(len(examples.labels), len(self.data.class_names))
+        plain = EvalAccumulator(len(examples.labels), len(self.data.class_names))
+        adjusted = EvalAccumulator(len(examples.labels), len(self.data.class_names))
         for logits, batch in self.mean_outputs(forward, examples, self.share(examples), views):
             plain.add(logits, batch)
             if adjust is not None:
@@ -156,7 +158,7 @@ class Evaluator:
         found = plain.examination(self.world)
         return found if adjust is None else replace(found, adjusted=adjusted.examination(self.world))
 
-    def logits(self, forward: Forward, examples: Source) -> Tensor:
+    def logits(self, forward: Forward, examples: RowSource) -> Tensor:
         """Float32 logits (N, C) of all examples in order, on the CPU; no other worker is needed.
 
         Those of an image that can't be read are NaN.
@@ -166,7 +168,7 @@ class Evaluator:
             found[torch.from_numpy(batch.examples)] = logits.cpu()
         return found
 
-    def all_views(self, forward: Forward, examples: Examples, width: int) -> Tensor:
+    def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:
         """Outputs (V, width) of every view of every example, on the device of every worker; all must call it.
 
         An example's views stand one after another, from `first_views` on.
@@ -183,7 +185,7 @@ class Evaluator:
         return self.world.sum(found) if len(found) else found
 
 
-def first_views(examples: Examples) -> Index:
+def first_views(examples: StoredRows) -> Index:
     """The place (N,) of each example's first view where all views of all examples stand one after another."""
     views = np.broadcast_to(examples.views, len(examples))
     return np.cumsum(views) - views

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm.base import storage
-from imbvlm.features.trial_data import Source
-from imbvlm.training.evaluator import Examination
+from imbvlm.features.trial_data import RowSource
+from imbvlm.training.evaluator import EvalResult
 from imbvlm.training.trial_run import TrialRun
 
 CLASS_RECORD_FILE = "per_class.json"
@@ -20,7 +20,7 @@ MAX_PAIRS = 200
 MAX_ROWS = 4
 
 
-def class_record(run: TrialRun, scored: dict[str, tuple[Source, Examination]]) -> dict[str, Any]:
+def class_record(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]]) -> dict[str, Any]:
     """Plain data of a trained run: class names and counts, and what it made of each scored split."""
     return {
         "format": FORMAT,
@@ -40,7 +40,7 @@ def write_class_record(folder: str, record: dict[str, Any]) -> None:
     storage.write_bytes(uri, json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _of_split(examples: Source, found: Examination) -> dict[str, Any]:
+def _of_split(examples: RowSource, found: EvalResult) -> dict[str, Any]:
     if found.adjusted is None:
         return _counts(examples, found)
     after = _counts(examples, found.adjusted)
@@ -48,7 +48,7 @@ def _of_split(examples: Source, found: Examination) -> dict[str, Any]:
     return {**_counts(examples, found), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
 
 
-def _counts(examples: Source, found: Examination) -> dict[str, Any]:
+def _counts(examples: RowSource, found: EvalResult) -> dict[str, Any]:
     counters = found.counters
     return {
         "correct": counters.correct.tolist(),

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.second_stage_registry import SecondStageConfig, TauNormalizationConfig
 from imbvlm.config.training_sections import SgdConfig, TrainConfig
-from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_sampling import Rows, epoch_plan
 from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier
 from imbvlm.models.second_stage_modules import SECOND_STAGES, choose_tau_normalization, stage_module, tau_normalized
 from imbvlm.training.evaluator import Evaluator, first_views
-from imbvlm.training.stage_trainer import Course, Span
+from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_source import Batch
-from imbvlm.training.step.distributed import copy_from_first
-from imbvlm.training.validation_logits import EpochLogits
+from imbvlm.training.step.distributed import broadcast_state
+from imbvlm.training.validation_logits import EpochValLogits
 
 # Validation features whose logits are in memory at once.
 CHUNK_SIZE = 4096
 
 
-class StageFeatures:
+class FrozenFeatures:
     """A frozen decoder's outputs in memory on the device; each part is computed when it is first asked for.
 
     Every worker must ask. Trials of a pack, which have the same decoder, share them.
@@ -67,12 +67,12 @@ class StageFeatures:
         places, index = (torch.from_numpy(one).to(self.train.device) for one in (self._starts[rows] + views, rows))
         return Batch(self.train[places], self.train_labels[index], rows)
 
-    def _outputs(self, examples: Source) -> Tensor:
+    def _outputs(self, examples: RowSource) -> Tensor:
         self._model.eval()
         return self._evaluator.all_views(self._model.decoder, _stored(examples), self._width)
 
 
-class SecondStageRun:
+class SecondStageTrainer:
     """A second stage on a trial's model, whose decoder is frozen and whose classifier it replaces.
 
     Building it needs no trained first stage (a resumed trial loads its tensors afterwards); `start` does. Random
@@ -87,15 +87,15 @@ class SecondStageRun:
         model: FeatureClassifier,
         span: Span,
         evaluator: Evaluator,
-        features: StageFeatures | None = None,
+        features: FrozenFeatures | None = None,
     ) -> None:
         self._config, self._train, self._model = config, train, model
         self._span, self._evaluator = span, evaluator
         self._first = model.classifier
-        self.features = StageFeatures(model, evaluator) if features is None else features
+        self.features = FrozenFeatures(model, evaluator) if features is None else features
         model.decoder.requires_grad_(False)
         model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
-        copy_from_first(model.classifier.state_dict(), evaluator.world)
+        broadcast_state(model.classifier.state_dict(), evaluator.world)
         self.course = self._build_course()
 
     def start(self) -> dict[str, float]:
@@ -109,7 +109,7 @@ class SecondStageRun:
         self._model.classifier = tau_normalized(first, tau)
         return {"second_stage/tau": tau}
 
-    def validate(self, keep: EpochLogits | None = None) -> ClassCounters:
+    def validate(self, keep: EpochValLogits | None = None) -> ClassCounters:
         """Per-class counts of validation, the same for every worker; every worker must call it.
 
         `keep` is given this worker's share of the logits.
@@ -139,7 +139,7 @@ class SecondStageRun:
         """Equal for those that can be trained together: stages of one name and length."""
         return self._config.model_dump_json(exclude={"lr", "weight_decay", "exponent", "tau"})
 
-    def _build_course(self) -> Course | None:
+    def _build_course(self) -> StageTrainer | None:
         """The paper's sampling and reweighting; SGD with half a cosine."""
         config, entry, evaluator = self._config, SECOND_STAGES[self._config.name], self._evaluator
         if isinstance(config, TauNormalizationConfig) or entry.class_sampling is None or entry.loss is None:
@@ -161,7 +161,7 @@ class SecondStageRun:
         optim = SgdConfig(
             lr=config.lr, weight_decay=config.weight_decay, warmup_fraction=0.0, lr_schedule="half_cosine"
         )
-        return Course(
+        return StageTrainer(
             model=self._model.classifier,
             forward=self._model.classifier,
             optim=optim,
@@ -191,6 +191,6 @@ def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
     return classifier
 
 
-def _stored(examples: Source) -> Examples:
-    assert isinstance(examples, Examples), "TrialConfig lets only trials on stored features have a second stage"
+def _stored(examples: RowSource) -> StoredRows:
+    assert isinstance(examples, StoredRows), "TrialConfig lets only trials on stored features have a second stage"
     return examples

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from imbvlm.config.training_sections import OptimConfig, TrainConfig
 from imbvlm.longtail.class_sampling import EpochPlan, batches
-from imbvlm.longtail.losses import BuiltLoss
+from imbvlm.longtail.losses import ConfiguredLoss
 from imbvlm.longtail.worker_group import World
-from imbvlm.models.encoder_classifier import TowerClassifier
+from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.training.step.batch_source import Batch, Index, to_device
-from imbvlm.training.step.distributed import average_gradients
-from imbvlm.training.step.gradient_accumulation import backward_in_parts
-from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, rate_at, set_lr
+from imbvlm.training.step.distributed import all_reduce_gradients
+from imbvlm.training.step.gradient_accumulation import backward_in_micro_batches
+from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at_step, set_lr
 
 # Losses and gradient norms stay on the device for so many steps before they are looked at: each look waits for a GPU.
 CHECK_EVERY = 16
@@ -46,7 +46,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class TrainedEpoch:
+class StageEpochResult:
     """What an epoch of training gave: steps so far, metrics, each step's loss, and why it failed or None."""
 
     step: int
@@ -81,7 +81,7 @@ class _LossRecord:
 
 
 @dataclass
-class Course:
+class StageTrainer:
     """A stage as the loop sees it.
 
     `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `read` takes
@@ -98,7 +98,7 @@ class Course:
     steps_per_epoch: int
     plan_of: Callable[[int], EpochPlan]
     read: Callable[[EpochPlan, Sequence[Index], int], Iterator[Batch]]
-    losses_of: Callable[[int], Callable[[int], BuiltLoss]]
+    losses_of: Callable[[int], Callable[[int], ConfiguredLoss]]
     words: tuple[str, str]
     device: torch.device
     world: World
@@ -111,7 +111,7 @@ class Course:
 
     def __post_init__(self) -> None:
         self.params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
-        scales = self.model.lr_scales if isinstance(self.model, TowerClassifier) else {}
+        scales = self.model.lr_scales if isinstance(self.model, EncoderClassifier) else {}
         lr_scales = [scales.get(name, 1.0) for name in self.params]
         self.optimizer = build_optimizer(self.optim, self.params.values(), lr_scales)
         self._record = _LossRecord()
@@ -125,7 +125,9 @@ class Course:
         """Let the next epoch begin behind the steps that have given these losses."""
         self._record.losses[:] = losses
 
-    def train_epoch(self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None) -> TrainedEpoch:
+    def train_epoch(
+        self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None
+    ) -> StageEpochResult:
         """One pass over the epoch plan, or what is left of the stage's steps; `after_step` is told the steps so far."""
         started, plan = time.perf_counter(), self.plan_of(epoch)
         under_way = self.begin_epoch(plan, epoch, step)
@@ -136,10 +138,10 @@ class Course:
             after_step(under_way.step)
         return under_way.end(time.perf_counter() - started)
 
-    def begin_epoch(self, plan: EpochPlan, epoch: int, step: int) -> EpochUnderWay:
+    def begin_epoch(self, plan: EpochPlan, epoch: int, step: int) -> EpochInProgress:
         """An epoch (0-based) whose batches come from outside; `step` optimiser steps were taken so far."""
         self.model.train()
-        return EpochUnderWay(self, plan, epoch, step)
+        return EpochInProgress(self, plan, epoch, step)
 
     def trained(
         self,
@@ -150,32 +152,32 @@ class Course:
         sizes: Sequence[int],
         num_new: int,
         seconds: float,
-    ) -> TrainedEpoch:
+    ) -> StageEpochResult:
         """What an epoch (0-based) gave up to a step of the trial, which broke where it has `failed`.
 
         `sizes` are the images of each of its steps; `num_new` images took `seconds`.
         """
         if failed:
             what = "gradient" if math.isfinite(losses[-1]) else "loss"
-            return TrainedEpoch(step, {}, losses, self.failure(what, epoch, step))
+            return StageEpochResult(step, {}, losses, self.failure(what, epoch, step))
         metrics = {
             "train/loss": float(np.average(losses, weights=sizes)),
             "train/lr": self.lr(step - 1),
             "train/images_per_second": num_new / seconds,
             "time/train_seconds": seconds,
         }
-        return TrainedEpoch(step, metrics, losses)
+        return StageEpochResult(step, metrics, losses)
 
-    def _train_step(self, batch: Batch, loss_function: BuiltLoss, step: int) -> tuple[Tensor, Tensor]:
+    def _train_step(self, batch: Batch, loss_function: ConfiguredLoss, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
         inputs, labels = to_device(batch, self.device)
         if self.mix is not None:
             inputs, labels = self.mix(inputs, labels, step)
         set_lr(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = backward_in_parts(self._logits, loss_function, self.world, inputs, labels, self.num_parts)
+        loss = backward_in_micro_batches(self._logits, loss_function, self.world, inputs, labels, self.num_parts)
         params = list(self.params.values())
-        mean_loss = average_gradients(params, loss, self.world)
+        mean_loss = all_reduce_gradients(params, loss, self.world)
         norm = clip_gradients(params, self.train.clip_grad_norm)
         self.optimizer.step()
         return mean_loss, norm
@@ -186,7 +188,7 @@ class Course:
 
     def lr(self, step: int) -> float:
         """The learning rate at a step of the trial."""
-        return rate_at(self.optim, step - self.span.first_step, self.span.num_steps, self.steps_per_epoch)
+        return lr_at_step(self.optim, step - self.span.first_step, self.span.num_steps, self.steps_per_epoch)
 
     def failure(self, what: str, epoch: int, step: int) -> str:
         """What is said of an epoch (0-based) after whose `step`-th step something wasn't finite."""
@@ -197,13 +199,13 @@ class Course:
         )
 
 
-class EpochUnderWay:
+class EpochInProgress:
     """One epoch of a course, a batch at a time: `shares` are the places in its plan of those that it is to be given.
 
     It goes on behind the steps whose losses the course has from before.
     """
 
-    def __init__(self, course: Course, plan: EpochPlan, epoch: int, step: int) -> None:
+    def __init__(self, course: StageTrainer, plan: EpochPlan, epoch: int, step: int) -> None:
         self.step = step
         self._course, self._epoch, self._record = course, epoch, course._record
         size, world, taken = course.train.batch_size, course.world, len(self._record.losses)
@@ -223,7 +225,7 @@ class EpochUnderWay:
         self._record.add(*self._course._train_step(batch, self._loss_at(self.step), self.step))
         self.step += 1
 
-    def end(self, seconds: float) -> TrainedEpoch:
+    def end(self, seconds: float) -> StageEpochResult:
         """What it gave in so many seconds."""
         course, losses, num_new = self._course, self._record.losses, sum(self._sizes[self._taken :])
         self._record.look()

@@ -2,7 +2,7 @@
 
 Whatever tells the members apart (loss and its knobs, learning rate, temperature, how weights start) stays each one's
 own, and so do its optimiser's state, its evaluation and its checkpoints: a pack only takes the place of its members'
-`Course.train_epoch`.
+`StageTrainer.train_epoch`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from imbvlm.base.errors import PackError
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.longtail.class_sampling import batches
-from imbvlm.longtail.losses import BuiltLoss, losses_together
-from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier, unit
+from imbvlm.longtail.losses import ConfiguredLoss, stack_losses
+from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier, l2_normalize
 from imbvlm.models.decoder import Decoder, num_parameters
-from imbvlm.models.second_stage_modules import OnFrozenLogits
-from imbvlm.training.second_stage_trainer import SecondStageRun, StageFeatures
-from imbvlm.training.stage_trainer import Course, TrainedEpoch
-from imbvlm.training.step.batch_source import Batch, RememberedFeed, to_device
+from imbvlm.models.second_stage_modules import LogitTransform
+from imbvlm.training.second_stage_trainer import FrozenFeatures, SecondStageTrainer
+from imbvlm.training.stage_trainer import StageEpochResult, StageTrainer
+from imbvlm.training.step.batch_source import Batch, CachedFeatureSource, to_device
 
 Logits = Callable[[Tensor], Tensor]
-BeginSecondStage = Callable[[StageFeatures | None], SecondStageRun]
+BeginSecondStage = Callable[[FrozenFeatures | None], SecondStageTrainer]
 
 # Methods whose trials can be trained together.
 PACKED = ("linear_probe", "decoder")
@@ -79,30 +79,32 @@ def member_bytes(
     # As above, and directions of a cosine classifier and their gradients.
     weights = 6 * 4 * width * num_classes
     # Logits, their log-softmax, what a loss makes of them, and gradients.
-    logits = 6 * 4 * needed(config.train).batch_size * num_classes
+    logits = 6 * 4 * require_section(config.train).batch_size * num_classes
     # Validation logits in half precision: new, best and last.
     return of_decoder + weights + logits + 3 * 2 * num_val * num_classes
 
 
-class Pack:
+class TrialPack:
     """Members that train in lockstep: the first that wants an epoch trains it for all that haven't left."""
 
     def __init__(self) -> None:
-        self.seats: list[Seat] = []
+        self.seats: list[PackMember] = []
         self.broken_by: Exception | None = None
 
-    def join(self, course: Course, feed: RememberedFeed, begin_second_stage: BeginSecondStage | None) -> Seat:
+    def add(
+        self, course: StageTrainer, feed: CachedFeatureSource, begin_second_stage: BeginSecondStage | None
+    ) -> PackMember:
         """A place for a course that hasn't begun, of a trial with the others' `pack_key`.
 
         `begin_second_stage` puts a trial's second stage in place, once its first has ended.
         """
-        seat = Seat(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage)
+        seat = PackMember(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage)
         self.seats.append(seat)
         return seat
 
     def begin_second_stages(self) -> None:
         """The first stages have ended, all with the same epoch."""
-        features: StageFeatures | None = None
+        features: FrozenFeatures | None = None
         for place, seat in enumerate(self.seats):
             if seat.begin_second_stage is not None:
                 has_decoder = seat.has_decoder
@@ -116,18 +118,18 @@ class Pack:
 
 
 @dataclass(eq=False)
-class Seat:
+class PackMember:
     """A member's place: what trains it now, None where nothing does, and the group that it trains with.
 
     `feed` is what all members evaluate by.
     """
 
-    pack: Pack
-    course: Course | None
-    feed: RememberedFeed
+    pack: TrialPack
+    course: StageTrainer | None
+    feed: CachedFeatureSource
     begin_second_stage: BeginSecondStage | None
     group: str = ""
-    _trained: TrainedEpoch | None = None
+    _trained: StageEpochResult | None = None
 
     @property
     def has_decoder(self) -> bool:
@@ -135,7 +137,7 @@ class Seat:
         model = None if self.course is None else self.course.model
         return isinstance(model, FeatureClassifier) and isinstance(model.decoder, Decoder)
 
-    def train_epoch(self, epoch: int, step: int) -> TrainedEpoch:
+    def train_epoch(self, epoch: int, step: int) -> StageEpochResult:
         """What its course's own `train_epoch(epoch, step)` gives, to rounding; raises PackError for all alike."""
         if self._trained is None:
             self._train_group(epoch, step)
@@ -145,7 +147,7 @@ class Seat:
 
     def _train_group(self, epoch: int, step: int) -> None:
         group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
-        train = train_by_turns if self.has_decoder or len(group) == 1 else train_together
+        train = train_in_turns if self.has_decoder or len(group) == 1 else train_stacked
         if self.pack.broken_by is None:
             try:
                 for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
@@ -162,13 +164,13 @@ class Seat:
                 f"{type(cause).__name__}: {cause}"
             ) from cause
 
-    def leave(self) -> None:
+    def remove(self) -> None:
         """No more epochs of this one."""
         self.pack.seats.remove(self)
 
 
-def train_by_turns(courses: Sequence[Course], epoch: int, step: int) -> list[TrainedEpoch]:
-    """As `train_together`, of courses that each take their own step on a batch before the next is read.
+def train_in_turns(courses: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
+    """As `train_stacked`, of courses that each take their own step on a batch before the next is read.
 
     For what has large products of its own, which stacking makes no faster: each batch is read and brought to the device
     once for all, the activations of one course are in memory at a time, and each gives bit for bit what it gives alone.
@@ -187,7 +189,7 @@ def train_by_turns(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
     return [one.end(seconds) for one in under_way]
 
 
-def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[TrainedEpoch]:
+def train_stacked(courses: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
     """One epoch (0-based) of each course over the batches of the first; their parameters and optimisers move on.
 
     A member whose loss or gradient isn't finite fails alone: no number of it reaches another.
@@ -200,12 +202,12 @@ def train_together(courses: Sequence[Course], epoch: int, step: int) -> list[Tra
     losses_at = [course.losses_of(epoch) for course in order]
     optimizer = _joint_optimizer(courses)
     seen: list[Tensor] = []
-    losses: list[BuiltLoss] = []
+    losses: list[ConfiguredLoss] = []
     for number, batch in enumerate(first.read(plan, shares, epoch), start=step):
         inputs, labels = to_device(batch, first.device)
         now = [loss_at(number) for loss_at in losses_at]
         if now != losses:
-            losses, together = now, losses_together(now, first.device)
+            losses, together = now, stack_losses(now, first.device)
         of_members = together(torch.cat([stack.logits(inputs) for stack in stacks], dim=1), labels)
         for stack in stacks:
             stack.clear_gradients()
@@ -236,7 +238,7 @@ class _Stack:
     `logits` gives (B, M, C) of features (B, D).
     """
 
-    courses: list[Course]
+    courses: list[StageTrainer]
     params: list[Tensor]
     logits: Logits
 
@@ -259,26 +261,26 @@ class _Stack:
         return norms
 
 
-def _stacks(courses: Sequence[Course]) -> list[_Stack]:
+def _stacks(courses: Sequence[StageTrainer]) -> list[_Stack]:
     """Members by what they compute: linear or cosine, or what a second stage learns on the logits of one of these."""
-    kinds: dict[tuple[type[nn.Module], ...], list[Course]] = {}
+    kinds: dict[tuple[type[nn.Module], ...], list[StageTrainer]] = {}
     for course in courses:
         model = _trained(course)
-        kind = (type(model), type(model.first_stage)) if isinstance(model, OnFrozenLogits) else (type(model),)
+        kind = (type(model), type(model.first_stage)) if isinstance(model, LogitTransform) else (type(model),)
         kinds.setdefault(kind, []).append(course)
     return [_stack(members) for members in kinds.values()]
 
 
-def _stack(courses: list[Course]) -> _Stack:
+def _stack(courses: list[StageTrainer]) -> _Stack:
     params = [_stacked(each) for each in zip(*(course.params.values() for course in courses), strict=True)]
     models = [_trained(course) for course in courses]
-    on_frozen = [one for one in models if isinstance(one, OnFrozenLogits)]
+    on_frozen = [one for one in models if isinstance(one, LogitTransform)]
     if on_frozen:
         return _Stack(courses, params, _adjusted(on_frozen, dict(zip(courses[0].params, params, strict=True))))
     return _Stack(courses, params, _classified(models, *params))
 
 
-def _trained(course: Course) -> nn.Module:
+def _trained(course: StageTrainer) -> nn.Module:
     """What trains of a model without a decoder: `pack_key` lets only classifiers on stored features in."""
     return course.model.classifier if isinstance(course.model, FeatureClassifier) else course.model
 
@@ -292,13 +294,13 @@ def _classified(classifiers: Sequence[nn.Module], weight: Tensor, bias: Tensor |
     temperature = torch.tensor(temperatures, device=weight.device)
 
     def cosine(features: Tensor) -> Tensor:
-        flat = F.linear(unit(features), unit(weight).view(-1, width))
+        flat = F.linear(l2_normalize(features), l2_normalize(weight).view(-1, width))
         return flat.view(-1, number, num_classes) / temperature
 
     return cosine
 
 
-def _adjusted(models: Sequence[OnFrozenLogits], params: Mapping[str, Tensor]) -> Logits:
+def _adjusted(models: Sequence[LogitTransform], params: Mapping[str, Tensor]) -> Logits:
     """Logits of second stages of one kind with stacked parameters: first stages as one product, then each its own."""
     first = [one.first_stage for one in models]
     weights = torch.stack([one.weight.detach() for one in first])
@@ -320,7 +322,7 @@ def _stacked(params: Sequence[Tensor]) -> Tensor:
     return stack.requires_grad_()
 
 
-def _joint_optimizer(courses: Sequence[Course]) -> torch.optim.Optimizer:
+def _joint_optimizer(courses: Sequence[StageTrainer]) -> torch.optim.Optimizer:
     """One optimiser whose groups are the members': a step of it is a step of each, with its own rate and decay."""
     groups = []
     for course in courses:
@@ -335,14 +337,14 @@ def _joint_optimizer(courses: Sequence[Course]) -> torch.optim.Optimizer:
 
 
 def _result(
-    course: Course,
+    course: StageTrainer,
     losses: np.ndarray,
     norms: np.ndarray,
     epoch: int,
     step: int,
     sizes: Sequence[int],
     seconds: float,
-) -> TrainedEpoch:
+) -> StageEpochResult:
     """A member's part; of the epoch's time it has an equal share."""
     broken = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))
     found = (losses[: broken[0] + 1] if broken.size else losses).tolist()

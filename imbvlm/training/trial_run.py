@@ -17,29 +17,29 @@ from torch import Tensor
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.second_stage_registry import num_stage_epochs
 from imbvlm.config.training_sections import AugmentationConfig
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
 from imbvlm.data.images.augmentation import Augmentation
 from imbvlm.data.images.preprocess import CROP_SCALE
-from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_sampling import epoch_plan
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.longtail.worker_group import SINGLE, World
 from imbvlm.models.classifier import FeatureClassifier
-from imbvlm.models.encoder_classifier import TowerClassifier
+from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.model_builder import METHODS, build_model
-from imbvlm.models.model_state import count_parameters, load_own_tensors, own_tensors
+from imbvlm.models.model_state import count_parameters, load_own_state_dict, own_state_dict
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
-from imbvlm.training.evaluator import Evaluator, Examination
-from imbvlm.training.second_stage_trainer import SecondStageRun, StageFeatures, check_can_choose
-from imbvlm.training.stage_trainer import Course, Span
-from imbvlm.training.step.batch_mixing import Mixer, VariationTransfer
-from imbvlm.training.step.batch_source import Feed, ImageFeed, Index, RememberedFeed, StoredFeed
-from imbvlm.training.step.compute_context import Computing
-from imbvlm.training.step.distributed import copy_from_first
-from imbvlm.training.step.loss_schedule import Objective
-from imbvlm.training.trial_pack import Pack, Seat
-from imbvlm.training.validation_logits import EpochLogits
+from imbvlm.training.evaluator import EvalResult, Evaluator
+from imbvlm.training.second_stage_trainer import FrozenFeatures, SecondStageTrainer, check_can_choose
+from imbvlm.training.stage_trainer import Span, StageTrainer
+from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer
+from imbvlm.training.step.batch_source import BatchSource, CachedFeatureSource, ImageSource, Index, StoredFeatureSource
+from imbvlm.training.step.compute_context import ComputeContext
+from imbvlm.training.step.distributed import broadcast_state
+from imbvlm.training.step.loss_schedule import LossSchedule
+from imbvlm.training.trial_pack import PackMember, TrialPack
+from imbvlm.training.validation_logits import EpochValLogits
 
 NUM_FIRST_LOSSES = 8
 # Keeps what a second stage starts from apart from what its first stage started from.
@@ -96,18 +96,18 @@ class TrialRun:
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
         # Of the last epoch; none where there would be too many.
-        self.val_logits: EpochLogits | None = None
+        self.val_logits: EpochValLogits | None = None
         self.first_losses: list[float] = []
         self._first, self._last = self._spans()
         check_can_choose(config.second_stage, data)
         is_decoder = self.entry.reads == "tokens" and not config.reads_images
-        self._computing = Computing(
+        self._computing = ComputeContext(
             config.train, device, world.world_size, len(data.class_names), is_decoder,
             config.decoder, data.info.num_tokens, data.info.token_width,
         )  # fmt: skip
         with self._computing.working(), _seeded(self._seed):
             self.model = build_model(config, data, device)
-        copy_from_first(own_tensors(self.model), world)
+        broadcast_state(own_state_dict(self.model), world)
         self.parameters = count_parameters(self.model, data.info)
         self.feed = self._build_feed(stream)
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
@@ -115,28 +115,28 @@ class TrialRun:
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
         self._evaluator = Evaluator(data, self.feed, device, world, self._computing.evaluating)
         self._course = self._first_course() if self.entry.trains else None
-        self._second: SecondStageRun | None = None
+        self._second: SecondStageTrainer | None = None
         # What a second stage has decided at its start, for its first epoch's metrics.
         self._decided: dict[str, float] = {}
-        self._seat: Seat | None = None
+        self._seat: PackMember | None = None
 
     @property
     def num_epochs(self) -> int:
         """Epochs of both stages; a method without training has one that only evaluates."""
         return self._last.end_epoch
 
-    def join(self, pack: Pack) -> None:
+    def join(self, pack: TrialPack) -> None:
         """Train with the others of a pack from now on; a run that goes on from a checkpoint trains alone."""
         if self._course is not None and self.step == 0:
-            feed = RememberedFeed(self.data.info, self.entry.reads, self.device)
+            feed = CachedFeatureSource(self.data.info, self.entry.reads, self.device)
             second = None if self.config.second_stage is None else self._begin_second_stage
-            self._seat = pack.join(self._course, feed, second)
+            self._seat = pack.add(self._course, feed, second)
             self._evaluator = replace(self._evaluator, feed=self._seat.feed)
 
     def leave_pack(self) -> None:
         """The pack goes on without this run."""
         if self._seat is not None:
-            self._seat.leave()
+            self._seat.remove()
             self._seat = None
 
     # ------------------------------------------------------------------------------------------------ training
@@ -195,15 +195,15 @@ class TrialRun:
         if self._second is None:
             after_step()
 
-    def _failure(self, course: Course | None, what: str) -> str:
+    def _failure(self, course: StageTrainer | None, what: str) -> str:
         if course is None:
             return f"the {what} of {self.config.method} isn't finite; look at the stored features"
         return course.failure(what, self.epoch - 1, self.step)
 
-    def _first_course(self) -> Course:
-        train, optim = needed(self.config.train), self.config.optim
+    def _first_course(self) -> StageTrainer:
+        train, optim = require_section(self.config.train), self.config.optim
         assert optim is not None, "TrialConfig gives every method that trains its optim section"
-        objective = Objective(
+        objective = LossSchedule(
             self.config,
             self.data.class_stats.counts,
             self._first.num_epochs,
@@ -212,7 +212,7 @@ class TrialRun:
             self.world,
             self.data.info.logit_scale,
         )
-        return Course(
+        return StageTrainer(
             model=self.model,
             forward=self._forward,
             optim=optim,
@@ -229,7 +229,7 @@ class TrialRun:
                 num_views=self.data.train.views,
             ),
             read=partial(self.feed.train, self.data.train),
-            losses_of=objective.for_epoch,
+            losses_of=objective.at_epoch,
             words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
             device=self.device,
             world=self.world,
@@ -238,10 +238,10 @@ class TrialRun:
             num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
         )
 
-    def _build_feed(self, stream: ImageStream) -> Feed:
-        if not isinstance(self.model, TowerClassifier):
-            return StoredFeed(self.data.info, self.entry.reads, self.device, self._transfer())
-        return ImageFeed(
+    def _build_feed(self, stream: ImageStream) -> BatchSource:
+        if not isinstance(self.model, EncoderClassifier):
+            return StoredFeatureSource(self.data.info, self.entry.reads, self.device, self._transfer())
+        return ImageSource(
             self.model.preprocess,
             _augmentation(self.config.augmentation),
             self._seed,
@@ -252,46 +252,50 @@ class TrialRun:
             expand=self.config.eval.expand,
         )
 
-    def _mixer(self) -> Mixer | None:
+    def _mixer(self) -> BatchMixer | None:
         """What mixes the batches of the first stage, images or features by what the trial reads."""
         images, features = self.config.mixing, self.config.feature_augmentation
         mixup = (0.0 if images is None else images.mixup) + (0.0 if features is None else features.mixup)
         cutmix = 0.0 if images is None else images.cutmix
         if not mixup and not cutmix:
             return None
-        return Mixer(mixup, cutmix, len(self.data.class_names), self._seed, self.world.rank)
+        return BatchMixer(mixup, cutmix, len(self.data.class_names), self._seed, self.world.rank)
 
-    def _transfer(self) -> VariationTransfer | None:
+    def _transfer(self) -> FeatureTransfer | None:
         section, train = self.config.feature_augmentation, self.data.train
         if section is None or not section.transfer:
             return None
-        assert isinstance(train, Examples), "TrialConfig lets only trials on stored features have feature augmentation"
-        return VariationTransfer(section.transfer, train, self.data.class_stats, self._seed)
+        assert isinstance(train, StoredRows), (
+            "TrialConfig lets only trials on stored features have feature augmentation"
+        )
+        return FeatureTransfer(section.transfer, train, self.data.class_stats, self._seed)
 
-    def _begin_second_stage(self, features: StageFeatures | None) -> SecondStageRun:
+    def _begin_second_stage(self, features: FrozenFeatures | None) -> SecondStageTrainer:
         """The first stage has ended: put the second's classifier in place, and let it decide what it does at once."""
         self._second = self._build_second_stage(features)
         self._decided = self._second.start()
         return self._second
 
-    def _build_second_stage(self, features: StageFeatures | None = None) -> SecondStageRun:
+    def _build_second_stage(self, features: FrozenFeatures | None = None) -> SecondStageTrainer:
         """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
         config, model = self.config.second_stage, self.model
         assert config is not None, "without a second stage there is no epoch behind the first's"
         assert isinstance(model, FeatureClassifier), "METHOD_SECTIONS lets only such methods have a second stage"
         seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
         with _seeded(seed):
-            second = SecondStageRun(config, needed(self.config.train), model, self._last, self._evaluator, features)
+            second = SecondStageTrainer(
+                config, require_section(self.config.train), model, self._last, self._evaluator, features
+            )
         self._forward, self._course = model, second.course
         return second
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, examples: Source) -> dict[str, float]:
+    def evaluate(self, examples: RowSource) -> dict[str, float]:
         """Metrics by their plain names over all examples; every worker must call it."""
         return self.counters(examples).compute(self.data.class_stats)
 
-    def logits(self, examples: Source) -> Tensor:
+    def logits(self, examples: RowSource) -> Tensor:
         """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed.
 
         Those of an image that can't be read are NaN.
@@ -299,20 +303,20 @@ class TrialRun:
         self.model.eval()
         return self._evaluator.logits(self._forward, examples)
 
-    def counters(self, examples: Source) -> ClassCounters:
+    def counters(self, examples: RowSource) -> ClassCounters:
         """Per-class counts over the examples, added over workers: each does its strided share."""
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
 
-    def examine(self, examples: Source, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> Examination:
+    def evaluate_full(self, examples: RowSource, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> EvalResult:
         """As `counters`, with what a report shows besides, also of adjusted logits; every worker must call it."""
         self.model.eval()
-        return self._evaluator.examine(self._forward, examples, adjust)
+        return self._evaluator.evaluate_full(self._forward, examples, adjust)
 
-    def examine_views(self, examples: Source) -> Examination:
-        """As `examine` by the mean logits of all views of each example; every worker must call it."""
+    def evaluate_views(self, examples: RowSource) -> EvalResult:
+        """As `evaluate_full` by the mean logits of all views of each example; every worker must call it."""
         self.model.eval()
-        return self._evaluator.examine(self._forward, examples, views=range(examples.num_views))
+        return self._evaluator.evaluate_full(self._forward, examples, views=range(examples.num_views))
 
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
@@ -320,7 +324,7 @@ class TrialRun:
             return {}
         started = time.perf_counter()
         shape = len(self.data.val.labels), len(self.data.class_names)
-        self.val_logits = EpochLogits(*shape) if EpochLogits.fits(*shape) else None
+        self.val_logits = EpochValLogits(*shape) if EpochValLogits.fits(*shape) else None
         self.model.eval()
         if self._second is None:
             counters = self._evaluator.counters(self._forward, self.data.val, self.val_logits)
@@ -340,7 +344,7 @@ class TrialRun:
 
     def state_dict(self) -> TrialState:
         """All that a run built from the same configuration needs to go on with the same numbers."""
-        tensors = as_tensor_names("model/", own_tensors(self.model))
+        tensors = as_tensor_names("model/", own_state_dict(self.model))
         if self._course is not None:
             for name, param in self.model.named_parameters():
                 tensors |= as_tensor_names(f"optimizer/{name}/", self._course.optimizer.state.get(param, {}))
@@ -375,7 +379,7 @@ class TrialRun:
     def _load_tensors(self, state: TrialState) -> None:
         prefix = "model/"
         model = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
-        load_own_tensors(self.model, model)
+        load_own_state_dict(self.model, model)
         if self._course is None:
             return
         for name, param in self.model.named_parameters():
@@ -407,7 +411,7 @@ class TrialRun:
         """
         if not self.entry.trains:
             return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
-        train, per_epoch = needed(self.config.train), self._steps_per_epoch()
+        train, per_epoch = require_section(self.config.train), self._steps_per_epoch()
         if per_epoch == 0:
             raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
         num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
@@ -416,7 +420,7 @@ class TrialRun:
         return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
 
     def _steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train.labels) / needed(self.config.train).batch_size)
+        return math.ceil(len(self.data.train.labels) / require_section(self.config.train).batch_size)
 
     @property
     def _seed(self) -> int:

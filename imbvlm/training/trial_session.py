@@ -18,21 +18,21 @@ from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
-from imbvlm.features.feature_cache import HeldCopy
-from imbvlm.features.feature_set import FeatureSet, held_here
+from imbvlm.features.feature_cache import PinnedCopy
+from imbvlm.features.feature_set import FeatureSet, pin_features
 from imbvlm.features.trial_data import TrialData
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.worker_group import SINGLE, World
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
 from imbvlm.training.evaluator import LogitAdjuster
 from imbvlm.training.per_class_results import class_record, write_class_record
 from imbvlm.training.step.compute_context import PeakMemory
-from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import TrialRun, build_trial
-from imbvlm.training.validation_logits import LogitKeeper
+from imbvlm.training.validation_logits import ValLogitsWriter
 
-Report = dict[str, Any]
+TrialReport = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class TrialSettings:
 
     `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
     weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch, also
-    with the logits adjusted by `post_hoc` (an Adjustment); `logits_file` is where validation logits are kept; `marker`
-    is a file of the sweep, which a machine that doesn't share its folder would lack.
+    with the logits adjusted by `post_hoc` (a PostHocAdjustment); `logits_file` is where validation logits are kept;
+    `marker` is a file of the sweep, which a machine that doesn't share its folder would lack.
     """
 
     config: Tree
@@ -76,7 +76,7 @@ class _Opened:
     key: str
     features: FeatureSet
     data: TrialData
-    held: Sequence[HeldCopy]
+    held: Sequence[PinnedCopy]
 
 
 def default_device() -> torch.device:
@@ -91,7 +91,7 @@ class TrialSession:
         self._device, self._world, self._stream = device, world, stream
         self._opened: _Opened | None = None
 
-    def reports(self, settings: TrialSettings, pack: Pack | None = None) -> Generator[Report, None, None]:
+    def reports(self, settings: TrialSettings, pack: TrialPack | None = None) -> Generator[TrialReport, None, None]:
         """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
 
         A trial that trains with a pack has an empty report before its first epoch: it has joined. One whose checkpoint
@@ -114,7 +114,7 @@ class TrialSession:
                 raise
             yield {"epoch": epoch, "failure": _sentence(error), "done": True}
 
-    def _reports(self, settings: TrialSettings, pack: Pack | None) -> Iterator[Report]:
+    def _reports(self, settings: TrialSettings, pack: TrialPack | None) -> Iterator[TrialReport]:
         config = TrialConfig.from_tree(settings.config)
         if settings.marker is not None and not storage.exists(settings.marker):
             host = socket.gethostname()
@@ -125,8 +125,10 @@ class TrialSession:
         opened = self._open(config, settings)
         data, feature_set = opened.data, opened.features
         run, damage = self._restored(config, data, settings.checkpoint_folder)
-        restart: Report = {} if damage is None else {"restart": damage}
-        keeper = None if settings.logits_file is None else LogitKeeper(settings.logits_file, data.val, data.class_stats)
+        restart: TrialReport = {} if damage is None else {"restart": damage}
+        keeper = (
+            None if settings.logits_file is None else ValLogitsWriter(settings.logits_file, data.val, data.class_stats)
+        )
         try:
             if pack is not None:
                 run.join(pack)
@@ -159,8 +161,8 @@ class TrialSession:
         return new_run(), damage or f"another worker of the trial found the checkpoint in {folder} damaged"
 
     def _reports_of(
-        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: LogitKeeper | None
-    ) -> Iterator[Report]:
+        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: ValLogitsWriter | None
+    ) -> Iterator[TrialReport]:
         objective, folder = settings.objective.removeprefix("val/"), settings.checkpoint_folder
         saved_at = time.monotonic()
 
@@ -173,7 +175,7 @@ class TrialSession:
 
         for result in run.epochs(save_when_due):
             progress = result.epoch / run.num_epochs
-            report: Report = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
+            report: TrialReport = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
             best_epoch = run.best_epoch.get(objective, 0)
             patient = settings.patience is None or result.epoch - best_epoch < settings.patience
             if result.failure is not None:
@@ -188,12 +190,12 @@ class TrialSession:
             save_when_due()
             yield {**report, "done": False}
 
-    def _peak(self, memory: PeakMemory) -> Report:
+    def _peak(self, memory: PeakMemory) -> TrialReport:
         """The largest worker's; every worker must call it."""
         largest = int(self._world.max(torch.tensor(memory.bytes() or 0)))
         return {"memory/peak_bytes": largest} if largest else {}
 
-    def _keep_logits(self, keeper: LogitKeeper, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
+    def _keep_logits(self, keeper: ValLogitsWriter, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
         """Every worker must call it: each has the logits of its share alone."""
         if run.val_logits is not None and (is_best or is_last):
             logits = run.val_logits.gathered(self._world)
@@ -211,20 +213,20 @@ class TrialSession:
         if self._opened is None or self._opened.key != key:
             # First let go: this machine may have no room for copies of both.
             self._opened = None
-            features, held = held_here(features, outputs, of_test)
+            features, held = pin_features(features, outputs, of_test)
             self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), held)
         return self._opened
 
-    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> Report:
-        scored: Report = {}
+    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> TrialReport:
+        scored: TrialReport = {}
         examined = {}
         if settings.score_test:
             examples = TrialData.open_split(run.config, feature_set, "test")
             adjust = None
             if settings.post_hoc is not None:
                 stored = TrialData.open_stored(run.config, feature_set, "test")
-                adjust = LogitAdjuster(Adjustment(**settings.post_hoc), run.data, stored, self._device)
-            found = run.examine(examples, adjust)
+                adjust = LogitAdjuster(PostHocAdjustment(**settings.post_hoc), run.data, stored, self._device)
+            found = run.evaluate_full(examples, adjust)
             scored = {f"test/{name}": value for name, value in found.metrics(run.data.class_stats).items()}
             if found.adjusted is not None:
                 adjusted = found.adjusted.metrics(run.data.class_stats)
@@ -232,7 +234,7 @@ class TrialSession:
             examined["test"] = (examples, found)
         for split in feature_set.five_crop:
             if split != "test" or settings.score_test:
-                crops = run.examine_views(TrialData.open_five_crops(run.config, feature_set, split))
+                crops = run.evaluate_views(TrialData.open_five_crops(run.config, feature_set, split))
                 scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
         if settings.model_folder is not None and self._world.rank == 0:
             save_model(settings.model_folder, run.model.eval())

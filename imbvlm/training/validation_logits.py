@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from imbvlm.base import storage
-from imbvlm.features.trial_data import Source
+from imbvlm.features.trial_data import RowSource
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.worker_group import World
 
@@ -26,7 +26,7 @@ WRITE_SECONDS = 30.0
 _LOWEST = torch.finfo(torch.float16).min
 
 
-class EpochLogits:
+class EpochValLogits:
     """One epoch's validation logits (N, C) as they are computed, in half precision and relative to each row's largest.
 
     So what decides between classes is exact, however large a cosine classifier's logits are; no softmax, adjustment or
@@ -59,7 +59,7 @@ class EpochLogits:
 
 
 @dataclass(frozen=True)
-class KeptLogits:
+class SavedValLogits:
     """What a trial left: logits (N, C) of its last epoch, if it came to its end, and of its best, in half precision.
 
     `targets` (N,) are the rows' classes, `class_counts` and `split_counts` (C,) those of training.
@@ -81,7 +81,7 @@ class KeptLogits:
         return self.logits.get("last")
 
 
-def read_logits(uri: str) -> KeptLogits | None:
+def read_logits(uri: str) -> SavedValLogits | None:
     """What a trial left at a location; None where there is nothing whole."""
     if not storage.exists(uri):
         return None
@@ -92,23 +92,23 @@ def read_logits(uri: str) -> KeptLogits | None:
     counts = [tensors.pop(name).numpy() for name in ("class_counts", "split_counts")]
     targets, (best, last) = tensors.pop("targets").long(), tensors.pop("epochs").tolist()
     epochs = {name: epoch for name, epoch in (("best", best), ("last", last)) if epoch > 0}
-    return KeptLogits(epochs, tensors, targets, ClassStats.from_counts(*counts))
+    return SavedValLogits(epochs, tensors, targets, ClassStats.from_counts(*counts))
 
 
 def file_bytes(num_rows: int, num_classes: int) -> int:
     """The most that one trial leaves of so many rows and classes: two epochs' logits, and what they are of."""
-    if not EpochLogits.fits(num_rows, num_classes):
+    if not EpochValLogits.fits(num_rows, num_classes):
         return 0
     return 4 * num_rows * num_classes + 4 * num_rows + 16 * num_classes
 
 
-class LogitKeeper:
+class ValLogitsWriter:
     """Writes a trial's validation logits: a new best one at most so often, everything when the trial ends.
 
     What an earlier run of the same trial has left goes on to count.
     """
 
-    def __init__(self, uri: str, val: Source, stats: ClassStats, seconds: float = WRITE_SECONDS) -> None:
+    def __init__(self, uri: str, val: RowSource, stats: ClassStats, seconds: float = WRITE_SECONDS) -> None:
         self._uri, self._seconds = uri, seconds
         self._fixed = {
             "targets": torch.from_numpy(val.labels.astype(np.int32)),

@@ -223,7 +223,7 @@ def test_a_signal_of_which_ray_makes_nothing_while_it_starts_is_heeded_once_it_i
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(connection, "_start_here", start_here)
     monkeypatch.setattr(connection._Watch, "begin", lambda self: None)
-    with interrupts.handled(), pytest.raises(KeyboardInterrupt), connection.connected():
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt), connection.ray_session():
         pytest.fail("it goes on")
 
 
@@ -258,7 +258,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_an_interrupt_at_any_step_of_the_journal_is_one(tmp_path: Path) -> None:
     """Within Optuna's lock it became FileNotFoundError, which Tune logged and went on."""
-    journal = study_search._Journal(tmp_path / "optuna.log", sweep_spec())
+    journal = study_search.OptunaJournal(tmp_path / "optuna.log", sweep_spec())
     trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
     remaining = 0
 
@@ -296,7 +296,7 @@ def test_a_lock_that_a_killed_run_left_does_not_hold_the_next_one_up(tmp_path: P
     path.touch()
     lock.symlink_to(path)
     began = time.monotonic()
-    journal = study_search._Journal(path, sweep_spec())
+    journal = study_search.OptunaJournal(path, sweep_spec())
     journal.add(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))
     assert time.monotonic() - began < 10
     # A dashboard that writes there would wait for it too.

@@ -16,7 +16,7 @@ from s3_server import BUCKET, SECRET, S3Server, program, proxy, serve, use
 
 from imbvlm.base import outages, storage
 from imbvlm.base.errors import StorageError
-from imbvlm.base.outages import ASK_AGAIN_SECONDS, AWAY_SECONDS, Outages
+from imbvlm.base.outages import ASK_AGAIN_SECONDS, OUTAGE_SECONDS, Outages
 from imbvlm.data.files.file_listing import list_tree
 from imbvlm.data.images.decoding import fetch
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
@@ -29,7 +29,8 @@ from contextlib import suppress
 import numpy as np, torch
 from pathlib import Path
 from imbvlm.base.errors import StorageError
-from imbvlm.features.feature_store import FeatureStore; from imbvlm.features.store_layout import StoreLayout
+from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.store_layout import StoreLayout
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 disk = Path(sys.argv[1])
@@ -89,7 +90,7 @@ def state(epoch: int) -> TrialState:
 
 
 def test_a_store_that_is_gone_is_waited_for_once_and_said_once(monkeypatch):
-    monkeypatch.setattr("imbvlm.base.outages.AWAY_SECONDS", 1.5)
+    monkeypatch.setattr("imbvlm.base.outages.OUTAGE_SECONDS", 1.5)
     monkeypatch.setattr("imbvlm.base.s3._ATTEMPTS", 1)
     use(monkeypatch, S3Server(f"http://127.0.0.1:{free_port()}").settings())
 
@@ -120,15 +121,15 @@ def clock(monkeypatch):
 def test_the_first_answer_ends_an_outage_and_the_next_one_is_waited_for_again(clock):
     watch, store, lines = Outages(), ("s3://b",), []
     watch.say = lines.append
-    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + AWAY_SECONDS
+    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + OUTAGE_SECONDS
     clock[0] += 40
-    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + AWAY_SECONDS
+    assert watch.failed(store, "read", OSError("away"), 10) == 1000 + OUTAGE_SECONDS
     watch.check(store, "read")
     watch.answered(store, "read")
     assert lines[1:] == ["s3://b answers again, after 40 s"]
     watch.answered(store, "read")
     clock[0] += 1000
-    assert watch.failed(store, "read", OSError("away"), 10) == clock[0] + AWAY_SECONDS
+    assert watch.failed(store, "read", OSError("away"), 10) == clock[0] + OUTAGE_SECONDS
     assert len(lines) == 3
 
 
@@ -136,7 +137,7 @@ def test_a_store_that_was_given_up_is_asked_now_and_then_and_another_at_once(clo
     watch, store, lines = Outages(), ("s3://b", "endpoint"), []
     watch.say = lines.append
     watch.failed(store, "write", OSError("away"), 10)
-    clock[0] += AWAY_SECONDS - 5
+    clock[0] += OUTAGE_SECONDS - 5
     assert watch.failed(store, "write", OSError("still away"), 10) < clock[0]
     with pytest.raises(ConnectionError, match="still away"):
         watch.check(store, "write")
@@ -151,7 +152,7 @@ def test_a_store_that_is_full_is_read_and_no_read_makes_a_write_wait_again(clock
     watch, store, lines = Outages(), ("s3://b",), []
     watch.say = lines.append
     watch.failed(store, "write", OSError("full"), 10)
-    clock[0] += AWAY_SECONDS
+    clock[0] += OUTAGE_SECONDS
     watch.answered(store, "read")
     assert watch.failed(store, "write", OSError("full"), 10) <= clock[0]
     with pytest.raises(ConnectionError, match="full"):
@@ -213,7 +214,7 @@ def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server
             time.sleep(600)
 
     monkeypatch.setattr("imbvlm.base.s3._READ_SECONDS", 1.0)
-    monkeypatch.setattr("imbvlm.base.outages.AWAY_SECONDS", 5.0)
+    monkeypatch.setattr("imbvlm.base.outages.OUTAGE_SECONDS", 5.0)
     place = f"s3://{BUCKET}/silent"
     with proxy(server, answer) as endpoint:
         use(monkeypatch, server.settings(endpoint))

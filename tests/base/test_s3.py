@@ -17,7 +17,7 @@ from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 from imbvlm.base import s3 as s3_module
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, StorageError
-from imbvlm.data.duplicate_files import with_copies
+from imbvlm.data.duplicate_files import mark_duplicates
 from imbvlm.data.files.file_listing import list_tree
 from imbvlm.data.images.decoding import ImageError, decode, fetch
 from imbvlm.data.manifest import Manifest
@@ -103,7 +103,7 @@ def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3):
     uris = [f"s3://{BUCKET}/copies/{name}.png" for name in ("my%20cats/a%201", "my%20cats/a 2", "my cats/b", "none")]
     made = Manifest.build(pa.table({"uri": uris, "label": [0] * 4, "split": ["train"] * 4}), ["cat"], "pets")
     assert num_bytes(made) == 15_000
-    found = with_copies(made)
+    found = mark_duplicates(made)
     assert f"1 file of 4 missing: {uris[3]}" in str(check_manifest(found))
     assert "1 image with the same content more than once in one split" in str(check_manifest(found))
     groups = found.label_rows().groups.tolist()
@@ -274,7 +274,8 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
 )
 def test_of_runs_that_start_together_on_s3_one_has_the_folder(server, monkeypatch, conditions, before):
     """Where the store knows no conditional writes, after a wait that is longer than a write takes."""
-    for module, name, seconds in ((folder_lease, "SILENT_SECONDS", 0.3), (folder_lease, "LOOK_SECONDS", 0.02),
+    for module, name, seconds in ((folder_lease, "HEARTBEAT_TIMEOUT_SECONDS", 0.3),
+                                  (folder_lease, "LOOK_SECONDS", 0.02),
                                   (lease_file, "SETTLE_SECONDS", 0.5)):  # fmt: skip
         monkeypatch.setattr(module, name, seconds)
     with proxy(server, conditions=conditions) as endpoint:
@@ -291,14 +292,14 @@ def test_of_runs_that_start_together_on_s3_one_has_the_folder(server, monkeypatc
 
 def test_a_lease_on_s3_is_renewed_and_ends_the_run_that_lost_it(s3, monkeypatch):
     def lose() -> None:
-        with folder_lease.held(folder, print):
+        with folder_lease.folder_lease(folder, print):
             first = storage.read_bytes(uri)
             while storage.read_bytes(uri) == first:
                 time.sleep(0.05)
             storage.write_bytes(uri, other)
             work_until_ended()
 
-    monkeypatch.setattr(folder_lease, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(folder_lease, "HEARTBEAT_SECONDS", 0.1)
     folder = f"s3://{BUCKET}/leases/lost"
     uri, other = f"{folder}/{folder_lease.LEASE_FILE}", json.dumps(asdict(folder_lease.Holder.here())).encode()
     with pytest.raises(ImbvlmError, match="another run's now"):

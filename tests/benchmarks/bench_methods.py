@@ -79,7 +79,7 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as made:
             counts = count_parameters(build_model(config, _made_up_data(config, Path(made)), CPU), info)
         speed = _trial_speed(0, config, CPU)
-        train, evaluate = NUM_IMAGES * speed.train_seconds, 1000 * speed.eval_seconds
+        train, evaluate = NUM_IMAGES * speed.seconds_per_train_image, 1000 * speed.eval_seconds
         yield (
             f"| `{name}` | {counts.trained:,} | {speed.host_bytes / 2**20:,.0f} MiB | {train:,.3g} s | "
             f"{evaluate:,.3g} s |"

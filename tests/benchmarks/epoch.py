@@ -14,7 +14,7 @@ from imbvlm.training.trial_run import build_trial
 
 @dataclass(frozen=True)
 class InMemory:
-    """What `Examples` reads, as one tensor for each output; `index_select` is faster than an index in brackets."""
+    """What `StoredRows` reads, as one tensor for each output; `index_select` is faster than an index in brackets."""
 
     tensors: dict[str, torch.Tensor]
     num_views: int = 1

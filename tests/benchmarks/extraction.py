@@ -10,7 +10,7 @@ import made
 import torch
 from table import Line, Options, number, rates, shown
 
-from imbvlm.config.encoder_info import ComputedIn
+from imbvlm.config.encoder_info import ComputeDtype
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -29,7 +29,7 @@ def lines(options: Options) -> Iterator[Line]:
     manifest = made.image_manifest(options.folder / "data", num_images, 64, 20)
     num_bare = 2000 if options.large else 96
     config = TrialConfig.from_tree({"data": {"manifest": manifest}, "encoder": {"name": name}, "method": "zero_shot"})
-    kind = extraction_plan.computed_in(config, describe_encoder(tower))
+    kind = extraction_plan.resolve_compute_dtype(config, describe_encoder(tower))
     # The machine may get slower or faster meanwhile: what is bare is measured before and behind.
     before = bare_rate(tower, options.device, num_bare, kind)
     rate, whole = _extract(config, str(options.folder / "store"))
@@ -75,7 +75,7 @@ def steady_rate(done: list[tuple[float, int]], num_workers: int) -> float:
     return sum(size for _, size in counted) / (counted[-1][0] - done[num_workers - 1][0])
 
 
-def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputedIn) -> float:
+def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputeDtype) -> float:
     """Images a second of a tower over tensors in memory, with all cores and the batch size that suits it best."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     encoder = Encoder.from_config(tower, EvalConfig(), device).compute_in(computed_in)

@@ -15,7 +15,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.training.trial_run import build_trial
 
 # A step of the size may cost this much more than its share: what is fixed is paid by the small ones, caches end.
@@ -113,8 +113,8 @@ def _run_through(folder: Path, num_trials: int, device: str) -> float:
     spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
     space, journal = check_spec(spec), folder / "optuna.log"
 
-    def searching(make: Callable[..., object], budget: Budget) -> StudySearcher:
-        return StudySearcher(spec, space, [], [], make, budget, journal=journal)
+    def searching(make: Callable[..., object], budget: Budget) -> StudySearch:
+        return StudySearch(spec, space, [], [], make, budget, journal=journal)
 
     log, taken = made.run_through(folder, spec, features, num_trials, searching)
     finished = sum(record.state == "finished" for record in log.of("search"))
@@ -132,7 +132,7 @@ def _searched(folder: Path, num_trials: int) -> float:
         return {"record": record}
 
     begin = time.perf_counter()
-    searcher = StudySearcher(
+    searcher = StudySearch(
         spec, check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0), journal=folder / "optuna.log"
     )
     for number in range(num_trials):

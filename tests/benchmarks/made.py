@@ -23,11 +23,11 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreLayout
-from imbvlm.ray_runtime.connection import connected
+from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import Job, Lane, payload
+from imbvlm.sweep.tune.jobs import Job, RunContext, payload
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
 
@@ -109,12 +109,12 @@ def run_through(
     """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
     console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
     num_classes = len(Manifest.read(features.manifest).class_names)
-    lane = Lane(spec, str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
+    lane = RunContext(spec, str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
 
     def settings(job: Job) -> TrialSettings:
         return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
 
-    with console.others_to(folder / "ray.log"), connected():
+    with console.redirect_output(folder / "ray.log"), ray_session():
         begin = time.perf_counter()
         run_jobs(lane, searcher(payload(lane, settings), budget), None, "search", num_trials)
         lane.log.write_table()

@@ -7,7 +7,7 @@ import numpy as np
 from table import Line, Options, limited, shown
 
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import FixedSearcher, Job
+from imbvlm.sweep.tune.jobs import FixedJobs, Job
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -27,7 +27,7 @@ def lines(options: Options) -> Iterator[Line]:
         spec,
         features,
         number,
-        lambda make, budget: FixedSearcher(jobs, make, budget),
+        lambda make, budget: FixedJobs(jobs, make, budget),
     )
     records = log.of("search")
     ends = np.array([record.ended_at for record in records])

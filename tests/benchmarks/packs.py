@@ -19,7 +19,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.decoder import Decoder
-from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
 
 LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjustment", "focal")
@@ -100,7 +100,7 @@ def _alone(configs: list[TrialConfig], data: TrialData, options: Options) -> dic
 
 
 def _together(configs: list[TrialConfig], data: TrialData, options: Options) -> dict[int, float]:
-    pack, runs = Pack(), [build_trial(config, data, options.device) for config in configs]
+    pack, runs = TrialPack(), [build_trial(config, data, options.device) for config in configs]
     for run in runs:
         run.join(pack)
     generators = [run.epochs() for run in runs]

@@ -22,8 +22,8 @@ from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 from imbvlm.sweep.tune.asha_brackets import asha
-from imbvlm.sweep.tune.study_search import StudySearcher
-from imbvlm.training.trial_pack import Pack, pack_key
+from imbvlm.sweep.tune.study_search import StudySearch
+from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import build_trial
 
 BEST = "val/best_balanced_accuracy"
@@ -110,7 +110,7 @@ def make_spec(
 
 def grid(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
     """Every configuration of the space."""
-    draws = space.finite_draws(spec.base, {})
+    draws = space.enumerate_params(spec.base, {})
     assert draws is not None, "the space is finite"
     return [spec.trial(draw) for draw in draws]
 
@@ -122,7 +122,7 @@ def train_grid(found: FeatureSet, spec: SweepSpec, device: str) -> Curves:
         packs.setdefault(str(pack_key(config)), []).append(config)
     curves: Curves = {}
     for configs in packs.values():
-        data, pack = TrialData.open(configs[0], found), Pack()
+        data, pack = TrialData.open(configs[0], found), TrialPack()
         runs = [build_trial(config, data, device) for config in configs]
         for run in runs:
             run.join(pack)
@@ -137,7 +137,7 @@ def search(curves: Curves, spec: SweepSpec, stops: bool, counts: Callable[[Trial
     """Regret of what the search finds among what counts, in balanced accuracy of the last epoch, and its share of the
     grid's epochs.
     """
-    study = StudySearcher(spec, spec.read_space(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
+    study = StudySearch(spec, spec.read_space(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
     scheduler = asha(AshaConfig(), BEST)
     scores: dict[str, float] = {}
     num_epochs = 0

@@ -24,12 +24,12 @@ from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.training_sections import TrainConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.encoder_worker import BATCH_ON_CPU
-from imbvlm.features.extraction_plan import computed_in
+from imbvlm.features.extraction_plan import resolve_compute_dtype
 from imbvlm.models.decoder import Decoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.step.compute_context import Computing
+from imbvlm.training.step.compute_context import ComputeContext
 
 NUM_TRIALS, NUM_EPOCHS, BATCH_SIZE, DEPTH, NUM_CLASSES = 16, 4, 32, 3, 20
 LOSSES = ("cross_entropy", "balanced_softmax")
@@ -80,7 +80,7 @@ def lines(options: Options) -> Iterator[Line]:
     info = describe_encoder(config.encoder)
     cost = costs(config, info, options.device)
     scripts, decoder_in = "bfloat16" if on_gpu else "float32", by_itself(options.device)
-    tower_in = computed_in(config, info)
+    tower_in = resolve_compute_dtype(config, info)
     yield shown("  what the script computes in; our tower; our decoder", f"{scripts}; {tower_in}; {decoder_in}")
     yield times("as shipped, but ASHA off on both sides", plain.search, script.whole, "s", 10)
     yield times("as shipped, so with ASHA, the script without", asha.search, script.whole, "s", 20)
@@ -102,7 +102,7 @@ def lines(options: Options) -> Iterator[Line]:
 
 def by_itself(device: str) -> str:
     """What a decoder's trial computes in by the defaults."""
-    with Computing(TrainConfig(), torch.device(device), 1, NUM_CLASSES, is_decoder=True).autocast():
+    with ComputeContext(TrainConfig(), torch.device(device), 1, NUM_CLASSES, is_decoder=True).autocast():
         return "bfloat16" if torch.is_autocast_enabled(device) else "float32"
 
 

@@ -28,7 +28,7 @@ from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.training_sections import SgdConfig
 from imbvlm.longtail.class_sampling import epoch_plan
 from imbvlm.models.decoder import Decoder
-from imbvlm.training.step.optimizers import lr_at
+from imbvlm.training.step.optimizers import lr_factor
 
 
 class Images(Dataset):
@@ -138,7 +138,7 @@ def train_loop(config: dict) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = config["one"]["lr"] * lr_at(SgdConfig(), step, num_steps)
+                group["lr"] = config["one"]["lr"] * lr_factor(SgdConfig(), step, num_steps)
             optimizer.step()
             step += 1
         predicted, true = [], []

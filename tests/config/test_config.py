@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from imbvlm.base.errors import ConfigError
-from imbvlm.base.schema import flat, refusal, tag_of, variants
+from imbvlm.base.schema import flatten, tag_of, variants, violated_rule
 from imbvlm.base.yaml_file import dump_yaml, parse_yaml
 from imbvlm.config.loss_registry import LossConfig
-from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS, Method
-from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, needed
+from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS, MethodName
+from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, require_section
 from imbvlm.longtail.losses import LOSSES, PRIOR_CORRECTING
 from imbvlm.models.model_builder import METHODS
 
-METHOD_NAMES = get_args(Method)
+METHOD_NAMES = get_args(MethodName)
 LOSS_CONFIGS = variants(LossConfig)
 
 
@@ -190,14 +190,14 @@ def test_knobs_that_would_have_no_effect_are_refused() -> None:
 def test_text_start_behind_a_random_decoder_is_refused_and_behind_an_identity_is_not() -> None:
     assert "set decoder.init: identity" in refused("classifier.init", "text")
     identity = config(decoder={"init": "identity"}).with_overrides({"classifier.init": "text"})
-    assert needed(identity.classifier).init == "text"
+    assert require_section(identity.classifier).init == "text"
     assert "set decoder.width: null" in refused("decoder.init", "identity", decoder={"width": 64})
-    assert needed(config("linear_probe", classifier={"init": "text"}).classifier).init == "text"
+    assert require_section(config("linear_probe", classifier={"init": "text"}).classifier).init == "text"
 
 
 def test_whole_numbers_are_numbers_and_equal_to_their_floats() -> None:
     whole, point = config(optim={"lr": 1}), config(optim={"lr": 1.0})
-    assert needed(whole.optim).lr == 1.0
+    assert require_section(whole.optim).lr == 1.0
     assert whole == point
     assert whole.key() == point.key()
 
@@ -296,20 +296,20 @@ def test_another_variant_lets_go_of_the_old_ones_knobs() -> None:
         "reweight_from": None,
     }
     assert focal.with_overrides({"loss.name": "focal"}) == focal
-    assert needed(focal.with_overrides({"loss.gamma": 3.0, "loss.name": "focal"}).loss).gamma == 3.0
+    assert require_section(focal.with_overrides({"loss.gamma": 3.0, "loss.name": "focal"}).loss).gamma == 3.0
     linear = config(classifier={"kind": "cosine", "temperature": 0.1}).with_overrides({"classifier.kind": "linear"})
     assert linear.to_tree()["classifier"] == {"kind": "linear", "init": "random"}
     back = linear.with_overrides({"classifier.kind": "cosine"})
-    assert needed(back.classifier).temperature == 0.04
+    assert require_section(back.classifier).temperature == 0.04
 
 
 def test_knobs_that_mean_the_same_stay_and_a_rate_of_another_optimiser_does_not() -> None:
     sgd = config(optim={"name": "sgd", "lr": 0.3, "weight_decay": 0.01, "momentum": 0.5})
-    adamw = needed(sgd.with_overrides({"optim.name": "adamw"}).optim)
+    adamw = require_section(sgd.with_overrides({"optim.name": "adamw"}).optim)
     assert (adamw.weight_decay, adamw.lr) == (0.01, 0.001)
-    assert needed(sgd.with_overrides({"optim.name": "adamw", "optim.lr": 0.2}).optim).lr == 0.2
+    assert require_section(sgd.with_overrides({"optim.name": "adamw", "optim.lr": 0.2}).optim).lr == 0.2
     sampled = config(loss={"name": "logit_adjustment", "prior": "train"})
-    assert needed(sampled.with_overrides({"loss.name": "balanced_softmax"}).loss).prior == "train"
+    assert require_section(sampled.with_overrides({"loss.name": "balanced_softmax"}).loss).prior == "train"
 
 
 def test_a_knob_set_beside_an_unnamed_variant_waits_for_the_one_that_has_it() -> None:
@@ -327,9 +327,9 @@ def test_another_tower_lets_go_of_the_old_ones_weights() -> None:
 
 def test_a_length_replaces_the_other_unit() -> None:
     steps = config().with_overrides({"train.num_steps": 100})
-    assert (needed(steps.train).num_epochs, needed(steps.train).num_steps) == (None, 100)
-    assert needed(steps.with_overrides({"train.num_epochs": 4}).train).num_steps is None
-    assert needed(config().with_overrides({"train.batch_size": 4}).train).num_epochs == 10
+    assert (require_section(steps.train).num_epochs, require_section(steps.train).num_steps) == (None, 100)
+    assert require_section(steps.with_overrides({"train.num_epochs": 4}).train).num_steps is None
+    assert require_section(config().with_overrides({"train.batch_size": 4}).train).num_epochs == 10
     with pytest.raises(ConfigError, match="keep exactly one"):
         config().with_overrides({"train.num_epochs": 4, "train.num_steps": 100})
 
@@ -337,10 +337,10 @@ def test_a_length_replaces_the_other_unit() -> None:
 def test_another_method_brings_its_sections_and_drops_the_others() -> None:
     probe = config(loss={"name": "focal"}).with_overrides({"method": "linear_probe"})
     assert probe.decoder is None
-    assert needed(probe.loss).name == "focal"
+    assert require_section(probe.loss).name == "focal"
     zero_shot = probe.with_overrides({"method": "zero_shot"})
     assert zero_shot.loss is None
-    assert needed(zero_shot.with_overrides({"method": "decoder"}).loss).name == "balanced_softmax"
+    assert require_section(zero_shot.with_overrides({"method": "decoder"}).loss).name == "balanced_softmax"
     with pytest.raises(ConfigError, match="zero_shot doesn't read the section 'loss'"):
         probe.with_overrides({"method": "zero_shot", "loss.name": "focal"})
 
@@ -360,7 +360,7 @@ def test_misspelt_overrides_are_named() -> None:
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_setting_a_key_to_what_it_is_changes_nothing(method: str) -> None:
     trial = config(method)
-    for key, value in flat(trial.to_tree()).items():
+    for key, value in flatten(trial.to_tree()).items():
         assert trial.with_overrides({key: value}) == trial, key
 
 
@@ -407,7 +407,7 @@ def test_dotted_keys_are_all_leaves_over_all_variants() -> None:
     ],
 )
 def test_one_value_can_be_checked_alone(key: str, value: Any, rule: str | None) -> None:
-    assert refusal(TrialConfig, key, value) == rule
+    assert violated_rule(TrialConfig, key, value) == rule
 
 
 def test_a_section_with_a_wrong_name_has_its_other_mistakes_shown_too() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from imbvlm.cli import manifest_command
 from imbvlm.data import duplicate_files
-from imbvlm.data.duplicate_files import copy_digests, with_copies
+from imbvlm.data.duplicate_files import duplicate_digests, mark_duplicates
 from imbvlm.data.files.object_reader import read_object
 from imbvlm.data.manifest import Manifest, label_rows
 from imbvlm.data.manifest_check import check_manifest
@@ -64,7 +64,7 @@ def test_a_changed_copy_changes_the_fingerprint_and_is_no_copy_any_more(twice):
 def test_a_fingerprint_of_files_does_not_depend_on_whether_copies_were_looked_for(twice):
     uris = sorted(map(str, (twice / "pets" / "cat").iterdir()))
     made = Manifest.build(pa.table({"uri": uris, "label": [0] * 20, "split": ["train"] * 20}), ["cat"], "pets")
-    assert with_copies(made).row_fingerprint("train") == made.row_fingerprint("train")
+    assert mark_duplicates(made).row_fingerprint("train") == made.row_fingerprint("train")
 
 
 def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
     # A part of a larger file is an image too.
     (tmp_path / "shard.tar").write_bytes(b"12345" + contents["c"] + b"678")
     uris.append(f"{tmp_path / 'shard.tar'}#bytes=5+{len(contents['c'])}")
-    found = copy_digests(uris)
+    found = duplicate_digests(uris)
     same = [number for number, digest in enumerate(found) if digest is not None]
     assert [os.path.basename(uris[number])[:9] for number in same] == ["c", "twin of c", "shard.tar"]
     assert len({found[number] for number in same}) == 1
@@ -103,7 +103,7 @@ def test_a_store_that_does_not_answer_leaves_a_note(monkeypatch):
         raise duplicate_files.StorageError("nobody answers")
 
     monkeypatch.setattr(duplicate_files, "file_sizes", refuse)
-    assert "may fall on both sides of a split: nobody answers" in with_copies(made).notes[0]
+    assert "may fall on both sides of a split: nobody answers" in mark_duplicates(made).notes[0]
 
 
 def test_the_check_finds_files_by_the_names_that_readers_try(tmp_path):

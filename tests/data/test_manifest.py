@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from imbvlm.base.errors import ImbvlmError, StorageError
 from imbvlm.data.manifest import Manifest, ManifestError, label_rows
-from imbvlm.data.splits import carve_validation, not_selectable
+from imbvlm.data.splits import carve_validation, classes_without_validation
 
 NAMES = ("cat", "dog", "owl")
 
@@ -155,7 +155,7 @@ def test_carving_takes_what_the_protocol_says(counts, seed):
     stats = made.class_stats(carved)
     assert stats.split_counts.tolist() == counts
     assert stats.counts.tolist() == [n - w for n, w in zip(counts, wanted, strict=True)]
-    lost = not_selectable(made.labels[carved], len(counts)).tolist()
+    lost = classes_without_validation(made.labels[carved], len(counts)).tolist()
     assert lost == [label for label, n in enumerate(counts) if n < 5]
 
 
@@ -187,7 +187,7 @@ def test_identical_images_stay_on_one_side():
 def test_a_class_of_copies_of_one_image_is_not_selectable():
     made = manifest([20, 20], bytes=pa.array([b"one"] * 20 + [bytes([row]) for row in range(20)]))
     carved = carve_validation(made, 0)
-    assert not_selectable(made.labels[carved], 2).tolist() == [0]
+    assert classes_without_validation(made.labels[carved], 2).tolist() == [0]
 
 
 def test_trials_carve_the_same_rows_without_reading_images(tmp_path):

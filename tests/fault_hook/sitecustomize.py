@@ -81,7 +81,7 @@ def patch_losses(module):
 
 
 def patch_tower(module):
-    init, call = module.TowerWorker.__init__, module.TowerWorker.__call__
+    init, call = module.EncoderWorker.__init__, module.EncoderWorker.__call__
 
     def start(self, *arguments):
         if ordered := orders():
@@ -94,7 +94,7 @@ def patch_tower(module):
             time.sleep(ordered.get("tower_seconds", 0))
         return call(self, block)
 
-    module.TowerWorker.__init__, module.TowerWorker.__call__ = start, slow
+    module.EncoderWorker.__init__, module.EncoderWorker.__call__ = start, slow
 
 
 def patch_prediction(module):

@@ -29,13 +29,13 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import TakenRows
+from imbvlm.data.manifest_schema import LazyRows
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_cache import Copies
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import load_block
-from imbvlm.features.store_sizes import check_room, plan_bytes, stored_images, trial_bytes
+from imbvlm.features.store_sizes import check_disk_space, pending_images, store_bytes, trial_bytes
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 
@@ -112,7 +112,7 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     preprocess = Preprocess(SIZE, resize=8 / 7)
     block = {
         "preprocess": preprocess.to_dict(), "num_views": 2, "first_row": 1, "strict": False, "split": "train",
-        "images": TakenRows(manifest.table, np.arange(1, 4)),
+        "images": LazyRows(manifest.table, np.arange(1, 4)),
     }  # fmt: skip
     loaded = load_block(block)
     assert loaded["images"].shape == (6, 3, SIZE, SIZE)
@@ -129,12 +129,12 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
 
 def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path)
-    plan = plan_bytes(trial(tmp_path, tower, {"num_views": 3}), manifest, frozenset({"tokens", "pooled"}), SPLITS)
+    plan = store_bytes(trial(tmp_path, tower, {"num_views": 3}), manifest, frozenset({"tokens", "pooled"}), SPLITS)
     images = 3 * NUM_TRAIN + NUM_VAL
     assert plan == {"tokens": images * 17 * 32 * 2, "pooled": images * 32 * 2}
     embedded = Manifest.read("embedded:fashion_mnist_lt")
     large = trial(tmp_path, "openai_vit_l14")
-    assert plan_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
+    assert store_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -144,12 +144,14 @@ def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Pat
     manifest = Manifest.build(whole.table, whole.class_names, "pictures", split_counts=counts)
     manifest.write(str(tmp_path / "data" / "manifest.parquet"))
     config = trial(tmp_path, tower, EXACT | {"tail_views": 3}).with_overrides({"method": "linear_probe"})
-    assert plan_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {"pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4}
+    assert store_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {
+        "pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4
+    }
     root, outputs = str(tmp_path / "features"), frozenset({"pooled"})
-    assert stored_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
+    assert pending_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
     features, said = extract(tmp_path, config, manifest, {"pooled"})
     assert said[0] == f"features: {NUM_TRAIN + NUM_VAL + 9} images to compute"
-    assert stored_images(config, manifest, root, outputs, SPLITS) == (0, 0)
+    assert pending_images(config, manifest, root, outputs, SPLITS) == (0, 0)
     train = TrialData.open(config, features).train
     assert train.views.tolist() == [3 if label == 6 else 1 for label in train.labels]
     row, index = 13, np.array([13, 13, 13])
@@ -198,23 +200,23 @@ def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together
     """Else the first tower fills the disk, or the whole search runs before the test split does."""
     manifest, outputs, root = make_data(tmp_path), frozenset({"pooled"}), str(tmp_path / "features")
     towers = [trial(tmp_path, tower, {"precision": precision}) for precision in ("float16", "float32")]
-    sizes = [plan_bytes(one, manifest, outputs, SPLITS)["pooled"] for one in towers]
+    sizes = [store_bytes(one, manifest, outputs, SPLITS)["pooled"] for one in towers]
     usage = namedtuple("usage", "free")
     free = [1.1 * sizes[1]]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))
     for one in towers:
-        check_room([one], manifest, root, outputs)
+        check_disk_space([one], manifest, root, outputs)
     with pytest.raises(ImbvlmError, match=r"need 5.2 kB more \(pooled 5.2 kB\).*reduce .*the number of towers \(2\)"):
-        check_room(towers, manifest, root, outputs)
+        check_disk_space(towers, manifest, root, outputs)
     # Of the first the training split is there, as after the search.
     free[0] = 1e9
     extract(tmp_path, towers[0], manifest, outputs, ("train",))
-    left = sum(sizes) - plan_bytes(towers[0], manifest, outputs, ("train",))["pooled"]
+    left = sum(sizes) - store_bytes(towers[0], manifest, outputs, ("train",))["pooled"]
     free[0] = 1.03 * left
-    check_room(towers, manifest, root, outputs)
+    check_disk_space(towers, manifest, root, outputs)
     free[0] = 1.01 * left
     with pytest.raises(ImbvlmError, match=r"need [\d.]+ kB more"):
-        check_room(towers, manifest, root, outputs)
+        check_disk_space(towers, manifest, root, outputs)
 
 
 def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_pass(tmp_path: Path, tower: str) -> None:
@@ -225,10 +227,10 @@ def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_p
     assert most == 32 * 2 * (NUM_TRAIN + NUM_VAL)
     root, small = "s3://no-bucket/features", Copies(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
     with pytest.raises(ImbvlmError, match=r"what a trial of .* reads of s3://.* has .*feature_copies.max_gigabytes"):
-        check_room([config], manifest, root, outputs, copies=small)
-    check_room([config], manifest, root, outputs, copies=small.model_copy(update={"max_gigabytes": most / 1e9}))
+        check_disk_space([config], manifest, root, outputs, copies=small)
+    check_disk_space([config], manifest, root, outputs, copies=small.model_copy(update={"max_gigabytes": most / 1e9}))
     shared = small.model_copy(update={"of_shared_folders": True})
-    check_room([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
+    check_disk_space([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -287,9 +289,9 @@ def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
     tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch, alone: bool, seconds: float, here: bool
 ) -> None:
     """Those of Ray start for longer; and a cluster's machines have others' work, which its scheduler knows of."""
-    monkeypatch.setattr("imbvlm.features.extraction.has_machine_to_itself", lambda: alone)
+    monkeypatch.setattr("imbvlm.features.extraction.owns_machine", lambda: alone)
     monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", seconds)
-    monkeypatch.setattr("imbvlm.features.extraction.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    monkeypatch.setattr("imbvlm.features.extraction.ray_session", Mock(side_effect=ConnectionError("Ray is asked for")))
     manifest = make_data(tmp_path)
     with nullcontext() if here else pytest.raises(ConnectionError, match="Ray is asked for"):
         features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, splits=("val",))
@@ -313,7 +315,7 @@ def test_what_images_take_too_long_to_be_loaded_here_is_left_to_workers(
     monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", late)
     monkeypatch.setattr("imbvlm.features.extraction.LOADING_THREADS", 1)
     monkeypatch.setattr("imbvlm.features.extraction.load_block", load)
-    monkeypatch.setattr("imbvlm.features.extraction.connected", Mock(side_effect=ConnectionError("Ray is asked for")))
+    monkeypatch.setattr("imbvlm.features.extraction.ray_session", Mock(side_effect=ConnectionError("Ray is asked for")))
     with pytest.raises(ConnectionError, match="Ray is asked for"):
         extract(tmp_path, config, manifest, {"pooled"}, splits=("train",))
     (folder,) = (path.parent for path in (tmp_path / "features").glob("*/store.json"))
@@ -368,11 +370,11 @@ def test_a_running_cluster_decides_what_the_tower_computes_in(
         is_connected = False
 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr("imbvlm.ray_runtime.connection.has_machine_to_itself", lambda: False)
-    monkeypatch.setattr("imbvlm.ray_runtime.connection.connected", connected)
+    monkeypatch.setattr("imbvlm.ray_runtime.connection.owns_machine", lambda: False)
+    monkeypatch.setattr("imbvlm.ray_runtime.connection.ray_session", connected)
     monkeypatch.setattr("imbvlm.features.extraction.has_many_machines", lambda: is_connected)
     monkeypatch.setattr("imbvlm.features.extraction_plan.has_many_machines", lambda: is_connected)
-    assert stored_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
+    assert pending_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
     assert extract(tmp_path, trial(tmp_path, tower), manifest, outputs, splits=("val",))[1] == []
 
 
@@ -498,7 +500,7 @@ SCRIPT = """
 import sys, ray
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import TakenRows
+from imbvlm.data.manifest_schema import LazyRows
 from imbvlm.features.extraction import ensure_features
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(s3, monk
     store = write_all(f"s3://{BUCKET}/trusted", bad=(5,))
     sizes = {shard: state.size for shard, state in store.present("pooled").items()}
     # Shard 2 has other bytes than were written: somebody else's.
-    store.trust("pooled", {**sizes, 2: sizes[2] - 1}, {5: "truncated"})
+    store.mark_verified("pooled", {**sizes, 2: sizes[2] - 1}, {5: "truncated"})
     read: list[str] = []
     whole = storage.read_bytes
     monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or whole(uri))
@@ -90,7 +90,7 @@ def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(s3, monk
 def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3, tmp_path, capsys):
     uri = f"s3://{BUCKET}/damaged"
     store = write_all(uri)
-    store.trust("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
+    store.mark_verified("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
     key = "damaged/pooled/shard-00001.arrow"
     content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
     flipped = content.replace(numbers()[5].tobytes(), numbers()[6].tobytes())

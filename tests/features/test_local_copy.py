@@ -13,7 +13,7 @@ import pytest
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, ImbvlmError, StorageError
-from imbvlm.features.feature_cache import Copies, Wanted
+from imbvlm.features.feature_cache import CacheRequest, Copies
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
@@ -34,7 +34,7 @@ def source_of(folder: Path, name: str, num_bytes: int = SIZE) -> str:
     return str(place)
 
 
-def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> Wanted:
+def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> CacheRequest:
     def fetch(name: str, path: Path) -> None:
         if log is not None:
             with log.open("a") as stream:
@@ -42,11 +42,11 @@ def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> Wanted
         storage.download(f"{source}/{name}", path)
         time.sleep(seconds)
 
-    return Wanted(source, storage.file_states(source), fetch)
+    return CacheRequest(source, storage.file_states(source), fetch)
 
 
 def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0):
-    (held,) = copies.hold([wanted(source, log, seconds)])
+    (held,) = copies.pin([wanted(source, log, seconds)])
     return held
 
 
@@ -118,14 +118,14 @@ def test_what_a_trial_reads_is_held_whole_or_not_at_all_so_that_no_two_wait_for_
     both = {tower: [wanted(source_of(tmp_path, f"{tower}-{split}")) for split in ("train", "val")] for tower in "ab"}
     copies = copies_of(tmp_path, 3 * SIZE + 10)
     unused = hold(copies, source_of(tmp_path, "c")).folder
-    first = copies.hold(both["a"])
+    first = copies.pin(both["a"])
     # What a driver retries: a sentence of ours that is no StorageError ends a trial for good.
     with pytest.raises(StorageError, match=r"trials use 0.2 MB of it, and .*/b-train with 1 more folder has 0.2 MB"):
-        copies.hold(both["b"])
+        copies.pin(both["b"])
     assert num_copies(tmp_path) == 3, "nothing of it is kept"
     assert unused.exists(), "what wouldn't have made the room stays"
     del first
-    assert all(map(same, copies.hold(both["b"]), [one.source for one in both["b"]]))
+    assert all(map(same, copies.pin(both["b"]), [one.source for one in both["b"]]))
 
 
 def test_copies_that_are_whole_need_no_room(tmp_path: Path) -> None:

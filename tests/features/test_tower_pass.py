@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from imbvlm.features.encoder_worker import TowerWorker
+from imbvlm.features.encoder_worker import EncoderWorker
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
 LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
 
 
-def worker(forward_images) -> TowerWorker:
-    made = TowerWorker(SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images))
+def worker(forward_images) -> EncoderWorker:
+    made = EncoderWorker(SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images))
     made.batch_size = 2
     return made
 

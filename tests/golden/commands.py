@@ -46,11 +46,13 @@ def digest(content: bytes) -> str:
 
 
 def numbers(tree: Any) -> Any:
-    """The tree without times, its floats written so that every bit is kept."""
+    """The tree without times, its floats written so that every bit is kept, and paths relative to this folder."""
     if isinstance(tree, dict):
         return {key: numbers(value) for key, value in sorted(tree.items()) if not any(word in key for word in _TIMES)}
     if isinstance(tree, list):
         return [numbers(value) for value in tree]
+    if isinstance(tree, str):
+        return tree.removeprefix(f"{os.getcwd()}/")
     return tree.hex() if isinstance(tree, float) else tree
 
 

@@ -29,7 +29,7 @@ from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import checkpoint
-from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def trained(problem: TinyImages, config: TrialConfig, device: torch.device) -> N
 
 
 def packed(problem: TinyImages, configs: list[TrialConfig], device: torch.device) -> Numbers:
-    pack, runs = Pack(), [build_trial(config, problem.data(config), device) for config in configs]
+    pack, runs = TrialPack(), [build_trial(config, problem.data(config), device) for config in configs]
     for run in runs:
         run.join(pack)
     turns = zip(*[run.epochs() for run in runs], strict=True)

@@ -8,8 +8,8 @@ from towers import write_tower
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.inference.model_folder import write_model
-from imbvlm.inference.predictor import PostHocStep
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.inference.predictor import LogitPostprocessor
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import _decoder
 
@@ -30,6 +30,6 @@ def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_pr
         **{f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
     }
     embeddings = torch.nn.functional.normalize(torch.randn(len(CLASS_NAMES), encoder.info.embedding_width), dim=1)
-    step = PostHocStep(Adjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)
+    step = LogitPostprocessor(PostHocAdjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)
     write_model(str(folder / "model"), config, weights, encoder, CLASS_NAMES, {}, step)
     return folder / "model"

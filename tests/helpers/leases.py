@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.sweep.records import folder_lease
-from imbvlm.sweep.records.folder_lease import Holder, held
+from imbvlm.sweep.records.folder_lease import Holder
 
 # Takes the folder at a moment that it reads, and says from when until when it had it.
 STARTER = """
@@ -28,7 +28,7 @@ for line in sys.stdin:
     folder, moment = line.split()
     time.sleep(max(0.0, float(moment) - time.time()))
     try:
-        with lease.held(folder, lambda text: None):
+        with lease.folder_lease(folder, lambda text: None):
             began = time.time()
             time.sleep(0.3)
             had = (began, time.time())
@@ -50,7 +50,7 @@ def race(folder: str, number: int = 2) -> list[str]:
     def start() -> None:
         barrier.wait()
         try:
-            with held(folder, lambda text: None):
+            with folder_lease.folder_lease(folder, lambda text: None):
                 ends.append("has it")
                 barrier.wait()
         except ImbvlmError as error:
@@ -92,7 +92,9 @@ def race_of_processes(root: str, number: int, is_silent: bool, environment: Mapp
         for pair in range(number):
             folder = storage.join(root, f"{is_silent}-{pair}")
             if is_silent:
-                ended = replace(Holder.here(), place="far", beat=time.time() - 2 * folder_lease.SILENT_SECONDS)
+                ended = replace(
+                    Holder.here(), place="far", beat=time.time() - 2 * folder_lease.HEARTBEAT_TIMEOUT_SECONDS
+                )
                 storage.write_bytes(storage.join(folder, folder_lease.LEASE_FILE), json.dumps(asdict(ended)).encode())
             moment, late = time.time() + 0.05, rng.uniform(0.0, 0.05) * (pair % 2)
             for starter, delay in zip(starters, (0.0, late), strict=True):

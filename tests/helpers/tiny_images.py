@@ -92,5 +92,5 @@ class TinyImages:
 @contextmanager
 def extraction_in_this_process() -> Iterator[None]:
     """The extraction pass without Ray, which takes longer to start than these images take."""
-    with mock.patch("imbvlm.features.extraction.has_machine_to_itself", return_value=True):
+    with mock.patch("imbvlm.features.extraction.owns_machine", return_value=True):
         yield

@@ -15,7 +15,7 @@ from imbvlm.config.input_sections import EvalConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.store_sizes import plan_bytes
+from imbvlm.features.store_sizes import store_bytes
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.open_clip_encoder import Encoder
@@ -77,7 +77,7 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(images, meth
     run = build_trial(config, TrialData.open(config, features))
     list(run.epochs())
     source = TrialData.open_five_crops(config, features, "test")
-    found = run.examine_views(source)
+    found = run.evaluate_views(source)
     assert found.counters.total.sum() == len(source.labels) == 15
 
     run.model.eval()
@@ -108,7 +108,7 @@ def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images)
     assert without.folders == features.folders, "the other crops are the same, and computed once"
     manifest = Manifest.read(images.manifest)
     plain, five = (
-        plan_bytes(one, manifest, frozenset({"pooled"}), ("train", "val", "test"))["pooled"]
+        store_bytes(one, manifest, frozenset({"pooled"}), ("train", "val", "test"))["pooled"]
         for one in (images.config("linear_probe"), config)
     )
     assert five - plain == 5 * 15 * 32 * 2

@@ -138,7 +138,7 @@ def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(tmp_path, capsys):
         assert not set(text) & set("\x1b\r\u202e")
     with pytest.raises(SystemExit):
         app.main(["predict", "gone\x1b[2K\r", "x.png"])
-    Console().say(f"one\n{FORGED}")
+    Console().print(f"one\n{FORGED}")
     said = capsys.readouterr()
     assert not set(said.err + said.out) & set("\x1b\r\u202e")
     assert said.out.startswith("one\ncat")

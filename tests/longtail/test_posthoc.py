@@ -17,11 +17,11 @@ from imbvlm.longtail.post_hoc_adjustment import (
     TAUS,
     adjust_logits,
     balanced_accuracy,
-    choose,
-    choose_alpha,
-    choose_tau,
     fit_temperature,
     mix_logits,
+    select_alpha,
+    select_best,
+    select_tau,
 )
 
 COUNTS = np.array([1000, 200, 40, 8, 2, 0])
@@ -70,7 +70,7 @@ def test_half_precision_logits_are_adjusted_in_float32():
 
 def test_the_chosen_tau_recovers_a_model_that_follows_the_prior():
     biased, targets = biased_rows(tau=1.0)
-    choice = choose_tau(biased, targets, COUNTS)
+    choice = select_tau(biased, targets, COUNTS)
     assert abs(choice.value - 1.0) <= 0.5
     before = dict(choice.tried)[0.0]
     assert choice.score > before + 0.1
@@ -80,7 +80,7 @@ def test_the_chosen_tau_recovers_a_model_that_follows_the_prior():
 
 def test_every_tau_tried_is_shown_with_its_own_score():
     biased, targets = biased_rows()
-    choice = choose_tau(biased, targets, COUNTS)
+    choice = select_tau(biased, targets, COUNTS)
     assert [tau for tau, _ in choice.tried] == list(TAUS)
     assert (min(TAUS), max(TAUS), len(TAUS)) == (-1.0, 2.0, 31)
     assert 0.0 in TAUS
@@ -94,15 +94,15 @@ def test_every_tau_tried_is_shown_with_its_own_score():
 def test_choosing_never_does_worse_than_nothing_on_validation():
     for seed in range(5):
         logits, targets = rows(seed=seed)
-        choice = choose_tau(logits, targets, COUNTS)
+        choice = select_tau(logits, targets, COUNTS)
         assert choice.score >= dict(choice.tried)[0.0]
 
 
 def test_of_equal_taus_the_one_that_changes_least_is_chosen():
     certain = 100.0 * F.one_hot(torch.arange(6), 6).double()
-    assert choose_tau(certain, torch.arange(6), COUNTS).value == 0.0
-    assert choose([-1, 2, 1], lambda value: 0.5, neutral=0).value == -1
-    assert choose([-1, 2, 1], lambda value: float(value == 2), neutral=0).value == 2
+    assert select_tau(certain, torch.arange(6), COUNTS).value == 0.0
+    assert select_best([-1, 2, 1], lambda value: 0.5, neutral=0).value == -1
+    assert select_best([-1, 2, 1], lambda value: float(value == 2), neutral=0).value == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,7 +114,7 @@ def test_any_logits_and_counts_give_a_choice(data):
     counts = data.draw(st.lists(st.integers(0, 10**6), min_size=num_classes, max_size=num_classes))
     targets = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=num, max_size=num)))
     logits = torch.tensor(values, dtype=torch.float64).view(num, num_classes)
-    choice = choose_tau(logits, targets, counts)
+    choice = select_tau(logits, targets, counts)
     assert 0 <= choice.score <= 1
     calibration = fit_temperature(logits, targets)
     assert 0.01 <= calibration.temperature <= 100
@@ -188,7 +188,7 @@ def test_two_certain_mistakes_among_few_rows_do_not_spoil_the_calibration():
     assert fitted.loss_after < fitted.loss_before - fitted.standard_error
     assert fitted.calibration_error_after > 0.4 > 0.2 > fitted.calibration_error_before
     assert fitted.objection == "lowers the cross entropy and not the calibration error"
-    assert fitted.taken == 1
+    assert fitted.accepted == 1
     assert fitted.calibration_error_taken == fitted.calibration_error_before
 
 
@@ -198,7 +198,7 @@ def test_a_temperature_without_a_minimum_is_not_taken():
     for logits, objection in ((right, "has no lower end, as every row is right"), (-right, "is where the range ends")):
         fitted = fit_temperature(logits, torch.arange(6))
         assert fitted.objection == objection
-        assert fitted.taken == 1
+        assert fitted.accepted == 1
 
 
 def test_the_standard_error_of_the_gain_is_that_of_paired_rows():
@@ -208,7 +208,7 @@ def test_the_standard_error_of_the_gain_is_that_of_paired_rows():
     difference = (before - after).numpy()
     assert fitted.standard_error == pytest.approx(np.std(difference, ddof=1) / np.sqrt(len(difference)))
     assert fitted.objection is None
-    assert fitted.taken == fitted.temperature
+    assert fitted.accepted == fitted.temperature
 
 
 def test_of_calibrated_logits_a_temperature_is_seldom_taken():
@@ -218,13 +218,13 @@ def test_of_calibrated_logits_a_temperature_is_seldom_taken():
         generator = torch.Generator().manual_seed(seed)
         logits = 2 * torch.randn(15, 5, generator=generator, dtype=torch.float64)
         targets = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator).squeeze(1)
-        taken.append(fit_temperature(logits, targets).taken)
+        taken.append(fit_temperature(logits, targets).accepted)
     assert taken.count(1.0) >= 25
     assert all(0.2 < one < 5 for one in taken)
 
 
 def test_one_row_supports_no_temperature():
-    assert fit_temperature(torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([2])).taken == 1
+    assert fit_temperature(torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([2])).accepted == 1
 
 
 def test_the_temperature_takes_few_passes_over_the_logits(monkeypatch):
@@ -246,7 +246,7 @@ def test_parts_in_memory_change_nothing(monkeypatch):
 
 def test_the_temperature_leaves_the_argmax_to_tau():
     biased, targets = biased_rows()
-    adjusted = adjust_logits(biased, COUNTS, choose_tau(biased, targets, COUNTS).value)
+    adjusted = adjust_logits(biased, COUNTS, select_tau(biased, targets, COUNTS).value)
     scaled = adjusted / fit_temperature(adjusted, targets).temperature
     assert torch.equal(scaled.argmax(dim=1), adjusted.argmax(dim=1))
 
@@ -268,7 +268,7 @@ def test_two_models_that_know_different_classes_are_mixed():
     head, tail = truth.clone(), truth.clone()
     head[targets >= 3] = 0.1
     tail[targets < 3] = 0.1
-    choice = choose_alpha(head, tail, targets)
+    choice = select_alpha(head, tail, targets)
     assert 0 < choice.value < 1
     assert choice.score == 1
     assert [alpha for alpha, _ in choice.tried] == list(ALPHAS)
@@ -284,13 +284,13 @@ def test_one_row_more_is_within_its_standard_error_whatever_the_number_of_rows()
             right = F.one_hot(targets, num_classes).double()
             wrong_once = right.clone()
             wrong_once[0] = wrong_once[0].roll(1)
-            choice = choose_alpha(wrong_once, right, targets)
+            choice = select_alpha(wrong_once, right, targets)
             assert choice.value > 0
             assert choice.gain == pytest.approx(choice.standard_error)
-            assert choice.taken == 0
+            assert choice.accepted == 0
             wrong_twice = right.clone()
             wrong_twice[:2] = wrong_twice[:2].roll(1, dims=1)
-            assert choose_alpha(wrong_twice, right, targets).taken > 0
+            assert select_alpha(wrong_twice, right, targets).accepted > 0
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -300,16 +300,16 @@ def test_what_cannot_be_chosen_on_is_refused():
     logits, targets = rows()
     none = torch.zeros(0, dtype=torch.long)
     for attempt in (
-        lambda: choose_tau(logits[:0], none, COUNTS),
-        lambda: choose_alpha(logits[:0], logits[:0], none),
+        lambda: select_tau(logits[:0], none, COUNTS),
+        lambda: select_alpha(logits[:0], logits[:0], none),
         lambda: fit_temperature(logits[:0], none),
     ):
         with pytest.raises(ImbvlmError, match="no validation rows"):
             attempt()
     with pytest.raises(ImbvlmError, match="of 299 rows"):
-        choose_tau(logits, targets[:-1], COUNTS)
+        select_tau(logits, targets[:-1], COUNTS)
     with pytest.raises(ImbvlmError, match="same rows and classes"):
-        choose_alpha(logits, logits[:, :4], targets)
+        select_alpha(logits, logits[:, :4], targets)
     logits[3, 1] = torch.inf
     with pytest.raises(ImbvlmError, match="finite"):
         fit_temperature(logits, targets)

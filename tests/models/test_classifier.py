@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
-from imbvlm.models.classifier import CosineClassifier, LinearClassifier, build_classifier, unit
+from imbvlm.models.classifier import CosineClassifier, LinearClassifier, build_classifier, l2_normalize
 
 LINEAR, COSINE = LinearClassifierConfig(), CosineClassifierConfig(temperature=0.04)
 both = pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -67,9 +67,9 @@ def test_zero_vectors_give_finite_logits_and_gradients(config):
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_unit_vectors_have_length_1_and_true_gradients(scale):
     vectors = (scale * features()).requires_grad_()
-    torch.testing.assert_close(unit(vectors).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(l2_normalize(vectors).norm(dim=1), torch.ones(5, dtype=torch.float64))
     if scale == 1.0:
-        assert torch.autograd.gradcheck(unit, vectors)
+        assert torch.autograd.gradcheck(l2_normalize, vectors)
 
 
 @both

@@ -20,7 +20,7 @@ from imbvlm.models.second_stage_modules import (
     LearnableWeightScaling,
     Marc,
     choose_tau_normalization,
-    retrained,
+    fresh_classifier,
     stage_module,
     tau_normalized,
 )
@@ -139,7 +139,7 @@ def test_disaligns_confidence_weight_starts_at_a_tenth_of_torchs():
 @pytest.mark.parametrize("kind", KINDS)
 def test_retraining_starts_afresh_with_the_same_kind(kind):
     first = classifier(kind)
-    fresh = retrained(first)
+    fresh = fresh_classifier(first)
     assert type(fresh) is type(first)
     assert fresh.weight.shape == first.weight.shape
     assert not torch.isclose(fresh.weight.double(), first.weight).any()

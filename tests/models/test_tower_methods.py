@@ -31,9 +31,9 @@ from imbvlm.longtail.losses import LOSSES
 from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS, build_model
-from imbvlm.models.model_state import count_parameters, own_tensors
+from imbvlm.models.model_state import count_parameters, own_state_dict
 from imbvlm.training import checkpoint
-from imbvlm.training.step.distributed import DistributedWorld
+from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_run import build_trial
 
 TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_tower]
@@ -278,7 +278,7 @@ def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(problems
     resumed.load_state_dict(checkpoint.load_checkpoint(str(tmp_path)))
     assert numbers(resumed) == expected[1:]
     assert numbers(trial(problem, method, **overrides)) == expected
-    assert all(torch.equal(own_tensors(resumed.model)[n], t) for n, t in own_tensors(whole.model).items())
+    assert all(torch.equal(own_state_dict(resumed.model)[n], t) for n, t in own_state_dict(whole.model).items())
 
 
 class Stopped(Exception):
@@ -306,7 +306,7 @@ def test_resuming_within_an_epoch_changes_no_number(vit, method, after, tmp_path
     resumed.load_state_dict(checkpoint.load_checkpoint(str(tmp_path)))
     assert numbers(resumed) == expected[after // 4 :]
     assert resumed.first_losses == (whole.first_losses if after < 4 else [])
-    assert all(torch.equal(own_tensors(resumed.model)[n], t) for n, t in own_tensors(whole.model).items())
+    assert all(torch.equal(own_state_dict(resumed.model)[n], t) for n, t in own_state_dict(whole.model).items())
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -346,8 +346,8 @@ def test_a_batch_in_parts_gives_the_same_course(vit, loss):
     list(parts.epochs())
     assert len(whole.first_losses) >= 7
     assert parts.first_losses == pytest.approx(whole.first_losses, abs=1e-5)
-    for name, value in own_tensors(whole.model).items():
-        torch.testing.assert_close(own_tensors(parts.model)[name], value, atol=1e-5, rtol=0)
+    for name, value in own_state_dict(whole.model).items():
+        torch.testing.assert_close(own_state_dict(parts.model)[name], value, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -385,7 +385,7 @@ def run_worker(rank, world_size, folder, cases):
     for tree, features in cases:
         config = TrialConfig.from_tree(tree)
         data = TrialData.open(config, FeatureSet.from_dict(features))
-        found.append(outcome(build_trial(config, data, world=DistributedWorld("cpu"))))
+        found.append(outcome(build_trial(config, data, world=DistributedWorkerGroup("cpu"))))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -19,16 +19,16 @@ from imbvlm.ray_runtime.connection import HUGE_PAGES, MALLOC_SETTING
 ROOT = Path(__file__).parents[2]
 TAKEN = """
 import json, os, ray
-from imbvlm.ray_runtime.connection import MALLOC_SETTING, connected, has_machine_to_itself
+from imbvlm.ray_runtime.connection import MALLOC_SETTING, ray_session, owns_machine
 from imbvlm.base.errors import ImbvlmError
 
 def told():
     return [os.environ.get("RAY_ADDRESS"), os.environ.get(MALLOC_SETTING)]
 
 try:
-    before = has_machine_to_itself()
-    with connected() as cluster:
-        assert (before, has_machine_to_itself()) == (cluster.started_here,) * 2
+    before = owns_machine()
+    with ray_session() as cluster:
+        assert (before, owns_machine()) == (cluster.started_here,) * 2
         answer = ray.get(ray.remote(num_cpus=1)(told).remote())
         print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
 except ImbvlmError as error:
@@ -120,7 +120,7 @@ def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
 def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, process):
     """Ray itself ends the process from C++ then, or gives up."""
     kill = f"until pid=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $pid"
-    work = "from imbvlm.ray_runtime.connection import connected\nwith connected(): pass"
+    work = "from imbvlm.ray_runtime.connection import ray_session\nwith ray_session(): pass"
     with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", kill)) as killing:
         done = subprocess.run(
             there.command(sys.executable, "-c", work), env={**os.environ, "RAY_ADDRESS": "local"},

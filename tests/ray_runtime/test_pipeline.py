@@ -11,7 +11,7 @@ import pytest
 from ray import cloudpickle
 
 from imbvlm.base.errors import LostProcessesError, StorageError
-from imbvlm.ray_runtime.attempt_limit import MOST_LOST
+from imbvlm.ray_runtime.attempt_limit import MAX_LOST_WORKERS
 from imbvlm.ray_runtime.cpu_allocation import IMAGES_PER_TASK, plan_cpus, plan_tasks
 from imbvlm.ray_runtime.image_pipeline import RAY_DATA_THREADS, map_images
 
@@ -180,16 +180,16 @@ def run_dying(folder, stage, number):
     ("stage", "work"), [("load", "loading shard 1"), ("work", "running the tower over shard 1"), ("start", "starting")]
 )
 def test_process_after_process_lost_over_the_same_work_ends_the_pass(ray_cluster, tmp_path, stage, work):
-    with pytest.raises(LostProcessesError, match=rf"{work}.*: {MOST_LOST} processes in a row were lost"):
-        run_dying(tmp_path, stage, MOST_LOST + 9)
-    assert len(os.listdir(tmp_path)) == MOST_LOST
+    with pytest.raises(LostProcessesError, match=rf"{work}.*: {MAX_LOST_WORKERS} processes in a row were lost"):
+        run_dying(tmp_path, stage, MAX_LOST_WORKERS + 9)
+    assert len(os.listdir(tmp_path)) == MAX_LOST_WORKERS
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["load", "work", "start"])
 def test_a_few_lost_processes_cost_nothing(ray_cluster, tmp_path, stage):
-    found = run_dying(tmp_path, stage, MOST_LOST - 1)
+    found = run_dying(tmp_path, stage, MAX_LOST_WORKERS - 1)
     assert sorted(one["shard"] for one in found) == [0, 1, 2]
 
 

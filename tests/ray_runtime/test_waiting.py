@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imbvlm.ray_runtime.capacity_notice import lacking, said_while
+from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from imbvlm.ray_runtime.capacity_notice import lacking, said_while
     ],
 )
 def test_a_worker_needs_a_machine_of_its_size_and_a_loading_task_room_beside_it(nodes, words):
-    found = lacking(nodes, 2, 1, 0.5)
+    found = missing_capacity(nodes, 2, 1, 0.5)
     assert (found is None) == (words is None)
     assert words is None or words in str(found)
 
 
 def test_a_pass_that_books_nothing_lacks_nothing():
     """On machines without free CPUs nothing is booked."""
-    assert lacking([(0, 0)], 0, 0, 0) is None
+    assert missing_capacity([(0, 0)], 0, 0, 0) is None
 
 
 def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
@@ -51,7 +51,7 @@ def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
             over.set()
         return None if found == "end" else found
 
-    with said_while(lacks, said.append):
+    with notify_while(lacks, said.append):
         assert over.wait(10)
     assert said == ["away", "away"]
     assert not [thread for thread in threading.enumerate() if thread.name == "waiting"]

@@ -27,7 +27,7 @@ from imbvlm.longtail.worker_group import SINGLE
 from imbvlm.models.model_builder import METHODS
 from imbvlm.training import checkpoint
 from imbvlm.training.checkpoint import CheckpointError
-from imbvlm.training.step.loss_schedule import Objective, loss_knobs
+from imbvlm.training.step.loss_schedule import LossSchedule, loss_knobs
 from imbvlm.training.trial_run import NUM_FIRST_LOSSES, build_trial
 
 STORED = [name for name, entry in METHODS.items() if not entry.trains_tower]
@@ -352,7 +352,7 @@ def test_clipping_changes_the_course_only_where_gradients_are_larger(data):
 
 
 def objective(config):
-    return Objective(config, np.array(CLASS_COUNTS), 10, 100, CPU, SINGLE)
+    return LossSchedule(config, np.array(CLASS_COUNTS), 10, 100, CPU, SINGLE)
 
 
 def test_prior_correction_follows_the_sampling_and_weights_do_not():
@@ -383,7 +383,7 @@ def test_ldams_margin_is_scaled_as_the_classifier_is():
 def test_deferred_reweighting_begins_where_it_is_asked_to():
     config = tiny_config("linear_probe", loss__name="ldam", loss__reweight_from=0.8)
     logits, labels = torch.randn(4, 6), torch.tensor([0, 0, 3, 4])
-    loss_at = objective(config).for_epoch(7)
+    loss_at = objective(config).at_epoch(7)
     plain = build_loss("ldam", CLASS_COUNTS, **loss_knobs(config))(logits, labels)
     assert loss_at(79)(logits, labels) == plain
     assert loss_at(80)(logits, labels) != plain

@@ -22,7 +22,7 @@ from imbvlm.features.trial_data import TrialData
 from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_session
-from imbvlm.training.trial_pack import Pack
+from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
@@ -84,7 +84,7 @@ def test_a_process_has_nothing_of_trials_that_finished_failed_or_were_stopped(
 
     monkeypatch.setattr(trial_session, "build_trial", noted)
     config = tiny_config("linear_probe", classifier__kind="linear", train__clip_grad_norm=None, **overrides)
-    features, pack = tiny_features(tmp_path / "features").to_dict(), Pack() if together else None
+    features, pack = tiny_features(tmp_path / "features").to_dict(), TrialPack() if together else None
     process = TrialSession(torch.device("cpu"))
     members = [
         process.reports(

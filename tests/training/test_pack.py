@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 from imbvlm.base.errors import PackError
 from imbvlm.config.second_stage_registry import READ_NORMS
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.features.trial_data import Examples
-from imbvlm.longtail.losses import LOSSES, build_loss, losses_together
+from imbvlm.features.trial_data import StoredRows
+from imbvlm.longtail.losses import LOSSES, build_loss, stack_losses
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_pack as pack_module
 from imbvlm.training.evaluator import Evaluator
-from imbvlm.training.step.batch_source import RememberedFeed
-from imbvlm.training.trial_pack import Pack, pack_key
+from imbvlm.training.step.batch_source import CachedFeatureSource
+from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
@@ -56,9 +56,9 @@ def alone(config, data) -> tuple[list[dict], torch.Tensor]:
     return [result.metrics for result in run.epochs()], weights(run)
 
 
-def joined(configs: list[TrialConfig], data) -> tuple[Pack, list[TrialRun]]:
+def joined(configs: list[TrialConfig], data) -> tuple[TrialPack, list[TrialRun]]:
     """A pack with a run of each configuration in it."""
-    pack, runs = Pack(), [build_trial(config, data) for config in configs]
+    pack, runs = TrialPack(), [build_trial(config, data) for config in configs]
     for run in runs:
         run.join(pack)
     return pack, runs
@@ -122,7 +122,7 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
         return brought(batch, device)
 
     monkeypatch.setattr(pack_module, "to_device", failing)
-    session, pack = TrialSession(torch.device("cpu")), Pack()
+    session, pack = TrialSession(torch.device("cpu")), TrialPack()
     members = [session.reports(one, pack) for one in trials]
     assert [next(one) for one in members] == [{}, {}, {}]
     assert [next(one)["epoch"] for one in members] == [1, 1, 1]
@@ -224,13 +224,13 @@ def decoders(**keys) -> list[TrialConfig]:
 def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batch_once(tmp_path, monkeypatch, keys):
     data, configs = tiny_data(tmp_path), decoders(**keys)
     assert len({pack_key(config) for config in configs}) == 1
-    expected, num_read, batch = [alone(config, data) for config in configs], [0], Examples.batch
+    expected, num_read, batch = [alone(config, data) for config in configs], [0], StoredRows.batch
 
     def counted(self, *arguments):
         num_read[0] += self is data.train
         return batch(self, *arguments)
 
-    monkeypatch.setattr(Examples, "batch", counted)
+    monkeypatch.setattr(StoredRows, "batch", counted)
     *_, _ = build_trial(configs[0], data).epochs()
     of_one, num_read[0] = num_read[0], 0
     _, runs = joined(configs, data)
@@ -246,7 +246,7 @@ def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batc
 def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small(tmp_path, monkeypatch, most, kept_on):
     monkeypatch.setattr("imbvlm.training.step.batch_source.ON_DEVICE_BYTES", most)
     data = tiny_data(tmp_path)
-    feed = RememberedFeed(data.info, "pooled", torch.device("meta"))
+    feed = CachedFeatureSource(data.info, "pooled", torch.device("meta"))
     chunks = np.array_split(np.arange(len(data.val)), 3)
     first, second = list(feed.evaluate(data.val, chunks)), list(feed.evaluate(data.val, chunks))
     assert {one.device.type for batch in first for one in batch[:2]} == {kept_on}
@@ -313,7 +313,7 @@ class Devices(TorchDispatchMode):
 
 def test_no_step_of_losses_together_waits_for_a_copy_to_the_device():
     losses = [build_loss(name, [50, 20, 5, 1, 0]) for name in LOSSES]
-    together = losses_together([*losses, build_loss("focal", [50, 20, 5, 1, 0], gamma=1.0)], "meta")
+    together = stack_losses([*losses, build_loss("focal", [50, 20, 5, 1, 0], gamma=1.0)], "meta")
     with Devices() as devices:
         found = together(torch.empty(7, len(LOSSES) + 1, 5, device="meta"), torch.empty(7, dtype=int, device="meta"))
     assert found.shape == (len(LOSSES) + 1,)
@@ -327,7 +327,7 @@ def test_losses_together_are_each_loss_and_its_gradient(name):
     losses = [build_loss(name, counts, **{k: v for k, v in knobs.items() if k != "reweight_from"})
               for knobs in KNOBS.get(name, [{}, {}])] + [build_loss("cross_entropy", counts)]  # fmt: skip
     logits = torch.randn(7, len(losses), 5, requires_grad=True)
-    got = losses_together(losses)(logits, targets)
+    got = stack_losses(losses)(logits, targets)
     (gradient,) = torch.autograd.grad(got.sum(), logits)
     assert got.dtype == gradient.dtype == torch.float32
     for place, loss in enumerate(losses):

@@ -16,7 +16,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.training.checkpoint import save_checkpoint
-from imbvlm.training.step.distributed import DistributedWorld
+from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_run import build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
@@ -50,7 +50,7 @@ def outcome(run):
     results = list(run.epochs())
     metrics = [{k: v for k, v in r.metrics.items() if not k.endswith(TIMES)} for r in results]
     weights = {name: value.tolist() for name, value in run.model.state_dict().items()}
-    predicted = run.examine(run.data.val).predicted.tolist()
+    predicted = run.evaluate_full(run.data.val).predicted.tolist()
     return {
         "first_losses": run.first_losses,
         "metrics": metrics,
@@ -63,7 +63,7 @@ def outcome(run):
 def join_group(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    return DistributedWorld("cpu")
+    return DistributedWorkerGroup("cpu")
 
 
 def run_cases(rank, world_size, folder, features):

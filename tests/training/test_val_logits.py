@@ -15,7 +15,7 @@ from imbvlm.longtail.worker_group import SINGLE
 from imbvlm.training import validation_logits
 from imbvlm.training.trial_run import build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
-from imbvlm.training.validation_logits import EpochLogits, LogitKeeper, read_logits
+from imbvlm.training.validation_logits import EpochValLogits, ValLogitsWriter, read_logits
 
 NUM_CLASSES = len(CLASS_COUNTS)
 
@@ -50,7 +50,7 @@ def test_large_logits_keep_their_probabilities_and_predictions():
     """Half precision has steps of 64 at 1e5: relative to the largest, what counts is near 0 and exact."""
     logits = 1e5 + 3 * torch.randn(50, 20, dtype=torch.float64)
     logits[0, 3] = 9e5
-    kept = EpochLogits(50, 20)
+    kept = EpochValLogits(50, 20)
     kept.add(np.arange(50), logits)
     found = kept.gathered(SINGLE)
     assert found.dtype == torch.float16
@@ -61,7 +61,7 @@ def test_large_logits_keep_their_probabilities_and_predictions():
 
 def test_rows_may_come_in_any_order_and_those_never_seen_are_nan():
     logits = torch.randn(5, 3)
-    kept = EpochLogits(6, 3)
+    kept = EpochValLogits(6, 3)
     kept.add(np.array([4, 0]), logits[[4, 0]])
     kept.add(np.array([2, 1, 3]), logits[[2, 1, 3]])
     found = kept.gathered(SINGLE)
@@ -70,10 +70,10 @@ def test_rows_may_come_in_any_order_and_those_never_seen_are_nan():
 
 
 def test_more_than_fits_is_not_kept(monkeypatch, data):
-    assert EpochLogits.fits(20_000, 1000)
-    assert EpochLogits.fits(24_000, 8142), "iNaturalist's carved validation"
-    assert not EpochLogits.fits(10**6, 1000)
-    assert not EpochLogits.fits(0, 10)
+    assert EpochValLogits.fits(20_000, 1000)
+    assert EpochValLogits.fits(24_000, 8142), "iNaturalist's carved validation"
+    assert not EpochValLogits.fits(10**6, 1000)
+    assert not EpochValLogits.fits(0, 10)
     monkeypatch.setattr(validation_logits, "MAX_BYTES", 10)
     run = build_trial(tiny_config("linear_probe"), data)
     assert "val/loss" in next(run.epochs()).metrics
@@ -138,7 +138,7 @@ def test_what_was_left_before_a_restart_counts(settings, tmp_path):
 
 def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path, data):
     uri = tmp_path / "l.safetensors"
-    keeper = LogitKeeper(str(uri), data.val, data.class_stats, seconds=3600)
+    keeper = ValLogitsWriter(str(uri), data.val, data.class_stats, seconds=3600)
     shape = len(data.val.labels), NUM_CLASSES
     keeper.keep(1, torch.zeros(shape).half(), is_best=True, is_last=False)
     written = uri.stat().st_mtime_ns
@@ -157,6 +157,6 @@ def test_nothing_or_a_damaged_file_is_none(tmp_path):
 
 
 def test_counts_that_are_one_array_are_written(tmp_path, data):
-    keeper = LogitKeeper(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
+    keeper = ValLogitsWriter(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
     keeper.keep(1, torch.zeros(len(data.val.labels), NUM_CLASSES).half(), is_best=True, is_last=True)
     assert read_logits(str(tmp_path / "l")).stats.split_counts.tolist() == list(CLASS_COUNTS)

@@ -38,7 +38,7 @@ def whole_uri(uri: str) -> str:
     return uri if part is None else part.uri
 
 
-class PackWriter:
+class ContainerWriter:
     """Takes embedded images one by one; beyond a limit they go to pack files as they are, one after another."""
 
     def __init__(self, prefix: str | None, embed_at_most: int) -> None:

@@ -17,7 +17,7 @@ from imbvlm.data.files.object_reader import file_names, file_state
 _S3_THREADS = 32
 
 
-class Found(NamedTuple):
+class ListedFile(NamedTuple):
     """A file by its path below the root that was listed, with its size in bytes.
 
     The size is -1 for what holds no bytes: a link that leads nowhere or back to a folder above it, a pipe, a device.
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     num_bytes: int
 
 
-def list_tree(root: str) -> list[Found]:
+def list_tree(root: str) -> list[ListedFile]:
     """Every file below a root, sorted by path; hidden ones are left out. Raises StorageError."""
     found = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
     return sorted(file for file in found if not is_hidden(file.path))
@@ -66,12 +66,12 @@ def is_hidden(path: str) -> bool:
     return path.startswith(".") or "/." in path or "__MACOSX" in path.split("/")
 
 
-def shown_path(path: str) -> str:
+def printable_path(path: str) -> str:
     """A path as text for people and files: each byte of it that isn't UTF-8 as `\\xe9`."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _walk(root: str) -> Iterator[Found]:
+def _walk(root: str) -> Iterator[ListedFile]:
     if not os.path.isdir(root):
         raise storage.StorageError(f"{root} is not a folder")
     pending = [(root, frozenset((_identity(os.stat(root)),)))]
@@ -83,11 +83,11 @@ def _walk(root: str) -> Iterator[Found]:
                 for entry in entries:
                     state = _state(entry)
                     if state is not None and stat.S_ISREG(state.st_mode):
-                        yield Found(entry.path[start:], state.st_size)
+                        yield ListedFile(entry.path[start:], state.st_size)
                     elif state is not None and stat.S_ISDIR(state.st_mode) and _identity(state) not in above:
                         pending.append((entry.path, above | {_identity(state)}))
                     else:
-                        yield Found(entry.path[start:], -1)
+                        yield ListedFile(entry.path[start:], -1)
         except OSError as error:
             raise storage.StorageError(f"can't list {error.filename}: {error.strerror}") from None
 
@@ -104,12 +104,12 @@ def _identity(state: os.stat_result) -> tuple[int, int]:
     return state.st_dev, state.st_ino
 
 
-def _list_s3(root: str) -> list[Found]:
+def _list_s3(root: str) -> list[ListedFile]:
     """Prefixes of the first two levels are found one request each, and what is below them side by side."""
     bucket, prefix = s3.split(root)
     prefix = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
     client = s3.client()
-    with s3.explained(root), ThreadPoolExecutor(_S3_THREADS) as pool:
+    with s3.translate_errors(root), ThreadPoolExecutor(_S3_THREADS) as pool:
         files, folders = _level(client, bucket, prefix)
         for level in pool.map(lambda folder: _level(client, bucket, folder), folders):
             files += level[0]
@@ -117,25 +117,25 @@ def _list_s3(root: str) -> list[Found]:
                 files += part
     if not files:
         raise storage.StorageError(f"nothing is below {root}")
-    return [Found(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
+    return [ListedFile(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
 
 
-def _level(client: Any, bucket: str, prefix: str) -> tuple[list[Found], list[str]]:
+def _level(client: Any, bucket: str, prefix: str) -> tuple[list[ListedFile], list[str]]:
     pages = _pages(client, Bucket=bucket, Prefix=prefix, Delimiter="/")
     folders = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
     return _files_of(pages), folders
 
 
-def _below(client: Any, bucket: str, prefix: str) -> list[Found]:
+def _below(client: Any, bucket: str, prefix: str) -> list[ListedFile]:
     return _files_of(_pages(client, Bucket=bucket, Prefix=prefix))
 
 
 def _pages(client: Any, **options: str) -> list[dict[str, Any]]:
-    return s3.patiently(s3.SCHEME, lambda: list(client.get_paginator("list_objects_v2").paginate(**options)))
+    return s3.retry_denied(s3.SCHEME, lambda: list(client.get_paginator("list_objects_v2").paginate(**options)))
 
 
-def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[Found]:
-    return [Found(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[ListedFile]:
+    return [ListedFile(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
 
 
 # Photos of phones, which Pillow reads with another package.

@@ -85,4 +85,4 @@ def _read_remote(uri: str, part: ByteRange | None) -> bytes:
     except PermissionError:
         raise MissingError(f"access denied for {s3.identity()}") from None
     except OSError as error:
-        raise storage.failure("read", uri, error) from None
+        raise storage.storage_error("read", uri, error) from None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.data.images.decoding import Pixels
 from imbvlm.data.images.preprocess import Box, Preprocess, channels_first, random_crop
 
@@ -39,7 +39,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
-            raise ImbvlmError(f"crop {self.crop!r} is not known; {nearest(self.crop, CROPS)}")
+            raise ImbvlmError(f"crop {self.crop!r} is not known; {suggest_name(self.crop, CROPS)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ImbvlmError(f"crop_scale must be two shares of the area, 0 < least <= most <= 1: {self.crop_scale}")
         if not 0 <= self.jitter < 1:

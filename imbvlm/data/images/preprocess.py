@@ -21,7 +21,7 @@ _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamp
 CROP_SCALE, CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 # Where the crops of test-time ensembling lie, in shares of the way from left to right and from top to bottom.
 FIVE_CROPS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-LEAST_CROP = math.sqrt(CROP_SCALE[0] * CROP_RATIO[0])
+MIN_CROP = math.sqrt(CROP_SCALE[0] * CROP_RATIO[0])
 
 
 @dataclass(frozen=True)

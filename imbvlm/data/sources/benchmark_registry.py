@@ -1,4 +1,4 @@
-"""The benchmarks by name: official files -> manifest, checked against the known sizes; DATASETS."""
+"""The benchmarks by name: official files -> manifest, checked against the known sizes; BENCHMARKS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imbvlm.data.sources.inaturalist import from_inaturalist
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Benchmark:
     """A benchmark: its annotation files and image folders below the root, what it must come to, how it is read."""
 
     build: Callable[[str], Manifest]
@@ -34,7 +34,7 @@ def build_dataset(name: str, root: str) -> Manifest:
 
     Raises ManifestError where files are missing (all named, with where to get them) or sizes aren't the known ones.
     """
-    dataset = DATASETS[name]
+    dataset = BENCHMARKS[name]
     missing = [file for file in dataset.files if not storage.exists(storage.join(root, file))]
     if missing:
         raise ManifestError(
@@ -51,11 +51,11 @@ def build_dataset(name: str, root: str) -> Manifest:
 
 def benchmark_of(manifest: Manifest) -> str | None:
     """The benchmark that a manifest is, by its name and all of its sizes; None for any other data."""
-    dataset = DATASETS.get(manifest.name)
+    dataset = BENCHMARKS.get(manifest.name)
     return manifest.name if dataset is not None and not _size_findings(manifest, dataset) else None
 
 
-def _size_findings(manifest: Manifest, dataset: Dataset) -> list[str]:
+def _size_findings(manifest: Manifest, dataset: Benchmark) -> list[str]:
     found = {split: len(manifest.rows_of(split)) for split in dataset.sizes}
     findings = [
         f"{split} has {found[split]:,} images, and the official list has {size:,}"
@@ -117,8 +117,8 @@ def _imagenet_names() -> list[str]:
     return list(module.IMAGENET_CLASSNAMES)
 
 
-DATASETS: Mapping[str, Dataset] = {
-    "fashion_mnist_lt": Dataset(
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "fashion_mnist_lt": Benchmark(
         build=lambda root: Manifest.read(f"{EMBEDDED}fashion_mnist_lt"),
         files=(),
         folders=(),
@@ -127,7 +127,7 @@ DATASETS: Mapping[str, Dataset] = {
         num_classes=10,
         class_range=(10, 1_000),
     ),
-    "inat2018": Dataset(
+    "inat2018": Benchmark(
         build=_inat2018,
         files=("train2018.json", "val2018.json"),
         folders=("train_val2018",),
@@ -137,7 +137,7 @@ DATASETS: Mapping[str, Dataset] = {
         num_classes=8_142,
         class_range=(2, 1_000),
     ),
-    "imagenet_lt": Dataset(
+    "imagenet_lt": Benchmark(
         build=_imagenet_lt,
         files=("ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt"),
         folders=("train", "val"),
@@ -148,7 +148,7 @@ DATASETS: Mapping[str, Dataset] = {
         num_classes=1_000,
         class_range=(5, 1_280),
     ),
-    "places_lt": Dataset(
+    "places_lt": Benchmark(
         build=_places_lt,
         files=("Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt"),
         folders=("train", "val"),

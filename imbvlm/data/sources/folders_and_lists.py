@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import count_of, listed
-from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, Found, is_hidden, list_tree, shown_path
+from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, ListedFile, is_hidden, list_tree, printable_path
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.sources.manifest_builder import SPLIT_NAMES, assemble, class_id, folders_of, read_lines
 
@@ -58,7 +58,7 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
 
 
 def _one_level_too_high(root: str, label: str, kept: Sequence[Sequence[str]], depth: int) -> str:
-    deeper = listed(sorted({parts[depth] for parts in kept}))
+    deeper = join_limited(sorted({parts[depth] for parts in kept}))
     mend = f"did you mean {storage.join(root, label)}?" if depth == 1 else f"let them lie where {label}/ lies"
     return (
         f"all images are of one class, {label}, and lie in folders of it ({deeper}); if those are the classes, {mend}"
@@ -88,9 +88,9 @@ def _top_folders(
     raise ManifestError(
         root,
         [
-            f"{one}/ is named like a split and has folders, and beside it lie {listed(sorted(others))}: if it is a "
-            "split, let train/ and test/ (or val/) lie side by side, or nothing else beside it; if it is a class, list "
-            "every class by --class-names"
+            f"{one}/ is named like a split and has folders, and beside it lie {join_limited(sorted(others))}: if it is "
+            "a split, let train/ and test/ (or val/) lie side by side, or nothing else beside it; if it is a class, "
+            "list every class by --class-names"
         ],
     )
 
@@ -100,7 +100,7 @@ def _split_of(folder: str) -> str:
 
 
 def _is_text(path: str) -> bool:
-    return shown_path(path) == path
+    return printable_path(path) == path
 
 
 def _empty_class_folders(root: str, broken: set[str], *, with_splits: bool) -> set[str]:
@@ -117,11 +117,11 @@ def _empty_class_folders(root: str, broken: set[str], *, with_splits: bool) -> s
     }
 
 
-def _unreadable(root: str, files: Sequence[Found]) -> list[str]:
+def _unreadable(root: str, files: Sequence[ListedFile]) -> list[str]:
     if not files:
         return []
-    one = shown_path(f"{root}/{files[0].path}")
-    return [f"{count_of(len(files), 'file')} left out whose path is not UTF-8, such as {one}; rename what isn't"]
+    one = printable_path(f"{root}/{files[0].path}")
+    return [f"{pluralize(len(files), 'file')} left out whose path is not UTF-8, such as {one}; rename what isn't"]
 
 
 def _broken(broken: Sequence[str], images: set[str]) -> list[str]:
@@ -129,14 +129,16 @@ def _broken(broken: Sequence[str], images: set[str]) -> list[str]:
     rows = [path for path in broken if path in images]
     others = [path for path in broken if path not in images]
     what = "a broken link, a link to a folder above it, a pipe or a device"
-    notes = [f"{count_of(len(rows), 'image')} that can't be read, each {what}: {listed(rows)}"] if rows else []
-    return notes + ([f"{count_of(len(others), 'name')} left out, each {what}: {listed(others)}"] if others else [])
+    notes = [f"{pluralize(len(rows), 'image')} that can't be read, each {what}: {join_limited(rows)}"] if rows else []
+    return notes + (
+        [f"{pluralize(len(others), 'name')} left out, each {what}: {join_limited(others)}"] if others else []
+    )
 
 
-def _left_out(files: Sequence[Found], images: Sequence[Found]) -> list[str]:
+def _left_out(files: Sequence[ListedFile], images: Sequence[ListedFile]) -> list[str]:
     suffixes = sorted({PurePosixPath(file.path).suffix.lower() or "no suffix" for file in set(files) - set(images)})
-    number = count_of(len(set(files) - set(images)), "file")
-    return [f"{number} left out by their suffix: {listed(suffixes)}"] if suffixes else []
+    number = pluralize(len(set(files) - set(images)), "file")
+    return [f"{number} left out by their suffix: {join_limited(suffixes)}"] if suffixes else []
 
 
 def _outside(paths: Sequence[Sequence[str]], num_kept: int, others: set[str]) -> list[str]:
@@ -145,10 +147,10 @@ def _outside(paths: Sequence[Sequence[str]], num_kept: int, others: set[str]) ->
     notes = []
     if beside:
         notes.append(
-            f"{count_of(beside, 'image')} left out that lie beside the splits' folders: {listed(sorted(others))}"
+            f"{pluralize(beside, 'image')} left out that lie beside the splits' folders: {join_limited(sorted(others))}"
         )
     if loose:
-        notes.append(f"{count_of(loose, 'image')} left out that lie in no class's folder")
+        notes.append(f"{pluralize(loose, 'image')} left out that lie in no class's folder")
     return notes
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm.base import storage
-from imbvlm.base.errors import nearest
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.errors import suggest_name
+from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import is_utf8
 from imbvlm.data.sources.manifest_builder import class_id
@@ -59,9 +59,9 @@ def from_inaturalist(
     species into a higher class, `names` is `scientific` or `common`. Raises ManifestError, StorageError.
     """
     if rank not in RANKS:
-        raise ManifestError(name, [f"rank {rank!r} is not known; {nearest(rank, RANKS)}"])
+        raise ManifestError(name, [f"rank {rank!r} is not known; {suggest_name(rank, RANKS)}"])
     if names not in NAMES:
-        raise ManifestError(name, [f"names {names!r} is not known; {nearest(names, NAMES)}"])
+        raise ManifestError(name, [f"names {names!r} is not known; {suggest_name(names, NAMES)}"])
     files = {split: _read_json(path) for split, path in annotations.items()}
     for split, file in files.items():
         if not isinstance(file, dict):
@@ -75,7 +75,7 @@ def from_inaturalist(
     read = {split: _rows(file, split, root, label_of, annotations[split]) for split, file in files.items()}
     parts = [table for table, _ in read.values()]
     notes = [
-        f"{count_of(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
+        f"{pluralize(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
         for split, (_, number) in read.items()
         if number
     ]
@@ -124,7 +124,7 @@ def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> 
     taxa = sorted(taxa, key=lambda taxon: int(taxon["id"]))
     twice = [str(one["id"]) for one, other in pairwise(taxa) if int(one["id"]) == int(other["id"])]
     if twice:
-        raise ManifestError(source, [f"{count_of(len(twice), 'category id')} given twice: {listed(twice, 3)}"])
+        raise ManifestError(source, [f"{pluralize(len(twice), 'category id')} given twice: {join_limited(twice, 3)}"])
     if rank == "species":
         return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
     lacking = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm.base import storage
-from imbvlm.base.errors import nearest
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.errors import suggest_name
+from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.class_list import longer_list_findings, repeated_findings
 from imbvlm.data.files.file_listing import HEIF_SUFFIXES
 from imbvlm.data.images.decoding import HEIF_ADVICE, reads_heif
@@ -84,7 +84,7 @@ def _unread_notes(uris: Sequence[str | None]) -> list[str]:
     if reads_heif():
         return []
     unread = [uri for uri in uris if uri is not None and uri.lower().endswith(HEIF_SUFFIXES)]
-    return [f"{count_of(len(unread), 'image')} in HEIC, such as {unread[0]}: {HEIF_ADVICE}"] if unread else []
+    return [f"{pluralize(len(unread), 'image')} in HEIC, such as {unread[0]}: {HEIF_ADVICE}"] if unread else []
 
 
 def _are_names(labels: Labels) -> bool:
@@ -103,8 +103,8 @@ def _number(
         wrong = _mixed(texts) if unknown or class_names is None else []
         if unknown and not wrong:
             wrong = [
-                f"{count_of(len(unknown), 'label')} that {'is' if len(unknown) == 1 else 'are'} not in the class list: "
-                f"{listed([repr(text) for text in unknown])}; {nearest(unknown[0], names)}"
+                f"{pluralize(len(unknown), 'label')} that {'is' if len(unknown) == 1 else 'are'} not in the class list"
+                f": {join_limited([repr(text) for text in unknown])}; {suggest_name(unknown[0], names)}"
             ]
         # A label outside the list has been said by name, and must not be said again by number.
         return np.array([number.get(text, 0) for text in texts], dtype=np.int64), names, None, True, [], wrong
@@ -117,7 +117,7 @@ def _number(
         # What is too large for the column can't be said by row.
         large = [str(label) for label in outside if abs(label) > _LARGEST_LABEL]
         bounds = f"0 to {len(class_names) - 1}, the class names"
-        wrong = [f"{count_of(len(large), 'label')} outside {bounds}: {listed(large)}"] if large else []
+        wrong = [f"{pluralize(len(large), 'label')} outside {bounds}: {join_limited(large)}"] if large else []
         kept = np.where(np.isin(ids, [int(label) for label in large]), 0, ids)
         return kept, list(class_names), None, False, [], wrong
     gaps = len(known) > 0 and (known[0] != 0 or known[-1] != len(known) - 1)
@@ -137,8 +137,8 @@ def _mixed(labels: Sequence[str]) -> list[str]:
     few = [repr(label) for label in sorted(ids if few_ids else names)]
     kinds = ("a class id", "names") if few_ids else ("no class id", "ids")
     return [
-        f"{count_of(len(few), 'label')} {'is' if len(few) == 1 else 'are'} {kinds[0]} where most are {kinds[1]}: "
-        f"{listed(few)}; mend them, or list every class by --class-names where names are numbers"
+        f"{pluralize(len(few), 'label')} {'is' if len(few) == 1 else 'are'} {kinds[0]} where most are {kinds[1]}: "
+        f"{join_limited(few)}; mend them, or list every class by --class-names where names are numbers"
     ]
 
 

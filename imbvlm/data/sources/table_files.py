@@ -20,9 +20,9 @@ from pydantic import BaseModel, ValidationError
 
 from imbvlm.base import storage
 from imbvlm.base.csv_cells import ESCAPED
-from imbvlm.base.errors import nearest
-from imbvlm.base.formatting import count_of, listed
-from imbvlm.data.files.byte_ranges import PackWriter
+from imbvlm.base.errors import suggest_name
+from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.data.files.byte_ranges import ContainerWriter
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
 from imbvlm.data.sources.manifest_builder import assemble, folders_of, split_of_file
@@ -63,7 +63,7 @@ def from_table(
     manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
     """
     root = storage.absolute(root)
-    rows = _Rows(name, PackWriter(pack_prefix, EMBED_AT_MOST_BYTES), reads_names=class_names is None)
+    rows = _Rows(name, ContainerWriter(pack_prefix, EMBED_AT_MOST_BYTES), reads_names=class_names is None)
     for path in paths:
         for table in _batches(path):
             rows.add(table, path, columns or {})
@@ -91,7 +91,7 @@ def from_table(
 class _Rows:
     """Columns gathered from the tables of a source."""
 
-    def __init__(self, name: str, pack: PackWriter, *, reads_names: bool) -> None:
+    def __init__(self, name: str, pack: ContainerWriter, *, reads_names: bool) -> None:
         self.name, self.pack, self.reads_names = name, pack, reads_names
         self.uris: list[str | None] = []
         # As each piece of a table has them: whether they are ids or names shows only in all of them.
@@ -135,7 +135,7 @@ def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict
         if column in present:
             found[what] = column
         else:
-            wrong.append(f"there is no column {column!r} for {what}; {nearest(column, present)}")
+            wrong.append(f"there is no column {column!r} for {what}; {suggest_name(column, present)}")
     lower = {name.lower(): name for name in reversed(present)}
     for what, candidates in COLUMNS.items():
         usable = [lower[name] for name in candidates if name in lower and _fits(what, fields[lower[name]])]
@@ -165,7 +165,7 @@ def _fits(what: str, field: pa.Field) -> bool:
 def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
     empty = {name: table.column(name).null_count for name in columns}
     return [
-        f"{count_of(number, 'row')} {'has' if number == 1 else 'have'} no {name!r}"
+        f"{pluralize(number, 'row')} {'has' if number == 1 else 'have'} no {name!r}"
         for name, number in empty.items()
         if number
     ]
@@ -179,9 +179,9 @@ def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
         cells = table.column(name).cast(pa.string())
         broken = cells.filter(pc.match_substring_regex(cells, r"(?s).[\r\n]")).to_pylist()
         if broken:
-            shown = listed([repr(cell[:60]) for cell in broken], 3)
+            shown = join_limited([repr(cell[:60]) for cell in broken], 3)
             findings.append(
-                f"{count_of(len(broken), 'cell')} of {name!r} with a line break: {shown}; is a quote not closed?"
+                f"{pluralize(len(broken), 'cell')} of {name!r} with a line break: {shown}; is a quote not closed?"
             )
     return findings
 
@@ -214,8 +214,10 @@ def _label_values(
     if class_names is not None and (large or distinct != set(plain.values())) and distinct <= set(class_names):
         return texts
     alike = sorted(text for text, many in Counter(plain.values()).items() if many > 1)
-    wrong = [f"labels that are one number are written in several ways: {listed(alike)}"] if alike else []
-    wrong += [f"{count_of(len(large), 'label')} too large for a class id: {listed(sorted(large))}"] if large else []
+    wrong = [f"labels that are one number are written in several ways: {join_limited(alike)}"] if alike else []
+    wrong += (
+        [f"{pluralize(len(large), 'label')} too large for a class id: {join_limited(sorted(large))}"] if large else []
+    )
     if wrong:
         mend = "list every class by --class-names where names are numbers"
         raise ManifestError(source, [f"{one}; {mend}" for one in wrong])
@@ -269,7 +271,7 @@ def _batches(path: str) -> Sequence[pa.Table] | Any:
         "parquet": _read_parquet,
     }  # fmt: skip
     if suffix not in readers:
-        raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {nearest(suffix, readers)}"])
+        raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {suggest_name(suffix, readers)}"])
     try:
         yield from readers[suffix](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -352,7 +354,7 @@ def _read_parquet(path: str) -> Any:
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
     except OSError as error:
-        raise storage.failure("read", path, error) from None
+        raise storage.storage_error("read", path, error) from None
 
 
 def _located(uri: str, root: str) -> str:

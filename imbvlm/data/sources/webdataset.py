@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any, Self
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import count_of, listed
+from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.byte_ranges import range_uri
-from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, shown_path
+from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, printable_path
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.sources.manifest_builder import assemble, class_id, split_of_file
 
@@ -89,40 +89,40 @@ def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] |
 def _left_out(shards: Sequence[_Shard]) -> list[str]:
     others = [name for shard in shards for name in shard.others]
     dotted = [name for name in others if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
-    extensions = sorted({shown_path(_split_name(name)[1]) for name in set(others) - set(dotted)})
+    extensions = sorted({printable_path(_split_name(name)[1]) for name in set(others) - set(dotted)})
     replaced = [name for shard in shards for name in shard.replaced]
     notes = []
     if dotted:
         notes.append(
-            f"{count_of(len(dotted), 'image')} left out, such as {shown_path(dotted[0])}: WebDataset takes all that "
-            "follows a name's first dot for its extension; rename them without a dot in the key"
+            f"{pluralize(len(dotted), 'image')} left out, such as {printable_path(dotted[0])}: WebDataset takes all "
+            "that follows a name's first dot for its extension; rename them without a dot in the key"
         )
     if extensions:
         kinds = [f".{extension}" if extension else "no extension" for extension in extensions]
-        number = count_of(len(others) - len(dotted), "member")
-        notes.append(f"{number} left out by their extension: {listed(kinds)}")
+        number = pluralize(len(others) - len(dotted), "member")
+        notes.append(f"{number} left out by their extension: {join_limited(kinds)}")
     if replaced:
-        number, one = count_of(len(replaced), "image"), shown_path(replaced[0].removeprefix("/"))
+        number, one = pluralize(len(replaced), "image"), printable_path(replaced[0].removeprefix("/"))
         notes.append(f"{number} left out for a later one of the same key in its shard, such as {one}")
     links = [name for shard in shards for name in shard.links]
     if links:
-        number = count_of(len(links), "member")
+        number = pluralize(len(links), "member")
         notes.append(
-            f"{number} left out, each a link, a pipe or a device, such as {shown_path(links[0])}: tar writes a file "
-            "that comes twice as a link; make the shard with --hard-dereference"
+            f"{number} left out, each a link, a pipe or a device, such as {printable_path(links[0])}: tar writes a "
+            "file that comes twice as a link; make the shard with --hard-dereference"
         )
     bare = [
         key for shard in shards for key, sample in shard.samples.items() if "label" in sample and "uri" not in sample
     ]
     if bare:
-        shown = shown_path(bare[0].removeprefix("/"))
-        notes.append(f"{count_of(len(bare), 'label')} left out without an image of the same key, such as {shown}")
+        shown = printable_path(bare[0].removeprefix("/"))
+        notes.append(f"{pluralize(len(bare), 'label')} left out without an image of the same key, such as {shown}")
     return notes
 
 
 def _open_ended_notes(paths: Sequence[str]) -> list[str]:
-    shown = listed([shown_path(path) for path in paths], 3)
-    return [f"{count_of(len(paths), 'shard')} without tar's end mark, and perhaps cut short: {shown}"] if paths else []
+    shown = join_limited([printable_path(path) for path in paths], 3)
+    return [f"{pluralize(len(paths), 'shard')} without tar's end mark, and perhaps cut short: {shown}"] if paths else []
 
 
 def _read_shard(path: str) -> _Shard:
@@ -147,7 +147,7 @@ def _read_shard(path: str) -> _Shard:
     except tarfile.TarError as error:
         raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"]) from None
     except OSError as error:
-        raise storage.failure("read", path, error) from None
+        raise storage.storage_error("read", path, error) from None
     return shard
 
 
@@ -185,7 +185,7 @@ def _text_of(data: bytes, path: str, name: str) -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         text = data[:80].decode("utf-8", "backslashreplace").strip()
-        wrong = f"{shown_path(name)} holds '{text}', which is not UTF-8; write labels as UTF-8"
+        wrong = f"{printable_path(name)} holds '{text}', which is not UTF-8; write labels as UTF-8"
         raise ManifestError(path, [wrong]) from None
 
 

@@ -16,7 +16,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.models.encoders.encoder_registry import TowerSource
+from imbvlm.models.encoders.encoder_registry import EncoderSource
 from imbvlm.models.encoders.encoder_weights import cached_file, require_transformers, unreachable
 
 # What open_clip, timm and torch raise when weights and architecture don't go together.
@@ -26,10 +26,10 @@ _BUILD_ERRORS = (
 )  # fmt: skip
 
 
-class TextSide:
+class TextTokenizer:
     """What a tower's tokenizer makes of texts; needs no weights."""
 
-    def __init__(self, source: TowerSource) -> None:
+    def __init__(self, source: EncoderSource) -> None:
         self._source = source
         self._tokenizer: Callable[..., Tensor] | None = None
 
@@ -69,7 +69,7 @@ def _quiet_logging() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def _tokenizer(source: TowerSource) -> Callable[..., Tensor]:
+def _tokenizer(source: EncoderSource) -> Callable[..., Tensor]:
     hub_name = source.model_config["text_cfg"].get("hf_tokenizer_name")
     if hub_name or ("siglip" in source.model.lower() and not source.is_local):
         require_transformers(source.name, "the tokenizer")

@@ -15,7 +15,7 @@ from imbvlm.models.encoders.open_clip_encoder import Encoder
 WEIGHTS_FILE = HF_SAFE_WEIGHTS_NAME
 
 
-def save_tower(encoder: Encoder, folder: str) -> None:
+def save_encoder(encoder: Encoder, folder: str) -> None:
     """Write the whole open_clip model at its present image size: configuration, preprocessing and weights."""
     source = encoder.source
     model_config = copy.deepcopy(dict(source.model_config))

@@ -1,4 +1,4 @@
-"""Tokens, pooled and image embedding of open_clip's visual classes by one forward (PROTOCOL, "Encoder outputs")."""
+"""Tokens, pooled and image embedding of open_clip's visual classes (docs/protocol.md, Encoder outputs)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FinalNorm(NamedTuple):
     eps: float
 
 
-class Visual(NamedTuple):
+class VisualRules(NamedTuple):
     """What is known about one visual class; every function takes the module.
 
     `blocks` are the modules that images pass one after another, by their names in the tower; empty where not known.
@@ -49,7 +49,7 @@ class Visual(NamedTuple):
     refusal: Callable[[Any], str | None]
 
 
-def rules_of(visual: nn.Module, name: str) -> Visual:
+def visual_rules(visual: nn.Module, name: str) -> VisualRules:
     """The rules for a tower's class; raises ImbvlmError by name for one whose outputs aren't defined."""
     rules = OUTPUTS.get(type(visual))
     reason = f"its image tower is a {type(visual).__name__}" if rules is None else rules.refusal(visual)
@@ -242,8 +242,8 @@ def _no_norm(visual: Any) -> None:
     return None
 
 
-OUTPUTS: dict[type[nn.Module], Visual] = {
-    VisionTransformer: Visual(
+OUTPUTS: dict[type[nn.Module], VisualRules] = {
+    VisionTransformer: VisualRules(
         outputs=_vit_outputs,
         final_norm=lambda visual: _layer_norm(visual.ln_post),
         projection=_vit_projection,
@@ -253,7 +253,7 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
         resize=_vit_resize,
         refusal=_vit_refusal,
     ),
-    ModifiedResNet: Visual(
+    ModifiedResNet: VisualRules(
         outputs=_resnet_outputs,
         final_norm=_no_norm,
         # The attention pool projects, so that pooled is in the text space already.
@@ -264,7 +264,7 @@ OUTPUTS: dict[type[nn.Module], Visual] = {
         resize=_resnet_resize,
         refusal=_no_norm,
     ),
-    TimmModel: Visual(
+    TimmModel: VisualRules(
         outputs=_timm_outputs,
         final_norm=_timm_final_norm,
         projection=_timm_projection,

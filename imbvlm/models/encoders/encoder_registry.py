@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 
 from imbvlm.assets import tower_path
 from imbvlm.base import storage
-from imbvlm.base.errors import ImbvlmError, nearest
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.models.encoders.encoder_weights import WeightsState, _address, _cached, _download, unreachable
 
@@ -61,7 +61,7 @@ ENCODERS: dict[str, EncoderEntry] = {
 
 
 @dataclass(frozen=True)
-class TowerSource:
+class EncoderSource:
     """Everything about a tower but its weights: `model` is what open_clip takes, an architecture or a local folder."""
 
     name: str
@@ -137,7 +137,7 @@ def absolute_encoder(config: EncoderConfig) -> EncoderConfig:
     return config.model_copy(update={"name": name, "weights": weights})
 
 
-def find_tower(config: EncoderConfig) -> TowerSource:
+def resolve_encoder(config: EncoderConfig) -> EncoderSource:
     """What `encoder.name` means; reads small files only. Raises ImbvlmError with the nearest name or the mend."""
     entry = ENCODERS.get(config.name)
     name = config.name if entry is None else entry.model if entry.tag is None else f"{entry.model}/{entry.tag}"
@@ -156,7 +156,7 @@ def needs_quick_gelu_stated(model_config: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------- local folders
 
 
-def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
+def _local_tower(config: EncoderConfig, folder: str) -> EncoderSource:
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
         raise ImbvlmError(
@@ -207,7 +207,7 @@ def _local_tower(config: EncoderConfig, folder: str) -> TowerSource:
             "(OpenAI's and DFN's weights) or false (most others), or add quick_gelu to its model_cfg"
         )
     quick_gelu = bool(said) if said is not None else bool(stated)
-    return TowerSource(
+    return EncoderSource(
         config.name, LOCAL_DIR + folder, None, None, model_config, _with_defaults(preprocess), quick_gelu
     )
 
@@ -221,7 +221,7 @@ def _num_layers(side: Mapping[str, Any]) -> int:
 # ------------------------------------------------------------------------------- open_clip's models and tags
 
 
-def _open_clip_tower(config: EncoderConfig, name: str) -> TowerSource:
+def _open_clip_tower(config: EncoderConfig, name: str) -> EncoderSource:
     model, _, tag = name.partition("/")
     model_config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
     if model_config is None:
@@ -240,7 +240,7 @@ def _open_clip_tower(config: EncoderConfig, name: str) -> TowerSource:
         raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file")
     quick_gelu = _quick_gelu(config, model, tag, bool(tag_config.get("quick_gelu")), model_config)
     preprocess = _with_defaults(tag_config) if tag else _common_preprocess(config, model)
-    return TowerSource(config.name, model, tag or None, weights, model_config, preprocess, quick_gelu)
+    return EncoderSource(config.name, model, tag or None, weights, model_config, preprocess, quick_gelu)
 
 
 def _common_preprocess(config: EncoderConfig, model: str) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _unknown_model(config: EncoderConfig, model: str) -> ImbvlmError:
             f"encoder.name is {config.name!r}: download that repository and name its folder, {LOCAL_DIR}PATH"
         )
     valid = open_clip.list_models() if "/" in config.name else [*ENCODERS, *open_clip.list_models()]
-    closest = nearest(model, valid)
+    closest = suggest_name(model, valid)
     return ImbvlmError(
         f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; "
         f"{closest}{'' if closest.endswith('?') else '.'} "
@@ -316,7 +316,9 @@ def _unknown_tag(config: EncoderConfig, model: str, tag: str) -> ImbvlmError:
             f"encoder.name is {config.name!r}, and open_clip has no weights for {model}; give a file of yours as "
             f"encoder.weights with encoder.name: {model}"
         )
-    return ImbvlmError(f"encoder.name is {config.name!r}, and {model} has no weights {tag!r}; {nearest(tag, tags)}")
+    return ImbvlmError(
+        f"encoder.name is {config.name!r}, and {model} has no weights {tag!r}; {suggest_name(tag, tags)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- small

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import ComputedIn, EncoderInfo
+from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.models.encoders.encoder import _BUILD_ERRORS, TextSide, _quiet_logging, preprocess_of
-from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, Visual, rules_of
-from imbvlm.models.encoders.encoder_registry import LOCAL_DIR, TowerSource, find_tower
+from imbvlm.models.encoders.encoder import _BUILD_ERRORS, TextTokenizer, _quiet_logging, preprocess_of
+from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, VisualRules, visual_rules
+from imbvlm.models.encoders.encoder_registry import LOCAL_DIR, EncoderSource, resolve_encoder
 from imbvlm.models.encoders.encoder_weights import require_transformers
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
@@ -33,7 +33,7 @@ TEXTS_AT_ONCE = 256
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
-class Encoder(TextSide):
+class Encoder(TextTokenizer):
     """An image-text tower that never trains here: eval mode, no gradients, float32 weights.
 
     `model` is open_clip's model, `info` its facts, `preprocess` how an image becomes its input, `source` what its name
@@ -41,14 +41,14 @@ class Encoder(TextSide):
     """
 
     def __init__(
-        self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: TowerSource, token_pool: Tensor | None
+        self, model: Any, info: EncoderInfo, preprocess: Preprocess, source: EncoderSource, token_pool: Tensor | None
     ) -> None:
         super().__init__(source)
         self.model, self.info, self.preprocess, self.source = model, info, preprocess, source
         self.device = next(model.parameters()).device
-        self._rules = rules_of(self.visual, info.name)
+        self._rules = visual_rules(self.visual, info.name)
         # What was chosen for a GPU.
-        self._computed_in: ComputedIn | None = None
+        self._computed_in: ComputeDtype | None = None
         self._input_dtype = torch.float32
         scale = 1 / torch.tensor(info.std)
         self._scale = (scale / 255).view(1, 3, 1, 1).to(self.device)
@@ -61,13 +61,13 @@ class Encoder(TextSide):
     ) -> Encoder:
         """Load the tower that the configuration names.
 
-        Without `with_text` only the image side of a folder that `save_tower` wrote is built. Its description then names
-        nothing that a library would fetch: no text tower, no tokenizer.
+        Without `with_text` only the image side of a folder that `save_encoder` wrote is built. Its description then
+        names nothing that a library would fetch: no text tower, no tokenizer.
 
         Raises ImbvlmError for unknown names (with the nearest), a QuickGELU that contradicts the weights, weights that
         can't be had or don't fit, an image size that the tower doesn't take, and outputs that aren't defined.
         """
-        source = find_tower(config)
+        source = resolve_encoder(config)
         described, token_pool = _describe(config, with_text)
         model = _load(source, config.image_size, with_text)
         info = replace(
@@ -88,7 +88,7 @@ class Encoder(TextSide):
         self.token_pool = None if self.token_pool is None else self.token_pool.to(self.device)
         return self
 
-    def compute_in(self, precision: ComputedIn) -> Encoder:
+    def compute_in(self, precision: ComputeDtype) -> Encoder:
         """Choose what the image side computes in; returns itself.
 
         By itself that is bfloat16 on GPUs that have it, by autocast, and float32 elsewhere. On CPUs bfloat16 is of the
@@ -112,7 +112,7 @@ class Encoder(TextSide):
         return self.model.visual
 
     @property
-    def rules(self) -> Visual:
+    def rules(self) -> VisualRules:
         """What is known about the class of the image side."""
         return self._rules
 
@@ -198,11 +198,11 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
 
 def _describe(config: EncoderConfig, with_text: bool = True) -> tuple[EncoderInfo, Tensor | None]:
     """A tower's facts, and the matrix over its tokens where they are pooled."""
-    source = find_tower(config)
+    source = resolve_encoder(config)
     with torch.device("meta"):
         model = _build(source, None, "meta", with_text)
         _resize(model.visual, config.image_size, source.name)
-        rules = rules_of(model.visual, source.name)
+        rules = visual_rules(model.visual, source.name)
         size = _square(model.visual.image_size, source.name)
         _check_size(model, size, source)
         with torch.no_grad():
@@ -236,7 +236,7 @@ def _describe(config: EncoderConfig, with_text: bool = True) -> tuple[EncoderInf
     return info, token_pool
 
 
-def _check_size(model: Any, image_size: int, source: TowerSource) -> None:
+def _check_size(model: Any, image_size: int, source: EncoderSource) -> None:
     """Refuse a model (on the meta device) that its weights can't be of, before it takes the memory that it asks for."""
     if image_size > MAX_IMAGE_SIZE:
         raise ImbvlmError(
@@ -255,13 +255,13 @@ def _check_size(model: Any, image_size: int, source: TowerSource) -> None:
 # -------------------------------------------------------------------------------------------------- loading
 
 
-def _load(source: TowerSource, image_size: int | None, with_text: bool) -> Any:
+def _load(source: EncoderSource, image_size: int | None, with_text: bool) -> Any:
     model = _build(source, source.weights_file(), "cpu", with_text)
     _resize(model.visual, image_size, source.name)
     return model.eval().requires_grad_(False)
 
 
-def _build(source: TowerSource, weights: str | None, device: str, with_text: bool) -> Any:
+def _build(source: EncoderSource, weights: str | None, device: str, with_text: bool) -> Any:
     """open_clip's model with its weights, or without any on the meta device."""
     text = source.model_config["text_cfg"]
     if with_text and text.get("hf_model_name"):
@@ -290,7 +290,7 @@ def _build(source: TowerSource, weights: str | None, device: str, with_text: boo
 
 
 def _load_image_side(model: Any, folder: str) -> None:
-    """Give a model the weights that `save_tower` wrote; those of the text side are left in the file."""
+    """Give a model the weights that `save_encoder` wrote; those of the text side are left in the file."""
     tensors, prefix = load_file(Path(folder) / HF_SAFE_WEIGHTS_NAME), "visual."
     model.visual.load_state_dict(
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -300,7 +300,7 @@ def _load_image_side(model: Any, folder: str) -> None:
 
 
 def _resize(visual: Any, image_size: int | None, name: str) -> None:
-    rules = rules_of(visual, name)
+    rules = visual_rules(visual, name)
     if image_size is not None and image_size != _square(visual.image_size, name):
         rules.resize(visual, image_size)
 
@@ -314,7 +314,7 @@ def _square(size: int | Sequence[int], name: str) -> int:
     return int(sides.pop())
 
 
-def _visual_fingerprint(visual: Any, source: TowerSource) -> str:
+def _visual_fingerprint(visual: Any, source: EncoderSource) -> str:
     config = source.model_config
     switches = {
         "class": type(visual).__name__,

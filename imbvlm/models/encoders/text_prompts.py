@@ -9,7 +9,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from imbvlm.config.input_sections import PromptsConfig
-from imbvlm.models.encoders.encoder import TextSide
+from imbvlm.models.encoders.encoder import TextTokenizer
 from imbvlm.models.encoders.open_clip_encoder import TEXTS_AT_ONCE, Encoder
 from imbvlm.models.prompt_learner import PromptTokens
 
@@ -40,7 +40,7 @@ def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Se
     return torch.cat(parts).clone()
 
 
-def truncated_names(encoder: TextSide, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+def truncated_names(encoder: TextTokenizer, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """Class names whose longest sentence doesn't fit in the text tower's context: it reads only their beginning."""
     context = encoder.context_length
     # Long enough to see what the tokenizer would cut off.

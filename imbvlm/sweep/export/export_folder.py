@@ -63,7 +63,7 @@ class ExportFolder:
             folder.mkdir(parents=True, exist_ok=True)
             staged = tempfile.mkdtemp(prefix=".export-", dir=folder)
         except OSError as error:
-            raise storage.failure("write", self.folder, error) from None
+            raise storage.storage_error("write", self.folder, error) from None
         try:
             yield staged
         finally:
@@ -102,7 +102,7 @@ class ExportFolder:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
         except OSError as error:
-            raise storage.failure("write", target, error) from None
+            raise storage.storage_error("write", target, error) from None
 
     def _remove_empty_folders(self, path: str) -> None:
         if storage.is_local(self.folder):
@@ -147,4 +147,4 @@ def _digest(uri: str) -> str:
         with storage.local_path(uri).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise storage.failure("read", uri, error) from None
+        raise storage.storage_error("read", uri, error) from None

@@ -23,14 +23,14 @@ from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.inference.model_folder import load, without_paths, write_model
 from imbvlm.inference.onnx_export import require_onnx, write_onnx
-from imbvlm.inference.predictor import PostHocStep
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.inference.predictor import LogitPostprocessor
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.export_folder import ExportFolder
-from imbvlm.sweep.export.model_card import CARD_FILE, UNSTATED, CardFacts, model_card
-from imbvlm.sweep.records.adjustment_selection import choose_post_hoc, read_adjustment
+from imbvlm.sweep.export.model_card import CARD_FILE, UNSTATED, CardContext, model_card
+from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
 from imbvlm.sweep.records.provenance import check_tower, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS, pareto_records
@@ -188,7 +188,7 @@ class _Export:
         read_test = [one for one in self.refits if one.epochs and "test/top1_accuracy" in one.epochs[-1]]
         adjustment = None if step is None else step.adjustment
         shown, has_onnx = without_paths(config), difference is not None
-        facts = CardFacts(self.spec, self.log, manifest, self.record, shown, adjustment, read_test, licence, has_onnx)
+        facts = CardContext(self.spec, self.log, manifest, self.record, shown, adjustment, read_test, licence, has_onnx)
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(facts).encode())
         return difference
 
@@ -243,10 +243,10 @@ class _Export:
         root = self.spec.model_copy(update={"storage": beside}).feature_root
         splits = tuple(split for split in manifest.splits if split != "test")
         console = Console()
-        with console.others_to(_log_file(self.folder)):
+        with console.redirect_output(_log_file(self.folder)):
             features = ensure_features(
-                config, manifest, root, stored_outputs(config), splits, report=console.live, text=needs_text(config),
-                copies=self.spec.feature_copies,
+                config, manifest, root, stored_outputs(config), splits, report=console.update_live,
+                text=needs_text(config), copies=self.spec.feature_copies,
             )  # fmt: skip
         console.end_live()
         settings = TrialSettings(
@@ -263,7 +263,7 @@ class _Export:
 
     def _post_hoc(
         self, config: TrialConfig, weights: str, class_names: Sequence[str], encoder: Encoder
-    ) -> PostHocStep | None:
+    ) -> LogitPostprocessor | None:
         """What was chosen on validation for the logits of this trial; None where nothing could be chosen."""
         chosen = self._adjustment(config)
         if chosen is None:
@@ -272,14 +272,14 @@ class _Export:
         if chosen.alpha:
             embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
         counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
-        return PostHocStep(chosen, tuple(counts), embeddings)
+        return LogitPostprocessor(chosen, tuple(counts), embeddings)
 
-    def _adjustment(self, config: TrialConfig) -> Adjustment | None:
+    def _adjustment(self, config: TrialConfig) -> PostHocAdjustment | None:
         if self.refits and self.name is not None:
             return read_adjustment(self.folder, self.name)
         name = self.record.trial_id
         refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
-        found = choose_post_hoc(self.folder, [refit], self.log, self.spec.objective).get(name)
+        found = select_adjustments(self.folder, [refit], self.log, self.spec.objective).get(name)
         return None if found is None else found.adjustment
 
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imbvlm.base.formatting import mean_and_spread, percent
+from imbvlm.base.formatting import mean_std, percent
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.class_stats import SHOT_GROUPS
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.records.difference import POST_HOC_MEANS, verdict_on_test
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, describe
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 CARD_FILE = "README.md"
@@ -23,7 +23,7 @@ UNSTATED = "other"
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class CardContext:
     """What a card is made of; `refits` are the seeds' records that read the test split, [] where it wasn't read."""
 
     spec: SweepSpec
@@ -31,7 +31,7 @@ class CardFacts:
     manifest: Manifest
     record: TrialRecord
     config: TrialConfig
-    adjustment: Adjustment | None
+    adjustment: PostHocAdjustment | None
     refits: Sequence[TrialRecord]
     licence: str
     has_onnx: bool
@@ -40,10 +40,10 @@ class CardFacts:
     def is_adjusted(self) -> bool:
         """Whether anything is done to the logits, and the test split has answered for that."""
         was_scored = any("test_post_hoc/top1_accuracy" in one.epochs[-1] for one in self.refits)
-        return self.adjustment not in (None, Adjustment()) and (was_scored or not self.refits)
+        return self.adjustment not in (None, PostHocAdjustment()) and (was_scored or not self.refits)
 
 
-def model_card(facts: CardFacts) -> str:
+def model_card(facts: CardContext) -> str:
     """The whole README.md."""
     sections = [
         _front_matter(facts),
@@ -58,11 +58,11 @@ def model_card(facts: CardFacts) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _name(facts: CardFacts) -> str:
+def _name(facts: CardContext) -> str:
     return f"{facts.spec.name}-{facts.record.trial_id}"
 
 
-def _front_matter(facts: CardFacts) -> str:
+def _front_matter(facts: CardContext) -> str:
     tags = ["image-classification", "imbvlm", "long-tail", "clip"]
     data: dict[str, Any] = {"license": facts.licence}
     if facts.licence == UNSTATED:
@@ -93,15 +93,15 @@ def _front_matter(facts: CardFacts) -> str:
     return f"---\n{dump_yaml(data)}---"
 
 
-def _opening(facts: CardFacts) -> str:
+def _opening(facts: CardContext) -> str:
     return (
         f"Classifies images into the {len(facts.manifest.class_names):,} classes of {facts.manifest.name} "
-        f"({facts.config.encoder.name}; {describe(facts.record)}). Found by a sweep of imbvlm, "
+        f"({facts.config.encoder.name}; {describe_trial(facts.record)}). Found by a sweep of imbvlm, "
         "which searches long-tailed classifiers on vision-language models."
     )
 
 
-def _use(facts: CardFacts) -> str:
+def _use(facts: CardContext) -> str:
     lines = [
         "```python",
         "import imbvlm",
@@ -123,7 +123,7 @@ def _use(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-def _data(facts: CardFacts) -> str:
+def _data(facts: CardContext) -> str:
     manifest, stats = facts.manifest, facts.manifest.class_stats()
     groups = ", ".join(
         f"{len(members):,} {group.replace('_', '-')}" for group in SHOT_GROUPS if len(members := getattr(stats, group))
@@ -136,7 +136,7 @@ def _data(facts: CardFacts) -> str:
     )
 
 
-def _metrics(facts: CardFacts) -> str:
+def _metrics(facts: CardContext) -> str:
     best = facts.record.best_epoch(facts.spec.objective) or {}
     if not facts.refits:
         row = ["validation", *(percent(best.get(f"val/{metric}")) for metric in METRICS)]
@@ -169,10 +169,10 @@ def _metrics(facts: CardFacts) -> str:
 def _scores_row(title: str, records: Sequence[TrialRecord], split: str) -> list[str]:
     keys = [f"{split}/{metric}" for metric in METRICS]
     values = ([one.epochs[-1][key] for one in records if key in one.epochs[-1]] for key in keys)
-    return [title, str(len(records)), *map(mean_and_spread, values)]
+    return [title, str(len(records)), *map(mean_std, values)]
 
 
-def _selection(facts: CardFacts) -> str:
+def _selection(facts: CardContext) -> str:
     spec, search = facts.spec, facts.log.of("search")
     ended = sum(record.is_over for record in search)
     rank = [record.trial_id for record in facts.log.best(spec.objective)].index(facts.record.trial_id) + 1
@@ -186,8 +186,8 @@ def _selection(facts: CardFacts) -> str:
     return "\n\n".join(lines)
 
 
-def _adjustments(adjustment: Adjustment | None) -> str:
-    if adjustment in (None, Adjustment()):
+def _adjustments(adjustment: PostHocAdjustment | None) -> str:
+    if adjustment in (None, PostHocAdjustment()):
         return (
             "Nothing is adjusted after training, for validation didn't show that it helps: the probabilities are the "
             "softmax of the model's own logits."
@@ -198,7 +198,7 @@ def _adjustments(adjustment: Adjustment | None) -> str:
     )
 
 
-def _limits(facts: CardFacts) -> str:
+def _limits(facts: CardContext) -> str:
     stats, lines = facts.manifest.class_stats(), list[str]()
     for group in ("few_shot", "zero_train"):
         labels = getattr(stats, group)
@@ -224,7 +224,7 @@ def _limits(facts: CardFacts) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _licence(facts: CardFacts) -> str:
+def _licence(facts: CardContext) -> str:
     stated = (
         "Not stated by whoever exported it (`imbvlm export --licence` sets it)."
         if facts.licence == UNSTATED
@@ -236,7 +236,7 @@ def _licence(facts: CardFacts) -> str:
     )
 
 
-def _test_values(facts: CardFacts) -> dict[str, list[float]]:
+def _test_values(facts: CardContext) -> dict[str, list[float]]:
     """Metrics of the model as it is exported, each seed's, by heading; groups without classes are absent."""
     found = {}
     for metric, heading in zip(METRICS, HEADINGS, strict=True):

@@ -12,7 +12,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.spec.baselines import Baseline
 from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace
-from imbvlm.sweep.spec.stratification import Arms, RandomTrial
+from imbvlm.sweep.spec.stratification import RandomTrial, Strata
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 from imbvlm.training.trial_pack import pack_key
 
@@ -30,21 +30,21 @@ SHAPE_SECTIONS = (
 
 
 @dataclass(frozen=True)
-class Range:
+class Interval:
     """A number between what is hoped for and what it is at most."""
 
     low: float
     high: float
 
-    def __add__(self, other: Range) -> Range:
-        return Range(self.low + other.low, self.high + other.high)
+    def __add__(self, other: Interval) -> Interval:
+        return Interval(self.low + other.low, self.high + other.high)
 
-    def times(self, factor: float) -> Range:
-        return Range(self.low * factor, self.high * factor)
+    def times(self, factor: float) -> Interval:
+        return Interval(self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitSizes:
     """Images in training and in validation, and in training with the carved ones returned, as the refit has them."""
 
     train: int
@@ -53,7 +53,7 @@ class Rows:
     test: int
 
 
-def shape_of(config: TrialConfig) -> str:
+def cost_key(config: TrialConfig) -> str:
     """Equal for configurations that take as long by the image and as much memory."""
     tree = config.to_tree()
     shape = {key: tree[key] for key in SHAPE_SECTIONS if tree.get(key) is not None}
@@ -69,20 +69,20 @@ def sample_trials(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
     """
     if isinstance(space, ListedSpace):
         return [spec.trial(draw) for draw in space.configurations.values()]
-    chance, arms = random.Random(spec.searcher.seed), Arms(spec, space)
+    chance, arms = random.Random(spec.searcher.seed), Strata(spec, space)
     found = [spec.trial(draw) for draw in spec.first_trials[: spec.num_trials]]
     for _ in range(NUM_DRAWS):
-        arm = arms.by_need()[0]
-        draw = space.draw(RandomTrial(chance, arms.fixed_names(arm, chance)), spec.base)
+        arm = arms.least_sampled()[0]
+        draw = space.draw(RandomTrial(chance, arms.fixed_params(arm, chance)), spec.base)
         arms.count(draw)
         found.append(spec.trial(draw))
     return found
 
 
-def commonest_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialConfig]:
+def most_common_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialConfig]:
     """One configuration of each of the commonest shapes; every method has one before any has two."""
-    counts = Counter(map(shape_of, configs))
-    first = {shape_of(config): config for config in reversed(configs)}
+    counts = Counter(map(cost_key, configs))
+    first = {cost_key(config): config for config in reversed(configs)}
     by_method: dict[str, list[str]] = {}
     for shape, _ in counts.most_common():
         by_method.setdefault(first[shape].method, []).append(shape)
@@ -91,7 +91,7 @@ def commonest_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialCon
 
 
 @dataclass(frozen=True)
-class Together:
+class PackStatistics:
     """How trials train together: of `size(config)` that the searcher is asked for, those with that `pack_key`.
 
     `shares` are those of each key among the sweep's trials, and `most` is the largest size.
@@ -102,11 +102,11 @@ class Together:
     most: int = 1
 
     @staticmethod
-    def of(configs: Sequence[TrialConfig], size: Callable[[TrialConfig], int]) -> Together:
+    def of(configs: Sequence[TrialConfig], size: Callable[[TrialConfig], int]) -> PackStatistics:
         """By the keys of sampled trials."""
         counts = Counter(key for key in map(pack_key, configs) if key is not None)
         shares = {key: count / len(configs) for key, count in counts.items()}
-        return Together(size, shares, max(map(size, configs), default=1))
+        return PackStatistics(size, shares, max(map(size, configs), default=1))
 
     def number(self, config: TrialConfig) -> float:
         """How many there are on average in such a trial's pack, itself counted."""
@@ -114,10 +114,10 @@ class Together:
         return 1.0 if key is None else 1 + (self.size(config) - 1) * self.shares.get(key, 0.0)
 
 
-ALONE = Together(lambda config: 1, {})
+ALONE = PackStatistics(lambda config: 1, {})
 
 
-class Speeds:
+class SpeedTable:
     """Measured speeds by shape; a shape that wasn't measured goes as its method does on average."""
 
     def __init__(self, measured: Mapping[str, tuple[str, TrialSpeed]]) -> None:
@@ -128,11 +128,13 @@ class Speeds:
         self._means = {
             # Of time alone: memory has no use for a mean.
             method: TrialSpeed(
-                sum(one.train_seconds for one in speeds) / len(speeds),
+                sum(one.seconds_per_train_image for one in speeds) / len(speeds),
                 sum(one.eval_seconds for one in speeds) / len(speeds),
                 host_bytes=0,
                 device_bytes=0,
-                more_seconds=_mean([one.more_seconds for one in speeds if one.more_seconds is not None]),
+                extra_member_seconds=_mean(
+                    [one.extra_member_seconds for one in speeds if one.extra_member_seconds is not None]
+                ),
             )
             for method, speeds in by_method.items()
         }
@@ -144,7 +146,7 @@ class Speeds:
 
         None where nothing of the method was measured.
         """
-        speed = self._measured.get(shape_of(config)) or self._means.get(config.method)
+        speed = self._measured.get(cost_key(config)) or self._means.get(config.method)
         return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers, together)
 
 
@@ -160,11 +162,11 @@ def num_epochs(config: TrialConfig, num_train: int) -> float:
 def trial_seconds(
     spec: SweepSpec,
     configs: Sequence[TrialConfig],
-    speeds: Speeds,
+    speeds: SpeedTable,
     num_train: int,
     num_val: int,
     start: float,
-    together: Together = ALONE,
+    together: PackStatistics = ALONE,
 ) -> float | None:
     """Mean seconds of a trial that comes to its end, its share of a pack's; None where some method has no speed."""
     total = 0.0
@@ -181,7 +183,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def asha_share(spec: SweepSpec) -> float:
+def expected_asha_fraction(spec: SweepSpec) -> float:
     """The share of all epochs that ASHA runs where exactly one in `reduction_factor` goes on at every rung."""
     config = spec.trial_scheduler
     if not isinstance(config, AshaConfig):
@@ -199,28 +201,28 @@ class Estimate:
     """Seconds of wall time of each phase."""
 
     features: float | None
-    baselines: Range | None
-    trials: Range | None
-    refits: Range | None
+    baselines: Interval | None
+    trials: Interval | None
+    refits: Interval | None
 
     @property
-    def total(self) -> Range | None:
+    def total(self) -> Interval | None:
         """None where a phase isn't known."""
         if self.baselines is None or self.trials is None or self.refits is None or self.features is None:
             return None
-        return self.baselines + self.trials + self.refits + Range(self.features, self.features)
+        return self.baselines + self.trials + self.refits + Interval(self.features, self.features)
 
 
 def estimate(
     spec: SweepSpec,
     configs: Sequence[TrialConfig],
     baselines: Sequence[Baseline],
-    speeds: Speeds,
-    rows: Rows,
+    speeds: SpeedTable,
+    rows: SplitSizes,
     concurrent: int,
     start: float,
     features: float | None,
-    together: Together = ALONE,
+    together: PackStatistics = ALONE,
 ) -> Estimate:
     """Wall time with so many trials, or packs of them, at once, each as fast as it was alone.
 
@@ -231,10 +233,10 @@ def estimate(
     share = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, together)
     number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
     if mean is not None and share is not None:
-        found = Range(share * asha_share(spec), share).times(number / concurrent)
+        found = Interval(share * expected_asha_fraction(spec), share).times(number / concurrent)
         num_again = spec.confirm_trials * len(spec.more_seeds)
         again = mean * num_again / min(concurrent, max(1, num_again))
-        trials = Range(max(found.low, mean) + again, max(found.high, mean) + again)
+        trials = Interval(max(found.low, mean) + again, max(found.high, mean) + again)
     return Estimate(
         features,
         _baselines(spec, baselines, speeds, rows, concurrent, start),
@@ -244,15 +246,15 @@ def estimate(
 
 
 def _baselines(
-    spec: SweepSpec, baselines: Sequence[Baseline], speeds: Speeds, rows: Rows, concurrent: int, start: float
-) -> Range | None:
-    found = Range(0.0, 0.0)
+    spec: SweepSpec, baselines: Sequence[Baseline], speeds: SpeedTable, rows: SplitSizes, concurrent: int, start: float
+) -> Interval | None:
+    found = Interval(0.0, 0.0)
     for one in baselines:
         epoch = speeds.epoch_seconds(one.config, rows.train, rows.val, spec.num_workers)
         if epoch is None:
             return None
         most = num_epochs(one.config, rows.train)
-        found += Range(start + epoch * min(most, one.patience or most), start + epoch * most)
+        found += Interval(start + epoch * min(most, one.patience or most), start + epoch * most)
     return found.times(1 / concurrent)
 
 
@@ -260,27 +262,27 @@ def _refits(
     spec: SweepSpec,
     configs: Sequence[TrialConfig],
     baselines: Sequence[Baseline],
-    speeds: Speeds,
-    rows: Rows,
+    speeds: SpeedTable,
+    rows: SplitSizes,
     concurrent: int,
     start: float,
-) -> Range | None:
+) -> Interval | None:
     """The winner, taken for a mean trial, and the best probe over the seeds, zero-shot once; in a study all trials."""
     seeds, num_refits = len(spec.refit_seeds), spec.num_trials if spec.study else 1
     winner = trial_seconds(spec, configs, speeds, rows.refit, 0, start)
     again = {one.config.method: one for one in baselines}
     if winner is None:
         return None
-    found = Range(winner, winner).times(seeds * num_refits)
+    found = Interval(winner, winner).times(seeds * num_refits)
     for one in again.values():
         epoch = speeds.epoch_seconds(one.config, rows.refit, 0, spec.num_workers)
         if epoch is None:
             return None
         most, times = num_epochs(one.config, rows.refit), 1 if one.config.train is None else seeds
-        found += Range(start + epoch, start + epoch * most).times(times)
+        found += Interval(start + epoch, start + epoch * most).times(times)
     return found.times(1 / min(concurrent, (1 + num_refits) * seeds + 1))
 
 
-def gpu_hours(seconds: Range, num_gpus: float) -> Range:
+def gpu_hours(seconds: Interval, num_gpus: float) -> Interval:
     """Hours of all GPUs that stand by while the sweep runs: those are what is paid for."""
     return seconds.times(num_gpus / 3600)

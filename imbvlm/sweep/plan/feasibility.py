@@ -12,20 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm.base.errors import ConfigError, Problem
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
-from imbvlm.models.encoders.encoder_registry import find_tower
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import describe_encoder
 from imbvlm.models.model_builder import METHODS, tower_problem
-from imbvlm.models.text_tower import text_refusal
+from imbvlm.models.text_tower import unsupported_text_tower
 from imbvlm.ray_runtime.cluster_resources import Cluster
-from imbvlm.ray_runtime.shared_folder_check import nodes_that_miss
+from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
-from imbvlm.sweep.spec.baselines import tower_configs
+from imbvlm.sweep.spec.baselines import encoder_configs
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
@@ -60,7 +60,7 @@ def check_shared(folders: Sequence[str]) -> None:
     problems = [
         Problem(f"{folder} isn't shared by all nodes: {mistake}; {mend}", "storage")
         for folder in folders
-        for mistake in nodes_that_miss(folder)
+        for mistake in nodes_without_access(folder)
     ]
     if problems:
         raise ConfigError(problems)
@@ -75,13 +75,13 @@ def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
         )
         raise ConfigError([Problem(message, spec.where("driver"))])
     return concurrent_trials(
-        spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "can grow to" if cluster.can_grow else "has"
+        spec, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "can grow to" if cluster.can_grow else "has"
     )
 
 
 def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
     """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
-    _, lacking = next(_lacks(spec, cluster.most_cpus, cluster.most_gpus, cluster.grown, "has now"), ("", None))
+    _, lacking = next(_lacks(spec, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "has now"), ("", None))
     if lacking is None:
         return None
     return (
@@ -174,8 +174,8 @@ def packing(spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, 
 def at_a_time(concurrent: int, pack_size: int) -> str:
     """How many trials run at once, such as `2 trials at a time`, where a process has up to `pack_size` of them."""
     if pack_size < 2:
-        return f"{count_of(concurrent, 'trial')} at a time"
-    return f"{count_of(concurrent, 'process')} at a time, of up to {pack_size} trials that train together"
+        return f"{pluralize(concurrent, 'trial')} at a time"
+    return f"{pluralize(concurrent, 'process')} at a time, of up to {pack_size} trials that train together"
 
 
 def _lacks(
@@ -191,7 +191,7 @@ def _lacks(
         # One worker may need more than there is; else it is their number.
         key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
         message = (
-            f"a trial needs {count_of(need_gpus, 'GPU')} ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and "
+            f"a trial needs {pluralize(need_gpus, 'GPU')} ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and "
             f"the cluster {has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
         )
         yield key, message
@@ -199,7 +199,7 @@ def _lacks(
         driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
         key = "cpus_per_worker" if spec.cpus_per_worker > num_cpus or spec.num_workers == 1 else "num_workers"
         message = (
-            f"a trial needs {count_of(_need_cpus(spec), 'CPU')} ({workers} x cpus_per_worker "
+            f"a trial needs {pluralize(_need_cpus(spec), 'CPU')} ({workers} x cpus_per_worker "
             f"{spec.cpus_per_worker:g}{driver}) and the cluster {has} {num_cpus:g}; "
             "lower num_workers or cpus_per_worker"
         )
@@ -225,7 +225,7 @@ def _need(spec: SweepSpec) -> str:
 
 
 def _resources(cpus: float, gpus: float) -> str:
-    return f"{count_of(cpus, 'CPU')} and {count_of(gpus, 'GPU')}"
+    return f"{pluralize(cpus, 'CPU')} and {pluralize(gpus, 'GPU')}"
 
 
 def _need_cpus(spec: SweepSpec) -> float:
@@ -267,7 +267,7 @@ def one_class_mistake(stats: ClassStats) -> str | None:
     if num_trained >= 2:
         return None
     return (
-        f"training images are of {count_of(num_trained, 'class')}, and two or more are needed to tell apart; "
+        f"training images are of {pluralize(num_trained, 'class')}, and two or more are needed to tell apart; "
         "`imbvlm manifest check` says more"
     )
 
@@ -313,13 +313,13 @@ def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     if in_tower is not None:
         return [Problem(in_tower)]
     if config.method == "prompt_tuning":
-        text_config = find_tower(config.encoder).model_config["text_cfg"]
-        refusal = text_refusal(text_config, info.name, needed(config.prompt_tuning).num_tokens)
+        text_config = resolve_encoder(config.encoder).model_config["text_cfg"]
+        refusal = unsupported_text_tower(text_config, info.name, require_section(config.prompt_tuning).num_tokens)
         return [] if refusal is None else [Problem(refusal)]
     if config.method != "decoder":
         return []
     problems = []
-    decoder = needed(config.decoder)
+    decoder = require_section(config.decoder)
     width = decoder.width or info.token_width
     if width % decoder.num_heads:
         message = f"decoder.num_heads {decoder.num_heads} doesn't divide the token width {width} of {info.name}; "
@@ -345,7 +345,7 @@ def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, pac
 
 def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
     """Methods that train, that the space leaves out, and that some of these towers could take."""
-    base = tower_configs(spec, space)[0]
+    base = encoder_configs(spec, space)[0]
     left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(spec, space)]
     could = {name: base.with_overrides({"method": name}) for name in left}
     return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import between, count_of, duration, size_text, table
-from imbvlm.config.trial_config import TrialConfig, needed
-from imbvlm.sweep.plan.cost_estimate import Range
+from imbvlm.base.formatting import between, duration, pluralize, size_text, table
+from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.sweep.plan.cost_estimate import Interval
 from imbvlm.sweep.plan.feasibility import at_a_time, needed_outputs, uses_ray_train
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
-from imbvlm.sweep.plan.sweep_plan import Plan, Tower, _disk, _logits
+from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder, _disk, _logits
 from imbvlm.sweep.spec.baselines import baselines
-from imbvlm.sweep.spec.equivalence import not_trained
+from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.objectives import SECONDS
-from imbvlm.sweep.spec.search_space import Draw, ListedSpace, SearchSpace
+from imbvlm.sweep.spec.search_space import ListedSpace, Params, SearchSpace
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 
 DRY_RUN = "dry run: nothing was started or written"
@@ -47,7 +47,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
     num_baselines = len(baselines(spec, space))
     if isinstance(space, ListedSpace):
         trials = [f"  trials      {len(space.configurations)} listed configurations, after {num_baselines} baselines"]
-        trials += [f"  not run     {sentence}" for sentence in not_trained(spec, space)]
+        trials += [f"  not run     {sentence}" for sentence in untrained_configurations(spec, space)]
         searcher = []
     else:
         of = "a continuous space" if size is None else f"{size:,} configurations"
@@ -65,8 +65,8 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         *searcher,
         *_arms(spec, space),
         f"  stopping    {stopping}",
-        f"  driver      {driver}; a trial has {count_of(spec.num_workers, 'worker')} of "
-        f"{count_of(spec.cpus_per_worker, 'CPU')} and {count_of(spec.gpus_per_worker, 'GPU')}",
+        f"  driver      {driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
+        f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
         *_confirm(spec),
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
@@ -103,7 +103,7 @@ def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
     below, above = least * num_arms, (least + 1) * num_arms
     even = f"num_trials {above}" if not below else f"num_trials {below} or {above}"
     return [
-        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {count_of(least + 1, 'trial')} and "
+        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {pluralize(least + 1, 'trial')} and "
         f"{num_arms - more} have {least}; {even} gives each the same"
     ]
 
@@ -119,7 +119,7 @@ def _choices(spec: SweepSpec, space: SearchSpace) -> list[str]:
     return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
 
 
-def _words(draw: Draw) -> str:
+def _words(draw: Params) -> str:
     return ", ".join(f"{key} {value}" for key, value in draw.items())
 
 
@@ -146,7 +146,7 @@ def _reading(plan: Plan) -> list[str]:
     return lines
 
 
-def _tower_line(plan: Plan, tower: Tower) -> str:
+def _tower_line(plan: Plan, tower: PlannedEncoder) -> str:
     info, outputs = tower.info, ", ".join(sorted(needed_outputs(plan.spec, plan.space)))
     text = (
         f"{tower.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
@@ -156,7 +156,7 @@ def _tower_line(plan: Plan, tower: Tower) -> str:
         return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
     features = tower.config.features
     more = "" if features.tail_views is None else f", {features.tail_views} of few-shot classes"
-    views = count_of(features.num_views, "view")
+    views = pluralize(features.num_views, "view")
     return f"{text}; features {size_text(tower.num_bytes)} ({outputs}, {views}{more})"
 
 
@@ -191,7 +191,7 @@ def _measured(plan: Plan) -> list[str]:
         epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers)
         memory = size_text(speed.host_bytes)
         memory += f" and {size_text(speed.device_bytes)} of its GPU" if speed.device_bytes else ""
-        rate = f"{1 / speed.train_seconds:,.0f}" if speed.train_seconds else "-"
+        rate = f"{1 / speed.seconds_per_train_image:,.0f}" if speed.seconds_per_train_image else "-"
         lines.append([*words, _short(epoch), rate, memory])
     num_classes = len(plan.manifest.class_names) if plan.manifest else 0
     header = ["method", "tower", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
@@ -237,10 +237,10 @@ def _takes(plan: Plan) -> list[str]:
     spec, found = plan.spec, plan.estimate
     what = "would run" if found is None else "would take,"
     lines = [f"{what} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
-    if plan.misfit:
-        lines.append(f"  NOT HERE: {plan.misfit}")
+    if plan.infeasible_reason:
+        lines.append(f"  NOT HERE: {plan.infeasible_reason}")
     if found is None:
-        return lines if plan.misfit else [lines[0].removesuffix(":")]
+        return lines if plan.infeasible_reason else [lines[0].removesuffix(":")]
     unknown = "not known: not every method or tower could be measured"
     passes = "nothing to compute" if found.features == 0 else None
     passes = passes or (unknown if found.features is None else duration(found.features))
@@ -284,7 +284,7 @@ def _limits(plan: Plan) -> list[str]:
     return found
 
 
-def _against(needed: Range, limit: float) -> str:
+def _against(needed: Interval, limit: float) -> str:
     if needed.high <= limit:
         return "enough"
     return "may end the search early" if needed.low <= limit else "will end the search early"
@@ -295,7 +295,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     found, spec = plan.estimate, plan.spec
     calibration = plan.calibration
 
-    def pair(value: Range | None) -> list[float] | None:
+    def pair(value: Interval | None) -> list[float] | None:
         return None if value is None else [value.low, value.high]
 
     return {
@@ -305,7 +305,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "mean_epochs": plan.mean_epochs,
         "pack_size": None if plan.together is None else plan.together.most,
         "concurrent_trials": plan.concurrent,
-        "misfit": plan.misfit or None,
+        "misfit": plan.infeasible_reason or None,
         "manifest": spec.base["data"]["manifest"],
         "manifest_problem": plan.manifest_problem or None,
         "num_classes": None if plan.manifest is None else len(plan.manifest.class_names),
@@ -353,10 +353,10 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
     assert rows is not None, "a calibration has read the manifest"
     return {
         "depth": None if config.decoder is None else config.decoder.depth,
-        "batch_size": None if config.train is None else needed(config.train).batch_size,
+        "batch_size": None if config.train is None else require_section(config.train).batch_size,
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "epoch_seconds_in_pack": None
-        if speed.more_seconds is None or plan.together is None
+        if speed.extra_member_seconds is None or plan.together is None
         else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.together.size(config)),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,

@@ -21,25 +21,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo
 from imbvlm.config.training_sections import AdamWConfig
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.data.image_stream import ImageRows, StreamPlan, stream_in_threads
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.manifest_schema import Rows
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
-from imbvlm.features.extraction_plan import computed_in
+from imbvlm.features.extraction_plan import resolve_compute_dtype
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
-from imbvlm.features.trial_data import Examples, Source, TrialData
+from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.models.encoders.encoder_registry import absolute_encoder, find_tower
+from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.model_builder import METHODS
 from imbvlm.training.step.batch_source import READ_AHEAD
-from imbvlm.training.trial_pack import Pack, pack_key
+from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.trial_session import default_device
-from imbvlm.training.validation_logits import EpochLogits
+from imbvlm.training.validation_logits import EpochValLogits
 
 # Steps are taken for so long, but three at least; after a first one of this length a second is enough.
 STEP_SECONDS = 1.0
@@ -59,18 +59,18 @@ Speed = TypeVar("Speed")
 class TrialSpeed:
     """Seconds of one image in training and in evaluation, and the bytes of one worker, on its device and beside it."""
 
-    train_seconds: float
+    seconds_per_train_image: float
     eval_seconds: float
     host_bytes: int
     device_bytes: int
     # What one more of a pack adds to an image's training; None where it takes what it would take alone.
-    more_seconds: float | None = None
+    extra_member_seconds: float | None = None
 
     def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, together: float = 1.0) -> float:
         """Of one epoch with its validation, shared evenly by the trial's workers; a trial's share of a pack's."""
-        train = self.train_seconds
-        if self.more_seconds is not None:
-            train = (train + (together - 1) * self.more_seconds) / together
+        train = self.seconds_per_train_image
+        if self.extra_member_seconds is not None:
+            train = (train + (together - 1) * self.extra_member_seconds) / together
         return (train * num_train + self.eval_seconds * num_val) / num_workers
 
 
@@ -96,7 +96,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class SpeedBenchmark:
     """What `calibrate` found: speeds in the order asked, a sentence where one can't be measured."""
 
     machine: Machine
@@ -105,7 +105,7 @@ class Calibration:
     seconds: float
 
 
-def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_threads: int) -> Calibration:
+def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_threads: int) -> SpeedBenchmark:
     """Measure configurations one after another, each alone, with so many CPU threads; raises ImbvlmError.
 
     Methods that read stored outputs need no weights of a tower; the others, and towers themselves, do.
@@ -116,7 +116,7 @@ def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_
     try:
         device = default_device()
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        return Calibration(
+        return SpeedBenchmark(
             Machine(socket.gethostname(), name, num_threads),
             tuple(_measured(partial(_trial_speed, own_bytes), config, device) for config in trials),
             tuple(_measured(_tower_speed, config, device) for config in towers),
@@ -217,9 +217,9 @@ def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, st
     # The first one warms up, unless its steps are so long that it doesn't matter.
     num_epochs = 2 if num_steps > 1 else 1
     config = config.with_overrides({"train.num_epochs": num_epochs, "second_stage": None})
-    rows = np.arange(min(len(data.train), num_steps * needed(config.train).batch_size))
+    rows = np.arange(min(len(data.train), num_steps * require_section(config.train).batch_size))
     part = replace(data, train=_first(data.train, rows), val=_first(data.val, rows[:0]))
-    runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], Pack()
+    runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], TrialPack()
     for run in runs:
         run.join(pack)
     generators, taken = [run.epochs() for run in runs], []
@@ -228,11 +228,11 @@ def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, st
         for generator in generators:
             next(generator)
         taken.append(time.perf_counter() - started)
-    alone = step_seconds * len(rows) / needed(config.train).batch_size
+    alone = step_seconds * len(rows) / require_section(config.train).batch_size
     return max(0.0, taken[-1] - alone) / ((PACK_MEMBERS - 1) * max(1, len(rows)))
 
 
-def _eval_seconds(run: TrialRun, val: Source, at_once: int) -> float:
+def _eval_seconds(run: TrialRun, val: RowSource, at_once: int) -> float:
     """Seconds of one image, over the rows that take about as long as the steps did."""
     if not len(val):
         return 0.0
@@ -247,9 +247,9 @@ def _eval_seconds(run: TrialRun, val: Source, at_once: int) -> float:
         rows = np.arange(min(len(val), 4 * len(rows)))
 
 
-def _first(source: Source, rows: Rows) -> Source:
-    if isinstance(source, Examples):
-        return Examples(source.store, source.rows[rows], source.labels[rows])
+def _first(source: RowSource, rows: Rows) -> RowSource:
+    if isinstance(source, StoredRows):
+        return StoredRows(source.store, source.rows[rows], source.labels[rows])
     return ImageRows(source.manifest, source.rows[rows], source.places[rows], source.labels[rows])
 
 
@@ -271,7 +271,7 @@ def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -
     numbers = run.feed.numbers_per_example * batch_size
     reading = numbers * (2 * (READ_AHEAD + 1) + 4)
     rows = len(run.data.val)
-    val_logits = 2 * rows * num_classes if EpochLogits.fits(rows, num_classes) else 0
+    val_logits = 2 * rows * num_classes if EpochValLogits.fits(rows, num_classes) else 0
     return on_device + reading + val_logits, on_device
 
 
@@ -295,14 +295,14 @@ def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
     val = manifest.rows_of("val") if "val" in manifest.splits else carved
     needs_tower = config.reads_images or config.method == "prompt_tuning"
     info = _tower(config).info if needs_tower else describe_encoder(config.encoder)
-    sources: list[Source]
+    sources: list[RowSource]
     if config.reads_images:
         location = absolute_manifest(config.data.manifest)
         sources = [ImageRows(location, np.arange(len(rows)), rows, manifest.labels[rows]) for rows in (train, val)]
     else:
         store = _made_up_store(config, info, folder)
         sources = [
-            Examples(store, np.arange(len(rows)) % store.num_rows, manifest.labels[rows]) for rows in (train, val)
+            StoredRows(store, np.arange(len(rows)) % store.num_rows, manifest.labels[rows]) for rows in (train, val)
         ]
     num_classes = len(manifest.class_names)
     counts = np.bincount(manifest.labels[train], minlength=num_classes)
@@ -334,14 +334,14 @@ def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> Feat
 
 def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
     """The tower with its weights; raises ImbvlmError where they would have to be fetched first."""
-    if not find_tower(config.encoder).has_weights:
+    if not resolve_encoder(config.encoder).has_weights:
         raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet")
     return Encoder.from_config(config.encoder, config.eval, device)
 
 
 def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
     encoder = _tower(config, device)
-    encoder.compute_in(computed_in(config, encoder.info))
+    encoder.compute_in(resolve_compute_dtype(config, encoder.info))
     manifest = Manifest.read(config.data.manifest)
     rows = manifest.rows_of("train")[:16]
     plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)

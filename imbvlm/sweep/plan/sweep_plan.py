@@ -12,7 +12,7 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, ImbvlmError
-from imbvlm.base.formatting import count_of, size_text
+from imbvlm.base.formatting import pluralize, size_text
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -20,30 +20,30 @@ from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import SECONDS_HERE
 from imbvlm.features.store_sizes import (
     DISK_MARGIN,
-    image_bytes,
+    bytes_per_image,
     num_crops,
-    plan_bytes,
-    stored_images,
-    token_knobs,
+    pending_images,
+    store_bytes,
+    token_size_options,
     trial_bytes,
 )
-from imbvlm.models.encoders.encoder_registry import find_tower
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.ray_runtime.cluster_resources import Cluster
-from imbvlm.ray_runtime.connection import call_on_worker, connected, joined, running_cluster
+from imbvlm.ray_runtime.connection import existing_cluster, find_cluster, ray_session, run_on_worker
 from imbvlm.sweep.plan.cost_estimate import (
     PASS_START_SECONDS,
     START_SECONDS,
     Estimate,
-    Range,
-    Rows,
-    Speeds,
-    Together,
-    commonest_shapes,
+    Interval,
+    PackStatistics,
+    SpeedTable,
+    SplitSizes,
+    cost_key,
     estimate,
     gpu_hours,
+    most_common_shapes,
     num_epochs,
     sample_trials,
-    shape_of,
 )
 from imbvlm.sweep.plan.feasibility import (
     DRIVER_CPUS,
@@ -57,10 +57,10 @@ from imbvlm.sweep.plan.feasibility import (
     trials_at_once,
     uses_ray_train,
 )
-from imbvlm.sweep.plan.speed_benchmark import Calibration, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.plan.speed_benchmark import SpeedBenchmark, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.records.budget import cost_of_an_hour
 from imbvlm.sweep.records.earlier_sweeps import warm_starts
-from imbvlm.sweep.spec.baselines import baselines, tower_configs
+from imbvlm.sweep.spec.baselines import baselines, encoder_configs
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -68,11 +68,11 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 # So many kinds of trials are measured, about two seconds each.
 MAX_SHAPES = 6
 
-Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], Calibration]
+Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], SpeedBenchmark]
 
 
 @dataclass(frozen=True)
-class Tower:
+class PlannedEncoder:
     """One tower of the space: what its stored outputs take on disk, and what is still to be computed of them.
 
     Without a manifest `num_bytes` is of one image and view; `missing_images` is None where it isn't known. One trial
@@ -91,27 +91,27 @@ class Tower:
 class Plan:
     """All that is known of a sweep before it runs; `manifest` is None where it can't be read, for `manifest_problem`.
 
-    `machine` says what the times are for, and `misfit` why the sweep can't run there.
+    `machine` says what the times are for, and `infeasible_reason` why the sweep can't run there.
     """
 
     spec: SweepSpec
     space: SearchSpace
     manifest: Manifest | None
     manifest_problem: str
-    towers: tuple[Tower, ...]
+    towers: tuple[PlannedEncoder, ...]
     free_bytes: int | None
     num_gpus: float
     num_machines: int
     machine: str
-    misfit: str
+    infeasible_reason: str
     concurrent: int
-    calibration: Calibration | None
+    calibration: SpeedBenchmark | None
     shapes: tuple[TrialConfig, ...]
-    rows: Rows | None
+    rows: SplitSizes | None
     mean_epochs: float
     estimate: Estimate | None
     # How trials train together, and what each further one adds; None without a manifest.
-    together: Together | None = None
+    together: PackStatistics | None = None
     packing: Packing | None = None
     # What validation logits take at one time, at most, and the room that stored features leave for them.
     logit_bytes: int = 0
@@ -165,27 +165,29 @@ class Plan:
         return not self.copy_bytes or sum(largest) <= self.spec.feature_copies.limit_bytes()
 
     @property
-    def gpu_hours(self) -> Range | None:
+    def gpu_hours(self) -> Interval | None:
         """Of all GPUs of the machine or cluster while the sweep runs."""
         total = None if self.estimate is None else self.estimate.total
         return None if total is None else gpu_hours(total, self.num_gpus)
 
     @property
-    def cost(self) -> Range | None:
+    def cost(self) -> Interval | None:
         total = None if self.estimate is None else self.estimate.total
         an_hour = cost_of_an_hour(self.spec, self.num_gpus, self.num_machines)
         return None if total is None or an_hour is None else total.times(an_hour / 3600)
 
 
-def calibrate_here(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> Calibration:
+def calibrate_here(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
     """On this machine, in this process."""
     return calibrate(trials, towers, max(1, int(spec.cpus_per_worker)))
 
 
-def calibrate_on_cluster(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> Calibration:
+def calibrate_on_cluster(
+    spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]
+) -> SpeedBenchmark:
     """On a machine of the cluster that a trial's worker would be given."""
-    with connected():
-        return call_on_worker(
+    with ray_session():
+        return run_on_worker(
             calibrate, list(trials), list(towers), max(1, int(spec.cpus_per_worker)),
             num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker,
         )  # fmt: skip
@@ -204,10 +206,12 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
         check_manifest(spec, manifest)
     look = num_gpus is None
     # Joined once for all that is asked of it.
-    with joined() if look else nullcontext():
-        cluster = running_cluster() if num_gpus is None else _elsewhere(spec, num_gpus)
+    with existing_cluster() if look else nullcontext():
+        cluster = find_cluster() if num_gpus is None else _elsewhere(spec, num_gpus)
         concurrent, misfit = _concurrent(spec, cluster)
-        found = tuple(_tower(spec, space, config, towers, manifest, look=look) for config in tower_configs(spec, space))
+        found = tuple(
+            _tower(spec, space, config, towers, manifest, look=look) for config in encoder_configs(spec, space)
+        )
     sample, rows = sample_trials(spec, space), None
     fixed = baselines(spec, space)
     shapes: list[TrialConfig] = []
@@ -218,17 +222,17 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
     if manifest is not None:
         rows = _rows(spec, manifest)
         packs = packing(spec, towers.values(), manifest, concurrent)
-        together = Together.of(sample, packs.size)
+        together = PackStatistics.of(sample, packs.size)
         logits = max_logit_bytes(spec, space, manifest, packs, concurrent)
         if measure is not None:
-            shapes = commonest_shapes(sample, MAX_SHAPES)
-            known = set(map(shape_of, shapes))
+            shapes = most_common_shapes(sample, MAX_SHAPES)
+            known = set(map(cost_key, shapes))
             for one in fixed:
-                shapes += [] if shape_of(one.config) in known or len(fixed) > MAX_SHAPES else [one.config]
+                shapes += [] if cost_key(one.config) in known or len(fixed) > MAX_SHAPES else [one.config]
             calibration = measure(spec, shapes, [tower.config for tower in found])
-            speeds = Speeds(
+            speeds = SpeedTable(
                 {
-                    shape_of(config): (config.method, speed)
+                    cost_key(config): (config.method, speed)
                     for config, speed in zip(shapes, calibration.trials, strict=True)
                     if isinstance(speed, TrialSpeed)
                 }
@@ -238,7 +242,7 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
             estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
         spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root) if look else None,
-        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.grown),
+        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.max_nodes),
         _machine(cluster, is_here=look), misfit, concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
         together, packs, logits, logit_room,
@@ -250,7 +254,7 @@ def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
 
     Where weights are missing, it asks whether their server answers.
     """
-    return [*(_missing_files(plan) if is_here else ()), *([plan.misfit] if plan.misfit else [])]
+    return [*(_missing_files(plan) if is_here else ()), *([plan.infeasible_reason] if plan.infeasible_reason else [])]
 
 
 def _missing_files(plan: Plan) -> list[str]:
@@ -258,7 +262,7 @@ def _missing_files(plan: Plan) -> list[str]:
     problems = [] if plan.manifest is not None else [f"manifest {plan.manifest_problem}"]
     for tower in plan.towers:
         try:
-            problem = find_tower(tower.config.encoder).weights_state().problem
+            problem = resolve_encoder(tower.config.encoder).weights_state().problem
         except ImbvlmError as error:
             problem = str(error)
         problems += [] if problem is None else [f"encoder {tower.config.encoder.name}: {problem}"]
@@ -286,16 +290,16 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
         return None, str(error)
 
 
-def _rows(spec: SweepSpec, manifest: Manifest) -> Rows:
+def _rows(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
     carved = len(carve_validation(manifest, int(spec.base["data"].get("split_seed", 0))))
     counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
-    return Rows(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
+    return SplitSizes(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
 
 
 def resources() -> tuple[float, float]:
     """CPUs and GPUs of the cluster that a sweep would join, or else of this machine; starts nothing."""
-    cluster = running_cluster()
-    return (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.most_cpus, cluster.most_gpus)
+    cluster = find_cluster()
+    return (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.max_cpus, cluster.max_gpus)
 
 
 def _cpus() -> int:
@@ -314,16 +318,16 @@ def _concurrent(spec: SweepSpec, cluster: Cluster | None) -> tuple[int, str]:
 
 def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> float:
     """The GPUs that stand by: those of the cluster or machine, at least those that the trials take."""
-    there = float(torch.cuda.device_count()) if cluster is None else cluster.most_gpus
+    there = float(torch.cuda.device_count()) if cluster is None else cluster.max_gpus
     return max(there, concurrent * spec.num_workers * spec.gpus_per_worker)
 
 
 def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
     if cluster is not None and not is_here:
-        return f"another machine, {count_of(cluster.num_cpus, 'CPU')} and {count_of(cluster.num_gpus, 'GPU')}"
+        return f"another machine, {pluralize(cluster.num_cpus, 'CPU')} and {pluralize(cluster.num_gpus, 'GPU')}"
     cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
     where = "this machine" if cluster is None else f"the cluster that runs ({len(cluster.nodes)} machines)"
-    return f"{where}, {count_of(cpus, 'CPU')} and {count_of(gpus, 'GPU')}"
+    return f"{where}, {pluralize(cpus, 'CPU')} and {pluralize(gpus, 'GPU')}"
 
 
 def _tower(
@@ -334,30 +338,30 @@ def _tower(
     manifest: Manifest | None,
     *,
     look: bool,
-) -> Tower:
+) -> PlannedEncoder:
     """With `look`, what the store has already is looked up, for which the tower's weights are read."""
     info = towers[config.encoder.model_dump_json()]
     outputs = needed_outputs(spec, space)
     if manifest is None:
-        return Tower(config, info, image_bytes(config, info, outputs), 0, None)
-    each = plan_bytes(config, manifest, outputs, manifest.splits)
+        return PlannedEncoder(config, info, bytes_per_image(config, info, outputs), 0, None)
+    each = store_bytes(config, manifest, outputs, manifest.splits)
     total, most = sum(each.values()), trial_bytes(config, manifest, outputs)
     crops = num_crops(config, manifest, manifest.splits)
     root = spec.feature_root
     if not config.features.store:
-        return Tower(config, info, 0, 0, 0)
-    if not look or not storage.exists(root) or not find_tower(config.encoder).has_weights:
-        return Tower(config, info, total, total, crops, most)
-    images, missing = stored_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
-    return Tower(config, info, total, missing, images, most)
+        return PlannedEncoder(config, info, 0, 0, 0)
+    if not look or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
+        return PlannedEncoder(config, info, total, total, crops, most)
+    images, missing = pending_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
+    return PlannedEncoder(config, info, total, missing, images, most)
 
 
 def _features_seconds(
-    towers: Sequence[Tower], calibration: Calibration, cluster: Cluster | None, num_passes: int
+    towers: Sequence[PlannedEncoder], calibration: SpeedBenchmark, cluster: Cluster | None, num_passes: int
 ) -> float | None:
     """The passes over all images, one tower after another: on GPUs beside the CPUs that read images, else on CPUs."""
     cpus = _cpus() if cluster is None else cluster.num_cpus
-    gpus = torch.cuda.device_count() if cluster is None else cluster.most_gpus
+    gpus = torch.cuda.device_count() if cluster is None else cluster.max_gpus
     total = 0.0
     for tower, speed in zip(towers, calibration.towers, strict=True):
         if not tower.missing_images:
@@ -385,7 +389,7 @@ def _disk(plan: Plan) -> str:
     if plan.fits_features:
         return f"{text}, {size_text(plan.free_bytes)} free"
     reads_tokens = "tokens" in needed_outputs(plan.spec, plan.space)
-    knobs = "".join(f", {knob}" for knob in token_knobs(plan.towers[0].config)) if reads_tokens else ""
+    knobs = "".join(f", {knob}" for knob in token_size_options(plan.towers[0].config)) if reads_tokens else ""
     return (
         f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
         f"{knobs}, or choose another --storage"

@@ -13,30 +13,30 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, size_text
 from imbvlm.longtail.post_hoc_adjustment import (
-    Adjustment,
-    Calibration,
-    Choice,
+    PostHocAdjustment,
+    TemperatureFit,
+    ValueSelection,
     accuracy_weights,
     calibration_error,
-    choose_alpha,
-    choose_tau,
     fit_temperature,
+    select_alpha,
+    select_tau,
 )
 from imbvlm.models.model_builder import METHODS
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord
-from imbvlm.sweep.spec.baselines import baselines, tower_key
+from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.validation_logits import KeptLogits, read_logits
+from imbvlm.training.validation_logits import SavedValLogits, read_logits
 
 LOGITS_FOLDER = "logits"
 POST_HOC_FILE = "post_hoc.json"
 
 
 @dataclass(frozen=True)
-class PostHoc:
+class AdjustmentSelection:
     """What validation says about adjusting a configuration's logits, with all that was tried.
 
     `adjustment` has what was shown to help: a choice whose gain is within its standard error is left at neutral, and so
@@ -45,17 +45,17 @@ class PostHoc:
     """
 
     metric: str
-    tau: Choice
-    alpha: Choice | None
-    calibration: Calibration
+    tau: ValueSelection
+    alpha: ValueSelection | None
+    calibration: TemperatureFit
     plain_error: float
     num_rows: int
 
     @property
-    def adjustment(self) -> Adjustment:
+    def adjustment(self) -> PostHocAdjustment:
         """What is done to the logits."""
-        alpha = 0.0 if self.alpha is None else self.alpha.taken
-        return Adjustment(self.tau.taken, alpha, self.calibration.taken)
+        alpha = 0.0 if self.alpha is None else self.alpha.accepted
+        return PostHocAdjustment(self.tau.accepted, alpha, self.calibration.accepted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -76,7 +76,7 @@ def logits_file(folder: str, trial_id: str) -> str:
 
 
 def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
-    """Ids of the trials whose validation logits may still be read: by `choose_post_hoc`, now or when others have ended.
+    """Ids of the trials whose validation logits `select_adjustments` may still read, now or when others have ended.
 
     Those are the baselines, what would be refitted by now, and the best few, which further seeds may put in another
     order and `export --top` asks for. A trial that falls behind them stays behind: no other trial's end changes its
@@ -131,7 +131,9 @@ def check_logits_fit(folder: str, num_bytes: int) -> None:
         )
 
 
-def choose_post_hoc(folder: str, refits: Sequence[Refit], log: TrialLog, objective: str) -> dict[str, PostHoc]:
+def select_adjustments(
+    folder: str, refits: Sequence[Refit], log: TrialLog, objective: str
+) -> dict[str, AdjustmentSelection]:
     """For each refit that trains, by name, what its search's validation logits say.
 
     Absent are those whose trial left no logits, and those on fresh crops.
@@ -146,26 +148,26 @@ def choose_post_hoc(folder: str, refits: Sequence[Refit], log: TrialLog, objecti
     return found
 
 
-def write_post_hoc(folder: str, chosen: Mapping[str, PostHoc]) -> None:
+def write_post_hoc(folder: str, chosen: Mapping[str, AdjustmentSelection]) -> None:
     """Write post_hoc.json into a sweep's folder."""
     text = json.dumps({name: one.to_dict() for name, one in chosen.items()}, indent=1)
     storage.write_bytes(storage.join(folder, POST_HOC_FILE), text.encode())
 
 
-def read_adjustment(folder: str, name: str) -> Adjustment | None:
+def read_adjustment(folder: str, name: str) -> PostHocAdjustment | None:
     """What a sweep does to the logits of a refit; None where nothing could be chosen. Raises ImbvlmError."""
     uri = storage.join(folder, POST_HOC_FILE)
     if not storage.exists(uri):
         return None
     try:
         chosen = json.loads(storage.read_bytes(uri)).get(name)
-        return None if chosen is None else Adjustment(**chosen["adjustment"])
+        return None if chosen is None else PostHocAdjustment(**chosen["adjustment"])
     except (ValueError, KeyError, TypeError) as error:
         mend = f"remove it and go on with: imbvlm sweep resume {folder}"
         raise ImbvlmError(f"{uri} is damaged ({error!r}); {mend}") from None
 
 
-def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord]) -> str:
+def describe_post_hoc(name: str, chosen: AdjustmentSelection, scored: Sequence[TrialRecord]) -> str:
     """Lines on a refit's adjustments: which values were tried, what they gain, calibration before and after."""
     metric, tau, alpha, calibration = chosen.metric.replace("_", " "), chosen.tau, chosen.alpha, chosen.calibration
     lines = [
@@ -187,14 +189,14 @@ def describe_post_hoc(name: str, chosen: PostHoc, scored: Sequence[TrialRecord])
     return "\n".join(lines)
 
 
-def _choice(name: str, choice: Choice, metric: str) -> str:
+def _choice(name: str, choice: ValueSelection, metric: str) -> str:
     values = [value for value, _ in choice.tried]
     tried = f"{name} of {len(values)} values from {min(values):g} to {max(values):g}"
     if choice.value == choice.neutral:
         return f"{tried}: none is better than {choice.neutral:g}"
     gain = f"{name} {choice.value:g} gains {100 * choice.gain:.1f} points of {metric}"
     error = f"standard error {100 * choice.standard_error:.1f}"
-    if choice.taken == choice.value:
+    if choice.accepted == choice.value:
         return f"{tried}: {gain} ({error})"
     return f"{tried}: {gain}, within its {error}, so that it stays at {choice.neutral:g}"
 
@@ -204,20 +206,22 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> KeptLogits | None:
+def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogits | None:
     """Those of the zero-shot baseline of the refit's tower; none where the tower itself was trained."""
     if METHODS[refit.config.method].trains_tower:
         return None
     same = (
         one
         for one in log.of("baseline")
-        if one.config["method"] == "zero_shot" and tower_key(one.trial_config()) == tower_key(refit.config)
+        if one.config["method"] == "zero_shot" and feature_key(one.trial_config()) == feature_key(refit.config)
     )
     record = next(same, None)
     return None if record is None else read_logits(logits_file(folder, record.trial_id))
 
 
-def _choose(refit: Refit, kept: KeptLogits, zero_shot: KeptLogits | None, objective: str) -> PostHoc | None:
+def _choose(
+    refit: Refit, kept: SavedValLogits, zero_shot: SavedValLogits | None, objective: str
+) -> AdjustmentSelection | None:
     """By the logits of the epoch that a refit ends at: a baseline's best, the last of a trial that came to its end."""
     logits = kept.best() if refit.record.kind == "baseline" or kept.last() is None else kept.last()
     if logits is None:
@@ -231,11 +235,11 @@ def _choose(refit: Refit, kept: KeptLogits, zero_shot: KeptLogits | None, object
     logits, targets, metric = logits[seen].float(), kept.targets[seen], objective.removeprefix("val/")
     weights = accuracy_weights(metric, targets, kept.stats)
     counts = torch.from_numpy(kept.stats.counts)
-    tau = choose_tau(logits, targets, counts, weights=weights)
+    tau = select_tau(logits, targets, counts, weights=weights)
     mixed = None if other is None else other[seen].float()
-    adjusted = Adjustment(tau=tau.taken).apply(logits, counts)
-    alpha = None if mixed is None else choose_alpha(adjusted, mixed, targets, weights=weights)
-    if mixed is not None and alpha is not None and alpha.taken:
-        adjusted = Adjustment(alpha=alpha.taken).apply(adjusted, counts, mixed)
+    adjusted = PostHocAdjustment(tau=tau.accepted).apply(logits, counts)
+    alpha = None if mixed is None else select_alpha(adjusted, mixed, targets, weights=weights)
+    if mixed is not None and alpha is not None and alpha.accepted:
+        adjusted = PostHocAdjustment(alpha=alpha.accepted).apply(adjusted, counts, mixed)
     plain = calibration_error(logits, targets)
-    return PostHoc(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))
+    return AdjustmentSelection(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))

@@ -19,7 +19,7 @@ SAVE_AFTER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Spent:
+class UsedBudget:
     """Seconds of the driver, of all GPUs and of all machines of its cluster; the driver's by phase, too."""
 
     seconds: float = 0.0
@@ -27,16 +27,16 @@ class Spent:
     machine_seconds: float = 0.0
     phases: Mapping[str, float] = field(default_factory=dict)
 
-    def later(self, seconds: float, num_gpus: float, num_machines: int) -> Spent:
+    def later(self, seconds: float, num_gpus: float, num_machines: int) -> UsedBudget:
         """After so many seconds more on so many GPUs and machines."""
-        return Spent(
+        return UsedBudget(
             self.seconds + seconds,
             self.gpu_seconds + seconds * num_gpus,
             self.machine_seconds + seconds * num_machines,
             self.phases,
         )
 
-    def in_phase(self, phase: Phase, seconds: float) -> Spent:
+    def in_phase(self, phase: Phase, seconds: float) -> UsedBudget:
         """With so many of its seconds in a phase."""
         return replace(self, phases={**self.phases, phase: self.phases.get(phase, 0.0) + seconds})
 
@@ -49,7 +49,7 @@ class Spent:
 
 def cost_of_an_hour(spec: SweepSpec, num_gpus: float, num_machines: int) -> float | None:
     """Of so many GPUs and machines, at the prices of a spec; None without one."""
-    return Spent().later(3600, num_gpus, num_machines).cost(spec)
+    return UsedBudget().later(3600, num_gpus, num_machines).cost(spec)
 
 
 class Budget:
@@ -100,7 +100,7 @@ class Budget:
         self._before = self._before.in_phase(self._phase, now - self._entered)
         self._entered, self._phase = now, phase
 
-    def _spent(self, more_seconds: float = 0.0) -> Spent:
+    def _spent(self, more_seconds: float = 0.0) -> UsedBudget:
         seconds = time.monotonic() - self._started + more_seconds
         return self._before.later(seconds, self._num_gpus, self._num_machines)
 
@@ -137,14 +137,14 @@ class Budget:
         storage.write_bytes(self._uri, json.dumps(asdict(spent)).encode())
 
 
-def read_spent(folder: str) -> Spent:
+def read_spent(folder: str) -> UsedBudget:
     """What a sweep's folder says is used, nothing without a word of it; raises ImbvlmError for a damaged file."""
     uri = storage.join(folder, SPENT_FILE)
     if not storage.exists(uri):
-        return Spent()
+        return UsedBudget()
     try:
         found = json.loads(storage.read_bytes(uri))
         phases = {str(phase): float(seconds) for phase, seconds in found["phases"].items()}
-        return Spent(float(found["seconds"]), float(found["gpu_seconds"]), float(found["machine_seconds"]), phases)
+        return UsedBudget(float(found["seconds"]), float(found["gpu_seconds"]), float(found["machine_seconds"]), phases)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ImbvlmError(f"{uri} is damaged ({error}); remove it to count from nothing") from None

@@ -15,7 +15,7 @@ from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
-from imbvlm.sweep.spec.search_space import NEVER_SET, Draw, SearchSpace, is_active, value_in
+from imbvlm.sweep.spec.search_space import MISSING, Params, SearchSpace, get_dotted, is_active
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 
@@ -23,7 +23,7 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 class WarmTrial:
     """An ended trial of an earlier sweep as a draw of the new space."""
 
-    draw: Draw
+    draw: Params
     record: TrialRecord
 
 
@@ -57,13 +57,13 @@ def _warm_start(spec: SweepSpec, space: SearchSpace, folder: str) -> WarmStart:
     return WarmStart(folder, tuple(found), len(ended), None if is_same else before)
 
 
-def _draw_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Draw | None:
+def _draw_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Params | None:
     """The draw of this space with a trial's values, also of keys that its own sweep had fixed; None without one."""
-    drawn: Draw = {}
+    drawn: Params = {}
     for parameter in space.parameters:
         if is_active(parameter, drawn, spec.base):
-            value = value_in(record.config, parameter.key)
-            if value is NEVER_SET or not parameter.contains(value):
+            value = get_dotted(record.config, parameter.key)
+            if value is MISSING or not parameter.contains(value):
                 return None
             drawn[parameter.key] = value
     try:
@@ -73,7 +73,7 @@ def _draw_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Draw |
     return drawn if method == record.config["method"] else None
 
 
-def told(starts: Sequence[WarmStart]) -> list[WarmTrial]:
+def warm_trials(starts: Sequence[WarmStart]) -> list[WarmTrial]:
     """All of them."""
     return [trial for start in starts for trial in start.trials]
 
@@ -91,7 +91,7 @@ class Fork:
         return "\n".join(lines + [f"  {count} left behind: {reason}" for reason, count in self.left.most_common()])
 
 
-def choose_fork(source: str, spec: SweepSpec, space: SearchSpace, changes: list[str]) -> Fork:
+def select_fork_trials(source: str, spec: SweepSpec, space: SearchSpace, changes: list[str]) -> Fork:
     """Trials of a sweep's folder that a spec would give the same numbers for; none where code or data have changed.
 
     Refits stay behind: which ones are needed shows when the new search has ended.

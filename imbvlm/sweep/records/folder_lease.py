@@ -19,9 +19,9 @@ from imbvlm.base.formatting import duration
 from imbvlm.sweep.records.lease_file import lease_file
 
 LEASE_FILE = "running.json"
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 # A run that can't be looked at from here has ended when it has been silent for so long.
-SILENT_SECONDS = 120.0
+HEARTBEAT_TIMEOUT_SECONDS = 120.0
 LOOK_SECONDS = 2.0
 # Of several that start together one has it after the first attempt, and the others find it with that one.
 ATTEMPTS = 20
@@ -106,7 +106,7 @@ class Lease:
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._lost: ImbvlmError | None = None
 
-    def take(self, say: Callable[[str], None]) -> None:
+    def acquire(self, say: Callable[[str], None]) -> None:
         """Take it where nobody has it, or wait whether one that can't be looked at has ended; raises ImbvlmError."""
         for _ in range(ATTEMPTS):
             if self._try(say):
@@ -147,7 +147,7 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Nobody works here any more."""
         self._ended.set()
         if self._beats.is_alive():
@@ -161,7 +161,7 @@ class Lease:
         """Wait until a run that can't be looked at has been silent for too long; raises ImbvlmError if it isn't."""
         # By another machine's clock it may have been in the future.
         silent = max(0.0, time.time() - found.beat)
-        left = SILENT_SECONDS - silent
+        left = HEARTBEAT_TIMEOUT_SECONDS - silent
         if left <= 0:
             return
         say(
@@ -189,7 +189,7 @@ class Lease:
         return _to_bytes(self._holder).ljust(self._length)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
                 # Looked at first: what another run has taken, or a user deleted or moved, must not come back.
                 self.check()
@@ -227,10 +227,10 @@ def _parse(uri: str, data: bytes) -> Holder:
 
 
 @contextmanager
-def held(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
+def folder_lease(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
     """Within, this process alone runs the sweep in a folder; raises ImbvlmError where another one does."""
     lease = Lease(folder)
-    lease.take(say)
+    lease.acquire(say)
     try:
         yield lease
     except BaseException:
@@ -240,4 +240,4 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
         lease.check_lost()
         raise
     finally:
-        lease.give_back()
+        lease.release()

@@ -64,7 +64,7 @@ class LocalLeaseFile:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise storage.failure("read", str(self._path), error) from None
+            raise storage.storage_error("read", str(self._path), error) from None
 
     def create(self, data: bytes) -> bool:
         self._stream = self._create(self._path, data)
@@ -90,7 +90,7 @@ class LocalLeaseFile:
             os.pwrite(self._stream.fileno(), data, 0)
             os.fsync(self._stream.fileno())
         except OSError as error:
-            raise storage.failure("write", str(self._path), error) from None
+            raise storage.storage_error("write", str(self._path), error) from None
 
     def _create(self, path: Path, data: bytes) -> BinaryIO | None:
         """The new file, which appears whole; None where one is there."""
@@ -105,13 +105,13 @@ class LocalLeaseFile:
                 os.unlink(temporary)
         except OSError as error:
             if error.errno not in _NO_LINKS:
-                raise storage.failure("write", str(path), error) from None
+                raise storage.storage_error("write", str(path), error) from None
         try:
             return _written(path.open("x+b"), data)
         except FileExistsError:
             return None
         except OSError as error:
-            raise storage.failure("write", str(path), error) from None
+            raise storage.storage_error("write", str(path), error) from None
 
 
 def _written(stream: BinaryIO, data: bytes) -> BinaryIO:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from imbvlm.base import storage
 from imbvlm.base.csv_cells import csv_line, escape_cell, unescape_cell
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
 
@@ -65,6 +65,6 @@ def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:
     )
     reason, count = Counter(str(row["reason"]) for row in rows).most_common(1)[0]
     return (
-        f"{count_of(len(rows), 'image')} left out, as decoding failed ({groups}); most often ({count}): {reason}. "
+        f"{pluralize(len(rows), 'image')} left out, as decoding failed ({groups}); most often ({count}): {reason}. "
         f"List: {uri}"
     )

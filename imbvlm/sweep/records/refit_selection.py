@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from imbvlm.config.second_stage_registry import TauNormalizationConfig
-from imbvlm.config.trial_config import TrialConfig, needed
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 # Before the name of a refit whose configuration was chosen by an earlier run of the sweep and is no longer.
-EARLIER = "earlier "
+SUPERSEDED = "earlier "
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
     return max(sum(each) / concurrent, max(each))
 
 
-def name_earlier(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
+def mark_superseded(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
     """Rename the refits that an earlier run made of what is no longer chosen; `trial_ids` has the chosen ones' names.
 
     They have read the test split, so they stay and are shown.
     """
     for record in log.of("refit"):
-        name = trial_ids.get(record.trial_id, f"{EARLIER}{record.name.removeprefix(EARLIER)}")
+        name = trial_ids.get(record.trial_id, f"{SUPERSEDED}{record.name.removeprefix(SUPERSEDED)}")
         if record.name != name:
             record.name = name
             log.save(record)
@@ -97,7 +97,7 @@ def listed_names(log: TrialLog, spec: SweepSpec) -> dict[str, str]:
     """What the refits of a study's trials are called, by the trials' ids; one of them is the winner's."""
     space = spec.read_space()
     assert isinstance(space, ListedSpace), "check_spec lets only such a space have a study"
-    names = {one.trial_id: f"study: {needed(space.name_of(one.draw))}" for one in log.of("search")}
+    names = {one.trial_id: f"study: {require_section(space.name_of(one.draw))}" for one in log.of("search")}
     return names | {one.trial_id: WINNER for one in log.best(spec.objective)[:1]}
 
 

@@ -13,9 +13,9 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import between, duration, percent
 from imbvlm.config.second_stage_registry import num_stage_epochs
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.records.budget import Spent, read_spent
+from imbvlm.sweep.records.budget import UsedBudget, read_spent
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.spec.baselines import tower_key
+from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 PACES_FILE = "paces.json"
@@ -26,15 +26,15 @@ PHASE_WORDS = {
 }  # fmt: skip
 
 
-def pace_key(config: TrialConfig) -> str:
+def throughput_key(config: TrialConfig) -> str:
     """The tower, its input size and its precision: what decides how long an image takes, the same in every version."""
     chosen = config.features.computed_in
     return f"{config.encoder.name} at {config.encoder.image_size}" + ("" if chosen == "auto" else f" in {chosen}")
 
 
 @dataclass(frozen=True)
-class Paces:
-    """What an image took of the whole cluster's seconds as features were computed, by `pace_key`; training images."""
+class ImageThroughput:
+    """What an image took of the whole cluster's seconds as features were computed, by `throughput_key`."""
 
     num_train: int
     seconds: Mapping[str, float]
@@ -44,21 +44,21 @@ class Paces:
 
 
 @dataclass(frozen=True)
-class Compute:
+class ResourceUsage:
     """A sweep's use of time: by phase, as planned (None without a plan), and what its towers' passes took an image."""
 
     spec: SweepSpec
     log: TrialLog
-    spent: Spent
-    paces: Paces | None
+    spent: UsedBudget
+    paces: ImageThroughput | None
     plan: Mapping[str, Any] | None
 
     @staticmethod
-    def read(folder: str, spec: SweepSpec, log: TrialLog) -> Compute:
+    def read(folder: str, spec: SweepSpec, log: TrialLog) -> ResourceUsage:
         """Read the files of a sweep's folder; raises ImbvlmError for a damaged one."""
         found, plan = _read_json(storage.join(folder, PACES_FILE)), _read_json(storage.join(folder, PLAN_FILE))
-        paces = None if found is None else Paces(int(found["num_train"]), found["seconds"])
-        return Compute(spec, log, read_spent(folder), paces, plan)
+        paces = None if found is None else ImageThroughput(int(found["num_train"]), found["seconds"])
+        return ResourceUsage(spec, log, read_spent(folder), paces, plan)
 
     @property
     def num_gpus(self) -> float:
@@ -77,7 +77,7 @@ def _read_json(uri: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class EarlyStoppingSavings:
     """Epochs and seconds that stopped trials would still have taken, beside the epochs of the search."""
 
     num_stopped: int
@@ -86,7 +86,7 @@ class Stopped:
     seconds: float
 
 
-def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
+def saved_by_stopping(records: Sequence[TrialRecord]) -> EarlyStoppingSavings:
     """Each stopped trial's missing epochs at its own mean pace."""
     stopped, epochs, planned, seconds = 0, 0, 0, 0.0
     for record in records:
@@ -97,7 +97,7 @@ def saved_by_stopping(records: Sequence[TrialRecord]) -> Stopped:
             stopped += 1
             epochs += missing
             seconds += missing * record.seconds() / len(record.epochs)
-    return Stopped(stopped, epochs, planned, seconds)
+    return EarlyStoppingSavings(stopped, epochs, planned, seconds)
 
 
 def planned_epochs(record: TrialRecord) -> int | None:
@@ -112,7 +112,7 @@ def planned_epochs(record: TrialRecord) -> int | None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoreSavings:
     """Training images that trials read from the store, those that towers saw for it, and what that took and spared.
 
     `tower_seconds` is what the towers would have taken in every epoch at the pace at which they filled the store, None
@@ -126,7 +126,7 @@ class Stored:
     pass_seconds: float
 
 
-def saved_by_store(compute: Compute) -> Stored | None:
+def saved_by_store(compute: ResourceUsage) -> StoreSavings | None:
     """Training images alone are counted, those of validation would come on top; None where nothing was stored."""
     paces = compute.paces
     stored = [
@@ -137,12 +137,13 @@ def saved_by_store(compute: Compute) -> Stored | None:
     epochs = sum(len(one.epochs) for one in stored)
     if paces is None or not epochs:
         return None
-    views = {tower_key(one.trial_config()): one.trial_config().features.num_views for one in stored}
+    views = {feature_key(one.trial_config()): one.trial_config().features.num_views for one in stored}
     seconds = [
-        len(one.epochs) * paces.num_train * paces.seconds.get(pace_key(one.trial_config()), math.nan) for one in stored
+        len(one.epochs) * paces.num_train * paces.seconds.get(throughput_key(one.trial_config()), math.nan)
+        for one in stored
     ]
     total = sum(seconds)
-    return Stored(
+    return StoreSavings(
         epochs, epochs * paces.num_train, sum(views.values()) * paces.num_train,
         None if math.isnan(total) else total, compute.spent.phases.get("features", 0.0),
     )  # fmt: skip
@@ -151,7 +152,7 @@ def saved_by_store(compute: Compute) -> Stored | None:
 # ------------------------------------------------------------------------------------------------------- words
 
 
-def stopping_words(compute: Compute) -> str | None:
+def stopping_words(compute: ResourceUsage) -> str | None:
     """What early stopping spared; None where it stopped nothing."""
     saved = saved_by_stopping(compute.log.of("search"))
     if not saved.num_stopped:
@@ -164,7 +165,7 @@ def stopping_words(compute: Compute) -> str | None:
     )
 
 
-def store_words(compute: Compute) -> str | None:
+def store_words(compute: ResourceUsage) -> str | None:
     """What the feature store spared; None where nothing was stored."""
     saved = saved_by_store(compute)
     if saved is None:
@@ -193,7 +194,7 @@ def _each(seconds: float) -> str:
     return f"{1e3 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:.2g} s"
 
 
-def phase_rows(compute: Compute) -> list[list[str]]:
+def phase_rows(compute: ResourceUsage) -> list[list[str]]:
     """What took how long, and how long a plan had said: phase, planned, took."""
     planned = _planned(compute.plan)
     rows = [
@@ -204,7 +205,7 @@ def phase_rows(compute: Compute) -> list[list[str]]:
     return [*rows, ["in all", planned.get("total", "-"), duration(compute.spent.seconds)]] if rows else []
 
 
-def time_words(compute: Compute) -> str | None:
+def time_words(compute: ResourceUsage) -> str | None:
     """In one sentence where the time went, and what was planned; None for a sweep without a word of it."""
     rows = phase_rows(compute)
     if not rows:
@@ -214,7 +215,7 @@ def time_words(compute: Compute) -> str | None:
     return f"{'' if planned == '-' else f'planned {planned}, took '}{rows[-1][2]}: {parts}"
 
 
-def compute_text(compute: Compute) -> str:
+def compute_text(compute: ResourceUsage) -> str:
     """Lines for a terminal: where the time went, and what the store and early stopping spared."""
     found = (("time", time_words(compute)), ("feature store", store_words(compute)),
              ("early stopping", stopping_words(compute)))  # fmt: skip

@@ -7,12 +7,12 @@ from collections import Counter
 
 import numpy as np
 
-from imbvlm.base.formatting import count_of, duration, mean_and_spread, percent, table
+from imbvlm.base.formatting import duration, mean_std, percent, pluralize, table
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.difference import Difference
-from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe
+from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
@@ -24,7 +24,7 @@ MAX_CAUSES = 5
 _VARIES = re.compile(r"(?<![\w.])(?:\w+:/)?/[^\s:;,()'\"]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b|\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 
-def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> str:
+def run_header(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> str:
     """What is about to run, on which data, and what an earlier run has left."""
     stats = manifest.class_stats()
     rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
@@ -52,13 +52,13 @@ def opening(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) -> 
     return "\n".join(lines)
 
 
-def causes(failed: list[TrialRecord], what: str = "trial") -> str:
+def failure_causes(failed: list[TrialRecord], what: str = "trial") -> str:
     """Why trials failed, the commonest cause first; those that differ in numbers, ids or paths alone are one cause."""
     grouped: dict[str, Counter[str]] = {}
     for record in failed:
         grouped.setdefault(_without_numbers(record.stop_reason), Counter())[record.stop_reason] += 1
     ranked = sorted(grouped.values(), key=lambda reasons: -reasons.total())
-    lines = [f"{count_of(len(failed), what)} failed:"]
+    lines = [f"{pluralize(len(failed), what)} failed:"]
     for reasons in ranked[:MAX_CAUSES]:
         (reason, _), *others = reasons.most_common()
         unlike = " (with other numbers or names in the others)" if others else ""
@@ -66,7 +66,7 @@ def causes(failed: list[TrialRecord], what: str = "trial") -> str:
     rest = ranked[MAX_CAUSES:]
     if rest:
         num_failed = sum(reasons.total() for reasons in rest)
-        lines.append(f"  {num_failed} x {count_of(len(rest), 'other cause')}; each record in trials/ has its own")
+        lines.append(f"  {num_failed} x {pluralize(len(rest), 'other cause')}; each record in trials/ has its own")
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def _without_numbers(reason: str) -> str:
 def search_table(log: TrialLog, spec: SweepSpec) -> str:
     """The best trials and both baselines on validation, each at the epoch with its best objective; percent."""
     best = log.best(spec.objective)[:NUM_BEST]
-    rows = [_row(record, spec, log.broken(record, spec.objective) > 0) for record in best]
+    rows = [_row(record, spec, log.constraint_violation(record, spec.objective) > 0) for record in best]
     rows += [_row(record, spec) for record in log.of("baseline")]
     header = ["trial", "what", "epochs", "views", *HEADINGS]
     return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
@@ -89,7 +89,7 @@ def seeds_rows(log: TrialLog, spec: SweepSpec) -> list[list[str]]:
     for record in log.best(spec.objective):
         values = log.seed_values(record, spec.objective) if record.trial_id in repeated else []
         if len(values) > 1:
-            rows.append([record.trial_id, describe(record), str(len(values)), mean_and_spread(values)])
+            rows.append([record.trial_id, describe_trial(record), str(len(values)), mean_std(values)])
     return rows
 
 
@@ -109,7 +109,7 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     A trial that was run with more seeds stands by their mean, as it was chosen.
     """
     best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")
-    if log.broken(best, spec.objective):
+    if log.constraint_violation(best, spec.objective):
         wanted = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
         return f"no trial meets the constraints ({wanted}); {best.trial_id} comes nearest: try more trials"
     if not baselines:
@@ -133,7 +133,7 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
 
 def pareto_records(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
     """The trials of the search that meet the constraints and that no other beats in every objective, the best first."""
-    able = [one for one in log.best(spec.objective) if not log.broken(one, spec.objective)]
+    able = [one for one in log.best(spec.objective) if not log.constraint_violation(one, spec.objective)]
     valued = [(one, outcome(one.epochs, spec.objective, spec.other_objectives, {})) for one in able]
     known = [(one, found.values) for one, found in valued if found is not None]
     return [known[index][0] for index in pareto_indices([values for _, values in known], spec.objectives)]
@@ -148,7 +148,7 @@ def pareto_rows(records: list[TrialRecord], spec: SweepSpec) -> list[list[str]]:
             duration(value or 0.0) if metric == SECONDS else percent(value)
             for metric, value in zip(spec.objectives, values, strict=True)
         ]
-        rows.append([record.trial_id, f"{describe(record)}{_mark(record)}", *shown])
+        rows.append([record.trial_id, f"{describe_trial(record)}{_mark(record)}", *shown])
     return rows
 
 
@@ -165,7 +165,7 @@ def _mark(record: TrialRecord) -> str:
 
 def _row(record: TrialRecord, spec: SweepSpec, breaks: bool = False) -> list[str]:
     best = record.best_epoch(spec.objective) or {}
-    what = (record.name or describe(record)) + (" (BREAKS A CONSTRAINT)" if breaks else "") + _mark(record)
+    what = (record.name or describe_trial(record)) + (" (BREAKS A CONSTRAINT)" if breaks else "") + _mark(record)
     return [
         record.trial_id,
         what,
@@ -195,11 +195,11 @@ def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
             [[epoch[f"{split}/{metric}"] for epoch in last if f"{split}/{metric}" in epoch] for metric in METRICS]
             for split in ("test", "test_post_hoc", "test_tte")
         )
-        rows.append([name, *about, *map(mean_and_spread, values)])
+        rows.append([name, *about, *map(mean_std, values)])
         if any(crops):
-            rows.append([f"{name}, five crops", *about, *map(mean_and_spread, crops)])
+            rows.append([f"{name}, five crops", *about, *map(mean_std, crops)])
         # A temperature alone changes no prediction.
         if any(adjusted) and adjusted != values:
-            rows.append([f"{name}, post hoc", *about, *map(mean_and_spread, adjusted)])
+            rows.append([f"{name}, post hoc", *about, *map(mean_std, adjusted)])
     title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
     return f"{title}\n{table(['what', 'views', 'seeds', *HEADINGS], rows)}"

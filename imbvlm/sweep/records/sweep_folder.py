@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.provenance import data_size
@@ -102,7 +102,7 @@ class SweepState:
         name = self.manifest.rstrip("/").rpartition("/")[2].removesuffix(".parquet")
         if self.size is None:
             return name
-        return f"{name}: {count_of(self.size[0], 'class')}, {count_of(self.size[1], 'image')}"
+        return f"{name}: {pluralize(self.size[0], 'class')}, {pluralize(self.size[1], 'image')}"
 
     @property
     def compared(self) -> list[tuple[str, Split]]:

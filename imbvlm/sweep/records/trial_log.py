@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of
-from imbvlm.base.schema import Tree, flat
+from imbvlm.base.formatting import pluralize
+from imbvlm.base.schema import Tree, flatten
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig
@@ -122,7 +122,7 @@ class TrialLog:
             try:
                 record = TrialRecord.model_validate_json(storage.read_bytes(uri))
             except ValidationError as error:
-                mistakes = count_of(error.error_count(), "mistake")
+                mistakes = pluralize(error.error_count(), "mistake")
                 raise ImbvlmError(
                     f"{uri} is not a trial's record ({mistakes}); remove it to run that trial again"
                 ) from None
@@ -160,11 +160,11 @@ class TrialLog:
         for record in self.of(kind):
             value, further = record.best_value(key), more.get(record.trial_id, [])
             if value is not None:
-                broken = self.broken(record, objective) if kind == "search" else 0.0
+                broken = self.constraint_violation(record, objective) if kind == "search" else 0.0
                 ranked.append((broken, not further, -statistics.fmean([value, *further]), record))
         return [record for *_, record in sorted(ranked, key=lambda one: one[:3])]
 
-    def broken(self, record: TrialRecord, objective: str) -> float:
+    def constraint_violation(self, record: TrialRecord, objective: str) -> float:
         """By how much a trial breaks the sweep's constraints, in all; 0 where it meets them."""
         return sum(max(0.0, one) for one in violations(record.epochs, objective, self.constraints))
 
@@ -172,7 +172,9 @@ class TrialLog:
         """As `best` of the search, by each trial's own seed alone."""
         key = _running_maximum(objective)
         known = [(value, one) for one in self.of("search") if (value := one.best_value(key)) is not None]
-        return [one for _, one in sorted(known, key=lambda pair: (self.broken(pair[1], objective), -pair[0]))]
+        return [
+            one for _, one in sorted(known, key=lambda pair: (self.constraint_violation(pair[1], objective), -pair[0]))
+        ]
 
     def seed_values(self, record: TrialRecord, objective: str) -> list[float]:
         """The objective's running maximum of a trial and of its runs with more seeds; [] where it has none.
@@ -239,7 +241,7 @@ def results_table(records: list[TrialRecord]) -> pa.Table:
         "seconds": pa.array([row.seconds() for row in rows], pa.float64()),
         "config": pa.array([json.dumps(row.config) for row in rows], pa.string()),
     }
-    flats = [flat(row.config) for row in rows]
+    flats = [flatten(row.config) for row in rows]
     for key in dict.fromkeys(key for config in flats for key in config):
         columns[f"config.{key}"] = _typed([config.get(key) for config in flats])
     last = [row.epochs[-1] if row.epochs else {} for row in rows]
@@ -263,7 +265,7 @@ def _typed(values: list[Any]) -> pa.Array:
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
 
 
-def describe(record: TrialRecord) -> str:
+def describe_trial(record: TrialRecord) -> str:
     """A trial in a few words: method, loss, classifier, sampling, rate, mixed or varied examples, second stage."""
     config = record.config
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}

@@ -26,7 +26,7 @@ from imbvlm.sweep.report.plotting import (
     number,
     percent_tick,
 )
-from imbvlm.sweep.report.report_data import ClassRecord, Scored, Source
+from imbvlm.sweep.report.report_data import PerClassResults, ReportData, ScoredRefit
 
 # Up to here each class has a mark of its own; above, classes of like size are one.
 MAX_MARKS = 120
@@ -35,19 +35,19 @@ MAX_POINTS = 200
 AS_TRAINED_ALONE = "This sweep has kept its classes as trained, before adjustment."
 
 
-def colour(source: Source, scored: Scored) -> tuple[str, int]:
+def colour(source: ReportData, scored: ScoredRefit) -> tuple[str, int]:
     """The colour and shape of a refit's name, the same in every figure."""
     index = source.headline.index(scored)
     method = str(scored.records[0].config["method"])
     return WINNER_COLOUR if scored is source.winner else method_colour(method, [method]), index
 
 
-def splits_beside(source: Source) -> list[tuple[Scored, str]]:
+def splits_beside(source: ReportData) -> list[tuple[ScoredRefit, str]]:
     """What bars show: the winner and the baselines as trained, and as adjusted where that changes them."""
     return [(one, split) for one in source.headline for split in one.splits]
 
 
-def shot_group_bars(source: Source) -> Figure | None:
+def shot_group_bars(source: ReportData) -> Figure | None:
     """Accuracy by shot group on the test split, the winner beside the baselines; whiskers are the seeds' deviation."""
     groups = [
         group for group in ("top1", "balanced", *SHOT_GROUPS)
@@ -85,7 +85,7 @@ def shot_group_bars(source: Source) -> Figure | None:
     )  # fmt: skip
 
 
-def _bar_style(source: Source, scored: Scored, split: str) -> str:
+def _bar_style(source: ReportData, scored: ScoredRefit, split: str) -> str:
     return f"{colour(source, scored)[0]}{'' if split == scored.splits[-1] else ' dim'}"
 
 
@@ -97,7 +97,7 @@ def _group_name(group: str) -> str:
     return {"top1": "overall", "zero_train": "no training"}.get(group, group.removesuffix("_shot"))
 
 
-def accuracy_over_size(source: Source) -> Figure | None:
+def accuracy_over_size(source: ReportData) -> Figure | None:
     """Accuracy against training images of a class; curves over classes of like size, bands of a standard error."""
     known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if not known:
@@ -125,11 +125,11 @@ def accuracy_over_size(source: Source) -> Figure | None:
     return Figure("class_size", "Accuracy against class size", caption, drawing, [header, *data])
 
 
-def _class_legend(source: Source, known: list[tuple[Scored, ClassRecord]]) -> list[tuple[str, str, int]]:
+def _class_legend(source: ReportData, known: list[tuple[ScoredRefit, PerClassResults]]) -> list[tuple[str, str, int]]:
     return [(title_in(one.name, record.split), *colour(source, one)) for one, record in known]
 
 
-def _kept(source: Source) -> str:
+def _kept(source: ReportData) -> str:
     """Where classes are of another form than the headline, the sentence that says so."""
     winner = source.winner
     if winner is None or winner.classes is None or winner.classes.split == winner.splits[-1]:
@@ -137,7 +137,7 @@ def _kept(source: Source) -> str:
     return f" {AS_TRAINED_ALONE}"
 
 
-def _class_marks(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, shape: int) -> None:
+def _class_marks(drawing: Drawing, record: PerClassResults, x: Scale, y: Scale, style: str, shape: int) -> None:
     for label, (right, total, count) in enumerate(
         zip(record.correct, record.total, record.stats.split_counts, strict=True)
     ):
@@ -146,7 +146,7 @@ def _class_marks(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, styl
             drawing.dot(x(max(0.5, count)), y(right / total), f"{style} dim", title, shape=shape, size=3)
 
 
-def _size_curve(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style: str, *, band: bool) -> None:
+def _size_curve(drawing: Drawing, record: PerClassResults, x: Scale, y: Scale, style: str, *, band: bool) -> None:
     points = [(x(size), mean, error) for size, mean, error in binned_accuracy(record)]
     if band:
         upper = [(at, y(min(1, mean + error))) for at, mean, error in points]
@@ -155,7 +155,7 @@ def _size_curve(drawing: Drawing, record: ClassRecord, x: Scale, y: Scale, style
     drawing.line([(at, y(mean)) for at, mean, _ in points], style)
 
 
-def binned_accuracy(record: ClassRecord) -> list[tuple[float, float, float]]:
+def binned_accuracy(record: PerClassResults) -> list[tuple[float, float, float]]:
     """Size, mean accuracy and its standard error of groups of classes of like size, smallest first."""
     scored = np.flatnonzero(record.total > 0)
     order = scored[np.argsort(record.stats.split_counts[scored], kind="stable")]
@@ -182,7 +182,7 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
     return [np.flatnonzero(bins == index) for index in np.unique(bins)]
 
 
-def calibration(source: Source) -> Figure | None:
+def calibration(source: ReportData) -> Figure | None:
     """Accuracy against confidence on the test split: models as they are exported, and the winner as trained, too."""
     known: list[tuple[str, tuple[str, int], npt.NDArray[np.float64], int]] = []
     for one in source.headline:
@@ -217,7 +217,7 @@ def calibration(source: Source) -> Figure | None:
     return Figure("calibration", "Calibration", caption, drawing, [header, *data])
 
 
-def sorted_classes(source: Source) -> Figure | None:
+def sorted_classes(source: ReportData) -> Figure | None:
     """Every class's accuracy, the worst first, as one curve for each refit: readable for any number of classes."""
     known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if not known:

@@ -8,13 +8,22 @@ from importlib.resources import files
 
 from imbvlm.base.version import __version__
 from imbvlm.sweep.report.plotting import Figure, Table
-from imbvlm.sweep.report.report_content import Block, Columns, Fact, Folded, Grid, Pairs, Report, Section
+from imbvlm.sweep.report.report_content import (
+    Block,
+    CollapsedTable,
+    Columns,
+    ConfusedPairs,
+    Grid,
+    HeadlineNumber,
+    ReportContent,
+    ReportSection,
+)
 
 # Nothing may be fetched or run, whatever a class is called.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(report: Report, spec_yaml: str, commands: Sequence[str]) -> str:
+def page(report: ReportContent, spec_yaml: str, commands: Sequence[str]) -> str:
     """The whole page."""
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
     beside = f"<p class='muted'>{escape(report.beside)}</p>" if report.beside else ""
@@ -36,12 +45,12 @@ def page(report: Report, spec_yaml: str, commands: Sequence[str]) -> str:
     )
 
 
-def _fact(fact: Fact) -> str:
+def _fact(fact: HeadlineNumber) -> str:
     notes = "".join(f"<dd class='muted'>{escape(note)}</dd>" for note in fact.notes)
     return f"<div><dt>{escape(fact.label)}</dt><dd class='value'>{escape(fact.value)}</dd>{notes}</div>"
 
 
-def _section(section: Section) -> str:
+def _section(section: ReportSection) -> str:
     blocks = "".join(map(_block, section.blocks))
     return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{blocks}</section>'
 
@@ -55,9 +64,9 @@ def _block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Columns):
         return f"<div class='columns'>{''.join(f'<div>{_table(table)}</div>' for table in block.tables)}</div>"
-    if isinstance(block, Pairs):
+    if isinstance(block, ConfusedPairs):
         return _pairs(block)
-    if isinstance(block, Folded):
+    if isinstance(block, CollapsedTable):
         summary = f"{escape(block.table.title)} ({len(block.table.rows):,})"
         return f"<details><summary>{summary}</summary>{_table(block.table, heading=False)}</details>"
     assert isinstance(block, Grid)
@@ -99,7 +108,7 @@ def _number_class(table: Table, index: int) -> str:
     return " class='number'" if index >= table.first_number else " class='words'" if index else ""
 
 
-def _pairs(block: Pairs) -> str:
+def _pairs(block: ConfusedPairs) -> str:
     cards = []
     for pair in block.pairs:
         images = "".join(f'<img src="{uri}" alt="{escape(pair.words[0])}" loading="lazy">' for uri in pair.images)

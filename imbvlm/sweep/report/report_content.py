@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of, duration, percent
+from imbvlm.base.formatting import duration, percent, pluralize
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.difference import POST_HOC, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_words, store_words
 from imbvlm.sweep.records.summary_tables import verdict
-from imbvlm.sweep.records.trial_log import describe
+from imbvlm.sweep.records.trial_log import describe_trial
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
 from imbvlm.sweep.report.plotting import Figure, Table
-from imbvlm.sweep.report.report_data import Source
-from imbvlm.sweep.report.report_statistics import fairness, importances, rungs
+from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.report.report_statistics import importances, rungs, search_bias_note
 from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConfusedPair:
     """Two classes that are taken for each other, with pictures (data: URIs) of some of the images."""
 
     words: tuple[str, str]
@@ -38,15 +38,15 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ConfusedPairs:
     """Confused pairs as cards."""
 
     title: str
-    pairs: Sequence[Pair]
+    pairs: Sequence[ConfusedPair]
 
 
 @dataclass(frozen=True)
-class Folded:
+class CollapsedTable:
     """A long table, closed at first."""
 
     table: Table
@@ -59,11 +59,11 @@ class Columns:
     tables: Sequence[Table]
 
 
-Block = Figure | Grid | Table | Columns | Pairs | Folded | str
+Block = Figure | Grid | Table | Columns | ConfusedPairs | CollapsedTable | str
 
 
 @dataclass
-class Section:
+class ReportSection:
     """A heading with blocks; a str is a paragraph."""
 
     name: str
@@ -72,7 +72,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Fact:
+class HeadlineNumber:
     """One number of the headline."""
 
     label: str
@@ -82,7 +82,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportContent:
     """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page.
 
     `facts_note` says what the headline's numbers are of. `notes` are sentences on what the page lacks.
@@ -93,20 +93,20 @@ class Report:
     statement: str
     beside: str
     is_win: bool
-    facts: list[Fact]
+    facts: list[HeadlineNumber]
     facts_note: str
-    sections: list[Section]
+    sections: list[ReportSection]
     extra_tables: list[Table]
     notes: list[str]
 
 
-def build(source: Source) -> Report:
+def build(source: ReportData) -> ReportContent:
     """The report of what a sweep's folder holds by now."""
     classes, notes = _classes(source)
     sections = [_result(source), classes, _search(source), _mattered(source), _compute(source), _data(source)]
     statement, beside, is_win = _statement(source)
     extra = [table for table in (score_tables.per_class(source), score_tables.all_trials(source)) if table]
-    return Report(
+    return ReportContent(
         title=source.spec.name,
         subtitle=_subtitle(source),
         statement=statement,
@@ -123,7 +123,7 @@ def build(source: Source) -> Report:
 # --------------------------------------------------------------------------------------------------- headline
 
 
-def _statement(source: Source) -> tuple[str, str, bool]:
+def _statement(source: ReportData) -> tuple[str, str, bool]:
     """The result beside the best baseline, beside the others, and whether it is a win."""
     best = source.log.best(source.spec.objective)
     if not best:
@@ -137,7 +137,7 @@ def _statement(source: Source) -> tuple[str, str, bool]:
     return found.statement, found.beside, found.is_win
 
 
-def _facts(source: Source) -> list[Fact]:
+def _facts(source: ReportData) -> list[HeadlineNumber]:
     best, facts = source.log.best(source.spec.objective), []
     winner = source.winner
     if winner is not None and source.has_test:
@@ -152,7 +152,7 @@ def _facts(source: Source) -> list[Fact]:
                 name = "as trained" if other is winner else title_in(other.name, split)
                 if theirs and (other, split) != (winner, exported):
                     note.append(f"{name} {percent(statistics.fmean(theirs))}")
-            facts.append(Fact(_group_words(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
+            facts.append(HeadlineNumber(_group_words(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
     elif best:
         others = source.log.best(source.spec.objective, "baseline")[:2]
         known = [(one.name, one.best_epoch(source.spec.objective) or {}) for one in others]
@@ -161,11 +161,13 @@ def _facts(source: Source) -> list[Fact]:
             key = f"val/{group}_accuracy"
             note = [f"{name} {percent(theirs[key])}" for name, theirs in known if key in theirs]
             if key in epoch:
-                facts.append(Fact(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", tuple(note)))
+                facts.append(
+                    HeadlineNumber(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", tuple(note))
+                )
     return facts
 
 
-def _facts_note(source: Source) -> str:
+def _facts_note(source: ReportData) -> str:
     """The model of the headline's numbers, and the numbers of the one seed whose weights are exported."""
     winner = source.winner
     if winner is None or not source.has_test:
@@ -189,7 +191,7 @@ def _group_words(group: str) -> str:
     return {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
 
 
-def _subtitle(source: Source) -> str:
+def _subtitle(source: ReportData) -> str:
     search = source.log.of("search")
     words = [f"{sum(record.state != 'running' for record in search)} of {source.spec.num_trials} trials"]
     words.append(f"on {source.spec.base['data']['manifest']}")
@@ -198,7 +200,7 @@ def _subtitle(source: Source) -> str:
     return f"{', '.join(words)}; {_encoder_words(source)}"
 
 
-def _encoder_words(source: Source) -> str:
+def _encoder_words(source: ReportData) -> str:
     """The encoder of the winner, or of any trial before there is one, and the size of its images."""
     # Fetched here: it takes seconds.
     from imbvlm.models.encoders.open_clip_encoder import describe_encoder
@@ -216,10 +218,10 @@ def _encoder_words(source: Source) -> str:
 # --------------------------------------------------------------------------------------------------- sections
 
 
-def _result(source: Source) -> Section:
-    section, best = Section("result", "Result"), source.log.best(source.spec.objective)
+def _result(source: ReportData) -> ReportSection:
+    section, best = ReportSection("result", "Result"), source.log.best(source.spec.objective)
     if best:
-        section.blocks.append(f"Winner: {best[0].trial_id}, {describe(best[0])}.")
+        section.blocks.append(f"Winner: {best[0].trial_id}, {describe_trial(best[0])}.")
         section.blocks += study_tables.study_tables(source)
     figures = [one for one in (class_plots.shot_group_bars(source), class_plots.accuracy_over_size(source)) if one]
     section.blocks += [Grid(figures)] if figures else []
@@ -231,9 +233,9 @@ def _result(source: Source) -> Section:
     return section
 
 
-def _classes(source: Source) -> tuple[Section, list[str]]:
+def _classes(source: ReportData) -> tuple[ReportSection, list[str]]:
     """The section, and why it lacks images of confused pairs."""
-    section = Section("classes", "Classes")
+    section = ReportSection("classes", "Classes")
     groups, changes = score_tables.class_groups(source), score_tables.class_changes(source)
     section.blocks += [groups] if groups else []
     section.blocks += [Columns(changes)] if changes else []
@@ -244,15 +246,15 @@ def _classes(source: Source) -> tuple[Section, list[str]]:
     pairs, reason = _pairs(source)
     notes = [f"Not all images of confused pairs are shown: {reason}"] if reason else []
     if pairs:
-        section.blocks += [Pairs("Confused most", pairs), *notes]
+        section.blocks += [ConfusedPairs("Confused most", pairs), *notes]
     confused = score_tables.confused_pairs(source)
-    section.blocks += [Folded(confused)] if confused else []
+    section.blocks += [CollapsedTable(confused)] if confused else []
     figures = [one for one in (class_plots.sorted_classes(source), class_plots.calibration(source)) if one]
     section.blocks += [Grid(figures)] if figures else []
     return section, notes
 
 
-def _pairs(source: Source) -> tuple[list[Pair], str]:
+def _pairs(source: ReportData) -> tuple[list[ConfusedPair], str]:
     """Cards of the pairs that are confused most, and why some of their images can't be shown; empty where all are."""
     record = source.classes
     if record is None or not record.confusions:
@@ -265,34 +267,34 @@ def _pairs(source: Source) -> tuple[list[Pair], str]:
         detail = f"{share} % of its test images ({trained:,} training image{'s' if trained != 1 else ''})"
         pictures, lost = ([], []) if isinstance(manifest, str) else thumbnails(manifest, "test", rows)
         reasons += lost
-        found.append(Pair((record.class_names[label], record.class_names[predicted]), detail, tuple(pictures)))
+        found.append(ConfusedPair((record.class_names[label], record.class_names[predicted]), detail, tuple(pictures)))
     return found, "; ".join([*reasons[:1], *([f"and {len(reasons) - 1:,} more"] if len(reasons) > 1 else [])])
 
 
-def _search(source: Source) -> Section:
+def _search(source: ReportData) -> ReportSection:
     figures = (
         search_plots.history(source),
         search_plots.against_cost(source),
         search_plots.against_few_shot(source),
         search_plots.rung_against_end(source),
     )
-    section = Section("search", "Search")
+    section = ReportSection("search", "Search")
     found = [figure for figure in figures if figure is not None]
     front = score_tables.pareto(source)
     section.blocks += [front] if front else []
     section.blocks += [Grid(found), score_tables.stops(source)] if found else []
     trials = score_tables.all_trials(source)
     if 0 < len(trials.rows) <= score_tables.MAX_ROWS:
-        section.blocks.append(Folded(trials))
+        section.blocks.append(CollapsedTable(trials))
     return section
 
 
-def _mattered(source: Source) -> Section:
-    fair, words = fairness(source)
+def _mattered(source: ReportData) -> ReportSection:
+    fair, words = search_bias_note(source)
     # Nothing was drawn from a list, so that nothing can be said on what drawing it gave.
     if source.spec.study:
-        return Section("mattered", "What mattered")
-    section = Section("mattered", "What mattered" if fair else "What may have mattered")
+        return ReportSection("mattered", "What mattered")
+    section = ReportSection("mattered", "What mattered" if fair else "What may have mattered")
     found = importances(source)
     order = [one.key for one in found]
     stopped = any(record.state == "stopped" for record, _ in source.valued())
@@ -314,8 +316,8 @@ def _mattered(source: Source) -> Section:
     return section
 
 
-def _compute(source: Source) -> Section:
-    section, compute = Section("compute", "Compute"), source.compute
+def _compute(source: ReportData) -> ReportSection:
+    section, compute = ReportSection("compute", "Compute"), source.compute
     search = source.log.of("search")
     seconds = sum(record.seconds() for record in search if record.ended_at)
     rows = [["search", f"{len(search)} trials, {duration(seconds)} of their own time"]]
@@ -340,8 +342,8 @@ def _compute(source: Source) -> Section:
     return section
 
 
-def _data(source: Source) -> Section:
-    section, record = Section("data", "Data"), source.classes
+def _data(source: ReportData) -> ReportSection:
+    section, record = ReportSection("data", "Data"), source.classes
     if record is not None:
         stats = record.stats
         groups = ", ".join(
@@ -355,7 +357,7 @@ def _data(source: Source) -> Section:
         )
     table = score_tables.quarantine(source)
     if table is not None:
-        section.blocks += [f"Left out: {count_of(len(source.quarantine), 'file')} that could not be decoded.", table]
+        section.blocks += [f"Left out: {pluralize(len(source.quarantine), 'file')} that could not be decoded.", table]
     elif section.blocks:
         section.blocks.append("Every file could be decoded.")
     if source.read_at is not None:

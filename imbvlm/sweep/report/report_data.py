@@ -16,7 +16,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.sweep.records.difference import POST_HOC, TEST, splits_of, title_in, values_in
 from imbvlm.sweep.records.quarantine_list import read_quarantine
-from imbvlm.sweep.records.resource_usage import Compute
+from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
@@ -25,7 +25,7 @@ from imbvlm.training.per_class_results import CLASS_RECORD_FILE
 
 
 @dataclass(frozen=True)
-class ClassRecord:
+class PerClassResults:
     """What some refits made of the classes, added over their seeds; arrays are per class (C,).
 
     `split` says whether as trained (TEST) or as adjusted (POST_HOC).
@@ -54,14 +54,14 @@ class ClassRecord:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRefit:
     """The refits of one name (winner, linear probe, ...), one record a seed."""
 
     name: str
     records: tuple[TrialRecord, ...]
-    as_trained: ClassRecord | None
+    as_trained: PerClassResults | None
     # The same of the logits after what is done post hoc. Sweeps of version 0.1 have the confidence bins alone.
-    adjusted: ClassRecord | None
+    adjusted: PerClassResults | None
     adjusted_bins: npt.NDArray[np.float64] | None
 
     @property
@@ -75,7 +75,7 @@ class Scored:
         return title_in(self.name, self.splits[-1])
 
     @property
-    def classes(self) -> ClassRecord | None:
+    def classes(self) -> PerClassResults | None:
         """The classes of the model as it is exported, or as trained where nothing else was kept."""
         return self.adjusted if self.splits[-1] == POST_HOC and self.adjusted is not None else self.as_trained
 
@@ -89,18 +89,18 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Source:
+class ReportData:
     """A sweep's folder, read."""
 
     folder: str
     spec: SweepSpec
     log: TrialLog
-    scored: tuple[Scored, ...]
+    scored: tuple[ScoredRefit, ...]
     quarantine: tuple[Mapping[str, str], ...]
     read_at: str | None
 
     @staticmethod
-    def read(folder: str, manifest: str | None = None) -> Source:
+    def read(folder: str, manifest: str | None = None) -> ReportData:
         """Read records, refits and lists; raises ImbvlmError where there is no sweep or no trial in it yet.
 
         `manifest` is where the sweep's manifest is by now.
@@ -116,26 +116,26 @@ class Source:
         scored = tuple(_scored(folder, name, by_name[name]) for name in order)
         readings = read_readings(folder)
         read_at = None if readings is None else readings["read_at"]
-        return Source(folder, spec, log, scored, read_quarantine(folder), read_at)
+        return ReportData(folder, spec, log, scored, read_quarantine(folder), read_at)
 
     @property
-    def winner(self) -> Scored | None:
+    def winner(self) -> ScoredRefit | None:
         """The winner's refits, where there are any."""
         return next((one for one in self.scored if one.name == WINNER), None)
 
     @property
-    def references(self) -> list[Scored]:
+    def references(self) -> list[ScoredRefit]:
         """The baselines' refits."""
         names = {record.name for record in self.log.of("baseline")}
         return [one for one in self.scored if one.name in names]
 
     @property
-    def headline(self) -> list[Scored]:
+    def headline(self) -> list[ScoredRefit]:
         """What figures show: the winner beside the baselines."""
         return [*([] if self.winner is None else [self.winner]), *self.references]
 
     @property
-    def classes(self) -> ClassRecord | None:
+    def classes(self) -> PerClassResults | None:
         """The winner's class record as it is exported, or any that knows the classes."""
         known = [one.classes for one in self.scored if one.classes is not None]
         return known[0] if known else None
@@ -155,20 +155,20 @@ class Source:
         return [(record, value) for record, value in pairs if value is not None]
 
     @cached_property
-    def compute(self) -> Compute:
+    def compute(self) -> ResourceUsage:
         """What the time went into and what was spared."""
-        return Compute.read(self.folder, self.spec, self.log)
+        return ResourceUsage.read(self.folder, self.spec, self.log)
 
     @property
     def has_test(self) -> bool:
         return any(one.values("test/top1_accuracy") for one in self.scored)
 
 
-def _scored(folder: str, name: str, records: list[TrialRecord]) -> Scored:
+def _scored(folder: str, name: str, records: list[TrialRecord]) -> ScoredRefit:
     files = [one for record in records if (one := _class_file(folder, record)) and TEST in one["splits"]]
     plain = [one["splits"][TEST] for one in files]
     after = [one["adjusted"] for one in plain if "adjusted" in one]
-    return Scored(
+    return ScoredRefit(
         name,
         tuple(records),
         _classes(TEST, files, plain) if files else None,
@@ -177,7 +177,7 @@ def _scored(folder: str, name: str, records: list[TrialRecord]) -> Scored:
     )
 
 
-def _classes(split: str, files: list[dict[str, Any]], splits: list[dict[str, Any]]) -> ClassRecord:
+def _classes(split: str, files: list[dict[str, Any]], splits: list[dict[str, Any]]) -> PerClassResults:
     first = files[0]
     confusions: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
     for one in splits:
@@ -186,7 +186,7 @@ def _classes(split: str, files: list[dict[str, Any]], splits: list[dict[str, Any
             count, rows = confusions.get(key, (0, ()))
             confusions[key] = (count + pair["count"], tuple(dict.fromkeys([*rows, *pair["rows"]])))
     sums = {name: np.sum([one[name] for one in splits], axis=0) for name in ("correct", "total", "predicted")}
-    return ClassRecord(
+    return PerClassResults(
         split=split,
         class_names=tuple(first["class_names"]),
         stats=ClassStats.from_counts(first["class_counts"], first["split_counts"]),

@@ -13,7 +13,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 
 from imbvlm.sweep.records.trial_log import TrialRecord
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 
 # Fewer trials than this say nothing on what mattered.
@@ -63,7 +63,7 @@ class Rung:
         return rank_correlation([early for _, early, _ in self.pairs], [value for *_, value in self.pairs])
 
 
-def rungs(source: Source) -> list[Rung]:
+def rungs(source: ReportData) -> list[Rung]:
     """ASHA's rungs below the end, over the trials that finished; [] without ASHA."""
     scheduler = source.spec.trial_scheduler
     if not isinstance(scheduler, AshaConfig):
@@ -91,11 +91,11 @@ class Importance:
     num_trials: int
 
 
-def importances(source: Source) -> list[Importance]:
+def importances(source: ReportData) -> list[Importance]:
     """PED-ANOVA [Watanabe et al. 2023] of each parameter over the trials that drew it, shares of 1, largest first."""
     space, base, study = source.spec.read_space(), source.spec.base, _new_study()
     for record, value in source.valued():
-        fixed = optuna.trial.FixedTrial(space.names_of(record.draw, base))
+        fixed = optuna.trial.FixedTrial(space.to_optuna_params(record.draw, base))
         space.draw(fixed, base)
         study.add_trial(
             optuna.trial.create_trial(value=value, params=fixed.params, distributions=dict(fixed.distributions))
@@ -126,8 +126,8 @@ def _new_study() -> optuna.Study:
         optuna.logging.set_verbosity(before)
 
 
-def fairness(source: Source) -> tuple[bool, str]:
-    """Whether the trials say what mattered (PROTOCOL, equal chances), and the sentence on it."""
+def search_bias_note(source: ReportData) -> tuple[bool, str]:
+    """Whether the trials say what mattered (docs/protocol.md, Splits, counts, selection), and the sentence on it."""
     spec = source.spec
     stopped = any(record.state == "stopped" for record in source.log.of("search"))
     caveat = " Stopped trials count with their best until then." if stopped else ""

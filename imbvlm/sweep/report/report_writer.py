@@ -8,8 +8,8 @@ from collections.abc import Callable
 from imbvlm.base import storage
 from imbvlm.sweep.report.html_page import page
 from imbvlm.sweep.report.plotting import Figure, Table, png
-from imbvlm.sweep.report.report_content import Columns, Folded, Grid, Report, build
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_content import CollapsedTable, Columns, Grid, ReportContent, build
+from imbvlm.sweep.report.report_data import ReportData
 
 REPORT_FILE = "report.html"
 MAX_LATEX_ROWS = 100
@@ -25,7 +25,7 @@ def write_report(
     is by now, and `say` is told what the page lacks.
     """
     storage.check_location(out or folder)
-    source = Source.read(folder, manifest)
+    source = ReportData.read(folder, manifest)
     report = build(source)
     for note in report.notes:
         say(note)
@@ -40,7 +40,7 @@ def write_report(
     return uri
 
 
-def commands(source: Source) -> list[str]:
+def commands(source: ReportData) -> list[str]:
     """What to type next."""
     folder = source.folder
     return [
@@ -51,7 +51,7 @@ def commands(source: Source) -> list[str]:
     ]
 
 
-def _write_parts(report: Report, out: str) -> None:
+def _write_parts(report: ReportContent, out: str) -> None:
     figures, tables = parts(report)
     for figure in figures:
         svg, place = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
@@ -65,7 +65,7 @@ def _write_parts(report: Report, out: str) -> None:
             storage.write_bytes(f"{place}.tex", table.latex().encode())
 
 
-def parts(report: Report) -> tuple[list[Figure], list[Table]]:
+def parts(report: ReportContent) -> tuple[list[Figure], list[Table]]:
     """All figures and tables of a report, in the page's order."""
     figures, tables = list[Figure](), list[Table]()
     for block in (block for section in report.sections for block in section.blocks):
@@ -77,7 +77,7 @@ def parts(report: Report) -> tuple[list[Figure], list[Table]]:
             tables.append(block)
         elif isinstance(block, Columns):
             tables += block.tables
-        elif isinstance(block, Folded):
+        elif isinstance(block, CollapsedTable):
             tables.append(block.table)
     known = {table.name for table in tables}
     return figures, tables + [table for table in report.extra_tables if table.name not in known]

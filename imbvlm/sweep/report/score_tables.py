@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from imbvlm.base.formatting import duration, mean_and_spread, percent
+from imbvlm.base.formatting import duration, mean_std, percent
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.sweep.records.difference import POST_HOC, TEST, difference_on_test, title_in
@@ -21,9 +21,9 @@ from imbvlm.sweep.records.summary_tables import (
     seeds_rows,
     value_words,
 )
-from imbvlm.sweep.records.trial_log import TrialRecord, describe
+from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import Table
-from imbvlm.sweep.report.report_data import ClassRecord, Source
+from imbvlm.sweep.report.report_data import PerClassResults, ReportData
 
 NUM_BEST = 12
 NUM_CLASSES = 8
@@ -33,7 +33,7 @@ MAX_ROWS = 500
 BY_SCHEDULER, STOPPED_EARLY = "by the trial scheduler", "early, since others were ahead"
 
 
-def scores(source: Source) -> Table | None:
+def scores(source: ReportData) -> Table | None:
     """The refits on the test split, in the papers' form."""
     if not source.has_test:
         return None
@@ -51,7 +51,7 @@ def scores(source: Source) -> Table | None:
             values = [one.values(f"{split}/{metric}") for metric, _ in kept]
             # Where nothing is adjusted, its row would say the same again.
             if split == "test" or (any(values) and not (split == POST_HOC and values == as_trained)):
-                rows.append([f"{one.name}{how}", *map(mean_and_spread, values), *about])
+                rows.append([f"{one.name}{how}", *map(mean_std, values), *about])
     header = ["what", *(heading for _, heading in kept), "seeds", "views"]
     caption = (
         "Percent, means over seeds, ± their standard deviation. Trained again on all training images; test read once."
@@ -61,7 +61,7 @@ def scores(source: Source) -> Table | None:
     return Table("scores", "Test split", header, rows, caption=caption)
 
 
-def margins(source: Source) -> Table | None:
+def margins(source: ReportData) -> Table | None:
     """The gain of the winner, as it is exported, over each baseline by shot group, with its 95 % interval."""
     winner = source.winner
     if winner is None:
@@ -96,7 +96,7 @@ def _gain(left: list[float], right: list[float]) -> str:
     return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
 
 
-def over_seeds(source: Source) -> Table | None:
+def over_seeds(source: ReportData) -> Table | None:
     """The best few, which were run again with more seeds."""
     rows = seeds_rows(source.log, source.spec)
     if not rows:
@@ -106,7 +106,7 @@ def over_seeds(source: Source) -> Table | None:
     return Table("over_seeds", "The best few over several seeds", header, rows, 2, caption)
 
 
-def best_trials(source: Source) -> Table:
+def best_trials(source: ReportData) -> Table:
     """The best trials and the baselines on validation, each at its best epoch."""
     best = source.log.best(source.spec.objective)[:NUM_BEST]
     rows = [_trial_row(source, record) for record in [*best, *_baselines(source)]]
@@ -117,7 +117,7 @@ def best_trials(source: Source) -> Table:
     return Table("best_trials", "Best trials", header, rows, 2, caption)
 
 
-def pareto(source: Source) -> Table | None:
+def pareto(source: ReportData) -> Table | None:
     """Where there are several objectives, the trials that none beats in all of them."""
     spec = source.spec
     rows = pareto_rows(pareto_records(source.log, spec), spec) if spec.other_objectives else []
@@ -127,7 +127,7 @@ def pareto(source: Source) -> Table | None:
     return Table("pareto", "Pareto set", ["trial", "what", *spec.objectives], rows, 2, caption)
 
 
-def all_trials(source: Source) -> Table:
+def all_trials(source: ReportData) -> Table:
     """Every trial of the search with what it drew."""
     records = source.log.of("search")
     keys = list(dict.fromkeys(key for record in records for key in record.draw))
@@ -146,7 +146,7 @@ def all_trials(source: Source) -> Table:
     return Table("trials", "All trials", ["trial", "state", "why", "best", "epochs", "seconds", *keys], rows, 3)
 
 
-def arms(source: Source) -> list[Table]:
+def arms(source: ReportData) -> list[Table]:
     """For each stratified key (without any: the method), what its choices gave."""
     found = []
     for key in source.spec.stratify or ["method"]:
@@ -170,14 +170,14 @@ def arms(source: Source) -> list[Table]:
     return found
 
 
-def stops(source: Source) -> Table:
+def stops(source: ReportData) -> Table:
     """Why trials ended, grouped."""
     counts = Counter((record.state, _reason(record)) for record in source.log.of("search"))
     rows = [[state, reason, str(count)] for (state, reason), count in counts.most_common(20)]
     return Table("stops", "Why each trial stopped", ["state", "why", "trials"], rows, 2)
 
 
-def class_changes(source: Source) -> list[Table]:
+def class_changes(source: ReportData) -> list[Table]:
     """The classes that won and lost most against the best trained baseline."""
     pair = compared_classes(source)
     if pair is None:
@@ -207,7 +207,7 @@ def class_changes(source: Source) -> list[Table]:
     return found
 
 
-def class_groups(source: Source) -> Table | None:
+def class_groups(source: ReportData) -> Table | None:
     """By shot group how many classes gain and lose against the best trained baseline, and how many are never right."""
     pair = compared_classes(source)
     if pair is None:
@@ -227,7 +227,7 @@ def class_groups(source: Source) -> Table | None:
     return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
 
 
-def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str, str] | None:
+def compared_classes(source: ReportData) -> tuple[PerClassResults, PerClassResults, str, str] | None:
     """The winner's class record and that of the first baseline that has one, as they are exported, and their titles."""
     known = [(one, one.classes) for one in source.headline if one.classes is not None]
     if len(known) < 2 or known[0][0] is not source.winner:
@@ -236,7 +236,7 @@ def compared_classes(source: Source) -> tuple[ClassRecord, ClassRecord, str, str
     return ours, theirs, title_in(winner.name, ours.split), title_in(other.name, theirs.split)
 
 
-def per_class(source: Source) -> Table | None:
+def per_class(source: ReportData) -> Table | None:
     """Every class of every refit: for files beside the page, not for the page."""
     known = [
         (title_in(one.name, record.split), record)
@@ -262,7 +262,7 @@ def per_class(source: Source) -> Table | None:
     return Table("per_class", "Per class", header, rows)
 
 
-def worst_pairs(record: ClassRecord) -> list[tuple[int, int, int, tuple[int, ...]]]:
+def worst_pairs(record: PerClassResults) -> list[tuple[int, int, int, tuple[int, ...]]]:
     """(label, predicted, count over seeds, rows) of the pairs confused most, of equals the larger share first."""
     ranked = sorted(
         record.confusions.items(),
@@ -271,7 +271,7 @@ def worst_pairs(record: ClassRecord) -> list[tuple[int, int, int, tuple[int, ...
     return [(label, predicted, count, rows) for (label, predicted), (count, rows) in ranked[:NUM_PAIRS]]
 
 
-def confused_pairs(source: Source) -> Table | None:
+def confused_pairs(source: ReportData) -> Table | None:
     """The worst pairs as a table."""
     record = source.classes
     if record is None or not record.confusions:
@@ -290,7 +290,7 @@ def confused_pairs(source: Source) -> Table | None:
     return Table("confused", "Confused most, as a table", header, rows, 2)
 
 
-def quarantine(source: Source) -> Table | None:
+def quarantine(source: ReportData) -> Table | None:
     """Files that were left out, by class."""
     if not source.quarantine:
         return None
@@ -305,7 +305,7 @@ def quarantine(source: Source) -> Table | None:
     return Table("quarantine_by_class", "Left out, by class", header, rows[:MAX_ROWS], 4)
 
 
-def _baselines(source: Source) -> list[TrialRecord]:
+def _baselines(source: ReportData) -> list[TrialRecord]:
     """The best first, those without a value last."""
     return sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))
 
@@ -314,11 +314,11 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
 
 
-def _trial_row(source: Source, record: TrialRecord) -> list[str]:
+def _trial_row(source: ReportData, record: TrialRecord) -> list[str]:
     best = record.best_epoch(source.spec.objective) or {}
     return [
         record.trial_id,
-        record.name or describe(record),
+        record.name or describe_trial(record),
         *(percent(best.get(f"val/{metric}")) for metric in METRICS),
         str(len(record.epochs)),
         _time(record.seconds()) if record.ended_at is not None else "-",

@@ -10,7 +10,7 @@ from typing import Any
 
 from imbvlm.base.formatting import duration, percent
 from imbvlm.sweep.records.summary_tables import value_words
-from imbvlm.sweep.records.trial_log import TrialRecord, describe
+from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import (
     HEIGHT,
     RING,
@@ -28,7 +28,7 @@ from imbvlm.sweep.report.plotting import (
     percent_tick,
     spread,
 )
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import Importance, pareto_front, rungs
 
 MAX_AXES = 9
@@ -37,12 +37,12 @@ MAX_SLICES = 12
 NEVER = "–"
 
 
-def objective_name(source: Source) -> str:
+def objective_name(source: ReportData) -> str:
     """Such as `balanced accuracy, validation (%)`."""
     return f"{source.spec.objective.removeprefix('val/').replace('_', ' ')}, validation (%)"
 
 
-def methods(source: Source) -> list[str]:
+def methods(source: ReportData) -> list[str]:
     """The methods of the search's trials; their place is their colour and shape."""
     return sorted({str(record.config["method"]) for record in source.log.of("search")})
 
@@ -55,7 +55,7 @@ class TrialMarks:
     winner_id: str
 
     @staticmethod
-    def of(source: Source) -> TrialMarks:
+    def of(source: ReportData) -> TrialMarks:
         """The marks of a sweep's trials."""
         return TrialMarks(methods(source), "" if source.best is None else source.best.trial_id)
 
@@ -66,7 +66,7 @@ class TrialMarks:
         """Draw a trial."""
         method = str(record.config["method"])
         stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
-        title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe(record)})"
+        title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe_trial(record)})"
         style = f"{method_colour(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
         drawing.dot(x, y, style, title, shape=self.methods.index(method), size=size)
         if record.trial_id == self.winner_id:
@@ -82,7 +82,7 @@ class TrialMarks:
         return [*kinds, ("winner", WINNER_COLOUR, RING)]
 
 
-def history(source: Source) -> Figure | None:
+def history(source: ReportData) -> Figure | None:
     """Each trial in the order of starting, with the running best."""
     pairs = source.valued()
     if not pairs:
@@ -117,7 +117,7 @@ def history(source: Source) -> Figure | None:
     return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
 
 
-def against_cost(source: Source) -> Figure | None:
+def against_cost(source: ReportData) -> Figure | None:
     """Accuracy against seconds with the Pareto front."""
     pairs = [(record, value) for record, value in source.valued() if record.ended_at is not None]
     if not pairs:
@@ -143,7 +143,7 @@ def against_cost(source: Source) -> Figure | None:
     )  # fmt: skip
 
 
-def against_few_shot(source: Source) -> Figure | None:
+def against_few_shot(source: ReportData) -> Figure | None:
     """Overall against few-shot accuracy (or the smallest group that there is) at each trial's best epoch."""
     for group in ("few_shot", "medium_shot"):
         points = []
@@ -176,7 +176,7 @@ def against_few_shot(source: Source) -> Figure | None:
     )  # fmt: skip
 
 
-def rung_against_end(source: Source) -> Figure | None:
+def rung_against_end(source: ReportData) -> Figure | None:
     """What trials that finished had at ASHA's first rung, against their best."""
     found = rungs(source)
     if not found or found[0].num_trials < 2:
@@ -217,7 +217,7 @@ def importance_bars(found: list[Importance]) -> Figure | None:
     return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
 
 
-def slices(source: Source, order: Sequence[str]) -> list[Figure]:
+def slices(source: ReportData, order: Sequence[str]) -> list[Figure]:
     """The objective over each drawn key's values, a small figure a key, all of one scale."""
     found = []
     for key in [*order, *(key for key in _keys(source) if key not in order)][:MAX_SLICES]:
@@ -228,7 +228,7 @@ def slices(source: Source, order: Sequence[str]) -> list[Figure]:
     return found
 
 
-def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
+def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
     named = {repr(record.draw[key]): value_words(key, record.draw[key]) for record, _ in pairs}
     crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
     drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
@@ -251,7 +251,7 @@ def _slice(source: Source, key: str, pairs: list[tuple[TrialRecord, float]]) -> 
     return drawing
 
 
-def parallel(source: Source, order: Sequence[str]) -> Figure | None:
+def parallel(source: ReportData, order: Sequence[str]) -> Figure | None:
     """Trials as lines over the drawn keys, the most important first; the winner and the best tenth stand out."""
     winner = TrialMarks.of(source).winner_id
     pairs = sorted(source.valued(), key=lambda pair: (pair[0].trial_id == winner, pair[1]))[-MAX_LINES:]
@@ -273,7 +273,7 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
             for at, key, column in zip(places, keys, columns, strict=False)
         ]
         is_best, is_winner = rank >= len(pairs) - num_best, record.trial_id == winner
-        title = f"{record.trial_id}: {percent(value)} % ({describe(record)})"
+        title = f"{record.trial_id}: {percent(value)} % ({describe_trial(record)})"
         style, line_width = (WINNER_COLOUR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
         drawing.line([*points, (places[-1], goal(value))], f"{style} thread", width=line_width, title=title)
     for at, key, column in zip(places, keys, columns, strict=False):
@@ -301,7 +301,7 @@ def parallel(source: Source, order: Sequence[str]) -> Figure | None:
 _HEADER = ["trial", "method", "state", "objective"]
 
 
-def _pale(source: Source) -> str:
+def _pale(source: ReportData) -> str:
     return " (pale: stopped early)" if any(record.state == "stopped" for record, _ in source.valued()) else ""
 
 
@@ -310,13 +310,13 @@ def _row(record: TrialRecord, value: float) -> list[object]:
     return [record.trial_id, str(record.config["method"]), record.state, value]
 
 
-def _keys(source: Source) -> list[str]:
+def _keys(source: ReportData) -> list[str]:
     """The drawn keys in the space's order."""
     return list(dict.fromkeys(parameter.key for parameter in source.spec.read_space().parameters))
 
 
 def _value_axis(
-    source: Source, key: str, values: Sequence[Any], start: float, end: float
+    source: ReportData, key: str, values: Sequence[Any], start: float, end: float
 ) -> tuple[Scale, dict[str, float] | None]:
     """A scale for numbers of a range; for choices the place of each value by its repr."""
     ranges = source.spec.read_space().of(key)
@@ -329,7 +329,7 @@ def _value_axis(
 
 
 def _parallel_axis(
-    source: Source, key: str, pairs: list[tuple[TrialRecord, float]], top: float, bottom: float
+    source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], top: float, bottom: float
 ) -> dict[str, float]:
     values = [record.draw[key] for record, _ in pairs if key in record.draw]
     if not values:
@@ -339,7 +339,7 @@ def _parallel_axis(
 
 
 def _labels(
-    source: Source, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
+    source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
 ) -> list[tuple[str, float]]:
     values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
     if all(one.kind == "choice" for one in source.spec.read_space().of(key)):

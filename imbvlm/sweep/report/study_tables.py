@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import mean_and_spread
+from imbvlm.base.formatting import mean_std
 from imbvlm.sweep.records.refit_selection import fresh_name, listed_names
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.report.plotting import Table
-from imbvlm.sweep.report.report_data import Scored, Source
+from imbvlm.sweep.report.report_data import ReportData, ScoredRefit
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.published_recipes import Published, published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
@@ -27,11 +27,11 @@ SCORES = {
     "macro_f1": "F1",
 }
 FOLDER = "tables"
-_Found = Mapping[str, tuple[TrialRecord | None, Scored | None]]
+_Found = Mapping[str, tuple[TrialRecord | None, ScoredRefit | None]]
 NUM_WORDS = 2
 
 
-def study_tables(source: Source) -> list[Table]:
+def study_tables(source: ReportData) -> list[Table]:
     """The study's tables in the spec's order."""
     if not source.spec.study:
         return []
@@ -46,7 +46,7 @@ def write_tables(folder: str, tables: Sequence[Table]) -> None:
             storage.write_bytes(storage.join(folder, FOLDER, f"{table.name}.{ending}"), text.encode())
 
 
-def fresh_gap(source: Source) -> Table | None:
+def fresh_gap(source: ReportData) -> Table | None:
     """What fresh crops in place of stored views change, per shot group, in points; None without such runs."""
     rows = []
     for one in source.scored:
@@ -65,7 +65,7 @@ def fresh_gap(source: Source) -> Table | None:
     return Table("fresh_crops", "Stored views and fresh crops", ["what", "views", "seeds", *HEADINGS], rows, 2, caption)
 
 
-def _scores(source: Source, table: StudyTable, found: _Found) -> Table:
+def _scores(source: ReportData, table: StudyTable, found: _Found) -> Table:
     rows, known = list[list[str]](), published_scores(source.spec.base["data"]["manifest"])
     for row in table.rows:
         record, scored = found[row.configuration]
@@ -74,7 +74,7 @@ def _scores(source: Source, table: StudyTable, found: _Found) -> Table:
             rows.append([row.label, views, "0", *["-"] * len(SCORES)])
             continue
         for what, split in ((row.label, "test"), ("  five crops", "test_tte")):
-            values = [mean_and_spread(scored.values(f"{split}/{metric}")) for metric in SCORES]
+            values = [mean_std(scored.values(f"{split}/{metric}")) for metric in SCORES]
             if split == "test" or any(value != "-" for value in values):
                 rows.append([what, views, str(len(scored.records)), *values])
         rows += [_published_row(one) for one in known if record is not None and one.is_of(record.trial_config())]
@@ -87,7 +87,7 @@ def _published_row(one: Published) -> list[str]:
     return [f"  {one.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
 
 
-def _cost(source: Source, table: StudyTable, found: _Found) -> Table:
+def _cost(source: ReportData, table: StudyTable, found: _Found) -> Table:
     spec, rows = source.spec, list[list[str]]()
     gpus = spec.num_workers * spec.gpus_per_worker
     units = gpus or spec.num_workers * spec.cpus_per_worker
@@ -116,7 +116,7 @@ def _cost(source: Source, table: StudyTable, found: _Found) -> Table:
     return Table(table.name, table.title, header, rows, NUM_WORDS, caption)
 
 
-def parameters(source: Source) -> Table | None:
+def parameters(source: ReportData) -> Table | None:
     """What trains: parameters in total with the tower's, trained ones, their share."""
     rows = [[one.name, *_parameter_cells(one)] for one in source.scored if one.classes is not None]
     if not rows:
@@ -124,14 +124,14 @@ def parameters(source: Source) -> Table | None:
     return Table("parameters", "What trains", ["what", "parameters", "trained", "share (%)"], rows)
 
 
-def _parameter_cells(scored: Scored) -> list[str]:
+def _parameter_cells(scored: ScoredRefit) -> list[str]:
     if scored.classes is None:
         return ["-", "-", "-"]
     total, trained = scored.classes.num_parameters, scored.classes.num_trained_parameters
     return [f"{total:,}", f"{trained:,}", f"{100 * trained / max(1, total):.3g}"]
 
 
-def _configurations(source: Source) -> _Found:
+def _configurations(source: ReportData) -> _Found:
     """Of each listed configuration the search's trial, another row's where both train the same, and its refit."""
     space = source.spec.read_space()
     assert isinstance(space, ListedSpace), "a study's space is a list"
@@ -139,18 +139,18 @@ def _configurations(source: Source) -> _Found:
     for one in source.log.of("search"):
         records.setdefault(canonical_key(one.trial_config()), one)
     names, scored = listed_names(source.log, source.spec), {one.name: one for one in source.scored}
-    found: dict[str, tuple[TrialRecord | None, Scored | None]] = {}
+    found: dict[str, tuple[TrialRecord | None, ScoredRefit | None]] = {}
     for name, draw in space.configurations.items():
         record = records.get(canonical_key(source.spec.trial(draw)))
         found[name] = (record, None if record is None else scored.get(names[record.trial_id]))
     return found
 
 
-def _means(scored: Scored) -> list[str]:
-    return [mean_and_spread(scored.values(f"test/{metric}")) for metric in METRICS]
+def _means(scored: ScoredRefit) -> list[str]:
+    return [mean_std(scored.values(f"test/{metric}")) for metric in METRICS]
 
 
-def _difference(stored: Scored, fresh: Scored, metric: str) -> str:
+def _difference(stored: ScoredRefit, fresh: ScoredRefit, metric: str) -> str:
     ours, theirs = stored.values(f"test/{metric}"), fresh.values(f"test/{metric}")
     if not ours or not theirs:
         return "-"

@@ -13,20 +13,20 @@ from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, LostProcessesError, Problem, StorageError
 from imbvlm.data.manifest import Manifest
-from imbvlm.models.encoders.encoder_registry import find_tower
-from imbvlm.ray_runtime.connection import connected
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.plan.feasibility import check_manifest, check_models
-from imbvlm.sweep.records.earlier_sweeps import choose_fork, warm_starts, write_fork
-from imbvlm.sweep.records.folder_lease import Lease, held
+from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts, write_fork
+from imbvlm.sweep.records.folder_lease import Lease, folder_lease
 from imbvlm.sweep.records.provenance import known_towers, provenance, provenance_changes, write_provenance
-from imbvlm.sweep.records.summary_tables import opening
+from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.trial_log import TrialLog
-from imbvlm.sweep.run.sweep_run import _Sweep
-from imbvlm.sweep.spec.baselines import tower_configs
-from imbvlm.sweep.spec.equivalence import not_trained
+from imbvlm.sweep.run.sweep_run import SweepRun
+from imbvlm.sweep.spec.baselines import encoder_configs
+from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import side_folder
+from imbvlm.sweep.tune.jobs import local_folder
 
 LOG_FILE = "ray.log"
 PROGRESS_FILE = "progress.log"
@@ -41,22 +41,22 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     models = check_models(spec, space)
     # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
     starts = warm_starts(spec, space)
-    for config in tower_configs(spec, space):
+    for config in encoder_configs(spec, space):
         # Fetched before there is a folder: without weights there is no sweep.
-        find_tower(config.encoder).weights_file()
-    with storage.OUTAGES.said_by(console.say), held(folder, console.say) as lease:
+        resolve_encoder(config.encoder).weights_file()
+    with storage.OUTAGES.said_by(console.print), folder_lease(folder, console.print) as lease:
         log = TrialLog.read(folder)
         log.constraints = spec.constraints
         _check_provenance(folder, manifest, log)
-        beside = side_folder(folder)
+        beside = local_folder(folder)
         console.copy_to(beside / PROGRESS_FILE)
-        console.say("\n".join([opening(spec, manifest, folder, log), *not_trained(spec, space)]))
+        console.print("\n".join([run_header(spec, manifest, folder, log), *untrained_configurations(spec, space)]))
         with _machine_errors_say_how_to_go_on(folder):
-            with console.others_to(beside / LOG_FILE):
+            with console.redirect_output(beside / LOG_FILE):
                 optuna.logging.set_verbosity(optuna.logging.WARNING)
                 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-                with connected(console.last_word(_way_on(folder))) as cluster:
-                    sweep = _Sweep(spec, space, manifest, folder, log, console, cluster, started, models)
+                with ray_session(console.last_word(_way_on(folder))) as cluster:
+                    sweep = SweepRun(spec, space, manifest, folder, log, console, cluster, started, models)
                     sweep.search(starts)
                     _check_still_wanted(lease)
                     sweep.confirm()
@@ -89,11 +89,11 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     """Begin a sweep's folder with the trials of another that are still valid; raises ConfigError."""
     space = check_spec(spec)
     found = provenance(Manifest.read(spec.base["data"]["manifest"]))
-    chosen = choose_fork(source, spec, space, provenance_changes(source, found))
+    chosen = select_fork_trials(source, spec, space, provenance_changes(source, found))
     # Trials that are kept are of these towers.
     write_provenance(folder, {**found, "towers": known_towers(source)} if chosen.kept else found)
     write_fork(chosen, source, folder)
-    console.say(chosen.describe(source))
+    console.print(chosen.describe(source))
 
 
 def _check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:

@@ -12,13 +12,13 @@ from functools import partial
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ImbvlmError, StorageError
-from imbvlm.base.formatting import count_of, duration, table
+from imbvlm.base.formatting import duration, pluralize, table
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features, seconds_per_image
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.store_sizes import check_room, num_crops, stored_images
+from imbvlm.features.store_sizes import check_disk_space, num_crops, pending_images
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.export.exporter import best_config, write_best
 from imbvlm.sweep.plan.feasibility import (
@@ -33,23 +33,23 @@ from imbvlm.sweep.plan.feasibility import (
     untried_methods,
 )
 from imbvlm.sweep.records.adjustment_selection import (
-    PostHoc,
+    AdjustmentSelection,
     check_logits_fit,
-    choose_post_hoc,
     describe_post_hoc,
     logit_bytes,
     logits_file,
+    select_adjustments,
     write_post_hoc,
 )
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.difference import refits_of, verdict_on_test
-from imbvlm.sweep.records.earlier_sweeps import WarmStart, WarmTrial, told
+from imbvlm.sweep.records.earlier_sweeps import WarmStart, WarmTrial, warm_trials
 from imbvlm.sweep.records.provenance import check_tower
 from imbvlm.sweep.records.quarantine_list import describe_quarantine, quarantined_rows, write_quarantine
-from imbvlm.sweep.records.refit_selection import EARLIER, name_earlier, refits
-from imbvlm.sweep.records.resource_usage import Compute, Paces, compute_text, pace_key
+from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
+from imbvlm.sweep.records.resource_usage import ImageThroughput, ResourceUsage, compute_text, throughput_key
 from imbvlm.sweep.records.summary_tables import (
-    causes,
+    failure_causes,
     pareto_records,
     pareto_table,
     scores_table,
@@ -67,15 +67,15 @@ from imbvlm.sweep.records.trial_log import (
     TrialLog,
     TrialRecord,
 )
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
-from imbvlm.sweep.spec.baselines import Baseline, baselines, tower_configs, tower_key
+from imbvlm.sweep.spec.baselines import Baseline, baselines, encoder_configs, feature_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
-from imbvlm.sweep.tune.asha_brackets import AshaPerMethod, asha
-from imbvlm.sweep.tune.jobs import FixedSearcher, Job, Lane, payload, side_folder
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets, asha
+from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext, local_folder, payload
+from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
 from imbvlm.training.validation_logits import file_bytes
@@ -89,9 +89,9 @@ LOGIT_KINDS: tuple[TrialKind, ...] = ("baseline", "search")
 @contextmanager
 def removed_if_rejected(folder: str) -> Iterator[None]:
     """Within, a folder that is new is removed again where the sweep ends before its sweep.yaml is written."""
-    local_folder = side_folder(folder)
+    local_dir = local_folder(folder)
     is_new = not storage.exists(folder)
-    new_parents = [parent for parent in local_folder.absolute().parents if not parent.exists()]
+    new_parents = [parent for parent in local_dir.absolute().parents if not parent.exists()]
     try:
         yield
     except BaseException:
@@ -99,13 +99,13 @@ def removed_if_rejected(folder: str) -> Iterator[None]:
         with suppress(StorageError, OSError):
             if is_new and storage.exists(folder) and not storage.exists(storage.join(folder, SPEC_FILE)):
                 storage.delete(folder)
-                storage.delete(str(local_folder))
+                storage.delete(str(local_dir))
                 for parent in new_parents:
                     parent.rmdir()
         raise
 
 
-class _Sweep:
+class SweepRun:
     """One run of a sweep's phases; each skips what an earlier run has finished."""
 
     def __init__(
@@ -129,28 +129,28 @@ class _Sweep:
             console,
         )
         concurrent = trials_at_once(spec, cluster)
-        self.budget = Budget(spec, folder, cluster.most_gpus, len(cluster.grown), started)
-        self.lane = Lane(spec, folder, log, console, concurrent, self.budget, len(manifest.class_names))
+        self.budget = Budget(spec, folder, cluster.max_gpus, len(cluster.max_nodes), started)
+        self.lane = RunContext(spec, folder, log, console, concurrent, self.budget, len(manifest.class_names))
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
-            joined += f", growing to {count_of(cluster.most_cpus, 'CPU')} and {count_of(cluster.most_gpus, 'GPU')}"
+            joined += f", growing to {pluralize(cluster.max_cpus, 'CPU')} and {pluralize(cluster.max_gpus, 'GPU')}"
         packs = packing(spec, models.values(), manifest, concurrent)
         trials = at_a_time(concurrent, packs.largest(spec, space))
-        console.say(
-            f"Ray: {count_of(cluster.num_cpus, 'CPU')}, {count_of(cluster.num_gpus, 'GPU')}{joined}, dashboard "
+        console.print(
+            f"Ray: {pluralize(cluster.num_cpus, 'CPU')}, {pluralize(cluster.num_gpus, 'GPU')}{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {trials}"
         )
         if not cluster.started_here:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
         self.budget.enter("features")
-        towers, outputs = tower_configs(spec, space), needed_outputs(spec, space)
+        towers, outputs = encoder_configs(spec, space), needed_outputs(spec, space)
         # An earlier run may have been killed before it came to this.
         self.lane.prune_logits(is_over=True)
         logits = self._logit_bytes_to_come(packs)
         check_logits_fit(folder, logits)
         others = logits if storage.is_same_disk(folder, spec.feature_root) else 0
-        check_room(
+        check_disk_space(
             towers, manifest, spec.feature_root, outputs, copies=spec.feature_copies, other_bytes=others
         )  # fmt: skip
         # The last check is behind us: `removed_if_rejected` keeps a folder with these.
@@ -165,7 +165,7 @@ class _Sweep:
         # The limit that is used up, such as `max_hours 8`.
         self.limit: str | None = None
         self.num_refits_left = 0
-        self.post_hoc: dict[str, PostHoc] = {}
+        self.post_hoc: dict[str, AdjustmentSelection] = {}
 
     # ------------------------------------------------------------------------------------------------ phases
 
@@ -173,10 +173,10 @@ class _Sweep:
         """Baselines, then trials of the space until the budget is used; the sampler is told of other sweeps first."""
         self.budget.enter("trials")
         for start in starts:
-            self.console.say(start.describe())
+            self.console.print(start.describe())
         # Once more than a trial's restarts: those of a pack that was lost go on alone.
         for _ in range(2 + self.spec.max_failures):
-            searcher, num_lost = self._search_once(told(starts))
+            searcher, num_lost = self._search_once(warm_trials(starts))
             if not num_lost:
                 break
         self.log.write_table()
@@ -184,16 +184,16 @@ class _Sweep:
         ended = [record for record in self.log.of("search") if record.is_over]
         self._say_limit(len(ended))
         if searcher.exhausted:
-            self.console.say(
+            self.console.print(
                 f"the space has no further configuration: {len(ended)} trials instead of {self.spec.num_trials}"
             )
         if searcher.num_repeats:
-            proposals = count_of(searcher.num_repeats, "proposal")
-            self.console.say(f"{proposals} had been drawn before, took the known value and didn't count")
+            proposals = pluralize(searcher.num_repeats, "proposal")
+            self.console.print(f"{proposals} had been drawn before, took the known value and didn't count")
         self.lane.prune_logits(is_over=True)
         failed = [record for record in ended if record.state in ("failed", "error")]
         if failed:
-            self.console.say(causes(failed))
+            self.console.print(failure_causes(failed))
         if not self.log.best(self.spec.objective):
             if self.limit is not None:
                 raise ImbvlmError(f"{self.limit} is used up, and no trial has ended yet; {self._go_on()}")
@@ -202,13 +202,13 @@ class _Sweep:
                 f"{self.folder} has their records"
             )
 
-    def _search_once(self, warm: Sequence[WarmTrial]) -> tuple[StudySearcher, int]:
+    def _search_once(self, warm: Sequence[WarmTrial]) -> tuple[StudySearch, int]:
         """What has not ended yet, as after a resumption; with the number of trials that were lost too early."""
         jobs = [*self._baseline_jobs(), *self._unfinished_jobs()]
         known = [record for record in self.log.of("search") if record.state in ENDED]
-        make, journal = payload(self.lane, self._search_settings), self.lane.side_folder / OPTUNA_FILE
+        make, journal = payload(self.lane, self._search_settings), self.lane.local_folder / OPTUNA_FILE
         self.lane.count_spent()
-        searcher = StudySearcher(
+        searcher = StudySearch(
             self.spec, self.space, jobs, known, make, self.budget,
             lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), warm, journal,
         )  # fmt: skip
@@ -219,7 +219,7 @@ class _Sweep:
         return searcher, 0
 
     def confirm(self) -> None:
-        """Run the best few again with more seeds, so that the winner is the best mean (PROTOCOL, "Selection")."""
+        """Run the best few again with more seeds, so that the winner is the best mean (docs/protocol.md)."""
         few = [
             one for one in self.log.ranked(self.spec.objective)[: self.spec.confirm_trials] if one.config.get("train")
         ]
@@ -235,13 +235,13 @@ class _Sweep:
         ]
         waiting = self._not_ended(jobs)
         if waiting and self.budget.exhausted(keep_for_refits=True) is None:
-            self.console.say(f"running the best {len(few)} again with more seeds: {count_of(len(waiting), 'run')}")
+            self.console.print(f"running the best {len(few)} again with more seeds: {pluralize(len(waiting), 'run')}")
             self._run_fixed(
-                waiting, lambda job: self._settings(job, self.features[tower_key(job.config)]), "confirm", len(jobs)
+                waiting, lambda job: self._settings(job, self.features[feature_key(job.config)]), "confirm", len(jobs)
             )
             self.log.write_table()
         if jobs:
-            self.console.say(seeds_table(self.log, self.spec))
+            self.console.print(seeds_table(self.log, self.spec))
 
     def refit_and_score(self) -> None:
         """Train winner and baselines again on all training rows over the seeds; read the test split once for each."""
@@ -254,14 +254,14 @@ class _Sweep:
             for refit in chosen
             for seed, config in refit.seeded()
         ]
-        name_earlier(self.log, {job.trial_id: job.name for job in jobs})
+        mark_superseded(self.log, {job.trial_id: job.name for job in jobs})
         waiting = self._not_ended(jobs)
-        self.post_hoc = choose_post_hoc(self.folder, chosen, self.log, self.spec.objective)
+        self.post_hoc = select_adjustments(self.folder, chosen, self.log, self.spec.objective)
         write_post_hoc(self.folder, self.post_hoc)
 
         def settings(job: Job) -> TrialSettings:
-            features = self.features[tower_key(job.config)]
-            test = test_features.get(tower_key(job.config))
+            features = self.features[feature_key(job.config)]
+            test = test_features.get(feature_key(job.config))
             if test is not None:
                 features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
             model = storage.join(self.folder, "refits", job.trial_id)
@@ -276,25 +276,25 @@ class _Sweep:
 
         if waiting and self.budget.exhausted() is None:
             what = "everything" if self.spec.study else "the winner and the baselines"
-            self.console.say(f"refitting {what} on all training images: {count_of(len(waiting), 'run')}")
+            self.console.print(f"refitting {what} on all training images: {pluralize(len(waiting), 'run')}")
             self._run_fixed(waiting, settings, "refit", len(jobs))
         left = self._not_ended(jobs)
         self.num_refits_left = len(left)
         if left and (limit := self.budget.exhausted()):
             self.limit = limit
-            self.console.say(
+            self.console.print(
                 f"{limit} is used up: {len(left)} of {len(jobs)} refits are left, and the test split was not read for "
                 f"them; {self._go_on()}"
             )
         elif left:
-            self.console.say(
-                f"{count_of(len(left), 'refit')} lost with a machine; go on with: imbvlm sweep resume {self.folder}"
+            self.console.print(
+                f"{pluralize(len(left), 'refit')} lost with a machine; go on with: imbvlm sweep resume {self.folder}"
             )
         failed = [one for one in self.log.of("refit") if one.state == "failed"]
         if failed:
-            self.console.say(causes(failed, "refit"))
+            self.console.print(failure_causes(failed, "refit"))
         self.scored = [self.log.records[job.trial_id] for job in jobs if job.trial_id in self.log.records]
-        self.scored += [one for one in self.log.of("refit") if one.name.startswith(EARLIER) and one.state in ENDED]
+        self.scored += [one for one in self.log.of("refit") if one.name.startswith(SUPERSEDED) and one.state in ENDED]
         self.log.write_table()
         if test_features:
             self._record_reading()
@@ -306,7 +306,7 @@ class _Sweep:
         """Run some jobs, and those again that Tune gave up before their restarts were spent."""
         make = payload(self.lane, settings)
         for _ in range(1 + self.spec.max_failures):
-            num_lost = run_jobs(self.lane, FixedSearcher(waiting, make, self.budget), None, kind, total)
+            num_lost = run_jobs(self.lane, FixedJobs(waiting, make, self.budget), None, kind, total)
             waiting = self._not_ended(waiting)
             if not num_lost:
                 break
@@ -314,7 +314,7 @@ class _Sweep:
 
     def conclude(self, seconds: float) -> None:
         """The tables, where everything is, and what to type next."""
-        say, best = self.console.say, self.log.best(self.spec.objective)[0]
+        say, best = self.console.print, self.log.best(self.spec.objective)[0]
         say()
         say(search_table(self.log, self.spec))
         say(verdict(self.log, self.spec))
@@ -335,7 +335,7 @@ class _Sweep:
             ("refits/", "the refitted weights"),
         ):
             say(f"  {storage.join(self.folder, name)}  {what}")
-        say(compute_text(Compute.read(self.folder, self.spec, self.log)))
+        say(compute_text(ResourceUsage.read(self.folder, self.spec, self.log)))
         say("next:")
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
@@ -347,24 +347,24 @@ class _Sweep:
     def _keep_pareto(self) -> None:
         """The trials that none beats in every objective: shown, and each one's configuration under pareto/."""
         records = pareto_records(self.log, self.spec)
-        self.console.say()
-        self.console.say(pareto_table(records, self.spec))
+        self.console.print()
+        self.console.print(pareto_table(records, self.spec))
         for record in records:
             uri = storage.join(self.folder, PARETO_FOLDER, f"{record.trial_id}.yaml")
             storage.write_bytes(
                 uri, dump_yaml(best_config(record, self.spec.base["data"]["manifest"]).to_tree()).encode()
             )
-        self.console.say(f"their configurations: {storage.join(self.folder, PARETO_FOLDER)}/TRIAL.yaml")
+        self.console.print(f"their configurations: {storage.join(self.folder, PARETO_FOLDER)}/TRIAL.yaml")
 
     def _say_scores(self) -> None:
         """What the test split answered: winner and baselines, a study's tables, what fresh crops change."""
-        say, source = self.console.say, Source.read(self.folder)
+        say, source = self.console.print, ReportData.read(self.folder)
         names = [one.name for one in source.headline]
         if source.has_test:
             say()
             say(
                 scores_table(
-                    [one for one in self.scored if one.name in names or one.name.startswith(EARLIER)], self.spec
+                    [one for one in self.scored if one.name in names or one.name.startswith(SUPERSEDED)], self.spec
                 )
             )
             on_test = verdict_on_test(self.log, refits_of(self.log, WINNER), "the winner")
@@ -395,7 +395,7 @@ class _Sweep:
         except Exception as error:  # noqa: BLE001
             # A library may have made it of one.
             interrupts.check()
-            self.console.say(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
+            self.console.print(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
             return None
 
     # -------------------------------------------------------------------------------------------------- parts
@@ -405,28 +405,28 @@ class _Sweep:
         outputs = needed_outputs(self.spec, self.space)
         root = self.spec.feature_root
         found, paces = dict[str, FeatureSet](), dict[str, float]()
-        for config in tower_configs(self.spec, self.space):
+        for config in encoder_configs(self.spec, self.space):
             five_crop = tuple(split for split in splits if split == "test")
             features = ensure_features(
-                config, self.manifest, root, outputs, splits, report=self.console.live, five_crop=five_crop,
+                config, self.manifest, root, outputs, splits, report=self.console.update_live, five_crop=five_crop,
                 copies=self.spec.feature_copies,
                 check_tower=partial(check_tower, self.folder, config.encoder),
             )  # fmt: skip
             self.console.end_live()
-            found[tower_key(config)] = features
+            found[feature_key(config)] = features
             folder = features.folders.get("train")
             if folder is not None and (seconds := seconds_per_image(folder)) is not None:
-                paces[pace_key(config)] = seconds
+                paces[throughput_key(config)] = seconds
         self._say_quarantined(next(iter(found.values())))
         if "train" in splits:
-            Paces(len(self.manifest.rows_of("train")), paces).write(self.folder)
+            ImageThroughput(len(self.manifest.rows_of("train")), paces).write(self.folder)
         return found
 
     def _test_feature_seconds(self, seconds: float, splits: tuple[str, ...]) -> float:
         """Of the test split's pass: as that over `splits` took, longer where it has more crops; 0 where it is there."""
         outputs, root, missing, seen = needed_outputs(self.spec, self.space), self.spec.feature_root, 0, 0
-        for config in tower_configs(self.spec, self.space):
-            missing += stored_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
+        for config in encoder_configs(self.spec, self.space):
+            missing += pending_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
             seen += num_crops(config, self.manifest, splits)
         return seconds * max(1.0, missing / seen) if missing else 0.0
 
@@ -444,7 +444,7 @@ class _Sweep:
         bad = quarantined_rows(self.manifest, features)
         if bad:
             self._quarantined += bad
-            self.console.say(describe_quarantine(bad, write_quarantine(self.folder, self._quarantined)))
+            self.console.print(describe_quarantine(bad, write_quarantine(self.folder, self._quarantined)))
 
     def _baseline_jobs(self) -> list[Job]:
         self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.spec, self.space), 1)}
@@ -464,7 +464,7 @@ class _Sweep:
     def _search_settings(self, job: Job) -> TrialSettings:
         baseline: Baseline | None = self._baselines.get(job.trial_id)
         return replace(
-            self._settings(job, self.features[tower_key(job.config)]),
+            self._settings(job, self.features[feature_key(job.config)]),
             patience=None if baseline is None else baseline.patience,
             logits_file=logits_file(self.folder, job.trial_id),
         )
@@ -479,7 +479,7 @@ class _Sweep:
             marker=storage.join(self.folder, SPEC_FILE),
         )
 
-    def _scheduler(self) -> AshaPerMethod | None:
+    def _scheduler(self) -> AshaBrackets | None:
         config = self.spec.trial_scheduler
         if not isinstance(config, AshaConfig):
             return None
@@ -510,7 +510,7 @@ class _Sweep:
             return
         paused = sum(not record.is_over for record in self.log.of("search"))
         kept = f", {paused} paused" if paused else ""
-        self.console.say(
+        self.console.print(
             f"{self.limit} is used up: {num_ended} of {self.spec.num_trials} trials have ended{kept}; {self._go_on()}"
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.trial_config import TrialConfig, apply_overrides
-from imbvlm.sweep.spec.search_space import Draw, SearchSpace
+from imbvlm.sweep.spec.search_space import Params, SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 BASELINES_OF_A_TOWER = 2
@@ -36,7 +36,7 @@ class Baseline:
     patience: int | None
 
 
-def tower_configs(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
+def encoder_configs(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
     """The zero-shot trial of every tower and way of reading images that a trial of the space can have, each once.
 
     Features are extracted by these, too. Raises ConfigError for a continuous range, since each value is a pass over all
@@ -45,10 +45,10 @@ def tower_configs(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
     keys = [p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
     configs = [_zero_shot(spec, draw) for draw in space.choices_over(keys, spec.base)]
     # A draw that sets what the base has is the base's tower.
-    return list({tower_key(config): config for config in configs}.values())
+    return list({feature_key(config): config for config in configs}.values())
 
 
-def tower_key(config: TrialConfig) -> str:
+def feature_key(config: TrialConfig) -> str:
     """Equal for configurations that read the same features."""
     tree = config.to_tree()
     features = {key: value for key, value in tree["features"].items() if f"features.{key}" != NOT_OF_TOWER}
@@ -61,7 +61,7 @@ def tower_key(config: TrialConfig) -> str:
     return json.dumps(found, sort_keys=True)
 
 
-def _zero_shot(spec: SweepSpec, draw: Draw) -> TrialConfig:
+def _zero_shot(spec: SweepSpec, draw: Params) -> TrialConfig:
     tree = apply_overrides(spec.base, draw)
     kept = {key: tree[key] for key in ("data", *TOWER_SECTIONS) if key in tree}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "class_sampling"}
@@ -70,7 +70,7 @@ def _zero_shot(spec: SweepSpec, draw: Draw) -> TrialConfig:
 
 def baselines(spec: SweepSpec, space: SearchSpace) -> list[Baseline]:
     """Zero-shot and linear probe for each tower; their names carry the tower's where there are several."""
-    configs = tower_configs(spec, space)
+    configs = encoder_configs(spec, space)
     found = []
     for zero_shot in configs:
         tower = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""

@@ -1,10 +1,10 @@
-"""When two configurations train the same thing (PROTOCOL, "Duplicates"): aliases of losses are folded into one."""
+"""When two configurations train the same thing (docs/protocol.md, Splits, counts, selection): aliases become one."""
 
 from __future__ import annotations
 
 import json
 
-from imbvlm.base.formatting import listed
+from imbvlm.base.formatting import join_limited
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace
@@ -28,7 +28,7 @@ def canonical_key(config: TrialConfig) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def not_trained(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def untrained_configurations(spec: SweepSpec, space: SearchSpace) -> list[str]:
     """Sentences on listed configurations that have no trial of their own; none where the space isn't a list."""
     if not isinstance(space, ListedSpace):
         return []
@@ -43,7 +43,7 @@ def not_trained(spec: SweepSpec, space: SearchSpace) -> list[str]:
     left = [first for first, *_ in names.values()][spec.num_trials :]
     if left:
         mend = f"set num_trials={len(space.configurations)} to run all"
-        which = listed(left, NUM_NAMED)
+        which = join_limited(left, NUM_NAMED)
         found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {which} will not run; {mend}")
     return found
 

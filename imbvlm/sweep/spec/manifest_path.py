@@ -10,7 +10,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import apply_overrides
 from imbvlm.data.manifest import EMBEDDED, absolute_manifest
-from imbvlm.sweep.spec.search_space import value_in
+from imbvlm.sweep.spec.search_space import get_dotted
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 
@@ -19,7 +19,7 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     changes: dict[str, Any] = {"storage": storage.absolute(spec.storage)}
     if spec.feature_folder is not None:
         changes["feature_folder"] = storage.absolute(spec.feature_folder)
-    manifest = value_in(spec.base, "data.manifest")
+    manifest = get_dotted(spec.base, "data.manifest")
     if isinstance(manifest, str):
         changes["base"] = apply_overrides(spec.base, {"data.manifest": absolute_manifest(manifest)})
     return spec.model_copy(update=changes)

@@ -21,7 +21,7 @@ SECONDS = "time/train_seconds"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ObjectiveValues:
     """What Optuna is told of a trial: the objective and the others; constraints, met where they aren't above 0."""
 
     values: tuple[float, ...]
@@ -56,14 +56,16 @@ def violations(epochs: Epochs, objective: str, constraints: Mapping[str, float])
     return tuple(found)
 
 
-def outcome(epochs: Epochs, objective: str, others: Sequence[str], constraints: Mapping[str, float]) -> Outcome | None:
+def outcome(
+    epochs: Epochs, objective: str, others: Sequence[str], constraints: Mapping[str, float]
+) -> ObjectiveValues | None:
     """What a trial's epochs come to; None where a value that is asked for isn't there, or not finite."""
     values = [metric_value(epochs, objective, metric) for metric in (objective, *others)]
     broken = violations(epochs, objective, constraints)
     known = tuple(value for value in values if value is not None)
     if len(known) < len(values) or not all(map(math.isfinite, broken)):
         return None
-    return Outcome(known, broken)
+    return ObjectiveValues(known, broken)
 
 
 def pareto_indices(points: Sequence[Sequence[float]], metrics: Sequence[str]) -> list[int]:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.schema import flat
+from imbvlm.base.schema import flatten
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources.benchmark_registry import benchmark_of
-from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.search_space import Params
 
 # LIFT [Shi et al., ICML 2024]: adapters, a cosine classifier started from text, logit-adjusted loss. The width of the
 # adapters and the epochs are each data set's own.
-LIFT: Draw = {
+LIFT: Params = {
     "encoder.name": "openai_vit_b16",
     "method": "adapter",
     "classifier.kind": "cosine",
@@ -33,12 +33,12 @@ LIFT: Draw = {
 }
 
 # LIFT+ [Shi et al. 2025]: twice the rate, half the epochs, and nothing but crops that grow to the whole image.
-LIFT_PLUS: Draw = {**LIFT, "optim.lr": 0.02, "augmentation.crop": "growing", "augmentation.flip": False}
+LIFT_PLUS: Params = {**LIFT, "optim.lr": 0.02, "augmentation.crop": "growing", "augmentation.flip": False}
 
 
 @dataclass(frozen=True)
 class Published:
-    """Scores (percent, by metric) on a benchmark of DATASETS, the settings of their recipe, and who published them."""
+    """Scores (percent, by metric) on one of BENCHMARKS, the settings of their recipe, and who published them."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Published:
 
     def is_of(self, config: TrialConfig) -> bool:
         """Whether a configuration has the recipe's settings."""
-        known = flat(config.to_tree())
+        known = flatten(config.to_tree())
         return all(known.get(key) == value for key, value in self.settings.items())
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from imbvlm.base.errors import ConfigError, Problem, nearest
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.schema import Tree
 from imbvlm.config.method_registry import OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import apply_overrides, drop_unused_sections
 
-Draw = dict[str, Any]
+Params = dict[str, Any]
 Scalar = str | int | float | bool | None
 Kind = Literal["choice", "uniform", "loguniform", "int"]
 KINDS: tuple[Kind, ...] = ("choice", "uniform", "loguniform", "int")
-NEVER_SET = object()
+MISSING = object()
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Whole numbers of a wider range count as continuous, and so does a space of more draws.
 MAX_WHOLE_NUMBERS = 64
@@ -67,7 +67,7 @@ class Parameter:
         number = isinstance(value, int if self.kind == "int" else (int, float)) and not isinstance(value, bool)
         return number and self.values[0] <= value <= self.values[1]
 
-    def hangs_on(self) -> set[str]:
+    def depends_on(self) -> set[str]:
         """The keys that decide whether it is drawn: those of its conditions, and what can take those out of a trial."""
         sections = {key.split(".")[0] for key in self.when}
         tags = {f"{section}.{tag}" for section in sections for tag in ("name", "kind")}
@@ -93,15 +93,15 @@ class SearchSpace:
     parameters: tuple[Parameter, ...]
     tree: Tree
 
-    def draw(self, trial: Suggester, base: Tree) -> Draw:
+    def draw(self, trial: Suggester, base: Tree) -> Params:
         """Dotted keys and values of one trial; a key whose conditions don't hold is absent."""
-        drawn: Draw = {}
+        drawn: Params = {}
         for parameter in self.parameters:
             if is_active(parameter, drawn, base):
                 drawn[parameter.key] = parameter.suggest(trial)
         return drawn
 
-    def names_of(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
+    def to_optuna_params(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
         """The Optuna names and values of a draw; raises ConfigError where the space doesn't contain it."""
         problems, named, seen = [], {}, set()
         for parameter in self.parameters:
@@ -124,16 +124,16 @@ class SearchSpace:
         ranges = self.of(key)
         if ranges:
             return Problem(f"{key!r} isn't drawn under these values; its range: {_ranges(ranges)}", ranges[0].where)
-        return Problem(f"{key!r} isn't drawn by the space; {nearest(key, [one.key for one in self.parameters])}")
+        return Problem(f"{key!r} isn't drawn by the space; {suggest_name(key, [one.key for one in self.parameters])}")
 
     def of(self, key: str) -> list[Parameter]:
         """The parameters of one key: none, one, or its branches."""
         return [parameter for parameter in self.parameters if parameter.key == key]
 
-    def contains(self, draw: Draw, base: Tree) -> bool:
+    def contains(self, draw: Params, base: Tree) -> bool:
         """Whether the space can draw exactly these keys and values."""
         try:
-            self.names_of(draw, base)
+            self.to_optuna_params(draw, base)
         except ConfigError:
             return False
         return True
@@ -145,23 +145,23 @@ class SearchSpace:
         tree = {"parameters": {key: value for key, value in self.tree["parameters"].items() if key not in gone}}
         return SearchSpace(kept, tree)
 
-    def onto(self, keys: Iterable[str]) -> SearchSpace:
+    def restrict_to(self, keys: Iterable[str]) -> SearchSpace:
         """Only the parameters of these keys and those that they hang on."""
         wanted = set(keys)
         for parameter in reversed(self.parameters):
             if parameter.key in wanted:
-                wanted |= parameter.hangs_on()
+                wanted |= parameter.depends_on()
         return self.without({parameter.key for parameter in self.parameters} - wanted)
 
     def size(self, base: Tree) -> int | None:
         """How many different draws there are; None where that can't be counted."""
-        draws = self.finite_draws(base)
+        draws = self.enumerate_params(base)
         return None if draws is None else len(draws)
 
-    def finite_draws(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Draw] | None:
+    def enumerate_params(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Params] | None:
         """Every draw in a fixed order, where `fixed` keys have their value; None for a continuous or vast space."""
 
-        def extend(index: int, drawn: Draw) -> Iterator[Draw | None]:
+        def extend(index: int, drawn: Params) -> Iterator[Params | None]:
             if index == len(self.parameters):
                 yield dict(drawn)
                 return
@@ -177,14 +177,14 @@ class SearchSpace:
             for value in values or ():
                 yield from extend(index + 1, {**drawn, parameter.key: value})
 
-        found: list[Draw] = []
+        found: list[Params] = []
         for draw in extend(0, {}):
             if draw is None or len(found) == MAX_DRAWS:
                 return None
             found.append(draw)
         return found
 
-    def choices_over(self, keys: Iterable[str], base: Tree) -> list[Draw]:
+    def choices_over(self, keys: Iterable[str], base: Tree) -> list[Params]:
         """Every combination of values that a draw can have for some finite keys; an inactive one is absent.
 
         Raises ConfigError where one is continuous.
@@ -195,23 +195,23 @@ class SearchSpace:
             for one in self.parameters
             if one.key in wanted and one.finite_values() is None
         ]
-        draws = None if problems else self.onto(wanted).finite_draws(base)
+        draws = None if problems else self.restrict_to(wanted).enumerate_params(base)
         if draws is None:
             raise ConfigError(problems or [Problem(f"{', '.join(sorted(wanted))} have more than {MAX_DRAWS} values")])
         projected = [{key: value for key, value in draw.items() if key in wanted} for draw in draws]
         return list({json.dumps(draw, sort_keys=True): draw for draw in projected}.values())
 
-    def corner_draws(self, base: Tree) -> tuple[list[Draw], list[Problem]]:
+    def boundary_params(self, base: Tree) -> tuple[list[Params], list[Problem]]:
         """Draws over every combination of the choices that conditions or variants hang on, elsewhere at both ends.
 
         The problems name keys of which two branches hold at once.
         """
-        structural = {"method"} | {key for parameter in self.parameters for key in parameter.hangs_on()}
+        structural = {"method"} | {key for parameter in self.parameters for key in parameter.depends_on()}
         # Towers differ in weights, not in the keys that they admit.
         structural |= {p.key for p in self.parameters if p.key.endswith((".name", ".kind")) and p.key != "encoder.name"}
         clashes: dict[Problem, None] = {}
 
-        def extend(index: int, drawn: Draw, turn: int) -> Iterator[Draw]:
+        def extend(index: int, drawn: Params, turn: int) -> Iterator[Params]:
             if index == len(self.parameters):
                 yield dict(drawn)
                 return
@@ -239,12 +239,12 @@ def _ranges(parameters: list[Parameter]) -> str:
     return "; ".join(parameter.describe() for parameter in parameters)
 
 
-def value_in(tree: Tree, dotted: str) -> Any:
-    """The value of a dotted key in plain data, or NEVER_SET."""
+def get_dotted(tree: Tree, dotted: str) -> Any:
+    """The value of a dotted key in plain data, or MISSING."""
     here: Any = tree
     for part in dotted.split("."):
         if not isinstance(here, dict) or part not in here:
-            return NEVER_SET
+            return MISSING
         here = here[part]
     return here
 
@@ -258,7 +258,7 @@ def _value_under(key: str, drawn: Mapping[str, Any], base: Tree) -> Any:
     """A trial's value of a key; the base's doesn't count where the draw's method or variant hasn't got that key."""
     if key in drawn:
         return drawn[key]
-    return value_in(drop_unused_sections(apply_overrides(base, drawn)), key)
+    return get_dotted(drop_unused_sections(apply_overrides(base, drawn)), key)
 
 
 def is_one_of(value: Any, values: Iterable[Any]) -> bool:
@@ -274,10 +274,10 @@ CONFIGURATION = "configuration"
 class ListedSpace(SearchSpace):
     """Its draws are the listed configurations and nothing between; a parameter has every value that some draw has."""
 
-    configurations: Mapping[str, Draw] = field(default_factory=dict)
+    configurations: Mapping[str, Params] = field(default_factory=dict)
 
     @staticmethod
-    def of_configurations(configurations: Mapping[str, Draw], where: str = "") -> ListedSpace:
+    def of_configurations(configurations: Mapping[str, Params], where: str = "") -> ListedSpace:
         """The space of named draws."""
         values: dict[str, list[Any]] = {}
         for draw in configurations.values():
@@ -288,10 +288,10 @@ class ListedSpace(SearchSpace):
         parameters = tuple(Parameter(key, key, "choice", tuple(found), {}, where) for key, found in values.items())
         return ListedSpace(parameters, {"configurations": configurations}, configurations)
 
-    def draw(self, trial: Suggester, base: Tree) -> Draw:
+    def draw(self, trial: Suggester, base: Tree) -> Params:
         return dict(self.configurations[trial.suggest_categorical(CONFIGURATION, list(self.configurations))])
 
-    def names_of(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
+    def to_optuna_params(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
         name = self.name_of(draw)
         if name is None:
             raise ConfigError([Problem(f"{dict(draw)} is none of the space's listed configurations")])
@@ -311,16 +311,16 @@ class ListedSpace(SearchSpace):
             self.parameters[0].where if self.parameters else "",
         )
 
-    def onto(self, keys: Iterable[str]) -> ListedSpace:
+    def restrict_to(self, keys: Iterable[str]) -> ListedSpace:
         """Whole: nothing in a list hangs on anything else."""
         return self
 
-    def finite_draws(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Draw] | None:
+    def enumerate_params(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Params] | None:
         return [
             dict(draw)
             for draw in self.configurations.values()
             if all(is_one_of(draw[key], [value]) for key, value in fixed.items() if key in draw)
         ]
 
-    def corner_draws(self, base: Tree) -> tuple[list[Draw], list[Problem]]:
-        return self.finite_draws(base) or [], []
+    def boundary_params(self, base: Tree) -> tuple[list[Params], list[Problem]]:
+        return self.enumerate_params(base) or [], []

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from imbvlm.base.errors import ConfigError, Problem, nearest
-from imbvlm.base.schema import Tree, refusal, shown
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
+from imbvlm.base.schema import Tree, shown, violated_rule
 from imbvlm.base.yaml_file import KeyPath, YamlTree, read_yaml
 from imbvlm.config.trial_config import TrialConfig, dotted_keys
 from imbvlm.sweep.spec.search_space import KINDS, Kind, ListedSpace, Parameter, SearchSpace, is_one_of
@@ -41,7 +41,7 @@ def find_space(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     what = "there is no file" if path.suffix in (".yaml", ".yml") else "no search space is called"
-    raise ConfigError([Problem(f"{what} {name_or_path!r}; of the shipped spaces: {nearest(path.stem, shipped)}")])
+    raise ConfigError([Problem(f"{what} {name_or_path!r}; of the shipped spaces: {suggest_name(path.stem, shipped)}")])
 
 
 def _shipped_folder() -> Path:
@@ -114,11 +114,13 @@ def _key_mistake(key: str, valid: list[str]) -> str | None:
     if key in valid and key not in NOT_SEARCHED:
         return None
     reason = NOT_SEARCHED.get(key)
-    return f"{key!r} " + (f"can't be searched: {reason}" if reason else f"is no key of a trial; {nearest(key, valid)}")
+    return f"{key!r} " + (
+        f"can't be searched: {reason}" if reason else f"is no key of a trial; {suggest_name(key, valid)}"
+    )
 
 
 def _value_mistake(key: str, value: Any) -> str | None:
-    rule = refusal(TrialConfig, key, value)
+    rule = violated_rule(TrialConfig, key, value)
     return f"{key} must be {rule}, and is {value!r}" if rule else None
 
 
@@ -155,7 +157,9 @@ def _branch_mistakes(key: str, branch: Any, path: KeyPath, located: YamlTree) ->
         return [Problem(message, located.where(path))]
     words = [*KINDS, "when"]
     problems = [
-        Problem(f"unknown word {word!r} in the range of {key}; {nearest(word, words)}", located.where((*path, word)))
+        Problem(
+            f"unknown word {word!r} in the range of {key}; {suggest_name(word, words)}", located.where((*path, word))
+        )
         for word in branch
         if word not in words
     ]
@@ -191,7 +195,7 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
         return f"{kind} of {key} is empty: low {low} is not below high {high}"
     if kind == "loguniform" and low <= 0:
         return f"loguniform of {key} must start above 0, and starts at {low}"
-    if kind != "int" and "integer" in (refusal(TrialConfig, key, (low + high) / 2) or ""):
+    if kind != "int" and "integer" in (violated_rule(TrialConfig, key, (low + high) / 2) or ""):
         return f"{kind} of {key} draws fractions, and {key} must be a whole number; use int"
     return None
 
@@ -233,17 +237,17 @@ def _check_conditions(parameters: list[Parameter], valid: list[str]) -> list[Pro
 def _condition_mistakes(key: str, values: tuple[Any, ...], ranges: list[Parameter], valid: list[str]) -> list[str]:
     """What is wrong with `when: {key: values}`; `ranges` are those that the space has for the key."""
     if key not in valid:
-        return [f"names {key!r}, no key of a trial; {nearest(key, valid)}"]
+        return [f"names {key!r}, no key of a trial; {suggest_name(key, valid)}"]
     if any(one.finite_values() is None for one in ranges):
         return [f"names {key}, whose range is continuous; use choice"]
     reachable = [value for one in ranges for value in one.finite_values() or ()]
     mistakes = []
     for value in values:
-        rule = refusal(TrialConfig, key, value)
+        rule = violated_rule(TrialConfig, key, value)
         if rule is not None:
             mistakes.append(f"has {key} = {value!r}, and {key} must be {rule}")
         elif ranges and not is_one_of(value, reachable):
-            mend = nearest(str(value), map(str, reachable))
+            mend = suggest_name(str(value), map(str, reachable))
             mistakes.append(f"has {key} = {value!r}, which the space never chooses; {mend}")
     return mistakes
 
@@ -254,7 +258,7 @@ def _in_order(parameters: list[Parameter]) -> tuple[list[Parameter], list[Proble
     waiting = list(parameters)
     while waiting:
         open_keys = {parameter.key for parameter in waiting}
-        ready = next((parameter for parameter in waiting if not parameter.hangs_on() & open_keys), None)
+        ready = next((parameter for parameter in waiting if not parameter.depends_on() & open_keys), None)
         if ready is None:
             return ordered, [_circle(waiting)]
         waiting.remove(ready)
@@ -265,7 +269,7 @@ def _in_order(parameters: list[Parameter]) -> tuple[list[Parameter], list[Proble
 def _circle(waiting: list[Parameter]) -> Problem:
     """What only hangs on the circle is left out, piece by piece."""
     while True:
-        needed = {key for parameter in waiting for key in parameter.hangs_on()}
+        needed = {key for parameter in waiting for key in parameter.depends_on()}
         inner = [parameter for parameter in waiting if parameter.key in needed]
         if len(inner) == len(waiting):
             names = ", ".join(sorted({parameter.key for parameter in waiting}))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ConfigError, Problem, nearest
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
-from imbvlm.sweep.spec.search_space import NEVER_SET, Draw, ListedSpace, SearchSpace, value_in
+from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
 from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, SweepSpec, _base_mistakes
 
 
@@ -19,7 +19,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
     except ConfigError as error:
         outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
         raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
-    of_conditions = [*space.corner_draws(spec.base)[1], *_check_conditions(spec, space)]
+    of_conditions = [*space.boundary_params(spec.base)[1], *_check_conditions(spec, space)]
     of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
     problems = [*_check_objective(spec), *of_conditions, *_check_stratify(spec, space)]
     problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *of_base, *_check_limits(spec)]
@@ -38,12 +38,12 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
 def _check_objective(spec: SweepSpec) -> list[Problem]:
     problems = []
     if spec.objective not in ACCURACIES:
-        message = f"objective {spec.objective!r} is not measured; {nearest(spec.objective, ACCURACIES)}"
+        message = f"objective {spec.objective!r} is not measured; {suggest_name(spec.objective, ACCURACIES)}"
         problems.append(Problem(message, spec.where("objective")))
     known = (*ACCURACIES, SECONDS)
     for index, metric in enumerate(spec.other_objectives):
         if metric not in known:
-            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+            message = f"{metric!r} is not measured; {suggest_name(metric, known)}"
         elif metric == spec.objective or metric in spec.other_objectives[:index]:
             message = f"{metric} is an objective already; take it out"
         else:
@@ -51,7 +51,7 @@ def _check_objective(spec: SweepSpec) -> list[Problem]:
         problems.append(Problem(f"other_objectives: {message}", spec.where("other_objectives", index)))
     for metric, limit in spec.constraints.items():
         if metric not in known:
-            message = f"{metric!r} is not measured; {nearest(metric, known)}"
+            message = f"{metric!r} is not measured; {suggest_name(metric, known)}"
         elif metric != SECONDS and not 0 <= limit <= 1:
             message = f"{metric} is a fraction from 0 to 1, and its limit is {limit:g}"
         elif limit < 0:
@@ -111,7 +111,7 @@ def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
         Problem(f"the condition of {parameter.key} names {key}, which neither base nor space sets", parameter.where)
         for parameter in space.parameters
         for key in parameter.when
-        if not space.of(key) and value_in(spec.base, key) is NEVER_SET
+        if not space.of(key) and get_dotted(spec.base, key) is MISSING
     ]
 
 
@@ -123,7 +123,7 @@ def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     for index, key in enumerate(spec.stratify):
         ranges = space.of(key)
         if not ranges or any(one.finite_values() is None for one in ranges):
-            mend = nearest(key, [one.key for one in space.parameters if one.kind == "choice"])
+            mend = suggest_name(key, [one.key for one in space.parameters if one.kind == "choice"])
             message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
             problems.append(Problem(message, spec.where("stratify", index)))
     return problems
@@ -146,7 +146,7 @@ def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     return [
         Problem(
             f"row {row.label!r} of table {table.name} shows {row.configuration!r}, which the space doesn't list; "
-            f"{nearest(row.configuration, space.configurations)}",
+            f"{suggest_name(row.configuration, space.configurations)}",
             spec.where("study", index),
         )
         for index, table in enumerate(spec.study)
@@ -163,12 +163,12 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     problems = []
     for key in spec.base:
         if key not in TrialConfig.model_fields:
-            message = f"unknown key {key!r}; {nearest(key, TrialConfig.model_fields)}"
+            message = f"unknown key {key!r}; {suggest_name(key, TrialConfig.model_fields)}"
             problems.append(Problem(message, spec.where("base", key)))
         elif key in OPTIONAL_SECTIONS and methods and key not in read:
             message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out"
             problems.append(Problem(message, spec.where("base", key)))
-    manifest = value_in(spec.base, "data.manifest")
+    manifest = get_dotted(spec.base, "data.manifest")
     problem = storage.location_problem(manifest) if isinstance(manifest, str) else None
     if problem is not None:
         problems.append(Problem(f"data.manifest: {problem}", spec.where("base", "data", "manifest")))
@@ -179,7 +179,7 @@ def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     """The trial of every combination of choices that decide what exists, at both ends of each range, can be built."""
     problems: dict[Problem, None] = {}
     base = spec._located("base", spec.base)
-    for draw in space.corner_draws(spec.base)[0]:
+    for draw in space.boundary_params(spec.base)[0]:
         unread = _unread_keys(draw, space, str(draw.get("method", spec.base.get("method"))))
         if unread:
             problems |= dict.fromkeys(unread)
@@ -193,7 +193,7 @@ def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     return list(problems)
 
 
-def _unread_keys(draw: Draw, space: SearchSpace, method: str) -> list[Problem]:
+def _unread_keys(draw: Params, space: SearchSpace, method: str) -> list[Problem]:
     problems = []
     for key in draw:
         section = key.split(".")[0]
@@ -210,7 +210,7 @@ def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     problems = []
     for index, draw in enumerate(spec.first_trials):
         try:
-            space.names_of(draw, spec.base)
+            space.to_optuna_params(draw, spec.base)
         except ConfigError as error:
             where = spec.where("first_trials", index)
             problems += [Problem(f"first_trials[{index}]: {problem.message}", where) for problem in error.problems]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imbvlm.config.method_registry import METHOD_SECTIONS
-from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace, value_in
+from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace, get_dotted
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 NUM_TRIALS = 4
@@ -29,7 +29,7 @@ def _length(spec: SweepSpec, space: SearchSpace) -> dict[str, int]:
     methods = {value for one in space.of("method") for value in one.values} or {spec.base.get("method")}
     if not any("train" in METHOD_SECTIONS.get(str(method), {"train"}) for method in methods):
         return {}
-    known = {key: value_in(spec.base, key) for key in LENGTHS}
+    known = {key: get_dotted(spec.base, key) for key in LENGTHS}
     used = [key for key in LENGTHS if isinstance(known[key], int) or space.of(key)] or ["train.num_epochs"]
     # A trial can't have both: where branches of the space differ in their unit, they are left as they are.
     if len(used) > 1:

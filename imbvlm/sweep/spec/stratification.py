@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imbvlm.sweep.spec.search_space import Draw, SearchSpace
+from imbvlm.sweep.spec.search_space import Params, SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 
-class Arms:
+class Strata:
     """The combinations of choices of the stratified keys, and how many trials each has had; one arm without keys."""
 
     def __init__(self, spec: SweepSpec, space: SearchSpace) -> None:
         self._base, self._space, self._keys = spec.base, space, spec.stratify
         self._open = space.choices_over(spec.stratify, spec.base)
         # What the stratified keys hang on, since an arm may exist under some of it only.
-        self._within = space.onto(spec.stratify)
+        self._within = space.restrict_to(spec.stratify)
         keys = [parameter.key for parameter in self._within.parameters]
         self._ways = space.choices_over(keys, spec.base)
         self._counts: Counter[tuple[Any, ...]] = Counter()
 
-    def of(self, draw: Mapping[str, Any]) -> Draw:
+    def of(self, draw: Mapping[str, Any]) -> Params:
         """The arm of a draw."""
         return {key: draw[key] for key in self._keys if key in draw}
 
@@ -33,25 +33,25 @@ class Arms:
         """One more trial of the draw's arm."""
         self._counts[self._key(draw)] += 1
 
-    def close(self, arm: Draw) -> None:
+    def close(self, arm: Params) -> None:
         """No more trials of an arm."""
         self._open.remove(arm)
 
-    def by_need(self) -> list[Draw]:
+    def least_sampled(self) -> list[Params]:
         """The open arms, that with the fewest trials first."""
         return sorted(self._open, key=lambda arm: self._counts[self._key(arm)])
 
-    def fixed_names(self, arm: Draw, chance: random.Random) -> dict[str, Any]:
+    def fixed_params(self, stratum: Params, rng: random.Random) -> dict[str, Any]:
         """Optuna's names and values that make a trial one of the arm; the sampler chooses the rest.
 
         Where the arm exists only under some values of what its keys hang on, one of those is taken by chance.
         """
-        ways = [way for way in self._ways if self.of(way) == arm]
+        ways = [way for way in self._ways if self.of(way) == stratum]
         others = {self._key(way, invert=True) for way in self._ways}
         if len(ways) < len(others):
-            return self._within.names_of(chance.choice(ways), self._base)
-        named = [one for one in self._within.parameters if one.key in arm and one.contains(arm[one.key])]
-        return {one.name: arm[one.key] for one in named}
+            return self._within.to_optuna_params(rng.choice(ways), self._base)
+        named = [one for one in self._within.parameters if one.key in stratum and one.contains(stratum[one.key])]
+        return {one.name: stratum[one.key] for one in named}
 
     def _key(self, draw: Mapping[str, Any], *, invert: bool = False) -> tuple[Any, ...]:
         return tuple(sorted((key, repr(value)) for key, value in draw.items() if (key in self._keys) != invert))

@@ -10,7 +10,7 @@ from imbvlm.base.schema import Tree
 from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, drop_unused_sections
 from imbvlm.sweep.spec.equivalence import canonical_key
-from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import StudyRow, StudyTable
 
 
@@ -20,7 +20,7 @@ class Row:
 
     label: str
     name: str
-    draw: Draw
+    draw: Params
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
     Sections of the base that only rows of other parts read are left out. Raises ConfigError for a row that can't be
     built on the base.
     """
-    configurations: dict[str, Draw] = {}
+    configurations: dict[str, Params] = {}
     read: set[str] = set()
     names: dict[str, str] = {}
     tables = []

@@ -10,15 +10,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ConfigError, Problem, nearest
-from imbvlm.base.schema import Section, Tree, dotted_keys_of, explain, flat, refusal, set_keys, shown
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
+from imbvlm.base.schema import (
+    Section,
+    Tree,
+    dotted_keys_of,
+    flatten,
+    shown,
+    to_problems,
+    violated_rule,
+    with_dotted_keys,
+)
 from imbvlm.base.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import Seed
 from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.sweep.spec.sampler_registry import SearcherConfig
-from imbvlm.sweep.spec.search_space import NEVER_SET, Draw, ListedSpace, SearchSpace, value_in
+from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
 from imbvlm.sweep.spec.space_file import parse_space, read_space
 
 
@@ -168,7 +177,7 @@ class SweepSpec(Section):
         try:
             spec = SweepSpec.model_validate(located.data)
         except ValidationError as error:
-            problems = explain(SweepSpec, error, located, located.data)
+            problems = to_problems(SweepSpec, error, located, located.data)
             raise ConfigError(dict.fromkeys([*problems, *_mistakes_inside(located)])) from None
         spec._origin = _Origin(located.file, located.places)
         return spec
@@ -200,7 +209,9 @@ class SweepSpec(Section):
         places = dict(self._origin.places)
         places |= {(*key.split("."),): origin for key in of_sweep}
         places |= {("base", *key.split(".")): origin for key in of_trials}
-        spec = SweepSpec.from_tree(YamlTree(set_keys(SweepSpec, self.to_tree(), of_sweep), self._origin.file, places))
+        spec = SweepSpec.from_tree(
+            YamlTree(with_dotted_keys(SweepSpec, self.to_tree(), of_sweep), self._origin.file, places)
+        )
         if not of_trials:
             return spec
         space = spec.read_space()
@@ -213,7 +224,7 @@ class SweepSpec(Section):
             tree |= {"space": rest.tree, "first_trials": spec._first_trials_within(space, rest, base)}
         return SweepSpec.from_tree(YamlTree(tree, self._origin.file, places))
 
-    def _first_trials_within(self, space: SearchSpace, rest: SearchSpace, base: Tree) -> list[Draw]:
+    def _first_trials_within(self, space: SearchSpace, rest: SearchSpace, base: Tree) -> list[Params]:
         """The first trials without the keys that `rest` no longer draws; those that it can't draw are left out.
 
         One that was outside the space before stays, to be refused with the others' mistakes.
@@ -237,16 +248,16 @@ class SweepSpec(Section):
                 p if p.where else Problem(p.message, self.where("space")) for p in error.problems
             ) from None
 
-    def trial(self, draw: Draw) -> TrialConfig:
+    def trial(self, draw: Params) -> TrialConfig:
         """The configuration of one draw: base and draw together, without the sections that its method doesn't read."""
         return TrialConfig.from_tree(YamlTree(self._trial_tree(draw), f"sweep {self.name}"))
 
-    def _trial_tree(self, draw: Draw) -> Tree:
+    def _trial_tree(self, draw: Params) -> Tree:
         return drop_unused_sections(apply_overrides(self.base, draw), keep=draw)
 
     def corner_trials(self, space: SearchSpace) -> Iterator[TrialConfig]:
         """Configurations over every combination of choices that conditions or variants hang on."""
-        return map(self.trial, space.corner_draws(self.base)[0])
+        return map(self.trial, space.boundary_params(self.base)[0])
 
     def where(self, *path: str | int) -> str:
         """Where a key of the spec was written."""
@@ -265,8 +276,8 @@ class SweepSpec(Section):
     @property
     def own_seed(self) -> int:
         """Every trial's own seed, which no space can draw."""
-        seed = value_in(self.base, "train.seed")
-        return TrainConfig().seed if seed is NEVER_SET else int(seed)
+        seed = get_dotted(self.base, "train.seed")
+        return TrainConfig().seed if seed is MISSING else int(seed)
 
     @property
     def more_seeds(self) -> list[int]:
@@ -315,13 +326,13 @@ def _base_mistakes(located: YamlTree) -> list[Problem]:
     if not isinstance(located.data, dict):
         return []
     valid, problems = dotted_keys(), []
-    for key, value in flat(located.data).items():
+    for key, value in flatten(located.data).items():
         if key in valid:
-            rule = refusal(TrialConfig, key, value)
+            rule = violated_rule(TrialConfig, key, value)
             mistake = f"{key} must be {rule}, and is {shown(value)}" if rule else None
         else:
             is_section = any(name.startswith(f"{key}.") for name in valid)
-            mistake = None if is_section else f"unknown key {key!r}; {nearest(key, valid)}"
+            mistake = None if is_section else f"unknown key {key!r}; {suggest_name(key, valid)}"
         if mistake is not None:
             problems.append(Problem(mistake, located.where(tuple(key.split(".")))))
     return problems
@@ -340,6 +351,6 @@ def _setting_mistake(key: str, value: Any) -> str | None:
     valid = dotted_keys() if of_trial else [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
     if key not in valid:
         owner, names = ("a trial", valid) if of_trial else ("a sweep or trial", [*valid, *dotted_keys()])
-        return f"{key!r} is no key of {owner}; {nearest(key, names)}"
-    rule = refusal(TrialConfig if of_trial else SweepSpec, key, value)
+        return f"{key!r} is no key of {owner}; {suggest_name(key, names)}"
+    rule = violated_rule(TrialConfig if of_trial else SweepSpec, key, value)
     return f"{key} must be {rule}, and is {value!r}" if rule else None

@@ -11,7 +11,7 @@ from imbvlm.base.schema import Tree
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 
 
-class AshaPerMethod(FIFOScheduler):
+class AshaBrackets(FIFOScheduler):
     """Asks the bracket of the trial's method and second stage; baselines and refits (no bracket) run to their end."""
 
     def __init__(self, make: Callable[[], AsyncHyperBandScheduler]) -> None:
@@ -47,7 +47,7 @@ class AshaPerMethod(FIFOScheduler):
             bracket.on_trial_complete(tune_controller, trial, result)
 
 
-def asha(config: AshaConfig, best_objective: str) -> AshaPerMethod:
+def asha(config: AshaConfig, best_objective: str) -> AshaBrackets:
     """Rungs from `grace_fraction` of a trial's own length up, on the running maximum over epochs.
 
     Trials of other lengths are compared at the same share of theirs: half-way through its schedule a long trial isn't
@@ -66,4 +66,4 @@ def asha(config: AshaConfig, best_objective: str) -> AshaPerMethod:
             reduction_factor=config.reduction_factor,
         )
 
-    return AshaPerMethod(make)
+    return AshaBrackets(make)

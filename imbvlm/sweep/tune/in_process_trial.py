@@ -11,8 +11,8 @@ from ray import tune
 
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
-from imbvlm.training.trial_pack import Pack
-from imbvlm.training.trial_session import Report, TrialSession, TrialSettings, default_device
+from imbvlm.training.trial_pack import TrialPack
+from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings, default_device
 
 
 class InProcessTrial(tune.Trainable):
@@ -30,7 +30,7 @@ class InProcessTrial(tune.Trainable):
         self._start(new_config)
         return True
 
-    def step(self) -> Report:
+    def step(self) -> TrialReport:
         for name in self._stopped():
             if name in self._members:
                 self._members.pop(name).close()
@@ -56,9 +56,9 @@ class InProcessTrial(tune.Trainable):
 
     def _start(self, config: Tree) -> None:
         names: list[str] = config["names"]
-        pack = Pack() if config["together"] else None
+        pack = TrialPack() if config["together"] else None
         self._stop_file: str = config["stop_file"]
-        self._members: dict[str, Generator[Report, None, None]] = {}
+        self._members: dict[str, Generator[TrialReport, None, None]] = {}
         for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
             self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
         if pack is not None:
@@ -81,5 +81,5 @@ def _settings_of(text: str) -> list[Tree]:
     return found
 
 
-def _only(report: Report) -> Generator[Report, None, None]:
+def _only(report: TrialReport) -> Generator[TrialReport, None, None]:
     yield report

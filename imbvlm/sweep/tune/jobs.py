@@ -22,13 +22,13 @@ from imbvlm.sweep.records.adjustment_selection import prune_logits
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import refit_seconds
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
-from imbvlm.sweep.spec.search_space import Draw
+from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.trial_session import TrialSettings
 
 
 @dataclass
-class Asked:
+class AskedTrial:
     """A trial as Optuna has it: in the study that proposes, and by its number in the journal, where there is one."""
 
     trial: optuna.trial.Trial
@@ -46,8 +46,8 @@ class Job:
     kind: TrialKind
     name: str
     config: TrialConfig
-    draw: Draw = field(default_factory=dict)
-    asked: Asked | None = None
+    draw: Params = field(default_factory=dict)
+    asked: AskedTrial | None = None
     alone: bool = False
 
 
@@ -65,7 +65,7 @@ class UnsavedSearcher(Searcher):
         return {}
 
 
-class FixedSearcher(UnsavedSearcher):
+class FixedJobs(UnsavedSearcher):
     """Hands out a given list of jobs while there is time and money; Optuna doesn't know them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
@@ -88,7 +88,7 @@ def settings_text(settings: list[Tree]) -> str:
 
 
 @dataclass(frozen=True)
-class Lane:
+class RunContext:
     """What all jobs of a sweep share: its spec, folder, log, console and how many run at once."""
 
     spec: SweepSpec
@@ -100,9 +100,9 @@ class Lane:
     num_classes: int
 
     @property
-    def side_folder(self) -> Path:
+    def local_folder(self) -> Path:
         """Where files are kept that grow while the sweep runs, which no object store can hold."""
-        return side_folder(self.folder)
+        return local_folder(self.folder)
 
     @property
     def driver(self) -> str:
@@ -125,12 +125,12 @@ class Lane:
         return max(1, int(self.spec.cpus_per_worker))
 
 
-def side_folder(folder: str) -> Path:
+def local_folder(folder: str) -> Path:
     """A sweep's own folder, or for one in an object store a folder of that name here."""
     return storage.local_path(folder) if storage.is_local(folder) else Path(folder.rstrip("/").rpartition("/")[2])
 
 
-def payload(lane: Lane, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
+def payload(lane: RunContext, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
     """What Tune carries to a trial's process for a job."""
 
     def of(job: Job) -> Tree:

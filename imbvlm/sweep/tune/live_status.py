@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imbvlm.base.formatting import count_of, duration, percent
+from imbvlm.base.formatting import duration, percent, pluralize
 from imbvlm.sweep.records.resource_usage import planned_epochs
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
-from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, describe
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, describe_trial
 
 NUM_FAILURES = 2
 # The slowest process is one of the running and of so many that ended last: the view is drawn ten times a second.
@@ -23,7 +23,7 @@ WORDS = {"finished": "to their end", "stopped": "stopped early", "failed": "fail
 
 
 @dataclass(frozen=True)
-class Moment:
+class ProgressSnapshot:
     """Snapshot of a running sweep: its trials' kind and planned number, the time, seconds since the start, limits."""
 
     kind: TrialKind
@@ -33,7 +33,7 @@ class Moment:
     used: str
 
 
-def live_lines(log: TrialLog, objective: str, moment: Moment) -> dict[str, str]:
+def live_lines(log: TrialLog, objective: str, moment: ProgressSnapshot) -> dict[str, str]:
     """Lines by their label, most important first; those without anything to say are absent."""
     records = log.of(moment.kind)
     lines = {LABELS[moment.kind]: _states(log, records, moment)}
@@ -47,13 +47,13 @@ def live_lines(log: TrialLog, objective: str, moment: Moment) -> dict[str, str]:
     return {label: text for label, text in lines.items() if text}
 
 
-def _states(log: TrialLog, records: list[TrialRecord], moment: Moment) -> str:
+def _states(log: TrialLog, records: list[TrialRecord], moment: ProgressSnapshot) -> str:
     counts: Mapping[str, int] = Counter(record.state for record in records)
     ended = sum(counts[state] for state in WORDS)
     parts = ", ".join(f"{counts[state]} {word}" for state, word in WORDS.items() if counts[state])
     running = _running(log)
     num_processes = len(_processes(running))
-    where = "" if num_processes == len(running) else f" in {count_of(num_processes, 'process')}"
+    where = "" if num_processes == len(running) else f" in {pluralize(num_processes, 'process')}"
     baselines = sum(one.state == "running" for one in log.of("baseline"))
     of_baselines = f" ({baselines} of baselines)" if baselines else ""
     text = (
@@ -73,7 +73,8 @@ def _best(log: TrialLog, objective: str) -> str:
         for metric, heading in zip(METRICS, HEADINGS, strict=True)
         if f"val/{metric}" in epoch and f"val/{metric}" != objective
     )
-    text = f"{best.trial_id} {main} {percent(epoch.get(objective))}{f' ({groups})' if groups else ''}, {describe(best)}"
+    main = f"{main} {percent(epoch.get(objective))}{f' ({groups})' if groups else ''}"
+    text = f"{best.trial_id} {main}, {describe_trial(best)}"
     baselines = log.best(objective, "baseline")
     if not baselines:
         return text
@@ -93,7 +94,7 @@ def _processes(records: Iterable[TrialRecord]) -> list[list[TrialRecord]]:
     return list(groups.values())
 
 
-def _speed(log: TrialLog, records: list[TrialRecord], moment: Moment) -> dict[str, str]:
+def _speed(log: TrialLog, records: list[TrialRecord], moment: ProgressSnapshot) -> dict[str, str]:
     speed = sum(map(_images_per_second, _processes(_running(log))))
     remaining = seconds_left(log, records, moment)
     time_left = "" if remaining is None else _time_left(*remaining)
@@ -116,7 +117,7 @@ def _time_left(low: float, high: float) -> str:
     )
 
 
-def seconds_left(log: TrialLog, records: list[TrialRecord], moment: Moment) -> tuple[float, float] | None:
+def seconds_left(log: TrialLog, records: list[TrialRecord], moment: ProgressSnapshot) -> tuple[float, float] | None:
     """The least and the most, from how long trials take; None until the two are of one order.
 
     The processes that ended first were faster than others, which gives the least. For the most, trials that run go on

@@ -29,12 +29,12 @@ TELL_SECONDS = 2.0
 FLUSH_SECONDS = 5.0
 
 
-class Monitor(tune.Callback):
+class MetricsExporter(tune.Callback):
     """Follows a trial log, which another callback keeps in step with Tune before this one is called."""
 
     def __init__(self, spec: SweepSpec, log: TrialLog, folder: Path, sweep: str) -> None:
         self._spec, self._log, self._folder = spec, log, folder
-        self._curves: dict[str, _Curves] = {}
+        self._curves: dict[str, TensorBoardWriter] = {}
         self._is_new, self._told_at = True, -math.inf
         tags = {"sweep": sweep}
         self._trials = _gauge("imbvlm_trials", "trials of a sweep by kind and state", tags, ("kind", "state"))
@@ -62,7 +62,7 @@ class Monitor(tune.Callback):
         if not record.epochs:
             return
         if record.trial_id not in self._curves:
-            self._curves[record.trial_id] = _Curves(self._folder / TENSORBOARD_FOLDER / record.trial_id)
+            self._curves[record.trial_id] = TensorBoardWriter(self._folder / TENSORBOARD_FOLDER / record.trial_id)
         self._curves[record.trial_id].add(record.epochs[-1])
         self._is_new = True
 
@@ -106,7 +106,7 @@ class Monitor(tune.Callback):
                 self._accuracy.set(epoch[f"val/{group}_accuracy"], tags={"group": group})
 
 
-class _Curves:
+class TensorBoardWriter:
     """TensorBoard's file of one trial. The library's own SummaryWriter keeps a thread, a pipe and memory for each.
 
     On a full disk curves are lost: raised here, Tune would take it for the trial's failure. The next record says it.

@@ -19,14 +19,14 @@ from ray.tune.search import Searcher
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.baselines import BASELINES_OF_A_TOWER, tower_key
-from imbvlm.sweep.tune.asha_brackets import AshaPerMethod
+from imbvlm.sweep.spec.baselines import BASELINES_OF_A_TOWER, feature_key
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.jobs import UnsavedSearcher, settings_text
 from imbvlm.training.trial_pack import pack_key
 
 
 @dataclass
-class Member:
+class MemberTrial:
     """A trial as its searcher, scheduler and records know it: what they read of a Tune trial is here."""
 
     trial_id: str
@@ -47,10 +47,10 @@ class Packs:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._members: dict[str, dict[str, Member]] = {}
+        self._members: dict[str, dict[str, MemberTrial]] = {}
         self._stopped: dict[str, list[str]] = {}
 
-    def open(self, tune_id: str, members: list[Member]) -> Tree:
+    def open(self, tune_id: str, members: list[MemberTrial]) -> Tree:
         """What Tune carries for a new group."""
         self._members[tune_id] = {member.name: member for member in members}
         together = len(members) > 1 and all(_trains_with_others(member.config) for member in members)
@@ -65,18 +65,18 @@ class Packs:
             "stop_file": self._stop_file(tune_id),
         }
 
-    def of(self, tune_id: str) -> list[Member]:
+    def of(self, tune_id: str) -> list[MemberTrial]:
         """Those that haven't ended."""
         return list(self._members.get(tune_id, {}).values())
 
-    def reporting(self, tune_id: str, result: Tree) -> Iterator[tuple[Member, Tree]]:
+    def reporting(self, tune_id: str, result: Tree) -> Iterator[tuple[MemberTrial, Tree]]:
         """Each member that hasn't ended, with its report."""
         members = self._members.get(tune_id, {})
         for report in result.get("reports", []):
             if report["member"] in members:
                 yield members[report["member"]], report
 
-    def end(self, tune_id: str, member: Member) -> None:
+    def end(self, tune_id: str, member: MemberTrial) -> None:
         """The member has ended."""
         self._members[tune_id].pop(member.name, None)
 
@@ -94,12 +94,12 @@ class Packs:
 class _Waiting:
     """A trial that was asked for and not handed out: how many may train together, of its `key` where more than one."""
 
-    member: Member
+    member: MemberTrial
     key: str | None
     size: int
 
 
-class PackSearcher(UnsavedSearcher):
+class TuneSearcher(UnsavedSearcher):
     """Asks another searcher for some trials ahead, and hands out those of one `pack_key` as one group.
 
     `size` is how many there may be of a configuration's. The baselines of a tower are a group as well, though each
@@ -136,11 +136,11 @@ class PackSearcher(UnsavedSearcher):
         config = TrialConfig.from_tree(record["config"])
         if record["kind"] == "baseline" and not suggested["alone"]:
             size = BASELINES_OF_A_TOWER
-            key: str | None = f"baselines of {tower_key(config)}"
+            key: str | None = f"baselines of {feature_key(config)}"
         else:
             size = self._size(config) if _trains_with_others(suggested) else 1
             key = pack_key(config) if size > 1 else None
-        self._waiting.append(_Waiting(Member(inner_id, suggested), key, size))
+        self._waiting.append(_Waiting(MemberTrial(inner_id, suggested), key, size))
         return True
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:
@@ -159,13 +159,13 @@ class PackSearcher(UnsavedSearcher):
             self._inner.on_trial_complete(inner_id, report, error)
 
 
-class PackScheduler(FIFOScheduler):
+class TuneScheduler(FIFOScheduler):
     """Asks another scheduler about each member; a pack ends when the last of its members does."""
 
-    def __init__(self, inner: AshaPerMethod, packs: Packs) -> None:
+    def __init__(self, inner: AshaBrackets, packs: Packs) -> None:
         super().__init__()
         self._inner, self._packs = inner, packs
-        self._open: dict[str, dict[str, Member]] = {}
+        self._open: dict[str, dict[str, MemberTrial]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -199,7 +199,7 @@ class PackScheduler(FIFOScheduler):
             self._inner.on_trial_complete(tune_controller, member, report)
 
 
-class PackCallback(tune.Callback):
+class TuneCallback(tune.Callback):
     """Tells other callbacks of each member; one that has ended is told of at once, the pack goes on."""
 
     def __init__(self, inner: Sequence[tune.Callback], packs: Packs) -> None:
@@ -254,7 +254,7 @@ class PackCallback(tune.Callback):
         for callback in self._inner:
             callback.on_experiment_end(trials, **info)
 
-    def _complete(self, iteration: int, trials: list[Trial], trial: Trial, member: Member) -> None:
+    def _complete(self, iteration: int, trials: list[Trial], trial: Trial, member: MemberTrial) -> None:
         self._packs.end(trial.trial_id, member)
         for callback in self._inner:
             callback.on_trial_complete(iteration, trials, member)

@@ -16,7 +16,7 @@ from imbvlm.base.errors import DiskFullError, StorageError
 from imbvlm.base.schema import Tree
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog, TrialRecord
-from imbvlm.sweep.tune.live_status import Moment, live_lines
+from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines
 
 NUMBER = (int, float)
 SAVE_AFTER_SECONDS = 20.0
@@ -90,7 +90,7 @@ class ProgressCallback(tune.Callback):
         record = self._log.records[_id(trial)]
         if result.get("restart"):
             record.restart_reason = str(result["restart"])
-            self._console.say(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
+            self._console.print(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
         self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
         # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
         if record.seconds() > SAVE_AFTER_SECONDS:
@@ -163,8 +163,8 @@ class ProgressCallback(tune.Callback):
         if not self._console.is_due:
             return
         seconds, used = time.monotonic() - self._started, self._budget.describe()
-        moment = Moment(self._kind, self._total, time.time(), seconds, used)
-        self._console.live(live_lines(self._log, self._objective.replace("best_", ""), moment))
+        moment = ProgressSnapshot(self._kind, self._total, time.time(), seconds, used)
+        self._console.update_live(live_lines(self._log, self._objective.replace("best_", ""), moment))
 
 
 def _id(trial: Trial) -> str:

@@ -20,11 +20,11 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.earlier_sweeps import WarmTrial
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.spec.equivalence import canonical_key
-from imbvlm.sweep.spec.objectives import Epochs, Outcome, direction, outcome
-from imbvlm.sweep.spec.search_space import Draw, ListedSpace, SearchSpace
-from imbvlm.sweep.spec.stratification import Arms, RandomTrial
+from imbvlm.sweep.spec.objectives import Epochs, ObjectiveValues, direction, outcome
+from imbvlm.sweep.spec.search_space import ListedSpace, Params, SearchSpace
+from imbvlm.sweep.spec.stratification import RandomTrial, Strata
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import Asked, Job, UnsavedSearcher
+from imbvlm.sweep.tune.jobs import AskedTrial, Job, UnsavedSearcher
 
 # So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
 # value again and again proposes nothing else.
@@ -36,7 +36,7 @@ VIOLATIONS = "violations"
 MOST_KNOWN = 300
 
 
-class StudySearcher(UnsavedSearcher):
+class StudySearch(UnsavedSearcher):
     """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` have gone out.
 
     A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
@@ -62,23 +62,23 @@ class StudySearcher(UnsavedSearcher):
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
         self._first = [*spec.first_trials, *self._listed.values()]
-        self._arms = Arms(spec, space)
+        self._arms = Strata(spec, space)
         self._running: dict[str, Job] = {}
         # By canonical key: the value of each configuration, and who waits for that of a running one.
-        self._values: dict[str, Outcome | None] = {}
-        self._waiting: dict[str, list[Asked]] = {}
+        self._values: dict[str, ObjectiveValues | None] = {}
+        self._waiting: dict[str, list[AskedTrial]] = {}
         self._handed_out = 0
         ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
         self.study = _new_study(spec, len(known))
-        self._journal = None if journal is None else _Journal(journal, spec)
+        self._journal = None if journal is None else OptunaJournal(journal, spec)
         for one in warm:
             self._add_finished(one.draw, self._outcome(one.record.epochs))
         for record in known:
             self._add_known(record)
-        self._forget()
+        self.trim_history()
 
     # ------------------------------------------------------------------------------------ what Tune asks
 
@@ -102,14 +102,14 @@ class StudySearcher(UnsavedSearcher):
         self._values[key] = value
         for asked in [job.asked, *self._waiting.pop(key, [])]:
             self._tell(asked, value)
-        self._forget()
+        self.trim_history()
 
     def _epochs(self, job: Job, result: Tree) -> list[Mapping[str, float]]:
         """All that a trial has reported; its record may not have the last report yet."""
         before = [epoch for epoch in self._epochs_of(job.trial_id) if epoch["epoch"] < result.get("epoch", math.inf)]
         return [*before, result]
 
-    def _outcome(self, epochs: Epochs) -> Outcome | None:
+    def _outcome(self, epochs: Epochs) -> ObjectiveValues | None:
         """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best.
 
         The objective's value is its running maximum, which also an epoch has that an earlier process ran.
@@ -119,9 +119,9 @@ class StudySearcher(UnsavedSearcher):
         if value is None:
             return None
         if not spec.other_objectives and not spec.constraints:
-            return Outcome((float(value),), ())
+            return ObjectiveValues((float(value),), ())
         found = outcome(epochs, spec.objective, spec.other_objectives, spec.constraints)
-        return None if found is None else Outcome((float(value), *found.values[1:]), found.violations)
+        return None if found is None else ObjectiveValues((float(value), *found.values[1:]), found.violations)
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
@@ -130,13 +130,13 @@ class StudySearcher(UnsavedSearcher):
             return None
         while self._first:
             draw = self._first.pop(0)
-            job = self._propose(self._space.names_of(draw, self._spec.base)) if self._is_untried(draw) else None
+            job = self._propose(self._space.to_optuna_params(draw, self._spec.base)) if self._is_untried(draw) else None
             if job is not None:
                 return job
         if self._listed:
             self.exhausted = True
             return None
-        for arm in self._arms.by_need():
+        for arm in self._arms.least_sampled():
             job = self._untried_of(arm)
             if job is not None:
                 return job
@@ -144,26 +144,26 @@ class StudySearcher(UnsavedSearcher):
         self.exhausted = True
         return None
 
-    def _untried_of(self, arm: Draw) -> Job | None:
+    def _untried_of(self, arm: Params) -> Job | None:
         """What the sampler proposes within an arm; where it repeats itself, an untried draw by chance."""
         chance = random.Random(f"{self._spec.searcher.seed} {self._last_number}")
         for _ in range(MAX_REPEATS):
-            job = self._propose(self._arms.fixed_names(arm, chance))
+            job = self._propose(self._arms.fixed_params(arm, chance))
             if job is not None:
                 return job
-        draws = self._space.finite_draws(self._spec.base, arm)
+        draws = self._space.enumerate_params(self._spec.base, arm)
         if draws is None:
             drawn = (self._random_draw(arm, chance) for _ in range(MAX_RANDOM_DRAWS))
             untried = next((draw for draw in drawn if self._is_untried(draw)), None)
         else:
             left = [draw for draw in draws if self._arms.of(draw) == arm and self._is_untried(draw)]
             untried = chance.choice(left) if left else None
-        return None if untried is None else self._propose(self._space.names_of(untried, self._spec.base))
+        return None if untried is None else self._propose(self._space.to_optuna_params(untried, self._spec.base))
 
-    def _random_draw(self, arm: Draw, chance: random.Random) -> Draw:
-        return self._space.draw(RandomTrial(chance, self._arms.fixed_names(arm, chance)), self._spec.base)
+    def _random_draw(self, arm: Params, chance: random.Random) -> Params:
+        return self._space.draw(RandomTrial(chance, self._arms.fixed_params(arm, chance)), self._spec.base)
 
-    def _is_untried(self, draw: Draw) -> bool:
+    def _is_untried(self, draw: Params) -> bool:
         return canonical_key(self._spec.trial(draw)) not in self._values
 
     def _propose(self, names: Mapping[str, Any]) -> Job | None:
@@ -183,18 +183,18 @@ class StudySearcher(UnsavedSearcher):
             self._tell(asked, self._values[key])
         return None
 
-    def _ask(self, names: Mapping[str, Any]) -> tuple[Asked, Draw]:
+    def _ask(self, names: Mapping[str, Any]) -> tuple[AskedTrial, Params]:
         trial, draw = self._ask_study(names)
-        return Asked(trial, None if self._journal is None else self._journal.begin(trial)), draw
+        return AskedTrial(trial, None if self._journal is None else self._journal.begin(trial)), draw
 
-    def _ask_study(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Draw]:
+    def _ask_study(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Params]:
         # Put in and taken out at once: what is left in Optuna's queue would come up in another trial's place.
         if names:
             self.study.enqueue_trial(dict(names))
         trial = self.study.ask()
         return trial, self._space.draw(trial, self._spec.base)
 
-    def _forget(self) -> None:
+    def trim_history(self) -> None:
         """Go on with half of many trials that have ended: the best ones, and as many of the others by chance.
 
         Where several values or constraints decide, all are kept.
@@ -224,7 +224,7 @@ class StudySearcher(UnsavedSearcher):
         self._handed_out += 1
         self._arms.count(job.draw)
 
-    def _tell(self, asked: Asked, value: Outcome | None) -> None:
+    def _tell(self, asked: AskedTrial, value: ObjectiveValues | None) -> None:
         if value is None:
             told = self.study.tell(asked.trial, state=TrialState.FAIL)
         else:
@@ -243,9 +243,9 @@ class StudySearcher(UnsavedSearcher):
         self._arms.count(record.draw)
         self._add_finished(record.draw, told)
 
-    def _add_finished(self, draw: Draw, value: Outcome | None) -> None:
+    def _add_finished(self, draw: Params, value: ObjectiveValues | None) -> None:
         """A trial that this study didn't ask for."""
-        fixed = optuna.trial.FixedTrial(self._space.names_of(draw, self._spec.base))
+        fixed = optuna.trial.FixedTrial(self._space.to_optuna_params(draw, self._spec.base))
         self._space.draw(fixed, self._spec.base)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
         # The sampler reads violations there; of trials that it has asked for it writes them itself.
@@ -263,7 +263,7 @@ class StudySearcher(UnsavedSearcher):
 
     def _adopt(self, job: Job) -> None:
         """An unfinished trial of an earlier run goes on as a trial of this study."""
-        job.asked, _ = self._ask(self._space.names_of(job.draw, self._spec.base))
+        job.asked, _ = self._ask(self._space.to_optuna_params(job.draw, self._spec.base))
         self._hand_out(job)
 
 
@@ -280,7 +280,7 @@ class _NoLock:
         """Nothing."""
 
 
-class _Journal:
+class OptunaJournal:
     """Every trial in a file that Optuna's dashboard can read meanwhile; a resumed search is told again from records."""
 
     def __init__(self, path: Path, spec: SweepSpec) -> None:

@@ -14,10 +14,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from imbvlm.base.console import Console
 from imbvlm.base.schema import Tree
-from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, Patience
+from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
 
 
-class TimeLimit(FIFOScheduler):
+class TrialTimeout(FIFOScheduler):
     """Ends trials that run longer than `minutes`; everything else is up to another scheduler, if there is one.
 
     Counted is the time on its workers, from the last time they were started: waiting for a machine isn't running.
@@ -79,7 +79,7 @@ def _names(trial: Trial) -> list[str]:
     return trial.config.get("names") or [str(trial.config["record"]["trial_id"])]
 
 
-class Shortage(tune.Callback):
+class CapacityWatch(tune.Callback):
     """Asks now and then what keeps every trial from running, and says it; `lacking` gives a sentence, or None.
 
     The sweep goes on to wait: another machine may come.
@@ -87,7 +87,7 @@ class Shortage(tune.Callback):
 
     def __init__(self, lacking: Callable[[], str | None], console: Console) -> None:
         self._lacking, self._console = lacking, console
-        self._looked_at, self._patience = time.monotonic(), Patience()
+        self._looked_at, self._patience = time.monotonic(), NoticeThrottle()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore that we don't use.
@@ -100,4 +100,4 @@ class Shortage(tune.Callback):
             return
         self._looked_at = now
         if sentence := self._patience.to_say(self._lacking()):
-            self._console.say(sentence)
+            self._console.print(sentence)

@@ -17,21 +17,21 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
 from imbvlm.base import interrupts, storage
-from imbvlm.base.formatting import count_of
+from imbvlm.base.formatting import pluralize
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
 from imbvlm.sweep.plan.feasibility import DRIVER_CPUS, shortage
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialKind
-from imbvlm.sweep.tune.asha_brackets import AshaPerMethod
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
-from imbvlm.sweep.tune.jobs import Lane
-from imbvlm.sweep.tune.monitoring import Monitor
-from imbvlm.sweep.tune.pack_members import PackCallback, Packs, PackScheduler, PackSearcher
+from imbvlm.sweep.tune.jobs import RunContext
+from imbvlm.sweep.tune.monitoring import MetricsExporter
+from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, TuneSearcher
 from imbvlm.sweep.tune.progress_callback import ProgressCallback
 from imbvlm.sweep.tune.ray_train_trial import FreeGroups, ray_train_trial
-from imbvlm.sweep.tune.trial_watchdog import Shortage, TimeLimit
+from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialTimeout
 
 RAY_FOLDER = "ray"
 TUNE_SETTINGS = (
@@ -44,9 +44,9 @@ TUNE_SETTINGS = (
 
 
 def run_jobs(
-    lane: Lane,
+    lane: RunContext,
     searcher: Searcher,
-    scheduler: AshaPerMethod | None,
+    scheduler: AshaBrackets | None,
     kind: TrialKind,
     total: int,
     pack_size: Callable[[TrialConfig], int] = lambda config: 1,
@@ -61,20 +61,20 @@ def run_jobs(
     packs = Packs(storage.join(lane.folder, RAY_FOLDER))
     asked: TrialScheduler | None = scheduler
     if lane.driver == "in_process":
-        searcher = PackSearcher(searcher, packs, pack_size)
-        asked = None if scheduler is None else PackScheduler(scheduler, packs)
-    limit = TimeLimit(spec.max_trial_minutes, asked)
+        searcher = TuneSearcher(searcher, packs, pack_size)
+        asked = None if scheduler is None else TuneScheduler(scheduler, packs)
+    limit = TrialTimeout(spec.max_trial_minutes, asked)
     progress = ProgressCallback(
         lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, lane.prune_logits,
-        limit.reasons, f"{count_of(spec.num_workers, 'worker')}, {count_of(lane.num_classes, 'class')}",
+        limit.reasons, f"{pluralize(spec.num_workers, 'worker')}, {pluralize(lane.num_classes, 'class')}",
     )  # fmt: skip
     callbacks: list[tune.Callback] = [
         progress,
-        Monitor(spec, lane.log, lane.side_folder, lane.folder.rpartition("/")[2]),
+        MetricsExporter(spec, lane.log, lane.local_folder, lane.folder.rpartition("/")[2]),
     ]
-    callbacks = [PackCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
+    callbacks = [TuneCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
     callbacks.append(EndAtSignal())
-    callbacks.append(Shortage(lambda: shortage(spec, connected_cluster()), lane.console))
+    callbacks.append(CapacityWatch(lambda: shortage(spec, connected_cluster()), lane.console))
     # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
@@ -94,8 +94,10 @@ def run_jobs(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(lane.side_folder.absolute() / RAY_FOLDER),
-            stop=CombinedStopper(NothingKept(progress), *([WithinBudget(lane.budget)] if kind == "search" else [])),
+            storage_path=str(lane.local_folder.absolute() / RAY_FOLDER),
+            stop=CombinedStopper(
+                StopOnStorageError(progress), *([StopOnBudget(lane.budget)] if kind == "search" else [])
+            ),
             callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
@@ -115,7 +117,7 @@ def run_jobs(
     if progress.storage_error is not None:
         raise progress.storage_error
     # Resuming reads our own records; Tune's snapshots have served.
-    for place in (lane.folder, str(lane.side_folder)):
+    for place in (lane.folder, str(lane.local_folder)):
         storage.delete(storage.join(place, RAY_FOLDER))
     return progress.num_lost
 
@@ -141,7 +143,7 @@ def _of_storage(error: BaseException | None, folder: str) -> storage.StorageErro
             return error
         # Without a number it is no file's: Ray's own waiting that took too long is one, too.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-            return storage.failure("write", folder, error)
+            return storage.storage_error("write", folder, error)
         error = error.__cause__ or error.__context__
     return None
 
@@ -169,7 +171,7 @@ class EndAtSignal(tune.Callback):
         interrupts.check()
 
 
-class NothingKept(tune.Stopper):
+class StopOnStorageError(tune.Stopper):
     """Ends everything once a record couldn't be written."""
 
     def __init__(self, progress: ProgressCallback) -> None:
@@ -182,7 +184,7 @@ class NothingKept(tune.Stopper):
         return self._progress.storage_error is not None
 
 
-class WithinBudget(tune.Stopper):
+class StopOnBudget(tune.Stopper):
     """Ends each trial at its next report once time or money is used up; a refit would be of no use half-done."""
 
     def __init__(self, budget: Budget) -> None:
@@ -195,7 +197,7 @@ class WithinBudget(tune.Stopper):
         return False
 
 
-def _trainable(lane: Lane) -> tuple[object, object]:
+def _trainable(lane: RunContext) -> tuple[object, object]:
     spec = lane.spec
     if lane.driver == "ray_train":
         return ray_train_trial, {"cpu": DRIVER_CPUS}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.features.trial_data import Examples
+from imbvlm.features.trial_data import StoredRows
 from imbvlm.longtail.class_sampling import Rows
 from imbvlm.longtail.class_stats import ClassStats
 
@@ -19,7 +19,7 @@ from imbvlm.longtail.class_stats import ClassStats
 _MIXING_STREAM, _TRANSFER_STREAM = 0x31C5, 0x7A2F
 
 
-class Mixer:
+class BatchMixer:
     """Mixes a batch with itself in another order: mixup [Zhang et al. 2018] or cutmix [Yun et al. 2019].
 
     mixup: share x_i + (1 - share) x_j, of images, or of a tower's outputs as manifold mixup [Verma et al. 2019] does;
@@ -40,7 +40,7 @@ class Mixer:
         order = np.random.default_rng([_MIXING_STREAM, self._seed, step, self._rank]).permutation(len(labels))
         others = torch.from_numpy(order).to(labels.device)
         if is_cut:
-            mixed, share = cut_and_pasted(inputs, inputs[others], share, rng)
+            mixed, share = cutmix(inputs, inputs[others], share, rng)
         else:
             mixed = torch.lerp(inputs[others].float(), inputs.float(), share)
         classes = torch.arange(self._num_classes, device=labels.device)
@@ -48,7 +48,7 @@ class Mixer:
         return mixed, share * own.float() + (1 - share) * other.float()
 
 
-def cut_and_pasted(images: Tensor, others: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
+def cutmix(images: Tensor, others: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
     """Images (B, C, H, W) with one rectangle of the others, and the share of them that is left.
 
     Its centre is anywhere, its sides are sqrt(1 - share) of the image's, and what lies outside is cut off.
@@ -64,7 +64,7 @@ def cut_and_pasted(images: Tensor, others: Tensor, share: float, rng: np.random.
     return mixed, 1 - area / (height * width)
 
 
-class VariationTransfer:
+class FeatureTransfer:
     """x + strength (a - b) / sqrt(2): images of classes without many vary as those of many-shot classes do.
 
     a and b are the stored outputs of two images of one many-shot class, so that what is added has mean 0 and, at
@@ -72,7 +72,7 @@ class VariationTransfer:
     transfer [Yin et al., CVPR 2019] without its projection. Raises ImbvlmError where no class has many images.
     """
 
-    def __init__(self, strength: float, examples: Examples, stats: ClassStats, seed: int) -> None:
+    def __init__(self, strength: float, examples: StoredRows, stats: ClassStats, seed: int) -> None:
         self._strength, self._examples, self._seed = strength, examples, seed
         counts = np.bincount(examples.labels, minlength=stats.num_classes)
         gives = np.isin(np.arange(stats.num_classes), stats.many_shot) & (counts > 1)

@@ -19,10 +19,10 @@ from imbvlm.data.image_stream import ImageBatch, ImageRows, ImageStream, StreamP
 from imbvlm.data.images.augmentation import Augmentation
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.features.shard_file import as_tensor
-from imbvlm.features.trial_data import Examples, Source
+from imbvlm.features.trial_data import RowSource, StoredRows
 from imbvlm.longtail.class_sampling import EpochPlan
 from imbvlm.longtail.worker_group import World
-from imbvlm.training.step.batch_mixing import VariationTransfer
+from imbvlm.training.step.batch_mixing import FeatureTransfer
 
 Index = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     examples: Index
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """Where a trial's batches come from; closing an iterator ends what works for it.
 
     They lie in main memory, but for those that are kept on the device.
@@ -58,14 +58,14 @@ class Feed(Protocol):
     def count_unreadable(self, world: World) -> int:
         """How many images some worker had to leave out so far; every worker must call it."""
 
-    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+    def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """The batches at some places (B,) of an epoch's plan."""
 
-    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+    def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         """Examples (B,) in order, their evaluation crops or another view."""
 
 
-class StoredFeed:
+class StoredFeatureSource:
     """Reads stored outputs of the tower; those to train on vary by `transfer`."""
 
     def __init__(
@@ -73,7 +73,7 @@ class StoredFeed:
         info: EncoderInfo,
         output: OutputName,
         device: torch.device,
-        transfer: VariationTransfer | None = None,
+        transfer: FeatureTransfer | None = None,
     ) -> None:
         self._output, self._device, self._transfer = output, device, transfer
         self.numbers_per_example = int(np.prod(info.shape(output)))
@@ -82,7 +82,7 @@ class StoredFeed:
     def count_unreadable(self, world: World) -> int:
         return 0
 
-    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+    def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         def load(share: Index) -> Batch:
             batch = self._load(source, plan.rows[share], plan.views[share])
             if self._transfer is not None:
@@ -91,25 +91,25 @@ class StoredFeed:
 
         return read_ahead(load, shares)
 
-    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+    def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         return read_ahead(
             lambda chunk: self._load(source, chunk, None if view is None else np.full_like(chunk, view)), chunks
         )
 
-    def _load(self, source: Source, examples: Index, views: Index | None) -> Batch:
-        assert isinstance(source, Examples), "a trial on stored features opens stored examples"
+    def _load(self, source: RowSource, examples: Index, views: Index | None) -> Batch:
+        assert isinstance(source, StoredRows), "a trial on stored features opens stored examples"
         inputs = source.batch(self._output, examples, views, self._device.type == "cuda")
         return _batch(inputs, source, examples, self._device)
 
 
-class RememberedFeed(StoredFeed):
+class CachedFeatureSource(StoredFeatureSource):
     """Keeps the evaluation crops that were read last, on the device where they are few, for others that read them."""
 
     def __init__(self, info: EncoderInfo, output: OutputName, device: torch.device) -> None:
         super().__init__(info, output, device)
-        self._kept: tuple[Source, int, list[Batch]] | None = None
+        self._kept: tuple[RowSource, int, list[Batch]] | None = None
 
-    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+    def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         num_bytes = 2 * self.numbers_per_example * sum(map(len, chunks))
         if view is not None or num_bytes > REMEMBERED_BYTES:
             return super().evaluate(source, chunks, view)
@@ -124,7 +124,7 @@ class RememberedFeed(StoredFeed):
         return iter(self._kept[2])
 
 
-class ImageFeed:
+class ImageSource:
     """Reads images through a stream, for training crops of their own in every epoch.
 
     What can't be read is left out of its batch, or with `strict` an ImbvlmError.
@@ -158,7 +158,7 @@ class ImageFeed:
             return 0
         return int(world.max(torch.zeros(length, dtype=torch.int64).index_fill_(0, rows, 1)).sum())
 
-    def train(self, source: Source, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
+    def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """A place in an epoch has its own crop, whichever worker reads it."""
         progress = min(1.0, epoch / max(1, self._num_epochs - 1))
         return self._read(
@@ -167,14 +167,14 @@ class ImageFeed:
             StreamPlan(plan.rows, shares, self._preprocess, self._augmentation, self._seed, epoch, progress),
         )
 
-    def evaluate(self, source: Source, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
+    def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         """The evaluation crops, or with a `view` one of the five of test-time ensembling."""
         examples = np.arange(len(source))
         preprocess = self._preprocess if view is None else self._five_crop
         plan = StreamPlan(examples, chunks, preprocess, None, self._seed, 0, view=view or 0)
         return self._read(source, examples, plan)
 
-    def _read(self, source: Source, examples: Index, plan: StreamPlan) -> Iterator[Batch]:
+    def _read(self, source: RowSource, examples: Index, plan: StreamPlan) -> Iterator[Batch]:
         """The batches of a plan whose rows are these examples (N,) of the source."""
         assert isinstance(source, ImageRows), "a trial on images opens rows of the manifest"
         plan, shares = replace(plan, rows=source.places[examples]), plan.batches
@@ -224,7 +224,7 @@ def read_ahead(load: Callable[[Index], Batch], shares: Sequence[Index]) -> Itera
             yield pending.popleft().result()
 
 
-def _batch(inputs: Tensor, source: Source, index: Index, device: torch.device) -> Batch:
+def _batch(inputs: Tensor, source: RowSource, index: Index, device: torch.device) -> Batch:
     """Pinned where it goes on to a GPU, so that the copy doesn't wait."""
     labels = torch.from_numpy(source.labels[index])
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import count_of, size_text
+from imbvlm.base.formatting import pluralize, size_text
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.training_sections import TrainConfig
 from imbvlm.models.decoder import num_parameters
@@ -20,7 +20,7 @@ _CPU_SIGNS = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeContext:
     """Contexts for a trial of `num_classes` on `num_workers`; `train` is None for a method without training.
 
     `is_decoder` where it trains one on stored tokens.
@@ -107,7 +107,7 @@ class Computing:
 
     def _sizes(self) -> str:
         batch_size = "" if self.train is None else f"train.batch_size {self.train.batch_size} over "
-        size = f"{count_of(self.num_workers, 'worker')}, {count_of(self.num_classes, 'class')}"
+        size = f"{pluralize(self.num_workers, 'worker')}, {pluralize(self.num_classes, 'class')}"
         return f"{batch_size}{size}, on {self.device}"
 
 

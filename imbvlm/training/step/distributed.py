@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imbvlm.longtail.worker_group import World
 
 
-class DistributedWorld:
+class DistributedWorkerGroup:
     """The workers of torch.distributed's default group, which must be there already; sums go through `device`."""
 
     def __init__(self, device: str | torch.device) -> None:
@@ -33,7 +33,7 @@ class DistributedWorld:
 
 
 @torch.no_grad()
-def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World) -> Tensor:
+def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World) -> Tensor:
     """Replace every gradient by its mean over workers; returns the mean of their losses (0-d).
 
     One flat sum and not DDP: the loss rides along, so that all workers judge the same number; a worker with an
@@ -52,7 +52,7 @@ def average_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World
 
 
 @torch.no_grad()
-def copy_from_first(tensors: Mapping[str, Tensor], world: World) -> None:
+def broadcast_state(tensors: Mapping[str, Tensor], world: World) -> None:
     """Give every worker rank 0's parameters and buffers: workers on unlike machines may round differently."""
     if world.world_size > 1:
         for value in tensors.values():

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from imbvlm.longtail.losses import NEEDS_ALL_LOGITS, BuiltLoss
+from imbvlm.longtail.losses import NEEDS_ALL_LOGITS, ConfiguredLoss
 from imbvlm.longtail.worker_group import Reducer
 
 
-def backward_in_parts(
+def backward_in_micro_batches(
     forward: Callable[[Tensor], Tensor],
-    loss_function: BuiltLoss,
+    loss_function: ConfiguredLoss,
     world: Reducer,
     inputs: Tensor,
     labels: Tensor,

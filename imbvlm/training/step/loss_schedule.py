@@ -13,11 +13,11 @@ from imbvlm.config.loss_registry import LdamConfig
 from imbvlm.config.model_sections import CosineClassifierConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.class_sampling import sampled_counts
-from imbvlm.longtail.losses import BuiltLoss, build_loss, effective_number_weights
+from imbvlm.longtail.losses import ConfiguredLoss, build_loss, effective_number_weights
 from imbvlm.longtail.worker_group import World
 
 
-class Objective:
+class LossSchedule:
     """The losses of one trial over training class counts (C,), computed on `device`.
 
     `logit_scale` is the factor on cosine similarities of a method that has no classifier of its own.
@@ -47,7 +47,7 @@ class Objective:
     def name(self) -> str:
         return self._loss.name
 
-    def for_epoch(self, epoch: int) -> Callable[[int], BuiltLoss]:
+    def at_epoch(self, epoch: int) -> Callable[[int], ConfiguredLoss]:
         """For an epoch (0-based): the loss (logits, labels) -> scalar of each of its steps, counted over the trial."""
         counts = torch.as_tensor(self.counts_at(epoch), device=self._device)
         loss = self._build(counts, self._knobs)
@@ -66,7 +66,7 @@ class Objective:
             return sampled_counts(self._class_counts, self._class_sampling, epoch, self._num_epochs)
         return self._class_counts.astype(np.float64)
 
-    def _build(self, counts: torch.Tensor, knobs: dict[str, Any]) -> BuiltLoss:
+    def _build(self, counts: torch.Tensor, knobs: dict[str, Any]) -> ConfiguredLoss:
         return build_loss(self._loss.name, counts, world=self._world, **knobs)
 
 

@@ -46,7 +46,7 @@ def build_optimizer(
     )
 
 
-def lr_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
+def lr_factor(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int = 1) -> float:
     """The factor on the learning rate at a step (0-based) of num_steps: linear warm-up, then the schedule.
 
     No step is wasted on a rate of 0: the first warm-up step has 1 / warm-up steps, and the schedule's progress
@@ -68,13 +68,13 @@ def lr_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int =
     return math.cos(math.pi * config.cosine_cycles * progress)
 
 
-def rate_at(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
-    """The learning rate at a step (0-based): the factor of `lr_at`, behind a first epoch at `first_epoch_lr`."""
+def lr_at_step(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate at a step (0-based): the factor of `lr_factor`, behind a first epoch at `first_epoch_lr`."""
     if config.first_epoch_lr is None:
-        return config.lr * lr_at(config, step, num_steps, steps_per_epoch)
+        return config.lr * lr_factor(config, step, num_steps, steps_per_epoch)
     if step < steps_per_epoch:
         return config.first_epoch_lr
-    return config.lr * lr_at(config, step - steps_per_epoch, num_steps - steps_per_epoch, steps_per_epoch)
+    return config.lr * lr_factor(config, step - steps_per_epoch, num_steps - steps_per_epoch, steps_per_epoch)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -18,19 +18,19 @@ from PIL import Image
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli import manifest_command
-from imbvlm.data.bad_image_limits import limit_findings
+from imbvlm.data.bad_image_limits import bad_image_findings
 from imbvlm.data.images.decoding import decode, decode_picture, fetch
-from imbvlm.data.imbalance import tail_counts, with_tail
+from imbvlm.data.imbalance import imbalanced_counts, make_imbalanced
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_check import check_manifest
 from imbvlm.data.manifest_summary import plot_counts, plot_svg, summary
-from imbvlm.data.sources.benchmark_registry import DATASETS, build_dataset
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
 from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
 from imbvlm.data.sources.inaturalist import from_inaturalist
 from imbvlm.data.sources.manifest_builder import read_class_names
 from imbvlm.data.sources.table_files import from_table
 from imbvlm.data.sources.webdataset import from_shards
-from imbvlm.data.splits import carve_validation, with_test_split
+from imbvlm.data.splits import carve_validation, hold_out_test_split
 
 TREE = {
     "train/cat/a 1.png": (0, "train"),
@@ -697,7 +697,7 @@ def spread(total, least, most, num_classes):
 
 
 def test_imagenet_lt_by_its_official_lists(tmp_path):
-    sizes = DATASETS["imagenet_lt"].sizes
+    sizes = BENCHMARKS["imagenet_lt"].sizes
     counts = spread(sizes["train"], 5, 1280, 1000)
     write_lists(tmp_path, "ImageNet_LT", sizes, counts, lambda split, label: f"{split}/n{label:08d}")
     found = build_dataset("imagenet_lt", str(tmp_path))
@@ -709,7 +709,7 @@ def test_imagenet_lt_by_its_official_lists(tmp_path):
 
 
 def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path):
-    sizes = DATASETS["places_lt"].sizes
+    sizes = BENCHMARKS["places_lt"].sizes
     counts = spread(sizes["train"], 5, 4980, 365)
     write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/airport_terminal-{label:03d}")
     found = build_dataset("places_lt", str(tmp_path))
@@ -729,12 +729,12 @@ def test_wrong_sizes_are_said_with_the_right_ones(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"fashion_mnist_lt"}))
+@pytest.mark.parametrize("name", sorted(set(BENCHMARKS) - {"fashion_mnist_lt"}))
 def test_missing_files_are_all_named_with_where_to_get_them(tmp_path, name):
     with pytest.raises(ManifestError) as caught:
         build_dataset(name, str(tmp_path))
     text = str(caught.value)
-    assert all(file in text for file in DATASETS[name].files)
+    assert all(file in text for file in BENCHMARKS[name].files)
     assert "http" in text
 
 
@@ -761,31 +761,31 @@ def balanced(num_classes=10, per_class=200):
 @pytest.mark.parametrize("shape", ["exponential", "pareto"])
 def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape):
     made = balanced()
-    found = with_tail(made, 50, shape=shape, seed=1)
+    found = make_imbalanced(made, 50, shape=shape, seed=1)
     stats = found.class_stats()
     assert stats.imbalance_factor == 50
-    assert sorted(stats.counts)[::-1] == tail_counts(10, 200, 50, shape).tolist()
+    assert sorted(stats.counts)[::-1] == imbalanced_counts(10, 200, 50, shape).tolist()
     assert stats.counts.tolist() == stats.split_counts.tolist()
     assert len(found.rows_of("test")) == 10
-    assert found.table.equals(with_tail(made, 50, shape=shape, seed=1).table)
-    assert not found.table.equals(with_tail(made, 50, shape=shape, seed=2).table)
+    assert found.table.equals(make_imbalanced(made, 50, shape=shape, seed=1).table)
+    assert not found.table.equals(make_imbalanced(made, 50, shape=shape, seed=2).table)
 
 
 def test_the_user_says_which_classes_are_the_tail():
     order = [f"c{label}" for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
-    stats = with_tail(balanced(), 100, class_order=order).class_stats()
+    stats = make_imbalanced(balanced(), 100, class_order=order).class_stats()
     assert np.argsort(-stats.counts).tolist() == [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     with pytest.raises(ManifestError, match=r"'c10' is no class"):
-        with_tail(balanced(), 100, class_order=[*order[:-1], "c10"])
+        make_imbalanced(balanced(), 100, class_order=[*order[:-1], "c10"])
 
 
 def test_a_tail_that_cannot_be_is_refused():
     with pytest.raises(ImbvlmError, match="at most 400"):
-        with_tail(balanced(), 1000)
+        make_imbalanced(balanced(), 1000)
     with pytest.raises(ImbvlmError, match="at least 1"):
-        with_tail(balanced(), 0.5)
+        make_imbalanced(balanced(), 0.5)
     with pytest.raises(ManifestError, match="training images, and its place in the tail has"):
-        with_tail(Manifest.read("embedded:fashion_mnist_lt"), 2)
+        make_imbalanced(Manifest.read("embedded:fashion_mnist_lt"), 2)
 
 
 # ------------------------------------------------------------------------------------------------ show and check
@@ -881,19 +881,19 @@ def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path):
     made = Manifest.build(
         pa.table({"bytes": content, "label": labels, "split": ["train"] * len(labels)}), list("abcde"), "made"
     )
-    found = with_test_split(made, 0.2, seed=1)
+    found = hold_out_test_split(made, 0.2, seed=1)
     assert np.bincount(found.labels[found.rows_of("test")], minlength=5).tolist() == [8, 2, 1, 1, 0]
     assert found.class_stats().split_counts.tolist() == [32, 9, 2, 1, 1]
     assert len(set(np.array([row in found.rows_of("test") for row in range(3)]))) == 1
-    assert not found.table.equals(with_test_split(made, 0.2, seed=2).table)
+    assert not found.table.equals(hold_out_test_split(made, 0.2, seed=2).table)
     found.write(str(tmp_path / "made.parquet"))
     read = Manifest.read(str(tmp_path / "made.parquet"))
     assert read.rows_of("test").tolist() == found.rows_of("test").tolist()
     assert "20 % of each class's images" in read.notes[0]
     with pytest.raises(ManifestError, match="it has a test split of 12 images"):
-        with_test_split(found, 0.2)
+        hold_out_test_split(found, 0.2)
     with pytest.raises(ImbvlmError, match=r"between 0 and 1, and is 20"):
-        with_test_split(made, 20)
+        hold_out_test_split(made, 20)
 
 
 def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):
@@ -994,7 +994,7 @@ def test_build_options_that_cannot_be_are_said(tree):
 
 def limits(bad, max_images=None, max_share=0.5, split="train"):
     bad = dict.fromkeys(bad, "truncated")
-    return limit_findings(balanced(4, 5), split, bad, max_images=max_images, max_share=max_share)
+    return bad_image_findings(balanced(4, 5), split, bad, max_images=max_images, max_share=max_share)
 
 
 def test_few_bad_images_are_within_the_limits():
@@ -1017,7 +1017,7 @@ def test_limits_by_count_by_share_and_by_class_are_said_with_names():
 def test_inat2018_by_its_official_annotations(tmp_path):
     """All of it in size: its official validation set is the test split, and validation is carved from training."""
     sizes, hidden = (
-        DATASETS["inat2018"].sizes,
+        BENCHMARKS["inat2018"].sizes,
         [{"id": n, "name": str(n), "supercategory": "Life"} for n in range(8142)],
     )
     counts = {"train": spread(sizes["train"], 2, 1000, 8142), "test": np.full(8142, 3)}

@@ -13,9 +13,9 @@ from towers import CONFIGS, write_config, write_tower
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
-from imbvlm.models.encoder_classifier import TowerClassifier
+from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.encoders.encoder_outputs import OUTPUTS
-from imbvlm.models.encoders.encoder_registry import ENCODERS, absolute_encoder, find_tower
+from imbvlm.models.encoders.encoder_registry import ENCODERS, absolute_encoder, resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
@@ -119,7 +119,7 @@ def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[
 
 def test_a_model_on_images_pools_tokens_as_the_store_does(folders: dict[str, str]) -> None:
     encoder = load(folders["vit"], token_pooling=2)
-    crops, model = images(encoder), TowerClassifier(encoder, "tokens", torch.nn.Identity())
+    crops, model = images(encoder), EncoderClassifier(encoder, "tokens", torch.nn.Identity())
     torch.testing.assert_close(model(crops), encoder.forward_images(crops).tokens)
     assert "token_pool" not in model.state_dict()
 
@@ -311,7 +311,7 @@ def test_quick_gelu_that_contradicts_a_tag_names_the_right_value(config: dict, m
 
 @pytest.mark.parametrize("name", ["ViT-L-14/openai", "RN50/openai", "ViT-B-16/dfn2b", "ViT-B-32-quickgelu/openai"])
 def test_tags_that_need_quick_gelu_get_it(name: str) -> None:
-    assert find_tower(EncoderConfig(name=name)).quick_gelu
+    assert resolve_encoder(EncoderConfig(name=name)).quick_gelu
 
 
 # ---------------------------------------------------------------------------------------- names and weights
@@ -406,7 +406,7 @@ def test_weights_in_the_hubs_cache_are_found_without_a_network(tmp_path: Path, m
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert find_tower(EncoderConfig(name="openai_vit_b32")).weights_file() == str(weights)
+    assert resolve_encoder(EncoderConfig(name="openai_vit_b32")).weights_file() == str(weights)
 
 
 def test_fingerprint_knows_the_weights_and_not_where_they_lie(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.longtail.post_hoc_adjustment import Adjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.export.exporter import _Export, check_trained_on, export_sweep, pareto_set
-from imbvlm.sweep.export.model_card import CardFacts, model_card
+from imbvlm.sweep.export.model_card import CardContext, model_card
 from imbvlm.sweep.records.provenance import check_tower, provenance, write_provenance
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.report.report_content import build
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.per_class_results import write_class_record
 
@@ -73,8 +73,13 @@ def card(folder, **changes):
     spec, log, manifest = read_spec(str(folder)), TrialLog.read(str(folder)), Manifest.read("embedded:fashion_mnist_lt")
     best = log.best(spec.objective)[0]
     refits = [one for one in log.of("refit") if one.name == "winner"]
-    given = {"adjustment": Adjustment(0.3, 0.1, 1.7), "refits": refits, "licence": "apache-2.0", "has_onnx": True}
-    return model_card(CardFacts(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
+    given = {
+        "adjustment": PostHocAdjustment(0.3, 0.1, 1.7),
+        "refits": refits,
+        "licence": "apache-2.0",
+        "has_onnx": True,
+    }
+    return model_card(CardContext(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
 
 
 def test_the_hub_reads_the_card_with_its_metrics_and_licence(tmp_path):
@@ -102,7 +107,7 @@ def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
 def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path):
     for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
-        report, text = build(Source.read(str(folder))), card(folder)
+        report, text = build(ReportData.read(str(folder))), card(folder)
         (line,) = [one for one in text.splitlines() if one.startswith(start)]
         statement = report.statement.replace("The winner", "This model").replace("the winner", "this model")
         assert line == f"{statement} {report.beside}"

@@ -25,9 +25,9 @@ from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_cache import Copies
 from imbvlm.features.store_sizes import DISK_MARGIN
 from imbvlm.ray_runtime.cluster_resources import Cluster
-from imbvlm.sweep.plan.cost_estimate import asha_share, commonest_shapes, sample_trials, shape_of
+from imbvlm.sweep.plan.cost_estimate import cost_key, expected_asha_fraction, most_common_shapes, sample_trials
 from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, plan_to_dict
-from imbvlm.sweep.plan.speed_benchmark import Calibration, Machine, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.plan.speed_benchmark import Machine, SpeedBenchmark, TowerSpeed, TrialSpeed, calibrate
 from imbvlm.sweep.plan.sweep_plan import calibrate_here, make_plan
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
 from imbvlm.sweep.records.summary_tables import NUM_BEST
@@ -80,7 +80,7 @@ CPUS = len(os.sched_getaffinity(0))
 def known_speeds(spec, trials, towers):
     """A millisecond an image in training, a tenth of it in evaluation; towers as fast."""
     speeds = tuple(TrialSpeed(0.0 if one.train is None else 1e-3, 1e-4, 700_000_000, 0) for one in trials)
-    return Calibration(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
+    return SpeedBenchmark(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
 
 
 def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp_path) -> None:
@@ -107,7 +107,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
     assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 10.0)
-    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.running_cluster", lambda: None)
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.find_cluster", lambda: None)
     here = plan_to_dict(make_plan(spec(**settings), known_speeds))
     # No worker has to start for seconds of the tower.
     assert here["seconds"]["features"] == pytest.approx(found["seconds"]["features"] - 2 * 8)
@@ -129,7 +129,7 @@ def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
 
     def speeds(spec, trials, towers):
         found = known_speeds(spec, trials, towers)
-        return replace(found, trials=tuple(replace(one, more_seconds=1e-4) for one in found.trials))
+        return replace(found, trials=tuple(replace(one, extra_member_seconds=1e-4) for one in found.trials))
 
     packed, alone = (make_plan(spec(**settings, max_pack_size=size), speeds) for size in (5, 1))
     found, by_itself = plan_to_dict(packed), plan_to_dict(alone)
@@ -209,7 +209,7 @@ def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tm
 def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monkeypatch, tmp_path) -> None:
     """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.run_phases.connected", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
     made = spec(storage=str(tmp_path))
     needed = make_plan(made, None).missing_bytes
@@ -237,7 +237,7 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     assert not full.fits_disk
     assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.run_phases.connected", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
     for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
                        (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip
@@ -269,7 +269,7 @@ def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_pat
 @pytest.mark.parametrize(("grace", "factor", "share"), [(1 / 3, 3, 1 / 3 + 1 / 3 * 2 / 3), (0.25, 2, 0.5), (1.0, 3, 1)])
 def test_what_asha_runs_at_least(grace: float, factor: int, share: float) -> None:
     scheduler = {"name": "asha", "grace_fraction": grace, "reduction_factor": factor}
-    assert asha_share(spec(trial_scheduler=scheduler)) == pytest.approx(share)
+    assert expected_asha_fraction(spec(trial_scheduler=scheduler)) == pytest.approx(share)
 
 
 def test_every_method_is_measured_before_any_has_two_kinds() -> None:
@@ -277,8 +277,8 @@ def test_every_method_is_measured_before_any_has_two_kinds() -> None:
              "decoder.depth": {"int": [1, 4], "when": {"method": "decoder"}}}}  # fmt: skip
     made = SweepSpec.from_tree({"name": "s", "base": {k: v for k, v in BASE.items() if k != "method"}, "space": space})
     sample = sample_trials(made, check_spec(made))
-    assert {one.method for one in commonest_shapes(sample, 2)} == {"linear_probe", "decoder"}
-    assert len({shape_of(one) for one in commonest_shapes(sample, 9)}) == 5
+    assert {one.method for one in most_common_shapes(sample, 2)} == {"linear_probe", "decoder"}
+    assert len({cost_key(one) for one in most_common_shapes(sample, 9)}) == 5
 
 
 def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path) -> None:

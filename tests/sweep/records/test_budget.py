@@ -14,7 +14,7 @@ from test_sweep import QUICKSTART, imbvlm, newest, run, trials
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.sweep.records.budget import Budget
-from imbvlm.sweep.records.refit_selection import name_earlier, refit_seconds, refits
+from imbvlm.sweep.records.refit_selection import mark_superseded, refit_seconds, refits
 from imbvlm.sweep.records.trial_log import TrialLog
 
 
@@ -83,7 +83,7 @@ def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path
 
     def refit_all():
         made = {one.trial_id(seed, log): (one, config) for one in refits(log, spec) for seed, config in one.seeded()}
-        name_earlier(log, {key: one.name for key, (one, _) in made.items()})
+        mark_superseded(log, {key: one.name for key, (one, _) in made.items()})
         for trial_id, (one, config) in made.items():
             if trial_id not in log.records:
                 fields = {"trial_id": trial_id, "kind": "refit", "name": one.name, "config": config.to_tree()}

@@ -19,7 +19,7 @@ from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import with_column
 from imbvlm.sweep.records.adjustment_selection import logits_file
-from imbvlm.sweep.records.earlier_sweeps import choose_fork, write_fork
+from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.records.trial_log import TrialLog
 
@@ -37,7 +37,7 @@ def manifest() -> Manifest:
 
 
 def fork(source, spec, changes=()):
-    chosen = choose_fork(source, spec, spec.read_space(), list(changes))
+    chosen = select_fork_trials(source, spec, spec.read_space(), list(changes))
     return {record.trial_id for record, _ in chosen.kept if record.kind == "search"}, chosen.left
 
 
@@ -88,7 +88,7 @@ def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(
     spec = sweep_spec(num_trials=48)
     Path(logits_file(source, "t00001")).parent.mkdir(exist_ok=True)
     Path(logits_file(source, "t00001")).write_bytes(b"logits")
-    write_fork(choose_fork(source, spec, spec.read_space(), []), source, str(tmp_path))
+    write_fork(select_fork_trials(source, spec, spec.read_space(), []), source, str(tmp_path))
     log, before = TrialLog.read(str(tmp_path)), TrialLog.read(source)
     assert {key: log.records[key] for key in ids(source)} == {key: before.records[key] for key in ids(source)}
     assert not log.of("refit")

@@ -23,7 +23,7 @@ from imbvlm.base import interrupts
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.sweep.records import folder_lease
-from imbvlm.sweep.records.folder_lease import Holder, held
+from imbvlm.sweep.records.folder_lease import Holder
 from imbvlm.sweep.records.lease_file import Content, LocalLeaseFile
 from imbvlm.sweep.run.run_phases import run
 
@@ -46,7 +46,7 @@ def silence(text: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("BEAT_SECONDS", 0.02), ("SILENT_SECONDS", 0.3), ("LOOK_SECONDS", 0.02)):
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.02), ("HEARTBEAT_TIMEOUT_SECONDS", 0.3), ("LOOK_SECONDS", 0.02)):
         monkeypatch.setattr(folder_lease, name, seconds)
 
 
@@ -63,7 +63,7 @@ def test_a_sweep_that_still_runs_is_not_run_again_and_nothing_is_touched(tmp_pat
 
 def test_the_file_goes_with_its_run_however_that_ends(tmp_path: Path) -> None:
     def end_by(error: type[BaseException]) -> None:
-        with held(str(tmp_path), silence):
+        with folder_lease.folder_lease(str(tmp_path), silence):
             assert (tmp_path / folder_lease.LEASE_FILE).exists()
             raise error
 
@@ -75,25 +75,28 @@ def test_the_file_goes_with_its_run_however_that_ends(tmp_path: Path) -> None:
 
 def test_a_killed_run_gives_way_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from imbvlm.sweep.records.folder_lease import held\n"
-        "with held(sys.argv[1], print): print('here', flush=True); time.sleep(60)"
+        "import sys, time; from imbvlm.sweep.records.folder_lease import folder_lease\n"
+        "with folder_lease(sys.argv[1], print): print('here', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
-        with pytest.raises(ImbvlmError, match=f"still runs.*process {process.pid}"), held(str(tmp_path), silence):
+        with (
+            pytest.raises(ImbvlmError, match=f"still runs.*process {process.pid}"),
+            folder_lease.folder_lease(str(tmp_path), silence),
+        ):
             pass
         process.kill()
         # Also before somebody has waited for it.
         while not holder_of(tmp_path).is_gone:
             time.sleep(0.01)
-        with held(str(tmp_path), silence):
+        with folder_lease.folder_lease(str(tmp_path), silence):
             pass
 
 
 def test_a_number_of_a_process_that_was_given_again_is_no_run(tmp_path: Path) -> None:
     write(tmp_path, replace(Holder.here(), born="1"))
-    with held(str(tmp_path), silence):
+    with folder_lease.folder_lease(str(tmp_path), silence):
         assert not holder_of(tmp_path).is_gone
 
 
@@ -104,12 +107,12 @@ def elsewhere(**fields: object) -> Holder:
 
 def test_a_run_elsewhere_has_ended_when_it_has_been_silent_for_long(tmp_path: Path, quick: None) -> None:
     path, said = write(tmp_path, elsewhere()), list[str]()
-    with held(str(tmp_path), said.append):
+    with folder_lease.folder_lease(str(tmp_path), said.append):
         assert holder_of(tmp_path).host != "far"
     assert "host far" in said[0]
     assert f"delete {path}" in said[0]
     write(tmp_path, elsewhere(beat=time.time() - 1))
-    with held(str(tmp_path), silence):
+    with folder_lease.folder_lease(str(tmp_path), silence):
         pass
 
 
@@ -119,7 +122,7 @@ def test_a_run_elsewhere_that_gives_a_sign_of_life_still_runs(tmp_path: Path, qu
     def beat(text: str) -> None:
         write(tmp_path, elsewhere(beat=1.0))
 
-    with pytest.raises(ImbvlmError, match=r"still runs \(host far"), held(str(tmp_path), beat):
+    with pytest.raises(ImbvlmError, match=r"still runs \(host far"), folder_lease.folder_lease(str(tmp_path), beat):
         pass
     assert holder_of(tmp_path).host == "far"
 
@@ -128,8 +131,8 @@ def test_deleting_the_file_ends_the_waiting(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(folder_lease, "LOOK_SECONDS", 0.02)
     path = write(tmp_path, elsewhere())
     began = time.monotonic()
-    with held(str(tmp_path), lambda text: path.unlink()):
-        assert time.monotonic() - began < folder_lease.SILENT_SECONDS / 2
+    with folder_lease.folder_lease(str(tmp_path), lambda text: path.unlink()):
+        assert time.monotonic() - began < folder_lease.HEARTBEAT_TIMEOUT_SECONDS / 2
 
 
 def work_between_signals() -> None:
@@ -147,7 +150,10 @@ def test_a_run_that_lost_its_folder_ends_at_once_and_does_not_come_back(
     tmp_path: Path, quick: None, work: Callable[[], None], has_handler: bool
 ) -> None:
     def lose() -> None:
-        with interrupts.handled() if has_handler else nullcontext(), held(str(tmp_path), silence) as ours:
+        with (
+            interrupts.handled() if has_handler else nullcontext(),
+            folder_lease.folder_lease(str(tmp_path), silence) as ours,
+        ):
             first = holder_of(tmp_path).beat
             while holder_of(tmp_path).beat == first:
                 time.sleep(0.01)
@@ -208,7 +214,10 @@ def test_without_hard_links_one_has_the_folder_too(
 
 def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / folder_lease.LEASE_FILE).write_text("{")
-    with pytest.raises(ImbvlmError, match=r"running.json is damaged.*delete it"), held(str(tmp_path), silence):
+    with (
+        pytest.raises(ImbvlmError, match=r"running.json is damaged.*delete it"),
+        folder_lease.folder_lease(str(tmp_path), silence),
+    ):
         pass
 
 

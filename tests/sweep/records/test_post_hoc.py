@@ -23,25 +23,25 @@ from imbvlm.features.trial_data import TrialData
 from imbvlm.inference import predictor
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.post_hoc_adjustment import ALPHAS, TAUS, Adjustment, adjust_logits, mix_logits
+from imbvlm.longtail.post_hoc_adjustment import ALPHAS, TAUS, PostHocAdjustment, adjust_logits, mix_logits
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.sweep.records.adjustment_selection import (
     POST_HOC_FILE,
-    choose_post_hoc,
     describe_post_hoc,
     logits_file,
     max_logit_files,
     prune_logits,
     read_adjustment,
+    select_adjustments,
     write_post_hoc,
 )
 from imbvlm.sweep.records.refit_selection import Refit
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.training.trial_session import TrialSession, TrialSettings
-from imbvlm.training.validation_logits import LogitKeeper, file_bytes
+from imbvlm.training.validation_logits import ValLogitsWriter, file_bytes
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
 COUNTS = np.array([400, 100, 30, 8, 0])
@@ -84,7 +84,7 @@ def log(tmp_path):
 
 def chosen(tmp_path, log, one=None, objective="val/balanced_accuracy"):
     one = refit() if one is None else one
-    return choose_post_hoc(str(tmp_path), [one], log, objective).get(one.name)
+    return select_adjustments(str(tmp_path), [one], log, objective).get(one.name)
 
 
 # --------------------------------------------------------------------------------------------------------- choosing
@@ -201,11 +201,11 @@ def test_rows_without_logits_are_left_out(tmp_path, log):
 
 
 def test_a_trial_without_logits_or_without_training_is_absent(tmp_path, log):
-    assert choose_post_hoc(str(tmp_path), [refit()], log, "val/balanced_accuracy") == {}
+    assert select_adjustments(str(tmp_path), [refit()], log, "val/balanced_accuracy") == {}
     logits, targets = honest()
     write_logits(tmp_path, "b1", targets, best=logits)
     zero_shot = refit("b1", "zero-shot", method="zero_shot", kind="baseline")
-    assert choose_post_hoc(str(tmp_path), [zero_shot], log, "val/balanced_accuracy") == {}
+    assert select_adjustments(str(tmp_path), [zero_shot], log, "val/balanced_accuracy") == {}
 
 
 def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path, log):
@@ -298,7 +298,7 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path):
 
 def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path):
     rows, classes = 50, 20
-    keeper = LogitKeeper(
+    keeper = ValLogitsWriter(
         str(tmp_path / "l"), SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
     )
     keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)
@@ -314,7 +314,7 @@ def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path):
 def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path):
     features = tiny_features(tmp_path / "features")
     config = tiny_config("linear_probe")
-    adjustment = Adjustment(tau=0.7, alpha=0.25, temperature=2.0)
+    adjustment = PostHocAdjustment(tau=0.7, alpha=0.25, temperature=2.0)
     settings = TrialSettings(
         config=config.to_tree(),
         feature_set=features.to_dict(),
@@ -374,7 +374,7 @@ def trained(tmp_path_factory):
 def test_an_exported_models_probabilities_are_adjusted_and_its_logits_are_not(trained, tmp_path, alpha):
     encoder, config, weights, crops = trained
     counts, embeddings = (90, 9, 1), torch.nn.functional.normalize(torch.randn(3, encoder.info.embedding_width), dim=1)
-    step = predictor.PostHocStep(Adjustment(1.2, alpha, 0.5), counts, embeddings if alpha else None)
+    step = predictor.LogitPostprocessor(PostHocAdjustment(1.2, alpha, 0.5), counts, embeddings if alpha else None)
     for name, post_hoc in (("plain", None), ("adjusted", step)):
         write_model(str(tmp_path / name), config, weights, encoder, ("a", "b", "c"), {}, post_hoc)
     plain, adjusted = (load(tmp_path / name, "cpu") for name in ("plain", "adjusted"))
@@ -399,9 +399,9 @@ def test_an_exported_models_probabilities_are_adjusted_and_its_logits_are_not(tr
 
 def test_a_temperature_alone_keeps_every_prediction():
     logits = torch.randn(9, 4)
-    calibrated = Adjustment(temperature=3.0)
+    calibrated = PostHocAdjustment(temperature=3.0)
     assert calibrated.keeps_order
     torch.testing.assert_close(calibrated.apply(logits, torch.ones(4)), logits / 3)
-    assert not Adjustment(tau=0.1).keeps_order
+    assert not PostHocAdjustment(tau=0.1).keeps_order
     with pytest.raises(ImbvlmError, match="needs them"):
-        Adjustment(alpha=0.5).apply(logits, torch.ones(4))
+        PostHocAdjustment(alpha=0.5).apply(logits, torch.ones(4))

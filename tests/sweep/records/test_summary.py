@@ -14,7 +14,7 @@ from imbvlm.base.formatting import duration, percent, table
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records import summary_tables
 from imbvlm.sweep.records.summary_tables import NUM_BEST, search_table
-from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, describe
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
@@ -84,12 +84,12 @@ def test_a_win_on_validation_is_beyond_the_95_percent_interval(gain: float, word
 def test_a_trial_in_a_few_words() -> None:
     config = TrialConfig.from_tree({**BASE, "method": "decoder", "loss": {"name": "focal", "gamma": 1.234}})
     one = TrialRecord(trial_id="t", kind="search", config=config.to_tree())
-    assert describe(one) == "decoder depth 3, focal gamma 1.23, cosine 0.04, instance balanced, lr 0.03"
+    assert describe_trial(one) == "decoder depth 3, focal gamma 1.23, cosine 0.04, instance balanced, lr 0.03"
     mixed = {"method": "adapter", "mixing": {"cutmix": 0.5}, "loss": {"name": "cross_entropy"}}
     one.config = TrialConfig.from_tree({**BASE, **mixed}).to_tree()
-    assert describe(one) == "adapter, cross entropy, cosine 0.04, instance balanced, lr 0.03, cutmix 0.5"
+    assert describe_trial(one) == "adapter, cross entropy, cosine 0.04, instance balanced, lr 0.03, cutmix 0.5"
     one.config = TrialConfig.from_tree({**BASE, "method": "zero_shot"}).to_tree()
-    assert describe(one) == "zero shot, instance balanced"
+    assert describe_trial(one) == "zero shot, instance balanced"
 
 
 def failed(*reasons: str) -> list[TrialRecord]:
@@ -107,7 +107,7 @@ def test_causes_that_differ_in_numbers_ids_or_paths_alone_are_one() -> None:
         f"ActorDiedError: {actor} on 10.0.0.{actor[0]} can't read s3://b/{actor}.bin"
         for actor in ("4fa9e1c0", "77bc01de")
     ]
-    lines = summary_tables.causes(failed(*lost, *diverged, "its worker was lost")).splitlines()
+    lines = summary_tables.failure_causes(failed(*lost, *diverged, "its worker was lost")).splitlines()
     assert lines == [
         "10 trials failed:",
         "  7 x the loss wasn't finite at step 12 (lr 1.71) (with other numbers or names in the others)",
@@ -118,12 +118,12 @@ def test_causes_that_differ_in_numbers_ids_or_paths_alone_are_one() -> None:
 
 def test_causes_beyond_the_commonest_are_counted_and_unlike_words_stay_apart() -> None:
     letters = "abcdefgh"
-    lines = summary_tables.causes(
+    lines = summary_tables.failure_causes(
         failed(*(f"the {letter} failed" for letter in letters), "the a failed"), "refit"
     ).splitlines()
     assert lines[:2] == ["9 refits failed:", "  2 x the a failed"]
     assert lines[-1] == "  3 x 3 other causes; each record in trials/ has its own"
-    assert summary_tables.causes(failed("the a failed")) == "1 trial failed:\n  1 x the a failed"
+    assert summary_tables.failure_causes(failed("the a failed")) == "1 trial failed:\n  1 x the a failed"
 
 
 def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
@@ -171,12 +171,12 @@ import os, subprocess, sys
 from pathlib import Path
 from imbvlm.base.console import Console
 console = Console()
-with console.others_to(Path("deep/others.log")):
+with console.redirect_output(Path("deep/others.log")):
     print("chatter")
     print("more chatter", file=sys.stderr)
     subprocess.run(["echo", "of another process"])
-    console.say("a sentence")
-console.say("another")
+    console.print("a sentence")
+console.print("another")
 print("and print is back")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -189,9 +189,9 @@ print("and print is back")
 def test_a_stream_of_ones_own_stays_ones_own(tmp_path: Path) -> None:
     stream = io.StringIO()
     console = Console(stream)
-    with console.others_to(tmp_path / "others.log"):
-        console.say("inside")
-    console.say("outside")
+    with console.redirect_output(tmp_path / "others.log"):
+        console.print("inside")
+    console.print("outside")
     assert stream.getvalue() == "inside\noutside\n"
 
 
@@ -199,5 +199,5 @@ def test_a_log_file_gets_the_live_line_only_now_and_then() -> None:
     stream = io.StringIO()
     console = Console(stream)
     for number in range(100):
-        console.live(f"{number} done")
+        console.update_live(f"{number} done")
     assert stream.getvalue() in ("", "0 done\n")

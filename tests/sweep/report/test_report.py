@@ -27,13 +27,19 @@ from imbvlm.cli.sweep_listing import show_text
 from imbvlm.data.manifest import Manifest
 from imbvlm.sweep.records.difference import Difference
 from imbvlm.sweep.records.quarantine_list import write_quarantine
-from imbvlm.sweep.records.resource_usage import Compute, compute_text, pace_key, saved_by_stopping, saved_by_store
+from imbvlm.sweep.records.resource_usage import (
+    ResourceUsage,
+    compute_text,
+    saved_by_stopping,
+    saved_by_store,
+    throughput_key,
+)
 from imbvlm.sweep.records.summary_tables import pareto_records
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.report.plotting import Drawing, png, spread
 from imbvlm.sweep.report.report_content import build
-from imbvlm.sweep.report.report_data import Source
+from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import importances, pareto_front, rank_correlation, rungs
 from imbvlm.sweep.report.report_writer import parts, write_report
 from imbvlm.sweep.report.score_tables import compared_classes
@@ -88,7 +94,7 @@ def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_p
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
     (folder / "test.json").write_text(damage)
     with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*; remove it, .* imbvlm sweep resume {folder}"):
-        Source.read(str(folder))
+        ReportData.read(str(folder))
 
 
 def test_averages_that_leave_classes_out_say_so(tmp_path):
@@ -100,14 +106,14 @@ def test_averages_that_leave_classes_out_say_so(tmp_path):
         test["correct"][0] = test["total"][0] = 0
         test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
         path.write_text(json.dumps(content))
-    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "scores"]
+    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "scores"]
     num_classes = len(COUNTS)
     assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
 
 
 def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
-    report = build(Source.read(str(folder)))
+    report = build(ReportData.read(str(folder)))
     assert report.is_win
     assert re.fullmatch(
         r"The winner is \d+\.\d points above linear probe in balanced accuracy on the test split "
@@ -137,7 +143,7 @@ def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
 
 def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4, adjusted={"linear probe": 0.99})
-    report = build(Source.read(str(folder)))
+    report = build(ReportData.read(str(folder)))
     assert not report.is_win
     assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.statement)
     assert "post hoc: logits adjusted after training" in report.beside.lower()
@@ -150,7 +156,7 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
 def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path):
     """Tiles and class figures had the winner as trained while the verdict and `imbvlm export` have it adjusted."""
     adjusted = {"winner": 0.99, "linear probe": 0.6}
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
     report = build(source)
     figures, tables = ({one.name: one for one in found} for found in parts(report))
     ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
@@ -184,20 +190,20 @@ def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(t
         content = json.loads(path.read_text())
         content["splits"]["test"].pop("adjusted", None)
         path.write_text(json.dumps(content))
-    figures = {one.name: one for one in parts(build(Source.read(str(folder))))[0]}
+    figures = {one.name: one for one in parts(build(ReportData.read(str(folder))))[0]}
     assert figures["class_size"].data[1][0] == "winner"
     assert "has kept its classes as trained" in figures["class_size"].caption
 
 
 def test_a_gain_within_the_interval_is_no_win(tmp_path):
-    report = build(Source.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
+    report = build(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
     assert not report.is_win
     assert report.statement.startswith("No win is shown")
 
 
 def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
-    report = build(Source.read(str(folder)))
+    report = build(ReportData.read(str(folder)))
     assert "on validation" in report.statement
     assert report.beside.startswith("No test split has been scored: it takes images in a folder test/")
     facts = {fact.label: fact for fact in report.facts}
@@ -244,7 +250,7 @@ def test_quarantined_files_are_counted_by_class(tmp_path):
     lines = ["split,row,path,reason,label,class_name,shot_group"]
     lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
     (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
-    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "quarantine_by_class"]
+    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "quarantine_by_class"]
     assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
     assert "Left out: 3 files that could not be decoded." in page_of(folder)
     (folder / "quarantine.csv").write_text("\n".join(lines[:2]) + "\n")
@@ -258,7 +264,7 @@ def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):
     rows = [{"split": "train", "row": 3, "path": "-x.jpg", "reason": "cut", "label": 1, "class_name": "+1"}]
     write_quarantine(str(folder), [{**rows[0], "shot_group": "many_shot"}])
     assert (folder / "quarantine.csv").read_text().splitlines()[1] == "train,3,'-x.jpg,cut,1,'+1,many_shot"
-    source = Source.read(str(folder))
+    source = ReportData.read(str(folder))
     assert (source.quarantine[0]["path"], source.quarantine[0]["class_name"]) == ("-x.jpg", "+1")
     tables = {one.name: list(csv.reader(one.csv().splitlines())) for one in parts(build(source))[1]}
     assert [row[0] for row in tables["per_class"][1:5]] == ["'=1+1", "'+1", "'-2", "'@sum"]
@@ -290,14 +296,14 @@ def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
 
 
 def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path):
-    found = importances(Source.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
+    found = importances(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
     assert found[0].key == "loss.name"
     assert sum(one.share for one in found) == pytest.approx(1)
     assert {one.key for one in found} == {"loss.name", "method", "decoder.depth", "optim.lr"}
 
 
 def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     saved = saved_by_stopping(source.log.of("search"))
     assert (saved.num_stopped, saved.epochs, saved.planned_epochs) == (6, 6 * 8, 24 * 12)
     assert saved.seconds == pytest.approx(6 * 8 * 2)
@@ -310,7 +316,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
     probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
-    (key,) = {pace_key(one.trial_config()) for one in probes}
+    (key,) = {throughput_key(one.trial_config()) for one in probes}
     phases = {"start": 10.0, "features": 20.0, "trials": 70.0, "refits": 30.0}
     spent = {"seconds": 130.0, "gpu_seconds": 520.0, "machine_seconds": 130.0, "phases": phases}
     plan = {
@@ -325,7 +331,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     assert "Where the time went" not in page_of(folder)
     for name, content in (("spent", spent), ("paces", {"num_train": 500, "seconds": {key: 0.01}}), ("plan", plan)):
         (folder / f"{name}.json").write_text(json.dumps(content))
-    compute = Compute.read(str(folder), sweep_spec(), log)
+    compute = ResourceUsage.read(str(folder), sweep_spec(), log)
     saved = saved_by_store(compute)
     epochs = sum(len(one.epochs) for one in probes)
     assert (saved.num_epochs, saved.num_read, saved.num_seen) == (epochs, 500 * epochs, 500)
@@ -337,12 +343,12 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
         "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
         "and trials 1 min 10 s, refits and test split 30 s"
     )
-    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "time"]
+    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "time"]
     assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
     assert words.replace("spared", "Spared", 1) in page_of(folder)
     # A store that costs more than it spares is no gain.
     (folder / "paces.json").write_text(json.dumps({"num_train": 1, "seconds": {key: 1e-6}}))
-    assert "feature store: spared nothing here" in compute_text(Compute.read(str(folder), sweep_spec(), log))
+    assert "feature store: spared nothing here" in compute_text(ResourceUsage.read(str(folder), sweep_spec(), log))
 
 
 def test_a_front_has_no_trial_that_is_slower_and_worse():
@@ -396,7 +402,7 @@ def test_a_folder_gets_every_figure_and_table(tmp_path):
 
 
 def test_a_figures_numbers_are_those_of_the_records(tmp_path):
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     figures = {one.name: list(csv.DictReader(one.csv().splitlines())) for one in parts(build(source))[0]}
     best = max(value for _, value in source.valued())
     assert max(float(row["objective"]) for row in figures["cost"]) == pytest.approx(best, abs=1e-5)
@@ -409,7 +415,7 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path):
 
 
 def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
     (probe,) = [one for one in source.references if one.name == "linear probe"]
     row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
@@ -426,7 +432,7 @@ def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
 def test_several_objectives_have_their_pareto_set(tmp_path):
     few = "val/few_shot_accuracy"
     assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
-    source = Source.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
+    source = ReportData.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
     (table,) = [one for one in parts(build(source))[1] if one.name == "pareto"]
     assert list(table.header[2:]) == ["val/balanced_accuracy", few]
     found = [one.trial_id for one in pareto_records(source.log, source.spec)]
@@ -435,7 +441,7 @@ def test_several_objectives_have_their_pareto_set(tmp_path):
 
 
 def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
     ours, theirs, *_ = compared_classes(source)
     gain = ours.correct / ours.total - theirs.correct / theirs.total
@@ -459,7 +465,7 @@ def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):
     again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
     again.epochs = again.epochs[-1:]
     log.save(again)
-    (table,) = [one for one in parts(build(Source.read(str(folder))))[1] if one.name == "over_seeds"]
+    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "over_seeds"]
     assert table.rows[0][0] == first.trial_id
     assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
 
@@ -496,7 +502,7 @@ def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
 
 def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
     """The winner's blue was the first method's in Search, and no figure there showed the winner."""
-    source = Source.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
     best = source.best.trial_id
     for name in ("history", "cost", "few_shot", "rung", "slice_optim.lr", "slice_method", "parallel"):
@@ -519,7 +525,7 @@ def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path)
     folder = write_sweep(tmp_path / "gone", COUNTS, num_trials=1)
     record = folder / "trials" / "t00001.json"
     record.write_text(record.read_text().replace("tinylit_lite0", "local-dir:gone"))
-    assert build(Source.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
+    assert build(ReportData.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
 
 
 def test_what_scrolls_shows_it():

@@ -14,7 +14,7 @@ from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, undisturbed, wri
 from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
 
 from imbvlm.base import storage
-from imbvlm.base.outages import AWAY_SECONDS
+from imbvlm.base.outages import OUTAGE_SECONDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -179,7 +179,7 @@ def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_wi
         assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
         assert "Traceback" not in printed
         # Each call takes a quarter of a minute to fail: the first one, and the last before the store is given up.
-        assert seconds < AWAY_SECONDS + 45
+        assert seconds < OUTAGE_SECONDS + 45
         ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
         is_gone[0] = False
         sweep.run("--resume", environment=s3.settings(endpoint))

@@ -8,8 +8,8 @@ import pytest
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
-from imbvlm.config.trial_config import needed
-from imbvlm.sweep.spec.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, tower_configs, tower_key
+from imbvlm.config.trial_config import require_section
+from imbvlm.sweep.spec.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, encoder_configs, feature_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -53,8 +53,8 @@ def test_the_probe_is_plain_softmax_whatever_the_base_says() -> None:
 def test_trials_on_fresh_crops_share_the_baselines_and_features_of_their_tower() -> None:
     spec, space = made("features.store: {choice: [true, false]}")
     assert [one.name for one in baselines(spec, space)] == ["zero-shot", "linear probe"]
-    keys = {tower_key(spec.trial(draw)) for draw in space.finite_draws(spec.base) or []}
-    assert keys == {tower_key(config) for config in tower_configs(spec, space)}
+    keys = {feature_key(spec.trial(draw)) for draw in space.enumerate_params(spec.base) or []}
+    assert keys == {feature_key(config) for config in encoder_configs(spec, space)}
     assert len(keys) == 1
 
 
@@ -84,13 +84,13 @@ def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
 )
 def test_the_features_of_every_trial_are_among_the_towers(parameters: str) -> None:
     spec, space = made(parameters)
-    extracted = {tower_key(config) for config in tower_configs(spec, space)}
-    assert extracted == {tower_key(spec.trial(draw)) for draw in space.finite_draws(spec.base) or []}
+    extracted = {feature_key(config) for config in encoder_configs(spec, space)}
+    assert extracted == {feature_key(spec.trial(draw)) for draw in space.enumerate_params(spec.base) or []}
 
 
 def test_a_conditional_size_leaves_the_bases_where_it_does_not_hold() -> None:
     spec, space = made("encoder.name: {choice: [a, b]}\nencoder.image_size: {choice: [64], when: {encoder.name: a}}")
-    towers = [config.encoder for config in tower_configs(spec, space)]
+    towers = [config.encoder for config in encoder_configs(spec, space)]
     assert [(tower.name, tower.image_size) for tower in towers] == [("a", 64), ("b", 96)]
 
 
@@ -99,7 +99,7 @@ def test_a_continuous_way_of_reading_images_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"eval.resize must be a choice or a short int here, and is uniform 1.0 .. 1.5"
     ):
-        tower_configs(spec, space)
+        encoder_configs(spec, space)
 
 
 def test_what_trains_is_no_matter_of_the_tower() -> None:
@@ -107,6 +107,6 @@ def test_what_trains_is_no_matter_of_the_tower() -> None:
     one, other = (
         spec.trial({"method": method, "optim.lr": lr}) for method, lr in (("decoder", 0.1), ("linear_probe", 0.5))
     )
-    assert tower_key(one) == tower_key(other)
-    assert tower_key(one) != tower_key(one.with_overrides({"features.num_views": 2}))
-    assert needed(one.train).num_steps == 50
+    assert feature_key(one) == feature_key(other)
+    assert feature_key(one) != feature_key(one.with_overrides({"features.num_views": 2}))
+    assert require_section(one.train).num_steps == 50

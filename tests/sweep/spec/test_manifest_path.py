@@ -9,7 +9,7 @@ from tiny_images import PER_CLASS, image_manifest
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli import sweep_script
-from imbvlm.sweep.records.earlier_sweeps import choose_fork, warm_starts
+from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.spec.equivalence import canonical_key
@@ -76,7 +76,7 @@ def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
     relative, absolute = read_spec(folder), sweep_spec(base=base(str(home / "images" / "manifest.parquet")))
     assert canonical_key(relative.trial(DRAW)) == canonical_key(absolute.trial(DRAW))
     assert sweep_script.spec_differences(relative, with_absolute_paths(relative)) == []
-    fork = choose_fork(folder, absolute, absolute.read_space(), [])
+    fork = select_fork_trials(folder, absolute, absolute.read_space(), [])
     # The helper's second baseline is not of this space.
     assert [record.kind for record, _ in fork.kept].count("search") == 24
     (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}), absolute.read_space())

@@ -19,15 +19,15 @@ from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.sweep_plan import make_plan
 from imbvlm.sweep.records.budget import Budget
-from imbvlm.sweep.records.earlier_sweeps import told, warm_starts
+from imbvlm.sweep.records.earlier_sweeps import warm_starts, warm_trials
 from imbvlm.sweep.records.refit_selection import refits
 from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, search_table, verdict
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.run.run_phases import run as run_sweep
-from imbvlm.sweep.spec.objectives import SECONDS, Outcome, metric_value, outcome, pareto_indices
+from imbvlm.sweep.spec.objectives import SECONDS, ObjectiveValues, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.study_search import StudySearch
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -43,7 +43,7 @@ EPOCHS = [
 def test_all_values_are_of_one_model_that_of_the_best_epoch():
     assert metric_value(EPOCHS, OVERALL, FEW) == 0.2
     assert metric_value(EPOCHS, OVERALL, SECONDS) == 4.5
-    assert outcome(EPOCHS, OVERALL, [FEW, SECONDS], {FEW: 0.3, SECONDS: 5.0}) == Outcome(
+    assert outcome(EPOCHS, OVERALL, [FEW, SECONDS], {FEW: 0.3, SECONDS: 5.0}) == ObjectiveValues(
         (0.7, 0.2, 4.5), (pytest.approx(0.1), -0.5)
     )
     assert outcome(EPOCHS, OVERALL, ["val/many_shot_accuracy"], {}) is None
@@ -60,9 +60,9 @@ def test_the_pareto_set_is_optunas(points):
     assert pareto_indices(points, metrics) == sorted(trial.number for trial in study.best_trials)
 
 
-def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any = ()) -> StudySearcher:
+def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any = ()) -> StudySearch:
     budget = Budget(spec, "nowhere", 0.0)
-    return StudySearcher(spec, spec.read_space(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
+    return StudySearch(spec, spec.read_space(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
 
 
 def report(job, spec: SweepSpec) -> dict[str, float]:
@@ -71,7 +71,7 @@ def report(job, spec: SweepSpec) -> dict[str, float]:
     return {"epoch": 1.0, OVERALL: rate, spec.best_objective: rate, FEW: 0.5 - rate, SECONDS: 1.0}
 
 
-def run(search: StudySearcher, spec: SweepSpec) -> list[TrialRecord]:
+def run(search: StudySearch, spec: SweepSpec) -> list[TrialRecord]:
     records = []
     while isinstance(suggested := search.suggest(f"tune{len(records)}"), dict):
         job = suggested["job"]
@@ -181,7 +181,7 @@ def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(t
     assert [one.record.trial_id for one in start.trials] == [one.trial_id for one in inside]
     assert 0 < len(inside) < start.num_ended == 24
     assert f"{len(inside)} of 24 trials of {folder}" in start.describe()
-    search = searcher(spec, warm=told([start]))
+    search = searcher(spec, warm=warm_trials([start]))
     values = [trial.value for trial in search.study.trials]
     assert values == [one.best_value(spec.best_objective) for one in inside]
     jobs = drive(search)

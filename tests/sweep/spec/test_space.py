@@ -17,7 +17,7 @@ from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.search_space import Draw, SearchSpace
+from imbvlm.sweep.spec.search_space import Params, SearchSpace
 from imbvlm.sweep.spec.space_file import NOT_SEARCHED, find_space, parse_space, read_space
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -47,7 +47,7 @@ def spec_mistakes(text: str, **fields: Any) -> list[str]:
     return [str(problem) for problem in error.value.problems]
 
 
-def draws(searched: SearchSpace, number: int = 200, base: dict[str, Any] = BASE) -> list[tuple[Draw, dict[str, Any]]]:
+def draws(searched: SearchSpace, number: int = 200, base: dict[str, Any] = BASE) -> list[tuple[Params, dict[str, Any]]]:
     """Draws with what Optuna has kept of each."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     found = []
@@ -177,7 +177,7 @@ parameters:
 def test_truth_values_and_numbers_are_different_choices() -> None:
     searched = space("parameters: {optim.nesterov: {choice: [true, false]}, decoder.depth: {choice: [1, 0]}}")
     with pytest.raises(ConfigError, match=r"optim.nesterov = 1 is outside"):
-        searched.names_of({"optim.nesterov": 1, "decoder.depth": 1}, BASE)
+        searched.to_optuna_params({"optim.nesterov": 1, "decoder.depth": 1}, BASE)
 
 
 # ------------------------------------------------------------------------------------- pinned and counted draws
@@ -190,20 +190,20 @@ parameters:
   loss.gamma: {uniform: [0.5, 3], when: {loss.name: focal}}
   optim.lr: {loguniform: [1e-3, 1e-1]}
 """)
-    assert searched.names_of({"loss.name": "focal", "loss.gamma": 3, "optim.lr": 0.1}, BASE) == {
+    assert searched.to_optuna_params({"loss.name": "focal", "loss.gamma": 3, "optim.lr": 0.1}, BASE) == {
         "loss.name": "focal",
         "loss.gamma": 3,
         "optim.lr": 0.1,
     }
     with pytest.raises(ConfigError) as error:
-        searched.names_of({"loss.name": "ldam", "loss.gamma": 1, "optim.lr": 0.2, "optim.lrr": 1}, BASE)
+        searched.to_optuna_params({"loss.name": "ldam", "loss.gamma": 1, "optim.lr": 0.2, "optim.lrr": 1}, BASE)
     assert [str(problem) for problem in error.value.problems] == [
         "s.yaml:5: optim.lr = 0.2 is outside loguniform 0.001 .. 0.1",
         "s.yaml:4: 'loss.gamma' isn't drawn under these values; its range: uniform 0.5 .. 3.0 when loss.name = focal",
         "'optim.lrr' isn't drawn by the space; did you mean 'optim.lr'?",
     ]
     with pytest.raises(ConfigError, match=r"'loss.gamma' isn't given; the space draws it: uniform 0.5 .. 3.0"):
-        searched.names_of({"loss.name": "focal", "optim.lr": 0.1}, BASE)
+        searched.to_optuna_params({"loss.name": "focal", "optim.lr": 0.1}, BASE)
 
 
 def test_a_finite_space_is_counted_over_its_conditions() -> None:
@@ -215,7 +215,7 @@ parameters:
 """)
     base = BASE | {"loss": {"name": "ldam"}}
     assert searched.size(base) == 4  # the continuous knob is never active
-    assert searched.finite_draws(base, {"method": "decoder"}) == [
+    assert searched.enumerate_params(base, {"method": "decoder"}) == [
         {"method": "decoder", "decoder.depth": depth} for depth in (1, 2, 3)
     ]
     assert searched.size(BASE | {"loss": {"name": "focal"}}) is None
@@ -409,7 +409,7 @@ def test_shipped_sweeps_are_right_and_all_their_draws_are_trials(name: str, monk
     spec: SweepSpec = importlib.import_module(f"sweeps.{name}").spec
     searched = check_spec(spec)
     for draw, kept in draws(searched, 100, spec.base):
-        assert searched.names_of(draw, spec.base) == kept
+        assert searched.to_optuna_params(draw, spec.base) == kept
         trial = spec.trial(draw)
         assert {key.split(".")[0] for key in draw} & OPTIONAL_SECTIONS <= METHOD_SECTIONS[trial.method]
         assert TrialConfig.from_tree(trial.to_tree()) == trial

@@ -10,7 +10,7 @@ import pytest
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.cli.sweep_script import parse_settings, spec_differences
-from imbvlm.config.trial_config import needed
+from imbvlm.config.trial_config import require_section
 from imbvlm.sweep.spec.objectives import ACCURACIES
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, NoSchedulerConfig, SweepSpec
@@ -122,7 +122,7 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     assert (made.num_trials, made.searcher.seed, made.searcher.name) == (5, 3, "random")
     trial = made.trial({"method": "linear_probe", "loss.name": "focal", "loss.gamma": 1.0, "optim.lr": 0.5})
     assert trial.data.manifest == "n"
-    assert needed(trial.train).batch_size == 32
+    assert require_section(trial.train).batch_size == 32
     assert made.space == SPACE
     assert spec().base == BASE  # the old one is as it was
 
@@ -138,9 +138,9 @@ def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
     space = check_spec(made)
     assert [one.key for one in space.parameters] == ["decoder.depth", "loss.name", "loss.gamma"]
     draw = {"decoder.depth": 1, "loss.name": "balanced_softmax"}
-    assert space.names_of(draw, made.base) == draw
+    assert space.to_optuna_params(draw, made.base) == draw
     trial = made.trial(draw)
-    assert needed(trial.optim).lr == 0.5
+    assert require_section(trial.optim).lr == 0.5
     assert trial.method == "decoder"
 
 
@@ -282,7 +282,7 @@ def test_sections_that_some_method_of_the_space_reads_may_stand_in_the_base() ->
     probe = made.trial({"method": "linear_probe", "loss.name": "balanced_softmax", "optim.lr": 0.1})
     assert probe.decoder is None
     deep = made.trial({"method": "decoder", "decoder.depth": 2, "loss.name": "balanced_softmax", "optim.lr": 0.1})
-    assert (needed(deep.decoder).width, needed(deep.decoder).depth) == (64, 2)
+    assert (require_section(deep.decoder).width, require_section(deep.decoder).depth) == (64, 2)
 
 
 def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
@@ -328,10 +328,10 @@ def test_what_is_compared_is_the_running_maximum(objective: str) -> None:
 def test_corner_trials_have_every_combination_that_decides_what_exists() -> None:
     made = spec()
     trials = list(made.corner_trials(check_spec(made)))
-    seen = {(trial.method, needed(trial.loss).name) for trial in trials}
+    seen = {(trial.method, require_section(trial.loss).name) for trial in trials}
     assert len(seen) == 4
-    assert {needed(trial.decoder).depth for trial in trials if trial.method == "decoder"} == {1, 2}
-    assert {needed(trial.optim).lr for trial in trials} == {0.01, 1.0}
+    assert {require_section(trial.decoder).depth for trial in trials if trial.method == "decoder"} == {1, 2}
+    assert {require_section(trial.optim).lr for trial in trials} == {0.01, 1.0}
 
 
 PINNED = """\

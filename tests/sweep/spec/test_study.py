@@ -26,15 +26,15 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import listed_names, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.report import study_tables
-from imbvlm.sweep.report.report_data import Source
-from imbvlm.sweep.spec.equivalence import canonical_key, not_trained
+from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.spec.equivalence import canonical_key, untrained_configurations
 from imbvlm.sweep.spec.published_recipes import LIFT, PUBLISHED, published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.studies import Part, Row, study_fields
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import Job
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.study_search import StudySearch
 
 ROOT = Path(__file__).parents[3]
 BASE: dict[str, Any] = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "train": {"num_epochs": 2}}
@@ -71,14 +71,14 @@ def test_what_trains_the_same_stands_once_and_in_every_table() -> None:
 
 def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_none() -> None:
     made = spec()
-    search = StudySearcher(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    search = StudySearch(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     jobs = drive(search)
-    assert [made.read_space().names_of(job.draw, BASE)["configuration"] for job in jobs] == [
+    assert [made.read_space().to_optuna_params(job.draw, BASE)["configuration"] for job in jobs] == [
         "zero-shot", "probe", "decoder", "marc",
     ]  # fmt: skip
     assert not search.exhausted
     known = [finished(job) for job in jobs[:2]]
-    going_on = StudySearcher(made, made.read_space(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    going_on = StudySearch(made, made.read_space(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert [job.trial_id for job in drive(going_on)] == ["t00003", "t00004"]
     assert going_on.num_repeats == 0
 
@@ -90,25 +90,28 @@ def a_list(number: int) -> dict[str, Any]:
 def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
     base = {**BASE, "method": "linear_probe"}
     made = SweepSpec(name="s", base=base, space=a_list(30))
-    search = StudySearcher(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    search = StudySearch(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert len(drive(search)) == 30
     (tmp_path / "list.yaml").write_text(json.dumps(a_list(30)))
     from_file = SweepSpec(name="s", base=base, space=str(tmp_path / "list.yaml"))
     assert from_file.with_settings({"train.num_epochs": 1}).num_trials == 30
     # What `sweep list` counts up to.
     assert SweepSpec(name="s", base=base, space=a_list(3), num_trials=24).num_trials == 3
-    assert not_trained(made, check_spec(made)) == []
+    assert untrained_configurations(made, check_spec(made)) == []
 
 
 def test_listed_configurations_that_are_not_run_are_named() -> None:
     made = spec(space={"configurations": {row.name: row.draw for row in (PROBE, DECODER, ALIAS, MARC)}}, study=[])
     space = check_spec(made)
-    assert not_trained(made, space) == ["decoder-la trains the same as decoder, and only decoder is run"]
+    assert untrained_configurations(made, space) == ["decoder-la trains the same as decoder, and only decoder is run"]
     fewer = made.with_settings({"num_trials": 2})
-    assert not_trained(fewer, space)[1] == "num_trials is 2 of 3 listed: marc will not run; set num_trials=4 to run all"
+    assert (
+        untrained_configurations(fewer, space)[1]
+        == "num_trials is 2 of 3 listed: marc will not run; set num_trials=4 to run all"
+    )
 
 
-def drive(search: StudySearcher) -> list[Job]:
+def drive(search: StudySearch) -> list[Job]:
     jobs: list[Job] = []
     while (suggested := search.suggest(f"tune{len(jobs)}")) != Searcher.FINISHED:
         search.on_trial_complete(f"tune{len(jobs)}", {BEST: 0.5})
@@ -131,8 +134,8 @@ def finished(job: Job) -> TrialRecord:
 def test_a_setting_fixes_its_key_in_every_listed_trial() -> None:
     made = spec().with_settings({"loss.name": "focal", "train.num_epochs": 1})
     space = check_spec(made)
-    assert all("loss.name" not in draw for draw in space.finite_draws(made.base) or [])
-    trained = [made.trial(draw) for draw in space.finite_draws(made.base) or []]
+    assert all("loss.name" not in draw for draw in space.enumerate_params(made.base) or [])
+    trained = [made.trial(draw) for draw in space.enumerate_params(made.base) or []]
     assert {config.loss.name for config in trained if config.loss is not None} == {"focal"}
 
 
@@ -174,7 +177,7 @@ def write_study(folder: Path, **fields: Any) -> tuple[SweepSpec, TrialLog]:
     made, log = spec(**fields), TrialLog(str(folder))
     folder.mkdir()
     made.to_yaml(folder / "sweep.yaml")
-    for number, draw in enumerate(made.read_space().finite_draws(made.base) or [], 1):
+    for number, draw in enumerate(made.read_space().enumerate_params(made.base) or [], 1):
         value = number / 10
         epochs = [{"epoch": 1.0, "val/balanced_accuracy": value, BEST: value}]
         log.save(record(f"t{number:05d}", "search", made.trial(draw).to_tree(), epochs, draw=draw))
@@ -220,7 +223,7 @@ def test_every_configuration_is_refitted_and_the_best_one_once(tmp_path: Path) -
 
 def test_tables_have_means_spreads_views_and_aliases(tmp_path: Path) -> None:
     write_study(tmp_path / "s")
-    scores, again, cost = study_tables.study_tables(Source.read(str(tmp_path / "s")))
+    scores, again, cost = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))
     spread = f"± {100 * statistics.stdev([0.2, 0.21, 0.22]):.1f}"
     cells = {row[0]: row[1:] for row in scores.rows}
     assert scores.header[3:] == ["overall", "many", "medium", "few", "precision", "recall", "F1"]
@@ -239,20 +242,20 @@ def test_five_crops_have_a_row_of_their_own(tmp_path: Path) -> None:
         if one.name == "study: probe":
             one.epochs[-1]["test_tte/top1_accuracy"] = 0.5
             log.save(one)
-    rows = study_tables.study_tables(Source.read(str(tmp_path / "s")))[0].rows
+    rows = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))[0].rows
     assert [row[0] for row in rows] == ["Zero-shot", "Probe", "  five crops", "Decoder", "MARC"]
     assert list(rows[2][1:5]) == ["1", "3", "50.0 ± 0.0", "-"]
 
 
 def test_cost_counts_every_gpu(tmp_path: Path) -> None:
     write_study(tmp_path / "s", gpus_per_worker=2.0, num_workers=4)
-    cost = study_tables.study_tables(Source.read(str(tmp_path / "s")))[2]
+    cost = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))[2]
     assert (cost.header[2], cost.rows[0][2]) == ("GPU-hours", "0.08")
 
 
 def test_tables_lie_beside_as_csv_and_latex(tmp_path: Path) -> None:
     write_study(tmp_path / "s")
-    study_tables.write_tables(str(tmp_path / "s"), study_tables.study_tables(Source.read(str(tmp_path / "s"))))
+    study_tables.write_tables(str(tmp_path / "s"), study_tables.study_tables(ReportData.read(str(tmp_path / "s"))))
     rows = list(csv.reader((tmp_path / "s" / "tables" / "scores.csv").open()))
     assert rows[1][:4] == ["Zero-shot", "1", "1", "10.0"]
     assert "$\\pm$" in (tmp_path / "s" / "tables" / "scores.tex").read_text()
@@ -262,7 +265,7 @@ def test_a_configuration_that_gave_nothing_has_dashes(tmp_path: Path) -> None:
     write_study(tmp_path / "s")
     for path in (tmp_path / "s" / "trials").glob("refit-study--probe-*"):
         path.unlink()
-    table = study_tables.study_tables(Source.read(str(tmp_path / "s")))[0]
+    table = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))[0]
     assert list(table.rows[1]) == ["Probe", "1", "0", *["-"] * 7]
 
 
@@ -272,7 +275,7 @@ def test_fresh_crops_are_compared_with_the_same_configuration_on_stored_views(tm
     fresh = [one for one in refits(log, made) if one.is_fresh]
     assert [one.name for one in fresh] == ["study: decoder, fresh crops", "study: probe, fresh crops"]
     assert all(not one.config.features.store and one.config.reads_images for one in fresh)
-    table = study_tables.fresh_gap(Source.read(str(tmp_path / "s")))
+    table = study_tables.fresh_gap(ReportData.read(str(tmp_path / "s")))
     assert table is not None
     by_name = {row[0]: row[1:] for row in table.rows[:3]}
     assert by_name["study: decoder"][0] == "1"

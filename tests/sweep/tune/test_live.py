@@ -27,7 +27,7 @@ from test_sweep import QUICKSTART
 from imbvlm.base import console as console_file
 from imbvlm.base.console import Console
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.tune.live_status import Moment, live_lines, seconds_left
+from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines, seconds_left
 
 OBJECTIVE = "val/balanced_accuracy"
 
@@ -46,7 +46,7 @@ def log(tmp_path) -> TrialLog:
 
 
 def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log):
-    lines = live_lines(log, OBJECTIVE, Moment("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min"))
+    lines = live_lines(log, OBJECTIVE, ProgressSnapshot("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min"))
     assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
     best = log.best(OBJECTIVE)[0]
     epoch = best.best_epoch(OBJECTIVE)
@@ -58,20 +58,20 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
     assert lines["speed"].startswith("1,234 images a second, ")
     assert lines["used"] == "5 min 0 s of 1 h 0 min"
     log.of("search")[-2].epochs.clear()
-    between = live_lines(log, OBJECTIVE, Moment("search", 30, 1e9 + 100, 100.0, ""))
+    between = live_lines(log, OBJECTIVE, ProgressSnapshot("search", 30, 1e9 + 100, 100.0, ""))
     assert between["left"]
     assert "speed" not in between
     assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
 
 
 def test_what_is_not_known_yet_is_not_shown(tmp_path):
-    (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, Moment("search", 8, 1e9, 1.0, "")).items()
+    (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, ProgressSnapshot("search", 8, 1e9, 1.0, "")).items()
     assert only == ("trials", "0 of 8 done, 0 running")
 
 
 def simulated(
     num_trials: int, num_processes: int, pack_size: int, stopped_share: float, order: int
-) -> Iterator[tuple[float, TrialLog, Moment]]:
+) -> Iterator[tuple[float, TrialLog, ProgressSnapshot]]:
     """A search, moment by moment, with what is truly left: a trial has 12 epochs of 3 s, or of a pack's together 3 s.
 
     ASHA stops some after 4 epochs, from the first on.
@@ -103,7 +103,7 @@ def simulated(
                 if done == (4 if int(record.trial_id[1:]) in stopped else 12):
                     record.state, record.ended_at = ("stopped" if done == 4 else "finished"), clock
                     process.remove(record)
-        moments.append((clock, log_copy(log), Moment("search", num_trials, clock, clock - began, "")))
+        moments.append((clock, log_copy(log), ProgressSnapshot("search", num_trials, clock, clock - began, "")))
     for now, then, moment in moments:
         yield clock - now, then, moment
 
@@ -144,7 +144,7 @@ def test_a_last_trial_that_outlasts_the_others_has_a_bound():
             epochs=[{"epoch": float(epoch)} for epoch in range(1, 6 if is_last else 5)],
             started_at=start, ended_at=None if is_last else start + 12,
         )  # fmt: skip
-    assert live_lines(log, OBJECTIVE, Moment("search", 11, 1e9 + 134, 134.0, ""))["left"] == "up to 20 s"
+    assert live_lines(log, OBJECTIVE, ProgressSnapshot("search", 11, 1e9 + 134, 134.0, ""))["left"] == "up to 20 s"
 
 
 def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once():
@@ -197,12 +197,12 @@ def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(steps):
     shown = 0
     for what, sentence, view in steps:
         if what == "say":
-            made.say(sentence)
+            made.print(sentence)
             said.append(sentence)
             shown = 0
         else:
             made.end_live()  # so that the next is drawn at once
-            made.live(view)
+            made.update_live(view)
             shown = 1 if isinstance(view, str) else len(view)
     lines = screen(stream.getvalue())
     assert [line[:80] for line in lines[: len(said)]] == [line[:80] for line in said]
@@ -219,9 +219,9 @@ def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(steps):
 def test_colours_are_for_terminals_that_want_them(environment, colours, redraws):
     stream = Terminal()
     made = Console(stream, environment)
-    made.live({"trials": "1 of 2", "failed": "t1"})
+    made.update_live({"trials": "1 of 2", "failed": "t1"})
     assert ("\x1b[31m" in stream.getvalue()) == colours
-    made.say("done")
+    made.print("done")
     assert ("\x1b[J" in stream.getvalue()) == redraws
 
 
@@ -232,7 +232,7 @@ def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(monkeypatch,
     made = Console(stream, environment)
     for second in range(40):
         clock += 1.0
-        made.live({"trials": f"{second} of 40", "best": "t1"})
+        made.update_live({"trials": f"{second} of 40", "best": "t1"})
     lines = stream.getvalue().splitlines()
     assert len(lines) == num_lines
     assert lines[0] == "trials: 0 of 40; best: t1"
@@ -245,7 +245,7 @@ def test_a_long_sweep_does_not_fill_its_log(monkeypatch):
     made = Console(stream, {})
     for _ in range(12 * 3600 // 5):
         clock += 5.0
-        made.live("line")
+        made.update_live("line")
     assert stream.getvalue().count("\n") < 250
 
 
@@ -267,10 +267,10 @@ def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path):
     with os.fdopen(theirs, "w") as stream:
         console = Console(stream, {"TERM": "xterm"})
         console.copy_to(tmp_path / "progress.log")
-        console.live({"trials": "1 of 2 done"})
+        console.update_live({"trials": "1 of 2 done"})
         os.close(ours)
-        console.say("2 of 2 done")
-        console.live("nobody sees it")
+        console.print("2 of 2 done")
+        console.update_live("nobody sees it")
         stream.write("nor this")
     assert "2 of 2 done" in (tmp_path / "progress.log").read_text()
 
@@ -281,7 +281,7 @@ def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path):
     console = Console(stream, {})
     (tmp_path / "progress.log").symlink_to("/dev/full")
     console.copy_to(tmp_path / "progress.log")
-    console.say("1 of 2 done")
+    console.print("1 of 2 done")
     assert stream.getvalue() == "1 of 2 done\n"
 
 

@@ -18,7 +18,7 @@ from sweep_folder import sweep_spec, write_sweep
 
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.trial_log import TrialLog
-from imbvlm.sweep.tune.monitoring import Monitor
+from imbvlm.sweep.tune.monitoring import MetricsExporter
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 SAMPLE = re.compile(r"ray_(imbvlm_\w+)\{(.*)\} (\S+)")
@@ -134,7 +134,7 @@ def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(ray_cluste
 def test_hours_of_booked_gpus_are_told(ray_cluster, tmp_path):
     log = TrialLog.read(str(write_sweep(tmp_path / "made", [200, 50, 8], num_trials=6, refits=False)))
     spec = sweep_spec(num_workers=2, gpus_per_worker=0.5)
-    Monitor(spec, log, tmp_path, "made-of-records").setup()
+    MetricsExporter(spec, log, tmp_path, "made-of-records").setup()
     seconds = sum(record.ended_at - record.started_at for record in log.records.values())
     told = wait_for(lambda: metrics_of("made-of-records").get(("imbvlm_gpu_hours",)))
     assert told == pytest.approx(seconds / 3600)

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
-from imbvlm.sweep.tune.asha_brackets import AshaPerMethod, asha
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets, asha
 
 BEST = "val/best_balanced_accuracy"
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
@@ -21,7 +21,7 @@ def trial(trial_id: str, method: str = "decoder", kind: str = "search", stage: s
     return Trial("trainable", config={"record": record}, trial_id=trial_id, stub=True)
 
 
-def run(scheduler: AshaPerMethod, one: Trial, value: float, num_epochs: int = 12) -> int:
+def run(scheduler: AshaBrackets, one: Trial, value: float, num_epochs: int = 12) -> int:
     """Epochs until the scheduler stops a trial that always reports the same value."""
     scheduler.on_trial_add(None, one)
     for epoch in range(1, num_epochs + 1):

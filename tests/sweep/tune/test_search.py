@@ -25,8 +25,8 @@ from imbvlm.sweep.spec.space_file import read_space
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune import study_search as search_module
-from imbvlm.sweep.tune.jobs import FixedSearcher, Job
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.jobs import FixedJobs, Job
+from imbvlm.sweep.tune.study_search import StudySearch
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -51,11 +51,9 @@ def searcher(
     jobs: list[Job] | None = None,
     known: list[TrialRecord] | None = None,
     journal: Path | None = None,
-) -> StudySearcher:
+) -> StudySearch:
     budget = Budget(of, "nowhere", 0.0)
-    return StudySearcher(
-        of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal
-    )
+    return StudySearch(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
 
 
 def next_job(search: Searcher, trial_id: str) -> Job | None:
@@ -63,7 +61,7 @@ def next_job(search: Searcher, trial_id: str) -> Job | None:
     return None if suggested == Searcher.FINISHED else suggested["job"]  # type: ignore[index]
 
 
-def drive(search: StudySearcher, value: Callable[[Job], float] = lambda job: 0.5) -> list[Job]:
+def drive(search: StudySearch, value: Callable[[Job], float] = lambda job: 0.5) -> list[Job]:
     """One trial at a time to the end."""
     jobs: list[Job] = []
     while (job := next_job(search, f"tune{len(jobs)}")) is not None:
@@ -83,7 +81,7 @@ def storage_of(journal: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
-def told(search: StudySearcher) -> list[tuple[Any, float | None]]:
+def told(search: StudySearch) -> list[tuple[Any, float | None]]:
     return [(trial.state, trial.value) for trial in search.study.trials]
 
 
@@ -270,7 +268,7 @@ def test_baselines_go_out_first_and_optuna_does_not_know_them() -> None:
 
 def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
     jobs = [Job(f"refit-{number}", "refit", "winner", config()) for number in range(2)]
-    search = FixedSearcher(jobs, lambda job: {"job": job}, Budget(spec(TWELVE), "nowhere", 0.0))
+    search = FixedJobs(jobs, lambda job: {"job": job}, Budget(spec(TWELVE), "nowhere", 0.0))
     assert [next_job(search, name) for name in "abc"] == [*jobs, None]
 
 

@@ -14,7 +14,7 @@ from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.feasibility import shortage
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune import trial_watchdog as module
-from imbvlm.sweep.tune.trial_watchdog import Shortage
+from imbvlm.sweep.tune.trial_watchdog import CapacityWatch
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
 
@@ -48,7 +48,7 @@ def test_what_a_trial_demands_what_is_left_and_how_to_go_on() -> None:
 
 def test_what_an_autoscaler_may_still_bring_is_no_shortage() -> None:
     of = spec(cpus_per_worker=4, gpus_per_worker=1)
-    grown = dataclasses.replace(cluster_of((0, 0)), grown=((0, 0), (8, 1)))
+    grown = dataclasses.replace(cluster_of((0, 0)), max_nodes=((0, 0), (8, 1)))
     assert shortage(of, grown) is None
 
 
@@ -56,7 +56,7 @@ def test_it_is_said_when_it_lasts_and_seldom_again(monkeypatch: pytest.MonkeyPat
     now, lacks = 1000.0, ["too small"]
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     stream = io.StringIO()
-    watch = Shortage(lambda: lacks[0] if lacks else None, Console(stream))
+    watch = CapacityWatch(lambda: lacks[0] if lacks else None, Console(stream))
 
     def said_within(seconds: float) -> int:
         nonlocal now

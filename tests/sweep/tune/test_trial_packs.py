@@ -29,10 +29,10 @@ from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 from imbvlm.sweep.tune.asha_brackets import asha
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
-from imbvlm.sweep.tune.jobs import Job, Lane, payload
-from imbvlm.sweep.tune.pack_members import PackCallback, Packs, PackScheduler, PackSearcher
+from imbvlm.sweep.tune.jobs import Job, RunContext, payload
+from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, TuneSearcher
 from imbvlm.sweep.tune.progress_callback import ProgressCallback, _cause, _failures
-from imbvlm.sweep.tune.study_search import StudySearcher
+from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, _of_storage, _tune_settings
 from imbvlm.training.trial_pack import PACKED
 from imbvlm.training.trial_session import TrialSettings
@@ -65,7 +65,7 @@ class Tune:
         self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
         budget = Budget(spec, str(folder), 0.0)
         self.printed = io.StringIO()
-        lane = Lane(spec, str(folder), self.log, Console(self.printed), 1, budget, 10)
+        lane = RunContext(spec, str(folder), self.log, Console(self.printed), 1, budget, 10)
 
         def settings(job: Job) -> TrialSettings:
             checkpoints = str(folder / "checkpoints" / job.trial_id)
@@ -74,13 +74,13 @@ class Tune:
                 job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
             )
 
-        self.study = StudySearcher(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
-        self.searcher = PackSearcher(self.study, self.packs, lambda config: size)
-        self.scheduler = PackScheduler(asha(AshaConfig(), BEST), self.packs)
+        self.study = StudySearch(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
+        self.searcher = TuneSearcher(self.study, self.packs, lambda config: size)
+        self.scheduler = TuneScheduler(asha(AshaConfig(), BEST), self.packs)
         progress = ProgressCallback(
             self.log, lane.console, BEST, "search", 12, budget, lambda: None, lane.prune_logits, {}, ""
         )
-        self.callback = PackCallback([progress], self.packs)
+        self.callback = TuneCallback([progress], self.packs)
         self.sizes: list[int] = []
         self.logits, self.num_logits = folder / "logits", list[int]()
         self.ids = (f"tune{number}" for number in itertools.count())

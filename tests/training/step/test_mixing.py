@@ -20,7 +20,7 @@ from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training import checkpoint
-from imbvlm.training.step.batch_mixing import Mixer, VariationTransfer, cut_and_pasted
+from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer, cutmix
 from imbvlm.training.trial_run import build_trial
 
 CLASSES = 4
@@ -53,7 +53,7 @@ def course(run):
 
 def test_mixup_is_a_weighted_sum_of_two_images_and_of_their_labels():
     inputs, labels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 0, 1])
-    mixed, shares = Mixer(0.4, 0.0, CLASSES, seed=3)(inputs, labels, step=5)
+    mixed, shares = BatchMixer(0.4, 0.0, CLASSES, seed=3)(inputs, labels, step=5)
     rng = np.random.default_rng([0x31C5, 3, 5])
     rng.integers(1)
     share = rng.beta(0.4, 0.4)
@@ -69,7 +69,7 @@ def test_cutmix_pastes_one_rectangle_and_its_area_is_the_share():
     own, others = torch.zeros(2, 3, 10, 14, dtype=torch.uint8), torch.ones(2, 3, 10, 14, dtype=torch.uint8)
     areas = []
     for seed in range(200):
-        mixed, share = cut_and_pasted(own, others, 0.6, np.random.default_rng(seed))
+        mixed, share = cutmix(own, others, 0.6, np.random.default_rng(seed))
         assert mixed.dtype == torch.uint8
         assert mixed[0, 0].float().mean().item() == pytest.approx(1 - share)
         rows, columns = mixed[0, 0].any(dim=1).nonzero().flatten(), mixed[0, 0].any(dim=0).nonzero().flatten()
@@ -84,25 +84,25 @@ def test_cutmix_pastes_one_rectangle_and_its_area_is_the_share():
 
 def test_both_kinds_come_up_where_both_are_on_and_draws_hang_on_seed_and_step_alone():
     inputs, labels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % CLASSES
-    mixer = Mixer(0.3, 1.0, CLASSES, seed=0)
+    mixer = BatchMixer(0.3, 1.0, CLASSES, seed=0)
     found = [mixer(inputs, labels, step) for step in range(20)]
     assert {one[0].dtype for one in found} == {torch.uint8, torch.float32}
-    again = Mixer(0.3, 1.0, CLASSES, seed=0)
+    again = BatchMixer(0.3, 1.0, CLASSES, seed=0)
     for step in reversed(range(20)):
         assert all(torch.equal(*pair) for pair in zip(again(inputs, labels, step), found[step], strict=True))
-    other = Mixer(0.3, 1.0, CLASSES, seed=1)
+    other = BatchMixer(0.3, 1.0, CLASSES, seed=1)
     assert not all(torch.equal(other(inputs, labels, step)[1], found[step][1]) for step in range(20))
 
 
 def test_workers_draw_the_same_share_and_their_own_order():
     labels = torch.arange(4)
-    shares = [Mixer(0.5, 0.0, CLASSES, seed=0, rank=rank)(torch.randn(4, 2), labels, 1)[1] for rank in (0, 1)]
+    shares = [BatchMixer(0.5, 0.0, CLASSES, seed=0, rank=rank)(torch.randn(4, 2), labels, 1)[1] for rank in (0, 1)]
     # An image may meet itself.
     found = [{round(share, 6) for share in one.flatten().tolist()} - {0.0, 1.0} for one in shares]
     assert found[0] == found[1]
     assert len(found[0]) == 2
     assert not torch.equal(*shares)
-    empty = Mixer(0.5, 0.5, CLASSES, seed=0)(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), labels[:0], 1)
+    empty = BatchMixer(0.5, 0.5, CLASSES, seed=0)(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), labels[:0], 1)
     assert empty[0].shape[0] == 0
     assert empty[1].shape == (0, CLASSES)
 
@@ -165,7 +165,7 @@ def test_other_losses_refuse_soft_targets(name, data):
 
 def test_only_classes_without_many_images_vary_and_by_two_images_of_one_class(data):
     train = data.train
-    transfer = VariationTransfer(1.0, train, data.class_stats, seed=0)
+    transfer = FeatureTransfer(1.0, train, data.class_stats, seed=0)
     examples = np.arange(len(train))
     stored = train.batch("pooled", examples)
     changed = stored.clone()
@@ -183,7 +183,7 @@ def test_only_classes_without_many_images_vary_and_by_two_images_of_one_class(da
 
 def test_the_variation_is_that_within_the_class(data):
     train = data.train
-    transfer = VariationTransfer(1.0, train, data.class_stats, seed=0)
+    transfer = FeatureTransfer(1.0, train, data.class_stats, seed=0)
     tail = np.flatnonzero(train.labels == 4)[:1]
     place = np.arange(len(train))
     added = []
@@ -201,7 +201,7 @@ def test_the_variation_is_that_within_the_class(data):
 def test_no_class_to_borrow_from_is_said(data):
     small = ClassStats.from_counts([20, 20, 10, 5, 2, 0])
     with pytest.raises(ImbvlmError, match="borrows the variation within classes of more than 100 training images"):
-        VariationTransfer(1.0, data.train, small, seed=0)
+        FeatureTransfer(1.0, data.train, small, seed=0)
 
 
 # ---------------------------------------------------------------------------------------------- whole trials

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from imbvlm.config.training_sections import AdamWConfig, SgdConfig
-from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at, rate_at
+from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at_step, lr_factor
 
 
 def rates(config, num_steps):
-    return [lr_at(config, step, num_steps) for step in range(num_steps)]
+    return [lr_factor(config, step, num_steps) for step in range(num_steps)]
 
 
 def test_warm_up_rises_linearly_and_reaches_the_full_rate():
@@ -43,10 +43,10 @@ def test_lifts_schedule_changes_between_epochs_as_its_scheduler_does():
         expected += [theirs.param_groups[0]["lr"]] * 3
         theirs.step()
         scheduler.step()
-    assert [rate_at(config, step, 15, 3) for step in range(15)] == pytest.approx(expected)
+    assert [lr_at_step(config, step, 15, 3) for step in range(15)] == pytest.approx(expected)
     # A warm-up goes on from step to step, and the schedule starts behind it.
     warmed = SgdConfig(lr=1.0, warmup_fraction=4 / 15, lr_schedule="epoch_half_cosine")
-    found = [rate_at(warmed, step, 15, 3) for step in range(15)]
+    found = [lr_at_step(warmed, step, 15, 3) for step in range(15)]
     assert found[:6] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     assert found[6] == found[8] < 1
 
@@ -61,7 +61,7 @@ def test_every_step_of_any_length_trains(schedule, num_steps, warmup):
 
 def test_a_step_beyond_the_end_is_refused():
     with pytest.raises(ValueError, match="from 0 to 9, and is 10"):
-        lr_at(SgdConfig(), 10, 10)
+        lr_factor(SgdConfig(), 10, 10)
 
 
 def test_clipping_scales_all_gradients_together():
