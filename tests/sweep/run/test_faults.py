@@ -250,7 +250,7 @@ def test_other_commands_end_with_a_line_too(sweep, command, number):
     config = sweep.folder / "trial.yaml"
     sweep.spec().trial({"train.num_epochs": 100000}).to_yaml(config)
     words = ["features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"]
-    began_at = "%" if command == "features" else "epoch 2"
+    began_at = " of 4,980 images" if command == "features" else "epoch 2"
     sweep.begin(*(words if command == "features" else ["train", str(config)]), environment={"RAY_ADDRESS": "local"})
     lines = []
     while began_at not in (lines or [""])[-1]:
