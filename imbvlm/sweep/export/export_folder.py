@@ -27,7 +27,7 @@ class ExportFolder:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._known = _read_list(folder)
+        self._listed = _read_list(folder)
         if storage.is_local(folder) and storage.exists(folder) and not storage.local_path(folder).is_dir():
             raise ImbvlmError(f"an export needs a folder, and {folder} is a file; name another one with -o")
         self._present = [file.path for file in list_tree(folder)] if storage.list_files(folder) else []
@@ -39,7 +39,7 @@ class ExportFolder:
         """
         wrong = []
         for path in self._present:
-            is_changed = path in self._known
+            is_changed = path in self._listed
             in_the_way = path.split("/")[0] in names or _OF_EXPORTS.fullmatch(path) is not None
             if path != LIST_FILE and in_the_way and not self._is_listed(path):
                 wrong.append(f"{path} (changed since)" if is_changed else path)
@@ -79,7 +79,7 @@ class ExportFolder:
         The list names old and new files while both may lie there: an export that is cut off can be repeated.
         """
         new = {file.path: _digest(storage.join(staged, file.path)) for file in list_tree(staged)}
-        old = {path: self._known[path] for path in self._present if self._is_listed(path)}
+        old = {path: self._listed[path] for path in self._present if self._is_listed(path)}
         self._write_list(new, old)
         # The description comes last: without it a folder is no model.
         for path in sorted(new, key=lambda path: (PurePosixPath(path).name == "config.json", path)):
@@ -91,7 +91,7 @@ class ExportFolder:
 
     def _is_listed(self, path: str) -> bool:
         """Whether a file is as an export wrote it."""
-        return path in self._known and _digest(storage.join(self.folder, path)) in self._known[path]
+        return path in self._listed and _digest(storage.join(self.folder, path)) in self._listed[path]
 
     def _move(self, source: Path, path: str) -> None:
         target = storage.join(self.folder, path)
@@ -128,16 +128,16 @@ def _read_list(folder: str) -> dict[str, list[str]]:
     try:
         content = storage.read_json(where)
         version, files, replaced = content["format"], dict(content["files"]), dict(content["replaced"])
-        known = {str(path): [str(digest) for digest in replaced[path]] for path in replaced}
+        digests = {str(path): [str(digest) for digest in replaced[path]] for path in replaced}
         for path, digest in files.items():
-            known.setdefault(str(path), []).append(str(digest))
+            digests.setdefault(str(path), []).append(str(digest))
     except (ValueError, LookupError, TypeError) as error:
         raise ImbvlmError(
             f"{where} is no list of an export's files ({error!r}); remove it, or name another folder with -o"
         ) from None
     if version != FORMAT:
         raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; name another folder with -o")
-    return known
+    return digests
 
 
 def _digest(uri: str) -> str:

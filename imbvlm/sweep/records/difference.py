@@ -1,4 +1,4 @@
-"""How far a model is from the baselines, with the 95 % interval: terminal, report and card say it in the same words."""
+"""A model's gain over the baselines with its 95 % interval, in one wording for terminal, report and card."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Difference:
     @staticmethod
     def of(other: str, gain: float, errors: Sequence[float | None]) -> Difference:
         """From the standard errors of both accuracies."""
-        known = [error for error in errors if error is not None]
-        return Difference(other, gain, math.hypot(*known) if len(known) == len(errors) else None)
+        available = [error for error in errors if error is not None]
+        return Difference(other, gain, math.hypot(*available) if len(available) == len(errors) else None)
 
     @property
     def low(self) -> float:
@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def words(self) -> str:
-        """Such as `3.1 points above linear probe`; within the interval neither above nor below."""
+        """Such as `3.1 points above linear probe`; `points from` where the interval includes 0."""
         if self.low > 0 or self.high < 0:
             return f"{100 * abs(self.gain):.1f} points {'above' if self.gain > 0 else 'below'} {self.other}"
         return f"{100 * self.gain:+.1f} points from {self.other}"
@@ -61,7 +61,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model beside the baseline that is nearest to it, beside the others, and whether it is above all of them."""
+    """A model against its nearest baseline (`statement`) and the others (`beside`), and whether it beats all."""
 
     statement: str
     beside: str
@@ -72,16 +72,18 @@ class Verdict:
 
 
 def refits_of(log: TrialLog, name: str) -> list[TrialRecord]:
-    """The finished refits of a name, one a seed; the first is the one that is exported."""
-    return [one for one in log.of("refit") if one.name == name and one.epochs and one.state == "finished"]
+    """The finished refits of a name, one for each seed; an export takes the first."""
+    return [
+        record for record in log.of("refit") if record.name == name and record.epochs and record.state == "finished"
+    ]
 
 
 def values_in(records: Sequence[TrialRecord], split: str, metric: str) -> list[float]:
     """Each seed's metric as adjusted where `split` says so and there is an adjustment, else as trained."""
-    for one in (split, TEST):
-        found = [record.epochs[-1][f"{one}/{metric}"] for record in records if f"{one}/{metric}" in record.epochs[-1]]
-        if found:
-            return found
+    for key in (f"{split}/{metric}", f"{TEST}/{metric}"):
+        values = [record.epochs[-1][key] for record in records if key in record.epochs[-1]]
+        if values:
+            return values
     return []
 
 
@@ -101,31 +103,31 @@ def difference_on_test(
 ) -> Difference | None:
     """A model as it is exported less another as `split` has it, in balanced accuracy; None where one wasn't scored."""
     pairs = ((ours, splits_of(ours)[-1]), (theirs, split))
-    means = [values_in(records, one, "balanced_accuracy") for records, one in pairs]
-    if not all(means):
+    accuracies = [values_in(records, side, "balanced_accuracy") for records, side in pairs]
+    if not all(accuracies):
         return None
-    # Seeds score the same images, so that more of them don't make the error smaller.
-    errors = [next(iter(values_in(records, one, "balanced_standard_error")), None) for records, one in pairs]
-    gain = statistics.fmean(means[0]) - statistics.fmean(means[1])
+    # Seeds score the same images, so more of them don't make the error smaller.
+    errors = [next(iter(values_in(records, side, "balanced_standard_error")), None) for records, side in pairs]
+    gain = statistics.fmean(accuracies[0]) - statistics.fmean(accuracies[1])
     return Difference.of(title_in(name, split), gain, errors)
 
 
 def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Verdict | None:
-    """A refitted model, as it is exported, beside each baseline as trained and as adjusted; None without a test split.
+    """Compare an exported model with each baseline, as trained and as adjusted; None without a test split.
 
-    A plain probe whose logits are adjusted after training costs nothing more, so a winner must beat that one, too.
+    Adjusting a plain probe's logits after training costs nothing, so a winner must beat the adjusted probe, too.
     """
-    names = dict.fromkeys(one.name for one in log.of("baseline"))
+    names = dict.fromkeys(record.name for record in log.of("baseline"))
     others = [(name, refits_of(log, name)) for name in names]
-    found = [
+    differences = [
         difference
         for name, theirs in others
         for split in splits_of(theirs)
         if (difference := difference_on_test(ours, theirs, split, name)) is not None
     ]
-    if not found:
+    if not differences:
         return None
-    first, *rest = sorted(found, key=lambda one: one.low)
+    first, *rest = sorted(differences, key=lambda difference: difference.low)
     split = splits_of(ours)[-1]
     values = values_in(ours, split, "balanced_accuracy")
     seeds = f"; mean of {len(values)} seeds, their spread {100 * statistics.stdev(values):.1f}" if values[1:] else ""
@@ -135,7 +137,8 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Ver
         f"{subject} is {first.words}{comma} in balanced accuracy on the test split ({first.interval_words}{seeds})."
     )
     statement = f"{sentence[0].upper()}{sentence[1:]}" if first.is_win else f"No win is shown: {sentence}"
-    beside = f"It is {' and '.join(f'{one.words} ({one.interval_words})' for one in rest)}." if rest else ""
-    if split == POST_HOC or any(one.other.endswith("post hoc") for one in found):
+    others_text = " and ".join(f"{difference.words} ({difference.interval_words})" for difference in rest)
+    beside = f"It is {others_text}." if rest else ""
+    if split == POST_HOC or any(difference.other.endswith("post hoc") for difference in differences):
         beside = f"{beside} {POST_HOC_MEANS}".strip()
     return Verdict(statement, beside, first.is_win)

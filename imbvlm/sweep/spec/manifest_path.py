@@ -1,4 +1,4 @@
-"""Where a sweep's manifest is: its path is absolute from the start on, and is found again after folders were moved."""
+"""A sweep's manifest: its path becomes absolute as the sweep begins, and is found again after folders were moved."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def locate_manifest(spec: SweepSpec, folder: str) -> str:
     written = str(spec.base["data"]["manifest"])
     if written.startswith(EMBEDDED) or not storage.is_local(written):
         return written
-    path, moved = storage.local_path(written), _beside(written, spec.storage, folder)
+    path, moved = storage.local_path(written), _moved_along(written, spec.storage, folder)
     here = Path(os.path.abspath(path))
     places = [here, *moved] if path.is_absolute() else [*moved, here]
-    found = next((place for place in places if os.path.exists(place)), None)
-    if found is None:
+    location = next((place for place in places if os.path.exists(place)), None)
+    if location is None:
         looked = " or ".join(dict.fromkeys(map(str, places)))
         raise ImbvlmError(
             f"the manifest {written} of the sweep {folder} is not at {looked}; put it back, or give its path with "
             "--manifest"
         )
-    return str(found)
+    return str(location)
 
 
-def _beside(manifest: str, written_storage: str, folder: str) -> list[Path]:
-    """Where a manifest is if it lies to the sweep's folder as it did; nothing where no path says how that was."""
+def _moved_along(manifest: str, written_storage: str, folder: str) -> list[Path]:
+    """The manifest's path if it kept its place relative to the sweep's folder; empty where the paths don't tell."""
     if not storage.is_local(written_storage) or not storage.is_local(folder):
         return []
     path, before = storage.local_path(manifest), storage.local_path(written_storage)
