@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.formatting import pluralize
@@ -340,7 +339,12 @@ def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, pac
     """What validation logits take of the sweep's folder at one time, at most."""
     num_running = concurrent * packs.largest(spec, space)
     files = max_logit_files(spec, space, num_running)
-    return files * file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
+    return files * logit_file_bytes(spec, manifest)
+
+
+def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
+    """Bytes of one trial's validation logits."""
+    return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
 
 
 def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
@@ -358,10 +362,8 @@ def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
-    check_data(spec, *data_counts(manifest, int(spec.base["data"].get("split_seed", 0))))
+    check_data(spec, *_data_counts(spec, manifest))
 
 
-def _val_rows(spec: SweepSpec, manifest: Manifest) -> npt.NDArray[np.int64]:
-    if "val" in manifest.splits:
-        return manifest.rows_of("val")
-    return carve_validation(manifest, int(spec.base["data"].get("split_seed", 0)))
+def _data_counts(spec: SweepSpec, manifest: Manifest) -> tuple[ClassStats, list[int]]:
+    return data_counts(manifest, int(spec.base["data"].get("split_seed", 0)))

@@ -23,9 +23,9 @@ from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.export.exporter import best_config, write_best
 from imbvlm.sweep.plan.feasibility import (
     Packing,
-    _val_rows,
     at_a_time,
     check_shared,
+    logit_file_bytes,
     max_logit_bytes,
     needed_outputs,
     packing,
@@ -78,7 +78,6 @@ from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext, local_folder, pay
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
-from imbvlm.training.validation_logits import file_bytes
 
 PARETO_FOLDER = "pareto"
 OPTUNA_FILE = "optuna.log"
@@ -436,8 +435,7 @@ class SweepRun:
         largest = max_logit_bytes(spec, self.space, manifest, packs, self.lane.max_concurrent)
         num_ended = sum(record.state in ENDED for kind in LOGIT_KINDS for record in self.log.of(kind))
         num_left = max(0, len(baselines(spec, self.space)) + spec.num_trials - num_ended)
-        each = file_bytes(len(_val_rows(spec, manifest)), len(manifest.class_names))
-        return max(0, min(largest - logit_bytes(self.folder), num_left * each))
+        return max(0, min(largest - logit_bytes(self.folder), num_left * logit_file_bytes(spec, manifest)))
 
     def _say_quarantined(self, features: FeatureSet) -> None:
         """Towers decode the same files, so the first one's list is everybody's."""
