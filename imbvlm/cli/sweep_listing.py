@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from imbvlm.base.formatting import duration, mean_std, percent, table
-from imbvlm.sweep.records.difference import refits_of, verdict_on_test
+from imbvlm.sweep.records.difference import TEST, refits_of, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
@@ -20,7 +20,7 @@ from imbvlm.sweep.records.summary_tables import (
     seeds_table,
     verdict,
 )
-from imbvlm.sweep.records.sweep_folder import Split, SweepState, Unreadable
+from imbvlm.sweep.records.sweep_folder import SweepState, Unreadable
 from imbvlm.sweep.records.trial_log import WINNER, describe_trial
 
 
@@ -90,20 +90,18 @@ def compare_text(states: Sequence[SweepState]) -> str:
     return "\n".join(parts)
 
 
-def _compared_row(state: SweepState, name: str, split: Split) -> list[str]:
+def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
     is_winner = name == WINNER
     log, objective = state.log, state.spec.objective
-    ranked = [
-        one for one in log.best(objective, "search" if is_winner else "baseline") if is_winner or one.name == name
-    ]
-    record = next(iter(ranked), None)
+    ranked = log.best(objective, "search" if is_winner else "baseline")
+    record = next((record for record in ranked if is_winner or record.name == name), None)
     return [
         state.folder.rstrip("/").rpartition("/")[2],
-        name if split == "test" else f"{name}, post hoc",
+        title_in(name, split),
         f"{state.num_ended}/{state.spec.num_trials}" if is_winner else "-",
         "-" if state.seconds is None or not is_winner else duration(state.seconds),
         # It is of the model as trained.
-        percent(None if record is None or split != "test" else log.mean_value(record, objective)),
+        percent(None if record is None or split != TEST else log.mean_value(record, objective)),
         *(mean_std(state.test_values(name, metric, split)) for metric in METRICS),
         "-" if record is None else record.views,
         "-" if record is None or not is_winner else describe_trial(record),

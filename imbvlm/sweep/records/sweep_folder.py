@@ -6,20 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
+from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.provenance import data_size
 from imbvlm.sweep.records.summary_tables import METRICS, pareto_records
 from imbvlm.sweep.records.trial_log import SPEC_FILE, WINNER, TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
-Split = Literal["test", "test_post_hoc"]
-SPLITS: tuple[Split, Split] = ("test", "test_post_hoc")
+SPLITS = (TEST, POST_HOC)
 BEST_FILE = "best.yaml"
 # Lies there from the start of a run until it has come to its end, also of one that adds trials to a finished sweep.
 UNFINISHED_FILE = "unfinished"
@@ -105,18 +105,18 @@ class SweepState:
         return f"{name}: {pluralize(self.size[0], 'class')}, {pluralize(self.size[1], 'image')}"
 
     @property
-    def compared(self) -> list[tuple[str, Split]]:
+    def compared(self) -> list[tuple[str, str]]:
         """The refits of the winner and of the baselines: as trained, and where that changes predictions as adjusted."""
-        names = [WINNER, *sorted({one.name for one in self.log.of("baseline")})]
-        found: list[tuple[str, Split]] = []
+        names = [WINNER, *sorted({record.name for record in self.log.of("baseline")})]
+        rows: list[tuple[str, str]] = []
         for name in names:
-            values, adjusted = ([self.test_values(name, one, split) for one in METRICS] for split in SPLITS)
-            found += [(name, "test")] if name == WINNER or any(values) else []
+            values, adjusted = ([self.test_values(name, metric, split) for metric in METRICS] for split in SPLITS)
+            rows += [(name, TEST)] if name == WINNER or any(values) else []
             # A temperature alone changes no prediction.
-            found += [(name, "test_post_hoc")] if any(adjusted) and adjusted != values else []
-        return found
+            rows += [(name, POST_HOC)] if any(adjusted) and adjusted != values else []
+        return rows
 
-    def test_values(self, name: str, metric: str, split: Split = "test") -> list[float]:
+    def test_values(self, name: str, metric: str, split: str = TEST) -> list[float]:
         """A metric of each seed's refit on the test split."""
         key = f"{split}/{metric}"
         return [one.epochs[-1][key] for one in self.scored if one.name == name and key in one.epochs[-1]]
@@ -146,7 +146,7 @@ class SweepState:
             found["best"] = {"trial_id": best.trial_id, "value": self.best_value, "config": best.config}
         return found
 
-    def _scores(self, names: Sequence[str], split: Split) -> dict[str, dict[str, list[float]]]:
+    def _scores(self, names: Sequence[str], split: str) -> dict[str, dict[str, list[float]]]:
         """Each metric of each seed, by the refits' names; refits without any are absent."""
         scores = {
             name: {metric: values for metric in METRICS if (values := self.test_values(name, metric, split))}
