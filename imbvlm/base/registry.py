@@ -1,0 +1,67 @@
+"""Registries: one table for each kind of extension, whose implementations are imported on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field
+
+from imbvlm.base.errors import ImbvlmError, suggest_name
+
+EntryT = TypeVar("EntryT")
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A definition by its place, `imbvlm.longtail.losses:focal`, so that naming it imports nothing."""
+
+    path: str
+
+    def load(self) -> Any:
+        """Import and return the definition."""
+        module, _, name = self.path.partition(":")
+        return getattr(import_module(module), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load()(*args, **kwargs)
+
+
+class UnknownEntryError(ImbvlmError, KeyError):
+    """A registry has no entry of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Registry(Mapping[str, EntryT], Generic[EntryT]):
+    """The entries of one kind by name, in the order in which texts list them."""
+
+    def __init__(self, kind: str, entries: Mapping[str, EntryT]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> EntryT:
+        """Raises UnknownEntryError, which names the nearest valid name."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownEntryError(f"{name!r} is no {self.kind}; {suggest_name(name, self._entries)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def union(self, discriminator: str = "name") -> Any:
+        """The annotation of a configuration's field that holds any entry's `config`, told apart by `discriminator`."""
+        sections = [getattr(entry, "config") for entry in self._entries.values()]  # noqa: B009
+        return Annotated[reduce(or_, sections), Field(discriminator=discriminator)]
