@@ -1,0 +1,175 @@
+"""Pack the slow tests into parts of at most 20 minutes, by measured seconds, and run one.
+
+python -m tests.slow_tier plan             list the parts
+python -m tests.slow_tier run [--part N]   run a part in this process; by default the hour chooses it
+python -m tests.slow_tier measure [FILES]  run slow tests file by file and write their seconds
+python -m tests.slow_tier record XML...    write the seconds that pytest's --junit-xml files contain
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = Path(__file__).with_name("slow_seconds.json")
+# Files that are too long for one part: their tests are packed one by one.
+SPLIT = ("tests/sweep/run/test_faults.py",)
+MAX_PART_SECONDS = 20 * 60
+# A machine slower than the one that measured starts no further unit then.
+MAX_START_SECONDS = 25 * 60
+
+
+def slow_units() -> list[str]:
+    """What is measured and packed: files with slow tests, and single tests of the files in SPLIT."""
+    units = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        name = path.relative_to(ROOT).as_posix()
+        if name in SPLIT:
+            tests = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+            units += [f"{name}::{test}" for test in tests if test.startswith("test_")]
+        elif any(
+            isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.slow" for node in ast.walk(tree)
+        ):
+            units.append(name)
+    return units
+
+
+def unit_of(node_id: str) -> str:
+    """The unit that a test belongs to, by pytest's name of the test."""
+    return node_id.partition("[")[0] if node_id.startswith(SPLIT) else node_id.partition("::")[0]
+
+
+def read_seconds() -> dict[str, float]:
+    return json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.exists() else {}
+
+
+def pack(seconds: dict[str, float]) -> list[list[str]]:
+    """First-fit decreasing: the longest unit first, each into the first part that has room."""
+    parts: list[list[str]] = []
+    for unit in sorted(seconds, key=lambda unit: (-seconds[unit], unit)):
+        rooms = (part for part in parts if sum(seconds[name] for name in [*part, unit]) <= MAX_PART_SECONDS)
+        part = next(rooms, None)
+        if part is None:
+            parts.append(part := [])
+        part.append(unit)
+    return [sorted(part) for part in parts]
+
+
+class PartReport:
+    """A pytest plugin: starts no unit after MAX_START_SECONDS, and names what was left out or skipped."""
+
+    def __init__(self) -> None:
+        self.started_at = time.monotonic()
+        self.started: set[str] = set()
+        self.left_out: dict[str, None] = {}
+        self.skipped: list[str] = []
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        unit = unit_of(item.nodeid)
+        if unit not in self.started:
+            if time.monotonic() - self.started_at > MAX_START_SECONDS:
+                self.left_out[unit] = None
+                # Pytest takes the test for run.
+                return True
+            self.started.add(unit)
+        return None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.skipped.append(f"{report.nodeid}: {reason.removeprefix('Skipped: ')}")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        minutes = MAX_START_SECONDS // 60
+        for title, names in ((f"left out after {minutes} minutes", self.left_out), ("skipped", self.skipped)):
+            terminalreporter.section(f"{title}: {len(names)}")
+            for name in names:
+                terminalreporter.line(name)
+
+
+def run(number: int) -> int:
+    parts = pack(read_seconds())
+    if not 0 <= number < len(parts):
+        print(f"--part must be from 0 to {len(parts) - 1}, got {number}. `python -m tests.slow_tier plan` lists them.")
+        return 2
+    repeat = f"{Path(sys.executable).name} -m tests.slow_tier run --part {number}"
+    print(f"part {number} of the slow tests, of {len(parts)}; to repeat it: {repeat}", flush=True)
+    return int(pytest.main(["-m", "slow and not gpu", *parts[number]], plugins=[PartReport()]))
+
+
+def print_plan() -> None:
+    seconds = read_seconds()
+    for number, part in enumerate(pack(seconds)):
+        print(f"part {number}: {sum(seconds[unit] for unit in part) / 60:.1f} minutes")
+        for unit in part:
+            print(f"  {seconds[unit]:6.0f} s  {unit}")
+
+
+def seconds_in(xml: Path) -> dict[str, float]:
+    """Seconds by unit in a --junit-xml file, which names a test by dotted file and test."""
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(xml).iter("testcase"):
+        file = case.attrib["classname"].replace(".", "/") + ".py"
+        unit = unit_of(f"{file}::{case.attrib['name']}")
+        seconds[unit] = seconds.get(unit, 0) + float(case.attrib["time"])
+    return seconds
+
+
+def record(files: Iterable[Path]) -> None:
+    """Write measured seconds beside the present ones, without units that are gone."""
+    seconds = read_seconds()
+    for xml in files:
+        seconds |= seconds_in(xml)
+    there = {unit: round(seconds[unit], 1) for unit in slow_units() if unit in seconds}
+    SECONDS.write_text(json.dumps(there, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(files: list[str]) -> int:
+    """Run the slow tests of files, all by default, and write their seconds; 1 where a test failed."""
+    failed = 0
+    for file in files or sorted({unit.partition("::")[0] for unit in slow_units()}):
+        with tempfile.TemporaryDirectory() as folder:
+            xml = Path(folder) / "junit.xml"
+            command = [sys.executable, "-m", "pytest", "-m", "slow and not gpu", f"--junit-xml={xml}", file]
+            failed |= int(subprocess.run(command, cwd=ROOT, check=False).returncode != 0)
+            record([xml])
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.slow_tier", description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("plan", help="list the parts")
+    running = actions.add_parser("run", help="run one part")
+    running.add_argument("--part", type=int, help="its number; by default the hour's")
+    actions.add_parser("measure", help="run slow tests and write their seconds").add_argument("files", nargs="*")
+    actions.add_parser("record", help="write the seconds of junit files").add_argument("files", nargs="+", type=Path)
+    options = parser.parse_args()
+    if options.action == "plan":
+        print_plan()
+    elif options.action == "record":
+        record(options.files)
+    elif options.action == "measure":
+        return measure(options.files)
+    else:
+        number = options.part
+        return run(int(time.time()) // 3600 % max(1, len(pack(read_seconds()))) if number is None else number)
+    return 0
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The slow tests are packed by measured seconds, and a part that runs says what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import slow_tier
+
+pytest_plugins = ["pytester"]
+SLOW = "import pytest\n\npytestmark = pytest.mark.slow\n\n\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of two files with slow tests, one of which is packed by test."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("import pytest\n\n\n@pytest.mark.slow\ndef test_x(): ...\n")
+    (tmp_path / "tests" / "test_b.py").write_text(f"{SLOW}def test_x(): ...\n\n\ndef test_y(): ...\n")
+    (tmp_path / "tests" / "test_fast.py").write_text("def test_x(): ...\n")
+    monkeypatch.setattr(slow_tier, "ROOT", tmp_path)
+    monkeypatch.setattr(slow_tier, "SPLIT", ("tests/test_b.py",))
+    monkeypatch.setattr(slow_tier, "SECONDS", tmp_path / "slow_seconds.json")
+    return tmp_path
+
+
+def test_files_with_slow_tests_are_units_and_so_is_each_test_of_a_split_file(root: Path) -> None:
+    assert slow_tier.slow_units() == ["tests/test_a.py", "tests/test_b.py::test_x", "tests/test_b.py::test_y"]
+
+
+def test_the_seconds_of_junit_files_are_added_by_unit_and_merged(root: Path) -> None:
+    (root / "slow_seconds.json").write_text(json.dumps({"tests/test_a.py": 5.0, "tests/test_gone.py": 7.0}))
+    cases = [("tests.test_b", "test_x[1]", 2), ("tests.test_b", "test_x[2]", 3), ("tests.test_fast", "test_x", 1)]
+    xml = "".join(f'<testcase classname="{file}" name="{name}" time="{time}"/>' for file, name, time in cases)
+    (root / "junit.xml").write_text(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
+    slow_tier.record([root / "junit.xml"])
+    assert slow_tier.read_seconds() == {"tests/test_a.py": 5.0, "tests/test_b.py::test_x": 5.0}
+
+
+def test_the_longest_unit_comes_first_and_each_goes_into_the_first_part_with_room() -> None:
+    seconds = {"a": 200.0, "b": 900.0, "c": 950.0, "d": 250.0, "e": 1000.0}
+    assert slow_tier.pack(seconds) == [["a", "e"], ["c", "d"], ["b"]]
+
+
+def test_no_unit_starts_after_the_limit_and_what_is_left_out_or_skipped_is_named(pytester: pytest.Pytester) -> None:
+    report = slow_tier.PartReport()
+
+    class AnHourLater:
+        def pytest_runtest_teardown(self) -> None:
+            report.started_at -= 3600
+
+    pytester.makepyfile(
+        test_a="""
+        import pytest
+
+        def test_x(): ...
+
+        def test_of_a_file_that_has_started(): pytest.skip("no browser")
+        """,
+        test_b="def test_x(): raise AssertionError",
+    )
+    pytester.inline_run(plugins=[report, AnHourLater()]).assertoutcome(passed=1, skipped=1)
+    assert list(report.left_out) == ["test_b.py"]
+    assert report.skipped == ["test_a.py::test_of_a_file_that_has_started: no browser"]
