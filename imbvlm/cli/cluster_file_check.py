@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-from ray.autoscaler._private.util import prepare_config, validate_config
-
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import YamlTree, read_foreign_yaml
+from imbvlm.ray_runtime.cluster_launcher import launcher_problem
 from imbvlm.ray_runtime.cluster_resources import AUTOSCALER_SETTING
 
 # What a value must look like, and an example of one.
@@ -42,7 +40,7 @@ def check_cluster_file(path: str | Path) -> None:
 def _check_launcher(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     settings = tree.get("metadata")
     yield from _check_settings(located, settings if isinstance(settings, dict) else {}, ("metadata",))
-    shape = _shape_problem(tree)
+    shape = launcher_problem(tree)
     if shape is not None:
         yield Problem(shape, located.file)
         return
@@ -62,34 +60,6 @@ def _check_settings(located: YamlTree, settings: Tree, path: tuple[str, ...]) ->
             yield Problem(f"{name} must be set{f', such as {example}' if example else ''}", where)
         elif pattern is not None and not pattern.fullmatch(str(value)):
             yield Problem(f"{name} is {value!r}, which doesn't look like one; an example is {example}", where)
-
-
-def _shape_problem(tree: Tree) -> str | None:
-    """What Ray itself says of the file; values that aren't set yet are ours to name."""
-    try:
-        validate_config(prepare_config(_with_strings(tree)))
-    except jsonschema.ValidationError as error:
-        place = ".".join(str(part) for part in error.absolute_path)
-        return f"{f'{place}: ' if place else ''}{error.message}"
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        return f"Ray's cluster launcher can't read this: {error!r}"
-    return None
-
-
-def _with_strings(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_strings(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_with_strings(one) for one in value]
-    return "" if value is None else value
 
 
 def _check_aws(located: YamlTree, tree: Tree) -> Iterator[Problem]:

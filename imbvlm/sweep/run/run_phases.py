@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import optuna
 
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
@@ -27,6 +24,7 @@ from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import local_folder
+from imbvlm.sweep.tune.study_search import silence_optuna
 
 LOG_FILE = "ray.log"
 PROGRESS_FILE = "progress.log"
@@ -53,8 +51,7 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         console.print("\n".join([run_header(spec, manifest, folder, log), *untrained_configurations(spec, space)]))
         with _machine_errors_say_how_to_go_on(folder):
             with console.redirect_output(beside / LOG_FILE):
-                optuna.logging.set_verbosity(optuna.logging.WARNING)
-                warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+                silence_optuna()
                 with ray_session(console.last_word(_way_on(folder))) as cluster:
                     sweep = SweepRun(spec, space, manifest, folder, log, console, cluster, started, models)
                     sweep.search(starts)

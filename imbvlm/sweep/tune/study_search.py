@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,12 @@ MAX_RANDOM_DRAWS = 500
 VIOLATIONS = "violations"
 # TPE looks at each trial that it knows for every new one: of so many that have ended half are kept.
 MOST_KNOWN = 300
+
+
+def silence_optuna() -> None:
+    """Suppress Optuna's progress messages and its warnings about experimental features, for the whole process."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class StudySearch(UnsavedSearcher):

@@ -1,0 +1,39 @@
+"""The check of Ray's own cluster launcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from imbvlm.base.schema import Tree
+
+
+def launcher_problem(tree: Tree) -> str | None:
+    """Return Ray's objection to the content of a launcher file, or None; values that are not set yet are ignored."""
+    try:
+        validate_config(prepare_config(_without_nulls(tree)))
+    except jsonschema.ValidationError as error:
+        key = ".".join(str(part) for part in error.absolute_path)
+        return f"{f'{key}: ' if key else ''}{error.message}"
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        return f"Ray's cluster launcher can't read this: {error!r}"
+    return None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Replace each null by an empty string, which Ray's schema accepts."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return "" if value is None else value
