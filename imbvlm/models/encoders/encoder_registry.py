@@ -16,6 +16,7 @@ from open_clip.transform import PreprocessCfg
 from imbvlm.assets import tower_path
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.registry import Registry
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.models.encoders.encoder_weights import WeightsState, _address, _cached, _download, unreachable
 
@@ -32,32 +33,37 @@ _TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """A tower with a short name: open_clip's architecture and tag, or a tower that comes with the package."""
+    """An encoder with a short name: open_clip's architecture and tag, or an encoder that comes with the package."""
 
     model: str
     tag: str | None
     summary: str
 
 
-ENCODERS: dict[str, EncoderEntry] = {
-    "openai_rn50": EncoderEntry("RN50", "openai", "CLIP's ResNet-50, of the study"),
-    "openai_rn101": EncoderEntry("RN101", "openai", "CLIP's ResNet-101, of the study"),
-    "openai_vit_b32": EncoderEntry("ViT-B-32", "openai", "CLIP's ViT-B/32, of the study"),
-    "openai_vit_b16": EncoderEntry("ViT-B-16", "openai", "CLIP's ViT-B/16, of the study"),
-    "openai_vit_l14": EncoderEntry("ViT-L-14", "openai", "CLIP's ViT-L/14, of the study"),
-    "openai_vit_l14_336": EncoderEntry("ViT-L-14-336", "openai", "CLIP's ViT-L/14 at 336 px"),
-    "laion400m_vit_b16": EncoderEntry("ViT-B-16", "laion400m_e32", "ViT-B/16 trained on LAION-400M, of the study"),
-    "laion400m_vit_l14": EncoderEntry("ViT-L-14", "laion400m_e32", "ViT-L/14 trained on LAION-400M, of the study"),
-    "laion2b_vit_b16": EncoderEntry("ViT-B-16", "laion2b_s34b_b88k", "ViT-B/16 trained on LAION-2B, of the study"),
-    "laion2b_vit_l14": EncoderEntry("ViT-L-14", "laion2b_s32b_b82k", "ViT-L/14 trained on LAION-2B, of the study"),
-    "dfn2b_vit_b16": EncoderEntry("ViT-B-16", "dfn2b", "ViT-B/16 trained on DFN-2B"),
-    "dfn2b_vit_l14": EncoderEntry("ViT-L-14", "dfn2b", "ViT-L/14 trained on DFN-2B"),
-    "siglip_vit_b16": EncoderEntry("ViT-B-16-SigLIP", "webli", "SigLIP's ViT-B/16, no class token"),
-    "siglip_vit_l16_256": EncoderEntry("ViT-L-16-SigLIP-256", "webli", "SigLIP's ViT-L/16 at 256 px, no class token"),
-    "tinylit_lite0": EncoderEntry(
-        EMBEDDED + "tinylit-lite0", None, "small, comes with the package: EfficientNet-Lite0"
-    ),
-}
+ENCODERS = Registry(
+    "encoder",
+    {
+        "openai_rn50": EncoderEntry("RN50", "openai", "CLIP's ResNet-50, of the study"),
+        "openai_rn101": EncoderEntry("RN101", "openai", "CLIP's ResNet-101, of the study"),
+        "openai_vit_b32": EncoderEntry("ViT-B-32", "openai", "CLIP's ViT-B/32, of the study"),
+        "openai_vit_b16": EncoderEntry("ViT-B-16", "openai", "CLIP's ViT-B/16, of the study"),
+        "openai_vit_l14": EncoderEntry("ViT-L-14", "openai", "CLIP's ViT-L/14, of the study"),
+        "openai_vit_l14_336": EncoderEntry("ViT-L-14-336", "openai", "CLIP's ViT-L/14 at 336 px"),
+        "laion400m_vit_b16": EncoderEntry("ViT-B-16", "laion400m_e32", "ViT-B/16 trained on LAION-400M, of the study"),
+        "laion400m_vit_l14": EncoderEntry("ViT-L-14", "laion400m_e32", "ViT-L/14 trained on LAION-400M, of the study"),
+        "laion2b_vit_b16": EncoderEntry("ViT-B-16", "laion2b_s34b_b88k", "ViT-B/16 trained on LAION-2B, of the study"),
+        "laion2b_vit_l14": EncoderEntry("ViT-L-14", "laion2b_s32b_b82k", "ViT-L/14 trained on LAION-2B, of the study"),
+        "dfn2b_vit_b16": EncoderEntry("ViT-B-16", "dfn2b", "ViT-B/16 trained on DFN-2B"),
+        "dfn2b_vit_l14": EncoderEntry("ViT-L-14", "dfn2b", "ViT-L/14 trained on DFN-2B"),
+        "siglip_vit_b16": EncoderEntry("ViT-B-16-SigLIP", "webli", "SigLIP's ViT-B/16, no class token"),
+        "siglip_vit_l16_256": EncoderEntry(
+            "ViT-L-16-SigLIP-256", "webli", "SigLIP's ViT-L/16 at 256 px, no class token"
+        ),
+        "tinylit_lite0": EncoderEntry(
+            EMBEDDED + "tinylit-lite0", None, "small, comes with the package: EfficientNet-Lite0"
+        ),
+    },
+)
 
 
 @dataclass(frozen=True)
