@@ -41,12 +41,6 @@ FOLDERS = [
     "sweep.run",
     "cli",
 ]
-# Imports against that order that are still there: each goes with a cut of its own, and none is added.
-EXCEPTIONS = {
-    ("models.classifier_init", "features.trial_data"),
-    ("models.encoders.text_prompts", "models.prompt_learner"),
-    ("models.model_builder", "features.trial_data"),
-}
 # Users' sweep files import `main` from it.
 SHIMS = {"sweep.command"}
 MAX_MODULES, MAX_FOLDERS = 16, 14
@@ -128,8 +122,7 @@ def test_every_import_is_of_a_file_that_is_there() -> None:
 @pytest.mark.parametrize("module", ORDERED)
 def test_a_file_imports_only_from_its_folder_and_those_before_it(module: str) -> None:
     upwards = {other for other in GRAPH[module] if position(other) > position(module)}
-    excused = {other for name, other in EXCEPTIONS if name == module}
-    assert upwards == excused, f"{module} imports {', '.join(sorted(upwards))}, which stands after it"
+    assert not upwards, f"{module} imports {', '.join(sorted(upwards))}, which stands after it"
 
 
 def test_outside_of_the_folders_stand_the_package_and_the_shims_alone() -> None:

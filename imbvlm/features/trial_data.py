@@ -20,6 +20,7 @@ from imbvlm.features.feature_set import FeatureSet, _load_tensors
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.models.model_inputs import ModelInputs
 
 Rows = npt.NDArray[np.int64]
 
@@ -94,6 +95,12 @@ class TrialData:
     warnings: tuple[str, ...] = ()
     stored: StoredRows | None = None
     encoder: EncoderConfig | None = None
+
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """The parts that a trial's model is built from."""
+        stored = self.train if isinstance(self.train, StoredRows) else self.stored
+        return ModelInputs(self.info, self.class_names, self.class_embeddings, self.tower, stored, self.encoder)
 
     @staticmethod
     def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.features.trial_data import StoredRows
+from imbvlm.models.model_inputs import StoredFeatures
 
 # Images whose features are in memory at once while class means are computed.
 CHUNK_SIZE = 512
@@ -36,7 +36,7 @@ def text_weights(class_embeddings: Tensor, projection: Tensor | None, width: int
 
 @torch.no_grad()
 def class_means(
-    decoder: nn.Module, train: StoredRows, reads: OutputName, num_classes: int, width: int, device: torch.device
+    decoder: nn.Module, train: StoredFeatures, reads: OutputName, num_classes: int, width: int, device: torch.device
 ) -> Tensor:
     """Mean of each class's normalised features as the classifier will receive them, normalised: (C, width).
 
@@ -46,7 +46,7 @@ def class_means(
     sums = torch.zeros(num_classes, width, dtype=torch.float64)
     for start in range(0, len(train.labels), CHUNK_SIZE):
         index = np.arange(start, min(start + CHUNK_SIZE, len(train.labels)))
-        features = decoder(train.batch(reads, index, None).to(device).float())
+        features = decoder(train.batch(reads, index).to(device).float())
         # Added on the CPU: on a GPU the order of additions, and so the last bits, would vary from run to run.
         directions = functional.normalize(features.float(), dim=-1).to("cpu", torch.float64)
         sums.index_add_(0, torch.from_numpy(train.labels[index]), directions)

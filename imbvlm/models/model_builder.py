@@ -14,13 +14,13 @@ from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.method_registry import IMAGE_SECTIONS, METHOD_SECTIONS
 from imbvlm.config.model_sections import ClassifierConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
-from imbvlm.features.trial_data import StoredRows, TrialData
 from imbvlm.models.classifier import FeatureClassifier, ZeroShotClassifier, build_classifier
 from imbvlm.models.classifier_init import class_means, text_weights
 from imbvlm.models.decoder import Decoder, FinalNorm
 from imbvlm.models.encoder_classifier import ON_FEATURES_PREFIX
+from imbvlm.models.model_inputs import ModelInputs
 from imbvlm.models.model_state import load_own_state_dict
-from imbvlm.models.prompt_learner import PromptClassifier, build_prompt_classifier
+from imbvlm.models.prompt_learner import PromptClassifier, build_prompt_classifier, prompt_tokens
 from imbvlm.models.second_stage_modules import stage_module
 from imbvlm.models.text_tower import TextTower, unsupported_text_tower
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Method:
     """One method: the encoder output its classifier reads, whether anything trains, and how its model is built.
 
-    `build(config, data, device)` gives a model that maps a batch of that output to logits (B, C); of images where the
+    `build(config, inputs, device)` gives a model that maps a batch of that output to logits (B, C); of images where the
     method trains inside the tower, or where nothing is stored. Random numbers are drawn on the CPU from torch's global
     generator, so that weights don't depend on the device.
     """
@@ -40,14 +40,14 @@ class Method:
     reads: OutputName
     trains: bool
     trains_tower: bool
-    build: Callable[[TrialConfig, TrialData, torch.device], nn.Module]
+    build: Callable[[TrialConfig, ModelInputs, torch.device], nn.Module]
     summary: str
     paper: str
 
 
-def build_model(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+def build_model(config: TrialConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     """The model of a trial on its device, initialised as the configuration says; raises ImbvlmError."""
-    return METHODS[config.method].build(config, data, device).to(device)
+    return METHODS[config.method].build(config, inputs, device).to(device)
 
 
 def restore_model(
@@ -125,44 +125,43 @@ def stored_outputs(config: TrialConfig) -> frozenset[OutputName]:
 # --------------------------------------------------------------------------------------------------- builders
 
 
-def _build_zero_shot(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
-    model = ZeroShotClassifier(_class_embeddings(config, data), data.info.logit_scale)
-    return _with_tower(config, data, model, device) if config.reads_images else model
+def _build_zero_shot(config: TrialConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
+    model = ZeroShotClassifier(_class_embeddings(config, inputs), inputs.info.logit_scale)
+    return _with_tower(config, inputs, model, device) if config.reads_images else model
 
 
-def _build_prompt_tuning(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+def _build_prompt_tuning(config: TrialConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     # Not imported with this file: open_clip takes seconds, and trials that read stored outputs do without it.
     from imbvlm.models.encoder_tuning import load_encoder
-    from imbvlm.models.encoders.text_prompts import prompt_tokens
 
-    encoder = load_encoder(data.encoder or config.encoder, config.eval, data.info, device)
+    encoder = load_encoder(inputs.encoder or config.encoder, config.eval, inputs.info, device)
     prompts, text_config = require_section(config.prompt_tuning), encoder.source.model_config["text_cfg"]
     refusal = unsupported_text_tower(text_config, encoder.info.name, prompts.num_tokens)
     if refusal is not None:
         raise ImbvlmError(refusal)
-    tokens = prompt_tokens(encoder, data.class_names, prompts.init_words)
-    model = build_prompt_classifier(prompts, TextTower(encoder.model, text_config), tokens, data.info, device)
-    return _on_images(config, model, encoder, len(data.class_names)) if config.reads_images else model
+    tokens = prompt_tokens(encoder, inputs.class_names, prompts.init_words)
+    model = build_prompt_classifier(prompts, TextTower(encoder.model, text_config), tokens, inputs.info, device)
+    return _on_images(config, model, encoder, len(inputs.class_names)) if config.reads_images else model
 
 
-def _build_trained(config: TrialConfig, data: TrialData, device: torch.device) -> nn.Module:
+def _build_trained(config: TrialConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     """A classifier behind a decoder or none, on the stored output or on the tower, by what its configuration has."""
-    decoder, width = _decoder(config, data.info, data.tower)
+    decoder, width = _decoder(config, inputs.info, inputs.encoder_tensors)
     classifier = config.classifier
     assert classifier is not None, "TrialConfig gives every method that trains its classifier section"
-    init_weight = _initial_weight(config, classifier, data, decoder.to(device), width, device)
+    init_weight = _initial_weight(config, classifier, inputs, decoder.to(device), width, device)
     model = FeatureClassifier(
-        decoder, build_classifier(classifier, width, len(data.class_names), init_weight=init_weight)
+        decoder, build_classifier(classifier, width, len(inputs.class_names), init_weight=init_weight)
     )
-    return _with_tower(config, data, model, device) if config.reads_images else model
+    return _with_tower(config, inputs, model, device) if config.reads_images else model
 
 
-def _with_tower(config: TrialConfig, data: TrialData, model: nn.Module, device: torch.device) -> nn.Module:
+def _with_tower(config: TrialConfig, inputs: ModelInputs, model: nn.Module, device: torch.device) -> nn.Module:
     # Trials on stored features start faster without open_clip.
     from imbvlm.models.encoder_tuning import load_encoder
 
-    encoder = load_encoder(data.encoder or config.encoder, config.eval, data.info, device)
-    return _on_images(config, model, encoder, len(data.class_names))
+    encoder = load_encoder(inputs.encoder or config.encoder, config.eval, inputs.info, device)
+    return _on_images(config, model, encoder, len(inputs.class_names))
 
 
 def _on_images(config: TrialConfig, model: nn.Module, encoder: Encoder, num_classes: int) -> nn.Module:
@@ -197,7 +196,7 @@ def _final_norm(info: EncoderInfo, tower: Mapping[str, Tensor]) -> FinalNorm | N
 def _initial_weight(
     config: TrialConfig,
     classifier: ClassifierConfig,
-    data: TrialData,
+    inputs: ModelInputs,
     decoder: nn.Module,
     width: int,
     device: torch.device,
@@ -205,34 +204,33 @@ def _initial_weight(
     """Weights (C, width) that the classifier starts from, None for random ones."""
     if classifier.init == "text":
         if config.decoder is not None:
-            _check_identity(data)
-        return text_weights(_class_embeddings(config, data), data.tower.get("projection"), width)
+            _check_identity(inputs)
+        return text_weights(_class_embeddings(config, inputs), inputs.encoder_tensors.get("projection"), width)
     if classifier.init == "class_mean":
         reads = METHODS[config.method].reads
-        examples = data.train if isinstance(data.train, StoredRows) else data.stored
-        if examples is None:
+        if inputs.stored is None:
             raise ImbvlmError("classifier.init is class_mean, and the training images have no stored features")
-        return class_means(decoder, examples, reads, len(data.class_names), width, device)
+        return class_means(decoder, inputs.stored, reads, len(inputs.class_names), width, device)
     return None
 
 
-def _check_identity(data: TrialData) -> None:
+def _check_identity(inputs: ModelInputs) -> None:
     """An identity decoder gives the pooled output only where that is the class token behind the final norm."""
-    if not data.info.has_class_token or "final_norm.weight" not in data.tower:
+    if not inputs.info.has_class_token or "final_norm.weight" not in inputs.encoder_tensors:
         raise ImbvlmError(
-            f"classifier.init is text behind a decoder, and the pooled output of {data.info.name} isn't its normed "
+            f"classifier.init is text behind a decoder, and the pooled output of {inputs.info.name} isn't its normed "
             "class token, so that the decoder can't start from it; set method: linear_probe, or classifier.init: "
             "class_mean"
         )
 
 
-def _class_embeddings(config: TrialConfig, data: TrialData) -> Tensor:
-    if data.class_embeddings is None:
+def _class_embeddings(config: TrialConfig, inputs: ModelInputs) -> Tensor:
+    if inputs.class_embeddings is None:
         raise ImbvlmError(
             f"method {config.method} needs the class names' text embeddings, and this feature set has none; "
             "extract the features again with image_embedding among the outputs"
         )
-    return data.class_embeddings
+    return inputs.class_embeddings
 
 
 METHODS: Mapping[str, Method] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.models.text_tower import TextTower
+
+if TYPE_CHECKING:
+    from imbvlm.models.encoders.encoder import TextTokenizer
 
 MAX_DEFAULT_TOKENS = 16
 INIT_DEVIATION = 0.02
@@ -73,6 +77,20 @@ class PromptTokens:
     ids: Tensor
     words: Sequence[int]
     context_length: int
+
+
+def prompt_tokens(tokenizer: TextTokenizer, class_names: Sequence[str], init_words: str | None) -> PromptTokens:
+    """Tokens of the texts "NAME." and of the words that learned context starts from."""
+    # Long enough for names that the text tower would cut off.
+    length = 4 * tokenizer.context_length
+    words: list[int] = []
+    if init_words is not None:
+        ids = tokenizer.tokenize([init_words], length)[0]
+        # An empty text is its start, its end, and padding.
+        end = int((tokenizer.tokenize([""], length)[0, 1] == ids).int().argmax())
+        words = ids[1:end].tolist()
+    ids = tokenizer.tokenize([f"{name}." for name in class_names], length)
+    return PromptTokens(ids, words, tokenizer.context_length)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class TrialRun:
             config.decoder, data.info.num_tokens, data.info.token_width,
         )  # fmt: skip
         with self._computing.working(), _seeded(self._seed):
-            self.model = build_model(config, data, device)
+            self.model = build_model(config, data.model_inputs, device)
         broadcast_state(own_state_dict(self.model), world)
         self.parameters = count_parameters(self.model, data.info)
         self.feed = self._build_feed(stream)

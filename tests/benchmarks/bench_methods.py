@@ -77,7 +77,7 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
             tree["train"] = {"batch_size": BATCH_SIZE, "precision": "float32"}
         config = TrialConfig.from_tree(tree)
         with tempfile.TemporaryDirectory() as made:
-            counts = count_parameters(build_model(config, _made_up_data(config, Path(made)), CPU), info)
+            counts = count_parameters(build_model(config, _made_up_data(config, Path(made)).model_inputs, CPU), info)
         speed = _trial_speed(0, config, CPU)
         train, evaluate = NUM_IMAGES * speed.seconds_per_train_image, 1000 * speed.eval_seconds
         yield (

@@ -133,8 +133,7 @@ import resource, sys, torch
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.prompt_learner import build_prompt_classifier
-from imbvlm.models.encoders.text_prompts import prompt_tokens
+from imbvlm.models.prompt_learner import build_prompt_classifier, prompt_tokens
 from imbvlm.models.text_tower import TextTower
 
 encoder = Encoder.from_config(EncoderConfig(name="tinylit_lite0"), EvalConfig())

@@ -70,7 +70,7 @@ def test_a_method_says_what_it_is_in_one_sentence(method):
 @pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
 def test_a_method_maps_its_input_to_finite_logits_of_every_class(case):
     config, data, batch, _ = case
-    model = build_model(config, data, CPU)
+    model = build_model(config, data.model_inputs, CPU)
     logits = model(batch)
     assert logits.shape == (3, len(data.class_names))
     assert logits.isfinite().all()
@@ -80,7 +80,7 @@ def test_a_method_maps_its_input_to_finite_logits_of_every_class(case):
 @pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
 def test_a_method_trains_exactly_where_it_says_so(case):
     config, data, batch, _ = case
-    model = build_model(config, data, CPU)
+    model = build_model(config, data.model_inputs, CPU)
     trainable = [param for param in model.parameters() if param.requires_grad]
     assert bool(trainable) == METHODS[config.method].trains
     if trainable:
@@ -100,7 +100,7 @@ KINDS = ({"classifier__kind": "linear"}, {"classifier__kind": "cosine"})
 )
 def test_exported_weights_predict_without_the_training_data(case, tmp_path):
     config, data, batch, tower = case
-    model = build_model(config, data, CPU).eval()
+    model = build_model(config, data.model_inputs, CPU).eval()
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.01 * torch.randn_like(param) if param.requires_grad else 0)
@@ -111,7 +111,7 @@ def test_exported_weights_predict_without_the_training_data(case, tmp_path):
 
 
 def test_weights_of_another_configuration_are_refused(data, tmp_path):
-    model = build_model(tiny_config("linear_probe"), data, CPU)
+    model = build_model(tiny_config("linear_probe"), data.model_inputs, CPU)
     with pytest.raises(ImbvlmError, match="don't fit their configuration"):
         restore_model(tiny_config("decoder"), data.info, NUM_CLASSES, model.state_dict())
 
@@ -121,7 +121,7 @@ def test_weights_of_another_configuration_are_refused(data, tmp_path):
 
 def test_zero_shot_is_scaled_cosine_similarity(data):
     images = some_batch(data, "zero_shot")
-    logits = build_model(tiny_config("zero_shot"), data, CPU)(images)
+    logits = build_model(tiny_config("zero_shot"), data.model_inputs, CPU)(images)
     cosine = functional.cosine_similarity(images[:, None], data.class_embeddings[None], dim=-1)
     torch.testing.assert_close(logits, data.info.logit_scale * cosine)
 
@@ -129,7 +129,7 @@ def test_zero_shot_is_scaled_cosine_similarity(data):
 def test_zero_shot_without_text_features_is_refused_with_the_mend(data):
     without = dataclasses.replace(data, class_embeddings=None)
     with pytest.raises(ImbvlmError, match="zero_shot needs the class names' text embeddings"):
-        build_model(tiny_config("zero_shot"), without, CPU)
+        build_model(tiny_config("zero_shot"), without.model_inputs, CPU)
 
 
 def test_which_trials_need_text():
@@ -151,8 +151,10 @@ def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(
 
 
 def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data):
-    probe = build_model(tiny_config("linear_probe", classifier__init="text"), data, CPU)
-    decoder = build_model(tiny_config("decoder", classifier__init="text", decoder__init="identity"), data, CPU)
+    probe = build_model(tiny_config("linear_probe", classifier__init="text"), data.model_inputs, CPU)
+    decoder = build_model(
+        tiny_config("decoder", classifier__init="text", decoder__init="identity"), data.model_inputs, CPU
+    )
     assert torch.equal(probe.classifier.weight, decoder.classifier.weight)
     torch.testing.assert_close(
         decoder(some_batch(data, "decoder")), probe(some_batch(data, "linear_probe")), atol=0.05, rtol=0
@@ -162,7 +164,7 @@ def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data):
 def test_a_tower_without_projection_or_with_another_is_refused(data):
     config = tiny_config("linear_probe", classifier__init="text")
     with pytest.raises(ImbvlmError, match="has no projection"):
-        build_model(config, dataclasses.replace(data, tower={}), CPU)
+        build_model(config, dataclasses.replace(data, tower={}).model_inputs, CPU)
     with pytest.raises(ImbvlmError, match="projection is"):
         text_weights(torch.ones(3, EMBEDDING_WIDTH), torch.ones(WIDTH + 1, EMBEDDING_WIDTH), WIDTH)
 
@@ -171,7 +173,7 @@ def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data):
     config = tiny_config("decoder", classifier__init="text", decoder__init="identity")
     without = dataclasses.replace(data, info=tiny_info(has_class_token=False))
     with pytest.raises(ImbvlmError, match="isn't its normed class token"):
-        build_model(config, without, CPU)
+        build_model(config, without.model_inputs, CPU)
 
 
 def test_class_means_are_those_of_normalised_features_over_all_chunks(data, monkeypatch):
@@ -184,14 +186,14 @@ def test_class_means_are_those_of_normalised_features_over_all_chunks(data, monk
 
 
 def test_a_class_without_images_starts_in_some_direction(data):
-    model = build_model(tiny_config("linear_probe", classifier__init="class_mean"), data, CPU)
+    model = build_model(tiny_config("linear_probe", classifier__init="class_mean"), data.model_inputs, CPU)
     assert model.classifier.weight.norm(dim=-1).min() > 0.1
 
 
 @pytest.mark.parametrize("width", [None, 8])
 def test_class_means_behind_a_decoder_are_of_the_decoders_output(data, width):
     config = tiny_config("decoder", classifier__init="class_mean", decoder__width=width)
-    model = build_model(config, data, CPU)
+    model = build_model(config, data.model_inputs, CPU)
     with torch.no_grad():
         features = model.decoder(data.train.batch("tokens", np.arange(len(data.train)), None).float())
     own = functional.normalize(features, dim=-1)[data.train.labels == 0].mean(dim=0)
@@ -199,6 +201,6 @@ def test_class_means_behind_a_decoder_are_of_the_decoders_output(data, width):
 
 
 def test_the_decoder_starts_from_the_towers_final_norm(data):
-    model = build_model(tiny_config("decoder"), data, CPU)
+    model = build_model(tiny_config("decoder"), data.model_inputs, CPU)
     assert torch.equal(model.decoder.input_norm.weight, data.tower["final_norm.weight"])
     assert model.decoder.input_norm.eps == tiny_info().final_norm_eps

@@ -19,9 +19,15 @@ from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.losses import LOSSES
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
-from imbvlm.models.encoders.text_prompts import class_embeddings, prompt_tokens
+from imbvlm.models.encoders.text_prompts import class_embeddings
 from imbvlm.models.model_builder import build_model, restore_model
-from imbvlm.models.prompt_learner import INIT_DEVIATION, build_prompt_classifier, default_num_tokens, prompt_layout
+from imbvlm.models.prompt_learner import (
+    INIT_DEVIATION,
+    build_prompt_classifier,
+    default_num_tokens,
+    prompt_layout,
+    prompt_tokens,
+)
 from imbvlm.models.text_tower import TextTower
 from imbvlm.sweep.plan.feasibility import check_model
 from imbvlm.training import checkpoint
@@ -222,7 +228,7 @@ def test_a_text_tower_of_another_kind_is_refused_before_anything_is_extracted_an
 def test_more_context_than_a_text_holds_is_refused(data):
     for position in POSITIONS:
         fits = tiny_config("prompt_tuning", prompt_tuning__num_tokens=13, prompt_tuning__position=position)
-        build_model(fits, data, CPU)
+        build_model(fits, data.model_inputs, CPU)
         assert check_model(fits, data.info) == []
         too_long = fits.with_overrides({"prompt_tuning.num_tokens": 14})
         (problem,) = check_model(too_long, data.info)
@@ -233,7 +239,7 @@ def test_more_context_than_a_text_holds_is_refused(data):
 
 def error_of(config, data):
     with pytest.raises(ImbvlmError) as error:
-        build_model(config, data, CPU)
+        build_model(config, data.model_inputs, CPU)
     return str(error.value)
 
 
@@ -302,7 +308,7 @@ def test_a_refit_without_validation_saves_what_it_learned(data, tmp_path):
 def test_weights_of_another_tower_are_refused(data):
     other = dataclasses.replace(data, info=dataclasses.replace(data.info, weights_fingerprint="another"))
     with pytest.raises(ImbvlmError, match="are not those that this run began with"):
-        build_model(tiny_config("prompt_tuning"), other, CPU)
+        build_model(tiny_config("prompt_tuning"), other.model_inputs, CPU)
 
 
 def test_margins_are_scaled_as_the_logits_are(data):

@@ -85,7 +85,7 @@ def test_training_learns_and_moves_exactly_what_it_should(problems, kind, method
 
 def trained_names(problem, method):
     config = problem.config(method)
-    model = build_model(config, problem.data(config), CPU)
+    model = build_model(config, problem.data(config).model_inputs, CPU)
     return {name for name, param in model.named_parameters() if param.requires_grad}
 
 
@@ -101,8 +101,8 @@ def test_what_trains_in_a_vit_by_name(vit):
         for part in ("down", "up")
     }
     assert trained_names(vit, "lora") == classifier | updates
-    everything = {name for name, _ in build_model(
-        vit.config("fine_tuning"), vit.data(vit.config("fine_tuning")), CPU).named_parameters()}  # fmt: skip
+    config = vit.config("fine_tuning")
+    everything = {name for name, _ in build_model(config, vit.data(config).model_inputs, CPU).named_parameters()}
     # The projection to the text space stands behind what the classifier reads.
     assert trained_names(vit, "fine_tuning") == everything - {"tower.proj"}
     assert trained_names(vit, "bias_tuning") == classifier | {name for name in everything if name.endswith("bias")}
@@ -129,7 +129,7 @@ def test_parameters_are_counted_with_the_tower(vit):
     counts = {}
     for method in ("linear_probe", *TOWER_METHODS):
         config = vit.config(method)
-        counts[method] = count_parameters(build_model(config, vit.data(config), CPU), tower.info)
+        counts[method] = count_parameters(build_model(config, vit.data(config).model_inputs, CPU), tower.info)
     classifier = 5 * 32
     assert counts["linear_probe"] == (in_tower + classifier, classifier)
     adapter = 2 * (2 * 32 + 32 + 1 + 32 + 32 + 1)
@@ -148,7 +148,7 @@ def test_parameters_are_counted_with_the_tower(vit):
 def test_step_0_is_the_towers_own_output(tmp_path, kind, method):
     problem = TinyImages(tmp_path, kind)
     config = problem.config(method)
-    model = build_model(config, problem.data(config), CPU).eval()
+    model = build_model(config, problem.data(config).model_inputs, CPU).eval()
     tower = Encoder.from_config(config.encoder, config.eval)
     size = tower.info.image_size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
@@ -169,7 +169,7 @@ def test_the_adapters_width_is_lifts(num_classes, num_blocks, width):
 def test_an_adapter_stands_beside_the_mlp(vit):
     """Against the block's own formula with the adapter written out, after its weights have moved."""
     config = vit.config("adapter", adapter__width=4)
-    model = build_model(config, vit.data(config), CPU).eval()
+    model = build_model(config, vit.data(config).model_inputs, CPU).eval()
     block, adapter = model.tower.transformer.resblocks[1], model.adapters[1]
     with torch.no_grad():
         for param in adapter.parameters():
@@ -215,7 +215,7 @@ def test_layer_scale_scales_an_adapter_as_it_does_the_mlp(block, norm, factor):
 
 def test_a_low_rank_update_is_added_to_each_matrix(vit):
     config = vit.config("lora", lora__rank=3, lora__alpha=6.0)
-    model = build_model(config, vit.data(config), CPU).eval()
+    model = build_model(config, vit.data(config).model_inputs, CPU).eval()
     attention = model.tower.transformer.resblocks[0].attn
     stacked = attention.parametrizations.in_proj_weight
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_classifier_starts_as_the_linear_probes(vit, init):
     weights = []
     for method in ("linear_probe", "adapter"):
         config = vit.config(method, classifier__init=init, features__precision="float32")
-        model = build_model(config, vit.data(config), CPU)
+        model = build_model(config, vit.data(config).model_inputs, CPU)
         weights.append(getattr(model, "on_features", model).classifier.weight)
     # A class without images starts at random.
     known = slice(0, 4) if init == "class_mean" else slice(None)

@@ -11,7 +11,6 @@ from torch import Tensor
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.models.encoders.encoder import TextTokenizer
 from imbvlm.models.encoders.open_clip_encoder import TEXTS_AT_ONCE, Encoder
-from imbvlm.models.prompt_learner import PromptTokens
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("a photo of a {}.",),
@@ -55,22 +54,6 @@ def truncated_names(encoder: TextTokenizer, class_names: Sequence[str], template
         cut = (tokens[:, context:] != padding).any(dim=1).tolist()
         found += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
     return tuple(found)
-
-
-def prompt_tokens(encoder: Encoder, class_names: Sequence[str], init_words: str | None) -> PromptTokens:
-    """Tokens of the texts "NAME." and of the words that learned context starts from."""
-    room = 4 * encoder.context_length
-    parts = [
-        encoder.tokenize([_fill("{}.", name) for name in class_names[start : start + TEXTS_AT_ONCE]], room)
-        for start in range(0, len(class_names), TEXTS_AT_ONCE)
-    ]
-    words: list[int] = []
-    if init_words is not None:
-        ids = encoder.tokenize([init_words], room)[0]
-        # An empty text is its start, its end, and padding.
-        end = int((encoder.tokenize([""], room)[0, 1] == ids).int().argmax())
-        words = ids[1:end].tolist()
-    return PromptTokens(torch.cat(parts), words, encoder.context_length)
 
 
 def _fill(template: str, name: str) -> str:

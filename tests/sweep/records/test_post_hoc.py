@@ -332,7 +332,7 @@ def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path):
     data = TrialData.open(config, FeatureSet.from_dict(features.to_dict()))
     test = TrialData.open_split(config, features, "test")
     index = np.arange(len(test))
-    model = build_model(config, data, torch.device("cpu"))
+    model = build_model(config, data.model_inputs, torch.device("cpu"))
     from imbvlm.training.checkpoint import load_model_tensors
 
     model.load_state_dict(load_model_tensors(str(tmp_path / "model")))
