@@ -21,7 +21,7 @@ from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
-from imbvlm.longtail.worker_group import ONE_WORKER, Reducer
+from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 
 LossOption = float | Tensor
 
@@ -35,17 +35,22 @@ def cross_entropy(
     class_counts: Tensor,
     *,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016].
 
     Other losses with `label_smoothing` have this in the place of -log p_y, with their own p and weights.
     """
-    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, None, label_smoothing, world)
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, None, label_smoothing, workers)
 
 
 def focal(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, gamma: LossOption = 2.0, world: Reducer = ONE_WORKER
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    gamma: LossOption = 2.0,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """(1 - p_y)^gamma (-log p_y) [Lin et al. 2017, eq. 4].
 
@@ -57,7 +62,7 @@ def focal(
     return _weighted_mean(
         torch.exp(gamma * torch.logsumexp(others, dim=-1)) * _nll(log_probs, targets),
         None,
-        world,
+        workers,
     )
 
 
@@ -67,11 +72,11 @@ def inverse_frequency(
     class_counts: Tensor,
     *,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
     counts = _floored(class_counts, logits)
-    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, world)
+    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, workers)
 
 
 def effective_number(
@@ -81,11 +86,11 @@ def effective_number(
     *,
     beta: LossOption = 0.9999,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
     weights = effective_number_weights(_floored(class_counts, logits), beta)
-    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
 
 
 def generalized_reweight(
@@ -95,13 +100,13 @@ def generalized_reweight(
     *,
     exponent: LossOption = 1.2,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
     log_weights = -exponent * torch.log(_floored(class_counts, logits))
     # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
     weights = torch.softmax(log_weights, dim=-1) * logits.shape[-1]
-    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, world)
+    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
 
 
 def balanced_softmax(
@@ -110,10 +115,10 @@ def balanced_softmax(
     class_counts: Tensor,
     *,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + log prior) [Ren et al. 2020]."""
-    return logit_adjustment(logits, targets, class_counts, tau=1.0, label_smoothing=label_smoothing, world=world)
+    return logit_adjustment(logits, targets, class_counts, tau=1.0, label_smoothing=label_smoothing, workers=workers)
 
 
 def logit_adjustment(
@@ -123,11 +128,11 @@ def logit_adjustment(
     *,
     tau: LossOption = 1.0,
     label_smoothing: LossOption = 0.0,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
     adjusted = _computing(logits) + (tau * _log_prior(class_counts, logits)).to(_computing(logits).dtype)
-    return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, world)
+    return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, workers)
 
 
 def ldam(
@@ -138,7 +143,7 @@ def ldam(
     max_margin: LossOption = 0.5,
     margin_scale: LossOption = 1.0,
     reweight: Tensor | None = None,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z - margin_scale m_y on the target), m_c = max_margin n_c^-1/4 / max(n^-1/4) [Cao et al. 2019].
 
@@ -150,7 +155,7 @@ def ldam(
     margins = (max_margin * margin_scale * _margin_shares(class_counts, logits)).to(logits.dtype)
     log_probs = F.log_softmax(torch.where(_is_target(logits, targets), logits - margins, logits), dim=-1)
     weights = None if reweight is None else reweight.to(logits.device)[targets]
-    return _weighted_mean(_nll(log_probs, targets), weights, world)
+    return _weighted_mean(_nll(log_probs, targets), weights, workers)
 
 
 def lade(
@@ -160,7 +165,7 @@ def lade(
     *,
     remine_lambda: LossOption = 0.1,
     weight: LossOption = 0.1,
-    world: Reducer = ONE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + log prior) + weight * sum_c prior_c (t_c + remine_lambda t_c^2 - mean_c) [Hong et al. 2021].
 
@@ -170,9 +175,9 @@ def lade(
     """
     logits = _computing(logits)
     estimator = _lade_estimator(
-        logits, targets, _log_prior(class_counts, logits).to(logits.dtype), remine_lambda, world
+        logits, targets, _log_prior(class_counts, logits).to(logits.dtype), remine_lambda, workers
     )
-    return balanced_softmax(logits, targets, class_counts, world=world) + weight * estimator
+    return balanced_softmax(logits, targets, class_counts, workers=workers) + weight * estimator
 
 
 LossFunction = Callable[..., Tensor]
@@ -207,7 +212,7 @@ def loss_knobs(name: str) -> dict[str, Any]:
     if name not in LOSSES:
         raise ImbvlmError(f"no loss is called {name!r}; {suggest_name(name, LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "world"}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "workers"}
 
 
 _COUNTS = "class_counts"
@@ -222,21 +227,21 @@ class ConfiguredLoss:
     gradient, however uneven the local batches; a local batch may be empty.
     """
 
-    def __init__(self, name: str, class_counts: Tensor, world: Reducer, knobs: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, class_counts: Tensor, workers: WorkerGroup, knobs: Mapping[str, Any]) -> None:
         self.name = name
         self._counts = class_counts
-        self._world = world
+        self._workers = workers
         self._knobs = dict(knobs)
 
-    def over(self, world: Reducer) -> ConfiguredLoss:
+    def over(self, workers: WorkerGroup) -> ConfiguredLoss:
         """The same loss with another reducer."""
-        return ConfiguredLoss(self.name, self._counts, world, self._knobs)
+        return ConfiguredLoss(self.name, self._counts, workers, self._knobs)
 
     def as_adjustment(self) -> ConfiguredLoss:
         """Logit adjustment where the loss is a case of it, so that more losses can be computed at once."""
         if self.name not in _TAUS:
             return self
-        return ConfiguredLoss("logit_adjustment", self._counts, self._world, {**self._knobs, "tau": _TAUS[self.name]})
+        return ConfiguredLoss("logit_adjustment", self._counts, self._workers, {**self._knobs, "tau": _TAUS[self.name]})
 
     def form(self) -> tuple[Any, ...]:
         """Equal for losses that differ in numbers alone."""
@@ -251,7 +256,7 @@ class ConfiguredLoss:
             raise ImbvlmError(f"loss {self.name} is defined for one class, and was given targets between classes")
         if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it
             self._counts = self._counts.to(logits.device)
-        return LOSSES[self.name](logits, targets, self._counts, world=self._world, **self._knobs)
+        return LOSSES[self.name](logits, targets, self._counts, workers=self._workers, **self._knobs)
 
 
 def stack_losses(
@@ -302,7 +307,7 @@ def _one_form(losses: Sequence[ConfiguredLoss], device: str | torch.device) -> C
 
 
 def build_loss(
-    name: str, class_counts: npt.ArrayLike | Tensor, *, world: Reducer | None = None, **knobs: Any
+    name: str, class_counts: npt.ArrayLike | Tensor, *, workers: WorkerGroup | None = None, **knobs: Any
 ) -> ConfiguredLoss:
     """A loss of LOSSES with its class counts (C,) and knobs; raises ImbvlmError for an unknown name or knob."""
     valid = loss_knobs(name)
@@ -314,7 +319,7 @@ def build_loss(
         raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, and is {class_counts!r}")
     if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
         raise ImbvlmError(f"class_counts must be images per class, not shares, and sum to {float(counts.sum()):g}")
-    return ConfiguredLoss(name, counts, ONE_WORKER if world is None else world, knobs)
+    return ConfiguredLoss(name, counts, SINGLE_WORKER if workers is None else workers, knobs)
 
 
 def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: LossOption = 0.9999) -> Tensor:
@@ -361,7 +366,7 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cross_entropy(
-    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, world: Reducer
+    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
     """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as shares of them (B, C)."""
     if targets.ndim == 1:
@@ -373,43 +378,43 @@ def _cross_entropy(
         weights = shares.sum(dim=-1)
         nll = -(shares * log_probs).sum(dim=-1) / weights
     losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
-    return _weighted_mean(losses, weights, world)
+    return _weighted_mean(losses, weights, workers)
 
 
 def _weighted_cross_entropy(
-    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, world: Reducer
+    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
-    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, world)
+    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, workers)
 
 
-def _weighted_mean(losses: Tensor, weights: Tensor | None, world: Reducer) -> Tensor:
+def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup) -> Tensor:
     """This worker's share of the global sum(w l) / sum(w): the average of the shares is the whole. No rows: 0."""
     weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-    total = world.sum(weights.sum().detach()).clamp(min=torch.finfo(losses.dtype).tiny)
-    return world.world_size * (weights * losses).sum() / total
+    total = workers.sum(weights.sum().detach()).clamp(min=torch.finfo(losses.dtype).tiny)
+    return workers.world_size * (weights * losses).sum() / total
 
 
 def _lade_estimator(
-    logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: LossOption, world: Reducer
+    logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: LossOption, workers: WorkerGroup
 ) -> Tensor:
     """This worker's share of the negated, regularised bound, weighted by class prior."""
     prior = log_prior.exp()
     ones = torch.ones_like(targets, dtype=logits.dtype)
-    class_sizes = world.sum(logits.new_zeros(logits.shape[-1]).index_add(0, targets, ones))
+    class_sizes = workers.sum(logits.new_zeros(logits.shape[-1]).index_add(0, targets, ones))
     num_examples = class_sizes.sum()
     own_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     own_means = ((prior / class_sizes.clamp(min=1))[targets] * own_logits).sum()
-    log_mean = _global_logsumexp(logits, world) - torch.log(num_examples.clamp(min=1))
+    log_mean = _global_logsumexp(logits, workers) - torch.log(num_examples.clamp(min=1))
     second = log_mean - log_prior - math.log(logits.shape[-1])
     bound = torch.where(num_examples > 0, (prior * (second + remine_lambda * second.square())).sum(), 0)
     # Every worker has the whole bound but gradient through its own rows alone; an average would shrink that.
-    return bound.detach() + world.world_size * (bound - bound.detach() - own_means)
+    return bound.detach() + workers.world_size * (bound - bound.detach() - own_means)
 
 
-def _global_logsumexp(logits: Tensor, world: Reducer) -> Tensor:
+def _global_logsumexp(logits: Tensor, workers: WorkerGroup) -> Tensor:
     """log sum exp over the rows of all workers (C,), with gradient through this worker's rows only."""
     lowest = torch.finfo(logits.dtype).min
-    peak = world.max(torch.cat([logits.detach(), logits.new_full((1, logits.shape[-1]), lowest)]).amax(dim=0))
+    peak = workers.max(torch.cat([logits.detach(), logits.new_full((1, logits.shape[-1]), lowest)]).amax(dim=0))
     local = torch.exp(logits - peak).sum(dim=0)
-    total = world.sum(local.detach()) + (local - local.detach())
+    total = workers.sum(local.detach()) + (local - local.detach())
     return peak + torch.log(total.clamp(min=torch.finfo(logits.dtype).tiny))

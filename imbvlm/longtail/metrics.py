@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
-from imbvlm.longtail.worker_group import Reducer
+from imbvlm.longtail.worker_group import WorkerGroup
 
 NUM_CALIBRATION_BINS = 15
 
@@ -53,13 +53,13 @@ class ClassCounters:
         self.predicted += other.predicted
         self.nll += other.nll
 
-    def reduced(self, world: Reducer) -> ClassCounters:
+    def reduced(self, workers: WorkerGroup) -> ClassCounters:
         """The sum over workers; every worker must call it."""
         result = ClassCounters(self.num_classes)
-        result.correct, result.total, result.predicted = world.sum(
+        result.correct, result.total, result.predicted = workers.sum(
             torch.stack([self.correct, self.total, self.predicted])
         ).unbind()
-        result.nll = world.sum(self.nll.clone())
+        result.nll = workers.sum(self.nll.clone())
         return result
 
     def per_class_accuracy(self) -> npt.NDArray[np.float64]:
@@ -113,10 +113,10 @@ class CalibrationBins:
         """Add another part's bins."""
         self.counts = self.counts.to(other.counts.device) + other.counts
 
-    def reduced(self, world: Reducer) -> CalibrationBins:
+    def reduced(self, workers: WorkerGroup) -> CalibrationBins:
         """The sum over workers; every worker must call it."""
         result = CalibrationBins(self.counts.shape[1])
-        result.counts = world.sum(self.counts)
+        result.counts = workers.sum(self.counts)
         return result
 
     def compute(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The workers that train one trial together, as losses and loops see them: a rank, and sums over all."""
+"""The workers that train one trial together: a rank, and sums over all of them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Reducer(Protocol):
-    """How several workers agree on sums; every worker must call the same methods in the same order."""
-
-    @property
-    def world_size(self) -> int: ...
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over workers; losses only give it values that carry no gradient."""
-
-    def max(self, value: Tensor) -> Tensor:
-        """The elementwise maximum over workers."""
-
-
-class _OneWorker:
-    world_size = 1
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value
-
-    def max(self, value: Tensor) -> Tensor:
-        return value
-
-
-ONE_WORKER: Reducer = _OneWorker()
-
-
-class World(Protocol):
-    """Workers of one trial; also the Reducer that losses need."""
+class WorkerGroup(Protocol):
+    """Workers that agree on sums. All must call the same methods in the same order."""
 
     @property
     def rank(self) -> int: ...
@@ -43,13 +17,13 @@ class World(Protocol):
     def world_size(self) -> int: ...
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over workers, a new tensor without gradient."""
+        """The elementwise sum over workers, without gradient."""
 
     def max(self, value: Tensor) -> Tensor:
-        """The elementwise maximum over workers, a new tensor without gradient."""
+        """The elementwise maximum over workers, without gradient."""
 
 
-class _SingleProcess:
+class _SingleWorker:
     rank = 0
     world_size = 1
 
@@ -60,4 +34,4 @@ class _SingleProcess:
         return value
 
 
-SINGLE: World = _SingleProcess()
+SINGLE_WORKER: WorkerGroup = _SingleWorker()

@@ -17,7 +17,7 @@ from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.training.step.batch_source import Batch, BatchSource, Index, to_device
 from imbvlm.training.validation_logits import EpochValLogits
@@ -81,7 +81,7 @@ class EvalAccumulator:
         self._bins.update(logits, labels)
         self._found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
 
-    def examination(self, world: World) -> EvalResult:
+    def examination(self, world: WorkerGroup) -> EvalResult:
         counters, bins = self._counters.reduced(world), self._bins.reduced(world)
         return EvalResult(counters, bins, world.sum(self._found).cpu() - 1)
 
@@ -93,7 +93,7 @@ class Evaluator:
     data: TrialData
     feed: BatchSource
     device: torch.device
-    world: World
+    world: WorkerGroup
     computing: Callable[[], AbstractContextManager[Any]]
 
     def outputs(

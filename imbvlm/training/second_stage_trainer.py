@@ -147,7 +147,7 @@ class SecondStageTrainer:
         # Not by way of self: a circle would keep the features in memory when the trial has ended.
         data, span, features = evaluator.data, self._span, self.features
         counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
-        loss = build_loss(entry.loss, counts, world=evaluator.world, **config.model_dump(include={"exponent"}))
+        loss = build_loss(entry.loss, counts, workers=evaluator.world, **config.model_dump(include={"exponent"}))
         # Epochs are counted on from the first stage's, so that the two stages draw independently.
         plan_of = partial(
             epoch_plan,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imbvlm.config.training_sections import OptimConfig, TrainConfig
 from imbvlm.longtail.class_sampling import EpochPlan, batches
 from imbvlm.longtail.losses import ConfiguredLoss
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.training.step.batch_source import Batch, Index, to_device
 from imbvlm.training.step.distributed import all_reduce_gradients
@@ -101,7 +101,7 @@ class StageTrainer:
     losses_of: Callable[[int], Callable[[int], ConfiguredLoss]]
     words: tuple[str, str]
     device: torch.device
-    world: World
+    world: WorkerGroup
     autocast: Callable[[], AbstractContextManager[Any]]
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     num_parts: int = 1

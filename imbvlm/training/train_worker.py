@@ -9,7 +9,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from imbvlm.longtail.worker_group import SINGLE, World
+from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_session import TrialSession, TrialSettings
@@ -23,7 +23,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     device = ray.train.torch.get_device()
     alone = ray.train.get_context().get_world_size() == 1
-    world: World = SINGLE if alone else DistributedWorkerGroup(device)
+    world: WorkerGroup = SINGLE_WORKER if alone else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
     for report in TrialSession(device, world, stream).reports(TrialSettings.from_dict(settings)):
         ray.train.report(report)

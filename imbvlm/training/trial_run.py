@@ -24,7 +24,7 @@ from imbvlm.data.images.preprocess import CROP_SCALE
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_sampling import epoch_plan
 from imbvlm.longtail.metrics import ClassCounters
-from imbvlm.longtail.worker_group import SINGLE, World
+from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.classifier import FeatureClassifier
 from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.model_builder import METHODS, build_model
@@ -63,7 +63,7 @@ def build_trial(
     config: TrialConfig,
     data: TrialData,
     device: str | torch.device = "cpu",
-    world: World = SINGLE,
+    world: WorkerGroup = SINGLE_WORKER,
     stream: ImageStream = stream_in_threads,
 ) -> TrialRun:
     """A trial ready to run: the same configuration and seed give the same numbers whatever ran before it.
@@ -82,7 +82,7 @@ class TrialRun:
     """
 
     def __init__(
-        self, config: TrialConfig, data: TrialData, device: torch.device, world: World, stream: ImageStream
+        self, config: TrialConfig, data: TrialData, device: torch.device, world: WorkerGroup, stream: ImageStream
     ) -> None:
         self.config = config
         self.data = data

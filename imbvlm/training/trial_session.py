@@ -22,7 +22,7 @@ from imbvlm.features.feature_cache import PinnedCopy
 from imbvlm.features.feature_set import FeatureSet, pin_features
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.longtail.worker_group import SINGLE, World
+from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
 from imbvlm.training.evaluator import LogitAdjuster
@@ -87,7 +87,9 @@ def default_device() -> torch.device:
 class TrialSession:
     """Opens what a trial reads and yields its reports; data that the next trial shares stays open."""
 
-    def __init__(self, device: torch.device, world: World = SINGLE, stream: ImageStream = stream_in_threads) -> None:
+    def __init__(
+        self, device: torch.device, world: WorkerGroup = SINGLE_WORKER, stream: ImageStream = stream_in_threads
+    ) -> None:
         self._device, self._world, self._stream = device, world, stream
         self._opened: _Opened | None = None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.features.trial_data import RowSource
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 
 # Of one epoch's logits in half precision; a trial with more of them keeps none.
 MAX_BYTES = 512 * 2**20
@@ -49,7 +49,7 @@ class EpochValLogits:
         self._values[index] = relative.clamp(min=_LOWEST).to("cpu", torch.float16)
         self._seen[index] = 1
 
-    def gathered(self, world: World) -> Tensor:
+    def gathered(self, world: WorkerGroup) -> Tensor:
         """All rows' logits (N, C); NaN for those that no worker has seen. Every worker must call it."""
         values, seen = self._values, self._seen
         if world.world_size > 1:

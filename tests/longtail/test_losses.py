@@ -411,7 +411,7 @@ def shares(name, parts, logits, targets, counts=COUNTS, **knobs):
 
     def work(rank):
         local = logits[parts[rank]].clone().requires_grad_()
-        loss = build_loss(name, counts, world=meeting.worker(rank), **knobs)(local, targets[parts[rank]])
+        loss = build_loss(name, counts, workers=meeting.worker(rank), **knobs)(local, targets[parts[rank]])
         loss.backward()
         results[rank] = (loss.detach(), local.grad)
 
@@ -480,7 +480,7 @@ def train_on_gloo(rank, folder, world_size, sizes):
         own = slice(start, start + sizes[rank])
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 6).double()
-        loss = build_loss(name, COUNTS, world=Gloo())(model(features[own]), targets[own])
+        loss = build_loss(name, COUNTS, workers=Gloo())(model(features[own]), targets[own])
         loss.backward()
         average = [Gloo().sum(tensor) / world_size for tensor in (loss.detach(), model.weight.grad)]
         found[name] = [tensor.tolist() for tensor in average]

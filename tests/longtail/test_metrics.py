@@ -17,7 +17,7 @@ from imbvlm.longtail.metrics import (
     macro_scores_of_confusion,
     per_class_accuracy,
 )
-from imbvlm.longtail.worker_group import ONE_WORKER
+from imbvlm.longtail.worker_group import SINGLE_WORKER
 
 
 def counted(logits, targets, num_classes=None):
@@ -151,7 +151,7 @@ def test_counters_add_over_workers():
 def test_reduced_counters_are_a_copy():
     counters = counted(*random_batch())
     before = counters.nll.item()
-    alone = counters.reduced(ONE_WORKER)
+    alone = counters.reduced(SINGLE_WORKER)
     alone.update(*random_batch())
     assert counters.nll.item() == before
     assert counters.total.sum() == 200

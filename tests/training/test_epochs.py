@@ -23,7 +23,7 @@ from tiny_images import TinyImages
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.longtail.losses import LOSSES, build_loss
-from imbvlm.longtail.worker_group import SINGLE
+from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.models.model_builder import METHODS
 from imbvlm.training import checkpoint
 from imbvlm.training.checkpoint import CheckpointError
@@ -352,7 +352,7 @@ def test_clipping_changes_the_course_only_where_gradients_are_larger(data):
 
 
 def objective(config):
-    return LossSchedule(config, np.array(CLASS_COUNTS), 10, 100, CPU, SINGLE)
+    return LossSchedule(config, np.array(CLASS_COUNTS), 10, 100, CPU, SINGLE_WORKER)
 
 
 def test_prior_correction_follows_the_sampling_and_weights_do_not():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_data, tiny_features
 
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.worker_group import SINGLE
+from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.training import validation_logits
 from imbvlm.training.trial_run import build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
@@ -52,7 +52,7 @@ def test_large_logits_keep_their_probabilities_and_predictions():
     logits[0, 3] = 9e5
     kept = EpochValLogits(50, 20)
     kept.add(np.arange(50), logits)
-    found = kept.gathered(SINGLE)
+    found = kept.gathered(SINGLE_WORKER)
     assert found.dtype == torch.float16
     assert torch.isfinite(found).all()
     assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
@@ -64,7 +64,7 @@ def test_rows_may_come_in_any_order_and_those_never_seen_are_nan():
     kept = EpochValLogits(6, 3)
     kept.add(np.array([4, 0]), logits[[4, 0]])
     kept.add(np.array([2, 1, 3]), logits[[2, 1, 3]])
-    found = kept.gathered(SINGLE)
+    found = kept.gathered(SINGLE_WORKER)
     torch.testing.assert_close(found[:5].float(), relative(logits), atol=2e-3, rtol=1e-3)
     assert found[5].isnan().all()
 
@@ -85,7 +85,7 @@ def test_they_are_those_that_the_metrics_are_of(data, second_stage):
     overrides = {} if second_stage is None else {"second_stage__name": second_stage, "classifier__kind": "linear"}
     run = build_trial(tiny_config("decoder", **overrides), data)
     last = list(run.epochs())[-1].metrics
-    kept = run.val_logits.gathered(SINGLE).float()
+    kept = run.val_logits.gathered(SINGLE_WORKER).float()
     torch.testing.assert_close(kept, relative(run.logits(data.val)), atol=0.02, rtol=2e-3)
     accuracy = (kept.argmax(dim=1).numpy() == data.val.labels).mean()
     assert last["val/top1_accuracy"] == pytest.approx(accuracy)

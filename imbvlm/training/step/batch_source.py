@@ -21,7 +21,7 @@ from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.features.shard_file import as_tensor
 from imbvlm.features.trial_data import RowSource, StoredRows
 from imbvlm.longtail.class_sampling import EpochPlan
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 from imbvlm.training.step.batch_mixing import FeatureTransfer
 
 Index = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class BatchSource(Protocol):
     def unreadable(self) -> dict[int, str]:
         """Why an image was left out, by its row in the manifest; those met so far."""
 
-    def count_unreadable(self, world: World) -> int:
+    def count_unreadable(self, world: WorkerGroup) -> int:
         """How many images some worker had to leave out so far; every worker must call it."""
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
@@ -79,7 +79,7 @@ class StoredFeatureSource:
         self.numbers_per_example = int(np.prod(info.shape(output)))
         self.unreadable: dict[int, str] = {}
 
-    def count_unreadable(self, world: World) -> int:
+    def count_unreadable(self, world: WorkerGroup) -> int:
         return 0
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
@@ -150,7 +150,7 @@ class ImageSource:
         self.numbers_per_example = 3 * preprocess.image_size**2
         self.unreadable: dict[int, str] = {}
 
-    def count_unreadable(self, world: World) -> int:
+    def count_unreadable(self, world: WorkerGroup) -> int:
         """Workers meet the same image in different epochs: rows are counted once."""
         rows = torch.tensor(sorted(self.unreadable), dtype=torch.int64)
         length = int(world.max(torch.tensor([int(rows[-1]) + 1 if len(rows) else 0]))[0])

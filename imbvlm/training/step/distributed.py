@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 
 
 class DistributedWorkerGroup:
@@ -33,7 +33,7 @@ class DistributedWorkerGroup:
 
 
 @torch.no_grad()
-def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: World) -> Tensor:
+def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: WorkerGroup) -> Tensor:
     """Replace every gradient by its mean over workers; returns the mean of their losses (0-d).
 
     One flat sum and not DDP: the loss rides along, so that all workers judge the same number; a worker with an
@@ -52,7 +52,7 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: Wo
 
 
 @torch.no_grad()
-def broadcast_state(tensors: Mapping[str, Tensor], world: World) -> None:
+def broadcast_state(tensors: Mapping[str, Tensor], world: WorkerGroup) -> None:
     """Give every worker rank 0's parameters and buffers: workers on unlike machines may round differently."""
     if world.world_size > 1:
         for value in tensors.values():

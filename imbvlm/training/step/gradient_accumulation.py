@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from imbvlm.longtail.losses import NEEDS_ALL_LOGITS, ConfiguredLoss
-from imbvlm.longtail.worker_group import Reducer
+from imbvlm.longtail.worker_group import WorkerGroup
 
 
 def backward_in_micro_batches(
     forward: Callable[[Tensor], Tensor],
     loss_function: ConfiguredLoss,
-    world: Reducer,
+    world: WorkerGroup,
     inputs: Tensor,
     labels: Tensor,
     num_parts: int,
@@ -50,8 +50,8 @@ def backward_in_micro_batches(
 class _Recorder:
     """Passes sums and maxima on to the workers, and keeps their results."""
 
-    def __init__(self, world: Reducer) -> None:
-        self._world, self.world_size = world, world.world_size
+    def __init__(self, world: WorkerGroup) -> None:
+        self._world, self.rank, self.world_size = world, world.rank, world.world_size
         self.sums: list[Tensor] = []
 
     def sum(self, value: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ class _Recorder:
         self.sums.append(self._world.max(value))
         return self.sums[-1]
 
-    def replayed(self) -> Reducer:
+    def replayed(self) -> WorkerGroup:
         """The same results again, in their order, whatever is asked."""
-        return _Replay(self.sums, self.world_size)
+        return _Replay(self.sums, self.rank, self.world_size)
 
 
 class _Replay:
-    def __init__(self, results: list[Tensor], world_size: int) -> None:
-        self._results, self.world_size = iter(results), world_size
+    def __init__(self, results: list[Tensor], rank: int, world_size: int) -> None:
+        self._results, self.rank, self.world_size = iter(results), rank, world_size
 
     def sum(self, value: Tensor) -> Tensor:
         return next(self._results)

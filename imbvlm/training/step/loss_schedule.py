@@ -14,7 +14,7 @@ from imbvlm.config.model_sections import CosineClassifierConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.class_sampling import sampled_counts
 from imbvlm.longtail.losses import ConfiguredLoss, build_loss, effective_number_weights
-from imbvlm.longtail.worker_group import World
+from imbvlm.longtail.worker_group import WorkerGroup
 
 
 class LossSchedule:
@@ -30,7 +30,7 @@ class LossSchedule:
         num_epochs: int,
         num_steps: int,
         device: torch.device,
-        world: World,
+        world: WorkerGroup,
         logit_scale: float = 1.0,
     ) -> None:
         assert config.loss is not None, "TrialConfig gives every method that trains its loss section"
@@ -67,7 +67,7 @@ class LossSchedule:
         return self._class_counts.astype(np.float64)
 
     def _build(self, counts: torch.Tensor, knobs: dict[str, Any]) -> ConfiguredLoss:
-        return build_loss(self._loss.name, counts, world=self._world, **knobs)
+        return build_loss(self._loss.name, counts, workers=self._world, **knobs)
 
 
 def loss_knobs(config: TrialConfig, logit_scale: float = 1.0) -> dict[str, Any]:
