@@ -17,7 +17,7 @@ SAMPLE = Path(__file__).parent / "compat" / "v0.1.tar.xz"
 
 
 @pytest.fixture
-def sample(tmp_path, monkeypatch) -> Path:
+def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the sample, in which a command runs as its user's did."""
     with tarfile.open(SAMPLE) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -25,7 +25,7 @@ def sample(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_sweeps_are_listed_and_shown(sample):
+def test_sweeps_are_listed_and_shown(sample: Path) -> None:
     assert len(json.loads(imbvlm("sweep", "list", "runs", "--json"))) == 2
     for name in ("limited", "tail-views"):
         shown = imbvlm("sweep", "show", f"runs/{name}")
@@ -33,7 +33,7 @@ def test_sweeps_are_listed_and_shown(sample):
         assert "t00001" in shown
 
 
-def test_a_sweep_is_reported_with_its_thumbnails(sample):
+def test_a_sweep_is_reported_with_its_thumbnails(sample: Path) -> None:
     imbvlm("report", "runs/limited", "-o", "page.html")
     page = (sample / "page.html").read_text()
     assert "linear probe" in page
@@ -41,27 +41,27 @@ def test_a_sweep_is_reported_with_its_thumbnails(sample):
 
 
 @pytest.mark.parametrize("name", ["limited", "tail-views"])
-def test_a_sweep_is_exported_and_predicts(sample, name):
+def test_a_sweep_is_exported_and_predicts(sample: Path, name: str) -> None:
     imbvlm("export", f"runs/{name}", "-o", "again")
     imbvlm("predict", "again", "manifest.parquet", "--top", "5", "--no-ray", "-o", "again.parquet")
     assert pq.read_table("again.parquet").num_rows == pq.read_table("manifest.parquet").num_rows
 
 
-def test_an_exported_model_predicts_as_its_sweep_is_exported_now(sample):
+def test_an_exported_model_predicts_as_its_sweep_is_exported_now(sample: Path) -> None:
     imbvlm("export", "runs/limited", "-o", "again")
     for model in ("exported", "again"):
         imbvlm("predict", model, "manifest.parquet", "--top", "5", "--no-ray", "-o", f"{model}.parquet")
     assert pq.read_table("exported.parquet").equals(pq.read_table("again.parquet"))
 
 
-def test_stored_features_and_the_manifest_are_sound(sample):
+def test_stored_features_and_the_manifest_are_sound(sample: Path) -> None:
     assert "runs/features" in imbvlm("features", "check", "runs/features")
     imbvlm("manifest", "check", "manifest.parquet", "--decode")
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_sweep_goes_on_with_its_features_and_trials(sample, ray_cluster):
+def test_a_sweep_goes_on_with_its_features_and_trials(sample: Path, ray_cluster: str) -> None:
     recorded = json.loads(Path("runs/limited/provenance.json").read_bytes())["torch"]
     if recorded != torch.__version__:
         pytest.skip(f"the sample was made with torch {recorded}, and this is {torch.__version__}")

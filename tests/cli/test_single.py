@@ -19,7 +19,9 @@ from imbvlm.data.manifest import Manifest
     ("counts", "says"),
     [([40, 0], "training images are of 1 class, and two or more"), ([4, 4], "no class has a validation image")],
 )
-def test_data_that_a_sweep_would_refuse_is_refused_before_anything_is_made(tmp_path: Path, counts, says: str) -> None:
+def test_data_that_a_sweep_would_refuse_is_refused_before_anything_is_made(
+    tmp_path: Path, counts: list[int], says: str
+) -> None:
     problem = TinyImages(tmp_path)
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     images = [encoded_image(int(label), row) for row, label in enumerate(labels)]

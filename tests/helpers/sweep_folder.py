@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ SPACE = {
 TEST_PER_CLASS = 5
 
 
-def sweep_spec(**fields) -> SweepSpec:
+def sweep_spec(**fields: Any) -> SweepSpec:
     base = {"data": {"manifest": "gone.parquet"}, "encoder": {"name": "tinylit_lite0"}, "train": {"num_epochs": 12}}
     return SweepSpec.from_tree(
         {"name": "made", "base": base, "space": SPACE, "num_trials": 24, "refit_seeds": [0, 1], **fields}
@@ -43,7 +44,7 @@ def write_sweep(
     adjusted: dict[str, float] | None = None,
     refits: bool = True,
     class_names: list[str] | None = None,
-    **fields,
+    **fields: Any,
 ) -> Path:
     """A folder in which the winner is `gain` better than the linear probe on the test split.
 
@@ -93,7 +94,7 @@ def _search_record(spec: SweepSpec, number: int, chance: random.Random) -> Trial
     )  # fmt: skip
 
 
-def _record(trial_id: str, kind: str, config: dict, values: list[float], **fields) -> TrialRecord:
+def _record(trial_id: str, kind: str, config: dict, values: list[float], **fields: Any) -> TrialRecord:
     best, epochs = 0.0, []
     for number, value in enumerate(values, 1):
         best = max(best, value)

@@ -49,7 +49,7 @@ def taken(there: Apart, **settings: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
+def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: Path) -> None:
     with apart_with_ray(tmp_path) as there:
         started_here, _, dashboard, _, *pages = taken(there)
         assert started_here
@@ -88,7 +88,7 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path):
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
 
 
-def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them():
+def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them() -> None:
     assert f"`{HUGE_PAGES}`" in (ROOT / "README.md").read_text().replace(f"{MALLOC_SETTING}=", "")
     loader = next(Path("/lib64").glob("ld-linux-*"), None)
     if loader is None or platform.libc_ver() < ("glibc", "2.35"):
@@ -102,7 +102,7 @@ def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
+def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path: Path) -> None:
     """As on a machine that is busy with other work: one of Ray's processes gets no time."""
     hold = "until found=$(pgrep -x raylet); do sleep 0.01; done; kill -STOP $found"
     with apart_with_ray(tmp_path) as there, subprocess.Popen(there.command("bash", "-c", hold)) as holding:
@@ -117,7 +117,7 @@ def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("process", ["raylet", "gcs_server"])
-def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, process):
+def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path: Path, process: str) -> None:
     """Ray itself ends the process from C++ then, or gives up."""
     kill = f"until pid=$(pgrep -x {process}); do sleep 0.01; done; kill -KILL $pid"
     work = "from imbvlm.ray_runtime.connection import ray_session\nwith ray_session(): pass"
@@ -134,7 +134,7 @@ def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path, pro
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
+def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path: Path) -> None:
     """Of Slurm there are its variables, and programs that note what they are asked and do it on this machine."""
     stubs, asked = tmp_path / "stubs", tmp_path / "asked"
     stubs.mkdir()
@@ -171,7 +171,7 @@ def test_slurm_s_script_starts_a_cluster_for_a_sweep_and_ends_it(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_tests_join_no_foreign_cluster(ray_cluster, tmp_path):
+def test_the_tests_join_no_foreign_cluster(ray_cluster: str, tmp_path: Path) -> None:
     """As where a head of another's still runs, or was killed and has left its address."""
     (tmp_path / "test_address.py").write_text("def test_it(ray_cluster):\n    print(f'on {ray_cluster} end')\n")
     for foreign in (ray_cluster, f"127.0.0.1:{free_port()}"):

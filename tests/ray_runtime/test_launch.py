@@ -149,7 +149,7 @@ def status(url: str) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory) -> Iterator[LoopbackMachine]:
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackMachine]:
     problem = machine_problem()
     if problem is not None:
         pytest.skip(problem)
@@ -163,7 +163,9 @@ def machine(tmp_path_factory) -> Iterator[LoopbackMachine]:
         yield found
 
 
-def test_ray_up_submit_export_job_and_down(machine, tmp_path, monkeypatch):
+def test_ray_up_submit_export_job_and_down(
+    machine: LoopbackMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     port, file = free_port(), tmp_path / "loopback.yaml"
     with aws_metadata("127.0.0.0/8") as metadata:

@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -32,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {kind: write_tower(root / kind, kind) for kind in CONFIGS}
 
 
-def load(name: str, image_size: int | None = None, **knobs) -> Encoder:
+def load(name: str, image_size: int | None = None, **knobs: Any) -> Encoder:
     return Encoder.from_config(EncoderConfig(name=name, image_size=image_size, **knobs), EvalConfig())
 
 

@@ -212,7 +212,7 @@ def test_ray_train_on_a_cluster_without_a_dashboard_is_refused() -> None:
         trials_at_once(spec(cpus_per_worker=4, driver="ray_train"), without)
 
 
-def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch) -> None:
+def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMBVLM_AUTOSCALER", "[[2, 8, 1], [1, 16, 0]]")
     assert _autoscaled_workers() == [(8, 1), (8, 1), (16, 0)]
     monkeypatch.setenv("IMBVLM_AUTOSCALER", "8 GPUs")

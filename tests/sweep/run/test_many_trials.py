@@ -90,7 +90,9 @@ class Look:
 
 
 @pytest.mark.parametrize(("num_trials", "pack_size"), [(1000, 20), (100, 1)])
-def test_many_short_trials_leave_nothing_but_their_results(ray_cluster, tmp_path, num_trials, pack_size):
+def test_many_short_trials_leave_nothing_but_their_results(
+    ray_cluster: str, tmp_path: Path, num_trials: int, pack_size: int
+) -> None:
     from ray.util import placement_group_table
 
     write_manifest(tmp_path / "few.parquet")

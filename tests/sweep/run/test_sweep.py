@@ -44,18 +44,18 @@ def trials(sweep: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def home(ray_cluster, tmp_path_factory) -> Path:
+def home(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def smoke(home) -> tuple[Path, str]:
+def smoke(home: Path) -> tuple[Path, str]:
     """The smoke sweep's folder and what it printed."""
     printed = run(QUICKSTART, "--smoke", cwd=home)
     return newest(home), printed
 
 
-def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
+def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke: tuple[Path, str]) -> None:
     sweep, printed = smoke
     validation, test = printed.split("test split, read once")
     for heading in ("overall", "balanced", "many", "medium", "few"):
@@ -79,13 +79,13 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke):
     assert re.search(r"expected calibration error \(%\) on validation [\d.]+ to [\d.]+, on test [\d.]+ to [\d.]+", test)
 
 
-def test_libraries_chatter_stays_in_the_log(smoke):
+def test_libraries_chatter_stays_in_the_log(smoke: tuple[Path, str]) -> None:
     _, printed = smoke
     for noise in ("INFO", "WARNING", "Tip:", "raylet", "optuna", "Tune"):
         assert noise not in printed
 
 
-def test_the_winner_beats_plain_softmax_on_the_test_split(smoke):
+def test_the_winner_beats_plain_softmax_on_the_test_split(smoke: tuple[Path, str]) -> None:
     records = trials(smoke[0])
     last = {name: records[f"refit-{name}-seed0"]["epochs"][-1] for name in ("winner", "linear-probe")}
     gain = {
@@ -96,7 +96,7 @@ def test_the_winner_beats_plain_softmax_on_the_test_split(smoke):
     assert gain["few_shot_accuracy"] > 0.05
 
 
-def test_the_table_of_results_is_typed_and_has_every_trial(smoke):
+def test_the_table_of_results_is_typed_and_has_every_trial(smoke: tuple[Path, str]) -> None:
     sweep, _ = smoke
     table = pq.read_table(sweep / "results.parquet")
     kinds = table.column("kind").to_pylist()
@@ -111,13 +111,13 @@ def test_the_table_of_results_is_typed_and_has_every_trial(smoke):
         assert is_focal == (gamma is not None)
 
 
-def test_the_test_split_is_read_only_by_refits(smoke):
+def test_the_test_split_is_read_only_by_refits(smoke: tuple[Path, str]) -> None:
     for record in trials(smoke[0]).values():
         reads = any(key.startswith("test/") for epoch in record["epochs"] for key in epoch)
         assert reads == (record["kind"] == "refit")
 
 
-def test_a_finished_sweep_resumes_to_the_same_end_and_reads_nothing_again(smoke, home):
+def test_a_finished_sweep_resumes_to_the_same_end_and_reads_nothing_again(smoke: tuple[Path, str], home: Path) -> None:
     sweep, printed = smoke
     before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
     reading = (sweep / "test.json").read_bytes()
@@ -127,13 +127,13 @@ def test_a_finished_sweep_resumes_to_the_same_end_and_reads_nothing_again(smoke,
     assert printed.split("validation, at")[1].split("best:")[0] == again.split("validation, at")[1].split("best:")[0]
 
 
-def test_resuming_another_spec_is_refused_with_the_difference(smoke, home):
+def test_resuming_another_spec_is_refused_with_the_difference(smoke: tuple[Path, str], home: Path) -> None:
     printed = run(QUICKSTART, "--smoke", "--set", "searcher.seed=7", "--resume", str(smoke[0]), cwd=home, code=1)
     assert "searcher.seed was 0" in printed
     assert "is 7 now" in printed
 
 
-def test_a_killed_driver_resumes_to_the_same_number_of_trials_none_twice(smoke, home):
+def test_a_killed_driver_resumes_to_the_same_number_of_trials_none_twice(smoke: tuple[Path, str], home: Path) -> None:
     arguments = [sys.executable, QUICKSTART, "--smoke", "--set", "num_trials=6", "--storage", "runs"]
     driver = subprocess.Popen(
         arguments, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -164,7 +164,7 @@ def trials_now(sweep: Path) -> list[dict]:
     return list(trials(sweep).values())
 
 
-def test_export_predict_and_train_again(smoke, home):
+def test_export_predict_and_train_again(smoke: tuple[Path, str], home: Path) -> None:
     sweep, _ = smoke
     imbvlm("export", str(sweep), "-o", "my-model", cwd=home)
     rows = pq.read_table(ROOT / "imbvlm" / "assets" / "fashion_mnist_lt.parquet").to_pylist()
@@ -195,7 +195,9 @@ def test_export_predict_and_train_again(smoke, home):
     assert metrics["val/best_balanced_accuracy"] == max(e["val/balanced_accuracy"] for e in best["epochs"])
 
 
-def test_a_second_sweep_computes_no_features_and_without_a_trial_leaves_with_the_causes_grouped(smoke, home):
+def test_a_second_sweep_computes_no_features_and_without_a_trial_leaves_with_the_causes_grouped(
+    smoke: tuple[Path, str], home: Path
+) -> None:
     before = feature_times(home)
     printed = run(
         QUICKSTART, "--smoke", "--set", "num_trials=2", "--set", "optim.lr=1.0e+30", "--set", "method=linear_probe",
@@ -214,7 +216,7 @@ def feature_times(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (home / "runs" / "features").rglob("*.arrow")}
 
 
-def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves_no_folder(home):
+def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves_no_folder(home: Path) -> None:
     before = sorted(home.rglob("*"))
     printed = run(QUICKSTART, "--smoke", "--set", "num_workers=64", cwd=home, code=1)
     assert "the cluster h" in printed
@@ -223,7 +225,9 @@ def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves
 
 
 @pytest.mark.slow
-def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(smoke, home):
+def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(
+    smoke: tuple[Path, str], home: Path
+) -> None:
     printed = run(QUICKSTART, "--smoke", "--set", "confirm_trials=2", "--set", "num_trials=3", cwd=home)
     sweep, found = newest(home), trials(newest(home))
     again = [record for record in found.values() if record["kind"] == "confirm"]
@@ -244,7 +248,7 @@ def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(sm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("driver", ["ray_train"])
-def test_ray_train_gives_the_numbers_of_the_process(smoke, home, driver):
+def test_ray_train_gives_the_numbers_of_the_process(smoke: tuple[Path, str], home: Path, driver: str) -> None:
     sweeps = []
     for chosen in ("in_process", driver):
         run(QUICKSTART, "--smoke", "--set", "num_trials=1", "--set", "trial_scheduler.name=none",

@@ -355,7 +355,9 @@ first_trials: [{decoder.depth: 2, train.num_epochs: 10, optim.lr: 0.05}, {decode
         ({"optim.momentum": 0.5}, None),
     ],
 )
-def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(settings, left) -> None:
+def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(
+    settings: dict[str, float], left: list[dict[str, float]] | None
+) -> None:
     spec = SweepSpec.from_tree(parse_yaml(PINNED, "sweep.yaml"))
     check_spec(spec)
     found = spec.with_settings(settings)

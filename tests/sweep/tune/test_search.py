@@ -423,7 +423,7 @@ def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
         assert all(set(arm) == {"method", "loss.name"} for arm in arms)
 
 
-def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path) -> None:
+def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path: Path) -> None:
     of, journal = spec(TWELVE, num_trials=5), tmp_path / "new" / "optuna.log"
     search = searcher(of, journal=journal)
     assert next_job(search, "a") is not None
@@ -441,7 +441,9 @@ def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path) -
 # ------------------------------------------------------------------------------------------------- many trials
 
 
-def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(tmp_path, monkeypatch) -> None:
+def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
     of, journal = spec(WIDE, num_trials=150), tmp_path / "optuna.log"
     search = searcher(of, journal=journal)
@@ -475,7 +477,7 @@ def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(tmp_path, 
     assert [trial.params for trial in shown if trial.state is RUNNING] == open_draws
 
 
-def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch) -> None:
+def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
     jobs = drive(searcher(spec(WIDE, num_trials=100)), lambda job: job.draw["optim.lr"])
     known = [record(job, "finished", job.draw["optim.lr"]) for job in jobs]
@@ -492,7 +494,9 @@ def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch) -> None:
     {"searcher": {"name": "random"}},
     {"searcher": {"name": "tpe", "num_startup_trials": 30}},
 ])  # fmt: skip
-def test_nothing_is_forgotten_where_nothing_learns_from_it_yet(fields: dict[str, Any], monkeypatch) -> None:
+def test_nothing_is_forgotten_where_nothing_learns_from_it_yet(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
     search = searcher(spec(WIDE, num_trials=100, **fields))
     drive(search)
