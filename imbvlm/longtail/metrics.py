@@ -166,12 +166,6 @@ def macro_scores(correct: npt.ArrayLike, predicted: npt.ArrayLike, total: npt.Ar
     }
 
 
-def macro_scores_of_confusion(confusion: npt.ArrayLike) -> dict[str, float]:
-    """Macro precision, recall and F1 of a matrix (C, C) of rows by true class, then predicted class."""
-    matrix = np.asarray(confusion)
-    return macro_scores(np.diagonal(matrix), matrix.sum(axis=0), matrix.sum(axis=1))
-
-
 def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted classes (B,) of logits (B, C), the lowest of equals, and which rows are free of NaN (B,)."""
     largest, classes = logits.max(dim=-1)

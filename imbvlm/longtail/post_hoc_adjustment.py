@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,29 +49,24 @@ class PostHocAdjustment:
             adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
         return adjusted / self.temperature
 
-    @property
-    def keeps_order(self) -> bool:
-        """Whether every prediction stays as it was, and only probabilities change."""
-        return self.tau == 0 and self.alpha == 0
-
 
 @dataclass(frozen=True)
 class ValueSelection:
-    """The value with the best validation score, and everything tried: (value, score).
+    """The value with the best validation score, and all candidates: (value, score).
 
-    `standard_error` is that of its gain over the neutral value on the same rows, where it was asked for.
+    `standard_error` is that of its gain over the neutral value on the same rows, or 0 if it was not computed.
     """
 
     value: float
     score: float
-    tried: tuple[tuple[float, float], ...]
+    candidates: tuple[tuple[float, float], ...]
     neutral: float = 0.0
     standard_error: float = 0.0
 
     @property
     def gain(self) -> float:
         """Score above that of the neutral value."""
-        return self.score - dict(self.tried)[self.neutral]
+        return self.score - dict(self.candidates)[self.neutral]
 
     @property
     def accepted(self) -> float:
@@ -78,6 +74,16 @@ class ValueSelection:
         # Where one row alone has changed, the two are equal by their formulas, and their sums differ by rounding.
         is_equal = math.isclose(self.gain, self.standard_error, rel_tol=1e-9, abs_tol=1e-12)
         return self.value if self.gain > self.standard_error and not is_equal else self.neutral
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for post_hoc.json, where the candidates are `tried`."""
+        return {
+            "value": self.value,
+            "score": self.score,
+            "tried": self.candidates,
+            "neutral": self.neutral,
+            "standard_error": self.standard_error,
+        }
 
 
 @dataclass(frozen=True)
@@ -126,9 +132,9 @@ class TemperatureFit:
 
 def select_best(values: Iterable[float], score: Callable[[float], float], neutral: float) -> ValueSelection:
     """The value of the highest score; of equals the one nearest to `neutral`, which changes nothing."""
-    tried = tuple((value, score(value)) for value in values)
-    best, best_score = max(tried, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
-    return ValueSelection(best, best_score, tried, neutral)
+    candidates = tuple((value, score(value)) for value in values)
+    best, best_score = max(candidates, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
+    return ValueSelection(best, best_score, candidates, neutral)
 
 
 def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:

@@ -13,6 +13,7 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.study_search import StudySearch
@@ -143,7 +144,7 @@ def _searched(folder: Path, num_trials: int) -> float:
         record.state = "finished"
         log.save(record)
         searcher.on_trial_complete(str(number), {"val/best_balanced_accuracy": value})
-    log.write_table()
+    write_results_table(log)
     return time.perf_counter() - begin
 
 

@@ -26,6 +26,7 @@ from imbvlm.features.store_layout import TOWER_FILE, StoreLayout
 from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import Job, RunContext, payload
 from imbvlm.sweep.tune.tune_runner import run_jobs
@@ -117,7 +118,7 @@ def run_through(
     with console.redirect_output(folder / "ray.log"), ray_session():
         begin = time.perf_counter()
         run_jobs(lane, searcher(payload(lane, settings), budget), None, "search", num_trials)
-        lane.log.write_table()
+        write_results_table(lane.log)
         taken = time.perf_counter() - begin
     return lane.log, taken
 

@@ -23,7 +23,7 @@ STARTER = """
 import sys, time
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.sweep.records import folder_lease as lease
-lease.LOOK_SECONDS = 0.05
+lease.POLL_SECONDS = 0.05
 for line in sys.stdin:
     folder, moment = line.split()
     time.sleep(max(0.0, float(moment) - time.time()))

@@ -13,6 +13,7 @@ from imbvlm.config.trial_config import apply_overrides
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import shot_group_accuracies
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.per_class_results import confusions
 
@@ -72,7 +73,7 @@ def write_sweep(
             for seed in seeds:
                 splits = {"test": accuracy} | ({"test_post_hoc": adjusted[name]} if name in (adjusted or {}) else {})
                 _write_refit(folder, log, name, seed, splits, class_counts, names)
-    log.write_table()
+    write_results_table(log)
     return folder
 
 

@@ -72,7 +72,7 @@ def test_the_chosen_tau_recovers_a_model_that_follows_the_prior():
     biased, targets = biased_rows(tau=1.0)
     choice = select_tau(biased, targets, COUNTS)
     assert abs(choice.value - 1.0) <= 0.5
-    before = dict(choice.tried)[0.0]
+    before = dict(choice.candidates)[0.0]
     assert choice.score > before + 0.1
     honest, _ = rows()
     assert choice.score >= balanced_accuracy(targets, 6, lambda part: honest[part]) - 1e-12
@@ -81,21 +81,21 @@ def test_the_chosen_tau_recovers_a_model_that_follows_the_prior():
 def test_every_tau_tried_is_shown_with_its_own_score():
     biased, targets = biased_rows()
     choice = select_tau(biased, targets, COUNTS)
-    assert [tau for tau, _ in choice.tried] == list(TAUS)
+    assert [tau for tau, _ in choice.candidates] == list(TAUS)
     assert (min(TAUS), max(TAUS), len(TAUS)) == (-1.0, 2.0, 31)
     assert 0.0 in TAUS
-    for tau, score in choice.tried:
+    for tau, score in choice.candidates:
         adjusted = adjust_logits(biased, COUNTS, tau)
         expected = np.mean([(adjusted.argmax(1)[targets == c] == c).double().mean() for c in range(6)])
         assert score == pytest.approx(expected)
-    assert choice.score == max(score for _, score in choice.tried)
+    assert choice.score == max(score for _, score in choice.candidates)
 
 
 def test_choosing_never_does_worse_than_nothing_on_validation():
     for seed in range(5):
         logits, targets = rows(seed=seed)
         choice = select_tau(logits, targets, COUNTS)
-        assert choice.score >= dict(choice.tried)[0.0]
+        assert choice.score >= dict(choice.candidates)[0.0]
 
 
 def test_of_equal_taus_the_one_that_changes_least_is_chosen():
@@ -271,9 +271,9 @@ def test_two_models_that_know_different_classes_are_mixed():
     choice = select_alpha(head, tail, targets)
     assert 0 < choice.value < 1
     assert choice.score == 1
-    assert [alpha for alpha, _ in choice.tried] == list(ALPHAS)
+    assert [alpha for alpha, _ in choice.candidates] == list(ALPHAS)
     assert (min(ALPHAS), max(ALPHAS)) == (0.0, 1.0)
-    assert dict(choice.tried)[0.0] < 1 > dict(choice.tried)[1.0]
+    assert dict(choice.candidates)[0.0] < 1 > dict(choice.candidates)[1.0]
 
 
 def test_one_row_more_is_within_its_standard_error_whatever_the_number_of_rows():

@@ -182,9 +182,9 @@ def test_the_chosen_tau_makes_up_for_long_head_weights():
     x = directions[targets] + 0.3 * features(num=300)
     choice = choose_tau_normalization(first, x, targets)
     assert choice.value >= 0.6
-    assert choice.score > dict(choice.tried)[0.0] + 0.2
-    assert [tau for tau, _ in choice.tried] == list(NORM_TAUS)
-    for tau, score in choice.tried:
+    assert choice.score > dict(choice.candidates)[0.0] + 0.2
+    assert [tau for tau, _ in choice.candidates] == list(NORM_TAUS)
+    for tau, score in choice.candidates:
         counters = ClassCounters(CLASSES)
         counters.update(tau_normalized(first, tau)(x), targets)
         assert score == pytest.approx(counters.per_class_accuracy().mean())
@@ -292,7 +292,7 @@ def test_tau_normalization_never_loses_on_validation_and_gains_here(first_stages
     _, _, _, val_x, val_labels = long_tailed()
     first = first_stages["linear"]
     choice = choose_tau_normalization(first, val_x, val_labels)
-    assert choice.score >= dict(choice.tried)[0.0]
+    assert choice.score >= dict(choice.candidates)[0.0]
     assert balanced(tau_normalized(first, choice.value), val_x, val_labels) == pytest.approx(choice.score)
 
 

@@ -1,8 +1,9 @@
-"""What is adjusted after training, chosen on validation: logit adjustment, zero-shot logits mixed in, calibration."""
+"""Adjustments after training, selected on validation: logit adjustment, mixed-in zero-shot logits, calibration."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, size_text
+from imbvlm.base.json_file import read_json
 from imbvlm.longtail.post_hoc_adjustment import (
     PostHocAdjustment,
     TemperatureFit,
@@ -23,9 +25,10 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_tau,
 )
 from imbvlm.models.model_builder import METHODS
+from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
-from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -37,11 +40,11 @@ POST_HOC_FILE = "post_hoc.json"
 
 @dataclass(frozen=True)
 class AdjustmentSelection:
-    """What validation says about adjusting a configuration's logits, with all that was tried.
+    """The adjustments of a configuration's logits that validation supports, with all candidates.
 
-    `adjustment` has what was shown to help: a choice whose gain is within its standard error is left at neutral, and so
-    is a temperature that the rows don't support. `alpha` is None where there are no zero-shot logits of the same rows;
-    `plain_error` is the expected calibration error of the model's own logits, `num_rows` how many rows chose.
+    `adjustment` keeps a value neutral if its gain is within its standard error, and the temperature if the rows don't
+    support it. `alpha` is None without zero-shot logits of the same rows. `plain_error` is the expected calibration
+    error of the model's own logits; `num_rows` is the number of validation rows.
     """
 
     metric: str
@@ -53,16 +56,16 @@ class AdjustmentSelection:
 
     @property
     def adjustment(self) -> PostHocAdjustment:
-        """What is done to the logits."""
+        """The accepted adjustment."""
         alpha = 0.0 if self.alpha is None else self.alpha.accepted
         return PostHocAdjustment(self.tau.accepted, alpha, self.calibration.accepted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for post_hoc.json."""
         return {
             "metric": self.metric,
-            "tau": asdict(self.tau),
-            "alpha": None if self.alpha is None else asdict(self.alpha),
+            "tau": self.tau.to_dict(),
+            "alpha": None if self.alpha is None else self.alpha.to_dict(),
             "calibration": asdict(self.calibration),
             "plain_error": self.plain_error,
             "num_rows": self.num_rows,
@@ -71,16 +74,16 @@ class AdjustmentSelection:
 
 
 def logits_file(folder: str, trial_id: str) -> str:
-    """Where a trial of a sweep keeps its validation logits."""
+    """Location of the validation logits of a sweep's trial."""
     return storage.join(folder, LOGITS_FOLDER, f"{trial_id}.safetensors")
 
 
 def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
-    """Ids of the trials whose validation logits `select_adjustments` may still read, now or when others have ended.
+    """Ids of the trials whose validation logits `select_adjustments` may still read, now or after others have ended.
 
-    Those are the baselines, what would be refitted by now, and the best few, which further seeds may put in another
-    order and `export --top` asks for. A trial that falls behind them stays behind: no other trial's end changes its
-    value.
+    These are the baselines, the trials that would be refitted now, and the best few: further seeds may change their
+    order, and `export --top` reads them. A trial that falls behind them stays behind, because no other trial's end
+    changes its value.
     """
     best = log.best(spec.objective)
     needed = [*log.of("baseline"), *best[:NUM_BEST], *log.ranked(spec.objective)[: spec.confirm_trials]]
@@ -89,7 +92,7 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
 
 
 def max_logit_files(spec: SweepSpec, space: SearchSpace, num_running: int) -> int:
-    """How many trials' validation logits exist at one time, at most, while so many trials run."""
+    """The maximum number of files of validation logits at one time while `num_running` trials run."""
     methods = {value for parameter in space.parameters if parameter.key == "method" for value in parameter.values}
     retained = NUM_BEST + spec.confirm_trials + (max(1, len(methods)) if spec.fresh_crops else 0)
     num_trials = spec.num_trials if spec.study else min(spec.num_trials, retained + num_running)
@@ -97,10 +100,10 @@ def max_logit_files(spec: SweepSpec, space: SearchSpace, num_running: int) -> in
 
 
 def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool = False) -> None:
-    """Delete the validation logits of ended trials from which nothing will be chosen; a trial that goes on has its own.
+    """Delete the validation logits of ended trials that no selection will read.
 
-    They are large: 133 MB for one epoch of iNaturalist's validation. `is_over` says that no trial runs: what killed
-    writers have left goes, too.
+    They are large: 133 MB for one epoch of iNaturalist's validation. `is_over` says that no trial runs, so that
+    unfinished files of killed writers are deleted too.
     """
     names = storage.list_files(storage.join(folder, LOGITS_FOLDER))
     ended = [name for name in names if (record := log.records.get(_trial_of(name))) and record.state in ENDED]
@@ -111,7 +114,7 @@ def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool =
 
 
 def _trial_of(file_name: str) -> str:
-    """Empty for a file that its writer has not renamed yet."""
+    """The trial's id in a file's name; empty for a file that its writer has not renamed yet."""
     return file_name.partition(".")[0]
 
 
@@ -121,120 +124,111 @@ def logit_bytes(folder: str) -> int:
 
 
 def check_logits_fit(folder: str, num_bytes: int) -> None:
-    """Refuse a sweep whose validation logits its folder's disk can't hold; raises ImbvlmError."""
+    """Raise ImbvlmError if the folder's disk can't hold the validation logits."""
     free = storage.free_bytes(folder)
     if free is not None and num_bytes > free:
         raise ImbvlmError(
             f"the validation logits of trials need up to {size_text(num_bytes)} at one time and {folder} has "
-            f"{size_text(free)} free; lower max_concurrent_trials or max_pack_size, or choose a storage folder on a "
-            "larger disk"
+            f"{size_text(free)} free. Lower max_concurrent_trials or max_pack_size, or choose a storage folder on a "
+            "larger disk."
         )
 
 
 def select_adjustments(
     folder: str, refits: Sequence[Refit], log: TrialLog, objective: str
 ) -> dict[str, AdjustmentSelection]:
-    """For each refit that trains, by name, what its search's validation logits say.
+    """The adjustments of each refit that trains, by its name, selected on its trial's validation logits.
 
-    Absent are those whose trial left no logits, and those on fresh crops.
+    Refits on fresh crops and trials without logits have none.
     """
-    found = {}
+    selections = {}
     for refit in refits:
         if refit.config.train is not None and not refit.is_fresh:
-            kept = read_logits(logits_file(folder, refit.record.trial_id))
+            saved = read_logits(logits_file(folder, refit.record.trial_id))
             zero_shot = _zero_shot_logits(folder, refit, log)
-            if kept is not None and (chosen := _choose(refit, kept, zero_shot, objective)) is not None:
-                found[refit.name] = chosen
-    return found
+            if saved is not None and (selection := _select(refit, saved, zero_shot, objective)) is not None:
+                selections[refit.name] = selection
+    return selections
 
 
-def write_post_hoc(folder: str, chosen: Mapping[str, AdjustmentSelection]) -> None:
+def write_post_hoc(folder: str, selections: Mapping[str, AdjustmentSelection]) -> None:
     """Write post_hoc.json into a sweep's folder."""
-    text = json.dumps({name: one.to_dict() for name, one in chosen.items()}, indent=1)
+    text = json.dumps({name: selection.to_dict() for name, selection in selections.items()}, indent=1)
     storage.write_bytes(storage.join(folder, POST_HOC_FILE), text.encode())
 
 
 def read_adjustment(folder: str, name: str) -> PostHocAdjustment | None:
-    """What a sweep does to the logits of a refit; None where nothing could be chosen. Raises ImbvlmError."""
-    uri = storage.join(folder, POST_HOC_FILE)
-    if not storage.exists(uri):
-        return None
-    try:
-        chosen = json.loads(storage.read_bytes(uri)).get(name)
-        return None if chosen is None else PostHocAdjustment(**chosen["adjustment"])
-    except (ValueError, KeyError, TypeError) as error:
-        mend = f"remove it and go on with: imbvlm sweep resume {folder}"
-        raise ImbvlmError(f"{uri} is damaged ({error!r}); {mend}") from None
+    """The accepted adjustment of a refit's logits, None if there was no selection; raises ImbvlmError."""
+
+    def parse(content: Any) -> PostHocAdjustment | None:
+        selection = content.get(name)
+        return None if selection is None else PostHocAdjustment(**selection["adjustment"])
+
+    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
+    return read_json(storage.join(folder, POST_HOC_FILE), parse, fix)
 
 
-def describe_post_hoc(name: str, chosen: AdjustmentSelection, scored: Sequence[TrialRecord]) -> str:
-    """Lines on a refit's adjustments: which values were tried, what they gain, calibration before and after."""
-    metric, tau, alpha, calibration = chosen.metric.replace("_", " "), chosen.tau, chosen.alpha, chosen.calibration
+def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequence[TrialRecord]) -> str:
+    """Lines on a refit's adjustments: candidates, gains, calibration before and after."""
+    metric, calibration = selection.metric.replace("_", " "), selection.calibration
     lines = [
-        f"after training, chosen on {chosen.num_rows:,} rows of validation, {name}:",
-        f"  logit adjustment: {_choice('tau', tau, metric)}",
+        f"after training, chosen on {selection.num_rows:,} rows of validation, {name}:",
+        f"  logit adjustment: {_describe_value('tau', selection.tau, metric)}",
     ]
-    if alpha is not None:
-        lines.append(f"  zero-shot logits mixed in: {_choice('alpha', alpha, metric)}")
-    errors = [
-        _mean([r.epochs[-1].get(f"{split}/expected_calibration_error") for r in scored if r.name == name and r.epochs])
-        for split in ("test", "test_post_hoc")
-    ]
-    on_test = "" if None in errors else f", on test {percent(errors[0])} to {percent(errors[1])}"
+    if selection.alpha is not None:
+        lines.append(f"  zero-shot logits mixed in: {_describe_value('alpha', selection.alpha, metric)}")
+    records = [record for record in scored if record.name == name]
+    errors = [last_values(records, f"{split}/expected_calibration_error") for split in (TEST, POST_HOC)]
+    on_test = f", on test {' to '.join(percent(statistics.fmean(values)) for values in errors)}" if all(errors) else ""
     stays = "" if calibration.objection is None else f" {calibration.objection}, so that it stays at 1"
     lines.append(
         f"  calibration: temperature {calibration.temperature:.3g}{stays}; expected calibration error (%) on "
-        f"validation {percent(chosen.plain_error)} to {percent(calibration.calibration_error_taken)}{on_test}"
+        f"validation {percent(selection.plain_error)} to {percent(calibration.calibration_error_taken)}{on_test}"
     )
     return "\n".join(lines)
 
 
-def _choice(name: str, choice: ValueSelection, metric: str) -> str:
-    values = [value for value, _ in choice.tried]
-    tried = f"{name} of {len(values)} values from {min(values):g} to {max(values):g}"
-    if choice.value == choice.neutral:
-        return f"{tried}: none is better than {choice.neutral:g}"
-    gain = f"{name} {choice.value:g} gains {100 * choice.gain:.1f} points of {metric}"
-    error = f"standard error {100 * choice.standard_error:.1f}"
-    if choice.accepted == choice.value:
-        return f"{tried}: {gain} ({error})"
-    return f"{tried}: {gain}, within its {error}, so that it stays at {choice.neutral:g}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _describe_value(name: str, selection: ValueSelection, metric: str) -> str:
+    values = [value for value, _ in selection.candidates]
+    candidates = f"{name} of {len(values)} values from {min(values):g} to {max(values):g}"
+    if selection.value == selection.neutral:
+        return f"{candidates}: none is better than {selection.neutral:g}"
+    gain = f"{name} {selection.value:g} gains {100 * selection.gain:.1f} points of {metric}"
+    error = f"standard error {100 * selection.standard_error:.1f}"
+    if selection.accepted == selection.value:
+        return f"{candidates}: {gain} ({error})"
+    return f"{candidates}: {gain}, within its {error}, so that it stays at {selection.neutral:g}"
 
 
 def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogits | None:
-    """Those of the zero-shot baseline of the refit's tower; none where the tower itself was trained."""
+    """The logits of the zero-shot baseline of the refit's encoder; None if the encoder itself was trained."""
     if METHODS[refit.config.method].trains_tower:
         return None
-    same = (
-        one
-        for one in log.of("baseline")
-        if one.config["method"] == "zero_shot" and feature_key(one.trial_config()) == feature_key(refit.config)
+    baselines = (
+        record
+        for record in log.of("baseline")
+        if record.config["method"] == "zero_shot" and feature_key(record.trial_config()) == feature_key(refit.config)
     )
-    record = next(same, None)
+    record = next(baselines, None)
     return None if record is None else read_logits(logits_file(folder, record.trial_id))
 
 
-def _choose(
-    refit: Refit, kept: SavedValLogits, zero_shot: SavedValLogits | None, objective: str
+def _select(
+    refit: Refit, saved: SavedValLogits, zero_shot: SavedValLogits | None, objective: str
 ) -> AdjustmentSelection | None:
-    """By the logits of the epoch that a refit ends at: a baseline's best, the last of a trial that came to its end."""
-    logits = kept.best() if refit.record.kind == "baseline" or kept.last() is None else kept.last()
+    """Select on the logits of the epoch where a refit ends: a baseline's best epoch, a finished trial's last one."""
+    logits = saved.best() if refit.record.kind == "baseline" or saved.last() is None else saved.last()
     if logits is None:
         return None
-    other = None if zero_shot is None or not torch.equal(zero_shot.targets, kept.targets) else zero_shot.best()
+    other = None if zero_shot is None or not torch.equal(zero_shot.targets, saved.targets) else zero_shot.best()
     seen = ~logits.isnan().any(dim=1)
     if other is not None:
         seen &= ~other.isnan().any(dim=1)
     if not seen.any():
         return None
-    logits, targets, metric = logits[seen].float(), kept.targets[seen], objective.removeprefix("val/")
-    weights = accuracy_weights(metric, targets, kept.stats)
-    counts = torch.from_numpy(kept.stats.counts)
+    logits, targets, metric = logits[seen].float(), saved.targets[seen], objective.removeprefix("val/")
+    weights = accuracy_weights(metric, targets, saved.stats)
+    counts = torch.from_numpy(saved.stats.counts)
     tau = select_tau(logits, targets, counts, weights=weights)
     mixed = None if other is None else other[seen].float()
     adjusted = PostHocAdjustment(tau=tau.accepted).apply(logits, counts)

@@ -1,4 +1,4 @@
-"""A model's gain over the baselines with its 95 % interval, in one wording for terminal, report and card."""
+"""A model's gain over the baselines with its 95 % interval, worded alike for terminal, report and model card."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
 
-TEST, POST_HOC = "test", "test_post_hoc"
+# The test split as trained, over five crops per image, and with adjusted logits: first parts of metrics' names.
+TEST, FIVE_CROPS, POST_HOC = ALL_SPLITS = ("test", "test_tte", "test_post_hoc")
 POST_HOC_MEANS = "Post hoc: logits adjusted after training by what validation chose."
-# Standard errors to either side that hold 95 % of a normal distribution.
+# 95 % of a normal distribution lie within this many standard errors of its mean.
 Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A gain over another model (fractions) and the standard error of the difference, None where it isn't known."""
+    """A gain over another model (fractions) and the standard error of the difference, None if unknown."""
 
     other: str
     gain: float
@@ -25,7 +26,7 @@ class Difference:
 
     @staticmethod
     def of(other: str, gain: float, errors: Sequence[float | None]) -> Difference:
-        """From the standard errors of both accuracies."""
+        """Make a difference from the standard errors of both accuracies."""
         available = [error for error in errors if error is not None]
         return Difference(other, gain, math.hypot(*available) if len(available) == len(errors) else None)
 
@@ -41,18 +42,18 @@ class Difference:
 
     @property
     def is_win(self) -> bool:
-        """Whether all of the interval is above 0."""
+        """Whether the whole interval is above 0."""
         return self.low > 0
 
     @property
-    def words(self) -> str:
-        """Such as `3.1 points above linear probe`; `points from` where the interval includes 0."""
+    def text(self) -> str:
+        """Such as `3.1 points above linear probe`, or `+1.0 points from linear probe` if the interval includes 0."""
         if self.low > 0 or self.high < 0:
             return f"{100 * abs(self.gain):.1f} points {'above' if self.gain > 0 else 'below'} {self.other}"
         return f"{100 * self.gain:+.1f} points from {self.other}"
 
     @property
-    def interval_words(self) -> str:
+    def interval_text(self) -> str:
         """Such as `95 % interval +0.4 to +5.8`."""
         if self.standard_error is None:
             return "its 95 % interval isn't known"
@@ -61,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model against its nearest baseline (`statement`) and the others (`beside`), and whether it beats all."""
+    """A model compared with its nearest baseline (`statement`) and the others (`beside`), and whether it beats all."""
 
     statement: str
     beside: str
@@ -72,41 +73,48 @@ class Verdict:
 
 
 def refits_of(log: TrialLog, name: str) -> list[TrialRecord]:
-    """The finished refits of a name, one for each seed; an export takes the first."""
+    """The finished refits of a name, one per seed; an export takes the first."""
     return [
         record for record in log.of("refit") if record.name == name and record.epochs and record.state == "finished"
     ]
 
 
 def values_in(records: Sequence[TrialRecord], split: str, metric: str) -> list[float]:
-    """Each seed's metric as adjusted where `split` says so and there is an adjustment, else as trained."""
-    for key in (f"{split}/{metric}", f"{TEST}/{metric}"):
-        values = [record.epochs[-1][key] for record in records if key in record.epochs[-1]]
-        if values:
-            return values
-    return []
+    """A metric of each seed, adjusted if `split` says so and the refits were adjusted, else as trained."""
+    return last_values(records, f"{split}/{metric}") or last_values(records, f"{TEST}/{metric}")
 
 
-def splits_of(records: Sequence[TrialRecord]) -> list[str]:
-    """As trained, and where an adjustment changes its accuracy as adjusted; the last is what an export gives."""
-    as_trained, adjusted = (values_in(records, split, "balanced_accuracy") for split in (TEST, POST_HOC))
-    return [TEST, POST_HOC] if adjusted != as_trained else [TEST]
+def splits_of(
+    records: Sequence[TrialRecord],
+    metrics: Sequence[str] = ("balanced_accuracy",),
+    splits: Sequence[str] = (TEST, POST_HOC),
+) -> list[str]:
+    """TEST and the other splits that were scored, POST_HOC only if the adjustment changes one of the metrics.
+
+    `imbvlm export` writes the model as it is on the last one.
+    """
+    values = {split: [last_values(records, f"{split}/{metric}") for metric in metrics] for split in splits}
+
+    def is_shown(split: str) -> bool:
+        return split == TEST or (any(values[split]) and not (split == POST_HOC and values[split] == values[TEST]))
+
+    return list(filter(is_shown, splits))
 
 
 def title_in(name: str, split: str) -> str:
-    """A refit's name, with what was done to it."""
-    return f"{name}, post hoc" if split == POST_HOC else name
+    """A refit's name with the kind of its scores on a split, such as `winner, post hoc`."""
+    return name + {FIVE_CROPS: ", five crops", POST_HOC: ", post hoc"}.get(split, "")
 
 
 def difference_on_test(
     ours: Sequence[TrialRecord], theirs: Sequence[TrialRecord], split: str, name: str
 ) -> Difference | None:
-    """A model as it is exported less another as `split` has it, in balanced accuracy; None where one wasn't scored."""
+    """Balanced accuracy of a model as exported, minus another's on `split`; None if one of them was not scored."""
     pairs = ((ours, splits_of(ours)[-1]), (theirs, split))
     accuracies = [values_in(records, side, "balanced_accuracy") for records, side in pairs]
     if not all(accuracies):
         return None
-    # Seeds score the same images, so more of them don't make the error smaller.
+    # All seeds score the same images, so more seeds don't reduce the error.
     errors = [next(iter(values_in(records, side, "balanced_standard_error")), None) for records, side in pairs]
     gain = statistics.fmean(accuracies[0]) - statistics.fmean(accuracies[1])
     return Difference.of(title_in(name, split), gain, errors)
@@ -115,7 +123,7 @@ def difference_on_test(
 def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Verdict | None:
     """Compare an exported model with each baseline, as trained and as adjusted; None without a test split.
 
-    Adjusting a plain probe's logits after training costs nothing, so a winner must beat the adjusted probe, too.
+    A plain probe's logits can be adjusted without training, so a winner must beat the adjusted probe too.
     """
     names = dict.fromkeys(record.name for record in log.of("baseline"))
     others = [(name, refits_of(log, name)) for name in names]
@@ -134,11 +142,11 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Ver
     subject = f"{who}, post hoc," if split == POST_HOC else who
     comma = "," if first.other.endswith("post hoc") else ""
     sentence = (
-        f"{subject} is {first.words}{comma} in balanced accuracy on the test split ({first.interval_words}{seeds})."
+        f"{subject} is {first.text}{comma} in balanced accuracy on the test split ({first.interval_text}{seeds})."
     )
     statement = f"{sentence[0].upper()}{sentence[1:]}" if first.is_win else f"No win is shown: {sentence}"
-    others_text = " and ".join(f"{difference.words} ({difference.interval_words})" for difference in rest)
-    beside = f"It is {others_text}." if rest else ""
+    other_texts = " and ".join(f"{difference.text} ({difference.interval_text})" for difference in rest)
+    beside = f"It is {other_texts}." if rest else ""
     if split == POST_HOC or any(difference.other.endswith("post hoc") for difference in differences):
         beside = f"{beside} {POST_HOC_MEANS}".strip()
     return Verdict(statement, beside, first.is_win)

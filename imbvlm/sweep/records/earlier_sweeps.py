@@ -1,4 +1,4 @@
-"""Trials of earlier sweeps: to warm-start a sampler, or kept by a fork."""
+"""Trials of earlier sweeps: those that warm-start a sampler, and those that a fork keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 @dataclass(frozen=True)
 class WarmTrial:
-    """An ended trial of an earlier sweep as a draw of the new space."""
+    """An ended trial of an earlier sweep and its values as parameters of the new space."""
 
     draw: Params
     record: TrialRecord
@@ -29,7 +29,10 @@ class WarmTrial:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The trials of one earlier sweep that are told, of how many with a result, and its data where that was another."""
+    """The trials of one earlier sweep that lie in the new space, out of `num_ended` with a result.
+
+    `other_manifest` is the earlier sweep's data if that differs from the new sweep's.
+    """
 
     folder: str
     trials: tuple[WarmTrial, ...]
@@ -40,96 +43,102 @@ class WarmStart:
         """A sentence on what the search begins with."""
         text = f"warm start: {len(self.trials)} of {self.num_ended} trials of {self.folder} lie in this space"
         if self.other_manifest is not None:
-            text += f"; they are of other data ({self.other_manifest}), so that they guide the search only roughly"
+            text += f"; they come from other data ({self.other_manifest}), so they guide the search only roughly"
         return text
 
 
 def warm_starts(spec: SweepSpec, space: SearchSpace) -> list[WarmStart]:
-    """What each sweep of `warm_start` has to tell; raises ImbvlmError where one isn't a sweep's folder."""
+    """Read each sweep of `warm_start`; raises ImbvlmError if one isn't a sweep's folder."""
     return [_warm_start(spec, space, folder) for folder in spec.warm_start]
 
 
 def _warm_start(spec: SweepSpec, space: SearchSpace, folder: str) -> WarmStart:
     before = str(with_located_manifest(read_spec(folder), folder).base["data"]["manifest"])
-    ended = [one for one in TrialLog.read(folder).of("search") if one.best_value(spec.best_objective) is not None]
-    found = [WarmTrial(draw, one) for one in ended if (draw := _draw_of(one, spec, space)) is not None]
+    ended = [
+        record for record in TrialLog.read(folder).of("search") if record.best_value(spec.best_objective) is not None
+    ]
+    trials = [WarmTrial(draw, record) for record in ended if (draw := _params_of(record, spec, space)) is not None]
     is_same = absolute_manifest(before) == absolute_manifest(str(spec.base["data"]["manifest"]))
-    return WarmStart(folder, tuple(found), len(ended), None if is_same else before)
+    return WarmStart(folder, tuple(trials), len(ended), None if is_same else before)
 
 
-def _draw_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Params | None:
-    """The draw of this space with a trial's values, also of keys that its own sweep had fixed; None without one."""
-    drawn: Params = {}
+def _params_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Params | None:
+    """A trial's values for the parameters of this space, also those that its own sweep had fixed.
+
+    None if the space does not contain the trial.
+    """
+    params: Params = {}
     for parameter in space.parameters:
-        if is_active(parameter, drawn, spec.base):
+        if is_active(parameter, params, spec.base):
             value = get_dotted(record.config, parameter.key)
             if value is MISSING or not parameter.contains(value):
                 return None
-            drawn[parameter.key] = value
+            params[parameter.key] = value
     try:
-        method = spec.trial(drawn).method
+        method = spec.trial(params).method
     except ConfigError:
         return None
-    return drawn if method == record.config["method"] else None
+    return params if method == record.config["method"] else None
 
 
 def warm_trials(starts: Sequence[WarmStart]) -> list[WarmTrial]:
-    """All of them."""
+    """The trials of all warm starts."""
     return [trial for start in starts for trial in start.trials]
 
 
 @dataclass
 class Fork:
-    """What a new sweep takes over: trials by their new ids with their old ones, and why the others stay behind."""
+    """The trials that a new sweep takes over, each with its old id, and the reasons against the others, counted."""
 
-    kept: list[tuple[TrialRecord, str]] = field(default_factory=list)
-    left: Counter[str] = field(default_factory=Counter)
+    retained: list[tuple[TrialRecord, str]] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
 
     def describe(self, source: str) -> str:
-        """Lines on what is kept and what isn't."""
-        lines = [f"forked from {source}: {len(self.kept)} trials are kept"]
-        return "\n".join(lines + [f"  {count} left behind: {reason}" for reason, count in self.left.most_common()])
+        """Lines on retained and rejected trials."""
+        lines = [f"forked from {source}: {len(self.retained)} trials are kept"]
+        return "\n".join(lines + [f"  {count} left behind: {reason}" for reason, count in self.rejected.most_common()])
 
 
 def select_fork_trials(source: str, spec: SweepSpec, space: SearchSpace, changes: list[str]) -> Fork:
-    """Trials of a sweep's folder that a spec would give the same numbers for; none where code or data have changed.
+    """Select the trials of a sweep's folder whose numbers a spec would repeat; none if code or data have changed.
 
-    Refits stay behind: which ones are needed shows when the new search has ended.
+    Refits are not taken over: the end of the new search decides which ones are needed.
     """
     fork, before = Fork(), read_spec(source)
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)
-    own = {_key(one.config): f"b{number:05d}" for number, one in enumerate(baselines(spec, space), 1)}
+    own = {_key(baseline.config): f"b{number:05d}" for number, baseline in enumerate(baselines(spec, space), 1)}
     log = TrialLog.read(source)
     for record in [*log.of("baseline"), *log.of("search")]:
         reason, trial_id = "; ".join(changes), record.trial_id
         if not reason and record.kind == "baseline":
             trial_id = own.get(_key(record.trial_config()), "")
-            # Its patience asks for the objective.
+            # A baseline's patience depends on the objective.
             reason = "" if trial_id and before.objective == spec.objective else "another baseline now"
         elif not reason:
-            reason = _unlike(record, spec, space)
-        if not reason and (
-            record.state not in ("finished", "stopped") or (record.state == "stopped" and not same_rule)
-        ):
-            reason = "stopped by another rule" if record.state == "stopped" else f"its state is {record.state}"
+            reason = _difference(record, spec, space)
+        if not reason and record.state not in ("finished", "stopped"):
+            reason = f"its state is {record.state}"
+        if not reason and record.state == "stopped" and not same_rule:
+            reason = "stopped by another rule"
         if reason:
-            fork.left[reason] += 1
+            fork.rejected[reason] += 1
         else:
-            fork.kept.append((record.model_copy(update={"trial_id": trial_id}), record.trial_id))
+            fork.retained.append((record.model_copy(update={"trial_id": trial_id}), record.trial_id))
     return fork
 
 
 def write_fork(fork: Fork, source: str, folder: str) -> None:
-    """Write the kept records and their validation logits into the new sweep's folder."""
+    """Write the retained records and their validation logits into the new sweep's folder."""
     log = TrialLog(folder)
-    for record, old_id in fork.kept:
+    for record, old_id in fork.retained:
         logits = logits_file(source, old_id)
         if storage.exists(logits):
             storage.write_bytes(logits_file(folder, record.trial_id), storage.read_bytes(logits))
         log.save(record)
 
 
-def _unlike(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> str:
+def _difference(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> str:
+    """Why a spec would not repeat a trial of the search; empty if it would."""
     if not space.contains(record.draw, spec.base):
         return "the space no longer has it"
     config: TrialConfig = spec.trial(record.draw)
@@ -137,5 +146,5 @@ def _unlike(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> str:
 
 
 def _key(config: TrialConfig) -> str:
-    """Equal for equal configurations; whether the data is the same shows in its digests, not in its path."""
+    """A key that equal configurations share, without the data's path: digests tell whether the data has changed."""
     return config.with_overrides({"data.manifest": "any"}).key()

@@ -1,4 +1,4 @@
-"""One run at a time in a sweep's folder: a file says which process works there, and when it was last heard of."""
+"""One run at a time in a sweep's folder: a file names the process that works there and its last heartbeat."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from pathlib import Path
 from imbvlm.base import interrupts, storage
 from imbvlm.base.errors import ImbvlmError, StorageError
 from imbvlm.base.formatting import duration
+from imbvlm.base.json_file import damage_named
 from imbvlm.sweep.records.lease_file import lease_file
 
 LEASE_FILE = "running.json"
 HEARTBEAT_SECONDS = 10.0
-# A run that can't be looked at from here has ended when it has been silent for so long.
+# A run on another machine counts as ended after this time without a heartbeat.
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
-LOOK_SECONDS = 2.0
-# Of several that start together one has it after the first attempt, and the others find it with that one.
-ATTEMPTS = 20
+POLL_SECONDS = 2.0
+# If several runs start together, one holds the lease after the first attempt, and the others see its file.
+MAX_ATTEMPTS = 20
 PAUSE_SECONDS = 0.1
-# The file keeps its length when its last number has another one, since it is written in place.
+# Heartbeats are written in place: padding keeps the file's length while a number has more or fewer digits.
 SPARE_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that works in a folder: `place` is its machine's start and its namespace, `born` its own start.
+    """The process that works in a folder: `place` is its machine's boot and its namespace, `born` its own start.
 
-    Containers may share a host's name and numbers of processes, and a number is given again: together these are one
-    process and no other.
+    Containers may share a host's name and process ids, and ids are reused: only all fields together identify a process.
     """
 
     token: str
@@ -48,26 +48,26 @@ class Holder:
 
     @staticmethod
     def here() -> Holder:
-        """This process, from now on."""
+        """This process, holding from now on."""
         pid, now = os.getpid(), time.time()
         return Holder(uuid.uuid4().hex, socket.gethostname(), pid, _place(), _born(pid), now, now)
 
     @property
-    def is_seen(self) -> bool:
-        """Whether it ran where this process can look at it."""
+    def is_local(self) -> bool:
+        """Whether it runs in this process's namespace, so that its end can be observed."""
         return self.place == _place()
 
     @property
     def is_gone(self) -> bool:
-        """Whether it is known to have ended."""
-        if not self.is_seen:
+        """Whether it has certainly ended."""
+        if not self.is_local:
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
         except PermissionError:
-            # Somebody else's: it is there.
+            # The process exists and belongs to another user.
             pass
         born = _born(self.pid)
         return bool(born and self.born) and born != self.born
@@ -78,7 +78,7 @@ class Holder:
 
 
 def _place() -> str:
-    """This machine since its start, and this process's namespace of processes; the host's name is in it, too."""
+    """An identifier of this machine's boot and of the namespace of process ids, beginning with the host's name."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -87,7 +87,7 @@ def _place() -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process began, in its machine's own count; "ended" for one that nobody has waited for, "" if unknown."""
+    """A process's start in clock ticks since boot; "ended" for a zombie, "" if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -96,7 +96,7 @@ def _born(pid: int) -> str:
 
 
 class Lease:
-    """A folder's file in the hands of this process; where it finds another one's there, or none, the process ends."""
+    """This process's hold on a sweep's folder; the main thread is interrupted if another run takes the folder."""
 
     def __init__(self, folder: str) -> None:
         self._folder, self._uri, self._holder = folder, storage.join(folder, LEASE_FILE), Holder.here()
@@ -107,81 +107,84 @@ class Lease:
         self._lost: ImbvlmError | None = None
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        """Take it where nobody has it, or wait whether one that can't be looked at has ended; raises ImbvlmError."""
-        for _ in range(ATTEMPTS):
+        """Take the lease, waiting for the timeout of a holder on another machine; raises ImbvlmError if it is held."""
+        for _ in range(MAX_ATTEMPTS):
             if self._try(say):
                 self._beats.start()
                 return
             time.sleep(PAUSE_SECONDS)
         raise ImbvlmError(
-            f"other runs are taking {self._folder} at this moment, and none has it; try again, and if that doesn't "
-            f"help delete {self._uri}"
+            f"other runs try to take {self._folder} at the same time, and none has it. Try again, and if that doesn't "
+            f"help, delete {self._uri}."
         )
 
     def _try(self, say: Callable[[str], None]) -> bool:
-        """Whether this process has got it; another one acted in between otherwise. Raises ImbvlmError."""
+        """Whether this process has taken the lease; False if another one acted in between. Raises ImbvlmError."""
         before = self._file.read()
         if before is None:
             return self._file.create(self._content())
         holder = _parse(self._uri, before.data)
         if not holder.is_gone:
-            if holder.is_seen:
+            if holder.is_local:
                 raise self._still_runs(holder)
             self._outwait(holder, say)
         return self._file.replace(before, holder.token, self._content())
 
     def check(self) -> None:
-        """Raises ImbvlmError where another run has taken the folder meanwhile, or the file was deleted for one."""
+        """Raise ImbvlmError if another run has taken the folder, or if the lease's file was deleted."""
         self.check_lost()
         now = _read(self._uri)
         if now is None or now.token != self._holder.token:
             who = "its file was deleted" if now is None else now.describe()
-            raise ImbvlmError(f"{self._folder} is another run's now ({who}), so this one ends; what it found is kept")
+            raise ImbvlmError(
+                f"{self._folder} is another run's now ({who}), so this one ends; finished trials are kept."
+            )
 
     @property
     def is_lost(self) -> bool:
+        """Whether a heartbeat has seen that another run has the folder."""
         return self._lost is not None
 
     def check_lost(self) -> None:
-        """Raises ImbvlmError where a heartbeat has found that."""
+        """Raise ImbvlmError if a heartbeat has seen that another run has the folder."""
         if self._lost is not None:
             raise self._lost
 
     def release(self) -> None:
-        """Nobody works here any more."""
+        """End the heartbeats and delete the file."""
         self._ended.set()
         if self._beats.is_alive():
-            self._beats.join(LOOK_SECONDS)
-        # Where it can't be deleted it still tells of a process that has ended.
+            self._beats.join(POLL_SECONDS)
+        # A file that can't be deleted names a process that has ended, so the next run may take it.
         with suppress(ImbvlmError):
             self.check()
             storage.delete(self._uri)
 
-    def _outwait(self, found: Holder, say: Callable[[str], None]) -> None:
-        """Wait until a run that can't be looked at has been silent for too long; raises ImbvlmError if it isn't."""
-        # By another machine's clock it may have been in the future.
-        silent = max(0.0, time.time() - found.beat)
-        left = HEARTBEAT_TIMEOUT_SECONDS - silent
-        if left <= 0:
+    def _outwait(self, holder: Holder, say: Callable[[str], None]) -> None:
+        """Wait until a holder on another machine has timed out; raises ImbvlmError if it sends a heartbeat."""
+        # The other machine's clock may be ahead.
+        silent = max(0.0, time.time() - holder.beat)
+        remaining = HEARTBEAT_TIMEOUT_SECONDS - silent
+        if remaining <= 0:
             return
         say(
-            f"{self._folder} has a run that began elsewhere ({found.describe()}), of which the last was heard "
-            f"{duration(silent)} ago; without a word of it in the next {duration(left)} it has ended, and this run "
-            f"goes on (at once if you know that it has ended, and delete {self._uri})"
+            f"{self._folder} has a run that began elsewhere ({holder.describe()}); its last heartbeat was "
+            f"{duration(silent)} ago. Without another one in the next {duration(remaining)} it counts as ended, and "
+            f"this run goes on (at once if you know that it has ended and delete {self._uri})"
         )
-        until = time.monotonic() + left
+        until = time.monotonic() + remaining
         while time.monotonic() < until:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             now = _read(self._uri)
             if now is None:
                 return
-            if now != found:
+            if now != holder:
                 raise self._still_runs(now)
 
     def _still_runs(self, holder: Holder) -> ImbvlmError:
         return ImbvlmError(
-            f"this sweep still runs ({holder.describe()}), and two runs in {self._folder} would disturb each other; "
-            f"wait for its end or end it, then go on (if that process is none of a sweep, delete {self._uri})"
+            f"this sweep still runs ({holder.describe()}), and two runs in {self._folder} would disturb each other. "
+            f"Wait for its end or end it, then resume; if that process is not a sweep, delete {self._uri}."
         )
 
     def _content(self) -> bytes:
@@ -191,22 +194,22 @@ class Lease:
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
-                # Looked at first: what another run has taken, or a user deleted or moved, must not come back.
+                # Checked first: a file that another run has taken, or a user deleted or moved, must not come back.
                 self.check()
                 self._file.renew(self._content())
             except StorageError:
-                # The store is away; if that lasts, those who want to keep a record say so.
+                # The store doesn't answer; if that lasts, saving a record reports it.
                 continue
             except ImbvlmError as error:
                 self._lost = error
                 if self._is_mains and not self._ended.is_set():
-                    # Until it ends both would write the same records.
+                    # Until this run ends, both write the same records.
                     interrupts.interrupt_main()
                 return
 
 
 def _read(uri: str) -> Holder | None:
-    """Who works in a folder; None where nobody does. Raises ImbvlmError."""
+    """The holder that a lease's file names, None without a file; raises ImbvlmError."""
     try:
         return _parse(uri, storage.read_bytes(uri))
     except StorageError:
@@ -220,21 +223,19 @@ def _to_bytes(holder: Holder) -> bytes:
 
 
 def _parse(uri: str, data: bytes) -> Holder:
-    try:
+    with damage_named(f"{uri} is damaged", "Delete it if no run of this sweep is going on."):
         return Holder(**json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise ImbvlmError(f"{uri} is damaged ({error}); delete it if no run of this sweep is going on") from None
 
 
 @contextmanager
 def folder_lease(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
-    """Within, this process alone runs the sweep in a folder; raises ImbvlmError where another one does."""
+    """Within, only this process runs the sweep in a folder; raises ImbvlmError if another one does."""
     lease = Lease(folder)
     lease.acquire(say)
     try:
         yield lease
     except BaseException:
-        # Its own sentence, not that of what ended the work for it.
+        # The lease's own error, not that of the interrupt by which a heartbeat ended the work.
         if lease.is_lost and (signals := interrupts.current()) is not None:
             signals.forget()
         lease.check_lost()

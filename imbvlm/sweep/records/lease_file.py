@@ -1,6 +1,6 @@
-"""A file that one of several writers gets: each takes it where it isn't there, or in place of one that they all read.
+"""A file that only one of several writers can take: by creating it, or by replacing the version that all have read.
 
-Locally a hard link decides, which is made once, and in S3 a conditional write.
+A hard link decides on local disks, and a conditional write in S3.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from imbvlm.base import s3, storage
 
-# A store that knows no conditions keeps what was written last: by then every writer that began with the same file has
-# written, and one that was overwritten later has seen that at its next heartbeat.
+# A store without conditional writes keeps the last write. After this time every writer that read the same version has
+# written, and a writer that is overwritten later sees it at its next heartbeat.
 SETTLE_SECONDS = 15.0
-# What FAT and some network file systems answer, on which there are no hard links.
+# Answers of FAT and of some network file systems, which have no hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Content(NamedTuple):
-    """The bytes of a file, and the version of it that was read."""
+    """The bytes of a file and the version that was read."""
 
     data: bytes
     version: str
 
 
 class LeaseFile(Protocol):
-    """Each method raises StorageError where the file's place doesn't answer."""
+    """The file of a lease; each method raises StorageError if the storage doesn't answer."""
 
     def read(self) -> Content | None:
-        """None where it isn't there."""
+        """The content; None if there is no file."""
 
     def create(self, data: bytes) -> bool:
-        """Whether this writer got it; another one has it otherwise."""
+        """Create the file; False if another writer has done so."""
 
     def replace(self, before: Content, token: str, data: bytes) -> bool:
-        """Take it in place of what was read, which `token` names; whether this writer got it."""
+        """Replace the version that was read, whose holder `token` names; False if another writer has done so."""
 
     def renew(self, data: bytes) -> None:
-        """Write it again; nothing happens where another one has it by now."""
+        """Write the file again; has no effect if another writer has replaced it."""
 
 
 def lease_file(uri: str) -> LeaseFile:
-    """The file at a location."""
+    """The lease's file at a location, local or in S3."""
     return LocalLeaseFile(storage.local_path(uri)) if storage.is_local(uri) else StoredLeaseFile(uri)
 
 
 class LocalLeaseFile:
-    """In a folder that several machines may share."""
+    """A lease's file in a folder that several machines may share."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Renewed in place: once another writer has replaced the file, that reaches nobody.
+        # Renewed in place: after another writer has replaced the file, a write to this stream reaches nobody.
         self._stream: BinaryIO | None = None
 
     def read(self) -> Content | None:
@@ -71,7 +71,7 @@ class LocalLeaseFile:
         return self._stream is not None
 
     def replace(self, before: Content, token: str, data: bytes) -> bool:
-        # Whoever makes this file may replace what the token names, and nobody else meanwhile.
+        # The writer that creates this claim may replace the version that the token names, and no other meanwhile.
         claim = self._path.with_name(f".{self._path.name}.{token}")
         stream = self._create(claim, data)
         if stream is None:
@@ -93,7 +93,7 @@ class LocalLeaseFile:
             raise storage.storage_error("write", str(self._path), error) from None
 
     def _create(self, path: Path, data: bytes) -> BinaryIO | None:
-        """The new file, which appears whole; None where one is there."""
+        """Create the file whole and return its stream; None if it exists."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -125,13 +125,13 @@ def _link(source: str, path: Path) -> bool:
     try:
         os.link(source, path)
     except FileExistsError:
-        # NFS answers so where it has made the link and was asked again.
+        # NFS answers so if it has made the link, lost its answer and was asked again.
         return os.stat(source).st_nlink == 2
     return True
 
 
 class StoredLeaseFile:
-    """In S3, by conditional writes; where a store knows none, the last of those that write together has it."""
+    """A lease's file in S3, taken by conditional writes; without them the last of simultaneous writers has it."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._is_conditional = uri, True
@@ -154,7 +154,7 @@ class StoredLeaseFile:
         before, self._last = self._last, data
         etag = s3.put(self._uri, data, IfMatch=self._etag)
         if etag is None:
-            # Another's by now, or ours: this write or the one before succeeded, and its answer was lost.
+            # Either another writer's file, or ours: this write or the one before succeeded and its answer was lost.
             now = self.read()
             if now is None or now.data not in (before, data):
                 return
@@ -170,7 +170,7 @@ class StoredLeaseFile:
                     return False
                 etag = now.version
             self._etag = etag
-            # The condition doesn't hold any more: a store that takes no notice of it writes all the same.
+            # The condition is false by now: a store that ignores conditions writes nevertheless.
             if put() is None:
                 return True
         except s3.NoConditionsError:

@@ -1,4 +1,4 @@
-"""What a sweep's numbers come from besides its spec, written when it begins: code that trains, torch, data."""
+"""The origins of a sweep's numbers besides its spec, written when it begins: training code, torch, data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 
 import imbvlm
 from imbvlm.base import storage
-from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.base.errors import ConfigError, Problem
+from imbvlm.base.json_file import read_json
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.data.files.file_listing import file_states
 from imbvlm.data.manifest import Manifest
 
 PROVENANCE_FILE = "provenance.json"
-# Folders whose files a worker that extracts or trains imports: a trial's numbers may change with them.
+# Folders whose files an extracting or training worker imports: a trial's numbers may change with them.
 _PARTS = (
     "base",
     "config",
@@ -45,7 +46,7 @@ _SAME_NUMBERS = {
 
 
 def provenance(manifest: Manifest) -> dict[str, Any]:
-    """Digests of the files that extract and train, torch's version, and digests and numbers of rows and image files."""
+    """Digests of the code that extracts and trains and of the data, torch's version, numbers of classes and images."""
     root = Path(imbvlm.__file__).parent
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
@@ -63,16 +64,16 @@ def has_part(name: str) -> bool:
     return name.rpartition("/")[0] in _PARTS and name != "base/version.py"
 
 
-def write_provenance(folder: str, found: dict[str, Any]) -> None:
+def write_provenance(folder: str, content: dict[str, Any]) -> None:
     """Write provenance.json into a sweep's folder."""
-    storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(found, indent=1).encode())
+    storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(content, indent=1).encode())
 
 
 def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
-    """A clause for everything that has changed since a sweep began; raises ImbvlmError where its file is damaged."""
+    """A clause for each change since a sweep began; raises ImbvlmError if its file is damaged."""
     before = _written(folder)
     if before is None:
-        return [f"{PROVENANCE_FILE} is gone, so that nothing shows which code its trials ran with"]
+        return [f"{PROVENANCE_FILE} is gone, so it is unknown with which code its trials ran"]
     code = {name: digest for name, digest in before["code"].items() if has_part(name)}
     if code_digest(before["code"]) in _SAME_NUMBERS:
         code = now["code"]
@@ -87,55 +88,52 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
 
 
 def data_changes(folder: str, manifest: Manifest) -> list[str]:
-    """Those of the manifest and its image files alone; none where nothing is known. Raises ImbvlmError."""
+    """Changes of the manifest and its image files; none without a provenance file. Raises ImbvlmError."""
     before = _written(folder)
     return [] if before is None else _data_changes(before, _of_data(manifest))
 
 
 def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
-    """Refuse a tower that has other weights by now than as a sweep first met it, which is kept then.
+    """Raise ConfigError if an encoder's weights have changed since the sweep first used it; `keep` records a new one.
 
-    Raises ConfigError, ImbvlmError where the file is damaged.
+    Raises ImbvlmError if the provenance file is damaged.
     """
     before = _written(folder) or {}
     towers, name = before.get("towers", {}), " ".join(filter(None, (encoder.name, encoder.weights)))
     if towers.get(name, info.weights_fingerprint) != info.weights_fingerprint:
         raise ConfigError([Problem(
-            f"the weights of the tower {name} are not those that the sweep began with; put them back, or begin a new "
-            "sweep", folder)])  # fmt: skip
+            f"the weights of the encoder {name} are not those that the sweep began with. Restore them, or start a new "
+            "sweep.", folder)])  # fmt: skip
     if keep and name not in towers:
         write_provenance(folder, {**before, "towers": {**towers, name: info.weights_fingerprint}})
 
 
-def known_towers(folder: str) -> dict[str, str]:
-    """Fingerprints of the towers that a sweep has met, by name; raises ImbvlmError."""
+def encoder_fingerprints(folder: str) -> dict[str, str]:
+    """Fingerprints of the encoders that a sweep has used, by name; raises ImbvlmError."""
     return dict((_written(folder) or {}).get("towers", {}))
 
 
 def data_size(folder: str) -> tuple[int, int] | None:
-    """Classes and images of a sweep's manifest; None where an earlier version has begun it. Raises ImbvlmError."""
+    """Numbers of classes and images of a sweep; None if an earlier version has begun it. Raises ImbvlmError."""
     before = _written(folder) or {}
     num_classes, num_images = before.get("num_classes"), before.get("num_images")
     return (num_classes, num_images) if isinstance(num_classes, int) and isinstance(num_images, int) else None
 
 
 def _written(folder: str) -> dict[str, Any] | None:
-    """What was written as the sweep began; None where the file is gone. Raises ImbvlmError where it is damaged."""
-    uri = storage.join(folder, PROVENANCE_FILE)
-    if not storage.exists(uri):
-        return None
-    try:
-        found = json.loads(storage.read_bytes(uri))
-        known = {"code": dict(found["code"]), "torch": str(found["torch"]), "data": str(found["data"])}
-        return {**found, **known, "towers": dict(found.get("towers", {}))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImbvlmError(f"{uri} is damaged ({error!r}); start a new sweep") from None
+    """The provenance that was written as the sweep began, None without a file; raises ImbvlmError for a damaged one."""
+
+    def parse(content: Any) -> dict[str, Any]:
+        required = {"code": dict(content["code"]), "torch": str(content["torch"]), "data": str(content["data"])}
+        return {**content, **required, "towers": dict(content.get("towers", {}))}
+
+    return read_json(storage.join(folder, PROVENANCE_FILE), parse, "Start a new sweep.")
 
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if before["data"] != now["data"]:
         return ["the manifest's rows, labels or splits have changed"]
-    # Of a version that didn't keep it nothing is known.
+    # The first versions did not write this digest.
     is_same = before.get("files", now["files"]) == now["files"]
     return [] if is_same else ["image files are gone, or have changed in size"]
 
@@ -149,17 +147,17 @@ def _of_data(manifest: Manifest) -> dict[str, str]:
 
 
 def _data_digest(manifest: Manifest) -> str:
-    """Of what stays the same where images are moved: labels, splits, class names and, where it is known, content."""
+    """A digest that moving images does not change: of labels, splits, class names and, if known, contents."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(list(manifest.class_names)).encode())
     digest.update(np.ascontiguousarray(manifest.labels).tobytes())
     for split in manifest.splits:
         digest.update(f"{split} ".encode() + np.ascontiguousarray(manifest.rows_of(split)).tobytes())
-    digest.update(b"".join(one or b"-" for one in manifest.table.column("content").to_pylist()))
+    digest.update(b"".join(content or b"-" for content in manifest.table.column("content").to_pylist()))
     return digest.hexdigest()
 
 
 def _sizes_digest(manifest: Manifest) -> str:
-    """Of local files' sizes: they stay as they are where images are moved."""
+    """A digest of local files' sizes, which moving images does not change."""
     uris = [uri for uri in manifest.table.column("uri").to_pylist() if uri is not None]
     return hashlib.blake2b(file_states(uris)[:, 0].tobytes(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""The images that could not be decoded: counted, and listed with path, reason, class and shot group."""
+"""The images that could not be decoded, listed with path, reason, class and shot group."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ COLUMNS = ("split", "row", "path", "reason", "label", "class_name", "shot_group"
 
 
 def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str, str | int]]:
-    """One row per image that was left out; `row` counts from 0 within its split."""
+    """One row per left-out image; `row` counts from 0 within its split."""
     stats = manifest.class_stats()
-    found: list[dict[str, str | int]] = []
+    rows: list[dict[str, str | int]] = []
     for split in features.folders:
         bad = features.store(split).quarantine
         numbers = manifest.rows_of(split)[[entry.row for entry in bad]].tolist() if bad else []
@@ -36,8 +36,8 @@ def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str,
                 manifest.class_names[label],
                 stats.group_of(label),
             )
-            found.append(dict(zip(COLUMNS, values, strict=True)))
-    return found
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
 
 
 def write_quarantine(folder: str, rows: Iterable[dict[str, str | int]]) -> str:
@@ -50,7 +50,7 @@ def write_quarantine(folder: str, rows: Iterable[dict[str, str | int]]) -> str:
 
 
 def read_quarantine(folder: str) -> tuple[dict[str, str], ...]:
-    """The rows of a sweep's quarantine.csv; none where it has left nothing out."""
+    """The rows of a sweep's quarantine.csv; empty without the file."""
     uri = storage.join(folder, QUARANTINE_FILE)
     if not storage.exists(uri):
         return ()
@@ -59,12 +59,12 @@ def read_quarantine(folder: str) -> tuple[dict[str, str], ...]:
 
 
 def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:
-    """A sentence: how many of which shot groups, the commonest reason, and where the list is."""
+    """A sentence with the numbers by shot group, the most common reason and the list's location."""
     groups = ", ".join(
         f"{count} {group.replace('_', '-')}" for group, count in Counter(str(row["shot_group"]) for row in rows).items()
     )
     reason, count = Counter(str(row["reason"]) for row in rows).most_common(1)[0]
     return (
-        f"{pluralize(len(rows), 'image')} left out, as decoding failed ({groups}); most often ({count}): {reason}. "
+        f"{pluralize(len(rows), 'image')} left out because decoding failed ({groups}); most often ({count}): {reason}. "
         f"List: {uri}"
     )

@@ -1,4 +1,4 @@
-"""What is trained again on all training images for the test split: the winner and the best baseline of each kind."""
+"""The configurations that are retrained on all training images for the test split: winner and best baselines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
-# Before the name of a refit whose configuration was chosen by an earlier run of the sweep and is no longer.
+# Precedes the name of a refit that an earlier run of the sweep selected and the present one no longer selects.
 SUPERSEDED = "earlier "
 
 
 @dataclass(frozen=True)
 class Refit:
-    """A configuration that is trained again on all training rows and scored on the test split, once a seed.
+    """A configuration that is retrained on all training rows and scored on the test split, once per seed.
 
-    `is_fresh`: on fresh crops where its search read stored views, so that what validation chose isn't for it.
+    `is_fresh`: trained on fresh crops although the search used stored views, so validation choices do not apply.
     """
 
     name: str
@@ -35,30 +35,29 @@ class Refit:
         return [(seed, self.config.with_overrides({"train.seed": seed})) for seed in self.seeds]
 
     def trial_id(self, seed: int, log: TrialLog) -> str:
-        """Of the run with a seed: that which an earlier run of the sweep has given the same configuration, if any."""
-        config, known = dict(self.seeded())[seed], log.of("refit")
-        slug = "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
+        """Id of the run with a seed; a run of the same configuration from an earlier run of the sweep keeps its id."""
+        config = dict(self.seeded())[seed]
         if self.record.kind == "search":
-            names = {one.name for one in log.of("baseline")}
-            same = (one for one in known if one.name not in names and one.trial_config() == config)
-            found = next(same, None)
-            if found is not None:
-                return found.trial_id
+            baseline_names = {record.name for record in log.of("baseline")}
+            for record in log.of("refit"):
+                if record.name not in baseline_names and record.trial_config() == config:
+                    return record.trial_id
+        slug = "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
         plain = f"refit-{slug}-seed{seed}"
         is_free = plain not in log.records or self.record.kind == "baseline"
         return plain if is_free else f"refit-{slug}-{self.record.trial_id}-seed{seed}"
 
 
 def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
-    """What the refits would take by now, from how long their trials took; nothing before there is a best trial."""
+    """Estimated seconds of the refits, from the seconds of their trials; 0 before there is a best trial."""
     if not log.best(spec.objective):
         return 0.0
-    each = [one.record.seconds() for one in refits(log, spec) for _ in one.seeds]
-    return max(sum(each) / concurrent, max(each))
+    seconds = [refit.record.seconds() for refit in refits(log, spec) for _ in refit.seeds]
+    return max(sum(seconds) / concurrent, max(seconds))
 
 
 def mark_superseded(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
-    """Rename the refits that an earlier run made of what is no longer chosen; `trial_ids` has the chosen ones' names.
+    """Rename refits that are no longer selected; `trial_ids` maps the ids of the selected ones to their names.
 
     They have read the test split, so they stay and are shown.
     """
@@ -70,74 +69,73 @@ def mark_superseded(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
 
 
 def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
-    """The winner, and of each kind of baseline the best over the towers; in a study all that it lists, too.
+    """The winner, the best baseline of each kind over all encoders, and in a study every listed configuration.
 
-    With `fresh_crops` the winner and each method's best come once more, on crops that are drawn anew in every epoch.
+    With `fresh_crops` the winner and the best trial of each method are refitted a second time, on fresh crops.
     """
     best, *others = log.best(spec.objective)
-    found = [_refit(WINNER, best, spec)]
+    selected = [_refit(WINNER, best, spec)]
     ranked = log.best(spec.objective, "baseline")
     for method in ("linear_probe", "zero_shot"):
-        record = next((one for one in ranked if one.config["method"] == method), None)
+        record = next((record for record in ranked if record.config["method"] == method), None)
         if record is not None:
-            found.append(_refit(record.name, record, spec))
+            selected.append(_refit(record.name, record, spec))
+    names = listed_names(log, spec) if spec.study else {best.trial_id: WINNER}
     if spec.study:
-        names = listed_names(log, spec)
-        found += [_refit(names[one.trial_id], one, spec) for one in sorted(others, key=lambda one: one.trial_id)]
+        ordered = sorted(others, key=lambda record: record.trial_id)
+        selected += [_refit(names[record.trial_id], record, spec) for record in ordered]
     if spec.fresh_crops:
-        known = {one.name for one in found}
-        for stored in _bests_of_methods(log, spec):
-            found += [] if stored.name in known else [stored]
+        selected_names = {refit.name for refit in selected}
+        for stored in _best_of_methods(log, spec, names):
             fresh = stored.config.with_overrides({"features.store": False})
-            found.append(replace(stored, name=fresh_name(stored.name), config=fresh, is_fresh=True))
-    return found
+            selected += [] if stored.name in selected_names else [stored]
+            selected.append(replace(stored, name=fresh_name(stored.name), config=fresh, is_fresh=True))
+    return selected
 
 
 def listed_names(log: TrialLog, spec: SweepSpec) -> dict[str, str]:
-    """What the refits of a study's trials are called, by the trials' ids; one of them is the winner's."""
+    """Names of the refits of a study's trials by the trials' ids; one of them is the winner."""
     space = spec.read_space()
     assert isinstance(space, ListedSpace), "check_spec lets only such a space have a study"
-    names = {one.trial_id: f"study: {require_section(space.name_of(one.draw))}" for one in log.of("search")}
-    return names | {one.trial_id: WINNER for one in log.best(spec.objective)[:1]}
+    names = {record.trial_id: f"study: {require_section(space.name_of(record.draw))}" for record in log.of("search")}
+    return names | {record.trial_id: WINNER for record in log.best(spec.objective)[:1]}
 
 
 def fresh_name(name: str) -> str:
-    """What a refit is called when it is trained again on fresh crops."""
+    """Name of a refit's second run, on fresh crops."""
     return f"{name}, fresh crops"
 
 
 def _refit(name: str, record: TrialRecord, spec: SweepSpec) -> Refit:
     config = refit_config(record, spec)
-    # Without training every seed is the same.
+    # Without training all seeds are equal.
     return Refit(name, record, config, tuple(spec.refit_seeds) if config.train is not None else (0,))
 
 
-def _bests_of_methods(log: TrialLog, spec: SweepSpec) -> list[Refit]:
-    """Of each method that trains on stored features the best trial that can do without them, the winner's first."""
-    names = listed_names(log, spec) if spec.study else {one.trial_id: WINNER for one in log.best(spec.objective)[:1]}
-    found: dict[str, Refit] = {}
+def _best_of_methods(log: TrialLog, spec: SweepSpec, names: Mapping[str, str]) -> list[Refit]:
+    """The best trial of each method that can train on fresh crops in place of stored views, the winner's first."""
+    best: dict[str, Refit] = {}
     for record in log.best(spec.objective):
         method = str(record.config["method"])
-        if method in found:
+        if method in best:
             continue
         name = names.get(record.trial_id, f"best {method.replace('_', ' ')}")
         refit = _refit(name, record, spec)
         if _can_be_fresh(refit.config):
-            found[method] = refit
-    return list(found.values())
+            best[method] = refit
+    return list(best.values())
 
 
 def _can_be_fresh(config: TrialConfig) -> bool:
-    """A second stage and class means stand on stored features."""
+    """Whether a configuration trains on stored features and needs them neither for a second stage nor class means."""
     from_means = config.classifier is not None and config.classifier.init == "class_mean"
     return config.train is not None and not config.reads_images and config.second_stage is None and not from_means
 
 
 def refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:
-    """The trial's configuration with what its run chose by validation, of which a refit has none.
+    """The trial's configuration with the values that its run selected on validation, which a refit does not have.
 
-    A second stage's tau is the one that was chosen; a baseline that stopped by its patience takes as many epochs as its
-    best took.
+    A second stage takes the selected tau. A baseline that its patience stopped takes the number of epochs of its best.
     """
     config, overrides = record.trial_config(), dict[str, float]()
     best = record.best_epoch(spec.objective)

@@ -10,7 +10,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration, percent, pluralize
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.difference import POST_HOC, title_in, verdict_on_test
-from imbvlm.sweep.records.resource_usage import phase_rows, stopping_words, store_words
+from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import verdict
 from imbvlm.sweep.records.trial_log import describe_trial
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
@@ -321,7 +321,7 @@ def _compute(source: ReportData) -> ReportSection:
     search = source.log.of("search")
     seconds = sum(record.seconds() for record in search if record.ended_at)
     rows = [["search", f"{len(search)} trials, {duration(seconds)} of their own time"]]
-    for what, words in (("feature store", store_words(compute)), ("early stopping", stopping_words(compute))):
+    for what, words in (("feature store", store_text(compute)), ("early stopping", stopping_text(compute))):
         rows += [[what, f"{words[0].upper()}{words[1:]}."]] if words else []
     for rung in rungs(source):
         known = "too few to tell" if rung.correlation is None else f"{rung.correlation:.2f}"

@@ -15,11 +15,11 @@ from imbvlm.sweep.records.difference import POST_HOC, TEST, difference_on_test, 
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
-    objective_words,
+    format_value,
+    objective_text,
     pareto_records,
     pareto_rows,
     seeds_rows,
-    value_words,
 )
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import Table
@@ -102,7 +102,7 @@ def over_seeds(source: ReportData) -> Table | None:
     if not rows:
         return None
     caption = "Percent on validation, best epochs; ± is the standard deviation over seeds. The best mean is the winner."
-    header = ["trial", "what", "seeds", objective_words(source.spec)]
+    header = ["trial", "what", "seeds", objective_text(source.spec)]
     return Table("over_seeds", "The best few over several seeds", header, rows, 2, caption)
 
 
@@ -139,7 +139,7 @@ def all_trials(source: ReportData) -> Table:
             percent(source.value(record)),
             str(len(record.epochs)),
             f"{record.seconds():.1f}" if record.ended_at is not None else "-",
-            *(value_words(key, record.draw[key]) if key in record.draw else "" for key in keys),
+            *(format_value(key, record.draw[key]) if key in record.draw else "" for key in keys),
         ]
         for record in records
     ]
@@ -153,7 +153,7 @@ def arms(source: ReportData) -> list[Table]:
         groups: dict[str, list[tuple[TrialRecord, float]]] = defaultdict(list)
         for record, value in source.valued():
             if key in record.draw:
-                groups[value_words(key, record.draw[key])].append((record, value))
+                groups[format_value(key, record.draw[key])].append((record, value))
         rows = [
             [
                 name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imbvlm.base.formatting import duration, percent
-from imbvlm.sweep.records.summary_tables import value_words
+from imbvlm.sweep.records.summary_tables import format_value
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import (
     HEIGHT,
@@ -229,7 +229,7 @@ def slices(source: ReportData, order: Sequence[str]) -> list[Figure]:
 
 
 def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
-    named = {repr(record.draw[key]): value_words(key, record.draw[key]) for record, _ in pairs}
+    named = {repr(record.draw[key]): format_value(key, record.draw[key]) for record, _ in pairs}
     crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
     drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
     y = spread([value for _, value in source.valued()], 190, 14)
@@ -238,7 +238,7 @@ def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]])
     for index, (record, value) in enumerate(pairs):
         # Beside each other where they would hide each other.
         at = x(record.draw[key]) if places is None else places[repr(record.draw[key])] + (index % 7 - 3) * 2.2
-        marks.dot(drawing, at, y(value), record, value, f", {key} {value_words(key, record.draw[key])}", size=3)
+        marks.dot(drawing, at, y(value), record, value, f", {key} {format_value(key, record.draw[key])}", size=3)
     for name, at in (places or {}).items():
         values = [value for record, value in pairs if repr(record.draw[key]) == name]
         middle = y(statistics.median(values))
@@ -343,9 +343,9 @@ def _labels(
 ) -> list[tuple[str, float]]:
     values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
     if all(one.kind == "choice" for one in source.spec.read_space().of(key)):
-        return [(value_words(key, value), column[name]) for name, value in values.items()]
+        return [(format_value(key, value), column[name]) for name, value in values.items()]
     ends = [min(values.values()), max(values.values())] if values else []
-    return [(value_words(key, value), column[repr(value)]) for value in ends]
+    return [(format_value(key, value), column[repr(value)]) for value in ends]
 
 
 def _front_line(drawing: Drawing, points: list[Point]) -> None:

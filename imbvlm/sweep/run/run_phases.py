@@ -15,7 +15,7 @@ from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.plan.feasibility import check_manifest, check_models
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
-from imbvlm.sweep.records.provenance import known_towers, provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.provenance import encoder_fingerprints, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.run.sweep_run import SweepRun
@@ -88,7 +88,7 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     found = provenance(Manifest.read(spec.base["data"]["manifest"]))
     chosen = select_fork_trials(source, spec, space, provenance_changes(source, found))
     # Trials that are kept are of these towers.
-    write_provenance(folder, {**found, "towers": known_towers(source)} if chosen.kept else found)
+    write_provenance(folder, {**found, "towers": encoder_fingerprints(source)} if chosen.retained else found)
     write_fork(chosen, source, folder)
     console.print(chosen.describe(source))
 

@@ -67,6 +67,7 @@ from imbvlm.sweep.records.trial_log import (
     TrialLog,
     TrialRecord,
 )
+from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
@@ -178,7 +179,7 @@ class SweepRun:
             searcher, num_lost = self._search_once(warm_trials(starts))
             if not num_lost:
                 break
-        self.log.write_table()
+        write_results_table(self.log)
         self.console.end_live()
         ended = [record for record in self.log.of("search") if record.is_over]
         self._say_limit(len(ended))
@@ -238,7 +239,7 @@ class SweepRun:
             self._run_fixed(
                 waiting, lambda job: self._settings(job, self.features[feature_key(job.config)]), "confirm", len(jobs)
             )
-            self.log.write_table()
+            write_results_table(self.log)
         if jobs:
             self.console.print(seeds_table(self.log, self.spec))
 
@@ -294,7 +295,7 @@ class SweepRun:
             self.console.print(failure_causes(failed, "refit"))
         self.scored = [self.log.records[job.trial_id] for job in jobs if job.trial_id in self.log.records]
         self.scored += [one for one in self.log.of("refit") if one.name.startswith(SUPERSEDED) and one.state in ENDED]
-        self.log.write_table()
+        write_results_table(self.log)
         if test_features:
             self._record_reading()
         self.budget.keep(now=True)

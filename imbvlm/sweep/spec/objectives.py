@@ -28,6 +28,11 @@ class ObjectiveValues:
     violations: tuple[float, ...]
 
 
+def running_maximum(metric: str) -> str:
+    """The name under which a trial reports a validation metric's maximum so far."""
+    return metric.replace("val/", "val/best_")
+
+
 def direction(metric: str) -> str:
     """Optuna's word."""
     return "minimize" if metric == SECONDS else "maximize"

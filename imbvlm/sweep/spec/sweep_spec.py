@@ -26,6 +26,7 @@ from imbvlm.config.input_sections import Seed
 from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
+from imbvlm.sweep.spec.objectives import running_maximum
 from imbvlm.sweep.spec.sampler_registry import SearcherConfig
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
 from imbvlm.sweep.spec.space_file import parse_space, read_space
@@ -292,7 +293,7 @@ class SweepSpec(Section):
     @property
     def best_objective(self) -> str:
         """The reported key of the objective's running maximum, which Tune, ASHA, Optuna and every table use."""
-        return self.objective.replace("val/", "val/best_")
+        return running_maximum(self.objective)
 
 
 def _num_listed(space: Any) -> int:

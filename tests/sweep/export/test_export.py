@@ -157,7 +157,7 @@ def test_what_a_model_was_trained_on_is_what_is_exported_with_it(tmp_path, names
     ("changed", "words"),
     [
         ("data", "can't be trained again: the manifest's rows, labels or splits have changed since the sweep began"),
-        ("tower", "the weights of the tower .* are not those that the sweep began with"),
+        ("tower", "the weights of the encoder .* are not those that the sweep began with"),
     ],
 )
 def test_nothing_is_trained_again_on_other_data_or_another_tower(tmp_path, monkeypatch, changed, words):

@@ -50,7 +50,7 @@ def test_money_is_for_all_gpus_all_the_time(tmp_path):
     assert budget.exhausted() is None
     budget.refit_seconds = 900.0  # 4 GPUs for a quarter of an hour at 2: 2 more
     assert budget.exhausted(keep_for_refits=True) == "max_cost 10"
-    with pytest.raises(ConfigError, match=r"this cluster has no GPU; set price_per_machine_hour in its place"):
+    with pytest.raises(ConfigError, match=r"this cluster has no GPU. Set price_per_machine_hour instead"):
         Budget(spec, str(folder), 0.0)
 
 

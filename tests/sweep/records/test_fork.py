@@ -20,7 +20,13 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import with_column
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
-from imbvlm.sweep.records.provenance import check_tower, known_towers, provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.provenance import (
+    check_tower,
+    encoder_fingerprints,
+    provenance,
+    provenance_changes,
+    write_provenance,
+)
 from imbvlm.sweep.records.trial_log import TrialLog
 
 CLASS_COUNTS = [200, 50, 8]
@@ -38,7 +44,7 @@ def manifest() -> Manifest:
 
 def fork(source, spec, changes=()):
     chosen = select_fork_trials(source, spec, spec.read_space(), list(changes))
-    return {record.trial_id for record, _ in chosen.kept if record.kind == "search"}, chosen.left
+    return {record.trial_id for record, _ in chosen.retained if record.kind == "search"}, chosen.rejected
 
 
 def ids(source, **wanted):
@@ -144,9 +150,9 @@ def test_a_tower_with_other_weights_is_refused(tmp_path, manifest):
     check_tower(str(tmp_path), encoder, info)
     check_tower(str(tmp_path), encoder, info)
     check_tower(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
-    with pytest.raises(ConfigError, match="weights of the tower local-dir:mine are not those that the sweep began"):
+    with pytest.raises(ConfigError, match="weights of the encoder local-dir:mine are not those that the sweep began"):
         check_tower(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
-    assert known_towers(str(tmp_path)) == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
+    assert encoder_fingerprints(str(tmp_path)) == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
 

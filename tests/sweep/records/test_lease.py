@@ -46,7 +46,7 @@ def silence(text: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("HEARTBEAT_SECONDS", 0.02), ("HEARTBEAT_TIMEOUT_SECONDS", 0.3), ("LOOK_SECONDS", 0.02)):
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.02), ("HEARTBEAT_TIMEOUT_SECONDS", 0.3), ("POLL_SECONDS", 0.02)):
         monkeypatch.setattr(folder_lease, name, seconds)
 
 
@@ -128,7 +128,7 @@ def test_a_run_elsewhere_that_gives_a_sign_of_life_still_runs(tmp_path: Path, qu
 
 
 def test_deleting_the_file_ends_the_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_lease, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(folder_lease, "POLL_SECONDS", 0.02)
     path = write(tmp_path, elsewhere())
     began = time.monotonic()
     with folder_lease.folder_lease(str(tmp_path), lambda text: path.unlink()):
@@ -215,7 +215,7 @@ def test_without_hard_links_one_has_the_folder_too(
 def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / folder_lease.LEASE_FILE).write_text("{")
     with (
-        pytest.raises(ImbvlmError, match=r"running.json is damaged.*delete it"),
+        pytest.raises(ImbvlmError, match=r"running.json is damaged.*Delete it"),
         folder_lease.folder_lease(str(tmp_path), silence),
     ):
         pass

@@ -14,7 +14,8 @@ import pytest
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, results_table
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_parquet import results_table, write_results_table
 
 OBJECTIVE, BEST = "val/balanced_accuracy", "val/best_balanced_accuracy"
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
@@ -155,7 +156,7 @@ def test_a_broken_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "t00001.json").write_text(text)
     with pytest.raises(
-        ImbvlmError, match=r"t00001.json is not a trial's record \(1 mistake\); remove it to run that trial again"
+        ImbvlmError, match=r"t00001.json is not a trial's record \(1 mistake\). Remove it to run that trial again."
     ):
         TrialLog.read(str(tmp_path))
 
@@ -186,7 +187,7 @@ def test_the_table_has_a_typed_column_for_every_key_and_metric(tmp_path: Path) -
         record("b00001", [0.3], config=zero_shot.to_tree(), kind="baseline", name="zero-shot"),
         record("refit-winner-seed0", [0.1], kind="refit"),
     )
-    table = pq.read_table(log.write_table())
+    table = pq.read_table(write_results_table(log))
     assert table.column("trial_id").to_pylist() == ["b00001", "t00001", "t00002", "refit-winner-seed0"]
     assert table.schema.field("config.train.num_epochs").type == pa.int64()
     assert table.schema.field("config.optim.lr").type == pa.float64()
@@ -198,7 +199,7 @@ def test_the_table_has_a_typed_column_for_every_key_and_metric(tmp_path: Path) -
     assert table.column("seconds").to_pylist()[1] == 3.0
     assert dict(table.column("epochs").to_pylist()[1][0]) == {"epoch": 1.0, OBJECTIVE: 0.2, BEST: 0.2}
     assert TrialConfig.from_tree(json.loads(table.column("config").to_pylist()[1])).method == "decoder"
-    frame = pd.read_parquet(log.write_table())
+    frame = pd.read_parquet(write_results_table(log))
     assert frame.loc[frame.state == "failed", "stop_reason"].tolist() == ["NaN"]
 
 
@@ -211,7 +212,7 @@ def test_lists_and_mixed_values_are_json() -> None:
 
 
 def test_a_table_without_trials_can_be_written(tmp_path: Path) -> None:
-    assert pq.read_table(TrialLog(str(tmp_path)).write_table()).num_rows == 0
+    assert pq.read_table(write_results_table(TrialLog(str(tmp_path)))).num_rows == 0
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
 def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_path, damage):
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
     (folder / "test.json").write_text(damage)
-    with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*; remove it, .* imbvlm sweep resume {folder}"):
+    with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*\. Remove it; .* imbvlm sweep resume {folder}"):
         ReportData.read(str(folder))
 
 
@@ -136,7 +136,7 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
 def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
     """At 1.45 standard errors, 2.05 points here, nothing is shown."""
     difference = Difference.of("linear probe", points / 100, [0.01, 0.01])
-    assert difference.words == f"{words} linear probe"
+    assert difference.text == f"{words} linear probe"
     assert difference.is_win == (points > 2.78)
     assert not Difference.of("linear probe", points / 100, [0.01, None]).is_win
 
@@ -335,9 +335,9 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     saved = saved_by_store(compute)
     epochs = sum(len(one.epochs) for one in probes)
     assert (saved.num_epochs, saved.num_read, saved.num_seen) == (epochs, 500 * epochs, 500)
-    assert saved.tower_seconds == pytest.approx(5 * epochs)
+    assert saved.encoder_seconds == pytest.approx(5 * epochs)
     # Four GPUs stood by all the time.
-    words = f"spared about {duration(5 * epochs - 20)} ({4 * (5 * epochs - 20) / 3600:.3g} GPU-hours): trials read "
+    words = f"saved about {duration(5 * epochs - 20)} ({4 * (5 * epochs - 20) / 3600:.3g} GPU-hours): trials read "
     assert compute_text(compute).splitlines()[1].startswith(f"feature store: {words}")
     assert compute_text(compute).splitlines()[0] == (
         "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
@@ -345,10 +345,10 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     )
     (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "time"]
     assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
-    assert words.replace("spared", "Spared", 1) in page_of(folder)
+    assert words.replace("saved", "Saved", 1) in page_of(folder)
     # A store that costs more than it spares is no gain.
     (folder / "paces.json").write_text(json.dumps({"num_train": 1, "seconds": {key: 1e-6}}))
-    assert "feature store: spared nothing here" in compute_text(ResourceUsage.read(str(folder), sweep_spec(), log))
+    assert "feature store: saved nothing here" in compute_text(ResourceUsage.read(str(folder), sweep_spec(), log))
 
 
 def test_a_front_has_no_trial_that_is_slower_and_worse():

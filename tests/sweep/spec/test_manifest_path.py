@@ -78,7 +78,7 @@ def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
     assert sweep_script.spec_differences(relative, with_absolute_paths(relative)) == []
     fork = select_fork_trials(folder, absolute, absolute.read_space(), [])
     # The helper's second baseline is not of this space.
-    assert [record.kind for record, _ in fork.kept].count("search") == 24
+    assert [record.kind for record, _ in fork.retained].count("search") == 24
     (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}), absolute.read_space())
     assert start.other_manifest is None
 

@@ -1,0 +1,65 @@
+"""results.parquet: the records of a sweep as one typed table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imbvlm.base import storage
+from imbvlm.base.schema import flatten
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+
+RESULTS_FILE = "results.parquet"
+
+
+def write_results_table(log: TrialLog) -> str:
+    """Write results.parquet into the sweep's folder, one row per trial, and return its location."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(results_table(list(log.records.values())), sink)
+    uri = storage.join(log.folder, RESULTS_FILE)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    return uri
+
+
+def results_table(records: Sequence[TrialRecord]) -> pa.Table:
+    """One row per trial: identity, state, times, all keys (`config.*`), metrics of the last epoch and of all epochs."""
+    rows = sorted(records, key=lambda record: (record.kind != "baseline", record.kind == "refit", record.trial_id))
+    columns: dict[str, pa.Array] = {
+        "trial_id": pa.array([row.trial_id for row in rows], pa.string()),
+        "kind": pa.array([row.kind for row in rows], pa.string()),
+        "name": pa.array([row.name for row in rows], pa.string()),
+        "state": pa.array([row.state for row in rows], pa.string()),
+        "stop_reason": pa.array([row.stop_reason for row in rows], pa.string()),
+        "views": pa.array([row.views for row in rows], pa.string()),
+        "driver": pa.array([row.driver for row in rows], pa.string()),
+        "num_threads": pa.array([row.num_threads for row in rows], pa.int64()),
+        "pack_size": pa.array([row.pack_size for row in rows], pa.int64()),
+        "num_epochs": pa.array([len(row.epochs) for row in rows], pa.int64()),
+        "started_at": pa.array([int(row.started_at * 1e6) for row in rows], pa.timestamp("us", tz="UTC")),
+        "seconds": pa.array([row.seconds() for row in rows], pa.float64()),
+        "config": pa.array([json.dumps(row.config) for row in rows], pa.string()),
+    }
+    flats = [flatten(row.config) for row in rows]
+    for key in dict.fromkeys(key for config in flats for key in config):
+        columns[f"config.{key}"] = _typed([config.get(key) for config in flats])
+    last = [row.epochs[-1] if row.epochs else {} for row in rows]
+    for key in sorted({key for epoch in last for key in epoch}):
+        columns[key] = pa.array([epoch.get(key) for epoch in last], pa.float64())
+    columns["epochs"] = pa.array(
+        [[list(epoch.items()) for epoch in row.epochs] for row in rows], pa.list_(pa.map_(pa.string(), pa.float64()))
+    )
+    return pa.table(columns)
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    """A column of one type: numbers, texts or booleans unchanged, a mixture as JSON."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) <= 1 and kinds <= {int, bool, str}:
+        return pa.array(values)
+    if kinds <= {int, float}:
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
