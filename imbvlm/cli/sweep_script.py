@@ -250,7 +250,7 @@ def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> Sweep
     if resume is None:
         raise ConfigError([Problem("it goes on with a sweep: give --resume too", "--add-trials")])
     before = read_spec(resume if resume != LATEST else _latest(spec))
-    return spec.with_settings({"num_trials": before.num_trials + number}, "--add-trials")
+    return spec.with_settings({"num_trials": before.resolve().num_trials + number}, "--add-trials")
 
 
 def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:

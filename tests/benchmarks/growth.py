@@ -112,10 +112,10 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
 def _run_through(folder: Path, num_trials: int, device: str) -> float:
     features = made.stored_features(folder / "features", 200, num_classes=10)
     spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
-    space, journal = check_spec(spec), folder / "optuna.log"
+    sweep, journal = check_spec(spec), folder / "optuna.log"
 
     def searching(make: Callable[..., object], budget: Budget) -> StudySearch:
-        return StudySearch(spec, space, [], [], make, budget, journal=journal)
+        return StudySearch(sweep, [], [], make, budget, journal=journal)
 
     log, taken = made.run_through(folder, spec, features, num_trials, searching)
     finished = sum(record.state == "finished" for record in log.of("search"))
@@ -134,7 +134,7 @@ def _searched(folder: Path, num_trials: int) -> float:
 
     begin = time.perf_counter()
     searcher = StudySearch(
-        spec, check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0), journal=folder / "optuna.log"
+        check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0), journal=folder / "optuna.log"
     )
     for number in range(num_trials):
         record = searcher.suggest(str(number))["record"]

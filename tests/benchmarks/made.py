@@ -110,7 +110,7 @@ def run_through(
     """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
     console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
     num_classes = len(Manifest.read(features.manifest).class_names)
-    lane = RunContext(spec, str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
+    lane = RunContext(spec.resolve(), str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
 
     def settings(job: Job) -> TrialSettings:
         return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)

@@ -137,12 +137,12 @@ def search(curves: Curves, spec: SweepSpec, stops: bool, counts: Callable[[Trial
     """Regret of what the search finds among what counts, in balanced accuracy of the last epoch, and its share of the
     grid's epochs.
     """
-    study = StudySearch(spec, spec.read_space(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
+    study = StudySearch(spec.resolve(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
     scheduler = asha(AshaConfig(), BEST)
     scores: dict[str, float] = {}
     num_epochs = 0
     running: dict[str, SimpleNamespace] = {}
-    for number in range(10 * spec.num_trials * embedded.NUM_EPOCHS):
+    for number in range(10 * spec.resolve().num_trials * embedded.NUM_EPOCHS):
         while len(running) < AT_ONCE and isinstance(asked := study.suggest(f"{number}.{len(running)}"), dict):
             job, name = asked["job"], f"{number}.{len(running)}"
             record = {"kind": "search", "config": job.config.to_tree()}

@@ -225,7 +225,7 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_pat
     extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(taken.set))
     sweeps = [importlib.import_module("sweeps.quickstart").spec, importlib.import_module("sweeps.paper").spec]
     for spec in sweeps:
-        for config in encoder_configs(spec, check_spec(spec)):
+        for config in encoder_configs(check_spec(spec)):
             assert (config.encoder, config.eval, config.features) == (
                 extracted.encoder, extracted.eval, extracted.features,
             )  # fmt: skip
@@ -243,6 +243,6 @@ def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch):
     ways: dict[str, set[tuple]] = {}
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.py")):
         spec = importlib.import_module(f"sweeps.{path.stem}").spec
-        for config in encoder_configs(spec, check_spec(spec)):
+        for config in encoder_configs(check_spec(spec)):
             ways.setdefault(config.encoder.name, set()).add((config.encoder.image_size, config.eval.resize))
     assert {name: way for name, way in ways.items() if len(way) > 1} == {}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.spec.baselines import Baseline
-from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace
+from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.stratification import RandomTrial, Strata
-from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import pack_key
 
 # What a trial takes beside its epochs: in a process that is there already, and where Ray Train starts workers for it.
@@ -62,15 +62,16 @@ def cost_key(config: TrialConfig) -> str:
     return json.dumps({**shape, "stored": config.features.store, "train": numbers}, sort_keys=True)
 
 
-def sample_trials(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
+def sample_trials(sweep: ResolvedSweep) -> list[TrialConfig]:
     """Configurations as the sweep would draw them by chance, the same number for every arm under `stratify`.
 
     All of them where the space is a list.
     """
+    spec, space = sweep.spec, sweep.space
     if isinstance(space, ListedSpace):
         return [spec.trial(draw) for draw in space.configurations.values()]
-    chance, arms = random.Random(spec.searcher.seed), Strata(spec, space)
-    found = [spec.trial(draw) for draw in spec.first_trials[: spec.num_trials]]
+    chance, arms = random.Random(spec.searcher.seed), Strata(sweep)
+    found = [spec.trial(draw) for draw in spec.first_trials[: sweep.num_trials]]
     for _ in range(NUM_DRAWS):
         arm = arms.least_sampled()[0]
         draw = space.draw(RandomTrial(chance, arms.fixed_params(arm, chance)), spec.base)
@@ -214,7 +215,7 @@ class Estimate:
 
 
 def estimate(
-    spec: SweepSpec,
+    sweep: ResolvedSweep,
     configs: Sequence[TrialConfig],
     baselines: Sequence[Baseline],
     speeds: SpeedTable,
@@ -229,9 +230,10 @@ def estimate(
     At most: every trial to its end, and probes that never lose patience. At least: ASHA stops all that it may, and
     probes give up as soon as they can. The best few's runs with more seeds count to the trials.
     """
+    spec = sweep.spec
     mean = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
     share = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, together)
-    number, trials = min(spec.num_trials, spec.max_trials or spec.num_trials), None
+    number, trials = min(sweep.num_trials, spec.max_trials or sweep.num_trials), None
     if mean is not None and share is not None:
         found = Interval(share * expected_asha_fraction(spec), share).times(number / concurrent)
         num_again = spec.confirm_trials * len(spec.more_seeds)
@@ -241,7 +243,7 @@ def estimate(
         features,
         _baselines(spec, baselines, speeds, rows, concurrent, start),
         trials,
-        _refits(spec, configs, baselines, speeds, rows, concurrent, start),
+        _refits(sweep, configs, baselines, speeds, rows, concurrent, start),
     )
 
 
@@ -259,7 +261,7 @@ def _baselines(
 
 
 def _refits(
-    spec: SweepSpec,
+    sweep: ResolvedSweep,
     configs: Sequence[TrialConfig],
     baselines: Sequence[Baseline],
     speeds: SpeedTable,
@@ -268,7 +270,8 @@ def _refits(
     start: float,
 ) -> Interval | None:
     """The winner, taken for a mean trial, and the best probe over the seeds, zero-shot once; in a study all trials."""
-    seeds, num_refits = len(spec.refit_seeds), spec.num_trials if spec.study else 1
+    spec = sweep.spec
+    seeds, num_refits = len(spec.refit_seeds), sweep.num_trials if spec.study else 1
     winner = trial_seconds(spec, configs, speeds, rows.refit, 0, start)
     again = {one.config.method: one for one in baselines}
     if winner is None:

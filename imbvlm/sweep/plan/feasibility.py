@@ -25,8 +25,7 @@ from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
 from imbvlm.sweep.spec.baselines import encoder_configs
-from imbvlm.sweep.spec.search_space import SearchSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
 from imbvlm.training.validation_logits import file_bytes
 
@@ -36,20 +35,22 @@ DRIVER_CPUS = 0.01
 GPU_BYTES = 4 * 2**30
 
 
-def uses_ray_train(spec: SweepSpec) -> bool:
-    """What `driver: auto` means: one worker on stored features runs in process, anything else under Ray Train."""
+def uses_ray_train(sweep: ResolvedSweep) -> bool:
+    """Return whether trials run under Ray Train; `driver: auto` runs one worker on stored features in process."""
+    spec = sweep.spec
     if spec.driver != "auto":
         return spec.driver == "ray_train"
-    return spec.num_workers > 1 or _reads_images(spec)
+    return spec.num_workers > 1 or _reads_images(sweep)
 
 
-def _reads_images(spec: SweepSpec) -> bool:
-    """Whether some trial of the sweep runs the tower itself."""
-    drawn: dict[str, list[Any]] = {"method": [], "features.store": []}
-    for parameter in spec.read_space().parameters:
-        drawn.get(parameter.key, []).extend(parameter.values)
-    methods = drawn["method"] or [spec.base.get("method")]
-    stored = drawn["features.store"] or [spec.base.get("features", {}).get("store", True)]
+def _reads_images(sweep: ResolvedSweep) -> bool:
+    """Return whether some trial of the sweep runs the encoder itself."""
+    base = sweep.spec.base
+    searched: dict[str, list[Any]] = {"method": [], "features.store": []}
+    for parameter in sweep.space.parameters:
+        searched.get(parameter.key, []).extend(parameter.values)
+    methods = searched["method"] or [base.get("method")]
+    stored = searched["features.store"] or [base.get("features", {}).get("store", True)]
     return not all(stored) or any(name in METHODS and METHODS[name].trains_tower for name in methods)
 
 
@@ -65,22 +66,22 @@ def check_shared(folders: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
-def trials_at_once(spec: SweepSpec, cluster: Cluster) -> int:
+def trials_at_once(sweep: ResolvedSweep, cluster: Cluster) -> int:
     """How many trials run at once on a cluster that has grown as far as it may; raises ConfigError where none can."""
-    if uses_ray_train(spec) and not cluster.dashboard:
+    if uses_ray_train(sweep) and not cluster.dashboard:
         message = (
             "the Ray cluster has no dashboard, and without one Ray Train never frees the workers of a trial that has "
             "ended; start it with one (`ray start --head` goes on without where its port is taken: --dashboard-port)"
         )
-        raise ConfigError([Problem(message, spec.where("driver"))])
+        raise ConfigError([Problem(message, sweep.spec.where("driver"))])
     return concurrent_trials(
-        spec, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "can grow to" if cluster.can_grow else "has"
+        sweep, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "can grow to" if cluster.can_grow else "has"
     )
 
 
-def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
+def shortage(sweep: ResolvedSweep, cluster: Cluster) -> str | None:
     """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
-    _, lacking = next(_lacks(spec, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "has now"), ("", None))
+    _, lacking = next(_lacks(sweep, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "has now"), ("", None))
     if lacking is None:
         return None
     return (
@@ -90,21 +91,21 @@ def shortage(spec: SweepSpec, cluster: Cluster) -> str | None:
 
 
 def concurrent_trials(
-    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
+    sweep: ResolvedSweep, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
 ) -> int:
     """How many trials run at once on a cluster; raises ConfigError where not even one can.
 
     `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
     """
-    lacking = _lacks(spec, num_cpus, num_gpus, nodes, has)
+    spec, lacking = sweep.spec, _lacks(sweep, num_cpus, num_gpus, nodes, has)
     problems = [Problem(message, spec.where(key)) for key, message in lacking]
     if problems:
         raise ConfigError(problems)
-    fitting = _trials_on(spec, nodes or [(num_cpus, num_gpus)])
+    fitting = _trials_on(sweep, nodes or [(num_cpus, num_gpus)])
     wanted = spec.max_concurrent_trials or fitting
     if wanted > fitting:
         message = (
-            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {_need(spec)} at once; the "
+            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {_need(sweep)} at once; the "
             f"others would starve. Set it to {fitting} or null"
         )
         raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
@@ -131,9 +132,9 @@ class Packing:
         """What one more such trial adds to its process, or to its GPU's memory."""
         return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
 
-    def largest(self, spec: SweepSpec, space: SearchSpace) -> int:
+    def largest(self, sweep: ResolvedSweep) -> int:
         """How many trials of a sweep one process may have."""
-        return max(map(self.size, spec.corner_trials(space)))
+        return max(map(self.size, sweep.corner_trials()))
 
     def size(self, config: TrialConfig) -> int:
         """How many trials of the configuration's `pack_key` may train together."""
@@ -142,26 +143,26 @@ class Packing:
         return max(1, min(self.most, self.room // max(1, self.bytes_of(config))))
 
 
-def packing(spec: SweepSpec, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
+def packing(sweep: ResolvedSweep, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
     """How a sweep's trials train together.
 
     A quarter of this machine's memory is for the packs that run at once, or GPU_BYTES of each GPU. A sweep that judges
     trials by their time runs each alone. On CPUs decoders of a useful size gain nothing by it, so there they are
     together only where `max_pack_size` is set; on a GPU reading and copying their tokens is what bounds them.
     """
-    known, num_train = list(towers), len(manifest.rows_of("train"))
+    spec, infos, num_train = sweep.spec, list(towers), len(manifest.rows_of("train"))
     if spec.gpus_per_worker:
         room = int(GPU_BYTES * spec.gpus_per_worker)
     else:
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
     by_time = any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints))
     # TPE proposes the next from what it has been told: four rounds of packs at least.
-    wanted = spec.max_pack_size or max(1, spec.num_trials // (4 * concurrent))
+    wanted = spec.max_pack_size or max(1, sweep.num_trials // (4 * concurrent))
     return Packing(
-        most=1 if by_time or uses_ray_train(spec) else wanted,
+        most=1 if by_time or uses_ray_train(sweep) else wanted,
         room=room,
-        token_width=max(info.token_width for info in known),
-        pooled_width=max(info.pooled_width for info in known),
+        token_width=max(info.token_width for info in infos),
+        pooled_width=max(info.pooled_width for info in infos),
         num_classes=len(manifest.class_names),
         num_train=num_train,
         # Carved validation rows are a part of those to train on.
@@ -178,14 +179,15 @@ def at_a_time(concurrent: int, pack_size: int) -> str:
 
 
 def _lacks(
-    spec: SweepSpec, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
+    sweep: ResolvedSweep, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
 ) -> Iterator[tuple[str, str]]:
     """The reasons why a trial can never start, with both numbers and the fix, each by the key to lower."""
+    spec = sweep.spec
     workers = f"num_workers {spec.num_workers}"
     if spec.driver == "in_process" and spec.num_workers > 1:
         message = f"driver in_process runs one worker a trial and num_workers is {spec.num_workers}"
         yield "driver", f"{message}; set driver: ray_train"
-    need_gpus = spec.num_workers * spec.gpus_per_worker
+    need_gpus = spec.gpus_per_trial
     if need_gpus > num_gpus:
         # One worker may need more than there is; else it is their number.
         key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
@@ -194,16 +196,16 @@ def _lacks(
             f"the cluster {has} {num_gpus:g}; lower num_workers or gpus_per_worker (0 trains on CPUs)"
         )
         yield key, message
-    if _need_cpus(spec) > num_cpus:
-        driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(spec) else ""
+    if _need_cpus(sweep) > num_cpus:
+        driver = f" + {DRIVER_CPUS:g} for its driver" if uses_ray_train(sweep) else ""
         key = "cpus_per_worker" if spec.cpus_per_worker > num_cpus or spec.num_workers == 1 else "num_workers"
         message = (
-            f"a trial needs {pluralize(_need_cpus(spec), 'CPU')} ({workers} x cpus_per_worker "
+            f"a trial needs {pluralize(_need_cpus(sweep), 'CPU')} ({workers} x cpus_per_worker "
             f"{spec.cpus_per_worker:g}{driver}) and the cluster {has} {num_cpus:g}; "
             "lower num_workers or cpus_per_worker"
         )
         yield key, message
-    elif need_gpus <= num_gpus and nodes and not any(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes):
+    elif need_gpus <= num_gpus and nodes and not any(_workers_on(sweep, cpus, gpus) for cpus, gpus in nodes):
         largest = max(nodes, key=lambda node: (node[1], node[0]))
         key = "gpus_per_worker" if spec.gpus_per_worker > largest[1] else "cpus_per_worker"
         message = (
@@ -211,36 +213,37 @@ def _lacks(
             f"has {_resources(*largest)}; lower cpus_per_worker or gpus_per_worker"
         )
         yield key, message
-    elif need_gpus <= num_gpus and not _trials_on(spec, nodes or [(num_cpus, num_gpus)]):
+    elif need_gpus <= num_gpus and not _trials_on(sweep, nodes or [(num_cpus, num_gpus)]):
         message = (
-            f"a trial of {spec.num_workers} workers ({_need(spec)}) doesn't fit on this cluster's machines; lower "
+            f"a trial of {spec.num_workers} workers ({_need(sweep)}) doesn't fit on this cluster's machines; lower "
             "num_workers"
         )
         yield "num_workers", message
 
 
-def _need(spec: SweepSpec) -> str:
-    return _resources(_need_cpus(spec), spec.num_workers * spec.gpus_per_worker)
+def _need(sweep: ResolvedSweep) -> str:
+    return _resources(_need_cpus(sweep), sweep.spec.gpus_per_trial)
 
 
 def _resources(cpus: float, gpus: float) -> str:
     return f"{pluralize(cpus, 'CPU')} and {pluralize(gpus, 'GPU')}"
 
 
-def _need_cpus(spec: SweepSpec) -> float:
-    return spec.num_workers * spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+def _need_cpus(sweep: ResolvedSweep) -> float:
+    return sweep.spec.cpus_per_trial + (DRIVER_CPUS if uses_ray_train(sweep) else 0)
 
 
-def _workers_on(spec: SweepSpec, num_cpus: float, num_gpus: float) -> int:
-    """How many workers one machine holds, each with room for its trial's driver."""
-    cpus = spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(spec) else 0)
+def _workers_on(sweep: ResolvedSweep, num_cpus: float, num_gpus: float) -> int:
+    """Return how many workers one machine holds, each with room for its trial's driver."""
+    spec = sweep.spec
+    cpus = spec.cpus_per_worker + (DRIVER_CPUS if uses_ray_train(sweep) else 0)
     by_cpus = math.floor(num_cpus / cpus + 1e-9)
     return min(by_cpus, math.floor(num_gpus / spec.gpus_per_worker + 1e-9)) if spec.gpus_per_worker else by_cpus
 
 
-def _trials_on(spec: SweepSpec, nodes: Iterable[tuple[float, float]]) -> int:
-    """How many trials machines hold at once."""
-    return sum(_workers_on(spec, cpus, gpus) for cpus, gpus in nodes) // spec.num_workers
+def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> int:
+    """Return how many trials machines hold at once."""
+    return sum(_workers_on(sweep, cpus, gpus) for cpus, gpus in nodes) // sweep.spec.num_workers
 
 
 def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
@@ -292,11 +295,11 @@ def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wante
     return None
 
 
-def check_models(spec: SweepSpec, space: SearchSpace) -> dict[str, EncoderInfo]:
+def check_models(sweep: ResolvedSweep) -> dict[str, EncoderInfo]:
     """Describe every tower of the space without its weights, and refuse what a trial asks of one that hasn't it."""
     towers: dict[str, EncoderInfo] = {}
     problems: dict[Problem, None] = {}
-    for config in spec.corner_trials(space):
+    for config in sweep.corner_trials():
         key = config.encoder.model_dump_json()
         if key not in towers:
             towers[key] = describe_encoder(config.encoder)
@@ -329,17 +332,16 @@ def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     return problems
 
 
-def needed_outputs(spec: SweepSpec, space: SearchSpace) -> frozenset[OutputName]:
+def needed_outputs(sweep: ResolvedSweep) -> frozenset[OutputName]:
     """What the space's methods and the baselines read of a tower."""
-    reads: set[OutputName] = {METHODS[method].reads for method in _methods_of(spec, space)}
+    reads: set[OutputName] = {METHODS[method].reads for method in _methods_of(sweep)}
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
 
 
-def max_logit_bytes(spec: SweepSpec, space: SearchSpace, manifest: Manifest, packs: Packing, concurrent: int) -> int:
+def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, concurrent: int) -> int:
     """What validation logits take of the sweep's folder at one time, at most."""
-    num_running = concurrent * packs.largest(spec, space)
-    files = max_logit_files(spec, space, num_running)
-    return files * logit_file_bytes(spec, manifest)
+    num_running = concurrent * packs.largest(sweep)
+    return max_logit_files(sweep, num_running) * logit_file_bytes(sweep.spec, manifest)
 
 
 def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
@@ -347,17 +349,17 @@ def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
 
 
-def untried_methods(spec: SweepSpec, space: SearchSpace, towers: Sequence[EncoderInfo]) -> list[str]:
+def untried_methods(sweep: ResolvedSweep, towers: Sequence[EncoderInfo]) -> list[str]:
     """Methods that train, that the space leaves out, and that some of these towers could take."""
-    base = encoder_configs(spec, space)[0]
-    left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(spec, space)]
+    base = encoder_configs(sweep)[0]
+    left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(sweep)]
     could = {name: base.with_overrides({"method": name}) for name in left}
     return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]
 
 
-def _methods_of(spec: SweepSpec, space: SearchSpace) -> set[str]:
-    chosen = {value for p in space.parameters if p.key == "method" for value in p.values} or {spec.base.get("method")}
-    return {str(method) for method in chosen}
+def _methods_of(sweep: ResolvedSweep) -> set[str]:
+    searched = {value for parameter in sweep.space.of("method") for value in parameter.values}
+    return {str(method) for method in searched or {sweep.spec.base.get("method")}}
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:

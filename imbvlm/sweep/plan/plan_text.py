@@ -14,19 +14,18 @@ from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder, _disk, _logits
 from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.objectives import SECONDS
-from imbvlm.sweep.spec.search_space import ListedSpace, Params, SearchSpace
-from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.spec.search_space import ListedSpace, Params
+from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep, SweepSpec
 
 DRY_RUN = "dry run: nothing was started or written"
 
 
 def describe_plan(plan: Plan) -> str:
     """Trials, every choice, what is read and written, times and memory as measured, GPU-hours and money."""
-    spec, space = plan.spec, plan.space
     return "\n".join(
         [
-            *_budget(spec, space),
-            *_choices(spec, space),
+            *_budget(plan.sweep),
+            *_choices(plan.sweep),
             *_reading(plan),
             *_measured(plan),
             *_takes(plan),
@@ -34,7 +33,8 @@ def describe_plan(plan: Plan) -> str:
     )
 
 
-def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def _budget(sweep: ResolvedSweep) -> list[str]:
+    spec, space = sweep.spec, sweep.space
     size = space.size(spec.base)
     scheduler = spec.trial_scheduler
     stopping = (
@@ -43,11 +43,11 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         if isinstance(scheduler, AshaConfig)
         else "none, every trial runs to its end"
     )
-    driver = "ray_train" if uses_ray_train(spec) else "in_process"
-    num_baselines = len(baselines(spec, space))
+    driver = "ray_train" if uses_ray_train(sweep) else "in_process"
+    num_baselines = len(baselines(sweep))
     if isinstance(space, ListedSpace):
         trials = [f"  trials      {len(space.configurations)} listed configurations, after {num_baselines} baselines"]
-        trials += [f"  not run     {sentence}" for sentence in untrained_configurations(spec, space)]
+        trials += [f"  not run     {sentence}" for sentence in untrained_configurations(sweep)]
         searcher = []
     else:
         of = "a continuous space" if size is None else f"{size:,} configurations"
@@ -63,7 +63,7 @@ def _budget(spec: SweepSpec, space: SearchSpace) -> list[str]:
         f"  objective   {spec.best_objective}, the running maximum over epochs",
         *_other_objectives(spec),
         *searcher,
-        *_arms(spec, space),
+        *_arms(sweep),
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
         f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
@@ -91,12 +91,13 @@ def _other_objectives(spec: SweepSpec) -> list[str]:
     return lines
 
 
-def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def _arms(sweep: ResolvedSweep) -> list[str]:
     """How evenly the trials fall on the arms of `stratify`."""
+    spec, space = sweep.spec, sweep.space
     if not spec.stratify:
         return []
     num_arms = len(space.choices_over(spec.stratify, spec.base))
-    least, more = divmod(spec.num_trials, num_arms)
+    least, more = divmod(sweep.num_trials, num_arms)
     text = f"  arms        {num_arms} of {' x '.join(spec.stratify)}"
     if not more:
         return [f"{text}, {least} trials each"]
@@ -108,7 +109,8 @@ def _arms(spec: SweepSpec, space: SearchSpace) -> list[str]:
     ]
 
 
-def _choices(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def _choices(sweep: ResolvedSweep) -> list[str]:
+    spec, space = sweep.spec, sweep.space
     if isinstance(space, ListedSpace):
         return [
             "trained:",
@@ -147,7 +149,7 @@ def _reading(plan: Plan) -> list[str]:
 
 
 def _tower_line(plan: Plan, tower: PlannedEncoder) -> str:
-    info, outputs = tower.info, ", ".join(sorted(needed_outputs(plan.spec, plan.space)))
+    info, outputs = tower.info, ", ".join(sorted(needed_outputs(plan.sweep)))
     text = (
         f"{tower.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
         f"pooled {info.pooled_width}"
@@ -275,7 +277,7 @@ def _limits(plan: Plan) -> list[str]:
     """Which of the limits would end the sweep before its trials are through."""
     spec, total = plan.spec, None if plan.estimate is None else plan.estimate.total
     found = []
-    if spec.max_trials is not None and spec.max_trials < spec.num_trials:
+    if spec.max_trials is not None and spec.max_trials < plan.sweep.num_trials:
         found.append(f"max_trials  {spec.max_trials} of {spec.num_trials} trials")
     if total is not None and spec.max_hours is not None:
         found.append(f"max_hours   {spec.max_hours:g}: {_against(total.times(1 / 3600), spec.max_hours)}")
@@ -301,7 +303,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return {
         "name": spec.name,
         "num_trials": spec.num_trials,
-        "num_configurations": plan.space.size(spec.base),
+        "num_configurations": plan.sweep.space.size(spec.base),
         "mean_epochs": plan.mean_epochs,
         "pack_size": None if plan.together is None else plan.together.most,
         "concurrent_trials": plan.concurrent,

@@ -61,9 +61,8 @@ from imbvlm.sweep.plan.speed_benchmark import SpeedBenchmark, TowerSpeed, TrialS
 from imbvlm.sweep.records.budget import cost_of_an_hour
 from imbvlm.sweep.records.earlier_sweeps import warm_starts
 from imbvlm.sweep.spec.baselines import baselines, encoder_configs
-from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 # So many kinds of trials are measured, about two seconds each.
 MAX_SHAPES = 6
@@ -94,8 +93,7 @@ class Plan:
     `machine` says what the times are for, and `infeasible_reason` why the sweep can't run there.
     """
 
-    spec: SweepSpec
-    space: SearchSpace
+    sweep: ResolvedSweep
     manifest: Manifest | None
     manifest_problem: str
     towers: tuple[PlannedEncoder, ...]
@@ -116,6 +114,10 @@ class Plan:
     # What validation logits take at one time, at most, and the room that stored features leave for them.
     logit_bytes: int = 0
     logit_room: int | None = None
+
+    @property
+    def spec(self) -> SweepSpec:
+        return self.sweep.spec
 
     @property
     def pack_size(self) -> int:
@@ -198,9 +200,9 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
 
     With `num_gpus` the plan is for another machine that has so many, and files missing here are no obstacles.
     """
-    space = check_spec(spec)
-    towers = check_models(spec, space)
-    warm_starts(spec, space)
+    sweep = check_spec(spec)
+    spec, towers = sweep.spec, check_models(sweep)
+    warm_starts(sweep)
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
         check_manifest(spec, manifest)
@@ -208,12 +210,10 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
     # Joined once for all that is asked of it.
     with existing_cluster() if look else nullcontext():
         cluster = find_cluster() if num_gpus is None else _elsewhere(spec, num_gpus)
-        concurrent, misfit = _concurrent(spec, cluster)
-        found = tuple(
-            _tower(spec, space, config, towers, manifest, look=look) for config in encoder_configs(spec, space)
-        )
-    sample, rows = sample_trials(spec, space), None
-    fixed = baselines(spec, space)
+        concurrent, misfit = _concurrent(sweep, cluster)
+        found = tuple(_tower(sweep, config, towers, manifest, look=look) for config in encoder_configs(sweep))
+    sample, rows = sample_trials(sweep), None
+    fixed = baselines(sweep)
     shapes: list[TrialConfig] = []
     calibration = estimated = together = packs = None
     logits, logit_room = 0, storage.free_bytes(spec.storage) if look else None
@@ -221,9 +221,9 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
         logit_room -= int(DISK_MARGIN * sum(tower.missing_bytes for tower in found))
     if manifest is not None:
         rows = _rows(spec, manifest)
-        packs = packing(spec, towers.values(), manifest, concurrent)
+        packs = packing(sweep, towers.values(), manifest, concurrent)
         together = PackStatistics.of(sample, packs.size)
-        logits = max_logit_bytes(spec, space, manifest, packs, concurrent)
+        logits = max_logit_bytes(sweep, manifest, packs, concurrent)
         if measure is not None:
             shapes = most_common_shapes(sample, MAX_SHAPES)
             known = set(map(cost_key, shapes))
@@ -237,11 +237,11 @@ def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None =
                     if isinstance(speed, TrialSpeed)
                 }
             )
-            start = START_SECONDS["ray_train" if uses_ray_train(spec) else "in_process"]
+            start = START_SECONDS["ray_train" if uses_ray_train(sweep) else "in_process"]
             passes = _features_seconds(found, calibration, cluster, 2 if rows.test else 1)
-            estimated = estimate(spec, sample, fixed, speeds, rows, concurrent, start, passes, together)
+            estimated = estimate(sweep, sample, fixed, speeds, rows, concurrent, start, passes, together)
     return Plan(
-        spec, space, manifest, problem, found, storage.free_bytes(spec.feature_root) if look else None,
+        sweep, manifest, problem, found, storage.free_bytes(spec.feature_root) if look else None,
         _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.max_nodes),
         _machine(cluster, is_here=look), misfit, concurrent, calibration, tuple(shapes), rows,
         sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
@@ -306,20 +306,20 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _concurrent(spec: SweepSpec, cluster: Cluster | None) -> tuple[int, str]:
+def _concurrent(sweep: ResolvedSweep, cluster: Cluster | None) -> tuple[int, str]:
     """How many trials run at once; one, and the reason, where none can here."""
     try:
         if cluster is None:
-            return concurrent_trials(spec, _cpus(), torch.cuda.device_count()), ""
-        return trials_at_once(spec, cluster), ""
+            return concurrent_trials(sweep, _cpus(), torch.cuda.device_count()), ""
+        return trials_at_once(sweep, cluster), ""
     except ConfigError as error:
-        return spec.max_concurrent_trials or 1, "; ".join(problem.message for problem in error.problems)
+        return sweep.spec.max_concurrent_trials or 1, "; ".join(problem.message for problem in error.problems)
 
 
 def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> float:
     """The GPUs that stand by: those of the cluster or machine, at least those that the trials take."""
     there = float(torch.cuda.device_count()) if cluster is None else cluster.max_gpus
-    return max(there, concurrent * spec.num_workers * spec.gpus_per_worker)
+    return max(there, concurrent * spec.gpus_per_trial)
 
 
 def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
@@ -331,8 +331,7 @@ def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
 
 
 def _tower(
-    spec: SweepSpec,
-    space: SearchSpace,
+    sweep: ResolvedSweep,
     config: TrialConfig,
     towers: Mapping[str, EncoderInfo],
     manifest: Manifest | None,
@@ -341,13 +340,13 @@ def _tower(
 ) -> PlannedEncoder:
     """With `look`, what the store has already is looked up, for which the tower's weights are read."""
     info = towers[config.encoder.model_dump_json()]
-    outputs = needed_outputs(spec, space)
+    outputs = needed_outputs(sweep)
     if manifest is None:
         return PlannedEncoder(config, info, bytes_per_image(config, info, outputs), 0, None)
     each = store_bytes(config, manifest, outputs, manifest.splits)
     total, most = sum(each.values()), trial_bytes(config, manifest, outputs)
     crops = num_crops(config, manifest, manifest.splits)
-    root = spec.feature_root
+    root = sweep.spec.feature_root
     if not config.features.store:
         return PlannedEncoder(config, info, 0, 0, 0)
     if not look or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
@@ -388,7 +387,7 @@ def _disk(plan: Plan) -> str:
         return text
     if plan.fits_features:
         return f"{text}, {size_text(plan.free_bytes)} free"
-    reads_tokens = "tokens" in needed_outputs(plan.spec, plan.space)
+    reads_tokens = "tokens" in needed_outputs(plan.sweep)
     knobs = "".join(f", {knob}" for knob in token_size_options(plan.towers[0].config)) if reads_tokens else ""
     return (
         f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"

@@ -30,8 +30,7 @@ from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.baselines import baselines, feature_key
-from imbvlm.sweep.spec.search_space import SearchSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.validation_logits import SavedValLogits, read_logits
 
 LOGITS_FOLDER = "logits"
@@ -91,12 +90,13 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
     return {record.trial_id for record in needed}
 
 
-def max_logit_files(spec: SweepSpec, space: SearchSpace, num_running: int) -> int:
+def max_logit_files(sweep: ResolvedSweep, num_running: int) -> int:
     """The maximum number of files of validation logits at one time while `num_running` trials run."""
-    methods = {value for parameter in space.parameters if parameter.key == "method" for value in parameter.values}
+    spec = sweep.spec
+    methods = {value for parameter in sweep.space.of("method") for value in parameter.values}
     retained = NUM_BEST + spec.confirm_trials + (max(1, len(methods)) if spec.fresh_crops else 0)
-    num_trials = spec.num_trials if spec.study else min(spec.num_trials, retained + num_running)
-    return len(baselines(spec, space)) + num_trials
+    num_trials = sweep.num_trials if spec.study else min(sweep.num_trials, retained + num_running)
+    return len(baselines(sweep)) + num_trials
 
 
 def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool = False) -> None:

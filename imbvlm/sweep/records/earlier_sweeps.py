@@ -15,8 +15,8 @@ from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
-from imbvlm.sweep.spec.search_space import MISSING, Params, SearchSpace, get_dotted, is_active
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.search_space import MISSING, Params, get_dotted, is_active
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,36 @@ class WarmStart:
         return text
 
 
-def warm_starts(spec: SweepSpec, space: SearchSpace) -> list[WarmStart]:
+def warm_starts(sweep: ResolvedSweep) -> list[WarmStart]:
     """Read each sweep of `warm_start`; raises ImbvlmError if one isn't a sweep's folder."""
-    return [_warm_start(spec, space, folder) for folder in spec.warm_start]
+    return [_warm_start(sweep, folder) for folder in sweep.spec.warm_start]
 
 
-def _warm_start(spec: SweepSpec, space: SearchSpace, folder: str) -> WarmStart:
+def _warm_start(sweep: ResolvedSweep, folder: str) -> WarmStart:
+    spec = sweep.spec
     before = str(with_located_manifest(read_spec(folder), folder).base["data"]["manifest"])
     ended = [
         record for record in TrialLog.read(folder).of("search") if record.best_value(spec.best_objective) is not None
     ]
-    trials = [WarmTrial(draw, record) for record in ended if (draw := _params_of(record, spec, space)) is not None]
+    trials = [WarmTrial(draw, record) for record in ended if (draw := _params_of(record, sweep)) is not None]
     is_same = absolute_manifest(before) == absolute_manifest(str(spec.base["data"]["manifest"]))
     return WarmStart(folder, tuple(trials), len(ended), None if is_same else before)
 
 
-def _params_of(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> Params | None:
+def _params_of(record: TrialRecord, sweep: ResolvedSweep) -> Params | None:
     """A trial's values for the parameters of this space, also those that its own sweep had fixed.
 
     None if the space does not contain the trial.
     """
     params: Params = {}
-    for parameter in space.parameters:
-        if is_active(parameter, params, spec.base):
+    for parameter in sweep.space.parameters:
+        if is_active(parameter, params, sweep.spec.base):
             value = get_dotted(record.config, parameter.key)
             if value is MISSING or not parameter.contains(value):
                 return None
             params[parameter.key] = value
     try:
-        method = spec.trial(params).method
+        method = sweep.spec.trial(params).method
     except ConfigError:
         return None
     return params if method == record.config["method"] else None
@@ -99,14 +100,14 @@ class Fork:
         return "\n".join(lines + [f"  {count} left behind: {reason}" for reason, count in self.rejected.most_common()])
 
 
-def select_fork_trials(source: str, spec: SweepSpec, space: SearchSpace, changes: list[str]) -> Fork:
+def select_fork_trials(source: str, sweep: ResolvedSweep, changes: list[str]) -> Fork:
     """Select the trials of a sweep's folder whose numbers a spec would repeat; none if code or data have changed.
 
     Refits are not taken over: the end of the new search decides which ones are needed.
     """
-    fork, before = Fork(), read_spec(source)
+    fork, before, spec = Fork(), read_spec(source), sweep.spec
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)
-    own = {_key(baseline.config): f"b{number:05d}" for number, baseline in enumerate(baselines(spec, space), 1)}
+    own = {_key(baseline.config): f"b{number:05d}" for number, baseline in enumerate(baselines(sweep), 1)}
     log = TrialLog.read(source)
     for record in [*log.of("baseline"), *log.of("search")]:
         reason, trial_id = "; ".join(changes), record.trial_id
@@ -115,7 +116,7 @@ def select_fork_trials(source: str, spec: SweepSpec, space: SearchSpace, changes
             # A baseline's patience depends on the objective.
             reason = "" if trial_id and before.objective == spec.objective else "another baseline now"
         elif not reason:
-            reason = _difference(record, spec, space)
+            reason = _difference(record, sweep)
         if not reason and record.state not in ("finished", "stopped"):
             reason = f"its state is {record.state}"
         if not reason and record.state == "stopped" and not same_rule:
@@ -137,11 +138,11 @@ def write_fork(fork: Fork, source: str, folder: str) -> None:
         log.save(record)
 
 
-def _difference(record: TrialRecord, spec: SweepSpec, space: SearchSpace) -> str:
+def _difference(record: TrialRecord, sweep: ResolvedSweep) -> str:
     """Why a spec would not repeat a trial of the search; empty if it would."""
-    if not space.contains(record.draw, spec.base):
+    if not sweep.space.contains(record.draw, sweep.spec.base):
         return "the space no longer has it"
-    config: TrialConfig = spec.trial(record.draw)
+    config: TrialConfig = sweep.spec.trial(record.draw)
     return "" if _key(config) == _key(record.trial_config()) else "the base gives it another configuration"
 
 

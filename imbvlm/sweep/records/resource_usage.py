@@ -157,7 +157,7 @@ def stopping_text(compute: ResourceUsage) -> str | None:
     if not saved.num_stopped:
         return None
     share = percent(saved.epochs / max(1, saved.planned_epochs))
-    gpus = compute.spec.num_workers * compute.spec.gpus_per_worker
+    gpus = compute.spec.gpus_per_trial
     return (
         f"saved about {_time(saved.seconds, gpus)} of trials' own time: {saved.num_stopped} were stopped early, and "
         f"{saved.epochs:,} of {saved.planned_epochs:,} epochs ({share} %) were not run"

@@ -89,8 +89,8 @@ def _published_row(one: Published) -> list[str]:
 
 def _cost(source: ReportData, table: StudyTable, found: _Found) -> Table:
     spec, rows = source.spec, list[list[str]]()
-    gpus = spec.num_workers * spec.gpus_per_worker
-    units = gpus or spec.num_workers * spec.cpus_per_worker
+    gpus = spec.gpus_per_trial
+    units = gpus or spec.cpus_per_trial
     for row in table.rows:
         record, scored = found[row.configuration]
         if scored is None:

@@ -33,13 +33,14 @@ PROGRESS_FILE = "progress.log"
 def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
     """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError if all fail."""
     started = time.monotonic()
-    space = check_spec(spec)
+    sweep = check_spec(spec)
+    spec = sweep.spec
     manifest = Manifest.read(spec.base["data"]["manifest"])
     check_manifest(spec, manifest)
-    models = check_models(spec, space)
+    models = check_models(sweep)
     # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
-    starts = warm_starts(spec, space)
-    for config in encoder_configs(spec, space):
+    starts = warm_starts(sweep)
+    for config in encoder_configs(sweep):
         # Fetched before there is a folder: without weights there is no sweep.
         resolve_encoder(config.encoder).weights_file()
     with storage.OUTAGES.said_by(console.print), folder_lease(folder, console.print) as lease:
@@ -48,19 +49,19 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         _check_provenance(folder, manifest, log)
         beside = local_folder(folder)
         console.copy_to(beside / PROGRESS_FILE)
-        console.print("\n".join([run_header(spec, manifest, folder, log), *untrained_configurations(spec, space)]))
+        console.print("\n".join([run_header(spec, manifest, folder, log), *untrained_configurations(sweep)]))
         with _machine_errors_say_how_to_go_on(folder):
             with console.redirect_output(beside / LOG_FILE):
                 silence_optuna()
                 with ray_session(console.last_word(_way_on(folder))) as cluster:
-                    sweep = SweepRun(spec, space, manifest, folder, log, console, cluster, started, models)
-                    sweep.search(starts)
+                    run = SweepRun(sweep, manifest, folder, log, console, cluster, started, models)
+                    run.search(starts)
                     _check_still_wanted(lease)
-                    sweep.confirm()
+                    run.confirm()
                     _check_still_wanted(lease)
-                    sweep.refit_and_score()
+                    run.refit_and_score()
                     seconds = time.monotonic() - started
-            sweep.conclude(seconds)
+            run.conclude(seconds)
     return log
 
 
@@ -84,9 +85,9 @@ def _way_on(folder: str) -> str:
 
 def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     """Begin a sweep's folder with the trials of another that are still valid; raises ConfigError."""
-    space = check_spec(spec)
+    sweep = check_spec(spec)
     found = provenance(Manifest.read(spec.base["data"]["manifest"]))
-    chosen = select_fork_trials(source, spec, space, provenance_changes(source, found))
+    chosen = select_fork_trials(source, sweep, provenance_changes(source, found))
     # Trials that are kept are of these towers.
     write_provenance(folder, {**found, "towers": encoder_fingerprints(source)} if chosen.retained else found)
     write_fork(chosen, source, folder)

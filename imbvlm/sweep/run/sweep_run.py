@@ -72,8 +72,7 @@ from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.spec.baselines import Baseline, baselines, encoder_configs, feature_key
-from imbvlm.sweep.spec.search_space import SearchSpace
-from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets, asha
 from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext, local_folder, payload
 from imbvlm.sweep.tune.study_search import StudySearch
@@ -110,8 +109,7 @@ class SweepRun:
 
     def __init__(
         self,
-        spec: SweepSpec,
-        space: SearchSpace,
+        sweep: ResolvedSweep,
         manifest: Manifest,
         folder: str,
         log: TrialLog,
@@ -120,22 +118,23 @@ class SweepRun:
         started: float,
         models: Mapping[str, EncoderInfo],
     ) -> None:
-        self.spec, self.space, self.manifest, self.folder, self.log, self.console = (
+        spec = sweep.spec
+        self.sweep, self.spec, self.manifest, self.folder, self.log, self.console = (
+            sweep,
             spec,
-            space,
             manifest,
             folder,
             log,
             console,
         )
-        concurrent = trials_at_once(spec, cluster)
+        concurrent = trials_at_once(sweep, cluster)
         self.budget = Budget(spec, folder, cluster.max_gpus, len(cluster.max_nodes), started)
-        self.lane = RunContext(spec, folder, log, console, concurrent, self.budget, len(manifest.class_names))
+        self.lane = RunContext(sweep, folder, log, console, concurrent, self.budget, len(manifest.class_names))
         joined = "" if cluster.started_here else " (a cluster that was running already)"
         if cluster.can_grow:
             joined += f", growing to {pluralize(cluster.max_cpus, 'CPU')} and {pluralize(cluster.max_gpus, 'GPU')}"
-        packs = packing(spec, models.values(), manifest, concurrent)
-        trials = at_a_time(concurrent, packs.largest(spec, space))
+        packs = packing(sweep, models.values(), manifest, concurrent)
+        trials = at_a_time(concurrent, packs.largest(sweep))
         console.print(
             f"Ray: {pluralize(cluster.num_cpus, 'CPU')}, {pluralize(cluster.num_gpus, 'GPU')}{joined}, dashboard "
             f"{cluster.dashboard or 'off'}; driver {self.lane.driver}, {trials}"
@@ -144,7 +143,7 @@ class SweepRun:
             check_shared([folder, storage.absolute(spec.feature_root)])
         self._quarantined: list[dict[str, str | int]] = []
         self.budget.enter("features")
-        towers, outputs = encoder_configs(spec, space), needed_outputs(spec, space)
+        towers, outputs = encoder_configs(sweep), needed_outputs(sweep)
         # An earlier run may have been killed before it came to this.
         self.lane.prune_logits(is_over=True)
         logits = self._logit_bytes_to_come(packs)
@@ -185,7 +184,7 @@ class SweepRun:
         self._say_limit(len(ended))
         if searcher.exhausted:
             self.console.print(
-                f"the space has no further configuration: {len(ended)} trials instead of {self.spec.num_trials}"
+                f"the space has no further configuration: {len(ended)} trials instead of {self.sweep.num_trials}"
             )
         if searcher.num_repeats:
             proposals = pluralize(searcher.num_repeats, "proposal")
@@ -209,12 +208,12 @@ class SweepRun:
         make, journal = payload(self.lane, self._search_settings), self.lane.local_folder / OPTUNA_FILE
         self.lane.count_spent()
         searcher = StudySearch(
-            self.spec, self.space, jobs, known, make, self.budget,
+            self.sweep, jobs, known, make, self.budget,
             lambda trial_id: self.log.records[trial_id].epochs if trial_id in self.log.records else (), warm, journal,
         )  # fmt: skip
-        if (jobs or len(known) < self.spec.num_trials) and not self.budget.exhausted(keep_for_refits=True):
-            total, towers = self.spec.num_trials, [one.info for one in self.features.values()]
-            size = packing(self.spec, towers, self.manifest, self.lane.max_concurrent).size
+        if (jobs or len(known) < self.sweep.num_trials) and not self.budget.exhausted(keep_for_refits=True):
+            total, towers = self.sweep.num_trials, [one.info for one in self.features.values()]
+            size = packing(self.sweep, towers, self.manifest, self.lane.max_concurrent).size
             return searcher, run_jobs(self.lane, searcher, self._scheduler(), "search", total, size)
         return searcher, 0
 
@@ -340,7 +339,7 @@ class SweepRun:
         say(f"  imbvlm export {self.folder} -o my-model")
         say("  imbvlm predict my-model PHOTO.jpg")
         say(f"  imbvlm train {storage.join(self.folder, 'best.yaml')}")
-        untried = untried_methods(self.spec, self.space, [one.info for one in self.features.values()])
+        untried = untried_methods(self.sweep, [one.info for one in self.features.values()])
         if untried:
             say(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
 
@@ -402,10 +401,10 @@ class SweepRun:
 
     def _extract(self, splits: tuple[str, ...]) -> dict[str, FeatureSet]:
         """The stored features of each tower of the space, computed where they are missing."""
-        outputs = needed_outputs(self.spec, self.space)
+        outputs = needed_outputs(self.sweep)
         root = self.spec.feature_root
         found, paces = dict[str, FeatureSet](), dict[str, float]()
-        for config in encoder_configs(self.spec, self.space):
+        for config in encoder_configs(self.sweep):
             five_crop = tuple(split for split in splits if split == "test")
             features = ensure_features(
                 config, self.manifest, root, outputs, splits, report=self.console.update_live, five_crop=five_crop,
@@ -424,8 +423,8 @@ class SweepRun:
 
     def _test_feature_seconds(self, seconds: float, splits: tuple[str, ...]) -> float:
         """Of the test split's pass: as that over `splits` took, longer where it has more crops; 0 where it is there."""
-        outputs, root, missing, seen = needed_outputs(self.spec, self.space), self.spec.feature_root, 0, 0
-        for config in encoder_configs(self.spec, self.space):
+        outputs, root, missing, seen = needed_outputs(self.sweep), self.spec.feature_root, 0, 0
+        for config in encoder_configs(self.sweep):
             missing += pending_images(config, self.manifest, storage.absolute(root), outputs, ("test",))[0]
             seen += num_crops(config, self.manifest, splits)
         return seconds * max(1.0, missing / seen) if missing else 0.0
@@ -433,9 +432,9 @@ class SweepRun:
     def _logit_bytes_to_come(self, packs: Packing) -> int:
         """What validation logits will take at most, beside those of an earlier run: all trials may have ended in it."""
         spec, manifest = self.spec, self.manifest
-        largest = max_logit_bytes(spec, self.space, manifest, packs, self.lane.max_concurrent)
+        largest = max_logit_bytes(self.sweep, manifest, packs, self.lane.max_concurrent)
         num_ended = sum(record.state in ENDED for kind in LOGIT_KINDS for record in self.log.of(kind))
-        num_left = max(0, len(baselines(spec, self.space)) + spec.num_trials - num_ended)
+        num_left = max(0, len(baselines(self.sweep)) + self.sweep.num_trials - num_ended)
         return max(0, min(largest - logit_bytes(self.folder), num_left * logit_file_bytes(spec, manifest)))
 
     def _say_quarantined(self, features: FeatureSet) -> None:
@@ -446,7 +445,7 @@ class SweepRun:
             self.console.print(describe_quarantine(bad, write_quarantine(self.folder, self._quarantined)))
 
     def _baseline_jobs(self) -> list[Job]:
-        self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.spec, self.space), 1)}
+        self._baselines = {f"b{number:05d}": one for number, one in enumerate(baselines(self.sweep), 1)}
         return [
             Job(trial_id, "baseline", one.name, one.config, alone=self._was_lost(trial_id))
             for trial_id, one in self._baselines.items()
@@ -502,7 +501,7 @@ class SweepRun:
 
     def _say_limit(self, num_ended: int) -> None:
         """Which limit has ended the search before all its trials were run, and how to go on."""
-        if num_ended >= self.spec.num_trials:
+        if num_ended >= self.sweep.num_trials:
             return
         self.limit = self.budget.exhausted(keep_for_refits=True) or self.budget.trials_exhausted(num_ended)
         if self.limit is None:
@@ -510,7 +509,7 @@ class SweepRun:
         paused = sum(not record.is_over for record in self.log.of("search"))
         kept = f", {paused} paused" if paused else ""
         self.console.print(
-            f"{self.limit} is used up: {num_ended} of {self.spec.num_trials} trials have ended{kept}; {self._go_on()}"
+            f"{self.limit} is used up: {num_ended} of {self.sweep.num_trials} trials have ended{kept}; {self._go_on()}"
         )
 
     def _go_on(self) -> str:

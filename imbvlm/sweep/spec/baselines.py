@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.trial_config import TrialConfig, apply_overrides
-from imbvlm.sweep.spec.search_space import Params, SearchSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.search_space import Params
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASELINES_OF_A_TOWER = 2
 # The probe trains until validation hasn't improved for so many epochs.
@@ -36,14 +36,15 @@ class Baseline:
     patience: int | None
 
 
-def encoder_configs(spec: SweepSpec, space: SearchSpace) -> list[TrialConfig]:
+def encoder_configs(sweep: ResolvedSweep) -> list[TrialConfig]:
     """The zero-shot trial of every tower and way of reading images that a trial of the space can have, each once.
 
     Features are extracted by these, too. Raises ConfigError for a continuous range, since each value is a pass over all
     images.
     """
-    keys = [p.key for p in space.parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
-    configs = [_zero_shot(spec, draw) for draw in space.choices_over(keys, spec.base)]
+    parameters, spec = sweep.space.parameters, sweep.spec
+    keys = [p.key for p in parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
+    configs = [_zero_shot(spec, draw) for draw in sweep.space.choices_over(keys, spec.base)]
     # A draw that sets what the base has is the base's tower.
     return list({feature_key(config): config for config in configs}.values())
 
@@ -68,15 +69,13 @@ def _zero_shot(spec: SweepSpec, draw: Params) -> TrialConfig:
     return TrialConfig.from_tree(YamlTree({**kept, "method": "zero_shot"}, f"sweep {spec.name}"))
 
 
-def baselines(spec: SweepSpec, space: SearchSpace) -> list[Baseline]:
+def baselines(sweep: ResolvedSweep) -> list[Baseline]:
     """Zero-shot and linear probe for each tower; their names carry the tower's where there are several."""
-    configs = encoder_configs(spec, space)
+    configs, own_train = encoder_configs(sweep), sweep.spec.base.get("train", {})
     found = []
     for zero_shot in configs:
         tower = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
-        train = {
-            key: value for key, value in spec.base.get("train", {}).items() if key not in ("num_epochs", "num_steps")
-        }
+        train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
         probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
         found.append(Baseline(f"zero-shot{tower}", zero_shot, None))
         found.append(

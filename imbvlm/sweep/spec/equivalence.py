@@ -7,8 +7,8 @@ import json
 from imbvlm.base.formatting import join_limited
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.search_space import ListedSpace
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep
 from imbvlm.training.step.loss_schedule import loss_knobs
 
 # So many names stand in a sentence.
@@ -28,23 +28,24 @@ def canonical_key(config: TrialConfig) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def untrained_configurations(spec: SweepSpec, space: SearchSpace) -> list[str]:
+def untrained_configurations(sweep: ResolvedSweep) -> list[str]:
     """Sentences on listed configurations that have no trial of their own; none where the space isn't a list."""
+    space = sweep.space
     if not isinstance(space, ListedSpace):
         return []
     names: dict[str, list[str]] = {}
     for name, draw in space.configurations.items():
-        names.setdefault(canonical_key(spec.trial(draw)), []).append(name)
+        names.setdefault(canonical_key(sweep.spec.trial(draw)), []).append(name)
     found = [
         f"{', '.join(others)} {'trains' if len(others) == 1 else 'train'} the same as {first}, and only {first} is run"
         for first, *others in names.values()
         if others
     ]
-    left = [first for first, *_ in names.values()][spec.num_trials :]
+    left = [first for first, *_ in names.values()][sweep.num_trials :]
     if left:
         mend = f"set num_trials={len(space.configurations)} to run all"
         which = join_limited(left, NUM_NAMED)
-        found.append(f"num_trials is {spec.num_trials} of {len(names)} listed: {which} will not run; {mend}")
+        found.append(f"num_trials is {sweep.num_trials} of {len(names)} listed: {which} will not run; {mend}")
     return found
 
 

@@ -9,16 +9,17 @@ from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
-from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, SweepSpec, _base_mistakes
+from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, SweepSpec, _base_mistakes
 
 
-def check_spec(spec: SweepSpec) -> SearchSpace:
+def check_spec(spec: SweepSpec) -> ResolvedSweep:
     """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
     try:
-        space = spec.read_space()
+        sweep = spec.resolve()
     except ConfigError as error:
         outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
         raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
+    space = sweep.space
     of_conditions = [*space.boundary_params(spec.base)[1], *_check_conditions(spec, space)]
     of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
     problems = [*_check_objective(spec), *of_conditions, *_check_stratify(spec, space)]
@@ -32,7 +33,7 @@ def check_spec(spec: SweepSpec) -> SearchSpace:
         problems += _check_confirm_seeds(spec)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return space
+    return sweep
 
 
 def _check_objective(spec: SweepSpec) -> list[Problem]:

@@ -20,8 +20,10 @@ def smoke_settings(spec: SweepSpec) -> Mapping[str, Any]:
         return spec.smoke
     space = spec.read_space()
     found = {"refit_seeds": spec.refit_seeds[:1], "confirm_trials": 0, **_length(spec, space)}
-    # A list of configurations is run as a whole.
-    return found if isinstance(space, ListedSpace) else {"num_trials": min(spec.num_trials, NUM_TRIALS), **found}
+    if isinstance(space, ListedSpace):
+        # A list of configurations is run as a whole.
+        return found
+    return {"num_trials": min(spec.num_trials or NUM_TRIALS, NUM_TRIALS), **found}
 
 
 def _length(spec: SweepSpec, space: SearchSpace) -> dict[str, int]:

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imbvlm.sweep.spec.search_space import Params, SearchSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.search_space import Params
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep
 
 
 class Strata:
     """The combinations of choices of the stratified keys, and how many trials each has had; one arm without keys."""
 
-    def __init__(self, spec: SweepSpec, space: SearchSpace) -> None:
+    def __init__(self, sweep: ResolvedSweep) -> None:
+        spec, space = sweep.spec, sweep.space
         self._base, self._space, self._keys = spec.base, space, spec.stratify
         self._open = space.choices_over(spec.stratify, spec.base)
         # What the stratified keys hang on, since an arm may exist under some of it only.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
@@ -50,6 +50,8 @@ TrialSchedulerConfig = Annotated[AshaConfig | NoSchedulerConfig, Field(discrimin
 
 # Where sweeps and features are kept unless something else is said.
 LOCAL_STORAGE = "runs"
+# Trials of a search whose specification gives no number.
+NUM_TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ class SweepSpec(Section):
     constraints: dict[str, float] = Field(
         {}, description="accuracies at least, time/train_seconds at most; who breaks one isn't chosen"
     )
-    num_trials: int = Field(
-        24, ge=1, description="different configurations trained; baselines don't count; of a list all unless set lower"
+    num_trials: int | None = Field(
+        None,
+        ge=1,
+        description="different configurations to train, without baselines; null: 24, or all configurations of a list",
     )
     max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
     max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
@@ -142,15 +146,6 @@ class SweepSpec(Section):
     feature_copies: Copies = DEFAULT_COPIES
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_many_trials_as_are_listed(cls, data: Any) -> Any:
-        number = _num_listed(data.get("space")) if isinstance(data, Mapping) else 0
-        if not number:
-            return data
-        wanted = data.get("num_trials", number)
-        return {**data, "num_trials": min(wanted, number) if isinstance(wanted, int) else wanted}
-
     @field_validator("storage", "feature_folder", "warm_start")
     @classmethod
     def _can_be_read_and_written(cls, value: Any, info: ValidationInfo) -> Any:
@@ -193,7 +188,16 @@ class SweepSpec(Section):
 
     def to_yaml_text(self) -> str:
         """The spec with its space written out, so that it can be read where the space's file is not."""
-        return dump_yaml({**self.to_tree(), "space": self.read_space().tree})
+        return dump_yaml(self.resolve().spec.to_tree())
+
+    def resolve(self) -> ResolvedSweep:
+        """Read the space and fix the number of trials; raises ConfigError."""
+        space = self.read_space()
+        num_trials = self.num_trials or NUM_TRIALS
+        if isinstance(space, ListedSpace):
+            num_trials = min(self.num_trials or len(space.configurations), len(space.configurations))
+        spec = self.model_copy(update={"num_trials": num_trials, "space": space.tree})
+        return ResolvedSweep(spec, space, num_trials)
 
     def with_settings(self, settings: Mapping[str, Any], origin: str = "--set") -> SweepSpec:
         """A copy with keys of the sweep or dotted keys of its trials set; a key that the space draws is fixed instead.
@@ -256,10 +260,6 @@ class SweepSpec(Section):
     def _trial_tree(self, draw: Params) -> Tree:
         return drop_unused_sections(apply_overrides(self.base, draw), keep=draw)
 
-    def corner_trials(self, space: SearchSpace) -> Iterator[TrialConfig]:
-        """Configurations over every combination of choices that conditions or variants hang on."""
-        return map(self.trial, space.boundary_params(self.base)[0])
-
     def where(self, *path: str | int) -> str:
         """Where a key of the spec was written."""
         return self._located(path[0], None).where(path[1:])
@@ -273,6 +273,16 @@ class SweepSpec(Section):
     def objectives(self) -> tuple[str, ...]:
         """The metric that decides, and the others."""
         return (self.objective, *self.other_objectives)
+
+    @property
+    def cpus_per_trial(self) -> float:
+        """CPUs of a trial's workers together."""
+        return self.num_workers * self.cpus_per_worker
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """GPUs of a trial's workers together."""
+        return self.num_workers * self.gpus_per_worker
 
     @property
     def own_seed(self) -> int:
@@ -296,13 +306,17 @@ class SweepSpec(Section):
         return running_maximum(self.objective)
 
 
-def _num_listed(space: Any) -> int:
-    """How many configurations a space lists; 0 for one that is searched, or whose mistakes the check will say."""
-    try:
-        found = read_space(space) if isinstance(space, str) else parse_space(YamlTree(space, ""))
-    except ConfigError:
-        return 0
-    return len(found.configurations) if isinstance(found, ListedSpace) else 0
+@dataclass(frozen=True)
+class ResolvedSweep:
+    """A specification with its search space, read once; `spec` has the space written out and `num_trials` set."""
+
+    spec: SweepSpec
+    space: SearchSpace
+    num_trials: int
+
+    def corner_trials(self) -> Iterator[TrialConfig]:
+        """Iterate over the configurations of every combination of choices that a condition or variant depends on."""
+        return map(self.spec.trial, self.space.boundary_params(self.spec.base)[0])
 
 
 def _mistakes_inside(located: YamlTree) -> list[Problem]:

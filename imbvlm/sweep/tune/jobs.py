@@ -23,7 +23,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import refit_seconds
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.search_space import Params
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_session import TrialSettings
 
 
@@ -91,13 +91,17 @@ def settings_text(settings: list[Tree]) -> str:
 class RunContext:
     """What all jobs of a sweep share: its spec, folder, log, console and how many run at once."""
 
-    spec: SweepSpec
+    sweep: ResolvedSweep
     folder: str
     log: TrialLog
     console: Console
     max_concurrent: int
     budget: Budget
     num_classes: int
+
+    @property
+    def spec(self) -> SweepSpec:
+        return self.sweep.spec
 
     @property
     def local_folder(self) -> Path:
@@ -107,7 +111,7 @@ class RunContext:
     @property
     def driver(self) -> str:
         """The driver that `auto` chose."""
-        return "ray_train" if uses_ray_train(self.spec) else "in_process"
+        return "ray_train" if uses_ray_train(self.sweep) else "in_process"
 
     def count_spent(self) -> None:
         """Keep what is spent, and where that is limited how much the refits will need."""

@@ -94,8 +94,7 @@ class MetricsExporter(tune.Callback):
             states = [record.state for record in records if record.kind == kind]
             for state in get_args(TrialState):
                 self._trials.set(states.count(state), tags={"kind": kind, "state": state})
-        gpus = self._spec.num_workers * self._spec.gpus_per_worker
-        self._gpu_hours.set(gpus * sum(record.seconds() for record in records) / 3600)
+        self._gpu_hours.set(self._spec.gpus_per_trial * sum(record.seconds() for record in records) / 3600)
         best = next(iter(self._log.best(self._spec.objective)), None)
         if best is None:
             return

@@ -22,9 +22,9 @@ from imbvlm.sweep.records.earlier_sweeps import WarmTrial
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.objectives import Epochs, ObjectiveValues, direction, outcome
-from imbvlm.sweep.spec.search_space import ListedSpace, Params, SearchSpace
+from imbvlm.sweep.spec.search_space import ListedSpace, Params
 from imbvlm.sweep.spec.stratification import RandomTrial, Strata
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune.jobs import AskedTrial, Job, UnsavedSearcher
 
 # So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
@@ -53,8 +53,7 @@ class StudySearch(UnsavedSearcher):
 
     def __init__(
         self,
-        spec: SweepSpec,
-        space: SearchSpace,
+        sweep: ResolvedSweep,
         jobs: list[Job],
         known: list[TrialRecord],
         payload: Callable[[Job], Tree],
@@ -63,13 +62,14 @@ class StudySearch(UnsavedSearcher):
         warm: Sequence[WarmTrial] = (),
         journal: Path | None = None,
     ) -> None:
+        spec, space = sweep.spec, sweep.space
         super().__init__(metric=spec.best_objective, mode="max")
-        self._epochs_of = epochs_of
+        self._epochs_of, self._num_trials = epochs_of, sweep.num_trials
         self._spec, self._space, self._payload, self._budget = spec, space, payload, budget
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
         self._first = [*spec.first_trials, *self._listed.values()]
-        self._arms = Strata(spec, space)
+        self._arms = Strata(sweep)
         self._running: dict[str, Job] = {}
         # By canonical key: the value of each configuration, and who waits for that of a running one.
         self._values: dict[str, ObjectiveValues | None] = {}
@@ -133,7 +133,7 @@ class StudySearch(UnsavedSearcher):
     # -------------------------------------------------------------------------------------- what Optuna does
 
     def _next_search_job(self) -> Job | None:
-        if self._handed_out >= self._spec.num_trials or self._budget.trials_exhausted(self._handed_out):
+        if self._handed_out >= self._num_trials or self._budget.trials_exhausted(self._handed_out):
             return None
         while self._first:
             draw = self._first.pop(0)

@@ -74,7 +74,7 @@ def run_jobs(
     ]
     callbacks = [TuneCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
     callbacks.append(EndAtSignal())
-    callbacks.append(CapacityWatch(lambda: shortage(spec, connected_cluster()), lane.console))
+    callbacks.append(CapacityWatch(lambda: shortage(lane.sweep, connected_cluster()), lane.console))
     # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")

@@ -22,13 +22,13 @@ from imbvlm.sweep.plan.feasibility import (
     trials_at_once,
     uses_ray_train,
 )
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
 
 
-def spec(**fields: Any) -> SweepSpec:
-    return SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}, **fields})
+def sweep(**fields: Any) -> ResolvedSweep:
+    return SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}, **fields}).resolve()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def spec(**fields: Any) -> SweepSpec:
     ],
 )
 def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> None:
-    assert uses_ray_train(spec(**fields)) == ray_train
+    assert uses_ray_train(sweep(**fields)) == ray_train
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> 
     ],
 )
 def test_how_many_run_at_once(fields: dict[str, Any], cpus: float, gpus: float, expected: int) -> None:
-    assert concurrent_trials(spec(**fields), cpus, gpus) == expected
+    assert concurrent_trials(sweep(**fields), cpus, gpus) == expected
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_how_many_run_at_once(fields: dict[str, Any], cpus: float, gpus: float, 
 )
 def test_what_never_fits_is_refused(fields: dict[str, Any], cpus: float, gpus: float, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        concurrent_trials(spec(**fields), cpus, gpus)
+        concurrent_trials(sweep(**fields), cpus, gpus)
 
 
 def test_all_that_lacks_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        concurrent_trials(spec(num_workers=4, gpus_per_worker=2, driver="in_process"), 2, 1)
+        concurrent_trials(sweep(num_workers=4, gpus_per_worker=2, driver="in_process"), 2, 1)
     assert len(error.value.problems) == 3
 
 
@@ -119,9 +119,9 @@ def test_all_that_lacks_is_said_at_once() -> None:
 )
 def test_the_place_of_what_lacks_is_that_of_the_key_to_lower(fields: dict[str, Any], key: str) -> None:
     """Too many GPUs were said at the line of `num_workers`, or at none where only the GPUs were set."""
-    tree = {**spec().to_tree(), "num_workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, **fields}
+    tree = {**sweep().spec.to_tree(), "num_workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, **fields}
     places = {(name,): f"x.yaml:{line}" for line, name in enumerate(tree, 1)}
-    made = SweepSpec.from_tree(YamlTree(tree, "x.yaml", places))
+    made = SweepSpec.from_tree(YamlTree(tree, "x.yaml", places)).resolve()
     with pytest.raises(ConfigError) as error:
         concurrent_trials(made, 8, 2)
     assert [one.where for one in error.value.problems] == [places[(key,)]]
@@ -132,27 +132,27 @@ def test_a_worker_must_fit_on_one_machine() -> None:
     with pytest.raises(
         ConfigError, match="a worker needs 6 CPUs and 0 GPUs on one machine, and the largest has 4 CPUs"
     ):
-        concurrent_trials(spec(cpus_per_worker=6), 8, 0, nodes)
-    assert concurrent_trials(spec(cpus_per_worker=3), 8, 0, nodes) == 2
+        concurrent_trials(sweep(cpus_per_worker=6), 8, 0, nodes)
+    assert concurrent_trials(sweep(cpus_per_worker=3), 8, 0, nodes) == 2
     with pytest.raises(ConfigError, match=r"a trial of 3 workers .* doesn't fit on this cluster's machines"):
-        concurrent_trials(spec(cpus_per_worker=2.5, num_workers=3), 8, 0, nodes)
+        concurrent_trials(sweep(cpus_per_worker=2.5, num_workers=3), 8, 0, nodes)
 
 
 def test_objectives_that_the_data_can_not_give() -> None:
     stats = ClassStats.from_counts([200, 50, 3])
-    check_data(spec(), stats, [3, 0, 0])
-    check_data(spec(objective="val/many_shot_accuracy"), stats, [3, 0, 0])
+    check_data(sweep().spec, stats, [3, 0, 0])
+    check_data(sweep(objective="val/many_shot_accuracy").spec, stats, [3, 0, 0])
     with pytest.raises(
         ConfigError, match="no few_shot class has a validation image here; choose val/balanced_accuracy"
     ):
-        check_data(spec(objective="val/few_shot_accuracy"), stats, [3, 3, 0])
+        check_data(sweep(objective="val/few_shot_accuracy").spec, stats, [3, 3, 0])
     with pytest.raises(ConfigError, match="no class has a validation image"):
-        check_data(spec(), stats, [0, 0, 0])
+        check_data(sweep().spec, stats, [0, 0, 0])
 
 
 def test_a_single_class_is_nothing_to_tell_apart() -> None:
     with pytest.raises(ConfigError, match="training images are of 1 class, and two or more are needed"):
-        check_data(spec(), ClassStats.from_counts([200, 0]), [40, 0])
+        check_data(sweep().spec, ClassStats.from_counts([200, 0]), [40, 0])
 
 
 def test_what_a_tower_has_not_got() -> None:
@@ -192,24 +192,24 @@ def head_of(*workers: tuple[float, float]) -> Cluster:
 
 
 def test_a_head_without_gpus_takes_what_its_autoscaler_may_start() -> None:
-    of = spec(gpus_per_worker=1, cpus_per_worker=4)
+    of = sweep(gpus_per_worker=1, cpus_per_worker=4)
     assert trials_at_once(of, head_of(*[(8.0, 1.0)] * 6)) == 6
 
 
 def test_more_than_the_autoscaler_may_start_is_refused_with_both_numbers() -> None:
-    of = spec(gpus_per_worker=2, cpus_per_worker=4, num_workers=4, driver="ray_train")
+    of = sweep(gpus_per_worker=2, cpus_per_worker=4, num_workers=4, driver="ray_train")
     with pytest.raises(ConfigError, match=r"a trial needs 8 GPUs .* the cluster can grow to 6"):
         trials_at_once(of, head_of(*[(8.0, 1.0)] * 6))
     with pytest.raises(ConfigError, match="on one machine, and the largest has 8 CPUs and 1 GPU;"):
-        trials_at_once(spec(gpus_per_worker=2, cpus_per_worker=4), head_of(*[(8.0, 1.0)] * 6))
+        trials_at_once(sweep(gpus_per_worker=2, cpus_per_worker=4), head_of(*[(8.0, 1.0)] * 6))
 
 
 def test_ray_train_on_a_cluster_without_a_dashboard_is_refused() -> None:
     """`ray start` goes on without one where the port is taken, as by another cluster of the machine."""
     without = dataclasses.replace(head_of((8.0, 1.0)), dashboard="")
-    assert trials_at_once(spec(cpus_per_worker=4, driver="in_process"), without) == 4
+    assert trials_at_once(sweep(cpus_per_worker=4, driver="in_process"), without) == 4
     with pytest.raises(ConfigError, match=r"never frees .* --dashboard-port"):
-        trials_at_once(spec(cpus_per_worker=4, driver="ray_train"), without)
+        trials_at_once(sweep(cpus_per_worker=4, driver="ray_train"), without)
 
 
 def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch: pytest.MonkeyP
 
 def size(config: TrialConfig, room: int | None = None, at_once: int = 1, **fields: Any) -> int:
     manifest = Manifest.read("embedded:fashion_mnist_lt")
-    found = packing(spec(**fields), [tiny_info()], manifest, at_once)
+    found = packing(sweep(**fields), [tiny_info()], manifest, at_once)
     return dataclasses.replace(found, room=found.room if room is None else room).size(config)
 
 
@@ -252,7 +252,7 @@ def test_decoders_are_packed_on_gpus_and_where_a_size_is_set() -> None:
 def test_a_pack_is_as_large_as_its_members_leave_room_for() -> None:
     manifest = Manifest.read("embedded:fashion_mnist_lt")
     wide = dataclasses.replace(tiny_info(), token_width=1024, pooled_width=1024)
-    found = packing(spec(max_pack_size=32, gpus_per_worker=0.5), [tiny_info(), wide], manifest, 1)
+    found = packing(sweep(max_pack_size=32, gpus_per_worker=0.5), [tiny_info(), wide], manifest, 1)
     shallow, deep = (DECODER.with_overrides({"decoder.depth": depth, "decoder.mlp_ratio": 4.0}) for depth in (1, 6))
     # Weights of the wider tower's decoder, their gradients and two moments: 12 widths squared and little more a block.
     assert found.bytes_of(deep) == pytest.approx(16 * 6 * 12 * 1024**2, rel=0.01)

@@ -228,7 +228,7 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     each = file_bytes(VAL, 10)
     assert plan_to_dict(plan)["logit_bytes"] == (2 + NUM_BEST + 2 * 5) * each
     few = spec(**{**settings, "num_trials": 4})
-    assert max_logit_files(few, few.read_space(), 10) == 2 + 4
+    assert max_logit_files(few.resolve(), 10) == 2 + 4
     assert "logits      of validation, up to 0.4 MB" in describe_plan(plan)
     features = plan.missing_bytes * DISK_MARGIN
     assert plan.fits_disk
@@ -254,9 +254,8 @@ def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_pat
 
     def words(gigabytes: float, concurrent: int = 2) -> str:
         copies = Copies(folder=str(tmp_path), max_gigabytes=gigabytes, of_shared_folders=True)
-        return describe_plan(
-            replace(plan, spec=plan.spec.model_copy(update={"feature_copies": copies}), concurrent=concurrent)
-        )
+        limited = plan.spec.model_copy(update={"feature_copies": copies}).resolve()
+        return describe_plan(replace(plan, sweep=limited, concurrent=concurrent))
 
     (one, other), num_rows = plan.towers, TRAIN + VAL + TEST
     assert one.trial_bytes == 2 * (num_rows * one.info.pooled_width + TEST * one.info.embedding_width)
@@ -276,7 +275,7 @@ def test_every_method_is_measured_before_any_has_two_kinds() -> None:
     space = {"parameters": {"method": {"choice": ["linear_probe", "decoder"]},
              "decoder.depth": {"int": [1, 4], "when": {"method": "decoder"}}}}  # fmt: skip
     made = SweepSpec.from_tree({"name": "s", "base": {k: v for k, v in BASE.items() if k != "method"}, "space": space})
-    sample = sample_trials(made, check_spec(made))
+    sample = sample_trials(check_spec(made))
     assert {one.method for one in most_common_shapes(sample, 2)} == {"linear_probe", "decoder"}
     assert len({cost_key(one) for one in most_common_shapes(sample, 9)}) == 5
 

@@ -43,7 +43,7 @@ def manifest() -> Manifest:
 
 
 def fork(source, spec, changes=()):
-    chosen = select_fork_trials(source, spec, spec.read_space(), list(changes))
+    chosen = select_fork_trials(source, spec.resolve(), list(changes))
     return {record.trial_id for record, _ in chosen.retained if record.kind == "search"}, chosen.rejected
 
 
@@ -94,7 +94,7 @@ def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(
     spec = sweep_spec(num_trials=48)
     Path(logits_file(source, "t00001")).parent.mkdir(exist_ok=True)
     Path(logits_file(source, "t00001")).write_bytes(b"logits")
-    write_fork(select_fork_trials(source, spec, spec.read_space(), []), source, str(tmp_path))
+    write_fork(select_fork_trials(source, spec.resolve(), []), source, str(tmp_path))
     log, before = TrialLog.read(str(tmp_path)), TrialLog.read(source)
     assert {key: log.records[key] for key in ids(source)} == {key: before.records[key] for key in ids(source)}
     assert not log.of("refit")

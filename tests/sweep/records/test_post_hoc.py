@@ -283,7 +283,7 @@ def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path):
     prune_logits(folder, log, spec)
     assert len(with_logits(folder)) == 10 + 1 + 2
     assert second.trial_id in with_logits(folder)
-    assert len(with_logits(folder)) <= max_logit_files(spec, spec.read_space(), 0)
+    assert len(with_logits(folder)) <= max_logit_files(spec.resolve(), 0)
 
 
 def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path):

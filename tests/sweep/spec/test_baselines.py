@@ -10,9 +10,8 @@ from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.trial_config import require_section
 from imbvlm.sweep.spec.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, encoder_configs, feature_key
-from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASE: dict[str, Any] = {
     "data": {"manifest": "m", "class_sampling": "square_root"},
@@ -25,14 +24,13 @@ BASE: dict[str, Any] = {
 METHODS = "method: {choice: [linear_probe, decoder]}"
 
 
-def made(parameters: str, base: dict[str, Any] | None = None) -> tuple[SweepSpec, SearchSpace]:
+def made(parameters: str, base: dict[str, Any] | None = None) -> ResolvedSweep:
     space = {"parameters": parse_yaml(f"{METHODS}\n{parameters}").data}
-    spec = SweepSpec.from_tree({"name": "s", "base": base or BASE, "space": space})
-    return spec, check_spec(spec)
+    return check_spec(SweepSpec.from_tree({"name": "s", "base": base or BASE, "space": space}))
 
 
 def test_one_tower_has_both_baselines() -> None:
-    zero_shot, probe = baselines(*made("loss.name: {choice: [focal, ldam]}"))
+    zero_shot, probe = baselines(made("loss.name: {choice: [focal, ldam]}"))
     assert (zero_shot.name, zero_shot.patience, zero_shot.config.method) == ("zero-shot", None, "zero_shot")
     assert (probe.name, probe.patience, probe.config.method) == ("linear probe", PROBE_PATIENCE, "linear_probe")
     for baseline in (zero_shot, probe):
@@ -42,7 +40,7 @@ def test_one_tower_has_both_baselines() -> None:
 
 
 def test_the_probe_is_plain_softmax_whatever_the_base_says() -> None:
-    probe = baselines(*made("loss.name: {choice: [focal, ldam]}"))[1].config.to_tree()
+    probe = baselines(made("loss.name: {choice: [focal, ldam]}"))[1].config.to_tree()
     assert probe["classifier"] == {"kind": "linear", "init": "random"}
     assert probe["loss"] == {"name": "cross_entropy", "label_smoothing": 0.0}
     assert (probe["train"]["num_epochs"], probe["train"]["num_steps"]) == (PROBE_EPOCHS, None)
@@ -51,10 +49,10 @@ def test_the_probe_is_plain_softmax_whatever_the_base_says() -> None:
 
 
 def test_trials_on_fresh_crops_share_the_baselines_and_features_of_their_tower() -> None:
-    spec, space = made("features.store: {choice: [true, false]}")
-    assert [one.name for one in baselines(spec, space)] == ["zero-shot", "linear probe"]
-    keys = {feature_key(spec.trial(draw)) for draw in space.enumerate_params(spec.base) or []}
-    assert keys == {feature_key(config) for config in encoder_configs(spec, space)}
+    sweep = made("features.store: {choice: [true, false]}")
+    assert [one.name for one in baselines(sweep)] == ["zero-shot", "linear probe"]
+    keys = {feature_key(sweep.spec.trial(draw)) for draw in sweep.space.enumerate_params(sweep.spec.base) or []}
+    assert keys == {feature_key(config) for config in encoder_configs(sweep)}
     assert len(keys) == 1
 
 
@@ -64,11 +62,11 @@ def test_a_listed_configuration_that_names_the_bases_tower_reads_the_same_one() 
         "decoder": {"method": "decoder", "encoder.name": "tower"},
     }
     spec = SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"configurations": listed}, "num_trials": 2})
-    assert [one.name for one in baselines(spec, check_spec(spec))] == ["zero-shot", "linear probe"]
+    assert [one.name for one in baselines(check_spec(spec))] == ["zero-shot", "linear probe"]
 
 
 def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
-    found = baselines(*made("encoder.name: {choice: [a, b]}"))
+    found = baselines(made("encoder.name: {choice: [a, b]}"))
     assert [one.name for one in found] == ["zero-shot a", "linear probe a", "zero-shot b", "linear probe b"]
     assert [one.config.encoder.name for one in found] == ["a", "a", "b", "b"]
 
@@ -83,29 +81,31 @@ def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
     ],
 )
 def test_the_features_of_every_trial_are_among_the_towers(parameters: str) -> None:
-    spec, space = made(parameters)
-    extracted = {feature_key(config) for config in encoder_configs(spec, space)}
-    assert extracted == {feature_key(spec.trial(draw)) for draw in space.enumerate_params(spec.base) or []}
+    sweep = made(parameters)
+    extracted = {feature_key(config) for config in encoder_configs(sweep)}
+    assert extracted == {
+        feature_key(sweep.spec.trial(draw)) for draw in sweep.space.enumerate_params(sweep.spec.base) or []
+    }
 
 
 def test_a_conditional_size_leaves_the_bases_where_it_does_not_hold() -> None:
-    spec, space = made("encoder.name: {choice: [a, b]}\nencoder.image_size: {choice: [64], when: {encoder.name: a}}")
-    towers = [config.encoder for config in encoder_configs(spec, space)]
+    sweep = made("encoder.name: {choice: [a, b]}\nencoder.image_size: {choice: [64], when: {encoder.name: a}}")
+    towers = [config.encoder for config in encoder_configs(sweep)]
     assert [(tower.name, tower.image_size) for tower in towers] == [("a", 64), ("b", 96)]
 
 
 def test_a_continuous_way_of_reading_images_is_refused() -> None:
-    spec, space = made("eval.resize: {uniform: [1.0, 1.5]}")
+    sweep = made("eval.resize: {uniform: [1.0, 1.5]}")
     with pytest.raises(
         ConfigError, match=r"eval.resize must be a choice or a short int here, and is uniform 1.0 .. 1.5"
     ):
-        encoder_configs(spec, space)
+        encoder_configs(sweep)
 
 
 def test_what_trains_is_no_matter_of_the_tower() -> None:
-    spec, _ = made("optim.lr: {uniform: [0.1, 1]}")
+    sweep = made("optim.lr: {uniform: [0.1, 1]}")
     one, other = (
-        spec.trial({"method": method, "optim.lr": lr}) for method, lr in (("decoder", 0.1), ("linear_probe", 0.5))
+        sweep.spec.trial({"method": method, "optim.lr": lr}) for method, lr in (("decoder", 0.1), ("linear_probe", 0.5))
     )
     assert feature_key(one) == feature_key(other)
     assert feature_key(one) != feature_key(one.with_overrides({"features.num_views": 2}))

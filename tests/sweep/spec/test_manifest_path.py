@@ -76,10 +76,10 @@ def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
     relative, absolute = read_spec(folder), sweep_spec(base=base(str(home / "images" / "manifest.parquet")))
     assert canonical_key(relative.trial(DRAW)) == canonical_key(absolute.trial(DRAW))
     assert sweep_script.spec_differences(relative, with_absolute_paths(relative)) == []
-    fork = select_fork_trials(folder, absolute, absolute.read_space(), [])
+    fork = select_fork_trials(folder, absolute.resolve(), [])
     # The helper's second baseline is not of this space.
     assert [record.kind for record, _ in fork.retained].count("search") == 24
-    (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}), absolute.read_space())
+    (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}).resolve())
     assert start.other_manifest is None
 
 

@@ -62,7 +62,7 @@ def test_the_pareto_set_is_optunas(points):
 
 def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any = ()) -> StudySearch:
     budget = Budget(spec, "nowhere", 0.0)
-    return StudySearch(spec, spec.read_space(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
+    return StudySearch(spec.resolve(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
 
 
 def report(job, spec: SweepSpec) -> dict[str, float]:
@@ -175,7 +175,7 @@ def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(t
     base = {**sweep_spec().base, "method": "linear_probe"}
     spec = sweep_spec(base=base, space=space, num_trials=5, warm_start=[folder])
     check_spec(spec)
-    (start,) = warm_starts(spec, spec.read_space())
+    (start,) = warm_starts(spec.resolve())
     probes = [one for one in before.of("search") if one.config["method"] == "linear_probe"]
     inside = [one for one in probes if one.draw["optim.lr"] <= 0.1]
     assert [one.record.trial_id for one in start.trials] == [one.trial_id for one in inside]

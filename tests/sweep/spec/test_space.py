@@ -162,7 +162,7 @@ parameters:
     for start in (BASE, base):
         spec = SweepSpec(name="stages", base=start, space=searched.tree)
         seen = set()
-        for draw, _ in draws(check_spec(spec), base=start):
+        for draw, _ in draws(check_spec(spec).space, base=start):
             stage = spec.trial(draw).to_tree().get("second_stage")
             assert (stage is None) == (draw["second_stage.name"] is None)
             assert (stage or {}).get("exponent") == draw.get("second_stage.exponent")
@@ -407,7 +407,7 @@ def test_shipped_spaces_read(path: Path) -> None:
 def test_shipped_sweeps_are_right_and_all_their_draws_are_trials(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     spec: SweepSpec = importlib.import_module(f"sweeps.{name}").spec
-    searched = check_spec(spec)
+    searched = check_spec(spec).space
     for draw, kept in draws(searched, 100, spec.base):
         assert searched.to_optuna_params(draw, spec.base) == kept
         trial = spec.trial(draw)

@@ -135,7 +135,7 @@ def test_another_scheduler_drops_the_old_ones_knobs() -> None:
 
 def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
     made = spec().with_settings({"optim.lr": 0.5, "method": "decoder"})
-    space = check_spec(made)
+    space = check_spec(made).space
     assert [one.key for one in space.parameters] == ["decoder.depth", "loss.name", "loss.gamma"]
     draw = {"decoder.depth": 1, "loss.name": "balanced_softmax"}
     assert space.to_optuna_params(draw, made.base) == draw
@@ -156,7 +156,7 @@ def test_a_knob_that_is_set_holds_where_its_variant_is_drawn() -> None:
 def test_another_space_and_a_fixed_key_of_it_at_once() -> None:
     other = {"parameters": {"optim.momentum": {"uniform": [0, 0.9]}, "optim.lr": {"uniform": [0.1, 1]}}}
     made = spec(base={**BASE, "method": "decoder"}).with_settings({"optim.momentum": 0.5, "space": other})
-    assert [one.key for one in check_spec(made).parameters] == ["optim.lr"]
+    assert [one.key for one in check_spec(made).space.parameters] == ["optim.lr"]
     assert made.base["optim"] == {"momentum": 0.5}
 
 
@@ -228,7 +228,7 @@ def test_differences_are_what_would_change_the_search() -> None:
 
 
 def test_a_right_one_is_right() -> None:
-    assert [one.key for one in check_spec(spec()).parameters] == list(SPACE["parameters"])
+    assert [one.key for one in check_spec(spec()).space.parameters] == list(SPACE["parameters"])
 
 
 def test_the_base_is_checked_with_its_lines() -> None:
@@ -327,7 +327,7 @@ def test_what_is_compared_is_the_running_maximum(objective: str) -> None:
 
 def test_corner_trials_have_every_combination_that_decides_what_exists() -> None:
     made = spec()
-    trials = list(made.corner_trials(check_spec(made)))
+    trials = list(check_spec(made).corner_trials())
     seen = {(trial.method, require_section(trial.loss).name) for trial in trials}
     assert len(seen) == 4
     assert {require_section(trial.decoder).depth for trial in trials if trial.method == "decoder"} == {1, 2}

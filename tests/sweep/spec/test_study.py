@@ -61,24 +61,25 @@ def spec(parts: Sequence[Part] = PARTS, **fields: Any) -> SweepSpec:
 
 def test_what_trains_the_same_stands_once_and_in_every_table() -> None:
     made = spec()
-    space = check_spec(made)
+    sweep = check_spec(made)
+    space = sweep.space
     assert isinstance(space, ListedSpace)
     assert list(space.configurations) == ["zero-shot", "probe", "decoder", "marc"]
-    assert made.num_trials == 4
+    assert (sweep.num_trials, sweep.spec.num_trials) == (4, 4)
     assert [row.configuration for row in made.study[1].rows] == ["decoder", "probe"]
     assert SweepSpec.from_tree(json.loads(json.dumps(made.to_tree()))) == made
 
 
 def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_none() -> None:
     made = spec()
-    search = StudySearch(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    search = StudySearch(made.resolve(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     jobs = drive(search)
     assert [made.read_space().to_optuna_params(job.draw, BASE)["configuration"] for job in jobs] == [
         "zero-shot", "probe", "decoder", "marc",
     ]  # fmt: skip
     assert not search.exhausted
     known = [finished(job) for job in jobs[:2]]
-    going_on = StudySearch(made, made.read_space(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    going_on = StudySearch(made.resolve(), [], known, lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert [job.trial_id for job in drive(going_on)] == ["t00003", "t00004"]
     assert going_on.num_repeats == 0
 
@@ -90,23 +91,24 @@ def a_list(number: int) -> dict[str, Any]:
 def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
     base = {**BASE, "method": "linear_probe"}
     made = SweepSpec(name="s", base=base, space=a_list(30))
-    search = StudySearch(made, made.read_space(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
+    search = StudySearch(made.resolve(), [], [], lambda job: {"job": job}, Budget(made, "nowhere", 0.0))
     assert len(drive(search)) == 30
     (tmp_path / "list.yaml").write_text(json.dumps(a_list(30)))
     from_file = SweepSpec(name="s", base=base, space=str(tmp_path / "list.yaml"))
-    assert from_file.with_settings({"train.num_epochs": 1}).num_trials == 30
+    assert from_file.with_settings({"train.num_epochs": 1}).resolve().num_trials == 30
     # What `sweep list` counts up to.
-    assert SweepSpec(name="s", base=base, space=a_list(3), num_trials=24).num_trials == 3
-    assert untrained_configurations(made, check_spec(made)) == []
+    assert SweepSpec(name="s", base=base, space=a_list(3), num_trials=24).resolve().num_trials == 3
+    assert untrained_configurations(check_spec(made)) == []
 
 
 def test_listed_configurations_that_are_not_run_are_named() -> None:
     made = spec(space={"configurations": {row.name: row.draw for row in (PROBE, DECODER, ALIAS, MARC)}}, study=[])
-    space = check_spec(made)
-    assert untrained_configurations(made, space) == ["decoder-la trains the same as decoder, and only decoder is run"]
+    assert untrained_configurations(check_spec(made)) == [
+        "decoder-la trains the same as decoder, and only decoder is run"
+    ]
     fewer = made.with_settings({"num_trials": 2})
     assert (
-        untrained_configurations(fewer, space)[1]
+        untrained_configurations(fewer.resolve())[1]
         == "num_trials is 2 of 3 listed: marc will not run; set num_trials=4 to run all"
     )
 
@@ -133,7 +135,7 @@ def finished(job: Job) -> TrialRecord:
 
 def test_a_setting_fixes_its_key_in_every_listed_trial() -> None:
     made = spec().with_settings({"loss.name": "focal", "train.num_epochs": 1})
-    space = check_spec(made)
+    space = check_spec(made).space
     assert all("loss.name" not in draw for draw in space.enumerate_params(made.base) or [])
     trained = [made.trial(draw) for draw in space.enumerate_params(made.base) or []]
     assert {config.loss.name for config in trained if config.loss is not None} == {"focal"}
@@ -324,7 +326,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("manifest", ["embedded:fashion_mnist_lt", "data/imagenet_lt/manifest.parquet"])
 def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
     made, left_out = paper.study(paper.PARTS, manifest)
-    space = check_spec(made)
+    space = check_spec(made).space
     configs = {name: made.trial(draw) for name, draw in space.configurations.items()}  # type: ignore[attr-defined]
     assert len({canonical_key(config) for config in configs.values()}) == len(configs)
     rows = {table.name: [configs[row.configuration] for row in table.rows] for table in made.study}
@@ -356,15 +358,14 @@ def test_the_study_runs_on_what_there_is(paper: Any) -> None:
     assert here.base["data"]["manifest"] == "photos.parquet"
     assert said[0].startswith("there is no GPU: the study runs in small")
     for made in (here, here.with_settings(here.smoke, "--smoke")):
-        check_spec(made)
-        assert concurrent_trials(made, 2, 0) == 2
+        assert concurrent_trials(check_spec(made), 2, 0) == 2
         assert made.base["encoder"]["name"] == "tinylit_lite0"
     # A trial takes as many of four CPUs as each GPU's share has beside the trial's driver.
     shares = [(2, 1, 1), (4, 1, 3), (8, 1, 4), (32, 8, 3), (64, 8, 4)]
     for num_cpus, num_gpus, cpus_per_worker in shares:
         there, said = paper.study(["methods"], "photos.parquet", num_cpus, num_gpus)
         assert (there.gpus_per_worker, there.cpus_per_worker, said) == (1, cpus_per_worker, [])
-        assert concurrent_trials(there, num_cpus, num_gpus) == num_gpus
+        assert concurrent_trials(there.resolve(), num_cpus, num_gpus) == num_gpus
     assert paper.study(["methods"], "photos.parquet")[0].cpus_per_worker == 4
 
 
@@ -411,7 +412,7 @@ def test_lifts_recipe_for_each_data_set(
     for part in lift.PARTS:
         check_spec(lift.study([part], recipe))
     made = lift.study(lift.PARTS, recipe)
-    space = check_spec(made)
+    space = check_spec(made).space
     configs = {name: made.trial(draw) for name, draw in space.configurations.items()}  # type: ignore[attr-defined]
     lengths = {name: configs[name].train.num_epochs for name in ("lift-b16", "lift-l14", "lift-plus-b16")}
     assert lengths == {"lift-b16": epochs, "lift-l14": epochs, "lift-plus-b16": plus}

@@ -53,7 +53,7 @@ def searcher(
     journal: Path | None = None,
 ) -> StudySearch:
     budget = Budget(of, "nowhere", 0.0)
-    return StudySearch(of, of.read_space(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
+    return StudySearch(of.resolve(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
 
 
 def next_job(search: Searcher, trial_id: str) -> Job | None:

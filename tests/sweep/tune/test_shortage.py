@@ -12,15 +12,15 @@ from imbvlm.base.console import Console
 from imbvlm.ray_runtime.capacity_notice import PATIENCE_SECONDS, SAY_AGAIN_SECONDS
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.feasibility import shortage
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune import trial_watchdog as module
 from imbvlm.sweep.tune.trial_watchdog import CapacityWatch
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
 
 
-def spec(**fields: Any) -> SweepSpec:
-    return SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}, **fields})
+def sweep(**fields: Any) -> ResolvedSweep:
+    return SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": {}}, **fields}).resolve()
 
 
 def cluster_of(*nodes: tuple[float, float]) -> Cluster:
@@ -29,7 +29,7 @@ def cluster_of(*nodes: tuple[float, float]) -> Cluster:
 
 
 def test_what_a_trial_demands_what_is_left_and_how_to_go_on() -> None:
-    of = spec(cpus_per_worker=4, gpus_per_worker=1, max_concurrent_trials=2)
+    of = sweep(cpus_per_worker=4, gpus_per_worker=1, max_concurrent_trials=2)
     assert shortage(of, cluster_of((0, 0), (8, 1), (8, 1))) is None
     # Fewer at once than were wanted go on.
     assert shortage(of, cluster_of((0, 0), (8, 1))) is None
@@ -38,16 +38,16 @@ def test_what_a_trial_demands_what_is_left_and_how_to_go_on() -> None:
     assert "a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1) and the cluster has now 0" in found
     assert "lower num_workers or gpus_per_worker (0 trains on CPUs), and go on by --resume with --fork" in found
     assert "or add a machine that a trial fits on, for which the sweep waits" in found
-    found = shortage(spec(cpus_per_worker=4), cluster_of((2, 0), (3, 0)))
+    found = shortage(sweep(cpus_per_worker=4), cluster_of((2, 0), (3, 0)))
     assert found is not None
     assert "a worker needs 4 CPUs and 0 GPUs on one machine, and the largest has 3 CPUs" in found
-    found = shortage(spec(cpus_per_worker=2.5, num_workers=3), cluster_of((4, 0), (4, 0)))
+    found = shortage(sweep(cpus_per_worker=2.5, num_workers=3), cluster_of((4, 0), (4, 0)))
     assert found is not None
     assert "a trial of 3 workers" in found
 
 
 def test_what_an_autoscaler_may_still_bring_is_no_shortage() -> None:
-    of = spec(cpus_per_worker=4, gpus_per_worker=1)
+    of = sweep(cpus_per_worker=4, gpus_per_worker=1)
     grown = dataclasses.replace(cluster_of((0, 0)), max_nodes=((0, 0), (8, 1)))
     assert shortage(of, grown) is None
 

@@ -65,7 +65,7 @@ class Tune:
         self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
         budget = Budget(spec, str(folder), 0.0)
         self.printed = io.StringIO()
-        lane = RunContext(spec, str(folder), self.log, Console(self.printed), 1, budget, 10)
+        lane = RunContext(spec.resolve(), str(folder), self.log, Console(self.printed), 1, budget, 10)
 
         def settings(job: Job) -> TrialSettings:
             checkpoints = str(folder / "checkpoints" / job.trial_id)
@@ -74,7 +74,7 @@ class Tune:
                 job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
             )
 
-        self.study = StudySearch(spec, spec.read_space(), list(jobs), [], payload(lane, settings), budget)
+        self.study = StudySearch(spec.resolve(), list(jobs), [], payload(lane, settings), budget)
         self.searcher = TuneSearcher(self.study, self.packs, lambda config: size)
         self.scheduler = TuneScheduler(asha(AshaConfig(), BEST), self.packs)
         progress = ProgressCallback(

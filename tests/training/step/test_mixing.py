@@ -18,7 +18,7 @@ from imbvlm.longtail.losses import LOSSES, SOFT_TARGETS, build_loss
 from imbvlm.models.model_builder import METHODS
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.spec_checks import check_spec
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training import checkpoint
 from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer, cutmix
 from imbvlm.training.trial_run import build_trial
@@ -313,16 +313,14 @@ feature_augmentation.transfer: {uniform: [0.0, 1.0], when: {method: linear_probe
 """
 
 
-def sweep(space: str) -> SweepSpec:
+def sweep(space: str) -> ResolvedSweep:
     base = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "linear_probe"}
     spec = SweepSpec.from_tree({"name": "s", "base": base, "space": {"parameters": parse_yaml(space).data}})
-    check_spec(spec)
-    return spec
+    return check_spec(spec)
 
 
 def test_a_space_draws_them_where_they_have_a_place_and_is_refused_elsewhere():
-    spec = sweep(SPACE)
-    drawn = [config for config in spec.corner_trials(spec.read_space()) if config.mixing is not None]
+    drawn = [config for config in sweep(SPACE).corner_trials() if config.mixing is not None]
     assert {config.method for config in drawn} == {"adapter"}
     assert {config.mixing.cutmix for config in drawn} == {0.0, 1.0}
     with pytest.raises(ConfigError, match="mixing is of images, and this trial reads stored features"):
