@@ -1,4 +1,4 @@
-"""A report as one HTML text: no script, no request, light and dark by the reader's setting."""
+"""A report as one HTML page: no script, no request, light or dark by the reader's setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imbvlm.sweep.report.report_content import (
     ReportSection,
 )
 
-# Nothing may be fetched or run, whatever a class is called.
+# The page fetches and runs nothing, even if the name of a class contains markup.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -28,7 +28,7 @@ def page(report: ReportContent, spec_yaml: str, commands: Sequence[str]) -> str:
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
     beside = f"<p class='muted'>{escape(report.beside)}</p>" if report.beside else ""
     facts_note = f"<p class='muted note'>{escape(report.facts_note)}</p>" if report.facts_note else ""
-    links = "".join(f'<a href="#{one.name}">{escape(one.title)}</a>' for one in report.sections)
+    links = "".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in report.sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -111,10 +111,11 @@ def _number_class(table: Table, index: int) -> str:
 def _pairs(block: ConfusedPairs) -> str:
     cards = []
     for pair in block.pairs:
-        images = "".join(f'<img src="{uri}" alt="{escape(pair.words[0])}" loading="lazy">' for uri in pair.images)
-        words = f"<b>{escape(pair.words[0])}</b> taken for <b>{escape(pair.words[1])}</b>"
-        pictures = f"<div class='pictures'>{images}</div>" if images else ""
-        cards.append(f"<li>{pictures}<p>{words}</p><p class='muted'>{escape(pair.detail)}</p></li>")
+        label, predicted = map(escape, pair.class_names)
+        images = "".join(f'<img src="{uri}" alt="{label}" loading="lazy">' for uri in pair.images)
+        row = f"<div class='pictures'>{images}</div>" if images else ""
+        text = f"<p><b>{label}</b> taken for <b>{predicted}</b></p><p class='muted'>{escape(pair.detail)}</p>"
+        cards.append(f"<li>{row}{text}</li>")
     return f"<h3>{escape(block.title)}</h3><ul class='pairs'>{''.join(cards)}</ul>"
 
 

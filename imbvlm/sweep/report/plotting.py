@@ -20,10 +20,10 @@ from imbvlm.base.csv_cells import csv_line, escape_cell
 
 Point = tuple[float, float]
 Format = Callable[[float], str]
-NUM_COLOURS = 9
+NUM_COLORS = 9
 # The shape of the mark around the winner.
 RING = -1
-# What a drawing looks like outside the page.
+# The style of a drawing outside the page.
 ALONE = (
     "svg{font:12px system-ui,sans-serif}text{fill:#1c2430}.grid{stroke:#d9dee7}.axis{stroke:#5c6675}"
     ".muted{fill:#5c6675}.c0{color:#1d5fd1}.c1{color:#c4610a}.c2{color:#6b7280}"
@@ -35,7 +35,7 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to pixels, linear or logarithmic."""
+    """Maps values to pixels, linearly or logarithmically."""
 
     low: float
     high: float
@@ -49,11 +49,11 @@ class Scale:
         )
         return self.start if high == low else self.start + (at - low) / (high - low) * (self.end - self.start)
 
-    def ticks(self, wanted: int = 5) -> list[float]:
-        """Round values inside the range."""
+    def ticks(self, num_ticks: int = 5) -> list[float]:
+        """About `num_ticks` round values within the range."""
         if self.log:
-            return _log_ticks(self.low, self.high, wanted)
-        step = _nice_step((self.high - self.low) / max(1, wanted))
+            return _log_ticks(self.low, self.high, num_ticks)
+        step = _nice_step((self.high - self.low) / max(1, num_ticks))
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -65,36 +65,36 @@ def _nice_step(raw: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
 
 
-def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
+def _log_ticks(low: float, high: float, num_ticks: int) -> list[float]:
     for digits in ((1, 2, 5), (1, 3), (1,)):
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        found = [d * 10.0**power for power in range(first, last + 1) for d in digits]
-        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
-        if len(found) <= wanted + 1:
+        ticks = [d * 10.0**power for power in range(first, last + 1) for d in digits]
+        ticks = [value for value in ticks if low * 0.999 <= value <= high * 1.001]
+        if len(ticks) <= num_ticks + 1:
             break
-    # Between two round values there is none: then the range's own middle.
-    return found[:: math.ceil(len(found) / (wanted + 1))] if found else [math.sqrt(low * high)]
+    # A narrow range contains no round value and gets its own middle.
+    return ticks[:: math.ceil(len(ticks) / (num_ticks + 1))] if ticks else [math.sqrt(low * high)]
 
 
 def spread(values: Iterable[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Scale:
-    """A scale over some values with air at both ends."""
-    found = list(values)
-    low, high = min(found), max(found)
+    """A scale over values with a margin at both ends."""
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
     if log:
         ratio = (high / low) ** pad if high > low else 1.5
         return Scale(low / ratio, high * ratio, start, end, log=True)
-    air = (high - low) * pad or abs(high) * 0.05 or 0.5
-    return Scale(low - air, high + air, start, end)
+    margin = (high - low) * pad or abs(high) * 0.05 or 0.5
+    return Scale(low - margin, high + margin, start, end)
 
 
 @dataclass
 class Drawing:
-    """Marks in the order in which they are painted."""
+    """SVG marks in the order in which they are painted."""
 
     width: float
     height: float
     parts: list[str] = field(default_factory=list)
-    # Painted last, whatever was drawn after it.
+    # Painted after all other marks.
     on_top: list[str] = field(default_factory=list)
 
     def line(self, points: Sequence[Point], style: str, *, width: float = 2, dash: str = "", title: str = "") -> None:
@@ -108,7 +108,7 @@ class Drawing:
         self.parts.append(f'<path class="{style}" d="{path}" fill="currentColor" opacity="{opacity}"/>')
 
     def dot(self, x: float, y: float, style: str, title: str = "", *, size: float = 3.6, shape: int = 0) -> None:
-        """A circle, square, triangle or rhombus, so that color isn't alone in telling series apart; RING is on top."""
+        """Draw a circle, square, triangle or rhombus, so that shapes distinguish series too, or a RING on top."""
         if shape == RING:
             ring = f'class="{style}" fill="none" stroke="currentColor" stroke-width="2.2"'
             self.on_top.append(_mark("circle", f'{ring} cx="{x:.1f}" cy="{y:.1f}" r="{size + 2.2:g}"', title))
@@ -127,8 +127,8 @@ class Drawing:
         self.parts.append(mark)
 
     def bar(self, x: float, y: float, width: float, height: float, style: str, title: str = "") -> None:
-        place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{max(0.0, height):.1f}" rx="1.5"'
-        self.parts.append(_mark("rect", f'class="{style}" fill="currentColor" {place}', title))
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{max(0.0, height):.1f}" rx="1.5"'
+        self.parts.append(_mark("rect", f'class="{style}" fill="currentColor" {box}', title))
 
     def rule(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
         self.parts.append(f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
@@ -137,7 +137,7 @@ class Drawing:
         self,
         x: float,
         y: float,
-        words: str,
+        content: str,
         *,
         anchor: str = "start",
         style: str = "",
@@ -146,10 +146,10 @@ class Drawing:
     ) -> None:
         turned = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
         attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}" font-size="{size:g}"{turned}'
-        self.parts.append(f"<text {attributes}>{escape(words)}</text>")
+        self.parts.append(f"<text {attributes}>{escape(content)}</text>")
 
     def svg(self, title: str, *, alone: bool = False) -> str:
-        """The drawing as an SVG element, or as a file of its own."""
+        """The drawing as an SVG element, or with `alone` as the content of an SVG file."""
         head = f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(title)}"'
         size = f' xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"' if alone else ""
         background = f'<style>{ALONE}</style><rect width="100%" height="100%" fill="#fff"/>' if alone else ""
@@ -170,7 +170,7 @@ def frame(
     y_format: Format | None = None,
     num_ticks: tuple[int, int] = (6, 5),
 ) -> None:
-    """Grid, axes, ticks and the names of both axes; `x_format` of None leaves the ticks of x to the caller."""
+    """Draw grid, axes, ticks and names of the axes; without `x_format` the caller draws the ticks of x."""
     for value in y.ticks(num_ticks[1]):
         drawing.rule(x.start, y(value), x.end, y(value), "grid")
         drawing.text(x.start - 7, y(value) + 4, (y_format or number)(value), anchor="end", style="muted")
@@ -186,7 +186,7 @@ def frame(
 
 
 def legend(drawing: Drawing, x: float, y: float, entries: Sequence[tuple[str, str, int]]) -> None:
-    """Names beside their marks, (name, style, shape), in a row; in two that take its place where one is too narrow."""
+    """Draw names next to their marks, (name, style, shape), in one row or in as many as they need."""
     rows: list[list[tuple[float, str, str, int]]] = [[]]
     at = x
     for name, style, shape in entries:
@@ -211,7 +211,7 @@ def number(value: float) -> str:
 
 
 def percent_tick(value: float) -> str:
-    """A fraction as percent on an axis."""
+    """A fraction as a percentage on an axis."""
     return f"{100 * value:.4g}"
 
 
@@ -219,19 +219,19 @@ ZOOM = 3
 
 
 def png(svg: str) -> bytes:
-    """PNG at three pixels a unit, some 300 to the inch where a figure is a column wide."""
+    """PNG with three pixels per unit: about 300 per inch if a figure is as wide as a paper's column."""
     import resvg_py
 
     family, path = _font()
     if path is None:
         return resvg_py.svg_to_bytes(svg, zoom=ZOOM)
-    # The machine's own fonts come after it, for letters that it lacks.
+    # The machine's fonts are the fallback for letters that this font lacks.
     return resvg_py.svg_to_bytes(svg, zoom=ZOOM, font_files=[str(path)], sans_serif_family=family)
 
 
 @cache
 def _font() -> tuple[str, Path | None]:
-    """Pillow's own font: its family and a file of it while this process runs; None where this Pillow has none."""
+    """The family of Pillow's font and a file of it for the life of this process; None if this Pillow has no font."""
     font = ImageFont.load_default(12)
     if not isinstance(font, ImageFont.FreeTypeFont) or not isinstance(font.path, io.BytesIO):
         return "", None
@@ -243,27 +243,27 @@ def _font() -> tuple[str, Path | None]:
 
 
 WIDTH, HEIGHT = 460.0, 310.0
-# Where a plot begins, below its legend and the name of its upright axis.
+# The upper edge of a plot, below its legend and the name of its y axis.
 TOP = 50.0
 
 
-# One color for one thing on the whole page. A baseline has its method's; the other methods take those that are left.
-WINNER_COLOUR = "c0"
-METHOD_COLOURS = {"linear_probe": "c1", "zero_shot": "c2"}
+# A color has one meaning on the whole page: baselines have the color of their method, other methods the remaining ones.
+WINNER_COLOR = "c0"
+METHOD_COLORS = {"linear_probe": "c1", "zero_shot": "c2"}
 
 
-def method_colour(method: str, methods: Sequence[str]) -> str:
+def method_color(method: str, methods: Sequence[str]) -> str:
     """The color of a method among those of a page."""
-    others = sorted(set(methods) - METHOD_COLOURS.keys())
-    first = len(METHOD_COLOURS) + 1
-    return METHOD_COLOURS.get(method) or f"c{first + others.index(method) % (NUM_COLOURS - first)}"
+    others = sorted(set(methods) - METHOD_COLORS.keys())
+    first = len(METHOD_COLORS) + 1
+    return METHOD_COLORS.get(method) or f"c{first + others.index(method) % (NUM_COLORS - first)}"
 
 
 @dataclass(frozen=True)
 class Figure:
     """A drawing with its file's name, heading and caption; `wide` takes the page's whole width.
 
-    `data` are the numbers that it is drawn from, a row of headings first.
+    `data` has a row of headings and then the plotted numbers.
     """
 
     name: str
@@ -274,13 +274,13 @@ class Figure:
     wide: bool = False
 
     def csv(self) -> str:
-        """Its numbers as CSV: accuracies and shares as fractions."""
+        """The plotted numbers as CSV: accuracies and shares as fractions."""
         return "".join(csv_line(map(_figure_cell, row)) for row in self.data)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as words; columns from `first_number` on are numbers."""
+    """A table of texts; columns from `first_number` on are numbers."""
 
     name: str
     title: str
@@ -295,12 +295,12 @@ class Table:
         return "".join(map(csv_line, [map(escape_cell, self.header), *rows]))
 
     def _cell(self, cell: str, column: int) -> str:
-        """A number, or the dash of an absent one, stays as it is; a text mustn't become a formula."""
+        """A number or the dash of a missing one is unchanged; texts are escaped, so that none becomes a formula."""
         is_number = cell == "-" or (column >= self.first_number and _NUMBER.fullmatch(cell))
         return cell if is_number else escape_cell(cell)
 
     def latex(self) -> str:
-        """The table in the papers' form, for booktabs."""
+        """The table in LaTeX, for the package booktabs."""
         columns = "l" * self.first_number + "c" * (len(self.header) - self.first_number)
         lines = [
             f"\\begin{{tabular}}{{{columns}}}",

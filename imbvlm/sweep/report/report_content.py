@@ -1,4 +1,4 @@
-"""What a report says, section by section, before any of it is HTML."""
+"""The content of a report, section by section, independent of HTML."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Two classes that are taken for each other, with pictures (data: URIs) of some of the images."""
+    """A class and the class that it is taken for, with some of the images as data: URIs."""
 
-    words: tuple[str, str]
+    class_names: tuple[str, str]
     detail: str
     images: tuple[str, ...]
 
@@ -47,7 +47,7 @@ class ConfusedPairs:
 
 @dataclass(frozen=True)
 class CollapsedTable:
-    """A long table, closed at first."""
+    """A long table, initially closed."""
 
     table: Table
 
@@ -70,22 +70,26 @@ class ReportSection:
     title: str
     blocks: list[Block] = field(default_factory=list)
 
+    def add(self, *blocks: Block | None) -> None:
+        """Append blocks; None stands for a block that the sweep has no data for."""
+        self.blocks += [block for block in blocks if block is not None]
+
 
 @dataclass(frozen=True)
 class HeadlineNumber:
-    """One number of the headline."""
+    """A number of the headline."""
 
     label: str
     value: str
-    # The same of what it stands beside.
+    # The same number of other models.
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything on the page: `beside` goes on from the statement; `extra_tables` are only written beside the page.
+    """Everything on the page: `beside` continues the statement; `extra_tables` are written to files only.
 
-    `facts_note` says what the headline's numbers are of. `notes` are sentences on what the page lacks.
+    `facts_note` says which model the headline's numbers belong to. `notes` name everything that the page lacks.
     """
 
     title: str
@@ -101,7 +105,7 @@ class ReportContent:
 
 
 def build(source: ReportData) -> ReportContent:
-    """The report of what a sweep's folder holds by now."""
+    """Build the report of a sweep's present state."""
     classes, notes = _classes(source)
     sections = [_result(source), classes, _search(source), _mattered(source), _compute(source), _data(source)]
     statement, beside, is_win = _statement(source)
@@ -124,17 +128,17 @@ def build(source: ReportData) -> ReportContent:
 
 
 def _statement(source: ReportData) -> tuple[str, str, bool]:
-    """The result beside the best baseline, beside the others, and whether it is a win."""
+    """The result against the nearest baseline, against the others, and whether it is a win."""
     best = source.log.best(source.spec.objective)
     if not best:
         return "No trial has given a result yet.", "", False
     winner = source.winner
-    found = None if winner is None else verdict_on_test(source.log, winner.records, "the winner")
-    if found is None:
+    on_test = None if winner is None else verdict_on_test(source.log, winner.records, "the winner")
+    if on_test is None:
         sentence = verdict(source.log, source.spec)
-        beside = "No test split has been scored: it takes images in a folder test/ beside train/, or --test-share."
+        beside = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
         return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
-    return found.statement, found.beside, found.is_win
+    return on_test.statement, on_test.beside, on_test.is_win
 
 
 def _facts(source: ReportData) -> list[HeadlineNumber]:
@@ -152,57 +156,57 @@ def _facts(source: ReportData) -> list[HeadlineNumber]:
                 name = "as trained" if other is winner else title_in(other.name, split)
                 if theirs and (other, split) != (winner, exported):
                     note.append(f"{name} {percent(statistics.fmean(theirs))}")
-            facts.append(HeadlineNumber(_group_words(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
+            facts.append(HeadlineNumber(_group_name(group), f"{percent(statistics.fmean(values))} %", tuple(note)))
     elif best:
         others = source.log.best(source.spec.objective, "baseline")[:2]
-        known = [(one.name, one.best_epoch(source.spec.objective) or {}) for one in others]
+        baselines = [(record.name, record.best_epoch(source.spec.objective) or {}) for record in others]
         epoch = best[0].best_epoch(source.spec.objective) or {}
         for group in ("balanced", "top1", *SHOT_GROUPS):
             key = f"val/{group}_accuracy"
-            note = [f"{name} {percent(theirs[key])}" for name, theirs in known if key in theirs]
+            note = [f"{name} {percent(theirs[key])}" for name, theirs in baselines if key in theirs]
             if key in epoch:
                 facts.append(
-                    HeadlineNumber(f"{_group_words(group)}, validation", f"{percent(epoch[key])} %", tuple(note))
+                    HeadlineNumber(f"{_group_name(group)}, validation", f"{percent(epoch[key])} %", tuple(note))
                 )
     return facts
 
 
 def _facts_note(source: ReportData) -> str:
-    """The model of the headline's numbers, and the numbers of the one seed whose weights are exported."""
+    """The model that the headline's numbers belong to, and the numbers of the seed whose weights are exported."""
     winner = source.winner
     if winner is None or not source.has_test:
         return ""
     split, first = winner.splits[-1], winner.records[0]
     config, num_seeds = first.trial_config(), len(winner.records)
     how = "adjusted post hoc, as imbvlm export gives it" if split == POST_HOC else "as imbvlm export gives it"
-    words = f"Large numbers: the winner {how}, on the test split"
+    text = f"Large numbers: the winner {how}, on the test split"
     if num_seeds > 1 and config.train is not None:
         keys = (("balanced", "balanced_accuracy"), ("overall", "top1_accuracy"))
         alone = [f"{name} {percent(values[0])}" for name, key in keys if (values := winner.values_in(split, key))]
-        words += (
+        text += (
             f", means of {num_seeds} seeds. The exported weights are those of seed {config.train.seed}: counting what "
             f"imbvlm predict gives for the test images finds {', '.join(alone)}"
         )
     crops = " imbvlm predict reads five crops of an image, and these numbers one." if config.eval.tte != "none" else ""
-    return f"{words}.{crops}"
+    return f"{text}.{crops}"
 
 
-def _group_words(group: str) -> str:
+def _group_name(group: str) -> str:
     return {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
 
 
 def _subtitle(source: ReportData) -> str:
     search = source.log.of("search")
-    words = [f"{sum(record.state != 'running' for record in search)} of {source.spec.num_trials} trials"]
-    words.append(f"on {source.spec.base['data']['manifest']}")
+    parts = [f"{sum(record.state != 'running' for record in search)} of {source.spec.num_trials} trials"]
+    parts.append(f"on {source.spec.base['data']['manifest']}")
     if source.compute.spent.seconds:
-        words.append(f"in {duration(source.compute.spent.seconds)}")
-    return f"{', '.join(words)}; {_encoder_words(source)}"
+        parts.append(f"in {duration(source.compute.spent.seconds)}")
+    return f"{', '.join(parts)}; {_encoder_text(source)}"
 
 
-def _encoder_words(source: ReportData) -> str:
-    """The encoder of the winner, or of any trial before there is one, and the size of its images."""
-    # Fetched here: it takes seconds.
+def _encoder_text(source: ReportData) -> str:
+    """The encoder of the best trial, or of any trial before there is a best one, and the size of its images."""
+    # Imported here because it takes seconds.
     from imbvlm.models.encoders.open_clip_encoder import describe_encoder
 
     record = source.best or next(iter(source.log.records.values()))
@@ -210,7 +214,7 @@ def _encoder_words(source: ReportData) -> str:
     try:
         size = describe_encoder(encoder).image_size
     except ImbvlmError:
-        # A folder with an encoder may be gone by now, and the page has its name all the same.
+        # The folder of a local encoder may be gone; the page then shows only its name.
         return f"encoder {encoder.name}"
     return f"encoder {encoder.name} at {size} x {size} pixels"
 
@@ -219,100 +223,104 @@ def _encoder_words(source: ReportData) -> str:
 
 
 def _result(source: ReportData) -> ReportSection:
-    section, best = ReportSection("result", "Result"), source.log.best(source.spec.objective)
-    if best:
-        section.blocks.append(f"Winner: {best[0].trial_id}, {describe_trial(best[0])}.")
-        section.blocks += study_tables.study_tables(source)
-    figures = [one for one in (class_plots.shot_group_bars(source), class_plots.accuracy_over_size(source)) if one]
-    section.blocks += [Grid(figures)] if figures else []
-    tables = (score_tables.scores(source), score_tables.margins(source), study_tables.fresh_gap(source),
-              score_tables.over_seeds(source))  # fmt: skip
-    section.blocks += [table for table in tables if table]
-    if best:
-        section.blocks.append(score_tables.best_trials(source))
+    section, best = ReportSection("result", "Result"), source.best
+    if best is not None:
+        section.add(f"Winner: {best.trial_id}, {describe_trial(best)}.", *study_tables.study_tables(source))
+    section.add(
+        _grid(class_plots.shot_group_bars(source), class_plots.accuracy_over_size(source)),
+        score_tables.scores(source),
+        score_tables.margins(source),
+        study_tables.fresh_gap(source),
+        score_tables.over_seeds(source),
+        None if best is None else score_tables.best_trials(source),
+    )
     return section
 
 
+def _grid(*figures: Figure | None) -> Grid | None:
+    """The figures that the sweep has data for, side by side; None without any."""
+    available = [figure for figure in figures if figure is not None]
+    return Grid(available) if available else None
+
+
+def _columns(tables: Sequence[Table]) -> Columns | None:
+    return Columns(tables) if tables else None
+
+
 def _classes(source: ReportData) -> tuple[ReportSection, list[str]]:
-    """The section, and why it lacks images of confused pairs."""
-    section = ReportSection("classes", "Classes")
-    groups, changes = score_tables.class_groups(source), score_tables.class_changes(source)
-    section.blocks += [groups] if groups else []
-    section.blocks += [Columns(changes)] if changes else []
-    shown = source.classes
+    """The section, and a note if it lacks images of confused pairs."""
+    section, shown = ReportSection("classes", "Classes"), source.classes
     if shown is not None and (shown.split == POST_HOC or shown.num_seeds > 1):
         title = title_in(source.scored[0].name, shown.split)
-        section.blocks.insert(0, f"Classes of the model {title!r}, over its {shown.num_seeds} seeds together.")
+        section.add(f"Classes of the model {title!r}, over its {shown.num_seeds} seeds together.")
+    section.add(score_tables.class_groups(source), _columns(score_tables.class_changes(source)))
     pairs, reason = _pairs(source)
     notes = [f"Not all images of confused pairs are shown: {reason}"] if reason else []
     if pairs:
-        section.blocks += [ConfusedPairs("Confused most", pairs), *notes]
+        section.add(ConfusedPairs("Confused most", pairs), *notes)
     confused = score_tables.confused_pairs(source)
-    section.blocks += [CollapsedTable(confused)] if confused else []
-    figures = [one for one in (class_plots.sorted_classes(source), class_plots.calibration(source)) if one]
-    section.blocks += [Grid(figures)] if figures else []
+    section.add(
+        None if confused is None else CollapsedTable(confused),
+        _grid(class_plots.sorted_classes(source), class_plots.calibration(source)),
+    )
     return section, notes
 
 
 def _pairs(source: ReportData) -> tuple[list[ConfusedPair], str]:
-    """Cards of the pairs that are confused most, and why some of their images can't be shown; empty where all are."""
+    """Cards of the most confused pairs, and why some of their images can't be shown, empty if all are."""
     record = source.classes
     if record is None or not record.confusions:
         return [], ""
     manifest = read_manifest(source.spec, source.folder)
-    found, reasons = [], [manifest] if isinstance(manifest, str) else []
+    pairs, reasons = [], [manifest] if isinstance(manifest, str) else []
     for label, predicted, count, rows in score_tables.worst_pairs(record):
         share = percent(count / record.total[label])
         trained = record.stats.split_counts[label]
         detail = f"{share} % of its test images ({trained:,} training image{'s' if trained != 1 else ''})"
-        pictures, lost = ([], []) if isinstance(manifest, str) else thumbnails(manifest, "test", rows)
-        reasons += lost
-        found.append(ConfusedPair((record.class_names[label], record.class_names[predicted]), detail, tuple(pictures)))
-    return found, "; ".join([*reasons[:1], *([f"and {len(reasons) - 1:,} more"] if len(reasons) > 1 else [])])
+        images, errors = ([], []) if isinstance(manifest, str) else thumbnails(manifest, "test", rows)
+        reasons += errors
+        pairs.append(ConfusedPair((record.class_names[label], record.class_names[predicted]), detail, tuple(images)))
+    return pairs, "; ".join([*reasons[:1], *([f"and {len(reasons) - 1:,} more"] if len(reasons) > 1 else [])])
 
 
 def _search(source: ReportData) -> ReportSection:
-    figures = (
+    section = ReportSection("search", "Search")
+    figures = _grid(
         search_plots.history(source),
         search_plots.against_cost(source),
         search_plots.against_few_shot(source),
         search_plots.rung_against_end(source),
     )
-    section = ReportSection("search", "Search")
-    found = [figure for figure in figures if figure is not None]
-    front = score_tables.pareto(source)
-    section.blocks += [front] if front else []
-    section.blocks += [Grid(found), score_tables.stops(source)] if found else []
+    section.add(score_tables.pareto(source), figures, score_tables.stops(source) if figures else None)
     trials = score_tables.all_trials(source)
     if 0 < len(trials.rows) <= score_tables.MAX_ROWS:
-        section.blocks.append(CollapsedTable(trials))
+        section.add(CollapsedTable(trials))
     return section
 
 
 def _mattered(source: ReportData) -> ReportSection:
-    fair, words = search_bias_note(source)
-    # Nothing was drawn from a list, so that nothing can be said on what drawing it gave.
+    is_fair, note = search_bias_note(source)
+    # A study samples nothing, so there is no parameter to judge.
     if source.spec.study:
         return ReportSection("mattered", "What mattered")
-    section = ReportSection("mattered", "What mattered" if fair else "What may have mattered")
-    found = importances(source)
-    order = [one.key for one in found]
-    stopped = any(record.state == "stopped" for record, _ in source.valued())
-    slices, lines = search_plots.slices(source, order), search_plots.parallel(source, order)
+    section = ReportSection("mattered", "What mattered" if is_fair else "What may have mattered")
+    ranked = importances(source)
+    order = [importance.key for importance in ranked]
+    has_stopped = any(record.state == "stopped" for record, _ in source.valued())
+    slices = search_plots.slices(source, order)
     if not slices:
         return section
-    section.blocks.append(words)
-    tables = score_tables.arms(source)
-    section.blocks += [Columns(tables)] if tables else []
-    bars = search_plots.importance_bars(found)
-    section.blocks += [Grid([bars])] if bars else ["There are too few trials to say how much each parameter mattered."]
-    section.blocks.append(
-        f"Each parameter's values and what trials with them reached ({search_plots.objective_name(source)}). Colors "
+    bars = _grid(search_plots.importance_bars(ranked))
+    section.add(
+        note,
+        _columns(score_tables.strata(source)),
+        bars or "There are too few trials to say how much each parameter mattered.",
+        f"Each parameter's values and the results of their trials ({search_plots.objective_name(source)}). Colors "
         "are methods, as under Search, the ring is the winner"
-        f"{', pale marks were stopped early' if stopped else ''}, short lines are medians."
+        f"{', pale marks were stopped early' if has_stopped else ''}, short lines are medians.",
+        Grid(slices, small=True),
+        search_plots.parallel(source, order),
     )
-    section.blocks.append(Grid(slices, small=True))
-    section.blocks += [lines] if lines else []
     return section
 
 
@@ -321,24 +329,18 @@ def _compute(source: ReportData) -> ReportSection:
     search = source.log.of("search")
     seconds = sum(record.seconds() for record in search if record.ended_at)
     rows = [["search", f"{len(search)} trials, {duration(seconds)} of their own time"]]
-    for what, words in (("feature store", store_text(compute)), ("early stopping", stopping_text(compute))):
-        rows += [[what, f"{words[0].upper()}{words[1:]}."]] if words else []
+    for name, text in (("feature store", store_text(compute)), ("early stopping", stopping_text(compute))):
+        rows += [[name, f"{text[0].upper()}{text[1:]}."]] if text else []
     for rung in rungs(source):
-        known = "too few to tell" if rung.correlation is None else f"{rung.correlation:.2f}"
-        rows.append(
-            [
-                f"rung at {rung.share:.0%}",
-                f"Rank correlation with the end: {known}, over the {rung.num_trials} trials that finished.",
-            ]
-        )
+        correlation = "too few to tell" if rung.correlation is None else f"{rung.correlation:.2f}"
+        text = f"Rank correlation with the end: {correlation}, over the {rung.num_trials} trials that finished."
+        rows.append([f"rung at {rung.share:.0%}", text])
     times = phase_rows(compute)
     if times and compute.plan is None:
-        section.blocks.append(Table("time", "Where the time went", ["", "took"], [[row[0], row[2]] for row in times]))
+        section.add(Table("time", "Where the time went", ["", "took"], [[row[0], row[2]] for row in times]))
     elif times:
-        section.blocks.append(Table("time", "Where the time went", ["", "planned", "took"], times))
-    section.blocks.append(Table("compute", "Spent and spared", ["", ""], rows, 2))
-    trained = study_tables.parameters(source)
-    section.blocks += [trained] if trained else []
+        section.add(Table("time", "Where the time went", ["", "planned", "took"], times))
+    section.add(Table("compute", "Used and saved", ["", ""], rows, 2), study_tables.parameters(source))
     return section
 
 
@@ -351,15 +353,15 @@ def _data(source: ReportData) -> ReportSection:
             for group in SHOT_GROUPS
             if len(getattr(stats, group))
         )
-        section.blocks.append(
+        section.add(
             f"{stats.num_classes:,} classes ({groups}), {int(stats.split_counts.sum()):,} training images, imbalance "
             f"factor {stats.imbalance_factor:,.4g}."
         )
     table = score_tables.quarantine(source)
     if table is not None:
-        section.blocks += [f"Left out: {pluralize(len(source.quarantine), 'file')} that could not be decoded.", table]
+        section.add(f"Left out: {pluralize(len(source.quarantine), 'file')} that could not be decoded.", table)
     elif section.blocks:
-        section.blocks.append("Every file could be decoded.")
+        section.add("Every file could be decoded.")
     if source.read_at is not None:
-        section.blocks.append(f"The test split was read once, at {source.read_at}.")
+        section.add(f"The test split was read once, at {source.read_at}.")
     return section

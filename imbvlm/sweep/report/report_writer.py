@@ -1,4 +1,4 @@
-"""Writes a sweep's report: one page, or a folder with figures and tables beside it."""
+"""Writes a sweep's report: one page, or a folder with figures and tables in addition."""
 
 from __future__ import annotations
 
@@ -20,28 +20,25 @@ def write_report(
 ) -> str:
     """Write the report of a sweep's folder and return the page's location; raises ImbvlmError.
 
-    `out` is a page (.html), by default report.html in the sweep's folder, or a folder, which gets every figure as SVG,
-    PNG and the CSV of its numbers, and every table as CSV and LaTeX besides. `manifest` is where the sweep's manifest
-    is by now, and `say` is told what the page lacks.
+    `out` is a page (.html), by default report.html in the sweep's folder, or a folder. A folder also gets every figure
+    as SVG and PNG with its numbers as CSV, and every table as CSV and LaTeX. `manifest` is the manifest's present
+    location if it was moved. `say` receives a sentence on everything that is missing on the page.
     """
     storage.check_location(out or folder)
     source = ReportData.read(folder, manifest)
     report = build(source)
     for note in report.notes:
         say(note)
-    text = page(report, source.spec.to_yaml_text(), commands(source))
-    if out is None or out.endswith((".html", ".htm")):
-        uri = out or storage.join(folder, REPORT_FILE)
-        storage.write_bytes(uri, text.encode())
-        return uri
-    uri = storage.join(out, REPORT_FILE)
-    storage.write_bytes(uri, text.encode())
-    _write_parts(report, out)
+    is_page = out is not None and out.endswith((".html", ".htm"))
+    uri = out if out is not None and is_page else storage.join(out or folder, REPORT_FILE)
+    storage.write_bytes(uri, page(report, source.spec.to_yaml_text(), commands(source)).encode())
+    if out is not None and not is_page:
+        _write_parts(report, out)
     return uri
 
 
 def commands(source: ReportData) -> list[str]:
-    """What to type next."""
+    """Commands with which a reader goes on."""
     folder = source.folder
     return [
         f"imbvlm export {folder} -o my-model",
@@ -54,15 +51,15 @@ def commands(source: ReportData) -> list[str]:
 def _write_parts(report: ReportContent, out: str) -> None:
     figures, tables = parts(report)
     for figure in figures:
-        svg, place = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
+        svg, target = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
         for ending, content in (("svg", svg.encode()), ("png", png(svg)), ("csv", figure.csv().encode())):
-            storage.write_bytes(f"{place}.{ending}", content)
+            storage.write_bytes(f"{target}.{ending}", content)
     for table in tables:
-        place = storage.join(out, "tables", _file(table.name))
-        storage.write_bytes(f"{place}.csv", table.csv().encode())
-        # No paper prints a row for each of thousands of classes or trials.
+        target = storage.join(out, "tables", _file(table.name))
+        storage.write_bytes(f"{target}.csv", table.csv().encode())
+        # Papers don't print a row for each of thousands of classes or trials.
         if len(table.rows) <= MAX_LATEX_ROWS:
-            storage.write_bytes(f"{place}.tex", table.latex().encode())
+            storage.write_bytes(f"{target}.tex", table.latex().encode())
 
 
 def parts(report: ReportContent) -> tuple[list[Figure], list[Table]]:
@@ -79,8 +76,8 @@ def parts(report: ReportContent) -> tuple[list[Figure], list[Table]]:
             tables += block.tables
         elif isinstance(block, CollapsedTable):
             tables.append(block.table)
-    known = {table.name for table in tables}
-    return figures, tables + [table for table in report.extra_tables if table.name not in known]
+    names = {table.name for table in tables}
+    return figures, tables + [table for table in report.extra_tables if table.name not in names]
 
 
 def _file(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of a report: scores, best trials, arms, reasons for stopping, classes, confused pairs, quarantined files."""
+"""Tables of a report: scores, best trials, strata, reasons for stopping, classes, confused pairs, left-out files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from imbvlm.base.formatting import duration, mean_std, percent
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.longtail.metrics import per_class_accuracy
-from imbvlm.sweep.records.difference import POST_HOC, TEST, difference_on_test, title_in
+from imbvlm.sweep.records.difference import ALL_SPLITS, POST_HOC, difference_on_test, splits_of, title_in
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
@@ -29,62 +29,60 @@ NUM_BEST = 12
 NUM_CLASSES = 8
 NUM_PAIRS = 12
 MAX_ROWS = 500
-# What records say of a trial that the scheduler has stopped, and what a reader is told.
+# The reason in the record of a trial that the scheduler has stopped, and its text for readers.
 BY_SCHEDULER, STOPPED_EARLY = "by the trial scheduler", "early, since others were ahead"
 
 
 def scores(source: ReportData) -> Table | None:
-    """The refits on the test split, in the papers' form."""
+    """The refits' scores on the test split, in the form that papers use."""
     if not source.has_test:
         return None
     metrics = [*METRICS, "zero_train_accuracy", "expected_calibration_error"]
     headings = [*HEADINGS, "no training", "calibration error"]
-    kept = [
+    shown = [
         (metric, heading) for metric, heading in zip(metrics, headings, strict=True)
-        if any(one.values(f"test/{metric}") for one in source.scored)
+        if any(refit.values(f"test/{metric}") for refit in source.scored)
     ]  # fmt: skip
     rows = []
-    for one in source.scored:
-        about = [str(len(one.records)), one.records[0].views]
-        as_trained = [one.values(f"{TEST}/{metric}") for metric, _ in kept]
-        for split, how in (("test", ""), ("test_tte", ", five crops"), ("test_post_hoc", ", post hoc")):
-            values = [one.values(f"{split}/{metric}") for metric, _ in kept]
-            # Where nothing is adjusted, its row would say the same again.
-            if split == "test" or (any(values) and not (split == POST_HOC and values == as_trained)):
-                rows.append([f"{one.name}{how}", *map(mean_std, values), *about])
-    header = ["what", *(heading for _, heading in kept), "seeds", "views"]
-    caption = (
-        "Percent, means over seeds, ± their standard deviation. Trained again on all training images; test read once."
-    )
+    for refit in source.scored:
+        for split in splits_of(refit.records, [metric for metric, _ in shown], ALL_SPLITS):
+            values = (mean_std(refit.values(f"{split}/{metric}")) for metric, _ in shown)
+            rows.append([title_in(refit.name, split), *values, str(len(refit.records)), refit.records[0].views])
+    header = ["what", *(heading for _, heading in shown), "seeds", "views"]
+    caption = "Percent, means over seeds, ± their standard deviation. Retrained on all training images; test read once."
     if source.classes is not None and source.classes.averaged_over:
         caption += f" {source.classes.averaged_over}"
     return Table("scores", "Test split", header, rows, caption=caption)
 
 
 def margins(source: ReportData) -> Table | None:
-    """The gain of the winner, as it is exported, over each baseline by shot group, with its 95 % interval."""
+    """The gain of the winner as exported over each baseline by shot group, with its 95 % interval."""
     winner = source.winner
     if winner is None:
         return None
     metrics, ours = [*METRICS, "zero_train_accuracy"], winner.splits[-1]
-    kept = [
+    shown = [
         (metric, heading) for metric, heading in zip(metrics, [*HEADINGS, "no training"], strict=True)
         if winner.values(f"test/{metric}")
     ]  # fmt: skip
     rows = []
-    for other, split in [(one, split) for one in source.references for split in one.splits]:
-        found = difference_on_test(winner.records, other.records, split, other.name)
-        if found is not None:
-            gains = (_gain(winner.values_in(ours, metric), other.values_in(split, metric)) for metric, _ in kept)
-            interval = "-" if found.standard_error is None else f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-            rows.append([f"over {found.other}", *gains, interval])
+    for other, split in [(refit, split) for refit in source.references for split in refit.splits]:
+        difference = difference_on_test(winner.records, other.records, split, other.name)
+        if difference is not None:
+            gains = (_gain(winner.values_in(ours, metric), other.values_in(split, metric)) for metric, _ in shown)
+            interval = (
+                "-"
+                if difference.standard_error is None
+                else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+            )
+            rows.append([f"over {difference.other}", *gains, interval])
     if not rows:
         return None
     caption = (
-        "Points. ± is the standard deviation over seeds, of both together. The number of test images sets the "
-        "interval; a win has all of it above 0."
+        "Points. ± is the standard deviation over the seeds of both models. The number of test images determines the "
+        "interval; a win has the whole interval above 0."
     )
-    header = [winner.title, *(heading for _, heading in kept), "95 % interval (balanced)"]
+    header = [winner.title, *(heading for _, heading in shown), "95 % interval (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)
 
 
@@ -97,7 +95,7 @@ def _gain(left: list[float], right: list[float]) -> str:
 
 
 def over_seeds(source: ReportData) -> Table | None:
-    """The best few, which were run again with more seeds."""
+    """The best few trials over several seeds; None if no trial ran with more than one."""
     rows = seeds_rows(source.log, source.spec)
     if not rows:
         return None
@@ -111,14 +109,12 @@ def best_trials(source: ReportData) -> Table:
     best = source.log.best(source.spec.objective)[:NUM_BEST]
     rows = [_trial_row(source, record) for record in [*best, *_baselines(source)]]
     header = ["trial", "what", *HEADINGS, "epochs", "time", "views", "state"]
-    caption = (
-        "Percent, at each trial's best epoch; selection saw these numbers, so compare with others' on the test split."
-    )
+    caption = "Percent, at each trial's best epoch. Selection used these numbers, so compare models on the test split."
     return Table("best_trials", "Best trials", header, rows, 2, caption)
 
 
 def pareto(source: ReportData) -> Table | None:
-    """Where there are several objectives, the trials that none beats in all of them."""
+    """The Pareto set of a sweep with several objectives."""
     spec = source.spec
     rows = pareto_rows(pareto_records(source.log, spec), spec) if spec.other_objectives else []
     if not rows:
@@ -128,7 +124,7 @@ def pareto(source: ReportData) -> Table | None:
 
 
 def all_trials(source: ReportData) -> Table:
-    """Every trial of the search with what it drew."""
+    """Every trial of the search with its sampled values."""
     records = source.log.of("search")
     keys = list(dict.fromkeys(key for record in records for key in record.draw))
     rows = [
@@ -146,9 +142,9 @@ def all_trials(source: ReportData) -> Table:
     return Table("trials", "All trials", ["trial", "state", "why", "best", "epochs", "seconds", *keys], rows, 3)
 
 
-def arms(source: ReportData) -> list[Table]:
-    """For each stratified key (without any: the method), what its choices gave."""
-    found = []
+def strata(source: ReportData) -> list[Table]:
+    """The results of each value of a stratified key, or of each method without stratification."""
+    tables = []
     for key in source.spec.stratify or ["method"]:
         groups: dict[str, list[tuple[TrialRecord, float]]] = defaultdict(list)
         for record, value in source.valued():
@@ -166,28 +162,28 @@ def arms(source: ReportData) -> list[Table]:
         ]
         if len(rows) > 1:
             header = [key, "trials", "best", "median", "mean time"]
-            found.append(Table(f"arms_{key}", f"By {key}", header, rows))
-    return found
+            tables.append(Table(f"arms_{key}", f"By {key}", header, rows))
+    return tables
 
 
 def stops(source: ReportData) -> Table:
-    """Why trials ended, grouped."""
+    """Reasons why trials ended, counted."""
     counts = Counter((record.state, _reason(record)) for record in source.log.of("search"))
     rows = [[state, reason, str(count)] for (state, reason), count in counts.most_common(20)]
     return Table("stops", "Why each trial stopped", ["state", "why", "trials"], rows, 2)
 
 
 def class_changes(source: ReportData) -> list[Table]:
-    """The classes that won and lost most against the best trained baseline."""
+    """The classes with the largest gains and losses against the best trained baseline."""
     pair = compared_classes(source)
     if pair is None:
         return []
     ours, theirs, title, name = pair
     gain = per_class_accuracy(ours.correct, ours.total) - per_class_accuracy(theirs.correct, theirs.total)
-    known = np.flatnonzero(~np.isnan(gain))
-    order = known[np.argsort(-gain[known], kind="stable")]
+    valid = np.flatnonzero(~np.isnan(gain))
+    order = valid[np.argsort(-gain[valid], kind="stable")]
     header = ["class", "training images", name, title, "change"]
-    found = []
+    tables = []
     for title, key, labels in (
         (f"Gained most over {name}", "gained", [label for label in order[:NUM_CLASSES] if gain[label] > 0]),
         (f"Lost most against {name}", "lost", [label for label in order[::-1][:NUM_CLASSES] if gain[label] < 0]),
@@ -203,51 +199,50 @@ def class_changes(source: ReportData) -> list[Table]:
             for label in labels
         ]
         if rows:
-            found.append(Table(key, title, header, rows))
-    return found
+            tables.append(Table(key, title, header, rows))
+    return tables
 
 
 def class_groups(source: ReportData) -> Table | None:
-    """By shot group how many classes gain and lose against the best trained baseline, and how many are never right."""
+    """Numbers of classes by shot group that gain and lose against the best trained baseline or are never right."""
     pair = compared_classes(source)
     if pair is None:
         return None
     ours, theirs, title, name = pair
-    ours_accuracy, theirs_accuracy = (per_class_accuracy(one.correct, one.total) for one in (ours, theirs))
+    accuracies = np.stack([per_class_accuracy(results.correct, results.total) for results in (ours, theirs)])
     rows = []
     for group in SHOT_GROUPS:
         labels = getattr(ours.stats, group)
-        ours_of, theirs_of = (one[labels][~np.isnan(ours_accuracy[labels])] for one in (ours_accuracy, theirs_accuracy))
-        if len(ours_of):
-            counts = (len(ours_of), (ours_of > theirs_of).sum(), (ours_of < theirs_of).sum(), (ours_of == 0).sum(),
-                      (theirs_of == 0).sum())  # fmt: skip
+        our, their = accuracies[:, labels[~np.isnan(accuracies[0, labels])]]
+        if len(our):
+            counts = (len(our), (our > their).sum(), (our < their).sum(), (our == 0).sum(), (their == 0).sum())
             rows.append([group.replace("_", "-"), *(f"{count:,}" for count in counts)])
     header = ["", "classes", "gain", "lose", "never right", f"never right, {name}"]
-    caption = f"Classes with test images over all seeds, {title} beside {name}."
+    caption = f"Classes with test images over all seeds, {title} compared with {name}."
     return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
 
 
 def compared_classes(source: ReportData) -> tuple[PerClassResults, PerClassResults, str, str] | None:
-    """The winner's class record and that of the first baseline that has one, as they are exported, and their titles."""
-    known = [(one, one.classes) for one in source.headline if one.classes is not None]
-    if len(known) < 2 or known[0][0] is not source.winner:
+    """Results per class of the winner and of the first baseline that has them, as exported, and both titles."""
+    available = [(refit, refit.classes) for refit in source.headline if refit.classes is not None]
+    if len(available) < 2 or available[0][0] is not source.winner:
         return None
-    (winner, ours), (other, theirs), *_ = known
+    (winner, ours), (other, theirs), *_ = available
     return ours, theirs, title_in(winner.name, ours.split), title_in(other.name, theirs.split)
 
 
 def per_class(source: ReportData) -> Table | None:
-    """Every class of every refit: for files beside the page, not for the page."""
-    known = [
-        (title_in(one.name, record.split), record)
-        for one in source.scored
-        for record in (one.as_trained, one.adjusted if POST_HOC in one.splits else None)
+    """Every class of every refit: written as a file, too long for the page."""
+    columns_of = [
+        (title_in(refit.name, record.split), record)
+        for refit in source.scored
+        for record in (refit.as_trained, refit.adjusted if POST_HOC in refit.splits else None)
         if record is not None
     ]
-    if not known:
+    if not columns_of:
         return None
-    first = known[0][1]
-    columns = [(name, per_class_accuracy(record.correct, record.total)) for name, record in known]
+    first = columns_of[0][1]
+    columns = [(name, per_class_accuracy(record.correct, record.total)) for name, record in columns_of]
     rows = [
         [
             class_name,
@@ -263,7 +258,7 @@ def per_class(source: ReportData) -> Table | None:
 
 
 def worst_pairs(record: PerClassResults) -> list[tuple[int, int, int, tuple[int, ...]]]:
-    """(label, predicted, count over seeds, rows) of the pairs confused most, of equals the larger share first."""
+    """(label, predicted, count over seeds, rows) of the most confused pairs; ties go to the larger share of a class."""
     ranked = sorted(
         record.confusions.items(),
         key=lambda item: (-item[1][0], -item[1][0] / max(1, record.total[item[0][0]]), item[0]),
@@ -291,7 +286,7 @@ def confused_pairs(source: ReportData) -> Table | None:
 
 
 def quarantine(source: ReportData) -> Table | None:
-    """Files that were left out, by class."""
+    """Files that could not be decoded, by class."""
     if not source.quarantine:
         return None
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -301,12 +296,12 @@ def quarantine(source: ReportData) -> Table | None:
         [name, group.replace("_", "-"), str(len(reasons)), Counter(reasons).most_common(1)[0][0]]
         for (name, group), reasons in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
-    header = ["class", "shot group", "files", "commonest reason"]
+    header = ["class", "shot group", "files", "most common reason"]
     return Table("quarantine_by_class", "Left out, by class", header, rows[:MAX_ROWS], 4)
 
 
 def _baselines(source: ReportData) -> list[TrialRecord]:
-    """The best first, those without a value last."""
+    """The baselines, the best first, those without a value last."""
     return sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))
 
 
@@ -328,5 +323,5 @@ def _trial_row(source: ReportData, record: TrialRecord) -> list[str]:
 
 
 def _reason(record: TrialRecord) -> str:
-    # Each epoch would be a group of its own otherwise.
+    # The record's reason names the epoch, which would make a group for each one.
     return STOPPED_EARLY if record.state == "stopped" else record.stop_reason or "still running"

@@ -1,4 +1,4 @@
-"""Figures of the search: history, cost, few-shot accuracy, slices, parallel coordinates, importance."""
+"""Figures of the search: history, cost, few-shot accuracy, rungs, importance, slices, parallel coordinates."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from imbvlm.sweep.report.plotting import (
     RING,
     TOP,
     WIDTH,
-    WINNER_COLOUR,
+    WINNER_COLOR,
     Drawing,
     Figure,
     Point,
     Scale,
     frame,
     legend,
-    method_colour,
+    method_color,
     number,
     percent_tick,
     spread,
 )
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.report_statistics import Importance, pareto_front, rungs
+from imbvlm.sweep.report.report_statistics import Importance, rungs
+from imbvlm.sweep.spec.objectives import SECONDS, pareto_indices
 
 MAX_AXES = 9
 MAX_LINES = 400
@@ -43,20 +44,20 @@ def objective_name(source: ReportData) -> str:
 
 
 def methods(source: ReportData) -> list[str]:
-    """The methods of the search's trials; their place is their colour and shape."""
+    """The methods of the search's trials; a method's index determines its color and shape."""
     return sorted({str(record.config["method"]) for record in source.log.of("search")})
 
 
 @dataclass(frozen=True)
 class TrialMarks:
-    """How trials look in every figure of the search: color and shape of their method, a ring around the winner."""
+    """Marks of trials in every figure of the search: color and shape show the method, a ring shows the winner."""
 
     methods: Sequence[str]
     winner_id: str
 
     @staticmethod
     def of(source: ReportData) -> TrialMarks:
-        """The marks of a sweep's trials."""
+        """Marks for the trials of a sweep."""
         return TrialMarks(methods(source), "" if source.best is None else source.best.trial_id)
 
     def dot(
@@ -67,37 +68,39 @@ class TrialMarks:
         method = str(record.config["method"])
         stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
         title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe_trial(record)})"
-        style = f"{method_colour(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
+        style = f"{method_color(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
         drawing.dot(x, y, style, title, shape=self.methods.index(method), size=size)
         if record.trial_id == self.winner_id:
-            drawing.dot(x, y, WINNER_COLOUR, f"winner, {title}", shape=RING, size=size)
+            drawing.dot(x, y, WINNER_COLOR, f"winner, {title}", shape=RING, size=size)
 
     @property
     def legend(self) -> list[tuple[str, str, int]]:
-        """Methods and the winner's ring."""
+        """Legend entries of the methods and of the winner's ring."""
         kinds = [
-            (method.replace("_", " "), method_colour(method, self.methods), index)
+            (method.replace("_", " "), method_color(method, self.methods), index)
             for index, method in enumerate(self.methods)
         ]
-        return [*kinds, ("winner", WINNER_COLOUR, RING)]
+        return [*kinds, ("winner", WINNER_COLOR, RING)]
 
 
 def history(source: ReportData) -> Figure | None:
-    """Each trial in the order of starting, with the running best."""
+    """The value of each trial in the order of starting, and the best value so far."""
     pairs = source.valued()
     if not pairs:
         return None
     drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     numbers = [int(record.trial_id[1:]) for record, _ in pairs]
-    references = [(one, value) for one in source.log.of("baseline") if (value := source.value(one)) is not None]
+    references = [
+        (record, value) for record in source.log.of("baseline") if (value := source.value(record)) is not None
+    ]
     low, high = min(value for _, value in pairs), max(value for _, value in pairs)
-    # A baseline far away would press the trials into a line; its number is in the tables.
-    references = [(one, value) for one, value in references if value > low - (high - low)]
+    # A baseline far below would compress the trials into a line; tables have its value.
+    references = [(record, value) for record, value in references if value > low - (high - low)]
     x = spread([*numbers, 1], 52, WIDTH - 12, pad=0.03)
     y = spread([value for _, value in [*pairs, *references]], HEIGHT - 46, TOP)
     frame(drawing, x, y, ("trial", objective_name(source)), x_format=_whole, y_format=percent_tick)
     for record, value in references:
-        style = method_colour(str(record.config["method"]), [*marks.methods, str(record.config["method"])])
+        style = method_color(str(record.config["method"]), [*marks.methods, str(record.config["method"])])
         drawing.line([(x.start, y(value)), (x.end, y(value))], style, width=1.4, dash="5 4", title=record.name)
         drawing.text(x.end - 2, y(value) - 4, record.name, anchor="end", style="muted", size=11)
     best, steps = -math.inf, list[Point]()
@@ -107,7 +110,7 @@ def history(source: ReportData) -> Figure | None:
         steps.append((x(number_), y(best)))
     drawing.line(steps, "faint", width=1.8)
     data = [_row(record, value) for record, value in pairs]
-    data += [[one.trial_id, one.name, one.state, value] for one, value in references]
+    data += [[record.trial_id, record.name, record.state, value] for record, value in references]
     for number_, (record, value) in zip(numbers, pairs, strict=True):
         marks.dot(drawing, x(number_), y(value), record, value)
     legend(drawing, 52, 14, marks.legend)
@@ -118,7 +121,7 @@ def history(source: ReportData) -> Figure | None:
 
 
 def against_cost(source: ReportData) -> Figure | None:
-    """Accuracy against seconds with the Pareto front."""
+    """Accuracy against seconds, with the Pareto front."""
     pairs = [(record, value) for record, value in source.valued() if record.ended_at is not None]
     if not pairs:
         return None
@@ -130,8 +133,9 @@ def against_cost(source: ReportData) -> Figure | None:
         drawing, x, y, ("seconds of a trial, its start included", objective_name(source)),
         x_format=number, y_format=percent_tick,
     )  # fmt: skip
-    front = pareto_front(costs, [value for _, value in pairs])
-    _front_line(drawing, [(x(costs[index]), y(pairs[index][1])) for index in front])
+    points = [(cost, value) for cost, (_, value) in zip(costs, pairs, strict=True)]
+    front = pareto_indices(points, (SECONDS, source.spec.objective))
+    _front_line(drawing, x, y, [points[index] for index in front])
     for cost, (record, value) in zip(costs, pairs, strict=True):
         marks.dot(drawing, x(cost), y(value), record, value, f", {duration(cost)}")
     legend(drawing, 52, 14, marks.legend)
@@ -144,7 +148,7 @@ def against_cost(source: ReportData) -> Figure | None:
 
 
 def against_few_shot(source: ReportData) -> Figure | None:
-    """Overall against few-shot accuracy (or the smallest group that there is) at each trial's best epoch."""
+    """Overall against few-shot accuracy, or medium-shot without few-shot classes, at each trial's best epoch."""
     for group in ("few_shot", "medium_shot"):
         points = []
         for record, value in source.valued():
@@ -163,25 +167,25 @@ def against_few_shot(source: ReportData) -> Figure | None:
         drawing, x, y, (f"{name} accuracy, validation (%)", "overall accuracy, validation (%)"),
         x_format=percent_tick, y_format=percent_tick,
     )  # fmt: skip
-    front = pareto_front([-few for _, _, few, _ in points], [top for *_, top in points])
-    _front_line(drawing, [(x(points[index][2]), y(points[index][3])) for index in front])
+    accuracies = [(few, top) for _, _, few, top in points]
+    front = pareto_indices(accuracies, (f"val/{group}_accuracy", "val/top1_accuracy"))
+    _front_line(drawing, x, y, [accuracies[index] for index in front])
     for record, value, few, top in points:
-        words = f", {name} {percent(few)}, overall {percent(top)}"
-        marks.dot(drawing, x(few), y(top), record, value, words)
+        marks.dot(drawing, x(few), y(top), record, value, f", {name} {percent(few)}, overall {percent(top)}")
     legend(drawing, 52, 14, marks.legend)
     data = [[*_row(record, value), few, top, index in front] for index, (record, value, few, top) in enumerate(points)]
     return Figure(
-        "few_shot", f"Overall against {name} accuracy", "What the head pays for the tail, and the Pareto front.",
+        "few_shot", f"Overall against {name} accuracy", "The trade-off of head and tail, and the Pareto front.",
         drawing, [[*_HEADER, f"{group}_accuracy", "top1_accuracy", "on_front"], *data],
     )  # fmt: skip
 
 
 def rung_against_end(source: ReportData) -> Figure | None:
-    """What trials that finished had at ASHA's first rung, against their best."""
-    found = rungs(source)
-    if not found or found[0].num_trials < 2:
+    """The best values of finished trials against their values at ASHA's first rung."""
+    all_rungs = rungs(source)
+    if not all_rungs or all_rungs[0].num_trials < 2:
         return None
-    rung, drawing, marks = found[0], Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    rung, drawing, marks = all_rungs[0], Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
     x = spread([early for _, early, _ in rung.pairs], 52, WIDTH - 12)
     y = spread([value for *_, value in rung.pairs], HEIGHT - 46, TOP)
     frame(
@@ -191,41 +195,41 @@ def rung_against_end(source: ReportData) -> Figure | None:
     for record, early, value in rung.pairs:
         marks.dot(drawing, x(early), y(value), record, value, f", {percent(early)} % at the rung")
     legend(drawing, 52, 14, marks.legend)
-    known = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
-    caption = f"{known}Trials that finished alone: how those that were stopped would have ended isn't known."
+    correlation = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
+    caption = f"{correlation}Finished trials only: it is unknown how stopped trials would have ended."
     data = [[*_row(record, value), early] for record, early, value in rung.pairs]
     header = [*_HEADER, "at_the_rung"]
     return Figure("rung", "Where early stopping decides, and the end", caption, drawing, [header, *data])
 
 
-def importance_bars(found: list[Importance]) -> Figure | None:
-    """Each parameter's share, largest first."""
-    if not found:
+def importance_bars(importances: list[Importance]) -> Figure | None:
+    """The importance of each parameter, the largest first."""
+    if not importances:
         return None
-    rows = found[:12]
+    rows = importances[:12]
     drawing = Drawing(WIDTH, 40 + 24 * len(rows))
-    left = 12 + 6.6 * max(len(one.key) for one in rows)
-    for index, one in enumerate(rows):
+    left = 12 + 6.6 * max(len(importance.key) for importance in rows)
+    for index, importance in enumerate(rows):
         top = 12 + 24 * index
-        width = (WIDTH - left - 60) * one.share / max(rows[0].share, 1e-9)
-        drawing.text(left - 8, top + 13, one.key, anchor="end")
-        drawing.bar(left, top + 2, max(width, 1), 15, "faint", f"{one.key}: {percent(one.share)} %")
-        drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(one.share)} %", style="muted")
-    caption = "Share of what tells the best quarter of the trials from all that had the parameter."
-    data: list[list[object]] = [[one.key, one.share, one.num_trials] for one in found]
+        width = (WIDTH - left - 60) * importance.share / max(rows[0].share, 1e-9)
+        drawing.text(left - 8, top + 13, importance.key, anchor="end")
+        drawing.bar(left, top + 2, max(width, 1), 15, "faint", f"{importance.key}: {percent(importance.share)} %")
+        drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(importance.share)} %", style="muted")
+    caption = "Share in the difference between the best quarter of the trials with the parameter and all of them."
+    data: list[list[object]] = [[importance.key, importance.share, importance.num_trials] for importance in importances]
     header = ["parameter", "share", "trials"]
     return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
 
 
 def slices(source: ReportData, order: Sequence[str]) -> list[Figure]:
-    """The objective over each drawn key's values, a small figure a key, all of one scale."""
-    found = []
+    """The objective over the values of each sampled key: a small figure per key, all on one scale."""
+    figures = []
     for key in [*order, *(key for key in _keys(source) if key not in order)][:MAX_SLICES]:
         pairs = [(record, value) for record, value in source.valued() if key in record.draw]
         if len({repr(record.draw[key]) for record, _ in pairs}) > 1:
             data = [[*_row(record, value), record.draw[key]] for record, value in pairs]
-            found.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs), [[*_HEADER, key], *data]))
-    return found
+            figures.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs), [[*_HEADER, key], *data]))
+    return figures
 
 
 def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
@@ -233,13 +237,15 @@ def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]])
     crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
     drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
     y = spread([value for _, value in source.valued()], 190, 14)
-    x, places = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
-    frame(drawing, x, y, ("", ""), x_format=number if places is None else None, y_format=percent_tick, num_ticks=(4, 4))
+    x, positions = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
+    frame(
+        drawing, x, y, ("", ""), x_format=number if positions is None else None, y_format=percent_tick, num_ticks=(4, 4)
+    )
     for index, (record, value) in enumerate(pairs):
-        # Beside each other where they would hide each other.
-        at = x(record.draw[key]) if places is None else places[repr(record.draw[key])] + (index % 7 - 3) * 2.2
+        # Trials with the same value are drawn side by side, so that they don't hide each other.
+        at = x(record.draw[key]) if positions is None else positions[repr(record.draw[key])] + (index % 7 - 3) * 2.2
         marks.dot(drawing, at, y(value), record, value, f", {key} {format_value(key, record.draw[key])}", size=3)
-    for name, at in (places or {}).items():
+    for name, at in (positions or {}).items():
         values = [value for record, value in pairs if repr(record.draw[key]) == name]
         middle = y(statistics.median(values))
         drawing.line([(at - 14, middle), (at + 14, middle)], "faint", title=f"median of {len(values)}")
@@ -252,7 +258,7 @@ def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]])
 
 
 def parallel(source: ReportData, order: Sequence[str]) -> Figure | None:
-    """Trials as lines over the drawn keys, the most important first; the winner and the best tenth stand out."""
+    """Trials as lines over the sampled keys, the most important first; the winner and the best tenth stand out."""
     winner = TrialMarks.of(source).winner_id
     pairs = sorted(source.valued(), key=lambda pair: (pair[0].trial_id == winner, pair[1]))[-MAX_LINES:]
     keys = [*order, *(key for key in _keys(source) if key not in order)][:MAX_AXES]
@@ -260,36 +266,36 @@ def parallel(source: ReportData, order: Sequence[str]) -> Figure | None:
         return None
     width, height = 1000.0, 360.0
     drawing, top, bottom = Drawing(width, height), 46.0, height - 44.0
-    # The first name is centred on its axis.
+    # The first name is centered on its axis.
     left = max(60.0, 3.4 * len(keys[0]))
     gap = (width - 60 - left) / len(keys)
-    places = [left + index * gap for index in range(len(keys) + 1)]
+    positions = [left + index * gap for index in range(len(keys) + 1)]
     columns = [_parallel_axis(source, key, pairs, top, bottom - 26) for key in keys]
     goal = spread([value for _, value in pairs], bottom - 26, top)
     num_best = max(1, len(pairs) // 10)
     for rank, (record, value) in enumerate(pairs):
         points = [
             (at, column.get(repr(record.draw.get(key, NEVER)), bottom))
-            for at, key, column in zip(places, keys, columns, strict=False)
+            for at, key, column in zip(positions, keys, columns, strict=False)
         ]
         is_best, is_winner = rank >= len(pairs) - num_best, record.trial_id == winner
         title = f"{record.trial_id}: {percent(value)} % ({describe_trial(record)})"
-        style, line_width = (WINNER_COLOUR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
-        drawing.line([*points, (places[-1], goal(value))], f"{style} thread", width=line_width, title=title)
-    for at, key, column in zip(places, keys, columns, strict=False):
+        style, line_width = (WINNER_COLOR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
+        drawing.line([*points, (positions[-1], goal(value))], f"{style} thread", width=line_width, title=title)
+    for at, key, column in zip(positions, keys, columns, strict=False):
         drawing.rule(at, top, at, bottom - 26, "axis")
         drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
         for word, y in _labels(source, key, pairs, column):
-            # Up to the next axis: 5.6 is a letter's mean width at that size.
+            # Labels end before the next axis: 5.6 pixels is a letter's mean width at this size.
             drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (5.6 * len(word))))
         if any(key not in record.draw for record, _ in pairs):
-            drawing.text(at, bottom + 16, "not drawn", anchor="middle", style="muted", size=10.5)
-    drawing.rule(places[-1], top, places[-1], bottom - 26, "axis")
+            drawing.text(at, bottom + 16, "not sampled", anchor="middle", style="muted", size=10.5)
+    drawing.rule(positions[-1], top, positions[-1], bottom - 26, "axis")
     drawing.text(width - 4, 22, "objective (%)", anchor="end", size=11.5)
     for tick in goal.ticks(5):
-        drawing.text(places[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
+        drawing.text(positions[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
     caption = (
-        "Each line is a trial; the winner is blue, the best tenth dark. A line at the bottom hasn't got that parameter."
+        "Each line is a trial; the winner is blue, the best tenth dark. A trial without a parameter is at the bottom."
     )
     data = [[*_row(record, value), *(record.draw.get(key, "") for key in keys)] for record, value in pairs]
     return Figure("parallel", "Parallel coordinates", caption, drawing, [[*_HEADER, *keys], *data], wide=True)
@@ -306,23 +312,23 @@ def _pale(source: ReportData) -> str:
 
 
 def _row(record: TrialRecord, value: float) -> list[object]:
-    """The start of a figure's numbers of a trial."""
+    """The first columns of a trial's row in a figure's CSV."""
     return [record.trial_id, str(record.config["method"]), record.state, value]
 
 
 def _keys(source: ReportData) -> list[str]:
-    """The drawn keys in the space's order."""
+    """The keys of the space in its order."""
     return list(dict.fromkeys(parameter.key for parameter in source.spec.read_space().parameters))
 
 
 def _value_axis(
     source: ReportData, key: str, values: Sequence[Any], start: float, end: float
 ) -> tuple[Scale, dict[str, float] | None]:
-    """A scale for numbers of a range; for choices the place of each value by its repr."""
+    """A scale for numbers of a range; for choices also the position of each value by its repr."""
     ranges = source.spec.read_space().of(key)
-    if all(one.kind != "choice" for one in ranges):
-        return spread(values, start, end, log=any(one.kind == "loguniform" for one in ranges)), None
-    listed = dict.fromkeys(repr(value) for one in ranges for value in (one.finite_values() or ()))
+    if all(parameter.kind != "choice" for parameter in ranges):
+        return spread(values, start, end, log=any(parameter.kind == "loguniform" for parameter in ranges)), None
+    listed = dict.fromkeys(repr(value) for parameter in ranges for value in (parameter.finite_values() or ()))
     names = [name for name in listed if name in {repr(value) for value in values}]
     step = (end - start) / len(names)
     return Scale(0, 1, start, end), {name: start + step * (index + 0.5) for index, name in enumerate(names)}
@@ -334,23 +340,23 @@ def _parallel_axis(
     values = [record.draw[key] for record, _ in pairs if key in record.draw]
     if not values:
         return {}
-    scale, places = _value_axis(source, key, values, bottom, top)
-    return places if places is not None else {repr(value): scale(value) for value in values}
+    scale, positions = _value_axis(source, key, values, bottom, top)
+    return positions if positions is not None else {repr(value): scale(value) for value in values}
 
 
 def _labels(
     source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
 ) -> list[tuple[str, float]]:
     values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
-    if all(one.kind == "choice" for one in source.spec.read_space().of(key)):
+    if all(parameter.kind == "choice" for parameter in source.spec.read_space().of(key)):
         return [(format_value(key, value), column[name]) for name, value in values.items()]
     ends = [min(values.values()), max(values.values())] if values else []
     return [(format_value(key, value), column[repr(value)]) for value in ends]
 
 
-def _front_line(drawing: Drawing, points: list[Point]) -> None:
-    if len(points) > 1:
-        drawing.line(points, "faint", width=1.8)
+def _front_line(drawing: Drawing, x: Scale, y: Scale, front: list[Point]) -> None:
+    if len(front) > 1:
+        drawing.line([(x(left), y(right)) for left, right in sorted(front)], "faint", width=1.8)
 
 
 def _whole(value: float) -> str:

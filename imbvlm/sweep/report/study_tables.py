@@ -1,4 +1,4 @@
-"""Tables of a study: scores of every listed configuration, what each costs, and what fresh crops would change."""
+"""Tables of a study: scores and costs of every listed configuration, and the effect of fresh crops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import mean_std
+from imbvlm.sweep.records.difference import FIVE_CROPS, TEST, splits_of
 from imbvlm.sweep.records.refit_selection import fresh_name, listed_names
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -27,7 +28,7 @@ SCORES = {
     "macro_f1": "F1",
 }
 FOLDER = "tables"
-_Found = Mapping[str, tuple[TrialRecord | None, ScoredRefit | None]]
+_Configurations = Mapping[str, tuple[TrialRecord | None, ScoredRefit | None]]
 NUM_WORDS = 2
 
 
@@ -35,68 +36,72 @@ def study_tables(source: ReportData) -> list[Table]:
     """The study's tables in the spec's order."""
     if not source.spec.study:
         return []
-    found = _configurations(source)
-    return [(_cost if one.columns == "cost" else _scores)(source, one, found) for one in source.spec.study]
+    configurations = _configurations(source)
+    return [
+        (_cost if table.columns == "cost" else _scores)(source, table, configurations) for table in source.spec.study
+    ]
 
 
 def write_tables(folder: str, tables: Sequence[Table]) -> None:
-    """Write each table as CSV and LaTeX into tables/ of a sweep's folder."""
+    """Write each table as CSV and as LaTeX into tables/ of a sweep's folder."""
     for table in tables:
         for ending, text in (("csv", table.csv()), ("tex", table.latex())):
             storage.write_bytes(storage.join(folder, FOLDER, f"{table.name}.{ending}"), text.encode())
 
 
 def fresh_gap(source: ReportData) -> Table | None:
-    """What fresh crops in place of stored views change, per shot group, in points; None without such runs."""
+    """The effect of fresh crops in place of stored views by shot group, in points; None without such runs."""
     rows = []
-    for one in source.scored:
-        fresh = next((other for other in source.scored if other.name == fresh_name(one.name)), None)
+    for stored in source.scored:
+        fresh = next((other for other in source.scored if other.name == fresh_name(stored.name)), None)
         if fresh is None:
             continue
-        rows.append([one.name, one.records[0].views, str(len(one.records)), *_means(one)])
+        rows.append([stored.name, stored.records[0].views, str(len(stored.records)), *_means(stored)])
         rows.append([fresh.name, fresh.records[0].views, str(len(fresh.records)), *_means(fresh)])
-        rows.append(["difference", "", "", *(_difference(one, fresh, metric) for metric in METRICS)])
+        rows.append(["difference", "", "", *(_difference(stored, fresh, metric) for metric in METRICS)])
     if not rows:
         return None
     caption = (
-        "Percent, test split; the difference in points, fresh crops less stored views, ± the standard deviation over "
-        "seeds of both together."
+        "Percent, test split; the difference in points, fresh crops minus stored views, ± the standard deviation over "
+        "the seeds of both."
     )
     return Table("fresh_crops", "Stored views and fresh crops", ["what", "views", "seeds", *HEADINGS], rows, 2, caption)
 
 
-def _scores(source: ReportData, table: StudyTable, found: _Found) -> Table:
-    rows, known = list[list[str]](), published_scores(source.spec.base["data"]["manifest"])
+def _scores(source: ReportData, table: StudyTable, configurations: _Configurations) -> Table:
+    rows, published = list[list[str]](), published_scores(source.spec.base["data"]["manifest"])
     for row in table.rows:
-        record, scored = found[row.configuration]
+        record, scored = configurations[row.configuration]
         views = "-" if record is None else record.views
         if scored is None:
             rows.append([row.label, views, "0", *["-"] * len(SCORES)])
             continue
-        for what, split in ((row.label, "test"), ("  five crops", "test_tte")):
+        for split in splits_of(scored.records, list(SCORES), (TEST, FIVE_CROPS)):
             values = [mean_std(scored.values(f"{split}/{metric}")) for metric in SCORES]
-            if split == "test" or any(value != "-" for value in values):
-                rows.append([what, views, str(len(scored.records)), *values])
-        rows += [_published_row(one) for one in known if record is not None and one.is_of(record.trial_config())]
+            label = row.label if split == TEST else "  five crops"
+            rows.append([label, views, str(len(scored.records)), *values])
+        rows += [
+            _published_row(entry) for entry in published if record is not None and entry.is_of(record.trial_config())
+        ]
     caption = "Percent, test split, read once. ± is the standard deviation over seeds. Precision, recall, F1: macro."
     return Table(table.name, table.title, ["what", "views", "seeds", *SCORES.values()], rows, NUM_WORDS, caption)
 
 
-def _published_row(one: Published) -> list[str]:
-    values = [one.scores.get(metric) for metric in SCORES]
-    return [f"  {one.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
+def _published_row(published: Published) -> list[str]:
+    values = [published.scores.get(metric) for metric in SCORES]
+    return [f"  {published.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
 
 
-def _cost(source: ReportData, table: StudyTable, found: _Found) -> Table:
+def _cost(source: ReportData, table: StudyTable, configurations: _Configurations) -> Table:
     spec, rows = source.spec, list[list[str]]()
     gpus = spec.gpus_per_trial
     units = gpus or spec.cpus_per_trial
     for row in table.rows:
-        record, scored = found[row.configuration]
+        record, scored = configurations[row.configuration]
         if scored is None:
             rows.append([row.label, *["-"] * 6])
             continue
-        hours = statistics.fmean(one.seconds() for one in scored.records) * units / 3600
+        hours = statistics.fmean(record.seconds() for record in scored.records) * units / 3600
         peaks = scored.values("memory/peak_bytes")
         rows.append(
             [
@@ -110,15 +115,16 @@ def _cost(source: ReportData, table: StudyTable, found: _Found) -> Table:
     unit = "GPU-hours" if gpus else "CPU-hours"
     header = ["what", "views", unit, "peak memory (GB)", "parameters", "trained", "share (%)"]
     caption = (
-        f"{unit} of one training on all training images, its look at the test split included; the pass that stores a "
-        f"frozen tower's output is shared and not in it. Peak memory: {'of the GPU' if gpus else 'of the process'}."
+        f"{unit} of one training on all training images, including the scores on the test split. The pass that stores "
+        "a frozen encoder's output is shared and not included. "
+        f"Peak memory: {'of the GPU' if gpus else 'of the process'}."
     )
     return Table(table.name, table.title, header, rows, NUM_WORDS, caption)
 
 
 def parameters(source: ReportData) -> Table | None:
-    """What trains: parameters in total with the tower's, trained ones, their share."""
-    rows = [[one.name, *_parameter_cells(one)] for one in source.scored if one.classes is not None]
+    """Parameters of each refit: in total with the encoder's, trained ones, their share."""
+    rows = [[refit.name, *_parameter_cells(refit)] for refit in source.scored if refit.classes is not None]
     if not rows:
         return None
     return Table("parameters", "What trains", ["what", "parameters", "trained", "share (%)"], rows)
@@ -131,19 +137,19 @@ def _parameter_cells(scored: ScoredRefit) -> list[str]:
     return [f"{total:,}", f"{trained:,}", f"{100 * trained / max(1, total):.3g}"]
 
 
-def _configurations(source: ReportData) -> _Found:
-    """Of each listed configuration the search's trial, another row's where both train the same, and its refit."""
+def _configurations(source: ReportData) -> _Configurations:
+    """The search's trial and the refit of each listed configuration; equal configurations share a trial."""
     space = source.spec.read_space()
     assert isinstance(space, ListedSpace), "a study's space is a list"
     records: dict[str, TrialRecord] = {}
-    for one in source.log.of("search"):
-        records.setdefault(canonical_key(one.trial_config()), one)
-    names, scored = listed_names(source.log, source.spec), {one.name: one for one in source.scored}
-    found: dict[str, tuple[TrialRecord | None, ScoredRefit | None]] = {}
+    for trial in source.log.of("search"):
+        records.setdefault(canonical_key(trial.trial_config()), trial)
+    names, scored = listed_names(source.log, source.spec), {refit.name: refit for refit in source.scored}
+    configurations: dict[str, tuple[TrialRecord | None, ScoredRefit | None]] = {}
     for name, draw in space.configurations.items():
         record = records.get(canonical_key(source.spec.trial(draw)))
-        found[name] = (record, None if record is None else scored.get(names[record.trial_id]))
-    return found
+        configurations[name] = (record, None if record is None else scored.get(names[record.trial_id]))
+    return configurations
 
 
 def _means(scored: ScoredRefit) -> list[str]:

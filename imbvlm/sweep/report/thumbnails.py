@@ -1,4 +1,4 @@
-"""Small pictures of the images of confused pairs, as data: URIs."""
+"""Thumbnails of the images of confused pairs, as data: URIs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from imbvlm.sweep.spec.manifest_path import locate_manifest
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 SIDE = 72
-PER_PAIR = 3
+MAX_PER_PAIR = 3
 
 
 def thumbnails(manifest: Manifest, split: str, rows: tuple[int, ...]) -> tuple[list[str], list[str]]:
-    """data: URIs of the first images of a split's rows that can still be read, and why the others can't."""
-    numbers, found, reasons = manifest.rows_of(split), list[str](), list[str]()
-    for row in rows[:PER_PAIR]:
+    """data: URIs of the first readable images among a split's rows, and the errors of unreadable ones."""
+    numbers, uris, reasons = manifest.rows_of(split), list[str](), list[str]()
+    for row in rows[:MAX_PER_PAIR]:
         if row >= len(numbers):
             reasons.append(f"the manifest has no row {row:,} of the {split} split")
             continue
@@ -29,19 +29,19 @@ def thumbnails(manifest: Manifest, split: str, rows: tuple[int, ...]) -> tuple[l
         try:
             pixels = decode(fetch(entry["uri"], entry["bytes"]))
         except (ImageError, storage.StorageError) as error:
-            # The page has the pair's numbers all the same; a moved image is no reason to have no report.
+            # A moved image doesn't prevent the report: the page shows the pair's numbers without it.
             reasons.append(f"{entry['uri'] or f'row {row:,}'}: {error}")
             continue
         image = Image.fromarray(pixels)
         image.thumbnail((SIDE, SIDE))
         data = io.BytesIO()
         image.save(data, "WEBP", quality=70)
-        found.append(f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}")
-    return found, reasons
+        uris.append(f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}")
+    return uris, reasons
 
 
 def read_manifest(spec: SweepSpec, folder: str) -> Manifest | str:
-    """The manifest of the sweep in a folder, or why there is none: a report is made of the sweep's folder alone."""
+    """The manifest of the sweep in a folder, or the error: a report needs only the sweep's folder."""
     try:
         return Manifest.read(locate_manifest(spec, folder))
     except ImbvlmError as error:

@@ -74,11 +74,16 @@ def outcome(
 
 
 def pareto_indices(points: Sequence[Sequence[float]], metrics: Sequence[str]) -> list[int]:
-    """Indices of the points that no other is at least as good as in every metric and better in one."""
+    """Indices of the points that no other point beats: at least as good in every metric and better in one."""
     signs = [-1 if metric == SECONDS else 1 for metric in metrics]
     signed = [[sign * value for sign, value in zip(signs, point, strict=True)] for point in points]
 
-    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-        return all(a >= b for a, b in zip(one, other, strict=True)) and one != other
+    def beats(left: Sequence[float], right: Sequence[float]) -> bool:
+        return all(a >= b for a, b in zip(left, right, strict=True)) and left != right
 
-    return [index for index, point in enumerate(signed) if not any(beats(other, point) for other in signed)]
+    # In descending order a point comes after all points that beat it.
+    front = list[int]()
+    for index in sorted(range(len(signed)), key=lambda index: signed[index], reverse=True):
+        if not any(beats(signed[other], signed[index]) for other in front):
+            front.append(index)
+    return sorted(front)

@@ -40,7 +40,7 @@ from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.report.plotting import Drawing, png, spread
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.report_statistics import importances, pareto_front, rank_correlation, rungs
+from imbvlm.sweep.report.report_statistics import importances, rank_correlation, rungs
 from imbvlm.sweep.report.report_writer import parts, write_report
 from imbvlm.sweep.report.score_tables import compared_classes
 
@@ -173,7 +173,7 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
         assert [*dict.fromkeys(row[0] for row in figures[name].data[1:])] == (
             ["winner, post hoc", "linear probe, post hoc", "zero-shot"]
         )
-    assert tables["class_groups"].caption.endswith("winner, post hoc beside linear probe, post hoc.")
+    assert tables["class_groups"].caption.endswith("winner, post hoc compared with linear probe, post hoc.")
     mean = np.mean([float(cell) for cell in (row[4] for row in tables["per_class"].rows)])
     assert list(tables["per_class"].header[4:6]) == ["winner_accuracy", "winner, post hoc_accuracy"]
     assert mean == pytest.approx(np.mean(source.winner.values("test/balanced_accuracy")), abs=1e-4)
@@ -192,7 +192,7 @@ def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(t
         path.write_text(json.dumps(content))
     figures = {one.name: one for one in parts(build(ReportData.read(str(folder))))[0]}
     assert figures["class_size"].data[1][0] == "winner"
-    assert "has kept its classes as trained" in figures["class_size"].caption
+    assert "has stored its classes as trained" in figures["class_size"].caption
 
 
 def test_a_gain_within_the_interval_is_no_win(tmp_path):
@@ -288,7 +288,7 @@ def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
     assert "What may have mattered" in adaptive
     assert "A hint, not a finding" in adaptive
     random = page_of(write_sweep(tmp_path / "random", COUNTS, searcher={"name": "random"}))
-    assert "drawn at random" in random
+    assert "sampled at random" in random
     assert "not a finding" not in random
     stratified = page_of(write_sweep(tmp_path / "even", COUNTS, stratify=["loss.name"]))
     assert "Each choice of loss.name got the same number of trials" in stratified
@@ -349,11 +349,6 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     # A store that costs more than it spares is no gain.
     (folder / "paces.json").write_text(json.dumps({"num_train": 1, "seconds": {key: 1e-6}}))
     assert "feature store: saved nothing here" in compute_text(ResourceUsage.read(str(folder), sweep_spec(), log))
-
-
-def test_a_front_has_no_trial_that_is_slower_and_worse():
-    assert pareto_front([3, 1, 2, 2, 5], [0.9, 0.5, 0.4, 0.6, 0.8]) == [1, 3, 0]
-    assert pareto_front([], []) == []
 
 
 def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
