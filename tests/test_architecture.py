@@ -164,7 +164,7 @@ def names_of(*folders: str) -> list[str]:
         (["imbvlm.cli.app"], ("torch", "ray", "open_clip", "optuna")),
         (names_of("base", "data", "data.files", "data.images", "data.sources"), ("torch", "ray", "open_clip")),
         (names_of("config"), ("torch", "ray", "open_clip", "optuna", "pyarrow")),
-        (["imbvlm.sweep.spec"], ("torch", "ray", "optuna")),
+        (names_of("sweep.spec"), ("torch", "ray", "optuna")),
         (
             ["imbvlm.training.trial_session"],
             ("ray", "open_clip", "torchvision", "timm", "transformers", "optuna", "pandas"),

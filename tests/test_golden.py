@@ -2,7 +2,7 @@
 
 from golden.cases import covered
 
-from imbvlm.longtail.losses import LOSSES
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 

@@ -18,11 +18,12 @@ from test_datasets import spread, write_lists
 from towers import write_tower
 
 from imbvlm.base.schema import tag_of, variants
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHOD_SECTIONS
 from imbvlm.config.second_stage_registry import SecondStageConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
-from imbvlm.longtail.losses import LOSSES, loss_knobs
+from imbvlm.longtail.losses import default_options
 from imbvlm.models.model_builder import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs() -> 
         assert re.fullmatch(r"\d+ ms", step)
         assert pays
         knobs = set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1]))
-        assert knobs - {"prior", "reweight_from"} == set(loss_knobs(name)) - {"reweight"}
+        assert knobs - {"prior", "reweight_from"} == set(default_options(name)) - {"reweight"}
 
 
 def test_links_lead_to_files() -> None:
@@ -229,15 +230,13 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster: str, tmp_pat
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     text = section("A loss of your own")
-    function, line, knobs, formula = code_blocks(text, "python")
+    function, options, entry, formula = code_blocks(text, "python")
     row = "| `poly1` | `epsilon` | polynomial | 9 ms | it is one's own |\n| `focal`"
     for name, edits in {
-        "imbvlm/longtail/losses.py": {
-            "LOSSES: Mapping[str, LossFunction] = {\n": f"{function}\n\nLOSSES: Mapping[str, LossFunction] = {{\n{line}"
-        },
+        "imbvlm/longtail/losses.py": {"def inverse_frequency(": f"{function}\n\ndef inverse_frequency("},
         "imbvlm/config/loss_registry.py": {
-            "# Every loss of LOSSES": f"{knobs}\n\n# Every loss of LOSSES",
-            "    | LadeConfig,": "    | LadeConfig\n    | Poly1Config,",
+            "@dataclass": f"{options}\n\n@dataclass",
+            '        "focal": Loss(': f'{entry}        "focal": Loss(',
         },
         "tests/longtail/test_losses.py": {'    "focal": ({"gamma"': f'{formula}    "focal": ({{"gamma"'},
         "README.md": {"| `focal`": row},

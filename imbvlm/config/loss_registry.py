@@ -1,29 +1,58 @@
-"""The loss sections of a trial: each loss of LOSSES with its knobs."""
+"""The losses of a trial: each with its options, its function and what training must know of it. LOSSES."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section
 
 PriorCounts = Literal["sampled", "train"]
 
 
-class SmoothedLoss(Section):
-    """A loss that is a cross entropy, and so takes targets between classes."""
+class LossSection(Section):
+    """The options of one loss; `name` is its key in LOSSES.
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that all classes have alike")
+    Its function takes every option as a keyword, except two that the training loop reads: `prior`, the class counts of
+    a loss that corrects for the class prior, and `reweight_from`, after which the function gets weights (C,) as
+    `reweight`.
+    """
+
+    if TYPE_CHECKING:
+        name: str
+
+    def options(self) -> dict[str, Any]:
+        """Keyword options of the loss's function."""
+        return self.model_dump(exclude={"name", "prior", "reweight_from"})
+
+    def resolve(self, logit_scale: float) -> LossSection:
+        """The same loss with its null options set; `logit_scale` is the classifier's factor on cosine similarities."""
+        return self
+
+    def simplify(self) -> LossSection:
+        """The simplest loss that trains the same."""
+        return self
+
+
+class SmoothedLoss(LossSection):
+    """A cross entropy, which also takes targets between classes."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that goes to all classes alike")
 
 
 class CrossEntropyConfig(SmoothedLoss):
     name: Literal["cross_entropy"] = "cross_entropy"
 
 
-class FocalConfig(Section):
+class FocalConfig(LossSection):
     name: Literal["focal"] = "focal"
     gamma: float = Field(2.0, ge=0)
+
+    def simplify(self) -> LossSection:
+        return self if self.gamma else CrossEntropyConfig()
 
 
 class InverseFrequencyConfig(SmoothedLoss):
@@ -34,16 +63,24 @@ class EffectiveNumberConfig(SmoothedLoss):
     name: Literal["effective_number"] = "effective_number"
     beta: float = Field(0.9999, ge=0, lt=1)
 
+    def simplify(self) -> LossSection:
+        return self if self.beta else CrossEntropyConfig(label_smoothing=self.label_smoothing)
+
 
 class GeneralizedReweightConfig(SmoothedLoss):
     name: Literal["generalized_reweight"] = "generalized_reweight"
     exponent: float = Field(1.2, ge=0)
 
+    def simplify(self) -> LossSection:
+        if self.exponent == 0:
+            return CrossEntropyConfig(label_smoothing=self.label_smoothing)
+        return InverseFrequencyConfig(label_smoothing=self.label_smoothing) if self.exponent == 1 else self
+
 
 class BalancedSoftmaxConfig(SmoothedLoss):
     name: Literal["balanced_softmax"] = "balanced_softmax"
     prior: PriorCounts = Field(
-        "sampled", description="sampled: the counts that class sampling really gives; train: the rows'"
+        "sampled", description="sampled: the class counts that class sampling gives; train: those of the training rows"
     )
 
 
@@ -52,11 +89,17 @@ class LogitAdjustmentConfig(SmoothedLoss):
     tau: float = 1.0
     prior: PriorCounts = "sampled"
 
+    def simplify(self) -> LossSection:
+        if self.tau == 0:
+            return CrossEntropyConfig(label_smoothing=self.label_smoothing)
+        is_balanced = self.tau == 1
+        return BalancedSoftmaxConfig(label_smoothing=self.label_smoothing, prior=self.prior) if is_balanced else self
 
-class LdamConfig(Section):
+
+class LdamConfig(LossSection):
     name: Literal["ldam"] = "ldam"
     max_margin: float = Field(0.5, gt=0)
-    margin_scale: float | None = Field(None, gt=0, description="null: as the logits are scaled")
+    margin_scale: float | None = Field(None, gt=0, description="null: the scale of the classifier's logits")
     reweight_from: float | None = Field(
         None,
         ge=0,
@@ -64,24 +107,106 @@ class LdamConfig(Section):
         description="share of training after which classes are weighted by effective number; null: never",
     )
 
+    def resolve(self, logit_scale: float) -> LossSection:
+        return self.model_copy(update={"margin_scale": logit_scale}) if self.margin_scale is None else self
 
-class LadeConfig(Section):
+
+class LadeConfig(LossSection):
     name: Literal["lade"] = "lade"
     remine_lambda: float = Field(0.1, ge=0)
     weight: float = Field(0.1, ge=0)
     prior: PriorCounts = "sampled"
 
+    def simplify(self) -> LossSection:
+        return self if self.weight else BalancedSoftmaxConfig(prior=self.prior)
 
-# Every loss of LOSSES has its knobs here; a contract test keeps the two in step.
-LossConfig = Annotated[
-    CrossEntropyConfig
-    | FocalConfig
-    | InverseFrequencyConfig
-    | EffectiveNumberConfig
-    | GeneralizedReweightConfig
-    | BalancedSoftmaxConfig
-    | LogitAdjustmentConfig
-    | LdamConfig
-    | LadeConfig,
-    Field(discriminator="name"),
-]
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss: its options, its function, and what training must know of it.
+
+    `function(logits (B, C), targets, class_counts (C,), *, workers, **options)` gives a scalar. `needs_all_logits`:
+    its sums over workers depend on logits, not on targets alone. `adjustment_tau`: the tau at which logit_adjustment
+    is the same loss, so that a pack computes both at once.
+    """
+
+    config: type[LossSection]
+    function: Lazy
+    summary: str
+    paper: str
+    needs_all_logits: bool = False
+    adjustment_tau: float | None = None
+
+    @property
+    def takes_soft_targets(self) -> bool:
+        """Whether targets may be shares of the classes (B, C)."""
+        return issubclass(self.config, SmoothedLoss)
+
+
+LOSSES = Registry(
+    "loss",
+    {
+        "cross_entropy": Loss(
+            CrossEntropyConfig,
+            Lazy("imbvlm.longtail.losses:cross_entropy"),
+            summary="Softmax cross entropy, every image alike.",
+            paper="Szegedy et al., CVPR 2016 (label smoothing)",
+            adjustment_tau=0.0,
+        ),
+        "focal": Loss(
+            FocalConfig,
+            Lazy("imbvlm.longtail.losses:focal"),
+            summary="Gives easy examples less weight.",
+            paper="Lin et al., ICCV 2017",
+        ),
+        "inverse_frequency": Loss(
+            InverseFrequencyConfig,
+            Lazy("imbvlm.longtail.losses:inverse_frequency"),
+            summary="Weights each class by the inverse of its number of images.",
+            paper="Wang et al., IJCV 2023",
+        ),
+        "effective_number": Loss(
+            EffectiveNumberConfig,
+            Lazy("imbvlm.longtail.losses:effective_number"),
+            summary="Weights each class by the inverse of its effective number of images.",
+            paper="Cui et al., CVPR 2019",
+        ),
+        "generalized_reweight": Loss(
+            GeneralizedReweightConfig,
+            Lazy("imbvlm.longtail.losses:generalized_reweight"),
+            summary="Weights each class by a power of its number of images.",
+            paper="Zhang et al., CVPR 2021",
+        ),
+        "balanced_softmax": Loss(
+            BalancedSoftmaxConfig,
+            Lazy("imbvlm.longtail.losses:balanced_softmax"),
+            summary="Adds the logarithm of the class prior to the logits.",
+            paper="Ren et al., NeurIPS 2020",
+            adjustment_tau=1.0,
+        ),
+        "logit_adjustment": Loss(
+            LogitAdjustmentConfig,
+            Lazy("imbvlm.longtail.losses:logit_adjustment"),
+            summary="Adds tau times the logarithm of the class prior to the logits.",
+            paper="Menon et al., ICLR 2021",
+        ),
+        "ldam": Loss(
+            LdamConfig,
+            Lazy("imbvlm.longtail.losses:ldam"),
+            summary="Demands a larger margin of rarer classes.",
+            paper="Cao et al., NeurIPS 2019",
+        ),
+        "lade": Loss(
+            LadeConfig,
+            Lazy("imbvlm.longtail.losses:lade"),
+            summary="Adds to balanced_softmax a regularized estimate of the prior in the logits.",
+            paper="Hong et al., CVPR 2021",
+            needs_all_logits=True,
+        ),
+    },
+)
+
+if TYPE_CHECKING:
+    LossConfig = LossSection
+else:
+    LossConfig = LOSSES.union()

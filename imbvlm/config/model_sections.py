@@ -76,6 +76,11 @@ class LinearClassifierConfig(Section):
     kind: Literal["linear"] = "linear"
     init: Literal["random", "text", "class_mean"] = "random"
 
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits that margins follow."""
+        return 1.0
+
 
 class CosineClassifierConfig(Section):
     """Cosine similarity divided by a temperature."""
@@ -83,6 +88,11 @@ class CosineClassifierConfig(Section):
     kind: Literal["cosine"] = "cosine"
     temperature: float = Field(0.04, gt=0, description="LIFT's scale of 25 is 0.04")
     init: Literal["random", "text", "class_mean"] = "random"
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on cosine similarities."""
+        return 1 / self.temperature
 
 
 ClassifierConfig = Annotated[LinearClassifierConfig | CosineClassifierConfig, Field(discriminator="kind")]

@@ -1,10 +1,10 @@
-"""Every loss, a pure function of logits (B, C), targets (B,) and class counts (C,); LOSSES and build_loss.
+"""Losses: pure functions of logits (B, C), targets (B,) and class counts (C,), and how training calls them.
 
-Adding one: a function here, a line in LOSSES, its knobs in config. All of them are sums of w l over sums of w, so that
-the same function gives one process its loss and each of several workers a share whose average is the exact global one.
+A loss is a function here and an entry of LOSSES. Each is a sum of w l over a sum of w, so that the same function gives
+one process its loss, and each of several workers a share whose average is the exact global loss.
 
-Those of SOFT_TARGETS also take targets (B, C), each row's shares of the classes, which sum to 1: an example with a half
-of two classes counts as half an example of each, sum(t w l) / sum(t w) over rows and classes.
+Losses with `label_smoothing` also take targets (B, C): shares of the classes, which sum to 1 in each row. An example
+that is half of two classes counts as half an example of each: sum(t w l) / sum(t w) over rows and classes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 
@@ -39,9 +40,9 @@ def cross_entropy(
 ) -> Tensor:
     """-log p_y, p = softmax(z); with smoothing e the target is (1 - e) one-hot + e / C [Szegedy et al. 2016].
 
-    Other losses with `label_smoothing` have this in the place of -log p_y, with their own p and weights.
+    Other losses with `label_smoothing` use this in place of -log p_y, with their own p and weights.
     """
-    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, None, label_smoothing, workers)
+    return _cross_entropy(F.log_softmax(_at_least_float32(logits), dim=-1), targets, None, label_smoothing, workers)
 
 
 def focal(
@@ -57,7 +58,7 @@ def focal(
     log(1 - p_y) is the log-sum-exp over the other classes: the logarithm of 1 minus a rounded p_y is -inf for a
     confident, correct example, and its gradient NaN.
     """
-    log_probs = F.log_softmax(_computing(logits), dim=-1)
+    log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
     others = log_probs.masked_fill(_is_target(log_probs, targets), torch.finfo(log_probs.dtype).min)
     return _weighted_mean(
         torch.exp(gamma * torch.logsumexp(others, dim=-1)) * _nll(log_probs, targets),
@@ -131,7 +132,7 @@ def logit_adjustment(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
-    adjusted = _computing(logits) + (tau * _log_prior(class_counts, logits)).to(_computing(logits).dtype)
+    adjusted = _at_least_float32(logits) + (tau * _log_prior(class_counts, logits)).to(_at_least_float32(logits).dtype)
     return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, workers)
 
 
@@ -147,11 +148,11 @@ def ldam(
 ) -> Tensor:
     """CE(z - margin_scale m_y on the target), m_c = max_margin n_c^-1/4 / max(n^-1/4) [Cao et al. 2019].
 
-    The maximum is over classes with images, and a class without any has the largest margin. Only the margin is
-    scaled: a cosine classifier (margin_scale = 1 / temperature) has scaled the logits already. `reweight` (C,): class
-    weights for deferred re-weighting, such as `effective_number_weights`.
+    The maximum is over classes with images; a class without any has the largest margin. Only the margin is scaled:
+    a cosine classifier (margin_scale = 1 / temperature) has already scaled the logits. `reweight` (C,): class weights
+    for deferred re-weighting, such as `effective_number_weights`.
     """
-    logits = _computing(logits)
+    logits = _at_least_float32(logits)
     margins = (max_margin * margin_scale * _margin_shares(class_counts, logits)).to(logits.dtype)
     log_probs = F.log_softmax(torch.where(_is_target(logits, targets), logits - margins, logits), dim=-1)
     weights = None if reweight is None else reweight.to(logits.device)[targets]
@@ -169,157 +170,137 @@ def lade(
 ) -> Tensor:
     """CE(z + log prior) + weight * sum_c prior_c (t_c + remine_lambda t_c^2 - mean_c) [Hong et al. 2021].
 
-    mean_c is the mean of z_c over the batch's examples of class c (0 without any), t_c the logarithm of the mean of
-    exp(z_c) / (C prior_c) over the whole batch: the regularised Donsker-Varadhan bound, as its authors published
+    mean_c is the mean of z_c over the batch's examples of class c (0 without any). t_c is the logarithm of the mean of
+    exp(z_c) / (C prior_c) over the whole batch. This is the regularized Donsker-Varadhan bound as its authors published
     it. Both take the raw logits z, not the adjusted ones.
     """
-    logits = _computing(logits)
+    logits = _at_least_float32(logits)
     estimator = _lade_estimator(
         logits, targets, _log_prior(class_counts, logits).to(logits.dtype), remine_lambda, workers
     )
     return balanced_softmax(logits, targets, class_counts, workers=workers) + weight * estimator
 
 
-LossFunction = Callable[..., Tensor]
-
-LOSSES: Mapping[str, LossFunction] = {
-    "cross_entropy": cross_entropy,
-    "focal": focal,
-    "inverse_frequency": inverse_frequency,
-    "effective_number": effective_number,
-    "generalized_reweight": generalized_reweight,
-    "balanced_softmax": balanced_softmax,
-    "logit_adjustment": logit_adjustment,
-    "ldam": ldam,
-    "lade": lade,
-}
-
-# Those that correct for the prior: `loss.prior` says which counts they are given.
-PRIOR_CORRECTING = frozenset({"balanced_softmax", "logit_adjustment", "lade"})
-# Those that are linear in their target, which may lie between classes.
-SOFT_TARGETS = frozenset(
-    name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters
-)
-# What these give the reducer depends on logits; for the others on targets alone.
-NEEDS_ALL_LOGITS = frozenset({"lade"})
-
-
 # -------------------------------------------------------------------------------------------------- building
 
 
-def loss_knobs(name: str) -> dict[str, Any]:
-    """The knobs of a loss and their defaults; raises ImbvlmError for a name that LOSSES lacks."""
-    if name not in LOSSES:
-        raise ImbvlmError(f"no loss is called {name!r}; {suggest_name(name, LOSSES)}")
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
+def default_options(name: str) -> dict[str, Any]:
+    """A loss's keyword options with their defaults; raises UnknownEntryError."""
+    parameters = inspect.signature(LOSSES[name].function.load()).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "workers"}
 
 
 _COUNTS = "class_counts"
-# Cases of logit adjustment, exactly.
-_TAUS = {"cross_entropy": 0.0, "balanced_softmax": 1.0}
 
 
 class ConfiguredLoss:
-    """A loss with its counts and knobs: (logits (B, C), targets (B,) or, with SOFT_TARGETS, (B, C)) -> scalar.
+    """A loss with its class counts and options: (logits (B, C), targets (B,) or soft targets (B, C)) -> scalar.
 
-    With several workers each gets a share whose average over workers is the exact global loss, and likewise its
+    Each of several workers gets a share whose average over workers is the exact global loss. The same holds for its
     gradient, however uneven the local batches; a local batch may be empty.
     """
 
-    def __init__(self, name: str, class_counts: Tensor, workers: WorkerGroup, knobs: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, class_counts: Tensor, workers: WorkerGroup, options: Mapping[str, Any]) -> None:
         self.name = name
+        self.entry = LOSSES[name]
         self._counts = class_counts
         self._workers = workers
-        self._knobs = dict(knobs)
+        self._options = dict(options)
 
     def over(self, workers: WorkerGroup) -> ConfiguredLoss:
-        """The same loss with another reducer."""
-        return ConfiguredLoss(self.name, self._counts, workers, self._knobs)
+        """The same loss with other workers."""
+        return ConfiguredLoss(self.name, self._counts, workers, self._options)
 
     def as_adjustment(self) -> ConfiguredLoss:
-        """Logit adjustment where the loss is a case of it, so that more losses can be computed at once."""
-        if self.name not in _TAUS:
+        """Logit adjustment where the loss is a case of it, so that more losses are computed at once."""
+        if self.entry.adjustment_tau is None:
             return self
-        return ConfiguredLoss("logit_adjustment", self._counts, self._workers, {**self._knobs, "tau": _TAUS[self.name]})
+        options = {**self._options, "tau": self.entry.adjustment_tau}
+        return ConfiguredLoss("logit_adjustment", self._counts, self._workers, options)
 
     def form(self) -> tuple[Any, ...]:
-        """Equal for losses that differ in numbers alone."""
-        return self.name, *sorted(self.varying())
+        """A key that is equal for losses that differ in numbers alone."""
+        return self.name, *sorted(self.numbers())
 
-    def varying(self) -> dict[str, Any]:
-        """Class counts and knobs that have a value, all of them numbers."""
-        return {_COUNTS: self._counts, **{name: knob for name, knob in self._knobs.items() if knob is not None}}
+    def numbers(self) -> dict[str, Any]:
+        """Class counts and the options that have a value, all of them numbers."""
+        return {_COUNTS: self._counts, **{name: value for name, value in self._options.items() if value is not None}}
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if targets.ndim > 1 and self.name not in SOFT_TARGETS:
+        """Raises ImbvlmError for soft targets where the loss takes classes only."""
+        if targets.ndim > 1 and not self.entry.takes_soft_targets:
             raise ImbvlmError(f"loss {self.name} is defined for one class, and was given targets between classes")
         if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it
             self._counts = self._counts.to(logits.device)
-        return LOSSES[self.name](logits, targets, self._counts, workers=self._workers, **self._knobs)
+        loss: Tensor = self.entry.function(logits, targets, self._counts, workers=self._workers, **self._options)
+        return loss
 
 
 def stack_losses(
     losses: Sequence[ConfiguredLoss], device: str | torch.device = "cpu"
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Each loss (M,) of its own logits, of (B, M, C) and targets (B,) for all, on the device; one worker.
+    """A function of logits (B, M, C) and shared targets (B,) that gives M losses (M,), on the device of one worker.
 
-    Losses of one name are computed at once, their knobs as tensors in float64.
+    Losses of one name are computed at once, with their options as float64 tensors.
     """
-    groups: dict[tuple[Any, ...], list[int]] = {}
     losses = [loss.as_adjustment() for loss in losses]
-    for place, loss in enumerate(losses):
-        groups.setdefault(loss.form(), []).append(place)
+    indices_by_form: dict[tuple[Any, ...], list[int]] = {}
+    for index, loss in enumerate(losses):
+        indices_by_form.setdefault(loss.form(), []).append(index)
     # Tensors go to the device here, once: a copy each step would wait for it.
-    parts = [
-        (torch.tensor(places, device=device), _one_form([losses[place] for place in places], device))
-        for places in groups.values()
+    groups = [
+        (torch.tensor(indices, device=device), _stack_one_form([losses[index] for index in indices], device))
+        for indices in indices_by_form.values()
     ]
-    order = torch.argsort(torch.cat([places for places, _ in parts]))
+    order = torch.argsort(torch.cat([indices for indices, _ in groups]))
 
-    def together(logits: Tensor, targets: Tensor) -> Tensor:
-        # In memory by member: a softmax over a strided axis takes twice as long.
+    def stacked(logits: Tensor, targets: Tensor) -> Tensor:
+        # Contiguous by member: a softmax over a strided axis takes twice as long.
         by_member = logits.transpose(0, 1).contiguous()
-        if len(parts) == 1:
-            return parts[0][1](by_member, targets)
-        return torch.cat([part(by_member[places], targets) for places, part in parts])[order]
+        if len(groups) == 1:
+            return groups[0][1](by_member, targets)
+        return torch.cat([group(by_member[indices], targets) for indices, group in groups])[order]
 
-    return together
+    return stacked
 
 
-def _one_form(losses: Sequence[ConfiguredLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Of losses with the same `form`."""
-    knobs = [loss.varying() for loss in losses]
-    stacked = {
-        name: torch.stack([torch.as_tensor(one[name], dtype=torch.float64) for one in knobs]).to(device)
-        for name in knobs[0]
+def _stack_one_form(losses: Sequence[ConfiguredLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """`stack_losses` for losses with the same `form`, on logits (M, B, C)."""
+    numbers = [loss.numbers() for loss in losses]
+    stacks = {
+        name: torch.stack([torch.as_tensor(of_loss[name], dtype=torch.float64) for of_loss in numbers]).to(device)
+        for name in numbers[0]
     }
-    function = LOSSES[losses[0].name]
+    function = losses[0].entry.function.load()
 
-    def together(logits: Tensor, targets: Tensor) -> Tensor:
-        def one(own_logits: Tensor, own_knobs: dict[str, Tensor]) -> Tensor:
-            counts = own_knobs.pop(_COUNTS)
-            return function(own_logits, targets, counts, **own_knobs)
+    def stacked(logits: Tensor, targets: Tensor) -> Tensor:
+        def member_loss(member_logits: Tensor, options: dict[str, Tensor]) -> Tensor:
+            counts = options.pop(_COUNTS)
+            loss: Tensor = function(member_logits, targets, counts, **options)
+            return loss
 
-        return torch.func.vmap(one)(logits, stacked).to(logits.dtype)
+        return torch.func.vmap(member_loss)(logits, stacks).to(logits.dtype)
 
-    return together
+    return stacked
 
 
 def build_loss(
-    name: str, class_counts: npt.ArrayLike | Tensor, *, workers: WorkerGroup | None = None, **knobs: Any
+    name: str, class_counts: npt.ArrayLike | Tensor, *, workers: WorkerGroup = SINGLE_WORKER, **options: Any
 ) -> ConfiguredLoss:
-    """A loss of LOSSES with its class counts (C,) and knobs; raises ImbvlmError for an unknown name or knob."""
-    valid = loss_knobs(name)
-    for knob in knobs:
-        if knob not in valid:
-            raise ImbvlmError(f"loss {name} has no knob {knob!r}; {suggest_name(knob, valid)}")
+    """A loss of LOSSES with its class counts (C,) and options.
+
+    Raises UnknownEntryError for an unknown name, ImbvlmError for an unknown option or counts that are not images.
+    """
+    valid = default_options(name)
+    for option in options:
+        if option not in valid:
+            raise ImbvlmError(f"loss {name} has no option {option!r}; {suggest_name(option, valid)}")
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
         raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, and is {class_counts!r}")
     if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
         raise ImbvlmError(f"class_counts must be images per class, not shares, and sum to {float(counts.sum()):g}")
-    return ConfiguredLoss(name, counts, SINGLE_WORKER if workers is None else workers, knobs)
+    return ConfiguredLoss(name, counts, workers, options)
 
 
 def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: LossOption = 0.9999) -> Tensor:
@@ -334,13 +315,13 @@ def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: LossOpt
 # ----------------------------------------------------------------------------------------------------- parts
 
 
-def _computing(logits: Tensor) -> Tensor:
-    """Half precision is too coarse for log-softmax; float64 stays."""
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in float32 or float64: half precision is too coarse for log-softmax."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _floored(class_counts: Tensor, logits: Tensor) -> Tensor:
-    """Counts in float64 for tables of weights, an empty class as half an image."""
+    """Class counts in float64 on the logits' device; an empty class counts as half an image."""
     return class_counts.to(device=logits.device, dtype=torch.float64).clamp(min=PRIOR_FLOOR)
 
 
@@ -350,14 +331,14 @@ def _log_prior(class_counts: Tensor, logits: Tensor) -> Tensor:
 
 
 def _margin_shares(class_counts: Tensor, logits: Tensor) -> Tensor:
-    """n^-1/4 over its largest value among the classes with images; 1 for a class without."""
+    """n^-1/4 (C,) over its largest value among the classes with images; 1 for a class without."""
     counts = class_counts.to(_floored(class_counts, logits))
     smallest = torch.where(counts > 0, counts, torch.inf).min()
     return (counts / smallest).clamp(min=1).pow(-0.25)
 
 
 def _is_target(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, C), true at each row's target. A mask and not a scatter, whose order of additions varies on CUDA."""
+    """Mask (B, C) of each row's target. Not a scatter, whose order of additions varies on CUDA."""
     return targets.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
 
 
@@ -368,7 +349,7 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 def _cross_entropy(
     log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
-    """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as shares of them (B, C)."""
+    """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as soft targets (B, C)."""
     if targets.ndim == 1:
         weights = None if class_weights is None else class_weights[targets]
         nll = _nll(log_probs, targets)
@@ -384,11 +365,13 @@ def _cross_entropy(
 def _weighted_cross_entropy(
     logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
-    return _cross_entropy(F.log_softmax(_computing(logits), dim=-1), targets, class_weights, label_smoothing, workers)
+    return _cross_entropy(
+        F.log_softmax(_at_least_float32(logits), dim=-1), targets, class_weights, label_smoothing, workers
+    )
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup) -> Tensor:
-    """This worker's share of the global sum(w l) / sum(w): the average of the shares is the whole. No rows: 0."""
+    """This worker's share of the global sum(w l) / sum(w), whose average over workers is the whole; 0 without rows."""
     weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
     total = workers.sum(weights.sum().detach()).clamp(min=torch.finfo(losses.dtype).tiny)
     return workers.world_size * (weights * losses).sum() / total
@@ -397,7 +380,7 @@ def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup)
 def _lade_estimator(
     logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: LossOption, workers: WorkerGroup
 ) -> Tensor:
-    """This worker's share of the negated, regularised bound, weighted by class prior."""
+    """This worker's share of LADE's negated, regularized bound, weighted by class prior."""
     prior = log_prior.exp()
     ones = torch.ones_like(targets, dtype=logits.dtype)
     class_sizes = workers.sum(logits.new_zeros(logits.shape[-1]).index_add(0, targets, ones))
@@ -407,7 +390,7 @@ def _lade_estimator(
     log_mean = _global_logsumexp(logits, workers) - torch.log(num_examples.clamp(min=1))
     second = log_mean - log_prior - math.log(logits.shape[-1])
     bound = torch.where(num_examples > 0, (prior * (second + remine_lambda * second.square())).sum(), 0)
-    # Every worker has the whole bound but gradient through its own rows alone; an average would shrink that.
+    # Every worker has the whole bound, with gradient through its own rows alone, which an average would shrink.
     return bound.detach() + workers.world_size * (bound - bound.detach() - own_means)
 
 

@@ -28,9 +28,10 @@ import torch
 from PIL import Image
 from towers import write_config
 
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.longtail.losses import LOSSES, build_loss
+from imbvlm.longtail.losses import build_loss
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS, build_model
 from imbvlm.models.model_state import count_parameters

@@ -7,6 +7,7 @@ tower_start | loading: number}: so many of an extraction's processes take memory
 Processes that compute losses, run a tower or load its images leave their id in the folder beside it.
 """
 
+import dataclasses
 import functools
 import importlib.abc
 import importlib.util
@@ -77,7 +78,16 @@ def faulty_loss(name, loss):
 
 
 def patch_losses(module):
-    module.LOSSES = {name: faulty_loss(name, loss) for name, loss in module.LOSSES.items()}
+    from imbvlm.base.registry import Lazy
+
+    class FaultyLoss(Lazy):
+        def load(self):
+            return faulty_loss(self.path.rpartition(":")[2], super().load())
+
+    module.LOSSES = {
+        name: dataclasses.replace(entry, function=FaultyLoss(entry.function.path))
+        for name, entry in module.LOSSES.items()
+    }
 
 
 def patch_tower(module):

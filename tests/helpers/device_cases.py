@@ -22,9 +22,9 @@ if __name__ == "__main__":
 import torch
 from tiny_images import TinyImages
 
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.second_stage_registry import READ_NORMS
 from imbvlm.inference.model_folder import load, write_model
-from imbvlm.longtail.losses import LOSSES
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES

@@ -1,9 +1,9 @@
 """Losses: identities, independent float64 formulas, gradients, wild inputs, exactness over workers."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,17 +12,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.loss_registry import LossConfig
-from imbvlm.longtail.losses import LOSSES, PRIOR_CORRECTING, build_loss, effective_number_weights, loss_knobs
+from imbvlm.base.schema import tag_of
+from imbvlm.config.loss_registry import LOSSES, LossConfig
+from imbvlm.longtail.losses import build_loss, default_options, effective_number_weights
 
-CONFIGS = {cls.model_fields["name"].default: cls for cls in get_args(get_args(LossConfig)[0])}
-# Knobs of a function that the training loop sets rather than the configuration.
+# An option of a function that the training loop sets rather than the configuration.
 SET_BY_THE_LOOP = {"reweight"}
-# Keys of a configuration that say what the loop gives the function.
-READ_BY_THE_LOOP = {"name", "prior", "reweight_from"}
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -38,7 +37,7 @@ def batch(rows=16, num_classes=6, seed=0, scale=2.0, dtype=torch.float64):
 
 
 def value(name, logits, targets, counts=COUNTS, **knobs):
-    return LOSSES[name](logits, targets, counts, **knobs)
+    return LOSSES[name].function(logits, targets, counts, **knobs)
 
 
 def assert_same(a, b, tolerance=1e-12):
@@ -84,7 +83,7 @@ def test_cross_entropy_is_torchs_own_with_smoothing_too():
     assert_same(value("cross_entropy", logits, targets, label_smoothing=0.1), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "label_smoothing" in loss_knobs(name)])
+@pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.takes_soft_targets])
 def test_smoothing_moves_a_share_of_the_target_to_all_classes(name):
     """None: the loss without it. All: no class is more of a target than another. In between, so much of each."""
     logits, targets = batch()
@@ -222,20 +221,34 @@ def test_a_loss_is_its_formula(name, seed):
 # ---------------------------------------------------------------------------------- contract, every loss alike
 
 
-def test_the_configuration_has_every_loss_and_every_knob():
-    assert set(CONFIGS) == set(LOSSES)
-    for name, config in CONFIGS.items():
-        knobs = loss_knobs(name)
-        assert set(config.model_fields) - READ_BY_THE_LOOP == set(knobs) - SET_BY_THE_LOOP, name
-        assert ("prior" in config.model_fields) == (name in PRIOR_CORRECTING), name
+@every_loss
+def test_the_options_of_a_loss_are_those_of_its_function(name: str) -> None:
+    entry, options = LOSSES[name], default_options(name)
+    config = entry.config()
+    assert tag_of(entry.config) == ("name", name)
+    assert TypeAdapter(LossConfig).validate_python(config.model_dump()) == config
+    assert config.options().keys() == options.keys() - SET_BY_THE_LOOP
+    assert ("reweight_from" in entry.config.model_fields) == ("reweight" in options)
+    assert entry.takes_soft_targets == ("label_smoothing" in options)
+    for option, value in config.resolve(1.0).options().items():
+        assert value == options[option], option
 
 
 @every_loss
-def test_defaults_are_those_of_the_configuration(name):
-    config = CONFIGS[name]()
-    for knob, default in loss_knobs(name).items():
-        if knob not in SET_BY_THE_LOOP and getattr(config, knob) is not None:
-            assert getattr(config, knob) == default, knob
+def test_a_loss_says_what_it_does_and_who_published_it(name: str) -> None:
+    entry = LOSSES[name]
+    assert entry.summary[0].isupper()
+    assert entry.summary.endswith(".")
+    assert re.search(r", \w+ \d{4}", entry.paper)
+    assert re.search(r"\[.+\d{4}.*\]", entry.function.load().__doc__)
+
+
+@every_loss
+def test_the_case_of_logit_adjustment_is_exact(name: str) -> None:
+    tau = LOSSES[name].adjustment_tau
+    if tau is not None:
+        logits, targets = batch()
+        assert_same(value(name, logits, targets), value("logit_adjustment", logits, targets, tau=tau), 1e-15)
 
 
 @every_loss
@@ -318,7 +331,7 @@ def test_the_order_of_classes_changes_nothing(name):
 @every_loss
 def test_a_pack_of_trials_runs_in_one_call(name):
     """Knobs as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
-    knobs = {knob: torch.tensor([0.3, 0.6, 0.9]) for knob in loss_knobs(name) if knob not in SET_BY_THE_LOOP}
+    knobs = {knob: torch.tensor([0.3, 0.6, 0.9]) for knob in default_options(name) if knob not in SET_BY_THE_LOOP}
     logits = torch.stack([batch(seed=seed)[0] for seed in range(3)])
     targets = batch()[1]
     packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, knobs)
@@ -349,12 +362,12 @@ def test_wild_inputs_stay_finite(name, data):
 # --------------------------------------------------------------------------------------------------- building
 
 
-def test_an_unknown_name_or_knob_is_refused_with_the_nearest_valid_one():
+def test_an_unknown_name_or_option_is_refused_with_the_nearest_valid_one():
     with pytest.raises(ImbvlmError, match="balanced_softmax"):
         build_loss("balanced_softmx", COUNTS)
     with pytest.raises(ImbvlmError, match="gamma"):
         build_loss("focal", COUNTS, gama=2.0)
-    with pytest.raises(ImbvlmError, match="no knob 'tau'"):
+    with pytest.raises(ImbvlmError, match="no option 'tau'"):
         build_loss("cross_entropy", COUNTS, tau=1.0)
 
 
@@ -386,6 +399,9 @@ class Threads:
 
         class Worker:
             world_size = len(shared.given)
+
+            def __init__(self) -> None:
+                self.rank = rank
 
             def _meet(self, tensor, combine):
                 assert not tensor.requires_grad
@@ -453,6 +469,10 @@ def test_no_rows_on_any_worker_is_a_loss_of_zero(name):
 
 class Gloo:
     """Workers of torch.distributed, as a training loop has them."""
+
+    @property
+    def rank(self):
+        return dist.get_rank()
 
     @property
     def world_size(self):

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.schema import tag_of, variants
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
 from imbvlm.config.second_stage_registry import READ_NORMS, SecondStageConfig
 from imbvlm.longtail.class_sampling import epoch_plan
-from imbvlm.longtail.losses import LOSSES, build_loss
+from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.models.classifier import build_classifier
 from imbvlm.models.second_stage_modules import (

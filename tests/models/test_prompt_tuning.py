@@ -15,9 +15,9 @@ from towers import CONFIGS, write_config
 
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.longtail.losses import LOSSES
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings
 from imbvlm.models.model_builder import build_model, restore_model
@@ -312,12 +312,8 @@ def test_weights_of_another_tower_are_refused(data):
 
 
 def test_margins_are_scaled_as_the_logits_are(data):
-    from imbvlm.training.step.loss_schedule import loss_knobs
-
-    config = tiny_config("prompt_tuning", loss__name="ldam")
-    assert loss_knobs(config, data.info.logit_scale)["margin_scale"] == data.info.logit_scale
-    course = build_trial(config, data)._course
-    assert course.losses_of(0)(0)._knobs["margin_scale"] == data.info.logit_scale
+    course = build_trial(tiny_config("prompt_tuning", loss__name="ldam"), data)._course
+    assert course.losses_of(0)(0).numbers()["margin_scale"] == data.info.logit_scale
 
 
 # -------------------------------------------------------------------------------------------------- configuration

@@ -21,13 +21,13 @@ from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.train_command import train_one
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import CONFIG_FILE, load, write_model
-from imbvlm.longtail.losses import LOSSES
 from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import METHODS, build_model

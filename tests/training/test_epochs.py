@@ -22,12 +22,13 @@ from tiny_data import CLASS_COUNTS, tiny_config, tiny_data
 from tiny_images import TinyImages
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.longtail.losses import LOSSES, build_loss
+from imbvlm.config.loss_registry import LOSSES
+from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.models.model_builder import METHODS
 from imbvlm.training import checkpoint
 from imbvlm.training.checkpoint import CheckpointError
-from imbvlm.training.step.loss_schedule import LossSchedule, loss_knobs
+from imbvlm.training.step.loss_schedule import LossSchedule
 from imbvlm.training.trial_run import NUM_FIRST_LOSSES, build_trial
 
 STORED = [name for name, entry in METHODS.items() if not entry.trains_tower]
@@ -374,17 +375,18 @@ def test_progressive_sampling_is_corrected_epoch_by_epoch():
 
 def test_ldams_margin_is_scaled_as_the_classifier_is():
     cosine = {"loss__name": "ldam", "classifier__kind": "cosine", "classifier__temperature": 0.05}
-    assert loss_knobs(tiny_config("linear_probe", **cosine))["margin_scale"] == pytest.approx(20)
-    linear = tiny_config("linear_probe", loss__name="ldam", classifier__kind="linear")
-    assert loss_knobs(linear)["margin_scale"] == 1
-    assert loss_knobs(tiny_config("linear_probe", **cosine, loss__margin_scale=3.0))["margin_scale"] == 3
+    linear = {"loss__name": "ldam", "classifier__kind": "linear"}
+    for overrides, scale in ((cosine, 20.0), (linear, 1.0), ({**cosine, "loss__margin_scale": 3.0}, 3.0)):
+        loss = objective(tiny_config("linear_probe", **overrides)).at_epoch(0)(0)
+        assert loss.numbers()["margin_scale"] == pytest.approx(scale)
 
 
 def test_deferred_reweighting_begins_where_it_is_asked_to():
     config = tiny_config("linear_probe", loss__name="ldam", loss__reweight_from=0.8)
     logits, labels = torch.randn(4, 6), torch.tensor([0, 0, 3, 4])
     loss_at = objective(config).at_epoch(7)
-    plain = build_loss("ldam", CLASS_COUNTS, **loss_knobs(config))(logits, labels)
+    plain = loss_at(0)(logits, labels)
+    assert plain == build_loss("ldam", CLASS_COUNTS, margin_scale=config.classifier.logit_scale)(logits, labels)
     assert loss_at(79)(logits, labels) == plain
     assert loss_at(80)(logits, labels) != plain
 

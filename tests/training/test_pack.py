@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imbvlm.base.errors import PackError
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.second_stage_registry import READ_NORMS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.trial_data import StoredRows
-from imbvlm.longtail.losses import LOSSES, build_loss, stack_losses
+from imbvlm.longtail.losses import build_loss, stack_losses
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_pack as pack_module
 from imbvlm.training.evaluator import Evaluator

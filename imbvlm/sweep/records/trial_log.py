@@ -227,7 +227,7 @@ def describe_trial(record: TrialRecord) -> str:
     loss_options = [
         f"{key} {value:.3g}"
         for key, value in loss.items()
-        if isinstance(value, (int, float)) and key in ("gamma", "tau", "exponent", "beta", "max_margin")
+        if isinstance(value, (int, float)) and key != "label_smoothing"
     ]
     parts = [
         config["method"].replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else ""),

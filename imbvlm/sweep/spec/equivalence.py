@@ -1,4 +1,4 @@
-"""When two configurations train the same thing (docs/protocol.md, Splits, counts, selection): aliases become one."""
+"""Whether two configurations train the same thing, aliases included (docs/protocol.md, Splits, counts, selection)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 
 from imbvlm.base.formatting import join_limited
 from imbvlm.base.schema import Tree
+from imbvlm.config.loss_registry import LossSection
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep
-from imbvlm.training.step.loss_schedule import loss_knobs
 
-# So many names stand in a sentence.
-NUM_NAMED = 5
+# Names listed in one sentence.
+MAX_NAMES = 5
 
 
 def canonical_key(config: TrialConfig) -> str:
     """Equal for configurations that train the same thing."""
     tree = config.to_tree()
-    # A sweep has one, whose path may have been written otherwise before.
+    # All trials of a sweep read the same manifest, though its path may be written differently.
     del tree["data"]["manifest"]
     if config.loss is not None:
-        tree["loss"] = _folded(config, tree["loss"])
+        tree["loss"] = _simplest_loss(config, config.loss)
     for key, section in (("mixing", config.mixing), ("feature_augmentation", config.feature_augmentation)):
         if section is not None and not section.is_on:
             del tree[key]
@@ -29,40 +29,31 @@ def canonical_key(config: TrialConfig) -> str:
 
 
 def untrained_configurations(sweep: ResolvedSweep) -> list[str]:
-    """Sentences on listed configurations that have no trial of their own; none where the space isn't a list."""
+    """Sentences about listed configurations without a trial of their own; none where the space isn't a list."""
     space = sweep.space
     if not isinstance(space, ListedSpace):
         return []
-    names: dict[str, list[str]] = {}
-    for name, draw in space.configurations.items():
-        names.setdefault(canonical_key(sweep.spec.trial(draw)), []).append(name)
-    found = [
+    names_by_key: dict[str, list[str]] = {}
+    for name, params in space.configurations.items():
+        names_by_key.setdefault(canonical_key(sweep.spec.trial(params)), []).append(name)
+    sentences = [
         f"{', '.join(others)} {'trains' if len(others) == 1 else 'train'} the same as {first}, and only {first} is run"
-        for first, *others in names.values()
+        for first, *others in names_by_key.values()
         if others
     ]
-    left = [first for first, *_ in names.values()][sweep.num_trials :]
-    if left:
-        mend = f"set num_trials={len(space.configurations)} to run all"
-        which = join_limited(left, NUM_NAMED)
-        found.append(f"num_trials is {sweep.num_trials} of {len(names)} listed: {which} will not run; {mend}")
-    return found
+    remaining = [first for first, *_ in names_by_key.values()][sweep.num_trials :]
+    if remaining:
+        fix = f"set num_trials={len(space.configurations)} to run all"
+        names = join_limited(remaining, MAX_NAMES)
+        sentences.append(f"num_trials is {sweep.num_trials} of {len(names_by_key)} listed: {names} will not run; {fix}")
+    return sentences
 
 
-def _folded(config: TrialConfig, loss: Tree) -> Tree:
-    if "prior" in loss and config.data.class_sampling == "instance_balanced":
-        # Sampling then gives the classes as often as training has them.
-        loss = {**loss, "prior": "train"}
-    smoothing = {"label_smoothing": loss.get("label_smoothing", 0.0)}
-    match loss:
-        case {"name": "logit_adjustment", "tau": 0} | {"name": "generalized_reweight", "exponent": 0}:
-            return {"name": "cross_entropy", **smoothing}
-        case {"name": "focal", "gamma": 0} | {"name": "effective_number", "beta": 0}:
-            return {"name": "cross_entropy", **smoothing}
-        case {"name": "logit_adjustment", "tau": 1, "prior": prior} | {"name": "lade", "weight": 0, "prior": prior}:
-            return {"name": "balanced_softmax", "prior": prior, **smoothing}
-        case {"name": "generalized_reweight", "exponent": 1}:
-            return {"name": "inverse_frequency", **smoothing}
-        case {"name": "ldam", "margin_scale": None} if config.classifier is not None:
-            return {**loss, "margin_scale": loss_knobs(config)["margin_scale"]}
-    return loss
+def _simplest_loss(config: TrialConfig, loss: LossSection) -> Tree:
+    """The options of the simplest loss that trains the same, with the class counts of its prior."""
+    resolved = loss if config.classifier is None else loss.resolve(config.classifier.logit_scale)
+    options = resolved.simplify().model_dump(mode="json")
+    if "prior" in options and config.data.class_sampling == "instance_balanced":
+        # Instance-balanced sampling gives each class its share of the training rows.
+        options["prior"] = "train"
+    return options

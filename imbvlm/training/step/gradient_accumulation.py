@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from imbvlm.longtail.losses import NEEDS_ALL_LOGITS, ConfiguredLoss
+from imbvlm.longtail.losses import ConfiguredLoss
 from imbvlm.longtail.worker_group import WorkerGroup
 
 
@@ -32,7 +32,7 @@ def backward_in_micro_batches(
     parts = [(part, part_labels) for part, part_labels in parts if len(part_labels)]
     recorder = _Recorder(world)
     logits, whole = None, loss_function.over(recorder)
-    if loss_function.name in NEEDS_ALL_LOGITS:
+    if loss_function.entry.needs_all_logits:
         with torch.no_grad():
             logits = torch.cat([forward(part) for part, _ in parts])
             value = whole(logits, labels)

@@ -17,8 +17,8 @@ from ray.tune.search import Searcher
 from towers import write_tower
 
 from imbvlm.base.errors import ConfigError
+from imbvlm.config.loss_registry import LOSSES
 from imbvlm.data.manifest import Manifest
-from imbvlm.longtail.losses import LOSSES
 from imbvlm.sweep.plan.feasibility import concurrent_trials
 from imbvlm.sweep.plan.plan_text import describe_plan
 from imbvlm.sweep.plan.sweep_plan import make_plan
