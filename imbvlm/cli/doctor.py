@@ -18,6 +18,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.version import __version__
 from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 
 State = Literal["ok", "warning", "broken"]
 SHOWN = ("torch", "ray", "optuna", "open_clip_torch", "pyarrow")
@@ -41,7 +42,7 @@ class Check:
 
 def examine(places: Sequence[str], encoders: Sequence[str]) -> list[Check]:
     """Everything: packages, machine, Ray, the places for sweeps and the weights of the towers."""
-    checks = [_packages(), _cpus(), _gpus(), _ray(), _shared_memory()]
+    checks = [_packages(), _samplers(), _cpus(), _gpus(), _ray(), _shared_memory()]
     checks += [_place(place) for place in places]
     return checks + [_tower(name) for name in encoders]
 
@@ -85,6 +86,15 @@ def _packages() -> Check:
     if wrong:
         return Check("packages", "broken", f"{python}: {'; '.join(wrong)}", "pip install --upgrade imbvlm, or -e .")
     return Check("packages", "ok", ", ".join([python, *(f"{name} {_version(name)}" for name in SHOWN)]))
+
+
+def _samplers() -> Check:
+    """The samplers that run here, and the packages that the others need."""
+    missing = {name: sampler.missing_packages() for name, sampler in SAMPLERS.items()}
+    found = ", ".join(name for name, packages in missing.items() if not packages)
+    lacking = [f"{name} needs {' and '.join(packages)}" for name, packages in missing.items() if packages]
+    mend = "pip install 'imbvlm[samplers]'" if lacking else ""
+    return Check("samplers", "ok", "; ".join([found, *lacking]), mend)
 
 
 def _version(name: str) -> str | None:

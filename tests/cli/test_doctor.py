@@ -28,7 +28,7 @@ def test_a_sound_machine_is_sound(tmp_path: Path) -> None:
     checks = doctor(str(tmp_path / "new"))
     assert {check["state"] for check in checks} <= {"ok", "warning"}
     assert [check["name"].split()[0] for check in checks] == [
-        "packages", "CPUs", "GPUs", "Ray", "shared", "storage", "tower",
+        "packages", "samplers", "CPUs", "GPUs", "Ray", "shared", "storage", "tower",
     ]  # fmt: skip
     assert not (tmp_path / "new").exists()
 

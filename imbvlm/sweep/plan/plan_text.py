@@ -15,6 +15,7 @@ from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.objectives import SECONDS
 from imbvlm.sweep.spec.search_space import ListedSpace, Params
+from imbvlm.sweep.spec.spec_checks import sampler_notes
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep, SweepSpec
 
 DRY_RUN = "dry run: nothing was started or written"
@@ -54,7 +55,8 @@ def _budget(sweep: ResolvedSweep) -> list[str]:
         pinned = f"after {num_baselines} baselines; {len(spec.first_trials)} pinned first"
         trials = [f"  trials      {spec.num_trials} of {of}, {pinned}"]
         arms = f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""
-        searcher = [f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{arms}"]
+        searcher = [f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{_random_trials(sweep)}{arms}"]
+        searcher += [f"  at random   {note}" for note in sampler_notes(sweep)]
     what = "every configuration" if spec.study else "winner and baselines"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
     return [
@@ -70,6 +72,13 @@ def _budget(sweep: ResolvedSweep) -> list[str]:
         *_confirm(spec),
         f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
     ]
+
+
+def _random_trials(sweep: ResolvedSweep) -> str:
+    number = sweep.spec.searcher.num_random_trials
+    if not number:
+        return ""
+    return f", {'all' if number >= sweep.num_trials else f'the first {number} of the'} trials at random"
 
 
 def _confirm(spec: SweepSpec) -> list[str]:

@@ -14,6 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 
 # Fewer trials do not show which parameters mattered.
@@ -120,16 +121,17 @@ def search_bias_note(source: ReportData) -> tuple[bool, str]:
     spec = source.spec
     stopped = any(record.state == "stopped" for record in source.log.of("search"))
     caveat = " Stopped trials count with their best until then." if stopped else ""
-    if spec.searcher.name == "random":
-        return True, f"All trials were sampled at random, so each value had the same chance.{caveat}"
+    sampler = SAMPLERS[spec.searcher.name]
+    if sampler.independent:
+        return True, f"All trials were sampled by {sampler.title}, so each value had the same chance.{caveat}"
     if spec.stratify:
         keys = ", ".join(spec.stratify)
         return True, (
-            f"Each choice of {keys} got the same number of trials, so these compare fairly. TPE sampled everything "
-            f"else, and prefers values with good results: a hint, not a finding.{caveat}"
+            f"Each choice of {keys} got the same number of trials, so these compare fairly. Everything else was "
+            f"sampled by {sampler.title}, which prefers values with good results: a hint, not a finding.{caveat}"
         )
     return False, (
-        "A hint, not a finding: TPE sampled these trials and prefers values with good results, so values that it tried "
-        "often look better than others. A sweep with stratify or searcher.name: random shows what mattered."
-        f"{caveat}"
+        f"A hint, not a finding: {sampler.title} sampled these trials and prefers values with good results, so values "
+        "that it tried often look better than others. A sweep with stratify or searcher.name: random shows what "
+        f"mattered.{caveat}"
     )

@@ -21,7 +21,7 @@ from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.run.sweep_run import SweepRun
 from imbvlm.sweep.spec.baselines import encoder_configs
 from imbvlm.sweep.spec.equivalence import untrained_configurations
-from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_checks import check_spec, sampler_notes
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import local_folder
 from imbvlm.sweep.tune.study_search import silence_optuna
@@ -49,7 +49,8 @@ def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         _check_provenance(folder, manifest, log)
         beside = local_folder(folder)
         console.copy_to(beside / PROGRESS_FILE)
-        console.print("\n".join([run_header(spec, manifest, folder, log), *untrained_configurations(sweep)]))
+        notes = [*untrained_configurations(sweep), *sampler_notes(sweep)]
+        console.print("\n".join([run_header(spec, manifest, folder, log), *notes]))
         with _machine_errors_say_how_to_go_on(folder):
             with console.redirect_output(beside / LOG_FILE):
                 silence_optuna()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
+from imbvlm.base.formatting import join_limited
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
-from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
+from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted, is_active
 from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, SweepSpec, _base_mistakes
 
 
@@ -22,7 +24,7 @@ def check_spec(spec: SweepSpec) -> ResolvedSweep:
     space = sweep.space
     of_conditions = [*space.boundary_params(spec.base)[1], *_check_conditions(spec, space)]
     of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
-    problems = [*_check_objective(spec), *of_conditions, *_check_stratify(spec, space)]
+    problems = [*_check_objective(spec), *of_conditions, *_check_continuous(spec, space), *_check_stratify(spec, space)]
     problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *of_base, *_check_limits(spec)]
     problems += [*of_trials, *_check_smoke(spec)]
     if not of_conditions and not of_base:
@@ -77,10 +79,60 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
             "take them out"
         )
         problems.append(Problem(message, spec.where("study")))
-    if spec.searcher.name == "random" and spec.warm_start:
-        message = "searcher random learns nothing from warm_start; set searcher.name: tpe, or take it out"
-        problems.append(Problem(message, spec.where("warm_start")))
+    return [*problems, *_check_sampler(spec)]
+
+
+def _check_sampler(spec: SweepSpec) -> list[Problem]:
+    """The sampler's packages are installed, and it can do what the sweep needs."""
+    name, sampler = spec.searcher.name, SAMPLERS[spec.searcher.name]
+    problems = []
+    if missing := sampler.missing_packages():
+        message = f"searcher {name} needs {' and '.join(missing)}. Run `pip install {' '.join(missing)}`."
+        problems.append(Problem(message, spec.where("searcher", "name")))
+    lacks = [
+        ("warm_start", spec.warm_start, not sampler.independent, "ignores results"),
+        ("other_objectives", spec.other_objectives, sampler.multi_objective, "optimizes one objective"),
+        ("constraints", spec.constraints, sampler.constraints, "ignores constraints"),
+    ]
+    for key, value, is_supported, reason in lacks:
+        if value and not is_supported:
+            message = f"searcher {name} {reason}, and {key} is set. Set searcher.name to tpe, or remove {key}."
+            problems.append(Problem(message, spec.where(key)))
     return problems
+
+
+def _check_continuous(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    if SAMPLERS[spec.searcher.name].continuous:
+        return []
+    return [
+        Problem(
+            f"searcher {spec.searcher.name} needs a finite space, and {parameter.key} is {parameter.describe()}. "
+            "Set searcher.name to random, or give the values as a choice.",
+            parameter.where,
+        )
+        for parameter in space.parameters
+        if parameter.kind in ("uniform", "loguniform")
+    ]
+
+
+def sampler_notes(sweep: ResolvedSweep) -> list[str]:
+    """A sentence on the keys that the sampler leaves to chance, because it can't model them."""
+    spec, space = sweep.spec, sweep.space
+    sampler = SAMPLERS[spec.searcher.name]
+    if isinstance(space, ListedSpace):
+        return []
+    drawn = space.boundary_params(spec.base)[0]
+    keys = [
+        parameter.key
+        for parameter in space.parameters
+        if (not sampler.categorical and parameter.kind == "choice")
+        or (not sampler.conditional and not all(is_active(parameter, params, spec.base) for params in drawn))
+    ]
+    if not keys:
+        return []
+    kinds = [*([] if sampler.categorical else ["choices"]), *([] if sampler.conditional else ["keys under `when`"])]
+    which = join_limited(list(dict.fromkeys(keys)))
+    return [f"searcher {spec.searcher.name} samples {' and '.join(kinds)} at random: {which}"]
 
 
 def _check_confirm_seeds(spec: SweepSpec) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
@@ -27,7 +27,7 @@ from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.sweep.spec.objectives import running_maximum
-from imbvlm.sweep.spec.sampler_registry import SearcherConfig
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS, SamplerSection, TpeConfig
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
 from imbvlm.sweep.spec.space_file import parse_space, read_space
 
@@ -47,6 +47,10 @@ class NoSchedulerConfig(Section):
 
 
 TrialSchedulerConfig = Annotated[AshaConfig | NoSchedulerConfig, Field(discriminator="name")]
+if TYPE_CHECKING:
+    SearcherConfig = SamplerSection
+else:
+    SearcherConfig = SAMPLERS.union()
 
 # Where sweeps and features are kept unless something else is said.
 LOCAL_STORAGE = "runs"
@@ -118,7 +122,7 @@ class SweepSpec(Section):
         description="trials that share features, batches and seed and train together; null: by memory, a quarter of "
         "num_trials at most, since the searcher learns of them together, on CPUs no decoders; 1: each alone",
     )
-    searcher: SearcherConfig = SearcherConfig()
+    searcher: SearcherConfig = TpeConfig()
     trial_scheduler: TrialSchedulerConfig = AshaConfig()
     stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
     first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
@@ -145,6 +149,11 @@ class SweepSpec(Section):
     )
     feature_copies: Copies = DEFAULT_COPIES
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @field_validator("searcher", mode="before")
+    @classmethod
+    def _with_sampler_name(cls, value: Any) -> Any:
+        return {"name": TpeConfig().name, **value} if isinstance(value, Mapping) else value
 
     @field_validator("storage", "feature_folder", "warm_start")
     @classmethod

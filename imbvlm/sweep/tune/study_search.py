@@ -22,19 +22,18 @@ from imbvlm.sweep.records.earlier_sweeps import WarmTrial
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.objectives import Epochs, ObjectiveValues, direction, outcome
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.search_space import ListedSpace, Params
 from imbvlm.sweep.spec.stratification import RandomTrial, Strata
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune.jobs import AskedTrial, Job, UnsavedSearcher
+from imbvlm.sweep.tune.samplers import VIOLATIONS, make_sampler
 
 # So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
 # value again and again proposes nothing else.
 MAX_REPEATS = 8
 # So many random draws of a space that can't be counted are tried until it is taken for exhausted.
 MAX_RANDOM_DRAWS = 500
-VIOLATIONS = "violations"
-# TPE looks at each trial that it knows for every new one: of so many that have ended half are kept.
-MOST_KNOWN = 300
 
 
 def silence_optuna() -> None:
@@ -48,7 +47,7 @@ class StudySearch(UnsavedSearcher):
 
     A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
     `stratify` the arm with the fewest trials is next, and an arm without an untried configuration is closed; when all
-    are, `exhausted` says so. What TPE knows of many trials is half of them, so that proposals don't take ever longer.
+    are, `exhausted` says so. `trim_history` keeps proposals fast: the sampler goes on with half of many trials.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class StudySearch(UnsavedSearcher):
         super().__init__(metric=spec.best_objective, mode="max")
         self._epochs_of, self._num_trials = epochs_of, sweep.num_trials
         self._spec, self._space, self._payload, self._budget = spec, space, payload, budget
+        self._sampler = SAMPLERS[spec.searcher.name]
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
         self._first = [*spec.first_trials, *self._listed.values()]
@@ -199,6 +199,9 @@ class StudySearch(UnsavedSearcher):
         if names:
             self.study.enqueue_trial(dict(names))
         trial = self.study.ask()
+        if self._sampler.replay:
+            # Optuna asks a sampler for its values, and lets it mark the trial, only once a value isn't given.
+            _ = trial.relative_params
         return trial, self._space.draw(trial, self._spec.base)
 
     def trim_history(self) -> None:
@@ -206,10 +209,10 @@ class StudySearch(UnsavedSearcher):
 
         Where several values or constraints decide, all are kept.
         """
-        spec = self._spec
-        if spec.searcher.name != "tpe" or spec.other_objectives or spec.constraints:
+        spec, max_history = self._spec, self._sampler.max_history
+        if max_history is None or spec.other_objectives or spec.constraints:
             return
-        most = max(MOST_KNOWN, 4 * spec.searcher.num_startup_trials)
+        most = max(max_history, 4 * spec.searcher.num_random_trials)
         ended = [one for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()]
         if len(ended) < most:
             return
@@ -252,6 +255,10 @@ class StudySearch(UnsavedSearcher):
 
     def _add_finished(self, draw: Params, value: ObjectiveValues | None) -> None:
         """A trial that this study didn't ask for."""
+        if self._sampler.replay:
+            asked, _ = self._ask(self._space.to_optuna_params(draw, self._spec.base))
+            self._tell(asked, value)
+            return
         fixed = optuna.trial.FixedTrial(self._space.to_optuna_params(draw, self._spec.base))
         self._space.draw(fixed, self._spec.base)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
@@ -319,23 +326,4 @@ class OptunaJournal:
 
 def _new_study(spec: SweepSpec, num_known: int) -> optuna.Study:
     directions = [direction(metric) for metric in spec.objectives]
-    return optuna.create_study(study_name=spec.name, directions=directions, sampler=_sampler(spec, num_known))
-
-
-def _sampler(spec: SweepSpec, num_known: int) -> optuna.samplers.BaseSampler:
-    # A resumed search must not propose what the first one began with.
-    seed = spec.searcher.seed + num_known
-    if spec.searcher.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=spec.searcher.num_startup_trials,
-        multivariate=True,
-        group=True,
-        constant_liar=True,
-        constraints_func=_violations if spec.constraints else None,
-    )
-
-
-def _violations(trial: optuna.trial.FrozenTrial) -> list[float]:
-    return list(trial.user_attrs[VIOLATIONS])
+    return optuna.create_study(study_name=spec.name, directions=directions, sampler=make_sampler(spec, num_known))

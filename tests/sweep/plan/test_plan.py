@@ -73,6 +73,13 @@ def test_trials_that_do_not_fall_evenly_on_the_arms_are_said(num_trials: int, sa
     assert says in text
 
 
+def test_what_a_sampler_leaves_to_chance_is_said() -> None:
+    text = describe_plan(make_plan(spec(searcher={"name": "cmaes"}), None))
+    assert "searcher    cmaes, seed 0, the first 1 of the trials at random" in text
+    assert "searcher cmaes samples choices and keys under `when` at random: loss.name, data.class_sampling" in text
+    assert "nsga2, seed 0, all trials at random" in describe_plan(make_plan(spec(searcher={"name": "nsga2"}), None))
+
+
 TRAIN, VAL, TEST = 2480, 500, 2000  # of embedded:fashion_mnist_lt
 CPUS = len(os.sched_getaffinity(0))
 

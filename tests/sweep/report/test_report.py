@@ -288,7 +288,7 @@ def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
     assert "What may have mattered" in adaptive
     assert "A hint, not a finding" in adaptive
     random = page_of(write_sweep(tmp_path / "random", COUNTS, searcher={"name": "random"}))
-    assert "sampled at random" in random
+    assert "sampled by random search" in random
     assert "not a finding" not in random
     stratified = page_of(write_sweep(tmp_path / "even", COUNTS, stratify=["loss.name"]))
     assert "Each choice of loss.name got the same number of trials" in stratified

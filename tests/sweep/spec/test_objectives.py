@@ -158,7 +158,10 @@ def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path):
         ({"other_objectives": [SECONDS]}, "a trial that ASHA stops would seem cheap; set trial_scheduler.name: none"),
         ({"constraints": {FEW: 30.0}}, "val/few_shot_accuracy is a fraction from 0 to 1, and its limit is 30"),
         ({"constraints": {"val/few": 0.3}}, "'val/few' is not measured"),
-        ({"searcher": {"name": "random"}, "warm_start": ["x"]}, "searcher random learns nothing from warm_start"),
+        (
+            {"searcher": {"name": "random"}, "warm_start": ["x"]},
+            "searcher random ignores results, and warm_start is set",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, says):

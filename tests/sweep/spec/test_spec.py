@@ -69,7 +69,8 @@ confirm_seeds: [2, 2]
         "sweep.yaml:4: unknown key 'num_trails'; did you mean 'num_trials'?",
         "sweep.yaml:5: num_workers must be a valid integer, and is 1.0",
         "sweep.yaml:6: gpus_per_worker must be a valid number, and is True",
-        "sweep.yaml:8: searcher.name is 'grid', which is not one of its values; valid: random, tpe",
+        "sweep.yaml:8: searcher.name is 'grid', which is not one of its values; valid: brute_force, cmaes, gp, nsga2, "
+        "nsga3, qmc, random, tpe",
         "sweep.yaml:9: unknown key 'searcher.seeds'; did you mean 'seed'?",
         "sweep.yaml:10: unknown key 'trial_scheduler.grace' for trial_scheduler asha; did you mean 'grace_fraction'?",
         "sweep.yaml:11: refit_seeds has a seed twice: 0, 1, 1",

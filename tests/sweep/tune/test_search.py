@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from optuna.storages.journal import JournalFileBackend
 from ray.tune.search import Searcher
 
 from imbvlm.base.errors import ConfigError
+from imbvlm.base.registry import Registry
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.spec.equivalence import canonical_key
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.space_file import read_space
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune import study_search as search_module
+from imbvlm.sweep.tune import study_search
 from imbvlm.sweep.tune.jobs import FixedJobs, Job
 from imbvlm.sweep.tune.study_search import StudySearch
 
@@ -441,10 +444,16 @@ def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path: P
 # ------------------------------------------------------------------------------------------------- many trials
 
 
+def keep_at_most(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPE goes on with half of so many ended trials."""
+    samplers = {**SAMPLERS, "tpe": replace(SAMPLERS["tpe"], max_history=number)}
+    monkeypatch.setattr(study_search, "SAMPLERS", Registry("sampler", samplers))
+
+
 def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    keep_at_most(40, monkeypatch)
     of, journal = spec(WIDE, num_trials=150), tmp_path / "optuna.log"
     search = searcher(of, journal=journal)
     values: dict[str, float | None] = {}
@@ -478,7 +487,7 @@ def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(
 
 
 def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    keep_at_most(40, monkeypatch)
     jobs = drive(searcher(spec(WIDE, num_trials=100)), lambda job: job.draw["optim.lr"])
     known = [record(job, "finished", job.draw["optim.lr"]) for job in jobs]
     after = searcher(spec(WIDE, num_trials=110), known=known)
@@ -497,7 +506,7 @@ def test_a_resumed_search_knows_the_best_of_many_trials(monkeypatch: pytest.Monk
 def test_nothing_is_forgotten_where_nothing_learns_from_it_yet(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "MOST_KNOWN", 40)
+    keep_at_most(40, monkeypatch)
     search = searcher(spec(WIDE, num_trials=100, **fields))
     drive(search)
     assert len(search.study.trials) == 100
