@@ -3,7 +3,7 @@
 from golden.cases import covered
 
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.models.model_builder import METHODS
+from imbvlm.config.method_registry import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 
 

@@ -19,12 +19,11 @@ from towers import write_tower
 
 from imbvlm.base.schema import tag_of, variants
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.config.method_registry import METHOD_SECTIONS
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import SecondStageConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 from imbvlm.longtail.losses import default_options
-from imbvlm.models.model_builder import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,10 +61,10 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs() -> 
     }
     names = {name.strip("`") for name in rows}
     stages = {tag_of(one)[1]: set(one.model_fields) - {"name"} for one in variants(SecondStageConfig)}
-    assert names == set(METHOD_SECTIONS) | set(LOSSES) | set(stages)
+    assert names == set(METHODS) | set(LOSSES) | set(stages)
     for name, knobs in stages.items():
         assert set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1])) == knobs
-    for name in METHOD_SECTIONS:
+    for name in METHODS:
         trained, memory, epoch, pays = (cell.strip() for cell in rows[f"`{name}`"][3:])
         assert re.fullmatch(r"[\d,]+", trained)
         assert (trained == "0") == (epoch == "-") == (not METHODS[name].trains), name

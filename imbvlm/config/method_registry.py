@@ -1,60 +1,192 @@
-"""Which sections of a trial each method reads, and what they say where a file doesn't."""
+"""METHODS: the methods that a trial can be, with all that is special to each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from imbvlm.base.schema import Tree
+from imbvlm.base.registry import Lazy, Registry
+from imbvlm.base.schema import Section, Tree
+from imbvlm.config.encoder_info import OutputName
+from imbvlm.config.model_sections import AdapterConfig, DecoderConfig, FineTuningConfig, LoraConfig, PromptTuningConfig
 
-MethodName = Literal[
-    "zero_shot", "prompt_tuning", "linear_probe", "decoder", "adapter", "lora", "bias_tuning", "fine_tuning"
-]
-
-# Which optional sections each method reads; a section that it doesn't read is refused in its file.
 TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train", "mixing"})
-# Those that may read stored features.
 STORED_SECTIONS = TRAINING_SECTIONS | {"prompts", "feature_augmentation"}
-# Those that train inside the tower read images, which only they vary at will.
 IMAGE_SECTIONS = TRAINING_SECTIONS | {"prompts", "augmentation", "memory"}
-METHOD_SECTIONS: Mapping[str, frozenset[str]] = {
-    "zero_shot": frozenset({"prompts"}),
-    "prompt_tuning": STORED_SECTIONS - {"classifier"} | {"prompt_tuning"},
-    "linear_probe": STORED_SECTIONS | {"second_stage"},
-    "decoder": STORED_SECTIONS | {"decoder", "second_stage"},
-    "adapter": IMAGE_SECTIONS | {"adapter"},
-    "lora": IMAGE_SECTIONS | {"lora"},
-    "bias_tuning": IMAGE_SECTIONS,
-    "fine_tuning": IMAGE_SECTIONS | {"fine_tuning"},
-}
-OPTIONAL_SECTIONS = frozenset().union(*METHOD_SECTIONS.values())
+_BUILD_CLASSIFIER = Lazy("imbvlm.models.model_builder:build_feature_classifier")
+_RESTORE_CLASSIFIER = Lazy("imbvlm.models.model_builder:restore_feature_classifier")
 
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    `reads` is the encoder output that its classifier reads. `section` holds its own options and stands in a trial's
+    file under `name`. It reads `shared_sections` too, and `defaults` has what its paper sets otherwise in them.
+
+    `build(config, inputs, encoder, device)` gives a model that maps a batch of that output to logits (B, C). `encoder`
+    is loaded only where the trial reads images or the method `needs_encoder`. Initial weights are sampled on the CPU
+    from torch's global generator, so that they don't depend on the device. `restore(config, info, num_classes,
+    tensors)` gives a model with the shapes of its exported `tensors`.
+
+    `install(encoder, config, num_classes)` makes parts of the image tower train and returns `adapters.Installed`; a
+    method with it reads images. `refuse(config, info)` lists what the encoder lacks, a sentence each. `needs_text`:
+    the model is built from class embeddings.
+
+    `packs` says how trials of one shape train together: their products `stacked` into one, or each on a batch
+    `in_turns`, which pays off where reading the batch is the larger part.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    reads: OutputName
+    section: type[Section] | None = None
+    shared_sections: frozenset[str] = STORED_SECTIONS
+    defaults: Mapping[str, Tree] = field(default_factory=dict)
+    build: Lazy = _BUILD_CLASSIFIER
+    restore: Lazy = _RESTORE_CLASSIFIER
+    install: Lazy | None = None
+    refuse: Lazy | None = None
+    needs_text: bool = False
+    needs_encoder: bool = False
+    packs: Literal["stacked", "in_turns"] | None = None
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """The optional sections that it reads; its file is rejected with any other."""
+        return self.shared_sections | (frozenset() if self.section is None else {self.name})
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return "optim" in self.shared_sections
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether parts of the image tower train, so that stored features are of no use."""
+        return self.install is not None
+
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        method.name: method
+        for method in (
+            Method(
+                name="zero_shot",
+                summary="Compares image embeddings with the class names' text embeddings; nothing is trained.",
+                paper="Radford et al., ICML 2021",
+                reads="image_embedding",
+                shared_sections=frozenset({"prompts"}),
+                build=Lazy("imbvlm.models.model_builder:build_zero_shot"),
+                restore=Lazy("imbvlm.models.model_builder:restore_zero_shot"),
+                needs_text=True,
+            ),
+            Method(
+                name="prompt_tuning",
+                summary="Learns the words around the class names, before the frozen text tower.",
+                paper="Zhou et al., IJCV 2022",
+                reads="image_embedding",
+                section=PromptTuningConfig,
+                shared_sections=STORED_SECTIONS - {"classifier"},
+                defaults={
+                    "optim": {
+                        "name": "sgd",
+                        "lr": 0.002,
+                        "nesterov": False,
+                        "lr_schedule": "half_cosine",
+                        "warmup_fraction": 0.0,
+                        "first_epoch_lr": 1e-5,
+                    },
+                    "train": {"num_epochs": 50},
+                },
+                build=Lazy("imbvlm.models.prompt_learner:build_prompt_tuning"),
+                restore=Lazy("imbvlm.models.prompt_learner:restore_prompt_tuning"),
+                refuse=Lazy("imbvlm.models.prompt_learner:refuse_text_tower"),
+                needs_encoder=True,
+            ),
+            Method(
+                name="linear_probe",
+                summary="Trains a linear or cosine classifier on the image tower's pooled output.",
+                paper="Radford et al., ICML 2021",
+                reads="pooled",
+                shared_sections=STORED_SECTIONS | {"second_stage"},
+                packs="stacked",
+            ),
+            Method(
+                name="decoder",
+                summary="Trains a light transformer decoder over all of the image tower's tokens, and a classifier.",
+                paper="Wang et al., IJCV 2023",
+                reads="tokens",
+                section=DecoderConfig,
+                shared_sections=STORED_SECTIONS | {"second_stage"},
+                refuse=Lazy("imbvlm.models.decoder:refuse_decoder"),
+                packs="in_turns",
+            ),
+            Method(
+                name="adapter",
+                summary="Trains a narrow adapter in parallel to the MLP in every block of a ViT, and a classifier on "
+                "pooled output.",
+                paper="Chen et al., NeurIPS 2022; Shi et al., ICML 2024 (LIFT)",
+                reads="pooled",
+                section=AdapterConfig,
+                shared_sections=IMAGE_SECTIONS,
+                install=Lazy("imbvlm.models.adapters:install_adapters"),
+                refuse=Lazy("imbvlm.models.adapters:refuse_convolution"),
+            ),
+            Method(
+                name="lora",
+                summary="Trains low-rank updates of attention in every block of a ViT, and a classifier on pooled "
+                "output.",
+                paper="Hu et al., ICLR 2022",
+                reads="pooled",
+                section=LoraConfig,
+                shared_sections=IMAGE_SECTIONS,
+                install=Lazy("imbvlm.models.adapters:install_low_rank_updates"),
+                refuse=Lazy("imbvlm.models.adapters:refuse_convolution"),
+            ),
+            Method(
+                name="bias_tuning",
+                summary="Trains the biases of the image tower, and a classifier on its pooled output.",
+                paper="Zaken et al., ACL 2022",
+                reads="pooled",
+                shared_sections=IMAGE_SECTIONS,
+                install=Lazy("imbvlm.models.adapters:train_biases"),
+            ),
+            Method(
+                name="fine_tuning",
+                summary="Trains the whole image tower, early blocks at lower rates, and a classifier on its pooled "
+                "output.",
+                paper="Radford et al., ICML 2021",
+                reads="pooled",
+                section=FineTuningConfig,
+                shared_sections=IMAGE_SECTIONS,
+                install=Lazy("imbvlm.models.adapters:train_all"),
+            ),
+        )
+    },
+)
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+
+# Sections that a method may read or not; the others stand in every trial.
+OPTIONAL_SECTIONS = frozenset[str]().union(*(method.sections for method in METHODS.values()))
+OWN_SECTIONS: Mapping[str, type[Section]] = {
+    name: method.section for name, method in METHODS.items() if method.section is not None
+}
+# What a section says where a file doesn't. The sections that aren't here are absent unless a file has them.
 DEFAULT_SECTIONS: Mapping[str, Tree] = {
     "prompts": {},
-    "prompt_tuning": {},
-    "decoder": {},
-    "adapter": {},
-    "lora": {},
-    "fine_tuning": {},
+    **{name: {} for name in OWN_SECTIONS},
     "augmentation": {},
     "memory": {},
     "classifier": {"kind": "cosine"},
     "loss": {"name": "balanced_softmax"},
     "optim": {"name": "sgd"},
     "train": {"num_epochs": 10},
-}
-
-# What a method's paper sets otherwise.
-METHOD_DEFAULTS: Mapping[str, Mapping[str, Tree]] = {
-    "prompt_tuning": {
-        "optim": {
-            "name": "sgd",
-            "lr": 0.002,
-            "nesterov": False,
-            "lr_schedule": "half_cosine",
-            "warmup_fraction": 0.0,
-            "first_epoch_lr": 1e-5,
-        },
-        "train": {"num_epochs": 50},
-    },
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import ValidationError, ValidationInfo, field_validator
+from pydantic import ValidationError, ValidationInfo, create_model, field_validator
 
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.schema import NULL_NAME_REMOVES, Section, Tree, dotted_keys_of, to_problems, with_dotted_keys
@@ -16,21 +16,13 @@ from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, 
 from imbvlm.config.loss_registry import LossConfig, SmoothedLoss
 from imbvlm.config.method_registry import (
     DEFAULT_SECTIONS,
-    IMAGE_SECTIONS,
-    METHOD_DEFAULTS,
-    METHOD_SECTIONS,
+    METHODS,
     OPTIONAL_SECTIONS,
+    OWN_SECTIONS,
+    Method,
     MethodName,
 )
-from imbvlm.config.model_sections import (
-    AdapterConfig,
-    ClassifierConfig,
-    CosineClassifierConfig,
-    DecoderConfig,
-    FineTuningConfig,
-    LoraConfig,
-    PromptTuningConfig,
-)
+from imbvlm.config.model_sections import ClassifierConfig, CosineClassifierConfig, DecoderConfig
 from imbvlm.config.second_stage_registry import READ_NORMS, SecondStageConfig
 from imbvlm.config.training_sections import (
     AugmentationConfig,
@@ -44,19 +36,30 @@ from imbvlm.config.training_sections import (
 T = TypeVar("T")
 
 
-class TrialConfig(Section):
-    """One trial: the same file for `imbvlm train`, for a sweep's base, and for an exported best."""
+class _Inputs(Section):
+    """The sections before those of METHODS. Validators see the sections that stand before their own."""
 
     data: DataConfig
     encoder: EncoderConfig
     features: FeaturesConfig = FeaturesConfig()
     method: MethodName
     prompts: PromptsConfig | None = None
-    prompt_tuning: PromptTuningConfig | None = None
-    decoder: DecoderConfig | None = None
-    adapter: AdapterConfig | None = None
-    lora: LoraConfig | None = None
-    fine_tuning: FineTuningConfig | None = None
+
+
+if TYPE_CHECKING:
+    _WithMethods = _Inputs
+else:
+    _WithMethods = create_model(
+        "_WithMethods", __base__=_Inputs, **{name: (section | None, None) for name, section in OWN_SECTIONS.items()}
+    )
+
+
+class TrialConfig(_WithMethods):
+    """One trial: the same file for `imbvlm train`, for a sweep's base, and for an exported best.
+
+    `section` reads the section of a method.
+    """
+
     augmentation: AugmentationConfig | None = None
     memory: MemoryConfig | None = None
     classifier: ClassifierConfig | None = None
@@ -134,6 +137,10 @@ class TrialConfig(Section):
             )
         return classifier
 
+    def section(self, kind: type[T]) -> T | None:
+        """The section of class `kind`; None where the trial has none."""
+        return next((section for _, section in self if isinstance(section, kind)), None)
+
     @property
     def reads_images(self) -> bool:
         """Whether the trial runs the tower itself, on images, instead of reading its stored output."""
@@ -182,7 +189,7 @@ class TrialConfig(Section):
 def require_section(section: T | None) -> T:
     """A section that the trial's method is known to read (TrialConfig fills those in)."""
     if section is None:
-        raise AssertionError("this method doesn't read that section; METHOD_SECTIONS says which it reads")
+        raise AssertionError("this method doesn't read that section; METHODS says which it reads")
     return section
 
 
@@ -190,7 +197,8 @@ def _reads_images(data: Tree) -> bool:
     """Whether a trial of these sections reads images; False where they aren't valid."""
     features = data.get("features")
     without_store = isinstance(features, FeaturesConfig) and not features.store
-    return without_store or METHOD_SECTIONS.get(str(data.get("method")), frozenset()) >= IMAGE_SECTIONS
+    method = _method(data)
+    return without_store or (method is not None and method.trains_encoder)
 
 
 def _check_soft_targets(section: str, loss: Section | None) -> None:
@@ -208,7 +216,8 @@ def _complete(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
-    own = METHOD_DEFAULTS.get(str(data.get("method")), {})
+    method = _method(data)
+    own = {} if method is None else method.defaults
     for key, general in DEFAULT_SECTIONS.items():
         default = {**general, **own.get(key, {})}
         section = complete.get(key, {} if key in _read_by(data) else None)
@@ -232,9 +241,15 @@ def _unread_sections(located: YamlTree) -> list[Problem]:
 
 
 def _read_by(data: Tree) -> frozenset[str]:
-    """The optional sections that the data's method reads; none where its method isn't known."""
-    method = data.get("method")
-    return METHOD_SECTIONS.get(method, frozenset()) if isinstance(method, str) else frozenset()
+    """The optional sections that the data's method reads; none where there is no such method."""
+    method = _method(data)
+    return frozenset() if method is None else method.sections
+
+
+def _method(data: Tree) -> Method | None:
+    """The data's method; None where there is no such method."""
+    name = data.get("method")
+    return METHODS.get(name) if isinstance(name, str) else None
 
 
 # -------------------------------------------------------------------------------------------------- dotted keys
@@ -266,4 +281,4 @@ def dotted_keys() -> list[str]:
 
 def needs_text(config: TrialConfig) -> bool:
     """Whether a trial reads the class names' text embeddings."""
-    return config.method == "zero_shot" or (config.classifier is not None and config.classifier.init == "text")
+    return METHODS[config.method].needs_text or (config.classifier is not None and config.classifier.init == "text")

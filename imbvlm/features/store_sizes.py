@@ -8,6 +8,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import size_text
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import Manifest
@@ -16,7 +17,6 @@ from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
-from imbvlm.models.model_builder import METHODS
 from imbvlm.ray_runtime.cluster_resources import is_single_node
 from imbvlm.ray_runtime.connection import existing_cluster
 

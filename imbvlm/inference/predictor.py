@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
@@ -27,7 +28,6 @@ from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS
 from imbvlm.training.checkpoint import read_tensors
 
 ZERO_SHOT_FILE = "zero_shot.safetensors"

@@ -1,10 +1,11 @@
-"""What trains inside a tower: adapters, low-rank updates, biases or all of it; and gradient checkpointing."""
+"""Methods that train inside an image tower: adapters, low-rank updates, biases or all of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,75 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.model_sections import AdapterConfig, FineTuningConfig, LoraConfig
+from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.models.encoders.encoder_outputs import PRE_NORM_BLOCKS
 
+if TYPE_CHECKING:
+    from imbvlm.models.encoders.open_clip_encoder import Encoder
+
 Blocks = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a method put into an image tower.
+
+    `modules` are those that hooks call and the tower doesn't own. `lr_scales` are factors on the learning rate by the
+    tower's parameter names; others have 1.
+    """
+
+    modules: nn.ModuleList = field(default_factory=nn.ModuleList)
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+
+
+def refuse_convolution(config: TrialConfig, info: EncoderInfo) -> list[str]:
+    """Reject image towers without a transformer's blocks."""
+    if info.kind != "convolution":
+        return []
+    return [
+        f"method {config.method} needs a transformer's blocks, and {info.name} is a convolution tower. Choose method "
+        "bias_tuning or fine_tuning, or a ViT as encoder.name."
+    ]
+
+
+def install_adapters(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
+    """Train an adapter in every block; raises ImbvlmError where blocks are of an unknown kind."""
+    blocks = encoder.rules.blocks(encoder.visual)
+    width = require_section(config.section(AdapterConfig)).width or adapter_width(num_classes, len(blocks))
+    return Installed(add_adapters(blocks, width, encoder.info.name))
+
+
+def install_low_rank_updates(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
+    """Train low-rank updates of attention in every block; raises ImbvlmError where a block has no attention."""
+    lora = require_section(config.section(LoraConfig))
+    add_low_rank_updates(encoder.rules.blocks(encoder.visual), lora.rank, lora.alpha, encoder.info.name)
+    return Installed()
+
+
+def train_biases(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
+    """Train every bias of the image tower, those of its norms too [Zaken et al. 2022, "BitFit"]."""
+    for name, param in encoder.visual.named_parameters():
+        param.requires_grad_(name.endswith("bias"))
+    return Installed()
+
+
+def train_all(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
+    """Train the whole image tower except batch norms, whose statistics belong to the images of pre-training.
+
+    Raises ImbvlmError for a layer decay where the encoder's blocks are unknown.
+    """
+    encoder.visual.requires_grad_(True)
+    for module in encoder.visual.modules():
+        if isinstance(module, _BatchNorm):
+            module.requires_grad_(False)
+    decay = require_section(config.section(FineTuningConfig)).layer_decay
+    scales = lr_scales(encoder.visual, encoder.rules.blocks(encoder.visual), decay, encoder.info.name)
+    return Installed(lr_scales=scales)
+
+
+# ------------------------------------------------------------------------------------------------------- adapters
 
 
 class Adapter(nn.Module):
@@ -38,11 +105,55 @@ class Adapter(nn.Module):
         return added
 
 
+def adapter_width(num_classes: int, num_blocks: int) -> int:
+    """2^max(0, floor(log2(C / 2L))): adapters together have about as many weights as the classifier [LIFT]."""
+    return int(2 ** max(0, math.floor(math.log2(num_classes / (2 * num_blocks)))))
+
+
+def add_adapters(blocks: Blocks, width: int, name: str) -> nn.ModuleList:
+    """An adapter in parallel to the MLP of each block; raises ImbvlmError where blocks are of an unknown kind.
+
+    The tower's modules stay as they are. The adapter takes the input of a block's second norm, and its output is added
+    to the MLP's, before LayerScale where the block has one. LIFT's code has no LayerScale.
+    """
+    adapters = []
+    for block in blocks.values():
+        norm_name = PRE_NORM_BLOCKS.get(type(block))
+        if norm_name is None:
+            valid = ", ".join(sorted({cls.__name__ for cls in PRE_NORM_BLOCKS}))
+            raise ImbvlmError(
+                f"method adapter needs blocks with an MLP behind a norm ({valid}), and {name} has "
+                f"{type(block).__name__}. Choose another encoder, or method bias_tuning or fine_tuning."
+            )
+        norm, mlp = block.get_submodule(norm_name), block.get_submodule("mlp")
+        adapter = Adapter(int(norm.weight.shape[0]), width)  # type: ignore[index]
+        _add_to_output(norm, mlp, adapter)
+        adapters.append(adapter)
+    return nn.ModuleList(adapters)
+
+
+def _add_to_output(norm: nn.Module, mlp: nn.Module, adapter: Adapter) -> None:
+    """Add adapter(input of `norm`) to the output of `mlp`."""
+    inputs: list[Tensor] = []
+
+    def remember(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs[:] = arguments[:1]
+
+    def add(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + adapter(inputs.pop())
+
+    norm.register_forward_pre_hook(remember)
+    mlp.register_forward_hook(add)
+
+
+# ----------------------------------------------------------------------------------------------- low-rank updates
+
+
 class LowRankUpdate(nn.Module):
     """W + alpha / rank * B A for each of the matrices (R, D) stacked in W (parts * R, D) [Hu et al. 2021, "LoRA"].
 
-    A parametrization of the weight, and not `peft`: its nn.MultiheadAttention takes the update out of the weights by
-    subtraction after each forward, which leaves the frozen tower a little different every time.
+    A parametrization of the weight replaces `peft`, whose nn.MultiheadAttention subtracts the update from the weights
+    after each forward pass: rounding then changes the frozen tower a little every time.
     """
 
     def __init__(self, weight: Tensor, parts: int, rank: int, alpha: float) -> None:
@@ -58,41 +169,14 @@ class LowRankUpdate(nn.Module):
             return weight + self.scale * (self.up @ self.down).flatten(0, 1)
 
 
-def adapter_width(num_classes: int, num_blocks: int) -> int:
-    """2^max(0, floor(log2(C / 2L))): adapters together have about as many weights as the classifier [LIFT]."""
-    return int(2 ** max(0, math.floor(math.log2(num_classes / (2 * num_blocks)))))
-
-
-def add_adapters(blocks: Blocks, width: int, name: str) -> nn.ModuleList:
-    """An adapter beside the MLP of each block; raises ImbvlmError for towers whose blocks aren't known.
-
-    The tower's modules stay as they are: the adapter takes its input where a block's second norm does, and its output
-    is added to the MLP's, before LayerScale where the block has one. LIFT's code knows no LayerScale.
-    """
-    adapters = []
-    for block in blocks.values():
-        name_of_norm = PRE_NORM_BLOCKS.get(type(block))
-        if name_of_norm is None:
-            known = ", ".join(sorted({cls.__name__ for cls in PRE_NORM_BLOCKS}))
-            raise ImbvlmError(
-                f"method adapter needs blocks with an MLP behind a norm, and {name} has {type(block).__name__} (known "
-                f"are {known}); choose another tower, or bias_tuning or fine_tuning"
-            )
-        norm, mlp = block.get_submodule(name_of_norm), block.get_submodule("mlp")
-        adapter = Adapter(int(norm.weight.shape[0]), width)  # type: ignore[index]
-        _add_beside(norm, mlp, adapter)
-        adapters.append(adapter)
-    return nn.ModuleList(adapters)
-
-
 def add_low_rank_updates(blocks: Blocks, rank: int, alpha: float, name: str) -> None:
     """Low-rank updates of query, key, value and output in each block's attention; raises ImbvlmError without one."""
     for block in blocks.values():
         weights = _attention_weights(getattr(block, "attn", None))
         if not weights:
             raise ImbvlmError(
-                f"method lora needs blocks with attention, and {name} has {type(block).__name__}; choose another "
-                "tower, or bias_tuning or fine_tuning"
+                f"method lora needs blocks with attention, and {name} has {type(block).__name__}. Choose another "
+                "encoder, or method bias_tuning or fine_tuning."
             )
         for module, attribute, parts in weights:
             weight = getattr(module, attribute)
@@ -100,23 +184,41 @@ def add_low_rank_updates(blocks: Blocks, rank: int, alpha: float, name: str) -> 
             parametrize.register_parametrization(module, attribute, update)
 
 
-def train_biases(visual: nn.Module) -> None:
-    """Let every bias of the tower train, those of its norms too [Zaken et al. 2022, "BitFit"]."""
-    for name, param in visual.named_parameters():
-        param.requires_grad_(name.endswith("bias"))
+def _attention_weights(attention: Any) -> list[tuple[nn.Module, str, int]]:
+    """Module, attribute and number of stacked matrices of query, key, value and output."""
+    if hasattr(attention, "in_proj_weight"):
+        return [(attention, "in_proj_weight", 3), (attention.out_proj, "weight", 1)]
+    fused = [(attention.qkv, "weight", 3)] if getattr(attention, "qkv", None) is not None else []
+    names = ("q_proj", "k_proj", "v_proj", "proj")
+    separate = [getattr(attention, name, None) for name in names]
+    return fused + [(module, "weight", 1) for module in separate if module is not None]
 
 
-def train_all(visual: nn.Module) -> None:
-    """Let the whole tower train but its batch norms, whose statistics belong to the images of pre-training."""
-    visual.requires_grad_(True)
-    for module in visual.modules():
-        if isinstance(module, _BatchNorm):
-            module.requires_grad_(False)
+# ------------------------------------------------------------------------------------------- all that trains inside
 
 
-def freeze_unused(visual: nn.Module, features: Callable[[], Tensor]) -> None:
-    """Freeze what the features of an image don't depend on, such as a projection behind them."""
-    params = [param for param in visual.parameters() if param.requires_grad]
+def lr_scales(image_tower: nn.Module, blocks: Blocks, decay: float, name: str) -> dict[str, float]:
+    """Factor on the learning rate of each parameter: 1 behind the last block, `decay` times less with each before.
+
+    Everything before the first block counts as one more block. Raises ImbvlmError where the blocks are unknown.
+    """
+    if decay < 1 and not blocks:
+        raise ImbvlmError(
+            f"fine_tuning.layer_decay needs known blocks, got {decay} with {name}. Set fine_tuning.layer_decay: 1."
+        )
+    order, depth = {block: number for number, block in enumerate(blocks, start=1)}, 0
+    scales = {}
+    for param, _ in image_tower.named_parameters():
+        own = next((number for block, number in order.items() if param.startswith(f"{block}.")), None)
+        # Modules are registered in the order in which images pass them.
+        depth = own or (len(order) + 1 if depth else 0)
+        scales[param] = decay ** (len(order) + 1 - depth)
+    return scales
+
+
+def freeze_unused(image_tower: nn.Module, features: Callable[[], Tensor]) -> None:
+    """Freeze the parameters that an image's features don't depend on, such as a projection behind them."""
+    params = [param for param in image_tower.parameters() if param.requires_grad]
     if not params:
         return
     with torch.enable_grad():
@@ -125,29 +227,12 @@ def freeze_unused(visual: nn.Module, features: Callable[[], Tensor]) -> None:
         param.requires_grad_(gradient is not None)
 
 
-def lr_scales(visual: nn.Module, blocks: Blocks, decay: float, name: str) -> dict[str, float]:
-    """Factor on the learning rate of each parameter: 1 behind the last block, `decay` times less with each before.
-
-    What stands before the first block counts as one more. Raises ImbvlmError where the blocks aren't known.
-    """
-    if decay < 1 and not blocks:
-        raise ImbvlmError(
-            f"fine_tuning.layer_decay is {decay}, and the blocks of {name} aren't known; set fine_tuning.layer_decay: 1"
-        )
-    order, depth = {block: number for number, block in enumerate(blocks, start=1)}, 0
-    scales = {}
-    for param, _ in visual.named_parameters():
-        own = next((number for block, number in order.items() if param.startswith(f"{block}.")), None)
-        # Modules are registered in the order in which images pass them.
-        depth = own or (len(order) + 1 if depth else 0)
-        scales[param] = decay ** (len(order) + 1 - depth)
-    return scales
-
-
 def checkpoint_blocks(blocks: Blocks, name: str) -> None:
-    """Keep only each block's input for the way back; raises ImbvlmError where the blocks aren't known."""
+    """Keep only each block's input for the backward pass; raises ImbvlmError where the blocks are unknown."""
     if not blocks:
-        raise ImbvlmError(f"memory.gradient_checkpointing is true, and the blocks of {name} aren't known; set it false")
+        raise ImbvlmError(
+            f"memory.gradient_checkpointing needs known blocks, and those of {name} are unknown. Set it to false."
+        )
     for block in blocks.values():
         module: Any = block
         module.forward = _checkpointed(block.forward)
@@ -157,31 +242,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **named)
-        # Nothing in a tower draws random numbers: it stays in eval mode.
+        # No random state is kept: a tower stays in eval mode and samples nothing.
         return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
 
     return run
-
-
-def _add_beside(norm: nn.Module, mlp: nn.Module, adapter: Adapter) -> None:
-    """Add adapter(input of `norm`) to the output of `mlp`."""
-    held: list[Tensor] = []
-
-    def hold(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        held[:] = arguments[:1]
-
-    def add(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + adapter(held.pop())
-
-    norm.register_forward_pre_hook(hold)
-    mlp.register_forward_hook(add)
-
-
-def _attention_weights(attention: Any) -> list[tuple[nn.Module, str, int]]:
-    """Module, attribute and number of stacked matrices of query, key, value and output."""
-    if hasattr(attention, "in_proj_weight"):
-        return [(attention, "in_proj_weight", 3), (attention.out_proj, "weight", 1)]
-    fused = [(attention.qkv, "weight", 3)] if getattr(attention, "qkv", None) is not None else []
-    names = ("q_proj", "k_proj", "v_proj", "proj")
-    apart = [getattr(attention, name, None) for name in names]
-    return fused + [(module, "weight", 1) for module in apart if module is not None]

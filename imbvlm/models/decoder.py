@@ -7,9 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import DecoderConfig
+from imbvlm.config.trial_config import TrialConfig, require_section
 
 FinalNorm = tuple[Tensor, Tensor, float]
+
+
+def refuse_decoder(config: TrialConfig, info: EncoderInfo) -> list[str]:
+    """Reject heads that don't divide the encoder's width, and an identity without a class token to keep."""
+    decoder = require_section(config.section(DecoderConfig))
+    problems = _head_problems(decoder.width or info.token_width, decoder.num_heads)
+    if decoder.init == "identity" and not info.has_class_token:
+        problems.append(
+            f"decoder.init: identity needs an encoder with a class token, and {info.name} has none. Set decoder.init: "
+            "random, or choose another encoder."
+        )
+    return problems
 
 
 class Decoder(nn.Module):
@@ -26,11 +40,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.width = width_in if config.width is None else config.width
         self.has_class_token = has_class_token
-        if self.width % config.num_heads:
-            raise ImbvlmError(
-                f"decoder.num_heads must divide the decoder's width of {self.width}, and is {config.num_heads}; "
-                f"{_divisor_near(self.width, config.num_heads)} does"
-            )
+        if problems := _head_problems(self.width, config.num_heads):
+            raise ImbvlmError(problems[0])
         self.input_norm = _input_norm(width_in, final_norm) if config.input_norm == "layer_norm" else nn.Identity()
         self.projection = nn.Identity() if config.width is None else _linear(width_in, config.width)
         self.blocks = nn.ModuleList(DecoderBlock(self.width, config) for _ in range(config.depth))
@@ -141,5 +152,11 @@ def _input_norm(width: int, final_norm: FinalNorm | None) -> nn.LayerNorm:
     return norm
 
 
-def _divisor_near(width: int, wanted: int) -> int:
-    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - wanted))
+def _head_problems(width: int, num_heads: int) -> list[str]:
+    if width % num_heads == 0:
+        return []
+    nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - num_heads))
+    return [
+        f"decoder.num_heads must divide the decoder's width of {width}, got {num_heads}. Set decoder.num_heads: "
+        f"{nearest}, or another decoder.width."
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,47 @@ from torch.utils.checkpoint import checkpoint
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import PromptTuningConfig
-from imbvlm.models.text_tower import TextTower
+from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.models.model_inputs import ModelInputs
+from imbvlm.models.text_tower import TextTower, unsupported_text_tower
 
 if TYPE_CHECKING:
     from imbvlm.models.encoders.encoder import TextTokenizer
+    from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 MAX_DEFAULT_TOKENS = 16
 INIT_DEVIATION = 0.02
+
+
+def refuse_text_tower(config: TrialConfig, info: EncoderInfo) -> list[str]:
+    """Reject encoders whose text tower can't take learned context, or not as many tokens of it."""
+    # Not imported with this file: open_clip takes seconds, and a learned prompt predicts without it.
+    from imbvlm.models.encoders.encoder_registry import resolve_encoder
+
+    num_tokens = require_section(config.section(PromptTuningConfig)).num_tokens
+    problem = unsupported_text_tower(resolve_encoder(config.encoder).model_config["text_cfg"], info.name, num_tokens)
+    return [] if problem is None else [problem]
+
+
+def build_prompt_tuning(
+    config: TrialConfig, inputs: ModelInputs, encoder: Encoder | None, device: torch.device
+) -> nn.Module:
+    """The classifier at its start, before the encoder's text tower; raises ImbvlmError for too many init_words."""
+    assert encoder is not None, "METHODS says that prompt tuning needs the encoder"
+    section = require_section(config.section(PromptTuningConfig))
+    text_tower = TextTower(encoder.model, encoder.source.model_config["text_cfg"])
+    tokens = prompt_tokens(encoder, inputs.class_names, section.init_words)
+    return build_prompt_classifier(section, text_tower, tokens, inputs.info, device)
+
+
+def restore_prompt_tuning(
+    config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A classifier of the exported shapes, which predicts without a text tower."""
+    # Only the weights say how long the context is.
+    context = next((tensor for name, tensor in tensors.items() if name.split(".")[-1] == "context"), torch.zeros(0))
+    embeddings = torch.zeros(num_classes, info.embedding_width)
+    return PromptClassifier(torch.zeros(context.shape), embeddings, info.logit_scale, None)
 
 
 class PromptClassifier(nn.Module):

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from imbvlm.base.errors import PackError
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.longtail.class_sampling import batches
 from imbvlm.longtail.losses import ConfiguredLoss, stack_losses
 from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier, l2_normalize
-from imbvlm.models.decoder import Decoder, num_parameters
+from imbvlm.models.decoder import num_parameters
 from imbvlm.models.second_stage_modules import LogitTransform
 from imbvlm.training.second_stage_trainer import FrozenFeatures, SecondStageTrainer
 from imbvlm.training.stage_trainer import StageEpochResult, StageTrainer
@@ -31,9 +33,6 @@ from imbvlm.training.step.batch_source import Batch, CachedFeatureSource, to_dev
 
 Logits = Callable[[Tensor], Tensor]
 BeginSecondStage = Callable[[FrozenFeatures | None], SecondStageTrainer]
-
-# Methods whose trials can be trained together.
-PACKED = ("linear_probe", "decoder")
 
 # What may differ between members of a pack, below its section.
 _OWN = {
@@ -47,7 +46,7 @@ _OWN = {
 def pack_key(config: TrialConfig) -> str | None:
     """Equal for trials that can be trained together; None for one that can't be with any other."""
     alone = (config.feature_augmentation, config.memory)
-    if config.method not in PACKED or config.reads_images or any(one is not None for one in alone):
+    if METHODS[config.method].packs is None or config.reads_images or any(one is not None for one in alone):
         return None
     tree = config.to_tree()
     if tree["train"]["compile"]:
@@ -69,10 +68,11 @@ def member_bytes(
     time.
     """
     width, of_decoder = pooled_width, 0
-    if config.decoder is not None:
-        width = config.decoder.width or token_width
+    decoder = config.section(DecoderConfig)
+    if decoder is not None:
+        width = decoder.width or token_width
         # Weights, their gradients, two moments.
-        of_decoder = 4 * 4 * num_parameters(token_width, config.decoder)
+        of_decoder = 4 * 4 * num_parameters(token_width, decoder)
         if config.second_stage is not None:
             # Its outputs, which the second stage reads.
             of_decoder += 4 * width * (num_train * config.features.num_views + num_val)
@@ -92,13 +92,19 @@ class TrialPack:
         self.broken_by: Exception | None = None
 
     def add(
-        self, course: StageTrainer, feed: CachedFeatureSource, begin_second_stage: BeginSecondStage | None
+        self,
+        course: StageTrainer,
+        feed: CachedFeatureSource,
+        begin_second_stage: BeginSecondStage | None,
+        *,
+        in_turns: bool,
     ) -> PackMember:
         """A place for a course that hasn't begun, of a trial with the others' `pack_key`.
 
-        `begin_second_stage` puts a trial's second stage in place, once its first has ended.
+        `begin_second_stage` puts a trial's second stage in place, once its first has ended. `in_turns`: its first stage
+        takes its own steps (`Method.packs`).
         """
-        seat = PackMember(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage)
+        seat = PackMember(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage, in_turns)
         self.seats.append(seat)
         return seat
 
@@ -107,14 +113,14 @@ class TrialPack:
         features: FrozenFeatures | None = None
         for place, seat in enumerate(self.seats):
             if seat.begin_second_stage is not None:
-                has_decoder = seat.has_decoder
                 second = seat.begin_second_stage(features)
                 seat.course, seat.group = second.course, second.pack_key
-                if has_decoder:
+                if seat.in_turns:
                     # Each reads its own decoder's outputs.
                     seat.group += f" {place}"
                 else:
                     features = second.features
+                seat.in_turns = False
 
 
 @dataclass(eq=False)
@@ -128,14 +134,10 @@ class PackMember:
     course: StageTrainer | None
     feed: CachedFeatureSource
     begin_second_stage: BeginSecondStage | None
+    # Whether its present stage takes its own steps, instead of being stacked with those of others.
+    in_turns: bool
     group: str = ""
     _trained: StageEpochResult | None = None
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether a decoder trains in the stage that it is in."""
-        model = None if self.course is None else self.course.model
-        return isinstance(model, FeatureClassifier) and isinstance(model.decoder, Decoder)
 
     def train_epoch(self, epoch: int, step: int) -> StageEpochResult:
         """What its course's own `train_epoch(epoch, step)` gives, to rounding; raises PackError for all alike."""
@@ -147,7 +149,7 @@ class PackMember:
 
     def _train_group(self, epoch: int, step: int) -> None:
         group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
-        train = train_in_turns if self.has_decoder or len(group) == 1 else train_stacked
+        train = train_in_turns if self.in_turns or len(group) == 1 else train_stacked
         if self.pack.broken_by is None:
             try:
                 for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):

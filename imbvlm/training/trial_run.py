@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.second_stage_registry import num_stage_epochs
 from imbvlm.config.training_sections import AugmentationConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
@@ -27,7 +29,7 @@ from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.classifier import FeatureClassifier
 from imbvlm.models.encoder_classifier import EncoderClassifier
-from imbvlm.models.model_builder import METHODS, build_model
+from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters, load_own_state_dict, own_state_dict
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.evaluator import EvalResult, Evaluator
@@ -103,7 +105,7 @@ class TrialRun:
         is_decoder = self.entry.reads == "tokens" and not config.reads_images
         self._computing = ComputeContext(
             config.train, device, world.world_size, len(data.class_names), is_decoder,
-            config.decoder, data.info.num_tokens, data.info.token_width,
+            config.section(DecoderConfig), data.info.num_tokens, data.info.token_width,
         )  # fmt: skip
         with self._computing.working(), _seeded(self._seed):
             self.model = build_model(config, data.model_inputs, device)
@@ -130,7 +132,7 @@ class TrialRun:
         if self._course is not None and self.step == 0:
             feed = CachedFeatureSource(self.data.info, self.entry.reads, self.device)
             second = None if self.config.second_stage is None else self._begin_second_stage
-            self._seat = pack.add(self._course, feed, second)
+            self._seat = pack.add(self._course, feed, second, in_turns=self.entry.packs == "in_turns")
             self._evaluator = replace(self._evaluator, feed=self._seat.feed)
 
     def leave_pack(self) -> None:
@@ -280,7 +282,7 @@ class TrialRun:
         """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
         config, model = self.config.second_stage, self.model
         assert config is not None, "without a second stage there is no epoch behind the first's"
-        assert isinstance(model, FeatureClassifier), "METHOD_SECTIONS lets only such methods have a second stage"
+        assert isinstance(model, FeatureClassifier), "METHODS lets only such methods have a second stage"
         seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
         with _seeded(seed):
             second = SecondStageTrainer(

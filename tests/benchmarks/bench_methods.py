@@ -29,11 +29,12 @@ from PIL import Image
 from towers import write_config
 
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.losses import build_loss
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS, build_model
+from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters
 from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _tower_speed, _trial_speed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,11 +16,9 @@ from imbvlm.base.errors import ConfigError
 from imbvlm.base.schema import flatten, tag_of, violated_rule
 from imbvlm.base.yaml_file import dump_yaml, parse_yaml
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS, MethodName
+from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, require_section
-from imbvlm.models.model_builder import METHODS
 
-METHOD_NAMES = get_args(MethodName)
 LOSS_CONFIGS = [entry.config for entry in LOSSES.values()]
 
 
@@ -200,10 +198,10 @@ def test_whole_numbers_are_numbers_and_equal_to_their_floats() -> None:
     assert whole.key() == point.key()
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("section", sorted(OPTIONAL_SECTIONS))
 def test_a_section_is_there_exactly_where_its_method_reads_it(method: str, section: str) -> None:
-    read = section in METHOD_SECTIONS[method]
+    read = section in METHODS[method].sections
     # What follows training or changes its examples is there only where it is asked for.
     asked_for = section in ("second_stage", "mixing", "feature_augmentation")
     assert (getattr(config(method), section) is not None) == (read and not asked_for)
@@ -239,10 +237,10 @@ def test_defaults_are_those_of_the_protocol() -> None:
     }
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("loss", LOSS_CONFIGS)
 def test_files_are_read_back_equal(tmp_path: Path, method: str, loss: Any) -> None:
-    sections = {} if "loss" not in METHOD_SECTIONS[method] else {"loss": {"name": tag_of(loss)[1]}}
+    sections = {} if "loss" not in METHODS[method].sections else {"loss": {"name": tag_of(loss)[1]}}
     before = config(method, prompts={"templates": ["a {}.", "no {}"]}, **sections)
     before.to_yaml(tmp_path / "trial.yaml")
     after = TrialConfig.from_yaml(tmp_path / "trial.yaml")
@@ -355,7 +353,7 @@ def test_misspelt_overrides_are_named() -> None:
     assert refused("optin.lr", 1.0) == "override: unknown key 'optin'; did you mean 'optim'?"
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_setting_a_key_to_what_it_is_changes_nothing(method: str) -> None:
     trial = config(method)
     for key, value in flatten(trial.to_tree()).items():
@@ -363,12 +361,6 @@ def test_setting_a_key_to_what_it_is_changes_nothing(method: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- tables that must stay in step
-
-
-def test_every_method_has_its_sections() -> None:
-    assert set(METHOD_NAMES) == set(METHOD_SECTIONS) == set(METHODS)
-    for name, entry in METHODS.items():
-        assert entry.trains == ("optim" in METHOD_SECTIONS[name])
 
 
 def test_dotted_keys_are_all_leaves_over_all_variants() -> None:

@@ -23,10 +23,10 @@ import torch
 from tiny_images import TinyImages
 
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import READ_NORMS
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_pack import TrialPack
@@ -52,7 +52,7 @@ def cases(folder: Path) -> dict[str, Case]:
         for method, entry in METHODS.items():
             if kind == "resnet" and method in ("adapter", "lora"):
                 continue
-            for stored in (True, False) if entry.trains and not entry.trains_tower else (True,):
+            for stored in (True, False) if entry.trains and not entry.trains_encoder else (True,):
                 add(f"{method}, {kind}, {'stored' if stored else 'images'}", kind, method, features__store=stored)
     for name in LOSSES:
         add(f"loss {name}", "vit", "linear_probe", loss__name=name)

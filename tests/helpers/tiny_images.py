@@ -13,12 +13,13 @@ import pyarrow as pa
 from PIL import Image
 from towers import write_tower
 
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.model_builder import METHODS, stored_outputs
+from imbvlm.models.model_builder import stored_outputs
 
 CLASS_COUNTS = (30, 12, 6, 3, 0)
 PER_CLASS = 3

@@ -14,16 +14,16 @@ import pytest
 import torch
 from tiny_images import TinyImages
 
+from imbvlm.config.method_registry import METHODS
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES, tau_normalized
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_run import build_trial
 
-FROZEN = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_tower]
+FROZEN = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_encoder]
 RATES = {"prompt_tuning": {"optim__lr": 0.05}, "decoder": {"decoder__depth": 1}}
 KINDS = ("vit", "resnet")
 

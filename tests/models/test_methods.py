@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OUTPUT_NAMES
-from imbvlm.config.method_registry import METHOD_SECTIONS
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import needs_text
 from imbvlm.models.classifier_init import class_means, text_weights
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS, build_model, restore_model
+from imbvlm.models.model_builder import build_model, restore_model
 from imbvlm.training import checkpoint
 
 CPU = torch.device("cpu")
 NUM_CLASSES = len(CLASS_COUNTS)
 # Every method, and on images also those that may read stored features.
-CASES = [(name, entry.trains_tower) for name, entry in METHODS.items()]
-CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_tower]
+CASES = [(name, entry.trains_encoder) for name, entry in METHODS.items()]
+CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_encoder]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def case(request, data, images):
     if not on_images:
         del overrides["features__store"]
         return tiny_config(method, **overrides), data, some_batch(data, method), None
-    if METHODS[method].trains_tower:
+    if METHODS[method].trains_encoder:
         del overrides["features__store"]
     config = images.config(method, **overrides)
     batch = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -93,8 +93,8 @@ KINDS = ({"classifier__kind": "linear"}, {"classifier__kind": "cosine"})
 
 @pytest.mark.parametrize(
     "case",
-    [(case, kind) for case in CASES for kind in KINDS if "classifier" in METHOD_SECTIONS[case[0]]]
-    + [(case,) for case in CASES if "classifier" not in METHOD_SECTIONS[case[0]]],
+    [(case, kind) for case in CASES for kind in KINDS if "classifier" in METHODS[case[0]].sections]
+    + [(case,) for case in CASES if "classifier" not in METHODS[case[0]].sections],
     indirect=True,
     ids=str,
 )
@@ -171,9 +171,13 @@ def test_a_tower_without_projection_or_with_another_is_refused(data):
 
 def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data):
     config = tiny_config("decoder", classifier__init="text", decoder__init="identity")
-    without = dataclasses.replace(data, info=tiny_info(has_class_token=False))
-    with pytest.raises(ImbvlmError, match="isn't its normed class token"):
-        build_model(config, without.model_inputs, CPU)
+    without = {
+        "needs an encoder with a class token": dataclasses.replace(data, info=tiny_info(has_class_token=False)),
+        "a pooled output that is the normed class token": dataclasses.replace(data, tower={}),
+    }
+    for reason, inputs in without.items():
+        with pytest.raises(ImbvlmError, match=reason):
+            build_model(config, inputs.model_inputs, CPU)
 
 
 def test_class_means_are_those_of_normalised_features_over_all_chunks(data, monkeypatch):

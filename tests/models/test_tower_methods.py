@@ -22,6 +22,7 @@ from torch.nn import functional
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.train_command import train_one
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
@@ -30,13 +31,13 @@ from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import CONFIG_FILE, load, write_model
 from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.model_builder import METHODS, build_model
+from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters, own_state_dict
 from imbvlm.training import checkpoint
 from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_run import build_trial
 
-TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_tower]
+TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_encoder]
 CASES = [(kind, method) for kind in ("vit", "resnet") for method in TOWER_METHODS]
 CASES = [case for case in CASES if case not in (("resnet", "adapter"), ("resnet", "lora"))]
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_batch_norm_is_frozen_in_a_convolution_tower(problems):
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 def test_convolution_towers_are_refused_with_the_mend(problems, method):
-    with pytest.raises(ImbvlmError, match="is a convolution tower; choose method bias_tuning or fine_tuning"):
+    with pytest.raises(ImbvlmError, match=r"is a convolution tower\. Choose method bias_tuning or fine_tuning"):
         trial(problems["resnet"], method)
 
 

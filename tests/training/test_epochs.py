@@ -23,15 +23,15 @@ from tiny_images import TinyImages
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.worker_group import SINGLE_WORKER
-from imbvlm.models.model_builder import METHODS
 from imbvlm.training import checkpoint
 from imbvlm.training.checkpoint import CheckpointError
 from imbvlm.training.step.loss_schedule import LossSchedule
 from imbvlm.training.trial_run import NUM_FIRST_LOSSES, build_trial
 
-STORED = [name for name, entry in METHODS.items() if not entry.trains_tower]
+STORED = [name for name, entry in METHODS.items() if not entry.trains_encoder]
 TRAINED = [name for name in STORED if METHODS[name].trains]
 FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def first_losses(data, images):
     torch.set_num_threads(1)
     losses = {}
     for method in METHODS:
-        if METHODS[method].trains_tower:
+        if METHODS[method].trains_encoder:
             config = images.config(method, loss__name="balanced_softmax", train__num_epochs=1, train__batch_size=6)
             run = build_trial(config, images.data(config))
             list(run.epochs())

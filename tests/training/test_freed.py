@@ -17,9 +17,9 @@ import torch
 from tiny_data import tiny_config, tiny_data, tiny_features
 from tiny_images import TinyImages
 
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.model_builder import METHODS
 from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_session
 from imbvlm.training.trial_pack import TrialPack
@@ -54,7 +54,7 @@ def assert_freed_at_its_end(config: TrialConfig, data: TrialData) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_of_a_run_is_kept_when_it_has_ended(data: TrialData, tmp_path: Path, method: str) -> None:
-    if METHODS[method].trains_tower:
+    if METHODS[method].trains_encoder:
         images = TinyImages(tmp_path)
         config = images.config(method, train__num_epochs=1, train__batch_size=6)
         data = images.data(config)

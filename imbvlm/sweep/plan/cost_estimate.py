@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from imbvlm.config.method_registry import OWN_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.spec.baselines import Baseline
@@ -24,9 +25,7 @@ PASS_START_SECONDS = 8.0
 # Draws over which a sweep's mean trial is taken.
 NUM_DRAWS = 200
 # What decides how long an image takes and how much memory: rates, losses and seeds don't.
-SHAPE_SECTIONS = (
-    "encoder", "eval", "method", "decoder", "adapter", "lora", "fine_tuning", "prompt_tuning", "memory",
-)  # fmt: skip
+SHAPE_SECTIONS = ("encoder", "eval", "method", *OWN_SECTIONS, "memory")
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import numpy as np
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
-from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
-from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import describe_encoder
-from imbvlm.models.model_builder import METHODS, tower_problem
-from imbvlm.models.text_tower import unsupported_text_tower
+from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
@@ -51,7 +50,7 @@ def _reads_images(sweep: ResolvedSweep) -> bool:
         searched.get(parameter.key, []).extend(parameter.values)
     methods = searched["method"] or [base.get("method")]
     stored = searched["features.store"] or [base.get("features", {}).get("store", True)]
-    return not all(stored) or any(name in METHODS and METHODS[name].trains_tower for name in methods)
+    return not all(stored) or any(name in METHODS and METHODS[name].trains_encoder for name in methods)
 
 
 def check_shared(folders: Sequence[str]) -> None:
@@ -138,7 +137,8 @@ class Packing:
 
     def size(self, config: TrialConfig) -> int:
         """How many trials of the configuration's `pack_key` may train together."""
-        if self.most < 2 or pack_key(config) is None or (config.method == "decoder" and not self.holds_decoders):
+        in_turns = METHODS[config.method].packs == "in_turns"
+        if self.most < 2 or pack_key(config) is None or (in_turns and not self.holds_decoders):
             return 1
         return max(1, min(self.most, self.room // max(1, self.bytes_of(config))))
 
@@ -311,25 +311,7 @@ def check_models(sweep: ResolvedSweep) -> dict[str, EncoderInfo]:
 
 def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
     """What a configuration asks of a tower that doesn't have it."""
-    in_tower = tower_problem(config, info)
-    if in_tower is not None:
-        return [Problem(in_tower)]
-    if config.method == "prompt_tuning":
-        text_config = resolve_encoder(config.encoder).model_config["text_cfg"]
-        refusal = unsupported_text_tower(text_config, info.name, require_section(config.prompt_tuning).num_tokens)
-        return [] if refusal is None else [Problem(refusal)]
-    if config.method != "decoder":
-        return []
-    problems = []
-    decoder = require_section(config.decoder)
-    width = decoder.width or info.token_width
-    if width % decoder.num_heads:
-        message = f"decoder.num_heads {decoder.num_heads} doesn't divide the token width {width} of {info.name}; "
-        problems.append(Problem(message + "choose a divisor, or a decoder.width that it divides"))
-    if decoder.init == "identity" and not info.has_class_token:
-        message = f"decoder.init: identity needs a tower with a class token, and {info.name} has none"
-        problems.append(Problem(message))
-    return problems
+    return [Problem(message) for message in refusals(config, info)]
 
 
 def needed_outputs(sweep: ResolvedSweep) -> frozenset[OutputName]:
@@ -354,7 +336,7 @@ def untried_methods(sweep: ResolvedSweep, towers: Sequence[EncoderInfo]) -> list
     base = encoder_configs(sweep)[0]
     left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(sweep)]
     could = {name: base.with_overrides({"method": name}) for name in left}
-    return [name for name in left if any(tower_problem(could[name], tower) is None for tower in towers)]
+    return [name for name in left if not all(refusals(could[name], tower) for tower in towers)]
 
 
 def _methods_of(sweep: ResolvedSweep) -> set[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import between, duration, pluralize, size_text, table
+from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.sweep.plan.cost_estimate import Interval
 from imbvlm.sweep.plan.feasibility import at_a_time, needed_outputs, uses_ray_train
@@ -235,8 +236,9 @@ def _packs(plan: Plan) -> list[str]:
 
 def _shape_words(config: TrialConfig) -> list[str]:
     what = config.method.replace("_", " ")
-    if config.decoder is not None:
-        what += f" depth {config.decoder.depth}"
+    decoder = config.section(DecoderConfig)
+    if decoder is not None:
+        what += f" depth {decoder.depth}"
     return [what, config.encoder.name]
 
 
@@ -360,10 +362,10 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dict[str, Any]:
     if isinstance(speed, str):
         return {"problem": speed}
-    rows = plan.rows
+    rows, decoder = plan.rows, config.section(DecoderConfig)
     assert rows is not None, "a calibration has read the manifest"
     return {
-        "depth": None if config.decoder is None else config.decoder.depth,
+        "depth": None if decoder is None else decoder.depth,
         "batch_size": None if config.train is None else require_section(config.train).batch_size,
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "epoch_seconds_in_pack": None

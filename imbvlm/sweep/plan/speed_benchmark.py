@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.training_sections import AdamWConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.data.image_stream import ImageRows, StreamPlan, stream_in_threads
@@ -34,7 +35,6 @@ from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
-from imbvlm.models.model_builder import METHODS
 from imbvlm.training.step.batch_source import READ_AHEAD
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
@@ -206,7 +206,7 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
         else:
             on_device = 0
         # Decoders train by turns: on a CPU each takes what it takes alone.
-        alone = pack_key(config) is None or (config.method == "decoder" and device.type == "cpu")
+        alone = pack_key(config) is None or (METHODS[config.method].packs == "in_turns" and device.type == "cpu")
         more = None if alone else _more_seconds(config, data, device, clock.step_seconds)
         return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, more)
 
@@ -293,7 +293,7 @@ def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
     carved = carve_validation(manifest, config.data.split_seed)
     train = np.setdiff1d(manifest.rows_of("train"), carved)
     val = manifest.rows_of("val") if "val" in manifest.splits else carved
-    needs_tower = config.reads_images or config.method == "prompt_tuning"
+    needs_tower = config.reads_images or METHODS[config.method].needs_encoder
     info = _tower(config).info if needs_tower else describe_encoder(config.encoder)
     sources: list[RowSource]
     if config.reads_images:

@@ -14,6 +14,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, size_text
 from imbvlm.base.json_file import read_json
+from imbvlm.config.method_registry import METHODS
 from imbvlm.longtail.post_hoc_adjustment import (
     PostHocAdjustment,
     TemperatureFit,
@@ -24,7 +25,6 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_alpha,
     select_tau,
 )
-from imbvlm.models.model_builder import METHODS
 from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
@@ -202,12 +202,13 @@ def _describe_value(name: str, selection: ValueSelection, metric: str) -> str:
 
 def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogits | None:
     """The logits of the zero-shot baseline of the refit's encoder; None if the encoder itself was trained."""
-    if METHODS[refit.config.method].trains_tower:
+    if METHODS[refit.config.method].trains_encoder:
         return None
     baselines = (
         record
         for record in log.of("baseline")
-        if record.config["method"] == "zero_shot" and feature_key(record.trial_config()) == feature_key(refit.config)
+        if not METHODS[record.config["method"]].trains
+        and feature_key(record.trial_config()) == feature_key(refit.config)
     )
     record = next(baselines, None)
     return None if record is None else read_logits(logits_file(folder, record.trial_id))

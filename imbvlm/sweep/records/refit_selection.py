@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import TauNormalizationConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
@@ -76,10 +77,10 @@ def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
     best, *others = log.best(spec.objective)
     selected = [_refit(WINNER, best, spec)]
     ranked = log.best(spec.objective, "baseline")
-    for method in ("linear_probe", "zero_shot"):
-        record = next((record for record in ranked if record.config["method"] == method), None)
-        if record is not None:
-            selected.append(_refit(record.name, record, spec))
+    best_baselines = {record.config["method"]: record for record in reversed(ranked)}
+    # The probe first, then zero-shot.
+    for record in sorted(best_baselines.values(), key=lambda record: not METHODS[record.config["method"]].trains):
+        selected.append(_refit(record.name, record, spec))
     names = listed_names(log, spec) if spec.study else {best.trial_id: WINNER}
     if spec.study:
         ordered = sorted(others, key=lambda record: record.trial_id)

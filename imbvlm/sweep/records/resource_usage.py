@@ -11,6 +11,7 @@ from typing import Any
 from imbvlm.base import storage
 from imbvlm.base.formatting import between, duration, percent
 from imbvlm.base.json_file import read_json
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import num_stage_epochs
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records.budget import UsedBudget, read_spent
@@ -131,7 +132,7 @@ def saved_by_store(compute: ResourceUsage) -> StoreSavings | None:
     stored = [
         record
         for record in compute.log.records.values()
-        if record.config["method"] != "zero_shot" and not record.trial_config().reads_images
+        if METHODS[record.config["method"]].trains and not record.trial_config().reads_images
     ]
     epochs = sum(len(record.epochs) for record in stored)
     if paces is None or not epochs:

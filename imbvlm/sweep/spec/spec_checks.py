@@ -6,7 +6,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.formatting import join_limited
 from imbvlm.base.yaml_file import YamlTree
-from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
@@ -211,8 +211,8 @@ def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     """The base's sections are known and some method of the space reads them."""
     chosen = [method for one in space.of("method") for method in one.values] or [spec.base.get("method")]
-    methods = [str(method) for method in chosen if method in METHOD_SECTIONS]
-    read = frozenset[str]().union(*(METHOD_SECTIONS[method] for method in methods))
+    methods = [str(method) for method in chosen if method in METHODS]
+    read = frozenset[str]().union(*(METHODS[method].sections for method in methods))
     problems = []
     for key in spec.base:
         if key not in TrialConfig.model_fields:
@@ -250,8 +250,8 @@ def _unread_keys(draw: Params, space: SearchSpace, method: str) -> list[Problem]
     problems = []
     for key in draw:
         section = key.split(".")[0]
-        if method in METHOD_SECTIONS and section in OPTIONAL_SECTIONS - METHOD_SECTIONS[method]:
-            readers = [name for name, sections in METHOD_SECTIONS.items() if section in sections]
+        if method in METHODS and section in OPTIONAL_SECTIONS - METHODS[method].sections:
+            readers = [name for name, entry in METHODS.items() if section in entry.sections]
             mend = f"add when: {{method: {readers[0] if len(readers) == 1 else '[' + ', '.join(readers) + ']'}}}"
             mend = "take it out" if isinstance(space, ListedSpace) else mend
             message = f"{key} is drawn when method = {method}, which doesn't read {section!r}; {mend}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from imbvlm.config.method_registry import METHOD_SECTIONS
+from imbvlm.config.method_registry import METHODS
 from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace, get_dotted
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
@@ -29,7 +29,7 @@ def smoke_settings(spec: SweepSpec) -> Mapping[str, Any]:
 def _length(spec: SweepSpec, space: SearchSpace) -> dict[str, int]:
     """No longer than the sweep's own; nothing where no method of the space trains."""
     methods = {value for one in space.of("method") for value in one.values} or {spec.base.get("method")}
-    if not any("train" in METHOD_SECTIONS.get(str(method), {"train"}) for method in methods):
+    if not any(method not in METHODS or METHODS[method].trains for method in methods):
         return {}
     known = {key: get_dotted(spec.base, key) for key in LENGTHS}
     used = [key for key in LENGTHS if isinstance(known[key], int) or space.of(key)] or ["train.num_epochs"]

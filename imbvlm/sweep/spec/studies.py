@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from imbvlm.base.schema import Tree
-from imbvlm.config.method_registry import METHOD_SECTIONS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, drop_unused_sections
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.search_space import Params
@@ -48,7 +48,7 @@ def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
         for row in part.rows:
             tree = drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw)
             config = TrialConfig.from_tree(tree)
-            read |= METHOD_SECTIONS[config.method]
+            read |= METHODS[config.method].sections
             name = names.setdefault(canonical_key(config), row.name)
             configurations.setdefault(name, row.draw)
             rows.append(StudyRow(label=row.label, configuration=name))

@@ -164,12 +164,15 @@ def test_what_a_tower_has_not_got() -> None:
     assert check_model(model(num_heads=3, width=48), info) == []
     found = [problem.message for problem in check_model(model(num_heads=3), info)]
     assert found == [
-        "decoder.num_heads 3 doesn't divide the token width 16 of tiny; choose a divisor, or a decoder.width that it "
-        "divides"
+        "decoder.num_heads must divide the decoder's width of 16, got 3. Set decoder.num_heads: 2, or another "
+        "decoder.width."
     ]
     assert check_model(model(init="identity"), info) == []
     found = [problem.message for problem in check_model(model(init="identity"), tiny_info(has_class_token=False))]
-    assert found == ["decoder.init: identity needs a tower with a class token, and tiny has none"]
+    assert found == [
+        "decoder.init: identity needs an encoder with a class token, and tiny has none. Set decoder.init: random, or "
+        "choose another encoder."
+    ]
     assert check_model(TrialConfig.from_tree({**BASE, "method": "linear_probe"}), info) == []
 
 

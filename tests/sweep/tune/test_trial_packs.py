@@ -21,6 +21,7 @@ from tiny_data import tiny_config, tiny_features
 from imbvlm.base.console import Console
 from imbvlm.base.errors import DiskFullError
 from imbvlm.base.schema import Tree
+from imbvlm.config.method_registry import METHODS
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.budget import Budget
@@ -34,7 +35,6 @@ from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, T
 from imbvlm.sweep.tune.progress_callback import ProgressCallback, _cause, _failures
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, _of_storage, _tune_settings
-from imbvlm.training.trial_pack import PACKED
 from imbvlm.training.trial_session import TrialSettings
 
 BEST = "val/best_balanced_accuracy"
@@ -138,7 +138,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     return tiny_features(tmp_path_factory.mktemp("features"))
 
 
-@pytest.mark.parametrize("method", PACKED)
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.packs])
 def test_records_stops_and_values_are_those_of_each_trial_by_itself(
     tmp_path: Path, features: FeatureSet, method: str
 ) -> None:

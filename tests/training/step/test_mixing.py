@@ -11,10 +11,10 @@ from tiny_images import TinyImages
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.losses import build_loss
-from imbvlm.models.model_builder import METHODS
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
@@ -23,8 +23,8 @@ from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer, cutmi
 from imbvlm.training.trial_run import build_trial
 
 CLASSES = 4
-TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_tower]
-ON_STORE = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_tower]
+TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_encoder]
+ON_STORE = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_encoder]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def trial(images, method, **overrides):
-    config = images.config(method, **{"features__store": METHODS[method].trains_tower, **overrides})
+    config = images.config(method, **{"features__store": METHODS[method].trains_encoder, **overrides})
     return build_trial(config, images.data(config))
 
 
@@ -226,7 +226,7 @@ def test_feature_augmentation_of_strength_0_is_none(data, method):
 
 @pytest.mark.parametrize("method", [*TOWER_METHODS, *ON_STORE])
 def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(images, data, method, tmp_path):
-    in_tower = METHODS[method].trains_tower
+    in_tower = METHODS[method].trains_encoder
     knobs = {"mixing.mixup": 0.2, "mixing.cutmix": 1.0} if in_tower else {
         "feature_augmentation.mixup": 0.2, "feature_augmentation.transfer": 0.7}  # fmt: skip
     config = (images.config(method) if in_tower else tiny_config(method)).with_overrides(
