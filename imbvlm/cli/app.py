@@ -16,10 +16,16 @@ from collections.abc import Sequence
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.version import __version__
-from imbvlm.cli.export_command import _add_export
-from imbvlm.cli.options import Command, _command, _say_on_stderr
-from imbvlm.cli.predict_command import _add_predict
-from imbvlm.cli.sweep_command import _add_compare, _add_plan, _add_report, _add_sweep, _with_sweep_action
+from imbvlm.cli.export_command import add_export_command
+from imbvlm.cli.options import Command, add_command, print_to_stderr
+from imbvlm.cli.predict_command import add_predict_command
+from imbvlm.cli.sweep_command import (
+    add_compare_command,
+    add_plan_command,
+    add_report_command,
+    add_sweep_command,
+    with_sweep_action,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             code = signals.outlast(lambda: _run(sys.argv[1:] if arguments is None else arguments))
         except ImbvlmError as error:
-            _say_on_stderr(str(error))
+            print_to_stderr(str(error))
             code = 1
         except BrokenPipeError:
             code = 1
@@ -40,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(_with_sweep_action(arguments))
-    # What Pillow finds odd in an image that it reads all the same isn't for the user, least of all with its own lines.
+    options = make_parser().parse_args(with_sweep_action(arguments))
+    # Pillow's warnings on images that it can read are not for the user, still less with lines of Pillow's code.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     command: Command = options.command
     return command(options)
@@ -62,7 +68,8 @@ exit codes:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `imbvlm` with all its commands."""
     parser = argparse.ArgumentParser(
         prog="imbvlm",
         description="Finds the best long-tailed image classifier that a vision-language model can give on your images.",
@@ -75,12 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_manifest(commands)
     _add_features(commands)
     _add_train(commands)
-    _add_sweep(commands)
-    _add_plan(commands)
-    _add_compare(commands)
-    _add_report(commands)
-    _add_export(commands)
-    _add_predict(commands)
+    add_sweep_command(commands)
+    add_plan_command(commands)
+    add_compare_command(commands)
+    add_report_command(commands)
+    add_export_command(commands)
+    add_predict_command(commands)
     _add_check_cluster(commands)
     return parser
 
@@ -89,15 +96,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands, "doctor", "What a sweep will find on this machine, and the mend for what is missing.",
+    parser = add_command(
+        commands, "doctor", "Check this machine for everything a sweep needs and suggest fixes.",
         "imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16",
     )  # fmt: skip
     parser.add_argument(
         "storage", nargs="*", default=["runs"], help="folders and s3:// URIs for sweeps (default: runs)"
     )
     parser.add_argument(
-        "--encoder", action="append", metavar="NAME", help="a tower whose weights are wanted (default: tinylit_lite0)"
+        "--encoder", action="append", metavar="NAME", help="an encoder that is needed (default: tinylit_lite0)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=_doctor)
@@ -115,24 +122,24 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    # Fetched here: importing the data side costs half a second that the other commands need not pay.
+    # Imported here, since the import costs half a second that the other commands need not pay.
     from imbvlm.cli import manifest_command as manifest
 
-    parser = _command(
+    parser = add_command(
         commands, "manifest", "Make, show and check the list of your images.",
         "imbvlm manifest build --folders photos/ -o photos.parquet",
     )  # fmt: skip
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, what, example, add, run in (
+    for name, summary, example, add_arguments, run in (
         ("build", "Turn folders, lists, tables, shards or a benchmark into a manifest.",
          "imbvlm manifest build --folders photos/ -o photos.parquet", manifest.add_build_arguments, manifest.build),
         ("show", "Classes, counts, shot groups and splits of a manifest.",
          "imbvlm manifest show photos.parquet", manifest.add_show_arguments, manifest.show),
-        ("check", "Everything that is wrong or odd in a manifest, and a verdict.",
+        ("check", "All errors and oddities of a manifest, and a verdict.",
          "imbvlm manifest check photos.parquet --decode", manifest.add_check_arguments, _check_manifest),
     ):  # fmt: skip
-        action = _command(actions, name, what, example)
-        add(action)
+        action = add_command(actions, name, summary, example)
+        add_arguments(action)
         action.set_defaults(command=run)
 
 
@@ -140,7 +147,7 @@ def _check_manifest(options: argparse.Namespace) -> int:
     from imbvlm.cli.manifest_command import check
 
     def truncated(names: Sequence[str]) -> Sequence[str]:
-        # Fetched here: importing a tower's side costs seconds.
+        # Imported here, since the import costs seconds.
         from imbvlm.config.input_sections import EncoderConfig
         from imbvlm.models.encoders.encoder import TextTokenizer
         from imbvlm.models.encoders.encoder_registry import resolve_encoder
@@ -154,7 +161,7 @@ def _check_manifest(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------- features
 
 
-# Another image size or crop is another input of the encoder, whose outputs a sweep can't read.
+# Outputs of another image size or crop are other outputs, which a sweep can't read.
 READ_BY = (
     "A sweep reads these outputs where its encoder, encoder.image_size, eval.resize and features are the same, and "
     "computes others itself; sweeps/quickstart.py and a small sweeps/paper.py need --encoder tinylit_lite0 "
@@ -163,22 +170,22 @@ READ_BY = (
 
 
 def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands, "features", "Compute and check the stored outputs of towers.",
+    parser = add_command(
+        commands, "features", "Compute and check the stored outputs of encoders.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     )  # fmt: skip
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = _command(
-        actions, "extract", "Run a tower over a manifest's images and keep its outputs, for sweeps to come.",
+    action = add_command(
+        actions, "extract", "Run an encoder over a manifest's images and store its outputs for later sweeps.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --set features.num_views=4",
     )  # fmt: skip
     action.description = f"{action.description} {READ_BY}."
     action.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
-    action.add_argument("--encoder", required=True, metavar="NAME", help="a tower's name")
-    action.add_argument("--image-size", type=int, metavar="PIXELS", help="side of its input (default: the tower's own)")
+    action.add_argument("--encoder", required=True, metavar="NAME", help="an encoder's name")
+    action.add_argument("--image-size", type=int, metavar="PIXELS", help="side of its input (default: the encoder's)")
     action.add_argument(
         "--output", action="append", choices=("tokens", "pooled", "image_embedding"),
-        help="what to keep, may be given again (default: pooled and image_embedding; a decoder reads tokens)",
+        help="an output to store, repeatable (default: pooled and image_embedding; a decoder reads tokens)",
     )  # fmt: skip
     action.add_argument(
         "--set",
@@ -191,7 +198,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     action.add_argument("--dry-run", action="store_true", help="only say how many images and bytes are missing")
     action.add_argument("--json", action="store_true", help="print JSON and nothing else")
     action.set_defaults(command=_extract_features)
-    action = _command(
+    action = add_command(
         actions, "check", "Read every byte of stored features and compare it with its checksum.",
         "imbvlm features check runs/features",
     )  # fmt: skip
@@ -220,16 +227,16 @@ def _extract_features(options: argparse.Namespace) -> int:
     }
     config = TrialConfig.from_tree(tree).with_overrides(parse_settings(options.set), "--set")
     console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
-    # The log makes a folder, so mistakes are found first.
+    # Checked before the log creates a folder.
     manifest = Manifest.read(config.data.manifest)
     describe_encoder(config.encoder)
     is_local = storage.is_local(options.storage) and not options.dry_run
     with console.redirect_output(storage.local_path(options.storage) / "features.log" if is_local else None):
         report = (lambda text: None) if options.json else console.update_live
         root = storage.join(options.storage, "features")
-        found = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
+        extraction = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
         console.end_live()
-    print(json.dumps(found.to_dict(), indent=1) if options.json else f"{found.describe()}\n{READ_BY}")
+    print(json.dumps(extraction.to_dict(), indent=1) if options.json else f"{extraction.describe()}\n{READ_BY}")
     return 0
 
 
@@ -243,7 +250,7 @@ def _check_features(options: argparse.Namespace) -> int:
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "train",
         "Train one configuration and score it on validation.",
@@ -275,7 +282,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_check_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "check-cluster",
         "Check a cluster's file before anything is started or paid for.",

@@ -1,4 +1,4 @@
-"""Checks a cluster's file before any machine is paid for: values that must be set, and what Ray's own check misses."""
+"""The check of a cluster's file before any machine costs money: missing values, and what Ray's check misses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imbvlm.base.yaml_file import YamlTree, read_foreign_yaml
 from imbvlm.ray_runtime.cluster_launcher import launcher_problem
 from imbvlm.ray_runtime.cluster_resources import AUTOSCALER_SETTING
 
-# What a value must look like, and an example of one.
+# The form of a value, and an example.
 PATTERNS = {
     "region": (re.compile(r"[a-z]{2}(-[a-z]+)+-\d"), "us-east-1"),
     "zone": (re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z](,[a-z]{2}(-[a-z]+)+-\d[a-z])*"), "us-east-1a"),
@@ -24,7 +24,7 @@ KUBERAY_PREFIX = "imbvlm/"
 
 
 def check_cluster_file(path: str | Path) -> None:
-    """Check a file for Ray's cluster launcher or KubeRay; raises ConfigError with every mistake and its line."""
+    """Check a file for Ray's cluster launcher or KubeRay; raises ConfigError with all mistakes and their lines."""
     located = read_foreign_yaml(path)
     tree = located.data
     if not isinstance(tree, dict):
@@ -51,7 +51,7 @@ def _check_launcher(located: YamlTree, tree: Tree) -> Iterator[Problem]:
 
 
 def _check_settings(located: YamlTree, settings: Tree, path: tuple[str, ...]) -> Iterator[Problem]:
-    """Named values at the top of the file: set, and of the right form."""
+    """Check that the values at the top of the file are set and have the right form."""
     for key, value in settings.items():
         name = key.removeprefix(KUBERAY_PREFIX)
         pattern, example = PATTERNS.get(name, (None, "")) if path == ("metadata",) else (None, "")
@@ -80,21 +80,24 @@ def _check_aws(located: YamlTree, tree: Tree) -> Iterator[Problem]:
 
 
 def _check_node_types(located: YamlTree, tree: Tree) -> Iterator[Problem]:
-    """Ray checks none of this: it starts, and the workers never come."""
-    types, most = tree.get("available_node_types", {}), tree.get("max_workers")
-    if not types or most is None:
+    """Check the numbers of workers; Ray does not, and would start without ever getting workers."""
+    types, max_workers = tree.get("available_node_types", {}), tree.get("max_workers")
+    if not types or max_workers is None:
         if tree["provider"].get("type") == "aws":
             yield Problem("max_workers and available_node_types are needed", located.file)
         return
     head = tree["head_node_type"]
     for name, node_type in types.items():
         where = located.where(("available_node_types", name, "max_workers"))
-        least, own = node_type.get("min_workers", 0), node_type.get("max_workers", 0 if name == head else most)
-        if own > most:
-            yield Problem(f"node type {name} may have {own} workers, and all together {most}; raise max_workers", where)
-        if least > own:
-            yield Problem(f"node type {name} has min_workers {least} above its max_workers {own}", where)
-    if not any(one.get("max_workers", most) for name, one in types.items() if name != head) or most < 1:
+        min_workers = node_type.get("min_workers", 0)
+        own_max = node_type.get("max_workers", 0 if name == head else max_workers)
+        if own_max > max_workers:
+            message = f"node type {name} may have {own_max} workers, and all together {max_workers}; raise max_workers"
+            yield Problem(message, where)
+        if min_workers > own_max:
+            yield Problem(f"node type {name} has min_workers {min_workers} above its max_workers {own_max}", where)
+    worker_types = [node_type for name, node_type in types.items() if name != head]
+    if max_workers < 1 or not any(node_type.get("max_workers", max_workers) for node_type in worker_types):
         yield Problem("no node type may have workers, so trials would wait for ever", located.where(("max_workers",)))
 
 
@@ -102,7 +105,7 @@ def _check_mounts(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     for remote, local in tree.get("file_mounts", {}).items():
         if not Path(str(local)).expanduser().exists():
             where = located.where(("file_mounts", remote))
-            yield Problem(f"{local} is not there, seen from {Path.cwd()}; start in the repository's root", where)
+            yield Problem(f"{local} does not exist in {Path.cwd()}; start in the repository's root", where)
 
 
 # --------------------------------------------------------------------------------------------------- KubeRay
@@ -116,36 +119,34 @@ def _check_kuberay(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     yield from _check_settings(located, annotations, ("metadata", "annotations"))
     cluster = (tree.get("spec") or {}).get("rayClusterSpec") or {}
     for index, group in enumerate(cluster.get("workerGroupSpecs") or []):
-        least, now, most = (group.get(key, 0) for key in ("minReplicas", "replicas", "maxReplicas"))
-        if not least <= now <= most or most < 1:
+        min_replicas, replicas, max_replicas = (group.get(key, 0) for key in ("minReplicas", "replicas", "maxReplicas"))
+        if not min_replicas <= replicas <= max_replicas or max_replicas < 1:
             where = located.where(("spec", "rayClusterSpec", "workerGroupSpecs", index))
-            counts = f"minReplicas {least}, replicas {now} and maxReplicas {most}"
+            counts = f"minReplicas {min_replicas}, replicas {replicas} and maxReplicas {max_replicas}"
             yield Problem(f"worker group {group.get('groupName')}: {counts} don't fit", where)
-    yield from _check_told_workers(located, cluster)
+    yield from _check_head_setting(located, cluster)
     if not cluster.get("workerGroupSpecs"):
         where = located.where(("spec", "rayClusterSpec"))
         yield Problem("there is no worker group, so trials would wait for ever", where)
 
 
-def _check_told_workers(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
-    """A sweep on the head, which has no GPU, knows by this setting alone what may come."""
+def _check_head_setting(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
+    """Check the setting that tells a sweep on the head, which has no GPU, which workers may come."""
     where = located.where(("spec", "rayClusterSpec", "headGroupSpec"))
-    there = []
+    worker_groups = []
     for group in cluster.get("workerGroupSpecs") or []:
         limits = _container(group).get("resources", {}).get("limits", {})
         cpus, gpus = limits.get("cpu", 0), limits.get("nvidia.com/gpu", 0)
-        there.append([int(group.get("maxReplicas", 0)), _number(cpus), _number(gpus)])
-    told = {
-        one.get("name"): one.get("value") for one in _container(cluster.get("headGroupSpec") or {}).get("env") or []
-    }
-    wanted = json.dumps(there)
+        worker_groups.append([int(group.get("maxReplicas", 0)), _number(cpus), _number(gpus)])
+    variables = _container(cluster.get("headGroupSpec") or {}).get("env") or []
+    given = {variable.get("name"): variable.get("value") for variable in variables}.get(AUTOSCALER_SETTING)
     try:
-        same = json.loads(told.get(AUTOSCALER_SETTING) or "null") == there
+        is_same = json.loads(given or "null") == worker_groups
     except ValueError:
-        same = False
-    if not same:
-        given = told.get(AUTOSCALER_SETTING)
-        yield Problem(f"the head's {AUTOSCALER_SETTING} is {given!r}, and the worker groups make it '{wanted}'", where)
+        is_same = False
+    if not is_same:
+        expected = json.dumps(worker_groups)
+        yield Problem(f"the head's {AUTOSCALER_SETTING} is {given!r}, and the workers make it '{expected}'", where)
 
 
 def _container(group: Tree) -> Tree:
@@ -154,7 +155,7 @@ def _container(group: Tree) -> Tree:
 
 
 def _number(quantity: Any) -> float:
-    """Kubernetes' way to write counts: 8, "8", "500m"."""
+    """A count as Kubernetes writes it: 8, "8", "500m"."""
     text = str(quantity)
     value = float(text[:-1]) / 1000 if text.endswith("m") else float(text)
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""`imbvlm features extract | check`: towers' outputs computed without a sweep; every byte of them read and compared."""
+"""`imbvlm features extract | check`: encoder outputs are computed without a sweep, and verified byte by byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imbvlm.models.encoders.open_clip_encoder import describe_encoder
 
 @dataclass(frozen=True)
 class Extraction:
-    """What a pass has done or would do: `num_images` counts crops, one a view; `seconds` is None where none was run."""
+    """The result of an extraction, or with `seconds` None its plan; `num_images` counts each view of an image."""
 
     encoder: str
     image_size: int
@@ -45,7 +45,7 @@ class Extraction:
             f"{', '.join(self.splits)}, {size_text(self.total_bytes)}"
         ]
         if not self.num_images:
-            lines.append("all of it is there already")
+            lines.append("everything is stored already")
         elif self.seconds is None:
             free = "" if self.free_bytes is None else f"; {size_text(self.free_bytes)} free"
             lines.append(f"to compute: {self.num_images:,} images (views counted), {size_text(self.num_bytes)}{free}")
@@ -67,15 +67,15 @@ def extract(
     report: Report,
     dry_run: bool,
 ) -> Extraction:
-    """Compute what is missing of a tower's outputs over all splits of the manifest; raises ImbvlmError."""
+    """Compute the missing outputs of an encoder over all splits of the manifest; raises ImbvlmError."""
     root = storage.absolute(root)
     total = sum(store_bytes(config, manifest, outputs, manifest.splits).values())
     num_images, num_bytes = pending_images(config, manifest, root, outputs, manifest.splits)
     folders, seconds = {}, None
     if not dry_run:
         started = time.monotonic()
-        found = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
-        folders, seconds = dict(found.folders), time.monotonic() - started
+        features = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
+        folders, seconds = dict(features.folders), time.monotonic() - started
     ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
     free = storage.free_bytes(root)
     return Extraction(
@@ -94,31 +94,32 @@ def extract(
 
 
 def check(folders: Sequence[str]) -> int:
-    """Print a line for each store and output in stores, or folders of stores; 1 where a shard is damaged."""
+    """Print a line for each output of stores, or of folders of stores; returns 1 if a shard is damaged."""
     num_damaged = 0
     for folder in folders:
         for store in _stores(storage.absolute(folder)):
             for output in store.outputs:
-                there = store.present(output)
-                damaged = sorted(set(store.missing(output, full=True)) & set(there))
+                present = store.present(output)
+                damaged = sorted(set(store.missing(output, full=True)) & set(present))
                 num_damaged += len(damaged)
-                print(f"{store.folder} {output}: {_words(store, output, len(there), damaged)}")
+                print(f"{store.folder} {output}: {_describe(store, output, len(present), damaged)}")
     return int(num_damaged > 0)
 
 
 def _stores(folder: str) -> list[FeatureStore]:
     if storage.exists(storage.join(folder, STORE_FILE)):
         return [FeatureStore.open(folder)]
-    below = [storage.join(folder, name) for name in storage.list_files(folder)]
-    stores = [FeatureStore.open(one) for one in below if storage.exists(storage.join(one, STORE_FILE))]
+    folders = [storage.join(folder, name) for name in storage.list_files(folder)]
+    stores = [FeatureStore.open(path) for path in folders if storage.exists(storage.join(path, STORE_FILE))]
     if not stores:
         raise StoreError(f"{folder} has no stored features; a sweep keeps them in `features` of its storage folder")
     return stores
 
 
-def _words(store: FeatureStore, output: OutputName, num_there: int, damaged: list[int]) -> str:
-    of = f"{num_there:,} of {store.layout.num_shards:,} shards, {size_text(store.layout.num_bytes(output))} when whole"
+def _describe(store: FeatureStore, output: OutputName, num_present: int, damaged: list[int]) -> str:
+    size = size_text(store.layout.num_bytes(output))
+    text = f"{num_present:,} of {store.layout.num_shards:,} shards, {size} when whole"
     if not damaged:
-        return f"{of}; intact"
+        return f"{text}; intact"
     names = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-    return f"{of}; {len(damaged):,} DAMAGED ({names}): the next sweep that reads them computes them again"
+    return f"{text}; {len(damaged):,} DAMAGED ({names}): the next sweep that reads them computes them again"

@@ -1,4 +1,4 @@
-"""`imbvlm manifest build`, `show` and `check`: their options, and what they print."""
+"""`imbvlm manifest build`, `show` and `check`: options and output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".par
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `manifest build`: one source, then names, tail and output."""
+    """Add the options of `manifest build`: one source, then names, imbalance and output."""
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--dataset", choices=sorted(BENCHMARKS), help="a benchmark by name, its official files in --root")
     source("--folders", metavar="DIR", help="a folder per class, or train, val and test folders of them")
@@ -39,17 +39,17 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     source("--webdataset", nargs="+", metavar="TAR", help="tar shards, or a folder of them")
     option = parser.add_argument
     option("--root", default="", help="folder or s3:// prefix that relative image paths are below")
-    option("--name", help="name of the data; by default that of the source")
+    option("--name", help="name of the data (default: the source's)")
     option("--class-names", metavar="FILE", help="one name a line, in the order of the class ids")
     option("--column", action="append", default=[], metavar="WHAT=NAME", help="a table's uri, label, split or bytes")
     option("--categories", metavar="FILE", help="iNaturalist's categories.json, with names and ranks")
     option("--rank", choices=RANKS, default="species", help="what iNaturalist's classes are")
     option("--names", choices=NAMES, default="scientific", help="iNaturalist's scientific or common names")
-    option("--test-share", type=float, help="keep such a share of each class apart as the test split")
-    option("--imbalance-factor", type=float, help="give a balanced set a tail: largest class over smallest")
+    option("--test-share", type=float, help="hold out this share of each class as the test split")
+    option("--imbalance-factor", type=float, help="make balanced data long-tailed: largest class over smallest")
     option("--tail-shape", choices=SHAPES, help="how counts fall (default: exponential)")
-    option("--class-order", metavar="FILE", help="class names from head to tail; by default drawn from --seed")
-    option("--seed", type=int, default=0, help="of the test share's rows, of the tail's order and rows")
+    option("--class-order", metavar="FILE", help="class names from head to tail (default: random by --seed)")
+    option("--seed", type=int, default=0, help="seed of the held-out rows, and of the tail's order and rows")
     option("-o", "--output", required=True, metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
 
 
@@ -60,10 +60,10 @@ def build(options: argparse.Namespace) -> int:
         given = [name for name in ("class_order", "tail_shape") if getattr(options, name) is not None]
         if given:
             option = f"--{given[0].replace('_', '-')}"
-            raise ImbvlmError(f"{option} is of the tail that --imbalance-factor gives; add one, or leave {option} out")
+            raise ImbvlmError(f"{option} needs --imbalance-factor, which makes a tail. Add one, or leave {option} out.")
     manifest = _source(options)
     if options.test_share is not None or "val" not in manifest.splits:
-        # Training images will be drawn as test or validation rows, and copies must stay on one side.
+        # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)
     if options.test_share is not None:
         manifest = hold_out_test_split(manifest, options.test_share, seed=options.seed)
@@ -112,28 +112,30 @@ def _source(options: argparse.Namespace) -> Manifest:
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `manifest show`."""
+    """Add the options of `manifest show`."""
     parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
-    parser.add_argument("--split-seed", type=int, default=0, help="of the validation rows that would be carved")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the validation rows that are held out")
     parser.add_argument("--plot", metavar="FILE", help="write the curve of counts as SVG")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def show(options: argparse.Namespace) -> int:
-    """Print a manifest's summary and the curve of its counts."""
+    """Print a manifest's summary and write the plot of its counts."""
     storage.check_location(options.plot or "")
     manifest = Manifest.read(options.manifest)
-    as_json = options.json
-    print(json.dumps(summary_dict(manifest), indent=1) if as_json else summary(manifest, split_seed=options.split_seed))
+    if options.json:
+        print(json.dumps(summary_dict(manifest), indent=1))
+    else:
+        print(summary(manifest, split_seed=options.split_seed))
     if options.plot:
         storage.write_bytes(options.plot, plot_svg(manifest.class_stats().counts, manifest.name).encode())
-        if not as_json:
+        if not options.json:
             print(f"\nplot written to {options.plot}")
     return 0
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `manifest check`."""
+    """Add the options of `manifest check`."""
     parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
     parser.add_argument("--decode", action="store_true", help="read and decode every image")
     parser.add_argument("-o", "--output", metavar="FILE", help="write every finding with all of its rows as CSV")
@@ -142,13 +144,13 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         default="openai_vit_b16",
         metavar="NAME",
-        help="tower whose text side must hold the class names (default: openai_vit_b16, as most of them)",
+        help="encoder whose text tower must hold the class names (default: openai_vit_b16, as most of them)",
     )
-    parser.add_argument("--split-seed", type=int, default=0, help="of the validation rows that would be carved")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the validation rows that are held out")
 
 
 def check(options: argparse.Namespace, truncated: Callable[[Sequence[str]], Sequence[str]] | None = None) -> int:
-    """Print what is wrong or odd, and a verdict; 1 where there is an error."""
+    """Print errors, oddities and a verdict; returns 1 if there is an error."""
     storage.check_location(options.output or "")
     report = check_manifest(
         Manifest.read(options.manifest), decode_all=options.decode, split_seed=options.split_seed, truncated=truncated
@@ -173,23 +175,23 @@ def _pairs(values: Sequence[str], option: str, keys: Sequence[str]) -> dict[str,
     pairs = [value.partition("=") for value in values]
     wrong = [value for value, (key, _, name) in zip(values, pairs, strict=True) if key not in keys or not name]
     if wrong:
-        raise ImbvlmError(f"{option} takes {' or '.join(f'{key}=...' for key in keys)}, and was given {wrong[0]!r}")
+        raise ImbvlmError(f"{option} takes {' or '.join(f'{key}=...' for key in keys)}, got {wrong[0]!r}.")
     return {key: name for key, _, name in pairs}
 
 
-def _files(places: Sequence[str], suffixes: frozenset[str]) -> list[str]:
-    """Files as they are, and those of folders by suffix."""
-    found = []
-    for place in places:
-        if PurePosixPath(place).suffix.lower() in suffixes:
-            found.append(place)
+def _files(locations: Sequence[str], suffixes: frozenset[str]) -> list[str]:
+    """The given files, and the files of given folders by suffix."""
+    paths = []
+    for location in locations:
+        if PurePosixPath(location).suffix.lower() in suffixes:
+            paths.append(location)
         else:
-            below = [file for file in list_tree(place) if PurePosixPath(file.path).suffix.lower() in suffixes]
-            if not below:
-                raise ImbvlmError(f"{place} has no {', '.join(sorted(suffixes))} file")
-            broken = [printable_path(file.path) for file in below if file.num_bytes < 0]
+            files = [file for file in list_tree(location) if PurePosixPath(file.path).suffix.lower() in suffixes]
+            if not files:
+                raise ImbvlmError(f"{location} has no {', '.join(sorted(suffixes))} file")
+            broken = [printable_path(file.path) for file in files if file.num_bytes < 0]
             if broken:
-                wrong = f"{pluralize(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"
-                raise ImbvlmError(f"{place} has {wrong}: {join_limited(broken)}; remove or mend them")
-            found += [storage.join(place, file.path) for file in below]
-    return found
+                problem = f"{pluralize(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"
+                raise ImbvlmError(f"{location} has {problem}: {join_limited(broken)}. Remove or repair them.")
+            paths += [storage.join(location, file.path) for file in files]
+    return paths

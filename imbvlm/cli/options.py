@@ -1,4 +1,4 @@
-"""What the commands share: parsers with an example, and messages on standard error."""
+"""Shared parts of the commands: parsers with an example, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from imbvlm.base.errors import LINE_BREAKS, printable
 Command = Callable[[argparse.Namespace], int]
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, example: str
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, example: str
 ) -> argparse.ArgumentParser:
+    """Add a command whose help has a summary and an example."""
     return commands.add_parser(
         name,
-        help=what,
-        description=what,
+        help=summary,
+        description=summary,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def _say_on_stderr(text: str) -> None:
+def print_to_stderr(text: str) -> None:
+    """Print a message of the command on standard error."""
     print(f"imbvlm: {printable(text, keep=LINE_BREAKS)}", file=sys.stderr, flush=True)

@@ -7,23 +7,24 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from imbvlm.cli.options import _command, _say_on_stderr
+from imbvlm.cli.options import add_command, print_to_stderr
 
 if TYPE_CHECKING:
     from imbvlm.inference.predictor import Prediction
 
 
-def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_predict_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
     from imbvlm.cli.sweep_script import positive
 
-    parser = _command(
+    parser = add_command(
         commands,
         "predict",
         "Classify images with an exported model.",
         "imbvlm predict my-model photos/ --top 3 -o predictions.csv\n"
         "  imbvlm predict s3://my-bucket/my-model s3://my-bucket/photos -o s3://my-bucket/predictions.parquet",
     )
-    parser.add_argument("model", help="what `imbvlm export` wrote, a folder or s3:// URI")
+    parser.add_argument("model", help="an exported model: folder or s3:// URI")
     parser.add_argument("images", nargs="+", help="files, folders, manifests (.parquet) or s3:// prefixes")
     parser.add_argument("--split", choices=("train", "val", "test"), help="of manifests; all rows without it")
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes per image (default: 5)")
@@ -40,21 +41,21 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _predict(options: argparse.Namespace) -> int:
     from imbvlm.base import storage
     from imbvlm.base.formatting import pluralize
-    from imbvlm.inference import batch_prediction as table
+    from imbvlm.inference.batch_prediction import MIN_RAY_IMAGES, find_images, limited_top, predictions
     from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
 
     storage.check_location(options.model)
     if options.out:
         check_out(options.out)
-    images = table.find_images(options.images, options.split)
-    ray = options.ray if options.ray is not None else len(images) >= table.RAY_FROM
-    top, bad = table.limited_top(options.model, options.top), 0
+    images = find_images(options.images, options.split)
+    use_ray = options.ray if options.ray is not None else len(images) >= MIN_RAY_IMAGES
+    top, num_bad = limited_top(options.model, options.top), 0
 
     def counted() -> Iterator[Prediction]:
-        nonlocal bad
-        for one in table.predictions(options.model, images, top, ray=ray, waits=_say_on_stderr):
-            bad += one.error is not None
-            yield one
+        nonlocal num_bad
+        for prediction in predictions(options.model, images, top, use_ray=use_ray, notify=print_to_stderr):
+            num_bad += prediction.error is not None
+            yield prediction
 
     if options.out:
         write_predictions(counted(), options.out, top)
@@ -63,7 +64,7 @@ def _predict(options: argparse.Namespace) -> int:
         write = write_json_lines if options.json else write_lines
         write(counted(), sys.stdout, top)
         sys.stdout.flush()
-    if bad:
+    if num_bad:
         where = "; the column error says why" if options.out else ""
-        _say_on_stderr(f"{bad:,} of {pluralize(len(images), 'image')} could not be read{where}")
-    return 1 if bad == len(images) else 0
+        print_to_stderr(f"{num_bad:,} of {pluralize(len(images), 'image')} could not be read{where}")
+    return int(num_bad == len(images))

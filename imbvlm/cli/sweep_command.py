@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, printable
-from imbvlm.cli.options import _command, _say_on_stderr
+from imbvlm.cli.options import add_command, print_to_stderr
 
 if TYPE_CHECKING:
     from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 SWEEP_ACTIONS = ("run", "resume", "list", "show")
 
 
-def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_sweep_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from imbvlm.cli.sweep_script import add_arguments, positive
 
-    parser = _command(
+    parser = add_command(
         commands, "sweep", "Run sweeps, go on with them, list and show them; `sweep FILE` is `sweep run FILE`.",
         "imbvlm sweep run my-sweep.yaml --dry-run",
     )  # fmt: skip
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    run = _command(actions, "run", "Run a sweep from its YAML.", "imbvlm sweep run my-sweep.yaml --smoke")
+    run = add_command(actions, "run", "Run a sweep from its YAML.", "imbvlm sweep run my-sweep.yaml --smoke")
     run.add_argument("spec", help="a SweepSpec as YAML, such as the sweep.yaml of an earlier sweep")
     add_arguments(run)
     run.set_defaults(command=_sweep_run)
-    resume = _command(
+    resume = add_command(
         actions, "resume", "Go on with a sweep; no trial is run twice.", "imbvlm sweep resume runs/inat-20261124-120000"
     )
     resume.add_argument("sweep", help="a sweep's folder")
@@ -37,17 +37,17 @@ def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a limit to raise, such as max_hours=8"
     )
     resume.set_defaults(command=_sweep_resume)
-    listing = _command(actions, "list", "The sweeps in a storage folder.", "imbvlm sweep list runs --json")
+    listing = add_command(actions, "list", "The sweeps in a storage folder.", "imbvlm sweep list runs --json")
     listing.add_argument("storage", nargs="?", default="runs", help="folder or s3:// URI (default: runs)")
     listing.set_defaults(command=_sweep_list)
-    show = _command(actions, "show", "A sweep's tables by now.", "imbvlm sweep show runs/inat-20261124-120000")
+    show = add_command(actions, "show", "A sweep's tables by now.", "imbvlm sweep show runs/inat-20261124-120000")
     show.add_argument("sweep", help="a sweep's folder")
     show.set_defaults(command=_sweep_show)
     for action in (listing, show):
         action.add_argument("--json", action="store_true", help="print JSON, accuracies as fractions")
 
 
-def _with_sweep_action(arguments: Sequence[str]) -> list[str]:
+def with_sweep_action(arguments: Sequence[str]) -> list[str]:
     """`sweep FILE` as `sweep run FILE`."""
     given = list(arguments)
     if given[:1] == ["sweep"] and len(given) > 1 and given[1] not in (*SWEEP_ACTIONS, "-h", "--help"):
@@ -99,10 +99,10 @@ def _sweep_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from imbvlm.cli.sweep_script import add_measure_argument, add_setting_arguments
 
-    parser = _command(
+    parser = add_command(
         commands, "plan", "What a sweep would do, read, take and cost; starts and writes nothing of it.",
         "imbvlm plan my-sweep.yaml --price 2.5 --json",
     )  # fmt: skip
@@ -120,8 +120,10 @@ def _plan(options: argparse.Namespace) -> int:
     return print_plan(spec, options.measure, as_json=options.json, num_gpus=options.gpus)
 
 
-def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "compare", "Several sweeps side by side.", "imbvlm compare runs/inat-20261124-* --json")
+def add_compare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "compare", "Several sweeps side by side.", "imbvlm compare runs/inat-20261124-* --json"
+    )
     parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweeps' folders")
     parser.add_argument("--json", action="store_true", help="print JSON, accuracies as fractions")
     parser.set_defaults(command=_compare)
@@ -136,8 +138,8 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def add_report_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = add_command(
         commands,
         "report",
         "Write a sweep's report, one page that needs no network.",
@@ -157,5 +159,5 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _report(options: argparse.Namespace) -> int:
     from imbvlm.sweep.report.report_writer import write_report
 
-    print(write_report(options.sweep, options.out, options.manifest, _say_on_stderr))
+    print(write_report(options.sweep, options.out, options.manifest, print_to_stderr))
     return 0

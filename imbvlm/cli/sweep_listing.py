@@ -1,4 +1,4 @@
-"""Sweeps as text: those of a storage folder, one in full, several side by side."""
+"""Sweeps as text: a list of a storage folder's sweeps, one sweep in full, several side by side."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from imbvlm.sweep.records.trial_log import WINNER, describe_trial
 
 
 def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
-    """The sweeps as a table, and below it those that can't be read, with the reasons."""
-    lines = [f"{one.folder}  unreadable: {one.reason}" for one in unreadable]
+    """The sweeps as a table, followed by those that can't be read, with the reasons."""
+    lines = [f"{sweep.folder}  unreadable: {sweep.reason}" for sweep in unreadable]
     return "\n".join([*([_table(states)] if states else []), *lines])
 
 
 def _table(states: Sequence[SweepState]) -> str:
-    """A row a sweep: state, trials, best so far, on which data, when and where."""
+    """A row per sweep: folder, state, trials, best trial so far, data, start."""
     rows = []
     for state in states:
         best = state.best
@@ -51,11 +51,11 @@ def _table(states: Sequence[SweepState]) -> str:
 
 
 def show_text(state: SweepState) -> str:
-    """What a finished sweep has printed, and of an unfinished one what there is."""
+    """The tables of a sweep, as far as it has come."""
     spec, log = state.spec, state.log
-    where = "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {state.folder}"
-    parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {where}"]
-    failed = [one for one in log.of("search") if one.state in ("failed", "error")]
+    progress = "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {state.folder}"
+    parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {progress}"]
+    failed = [record for record in log.of("search") if record.state in ("failed", "error")]
     parts += [failure_causes(failed)] if failed else []
     if state.best is not None:
         parts += ["", search_table(log, spec)]
@@ -74,10 +74,10 @@ def show_text(state: SweepState) -> str:
 
 def compare_text(states: Sequence[SweepState]) -> str:
     """Sweeps side by side: winners and baselines on the test split, as trained and as adjusted after training."""
-    wanted = {row: row[0] for state in states for row in state.compared}
+    keys = {row for state in states for row in state.compared}
     rows = [
         _compared_row(state, name, split)
-        for name, split in sorted(wanted, key=lambda row: (row[0] != WINNER, row[0] == "zero-shot", row))
+        for name, split in sorted(keys, key=lambda row: (row[0] != WINNER, row[0] == "zero-shot", row))
         for state in states
         if (name, split) in state.compared
     ]
@@ -86,7 +86,7 @@ def compare_text(states: Sequence[SweepState]) -> str:
         "best on validation by the sweep's objective; refits on the test split, mean ± deviation of seeds (%); an "
         "exported model is the winner, post hoc where there is such a row:"
     ]
-    parts += [table(header, rows), *_unlike(states)]
+    parts += [table(header, rows), *_notes(states)]
     return "\n".join(parts)
 
 
@@ -100,7 +100,7 @@ def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
         title_in(name, split),
         f"{state.num_ended}/{state.spec.num_trials}" if is_winner else "-",
         "-" if state.seconds is None or not is_winner else duration(state.seconds),
-        # It is of the model as trained.
+        # Validation scored the model as trained.
         percent(None if record is None or split != TEST else log.mean_value(record, objective)),
         *(mean_std(state.test_values(name, metric, split)) for metric in METRICS),
         "-" if record is None else record.views,
@@ -108,13 +108,13 @@ def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
     ]
 
 
-def _unlike(states: Sequence[SweepState]) -> list[str]:
-    """What keeps the numbers from being comparable."""
-    found = []
-    for what, values in (
+def _notes(states: Sequence[SweepState]) -> list[str]:
+    """Notes on differences between the sweeps that make their numbers hard to compare."""
+    notes = []
+    for noun, values in (
         ("data", [state.manifest for state in states]),
         ("objectives", [state.spec.objective for state in states]),
     ):
         if len(set(values)) > 1:
-            found.append(f"these sweeps have unlike {what} ({', '.join(dict.fromkeys(values))}): compare with care")
-    return found
+            notes.append(f"these sweeps differ in {noun} ({', '.join(dict.fromkeys(values))}): compare with care")
+    return notes

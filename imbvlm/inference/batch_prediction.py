@@ -1,8 +1,7 @@
-"""`imbvlm predict`: which images are meant, and predictions in this process or through Ray Data."""
+"""Predictions of many images, in this process or through Ray Data."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -22,16 +21,16 @@ from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.inference.model_folder import described_crops, load, model_folder, read_description
 from imbvlm.inference.predictor import Model, Prediction, crops_of
 
-# From so many images on, Ray Data's processes pay for their start.
-RAY_FROM = 5_000
+# With fewer images the start of Ray Data's processes takes longer than it saves.
+MIN_RAY_IMAGES = 5_000
 BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to classify, in order: a location each, or the bytes of those that a manifest holds itself.
+    """Images to classify, in order: each has a location, or its bytes if a manifest embeds it.
 
-    `names` are text for the table, also where a location has bytes that aren't UTF-8.
+    `names` are valid text for tables, although a location may contain bytes that aren't UTF-8.
     """
 
     names: Sequence[str]
@@ -42,67 +41,65 @@ class Images:
         return len(self.names)
 
 
-def find_images(places: Sequence[str], split: str | None = None) -> Images:
-    """Files as given; of folders and s3:// prefixes the images below, sorted; of manifests the rows, of one `split`.
+def find_images(locations: Sequence[str], split: str | None = None) -> Images:
+    """The images at locations: files, images below folders and s3:// prefixes, rows of manifests, of one `split`.
 
-    Raises ImbvlmError where nothing is there.
+    Images of a folder are sorted. Raises ImbvlmError if there are none.
     """
     names, uris, contents = list[str](), list[str | None](), list[bytes | None]()
-    for place in places:
-        if place.startswith(EMBEDDED) or place.endswith(".parquet"):
-            manifest = Manifest.read(place)
+    for location in locations:
+        if location.startswith(EMBEDDED) or location.endswith(".parquet"):
+            manifest = Manifest.read(location)
             if split is not None:
-                _check_split(place, manifest, split)
+                _check_split(location, manifest, split)
                 manifest = manifest.split(split)
             table = manifest.table
             rows = zip(table.column("uri").to_pylist(), table.column("bytes").to_pylist(), strict=True)
             for number, (uri, data) in enumerate(rows):
-                names.append(uri or f"{place} row {number}")
+                names.append(uri or f"{location} row {number}")
                 uris.append(uri)
                 contents.append(data)
             continue
-        found = _files(place)
-        names += found
-        uris += found
-        contents += [None] * len(found)
+        paths = _files(location)
+        names += paths
+        uris += paths
+        contents += [None] * len(paths)
     if not names:
-        raise ImbvlmError(f"no image in {', '.join(places)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ImbvlmError(f"no image in {', '.join(locations)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return Images([printable_path(name) for name in names], uris, contents)
 
 
-def _check_split(place: str, manifest: Manifest, split: str) -> None:
+def _check_split(location: str, manifest: Manifest, split: str) -> None:
     if split not in manifest.splits:
-        raise ImbvlmError(f"{place} has no {split} images; it has {', '.join(manifest.splits)}")
+        raise ImbvlmError(f"{location} has no {split} images; it has {', '.join(manifest.splits)}")
 
 
-def _files(place: str) -> list[str]:
-    if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES and not (storage.is_local(place) and os.path.isdir(place)):
-        if storage.is_local(place) and not storage.exists(place):
-            raise ImbvlmError(f"{place} is not there")
-        return [place]
-    if storage.is_local(place) and not storage.local_path(place).is_dir():
-        if not storage.exists(place):
-            raise ImbvlmError(f"{place} is not there")
-        # A file by another name: its content says what it is.
-        return [place]
-    below = (file.path for file in list_tree(place))
-    return [storage.join(place, path) for path in below if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+def _files(location: str) -> list[str]:
+    if storage.is_local(location):
+        if not storage.exists(location):
+            raise ImbvlmError(f"{location} does not exist.")
+        if not storage.local_path(location).is_dir():
+            # A file by any name: its content shows whether it is an image.
+            return [location]
+    elif PurePosixPath(location).suffix.lower() in IMAGE_SUFFIXES:
+        return [location]
+    paths = (file.path for file in list_tree(location))
+    return [storage.join(location, path) for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
 
 
 # ----------------------------------------------------------------------------------------------- predicting
 
 
 def predictions(
-    folder: str, images: Images, top: int, *, ray: bool, waits: Callable[[str], None]
+    folder: str, images: Images, top: int, *, use_ray: bool, notify: Callable[[str], None]
 ) -> Iterator[Prediction]:
-    """Each image's prediction in order: by a model in this process, or by Ray Data's on every GPU or CPU.
+    """Predict all images in order, in this process or through Ray Data on every GPU or CPU.
 
-    `waits` is told, from another thread, why nothing goes on where the cluster lacks machines by now.
-
-    Raises ImbvlmError where the model can't be loaded or would prepare images otherwise.
+    `notify` is called from another thread if prediction waits for machines that the cluster lacks. Raises ImbvlmError
+    if the model can't be loaded or would prepare images differently than in training.
     """
-    if ray:
-        yield from _in_ray(folder, images, top, waits)
+    if use_ray:
+        yield from _in_ray(folder, images, top, notify)
         return
     model = load(folder)
     for start in range(0, len(images), BLOCK_SIZE):
@@ -111,9 +108,9 @@ def predictions(
 
 
 def load_crops(block: dict[str, Any]) -> dict[str, Any]:
-    """Fetch, decode and crop a block's images: adds `images` (N, V, 3, S, S) and a reason or None per image.
+    """Fetch, decode and crop the images of a block: `images` (N, V, 3, S, S), and an error or None per image.
 
-    Raises StorageError where a store doesn't answer.
+    Raises StorageError if the storage doesn't answer.
     """
     preprocess, num_crops = Preprocess.from_dict(block["preprocess"]), block["num_crops"]
     uris, contents, side = block["uris"], block["contents"], preprocess.image_size
@@ -121,7 +118,7 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
 
     budget = DecodeBudget()
 
-    def load_one(number: int) -> str | None:
+    def load_image(number: int) -> str | None:
         try:
             with budget.fetched(uris[number], contents[number]) as data:
                 crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
@@ -129,12 +126,12 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
             return printable_path(error.reason)
         return None
 
-    reasons = map_rows(load_one, uris)
+    reasons = map_rows(load_image, uris)
     return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
 
 
 class ModelWorker:
-    """Holds an exported model in one process of Ray Data; called with a loaded block, it gives its predictions."""
+    """An exported model in a process of Ray Data; it maps a loaded block to predictions."""
 
     def __init__(self, folder: str, top: int, num_threads: int, use_gpu: bool) -> None:
         if not use_gpu:
@@ -162,13 +159,13 @@ def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction
     return model.predictions(block["names"], block["images"][good], block["reasons"], top)
 
 
-def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None]) -> Iterator[Prediction]:
-    # Only here: a handful of images needs no cluster.
+def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]) -> Iterator[Prediction]:
+    # Imported here, since a handful of images needs no cluster.
     from imbvlm.ray_runtime.connection import ray_session
     from imbvlm.ray_runtime.image_pipeline import map_images
 
-    where = storage.absolute(model_folder(folder))
-    preprocess, num_crops = described_crops(where)
+    location = storage.absolute(model_folder(folder))
+    preprocess, num_crops = described_crops(location)
     located = Images(images.names, [uri and storage.absolute(uri) for uri in images.uris], images.contents)
     blocks = [_block(located, start, preprocess, num_crops) for start in range(0, len(images), BLOCK_SIZE)]
     waiting: dict[int, list[Prediction]] = {}
@@ -181,10 +178,10 @@ def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None])
             blocks,
             load_crops,
             ModelWorker,
-            (where, top, threads, use_gpu),
+            (location, top, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
             num_workers=num_workers,
-            waits=waits,
+            waits=notify,
             cpus_per_worker=1 if use_gpu else threads,
             gpus_per_worker=1.0 if use_gpu else 0.0,
         )
@@ -195,10 +192,7 @@ def _in_ray(folder: str, images: Images, top: int, waits: Callable[[str], None])
                 written += BLOCK_SIZE
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
 def limited_top(folder: str, top: int) -> int:
-    """`top`, or the number of the model's classes where that is less: a table has no columns for more."""
+    """`top`, limited to the number of the model's classes, so that a table has no empty columns."""
     names = read_description(model_folder(folder)).get("class_names")
     return min(top, len(names)) if isinstance(names, list) and names else top

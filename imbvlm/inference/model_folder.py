@@ -1,4 +1,4 @@
-"""A model folder: written from a refit, loaded and described without Ray."""
+"""The folder of an exported model: written from a refit, loaded without Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.json_file import damage_named
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
@@ -32,12 +33,12 @@ from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
 CONFIG_FILE = "config.json"
 TOWER_FOLDER = "tower"
 FORMAT = 2
-# How an export of several trials names their folders.
+# The names of the folders that an export of several trials writes.
 _NUMBERED = re.compile(r"\d+-")
 
 
 def evaluation_crops(preprocess: Preprocess, config: TrialConfig) -> tuple[Preprocess, int]:
-    """How a configuration looks at an image, and how many crops that is: one, or five whose logits are averaged."""
+    """The preprocessing of a configuration and its number of crops: one, or five whose logits are averaged."""
     if config.eval.tte == "five_crop":
         return preprocess.five_crop(config.eval.expand), len(FIVE_CROPS)
     return preprocess, 1
@@ -53,14 +54,14 @@ def write_model(
     post_hoc: LogitPostprocessor | None = None,
     label_map: Mapping[str, int] | None = None,
 ) -> None:
-    """Write weights, tower, class names, preprocessing and adjustment; the folder needs nothing else to predict.
+    """Write weights, encoder, class names, preprocessing and adjustment: everything that prediction needs.
 
-    `label_map` is class id in the data's source -> class, where those ids were not 0, 1, 2, ...
+    `label_map` maps the source's class ids to classes if those ids are not 0, 1, 2, ...
     """
-    tower = storage.join(folder, TOWER_FOLDER)
-    save_encoder(encoder, tower)
-    with _local_copy(tower) as local:
-        # Read back: what is described is what a user will load.
+    encoder_folder = storage.join(folder, TOWER_FOLDER)
+    save_encoder(encoder, encoder_folder)
+    with _local_copy(encoder_folder) as local:
+        # Read back, so that the description is of the encoder that a user will load.
         written = _load_tower(local, config, encoder.device)
     weights = save_safetensors(tensors)
     storage.write_bytes(storage.join(folder, MODEL_FILE), weights)
@@ -86,7 +87,7 @@ def write_model(
 
 
 def without_paths(config: TrialConfig) -> TrialConfig:
-    """The configuration with names of files in place of this machine's paths: an exported model is given to others."""
+    """The configuration with file names in place of this machine's paths, since other people get exported models."""
     overrides = {"data.manifest": PurePosixPath(config.data.manifest).name}
     if config.encoder.name.startswith("local-dir:"):
         overrides["encoder.name"] = f"local-dir:{PurePosixPath(config.encoder.name).name}"
@@ -102,7 +103,7 @@ def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encod
 
 @contextmanager
 def _local_copy(folder: str) -> Iterator[str]:
-    """The folder itself, or a copy of one in an object store for as long as it is read."""
+    """Within, a local folder itself, or a local copy of a folder in an object store."""
     if storage.is_local(folder):
         yield str(storage.local_path(folder))
         return
@@ -113,58 +114,52 @@ def _local_copy(folder: str) -> Iterator[str]:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """Load a model folder that `imbvlm export` wrote, also from s3://, onto a GPU where there is one.
+    """Load a model that `imbvlm export` wrote, also from s3://, by default onto a GPU if there is one.
 
-    Raises ImbvlmError where it is incomplete, of other weights, or where images would be prepared otherwise than for
-    its training.
+    Raises ImbvlmError if the folder is incomplete or damaged, or if images would be prepared differently than in
+    training.
     """
-    where = model_folder(str(folder))
-    with _local_copy(where) as local:
-        return _load(local, where, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    location = model_folder(str(folder))
+    with _local_copy(location) as local:
+        return _load(local, location, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def model_folder(folder: str) -> str:
-    """The folder with config.json: that one, or model/ in it; raises ImbvlmError."""
-    for found in (folder, storage.join(folder, "model")):
-        if storage.exists(storage.join(found, CONFIG_FILE)):
-            return found
+    """The folder with config.json: the given one or its model/; raises ImbvlmError if neither has it."""
+    for candidate in (folder, storage.join(folder, "model")):
+        if storage.exists(storage.join(candidate, CONFIG_FILE)):
+            return candidate
     numbered = [name for name in storage.list_files(folder) if _NUMBERED.match(name)]
-    several = [storage.join(folder, name) for name in numbered]
-    models = [one for one in several if storage.exists(storage.join(one, "model", CONFIG_FILE))]
-    if models:
-        raise ImbvlmError(f"{folder} has several exported models; name one of them: {', '.join(models)}")
+    paths = [storage.join(folder, name) for name in numbered]
+    exported = [path for path in paths if storage.exists(storage.join(path, "model", CONFIG_FILE))]
+    if exported:
+        raise ImbvlmError(f"{folder} has several exported models. Name one of them: {', '.join(exported)}")
     raise ImbvlmError(
-        f"{folder} has no {CONFIG_FILE}, so it is no exported model; write one with `imbvlm export SWEEP -o {folder}`"
+        f"{folder} has no {CONFIG_FILE}, so it is no exported model. Write one with `imbvlm export SWEEP -o {folder}`."
     )
 
 
 def read_description(folder: str) -> dict[str, Any]:
     """What config.json in a model's folder says; raises ImbvlmError where it is of another format."""
-    where = storage.join(folder, CONFIG_FILE)
-    with _damage_named(where):
-        description: dict[str, Any] = storage.read_json(where)
+    location = storage.join(folder, CONFIG_FILE)
+    with _damage_named(location):
+        description: dict[str, Any] = storage.read_json(location)
         version = description["format"]
     if version != FORMAT:
-        raise ImbvlmError(f"{where} has format {version}, and this version reads {FORMAT}; export the model again")
+        raise ImbvlmError(f"{location} has format {version}, and this version reads {FORMAT}. Export the model again.")
     return description
 
 
-@contextmanager
-def _damage_named(where: str) -> Iterator[None]:
-    """Within, what a damaged description makes Python raise becomes an ImbvlmError that names it."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        cause = f"{type(error).__name__}: {str(error)[:300]}"
-        raise ImbvlmError(f"{where} is not a model's description ({cause}); export the model again") from None
+def _damage_named(location: str) -> AbstractContextManager[None]:
+    return damage_named(f"{location} is not a model's description", "Export the model again.")
 
 
 def described_crops(folder: str) -> tuple[Preprocess, int]:
-    """How the model in a folder looks at an image, without loading it; raises ImbvlmError."""
-    where, description = storage.join(folder, CONFIG_FILE), read_description(folder)
-    with _damage_named(where):
+    """The preprocessing and the number of crops of a model, without loading it; raises ImbvlmError."""
+    location, description = storage.join(folder, CONFIG_FILE), read_description(folder)
+    with _damage_named(location):
         tree, preprocess = description["config"], Preprocess.from_dict(description["preprocess"])
-    return evaluation_crops(preprocess, TrialConfig.from_tree(YamlTree(tree, where)))
+    return evaluation_crops(preprocess, TrialConfig.from_tree(YamlTree(tree, location)))
 
 
 def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
@@ -175,34 +170,34 @@ def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _load(folder: str, name: str, device: torch.device) -> Model:
-    where, description = storage.join(name, CONFIG_FILE), read_description(folder)
-    with _damage_named(where):
+    description_file, description = storage.join(name, CONFIG_FILE), read_description(folder)
+    with _damage_named(description_file):
         class_names, preprocess = _class_names(description), Preprocess.from_dict(description["preprocess"])
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
-        looks, pillow = description["preprocess_fingerprint"], description["pillow"]
+        preprocess_fingerprint, pillow = description["preprocess_fingerprint"], description["pillow"]
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
         post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
-    config = TrialConfig.from_tree(YamlTree(tree, where))
+    config = TrialConfig.from_tree(YamlTree(tree, description_file))
     encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
-            f"the tower in {name} is not the one that the classifier was trained on; export the model again"
+            f"the encoder in {name} is not the one that the classifier was trained on. Export the model again."
         )
-    bad = next((key for key, param in encoder.visual.named_parameters() if not torch.isfinite(param).all()), None)
-    if bad is not None:
+    infinite = next((key for key, param in encoder.visual.named_parameters() if not torch.isfinite(param).all()), None)
+    if infinite is not None:
         raise ImbvlmError(
-            f"the tower in {name} has numbers that aren't finite in {bad}, so that probabilities would mean nothing; "
-            "export the model again"
+            f"the encoder in {name} has numbers that aren't finite in {infinite}, so its probabilities would mean "
+            "nothing. Export the model again."
         )
     if encoder.preprocess != preprocess:
         raise ImbvlmError(
-            f"this version prepares images otherwise than {name} was trained with: {encoder.preprocess} instead of "
-            f"{preprocess}"
+            f"this version prepares images differently than in the training of {name}: {encoder.preprocess} instead of "
+            f"{preprocess}. Export the model again."
         )
-    if preprocess.fingerprint() != looks:
+    if preprocess.fingerprint() != preprocess_fingerprint:
         raise ImbvlmError(
-            f"images are resized otherwise here (Pillow {PIL.__version__}) than where {name} was exported (Pillow "
-            f"{pillow}), so its probabilities would mean nothing; install pillow=={pillow}, or export the model here"
+            f"images are resized differently here (Pillow {PIL.__version__}) than where {name} was exported (Pillow "
+            f"{pillow}), so its probabilities would mean nothing. Install pillow=={pillow}, or export the model here."
         )
     weights = read_tensors(folder, MODEL_FILE, digests)
     classifier = restore_model(config, encoder.info, len(class_names), weights, encoder)

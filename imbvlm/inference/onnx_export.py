@@ -1,4 +1,4 @@
-"""An exported model as one ONNX graph, tower and classifier together, checked with onnxruntime against its logits."""
+"""Exported models as ONNX graphs of encoder and classifier, whose logits are checked with onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from imbvlm.inference.predictor import InferenceModule, Model
 
 ONNX_FILE = "onnx/model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Of the largest logit: features that are rounded to half precision may fall to the other side.
+# Tolerated difference relative to the largest logit: features that are rounded to half precision may differ by a step.
 TOLERANCE = 2e-3
-# A protobuf holds 2 GB at most; larger weights go into a file beside it.
+# A protobuf holds at most 2 GB; larger weights go into a second file.
 _MAX_GRAPH_BYTES = 1_500_000_000
 
 
 class _Graph(nn.Module):
-    """Crops in bytes (B, 3, S, S) -> adjusted logits and probabilities, (B, C)."""
+    """Maps crops in bytes (B, 3, S, S) to adjusted logits and probabilities, (B, C)."""
 
     def __init__(self, network: InferenceModule) -> None:
         super().__init__()
@@ -37,18 +37,18 @@ class _Graph(nn.Module):
 
 
 def require_onnx() -> None:
-    """Raises ImbvlmError where a package of the extra `onnx` isn't installed."""
+    """Raise ImbvlmError if a package of the extra `onnx` is not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImbvlmError(f"--onnx needs {', '.join(missing)}; install it with: pip install 'imbvlm[onnx]'")
+        raise ImbvlmError(f"--onnx needs {', '.join(missing)}. Install it with: pip install 'imbvlm[onnx]'")
 
 
 def write_onnx(model: Model, folder: str) -> float:
-    """Write onnx/model.onnx into a model's folder and return its largest difference of logits from `model`'s.
+    """Write onnx/model.onnx into a model's folder and return the largest difference of its logits from `model`'s.
 
-    Input `images` (B, 3, S, S) is crops in bytes, as the model's preprocessing makes them; outputs are `logits` and
-    `probabilities` (B, C), with what was adjusted on validation. `model` must be on the CPU. Raises ImbvlmError where
-    the tower can't be written as a graph, or where onnxruntime computes other logits.
+    The input `images` (B, 3, S, S) is crops in bytes, as the model's preprocessing makes them. The outputs `logits` and
+    `probabilities` (B, C) are adjusted as validation selected. `model` must be on the CPU. Raises ImbvlmError if the
+    encoder can't be written as a graph, or if onnxruntime computes other logits.
     """
     require_onnx()
     with TemporaryDirectory() as temporary:
@@ -85,7 +85,7 @@ def _export(model: Model, path: Path) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What torch's exporter stumbled over: its own sentence only says at which step."""
+    """The first cause of an error of torch's exporter, whose own message names only the step."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -93,24 +93,24 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _largest_difference(model: Model, path: Path) -> float:
-    """Over made-up crops, in a batch of another size than the graph was made with."""
+    """The largest difference of logits over random crops, in a batch of another size than the exported one."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     crops = _crops(model, 5)
-    found = session.run(["logits"], {"images": crops.numpy()})[0]
+    logits = session.run(["logits"], {"images": crops.numpy()})[0]
     with torch.inference_mode():
         expected = model.network(crops)[1].numpy()
-    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise ImbvlmError(
-            f"the ONNX graph computes other logits than the model: they differ by {difference:.3g}, where the largest "
-            f"is {largest:.3g}; it was not written"
+            f"the ONNX graph computes other logits than the model and was not written: they differ by "
+            f"{difference:.3g}, and the largest logit is {largest:.3g}."
         )
     return difference
 
 
-def _crops(model: Model, number: int) -> Tensor:
+def _crops(model: Model, num_crops: int) -> Tensor:
     side = model.preprocess.image_size
-    generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (number, 3, side, side), dtype=torch.uint8, generator=generator)
+    generator = torch.Generator().manual_seed(num_crops)
+    return torch.randint(0, 256, (num_crops, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -1,4 +1,4 @@
-"""Tables of predictions as CSV, JSON lines or Parquet."""
+"""Files of predictions: CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -21,60 +21,56 @@ _ROW_GROUP = 16_384
 
 
 def check_out(out: str) -> None:
-    """Raises ImbvlmError for a file whose name doesn't say one of the forms, or that lies where nothing is written."""
+    """Raise ImbvlmError for a name without the suffix of a known format, or a location that can't be written."""
     storage.check_location(out)
     if not out.endswith(OUT_SUFFIXES):
-        raise ImbvlmError(f"--out is {out!r}; its name must end with {', '.join(OUT_SUFFIXES)}")
+        raise ImbvlmError(f"the name after --out must end with {', '.join(OUT_SUFFIXES)}, got {out!r}.")
 
 
-def write_predictions(found: Iterable[Prediction], out: str, top: int) -> None:
-    """Write a row an image as CSV, Parquet or JSON lines, whole or not at all; `out` is a path or s3:// URI."""
+def write_predictions(predictions: Iterable[Prediction], out: str, top: int) -> None:
+    """Write a row per image as CSV, Parquet or JSON lines, whole or not at all; `out` is a path or s3:// URI."""
     check_out(out)
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "table"
         if out.endswith(".parquet"):
-            _write_parquet(found, path, top)
+            _write_parquet(predictions, path, top)
         else:
             with open(path, "w", newline="", encoding="utf-8") as stream:
-                (write_csv if out.endswith(".csv") else write_json_lines)(found, stream, top)
+                (write_csv if out.endswith(".csv") else write_json_lines)(predictions, stream, top)
         storage.write_bytes(out, path.read_bytes())
 
 
-def write_csv(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
-    """image, class_1, probability_1, ..., error; a text that a spreadsheet would run gets an apostrophe in front."""
-    ranks = range(1, top + 1)
-    columns = (f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))
-    stream.write(csv_line(["image", *columns, "error"]))
-    for one in found:
-        pairs = zip(one.class_names, one.probabilities, strict=True)
-        cells = [cell for name, value in pairs for cell in (escape_cell(name), f"{value:.6f}")]
+def write_csv(predictions: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """Write image, class_1, probability_1, ..., error; an apostrophe precedes texts that a spreadsheet would run."""
+    stream.write(csv_line(parquet_schema(top).names))
+    for prediction in predictions:
+        cells = [cell for name, value in prediction.ranked for cell in (escape_cell(name), f"{value:.6f}")]
         blank = [""] * (2 * top - len(cells))
-        stream.write(csv_line([escape_cell(one.source), *cells, *blank, escape_cell(one.error or "")]))
+        stream.write(csv_line([escape_cell(prediction.source), *cells, *blank, escape_cell(prediction.error or "")]))
 
 
-def write_json_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
-    """One object a line: image, classes with their probabilities, error."""
-    for one in found:
-        pairs = zip(one.class_names, one.probabilities, strict=True)
-        classes = [{"class": name, "probability": value} for name, value in pairs]
-        row = {"image": one.source, "classes": classes, "error": one.error}
+def write_json_lines(predictions: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """Write an object per line: image, classes with their probabilities, error."""
+    for prediction in predictions:
+        classes = [{"class": name, "probability": value} for name, value in prediction.ranked]
+        row = {"image": prediction.source, "classes": classes, "error": prediction.error}
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def parquet_schema(top: int) -> pa.Schema:
-    """The columns of the CSV, probabilities as floats, what is absent as null."""
+    """The columns of the CSV file with probabilities as floats and nulls for missing values."""
     fields = [("image", pa.string())]
     for rank in range(1, top + 1):
         fields += [(f"class_{rank}", pa.string()), (f"probability_{rank}", pa.float32())]
     return pa.schema([*fields, ("error", pa.string())])
 
 
-def _write_parquet(found: Iterable[Prediction], path: Path, top: int) -> None:
+def _write_parquet(predictions: Iterable[Prediction], path: Path, top: int) -> None:
     schema, rows = parquet_schema(top), list[dict[str, Any]]()
     with pq.ParquetWriter(path, schema) as writer:
-        for one in found:
-            row: dict[str, Any] = {"image": one.source, "error": one.error}
-            for rank, (name, value) in enumerate(zip(one.class_names, one.probabilities, strict=True), 1):
+        for prediction in predictions:
+            row: dict[str, Any] = {"image": prediction.source, "error": prediction.error}
+            for rank, (name, value) in enumerate(prediction.ranked, 1):
                 row |= {f"class_{rank}": name, f"probability_{rank}": value}
             rows.append(row)
             if len(rows) == _ROW_GROUP:
@@ -83,9 +79,8 @@ def _write_parquet(found: Iterable[Prediction], path: Path, top: int) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def write_lines(found: Iterable[Prediction], stream: TextIO, top: int) -> None:
-    """A line an image, for reading."""
-    for one in found:
-        pairs = zip(one.class_names, one.probabilities, strict=True)
-        text = one.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in pairs)
-        stream.write(f"{printable(f'{one.source}: {text}')}\n")
+def write_lines(predictions: Iterable[Prediction], stream: TextIO, top: int) -> None:
+    """Write a line of text per image."""
+    for prediction in predictions:
+        text = prediction.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in prediction.ranked)
+        stream.write(f"{printable(f'{prediction.source}: {text}')}\n")

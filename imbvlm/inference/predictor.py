@@ -38,7 +38,7 @@ _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, best first; `error` says why there are none."""
+    """The most probable classes of one image, the best first; `error` is the reason if there are none."""
 
     source: str
     class_names: tuple[str, ...] = ()
@@ -46,12 +46,17 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
     error: str | None = None
 
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """Class names with their probabilities, the best first."""
+        return list(zip(self.class_names, self.probabilities, strict=True))
+
 
 @dataclass(frozen=True)
 class LogitPostprocessor:
-    """What is done to a model's logits before they become probabilities: an adjustment, chosen on validation.
+    """The adjustment of a model's logits that validation selected, and the data that it needs.
 
-    `class_counts` (C,) are those that the model was trained on; `class_embeddings` (C, E) are there where zero-shot
+    `class_counts` (C,) are those that the model was trained on. `class_embeddings` (C, E) are present if zero-shot
     logits are mixed in.
     """
 
@@ -60,7 +65,7 @@ class LogitPostprocessor:
     class_embeddings: Tensor | None = None
 
     def write(self, folder: str, digests: dict[str, str]) -> dict[str, Any]:
-        """Write what is too large for a description, and add its digest; the rest as plain data."""
+        """Write the class embeddings into a model's folder, add their digest, and return the rest as plain data."""
         if self.class_embeddings is not None:
             data = save_safetensors({"class_embeddings": self.class_embeddings.float().cpu().contiguous()})
             storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), data)
@@ -69,14 +74,14 @@ class LogitPostprocessor:
 
     @staticmethod
     def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> LogitPostprocessor:
-        """Back from `write`; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
+        """Read what `write` wrote; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
         values = dict(data)
         counts = tuple(operator.index(count) for count in values.pop("class_counts"))
         if len(counts) != num_classes or min(counts) < 0:
             raise ValueError(f"class_counts has {len(counts):,} numbers from 0 up, and there are {num_classes} classes")
         adjustment = PostHocAdjustment(**{name: float(value) for name, value in values.items()})
         if not (np.isfinite([adjustment.tau, adjustment.alpha]).all() and 0 < adjustment.temperature < np.inf):
-            raise ValueError(f"tau and alpha must be finite and temperature above 0, and it has {adjustment}")
+            raise ValueError(f"tau and alpha must be finite and temperature above 0, got {adjustment}")
         embeddings = None
         if adjustment.alpha:
             embeddings = read_tensors(folder, ZERO_SHOT_FILE, digests)["class_embeddings"]
@@ -86,7 +91,7 @@ class LogitPostprocessor:
 
 
 class InferenceModule(nn.Module):
-    """Tower, classifier and what was adjusted on validation in one module: crops in bytes to logits."""
+    """Encoder, classifier and logit adjustment in one module: maps crops in bytes to logits."""
 
     def __init__(
         self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: LogitPostprocessor | None
@@ -94,9 +99,9 @@ class InferenceModule(nn.Module):
         super().__init__()
         self.tower, self.classifier = encoder.visual, classifier
         self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
-        mixes = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
+        is_mixed = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
         self.zero_shot = None
-        if mixes and post_hoc is not None and post_hoc.class_embeddings is not None:
+        if is_mixed and post_hoc is not None and post_hoc.class_embeddings is not None:
             self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.logit_scale)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,12 +123,12 @@ class InferenceModule(nn.Module):
         return logits, self._post_hoc.adjustment.apply(logits, counts, zero_shot)
 
     def _as_stored(self, features: Tensor) -> Tensor:
-        """A tower's output in the precision in which what was trained on was stored."""
+        """An encoder output in the precision of the stored features that the classifier was trained on."""
         return features.half().float() if self._config.features.precision == "float16" else features
 
 
 class Model:
-    """An exported classifier with its own tower, preprocessing and class names."""
+    """An exported classifier with its encoder, preprocessing and class names."""
 
     def __init__(
         self,
@@ -137,15 +142,15 @@ class Model:
         self.class_names, self._device = class_names, device
 
     def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
-        """Classify one image or several; one that can't be read gets an error in place of classes.
+        """Classify one image or several; an unreadable image gets an error in place of classes.
 
         An image is a path, a URI, an encoded file's bytes, a Pillow image, or an H x W x 3 array of uint8. Raises
-        ImbvlmError for a `top` below 1, and for what is neither an image nor an iterable of them.
+        ImbvlmError for a `top` below 1, and for a value that is neither an image nor an iterable of images.
         """
         return list(self.predict_stream(images, top))
 
     def predict_stream(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> Iterator[Prediction]:
-        """As `predict`, a batch at a time, in order."""
+        """Classify images as `predict` does, lazily and batch by batch, in order."""
         return self._stream(enumerate(_several(images)), _checked_top(top))
 
     def _stream(self, iterator: Iterator[tuple[int, ImageLike]], top: int) -> Iterator[Prediction]:
@@ -153,7 +158,7 @@ class Model:
             yield from self._predict_batch(batch, top)
 
     def classify(self, crops: npt.NDArray[np.uint8], top: int = 5) -> list[tuple[list[int], list[float]]]:
-        """Labels and probabilities of the most probable classes, best first, of crops, as `crops_of` makes them."""
+        """Labels and probabilities of the most probable classes, the best first, of crops from `crops_of`."""
         top = _checked_top(top)
         if not len(crops):
             return []
@@ -162,11 +167,11 @@ class Model:
         return list(zip(labels.tolist(), values.tolist(), strict=True))
 
     def logits(self, crops: Tensor) -> Tensor:
-        """The classifier's own logits (B, C) of crops (B, 3, S, S) in bytes, or their means over (B, V, 3, S, S)."""
+        """Unadjusted logits (B, C) of crops (B, 3, S, S) in bytes, or their means over views (B, V, 3, S, S)."""
         return self._run(crops, 0)
 
     def probabilities(self, crops: Tensor) -> Tensor:
-        """Probabilities (B, C) of crops as `logits` takes them, after what was adjusted on validation."""
+        """Adjusted probabilities (B, C) of crops as `logits` takes them."""
         return self._run(crops, 1).softmax(dim=1)
 
     @torch.inference_mode()
@@ -179,7 +184,6 @@ class Model:
 
     def _predict_batch(self, batch: Sequence[tuple[int, ImageLike]], top: int) -> list[Prediction]:
         crops: list[npt.NDArray[np.uint8] | None] = [None] * len(batch)
-
         budget = DecodeBudget()
 
         def load(number: int) -> str | None:
@@ -199,15 +203,15 @@ class Model:
         if isinstance(image, (str, os.PathLike)):
             with budget.fetched(os.fspath(image), None) as data:
                 return crops_of(self.preprocess, self.num_crops, self.preprocess.decode(data))
-        return crops_of(self.preprocess, self.num_crops, _picture(image, self.preprocess))
+        return crops_of(self.preprocess, self.num_crops, _decoded(image, self.preprocess))
 
     def predictions(
-        self, sources: Sequence[str], good: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
+        self, sources: Sequence[str], crops: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
     ) -> list[Prediction]:
-        """One for each source: its reason, or what its crops among the `good` ones, in order, are classified as."""
-        found = iter(self.classify(good, top))
+        """A prediction for each source: its error if it has a reason, else the classes of the next crops."""
+        classified = iter(self.classify(crops, top))
         return [
-            self._prediction(source, *next(found)) if reason is None else Prediction(source, error=reason)
+            self._prediction(source, *next(classified)) if reason is None else Prediction(source, error=reason)
             for source, reason in zip(sources, reasons, strict=True)
         ]
 
@@ -219,37 +223,37 @@ class Model:
 
 
 def crops_of(
-    preprocess: Preprocess, num_crops: int, picture: npt.NDArray[np.uint8] | Image.Image
+    preprocess: Preprocess, num_crops: int, image: npt.NDArray[np.uint8] | Image.Image
 ) -> npt.NDArray[np.uint8]:
-    """What one image is to a model: crops (V, 3, S, S)."""
-    return np.stack([preprocess.apply(picture, crop) for crop in range(num_crops)])
+    """The crops (V, 3, S, S) of one image that a model reads."""
+    return np.stack([preprocess.apply(image, crop) for crop in range(num_crops)])
 
 
 def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """Images to iterate over: text, bytes and an array of one image are iterables themselves."""
+    """The images as an iterable; a text, bytes or an array of one image is iterable but one image."""
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return [images]
     if isinstance(images, Iterable):
         return images
-    raise ImbvlmError(f"predict takes an image or several: {_IMAGE_FORMS}; and got {type(images).__name__}")
+    raise ImbvlmError(f"predict takes an image or several: {_IMAGE_FORMS}. It got {type(images).__name__}.")
 
 
 def _checked_top(top: int) -> int:
     if isinstance(top, bool) or not hasattr(top, "__index__") or operator.index(top) < 1:
-        raise ImbvlmError(f"top, the number of classes an image, must be a whole number from 1 up, and is {top!r}")
+        raise ImbvlmError(f"top, the number of classes per image, must be a whole number from 1 up, got {top!r}.")
     return operator.index(top)
 
 
-def _picture(
+def _decoded(
     image: bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
 ) -> npt.NDArray[np.uint8] | Image.Image:
     if isinstance(image, Image.Image):
         return picture_pixels(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ImageError(f"an array must be H x W x 3 of uint8, and is {image.shape} of {image.dtype}")
+            raise ImageError(f"an array must be H x W x 3 of uint8, got {image.shape} of {image.dtype}")
         return image
     if isinstance(image, (bytes, bytearray, memoryview)):
         return preprocess.decode(bytes(image))

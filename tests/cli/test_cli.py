@@ -18,7 +18,7 @@ from sweep_folder import write_sweep
 from tiny_images import image_manifest
 
 from imbvlm.cli import app
-from imbvlm.cli.sweep_command import SWEEP_ACTIONS, _with_sweep_action
+from imbvlm.cli.sweep_command import SWEEP_ACTIONS, with_sweep_action
 from imbvlm.cli.sweep_script import parse_settings
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.baselines import encoder_configs
@@ -41,7 +41,7 @@ def parsers(
                 yield from parsers(below, (*words, name))
 
 
-ALL = dict(parsers(app._parser()))
+ALL = dict(parsers(app.make_parser()))
 
 
 def leave(capsys, *words: str) -> tuple[int | str | None, str, str]:
@@ -56,6 +56,14 @@ def test_the_commands_are_those_that_are_told_of():
     assert {name for name in ALL if name.startswith("sweep ")} == {f"sweep {one}" for one in SWEEP_ACTIONS}
 
 
+@pytest.mark.parametrize("option", ["--license", "--licence"])
+def test_a_license_is_also_taken_in_the_spelling_of_version_0_1(option: str) -> None:
+    arguments = ["export", "runs/made", "-o", "out"]
+    assert app.make_parser().parse_args([*arguments, option, "mit"]).license == "mit"
+    assert app.make_parser().parse_args(arguments).license == "other"
+    assert "--licence" not in ALL["export"].format_help()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, capsys):
     code, printed, _ = leave(capsys, *name.split(), "--help")
@@ -67,7 +75,7 @@ def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, 
         for one in example.split("&&"):
             words = shlex.split(one)
             if words[0] == "imbvlm":
-                assert callable(app._parser().parse_args(_with_sweep_action(words[1:])).command)
+                assert callable(app.make_parser().parse_args(with_sweep_action(words[1:])).command)
 
 
 @pytest.mark.parametrize("name", [one for one in ALL if one])
@@ -219,7 +227,7 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_pat
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     options = shlex.split(app.READ_BY[app.READ_BY.index("--encoder") :])
-    taken = app._parser().parse_args(["features", "extract", "embedded:fashion_mnist_lt", *options])
+    taken = app.make_parser().parse_args(["features", "extract", "embedded:fashion_mnist_lt", *options])
     tree = {"data": {"manifest": taken.manifest}, "encoder": {"name": taken.encoder, "image_size": taken.image_size},
             "method": "zero_shot"}  # fmt: skip
     extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(taken.set))

@@ -97,7 +97,7 @@ def test_with_them_set_it_is_what_ray_wants(tmp_path):
         ),
         ({}, ("head_node_type: head", "head_node_type: boss"), "head_node_type"),
         ({}, ("idle_timeout_minutes", "idle_timeout"), "idle_timeout"),
-        ({}, ("~/imbvlm/cluster: cluster", "~/imbvlm/cluster: clusters"), "clusters is not there"),
+        ({}, ("~/imbvlm/cluster: cluster", "~/imbvlm/cluster: clusters"), "clusters does not exist"),
         ({}, ("upscaling_speed: 100.0", "upscaling_speed: ["), "not YAML"),
     ],
 )
@@ -189,7 +189,7 @@ def test_kuberay_names_what_must_be_set(tmp_path):
     path.write_text(
         text.replace('nvidia.com/gpu: "1"', 'nvidia.com/gpu: "2"').replace("maxReplicas: 8", "maxReplicas: 6")
     )
-    assert "IMBVLM_AUTOSCALER is '[[8, 8, 1]]', and the worker groups make it '[[6, 8, 2]]'" in problems_of(path)[0]
+    assert "IMBVLM_AUTOSCALER is '[[8, 8, 1]]', and the workers make it '[[6, 8, 2]]'" in problems_of(path)[0]
     path.write_text(text.replace("kind: RayJob", "kind: Pod"))
     assert "not a RayJob" in problems_of(path)[0]
 

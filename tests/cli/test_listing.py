@@ -174,7 +174,7 @@ def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alik
     assert [row[:2] for row in rows[-3:-1]] == [["a", "zero-shot"], ["b", "zero-shot"]]
     assert "90.0 ± 0.0" in rows[2]
     assert "50.0" in next(row for row in rows if row[:2] == ["a", "linear probe"])
-    assert "unlike objectives" in text
+    assert "differ in objectives" in text
     assert "unlike data" not in text
     found = json.loads(imbvlm(capsys, "compare", *folders, "--json"))
     assert [one["name"] for one in found] == ["made", "made"]

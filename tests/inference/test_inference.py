@@ -71,14 +71,14 @@ def test_one_image_in_any_form_is_one_image(folder, tmp_path):
 
 def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder):
     model = imbvlm.load(folder, "cpu")
-    with pytest.raises(ImbvlmError, match=r"predict takes an image or several: a path, .* and got NoneType"):
+    with pytest.raises(ImbvlmError, match=r"predict takes an image or several: a path, .* It got NoneType"):
         model.predict(None)
     (found,) = model.predict([7])
     assert str(found.error).endswith("and this is int")
     for top in (0, -1, 1.5, "3", True):
-        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, and is"):
+        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, got"):
             model.predict([], top=top)
-        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, and is"):
+        with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, got"):
             model.predict_stream([], top=top)
     assert len(model.predict(picture(), top=np.int64(99))[0].labels) == len(CLASS_NAMES)
 
@@ -138,10 +138,10 @@ def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp
 
     imbvlm.load(edited())
     with pytest.raises(
-        ImbvlmError, match=r"images are resized otherwise here \(Pillow .* \(Pillow 9\.9\).*pillow==9\.9"
+        ImbvlmError, match=r"images are resized differently here \(Pillow .* \(Pillow 9\.9\).*pillow==9\.9"
     ):
         imbvlm.load(edited(preprocess_fingerprint="0" * 64, pillow="9.9"))
-    with pytest.raises(ImbvlmError, match="prepares images otherwise than"):
+    with pytest.raises(ImbvlmError, match="prepares images differently than"):
         imbvlm.load(edited(preprocess={**description["preprocess"], "interpolation": "bicubic"}))
     with pytest.raises(ImbvlmError, match="has format 1, and this version reads 2"):
         imbvlm.load(edited(format=1))
@@ -166,8 +166,8 @@ def weights_with(folder, name, key, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"temperature": math.nan}, "temperature above 0, and it has"),
-        ({"temperature": 0}, "temperature above 0, and it has"),
+        ({"temperature": math.nan}, "temperature above 0, got"),
+        ({"temperature": 0}, "temperature above 0, got"),
         ({"tau": math.inf}, "must be finite"),
         ({"class_counts": [90, 9]}, "class_counts has 2 numbers from 0 up, and there are 3 classes"),
         ({"class_counts": [90, 9, -1]}, "class_counts has 3 numbers from 0 up"),
@@ -219,7 +219,7 @@ def test_an_export_of_several_models_asks_which_one(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / ("notes.txt" if name == "3-notes" else "config.json")).write_text("{}")
     several = f"{tmp_path}/1-t00005, {tmp_path}/2-t00003"
-    with pytest.raises(ImbvlmError, match=f"{tmp_path} has several exported models; name one of them: {several}$"):
+    with pytest.raises(ImbvlmError, match=f"{tmp_path} has several exported models. Name one of them: {several}$"):
         imbvlm.load(tmp_path)
 
 

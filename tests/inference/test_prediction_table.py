@@ -62,7 +62,7 @@ def test_folders_files_and_manifests_say_which_images(photos, tmp_path):
     assert all(embedded.contents)
     with pytest.raises(ImbvlmError, match=r"has no val images; it has train"):
         table.find_images([manifest], "val")
-    with pytest.raises(ImbvlmError, match="nowhere is not there"):
+    with pytest.raises(ImbvlmError, match="nowhere does not exist"):
         table.find_images([str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImbvlmError, match="no image in"):
@@ -71,7 +71,7 @@ def test_folders_files_and_manifests_say_which_images(photos, tmp_path):
 
 def test_every_form_of_the_table_has_the_same_rows(model, photos, tmp_path):
     images = table.find_images([str(photos)])
-    expected = list(table.predictions(str(model), images, 2, ray=False, waits=print))
+    expected = list(table.predictions(str(model), images, 2, use_ray=False, notify=print))
     assert [one.source for one in expected] == list(images.names)
     (broken,) = [one for one in expected if one.error]
     for suffix in ("csv", "parquet", "jsonl"):
@@ -188,7 +188,7 @@ def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_pat
         assert capsys.readouterr().out.startswith(f"{expected}: ")
     images = table.find_images([str(tmp_path / "in")])
     good.unlink()
-    (lost,) = table.predictions(str(model), images, 1, ray=False, waits=print)
+    (lost,) = table.predictions(str(model), images, 1, use_ray=False, notify=print)
     assert (lost.error or "").encode()
 
 
@@ -238,7 +238,9 @@ def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, ca
 def test_ray_data_gives_the_same_rows_in_the_same_order(ray_cluster, model, photos, monkeypatch):
     images = table.find_images([str(photos)] * 3)
     monkeypatch.setattr(table, "BLOCK_SIZE", 4)
-    here, there = (list(table.predictions(str(model), images, 2, ray=ray, waits=print)) for ray in (False, True))
+    here, there = (
+        list(table.predictions(str(model), images, 2, use_ray=use_ray, notify=print)) for use_ray in (False, True)
+    )
     assert [(one.source, one.labels, one.error) for one in there] == [
         (one.source, one.labels, one.error) for one in here
     ]
@@ -259,7 +261,7 @@ def test_model_images_and_table_in_s3(model, photos, tmp_path, monkeypatch):
         s3_server.use(monkeypatch, server.settings())
         assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
         client.download_file(s3_server.BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
-    local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, ray=False, waits=print))
+    local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, use_ray=False, notify=print))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["image"].removeprefix(f"{bucket}/photos") for row in rows] == [
         one.source.removeprefix(str(photos)) for one in local

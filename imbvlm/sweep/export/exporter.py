@@ -1,4 +1,4 @@
-"""What a user takes away: best.yaml, and model/ with weights, tower, class names, preprocessing and a model card."""
+"""Exports from a sweep: best.yaml, and model/ with weights, encoder, class names, preprocessing and a model card."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +36,7 @@ from imbvlm.sweep.records.provenance import check_tower, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS, pareto_records
 from imbvlm.sweep.records.sweep_folder import read_spec
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.manifest_path import locate_manifest, with_located_manifest
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
@@ -51,7 +52,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """One model that was written, and where its best.yaml and model/ are."""
+    """An exported model and the folder of its best.yaml and model/."""
 
     record: TrialRecord
     folder: str
@@ -59,9 +60,9 @@ class Exported:
 
 
 def best_config(record: TrialRecord, manifest: str) -> TrialConfig:
-    """A trial's configuration such that `imbvlm train` alone repeats it: with the threads that its numbers hang on.
+    """A trial's configuration with which `imbvlm train` repeats it, including the number of threads.
 
-    `manifest` is where the sweep's manifest is by now.
+    `manifest` is the manifest's present location.
     """
     config = record.trial_config()
     if config.train is not None and config.train.num_threads is None and record.num_threads is not None:
@@ -83,15 +84,14 @@ def export_sweep(
     top: int = 1,
     pareto: bool = False,
     onnx: bool = False,
-    licence: str = UNSTATED,
+    license_id: str = UNSTATED,
     manifest: str | None = None,
     say: Say = print,
 ) -> list[Exported]:
-    """Write best.yaml and model/ of the best trial, of the `top` best or of the Pareto set, each in a folder then.
+    """Write best.yaml and model/ of the best trial; of the `top` best or the Pareto set in a folder for each trial.
 
-    A trial that the sweep has not trained again on all training images is trained so here, from the stored features,
-    and the test split isn't read for it. `manifest` is where the sweep's manifest is by now. Raises ImbvlmError where
-    there is no result yet.
+    Trials without a refit are first retrained on all training images, from stored features and without reading the
+    test split. `manifest` is the manifest's present location if it was moved. Raises ImbvlmError without a result.
     """
     storage.check_location(out)
     if onnx:
@@ -99,38 +99,39 @@ def export_sweep(
     spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
     ranked = log.best(spec.objective)
     if not ranked:
-        raise ImbvlmError(f"no trial of {folder} has a result yet; go on with: imbvlm sweep resume {folder}")
+        raise ImbvlmError(f"no trial of {folder} has a result yet. Go on with: imbvlm sweep resume {folder}")
     records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
-    several = pareto or top > 1
-    names = [f"{number}-{record.trial_id}" for number, record in enumerate(records, 1)] if several else [""]
-    target = ExportFolder(out)
-    target.check([*names, TRIALS_FILE] if several else [BEST_FILE, MODEL_FOLDER])
-    if several:
+    has_folders = pareto or top > 1
+    names = [f"{number}-{record.trial_id}" for number, record in enumerate(records, 1)] if has_folders else [""]
+    target = ExportFolder.open(out)
+    target.check([*names, TRIALS_FILE] if has_folders else [BEST_FILE, MODEL_FOLDER])
+    if has_folders:
         none = f", none better in all of {', '.join(objectives)}" if pareto else ""
         say(f"{len(records)} of {len(ranked)} trials{none}")
     exported = []
     with target.staging() as staged:
         for name, record in zip(names, records, strict=True):
-            difference = _Export(folder, spec, log, record, say).write(storage.join(staged, name), onnx, licence)
+            difference = _TrialExport(folder, spec, log, record, say).write(
+                storage.join(staged, name), onnx, license_id
+            )
             exported.append(Exported(record, storage.join(out, name) if name else out, difference))
-        if several:
+        if has_folders:
             storage.write_bytes(storage.join(staged, TRIALS_FILE), _trials_csv(exported, spec).encode())
         target.put(staged)
     return exported
 
 
 def pareto_set(log: TrialLog, spec: SweepSpec) -> tuple[list[TrialRecord], tuple[str, ...]]:
-    """The trials than which none is better in every objective of the sweep, and these.
+    """The Pareto set of a sweep and its objectives; few-shot accuracy is the second one of a sweep with one objective.
 
-    Where a sweep has one objective, few-shot accuracy is the other. Raises ImbvlmError where there is none.
+    Raises ImbvlmError if the set is empty.
     """
     if not spec.other_objectives and spec.objective != FEW_SHOT:
         spec = spec.model_copy(update={"other_objectives": [FEW_SHOT]})
     records = pareto_records(log, spec) if spec.other_objectives else []
     if not records:
-        raise ImbvlmError(
-            f"there is no Pareto set: no trial has {' and '.join(spec.objectives)} and meets the constraints; use --top"
-        )
+        objectives = " and ".join(spec.objectives)
+        raise ImbvlmError(f"the Pareto set is empty: no trial meets the constraints and has {objectives}. Use --top.")
     return records, spec.objectives
 
 
@@ -138,28 +139,41 @@ def _trials_csv(exported: Sequence[Exported], spec: SweepSpec) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["folder", "trial", "seconds", *(f"{heading}_accuracy_validation" for heading in HEADINGS)])
-    for one in exported:
-        best = one.record.best_epoch(spec.objective) or {}
+    for export in exported:
+        best = export.record.best_epoch(spec.objective) or {}
         values = [best.get(f"val/{metric}") for metric in METRICS]
         cells = ["" if value is None else f"{value:.4f}" for value in values]
-        name = one.folder.rstrip("/").rpartition("/")[2]
-        writer.writerow([name, one.record.trial_id, f"{one.record.seconds():.1f}", *cells])
+        name = export.folder.rstrip("/").rpartition("/")[2]
+        writer.writerow([name, export.record.trial_id, f"{export.record.seconds():.1f}", *cells])
     return text.getvalue()
 
 
-class _Export:
-    """One trial of a sweep on its way out."""
+@dataclass(frozen=True)
+class _TrialExport:
+    """The export of one trial of a sweep."""
 
-    def __init__(self, folder: str, spec: SweepSpec, log: TrialLog, record: TrialRecord, say: Say) -> None:
-        self.folder, self.spec, self.log, self.record, self.say = folder, spec, log, record, say
-        # The winner's name, or in a study that of what it lists.
-        self.name = next(
-            (one.name for one in refits(log, spec) if one.record.trial_id == record.trial_id and not one.is_fresh), None
-        )
-        self.refits = [one for one in log.of("refit") if one.name == self.name and one.state == "finished"]
+    folder: str
+    spec: SweepSpec
+    log: TrialLog
+    record: TrialRecord
+    say: Say
 
-    def write(self, out: str, onnx: bool, licence: str) -> float | None:
-        """Write best.yaml and model/ into a folder; returns how far an ONNX graph's logits are off."""
+    @cached_property
+    def refit_name(self) -> str | None:
+        """The name of the trial's refit, None if the sweep does not select the trial for a refit."""
+        for refit in refits(self.log, self.spec):
+            if refit.record.trial_id == self.record.trial_id and not refit.is_fresh:
+                return refit.name
+        return None
+
+    @cached_property
+    def refits(self) -> list[TrialRecord]:
+        """The trial's finished refits, one per seed."""
+        records = self.log.of("refit")
+        return [record for record in records if record.name == self.refit_name and record.state == "finished"]
+
+    def write(self, out: str, onnx: bool, license_id: str) -> float | None:
+        """Write best.yaml and model/ into a folder; returns the largest difference of an ONNX graph's logits."""
         location = locate_manifest(self.spec, self.folder)
         write_best(out, self.record, location)
         config = self._config().with_overrides({"data.manifest": location})
@@ -167,7 +181,7 @@ class _Export:
         encoder = Encoder.from_config(config.encoder, config.eval)
         check_tower(self.folder, config.encoder, encoder.info, keep=False)
         with self._weights(config, manifest) as weights:
-            return self._write_model(out, config, manifest, encoder, weights, onnx, licence)
+            return self._write_model(out, config, manifest, encoder, weights, onnx, license_id)
 
     def _write_model(
         self,
@@ -177,19 +191,26 @@ class _Export:
         encoder: Encoder,
         weights: str,
         onnx: bool,
-        licence: str,
+        license_id: str,
     ) -> float | None:
         check_trained_on(weights, config, manifest.class_names, encoder.info.weights_fingerprint)
-        step = self._post_hoc(config, weights, manifest.class_names, encoder)
-        folder = storage.join(out, MODEL_FOLDER)
+        post_hoc = self._post_hoc(config, weights, manifest.class_names, encoder)
+        folder, tensors = storage.join(out, MODEL_FOLDER), load_model_tensors(weights)
         names, ids = manifest.class_names, manifest.label_map
-        write_model(folder, config, load_model_tensors(weights), encoder, names, self._scores(), step, ids)
+        write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, ids)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
-        read_test = [one for one in self.refits if one.epochs and "test/top1_accuracy" in one.epochs[-1]]
-        adjustment = None if step is None else step.adjustment
-        shown, has_onnx = without_paths(config), difference is not None
-        facts = CardContext(self.spec, self.log, manifest, self.record, shown, adjustment, read_test, licence, has_onnx)
-        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(facts).encode())
+        context = CardContext(
+            self.spec,
+            self.log,
+            manifest,
+            self.record,
+            without_paths(config),
+            None if post_hoc is None else post_hoc.adjustment,
+            [record for record in self.refits if last_values([record], "test/top1_accuracy")],
+            license_id,
+            difference is not None,
+        )
+        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(context).encode())
         return difference
 
     def _config(self) -> TrialConfig:
@@ -208,9 +229,9 @@ class _Export:
 
     @contextmanager
     def _weights(self, config: TrialConfig, manifest: Manifest) -> Iterator[str]:
-        """The folder with the weights of the refit, which is trained where the sweep hasn't done so.
+        """Within, the folder of the refit's weights, which are trained now if the sweep has not done so.
 
-        It is in the sweep's folder for exports to come, or a temporary one where nothing can be written there.
+        New weights are stored in the sweep's folder for later exports, or in a temporary folder if it is read-only.
         """
         name = (
             self.refits[0].trial_id if self.refits else f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}"
@@ -222,25 +243,27 @@ class _Export:
             return
         changes = data_changes(self.folder, manifest)
         if changes:
-            raise ImbvlmError(f"{self.record.trial_id} can't be trained again: {changes[0]} since the sweep began")
+            raise ImbvlmError(
+                f"{self.record.trial_id} can't be retrained: {changes[0]} since the sweep began. Restore the data."
+            )
         self.say(
             f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
-            "is trained again on all training images"
+            "is retrained on all training images"
         )
-        refusal = _write_refusal(weights)
-        if refusal is None:
+        problem = _write_problem(weights)
+        if problem is None:
             self._train(config, manifest, weights)
             yield weights
             return
-        self.say(f"its weights aren't kept for another export: {refusal}")
+        self.say(f"its weights aren't kept for another export: {problem}")
         with TemporaryDirectory() as temporary:
             self._train(config, manifest, temporary)
             yield temporary
 
     def _train(self, config: TrialConfig, manifest: Manifest, weights: str) -> None:
-        # Beside the sweep, which may have been moved.
-        beside = storage.absolute(self.folder).rpartition("/")[0]
-        root = self.spec.model_copy(update={"storage": beside}).feature_root
+        # The features lie next to the sweep, which may have been moved.
+        parent = storage.absolute(self.folder).rpartition("/")[0]
+        root = self.spec.model_copy(update={"storage": parent}).feature_root
         splits = tuple(split for split in manifest.splits if split != "test")
         console = Console()
         with console.redirect_output(_log_file(self.folder)):
@@ -259,32 +282,32 @@ class _Export:
         )
         for report in TrialSession(default_device()).reports(settings):
             if report.get("failure"):
-                raise ImbvlmError(f"{self.record.trial_id} could not be trained again: {report['failure']}")
+                raise ImbvlmError(f"{self.record.trial_id} could not be retrained: {report['failure']}")
 
     def _post_hoc(
         self, config: TrialConfig, weights: str, class_names: Sequence[str], encoder: Encoder
     ) -> LogitPostprocessor | None:
-        """What was chosen on validation for the logits of this trial; None where nothing could be chosen."""
-        chosen = self._adjustment(config)
-        if chosen is None:
+        """The adjustment of the trial's logits with the data that it needs; None if there was no selection."""
+        adjustment = self._adjustment(config)
+        if adjustment is None:
             return None
         embeddings = None
-        if chosen.alpha:
+        if adjustment.alpha:
             embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
         counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
-        return LogitPostprocessor(chosen, tuple(counts), embeddings)
+        return LogitPostprocessor(adjustment, tuple(counts), embeddings)
 
     def _adjustment(self, config: TrialConfig) -> PostHocAdjustment | None:
-        if self.refits and self.name is not None:
-            return read_adjustment(self.folder, self.name)
+        if self.refits and self.refit_name is not None:
+            return read_adjustment(self.folder, self.refit_name)
         name = self.record.trial_id
         refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
-        found = select_adjustments(self.folder, [refit], self.log, self.spec.objective).get(name)
-        return None if found is None else found.adjustment
+        selection = select_adjustments(self.folder, [refit], self.log, self.spec.objective).get(name)
+        return None if selection is None else selection.adjustment
 
 
 def _log_file(folder: str) -> Path | None:
-    """Where libraries' output goes: a file in a local sweep's folder, or nowhere if that can't be written."""
+    """The file for libraries' output: in a local sweep's folder, or the null device if that is read-only."""
     if not storage.is_local(folder):
         return None
     path = storage.local_path(folder) / LOG_FILE
@@ -295,8 +318,8 @@ def _log_file(folder: str) -> Path | None:
         return Path(os.devnull)
 
 
-def _write_refusal(folder: str) -> str | None:
-    """Why nothing can be written into a folder; None where it can."""
+def _write_problem(folder: str) -> str | None:
+    """The error of writing into a folder; None if it succeeds."""
     probe = storage.join(folder, LOG_FILE)
     try:
         storage.write_bytes(probe, b"")
@@ -306,20 +329,19 @@ def _write_refusal(folder: str) -> str | None:
     return None
 
 
-def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], tower: str) -> None:
-    """Raises ImbvlmError where classes, or the tower by its fingerprint, aren't those of a refit's weights any more."""
+def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], encoder_fingerprint: str) -> None:
+    """Raise ImbvlmError if classes or the encoder's fingerprint differ from those that weights were trained with."""
     trained = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))
-    before, mend = trained["class_names"], "put it back as it was, or begin a new sweep"
-    if list(class_names) != before:
-        unlike = (
+    trained_names, fix = trained["class_names"], "Restore it, or start a new sweep."
+    if list(class_names) != trained_names:
+        differences = (
             f"class {label} is {now!r} in place of {then!r}"
-            for label, (now, then) in enumerate(zip(class_names, before, strict=False))
+            for label, (now, then) in enumerate(zip(class_names, trained_names, strict=False))
             if now != then
         )
-        how = next(unlike, f"{len(class_names):,} in place of {len(before):,}")
-        raise ImbvlmError(
-            f"the manifest {config.data.manifest} has other classes than the model was trained on: {how}; {mend}"
-        )
-    # Sweeps of earlier versions don't say which tower it was.
-    if trained.get("tower", tower) != tower:
-        raise ImbvlmError(f"the tower {config.encoder.name} has other weights than the model was trained on; {mend}")
+        difference = next(differences, f"{len(class_names):,} in place of {len(trained_names):,}")
+        manifest = config.data.manifest
+        raise ImbvlmError(f"the manifest {manifest} has other classes than in the training: {difference}. {fix}")
+    # The first versions did not write the encoder's fingerprint.
+    if trained.get("tower", encoder_fingerprint) != encoder_fingerprint:
+        raise ImbvlmError(f"the encoder {config.encoder.name} has other weights than in the training. {fix}")
