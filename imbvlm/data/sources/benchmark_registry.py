@@ -1,4 +1,4 @@
-"""The benchmarks by name: official files -> manifest, checked against the known sizes; BENCHMARKS."""
+"""BENCHMARKS: public data sets by name, read from their official files and checked against their official sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imbvlm.base import storage
+from imbvlm.base.registry import Registry
 from imbvlm.data.class_list import plain_name
 from imbvlm.data.manifest import EMBEDDED, Manifest, ManifestError
 from imbvlm.data.sources.folders_and_lists import from_lists
@@ -17,65 +18,65 @@ from imbvlm.data.sources.inaturalist import from_inaturalist
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its annotation files and image folders below the root, what it must come to, how it is read."""
+    """One benchmark: its official files below a root folder, how they are read, and the sizes to find in them."""
 
     build: Callable[[str], Manifest]
+    # Annotation files and image folders below the root.
     files: tuple[str, ...]
     folders: tuple[str, ...]
+    # What to download, where from, and where to put it.
     download: str
+    # Images of each split.
     sizes: Mapping[str, int]
     num_classes: int
-    # Fewest and most training images of a class.
+    # The smallest and the largest number of training images of a class.
     class_range: tuple[int, int]
 
 
 def build_dataset(name: str, root: str) -> Manifest:
     """Read a benchmark's official files below `root`.
 
-    Raises ManifestError where files are missing (all named, with where to get them) or sizes aren't the known ones.
+    Raises ManifestError where files are missing, with all of them and their source, or where sizes differ.
     """
-    dataset = BENCHMARKS[name]
-    missing = [file for file in dataset.files if not storage.exists(storage.join(root, file))]
+    benchmark = BENCHMARKS[name]
+    missing = [uri for file in benchmark.files if not storage.exists(uri := storage.join(root, file))]
     if missing:
-        raise ManifestError(
-            name, [*(f"{storage.join(root, file)} is not there" for file in missing), f"get it so: {dataset.download}"]
-        )
-    manifest = dataset.build(root)
-    findings = _size_findings(manifest, dataset)
+        raise ManifestError(name, [*(f"{uri} is missing" for uri in missing), f"Download {benchmark.download}."])
+    manifest = benchmark.build(root)
+    findings = _size_findings(manifest, benchmark)
     if findings:
         raise ManifestError(name, findings)
-    absent = [folder for folder in dataset.folders if not storage.exists(storage.join(root, folder))]
-    notes = [f"{storage.join(root, folder)} is not there; get it so: {dataset.download}" for folder in absent]
+    absent = [uri for folder in benchmark.folders if not storage.exists(uri := storage.join(root, folder))]
+    notes = [f"{uri} is missing. Download {benchmark.download}." for uri in absent]
     return replace(manifest, notes=(*manifest.notes, *notes))
 
 
 def benchmark_of(manifest: Manifest) -> str | None:
-    """The benchmark that a manifest is, by its name and all of its sizes; None for any other data."""
-    dataset = BENCHMARKS.get(manifest.name)
-    return manifest.name if dataset is not None and not _size_findings(manifest, dataset) else None
+    """Return the benchmark with a manifest's name and sizes; None for other data."""
+    benchmark = BENCHMARKS.get(manifest.name)
+    return manifest.name if benchmark is not None and not _size_findings(manifest, benchmark) else None
 
 
-def _size_findings(manifest: Manifest, dataset: Benchmark) -> list[str]:
-    found = {split: len(manifest.rows_of(split)) for split in dataset.sizes}
+def _size_findings(manifest: Manifest, benchmark: Benchmark) -> list[str]:
+    sizes = {split: len(manifest.rows_of(split)) for split in benchmark.sizes}
     findings = [
-        f"{split} has {found[split]:,} images, and the official list has {size:,}"
-        for split, size in dataset.sizes.items()
-        if found[split] != size
+        f"{split} has {sizes[split]:,} images, and the official list has {size:,}"
+        for split, size in benchmark.sizes.items()
+        if sizes[split] != size
     ]
     num_classes, counts = len(manifest.class_names), manifest.class_stats().counts
-    if num_classes != dataset.num_classes:
-        findings.append(f"it has {num_classes:,} classes, and the official list has {dataset.num_classes:,}")
-    least, most = dataset.class_range
-    smallest, largest = int(counts.min()), int(counts.max())
-    if (smallest, largest) != (least, most):
+    if num_classes != benchmark.num_classes:
+        findings.append(f"there are {num_classes:,} classes, and the official list has {benchmark.num_classes:,}")
+    (low, high), smallest, largest = benchmark.class_range, int(counts.min()), int(counts.max())
+    if (smallest, largest) != (low, high):
         findings.append(
-            f"classes have {smallest:,} to {largest:,} training images, and the official list has {least:,} to {most:,}"
+            f"classes have {smallest:,} to {largest:,} training images, and the official list has {low:,} to {high:,}"
         )
     return findings
 
 
 def _inat2018(root: str) -> Manifest:
-    # Its official validation set is the test set: selection must never see it.
+    # The official validation set is the test split: selection must never see it.
     annotations = {"train": storage.join(root, "train2018.json"), "test": storage.join(root, "val2018.json")}
     categories = storage.join(root, "categories.json")
     return from_inaturalist(
@@ -89,74 +90,74 @@ def _imagenet_lt(root: str) -> Manifest:
 
 def _places_lt(root: str) -> Manifest:
     manifest = from_lists(_lists(root, "Places_LT"), root, "places_lt")
-    return Manifest.build(
-        manifest.table, [_place_name(name) for name in manifest.class_names], "places_lt", notes=manifest.notes
-    )
+    # The lists name classes by their folders, such as `arena-hockey`.
+    return Manifest.build(manifest.table, [*map(plain_name, manifest.class_names)], "places_lt", notes=manifest.notes)
 
 
 def _lists(root: str, prefix: str) -> dict[str, str]:
     return {split: storage.join(root, f"{prefix}_{split}.txt") for split in ("train", "val", "test")}
 
 
-def _place_name(folder: str) -> str:
-    """`arena-hockey` -> `arena hockey`: the lists' folders are the names."""
-    return plain_name(folder)
-
-
 def _imagenet_names() -> list[str]:
-    """open_clip's names of ImageNet's classes, read from their file alone: importing open_clip takes seconds."""
+    """Return open_clip's names of ImageNet's classes, read from their file alone: importing open_clip takes seconds."""
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
-        raise ManifestError("imagenet_lt", ["open_clip is not installed, and ImageNet's class names are in it"])
+        raise ManifestError(
+            "imagenet_lt",
+            ["ImageNet's class names come from open_clip, which is not installed. Run `pip install open_clip_torch`."],
+        )
     path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("imbvlm_imagenet_names", path)
     if spec is None or spec.loader is None:
-        raise ManifestError("imagenet_lt", [f"{path} can't be read"])
+        raise ManifestError("imagenet_lt", [f"{path} can't be read. Install open_clip_torch again."])
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return list(module.IMAGENET_CLASSNAMES)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "fashion_mnist_lt": Benchmark(
-        build=lambda root: Manifest.read(f"{EMBEDDED}fashion_mnist_lt"),
-        files=(),
-        folders=(),
-        download="it comes with the package",
-        sizes={"train": 2_480, "val": 500, "test": 2_000},
-        num_classes=10,
-        class_range=(10, 1_000),
-    ),
-    "inat2018": Benchmark(
-        build=_inat2018,
-        files=("train2018.json", "val2018.json"),
-        folders=("train_val2018",),
-        download="train2018.json, val2018.json, categories.json and train_val2018.tar.gz (120 GB) of iNaturalist 2018 "
-        "from https://github.com/visipedia/inat_comp/tree/master/2018, unpacked into the root",
-        sizes={"train": 437_513, "test": 24_426},
-        num_classes=8_142,
-        class_range=(2, 1_000),
-    ),
-    "imagenet_lt": Benchmark(
-        build=_imagenet_lt,
-        files=("ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt"),
-        folders=("train", "val"),
-        download="the lists ImageNet_LT_train.txt, ..._val.txt, ..._test.txt from "
-        "https://liuziwei7.github.io/projects/LongTail.html, and ILSVRC 2012's images from https://image-net.org as "
-        "train/WNID/*.JPEG and val/WNID/*.JPEG, all in the root",
-        sizes={"train": 115_846, "val": 20_000, "test": 50_000},
-        num_classes=1_000,
-        class_range=(5, 1_280),
-    ),
-    "places_lt": Benchmark(
-        build=_places_lt,
-        files=("Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt"),
-        folders=("train", "val"),
-        download="the lists Places_LT_train.txt, ..._val.txt, ..._test.txt from "
-        "https://liuziwei7.github.io/projects/LongTail.html, and places365standard_easyformat.tar from "
-        "http://places2.csail.mit.edu/download.html, whose train and val folders go into the root",
-        sizes={"train": 62_500, "val": 7_300, "test": 36_500},
-        num_classes=365,
-        class_range=(5, 4_980),
-    ),
-}
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "fashion_mnist_lt": Benchmark(
+            build=lambda root: Manifest.read(f"{EMBEDDED}fashion_mnist_lt"),
+            files=(),
+            folders=(),
+            download="nothing: it is part of the package",
+            sizes={"train": 2_480, "val": 500, "test": 2_000},
+            num_classes=10,
+            class_range=(10, 1_000),
+        ),
+        "inat2018": Benchmark(
+            build=_inat2018,
+            files=("train2018.json", "val2018.json"),
+            folders=("train_val2018",),
+            download="train2018.json, val2018.json, categories.json and train_val2018.tar.gz (120 GB) of iNaturalist "
+            "2018 from https://github.com/visipedia/inat_comp/tree/master/2018, unpacked into the root",
+            sizes={"train": 437_513, "test": 24_426},
+            num_classes=8_142,
+            class_range=(2, 1_000),
+        ),
+        "imagenet_lt": Benchmark(
+            build=_imagenet_lt,
+            files=("ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt"),
+            folders=("train", "val"),
+            download="the lists ImageNet_LT_train.txt, ..._val.txt, ..._test.txt from "
+            "https://liuziwei7.github.io/projects/LongTail.html, and ILSVRC 2012's images from https://image-net.org "
+            "as train/WNID/*.JPEG and val/WNID/*.JPEG, all in the root",
+            sizes={"train": 115_846, "val": 20_000, "test": 50_000},
+            num_classes=1_000,
+            class_range=(5, 1_280),
+        ),
+        "places_lt": Benchmark(
+            build=_places_lt,
+            files=("Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt"),
+            folders=("train", "val"),
+            download="the lists Places_LT_train.txt, ..._val.txt, ..._test.txt from "
+            "https://liuziwei7.github.io/projects/LongTail.html, and places365standard_easyformat.tar from "
+            "http://places2.csail.mit.edu/download.html, whose train and val folders go into the root",
+            sizes={"train": 62_500, "val": 7_300, "test": 36_500},
+            num_classes=365,
+            class_range=(5, 4_980),
+        ),
+    },
+)
