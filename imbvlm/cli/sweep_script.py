@@ -25,7 +25,7 @@ from imbvlm.sweep.records.resource_usage import PLAN_FILE
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE
 from imbvlm.sweep.spec.manifest_path import with_absolute_paths, with_located_manifest
-from imbvlm.sweep.spec.spec_overrides import smoke_settings
+from imbvlm.sweep.spec.spec_overrides import smoke_settings, with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 if TYPE_CHECKING:
@@ -250,13 +250,13 @@ def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> Sweep
     if resume is None:
         raise ConfigError([Problem("it goes on with a sweep: give --resume too", "--add-trials")])
     before = read_spec(resume if resume != LATEST else _latest(spec))
-    return spec.with_settings({"num_trials": before.resolve().num_trials + number}, "--add-trials")
+    return with_settings(spec, {"num_trials": before.resolve().num_trials + number}, "--add-trials")
 
 
 def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
     """The spec with --smoke, --manifest, --storage and --set in it; raises ConfigError."""
     if options.smoke:
-        spec = spec.with_settings(smoke_settings(spec), "--smoke")
+        spec = with_settings(spec, smoke_settings(spec), "--smoke")
     settings = parse_settings(options.set)
     if options.manifest:
         settings["data.manifest"] = options.manifest
@@ -268,7 +268,7 @@ def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
         settings["price_per_gpu_hour"] = options.price
     if options.machine_price is not None:
         settings["price_per_machine_hour"] = options.machine_price
-    return spec.with_settings(settings) if settings else spec
+    return with_settings(spec, settings) if settings else spec
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:

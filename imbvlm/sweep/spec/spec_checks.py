@@ -11,7 +11,8 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted, is_active
-from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, SweepSpec, _base_mistakes
+from imbvlm.sweep.spec.spec_overrides import with_settings
+from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, SweepSpec, base_mistakes
 
 
 def check_spec(spec: SweepSpec) -> ResolvedSweep:
@@ -19,7 +20,7 @@ def check_spec(spec: SweepSpec) -> ResolvedSweep:
     try:
         sweep = spec.resolve()
     except ConfigError as error:
-        outside = [*_check_objective(spec), *_check_limits(spec), *_base_mistakes(spec._located("base", spec.base))]
+        outside = [*_check_objective(spec), *_check_limits(spec), *base_mistakes(spec.located("base", spec.base))]
         raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
     space = sweep.space
     of_conditions = [*space.boundary_params(spec.base)[1], *_check_conditions(spec, space)]
@@ -231,7 +232,7 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     """The trial of every combination of choices that decide what exists, at both ends of each range, can be built."""
     problems: dict[Problem, None] = {}
-    base = spec._located("base", spec.base)
+    base = spec.located("base", spec.base)
     for draw in space.boundary_params(spec.base)[0]:
         unread = _unread_keys(draw, space, str(draw.get("method", spec.base.get("method"))))
         if unread:
@@ -240,7 +241,7 @@ def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
         # A mistake at a drawn key is the space's.
         places = dict(base.places) | {(*key.split("."),): space.of(key)[0].where for key in draw}
         try:
-            TrialConfig.from_tree(YamlTree(spec._trial_tree(draw), base.file, places))
+            TrialConfig.from_tree(YamlTree(spec.trial_tree(draw), base.file, places))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     return list(problems)
@@ -273,7 +274,7 @@ def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 def _check_smoke(spec: SweepSpec) -> list[Problem]:
     """`--smoke` would work: a misspelt setting shows before somebody needs it."""
     try:
-        smoke = spec.with_settings(spec.smoke, "smoke")
+        smoke = with_settings(spec, spec.smoke, "smoke")
         return [] if smoke == spec else _check_draws(smoke, smoke.read_space())
     except ConfigError as error:
         return list(error.problems)

@@ -1,4 +1,4 @@
-"""What a sweep is: base configuration, space, objective, budget, resources; checked as a whole before it starts."""
+"""The specification of a sweep: base configuration, search space, objectives, budget and resources."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.schema import (
     Section,
     Tree,
-    dotted_keys_of,
     flatten,
     shown,
     to_problems,
     violated_rule,
-    with_dotted_keys,
 )
 from imbvlm.base.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import Seed
@@ -33,11 +31,11 @@ from imbvlm.sweep.spec.space_file import parse_space, read_space
 
 
 class AshaConfig(Section):
-    """Asynchronous successive halving, apart for each method."""
+    """Asynchronous successive halving [Li et al., MLSys 2020], with brackets of their own for each method."""
 
     name: Literal["asha"] = "asha"
-    grace_fraction: float = Field(1 / 3, gt=0, le=1, description="share of a trial before it may be stopped")
-    reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
+    grace_fraction: float = Field(1 / 3, gt=0, le=1, description="fraction of a trial before it may be stopped")
+    reduction_factor: int = Field(3, ge=2, description="one of this many trials continues at each rung")
 
 
 class NoSchedulerConfig(Section):
@@ -52,103 +50,108 @@ if TYPE_CHECKING:
 else:
     SearcherConfig = SAMPLERS.union()
 
-# Where sweeps and features are kept unless something else is said.
+# The default folder of sweeps and features.
 LOCAL_STORAGE = "runs"
 # Trials of a search whose specification gives no number.
 NUM_TRIALS = 24
 
 
 @dataclass(frozen=True)
-class _Origin:
-    """Where a spec was written; two specs that say the same are equal wherever they come from."""
+class Origin:
+    """The file and the lines of a specification, which equality ignores."""
 
     file: str = field(default="", compare=False)
     places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False)
 
 
 class StudyRow(Section):
-    """One row: what it is called in its table, and the listed configuration that it shows."""
+    """One row of a study's table: its label and the listed configuration that it shows."""
 
     label: str
     configuration: str
 
 
 class StudyTable(Section):
-    """One table; the same configuration may stand in several."""
+    """One table of a study; several tables may show the same configuration."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="of its files")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="name of the table's files")
     title: str
     columns: Literal["scores", "cost"] = "scores"
     rows: list[StudyRow]
 
 
 class SweepSpec(Section):
-    """One sweep; to and from YAML, and saved in its folder as sweep.yaml with its space written out."""
+    """The specification of one sweep, which its folder keeps as sweep.yaml with the space written out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     base: dict[str, Any] = Field(
-        description="a trial's configuration; sections that some method of the space reads are allowed"
+        description="configuration of a trial; it may have sections for any method of the space"
     )
-    space: str | dict[str, Any] = Field(description="a shipped space's name, a YAML's path, or the space itself")
+    space: str | dict[str, Any] = Field(description="name of a shipped space, path of a YAML file, or the space itself")
     objective: str = "val/balanced_accuracy"
     other_objectives: list[str] = Field(
-        [], description="what else counts: the search looks for trials that none beats in all; the first still decides"
+        [],
+        description="further objectives of the search, which looks for the Pareto set; `objective` selects the winner",
     )
     constraints: dict[str, float] = Field(
-        {}, description="accuracies at least, time/train_seconds at most; who breaks one isn't chosen"
+        {}, description="minimum accuracies and maximum time/train_seconds; a trial that violates one is never selected"
     )
     num_trials: int | None = Field(
         None,
         ge=1,
         description="different configurations to train, without baselines; null: 24, or all configurations of a list",
     )
-    max_trials: int | None = Field(None, ge=1, description="no trial starts beyond so many, over all resumptions")
-    max_hours: float | None = Field(None, gt=0, description="wall time of the whole sweep, over all resumptions")
-    max_cost: float | None = Field(None, gt=0, description="in the currency of the price; with one of the two prices")
-    price_per_gpu_hour: float | None = Field(None, gt=0, description="all GPUs of the cluster are paid for")
+    max_trials: int | None = Field(None, ge=1, description="limit of trials, over all resumptions")
+    max_hours: float | None = Field(None, gt=0, description="limit of wall time, over all resumptions")
+    max_cost: float | None = Field(
+        None, gt=0, description="limit in the currency of the price; needs one of the two prices"
+    )
+    price_per_gpu_hour: float | None = Field(None, gt=0, description="price of each GPU of the cluster")
     price_per_machine_hour: float | None = Field(
-        None, gt=0, description="of a machine with or without GPUs; all machines of the cluster are paid for"
+        None, gt=0, description="price of each machine of the cluster, with or without GPUs"
     )
     driver: Literal["auto", "in_process", "ray_train"] = Field(
-        "auto", description="auto: in process for one worker on stored features, else Ray Train"
+        "auto", description="auto: in process for one worker on stored features, otherwise Ray Train"
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers of one trial")
     cpus_per_worker: float = Field(1.0, gt=0, le=MAX_THREADS)
     gpus_per_worker: float = Field(0.0, ge=0)
-    max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
+    max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit the cluster")
     max_pack_size: int | None = Field(
         None,
         ge=1,
-        description="trials that share features, batches and seed and train together; null: by memory, a quarter of "
-        "num_trials at most, since the searcher learns of them together, on CPUs no decoders; 1: each alone",
+        description="limit of trials that share features, batches and seed and train together; null: by memory, up to "
+        "a quarter of num_trials, because the sampler receives their results at once, without decoders on CPUs; 1: "
+        "each trial alone",
     )
     searcher: SearcherConfig = TpeConfig()
     trial_scheduler: TrialSchedulerConfig = AshaConfig()
-    stratify: list[str] = Field([], description="keys whose every choice gets the same number of trials")
-    first_trials: list[dict[str, Any]] = Field([], description="draws to try first; the space must contain them")
-    warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials the sampler is told")
-    confirm_trials: int = Field(
-        0, ge=0, description="so many of the best run again over confirm_seeds; the best mean on validation wins"
+    stratify: list[str] = Field([], description="keys whose choices all get the same number of trials")
+    first_trials: list[dict[str, Any]] = Field(
+        [], description="sampled values to try first; the space must contain them"
     )
-    confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="a trial's own seed is left out")
+    warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials are reported to the sampler")
+    confirm_trials: int = Field(
+        0,
+        ge=0,
+        description="number of the best trials that run again with confirm_seeds; the best validation mean wins",
+    )
+    confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="without a trial's own seed")
     refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     study: list[StudyTable] = Field(
-        [], description="tables of listed configurations, each of which is refitted and scored as the winner is"
+        [], description="tables of listed configurations, each refitted and scored as the winner is"
     )
     fresh_crops: bool = Field(
-        False, description="refit the winner and each method's best on fresh crops, too, to see what stored views cost"
+        False,
+        description="refit the winner and the best of each method on fresh crops, too, to measure the cost of views",
     )
-    max_failures: int = Field(3, ge=0, description="restarts of a trial whose worker is lost; preemptions don't count")
-    max_trial_minutes: float | None = Field(None, gt=0, description="a trial that runs longer has failed; null: none")
-    smoke: dict[str, Any] = Field(
-        {}, description="settings that --smoke makes; {}: four trials of two epochs, one seed"
-    )
-    storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI under which sweeps and features are kept")
-    feature_folder: str | None = Field(
-        None, description="folder or s3:// URI for features; null: `features` under storage"
-    )
+    max_failures: int = Field(3, ge=0, description="restarts of a trial after lost workers, without preemptions")
+    max_trial_minutes: float | None = Field(None, gt=0, description="time after which a trial fails; null: no limit")
+    smoke: dict[str, Any] = Field({}, description="settings of --smoke; {}: four trials of two epochs with one seed")
+    storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI of sweeps and features")
+    feature_folder: str | None = Field(None, description="folder or s3:// URI of features; null: `features` in storage")
     feature_copies: Copies = DEFAULT_COPIES
-    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("searcher", mode="before")
     @classmethod
@@ -157,7 +160,7 @@ class SweepSpec(Section):
 
     @field_validator("storage", "feature_folder", "warm_start")
     @classmethod
-    def _can_be_read_and_written(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_locations(cls, value: Any, info: ValidationInfo) -> Any:
         locations = value if isinstance(value, list) else [value] if value is not None else []
         for problem in filter(None, map(storage.location_problem, locations)):
             raise ValueError(f"{info.field_name}: {problem}")
@@ -165,38 +168,39 @@ class SweepSpec(Section):
 
     @field_validator("confirm_seeds", "refit_seeds")
     @classmethod
-    def _each_seed_once(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
+    def _check_seeds(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{info.field_name} has a seed twice: {', '.join(map(str, seeds))}")
+            text = ", ".join(map(str, seeds))
+            raise ValueError(f"{info.field_name} must have each seed once, got {text}. Remove the repeated ones.")
         return seeds
 
     @staticmethod
     def from_yaml(path: str | Path) -> SweepSpec:
-        """Read a sweep's file; raises ConfigError with every mistake and its line."""
+        """Read a specification; raises ConfigError with all mistakes and their lines."""
         return SweepSpec.from_tree(read_yaml(path))
 
     @staticmethod
     def from_tree(tree: YamlTree | Tree) -> SweepSpec:
-        """Check plain data; raises ConfigError."""
+        """Check plain data; raises ConfigError with all mistakes."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
         try:
             spec = SweepSpec.model_validate(located.data)
         except ValidationError as error:
             problems = to_problems(SweepSpec, error, located, located.data)
-            raise ConfigError(dict.fromkeys([*problems, *_mistakes_inside(located)])) from None
-        spec._origin = _Origin(located.file, located.places)
+            raise ConfigError(dict.fromkeys([*problems, *_nested_mistakes(located)])) from None
+        spec._origin = Origin(located.file, located.places)
         return spec
 
     def to_tree(self) -> Tree:
-        """Plain data that `from_tree` reads back to an equal spec."""
+        """Return plain data, which `from_tree` reads back to an equal specification."""
         return self.model_dump(mode="json")
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the spec with its space written out."""
+        """Write the specification with its space written out."""
         Path(path).write_text(self.to_yaml_text(), encoding="utf-8")
 
     def to_yaml_text(self) -> str:
-        """The spec with its space written out, so that it can be read where the space's file is not."""
+        """Return the specification as YAML with its space written out, which needs no other file."""
         return dump_yaml(self.resolve().spec.to_tree())
 
     def resolve(self) -> ResolvedSweep:
@@ -208,110 +212,74 @@ class SweepSpec(Section):
         spec = self.model_copy(update={"num_trials": num_trials, "space": space.tree})
         return ResolvedSweep(spec, space, num_trials)
 
-    def with_settings(self, settings: Mapping[str, Any], origin: str = "--set") -> SweepSpec:
-        """A copy with keys of the sweep or dotted keys of its trials set; a key that the space draws is fixed instead.
-
-        Raises ConfigError with every key that doesn't exist and every value that its key can't have.
-        """
-        of_trials = {key: value for key, value in settings.items() if key.split(".")[0] in TrialConfig.model_fields}
-        of_sweep = {key: value for key, value in settings.items() if key not in of_trials}
-        problems = [
-            Problem(mistake, origin) for key, value in settings.items() if (mistake := _setting_mistake(key, value))
-        ]
-        if problems:
-            raise ConfigError(problems)
-        places = dict(self._origin.places)
-        places |= {(*key.split("."),): origin for key in of_sweep}
-        places |= {("base", *key.split(".")): origin for key in of_trials}
-        spec = SweepSpec.from_tree(
-            YamlTree(with_dotted_keys(SweepSpec, self.to_tree(), of_sweep), self._origin.file, places)
-        )
-        if not of_trials:
-            return spec
-        space = spec.read_space()
-        base = apply_overrides(spec.base, of_trials)
-        if "method" in of_trials:
-            base = drop_unused_sections(base, keep=of_trials)
-        tree = {**spec.to_tree(), "base": base}
-        if any(parameter.key in of_trials for parameter in space.parameters):
-            rest = space.without(of_trials)
-            tree |= {"space": rest.tree, "first_trials": spec._first_trials_within(space, rest, base)}
-        return SweepSpec.from_tree(YamlTree(tree, self._origin.file, places))
-
-    def _first_trials_within(self, space: SearchSpace, rest: SearchSpace, base: Tree) -> list[Params]:
-        """The first trials without the keys that `rest` no longer draws; those that it can't draw are left out.
-
-        One that was outside the space before stays, to be refused with the others' mistakes.
-        """
-        fixed = {parameter.key for parameter in space.parameters} - {parameter.key for parameter in rest.parameters}
-        shorter = [{key: value for key, value in draw.items() if key not in fixed} for draw in self.first_trials]
-        return [
-            draw
-            for draw, whole in zip(shorter, self.first_trials, strict=True)
-            if rest.contains(draw, base) or not space.contains(whole, self.base)
-        ]
-
     def read_space(self) -> SearchSpace:
-        """The search space, read and checked; raises ConfigError."""
+        """Read the search space; raises ConfigError with all mistakes."""
         if not isinstance(self.space, str):
-            return parse_space(self._located("space", self.space))
+            return parse_space(self.located("space", self.space))
         try:
             return read_space(self.space)
         except ConfigError as error:
+            where = self.where("space")
             raise ConfigError(
-                p if p.where else Problem(p.message, self.where("space")) for p in error.problems
+                problem if problem.where else Problem(problem.message, where) for problem in error.problems
             ) from None
 
-    def trial(self, draw: Params) -> TrialConfig:
-        """The configuration of one draw: base and draw together, without the sections that its method doesn't read."""
-        return TrialConfig.from_tree(YamlTree(self._trial_tree(draw), f"sweep {self.name}"))
+    def trial(self, params: Params) -> TrialConfig:
+        """Return the configuration of sampled values; raises ConfigError."""
+        return TrialConfig.from_tree(YamlTree(self.trial_tree(params), f"sweep {self.name}"))
 
-    def _trial_tree(self, draw: Params) -> Tree:
-        return drop_unused_sections(apply_overrides(self.base, draw), keep=draw)
+    def trial_tree(self, params: Params) -> Tree:
+        """Return the base with sampled values, without the sections that their method doesn't read."""
+        return drop_unused_sections(apply_overrides(self.base, params), keep=params)
+
+    @property
+    def origin(self) -> Origin:
+        """The file and the lines that the specification was read from."""
+        return self._origin
 
     def where(self, *path: str | int) -> str:
-        """Where a key of the spec was written."""
-        return self._located(path[0], None).where(path[1:])
+        """Return the place of a key in its file."""
+        return self.located(path[0], None).where(path[1:])
 
-    def _located(self, key: str | int, data: Any) -> YamlTree:
-        """A part of the spec with the places of its keys."""
+    def located(self, key: str | int, data: Any) -> YamlTree:
+        """Return data of one key with the places of the keys in it."""
         inside = {path[1:]: place for path, place in self._origin.places.items() if path[:1] == (key,)}
         return YamlTree(data, self._origin.file or f"{key} of sweep {self.name}", inside)
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The metric that decides, and the others."""
+        """The metric that selects the winner, then the others."""
         return (self.objective, *self.other_objectives)
 
     @property
     def cpus_per_trial(self) -> float:
-        """CPUs of a trial's workers together."""
+        """CPUs of all workers of a trial."""
         return self.num_workers * self.cpus_per_worker
 
     @property
     def gpus_per_trial(self) -> float:
-        """GPUs of a trial's workers together."""
+        """GPUs of all workers of a trial."""
         return self.num_workers * self.gpus_per_worker
 
     @property
     def own_seed(self) -> int:
-        """Every trial's own seed, which no space can draw."""
+        """The seed of all trials, which no space can search."""
         seed = get_dotted(self.base, "train.seed")
         return TrainConfig().seed if seed is MISSING else int(seed)
 
     @property
     def more_seeds(self) -> list[int]:
-        """Those of confirm_seeds that a trial doesn't have already: the same run again would count as another."""
+        """The seeds of confirm_seeds that differ from the trials' own, whose run would be repeated."""
         return [seed for seed in self.confirm_seeds if seed != self.own_seed]
 
     @property
     def feature_root(self) -> str:
-        """Where features are kept."""
+        """The folder or s3:// URI of features."""
         return self.feature_folder or storage.join(self.storage, "features")
 
     @property
     def best_objective(self) -> str:
-        """The reported key of the objective's running maximum, which Tune, ASHA, Optuna and every table use."""
+        """The name of the objective's running maximum, which Tune, ASHA, Optuna and all tables use."""
         return running_maximum(self.objective)
 
 
@@ -328,15 +296,15 @@ class ResolvedSweep:
         return map(self.spec.trial, self.space.boundary_params(self.spec.base)[0])
 
 
-def _mistakes_inside(located: YamlTree) -> list[Problem]:
-    """Mistakes in the base and the space of a sweep that has others, so that all of a file's are shown at once."""
+def _nested_mistakes(located: YamlTree) -> list[Problem]:
+    """Return the mistakes in the base and the space of a file with other mistakes, to report all at once."""
     data = located.data if isinstance(located.data, dict) else {}
 
     def part(key: str) -> YamlTree:
         places = {path[1:]: place for path, place in located.places.items() if path[:1] == (key,)}
         return YamlTree(data.get(key), located.file, places)
 
-    problems = _base_mistakes(part("base"))
+    problems = base_mistakes(part("base"))
     try:
         if isinstance(data.get("space"), dict):
             parse_space(part("space"))
@@ -345,8 +313,8 @@ def _mistakes_inside(located: YamlTree) -> list[Problem]:
     return problems
 
 
-def _base_mistakes(located: YamlTree) -> list[Problem]:
-    """Keys that no trial has, and values that their keys can't have, whatever the method."""
+def base_mistakes(located: YamlTree) -> list[Problem]:
+    """Return a base's keys that no method's trial has, and values that no method's trial can have."""
     if not isinstance(located.data, dict):
         return []
     valid, problems = dotted_keys(), []
@@ -360,21 +328,3 @@ def _base_mistakes(located: YamlTree) -> list[Problem]:
         if mistake is not None:
             problems.append(Problem(mistake, located.where(tuple(key.split(".")))))
     return problems
-
-
-# Parts of a sweep that hold keys of their own.
-_WHOLE = frozenset({"base", "space", "smoke"})
-
-
-def _setting_mistake(key: str, value: Any) -> str | None:
-    """What is wrong with setting a key of a sweep or a dotted key of its trials."""
-    first, _, rest = key.partition(".")
-    if first in _WHOLE and rest:
-        return f"{key!r} is set as {rest!r}" if first == "base" else f"{first} is set as a whole, not {key!r}"
-    of_trial = first in TrialConfig.model_fields
-    valid = dotted_keys() if of_trial else [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
-    if key not in valid:
-        owner, names = ("a trial", valid) if of_trial else ("a sweep or trial", [*valid, *dotted_keys()])
-        return f"{key!r} is no key of {owner}; {suggest_name(key, names)}"
-    rule = violated_rule(TrialConfig if of_trial else SweepSpec, key, value)
-    return f"{key} must be {rule}, and is {value!r}" if rule else None

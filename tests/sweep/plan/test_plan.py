@@ -33,6 +33,7 @@ from imbvlm.sweep.records.adjustment_selection import max_logit_files
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.run.run_phases import run
 from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.validation_logits import file_bytes
 
@@ -204,7 +205,7 @@ def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, f
     path = str(tmp_path / "few.parquet")
     Manifest.build(table, [f"class {n}" for n in range(len(counts))], "few").write(path)
     with pytest.raises(ConfigError, match=says):
-        make_plan(spec(**fields).with_settings({"data.manifest": path}), None)
+        make_plan(with_settings(spec(**fields), {"data.manifest": path}), None)
 
 
 def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tmp_path) -> None:
@@ -299,7 +300,7 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
                               "split": ["train"] * 10_000 + ["val"] * 2000})  # fmt: skip
             path = str(tmp_path / f"{num_classes}.parquet")
             Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
-            made = spec(storage=str(tmp_path / "runs")).with_settings({"data.manifest": path, "train.batch_size": 256})
+            made = with_settings(spec(storage=str(tmp_path / "runs")), {"data.manifest": path, "train.batch_size": 256})
             plan = make_plan(made, lambda *arguments: apart.submit(calibrate_here, *arguments).result())
             (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
             assert probe["epoch_seconds"] > 0
@@ -349,7 +350,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsy
     code, out, err = leave(capsys, fits)
     assert (code, err) == (0, "")
     assert "would run on " in out
-    needs_gpu = fits.with_settings({"gpus_per_worker": 8.0})
+    needs_gpu = with_settings(fits, {"gpus_per_worker": 8.0})
     everything = ["--manifest=none.parquet", "--set=encoder.name=openai_vit_b32"]
     code, out, err = leave(capsys, needs_gpu, *everything)
     assert code == 1

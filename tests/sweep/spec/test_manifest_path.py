@@ -14,6 +14,7 @@ from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.manifest_path import locate_manifest, with_absolute_paths
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 COUNTS = [30, 12, 6, 3, 0]
@@ -79,7 +80,7 @@ def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
     fork = select_fork_trials(folder, absolute.resolve(), [])
     # The helper's second baseline is not of this space.
     assert [record.kind for record, _ in fork.retained].count("search") == 24
-    (start,) = warm_starts(absolute.with_settings({"warm_start": [folder]}).resolve())
+    (start,) = warm_starts(with_settings(absolute, {"warm_start": [folder]}).resolve())
     assert start.other_manifest is None
 
 
@@ -108,7 +109,7 @@ def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_director
     # Nothing is implied where the storage was absolute and the manifest wasn't.
     Path(other).unlink()
     with pytest.raises(ImbvlmError, match=f"is not at {other}; put it back"):
-        locate_manifest(spec.with_settings({"storage": str(home / "runs")}), folder)
+        locate_manifest(with_settings(spec, {"storage": str(home / "runs")}), folder)
 
 
 @pytest.mark.parametrize(

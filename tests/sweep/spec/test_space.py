@@ -20,6 +20,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.search_space import Params, SearchSpace
 from imbvlm.sweep.spec.space_file import NOT_SEARCHED, find_space, parse_space, read_space
 from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -413,7 +414,7 @@ def test_shipped_sweeps_are_right_and_all_their_draws_are_trials(name: str, monk
         trial = spec.trial(draw)
         assert {key.split(".")[0] for key in draw} & OPTIONAL_SECTIONS <= METHODS[trial.method].sections
         assert TrialConfig.from_tree(trial.to_tree()) == trial
-    check_spec(spec.with_settings(spec.smoke, "--smoke"))
+    check_spec(with_settings(spec, spec.smoke, "--smoke"))
 
 
 def test_a_name_that_is_no_space_gets_the_nearest() -> None:

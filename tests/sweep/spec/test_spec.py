@@ -13,6 +13,7 @@ from imbvlm.cli.sweep_script import parse_settings, spec_differences
 from imbvlm.config.trial_config import require_section
 from imbvlm.sweep.spec.objectives import ACCURACIES
 from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, NoSchedulerConfig, SweepSpec
 
 BASE: dict[str, Any] = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
@@ -73,8 +74,8 @@ confirm_seeds: [2, 2]
         "nsga3, qmc, random, tpe",
         "sweep.yaml:9: unknown key 'searcher.seeds'; did you mean 'seed'?",
         "sweep.yaml:10: unknown key 'trial_scheduler.grace' for trial_scheduler asha; did you mean 'grace_fraction'?",
-        "sweep.yaml:11: refit_seeds has a seed twice: 0, 1, 1",
-        "sweep.yaml:12: confirm_seeds has a seed twice: 2, 2",
+        "sweep.yaml:11: refit_seeds must have each seed once, got 0, 1, 1. Remove the repeated ones.",
+        "sweep.yaml:12: confirm_seeds must have each seed once, got 2, 2. Remove the repeated ones.",
     ]
 
 
@@ -117,8 +118,9 @@ def test_a_mistake_in_python_is_said_in_the_same_words() -> None:
 
 
 def test_settings_of_the_sweep_and_of_its_trials() -> None:
-    made = spec().with_settings(
-        {"num_trials": 5, "searcher.seed": 3, "searcher.name": "random", "train.batch_size": 32, "data.manifest": "n"}
+    made = with_settings(
+        spec(),
+        {"num_trials": 5, "searcher.seed": 3, "searcher.name": "random", "train.batch_size": 32, "data.manifest": "n"},
     )
     assert (made.num_trials, made.searcher.seed, made.searcher.name) == (5, 3, "random")
     trial = made.trial({"method": "linear_probe", "loss.name": "focal", "loss.gamma": 1.0, "optim.lr": 0.5})
@@ -130,12 +132,14 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
 
 def test_another_scheduler_drops_the_old_ones_knobs() -> None:
     made = spec(trial_scheduler={"name": "asha", "reduction_factor": 4})
-    assert made.with_settings({"trial_scheduler.name": "none"}).trial_scheduler == NoSchedulerConfig()
-    assert made.with_settings({"trial_scheduler.reduction_factor": 2}).trial_scheduler == AshaConfig(reduction_factor=2)
+    assert with_settings(made, {"trial_scheduler.name": "none"}).trial_scheduler == NoSchedulerConfig()
+    assert with_settings(made, {"trial_scheduler.reduction_factor": 2}).trial_scheduler == AshaConfig(
+        reduction_factor=2
+    )
 
 
 def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
-    made = spec().with_settings({"optim.lr": 0.5, "method": "decoder"})
+    made = with_settings(spec(), {"optim.lr": 0.5, "method": "decoder"})
     space = check_spec(made).space
     assert [one.key for one in space.parameters] == ["decoder.depth", "loss.name", "loss.gamma"]
     draw = {"decoder.depth": 1, "loss.name": "balanced_softmax"}
@@ -146,7 +150,7 @@ def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
 
 
 def test_a_knob_that_is_set_holds_where_its_variant_is_drawn() -> None:
-    made = spec().with_settings({"loss.gamma": 1.5})
+    made = with_settings(spec(), {"loss.gamma": 1.5})
     check_spec(made)
     common = {"method": "linear_probe", "optim.lr": 0.5}
     focal = made.trial({**common, "loss.name": "focal"}).to_tree()["loss"]
@@ -156,20 +160,21 @@ def test_a_knob_that_is_set_holds_where_its_variant_is_drawn() -> None:
 
 def test_another_space_and_a_fixed_key_of_it_at_once() -> None:
     other = {"parameters": {"optim.momentum": {"uniform": [0, 0.9]}, "optim.lr": {"uniform": [0.1, 1]}}}
-    made = spec(base={**BASE, "method": "decoder"}).with_settings({"optim.momentum": 0.5, "space": other})
+    made = with_settings(spec(base={**BASE, "method": "decoder"}), {"optim.momentum": 0.5, "space": other})
     assert [one.key for one in check_spec(made).space.parameters] == ["optim.lr"]
     assert made.base["optim"] == {"momentum": 0.5}
 
 
 def test_smoke_settings_then_settings_of_the_command_line() -> None:
     made = spec(smoke={"num_trials": 2, "decoder.depth": 1, "refit_seeds": [0]})
-    smoke = made.with_settings(made.smoke, "--smoke").with_settings({"num_trials": 3})
+    smoke = with_settings(with_settings(made, made.smoke, "--smoke"), {"num_trials": 3})
     assert (smoke.num_trials, smoke.refit_seeds, smoke.base["decoder"]) == (3, [0], {"depth": 1})
 
 
 def test_every_wrong_setting_at_once_with_where_it_was_set() -> None:
     with pytest.raises(ConfigError) as error:
-        spec().with_settings(
+        with_settings(
+            spec(),
             {
                 "num_trails": 3,
                 "optim.lrr": 1,
@@ -178,7 +183,7 @@ def test_every_wrong_setting_at_once_with_where_it_was_set() -> None:
                 "base.optim.lr": 1,
                 "space.parameters": {},
                 "searcher.sed": 1,
-            }
+            },
         )
     assert problems(error) == [
         "--set: 'num_trails' is no key of a sweep or trial; did you mean 'num_trials'?",
@@ -193,7 +198,7 @@ def test_every_wrong_setting_at_once_with_where_it_was_set() -> None:
 
 def test_wrong_types_of_settings() -> None:
     with pytest.raises(ConfigError) as error:
-        spec().with_settings({"num_trials": "many", "num_workers": 0})
+        with_settings(spec(), {"num_trials": "many", "num_workers": 0})
     assert problems(error) == [
         "--set: num_trials must be a valid integer, and is 'many'",
         "--set: num_workers must be greater than or equal to 1, and is 0",
@@ -201,7 +206,7 @@ def test_wrong_types_of_settings() -> None:
 
 
 def test_a_setting_that_clashes_with_another_key_is_found_by_the_check() -> None:
-    found = refused(spec().with_settings({"decoder.width": 30}))
+    found = refused(with_settings(spec(), {"decoder.width": 30}))
     assert found == ["--set: decoder.width 30 must be a multiple of decoder.num_heads 4"]
 
 
@@ -217,7 +222,7 @@ def test_words_of_the_command_line_are_yaml() -> None:
 
 
 def test_differences_are_what_would_change_the_search() -> None:
-    now = spec(num_trials=9, storage="elsewhere", max_failures=9).with_settings({"loss.name": "focal"})
+    now = with_settings(spec(num_trials=9, storage="elsewhere", max_failures=9), {"loss.name": "focal"})
     assert sorted(spec_differences(spec(), now)) == [
         ("base.loss.name", None, "focal"),
         ("num_trials", 24, 9),
@@ -289,7 +294,7 @@ def test_sections_that_some_method_of_the_space_reads_may_stand_in_the_base() ->
 def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
     made = spec(confirm_trials=2)
     assert made.more_seeds == [1, 2]
-    reseeded = made.with_settings({"train.seed": 1})
+    reseeded = with_settings(made, {"train.seed": 1})
     check_spec(reseeded)
     assert reseeded.more_seeds == [2]
     only = spec(confirm_trials=2, confirm_seeds=[0])
@@ -318,7 +323,7 @@ def test_wrong_smoke_settings_show_before_they_are_needed() -> None:
 
 def test_a_worker_has_no_more_cpus_than_threads_can_be_started() -> None:
     with pytest.raises(ConfigError, match="cpus_per_worker must be less than or equal to 1024, and is 100000"):
-        spec().with_settings({"cpus_per_worker": 100_000})
+        with_settings(spec(), {"cpus_per_worker": 100_000})
 
 
 @pytest.mark.parametrize("objective", ACCURACIES)
@@ -361,7 +366,7 @@ def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(
 ) -> None:
     spec = SweepSpec.from_tree(parse_yaml(PINNED, "sweep.yaml"))
     check_spec(spec)
-    found = spec.with_settings(settings)
+    found = with_settings(spec, settings)
     check_spec(found)
     assert found.first_trials == (spec.first_trials if left is None else left)
 
@@ -369,7 +374,7 @@ def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(
 def test_a_pinned_trial_outside_the_space_is_refused_whatever_else_is_set() -> None:
     text = PINNED.replace("optim.lr: 0.05", "optim.lr: 5.0")
     with pytest.raises(ConfigError, match=r"first_trials\[0\]"):
-        check_spec(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")).with_settings({"train.num_epochs": 1}))
+        check_spec(with_settings(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")), {"train.num_epochs": 1}))
 
 
 def test_features_lie_with_the_sweeps_unless_a_folder_is_named() -> None:
@@ -394,7 +399,7 @@ def test_numbers_that_are_none_are_said_as_they_were_written(written: str, said:
     """A whole number of 401 digits was a traceback, and behind a `--set` a .nan was a None."""
     tree = parse_yaml(f"{{parameters: {{optim.lr: {written}}}}}").data
     made = SweepSpec.from_tree({"name": "x", "base": BASE, "space": tree})
-    for one in (made, made.with_settings({"num_trials": 3})):
+    for one in (made, with_settings(made, {"num_trials": 3})):
         with pytest.raises(ConfigError) as error:
             check_spec(one)
         (problem,) = error.value.problems

@@ -31,6 +31,7 @@ from imbvlm.sweep.spec.equivalence import canonical_key, untrained_configuration
 from imbvlm.sweep.spec.published_recipes import LIFT, PUBLISHED, published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.studies import Part, Row, study_fields
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import Job
@@ -95,7 +96,7 @@ def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
     assert len(drive(search)) == 30
     (tmp_path / "list.yaml").write_text(json.dumps(a_list(30)))
     from_file = SweepSpec(name="s", base=base, space=str(tmp_path / "list.yaml"))
-    assert from_file.with_settings({"train.num_epochs": 1}).resolve().num_trials == 30
+    assert with_settings(from_file, {"train.num_epochs": 1}).resolve().num_trials == 30
     # What `sweep list` counts up to.
     assert SweepSpec(name="s", base=base, space=a_list(3), num_trials=24).resolve().num_trials == 3
     assert untrained_configurations(check_spec(made)) == []
@@ -106,7 +107,7 @@ def test_listed_configurations_that_are_not_run_are_named() -> None:
     assert untrained_configurations(check_spec(made)) == [
         "decoder-la trains the same as decoder, and only decoder is run"
     ]
-    fewer = made.with_settings({"num_trials": 2})
+    fewer = with_settings(made, {"num_trials": 2})
     assert (
         untrained_configurations(fewer.resolve())[1]
         == "num_trials is 2 of 3 listed: marc will not run; set num_trials=4 to run all"
@@ -134,7 +135,7 @@ def finished(job: Job) -> TrialRecord:
 
 
 def test_a_setting_fixes_its_key_in_every_listed_trial() -> None:
-    made = spec().with_settings({"loss.name": "focal", "train.num_epochs": 1})
+    made = with_settings(spec(), {"loss.name": "focal", "train.num_epochs": 1})
     space = check_spec(made).space
     assert all("loss.name" not in draw for draw in space.enumerate_params(made.base) or [])
     trained = [made.trial(draw) for draw in space.enumerate_params(made.base) or []]
@@ -357,7 +358,7 @@ def test_the_study_runs_on_what_there_is(paper: Any) -> None:
     assert (here.gpus_per_worker, here.cpus_per_worker, here.driver) == (0, 1, "in_process")
     assert here.base["data"]["manifest"] == "photos.parquet"
     assert said[0].startswith("there is no GPU: the study runs in small")
-    for made in (here, here.with_settings(here.smoke, "--smoke")):
+    for made in (here, with_settings(here, here.smoke, "--smoke")):
         assert concurrent_trials(check_spec(made), 2, 0) == 2
         assert made.base["encoder"]["name"] == "tinylit_lite0"
     # A trial takes as many of four CPUs as each GPU's share has beside the trial's driver.
@@ -442,7 +443,7 @@ def test_lifts_recipe_for_each_data_set(
 def test_lift_on_the_towers_of_the_package_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     lift = importlib.import_module("sweeps.lift")
-    made = lift.study(["ablation"], manifest="embedded:emoji_lt").with_settings({"encoder.name": "tinylit_lite0"})
+    made = with_settings(lift.study(["ablation"], manifest="embedded:emoji_lt"), {"encoder.name": "tinylit_lite0"})
     with pytest.raises(ConfigError, match="adapter needs a transformer's blocks"):
         make_plan(made, None)
 
