@@ -4,7 +4,7 @@ from golden.cases import covered
 
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
-from imbvlm.models.second_stage_modules import SECOND_STAGES
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 
 
 def test_every_method_loss_and_second_stage_has_a_golden_case() -> None:

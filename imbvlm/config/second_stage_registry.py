@@ -1,68 +1,147 @@
-"""The second stages of a trial: what is put on its finished, frozen first stage, each with its knobs."""
+"""The second stages of a trial: each with its options, its modules and how its paper trains it. SECOND_STAGES."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section
+from imbvlm.config.input_sections import ClassSampling
+from imbvlm.config.loss_registry import LOSSES
 
 
-class _TrainedStage(Section):
-    """A stage of its own length and rate: SGD with momentum, no warm-up, half a cosine down."""
+class StageSection(Section):
+    """The options of one second stage; `name` is its key in SECOND_STAGES."""
 
-    num_epochs: int = Field(10, ge=1, description="after the first stage's; of the first stage's batch size")
+    if TYPE_CHECKING:
+        name: str
+
+
+class TrainedStage(StageSection):
+    """A stage with its own length and learning rate: SGD with momentum, no warm-up, half a cosine down."""
+
+    num_epochs: int = Field(10, ge=1, description="epochs after those of the first stage, with its batch size")
     lr: float = Field(gt=0)
     weight_decay: float = Field(5e-4, ge=0)
 
 
-class ClassifierRetrainingConfig(_TrainedStage):
+class ClassifierRetrainingConfig(TrainedStage):
     name: Literal["classifier_retraining"] = "classifier_retraining"
-    # Class-balanced batches repeat the tail's few images: at 0.1 a fresh classifier learns them by heart.
+    # Class-balanced batches repeat the few images of the tail: at 0.1 a fresh classifier memorizes them.
     lr: float = Field(0.03, gt=0)
 
 
-class LearnableWeightScalingConfig(_TrainedStage):
+class LearnableWeightScalingConfig(TrainedStage):
     name: Literal["learnable_weight_scaling"] = "learnable_weight_scaling"
     lr: float = Field(0.1, gt=0)
-    # What is learned are factors around 1, not weights around 0.
+    # It learns factors around 1, not weights around 0.
     weight_decay: float = Field(0.0, ge=0)
 
 
-class TauNormalizationConfig(Section):
+class TauNormalizationConfig(StageSection):
     name: Literal["tau_normalization"] = "tau_normalization"
     tau: float | None = Field(
-        None, ge=0, le=1, description="0 leaves the weights, 1 makes them units; null: chosen on validation"
+        None, ge=0, le=1, description="0 keeps the weights, 1 gives them length 1; null: selected on validation"
     )
 
 
-class DisAlignConfig(_TrainedStage):
+class DisAlignConfig(TrainedStage):
     name: Literal["disalign"] = "disalign"
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    exponent: float = Field(1.2, ge=0, description="of generalized_reweight")
+    exponent: float = Field(1.2, ge=0, description="exponent of the loss generalized_reweight")
 
 
-class MarcConfig(_TrainedStage):
+class MarcConfig(TrainedStage):
     name: Literal["marc"] = "marc"
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    exponent: float = Field(1.2, ge=0, description="of generalized_reweight")
+    exponent: float = Field(1.2, ge=0, description="exponent of the loss generalized_reweight")
 
 
-# Every stage of SECOND_STAGES has its knobs here; a contract test keeps the two in step.
-SecondStageConfig = Annotated[
-    ClassifierRetrainingConfig | LearnableWeightScalingConfig | TauNormalizationConfig | DisAlignConfig | MarcConfig,
-    Field(discriminator="name"),
-]
+@dataclass(frozen=True)
+class SecondStage:
+    """One second stage: its options, and how it changes the frozen first stage's classifier.
 
-# They use the lengths of the classifier's weights, and a cosine classifier's mean nothing.
-READ_NORMS = frozenset({"tau_normalization", "marc"})
+    A stage that trains has `build(classifier) -> nn.Module`, `class_sampling` and the name of its `loss`. Another has
+    `select(classifier, features (N, D), targets (N,), config) -> (module, metrics)` on validation rows. Validation
+    selects the options `selected` where they are null; `select` reports each as the metric `second_stage/OPTION`.
+    """
+
+    config: type[StageSection]
+    summary: str
+    paper: str
+    build: Lazy | None = None
+    class_sampling: ClassSampling | None = None
+    loss: str | None = None
+    select: Lazy | None = None
+    selected: tuple[str, ...] = ()
+    reads_weight_norms: bool = False
 
 
-def num_stage_epochs(config: Section | None) -> int:
-    """Epochs that a second stage adds to a trial; choosing tau is one that only evaluates."""
+SECOND_STAGES = Registry(
+    "second stage",
+    {
+        "classifier_retraining": SecondStage(
+            ClassifierRetrainingConfig,
+            summary="Trains a fresh classifier on the frozen decoder (cRT).",
+            paper="Kang et al., ICLR 2020",
+            build=Lazy("imbvlm.models.second_stage_modules:fresh_classifier"),
+            class_sampling="class_balanced",
+            loss="cross_entropy",
+        ),
+        "learnable_weight_scaling": SecondStage(
+            LearnableWeightScalingConfig,
+            summary="Learns a factor on each class's logit (LWS).",
+            paper="Kang et al., ICLR 2020",
+            build=Lazy("imbvlm.models.second_stage_modules:LearnableWeightScaling"),
+            class_sampling="class_balanced",
+            loss="cross_entropy",
+        ),
+        "tau_normalization": SecondStage(
+            TauNormalizationConfig,
+            summary="Divides each class's weights by a power of their length, selected on validation; trains nothing.",
+            paper="Kang et al., ICLR 2020",
+            select=Lazy("imbvlm.models.second_stage_modules:select_tau_normalization"),
+            selected=("tau",),
+            reads_weight_norms=True,
+        ),
+        "disalign": SecondStage(
+            DisAlignConfig,
+            summary="Learns a factor and an offset per class, weighted by a confidence per image.",
+            paper="Zhang et al., CVPR 2021",
+            build=Lazy("imbvlm.models.second_stage_modules:DisAlign"),
+            class_sampling="instance_balanced",
+            loss="generalized_reweight",
+        ),
+        "marc": SecondStage(
+            MarcConfig,
+            summary="Learns a factor per class, and an offset in units of the length of its weights.",
+            paper="Wang et al., ACML 2022",
+            build=Lazy("imbvlm.models.second_stage_modules:Marc"),
+            class_sampling="instance_balanced",
+            loss="generalized_reweight",
+            reads_weight_norms=True,
+        ),
+    },
+)
+
+if TYPE_CHECKING:
+    SecondStageConfig = StageSection
+else:
+    SecondStageConfig = SECOND_STAGES.union()
+
+
+def num_stage_epochs(config: StageSection | None) -> int:
+    """Epochs that a second stage adds to a trial: one that only evaluates where nothing trains."""
     if config is None:
         return 0
-    return config.num_epochs if isinstance(config, _TrainedStage) else 1
+    return config.num_epochs if isinstance(config, TrainedStage) else 1
+
+
+def loss_options(config: StageSection, loss: str) -> dict[str, Any]:
+    """The options of a second stage that are its loss's, such as `exponent`."""
+    return config.model_dump(include=set(LOSSES[loss].config.model_fields) - {"name"})

@@ -23,7 +23,7 @@ from imbvlm.config.method_registry import (
     MethodName,
 )
 from imbvlm.config.model_sections import ClassifierConfig, CosineClassifierConfig, DecoderConfig
-from imbvlm.config.second_stage_registry import READ_NORMS, SecondStageConfig
+from imbvlm.config.second_stage_registry import SECOND_STAGES, SecondStageConfig, StageSection
 from imbvlm.config.training_sections import (
     AugmentationConfig,
     FeatureAugmentationConfig,
@@ -87,14 +87,17 @@ class TrialConfig(_WithMethods):
 
     @field_validator("second_stage")
     @classmethod
-    def _stands_on_stored_features_and_lengths(cls, stage: Section | None, info: ValidationInfo) -> Section | None:
-        name, features = getattr(stage, "name", None), info.data.get("features")
-        if stage is not None and isinstance(features, FeaturesConfig) and not features.store:
+    def _second_stage_has_what_it_reads(cls, stage: StageSection | None, info: ValidationInfo) -> StageSection | None:
+        if stage is None:
+            return None
+        features = info.data.get("features")
+        if isinstance(features, FeaturesConfig) and not features.store:
             raise ValueError("second_stage stands on stored features; set features.store: true, or second_stage: null")
-        if name in READ_NORMS and isinstance(info.data.get("classifier"), CosineClassifierConfig):
+        is_cosine = isinstance(info.data.get("classifier"), CosineClassifierConfig)
+        if is_cosine and SECOND_STAGES[stage.name].reads_weight_norms:
             raise ValueError(
-                f"second_stage {name} uses the lengths of the classifier's weights, and a cosine classifier's mean "
-                "nothing; set classifier.kind: linear, or choose another second stage"
+                f"second_stage {stage.name} uses the lengths of the classifier's weights, and a cosine classifier's "
+                "mean nothing; set classifier.kind: linear, or choose another second stage"
             )
         return stage
 

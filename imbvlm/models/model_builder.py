@@ -143,7 +143,7 @@ def restore_feature_classifier(
     """A classifier of the exported shapes, with what its second stage puts in its place."""
     decoder, width = _decoder(config, info, {})
     classifier, stage = _classifier(config, width, num_classes), config.second_stage
-    return FeatureClassifier(decoder, classifier if stage is None else stage_module(stage.name, classifier))
+    return FeatureClassifier(decoder, classifier if stage is None else stage_module(stage, classifier))
 
 
 def _classifier(

@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.second_stage_registry import SecondStageConfig, TauNormalizationConfig
+from imbvlm.config.second_stage_registry import (
+    SECOND_STAGES,
+    StageSection,
+    TrainedStage,
+    loss_options,
+    num_stage_epochs,
+)
 from imbvlm.config.training_sections import SgdConfig, TrainConfig
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_sampling import Rows, epoch_plan
 from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier
-from imbvlm.models.second_stage_modules import SECOND_STAGES, choose_tau_normalization, stage_module, tau_normalized
+from imbvlm.models.second_stage_modules import stage_module
 from imbvlm.training.evaluator import Evaluator, first_views
 from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_source import Batch
@@ -82,32 +88,30 @@ class SecondStageTrainer:
 
     def __init__(
         self,
-        config: SecondStageConfig,
+        config: StageSection,
         train: TrainConfig,
         model: FeatureClassifier,
         span: Span,
         evaluator: Evaluator,
         features: FrozenFeatures | None = None,
     ) -> None:
-        self._config, self._train, self._model = config, train, model
+        self._config, self._entry, self._train, self._model = config, SECOND_STAGES[config.name], train, model
         self._span, self._evaluator = span, evaluator
         self._first = model.classifier
         self.features = FrozenFeatures(model, evaluator) if features is None else features
         model.decoder.requires_grad_(False)
-        model.classifier = stage_module(config.name, _known(self._first)).to(evaluator.device)
+        model.classifier = stage_module(config, _known(self._first)).to(evaluator.device)
         broadcast_state(model.classifier.state_dict(), evaluator.world)
         self.course = self._build_course()
 
     def start(self) -> dict[str, float]:
-        """What is decided as the first stage ends, as metrics: tau, the configured one or the best on validation."""
-        config, first = self._config, self._first
-        if not isinstance(config, TauNormalizationConfig) or not isinstance(first, LinearClassifier):
+        """Let a stage that trains nothing select its classifier, as the first stage ends; its options as metrics."""
+        if self._entry.select is None:
             return {}
-        tau = config.tau
-        if tau is None:
-            tau = choose_tau_normalization(first, self.features.val, self.features.val_labels).value
-        self._model.classifier = tau_normalized(first, tau)
-        return {"second_stage/tau": tau}
+        metrics: dict[str, float]
+        targets = self.features.val_labels
+        self._model.classifier, metrics = self._entry.select(self._first, self.features.val, targets, self._config)
+        return metrics
 
     def validate(self, keep: EpochValLogits | None = None) -> ClassCounters:
         """Per-class counts of validation, the same for every worker; every worker must call it.
@@ -137,17 +141,17 @@ class SecondStageTrainer:
     @property
     def pack_key(self) -> str:
         """Equal for those that can be trained together: stages of one name and length."""
-        return self._config.model_dump_json(exclude={"lr", "weight_decay", "exponent", "tau"})
+        return f"{self._config.name} {num_stage_epochs(self._config)}"
 
     def _build_course(self) -> StageTrainer | None:
         """The paper's sampling and reweighting; SGD with half a cosine."""
-        config, entry, evaluator = self._config, SECOND_STAGES[self._config.name], self._evaluator
-        if isinstance(config, TauNormalizationConfig) or entry.class_sampling is None or entry.loss is None:
+        config, entry, evaluator = self._config, self._entry, self._evaluator
+        if not isinstance(config, TrainedStage) or entry.class_sampling is None or entry.loss is None:
             return None
         # Not by way of self: a circle would keep the features in memory when the trial has ended.
         data, span, features = evaluator.data, self._span, self.features
         counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
-        loss = build_loss(entry.loss, counts, workers=evaluator.world, **config.model_dump(include={"exponent"}))
+        loss = build_loss(entry.loss, counts, workers=evaluator.world, **loss_options(config, entry.loss))
         # Epochs are counted on from the first stage's, so that the two stages draw independently.
         plan_of = partial(
             epoch_plan,
@@ -178,12 +182,13 @@ class SecondStageTrainer:
         )
 
 
-def check_can_choose(config: SecondStageConfig | None, data: TrialData) -> None:
-    """Raises ImbvlmError, before anything is trained, where tau would be chosen on validation that isn't there."""
-    if isinstance(config, TauNormalizationConfig) and config.tau is None and not len(data.val):
-        raise ImbvlmError(
-            "second_stage tau_normalization chooses tau on validation rows, and there are none; set second_stage.tau"
-        )
+def check_can_select(config: StageSection | None, data: TrialData) -> None:
+    """Raises ImbvlmError, before anything is trained, where validation rows to select options on are missing."""
+    for option in () if config is None else SECOND_STAGES[config.name].selected:
+        if getattr(config, option) is None and not len(data.val):
+            raise ImbvlmError(
+                f"second_stage.{option} is selected on validation rows, and there are none. Set second_stage.{option}."
+            )
 
 
 def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:

@@ -33,7 +33,7 @@ from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters, load_own_state_dict, own_state_dict
 from imbvlm.training.checkpoint import CheckpointError, TrialState, as_tensor_names
 from imbvlm.training.evaluator import EvalResult, Evaluator
-from imbvlm.training.second_stage_trainer import FrozenFeatures, SecondStageTrainer, check_can_choose
+from imbvlm.training.second_stage_trainer import FrozenFeatures, SecondStageTrainer, check_can_select
 from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer
 from imbvlm.training.step.batch_source import BatchSource, CachedFeatureSource, ImageSource, Index, StoredFeatureSource
@@ -101,7 +101,7 @@ class TrialRun:
         self.val_logits: EpochValLogits | None = None
         self.first_losses: list[float] = []
         self._first, self._last = self._spans()
-        check_can_choose(config.second_stage, data)
+        check_can_select(config.second_stage, data)
         is_decoder = self.entry.reads == "tokens" and not config.reads_images
         self._computing = ComputeContext(
             config.train, device, world.world_size, len(data.class_names), is_decoder,

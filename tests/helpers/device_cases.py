@@ -24,10 +24,9 @@ from tiny_images import TinyImages
 
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
-from imbvlm.config.second_stage_registry import READ_NORMS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.open_clip_encoder import Encoder
-from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
@@ -58,7 +57,7 @@ def cases(folder: Path) -> dict[str, Case]:
         add(f"loss {name}", "vit", "linear_probe", loss__name=name)
     add("ldam, reweighted late", "vit", "linear_probe", loss__name="ldam", loss__reweight_from=0.5)
     for name in SECOND_STAGES:
-        for kind in ("linear",) if name in READ_NORMS else ("linear", "cosine"):
+        for kind in ("linear",) if SECOND_STAGES[name].reads_weight_norms else ("linear", "cosine"):
             keys = {"second_stage__name": name, "classifier__kind": kind}
             keys |= {} if name == "tau_normalization" else {"second_stage__num_epochs": 2}
             add(f"second stage {name}, {kind}", "vit", "linear_probe", **keys)

@@ -1,26 +1,27 @@
 """Second stages: formulas, starts, what trains and what stays frozen, and that they serve the tail."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.schema import tag_of, variants
-from imbvlm.config.loss_registry import LOSSES
+from imbvlm.base.schema import tag_of
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
-from imbvlm.config.second_stage_registry import READ_NORMS, SecondStageConfig
+from imbvlm.config.second_stage_registry import SECOND_STAGES, SecondStageConfig, TrainedStage, loss_options
 from imbvlm.longtail.class_sampling import epoch_plan
 from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.models.classifier import build_classifier
 from imbvlm.models.second_stage_modules import (
     NORM_TAUS,
-    SECOND_STAGES,
     DisAlign,
     LearnableWeightScaling,
     Marc,
-    choose_tau_normalization,
+    best_tau,
     fresh_classifier,
     stage_module,
     tau_normalized,
@@ -51,7 +52,12 @@ def scrambled(stage, seed=0):
 
 
 def allowed():
-    return [(name, kind) for name in TRAINED for kind in KINDS if kind == "linear" or name not in READ_NORMS]
+    return [
+        (name, kind)
+        for name in TRAINED
+        for kind in KINDS
+        if kind == "linear" or not SECOND_STAGES[name].reads_weight_norms
+    ]
 
 
 # --------------------------------------------------------------- the same formulas, written again in numpy
@@ -181,7 +187,7 @@ def test_the_chosen_tau_makes_up_for_long_head_weights():
     first = build_classifier(KINDS["linear"], WIDTH, CLASSES, init_weight=lengths[:, None] * directions).double()
     targets = torch.arange(CLASSES).repeat(50)
     x = directions[targets] + 0.3 * features(num=300)
-    choice = choose_tau_normalization(first, x, targets)
+    choice = best_tau(first, x, targets)
     assert choice.value >= 0.6
     assert choice.score > dict(choice.candidates)[0.0] + 0.2
     assert [tau for tau, _ in choice.candidates] == list(NORM_TAUS)
@@ -193,37 +199,38 @@ def test_the_chosen_tau_makes_up_for_long_head_weights():
 
 def test_tau_normalization_without_validation_rows_is_refused():
     with pytest.raises(ImbvlmError, match="validation rows"):
-        choose_tau_normalization(classifier(), features(0), torch.zeros(0, dtype=torch.long))
+        best_tau(classifier(), features(0), torch.zeros(0, dtype=torch.long))
 
 
 # -------------------------------------------------------------------------------- contract, every stage alike
 
 
-def test_each_stage_is_trained_as_its_paper_does():
-    assert set(SECOND_STAGES) == {
-        "classifier_retraining",
-        "learnable_weight_scaling",
-        "tau_normalization",
-        "disalign",
-        "marc",
-    }
-    for name, stage in SECOND_STAGES.items():
-        assert (stage.build is None) == (stage.loss is None) == (stage.class_sampling is None), name
-        if stage.loss is not None:
-            assert stage.loss in LOSSES
-            assert (stage.class_sampling == "class_balanced") == (stage.loss == "cross_entropy"), name
+@pytest.mark.parametrize("name", SECOND_STAGES)
+def test_an_entry_trains_or_selects(name: str) -> None:
+    entry = SECOND_STAGES[name]
+    assert tag_of(entry.config) == ("name", name)
+    assert TypeAdapter(SecondStageConfig).validate_python(entry.config().model_dump()) == entry.config()
+    options = entry.config.model_fields.keys() - {"name"}
+    if entry.loss is None:
+        assert (entry.build, entry.class_sampling) == (None, None)
+        assert callable(entry.select.load())
+        assert options == set(entry.selected)
+    else:
+        assert issubclass(entry.config, TrainedStage)
+        assert (entry.select, entry.selected) == (None, ())
+        assert entry.class_sampling is not None
+        # Every option is of the stage's length, its rate or its loss.
+        assert options - TrainedStage.model_fields.keys() == loss_options(entry.config(), entry.loss).keys()
+        build_loss(entry.loss, [3, 2, 1], **loss_options(entry.config(), entry.loss))
 
 
-def test_stages_and_their_configurations_are_in_step():
-    sections = {tag_of(section)[1]: section for section in variants(SecondStageConfig)}
-    assert sections.keys() == SECOND_STAGES.keys()
-    for name, stage in SECOND_STAGES.items():
-        fields = sections[name].model_fields
-        assert ("lr" in fields) == ("num_epochs" in fields) == (stage.loss is not None), name
-        assert ("exponent" in fields) == (stage.loss == "generalized_reweight"), name
-        assert stage.summary[0].isupper()
-        assert stage.summary.endswith(".")
-        assert stage.paper
+@pytest.mark.parametrize("name", SECOND_STAGES)
+def test_a_stage_says_its_formula_and_paper(name: str) -> None:
+    entry = SECOND_STAGES[name]
+    assert entry.summary[0].isupper()
+    assert entry.summary.endswith(".")
+    assert re.search(r", \w+ \d{4}", entry.paper)
+    assert re.search(r"\[.+\d{4}.*\]", (entry.build or entry.select).load().__doc__)
 
 
 def long_tailed(seed=0):
@@ -292,7 +299,7 @@ def test_training_serves_the_tail_and_leaves_the_first_stage_alone(first_stages,
 def test_tau_normalization_never_loses_on_validation_and_gains_here(first_stages):
     _, _, _, val_x, val_labels = long_tailed()
     first = first_stages["linear"]
-    choice = choose_tau_normalization(first, val_x, val_labels)
+    choice = best_tau(first, val_x, val_labels)
     assert choice.score >= dict(choice.candidates)[0.0]
     assert balanced(tau_normalized(first, choice.value), val_x, val_labels) == pytest.approx(choice.score)
 
@@ -302,7 +309,7 @@ def test_a_saved_stage_gives_the_same_logits_when_loaded(name, kind):
     x = features()
     model = scrambled(SECOND_STAGES[name].build(classifier(kind)))
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    again = stage_module(name, classifier(kind, seed=9)).double()
+    again = stage_module(SECOND_STAGES[name].config(), classifier(kind, seed=9)).double()
     again.load_state_dict(state)
     assert torch.equal(again(x), model(x))
 
@@ -339,7 +346,7 @@ def test_tau_normalization_of_large_half_precision_features_stays_finite(tau, dt
     assert torch.isfinite(logits).all()
     assert logits[:, :4].abs().max() > 1e3
     targets = torch.arange(9) % 4
-    assert np.isfinite(choose_tau_normalization(first, x, targets).score)
+    assert np.isfinite(best_tau(first, x, targets).score)
 
 
 @pytest.mark.parametrize(("name", "kind"), allowed())

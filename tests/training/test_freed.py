@@ -18,9 +18,9 @@ from tiny_data import tiny_config, tiny_data, tiny_features
 from tiny_images import TinyImages
 
 from imbvlm.config.method_registry import METHODS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_session
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial

@@ -11,11 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from imbvlm.base.errors import PackError
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.config.second_stage_registry import READ_NORMS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.trial_data import StoredRows
 from imbvlm.longtail.losses import build_loss, stack_losses
-from imbvlm.models.second_stage_modules import SECOND_STAGES
 from imbvlm.training import trial_pack as pack_module
 from imbvlm.training.evaluator import Evaluator
 from imbvlm.training.step.batch_source import CachedFeatureSource
@@ -150,7 +149,7 @@ def second_stages() -> list[TrialConfig]:
     """Each with several rates and knobs, on both classifiers where it may be; one of another length, one without."""
     found = []
     for name in SECOND_STAGES:
-        for place in range(2 if name in READ_NORMS else 4):
+        for place in range(2 if SECOND_STAGES[name].reads_weight_norms else 4):
             keys = {"second_stage.name": name, "optim.lr": 0.02 * 2**place}
             keys |= {"classifier.temperature": 0.02 * place} if place > 1 else {"classifier.kind": "linear"}
             if name != "tau_normalization":
@@ -273,7 +272,7 @@ def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path
 @pytest.mark.parametrize("stage", SECOND_STAGES)
 def test_second_stages_behind_decoders_read_each_its_own(tmp_path, stage):
     data, lengths = tiny_data(tmp_path), {} if stage == "tau_normalization" else {"second_stage.num_epochs": 2}
-    kind = {"classifier.kind": "linear"} if stage in READ_NORMS else {}
+    kind = {"classifier.kind": "linear"} if SECOND_STAGES[stage].reads_weight_norms else {}
     configs = [one.with_overrides({"second_stage.name": stage, **lengths, **kind}) for one in decoders()]
     _, runs = joined(configs, data)
     together = list(zip(*[run.epochs() for run in runs], strict=True))

@@ -10,10 +10,10 @@ import torch
 from tiny_data import CLASS_COUNTS, NUM_VIEWS, tiny_config, tiny_data
 
 from imbvlm.base.errors import ConfigError, ImbvlmError
-from imbvlm.config.second_stage_registry import READ_NORMS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.features.trial_data import Tail
 from imbvlm.models.model_builder import restore_model
-from imbvlm.models.second_stage_modules import NORM_TAUS, SECOND_STAGES, choose_tau_normalization, tau_normalized
+from imbvlm.models.second_stage_modules import NORM_TAUS, best_tau, tau_normalized
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_run import build_trial
 
@@ -28,7 +28,7 @@ def cases():
         for method in METHODS
         for kind in ("linear", "cosine")
         for name in SECOND_STAGES
-        if kind == "linear" or name not in READ_NORMS
+        if kind == "linear" or not SECOND_STAGES[name].reads_weight_norms
     ]
 
 
@@ -234,7 +234,7 @@ def test_tau_is_the_best_on_validation_and_is_reported(data):
     plain.model.eval()
     with torch.no_grad():
         features = plain.model.decoder(data.val.batch("tokens", np.arange(len(data.val)), None).float())
-    choice = choose_tau_normalization(plain.model.classifier, features, torch.from_numpy(data.val.labels))
+    choice = best_tau(plain.model.classifier, features, torch.from_numpy(data.val.labels))
     assert last["second_stage/tau"] == choice.value
     assert last["second_stage/tau"] in NORM_TAUS
     assert last["val/balanced_accuracy"] == pytest.approx(choice.score)
@@ -247,7 +247,7 @@ def test_a_refit_without_validation_takes_the_tau_that_it_is_given(data):
     results = list(build_trial(config(name="tau_normalization", second_stage__tau=0.35), refit).epochs())
     assert results[-1].metrics == {"second_stage/tau": 0.35}
     assert len(results) == FIRST_EPOCHS + 1
-    with pytest.raises(ImbvlmError, match=r"set second_stage\.tau"):
+    with pytest.raises(ImbvlmError, match=r"Set second_stage\.tau"):
         build_trial(config(name="tau_normalization"), refit)
 
 
@@ -261,7 +261,7 @@ def test_other_stages_need_no_validation(data, name):
 # -------------------------------------------------------------------------------------------------- configuration
 
 
-@pytest.mark.parametrize("name", sorted(READ_NORMS))
+@pytest.mark.parametrize("name", [name for name, entry in SECOND_STAGES.items() if entry.reads_weight_norms])
 def test_stages_that_read_lengths_are_refused_with_a_cosine_classifier(name):
     with pytest.raises(ConfigError, match=rf"second_stage {name} uses the lengths .*set classifier\.kind: linear"):
         config(kind="cosine", name=name)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from imbvlm.config.method_registry import METHODS
-from imbvlm.config.second_stage_registry import TauNormalizationConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
 from imbvlm.sweep.spec.search_space import ListedSpace
@@ -136,13 +135,11 @@ def _can_be_fresh(config: TrialConfig) -> bool:
 def refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:
     """The trial's configuration with the values that its run selected on validation, which a refit does not have.
 
-    A second stage takes the selected tau. A baseline that its patience stopped takes the number of epochs of its best.
+    A second stage takes the selected options. A baseline that its patience stopped takes the epochs of its best.
     """
     config, overrides = record.trial_config(), dict[str, float]()
     best = record.best_epoch(spec.objective)
     if record.kind == "baseline" and config.train is not None and best is not None:
         overrides["train.num_epochs"] = int(best["epoch"])
-    tau = record.chosen_tau
-    if isinstance(config.second_stage, TauNormalizationConfig) and tau is not None:
-        overrides["second_stage.tau"] = tau
-    return config.with_overrides(overrides)
+    selected = {f"second_stage.{option}": value for option, value in record.selected_options.items()}
+    return config.with_overrides({**overrides, **selected})

@@ -15,6 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import parse_yaml
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.objectives import running_maximum, violations
@@ -75,23 +76,26 @@ class TrialRecord(BaseModel):
         return f"{config.features.num_views}{'' if tail_views is None else f', few {tail_views}'}"
 
     @property
-    def chosen_tau(self) -> float | None:
-        """The tau that tau-normalization selected on validation; None if it selected none so far."""
-        return next((epoch["second_stage/tau"] for epoch in self.epochs if "second_stage/tau" in epoch), None)
+    def selected_options(self) -> dict[str, float | None]:
+        """The second stage's options that validation selects, such as tau; None where it hasn't selected yet."""
+        stage = self.config.get("second_stage")
+        if not stage:
+            return {}
+        metrics = {option: f"second_stage/{option}" for option in SECOND_STAGES[stage["name"]].selected}
+        return {
+            option: next((epoch[metric] for epoch in self.epochs if metric in epoch), stage[option])
+            for option, metric in metrics.items()
+        }
 
     def best_value(self, best_objective: str) -> float | None:
         """The highest running maximum of the objective; None if no epoch has a finite one.
 
         A trial that was stopped before it selected a tau has no value, because it couldn't be refitted.
         """
-        if self.state not in ENDED or self.state == "failed" or (self._chooses_tau() and self.chosen_tau is None):
+        if self.state not in ENDED or self.state == "failed" or None in self.selected_options.values():
             return None
         values = [epoch[best_objective] for epoch in self.epochs if math.isfinite(epoch.get(best_objective, math.nan))]
         return max(values) if values else None
-
-    def _chooses_tau(self) -> bool:
-        stage = self.config.get("second_stage") or {}
-        return stage.get("name") == "tau_normalization" and stage["tau"] is None
 
     def best_epoch(self, objective: str) -> dict[str, float] | None:
         """The metrics of the first epoch with the objective's maximum; None for a failed trial or without a value."""
