@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,18 +60,18 @@ class Hostile:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (exec, (f"open({str(self.mark)!r}, 'w')",))
 
 
 @pytest.fixture
-def mark(tmp_path) -> Path:
+def mark(tmp_path: Path) -> Path:
     """A file that is there once hostile code has run."""
     return tmp_path / "ran"
 
 
 @pytest.fixture(params=["pickle", "torch"])
-def hostile(request, mark) -> bytes:
+def hostile(request: pytest.FixtureRequest, mark: Path) -> bytes:
     if request.param == "pickle":
         return pickle.dumps(Hostile(mark))
     stream = io.BytesIO()
@@ -77,7 +79,7 @@ def hostile(request, mark) -> bytes:
     return stream.getvalue()
 
 
-def test_the_pickles_of_these_tests_do_run_code(hostile, mark, tmp_path):
+def test_the_pickles_of_these_tests_do_run_code(hostile: bytes, mark: Path, tmp_path: Path) -> None:
     (tmp_path / "hostile.pt").write_bytes(hostile)
     try:
         pickle.loads(hostile)
@@ -86,13 +88,13 @@ def test_the_pickles_of_these_tests_do_run_code(hostile, mark, tmp_path):
     assert mark.exists()
 
 
-def refused(read, *arguments) -> None:
+def refused(read: Callable[..., Any], *arguments: object) -> None:
     """It raises our own error, or finds nothing."""
     with suppress(ImbvlmError, ValueError, OSError):
         assert read(*arguments) is None
 
 
-def test_no_reader_of_results_models_and_state_unpickles(hostile, mark, tmp_path):
+def test_no_reader_of_results_models_and_state_unpickles(hostile: bytes, mark: Path, tmp_path: Path) -> None:
     save_checkpoint(str(tmp_path / "checkpoint"), TrialState({"w": torch.ones(2)}, {"epoch": 1}))
     for path in (tmp_path / "checkpoint").iterdir():
         path.write_bytes(hostile)
@@ -118,7 +120,7 @@ def test_no_reader_of_results_models_and_state_unpickles(hostile, mark, tmp_path
 
 
 @pytest.fixture
-def tower(tmp_path) -> Path:
+def tower(tmp_path: Path) -> Path:
     """A folder with the description of a tower that somebody else may have made."""
     (tmp_path / "tower").mkdir()
     shutil.copy(tower_path("tinylit-lite0") / CONFIG_FILE, tmp_path / "tower")
@@ -126,7 +128,7 @@ def tower(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
-def test_weights_of_a_tower_are_not_unpickled(tower, name, hostile, mark):
+def test_weights_of_a_tower_are_not_unpickled(tower: Path, name: str, hostile: bytes, mark: Path) -> None:
     (tower / name).write_bytes(hostile)
     # As large as its weights would be, or nobody would look into it.
     os.truncate(tower / name, 2**28)
@@ -135,7 +137,7 @@ def test_weights_of_a_tower_are_not_unpickled(tower, name, hostile, mark):
     assert not mark.exists()
 
 
-def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower):
+def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower: Path) -> None:
     description = json.loads((tower / CONFIG_FILE).read_text())
     for value in (True, "true"):
         description["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": value}
@@ -155,8 +157,8 @@ def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower):
     ],
 )
 def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_is_built(
-    tmp_path, side, change, sentence
-):
+    tmp_path: Path, side: str, change: dict[str, int], sentence: str
+) -> None:
     name = write_tower(tmp_path / "tower", "vit")
     file = tmp_path / "tower" / CONFIG_FILE
     description = json.loads(file.read_text())
@@ -168,7 +170,7 @@ def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_i
             read(EncoderConfig(name=name))
 
 
-def test_a_column_that_ray_data_would_unpickle_is_not_read(mark, tmp_path):
+def test_a_column_that_ray_data_would_unpickle_is_not_read(mark: Path, tmp_path: Path) -> None:
     """Parquet and Arrow files choose their columns' types, and Ray Data registers one whose values are pickles."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
@@ -208,7 +210,7 @@ def test_a_column_that_ray_data_would_unpickle_is_not_read(mark, tmp_path):
 
 
 @pytest.mark.parametrize("read", [TrialConfig.from_yaml, SweepSpec.from_yaml, check_cluster_file])
-def test_yaml_tags_run_nothing(read, mark, tmp_path):
+def test_yaml_tags_run_nothing(read: Callable[..., Any], mark: Path, tmp_path: Path) -> None:
     path = tmp_path / "hostile.yaml"
     for tag in ("object/apply:exec", "object/new:exec", "name:os.system"):
         path.write_text(f"name: !!python/{tag} [\"open('{mark}', 'w')\"]\n")
@@ -220,7 +222,7 @@ def test_yaml_tags_run_nothing(read, mark, tmp_path):
 @pytest.mark.parametrize(
     "name", ["hf-hub:org/repo", "hf_hub:org/repo", "local-dir:/elsewhere", "https://host/x", "a/b", "", 7]
 )
-def test_a_tower_in_a_folder_names_no_place_for_timm_to_fetch_it_from(tmp_path, name):
+def test_a_tower_in_a_folder_names_no_place_for_timm_to_fetch_it_from(tmp_path: Path, name: str | int) -> None:
     path = tmp_path / "tower" / CONFIG_FILE
     tower = write_tower(tmp_path / "tower", "timm_vit")
     description = json.loads(path.read_text())
@@ -230,7 +232,9 @@ def test_a_tower_in_a_folder_names_no_place_for_timm_to_fetch_it_from(tmp_path, 
         resolve_encoder(EncoderConfig(name=tower))
 
 
-def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names(tmp_path, monkeypatch):
+def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A text tower and a tokenizer of the hub aren't needed to classify images, so they aren't built."""
     folder = write_model_folder(tmp_path)
     path = folder / "tower" / CONFIG_FILE
@@ -239,7 +243,7 @@ def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names
     description["model_cfg"]["text_cfg"] = hub
     path.write_text(json.dumps(description))
 
-    def asked(*given, **named):
+    def asked(*given: Any, **named: Any) -> None:
         pytest.fail(f"a request was made: {given}")
 
     monkeypatch.setattr("socket.getaddrinfo", asked)
@@ -252,7 +256,7 @@ def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names
     assert found.error is None
 
 
-def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path):
+def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path)
     for name in ("config.json", f"tower/{CONFIG_FILE}"):
         whole = (folder / name).read_bytes()
@@ -280,7 +284,7 @@ def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path):
     "name", ["config.json", "model.safetensors", "zero_shot.safetensors", f"tower/{CONFIG_FILE}",
              "tower/open_clip_model.safetensors"],
 )  # fmt: skip
-def test_a_pipe_or_a_device_in_the_place_of_a_models_file_is_not_waited_for(tmp_path, name):
+def test_a_pipe_or_a_device_in_the_place_of_a_models_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     folder = write_model_folder(tmp_path)
     (folder / name).unlink()
     os.mkfifo(folder / name)
@@ -292,7 +296,7 @@ def test_a_pipe_or_a_device_in_the_place_of_a_models_file_is_not_waited_for(tmp_
         load(folder, "cpu")
 
 
-def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_path):
+def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path)
     description = json.loads((folder / "config.json").read_text())
     names = [f"class {number}" for number in range(100_000)]
@@ -316,13 +320,13 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 @pytest.mark.parametrize("read", [TrialConfig.from_yaml, SweepSpec.from_yaml, check_cluster_file])
 @pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]\n", "[" * 100_000])
-def test_yaml_that_grows_is_refused_at_once(read, text, tmp_path):
+def test_yaml_that_grows_is_refused_at_once(read: Callable[..., Any], text: str, tmp_path: Path) -> None:
     (tmp_path / "bomb.yaml").write_text(text)
     with pytest.raises(ImbvlmError):
         read(tmp_path / "bomb.yaml")
 
 
-def test_a_record_and_an_index_name_no_file_outside_their_folder(tmp_path):
+def test_a_record_and_an_index_name_no_file_outside_their_folder(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "made", CLASS_COUNTS, num_trials=2)
     record = json.loads((sweep / "trials" / "t00001.json").read_text())
     (sweep / "trials" / "t00001.json").write_text(json.dumps({**record, "trial_id": "../../outside"}))
@@ -345,7 +349,7 @@ def bomb_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10_000_000, 9))
 
 
-def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
+def test_an_image_bomb_is_a_bad_row_and_takes_no_memory() -> None:
     bombs = [bomb_png(100_000, 100_000), bomb_png(65_000, 40_000)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in bombs:
@@ -354,7 +358,7 @@ def test_an_image_bomb_is_a_bad_row_and_takes_no_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
-def test_a_row_that_names_a_device_a_pipe_or_a_vast_part_of_a_file_is_a_bad_row(tmp_path):
+def test_a_row_that_names_a_device_a_pipe_or_a_vast_part_of_a_file_is_a_bad_row(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", "/dev/null", str(tmp_path / "pipe")):
         for uri in (path, f"file://{path}", f"{path}#bytes=0+1000"):
@@ -365,7 +369,7 @@ def test_a_row_that_names_a_device_a_pipe_or_a_vast_part_of_a_file_is_a_bad_row(
         assert fetch(f"{tmp_path}/small#bytes={offset}+{length}", None) == found
 
 
-def test_a_vast_label_in_a_small_tar_is_not_read(tmp_path):
+def test_a_vast_label_in_a_small_tar_is_not_read(tmp_path: Path) -> None:
     path, member = tmp_path / "train.tar", tarfile.TarInfo("a.json")
     member.size = 10**12
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
@@ -373,7 +377,7 @@ def test_a_vast_label_in_a_small_tar_is_not_read(tmp_path):
         from_shards([str(path)], "hostile")
 
 
-def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path):
+def test_a_manifest_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     rows = 200_000
     same = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array(["x" * 100_000]))
     label, split = np.zeros(rows, np.int32), ["train"] * rows
@@ -397,7 +401,7 @@ with ray_session() as cluster:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone(tmp_path):
+def test_a_cluster_that_a_sweep_starts_listens_on_loopback_alone(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with apart_with_ray(tmp_path) as there:
         done = subprocess.run(

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ assert not left, left
 """
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_shards_and_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_shards_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
     own = ["unshare", "-Urm", "bash", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*own, mount], check=False, capture_output=True).returncode:
@@ -80,7 +82,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_shards_and_goes_on_when_
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with serve(tmp_path_factory.mktemp("s3")) as found:
         yield found
 
@@ -89,7 +91,7 @@ def state(epoch: int) -> TrialState:
     return TrialState({"w": torch.full((1000,), float(epoch))}, {"epoch": epoch})
 
 
-def test_a_store_that_is_gone_is_waited_for_once_and_said_once(monkeypatch):
+def test_a_store_that_is_gone_is_waited_for_once_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imbvlm.base.outages.OUTAGE_SECONDS", 1.5)
     monkeypatch.setattr("imbvlm.base.s3._ATTEMPTS", 1)
     use(monkeypatch, S3Server(f"http://127.0.0.1:{free_port()}").settings())
@@ -111,14 +113,14 @@ def test_a_store_that_is_gone_is_waited_for_once_and_said_once(monkeypatch):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What `Outages` takes for the time: a list of one number."""
     now = [1000.0]
     monkeypatch.setattr(outages.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_the_first_answer_ends_an_outage_and_the_next_one_is_waited_for_again(clock):
+def test_the_first_answer_ends_an_outage_and_the_next_one_is_waited_for_again(clock: list[float]) -> None:
     watch, store, lines = Outages(), ("s3://b",), []
     watch.say = lines.append
     assert watch.failed(store, "read", OSError("away"), 10) == 1000 + OUTAGE_SECONDS
@@ -133,7 +135,7 @@ def test_the_first_answer_ends_an_outage_and_the_next_one_is_waited_for_again(cl
     assert len(lines) == 3
 
 
-def test_a_store_that_was_given_up_is_asked_now_and_then_and_another_at_once(clock):
+def test_a_store_that_was_given_up_is_asked_now_and_then_and_another_at_once(clock: list[float]) -> None:
     watch, store, lines = Outages(), ("s3://b", "endpoint"), []
     watch.say = lines.append
     watch.failed(store, "write", OSError("away"), 10)
@@ -148,7 +150,7 @@ def test_a_store_that_was_given_up_is_asked_now_and_then_and_another_at_once(clo
     assert len(lines) == 1
 
 
-def test_a_store_that_is_full_is_read_and_no_read_makes_a_write_wait_again(clock):
+def test_a_store_that_is_full_is_read_and_no_read_makes_a_write_wait_again(clock: list[float]) -> None:
     watch, store, lines = Outages(), ("s3://b",), []
     watch.say = lines.append
     watch.failed(store, "write", OSError("full"), 10)
@@ -163,10 +165,12 @@ def test_a_store_that_is_full_is_read_and_no_read_makes_a_write_wait_again(clock
 
 @needs_s3
 @pytest.mark.slow
-def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatch):
+def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, away_until = f"s3://{BUCKET}/away", [0.0]
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> tuple[int, str] | None:
         return (503, "ServiceUnavailable") if time.monotonic() < away_until[0] else None
 
     with proxy(server, answer) as endpoint:
@@ -182,10 +186,12 @@ def test_a_bucket_that_is_away_for_half_a_minute_is_outlasted(server, monkeypatc
 
 @needs_s3
 @pytest.mark.slow
-def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(server, monkeypatch):
+def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = Counter()
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> None:
         asked[method, path] += 1
         if number % 3 == 0:
             # Longer than the three seconds after which pyarrow's client gives up by itself.
@@ -205,10 +211,12 @@ def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(s
 
 @needs_s3
 @pytest.mark.slow
-def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server, monkeypatch):
+def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     silent, asked = [False], Counter()
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> None:
         if silent[0]:
             asked[method] += 1
             time.sleep(600)
@@ -238,10 +246,12 @@ def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(server
 
 @needs_s3
 @pytest.mark.slow
-def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_the_mend(server, monkeypatch):
+def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_the_mend(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, read_only = f"s3://{BUCKET}/policy", [False]
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> tuple[int, str] | None:
         return (403, "AccessDenied") if read_only[0] and method != "GET" and method != "HEAD" else None
 
     with proxy(server, answer) as endpoint:

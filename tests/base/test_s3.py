@@ -3,7 +3,9 @@
 import io
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pytest
 from leases import assert_one_has_it, race, race_of_processes, work_until_ended
 from PIL import Image
-from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
+from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy, serve, use
 
 from imbvlm.base import s3 as s3_module
 from imbvlm.base import storage
@@ -34,7 +36,7 @@ KEYS = ("train/cat/a b.png", "train/cat/é 猫.png", "train/dog/100%.png", "trai
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with serve(tmp_path_factory.mktemp("s3")) as found:
         client = found.client()
         for number, key in enumerate(KEYS):
@@ -44,18 +46,18 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def s3(server, monkeypatch):
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     use(monkeypatch, server.settings())
     return server
 
 
-def picture(number):
+def picture(number: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 6), (number * 40, 10, 20)).save(stream, "PNG")
     return stream.getvalue()
 
 
-def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3):
+def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3: S3Server) -> None:
     made = from_folders(f"s3://{BUCKET}/pets", "pets")
     made.write(f"s3://{BUCKET}/pets/pets.parquet")
     found = Manifest.read(f"s3://{BUCKET}/pets/pets.parquet")
@@ -73,7 +75,7 @@ def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3):
     storage.write_bytes(gone, picture(4))
 
 
-def test_the_manifest_on_s3_keeps_uris_relative(s3):
+def test_the_manifest_on_s3_keeps_uris_relative(s3: S3Server) -> None:
     import pyarrow.parquet as pq
 
     made = from_folders(f"s3://{BUCKET}/pets", "pets")
@@ -82,7 +84,7 @@ def test_the_manifest_on_s3_keeps_uris_relative(s3):
     assert table.column("uri").to_pylist() == sorted(KEYS)
 
 
-def test_thousands_of_keys_are_listed_completely(s3):
+def test_thousands_of_keys_are_listed_completely(s3: S3Server) -> None:
     client = boto3.client("s3")
     for number in range(1100):
         client.put_object(Bucket=BUCKET, Key=f"many/{number % 7}/{number % 3}/{number:05d}.png", Body=b"x")
@@ -91,12 +93,12 @@ def test_thousands_of_keys_are_listed_completely(s3):
     assert sorted(file.path.rpartition("/")[2] for file in found) == [f"{number:05d}.png" for number in range(1100)]
 
 
-def test_percent_escapes_are_tried_where_no_key_has_them(s3):
+def test_percent_escapes_are_tried_where_no_key_has_them(s3: S3Server) -> None:
     assert fetch(f"s3://{BUCKET}/pets/train/cat/a%20b.png", None) == picture(0)
     assert fetch(f"s3://{BUCKET}/pets/train/dog/x%20y+z.png", None) == picture(3)
 
 
-def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3):
+def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3: S3Server) -> None:
     client = boto3.client("s3")
     for name in ("a 1", "a 2", "b"):
         client.put_object(Bucket=BUCKET, Key=f"copies/my cats/{name}.png", Body=f"{name[0]}".encode() * 5000)
@@ -110,12 +112,12 @@ def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3):
     assert (groups[0] == groups[1], len(set(groups))) == (True, 3)
 
 
-def test_a_part_of_an_object_is_read_alone(s3):
+def test_a_part_of_an_object_is_read_alone(s3: S3Server) -> None:
     storage.write_bytes(f"s3://{BUCKET}/packs/a b.tar", b"0123456789")
     assert fetch(f"s3://{BUCKET}/packs/a b.tar#bytes=3+4", None) == b"3456"
 
 
-def test_a_missing_object_is_a_bad_row_and_not_a_failure(s3):
+def test_a_missing_object_is_a_bad_row_and_not_a_failure(s3: S3Server) -> None:
     with pytest.raises(ImageError, match=r"^file not found$"):
         fetch(f"s3://{BUCKET}/pets/none.png", None)
     with pytest.raises(StorageError, match="is not there"):
@@ -125,7 +127,9 @@ def test_a_missing_object_is_a_bad_row_and_not_a_failure(s3):
 
 
 @pytest.mark.parametrize("read", [lambda uri: storage.read_bytes(uri), lambda uri: Manifest.read(uri), list_tree])
-def test_a_refusal_names_bucket_and_key_and_who_asked_at_once_and_no_secret(s3, monkeypatch, read):
+def test_a_refusal_names_bucket_and_key_and_who_asked_at_once_and_no_secret(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, read: Callable[..., Any]
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     begin = time.monotonic()
     with pytest.raises(StorageError) as caught:
@@ -139,7 +143,7 @@ def test_a_refusal_names_bucket_and_key_and_who_asked_at_once_and_no_secret(s3, 
     assert KEY not in text
 
 
-def test_without_keys_access_is_anonymous(s3, monkeypatch):
+def test_without_keys_access_is_anonymous(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert fetch("s3://public/open.png", None) == picture(1)
@@ -148,7 +152,7 @@ def test_without_keys_access_is_anonymous(s3, monkeypatch):
         storage.read_bytes(f"s3://{BUCKET}/pets/pets.parquet")
 
 
-def test_keys_and_region_of_a_profile_are_used(s3, monkeypatch, tmp_path):
+def test_keys_and_region_of_a_profile_are_used(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n")
     (tmp_path / "config").write_text(f"[profile lab]\nregion=us-east-1\nendpoint_url={s3.endpoint}\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
@@ -161,7 +165,9 @@ def test_keys_and_region_of_a_profile_are_used(s3, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("status", [(503, "SlowDown"), (403, "AccessDenied"), (500, "InternalError")])
-def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status):
+def test_answers_that_are_bad_now_and_then_are_outlasted(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, status: tuple[int, str]
+) -> None:
     # Three of four requests are answered; a row is asked for by two requests.
     with proxy(s3, lambda number, method, path: status if number % 4 == 1 else None) as endpoint:
         use(monkeypatch, s3.settings(endpoint))
@@ -169,7 +175,9 @@ def test_answers_that_are_bad_now_and_then_are_outlasted(s3, monkeypatch, status
             assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
 
 
-def test_a_refusal_now_and_then_stops_no_listing_no_manifest_and_no_write(s3, monkeypatch):
+def test_a_refusal_now_and_then_stops_no_listing_no_manifest_and_no_write(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"s3://{BUCKET}/patience/m.parquet"
     with proxy(s3, lambda number, method, path: (403, "AccessDenied") if number % 5 == 1 else None) as endpoint:
         use(monkeypatch, s3.settings(endpoint))
@@ -180,7 +188,7 @@ def test_a_refusal_now_and_then_stops_no_listing_no_manifest_and_no_write(s3, mo
         assert "m.parquet" in storage.list_files(f"s3://{BUCKET}/patience")
 
 
-def test_keys_that_are_wrong_stop_the_run_and_are_no_bad_rows(s3, monkeypatch):
+def test_keys_that_are_wrong_stop_the_run_and_are_no_bad_rows(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     begin = time.monotonic()
     with pytest.raises(
@@ -190,14 +198,14 @@ def test_keys_that_are_wrong_stop_the_run_and_are_no_bad_rows(s3, monkeypatch):
     assert time.monotonic() - begin < 3
 
 
-def test_bytes_of_objects_and_of_parts_of_files_are_shown(s3):
+def test_bytes_of_objects_and_of_parts_of_files_are_shown(s3: S3Server) -> None:
     made = from_folders(f"s3://{BUCKET}/pets", "pets")
     assert num_bytes(made) == sum(len(picture(number)) for number in range(len(KEYS)))
     parts = pa.table({"uri": [f"s3://{BUCKET}/x.tar#bytes=512+100"], "label": [0], "split": ["train"]})
     assert num_bytes(Manifest.build(parts, ["a"], "parts")) == 100
 
 
-def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
+def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with proxy(s3, lambda number, method, path: (403, "AccessDenied") if "100" in path else None) as endpoint:
         use(monkeypatch, s3.settings(endpoint))
         begin = time.monotonic()
@@ -207,7 +215,7 @@ def test_a_lasting_refusal_of_one_object_is_a_bad_row_soon(s3, monkeypatch):
         assert fetch(f"s3://{BUCKET}/pets/train/cat/a b.png", None) == picture(0)
 
 
-def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch):
+def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, s3.settings("http://127.0.0.1:9"))
     monkeypatch.setattr("imbvlm.base.s3._ATTEMPTS", 3)
     with pytest.raises(StorageError, match="can't read s3://images/pets"):
@@ -215,12 +223,14 @@ def test_a_store_that_does_not_answer_is_an_error_and_no_bad_row(s3, monkeypatch
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_what_is_written_anew_before_each_request_is_read_as_it_was_at_one_moment(s3, monkeypatch, first):
+def test_what_is_written_anew_before_each_request_is_read_as_it_was_at_one_moment(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
     """A sweep's records are, while somebody looks at the sweep."""
     monkeypatch.setattr("imbvlm.base.storage.FIRST_WAIT_SECONDS", 0.01)
     client, key, contents = s3.client(), "records/t00001.json", (b"short", b"a longer one")
 
-    def write(number, method, path):
+    def write(number: int, method: str, path: str) -> None:
         client.put_object(Bucket=BUCKET, Key=key, Body=contents[(first + number) % 2])
 
     with proxy(s3, write) as endpoint:
@@ -229,7 +239,7 @@ def test_what_is_written_anew_before_each_request_is_read_as_it_was_at_one_momen
     assert set(read) == set(contents)
 
 
-def test_embedded_manifests_go_to_s3_and_back(s3):
+def test_embedded_manifests_go_to_s3_and_back(s3: S3Server) -> None:
     made = Manifest.read("embedded:fashion_mnist_lt")
     made.write(f"s3://{BUCKET}/copies/fashion.parquet")
     found = Manifest.read(f"s3://{BUCKET}/copies/fashion.parquet")
@@ -237,11 +247,11 @@ def test_embedded_manifests_go_to_s3_and_back(s3):
     assert np.array_equal(found.labels, made.labels)
 
 
-def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
+def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3: S3Server) -> None:
     """Nothing can be renamed there: the new files are uploaded, then the old ones are removed."""
     uri = f"s3://{BUCKET}/exported"
 
-    def export(**files):
+    def export(**files: str) -> None:
         folder = ExportFolder(uri)
         folder.check(["model", "best.yaml"])
         with folder.staging() as staged:
@@ -272,7 +282,9 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3):
         for case in [("kept", "killed"), ("kept", "silent"), ("refused", "nothing"), ("ignored", "silent")]
     ],
 )
-def test_of_runs_that_start_together_on_s3_one_has_the_folder(server, monkeypatch, conditions, before):
+def test_of_runs_that_start_together_on_s3_one_has_the_folder(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, conditions: str, before: str
+) -> None:
     """Where the store knows no conditional writes, after a wait that is longer than a write takes."""
     for module, name, seconds in ((folder_lease, "HEARTBEAT_TIMEOUT_SECONDS", 0.3),
                                   (folder_lease, "LOOK_SECONDS", 0.02),
@@ -290,7 +302,7 @@ def test_of_runs_that_start_together_on_s3_one_has_the_folder(server, monkeypatc
             assert storage.list_files(folder) == []
 
 
-def test_a_lease_on_s3_is_renewed_and_ends_the_run_that_lost_it(s3, monkeypatch):
+def test_a_lease_on_s3_is_renewed_and_ends_the_run_that_lost_it(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose() -> None:
         with folder_lease.folder_lease(folder, print):
             first = storage.read_bytes(uri)
@@ -307,7 +319,7 @@ def test_a_lease_on_s3_is_renewed_and_ends_the_run_that_lost_it(s3, monkeypatch)
     assert storage.read_bytes(uri) == other
 
 
-def test_a_heartbeat_outlasts_an_answer_that_was_lost(s3, monkeypatch):
+def test_a_heartbeat_outlasts_an_answer_that_was_lost(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store has written it, and the writer doesn't know the version."""
     uri = f"s3://{BUCKET}/leases/late/{folder_lease.LEASE_FILE}"
     file = lease_file.StoredLeaseFile(uri)
@@ -334,6 +346,8 @@ def test_a_heartbeat_outlasts_an_answer_that_was_lost(s3, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("before", ["nothing", "silent"])
-def test_of_200_pairs_of_processes_on_s3_none_has_the_folder_twice(server, monkeypatch, before):
+def test_of_200_pairs_of_processes_on_s3_none_has_the_folder_twice(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
     use(monkeypatch, server.settings())
     race_of_processes(f"s3://{BUCKET}/pairs", 200, before == "silent", server.settings())

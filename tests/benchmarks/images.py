@@ -7,9 +7,12 @@ memory of 2,000 against 20,000 images.
 
 import os
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ import torch
 from PIL import Image
 from s3_server import BUCKET, delayed, program, serve
 from table import in_turn, limited, rates, shown
+from torch.utils.data import DataLoader
 
 from imbvlm.data.image_stream import StreamPlan, load_batch
 from imbvlm.data.images.preprocess import Preprocess
@@ -34,13 +38,13 @@ DELAY_SECONDS = 0.005
 class Files(torch.utils.data.Dataset):
     """As people write it: open, convert, resize, to a tensor; or with the JPEG decoder's own downscaling."""
 
-    def __init__(self, paths, draft):
+    def __init__(self, paths: list[str], draft: bool) -> None:
         self.paths, self.draft = paths, draft
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> torch.Tensor:
         with Image.open(self.paths[index]) as image:
             if self.draft:
                 image.draft("RGB", (SIDE, SIDE))
@@ -51,11 +55,11 @@ class Files(torch.utils.data.Dataset):
 class Sink:
     """A tower that takes no time."""
 
-    def __call__(self, block):
+    def __call__(self, block: dict[str, Any]) -> dict[str, int]:
         return {"num_images": len(block["images"]), "sum": int(block["images"][:, :, 0, 0].sum())}
 
 
-def make_files(folder, number):
+def make_files(folder: Path, number: int) -> list[Any]:
     rng = np.random.default_rng(0)
     paths = []
     for index in range(number):
@@ -66,40 +70,40 @@ def make_files(folder, number):
     return paths
 
 
-def manifest_of(uris):
+def manifest_of(uris: list[str]) -> Manifest:
     labels = np.zeros(len(uris), dtype=np.int32)
     return Manifest.build(pa.table({"uri": uris, "label": labels, "split": ["train"] * len(uris)}), ["one"], "bench")
 
 
-def stream_plan(num_images, jpeg_downscale):
+def stream_plan(num_images: int, jpeg_downscale: int) -> StreamPlan:
     batches = [np.arange(start, min(start + BATCH, num_images)) for start in range(0, num_images, BATCH)]
     preprocess = Preprocess(SIDE, 1.0, "bilinear", resize_mode="squash", jpeg_downscale=jpeg_downscale)
     return StreamPlan(np.arange(num_images), batches, preprocess, None, seed=0, epoch=0)
 
 
-def loader_of(paths, num_processes, draft):
+def loader_of(paths: list[str], num_processes: int, draft: bool) -> DataLoader:
     return torch.utils.data.DataLoader(
         Files(paths, draft), batch_size=BATCH, num_workers=num_processes, persistent_workers=True
     )
 
 
-def streamed(manifest, num_processes, jpeg_downscale):
+def streamed(manifest: Manifest, num_processes: int, jpeg_downscale: int) -> Iterator[int]:
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest)
     for block in stream_blocks(blocks, load_batch, images_per_block=BATCH, num_tasks=num_processes):
         yield len(block["images"])
 
 
-def extracted(manifest, jpeg_downscale):
+def extracted(manifest: Manifest, jpeg_downscale: int) -> Iterator[int]:
     """With its start; as on a machine with a GPU the worker holds a CPU of its own, and tasks load on the others."""
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest) * PASSES
     for summary in map_images(blocks, load_batch, Sink, (), images_per_block=BATCH, num_workers=1, waits=print):
         yield summary["num_images"]
 
 
-def rates_of(sides, num_images):
+def rates_of(sides: dict[str, Callable[..., Any]], num_images: int) -> dict[str, float]:
     """Images a second of each side, its best pass, the sides by turns; a first one isn't counted but of extraction."""
 
-    def whole(side):
+    def whole(side: str) -> None:
         assert sum(sides[side]()) == counts[side]
 
     counts = {side: num_images * (PASSES if side.startswith("extraction") else 1) for side in sides}
@@ -110,7 +114,7 @@ def rates_of(sides, num_images):
     return {side: counts[side] / best[side] for side in sides}
 
 
-def lines(options):
+def lines(options: Namespace) -> Iterator[str]:
     torch.set_num_threads(1)
     num_processes = len(os.sched_getaffinity(0))
     paths = make_files(options.folder, NUM_IMAGES)
@@ -120,7 +124,7 @@ def lines(options):
         yield from from_s3(paths, max(1, num_processes // 2))
 
 
-def against_loader(paths, num_processes):
+def against_loader(paths: list[str], num_processes: int) -> Iterator[str]:
     manifest = manifest_of([str(path) for path in paths])
     plain, small = (loader_of(paths, num_processes, draft) for draft in (False, True))
     with cluster(num_processes + 1):
@@ -151,7 +155,7 @@ def against_loader(paths, num_processes):
     yield rates(f"extraction pass; {both}", found["extraction, downscaled"], found["small"], "images/s")
 
 
-def memory(paths, num_processes):
+def memory(paths: list[str], num_processes: int) -> Iterator[str]:
     with cluster(num_processes):
         few = [str(path) for path in paths]
         peaks = [peak_memory(manifest_of(few * times), num_processes) for times in (1, 10)]
@@ -159,7 +163,7 @@ def memory(paths, num_processes):
     yield limited("peak memory of a stream of 20,000 images over that of 2,000", peaks[1] / peaks[0], "x", 1.15)
 
 
-def from_s3(paths, num_tasks):
+def from_s3(paths: list[str], num_tasks: int) -> Iterator[str]:
     """Half of the cores load, on both sides, and the server has the other half: it stands on this machine."""
     local = manifest_of([str(path) for path in paths])
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as server:
@@ -184,7 +188,7 @@ def from_s3(paths, num_tasks):
     yield rates(what, found["S3"], found["disk"], "images/s", 0.8)
 
 
-def peak_memory(manifest, num_processes):
+def peak_memory(manifest: Manifest, num_processes: int) -> float:
     """Largest memory of this process and Ray's, shared pages counted once, while an epoch streams; in GB."""
     peak = 0.0
     for number, _ in enumerate(streamed(manifest, num_processes, None)):
@@ -193,7 +197,7 @@ def peak_memory(manifest, num_processes):
     return peak
 
 
-def memory_of_tree():
+def memory_of_tree() -> float:
     children, sizes = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -213,7 +217,7 @@ def memory_of_tree():
 
 
 @contextmanager
-def cluster(num_cpus):
+def cluster(num_cpus: int) -> Iterator[None]:
     # Ray's workers step back behind everything else; a DataLoader's don't.
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(num_cpus=num_cpus, _system_config={"worker_niceness": 0}, **quiet)

@@ -8,9 +8,10 @@ every trial's reports.
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -32,7 +33,7 @@ from imbvlm.training.step.optimizers import lr_factor
 
 
 class Images(Dataset):
-    def __init__(self, manifest: str, split: str, transform) -> None:
+    def __init__(self, manifest: str, split: str, transform: Callable[..., Any]) -> None:
         rows = [row for row in pq.read_table(manifest).to_pylist() if row["split"] == split]
         folder = Path(manifest).parent
         self.paths, self.labels = [folder / row["uri"] for row in rows], [row["label"] for row in rows]
@@ -41,7 +42,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int):
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         return self.transform(Image.open(self.paths[row]).convert("RGB")), self.labels[row]
 
 

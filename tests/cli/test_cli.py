@@ -44,14 +44,14 @@ def parsers(
 ALL = dict(parsers(app.make_parser()))
 
 
-def leave(capsys, *words: str) -> tuple[int | str | None, str, str]:
+def leave(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | str | None, str, str]:
     with pytest.raises(SystemExit) as left:
         app.main(words)
     captured = capsys.readouterr()
     return left.value.code, captured.out, captured.err
 
 
-def test_the_commands_are_those_that_are_told_of():
+def test_the_commands_are_those_that_are_told_of() -> None:
     assert {name for name in ALL if name and " " not in name} == COMMANDS
     assert {name for name in ALL if name.startswith("sweep ")} == {f"sweep {one}" for one in SWEEP_ACTIONS}
 
@@ -65,7 +65,9 @@ def test_a_license_is_also_taken_in_the_spelling_of_version_0_1(option: str) -> 
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, capsys):
+def test_help_says_what_it_does_with_an_example_that_its_own_options_take(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, printed, _ = leave(capsys, *name.split(), "--help")
     assert code == 0
     assert f"usage: imbvlm {name}".rstrip() in printed
@@ -79,12 +81,14 @@ def test_help_says_what_it_does_with_an_example_that_its_own_options_take(name, 
 
 
 @pytest.mark.parametrize("name", [one for one in ALL if one])
-def test_every_option_is_explained(name):
+def test_every_option_is_explained(name: str) -> None:
     for action in ALL[name]._actions:
         assert action.help or isinstance(action, argparse._SubParsersAction), action.option_strings or action.dest
 
 
-def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_path):
+def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     _, printed, _ = leave(capsys, "--help")
     told = [line.split()[0] for line in printed.split("exit codes:")[1].splitlines() if line.strip()]
     assert told == ["0", "1", "2", "130", "143"]
@@ -110,7 +114,7 @@ def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(capsys, tmp_
         assert "usage: imbvlm" in err
 
 
-def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
+def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path: Path) -> None:
     """The command waits for its configuration in a pipe, so that the signal finds it at work."""
     pipe = tmp_path / "trial.yaml"
     os.mkfifo(pipe)
@@ -127,7 +131,7 @@ def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path):
     assert "Traceback" not in err
 
 
-def test_what_a_script_reads_is_json_alone(capsys, tmp_path):
+def test_what_a_script_reads_is_json_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = str(write_sweep(tmp_path / "runs" / "made-1", [120, 60, 30, 12, 8]))
     for words in (("sweep", "list", str(tmp_path / "runs")), ("sweep", "show", folder), ("compare", folder),
                   ("doctor", str(tmp_path)),
@@ -142,7 +146,9 @@ def test_what_a_script_reads_is_json_alone(capsys, tmp_path):
     assert not Path(tmp_path / "runs" / "features").exists()
 
 
-def test_a_manifests_summary_and_findings_are_json_where_asked_for(capsys, tmp_path):
+def test_a_manifests_summary_and_findings_are_json_where_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     photos = image_manifest(tmp_path, bad=(3,))
     found = json.loads(leave(capsys, "manifest", "show", photos, "--json")[1])
     assert sum(found["training_images"]) == found["images"]["train"] > 0
@@ -164,7 +170,9 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("uri", ELSEWHERE)
-def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(capsys, tmp_path, monkeypatch, uri):
+def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
     """`s3://` became a folder `s3:`, `gs://` never ended, and a list's http:// images ended a check in another way."""
     trial = {"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"},
              "method": "linear_probe"}  # fmt: skip
@@ -205,7 +213,9 @@ def test_a_location_that_is_not_taken_is_refused_by_every_command_at_once(capsys
 
 
 @pytest.mark.parametrize("below", ["", "/below", "/" + "n" * 300])
-def test_a_storage_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path, below):
+def test_a_storage_folder_that_cannot_be_written_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, below: str
+) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "trial.yaml").write_text(
         '{"data": {"manifest": "embedded:fashion_mnist_lt"}, "encoder": {"name": "tinylit_lite0"}, '
@@ -223,7 +233,9 @@ def test_a_storage_folder_that_cannot_be_written_is_a_sentence(capsys, tmp_path,
             assert "Traceback" not in err
 
 
-def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_path, monkeypatch):
+def test_extracted_features_are_those_that_the_named_sweeps_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     options = shlex.split(app.READ_BY[app.READ_BY.index("--encoder") :])
@@ -245,7 +257,7 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(capsys, tmp_pat
     assert app.READ_BY in out
 
 
-def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch):
+def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that sweeps on one storage share what is computed."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     ways: dict[str, set[tuple]] = {}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,11 +24,11 @@ SET = {"region": "us-east-1", "zone": "us-east-1a", "image": "ami-0123456789abcd
 
 
 @pytest.fixture(autouse=True)
-def in_root(monkeypatch):
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def write_gpu(tmp_path, *replacements, **settings):
+def write_gpu(tmp_path: Path, *replacements: tuple[str, str], **settings: str) -> Path:
     text = GPU.read_text()
     for key, value in {**SET, **settings}.items():
         text, count = re.subn(rf"(  {key}: &{key}) \S+", rf"\1 {value}", text)
@@ -40,13 +41,13 @@ def write_gpu(tmp_path, *replacements, **settings):
     return path
 
 
-def problems_of(path):
+def problems_of(path: Path) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check_cluster_file(path)
     return [str(problem) for problem in caught.value.problems]
 
 
-def test_values_that_must_be_set_are_named_with_their_lines():
+def test_values_that_must_be_set_are_named_with_their_lines() -> None:
     lines = GPU.read_text().splitlines()
     problems = problems_of(GPU)
     assert len(problems) == 3
@@ -56,14 +57,14 @@ def test_values_that_must_be_set_are_named_with_their_lines():
         assert lines[line - 1].startswith(f"  {key}: &{key} null")
 
 
-def test_ray_up_itself_refuses_values_that_are_not_set(tmp_path):
+def test_ray_up_itself_refuses_values_that_are_not_set(tmp_path: Path) -> None:
     for key in SET:
         config = yaml.safe_load(write_gpu(tmp_path, **{key: "null"}).read_text())
         with pytest.raises(Exception, match=r"None is not of type 'string'"):
             validate_config(prepare_config(config))
 
 
-def test_with_them_set_it_is_what_ray_wants(tmp_path):
+def test_with_them_set_it_is_what_ray_wants(tmp_path: Path) -> None:
     path = write_gpu(tmp_path)
     check_cluster_file(path)
     config = prepare_config(yaml.safe_load(path.read_text()))
@@ -101,12 +102,14 @@ def test_with_them_set_it_is_what_ray_wants(tmp_path):
         ({}, ("upscaling_speed: 100.0", "upscaling_speed: ["), "not YAML"),
     ],
 )
-def test_mistakes_are_refused(tmp_path, settings, replacement, message):
+def test_mistakes_are_refused(
+    tmp_path: Path, settings: dict[str, str], replacement: tuple[Any, ...], message: str
+) -> None:
     path = write_gpu(tmp_path, *([replacement] if replacement else []), **settings)
     assert any(message in problem for problem in problems_of(path))
 
 
-def test_the_command_says_it(capsys, tmp_path):
+def test_the_command_says_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from imbvlm.cli.app import main
 
     for path, code, words in ((GPU, 1, "region must be set"), (write_gpu(tmp_path), 0, "nothing is missing")):
@@ -117,7 +120,7 @@ def test_the_command_says_it(capsys, tmp_path):
         assert words in shown.out + shown.err
 
 
-def test_ray_s_commands_name_the_missing_region_and_start_nothing():
+def test_ray_s_commands_name_the_missing_region_and_start_nothing() -> None:
     ray = shutil.which("ray", path=str(Path(sys.executable).parent))
     if ray is None:
         pytest.skip("this environment has no ray command")
@@ -127,7 +130,7 @@ def test_ray_s_commands_name_the_missing_region_and_start_nothing():
     assert "None is not of type 'string'" in done.stdout + done.stderr
 
 
-def run_export(tmp_path, metadata: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+def run_export(tmp_path: Path, metadata: str) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The command by which the head shares its disk, with nothing of it written to the machine's /etc: its exports."""
     commands = yaml.safe_load(GPU.read_text())["head_setup_commands"]
     (command,) = (command for command in commands if "/etc/exports" in command)
@@ -145,7 +148,9 @@ def run_export(tmp_path, metadata: str) -> tuple[subprocess.CompletedProcess[str
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("networks", ["172.31.0.0/16", "10.0.0.0/16\n100.64.0.0/16"])
-def test_the_head_s_disk_is_shared_with_its_own_network_alone_and_writes_are_on_disk(tmp_path, networks):
+def test_the_head_s_disk_is_shared_with_its_own_network_alone_and_writes_are_on_disk(
+    tmp_path: Path, networks: str
+) -> None:
     with aws_metadata(networks) as metadata:
         done, exports = run_export(tmp_path, metadata)
     assert done.returncode == 0, done.stderr
@@ -155,7 +160,7 @@ def test_the_head_s_disk_is_shared_with_its_own_network_alone_and_writes_are_on_
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("networks", ["", None])
-def test_a_head_that_is_told_no_network_shares_its_disk_with_nobody(tmp_path, networks):
+def test_a_head_that_is_told_no_network_shares_its_disk_with_nobody(tmp_path: Path, networks: str | None) -> None:
     with aws_metadata(networks or "") as metadata:
         done, exports = run_export(tmp_path, metadata if networks is not None else f"{metadata}/nothing")
     assert done.returncode == 1
@@ -163,14 +168,14 @@ def test_a_head_that_is_told_no_network_shares_its_disk_with_nobody(tmp_path, ne
     assert not exports.exists()
 
 
-def test_nothing_secret_is_in_a_command():
+def test_nothing_secret_is_in_a_command() -> None:
     for path in (GPU, KUBERAY, ROOT / "cluster" / "slurm.sh"):
         text = path.read_text()
         assert not re.search(r"RAY_AUTH_TOKEN=|AWS_SECRET|--redis-password", text), path
         assert "get-auth-token --generate > /dev/null" in text or path == KUBERAY
 
 
-def test_kuberay_names_what_must_be_set(tmp_path):
+def test_kuberay_names_what_must_be_set(tmp_path: Path) -> None:
     assert [problem.split(": ", 1)[1] for problem in problems_of(KUBERAY)] == [
         "image must be set",
         "shared-volume-claim must be set",
@@ -194,7 +199,7 @@ def test_kuberay_names_what_must_be_set(tmp_path):
     assert "not a RayJob" in problems_of(path)[0]
 
 
-def test_every_dependency_is_pinned_as_the_project_allows_and_one_ray_everywhere():
+def test_every_dependency_is_pinned_as_the_project_allows_and_one_ray_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "cluster" / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
@@ -215,7 +220,9 @@ def test_every_dependency_is_pinned_as_the_project_allows_and_one_ray_everywhere
         (["sweeps/quickstart.py"], {}, "this runs under sbatch"),
     ],
 )
-def test_slurm_names_what_is_missing_before_it_starts_anything(arguments, settings, message):
+def test_slurm_names_what_is_missing_before_it_starts_anything(
+    arguments: list[str], settings: dict[str, str | None], message: str
+) -> None:
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": "/nonexistent",

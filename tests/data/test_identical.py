@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +16,14 @@ from imbvlm.data.manifest import Manifest, label_rows
 from imbvlm.data.manifest_check import check_manifest
 
 
-def build(*arguments):
+def build(*arguments: object) -> None:
     parser = argparse.ArgumentParser()
     manifest_command.add_build_arguments(parser)
     assert manifest_command.build(parser.parse_args([str(argument) for argument in arguments])) == 0
 
 
 @pytest.fixture
-def twice(tmp_path):
+def twice(tmp_path: Path) -> Path:
     """Every picture of two classes twice; all files have one size."""
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -32,12 +33,12 @@ def twice(tmp_path):
     return tmp_path
 
 
-def pictures(manifest, rows):
+def pictures(manifest: Manifest, rows: np.ndarray) -> set[str]:
     uris = manifest.table.column("uri").take(pa.array(rows)).to_pylist()
     return {uri.replace(" (copy)", "") for uri in uris}
 
 
-def test_copies_stay_on_one_side_of_the_test_split_and_of_carved_validation(twice):
+def test_copies_stay_on_one_side_of_the_test_split_and_of_carved_validation(twice: Path) -> None:
     path = str(twice / "pets.parquet")
     for seed in range(5):
         build("--folders", twice / "pets", "--test-share", 0.25, "--seed", seed, "-o", path)
@@ -51,7 +52,7 @@ def test_copies_stay_on_one_side_of_the_test_split_and_of_carved_validation(twic
         assert check_manifest(made).ok
 
 
-def test_a_changed_copy_changes_the_fingerprint_and_is_no_copy_any_more(twice):
+def test_a_changed_copy_changes_the_fingerprint_and_is_no_copy_any_more(twice: Path) -> None:
     build("--folders", twice / "pets", "-o", twice / "pets.parquet")
     made = Manifest.read(str(twice / "pets.parquet"))
     before = made.row_fingerprint("train")
@@ -61,13 +62,13 @@ def test_a_changed_copy_changes_the_fingerprint_and_is_no_copy_any_more(twice):
     assert "19 images with the same content more than once" in str(check_manifest(made))
 
 
-def test_a_fingerprint_of_files_does_not_depend_on_whether_copies_were_looked_for(twice):
+def test_a_fingerprint_of_files_does_not_depend_on_whether_copies_were_looked_for(twice: Path) -> None:
     uris = sorted(map(str, (twice / "pets" / "cat").iterdir()))
     made = Manifest.build(pa.table({"uri": uris, "label": [0] * 20, "split": ["train"] * 20}), ["cat"], "pets")
     assert mark_duplicates(made).row_fingerprint("train") == made.row_fingerprint("train")
 
 
-def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
+def test_only_files_that_may_be_copies_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = {
         "alone": b"of its own size",
         "a": b"x" + bytes(9000) + b"one end",
@@ -95,18 +96,18 @@ def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
     assert sorted(reads) == [4096] * 5 + [9008] * 4
 
 
-def test_a_store_that_does_not_answer_leaves_a_note(monkeypatch):
+def test_a_store_that_does_not_answer_leaves_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     uris = ["s3://bucket/a.png", "s3://bucket/b.png"]
     made = Manifest.build(pa.table({"uri": uris, "label": [0, 0], "split": ["train"] * 2}), ["cat"], "pets")
 
-    def refuse(uris):
+    def refuse(uris: list[str]) -> None:
         raise duplicate_files.StorageError("nobody answers")
 
     monkeypatch.setattr(duplicate_files, "file_sizes", refuse)
     assert "may fall on both sides of a split: nobody answers" in mark_duplicates(made).notes[0]
 
 
-def test_the_check_finds_files_by_the_names_that_readers_try(tmp_path):
+def test_the_check_finds_files_by_the_names_that_readers_try(tmp_path: Path) -> None:
     (tmp_path / "my cats").mkdir()
     for number in range(2):
         (tmp_path / "my cats" / f"{number}.jpg").write_bytes(f"{number}".encode())

@@ -4,6 +4,9 @@ import hashlib
 import os
 import pickle
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +22,22 @@ from imbvlm.data.splits import carve_validation, classes_without_validation
 NAMES = ("cat", "dog", "owl")
 
 
-def table(labels=(0, 0, 1, 2), splits=("train", "train", "train", "test"), **columns):
+def table(
+    labels: np.ndarray | Sequence[int] = (0, 0, 1, 2),
+    splits: Sequence[str] = ("train", "train", "train", "test"),
+    **columns: Any,
+) -> pa.Table:
     columns = columns or {"uri": [f"img/{row}.jpg" for row in range(len(labels))]}
     return pa.table({**columns, "label": pa.array(labels, pa.int64()), "split": list(splits)})
 
 
-def manifest(counts, **columns):
+def manifest(counts: Sequence[int], **columns: Any) -> Manifest:
     labels = np.repeat(np.arange(len(counts)), counts)
     names = [f"class {label}" for label in range(len(counts))]
     return Manifest.build(table(labels, ["train"] * len(labels), **columns), names, "made")
 
 
-def test_embedded_manifests_are_read_by_name():
+def test_embedded_manifests_are_read_by_name() -> None:
     found = Manifest.read("embedded:fashion_mnist_lt")
     assert [len(found.rows_of(split)) for split in ("train", "val", "test")] == [2480, 500, 2000]
     assert found.class_stats().counts.tolist() == [1000, 215, 359, 77, 28, 46, 10, 599, 129, 17]
@@ -41,7 +48,7 @@ def test_embedded_manifests_are_read_by_name():
         Manifest.read("embedded:fashion_mnist")
 
 
-def test_embedded_images_are_those_of_the_original_files():
+def test_embedded_images_are_those_of_the_original_files() -> None:
     data = Manifest.read("embedded:fashion_mnist_lt").table.column("bytes").to_pylist()
     # Of the pixels, in row order: the bytes of a PNG depend on who compressed it.
     from imbvlm.data.images.decoding import decode
@@ -50,7 +57,7 @@ def test_embedded_images_are_those_of_the_original_files():
     assert digest == "f3abcc5d50f253305fc5bc791305d845f5aa6fb1fc817157b46c26013fcc33e5"
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     made = Manifest.build(table(), NAMES, "pets", notes=["made by hand"], label_map={"7": 0, "9": 1, "12": 2})
     made.write(str(tmp_path / "pets.parquet"))
     found = Manifest.read(str(tmp_path / "pets.parquet"))
@@ -62,7 +69,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert len(found.split("train")) == 3
 
 
-def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path):
+def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path: Path) -> None:
     uris = ["img/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c d.jpg", str(tmp_path / "one" / "img" / "e é.jpg")]
     made = Manifest.build(table(uri=uris), NAMES, "pets")
     (tmp_path / "one").mkdir()
@@ -74,7 +81,7 @@ def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["~misc/0.jpg", "~", "a/~b/c.jpg", "./x.jpg"])
-def test_a_folder_called_like_a_home_is_found_beside_its_manifest(tmp_path, name):
+def test_a_folder_called_like_a_home_is_found_beside_its_manifest(tmp_path: Path, name: str) -> None:
     uri = os.path.normpath(tmp_path / name)
     Manifest.build(table([0], ["train"], uri=[uri]), NAMES, "pets").write(str(tmp_path / "pets.parquet"))
     kept = pq.read_table(tmp_path / "pets.parquet").column("uri")[0].as_py()
@@ -82,7 +89,7 @@ def test_a_folder_called_like_a_home_is_found_beside_its_manifest(tmp_path, name
     assert Manifest.read(str(tmp_path / "pets.parquet")).table.column("uri").to_pylist() == [uri]
 
 
-def test_everything_wrong_with_the_rows_is_said_in_one_error():
+def test_everything_wrong_with_the_rows_is_said_in_one_error() -> None:
     bad = pa.table(
         {
             "uri": ["a.jpg", None, "", "d.jpg", "e.jpg"],
@@ -114,12 +121,12 @@ def test_everything_wrong_with_the_rows_is_said_in_one_error():
         ({"uri": ["a"], "label": ["cat"], "split": ["train"]}, "labels must be whole numbers, and are string"),
     ],
 )
-def test_missing_columns_are_named(columns, finding):
+def test_missing_columns_are_named(columns: dict[str, list[str | int]], finding: str) -> None:
     with pytest.raises(ManifestError, match=finding):
         Manifest.build(pa.table(columns), NAMES, "pets")
 
 
-def test_a_parquet_file_that_is_no_manifest_says_how_to_make_one(tmp_path):
+def test_a_parquet_file_that_is_no_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     pq.write_table(table(), tmp_path / "plain.parquet")
     with pytest.raises(ManifestError, match="imbvlm manifest build"):
         Manifest.read(str(tmp_path / "plain.parquet"))
@@ -130,12 +137,12 @@ def test_a_parquet_file_that_is_no_manifest_says_how_to_make_one(tmp_path):
         Manifest.read(str(tmp_path / "none.parquet"))
 
 
-def test_class_names_that_repeat_are_a_warning_with_the_tied_classes():
+def test_class_names_that_repeat_are_a_warning_with_the_tied_classes() -> None:
     found = Manifest.build(table(), ["missile", "sunglasses", "Missile"], "imagenet")
     assert found.warnings == ("1 name of several classes, which text methods can't tell apart: 'missile' (0, 2)",)
 
 
-def test_classes_without_training_images_are_kept():
+def test_classes_without_training_images_are_kept() -> None:
     stats = Manifest.build(table(), NAMES, "pets").class_stats()
     assert stats.counts.tolist() == [2, 1, 0]
     assert stats.zero_train.tolist() == [2]
@@ -146,7 +153,7 @@ def test_classes_without_training_images_are_kept():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any), st.integers(0, 5))
-def test_carving_takes_what_the_protocol_says(counts, seed):
+def test_carving_takes_what_the_protocol_says(counts: Sequence[int], seed: int) -> None:
     made = manifest(counts)
     carved = carve_validation(made, seed)
     wanted = [min(3, n // 5) if n >= 5 else 0 for n in counts]
@@ -159,7 +166,7 @@ def test_carving_takes_what_the_protocol_says(counts, seed):
     assert lost == [label for label, n in enumerate(counts) if n < 5]
 
 
-def test_carving_depends_on_the_seed_and_on_nothing_else():
+def test_carving_depends_on_the_seed_and_on_nothing_else() -> None:
     made = manifest([50, 20, 7])
     assert carve_validation(made, 3).tolist() == carve_validation(made, 3).tolist()
     assert carve_validation(made, 3).tolist() != carve_validation(made, 4).tolist()
@@ -169,11 +176,11 @@ def test_carving_depends_on_the_seed_and_on_nothing_else():
     assert taken[70:].min() > 15
 
 
-def test_nothing_is_carved_where_validation_rows_are_official():
+def test_nothing_is_carved_where_validation_rows_are_official() -> None:
     assert carve_validation(Manifest.read("embedded:fashion_mnist_lt"), 0).tolist() == []
 
 
-def test_identical_images_stay_on_one_side():
+def test_identical_images_stay_on_one_side() -> None:
     contents = [b"same"] * 6 + [b"pair", b"pair", b"a", b"b", b"c", b"d", b"e", b"f", b"shared", b"shared"]
     labels = [0] * 15 + [1]
     made = Manifest.build(table(labels, ["train"] * 16, bytes=pa.array(contents)), ["a", "b"], "twins")
@@ -184,13 +191,13 @@ def test_identical_images_stay_on_one_side():
         assert not carved & {14, 15}
 
 
-def test_a_class_of_copies_of_one_image_is_not_selectable():
+def test_a_class_of_copies_of_one_image_is_not_selectable() -> None:
     made = manifest([20, 20], bytes=pa.array([b"one"] * 20 + [bytes([row]) for row in range(20)]))
     carved = carve_validation(made, 0)
     assert classes_without_validation(made.labels[carved], 2).tolist() == [0]
 
 
-def test_trials_carve_the_same_rows_without_reading_images(tmp_path):
+def test_trials_carve_the_same_rows_without_reading_images(tmp_path: Path) -> None:
     made = manifest([30, 12, 5], bytes=pa.array([bytes([row % 40]) for row in range(47)]))
     made.write(str(tmp_path / "m.parquet"))
     rows = label_rows(str(tmp_path / "m.parquet"))
@@ -202,7 +209,7 @@ def test_trials_carve_the_same_rows_without_reading_images(tmp_path):
 # ------------------------------------------------------------------------------------------------ fingerprints
 
 
-def test_a_fingerprint_follows_bytes_and_order_and_splits():
+def test_a_fingerprint_follows_bytes_and_order_and_splits() -> None:
     made = manifest([2, 2], bytes=pa.array([b"a", b"b", b"c", b"d"]))
     other = manifest([2, 2], bytes=pa.array([b"a", b"b", b"c", b"D"]))
     assert made.row_fingerprint("train") == made.split("train").row_fingerprint("train")
@@ -211,7 +218,7 @@ def test_a_fingerprint_follows_bytes_and_order_and_splits():
     assert made.row_fingerprint("test") == other.row_fingerprint("test")
 
 
-def test_a_fingerprint_follows_a_local_files_size_and_time_but_not_labels(tmp_path):
+def test_a_fingerprint_follows_a_local_files_size_and_time_but_not_labels(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).write_bytes(b"content")
     uris = [str(tmp_path / "a"), str(tmp_path / "b"), "s3://bucket/c", str(tmp_path / "missing")]
@@ -225,7 +232,7 @@ def test_a_fingerprint_follows_a_local_files_size_and_time_but_not_labels(tmp_pa
     assert made.row_fingerprint("train") != touched
 
 
-def test_a_million_rows_take_seconds(tmp_path):
+def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     num_rows = 1_000_000
     labels = np.arange(num_rows) % 8142
     uris = pc_format(labels)
@@ -239,7 +246,7 @@ def test_a_million_rows_take_seconds(tmp_path):
     assert len(carved) == 3 * 8142
 
 
-def pc_format(labels):
+def pc_format(labels: Any) -> Any:
     import pyarrow.compute as pc
 
     names = pa.array(np.arange(len(labels))).cast(pa.string())
@@ -247,7 +254,7 @@ def pc_format(labels):
 
 
 @pytest.mark.parametrize("uri", ["http://host/a.jpg", "gs://bucket/a.jpg", "s3:///a.jpg", "s3:/bucket/a.jpg"])
-def test_images_that_lie_where_nothing_is_read_are_refused_by_row(tmp_path, uri):
+def test_images_that_lie_where_nothing_is_read_are_refused_by_row(tmp_path: Path, uri: str) -> None:
     uris = ["img/0.jpg", uri, "s3://bucket/2.jpg", f"file://{tmp_path}/3.jpg"]
     where = (
         "names no bucket"
@@ -280,7 +287,7 @@ def test_images_that_lie_where_nothing_is_read_are_refused_by_row(tmp_path, uri)
         (b'{"class_names": ["a", "b", "c"], "label_map": [1]}', r"'imbvlm\.label_map' can't be read"),
     ],
 )
-def test_metadata_that_is_not_a_manifests_is_said(tmp_path, metadata, says):
+def test_metadata_that_is_not_a_manifests_is_said(tmp_path: Path, metadata: bytes, says: str) -> None:
     pq.write_table(table().replace_schema_metadata({"imbvlm": metadata}), tmp_path / "pets.parquet")
     with pytest.raises(ManifestError, match=says):
         Manifest.read(str(tmp_path / "pets.parquet"))

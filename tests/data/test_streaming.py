@@ -5,6 +5,8 @@ import pickle
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from imbvlm.longtail.class_sampling import batches, epoch_plan
 NUM_ROWS, SIDE = 103, 16
 
 
-def picture(number):
+def picture(number: int) -> bytes:
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 255, (5, 6, 3), dtype=np.uint8))
     stream = io.BytesIO()
@@ -30,14 +32,14 @@ def picture(number):
 
 
 @pytest.fixture(scope="module")
-def location(tmp_path_factory, manifest):
+def location(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> str:
     path = str(tmp_path_factory.mktemp("streamed") / "manifest.parquet")
     manifest.write(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def manifest():
+def manifest() -> Manifest:
     data = [picture(number) for number in range(NUM_ROWS)]
     data[7] = b"<html>"
     labels = np.arange(NUM_ROWS) % 5
@@ -45,7 +47,15 @@ def manifest():
     return Manifest.build(table, list("abcde"), "streamed")
 
 
-def plan_for(manifest, rank=0, world_size=1, epoch=1, seed=0, batch_size=32, **options):
+def plan_for(
+    manifest: Manifest,
+    rank: int = 0,
+    world_size: int = 1,
+    epoch: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    **options: Any,
+) -> StreamPlan:
     drawn = epoch_plan(manifest.labels, 5, "class_balanced", seed, epoch, 4)
     augmentation = options.pop("augmentation", Augmentation(jitter=0.2, rand_ops=1))
     return StreamPlan(
@@ -59,16 +69,16 @@ def plan_for(manifest, rank=0, world_size=1, epoch=1, seed=0, batch_size=32, **o
     )
 
 
-def read(manifest, plan):
+def read(manifest: Manifest, plan: StreamPlan) -> list[dict[str, np.ndarray | tuple[Any, ...]]]:
     """Without Ray: what the tasks do."""
     return [load_batch(block) for block in plan.blocks(manifest)]
 
 
-def join(loaded):
+def join(loaded: list[dict[str, np.ndarray | tuple[str | None, ...]]]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([batch[key] for batch in loaded]) for key in ("images", "rows", "ok")}
 
 
-def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_along():
+def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_along() -> None:
     size, number = 100_000, 80
     contents = [bytes([row]) * size for row in range(number)]
     table = pa.table({"bytes": contents, "label": np.zeros(number, int), "split": ["test"] * 8 + ["train"] * 72})
@@ -87,7 +97,7 @@ def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_alon
     assert uris == [None] * 8
 
 
-def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest):
+def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest: Manifest) -> None:
     plan = plan_for(manifest)
     found = join(read(manifest, plan))
     assert found["rows"].tolist() == plan.rows.tolist()
@@ -99,7 +109,7 @@ def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest, world_size):
+def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest: Manifest, world_size: int) -> None:
     alone = read(manifest, plan_for(manifest))
     shares = [read(manifest, plan_for(manifest, rank, world_size)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
@@ -111,27 +121,29 @@ def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest,
             assert (part["images"] == whole["images"][rank::world_size]).all()
 
 
-def test_an_epoch_is_the_same_again_and_others_differ(manifest):
+def test_an_epoch_is_the_same_again_and_others_differ(manifest: Manifest) -> None:
     one, again = (join(read(manifest, plan_for(manifest)))["images"] for _ in range(2))
     assert (one == again).all()
     for other in (plan_for(manifest, epoch=2), plan_for(manifest, seed=1)):
         assert (one != join(read(manifest, other))["images"]).any()
 
 
-def test_an_epoch_goes_on_in_the_middle(manifest):
+def test_an_epoch_goes_on_in_the_middle(manifest: Manifest) -> None:
     plan = plan_for(manifest)
     whole, rest = read(manifest, plan), read(manifest, replace(plan, batches=plan.batches[2:]))
     assert len(rest) == len(whole) - 2
     assert all((one["images"] == two["images"]).all() for one, two in zip(whole[2:], rest, strict=True))
 
 
-def test_a_share_without_rows_is_an_empty_batch(manifest):
+def test_a_share_without_rows_is_an_empty_batch(manifest: Manifest) -> None:
     plan = plan_for(manifest, rank=3, world_size=4, batch_size=101)
     assert [len(batch["rows"]) for batch in read(manifest, plan)] == [25, 0]
 
 
 @pytest.mark.ray
-def test_ray_data_and_threads_give_the_same_batches_in_order(manifest, location, ray_cluster):
+def test_ray_data_and_threads_give_the_same_batches_in_order(
+    manifest: Manifest, location: str, ray_cluster: str
+) -> None:
     from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 
     plan = plan_for(manifest, batch_size=9)
@@ -147,11 +159,11 @@ def test_ray_data_and_threads_give_the_same_batches_in_order(manifest, location,
 
 
 @pytest.mark.ray
-def test_two_workers_that_hold_every_cpu_both_finish(manifest, location, ray_cluster):
+def test_two_workers_that_hold_every_cpu_both_finish(manifest: Manifest, location: str, ray_cluster: str) -> None:
     import ray
 
     @ray.remote(num_cpus=1)
-    def worker(plan):
+    def worker(plan: StreamPlan) -> list[list[int]]:
         from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 
         return [batch.rows.tolist() for batch in stream_in_ray(location, plan)]
@@ -164,14 +176,16 @@ def test_two_workers_that_hold_every_cpu_both_finish(manifest, location, ray_clu
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_train_workers_on_two_cpus_read_an_epoch_each_their_share(manifest, location, ray_cluster, tmp_path):
+def test_two_train_workers_on_two_cpus_read_an_epoch_each_their_share(
+    manifest: Manifest, location: str, ray_cluster: str, tmp_path: Path
+) -> None:
     """With `get_dataset_shard` this never ends: the loading tasks wait for a CPU."""
     from ray import cloudpickle, train
     from ray.train.torch import TorchTrainer
 
     plans = cloudpickle.dumps([plan_for(manifest, rank, 2) for rank in range(2)])
 
-    def loop(config):
+    def loop(config: dict[str, Any]) -> None:
         from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 
         plan = cloudpickle.loads(config["plans"])[train.get_context().get_world_rank()]
@@ -190,7 +204,7 @@ def test_two_train_workers_on_two_cpus_read_an_epoch_each_their_share(manifest, 
 
 
 @pytest.mark.ray
-def test_leaving_an_epoch_early_leaves_nothing_running(manifest, location, ray_cluster):
+def test_leaving_an_epoch_early_leaves_nothing_running(manifest: Manifest, location: str, ray_cluster: str) -> None:
     from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 
     for _ in range(3):
@@ -198,7 +212,7 @@ def test_leaving_an_epoch_early_leaves_nothing_running(manifest, location, ray_c
 
 
 @pytest.mark.ray
-def test_a_store_that_fails_ends_the_stream_with_its_own_error(tmp_path, ray_cluster):
+def test_a_store_that_fails_ends_the_stream_with_its_own_error(tmp_path: Path, ray_cluster: str) -> None:
     from imbvlm.base.errors import StorageError
     from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 
@@ -214,7 +228,7 @@ def test_a_store_that_fails_ends_the_stream_with_its_own_error(tmp_path, ray_clu
 # ------------------------------------------------------------------------------------------------ augmentation
 
 
-def ramp(width=64, height=48):
+def ramp(width: int = 64, height: int = 48) -> np.ndarray:
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8)
 
@@ -230,7 +244,9 @@ def ramp(width=64, height=48):
     ],
 )
 @pytest.mark.parametrize("shape", [(64, 48), (1, 1), (300, 3)])
-def test_every_augmentation_gives_the_towers_size_for_every_shape(augmentation, shape):
+def test_every_augmentation_gives_the_towers_size_for_every_shape(
+    augmentation: Augmentation, shape: tuple[int, int]
+) -> None:
     image = ramp(*shape)
     for seed in range(20):
         found = augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), seed / 19)
@@ -238,14 +254,14 @@ def test_every_augmentation_gives_the_towers_size_for_every_shape(augmentation, 
         assert found.dtype == np.uint8
 
 
-def test_no_augmentation_is_the_evaluation_crop():
+def test_no_augmentation_is_the_evaluation_crop() -> None:
     preprocess = Preprocess(SIDE, 8 / 7)
     found = Augmentation(crop="center", flip=False).apply(ramp(), preprocess, np.random.default_rng(0), 0.5)
     assert (found == preprocess.apply(ramp())).all()
 
 
 @pytest.mark.parametrize(("progress", "least"), [(0.0, 0.08), (0.6, 0.08 + 0.2 * 0.92), (1.0, 1.0)])
-def test_growing_crops_are_squares_that_grow_as_lift_plus_says(progress, least):
+def test_growing_crops_are_squares_that_grow_as_lift_plus_says(progress: float, least: float) -> None:
     rng = np.random.default_rng(0)
     sides = []
     for _ in range(400):
@@ -260,12 +276,12 @@ def test_growing_crops_are_squares_that_grow_as_lift_plus_says(progress, least):
     assert shares.max() > 0.97
 
 
-def test_growing_crops_of_long_images_stay_inside():
+def test_growing_crops_of_long_images_stay_inside() -> None:
     left, top, right, bottom = growing_crop(np.random.default_rng(0), 1000, 10, (0.08, 1.0), 1.0)
     assert (right - left, bottom - top) == (10, 10)
 
 
-def test_half_of_the_images_are_flipped():
+def test_half_of_the_images_are_flipped() -> None:
     image, preprocess = ramp(), Preprocess(SIDE, 1.0)
     augmentation = Augmentation(crop="center")
     found = [augmentation.apply(image, preprocess, np.random.default_rng(seed), 0.0)[0, 0] for seed in range(200)]
@@ -282,17 +298,17 @@ def test_half_of_the_images_are_flipped():
         {"rand_magnitude": 31},
     ],
 )
-def test_values_that_mean_nothing_are_refused(options):
+def test_values_that_mean_nothing_are_refused(options: dict[str, str | float | tuple[float, float]]) -> None:
     with pytest.raises(ImbvlmError, match=next(iter(options))):
         Augmentation(**options)
 
 
-def test_augmentation_goes_through_plain_data():
+def test_augmentation_goes_through_plain_data() -> None:
     augmentation = Augmentation(crop="growing", jitter=0.3, rand_ops=2)
     assert Augmentation.from_dict(augmentation.to_dict()) == augmentation
 
 
-def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise():
+def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise() -> None:
     """Contrast and saturation leave an even grey as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
     image, augmentation = np.full((40, 40, 3), 100, dtype=np.uint8), Augmentation(crop="center", jitter=0.2)
     found = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), 0.0) for seed in range(300)]
@@ -302,7 +318,7 @@ def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwi
     assert 116 < levels.max() <= 121
 
 
-def test_rand_augment_draws_all_of_its_operations_alike():
+def test_rand_augment_draws_all_of_its_operations_alike() -> None:
     """14 operations, one of them none at all: about a fourteenth of the images stay as they are."""
     image, augmentation = ramp(), Augmentation(crop="center", flip=False, rand_ops=1, rand_magnitude=15)
     plain = Augmentation(crop="center", flip=False).apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(0), 0.0)
@@ -313,11 +329,13 @@ def test_rand_augment_draws_all_of_its_operations_alike():
     assert len({pixels.tobytes() for pixels in found}) >= 16
 
 
-def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(location, manifest, monkeypatch):
+def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(
+    location: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sixteen threads that train on images of 170 megapixels would take 11 GB."""
     running, most, lock, decode = 0, 0, threading.Lock(), Preprocess.decode
 
-    def counting(self, data, least_crop=1.0):
+    def counting(self: Any, data: bytes, least_crop: float = 1.0) -> Any:
         nonlocal running, most
         with lock:
             running += 1

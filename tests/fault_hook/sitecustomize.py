@@ -15,25 +15,29 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ORDERS = os.environ.get("IMBVLM_TEST_FAULTS", "")
 
 
-def orders():
+def orders() -> dict[str, Any]:
     try:
         return json.loads(Path(ORDERS).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def leave_id(kind):
+def leave_id(kind: str) -> None:
     path = Path(ORDERS).parent / f"{kind}-{os.getpid()}"
     if not path.exists():
         path.touch()
 
 
-def hoard():
+def hoard() -> None:
     hoarded = []
     while True:
         hoarded.append(b"1" * 100_000_000)
@@ -41,7 +45,7 @@ def hoard():
         time.sleep(0.02)
 
 
-def hoard_if_ordered(ordered, kind):
+def hoard_if_ordered(ordered: dict[str, Any], kind: str) -> None:
     """As often as is ordered; whoever makes the file first does."""
     leave_id(kind)
     for number in range(ordered.get("hoards", {}).get(kind, 0)):
@@ -52,9 +56,9 @@ def hoard_if_ordered(ordered, kind):
         hoard()
 
 
-def faulty_loss(name, loss):
+def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
-    def call(*arguments, **knobs):
+    def call(*arguments: Any, **knobs: Any) -> Any:
         ordered = orders()
         if not ordered:
             return loss(*arguments, **knobs)
@@ -77,7 +81,7 @@ def faulty_loss(name, loss):
     return call
 
 
-def patch_losses(module):
+def patch_losses(module: ModuleType) -> None:
     from imbvlm.base.registry import Lazy
 
     class FaultyLoss(Lazy):
@@ -90,15 +94,15 @@ def patch_losses(module):
     }
 
 
-def patch_tower(module):
+def patch_tower(module: ModuleType) -> None:
     init, call = module.EncoderWorker.__init__, module.EncoderWorker.__call__
 
-    def start(self, *arguments):
+    def start(self: Any, *arguments: Any) -> None:
         if ordered := orders():
             hoard_if_ordered(ordered, "tower_start")
         init(self, *arguments)
 
-    def slow(self, block):
+    def slow(self: Any, block: Any) -> Any:
         if ordered := orders():
             hoard_if_ordered(ordered, "tower")
             time.sleep(ordered.get("tower_seconds", 0))
@@ -107,10 +111,10 @@ def patch_tower(module):
     module.EncoderWorker.__init__, module.EncoderWorker.__call__ = start, slow
 
 
-def patch_prediction(module):
+def patch_prediction(module: ModuleType) -> None:
     call = module.ModelWorker.__call__
 
-    def slow(self, block):
+    def slow(self: Any, block: Any) -> Any:
         if ordered := orders():
             leave_id("tower")
             time.sleep(ordered.get("tower_seconds", 0))
@@ -119,11 +123,11 @@ def patch_prediction(module):
     module.ModelWorker.__call__ = slow
 
 
-def patch_loading(module):
+def patch_loading(module: ModuleType) -> None:
     load = module.load_block
 
     @functools.wraps(load)
-    def call(block):
+    def call(block: Any) -> Any:
         if ordered := orders():
             hoard_if_ordered(ordered, "loading")
         return load(block)
@@ -131,11 +135,11 @@ def patch_loading(module):
     module.load_block = call
 
 
-def patch_session(module):
+def patch_session(module: ModuleType) -> None:
     settings = module.TrialSettings
     init = settings.__init__
 
-    def often(self, *arguments, **fields):
+    def often(self: Any, *arguments: Any, **fields: Any) -> None:
         fields |= {key: value for key, value in orders().items() if key == "checkpoint_seconds"}
         init(self, *arguments, **fields)
 
@@ -152,7 +156,7 @@ PATCHES = {
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name not in PATCHES:
             return None
         sys.meta_path.remove(self)
@@ -162,7 +166,7 @@ class Finder(importlib.abc.MetaPathFinder):
             sys.meta_path.insert(0, self)
         original = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             original(module)
             PATCHES[name](module)
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ def manifest(splits: dict[str, list[int]]) -> Manifest:
     return Manifest.build(table, NAMES, "letters")
 
 
-def config(path: Path, **encoder) -> TrialConfig:
+def config(path: Path, **encoder: Any) -> TrialConfig:
     data = {"manifest": str(path), "split_seed": 3}
     return TrialConfig.from_tree({"data": data, "encoder": {"name": "tiny", **encoder}, "method": "linear_probe"})
 
@@ -55,7 +56,7 @@ def features(folder: Path, splits: dict[str, list[int]], bad: tuple[int, ...] = 
     return FeatureSet(str(folder / "manifest.parquet"), folders, ("pooled",), tiny_info())
 
 
-def rows_read(examples) -> list[int]:
+def rows_read(examples: Any) -> list[int]:
     return examples.batch("pooled", np.arange(len(examples))).flatten().round().int().tolist()
 
 

@@ -11,6 +11,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -51,7 +52,7 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8))
 
 
-def trial(folder: Path, tower: str, features: dict | None = None, **data) -> TrialConfig:
+def trial(folder: Path, tower: str, features: dict | None = None, **data: Any) -> TrialConfig:
     tree = {
         "data": {"manifest": str(folder / "data" / "manifest.parquet"), **data},
         "encoder": {"name": tower},
@@ -92,7 +93,11 @@ def without_ray() -> Iterator[None]:
 
 
 def extract(
-    folder: Path, config: TrialConfig, manifest: Manifest, outputs=ALL, splits=SPLITS
+    folder: Path,
+    config: TrialConfig,
+    manifest: Manifest,
+    outputs: frozenset[str] | set[str] = ALL,
+    splits: tuple[str, ...] = SPLITS,
 ) -> tuple[FeatureSet, list[str]]:
     said: list[str] = []
     found = ensure_features(config, manifest, str(folder / "features"), frozenset(outputs), splits, report=said.append)
@@ -306,7 +311,7 @@ def test_what_images_take_too_long_to_be_loaded_here_is_left_to_workers(
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
     few, late = threading.Semaphore(3), 0.1
 
-    def load(block):
+    def load(block: Any) -> dict[str, Any]:
         if not few.acquire(blocking=False):
             time.sleep(2 * late + 0.1)
         return load_block(block)

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from s3_server import BUCKET, program, proxy, serve, use
+from s3_server import BUCKET, S3Server, program, proxy, serve, use
 
 from imbvlm.base import storage
 from imbvlm.cli.app import main
@@ -30,13 +32,13 @@ LAYOUT = StoreLayout(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with serve(tmp_path_factory.mktemp("s3")) as found:
         yield found
 
 
 @pytest.fixture
-def s3(server, monkeypatch):
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     use(monkeypatch, server.settings())
     return server
 
@@ -59,7 +61,7 @@ def copies(folder: Path, max_gigabytes: float | None = None) -> Copies:
     return Copies(folder=str(folder), max_gigabytes=max_gigabytes)
 
 
-def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3, tmp_path):
+def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3: S3Server, tmp_path: Path) -> None:
     uri = f"s3://{BUCKET}/reads"
     write_all(uri, bad=(5,))
     write_all(uri, "tokens", bad=(5, 9))
@@ -73,7 +75,9 @@ def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3
     assert FeatureStore.open(uri).outputs == ("tokens", "pooled")
 
 
-def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(s3, monkeypatch):
+def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = write_all(f"s3://{BUCKET}/trusted", bad=(5,))
     sizes = {shard: state.size for shard, state in store.present("pooled").items()}
     # Shard 2 has other bytes than were written: somebody else's.
@@ -87,7 +91,9 @@ def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(s3, monk
     assert [uri.rpartition("/")[2] for uri in read if uri.endswith(".arrow")] == ["shard-00002.arrow"]
 
 
-def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3, tmp_path, capsys):
+def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(
+    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     uri = f"s3://{BUCKET}/damaged"
     store = write_all(uri)
     store.mark_verified("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
@@ -114,7 +120,7 @@ def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(s3,
     assert "intact" in capsys.readouterr().out
 
 
-def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3, tmp_path):
+def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3: S3Server, tmp_path: Path) -> None:
     uri = f"s3://{BUCKET}/lacking"
     write_all(uri)
     storage.delete(f"{uri}/pooled/shard-00002.arrow")
@@ -125,10 +131,12 @@ def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_copying_outlasts_a_bucket_that_is_away_and_listing_does(server, monkeypatch, tmp_path):
+def test_copying_outlasts_a_bucket_that_is_away_and_listing_does(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     away_until = [0.0]
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> tuple[int, str] | None:
         return (503, "ServiceUnavailable") if time.monotonic() < away_until[0] else None
 
     uri = f"s3://{BUCKET}/away-store"
@@ -146,7 +154,7 @@ def test_copying_outlasts_a_bucket_that_is_away_and_listing_does(server, monkeyp
 # ------------------------------------------------------------------------------------------------- with sweeps
 
 
-def command(folder: Path, *arguments: str, settings: dict[str, str], **more) -> subprocess.Popen:
+def command(folder: Path, *arguments: str, settings: dict[str, str], **more: Any) -> subprocess.Popen:
     environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -161,7 +169,7 @@ def run(folder: Path, *arguments: str, settings: dict[str, str], code: int = 0) 
     return printed
 
 
-def keys(server, prefix: str) -> dict[str, tuple[str, str]]:
+def keys(server: S3Server, prefix: str) -> dict[str, tuple[str, str]]:
     """The objects below a prefix, each with what tells it from one that is written again."""
     pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
     return {
@@ -171,7 +179,7 @@ def keys(server, prefix: str) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server, tmp_path):
+def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server: S3Server, tmp_path: Path) -> None:
     arguments = [
         *("-m", "imbvlm", "features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"),
         *("--image-size", "64", "--storage", f"s3://{BUCKET}/killed"),
@@ -198,7 +206,9 @@ def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_second_extraction(server, tmp_path):
+def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_second_extraction(
+    server: S3Server, tmp_path: Path
+) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -228,5 +238,5 @@ def test_a_sweep_with_everything_in_s3_goes_on_on_another_machine_without_a_seco
     assert not [record for record in records if record["state"] in ("failed", "error")]
 
 
-def storage_bytes(server, key: str) -> bytes:
+def storage_bytes(server: S3Server, key: str) -> bytes:
     return server.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()

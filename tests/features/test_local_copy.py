@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ SIZE = 100_000
 
 
 @pytest.fixture(autouse=True)
-def no_patience(monkeypatch):
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
 
 
@@ -45,12 +46,12 @@ def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> CacheR
     return CacheRequest(source, storage.file_states(source), fetch)
 
 
-def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0):
+def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0) -> Any:
     (held,) = copies.pin([wanted(source, log, seconds)])
     return held
 
 
-def same(held, source: str) -> bool:
+def same(held: Any, source: str) -> bool:
     return all((held.folder / path.name).read_bytes() == path.read_bytes() for path in Path(source).iterdir())
 
 

@@ -1,8 +1,11 @@
 """What a tower worker stores, and that the tower goes on while a block is written; without Ray."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,32 +18,34 @@ from imbvlm.features.store_layout import StoreError, StoreLayout
 LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
 
 
-def worker(forward_images) -> EncoderWorker:
+def worker(forward_images: Callable[..., Any]) -> EncoderWorker:
     made = EncoderWorker(SimpleNamespace(device=torch.device("cpu"), forward_images=forward_images))
     made.batch_size = 2
     return made
 
 
-def block(folder, shard):
+def block(folder: Path, shard: int) -> dict[str, Any]:
     images = np.full((3, 3, 4, 4), shard + 1, np.uint8)
     reasons = [None, None, "truncated"]
     return {"folder": str(folder), "shard": shard, "outputs": ("pooled",), "images": images, "reasons": reasons}
 
 
-def mean_pixels(images):
+def mean_pixels(images: torch.Tensor) -> SimpleNamespace:
     return SimpleNamespace(pooled=images.float().mean(dim=(1, 2, 3))[:, None].repeat(1, 2))
 
 
-def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its_own(tmp_path, monkeypatch):
+def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     FeatureStore.create(str(tmp_path), LAYOUT)
     second, write = threading.Event(), FeatureStore.write
 
-    def forward(images):
+    def forward(images: torch.Tensor) -> SimpleNamespace:
         if int(images.max()) == 2:
             second.set()
         return mean_pixels(images)
 
-    def slow(self, output, shard, values, reasons):
+    def slow(self: Any, output: str, shard: int, values: np.ndarray, reasons: list[str | None]) -> int:
         # The first block's shard waits for the second block's turn in the tower.
         assert second.wait(60)
         if shard == 0:
@@ -61,11 +66,11 @@ def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its
     assert store.view("pooled", 1).flatten().tolist() == [2, 2, 2, 2, 0, 0]
 
 
-def test_one_block_at_a_time_goes_through_the_tower(tmp_path):
+def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:
     FeatureStore.create(str(tmp_path), LAYOUT)
     inside = threading.Lock()
 
-    def forward(images):
+    def forward(images: torch.Tensor) -> SimpleNamespace:
         assert inside.acquire(blocking=False), "two blocks at once would not fit on a GPU"
         threading.Event().wait(0.01)
         inside.release()

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from apart import Apart
@@ -30,7 +31,7 @@ def write_manifest(path: Path) -> None:
     whole.take(np.sort(np.concatenate(rows))).write(str(path))
 
 
-def sweep_spec(manifest: Path, storage: str, **fields) -> SweepSpec:
+def sweep_spec(manifest: Path, storage: str, **fields: Any) -> SweepSpec:
     """All of its configurations are tried, so that any undisturbed run ends with the same trials and numbers."""
     return SweepSpec.from_tree(
         {
@@ -61,7 +62,7 @@ class Sweep:
     """
 
     def __init__(
-        self, folder: Path, manifest: Path, storage: str = "runs", there: Apart | None = None, **fields
+        self, folder: Path, manifest: Path, storage: str = "runs", there: Apart | None = None, **fields: Any
     ) -> None:
         self.folder, self.storage, self.manifest, self.fields = folder, storage, manifest, fields
         self.there = there
@@ -69,7 +70,7 @@ class Sweep:
         self.change()
         self.process: subprocess.Popen[str] | None = None
 
-    def spec(self, **fields) -> SweepSpec:
+    def spec(self, **fields: Any) -> SweepSpec:
         """What it runs, with other fields."""
         copies = {"folder": str(self.folder.absolute() / "copies")}
         return sweep_spec(self.manifest, self.storage, **{"feature_copies": copies, **self.fields, **fields})
@@ -77,7 +78,7 @@ class Sweep:
     def started(self) -> bool:
         return bool(self._paths())
 
-    def change(self, **fields) -> None:
+    def change(self, **fields: Any) -> None:
         """Write the spec, with other fields."""
         self.fields |= fields
         self.spec().to_yaml(self.folder / "spec.yaml")
@@ -113,7 +114,7 @@ class Sweep:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def run(self, *arguments: str, code: int = 0, **more) -> str:
+    def run(self, *arguments: str, code: int = 0, **more: Any) -> str:
         return self.start(*arguments, **more).end(code)
 
     def log(self) -> str:
@@ -137,7 +138,7 @@ class Sweep:
         found = {one.stem: json.loads(one.read_text()) for one in (self.path / "trials").glob("*.json")}
         return {key: found[key] for key in sorted(found) if found[key]["kind"] == kind}
 
-    def wait_for(self, happened, seconds: float = 240) -> None:
+    def wait_for(self, happened: Callable[[], object], seconds: float = 240) -> None:
         """Wait until something is so, while the sweep runs."""
         deadline = time.monotonic() + seconds
         while not happened():

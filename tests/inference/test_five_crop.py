@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,11 @@ from torchvision.transforms import functional
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.input_sections import EvalConfig
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
+from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.store_sizes import store_bytes
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import load, write_model
@@ -26,17 +31,17 @@ from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(tmp_path_factory: pytest.TempPathFactory) -> TinyImages:
     return TinyImages(tmp_path_factory.mktemp("images"), bad=(52,))
 
 
-def prepared(images, method, **overrides):
+def prepared(images: TinyImages, method: str, **overrides: Any) -> tuple[TrialConfig, FeatureSet]:
     """A configuration with five crops and what a driver prepares for its test."""
     config = images.config(method, **{"eval__tte": "five_crop", "eval__expand": 6, **overrides})
     return config, images.features(config)
 
 
-def pixels_of(images, split, preprocess):
+def pixels_of(images: TinyImages, split: str, preprocess: Any) -> torch.Tensor:
     """(N, 5, 3, S, S), made one by one."""
     manifest = Manifest.read(images.manifest)
     contents = manifest.table.column("bytes").to_pylist()
@@ -45,7 +50,7 @@ def pixels_of(images, split, preprocess):
 
 
 @pytest.mark.parametrize("shape", [(90, 70), (70, 90), (64, 64)])
-def test_the_crops_are_torchvisions(shape):
+def test_the_crops_are_torchvisions(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     found = [Preprocess(48).five_crop(16).apply(pixels, view) for view in range(len(FIVE_CROPS))]
     resized = functional.resize(Image.fromarray(pixels), 64, functional.InterpolationMode.BICUBIC)
@@ -56,7 +61,7 @@ def test_the_crops_are_torchvisions(shape):
         assert difference[:, 3:-3, 3:-3].max() <= 1
 
 
-def test_five_crops_without_room_are_five_times_the_centre():
+def test_five_crops_without_room_are_five_times_the_centre() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     crops = [Preprocess(32).five_crop(0).apply(pixels, view) for view in range(5)]
     assert all((one == Preprocess(32, 1.0).apply(pixels)).all() for one in crops)
@@ -72,7 +77,9 @@ def test_five_crops_without_room_are_five_times_the_centre():
         ("linear_probe", {"features__store": False}),
     ],
 )
-def test_store_stream_and_export_give_the_mean_logits_of_five_crops(images, method, overrides, tmp_path):
+def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
+    images: TinyImages, method: str, overrides: dict[str, bool], tmp_path: Path
+) -> None:
     config, features = prepared(images, method, features__precision="float32", **overrides)
     run = build_trial(config, TrialData.open(config, features))
     list(run.epochs())
@@ -98,7 +105,7 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(images, meth
         assert one.probabilities[0] == pytest.approx(row.item(), abs=1e-5)
 
 
-def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images):
+def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images: TinyImages) -> None:
     config, features = prepared(images, "linear_probe")
     assert set(features.five_crop) == {"val", "test"}
     assert not set(features.five_crop.values()) & set(features.folders.values())
@@ -115,11 +122,11 @@ def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images)
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "adapter"])
-def test_a_trial_scores_both_ways_and_selects_by_neither(images, method):
+def test_a_trial_scores_both_ways_and_selects_by_neither(images: TinyImages, method: str) -> None:
     config, features = prepared(images, method)
     plain = config.with_overrides({"eval.tte": "none", "eval.expand": 24})
 
-    def last(config, features, **settings):
+    def last(config: TrialConfig, features: FeatureSet, **settings: Any) -> dict[str, Any]:
         settings = TrialSettings(config.to_tree(), features.to_dict(), "val/balanced_accuracy", **settings)
         reports = list(TrialSession(torch.device("cpu")).reports(settings))
         assert "failure" not in reports[-1], reports[-1]
@@ -133,7 +140,7 @@ def test_a_trial_scores_both_ways_and_selects_by_neither(images, method):
     assert {key: scored[key] for key in same} == {key: without[key] for key in same}
 
 
-def test_it_is_never_searched_and_a_knob_without_effect_is_refused(images):
+def test_it_is_never_searched_and_a_knob_without_effect_is_refused(images: TinyImages) -> None:
     with pytest.raises(ConfigError, match=r"'eval.tte' can't be searched: validation doesn't use it"):
         parse_space(parse_yaml("parameters: {eval.tte: {choice: [none, five_crop]}}"))
     with pytest.raises(ConfigError, match=r"eval.expand has no effect with eval.tte none"):

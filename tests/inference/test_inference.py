@@ -6,6 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,22 +25,22 @@ from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_folder(tmp_path_factory.mktemp("model"))
 
 
-def picture(seed=0, mode="RGB"):
+def picture(seed: int = 0, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (50, 40, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 
 
-def encoded(image, kind="PNG"):
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind)
     return stream.getvalue()
 
 
-def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
+def test_every_form_of_an_image_gives_the_same_prediction(folder: Path, tmp_path: Path) -> None:
     image = picture()
     path = tmp_path / "a b.png"
     path.write_bytes(encoded(image))
@@ -54,7 +56,7 @@ def test_every_form_of_an_image_gives_the_same_prediction(folder, tmp_path):
         assert (other.class_names, other.probabilities) == (first.class_names, first.probabilities)
 
 
-def test_one_image_in_any_form_is_one_image(folder, tmp_path):
+def test_one_image_in_any_form_is_one_image(folder: Path, tmp_path: Path) -> None:
     """Text, bytes and arrays are iterables: a path would be as many images as it has letters."""
     path = tmp_path / "photo.png"
     path.write_bytes(encoded(picture()))
@@ -69,7 +71,7 @@ def test_one_image_in_any_form_is_one_image(folder, tmp_path):
     assert "H x W x 3" in str(grey.error)
 
 
-def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder):
+def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder: Path) -> None:
     model = imbvlm.load(folder, "cpu")
     with pytest.raises(ImbvlmError, match=r"predict takes an image or several: a path, .* It got NoneType"):
         model.predict(None)
@@ -83,7 +85,7 @@ def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder):
     assert len(model.predict(picture(), top=np.int64(99))[0].labels) == len(CLASS_NAMES)
 
 
-def test_a_model_of_averaged_tokens_averages_them_again(tmp_path):
+def test_a_model_of_averaged_tokens_averages_them_again(tmp_path: Path) -> None:
     network = imbvlm.load(write_model_folder(tmp_path, method="decoder", token_pooling=2), "cpu").network
     crops = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -95,7 +97,7 @@ def test_a_model_of_averaged_tokens_averages_them_again(tmp_path):
         assert (network(crops)[0] - network.classifier(whole.tokens)).abs().max() > 0.01
 
 
-def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder):
+def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder: Path) -> None:
     turned = picture()
     exif = turned.getexif()
     exif[274] = 6
@@ -109,7 +111,7 @@ def test_pillow_images_are_turned_upright_and_put_on_white_as_files_are(folder):
         assert from_file.probabilities == from_picture.probabilities
 
 
-def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified(folder, tmp_path):
+def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(encoded(picture())[:60])
     (tmp_path / "page.jpg").write_text("<!doctype html><title>404</title>")
     good = tmp_path / "good.png"
@@ -124,10 +126,10 @@ def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified
     assert found[1].probabilities == model.predict([good])[0].probabilities
 
 
-def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp_path):
+def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder: Path, tmp_path: Path) -> None:
     description = json.loads((folder / "config.json").read_text())
 
-    def edited(**changes):
+    def edited(**changes: Any) -> Path:
         for file in folder.rglob("*"):
             if file.is_file():
                 place = tmp_path / "edited" / file.relative_to(folder)
@@ -152,12 +154,12 @@ def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder, tmp
 
 
 @pytest.fixture
-def copied(folder, tmp_path):
+def copied(folder: Path, tmp_path: Path) -> Path:
     """A model's folder to damage."""
     return shutil.copytree(folder, tmp_path / "model")
 
 
-def weights_with(folder, name, key, value):
+def weights_with(folder: Path, name: str, key: str, value: float) -> None:
     tensors = load_file(folder / name)
     tensors[key].view(-1)[0] = value
     save_file(tensors, folder / name)
@@ -175,7 +177,7 @@ def weights_with(folder, name, key, value):
         ({"tau": "much"}, "is not a model's description"),
     ],
 )
-def test_an_adjustment_without_meaning_is_refused(copied, change, words):
+def test_an_adjustment_without_meaning_is_refused(copied: Path, change: Any, words: str) -> None:
     description = json.loads((copied / "config.json").read_text())
     description["post_hoc"] |= change
     (copied / "config.json").write_text(json.dumps(description))
@@ -183,7 +185,7 @@ def test_an_adjustment_without_meaning_is_refused(copied, change, words):
         imbvlm.load(copied, "cpu")
 
 
-def test_weights_that_are_not_what_was_exported_are_refused(copied):
+def test_weights_that_are_not_what_was_exported_are_refused(copied: Path) -> None:
     """A flipped bit changes predictions a little, and nothing shows it."""
     for name, key in (("model.safetensors", "classifier.weight"), ("zero_shot.safetensors", "class_embeddings")):
         whole = (copied / name).read_bytes()
@@ -194,14 +196,14 @@ def test_weights_that_are_not_what_was_exported_are_refused(copied):
     imbvlm.load(copied, "cpu")
 
 
-def test_a_file_of_weights_that_no_model_has_is_refused_before_it_is_read(copied):
+def test_a_file_of_weights_that_no_model_has_is_refused_before_it_is_read(copied: Path) -> None:
     with (copied / "model.safetensors").open("r+b") as stream:
         stream.truncate(10**12)
     with pytest.raises(ImbvlmError, match=r"model.safetensors: it has 1,000\.0 GB, and at most 16\.0 GB are read"):
         imbvlm.load(copied, "cpu")
 
 
-def test_weights_that_are_no_numbers_are_refused_and_an_export_without_digests_is_not(copied):
+def test_weights_that_are_no_numbers_are_refused_and_an_export_without_digests_is_not(copied: Path) -> None:
     description = json.loads((copied / "config.json").read_text())
     # As version 0.1 wrote it.
     del description["digests"]
@@ -213,7 +215,7 @@ def test_weights_that_are_no_numbers_are_refused_and_an_export_without_digests_i
             imbvlm.load(copied, "cpu")
 
 
-def test_an_export_of_several_models_asks_which_one(tmp_path):
+def test_an_export_of_several_models_asks_which_one(tmp_path: Path) -> None:
     """What `export --top 2` writes; to a person who predicts with it, it is an export."""
     for name in ("1-t00005/model", "2-t00003/model", "3-notes"):
         (tmp_path / name).mkdir(parents=True)
@@ -223,7 +225,7 @@ def test_an_export_of_several_models_asks_which_one(tmp_path):
         imbvlm.load(tmp_path)
 
 
-def test_the_fingerprint_sees_settings_and_pixels(monkeypatch):
+def test_the_fingerprint_sees_settings_and_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Preprocess(32)
     assert plain.fingerprint() == Preprocess(32).fingerprint()
     others = [Preprocess(48), Preprocess(32, resize=8 / 7), Preprocess(32, interpolation="bilinear"),
@@ -239,7 +241,7 @@ def test_the_fingerprint_sees_settings_and_pixels(monkeypatch):
     assert plain.fingerprint() != before
 
 
-def test_classifying_needs_no_ray(folder, tmp_path):
+def test_classifying_needs_no_ray(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(encoded(picture()))
     code = (
         "import sys, imbvlm; assert 'torch' not in sys.modules; "
@@ -252,7 +254,7 @@ def test_classifying_needs_no_ray(folder, tmp_path):
     assert CLASS_NAMES[0] in names
 
 
-def test_batches_do_not_change_what_is_found(folder, monkeypatch):
+def test_batches_do_not_change_what_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = imbvlm.load(folder, "cpu")
     images = [np.asarray(picture(seed)) for seed in range(7)]
     whole = model.predict(images)
@@ -264,7 +266,7 @@ def test_batches_do_not_change_what_is_found(folder, monkeypatch):
         torch.testing.assert_close(one.probabilities, other.probabilities)
 
 
-def test_an_exported_model_names_no_path_of_the_machine_it_was_made_on(folder, tmp_path):
+def test_an_exported_model_names_no_path_of_the_machine_it_was_made_on(folder: Path, tmp_path: Path) -> None:
     text = (folder / "config.json").read_text()
     assert str(folder.parent.parent) not in text
     assert json.loads(text)["encoder"]["name"] == "local-dir:tower"

@@ -1,5 +1,7 @@
 """An ONNX graph has tower, classifier and adjustments in it, and onnxruntime computes the model's logits from bytes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ pytestmark = [pytest.mark.slow]
 
 @pytest.mark.parametrize("method", ["linear_probe", "decoder"])
 @pytest.mark.parametrize("kind", ["vit", "resnet", "timm_siglip", "timm_efficientnet"])
-def test_onnxruntime_gives_the_models_probabilities(tmp_path, kind, method):
+def test_onnxruntime_gives_the_models_probabilities(tmp_path: Path, kind: str, method: str) -> None:
     import onnxruntime
 
     folder = write_model_folder(tmp_path, kind, method)
@@ -28,12 +30,12 @@ def test_onnxruntime_gives_the_models_probabilities(tmp_path, kind, method):
     np.testing.assert_allclose(torch.from_numpy(logits).softmax(dim=1).numpy(), probabilities, atol=1e-5)
 
 
-def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model_folder(tmp_path)
     model = imbvlm.load(folder, "cpu")
     export = onnx_export._export
 
-    def other_weights(model, path):
+    def other_weights(model: torch.nn.Module, path: Path) -> None:
         export(model, path)
         with torch.no_grad():
             model.network.classifier.classifier.weight.mul_(2)

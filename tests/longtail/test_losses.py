@@ -4,6 +4,8 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,18 +31,20 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 COUNTS = torch.tensor([500, 120, 30, 4, 1, 0])
 
 
-def batch(rows=16, num_classes=6, seed=0, scale=2.0, dtype=torch.float64):
+def batch(
+    rows: int = 16, num_classes: int = 6, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, num_classes, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, num_classes, (rows,), generator=generator)
     return logits.to(dtype), targets
 
 
-def value(name, logits, targets, counts=COUNTS, **knobs):
+def value(name: str, logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **knobs: Any) -> Tensor:
     return LOSSES[name].function(logits, targets, counts, **knobs)
 
 
-def assert_same(a, b, tolerance=1e-12):
+def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -63,7 +67,9 @@ def assert_same(a, b, tolerance=1e-12):
         ("cross_entropy", {"label_smoothing": 0.0}, "cross_entropy", {}),
     ],
 )
-def test_a_loss_becomes_another_at_the_edge_of_its_knob(name, knobs, other, other_knobs):
+def test_a_loss_becomes_another_at_the_edge_of_its_knob(
+    name: str, knobs: dict[str, float], other: str, other_knobs: dict[Any, Any]
+) -> None:
     logits, targets = batch()
     assert_same(value(name, logits, targets, **knobs), value(other, logits, targets, **other_knobs), 1e-6)
 
@@ -71,20 +77,20 @@ def test_a_loss_becomes_another_at_the_edge_of_its_knob(name, knobs, other, othe
 @pytest.mark.parametrize(
     "name", ["inverse_frequency", "effective_number", "generalized_reweight", "balanced_softmax", "logit_adjustment"]
 )
-def test_with_equal_counts_nothing_is_left_to_correct(name):
+def test_with_equal_counts_nothing_is_left_to_correct(name: str) -> None:
     logits, targets = batch()
     equal = torch.full((6,), 37)
     assert_same(value(name, logits, targets, equal), value("cross_entropy", logits, targets))
 
 
-def test_cross_entropy_is_torchs_own_with_smoothing_too():
+def test_cross_entropy_is_torchs_own_with_smoothing_too() -> None:
     logits, targets = batch()
     expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
     assert_same(value("cross_entropy", logits, targets, label_smoothing=0.1), expected)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in LOSSES.items() if entry.takes_soft_targets])
-def test_smoothing_moves_a_share_of_the_target_to_all_classes(name):
+def test_smoothing_moves_a_share_of_the_target_to_all_classes(name: str) -> None:
     """None: the loss without it. All: no class is more of a target than another. In between, so much of each."""
     logits, targets = batch()
     plain, everything = (value(name, logits, targets, label_smoothing=share) for share in (0.0, 1.0))
@@ -94,14 +100,14 @@ def test_smoothing_moves_a_share_of_the_target_to_all_classes(name):
     assert_same(*(value(name, logits, y, equal, label_smoothing=1.0) for y in (targets, (targets + 1) % 6)))
 
 
-def test_a_weighted_loss_is_torchs_weighted_mean():
+def test_a_weighted_loss_is_torchs_weighted_mean() -> None:
     logits, targets = batch()
     weights = COUNTS.double().clamp(min=0.5).pow(-1)
     expected = torch.nn.functional.cross_entropy(logits, targets, weight=weights)
     assert_same(value("inverse_frequency", logits, targets), expected)
 
 
-def test_ldam_scales_only_the_margin():
+def test_ldam_scales_only_the_margin() -> None:
     logits, targets = batch()
     assert_same(
         value("ldam", logits, targets, max_margin=0.3, margin_scale=25.0),
@@ -109,13 +115,13 @@ def test_ldam_scales_only_the_margin():
     )
 
 
-def test_an_empty_class_does_not_change_the_margins_of_the_others():
+def test_an_empty_class_does_not_change_the_margins_of_the_others() -> None:
     logits, targets = batch(num_classes=5)
     absent = torch.cat([logits, torch.full((len(logits), 1), -1e4, dtype=torch.float64)], dim=1)
     assert_same(value("ldam", logits, targets, COUNTS[:5]), value("ldam", absent, targets, COUNTS))
 
 
-def test_deferred_reweighting_of_ldam_is_by_effective_number():
+def test_deferred_reweighting_of_ldam_is_by_effective_number() -> None:
     logits, targets = batch()
     weights = effective_number_weights(COUNTS)
     assert weights.mean().item() == pytest.approx(1)
@@ -129,38 +135,38 @@ def test_deferred_reweighting_of_ldam_is_by_effective_number():
 # -------------------------------------------------------------------- the same formula, written again in numpy
 
 
-def numpy_nll(z, y):
+def numpy_nll(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     z = z - z.max(axis=1, keepdims=True)
     return np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]
 
 
-def numpy_prior(n):
+def numpy_prior(n: np.ndarray) -> np.ndarray:
     n = np.maximum(n, 0.5)
     return n / n.sum()
 
 
-def numpy_smoothed(z, y, smoothing):
+def numpy_smoothed(z: np.ndarray, y: np.ndarray, smoothing: float) -> np.ndarray:
     others = np.mean([numpy_nll(z, np.full(len(y), c)) for c in range(z.shape[1])], axis=0)
     return (1 - smoothing) * numpy_nll(z, y) + smoothing * others
 
 
-def numpy_weighted(z, y, w, smoothing):
+def numpy_weighted(z: np.ndarray, y: np.ndarray, w: np.ndarray, smoothing: float) -> float:
     return (w[y] * numpy_smoothed(z, y, smoothing)).sum() / w[y].sum()
 
 
-def numpy_focal(z, y, n, gamma):
+def numpy_focal(z: np.ndarray, y: np.ndarray, n: np.ndarray, gamma: float) -> float:
     p = np.exp(-numpy_nll(z, y))
     return ((1 - p) ** gamma * -np.log(p)).mean()
 
 
-def numpy_ldam(z, y, n, max_margin, margin_scale):
+def numpy_ldam(z: np.ndarray, y: np.ndarray, n: np.ndarray, max_margin: float, margin_scale: float) -> float:
     m = np.maximum(n, n[n > 0].min()) ** -0.25
     z = z.copy()
     z[np.arange(len(y)), y] -= margin_scale * (max_margin * m / m.max())[y]
     return numpy_nll(z, y).mean()
 
 
-def numpy_lade(z, y, n, remine_lambda, weight):
+def numpy_lade(z: np.ndarray, y: np.ndarray, n: np.ndarray, remine_lambda: float, weight: float) -> float:
     prior = numpy_prior(n)
     num_classes = len(n)
     estimator = 0.0
@@ -211,7 +217,7 @@ FORMULAS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
 
 @every_loss
 @pytest.mark.parametrize("seed", range(3))
-def test_a_loss_is_its_formula(name, seed):
+def test_a_loss_is_its_formula(name: str, seed: int) -> None:
     knobs, formula = FORMULAS[name]
     logits, targets = batch(rows=23, seed=seed)
     expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **knobs)
@@ -252,7 +258,7 @@ def test_the_case_of_logit_adjustment_is_exact(name: str) -> None:
 
 
 @every_loss
-def test_gradients_are_the_derivatives(name):
+def test_gradients_are_the_derivatives(name: str) -> None:
     logits, targets = batch(rows=7)
     assert torch.autograd.gradcheck(lambda z: value(name, z, targets), logits.requires_grad_())
 
@@ -260,7 +266,7 @@ def test_gradients_are_the_derivatives(name):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("right", [True, False])
-def test_logits_of_ten_thousand_give_a_finite_loss_and_gradient(name, dtype, right):
+def test_logits_of_ten_thousand_give_a_finite_loss_and_gradient(name: str, dtype: torch.dtype, right: bool) -> None:
     logits = torch.full((6, 6), -1e4)
     places = torch.arange(6)
     logits[places, places if right else (places + 1) % 6] = 1e4
@@ -273,7 +279,7 @@ def test_logits_of_ten_thousand_give_a_finite_loss_and_gradient(name, dtype, rig
 
 
 @every_loss
-def test_a_confident_right_answer_has_no_nan(name):
+def test_a_confident_right_answer_has_no_nan(name: str) -> None:
     logits = torch.zeros(2, 6)
     logits[:, 0] = 200.0
     logits.requires_grad_()
@@ -282,14 +288,14 @@ def test_a_confident_right_answer_has_no_nan(name):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
-def test_focal_stays_finite_where_gamma_is_below_one(gamma):
+def test_focal_stays_finite_where_gamma_is_below_one(gamma: float) -> None:
     logits = torch.tensor([[60.0, 0, 0], [0, 60, 0]], requires_grad=True)
     value("focal", logits, torch.tensor([0, 0]), COUNTS[:3], gamma=gamma).backward()
     assert torch.isfinite(logits.grad).all()
 
 
 @every_loss
-def test_half_precision_is_computed_in_float32(name):
+def test_half_precision_is_computed_in_float32(name: str) -> None:
     logits, targets = batch(dtype=torch.bfloat16)
     assert_same(value(name, logits, targets), value(name, logits.float(), targets), 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -297,7 +303,7 @@ def test_half_precision_is_computed_in_float32(name):
 
 
 @every_loss
-def test_classes_that_the_batch_lacks_and_one_class_alone_are_fine(name):
+def test_classes_that_the_batch_lacks_and_one_class_alone_are_fine(name: str) -> None:
     logits, _ = batch(rows=4)
     for targets in (torch.full((4,), 5), torch.zeros(4, dtype=torch.long)):
         assert torch.isfinite(value(name, logits, targets))
@@ -307,21 +313,21 @@ def test_classes_that_the_batch_lacks_and_one_class_alone_are_fine(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"lade"}))  # whose estimator is of the logits themselves
-def test_adding_a_constant_to_all_logits_of_a_row_changes_nothing(name):
+def test_adding_a_constant_to_all_logits_of_a_row_changes_nothing(name: str) -> None:
     logits, targets = batch()
     shifted = logits + torch.arange(len(logits), dtype=torch.float64)[:, None]
     assert_same(value(name, logits, targets), value(name, shifted, targets), 1e-9)
 
 
 @every_loss
-def test_the_order_of_rows_changes_nothing(name):
+def test_the_order_of_rows_changes_nothing(name: str) -> None:
     logits, targets = batch()
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(3))
     assert_same(value(name, logits, targets), value(name, logits[order], targets[order]), 1e-12)
 
 
 @every_loss
-def test_the_order_of_classes_changes_nothing(name):
+def test_the_order_of_classes_changes_nothing(name: str) -> None:
     logits, targets = batch()
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     renamed = torch.argsort(order)[targets]
@@ -329,7 +335,7 @@ def test_the_order_of_classes_changes_nothing(name):
 
 
 @every_loss
-def test_a_pack_of_trials_runs_in_one_call(name):
+def test_a_pack_of_trials_runs_in_one_call(name: str) -> None:
     """Knobs as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
     knobs = {knob: torch.tensor([0.3, 0.6, 0.9]) for knob in default_options(name) if knob not in SET_BY_THE_LOOP}
     logits = torch.stack([batch(seed=seed)[0] for seed in range(3)])
@@ -343,7 +349,7 @@ def test_a_pack_of_trials_runs_in_one_call(name):
 @every_loss
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_wild_inputs_stay_finite(name, data):
+def test_wild_inputs_stay_finite(name: str, data: st.DataObject) -> None:
     num_classes = data.draw(st.integers(2, 8))
     rows = data.draw(st.integers(1, 6))
     counts = data.draw(st.lists(st.integers(0, 10**7), min_size=num_classes, max_size=num_classes))
@@ -362,7 +368,7 @@ def test_wild_inputs_stay_finite(name, data):
 # --------------------------------------------------------------------------------------------------- building
 
 
-def test_an_unknown_name_or_option_is_refused_with_the_nearest_valid_one():
+def test_an_unknown_name_or_option_is_refused_with_the_nearest_valid_one() -> None:
     with pytest.raises(ImbvlmError, match="balanced_softmax"):
         build_loss("balanced_softmx", COUNTS)
     with pytest.raises(ImbvlmError, match="gamma"):
@@ -372,13 +378,13 @@ def test_an_unknown_name_or_option_is_refused_with_the_nearest_valid_one():
 
 
 @pytest.mark.parametrize("counts", [[0.7, 0.3], [3, -1], [[1, 2]], [float("nan"), 1]])
-def test_counts_that_are_not_images_per_class_are_refused(counts):
+def test_counts_that_are_not_images_per_class_are_refused(counts: list[float | list[int]]) -> None:
     with pytest.raises(ImbvlmError, match="class_counts"):
         build_loss("balanced_softmax", counts)
 
 
 @every_loss
-def test_a_built_loss_is_the_pure_one(name):
+def test_a_built_loss_is_the_pure_one(name: str) -> None:
     logits, targets = batch()
     knobs = FORMULAS[name][0]
     assert_same(build_loss(name, COUNTS.numpy(), **knobs)(logits, targets), value(name, logits, targets, **knobs), 0)
@@ -390,11 +396,11 @@ def test_a_built_loss_is_the_pure_one(name):
 class Threads:
     """Workers as threads that meet at a barrier; what each gave is added in rank order."""
 
-    def __init__(self, world_size):
+    def __init__(self, world_size: int) -> None:
         self.barrier = threading.Barrier(world_size, timeout=20)
         self.given: list[Tensor | None] = [None] * world_size
 
-    def worker(self, rank):
+    def worker(self, rank: int) -> Any:
         shared = self
 
         class Worker:
@@ -403,7 +409,7 @@ class Threads:
             def __init__(self) -> None:
                 self.rank = rank
 
-            def _meet(self, tensor, combine):
+            def _meet(self, tensor: Tensor, combine: Callable[..., Any]) -> Tensor:
                 assert not tensor.requires_grad
                 shared.given[rank] = tensor
                 shared.barrier.wait()
@@ -411,21 +417,23 @@ class Threads:
                 shared.barrier.wait()
                 return result
 
-            def sum(self, tensor):
+            def sum(self, tensor: Tensor) -> Tensor:
                 return self._meet(tensor, torch.sum)
 
-            def max(self, tensor):
+            def max(self, tensor: Tensor) -> Tensor:
                 return self._meet(tensor, torch.amax)
 
         return Worker()
 
 
-def shares(name, parts, logits, targets, counts=COUNTS, **knobs):
+def shares(
+    name: str, parts: list[Tensor], logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **knobs: Any
+) -> Any:
     """Each worker's loss and the gradient of its own rows, for the given rows of each."""
     meeting = Threads(len(parts))
     results: list = [None] * len(parts)
 
-    def work(rank):
+    def work(rank: int) -> None:
         local = logits[parts[rank]].clone().requires_grad_()
         loss = build_loss(name, counts, workers=meeting.worker(rank), **knobs)(local, targets[parts[rank]])
         loss.backward()
@@ -445,7 +453,7 @@ def shares(name, parts, logits, targets, counts=COUNTS, **knobs):
     [(8, 8), (15, 1), (16, 0), (0, 16), (4, 4, 4, 4), (1, 0, 14, 1)],
     ids=lambda sizes: "+".join(map(str, sizes)),
 )
-def test_the_average_over_workers_is_the_global_loss_and_gradient(name, sizes):
+def test_the_average_over_workers_is_the_global_loss_and_gradient(name: str, sizes: tuple[int, ...]) -> None:
     logits, targets = batch(rows=16)
     starts = np.cumsum((0, *sizes))
     parts = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=False)]
@@ -459,7 +467,7 @@ def test_the_average_over_workers_is_the_global_loss_and_gradient(name, sizes):
 
 
 @every_loss
-def test_no_rows_on_any_worker_is_a_loss_of_zero(name):
+def test_no_rows_on_any_worker_is_a_loss_of_zero(name: str) -> None:
     empty = torch.arange(0)
     logits, targets = batch()
     for loss, _ in shares(name, [empty, empty], logits, targets):
@@ -475,23 +483,23 @@ class Gloo:
         return dist.get_rank()
 
     @property
-    def world_size(self):
+    def world_size(self) -> int:
         return dist.get_world_size()
 
-    def sum(self, tensor):
+    def sum(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
-    def max(self, tensor):
+    def max(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     @staticmethod
-    def _reduce(tensor, how):
+    def _reduce(tensor: Tensor, how: Any) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor, op=how)
         return tensor
 
 
-def train_on_gloo(rank, folder, world_size, sizes):
+def train_on_gloo(rank: int, folder: Path, world_size: int, sizes: list[int]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     found = {}
     start = sum(sizes[:rank])
@@ -512,7 +520,7 @@ def train_on_gloo(rank, folder, world_size, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(5, 4), (7, 0)], ids=["uneven", "one empty"])
-def test_two_real_processes_train_as_one(tmp_path, sizes):
+def test_two_real_processes_train_as_one(tmp_path: Path, sizes: tuple[int, int]) -> None:
     mp.spawn(train_on_gloo, args=(str(tmp_path), 2, sizes), nprocs=2)
     found = json.loads((tmp_path / "found.json").read_text())
     for name in LOSSES:

@@ -1,10 +1,14 @@
 """Linear and cosine classifiers: their formula, their start, zero vectors, precision."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.schema import Section
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
 from imbvlm.models.classifier import CosineClassifier, LinearClassifier, build_classifier, l2_normalize
 
@@ -12,18 +16,18 @@ LINEAR, COSINE = LinearClassifierConfig(), CosineClassifierConfig(temperature=0.
 both = pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
 
 
-def features(rows=5, width=12, seed=0):
+def features(rows: int = 5, width: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_linear_is_torchs_own():
+def test_linear_is_torchs_own() -> None:
     classifier = build_classifier(LINEAR, 12, 7).double()
     x = features()
     assert classifier.bias.shape == (7,)
     torch.testing.assert_close(classifier(x), x @ classifier.weight.T + classifier.bias)
 
 
-def test_cosine_is_the_cosine_over_the_temperature():
+def test_cosine_is_the_cosine_over_the_temperature() -> None:
     classifier = build_classifier(COSINE, 12, 7).double()
     x = features()
     expected = F.cosine_similarity(x[:, None], classifier.weight[None], dim=-1) / 0.04
@@ -31,7 +35,7 @@ def test_cosine_is_the_cosine_over_the_temperature():
     assert set(classifier.state_dict()) == {"weight"}
 
 
-def test_cosine_knows_no_lengths():
+def test_cosine_knows_no_lengths() -> None:
     classifier = build_classifier(COSINE, 12, 7).double()
     x = features()
     expected = classifier(x)
@@ -41,7 +45,7 @@ def test_cosine_knows_no_lengths():
     torch.testing.assert_close(classifier(x), expected)
 
 
-def test_cosine_starts_on_the_sphere():
+def test_cosine_starts_on_the_sphere() -> None:
     classifier = build_classifier(COSINE, 512, 50)
     torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(50))
     cosines = (classifier.weight @ classifier.weight.T).fill_diagonal_(0)
@@ -49,7 +53,7 @@ def test_cosine_starts_on_the_sphere():
 
 
 @both
-def test_zero_vectors_give_finite_logits_and_gradients(config):
+def test_zero_vectors_give_finite_logits_and_gradients(config: Section) -> None:
     classifier = build_classifier(config, 12, 7)
     with torch.no_grad():
         classifier.weight[2].zero_()
@@ -65,7 +69,7 @@ def test_zero_vectors_give_finite_logits_and_gradients(config):
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_unit_vectors_have_length_1_and_true_gradients(scale):
+def test_unit_vectors_have_length_1_and_true_gradients(scale: float) -> None:
     vectors = (scale * features()).requires_grad_()
     torch.testing.assert_close(l2_normalize(vectors).norm(dim=1), torch.ones(5, dtype=torch.float64))
     if scale == 1.0:
@@ -73,7 +77,7 @@ def test_unit_vectors_have_length_1_and_true_gradients(scale):
 
 
 @both
-def test_it_starts_from_given_weights(config):
+def test_it_starts_from_given_weights(config: Section) -> None:
     given = features(rows=7, seed=1)
     classifier = build_classifier(config, 12, 7, init_weight=given).double()
     torch.testing.assert_close(classifier.weight, given, rtol=1e-6, atol=1e-6)
@@ -86,7 +90,7 @@ def test_it_starts_from_given_weights(config):
 
 
 @both
-def test_a_class_without_a_mean_starts_at_random_and_learns(config):
+def test_a_class_without_a_mean_starts_at_random_and_learns(config: Section) -> None:
     given = features(rows=7, seed=1)
     given[3] = 0
     classifier = build_classifier(config, 12, 7, init_weight=given)
@@ -96,13 +100,13 @@ def test_a_class_without_a_mean_starts_at_random_and_learns(config):
 
 
 @both
-def test_weights_of_another_shape_are_refused(config):
+def test_weights_of_another_shape_are_refused(config: Section) -> None:
     with pytest.raises(ImbvlmError, match=r"\(7, 10\).*\(7, 12\)"):
         build_classifier(config, 12, 7, init_weight=torch.zeros(7, 10))
 
 
 @both
-def test_the_same_seed_starts_the_same(config):
+def test_the_same_seed_starts_the_same(config: Section) -> None:
     torch.manual_seed(1)
     first = build_classifier(config, 12, 7).weight
     torch.manual_seed(1)
@@ -111,7 +115,7 @@ def test_the_same_seed_starts_the_same(config):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_logits_are_float32_whatever_comes_in(config, dtype):
+def test_logits_are_float32_whatever_comes_in(config: Section, dtype: torch.dtype) -> None:
     classifier = build_classifier(config, 12, 7)
     x = features().to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -121,14 +125,14 @@ def test_logits_are_float32_whatever_comes_in(config, dtype):
 
 
 @both
-def test_a_batch_without_rows_passes(config):
+def test_a_batch_without_rows_passes(config: Section) -> None:
     out = build_classifier(config, 12, 7)(torch.zeros(0, 12))
     assert out.shape == (0, 7)
     out.sum().backward()
 
 
 @pytest.mark.parametrize("build", [lambda: LinearClassifier(8, 3), lambda: CosineClassifier(8, 3, 0.1)])
-def test_it_learns(build):
+def test_it_learns(build: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     classifier = build()
     centres = torch.randn(3, 8)

@@ -1,5 +1,7 @@
 """The decoder: against a plain full computation, its start, its edges, and that it learns."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,17 +14,19 @@ from imbvlm.models.decoder import Decoder, num_parameters
 WIDTH = 24
 
 
-def config(**knobs):
+def config(**knobs: Any) -> DecoderConfig:
     return DecoderConfig(**{"depth": 2, "num_heads": 4, **knobs})
 
 
-def tokens(rows=3, length=7, width=WIDTH, seed=0, dtype=torch.float64):
+def tokens(
+    rows: int = 3, length: int = 7, width: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         dtype
     )
 
 
-def scrambled(decoder, seed=0):
+def scrambled(decoder: Decoder, seed: int = 0) -> Decoder:
     """Every parameter at random, biases and norms too, so that none can be left out unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -31,7 +35,7 @@ def scrambled(decoder, seed=0):
     return decoder.double()
 
 
-def reference(decoder, x):
+def reference(decoder: Decoder, x: torch.Tensor) -> torch.Tensor:
     """The same decoder in torch's own modules, every block in full."""
     if not decoder.has_class_token:
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
@@ -50,7 +54,9 @@ def reference(decoder, x):
 @pytest.mark.parametrize("num_heads", [1, 2, 8])
 @pytest.mark.parametrize("has_class_token", [True, False])
 @pytest.mark.parametrize("width", [None, 16])
-def test_output_and_gradients_are_those_of_plain_full_blocks(depth, num_heads, has_class_token, width):
+def test_output_and_gradients_are_those_of_plain_full_blocks(
+    depth: int, num_heads: int, has_class_token: bool, width: int | None
+) -> None:
     decoder = scrambled(Decoder(WIDTH, config(depth=depth, num_heads=num_heads, width=width), has_class_token))
     mine, theirs = tokens().requires_grad_(), tokens().requires_grad_()
     out, expected = decoder(mine), reference(decoder, theirs)
@@ -65,7 +71,7 @@ def test_output_and_gradients_are_those_of_plain_full_blocks(depth, num_heads, h
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-8, msg=name)
 
 
-def test_in_float32_at_a_real_width_the_last_block_is_the_full_one():
+def test_in_float32_at_a_real_width_the_last_block_is_the_full_one() -> None:
     torch.manual_seed(0)
     decoder = Decoder(768, config(depth=1), has_class_token=True)
     x = tokens(rows=4, length=50, width=768, dtype=torch.float32)
@@ -73,7 +79,7 @@ def test_in_float32_at_a_real_width_the_last_block_is_the_full_one():
     torch.testing.assert_close(decoder(x), decoder.blocks[0](normed)[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_the_derivatives():
+def test_gradients_are_the_derivatives() -> None:
     decoder = scrambled(Decoder(8, config(depth=2, num_heads=2), has_class_token=False))
     assert torch.autograd.gradcheck(decoder, tokens(rows=2, length=3, width=8).requires_grad_())
 
@@ -81,13 +87,13 @@ def test_gradients_are_the_derivatives():
 # ------------------------------------------------------------------------------------------- start and edges
 
 
-def tower_norm():
+def tower_norm() -> tuple[torch.Tensor, torch.Tensor, float]:
     generator = torch.Generator().manual_seed(5)
     weight = torch.rand(WIDTH, generator=generator) + 0.5
     return weight, torch.randn(WIDTH, generator=generator), 1e-3
 
 
-def test_the_input_norm_starts_as_the_towers_and_does_not_share_its_memory():
+def test_the_input_norm_starts_as_the_towers_and_does_not_share_its_memory() -> None:
     weight, bias, eps = tower_norm()
     decoder = Decoder(WIDTH, config(depth=0), True, (weight, bias, eps)).double()
     x = tokens()
@@ -99,7 +105,7 @@ def test_the_input_norm_starts_as_the_towers_and_does_not_share_its_memory():
 
 
 @pytest.mark.parametrize("has_class_token", [True, False])
-def test_identity_blocks_give_what_depth_0_gives(has_class_token):
+def test_identity_blocks_give_what_depth_0_gives(has_class_token: bool) -> None:
     """With the tower's norm that is its pooled output, so that text weights fit the classifier behind."""
     identity = Decoder(WIDTH, config(depth=3, init="identity"), has_class_token, tower_norm())
     none = Decoder(WIDTH, config(depth=0), has_class_token, tower_norm())
@@ -107,7 +113,7 @@ def test_identity_blocks_give_what_depth_0_gives(has_class_token):
     assert torch.equal(identity(x), none(x))
 
 
-def test_identity_blocks_learn():
+def test_identity_blocks_learn() -> None:
     torch.manual_seed(0)
     decoder = Decoder(WIDTH, config(init="identity"), True)
     x = tokens(dtype=torch.float32)
@@ -121,46 +127,46 @@ def test_identity_blocks_learn():
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_depth_0_without_norm_is_the_class_token_or_the_mean_token():
+def test_depth_0_without_norm_is_the_class_token_or_the_mean_token() -> None:
     x = tokens()
     torch.testing.assert_close(Decoder(WIDTH, config(depth=0, input_norm="none"), True)(x), x[:, 0])
     torch.testing.assert_close(Decoder(WIDTH, config(depth=0, input_norm="none"), False)(x), x.mean(dim=1))
 
 
-def test_the_mean_is_of_the_raw_tokens():
+def test_the_mean_is_of_the_raw_tokens() -> None:
     decoder = Decoder(WIDTH, config(depth=0), False).double()
     x = tokens()
     torch.testing.assert_close(decoder(x), F.layer_norm(x.mean(dim=1), (WIDTH,)))
 
 
-def test_a_narrower_width_projects_after_the_norm():
+def test_a_narrower_width_projects_after_the_norm() -> None:
     decoder = Decoder(WIDTH, config(depth=0, width=8), True).double()
     assert decoder.width == 8
     x = tokens()
     torch.testing.assert_close(decoder(x), decoder.projection(F.layer_norm(x, (WIDTH,)))[:, 0])
 
 
-def test_there_is_no_norm_at_the_end():
+def test_there_is_no_norm_at_the_end() -> None:
     torch.manual_seed(0)
     decoder = Decoder(WIDTH, config(input_norm="none", init="identity"), True).double()
     assert decoder(1000 * tokens()).norm() > 1000
 
 
-def test_the_order_of_other_tokens_does_not_matter():
+def test_the_order_of_other_tokens_does_not_matter() -> None:
     decoder = scrambled(Decoder(WIDTH, config(depth=3), True))
     x = tokens()
     order = torch.tensor([0, 4, 2, 6, 1, 3, 5])
     torch.testing.assert_close(decoder(x), decoder(x[:, order]))
 
 
-def test_one_row_is_the_same_alone_and_in_a_batch():
+def test_one_row_is_the_same_alone_and_in_a_batch() -> None:
     decoder = scrambled(Decoder(WIDTH, config(depth=3), False))
     x = tokens()
     torch.testing.assert_close(decoder(x)[1:2], decoder(x[1:2]))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_a_batch_without_rows_passes(depth):
+def test_a_batch_without_rows_passes(depth: int) -> None:
     decoder = Decoder(WIDTH, config(depth=depth), False)
     out = decoder(torch.zeros(0, 7, WIDTH))
     assert out.shape == (0, WIDTH)
@@ -168,20 +174,20 @@ def test_a_batch_without_rows_passes(depth):
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_stored_half_precision_tokens_are_read_as_they_are(depth):
+def test_stored_half_precision_tokens_are_read_as_they_are(depth: int) -> None:
     torch.manual_seed(0)
     decoder = Decoder(WIDTH, config(depth=depth), False)
     x = tokens(dtype=torch.float16)
     assert torch.equal(decoder(x), decoder(x.float()))
 
 
-def test_under_bfloat16_autocast_outputs_and_gradients_stay_close():
+def test_under_bfloat16_autocast_outputs_and_gradients_stay_close() -> None:
     torch.manual_seed(0)
     decoder = Decoder(96, config(depth=2), True)
     x = tokens(rows=8, length=50, width=96, dtype=torch.float32)
     direction = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 
-    def run(enabled):
+    def run(enabled: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         decoder.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = decoder(x).float()
@@ -199,18 +205,18 @@ def test_under_bfloat16_autocast_outputs_and_gradients_stay_close():
         assert difference < 0.03, name
 
 
-def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do():
+def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do() -> None:
     with pytest.raises(ImbvlmError, match=r"must divide the decoder's width of 24, got 5\. Set decoder\.num_heads: 4"):
         Decoder(24, config(num_heads=5), True)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"depth": 0}, {"width": 8}, {"input_norm": "none", "mlp_ratio": 1.3}])
-def test_parameters_are_counted_without_building_it(knobs):
+def test_parameters_are_counted_without_building_it(knobs: dict[str, str | float]) -> None:
     built = Decoder(WIDTH, config(**knobs), True)
     assert num_parameters(WIDTH, config(**knobs)) == sum(one.numel() for one in built.parameters())
 
 
-def test_the_same_seed_starts_the_same():
+def test_the_same_seed_starts_the_same() -> None:
     torch.manual_seed(3)
     first = Decoder(WIDTH, config(), True).state_dict()
     torch.manual_seed(3)
@@ -218,7 +224,7 @@ def test_the_same_seed_starts_the_same():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_it_learns_what_only_attention_can_see():
+def test_it_learns_what_only_attention_can_see() -> None:
     """The label is the sign of one token's first number, and which token that is, another number says."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,8 @@
 """Second stages: formulas, starts, what trains and what stays frozen, and that they serve the tail."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from pydantic import TypeAdapter
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.schema import tag_of
+from imbvlm.config.input_sections import ClassSampling
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
 from imbvlm.config.second_stage_registry import SECOND_STAGES, SecondStageConfig, TrainedStage, loss_options
 from imbvlm.longtail.class_sampling import epoch_plan
@@ -33,16 +36,16 @@ TRAINED = [name for name, stage in SECOND_STAGES.items() if stage.build is not N
 ON_LOGITS = {"learnable_weight_scaling": LearnableWeightScaling, "disalign": DisAlign, "marc": Marc}
 
 
-def classifier(kind="linear", seed=0):
+def classifier(kind: str = "linear", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return build_classifier(KINDS[kind], WIDTH, CLASSES).double()
 
 
-def features(num=9, seed=0):
+def features(num: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def scrambled(stage, seed=0):
+def scrambled(stage: torch.nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in stage.parameters():
@@ -51,7 +54,7 @@ def scrambled(stage, seed=0):
     return stage.double()
 
 
-def allowed():
+def allowed() -> list[tuple[str, str]]:
     return [
         (name, kind)
         for name in TRAINED
@@ -63,15 +66,15 @@ def allowed():
 # --------------------------------------------------------------- the same formulas, written again in numpy
 
 
-def first_logits(x, first):
+def first_logits(x: np.ndarray, first: Any) -> np.ndarray:
     return x @ first.weight.detach().numpy().T + first.bias.detach().numpy()
 
 
-def numpy_scaling(x, first, stage):
+def numpy_scaling(x: np.ndarray, first: Any, stage: Any) -> np.ndarray:
     return stage.scale.detach().numpy() * first_logits(x, first)
 
 
-def numpy_disalign(x, first, stage):
+def numpy_disalign(x: np.ndarray, first: Any, stage: Any) -> np.ndarray:
     v, c = stage.confidence.weight.detach().numpy()[0], stage.confidence.bias.item()
     sigma = 1 / (1 + np.exp(-(x @ v + c)))[:, None]
     s, b = stage.scale.detach().numpy(), stage.bias.detach().numpy()
@@ -80,7 +83,7 @@ def numpy_disalign(x, first, stage):
     return sigma * ((1 + s) * z + b) + (1 - sigma) * z
 
 
-def numpy_marc(x, first, stage):
+def numpy_marc(x: np.ndarray, first: Any, stage: Any) -> np.ndarray:
     norms = np.sqrt((first.weight.detach().numpy() ** 2).sum(axis=1))
     return stage.scale.detach().numpy() * first_logits(x, first) + stage.bias.detach().numpy() * norms
 
@@ -89,7 +92,7 @@ FORMULAS = {"learnable_weight_scaling": numpy_scaling, "disalign": numpy_disalig
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)
-def test_a_stage_is_its_formula(name):
+def test_a_stage_is_its_formula(name: str) -> None:
     first = classifier()
     stage = scrambled(ON_LOGITS[name](first))
     x = features()
@@ -97,7 +100,7 @@ def test_a_stage_is_its_formula(name):
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)
-def test_stored_logits_give_what_features_give(name):
+def test_stored_logits_give_what_features_give(name: str) -> None:
     first = classifier()
     stage = scrambled(ON_LOGITS[name](first))
     x = features()
@@ -105,13 +108,13 @@ def test_stored_logits_give_what_features_give(name):
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)
-def test_gradients_are_the_derivatives(name):
+def test_gradients_are_the_derivatives(name: str) -> None:
     stage = scrambled(ON_LOGITS[name](classifier()))
     x = features(num=3)
     names = [key for key, value in stage.named_parameters() if value.requires_grad]
     values = [value.detach().clone().requires_grad_() for value in stage.parameters() if value.requires_grad]
 
-    def of_parameters(*given):
+    def of_parameters(*given: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(stage, dict(zip(names, given, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(of_parameters, values)
@@ -119,14 +122,14 @@ def test_gradients_are_the_derivatives(name):
 
 @pytest.mark.parametrize("name", ["learnable_weight_scaling", "marc"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scaling_and_marc_start_from_the_first_stage(name, kind):
+def test_scaling_and_marc_start_from_the_first_stage(name: str, kind: str) -> None:
     first = classifier(kind)
     x = features()
     torch.testing.assert_close(ON_LOGITS[name](first).double()(x), first(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_disalign_starts_with_the_first_stages_order(kind):
+def test_disalign_starts_with_the_first_stages_order(kind: str) -> None:
     """1 + sigma is the same for every class of an image, and sigma is near 1/2 for features as a decoder gives them."""
     first = classifier(kind)
     stage = DisAlign(first).double()
@@ -135,7 +138,7 @@ def test_disalign_starts_with_the_first_stages_order(kind):
     torch.testing.assert_close(stage(x), 1.5 * first(x), rtol=0.15, atol=0)
 
 
-def test_disaligns_confidence_weight_starts_at_a_tenth_of_torchs():
+def test_disaligns_confidence_weight_starts_at_a_tenth_of_torchs() -> None:
     torch.manual_seed(4)
     stage = DisAlign(classifier(seed=4))
     torch.manual_seed(4)
@@ -144,7 +147,7 @@ def test_disaligns_confidence_weight_starts_at_a_tenth_of_torchs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_retraining_starts_afresh_with_the_same_kind(kind):
+def test_retraining_starts_afresh_with_the_same_kind(kind: str) -> None:
     first = classifier(kind)
     fresh = fresh_classifier(first)
     assert type(fresh) is type(first)
@@ -159,7 +162,7 @@ def test_retraining_starts_afresh_with_the_same_kind(kind):
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
-def test_tau_normalized_is_its_formula(tau):
+def test_tau_normalized_is_its_formula(tau: float) -> None:
     first = classifier()
     x, weight = features(), first.weight.detach().numpy()
     expected = x.numpy() @ (weight / np.linalg.norm(weight, axis=1, keepdims=True) ** tau).T
@@ -167,13 +170,13 @@ def test_tau_normalized_is_its_formula(tau):
     assert first.bias.abs().sum() > 0  # the first stage keeps its own
 
 
-def test_tau_normalization_at_0_leaves_the_weights_and_at_1_makes_them_units():
+def test_tau_normalization_at_0_leaves_the_weights_and_at_1_makes_them_units() -> None:
     first = classifier()
     torch.testing.assert_close(tau_normalized(first, 0.0).weight.data, first.weight.data)
     torch.testing.assert_close(tau_normalized(first, 1.0).weight.norm(dim=1), torch.ones(CLASSES).double())
 
 
-def test_a_weight_of_zero_stays_finite():
+def test_a_weight_of_zero_stays_finite() -> None:
     first = classifier()
     with torch.no_grad():
         first.weight[2].zero_()
@@ -181,7 +184,7 @@ def test_a_weight_of_zero_stays_finite():
     assert torch.isfinite(Marc(first).double()(features())).all()
 
 
-def test_the_chosen_tau_makes_up_for_long_head_weights():
+def test_the_chosen_tau_makes_up_for_long_head_weights() -> None:
     directions = torch.eye(CLASSES, WIDTH, dtype=torch.float64)
     lengths = torch.tensor([8.0, 4, 2, 1, 0.5, 0.25], dtype=torch.float64)
     first = build_classifier(KINDS["linear"], WIDTH, CLASSES, init_weight=lengths[:, None] * directions).double()
@@ -197,7 +200,7 @@ def test_the_chosen_tau_makes_up_for_long_head_weights():
         assert score == pytest.approx(counters.per_class_accuracy().mean())
 
 
-def test_tau_normalization_without_validation_rows_is_refused():
+def test_tau_normalization_without_validation_rows_is_refused() -> None:
     with pytest.raises(ImbvlmError, match="validation rows"):
         best_tau(classifier(), features(0), torch.zeros(0, dtype=torch.long))
 
@@ -233,14 +236,14 @@ def test_a_stage_says_its_formula_and_paper(name: str) -> None:
     assert re.search(r"\[.+\d{4}.*\]", (entry.build or entry.select).load().__doc__)
 
 
-def long_tailed(seed=0):
+def long_tailed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Head classes outnumber tail classes, and each tail class lies beside a head class."""
     counts = torch.tensor([400, 300, 200, 8, 6, 4])
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
     centres[3:] = centres[:3] + 0.5 * centres[3:]
 
-    def draw(labels):
+    def draw(labels: torch.Tensor) -> torch.Tensor:
         return centres[labels] + 0.5 * torch.randn(len(labels), WIDTH, generator=generator, dtype=torch.float64)
 
     labels = torch.repeat_interleave(torch.arange(CLASSES), counts)
@@ -248,7 +251,15 @@ def long_tailed(seed=0):
     return counts, draw(labels), labels, draw(val_labels), val_labels
 
 
-def train(model, loss, x, labels, class_sampling, num_epochs=30, lr=0.1):
+def train(
+    model: torch.nn.Module,
+    loss: Callable[..., Any],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    class_sampling: ClassSampling,
+    num_epochs: int = 30,
+    lr: float = 0.1,
+) -> None:
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
     for epoch in range(num_epochs):
@@ -259,14 +270,14 @@ def train(model, loss, x, labels, class_sampling, num_epochs=30, lr=0.1):
             optimizer.step()
 
 
-def balanced(model, x, labels):
+def balanced(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
     counters = ClassCounters(CLASSES)
     counters.update(model(x).detach(), labels)
     return counters.per_class_accuracy().mean()
 
 
 @pytest.fixture(scope="module")
-def first_stages():
+def first_stages() -> dict[str, Any]:
     counts, x, labels, _, _ = long_tailed()
     found = {}
     for kind in KINDS:
@@ -276,7 +287,9 @@ def first_stages():
 
 
 @pytest.mark.parametrize(("name", "kind"), allowed())
-def test_training_serves_the_tail_and_leaves_the_first_stage_alone(first_stages, name, kind):
+def test_training_serves_the_tail_and_leaves_the_first_stage_alone(
+    first_stages: dict[str, Any], name: str, kind: str
+) -> None:
     counts, x, labels, val_x, val_labels = long_tailed()
     first, stage = first_stages[kind], SECOND_STAGES[name]
     before = {key: value.clone() for key, value in first.state_dict().items()}
@@ -296,7 +309,7 @@ def test_training_serves_the_tail_and_leaves_the_first_stage_alone(first_stages,
             assert torch.equal(model.first_stage.state_dict()[key], value)
 
 
-def test_tau_normalization_never_loses_on_validation_and_gains_here(first_stages):
+def test_tau_normalization_never_loses_on_validation_and_gains_here(first_stages: dict[str, Any]) -> None:
     _, _, _, val_x, val_labels = long_tailed()
     first = first_stages["linear"]
     choice = best_tau(first, val_x, val_labels)
@@ -305,7 +318,7 @@ def test_tau_normalization_never_loses_on_validation_and_gains_here(first_stages
 
 
 @pytest.mark.parametrize(("name", "kind"), allowed())
-def test_a_saved_stage_gives_the_same_logits_when_loaded(name, kind):
+def test_a_saved_stage_gives_the_same_logits_when_loaded(name: str, kind: str) -> None:
     x = features()
     model = scrambled(SECOND_STAGES[name].build(classifier(kind)))
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -316,7 +329,9 @@ def test_a_saved_stage_gives_the_same_logits_when_loaded(name, kind):
 
 @pytest.mark.parametrize(("name", "kind"), allowed())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_large_half_precision_features_and_zero_train_classes_stay_finite(name, kind, dtype):
+def test_large_half_precision_features_and_zero_train_classes_stay_finite(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
     model = SECOND_STAGES[name].build(classifier(kind).float())
     x = (1e4 * features()).to(dtype)
     x[0].zero_()
@@ -334,7 +349,7 @@ def test_large_half_precision_features_and_zero_train_classes_stay_finite(name, 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tau_normalization_of_large_half_precision_features_stays_finite(tau, dtype):
+def test_tau_normalization_of_large_half_precision_features_stays_finite(tau: float, dtype: torch.dtype) -> None:
     """Also for a class that has learned nothing, whose weights are 0."""
     first = classifier().float()
     with torch.no_grad():
@@ -350,14 +365,14 @@ def test_tau_normalization_of_large_half_precision_features_stays_finite(tau, dt
 
 
 @pytest.mark.parametrize(("name", "kind"), allowed())
-def test_a_batch_without_rows_passes(name, kind):
+def test_a_batch_without_rows_passes(name: str, kind: str) -> None:
     model = SECOND_STAGES[name].build(classifier(kind).float())
     out = model(torch.zeros(0, WIDTH))
     assert out.shape == (0, CLASSES)
     out.sum().backward()
 
 
-def test_what_trains_is_the_stage_alone():
+def test_what_trains_is_the_stage_alone() -> None:
     for name, build in ON_LOGITS.items():
         stage = build(classifier())
         assert not any(parameter.requires_grad for parameter in stage.first_stage.parameters())
@@ -365,7 +380,7 @@ def test_what_trains_is_the_stage_alone():
         assert trained == {"learnable_weight_scaling": 6, "disalign": 12 + 11, "marc": 12}[name]
 
 
-def test_focal_and_other_losses_reach_every_parameter():
+def test_focal_and_other_losses_reach_every_parameter() -> None:
     stage = DisAlign(classifier())
     F.cross_entropy(stage.double()(features()), torch.arange(9) % CLASSES).backward()
     for key, parameter in stage.named_parameters():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.training import checkpoint
-from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_run import TrialRun, build_trial
 
 FROZEN = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_encoder]
 RATES = {"prompt_tuning": {"optim__lr": 0.05}, "decoder": {"decoder__depth": 1}}
@@ -28,21 +30,21 @@ KINDS = ("vit", "resnet")
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyImages]:
     return {kind: TinyImages(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
-def trial(problem, method, **overrides):
+def trial(problem: TinyImages, method: str, **overrides: Any) -> TrialRun:
     config = problem.config(method, **{"train__num_epochs": 5, **RATES.get(method, {}), **overrides})
     return build_trial(config, problem.data(config))
 
 
-def numbers(run):
+def numbers(run: TrialRun) -> list[dict[str, Any]]:
     """Everything that a run gave but times."""
     return [{k: v for k, v in r.metrics.items() if not k.endswith(("seconds", "per_second"))} for r in run.epochs()]
 
 
-def weights(run):
+def weights(run: TrialRun) -> dict[str, torch.Tensor]:
     """Of the model, and of the text tower that prompts are read by."""
     text = getattr(getattr(run.model, "on_features", run.model), "_text", None)
     return {**run.model.state_dict(), **({} if text is None else text.tower.state_dict(prefix="text."))}
@@ -51,7 +53,9 @@ def weights(run):
 @pytest.mark.parametrize("stored", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", FROZEN)
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_frozen_tower(problems, kind, method, stored, tmp_path):
+def test_on_a_frozen_tower(
+    problems: dict[str, TinyImages], kind: str, method: str, stored: bool, tmp_path: Path
+) -> None:
     """Its loss falls, the tower stays bit for bit, the seed decides every number, and what is saved predicts it."""
     problem = problems[kind]
     run = trial(problem, method, features__store=stored)
@@ -79,7 +83,9 @@ def test_on_a_frozen_tower(problems, kind, method, stored, tmp_path):
 
 
 @pytest.mark.parametrize("classifier", ["linear", "cosine"])
-def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(problems, classifier):
+def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(
+    problems: dict[str, TinyImages], classifier: str
+) -> None:
     """On a ViT whose pooled output is its normed class token: the same start and the same course."""
     overrides = {"features__precision": "float32", "classifier__kind": classifier, "classifier__init": "class_mean"}
     probe = trial(problems["vit"], "linear_probe", **overrides)
@@ -103,7 +109,7 @@ def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(pro
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timm_efficientnet", "timm_convnext"])
 @pytest.mark.parametrize("method", ["linear_probe", "bias_tuning", "fine_tuning"])
-def test_other_convolution_towers_train_too(tmp_path, kind, method):
+def test_other_convolution_towers_train_too(tmp_path: Path, kind: str, method: str) -> None:
     problem = TinyImages(tmp_path, kind)
     layers = {"fine_tuning__layer_decay": 1.0} if method == "fine_tuning" else {}
     found = numbers(trial(problem, method, train__num_epochs=4, **layers))
@@ -132,10 +138,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 @pytest.mark.slow
-def test_context_of_8142_classes_trains_in_the_memory_of_a_chunk():
+def test_context_of_8142_classes_trains_in_the_memory_of_a_chunk() -> None:
     """Mebibytes that one step adds, through the text tower in the package."""
 
-    def added(num_classes, chunk_size):
+    def added(num_classes: int, chunk_size: int) -> int:
         # Freed memory goes back at once, so that what is seen is what is held.
         returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         arguments = [sys.executable, "-c", MEMORY, str(num_classes), str(chunk_size)]

@@ -1,6 +1,8 @@
 """Every method builds a model that reads what it says it reads; initialisations start where they promise."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import OUTPUT_NAMES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import needs_text
+from imbvlm.features.trial_data import TrialData
 from imbvlm.models.classifier_init import class_means, text_weights
 from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.models.model_builder import build_model, restore_model
@@ -26,17 +29,17 @@ CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_en
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(tmp_path_factory: pytest.TempPathFactory) -> TinyImages:
     return TinyImages(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
-def case(request, data, images):
+def case(request: pytest.FixtureRequest, data: TrialData, images: TinyImages) -> tuple[Any, Any, Any, Any]:
     """Configuration, data, three inputs and the tower of a case of CASES."""
     (method, on_images), *overrides = request.param
     overrides = {"features__store": False, **overrides[0]} if overrides else {"features__store": False}
@@ -50,7 +53,7 @@ def case(request, data, images):
     return config, images.data(config), batch, Encoder.from_config(config.encoder, config.eval)
 
 
-def some_batch(data, method):
+def some_batch(data: TrialData, method: str) -> torch.Tensor:
     return data.train.batch(METHODS[method].reads, np.array([0, 130, 200]), None).float()
 
 
@@ -58,7 +61,7 @@ def some_batch(data, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_says_what_it_is_in_one_sentence(method):
+def test_a_method_says_what_it_is_in_one_sentence(method: str) -> None:
     entry = METHODS[method]
     assert entry.reads in OUTPUT_NAMES
     assert entry.summary[0].isupper()
@@ -68,7 +71,7 @@ def test_a_method_says_what_it_is_in_one_sentence(method):
 
 
 @pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
-def test_a_method_maps_its_input_to_finite_logits_of_every_class(case):
+def test_a_method_maps_its_input_to_finite_logits_of_every_class(case: tuple[Any, Any, Any, Any]) -> None:
     config, data, batch, _ = case
     model = build_model(config, data.model_inputs, CPU)
     logits = model(batch)
@@ -78,7 +81,7 @@ def test_a_method_maps_its_input_to_finite_logits_of_every_class(case):
 
 
 @pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
-def test_a_method_trains_exactly_where_it_says_so(case):
+def test_a_method_trains_exactly_where_it_says_so(case: tuple[Any, Any, Any, Any]) -> None:
     config, data, batch, _ = case
     model = build_model(config, data.model_inputs, CPU)
     trainable = [param for param in model.parameters() if param.requires_grad]
@@ -98,7 +101,7 @@ KINDS = ({"classifier__kind": "linear"}, {"classifier__kind": "cosine"})
     indirect=True,
     ids=str,
 )
-def test_exported_weights_predict_without_the_training_data(case, tmp_path):
+def test_exported_weights_predict_without_the_training_data(case: tuple[Any, Any, Any, Any], tmp_path: Path) -> None:
     config, data, batch, tower = case
     model = build_model(config, data.model_inputs, CPU).eval()
     with torch.no_grad():
@@ -110,7 +113,7 @@ def test_exported_weights_predict_without_the_training_data(case, tmp_path):
     assert torch.equal(restored(batch), model(batch))
 
 
-def test_weights_of_another_configuration_are_refused(data, tmp_path):
+def test_weights_of_another_configuration_are_refused(data: TrialData, tmp_path: Path) -> None:
     model = build_model(tiny_config("linear_probe"), data.model_inputs, CPU)
     with pytest.raises(ImbvlmError, match="don't fit their configuration"):
         restore_model(tiny_config("decoder"), data.info, NUM_CLASSES, model.state_dict())
@@ -119,20 +122,20 @@ def test_weights_of_another_configuration_are_refused(data, tmp_path):
 # -------------------------------------------------------------------------------------------------- zero-shot
 
 
-def test_zero_shot_is_scaled_cosine_similarity(data):
+def test_zero_shot_is_scaled_cosine_similarity(data: TrialData) -> None:
     images = some_batch(data, "zero_shot")
     logits = build_model(tiny_config("zero_shot"), data.model_inputs, CPU)(images)
     cosine = functional.cosine_similarity(images[:, None], data.class_embeddings[None], dim=-1)
     torch.testing.assert_close(logits, data.info.logit_scale * cosine)
 
 
-def test_zero_shot_without_text_features_is_refused_with_the_mend(data):
+def test_zero_shot_without_text_features_is_refused_with_the_mend(data: TrialData) -> None:
     without = dataclasses.replace(data, class_embeddings=None)
     with pytest.raises(ImbvlmError, match="zero_shot needs the class names' text embeddings"):
         build_model(tiny_config("zero_shot"), without.model_inputs, CPU)
 
 
-def test_which_trials_need_text():
+def test_which_trials_need_text() -> None:
     assert needs_text(tiny_config("zero_shot"))
     assert needs_text(tiny_config("linear_probe", classifier__init="text"))
     assert not needs_text(tiny_config("linear_probe"))
@@ -141,7 +144,7 @@ def test_which_trials_need_text():
 # --------------------------------------------------------------------------------------------- initialisation
 
 
-def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(data):
+def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(data: TrialData) -> None:
     weights = text_weights(data.class_embeddings, data.tower["projection"], WIDTH)
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(NUM_CLASSES))
     feature = torch.randn(WIDTH)
@@ -150,7 +153,7 @@ def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(
     torch.testing.assert_close(weights @ feature * lengths, in_text_space, rtol=1e-4, atol=1e-4)
 
 
-def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data):
+def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data: TrialData) -> None:
     probe = build_model(tiny_config("linear_probe", classifier__init="text"), data.model_inputs, CPU)
     decoder = build_model(
         tiny_config("decoder", classifier__init="text", decoder__init="identity"), data.model_inputs, CPU
@@ -161,7 +164,7 @@ def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data):
     )
 
 
-def test_a_tower_without_projection_or_with_another_is_refused(data):
+def test_a_tower_without_projection_or_with_another_is_refused(data: TrialData) -> None:
     config = tiny_config("linear_probe", classifier__init="text")
     with pytest.raises(ImbvlmError, match="has no projection"):
         build_model(config, dataclasses.replace(data, tower={}).model_inputs, CPU)
@@ -169,7 +172,7 @@ def test_a_tower_without_projection_or_with_another_is_refused(data):
         text_weights(torch.ones(3, EMBEDDING_WIDTH), torch.ones(WIDTH + 1, EMBEDDING_WIDTH), WIDTH)
 
 
-def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data):
+def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data: TrialData) -> None:
     config = tiny_config("decoder", classifier__init="text", decoder__init="identity")
     without = {
         "needs an encoder with a class token": dataclasses.replace(data, info=tiny_info(has_class_token=False)),
@@ -180,7 +183,9 @@ def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data):
             build_model(config, inputs.model_inputs, CPU)
 
 
-def test_class_means_are_those_of_normalised_features_over_all_chunks(data, monkeypatch):
+def test_class_means_are_those_of_normalised_features_over_all_chunks(
+    data: TrialData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("imbvlm.models.classifier_init.CHUNK_SIZE", 50)
     means = class_means(torch.nn.Identity(), data.train, "pooled", NUM_CLASSES, WIDTH, CPU)
     features = data.train.batch("pooled", np.arange(len(data.train)), None).float()
@@ -189,13 +194,13 @@ def test_class_means_are_those_of_normalised_features_over_all_chunks(data, monk
     assert (means[NUM_CLASSES - 1] == 0).all()
 
 
-def test_a_class_without_images_starts_in_some_direction(data):
+def test_a_class_without_images_starts_in_some_direction(data: TrialData) -> None:
     model = build_model(tiny_config("linear_probe", classifier__init="class_mean"), data.model_inputs, CPU)
     assert model.classifier.weight.norm(dim=-1).min() > 0.1
 
 
 @pytest.mark.parametrize("width", [None, 8])
-def test_class_means_behind_a_decoder_are_of_the_decoders_output(data, width):
+def test_class_means_behind_a_decoder_are_of_the_decoders_output(data: TrialData, width: int | None) -> None:
     config = tiny_config("decoder", classifier__init="class_mean", decoder__width=width)
     model = build_model(config, data.model_inputs, CPU)
     with torch.no_grad():
@@ -204,7 +209,7 @@ def test_class_means_behind_a_decoder_are_of_the_decoders_output(data, width):
     torch.testing.assert_close(model.classifier.weight[0], functional.normalize(own, dim=0), atol=1e-5, rtol=1e-4)
 
 
-def test_the_decoder_starts_from_the_towers_final_norm(data):
+def test_the_decoder_starts_from_the_towers_final_norm(data: TrialData) -> None:
     model = build_model(tiny_config("decoder"), data.model_inputs, CPU)
     assert torch.equal(model.decoder.input_norm.weight, data.tower["final_norm.weight"])
     assert model.decoder.input_norm.eps == tiny_info().final_norm_eps

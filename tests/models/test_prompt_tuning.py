@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,14 @@ from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.trial_data import TrialData
 from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings
 from imbvlm.models.model_builder import build_model, restore_model
 from imbvlm.models.prompt_learner import (
     INIT_DEVIATION,
+    PromptClassifier,
+    PromptLayout,
     build_prompt_classifier,
     default_num_tokens,
     prompt_layout,
@@ -50,7 +55,7 @@ TOWERS = {
 
 
 @pytest.fixture(scope="module", params=TOWERS)
-def encoder(request, tmp_path_factory) -> Encoder:
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     config = TOWERS[request.param]
     name = "tinylit_lite0" if config is None else write_config(tmp_path_factory.mktemp(request.param), config)
     return Encoder.from_config(EncoderConfig(name=name), EvalConfig())
@@ -62,15 +67,15 @@ def embedded() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
-def tower_of(encoder):
+def tower_of(encoder: Encoder) -> TextTower:
     return TextTower(encoder.model, encoder.source.model_config["text_cfg"])
 
 
-def build(encoder, names=NAMES, seed=0, **knobs):
+def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **knobs: Any) -> PromptClassifier:
     config = PromptTuningConfig(**knobs)
     torch.manual_seed(seed)
     tokens = prompt_tokens(encoder, names, config.init_words)
@@ -82,7 +87,7 @@ def build(encoder, names=NAMES, seed=0, **knobs):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("per_class", [False, True])
-def test_zero_learned_tokens_are_zero_shot(encoder, position, per_class):
+def test_zero_learned_tokens_are_zero_shot(encoder: Encoder, position: str, per_class: bool) -> None:
     """Also for a name that is cut off, and one whose end makes one token with the full stop."""
     model = build(encoder, num_tokens=0, position=position, per_class=per_class).eval()
     expected = class_embeddings(encoder, NAMES, ["{}."])
@@ -101,7 +106,9 @@ def test_zero_learned_tokens_are_zero_shot(encoder, position, per_class):
         ("middle", "my good bright", "my {} good bright."),
     ],
 )
-def test_untouched_words_give_the_features_of_that_sentence(encoder, position, words, template):
+def test_untouched_words_give_the_features_of_that_sentence(
+    encoder: Encoder, position: str, words: str, template: str
+) -> None:
     names = [name for name in NAMES[:5] if name != "bag (leather)"]  # its bracket is one token with the full stop
     model = build(encoder, names, init_words=words, position=position).eval()
     assert model.context.shape[0] == len(words.split())
@@ -109,7 +116,7 @@ def test_untouched_words_give_the_features_of_that_sentence(encoder, position, w
     torch.testing.assert_close(model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 
-def test_chunks_give_the_same_embeddings_and_the_same_gradients(encoder):
+def test_chunks_give_the_same_embeddings_and_the_same_gradients(encoder: Encoder) -> None:
     images, found = torch.randn(3, encoder.info.embedding_width), []
     for chunk_size in (100, 4, 1):
         model = build(encoder, num_tokens=3, per_class=True, chunk_size=chunk_size).train()
@@ -122,10 +129,10 @@ def test_chunks_give_the_same_embeddings_and_the_same_gradients(encoder):
     assert found[0][1].abs().sum() > 0
 
 
-def test_memory_holds_one_chunk_at_a_time(embedded):
+def test_memory_holds_one_chunk_at_a_time(embedded: Encoder) -> None:
     names = [f"thing number {number}" for number in range(48)]
 
-    def kept_bytes(chunk_size):
+    def kept_bytes(chunk_size: int) -> int:
         kept = []
         model = build(embedded, names, chunk_size=chunk_size).train()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
@@ -135,7 +142,7 @@ def test_memory_holds_one_chunk_at_a_time(embedded):
     assert kept_bytes(6) < kept_bytes(48) / 10
 
 
-def test_gradients_are_the_derivatives(embedded):
+def test_gradients_are_the_derivatives(embedded: Encoder) -> None:
     model = build(embedded, NAMES[:3], num_tokens=2, position="middle")
     texts = model._text
     texts.tower.double()
@@ -144,7 +151,7 @@ def test_gradients_are_the_derivatives(embedded):
     direction = torch.randn(3, embedded.info.embedding_width, dtype=torch.float64)
     context = (5 * model.context.detach()).double().requires_grad_()
 
-    def value(given):
+    def value(given: torch.Tensor) -> torch.Tensor:
         embeddings = texts.tower(
             texts.tower.token_embedding(layout.ids) * (1 - layout.slots.sum(-1, keepdim=True)) + layout.slots @ given,
             layout.ends,
@@ -161,7 +168,7 @@ def test_gradients_are_the_derivatives(embedded):
 # -------------------------------------------------------------------------------------------------------- layout
 
 
-def layout_of(position, num_tokens, context_length=16):
+def layout_of(position: str, num_tokens: int, context_length: int = 16) -> PromptLayout:
     ids = torch.tensor([[1, 7, 8, 5, 9, 0, 0], [1, 7, 5, 9, 0, 0, 0]])
     config = PromptTuningConfig(position=position)
     return prompt_layout(ids, torch.tensor([4, 3]), num_tokens, config, context_length)
@@ -175,7 +182,9 @@ def layout_of(position, num_tokens, context_length=16):
         ("middle", [1, "a", 7, 8, "b", "c", 5, 9], [1, "a", 7, "b", "c", 5, 9, 0]),
     ],
 )
-def test_learned_vectors_stand_where_they_are_said_to(position, first, second):
+def test_learned_vectors_stand_where_they_are_said_to(
+    position: str, first: list[int | str], second: list[int | str]
+) -> None:
     layout = layout_of(position, 3)
     for number, expected in enumerate((first, second)):
         shown = [
@@ -186,20 +195,20 @@ def test_learned_vectors_stand_where_they_are_said_to(position, first, second):
         assert layout.ids[number, layout.ends[number]] == 9
 
 
-def test_names_that_do_not_fit_lose_their_end_and_not_the_token_that_is_read():
+def test_names_that_do_not_fit_lose_their_end_and_not_the_token_that_is_read() -> None:
     layout = layout_of("front", 3, context_length=7)
     assert layout.ids.tolist() == [[1, 7, 8, 0, 0, 0, 9], [1, 7, 0, 0, 0, 5, 9]]
     assert layout.ends.tolist() == [6, 6]
 
 
-def test_the_default_length_is_coops_or_a_quarter_of_a_short_context(embedded):
+def test_the_default_length_is_coops_or_a_quarter_of_a_short_context(embedded: Encoder) -> None:
     assert default_num_tokens(77) == 16
     assert build(embedded).context.shape == (4, 128)
     assert build(embedded, per_class=True).context.shape == (len(NAMES), 4, 128)
     assert build(embedded, num_tokens=7).context.shape == (7, 128)
 
 
-def test_context_starts_at_random_or_from_words_and_the_rest_at_random(embedded):
+def test_context_starts_at_random_or_from_words_and_the_rest_at_random(embedded: Encoder) -> None:
     wide = build(embedded, num_tokens=13, per_class=True).context
     assert wide.std().item() == pytest.approx(INIT_DEVIATION, rel=0.05)
     assert not torch.equal(wide[0], wide[1])
@@ -215,7 +224,9 @@ def test_context_starts_at_random_or_from_words_and_the_rest_at_random(embedded)
 
 
 @pytest.mark.parametrize("text", [{"pool_type": "last"}, {"no_causal_mask": True}])
-def test_a_text_tower_of_another_kind_is_refused_before_anything_is_extracted_and_in_a_trial(data, tmp_path, text):
+def test_a_text_tower_of_another_kind_is_refused_before_anything_is_extracted_and_in_a_trial(
+    data: TrialData, tmp_path: Path, text: dict[str, str | bool]
+) -> None:
     config = {**CONFIGS["vit"], "custom_text": True, "text_cfg": {**CONFIGS["vit"]["text_cfg"], **text}}
     encoder = EncoderConfig(name=write_config(tmp_path, config))
     trial = tiny_config("prompt_tuning").with_overrides({"encoder.name": encoder.name})
@@ -225,7 +236,7 @@ def test_a_text_tower_of_another_kind_is_refused_before_anything_is_extracted_an
         assert says.startswith("method prompt_tuning needs a text tower that reads a text's end token")
 
 
-def test_more_context_than_a_text_holds_is_refused(data):
+def test_more_context_than_a_text_holds_is_refused(data: TrialData) -> None:
     for position in POSITIONS:
         fits = tiny_config("prompt_tuning", prompt_tuning__num_tokens=13, prompt_tuning__position=position)
         build_model(fits, data.model_inputs, CPU)
@@ -237,7 +248,7 @@ def test_more_context_than_a_text_holds_is_refused(data):
         assert "at most 13 can be learned" in error_of(too_long, data)
 
 
-def error_of(config, data):
+def error_of(config: TrialConfig, data: TrialData) -> str:
     with pytest.raises(ImbvlmError) as error:
         build_model(config, data.model_inputs, CPU)
     return str(error.value)
@@ -248,7 +259,9 @@ def error_of(config, data):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("per_class", [False, True])
-def test_training_lowers_the_loss_and_leaves_the_text_tower_bit_for_bit(data, loss, per_class):
+def test_training_lowers_the_loss_and_leaves_the_text_tower_bit_for_bit(
+    data: TrialData, loss: str, per_class: bool
+) -> None:
     config = tiny_config(
         "prompt_tuning", loss__name=loss, prompt_tuning__per_class=per_class, optim__lr=0.05, train__num_epochs=6
     )
@@ -264,7 +277,7 @@ def test_training_lowers_the_loss_and_leaves_the_text_tower_bit_for_bit(data, lo
     assert {name for name, _ in run.model.named_parameters()} == {"context"}
 
 
-def test_the_first_epoch_has_its_own_rate_and_the_schedule_follows(data):
+def test_the_first_epoch_has_its_own_rate_and_the_schedule_follows(data: TrialData) -> None:
     results = list(build_trial(tiny_config("prompt_tuning", train__num_epochs=4), data).epochs())
     rates = [result.metrics["train/lr"] for result in results]
     assert rates[0] == 1e-5
@@ -274,7 +287,7 @@ def test_the_first_epoch_has_its_own_rate_and_the_schedule_follows(data):
     assert rates[3] == pytest.approx(last)
 
 
-def test_with_nothing_to_learn_it_trains_to_zero_shot(data):
+def test_with_nothing_to_learn_it_trains_to_zero_shot(data: TrialData) -> None:
     run = build_trial(tiny_config("prompt_tuning", prompt_tuning__num_tokens=0), data)
     results = list(run.epochs())
     assert len({result.metrics["val/balanced_accuracy"] for result in results}) == 1
@@ -283,7 +296,7 @@ def test_with_nothing_to_learn_it_trains_to_zero_shot(data):
     torch.testing.assert_close(run.model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 
-def test_a_saved_model_needs_no_text_tower_and_gives_the_same_logits(data, tmp_path):
+def test_a_saved_model_needs_no_text_tower_and_gives_the_same_logits(data: TrialData, tmp_path: Path) -> None:
     config = tiny_config("prompt_tuning", prompt_tuning__per_class=True)
     run = build_trial(config, data)
     list(run.epochs())
@@ -296,7 +309,7 @@ def test_a_saved_model_needs_no_text_tower_and_gives_the_same_logits(data, tmp_p
     assert torch.equal(restored.context, run.model.context)
 
 
-def test_a_refit_without_validation_saves_what_it_learned(data, tmp_path):
+def test_a_refit_without_validation_saves_what_it_learned(data: TrialData, tmp_path: Path) -> None:
     empty = dataclasses.replace(data.val, rows=data.val.rows[:0], labels=data.val.labels[:0])
     run = build_trial(tiny_config("prompt_tuning"), dataclasses.replace(data, val=empty))
     list(run.epochs())
@@ -305,13 +318,13 @@ def test_a_refit_without_validation_saves_what_it_learned(data, tmp_path):
         assert torch.equal(model.class_embeddings, model._text.encode(model.context))
 
 
-def test_weights_of_another_tower_are_refused(data):
+def test_weights_of_another_tower_are_refused(data: TrialData) -> None:
     other = dataclasses.replace(data, info=dataclasses.replace(data.info, weights_fingerprint="another"))
     with pytest.raises(ImbvlmError, match="are not those that this run began with"):
         build_model(tiny_config("prompt_tuning"), other.model_inputs, CPU)
 
 
-def test_margins_are_scaled_as_the_logits_are(data):
+def test_margins_are_scaled_as_the_logits_are(data: TrialData) -> None:
     course = build_trial(tiny_config("prompt_tuning", loss__name="ldam"), data)._course
     assert course.losses_of(0)(0).numbers()["margin_scale"] == data.info.logit_scale
 
@@ -319,7 +332,7 @@ def test_margins_are_scaled_as_the_logits_are(data):
 # -------------------------------------------------------------------------------------------------- configuration
 
 
-def test_defaults_are_coops():
+def test_defaults_are_coops() -> None:
     tree = {"data": {"manifest": "m"}, "encoder": {"name": "t"}, "method": "prompt_tuning"}
     config = TrialConfig.from_tree(tree)
     assert (config.optim.name, config.optim.lr, config.optim.first_epoch_lr) == ("sgd", 0.002, 1e-5)
@@ -336,7 +349,7 @@ def test_defaults_are_coops():
     assert TrialConfig.from_tree(config.to_tree()) == config
 
 
-def test_other_trials_start_without_open_clip():
+def test_other_trials_start_without_open_clip() -> None:
     """Building and training them, and predicting with a prompt that was learned elsewhere."""
     code = """
 import sys, tempfile, torch

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters, own_state_dict
 from imbvlm.training import checkpoint
 from imbvlm.training.step.distributed import DistributedWorkerGroup
-from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_run import TrialRun, build_trial
 
 TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_encoder]
 CASES = [(kind, method) for kind in ("vit", "resnet") for method in TOWER_METHODS]
@@ -44,21 +45,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyImages]:
     return {kind: TinyImages(tmp_path_factory.mktemp(kind), kind) for kind in ("vit", "resnet")}
 
 
 @pytest.fixture
-def vit(problems):
+def vit(problems: dict[str, TinyImages]) -> TinyImages:
     return problems["vit"]
 
 
-def trial(problem, method, **overrides):
+def trial(problem: TinyImages, method: str, **overrides: Any) -> TrialRun:
     config = problem.config(method, **overrides)
     return build_trial(config, problem.data(config))
 
 
-def numbers(run):
+def numbers(run: TrialRun) -> list[tuple[int, int, dict[str, Any]]]:
     """Everything that a run gave but times."""
     return [
         (r.epoch, r.step, {k: v for k, v in r.metrics.items() if not k.endswith(("seconds", "per_second"))})
@@ -70,7 +71,9 @@ def numbers(run):
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_training_learns_and_moves_exactly_what_it_should(problems, kind, method):
+def test_training_learns_and_moves_exactly_what_it_should(
+    problems: dict[str, TinyImages], kind: str, method: str
+) -> None:
     run = (
         trial(problems[kind], method, train__num_epochs=4, fine_tuning__layer_decay=1.0)
         if (method == "fine_tuning")
@@ -84,13 +87,13 @@ def test_training_learns_and_moves_exactly_what_it_should(problems, kind, method
         assert torch.equal(value, before[name]) == (name not in trained), name
 
 
-def trained_names(problem, method):
+def trained_names(problem: TinyImages, method: str) -> set[str]:
     config = problem.config(method)
     model = build_model(config, problem.data(config).model_inputs, CPU)
     return {name for name, param in model.named_parameters() if param.requires_grad}
 
 
-def test_what_trains_in_a_vit_by_name(vit):
+def test_what_trains_in_a_vit_by_name(vit: TinyImages) -> None:
     classifier = {"on_features.classifier.weight"}
     adapter = {f"adapters.{block}.{name}" for block in (0, 1) for name in (
         "norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias", "scale")}  # fmt: skip
@@ -109,7 +112,7 @@ def test_what_trains_in_a_vit_by_name(vit):
     assert trained_names(vit, "bias_tuning") == classifier | {name for name in everything if name.endswith("bias")}
 
 
-def test_batch_norm_is_frozen_in_a_convolution_tower(problems):
+def test_batch_norm_is_frozen_in_a_convolution_tower(problems: dict[str, TinyImages]) -> None:
     names = trained_names(problems["resnet"], "fine_tuning")
     assert not {name for name in names if ".bn" in name or "downsample.1" in name}
     assert {"tower.conv1.weight", "tower.layer4.0.conv3.weight", "tower.attnpool.q_proj.weight"} <= names
@@ -118,12 +121,12 @@ def test_batch_norm_is_frozen_in_a_convolution_tower(problems):
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
-def test_convolution_towers_are_refused_with_the_mend(problems, method):
+def test_convolution_towers_are_refused_with_the_mend(problems: dict[str, TinyImages], method: str) -> None:
     with pytest.raises(ImbvlmError, match=r"is a convolution tower\. Choose method bias_tuning or fine_tuning"):
         trial(problems["resnet"], method)
 
 
-def test_parameters_are_counted_with_the_tower(vit):
+def test_parameters_are_counted_with_the_tower(vit: TinyImages) -> None:
     tower = Encoder.from_config(vit.config("adapter").encoder, vit.config("adapter").eval)
     in_tower = sum(param.numel() for param in tower.visual.parameters())
     assert tower.info.num_parameters == in_tower
@@ -146,7 +149,7 @@ def test_parameters_are_counted_with_the_tower(vit):
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 @pytest.mark.parametrize("kind", ["vit", "timm_vit", "timm_siglip"])
-def test_step_0_is_the_towers_own_output(tmp_path, kind, method):
+def test_step_0_is_the_towers_own_output(tmp_path: Path, kind: str, method: str) -> None:
     problem = TinyImages(tmp_path, kind)
     config = problem.config(method)
     model = build_model(config, problem.data(config).model_inputs, CPU).eval()
@@ -162,12 +165,12 @@ def test_step_0_is_the_towers_own_output(tmp_path, kind, method):
     ("num_classes", "num_blocks", "width"),
     [(8142, 12, 256), (1000, 12, 32), (365, 12, 8), (365, 24, 4), (10, 12, 1), (2, 24, 1)],
 )
-def test_the_adapters_width_is_lifts(num_classes, num_blocks, width):
+def test_the_adapters_width_is_lifts(num_classes: int, num_blocks: int, width: int) -> None:
     assert adapter_width(num_classes, num_blocks) == width
     assert width == 2 ** max(0, int(math.log2(num_classes / (num_blocks * 2))))
 
 
-def test_an_adapter_stands_beside_the_mlp(vit):
+def test_an_adapter_stands_beside_the_mlp(vit: TinyImages) -> None:
     """Against the block's own formula with the adapter written out, after its weights have moved."""
     config = vit.config("adapter", adapter__width=4)
     model = build_model(config, vit.data(config).model_inputs, CPU).eval()
@@ -197,7 +200,7 @@ def test_an_adapter_stands_beside_the_mlp(vit):
     ],
     ids=["timm", "timm_eva", "open_clip"],
 )
-def test_layer_scale_scales_an_adapter_as_it_does_the_mlp(block, norm, factor):
+def test_layer_scale_scales_an_adapter_as_it_does_the_mlp(block: torch.nn.Module, norm: str, factor: str) -> None:
     """Left unscaled it would be seven times too loud in DINOv2's first blocks and five times too quiet in its last."""
     block, plain, middle = block.eval(), copy.deepcopy(block).eval(), []
     factors = torch.linspace(-2, 3, 32)
@@ -214,7 +217,7 @@ def test_layer_scale_scales_an_adapter_as_it_does_the_mlp(block, norm, factor):
     assert added.abs().max() > 0.1
 
 
-def test_a_low_rank_update_is_added_to_each_matrix(vit):
+def test_a_low_rank_update_is_added_to_each_matrix(vit: TinyImages) -> None:
     config = vit.config("lora", lora__rank=3, lora__alpha=6.0)
     model = build_model(config, vit.data(config).model_inputs, CPU).eval()
     attention = model.tower.transformer.resblocks[0].attn
@@ -234,7 +237,7 @@ def test_a_low_rank_update_is_added_to_each_matrix(vit):
 
 
 @pytest.mark.parametrize("init", ["text", "class_mean"])
-def test_a_classifier_starts_as_the_linear_probes(vit, init):
+def test_a_classifier_starts_as_the_linear_probes(vit: TinyImages, init: str) -> None:
     weights = []
     for method in ("linear_probe", "adapter"):
         config = vit.config(method, classifier__init=init, features__precision="float32")
@@ -245,7 +248,7 @@ def test_a_classifier_starts_as_the_linear_probes(vit, init):
     assert torch.equal(weights[0][known], weights[1][known])
 
 
-def test_early_blocks_of_a_fine_tuned_tower_learn_at_lower_rates(problems):
+def test_early_blocks_of_a_fine_tuned_tower_learn_at_lower_rates(problems: dict[str, TinyImages]) -> None:
     run = trial(problems["vit"], "fine_tuning", fine_tuning__layer_decay=0.5, optim__lr=0.1)
     next(run.epochs())
     rates = {}
@@ -265,7 +268,9 @@ def test_early_blocks_of_a_fine_tuned_tower_learn_at_lower_rates(problems):
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(problems, kind, method, tmp_path):
+def test_the_same_seed_gives_the_same_numbers_and_resuming_changes_none(
+    problems: dict[str, TinyImages], kind: str, method: str, tmp_path: Path
+) -> None:
     problem, overrides = problems[kind], {"train__num_epochs": 2, "optim__name": "adamw"}
     whole = trial(problem, method, **overrides)
     expected = numbers(whole)
@@ -288,7 +293,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("method", ["adapter", "linear_probe"])
 @pytest.mark.parametrize("after", [1, 3, 6])
-def test_resuming_within_an_epoch_changes_no_number(vit, method, after, tmp_path):
+def test_resuming_within_an_epoch_changes_no_number(vit: TinyImages, method: str, after: int, tmp_path: Path) -> None:
     """4 steps an epoch: in the middle of the first, before its last step, in the middle of the second."""
     store = {"features__store": False} if method == "linear_probe" else {}
     overrides = {"data__class_sampling": "square_root", "loss__name": "balanced_softmax", **store}
@@ -296,7 +301,7 @@ def test_resuming_within_an_epoch_changes_no_number(vit, method, after, tmp_path
     expected = numbers(whole)
     run = trial(vit, method, **overrides)
 
-    def stop():
+    def stop() -> None:
         if run.step == after:
             checkpoint.save_checkpoint(str(tmp_path), run.state_dict())
             raise Stopped
@@ -311,7 +316,9 @@ def test_resuming_within_an_epoch_changes_no_number(vit, method, after, tmp_path
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_an_exported_model_predicts_the_same_logits(problems, kind, method, tmp_path):
+def test_an_exported_model_predicts_the_same_logits(
+    problems: dict[str, TinyImages], kind: str, method: str, tmp_path: Path
+) -> None:
     problem = problems[kind]
     run = trial(problem, method, train__num_epochs=1)
     list(run.epochs())
@@ -339,7 +346,7 @@ def test_an_exported_model_predicts_the_same_logits(problems, kind, method, tmp_
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_batch_in_parts_gives_the_same_course(vit, loss):
+def test_a_batch_in_parts_gives_the_same_course(vit: TinyImages, loss: str) -> None:
     overrides = {"loss__name": loss, "train__batch_size": 8, "train__num_steps": 8}
     whole = trial(vit, "adapter", **overrides)
     parts = trial(vit, "adapter", **overrides, memory__accumulation=4)
@@ -352,13 +359,13 @@ def test_a_batch_in_parts_gives_the_same_course(vit, loss):
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_gradient_checkpointing_changes_no_number(problems, kind, method):
+def test_gradient_checkpointing_changes_no_number(problems: dict[str, TinyImages], kind: str, method: str) -> None:
     plain = trial(problems[kind], method, train__num_epochs=1)
     checkpointed = trial(problems[kind], method, train__num_epochs=1, memory__gradient_checkpointing=True)
     assert numbers(checkpointed) == numbers(plain)
 
 
-def test_bfloat16_trains_with_float32_weights(vit):
+def test_bfloat16_trains_with_float32_weights(vit: TinyImages) -> None:
     run = trial(vit, "adapter", train__precision="bfloat16")
     results = list(run.epochs())
     assert results[-1].metrics["train/loss"] < results[0].metrics["train/loss"]
@@ -374,12 +381,12 @@ WORKER_CASES = [
 ]
 
 
-def outcome(run):
+def outcome(run: TrialRun) -> dict[str, Any]:
     metrics = [course for _, _, course in numbers(run)]
     return {"first_losses": run.first_losses, "metrics": metrics}
 
 
-def run_worker(rank, world_size, folder, cases):
+def run_worker(rank: int, world_size: int, folder: Path, cases: list[Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     found = []
@@ -391,7 +398,7 @@ def run_worker(rank, world_size, folder, cases):
     dist.destroy_process_group()
 
 
-def test_two_workers_give_one_workers_numbers(tmp_path):
+def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
     """51 images in batches of 25 leave one for the last batch: one of the workers has nothing to do in it.
 
     One of them can't be read, and either worker may meet it.
@@ -421,7 +428,7 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
 # ----------------------------------------------------------------------------- frozen towers on fresh crops
 
 
-def test_a_frozen_tower_on_images_scores_as_on_stored_features(vit):
+def test_a_frozen_tower_on_images_scores_as_on_stored_features(vit: TinyImages) -> None:
     stored = trial(vit, "linear_probe", classifier__init="text", optim__lr=1e-9, features__precision="float32")
     streamed = trial(vit, "linear_probe", classifier__init="text", optim__lr=1e-9, features__store=False)
     list(stored.epochs())
@@ -431,12 +438,12 @@ def test_a_frozen_tower_on_images_scores_as_on_stored_features(vit):
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "decoder"])
-def test_methods_on_a_frozen_tower_run_without_a_store(vit, method):
+def test_methods_on_a_frozen_tower_run_without_a_store(vit: TinyImages, method: str) -> None:
     results = list(trial(vit, method, features__store=False).epochs())
     assert "val/balanced_accuracy" in results[-1].metrics
 
 
-def test_class_means_without_stored_features_are_refused(vit):
+def test_class_means_without_stored_features_are_refused(vit: TinyImages) -> None:
     with pytest.raises(ImbvlmError, match="class_mean needs the stored features"):
         vit.config("adapter", classifier__init="class_mean", features__store=False)
 
@@ -444,7 +451,7 @@ def test_class_means_without_stored_features_are_refused(vit):
 # ------------------------------------------------------------------------------------------------- bad images
 
 
-def test_an_image_that_cannot_be_read_is_left_out_and_named(tmp_path):
+def test_an_image_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     bad = (3, sum(CLASS_COUNTS) + 1)
     problem = TinyImages(tmp_path, "vit", files=True, bad=bad)
     run = trial(problem, "adapter", train__num_epochs=2)
@@ -459,7 +466,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(tmp_path):
         list(build_trial(strict, problem.data(strict)).epochs())
 
 
-def test_rows_that_the_store_has_quarantined_are_not_read_again(tmp_path):
+def test_rows_that_the_store_has_quarantined_are_not_read_again(tmp_path: Path) -> None:
     problem = TinyImages(tmp_path, "vit", bad=(3,))
     stored = problem.config("adapter", classifier__init="class_mean")
     run = build_trial(stored, problem.data(stored))
@@ -468,7 +475,7 @@ def test_rows_that_the_store_has_quarantined_are_not_read_again(tmp_path):
     assert run.feed.unreadable == {}
 
 
-def test_data_that_has_moved_is_said(tmp_path):
+def test_data_that_has_moved_is_said(tmp_path: Path) -> None:
     problem = TinyImages(tmp_path, "vit", files=True)
     config = problem.config("adapter")
     data = problem.data(config)
@@ -478,7 +485,7 @@ def test_data_that_has_moved_is_said(tmp_path):
         next(build_trial(config, data).epochs())
 
 
-def test_another_towers_weights_are_refused(vit):
+def test_another_towers_weights_are_refused(vit: TinyImages) -> None:
     config = vit.config("adapter")
     data = vit.data(config)
     changed = dataclasses.replace(data.info, weights_fingerprint="other")
@@ -486,7 +493,7 @@ def test_another_towers_weights_are_refused(vit):
         build_trial(config, dataclasses.replace(data, info=changed))
 
 
-def test_an_adapter_is_nothing_at_first_and_learns_from_the_first_step():
+def test_an_adapter_is_nothing_at_first_and_learns_from_the_first_step() -> None:
     adapter = Adapter(16, 4)
     tokens = torch.randn(2, 5, 16)
     assert (adapter(tokens) == 0).all()
@@ -495,7 +502,7 @@ def test_an_adapter_is_nothing_at_first_and_learns_from_the_first_step():
     assert adapter.up.weight.grad.abs().sum() > 0
 
 
-def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs(vit):
+def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs(vit: TinyImages) -> None:
     """At a rate of almost nothing only the images change a loss."""
     still = {"optim__lr": 1e-12, "optim__weight_decay": 0.0, "train__num_epochs": 2, "train__batch_size": 64}
     plain = {"augmentation__min_scale": 1.0, "augmentation__flip": False}
@@ -509,7 +516,7 @@ def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs
     assert all(first != second for first, second in losses)
 
 
-def test_training_alone_stops_at_the_limit_of_bad_images_before_its_first_step(tmp_path):
+def test_training_alone_stops_at_the_limit_of_bad_images_before_its_first_step(tmp_path: Path) -> None:
     """`imbvlm train` of a method that streams stores no features, and would meet bad files one epoch later."""
     problem = TinyImages(tmp_path, files=True, bad=(7, 8))
     config = problem.config("bias_tuning", data__max_bad_images=1)

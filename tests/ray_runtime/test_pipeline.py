@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ SIDE = 16
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def load(descriptor):
+def load(descriptor: dict[str, Any]) -> dict[str, Any]:
     num_images = descriptor["num_images"]
     if descriptor.get("fail"):
         raise StorageError("the bucket doesn't answer")
@@ -37,13 +39,13 @@ def load(descriptor):
 class Tower:
     """Stands for a tower: made once per worker, sees whole blocks."""
 
-    def __init__(self, scale):
+    def __init__(self, scale: int) -> None:
         if scale == 0:
             raise StorageError("the tower's file is not there")
         self.scale = scale
         self.calls = 0
 
-    def __call__(self, block):
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         self.calls += 1
         if block["shard"] == 255:
             raise StorageError("the disk is full")
@@ -59,7 +61,7 @@ class Tower:
         }
 
 
-def run(blocks, **options):
+def run(blocks: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     return sorted(
         map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, waits=print, **options),
         key=lambda found: found["shard"],
@@ -67,7 +69,7 @@ def run(blocks, **options):
 
 
 @pytest.mark.ray
-def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster):
+def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster: str) -> None:
     blocks = [{"shard": shard, "num_images": 300 if shard < 7 else 5} for shard in range(8)]
     found = run(blocks)
     assert [row["shard"] for row in found] == list(range(8))
@@ -80,24 +82,24 @@ def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster)
 
 
 @pytest.mark.ray
-def test_a_block_larger_than_ray_datas_own_block_size_is_not_split(ray_cluster):
+def test_a_block_larger_than_ray_datas_own_block_size_is_not_split(ray_cluster: str) -> None:
     num_images = 150 * 2**20 // (3 * SIDE * SIDE)
     assert run([{"shard": 1, "num_images": num_images}])[0]["shape"] == (num_images, 3, SIDE, SIDE)
 
 
 @pytest.mark.ray
-def test_nothing_to_do_starts_nothing(ray_cluster):
+def test_nothing_to_do_starts_nothing(ray_cluster: str) -> None:
     assert run([]) == []
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("held", [1.5, 2])
-def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster, held):
+def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster: str, held: float) -> None:
     import ray
 
     @ray.remote(num_cpus=held)
     class Holder:
-        def ready(self):
+        def ready(self) -> bool:
             return True
 
     holder = Holder.remote()
@@ -117,13 +119,17 @@ def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster, h
         ({"shard": 255, "num_images": 3}, "the disk is full"),
     ],
 )
-def test_an_error_of_either_stage_comes_out_as_it_was_raised(ray_cluster, block, message):
+def test_an_error_of_either_stage_comes_out_as_it_was_raised(
+    ray_cluster: str, block: dict[str, Any], message: str
+) -> None:
     with pytest.raises(StorageError, match=message):
         run([{"shard": 1, "num_images": 3}, block])
 
 
 @pytest.mark.ray
-def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster, capfd):
+def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(
+    ray_cluster: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(StorageError, match="the tower's file is not there"):
         list(
             map_images(
@@ -134,7 +140,7 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(ray_cluster
 
 
 @pytest.mark.ray
-def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster):
+def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster: str) -> None:
     """Where the connection is closed by then, Ray ends the process without a word of the error."""
     blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
     for _ in range(3):
@@ -143,7 +149,7 @@ def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster):
         assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
 
 
-def die_at_first(folder, number):
+def die_at_first(folder: Path, number: int) -> None:
     """So many processes do, as if a machine had ended them."""
     for path in (folder / str(one) for one in range(number)):
         if not path.exists():
@@ -151,22 +157,22 @@ def die_at_first(folder, number):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying_load(descriptor):
+def dying_load(descriptor: dict[str, Any]) -> dict[str, Any]:
     die_at_first(*descriptor.get("load", (None, 0)))
     return {**load(descriptor), "work": descriptor.get("work", (None, 0))}
 
 
 class DyingTower(Tower):
-    def __init__(self, *start):
+    def __init__(self, *start: Any) -> None:
         die_at_first(*start)
         super().__init__(1)
 
-    def __call__(self, block):
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         die_at_first(*block["work"])
         return super().__call__(block)
 
 
-def run_dying(folder, stage, number):
+def run_dying(folder: Path, stage: str, number: int) -> list[dict[str, Any]]:
     """Three blocks, over one of which so many processes die, or as many as they start."""
     blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
     blocks[1][stage] = (folder, number)
@@ -179,7 +185,9 @@ def run_dying(folder, stage, number):
 @pytest.mark.parametrize(
     ("stage", "work"), [("load", "loading shard 1"), ("work", "running the tower over shard 1"), ("start", "starting")]
 )
-def test_process_after_process_lost_over_the_same_work_ends_the_pass(ray_cluster, tmp_path, stage, work):
+def test_process_after_process_lost_over_the_same_work_ends_the_pass(
+    ray_cluster: str, tmp_path: Path, stage: str, work: str
+) -> None:
     with pytest.raises(LostProcessesError, match=rf"{work}.*: {MAX_LOST_WORKERS} processes in a row were lost"):
         run_dying(tmp_path, stage, MAX_LOST_WORKERS + 9)
     assert len(os.listdir(tmp_path)) == MAX_LOST_WORKERS
@@ -188,13 +196,13 @@ def test_process_after_process_lost_over_the_same_work_ends_the_pass(ray_cluster
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["load", "work", "start"])
-def test_a_few_lost_processes_cost_nothing(ray_cluster, tmp_path, stage):
+def test_a_few_lost_processes_cost_nothing(ray_cluster: str, tmp_path: Path, stage: str) -> None:
     found = run_dying(tmp_path, stage, MAX_LOST_WORKERS - 1)
     assert sorted(one["shard"] for one in found) == [0, 1, 2]
 
 
 @pytest.mark.ray
-def test_ray_data_prints_nothing(ray_cluster, capfd):
+def test_ray_data_prints_nothing(ray_cluster: str, capfd: pytest.CaptureFixture[str]) -> None:
     run([{"shard": shard, "num_images": 4} for shard in range(3)])
     shown = capfd.readouterr()
     assert shown.out == ""
@@ -205,7 +213,9 @@ def test_ray_data_prints_nothing(ray_cluster, capfd):
 @pytest.mark.parametrize("free", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 16.0, 17.0])
 @pytest.mark.parametrize("num_workers", [1, 2, 8])
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (8, 0), (1, 1), (0.5, 0.25)])
-def test_both_stages_always_fit_into_the_free_cpus_at_once(free, num_workers, cpus, gpus):
+def test_both_stages_always_fit_into_the_free_cpus_at_once(
+    free: float, num_workers: int, cpus: float, gpus: float
+) -> None:
     plan = plan_cpus(free, num_workers, cpus, gpus)
     assert plan.num_tasks >= 1
     assert plan.per_worker * num_workers + plan.per_task * plan.num_tasks <= free + 1e-9
@@ -215,7 +225,7 @@ def test_both_stages_always_fit_into_the_free_cpus_at_once(free, num_workers, cp
 
 
 @pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (3, 2.0), (2, 4.0)])
-def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
+def test_a_task_fits_beside_a_worker_on_every_node(nodes: int, node_cpus: float) -> None:
     """On two nodes of one CPU, workers of half a CPU on each leave no whole CPU for a task."""
     plan = plan_cpus(nodes * node_cpus, nodes, 1, 0, node_cpus)
     assert plan.per_worker + plan.per_task <= node_cpus
@@ -224,7 +234,9 @@ def test_a_task_fits_beside_a_worker_on_every_node(nodes, node_cpus):
 
 @pytest.mark.parametrize(("nodes", "node_cpus"), [(2, 1.0), (2, 8.0), (3, 1.0), (4, 8.0), (10, 16.0)])
 @pytest.mark.parametrize("cpus", [1, 4])
-def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_task(nodes, node_cpus, cpus):
+def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_task(
+    nodes: int, node_cpus: float, cpus: int
+) -> None:
     num_workers = max(1, int(nodes * node_cpus) // cpus)
     plan = plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus, nodes)
     left = [node_cpus] * (nodes - nodes // 2)
@@ -241,7 +253,7 @@ def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_
 @pytest.mark.parametrize("num_blocks", [1, 7, 16, 17, 1709])
 @pytest.mark.parametrize("images_per_block", [1, 128, 256, 5000])
 @pytest.mark.parametrize("num_at_once", [1, 2, 15])
-def test_blocks_are_shared_by_few_tasks_and_evenly(num_blocks, images_per_block, num_at_once):
+def test_blocks_are_shared_by_few_tasks_and_evenly(num_blocks: int, images_per_block: int, num_at_once: int) -> None:
     num_tasks = plan_tasks(num_blocks, images_per_block, num_at_once)
     assert min(num_blocks, num_at_once) <= num_tasks <= num_blocks
     # As many for each of those at once, or one for every block.

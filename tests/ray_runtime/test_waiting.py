@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,18 +27,20 @@ from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
         ([], "waiting for a machine"),
     ],
 )
-def test_a_worker_needs_a_machine_of_its_size_and_a_loading_task_room_beside_it(nodes, words):
+def test_a_worker_needs_a_machine_of_its_size_and_a_loading_task_room_beside_it(
+    nodes: list[tuple[int, int]], words: str | None
+) -> None:
     found = missing_capacity(nodes, 2, 1, 0.5)
     assert (found is None) == (words is None)
     assert words is None or words in str(found)
 
 
-def test_a_pass_that_books_nothing_lacks_nothing():
+def test_a_pass_that_books_nothing_lacks_nothing() -> None:
     """On machines without free CPUs nothing is booked."""
     assert missing_capacity([(0, 0)], 0, 0, 0) is None
 
 
-def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
+def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imbvlm.ray_runtime.capacity_notice.LOOK_SECONDS", 0.001)
     clock = itertools.count(0.0, 10.0)
     monkeypatch.setattr("imbvlm.ray_runtime.capacity_notice.time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -45,7 +48,7 @@ def test_it_is_said_while_it_lasts_and_not_of_what_passes(monkeypatch):
     looks = iter(["gone"] * 3 + [None] + ["gone"] * 3 + ["away"] * 3 + [None])
     said, over = [], threading.Event()
 
-    def lacks():
+    def lacks() -> str | None:
         found = next(looks, "end")
         if found == "end":
             over.set()
@@ -96,7 +99,9 @@ print("still there")
         ("pass", 0, "still there\n", ""),
     ],
 )
-def test_what_hangs_on_a_cluster_that_is_gone_ends_with_a_sentence(tmp_path, work, code, printed, error):
+def test_what_hangs_on_a_cluster_that_is_gone_ends_with_a_sentence(
+    tmp_path: Path, work: str, code: int, printed: str, error: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOSES.format(work), str(tmp_path / "log")],
         capture_output=True, text=True, check=False, timeout=30,
@@ -126,6 +131,6 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_ctrl_c_before_it_watches_leaves_its_sentence_to_the_sweep():
+def test_a_ctrl_c_before_it_watches_leaves_its_sentence_to_the_sweep() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout) == (0, "interrupted\n")

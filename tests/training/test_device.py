@@ -16,7 +16,7 @@ QUICK = ("vit, stored", "linear_probe, vit, images", "from class_mean", "pack of
 @pytest.mark.parametrize(
     ("words", "at_least"), [(QUICK, 15), pytest.param((), 60, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
-def test_trials_run_on_another_device(tmp_path, words, at_least):
+def test_trials_run_on_another_device(tmp_path: Path, words: tuple[str, ...], at_least: int) -> None:
     """In a process of their own, all of which knows that device."""
     command = [sys.executable, HERE / "device_cases.py", tmp_path, *words]
     run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)

@@ -13,7 +13,9 @@ import json
 import math
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +26,14 @@ from tiny_images import TinyImages
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.training import checkpoint
 from imbvlm.training.checkpoint import CheckpointError
 from imbvlm.training.step.loss_schedule import LossSchedule
-from imbvlm.training.trial_run import NUM_FIRST_LOSSES, build_trial
+from imbvlm.training.trial_run import NUM_FIRST_LOSSES, EpochResult, build_trial
 
 STORED = [name for name, entry in METHODS.items() if not entry.trains_encoder]
 TRAINED = [name for name in STORED if METHODS[name].trains]
@@ -38,11 +42,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
-def numbers(results):
+def numbers(results: Iterable[EpochResult]) -> list[tuple[int, int, dict[str, Any]]]:
     """Everything of the results but times."""
     return [
         (r.epoch, r.step, {k: v for k, v in r.metrics.items() if "seconds" not in k and "per_second" not in k})
@@ -53,7 +57,7 @@ def numbers(results):
 # ------------------------------------------------------------------------------------------------ first losses
 
 
-def first_losses(data, images):
+def first_losses(data: TrialData, images: TinyImages) -> dict[Any, Any]:
     """Of every method with every loss on stored features, and with one loss on images."""
     torch.set_num_threads(1)
     losses = {}
@@ -71,7 +75,7 @@ def first_losses(data, images):
     return losses
 
 
-def test_first_losses_are_those_that_were_kept(data, tmp_path):
+def test_first_losses_are_those_that_were_kept(data: TrialData, tmp_path: Path) -> None:
     kept, threads = json.loads(FIRST_LOSSES.read_text()), torch.get_num_threads()
     found = first_losses(data, TinyImages(tmp_path))
     torch.set_num_threads(threads)
@@ -85,7 +89,7 @@ def test_first_losses_are_those_that_were_kept(data, tmp_path):
 
 
 @pytest.mark.parametrize("method", STORED)
-def test_a_trial_gives_the_same_numbers_whatever_ran_before_it(data, method):
+def test_a_trial_gives_the_same_numbers_whatever_ran_before_it(data: TrialData, method: str) -> None:
     first = numbers(build_trial(tiny_config(method), data).epochs())
     torch.manual_seed(99)
     np.random.seed(99)
@@ -95,7 +99,7 @@ def test_a_trial_gives_the_same_numbers_whatever_ran_before_it(data, method):
     assert torch.equal(torch.get_rng_state(), before), "other users of the process keep their random numbers"
 
 
-def test_another_seed_gives_other_numbers(data):
+def test_another_seed_gives_other_numbers(data: TrialData) -> None:
     runs = [numbers(build_trial(tiny_config("linear_probe", train__seed=seed), data).epochs()) for seed in (0, 1)]
     assert runs[0] != runs[1]
 
@@ -110,7 +114,9 @@ def test_another_seed_gives_other_numbers(data):
         ("prompt_tuning", {"prompt_tuning__per_class": True, "prompt_tuning__chunk_size": 4}),
     ],
 )
-def test_resuming_after_any_epoch_changes_no_number(data, tmp_path, method, overrides):
+def test_resuming_after_any_epoch_changes_no_number(
+    data: TrialData, tmp_path: Path, method: str, overrides: dict[str, str | float | None]
+) -> None:
     config = tiny_config(method, **overrides)
     whole = build_trial(config, data)
     expected = []
@@ -125,7 +131,7 @@ def test_resuming_after_any_epoch_changes_no_number(data, tmp_path, method, over
         assert all(torch.equal(final[name], tensor) for name, tensor in whole.state_dict().tensors.items())
 
 
-def test_a_run_restored_at_its_end_gives_its_last_result_again(data):
+def test_a_run_restored_at_its_end_gives_its_last_result_again(data: TrialData) -> None:
     run = build_trial(tiny_config("linear_probe"), data)
     last = list(run.epochs())[-1]
     restored = build_trial(tiny_config("linear_probe"), data)
@@ -133,7 +139,7 @@ def test_a_run_restored_at_its_end_gives_its_last_result_again(data):
     assert list(restored.epochs()) == [last]
 
 
-def test_a_checkpoint_of_another_trial_or_with_a_gap_is_refused(data):
+def test_a_checkpoint_of_another_trial_or_with_a_gap_is_refused(data: TrialData) -> None:
     state = build_trial(tiny_config("linear_probe"), data).state_dict()
     with pytest.raises(CheckpointError, match="another configuration"):
         build_trial(tiny_config("linear_probe", optim__lr=0.5), data).load_state_dict(state)
@@ -148,7 +154,7 @@ def test_a_checkpoint_of_another_trial_or_with_a_gap_is_refused(data):
 # ------------------------------------------------------------------------------------------------------ results
 
 
-def test_training_learns_and_best_values_are_running_maxima(data):
+def test_training_learns_and_best_values_are_running_maxima(data: TrialData) -> None:
     results = list(build_trial(tiny_config("decoder", train__num_epochs=6), data).epochs())
     assert results[-1].metrics["train/loss"] < results[0].metrics["train/loss"] / 2
     assert results[-1].metrics["val/top1_accuracy"] > 0.6
@@ -158,7 +164,7 @@ def test_training_learns_and_best_values_are_running_maxima(data):
     assert "val/best_loss" not in results[0].metrics
 
 
-def test_a_group_without_classes_is_absent(tmp_path):
+def test_a_group_without_classes_is_absent(tmp_path: Path) -> None:
     result = next(build_trial(tiny_config("linear_probe"), tiny_data(tmp_path, (30, 25, 3))).epochs())
     assert "val/many_shot_accuracy" not in result.metrics
     assert "val/zero_train_accuracy" not in result.metrics
@@ -166,7 +172,7 @@ def test_a_group_without_classes_is_absent(tmp_path):
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 9, 20])
-def test_num_steps_is_exactly_that_many_steps(data, num_steps):
+def test_num_steps_is_exactly_that_many_steps(data: TrialData, num_steps: int) -> None:
     config = tiny_config("linear_probe", train__num_steps=num_steps)
     run = build_trial(config, data)
     results = list(run.epochs())
@@ -175,7 +181,7 @@ def test_num_steps_is_exactly_that_many_steps(data, num_steps):
     assert all("val/top1_accuracy" in result.metrics for result in results)
 
 
-def test_the_epochs_loss_weighs_a_short_batch_by_its_images(data):
+def test_the_epochs_loss_weighs_a_short_batch_by_its_images(data: TrialData) -> None:
     """At a rate of almost nothing the weights stay, and the epoch's loss must be that of all images at once."""
     config = tiny_config("linear_probe", optim__lr=1e-12, train__num_epochs=1, train__batch_size=100)
     run = build_trial(config, data)
@@ -195,21 +201,21 @@ def test_the_epochs_loss_weighs_a_short_batch_by_its_images(data):
     assert result.metrics["train/loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_refit_without_validation_has_no_val_keys(data):
+def test_a_refit_without_validation_has_no_val_keys(data: TrialData) -> None:
     empty = dataclasses.replace(data.val, rows=data.val.rows[:0], labels=data.val.labels[:0])
     results = list(build_trial(tiny_config("linear_probe"), dataclasses.replace(data, val=empty)).epochs())
     assert len(results) == 3
     assert not [key for key in results[-1].metrics if key.startswith("val/")]
 
 
-def test_zero_shot_is_one_result_without_training(data):
+def test_zero_shot_is_one_result_without_training(data: TrialData) -> None:
     results = list(build_trial(tiny_config("zero_shot"), data).epochs())
     assert [(result.epoch, result.step) for result in results] == [(1, 0)]
     assert results[0].metrics["val/top1_accuracy"] > 0.6
     assert not [key for key in results[0].metrics if key.startswith("train/")]
 
 
-def test_logits_are_in_order_and_agree_with_the_counters(data, monkeypatch):
+def test_logits_are_in_order_and_agree_with_the_counters(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
     run = build_trial(tiny_config("decoder"), data)
     list(run.epochs())
     whole = run.logits(data.val)
@@ -222,7 +228,7 @@ def test_logits_are_in_order_and_agree_with_the_counters(data, monkeypatch):
     assert run.counters(data.val).total.tolist() == [8] * len(CLASS_COUNTS)
 
 
-def test_no_row_to_train_on_is_said(data):
+def test_no_row_to_train_on_is_said(data: TrialData) -> None:
     empty = dataclasses.replace(data.train, rows=data.train.rows[:0], labels=data.train.labels[:0])
     with pytest.raises(ImbvlmError, match="no training image"):
         build_trial(tiny_config("linear_probe"), dataclasses.replace(data, train=empty))
@@ -232,7 +238,7 @@ def test_no_row_to_train_on_is_said(data):
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data, method):
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data: TrialData, method: str) -> None:
     own = {"optim__first_epoch_lr": None} if method == "prompt_tuning" else {"classifier__kind": "linear"}
     config = tiny_config(method, optim__lr=1e38, train__clip_grad_norm=None, **own)
     results = list(build_trial(config, data).epochs())
@@ -244,7 +250,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data, method):
     assert "optim.lr" in results[0].failure
 
 
-def test_the_step_that_failed_is_the_one_named(data):
+def test_the_step_that_failed_is_the_one_named(data: TrialData) -> None:
     config = tiny_config("linear_probe")
     run = build_trial(config, data)
     epochs = run.epochs()
@@ -256,7 +262,7 @@ def test_the_step_that_failed_is_the_one_named(data):
     assert next(epochs, None) is None
 
 
-def test_weights_that_overflow_in_the_last_step_are_a_failure_too(data):
+def test_weights_that_overflow_in_the_last_step_are_a_failure_too(data: TrialData) -> None:
     """The step's own loss was finite: only validation can see it, and its accuracies mean nothing."""
     config = tiny_config(
         "linear_probe", classifier__kind="linear", optim__lr=1e38, train__num_steps=1, train__clip_grad_norm=None
@@ -266,10 +272,10 @@ def test_weights_that_overflow_in_the_last_step_are_a_failure_too(data):
     assert "validation loss wasn't finite in epoch 1, step 1 of 1" in results[0].failure
 
 
-def test_out_of_memory_names_what_to_lower(data):
+def test_out_of_memory_names_what_to_lower(data: TrialData) -> None:
     run = build_trial(tiny_config("linear_probe"), data)
 
-    def too_large(*_):
+    def too_large(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
     run.model.register_forward_pre_hook(too_large)
@@ -284,7 +290,9 @@ def test_out_of_memory_names_what_to_lower(data):
         ({}, r"Lower train\.batch_size, or give the trial more workers; or set decoder\.width below 16$"),
     ],
 )
-def test_out_of_memory_names_the_decoders_width_where_its_weights_are_most_of_it(data, decoder, fix):
+def test_out_of_memory_names_the_decoders_width_where_its_weights_are_most_of_it(
+    data: TrialData, decoder: dict[str, int], fix: str
+) -> None:
     """A width of 16 was meant and 16,384 set: no batch is small enough for that."""
     run = build_trial(tiny_config("decoder", train__batch_size=64), data)
     decoder = run.config.with_overrides({key.replace("__", "."): value for key, value in decoder.items()}).decoder
@@ -294,14 +302,14 @@ def test_out_of_memory_names_the_decoders_width_where_its_weights_are_most_of_it
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
 
-def test_an_error_while_reading_features_is_raised_and_no_thread_stays(data):
+def test_an_error_while_reading_features_is_raised_and_no_thread_stays(data: TrialData) -> None:
     broken = dataclasses.replace(data.train, rows=data.train.rows + 10_000)
     with pytest.raises(IndexError):
         next(build_trial(tiny_config("linear_probe"), dataclasses.replace(data, train=broken)).epochs())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-def test_a_run_stopped_between_epochs_leaves_nothing_behind(data):
+def test_a_run_stopped_between_epochs_leaves_nothing_behind(data: TrialData) -> None:
     epochs = build_trial(tiny_config("linear_probe"), data).epochs()
     next(epochs)
     epochs.close()
@@ -311,7 +319,7 @@ def test_a_run_stopped_between_epochs_leaves_nothing_behind(data):
 # ---------------------------------------------------------------------------------------------- the loop's knobs
 
 
-def test_threads_are_the_trials_own_and_given_back(data, monkeypatch):
+def test_threads_are_the_trials_own_and_given_back(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     wanted = before + 1
     run = build_trial(tiny_config("linear_probe", train__num_threads=wanted), data)
@@ -322,7 +330,7 @@ def test_threads_are_the_trials_own_and_given_back(data, monkeypatch):
     assert set(seen) == {wanted}
 
 
-def test_bfloat16_trains_with_float32_weights_and_is_close(data):
+def test_bfloat16_trains_with_float32_weights_and_is_close(data: TrialData) -> None:
     exact = list(build_trial(tiny_config("decoder"), data).epochs())
     run = build_trial(tiny_config("decoder", train__precision="bfloat16"), data)
     rounded = list(run.epochs())
@@ -331,8 +339,10 @@ def test_bfloat16_trains_with_float32_weights_and_is_close(data):
     assert rounded[0].metrics["train/loss"] == pytest.approx(exact[0].metrics["train/loss"], rel=0.2)
 
 
-def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(data, monkeypatch):
-    def computed_in(method, **knobs):
+def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(
+    data: TrialData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed_in(method: str, **knobs: Any) -> set[bool]:
         run, seen = build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **knobs), data), set()
         run.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
         list(run.epochs())
@@ -344,19 +354,19 @@ def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(dat
         assert computed_in("linear_probe") == {False}
 
 
-def test_clipping_changes_the_course_only_where_gradients_are_larger(data):
-    def course(limit):
+def test_clipping_changes_the_course_only_where_gradients_are_larger(data: TrialData) -> None:
+    def course(limit: float | None) -> list[tuple[int, int, dict[str, Any]]]:
         return numbers(build_trial(tiny_config("linear_probe", train__clip_grad_norm=limit), data).epochs())
 
     assert course(1e9) == course(None)
     assert course(0.01) != course(None)
 
 
-def objective(config):
+def objective(config: TrialConfig) -> LossSchedule:
     return LossSchedule(config, np.array(CLASS_COUNTS), 10, 100, CPU, SINGLE_WORKER)
 
 
-def test_prior_correction_follows_the_sampling_and_weights_do_not():
+def test_prior_correction_follows_the_sampling_and_weights_do_not() -> None:
     balanced = {"data__class_sampling": "class_balanced"}
     corrected = objective(tiny_config("linear_probe", loss__name="balanced_softmax", **balanced)).counts_at(0)
     assert corrected[:5].std() == pytest.approx(0, abs=1e-9)
@@ -366,14 +376,14 @@ def test_prior_correction_follows_the_sampling_and_weights_do_not():
         assert counts.tolist() == list(CLASS_COUNTS)
 
 
-def test_progressive_sampling_is_corrected_epoch_by_epoch():
+def test_progressive_sampling_is_corrected_epoch_by_epoch() -> None:
     config = tiny_config("linear_probe", loss__name="balanced_softmax", data__class_sampling="progressively_balanced")
     spreads = [objective(config).counts_at(epoch)[:5].std() for epoch in range(10)]
     assert spreads == sorted(spreads, reverse=True)
     assert spreads[-1] == pytest.approx(0, abs=1e-9)
 
 
-def test_ldams_margin_is_scaled_as_the_classifier_is():
+def test_ldams_margin_is_scaled_as_the_classifier_is() -> None:
     cosine = {"loss__name": "ldam", "classifier__kind": "cosine", "classifier__temperature": 0.05}
     linear = {"loss__name": "ldam", "classifier__kind": "linear"}
     for overrides, scale in ((cosine, 20.0), (linear, 1.0), ({**cosine, "loss__margin_scale": 3.0}, 3.0)):
@@ -381,7 +391,7 @@ def test_ldams_margin_is_scaled_as_the_classifier_is():
         assert loss.numbers()["margin_scale"] == pytest.approx(scale)
 
 
-def test_deferred_reweighting_begins_where_it_is_asked_to():
+def test_deferred_reweighting_begins_where_it_is_asked_to() -> None:
     config = tiny_config("linear_probe", loss__name="ldam", loss__reweight_from=0.8)
     logits, labels = torch.randn(4, 6), torch.tensor([0, 0, 3, 4])
     loss_at = objective(config).at_epoch(7)
@@ -392,7 +402,7 @@ def test_deferred_reweighting_begins_where_it_is_asked_to():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_gives_the_same_losses(data):
+def test_a_compiled_model_gives_the_same_losses(data: TrialData) -> None:
     exact = build_trial(tiny_config("decoder"), data)
     compiled = build_trial(tiny_config("decoder", train__compile=True), data)
     assert [r.step for r in compiled.epochs()] == [r.step for r in exact.epochs()]

@@ -1,6 +1,9 @@
 """Trials that train together give what each gives alone, whatever tells them apart, and none reaches another."""
 
 import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +16,13 @@ from imbvlm.base.errors import PackError
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.features.trial_data import StoredRows
+from imbvlm.features.trial_data import StoredRows, TrialData
 from imbvlm.longtail.losses import build_loss, stack_losses
 from imbvlm.training import trial_pack as pack_module
 from imbvlm.training.evaluator import Evaluator
 from imbvlm.training.step.batch_source import CachedFeatureSource
 from imbvlm.training.trial_pack import TrialPack, pack_key
-from imbvlm.training.trial_run import TrialRun, build_trial
+from imbvlm.training.trial_run import EpochResult, TrialRun, build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 KNOBS = {
@@ -32,7 +35,7 @@ KNOBS = {
 }
 
 
-def probe(**overrides) -> TrialConfig:
+def probe(**overrides: Any) -> TrialConfig:
     return tiny_config("linear_probe", train__num_epochs=4, **overrides)
 
 
@@ -51,12 +54,12 @@ def members(optim: str) -> list[TrialConfig]:
     return found
 
 
-def alone(config, data) -> tuple[list[dict], torch.Tensor]:
+def alone(config: TrialConfig, data: TrialData) -> tuple[list[dict], torch.Tensor]:
     run = build_trial(config, data)
     return [result.metrics for result in run.epochs()], weights(run)
 
 
-def joined(configs: list[TrialConfig], data) -> tuple[TrialPack, list[TrialRun]]:
+def joined(configs: list[TrialConfig], data: TrialData) -> tuple[TrialPack, list[TrialRun]]:
     """A pack with a run of each configuration in it."""
     pack, runs = TrialPack(), [build_trial(config, data) for config in configs]
     for run in runs:
@@ -64,7 +67,7 @@ def joined(configs: list[TrialConfig], data) -> tuple[TrialPack, list[TrialRun]]
     return pack, runs
 
 
-def assert_as_alone(results, config: TrialConfig, data, first: int = 0) -> None:
+def assert_as_alone(results: Iterable[EpochResult], config: TrialConfig, data: TrialData, first: int = 0) -> None:
     """Results of epochs from `first` on are those of the configuration trained alone."""
     expected, _ = alone(config, data)
     assert [one.metrics["val/loss"] for one in results] == pytest.approx(
@@ -72,12 +75,12 @@ def assert_as_alone(results, config: TrialConfig, data, first: int = 0) -> None:
     )
 
 
-def weights(run) -> torch.Tensor:
+def weights(run: TrialRun) -> torch.Tensor:
     return torch.cat([param.detach().flatten() for param in run.model.parameters()])
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
-def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
+def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path: Path, optim: str) -> None:
     data, configs = tiny_data(tmp_path), members(optim)
     assert len({pack_key(config) for config in configs}) == 1
     _, runs = joined(configs, data)
@@ -91,7 +94,7 @@ def test_a_pack_gives_each_member_what_it_gives_alone(tmp_path, optim):
                 assert together[epoch][place][name] == pytest.approx(metrics[name], rel=1e-5), (config.loss, name)
 
 
-def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
+def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path: Path) -> None:
     data = tiny_data(tmp_path)
     configs = [probe(optim__lr=0.05), probe(optim__lr=1e38, train__clip_grad_norm=1.0), probe(optim__lr=0.2)]
     _, runs = joined(configs, data)
@@ -107,7 +110,9 @@ def test_one_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "decoder"])
-def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of_it(tmp_path, monkeypatch, method):
+def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     """Such as memory that runs out: all have moved on by a part of the epoch, and each may go on alone."""
     features, left, brought = tiny_features(tmp_path), [1000], pack_module.to_device
     trials = [
@@ -115,7 +120,7 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
         for lr in (0.02, 0.03, 0.05)
     ]
 
-    def failing(batch, device):
+    def failing(batch: Any, device: torch.device) -> Any:
         left[0] -= 1
         if not left[0]:
             raise RuntimeError("can't allocate memory")
@@ -132,7 +137,7 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
             next(one)
 
 
-def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path):
+def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path: Path) -> None:
     data, configs = tiny_data(tmp_path), [probe(optim__lr=0.05), probe(optim__lr=0.2)]
     pack, runs = joined(configs, data)
     generators = [run.epochs() for run in runs]
@@ -161,7 +166,7 @@ def second_stages() -> list[TrialConfig]:
     return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in found]
 
 
-def test_second_stages_train_together_as_each_does_alone(tmp_path):
+def test_second_stages_train_together_as_each_does_alone(tmp_path: Path) -> None:
     data, configs = tiny_data(tmp_path), second_stages()
     assert len({pack_key(config) for config in configs}) == 1
     pack, runs = joined(configs, data)
@@ -182,7 +187,9 @@ def test_second_stages_train_together_as_each_does_alone(tmp_path):
             assert got == pytest.approx(wanted, rel=1e-5), (config.second_stage, name)
 
 
-def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(tmp_path, monkeypatch):
+def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy for each of 32 members would take 40 GB on iNaturalist 2018."""
     computed = []
     outputs = Evaluator.all_views
@@ -192,7 +199,7 @@ def test_second_stages_of_a_pack_keep_one_copy_of_what_they_read(tmp_path, monke
         assert len(computed) == (0 if turn[0].epoch <= 2 else 2), "training rows and validation, once each"
 
 
-def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_path):
+def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_path: Path) -> None:
     data = tiny_data(tmp_path)
     configs = [probe(optim__lr=0.05, second_stage__name="classifier_retraining", second_stage__lr=rate)
                for rate in (0.02, 1e38, 0.1)]  # fmt: skip
@@ -210,7 +217,7 @@ def test_one_that_leaves_its_second_stage_changes_nothing_for_the_others(tmp_pat
     assert_as_alone([*results, *steady], configs[0], data)
 
 
-def decoders(**keys) -> list[TrialConfig]:
+def decoders(**keys: Any) -> list[TrialConfig]:
     """Of one shape; each with a loss, a rate and a classifier of its own."""
     base = tiny_config("decoder", train__num_epochs=3, **keys)
     return [
@@ -221,12 +228,14 @@ def decoders(**keys) -> list[TrialConfig]:
 
 
 @pytest.mark.parametrize("keys", [{}, {"decoder__depth": 0, "decoder__input_norm": "none"}, {"decoder__width": 8}])
-def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batch_once(tmp_path, monkeypatch, keys):
+def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batch_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, int | str]
+) -> None:
     data, configs = tiny_data(tmp_path), decoders(**keys)
     assert len({pack_key(config) for config in configs}) == 1
     expected, num_read, batch = [alone(config, data) for config in configs], [0], StoredRows.batch
 
-    def counted(self, *arguments):
+    def counted(self: Any, *arguments: Any) -> torch.Tensor:
         num_read[0] += self is data.train
         return batch(self, *arguments)
 
@@ -243,7 +252,9 @@ def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batc
 
 
 @pytest.mark.parametrize(("most", "kept_on"), [(2**20, "meta"), (0, "cpu")])
-def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small(tmp_path, monkeypatch, most, kept_on):
+def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, kept_on: str
+) -> None:
     monkeypatch.setattr("imbvlm.training.step.batch_source.ON_DEVICE_BYTES", most)
     data = tiny_data(tmp_path)
     feed = CachedFeatureSource(data.info, "pooled", torch.device("meta"))
@@ -254,7 +265,7 @@ def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small
     assert np.array_equal(np.concatenate([batch.examples for batch in first]), np.arange(len(data.val)))
 
 
-def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path):
+def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path: Path) -> None:
     data, configs = tiny_data(tmp_path), decoders()
     configs[1] = configs[1].with_overrides({"optim.lr": 1e38})
     _, runs = joined(configs, data)
@@ -270,7 +281,7 @@ def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path
 
 
 @pytest.mark.parametrize("stage", SECOND_STAGES)
-def test_second_stages_behind_decoders_read_each_its_own(tmp_path, stage):
+def test_second_stages_behind_decoders_read_each_its_own(tmp_path: Path, stage: str) -> None:
     data, lengths = tiny_data(tmp_path), {} if stage == "tau_normalization" else {"second_stage.num_epochs": 2}
     kind = {"classifier.kind": "linear"} if SECOND_STAGES[stage].reads_weight_norms else {}
     configs = [one.with_overrides({"second_stage.name": stage, **lengths, **kind}) for one in decoders()]
@@ -282,7 +293,7 @@ def test_second_stages_behind_decoders_read_each_its_own(tmp_path, stage):
         assert [turn[place].metrics["val/loss"] for turn in together] == [one["val/loss"] for one in metrics]
 
 
-def test_what_shares_no_stream_of_features_is_not_packed():
+def test_what_shares_no_stream_of_features_is_not_packed() -> None:
     key = pack_key(probe())
     assert pack_key(probe(optim__lr=0.5, loss__name="focal", classifier__init="class_mean")) == key
     for other in (
@@ -301,17 +312,19 @@ def test_what_shares_no_stream_of_features_is_not_packed():
 class Devices(TorchDispatchMode):
     """Notes where the tensors lie that operations are given; a single number travels with its operation."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seen = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.ndim]
         self.seen |= {one.device.type for one in tensors}
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_of_losses_together_waits_for_a_copy_to_the_device():
+def test_no_step_of_losses_together_waits_for_a_copy_to_the_device() -> None:
     losses = [build_loss(name, [50, 20, 5, 1, 0]) for name in LOSSES]
     together = stack_losses([*losses, build_loss("focal", [50, 20, 5, 1, 0], gamma=1.0)], "meta")
     with Devices() as devices:
@@ -321,7 +334,7 @@ def test_no_step_of_losses_together_waits_for_a_copy_to_the_device():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_together_are_each_loss_and_its_gradient(name):
+def test_losses_together_are_each_loss_and_its_gradient(name: str) -> None:
     torch.manual_seed(0)
     counts, targets = torch.tensor([50, 20, 5, 1, 0]), torch.tensor([0, 0, 1, 2, 3, 1, 0])
     losses = [build_loss(name, counts, **{k: v for k, v in knobs.items() if k != "reweight_from"})

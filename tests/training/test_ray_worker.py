@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.training.checkpoint import save_checkpoint
 from imbvlm.training.step.distributed import DistributedWorkerGroup
-from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 # What a machine, not a seed, decides: times, and the memory of a process that did other things before.
@@ -45,7 +47,7 @@ CASES = [
 ]
 
 
-def outcome(run):
+def outcome(run: TrialRun) -> dict[str, int | dict[str, float | list[float | list]] | list[float | dict[str, float]]]:
     """What a run gave, as JSON has it."""
     results = list(run.epochs())
     metrics = [{k: v for k, v in r.metrics.items() if not k.endswith(TIMES)} for r in results]
@@ -60,13 +62,13 @@ def outcome(run):
     }
 
 
-def join_group(rank, world_size, folder):
+def join_group(rank: int, world_size: int, folder: Path) -> DistributedWorkerGroup:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     return DistributedWorkerGroup("cpu")
 
 
-def run_cases(rank, world_size, folder, features):
+def run_cases(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
     world = join_group(rank, world_size, folder)
     data = with_text_tower(TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features)))
     outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, world=world)) for method, knobs in CASES]
@@ -74,7 +76,7 @@ def run_cases(rank, world_size, folder, features):
     dist.destroy_process_group()
 
 
-def start_at_unlike_epochs(rank, world_size, folder, features):
+def start_at_unlike_epochs(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
     world = join_group(rank, world_size, folder)
     data = TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features))
     run = build_trial(tiny_config("linear_probe"), data, world=world)
@@ -87,7 +89,9 @@ def start_at_unlike_epochs(rank, world_size, folder, features):
     dist.destroy_process_group()
 
 
-def reports_behind_a_checkpoint(rank, world, folder, data, features):
+def reports_behind_a_checkpoint(
+    rank: int, world: Any, folder: Path, data: TrialData, features: FeatureSet
+) -> list[dict[str, Any]]:
     """Worker 0's is sound, worker 1's is damaged."""
     config, checkpoint = tiny_config("linear_probe", train__num_epochs=2), f"{folder}/checkpoint-{rank}"
     run = build_trial(config, data)
@@ -99,7 +103,9 @@ def reports_behind_a_checkpoint(rank, world, folder, data, features):
     return list(TrialSession(torch.device("cpu"), world).reports(settings))
 
 
-def in_processes(target, world_size, folder, features):
+def in_processes(
+    target: Callable[..., Any], world_size: int, folder: Path, features: FeatureSet
+) -> list[dict[str, str | list[dict]] | list[dict[str, dict | int | list]]]:
     """What each of the workers wrote."""
     context = multiprocessing.get_context("spawn")
     arguments = (world_size, str(folder), features.to_dict())
@@ -112,7 +118,7 @@ def in_processes(target, world_size, folder, features):
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def test_two_workers_give_one_workers_numbers(tmp_path):
+def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
     features = tiny_features(tmp_path / "features")
     data = tiny_data(tmp_path / "features", text_tower=True)
     workers = in_processes(run_cases, 2, tmp_path, features)
@@ -135,7 +141,7 @@ def test_two_workers_give_one_workers_numbers(tmp_path):
         assert workers[0][case]["weights"] == workers[1][case]["weights"]
 
 
-def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_all_start_again(tmp_path):
+def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_all_start_again(tmp_path: Path) -> None:
     """In both cases one would wait for the others for ever."""
     workers = in_processes(start_at_unlike_epochs, 2, tmp_path, tiny_features(tmp_path / "features"))
     assert all(
@@ -149,7 +155,7 @@ def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_
 # ------------------------------------------------------------------------------------------------ under Ray Train
 
 
-def settings_for(tmp_path, method, **overrides):
+def settings_for(tmp_path: Path, method: str, **overrides: Any) -> TrialSettings:
     config = tiny_config(method, train__num_threads=1, **overrides)
     return TrialSettings(
         config=config.to_tree(),
@@ -163,11 +169,11 @@ def settings_for(tmp_path, method, **overrides):
     )
 
 
-def without_times(reports):
+def without_times(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in report.items() if not key.endswith(TIMES)} for report in reports]
 
 
-def under_ray_train(settings, folder, num_workers, cpus=0.5):
+def under_ray_train(settings: TrialSettings, folder: Path, num_workers: int, cpus: float = 0.5) -> list[dict[str, Any]]:
     """The reports of worker 0."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -177,7 +183,7 @@ def under_ray_train(settings, folder, num_workers, cpus=0.5):
     written = Path(folder, "reports.jsonl")
 
     class Keep(train.UserCallback):
-        def after_report(self, run_context, metrics, checkpoint):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             with written.open("a") as stream:
                 stream.write(json.dumps(metrics[0]) + "\n")
 
@@ -192,7 +198,7 @@ def under_ray_train(settings, folder, num_workers, cpus=0.5):
 
 
 @pytest.mark.ray
-def test_ray_train_gives_the_numbers_of_the_same_process(tmp_path, ray_cluster):
+def test_ray_train_gives_the_numbers_of_the_same_process(tmp_path: Path, ray_cluster: str) -> None:
     settings = settings_for(tmp_path, "decoder", loss__name="balanced_softmax", train__num_epochs=2)
     reports = under_ray_train(settings, tmp_path / "ray", 1)
     (tmp_path / "checkpoint" / "state.json").unlink()
@@ -206,7 +212,7 @@ def test_ray_train_gives_the_numbers_of_the_same_process(tmp_path, ray_cluster):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_ray_workers_agree_with_one_process(tmp_path, ray_cluster):
+def test_two_ray_workers_agree_with_one_process(tmp_path: Path, ray_cluster: str) -> None:
     settings = settings_for(tmp_path, "linear_probe", loss__name="lade", train__batch_size=113)
     reports = under_ray_train(settings, tmp_path / "ray", 2)
     (tmp_path / "checkpoint" / "state.json").unlink()
@@ -217,7 +223,7 @@ def test_two_ray_workers_agree_with_one_process(tmp_path, ray_cluster):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path, ray_cluster):
+def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path: Path, ray_cluster: str) -> None:
     settings = settings_for(
         tmp_path, "linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None
     )
@@ -228,7 +234,9 @@ def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path, 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(tmp_path, ray_cluster, num_workers):
+def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(
+    tmp_path: Path, ray_cluster: str, num_workers: int
+) -> None:
     """Two workers of one CPU each on two CPUs leave none for loading, and there is a bad image on the way."""
     problem = TinyImages(tmp_path, files=True, bad=(7,))
     config = problem.config("adapter", train__num_epochs=2, train__num_threads=1, train__batch_size=25)

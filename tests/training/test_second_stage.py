@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +14,19 @@ from tiny_data import CLASS_COUNTS, NUM_VIEWS, tiny_config, tiny_data
 
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.config.second_stage_registry import SECOND_STAGES
-from imbvlm.features.trial_data import Tail
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.trial_data import Tail, TrialData
 from imbvlm.models.model_builder import restore_model
 from imbvlm.models.second_stage_modules import NORM_TAUS, best_tau, tau_normalized
 from imbvlm.training import checkpoint
-from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_run import EpochResult, build_trial
 
 METHODS = ("linear_probe", "decoder")
 TRAINED = [name for name, stage in SECOND_STAGES.items() if stage.loss is not None]
 FIRST_EPOCHS, STAGE_EPOCHS = 3, 2
 
 
-def cases():
+def cases() -> list[tuple[str, str, str]]:
     return [
         (method, kind, name)
         for method in METHODS
@@ -32,16 +36,16 @@ def cases():
     ]
 
 
-def config(method="decoder", kind="linear", name="disalign", **overrides):
+def config(method: str = "decoder", kind: str = "linear", name: str = "disalign", **overrides: Any) -> TrialConfig:
     length = {} if name == "tau_normalization" else {"second_stage__num_epochs": STAGE_EPOCHS}
     return tiny_config(method, classifier__kind=kind, second_stage__name=name, **length, **overrides)
 
 
-def num_epochs(name):
+def num_epochs(name: str) -> int:
     return FIRST_EPOCHS + (1 if name == "tau_normalization" else STAGE_EPOCHS)
 
 
-def numbers(results):
+def numbers(results: Iterable[EpochResult]) -> list[tuple[int, int, dict[str, Any]]]:
     return [
         (r.epoch, r.step, {k: v for k, v in r.metrics.items() if "seconds" not in k and "per_second" not in k})
         for r in results
@@ -49,11 +53,11 @@ def numbers(results):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"))
 
 
-def without_validation(data):
+def without_validation(data: TrialData) -> TrialData:
     empty = dataclasses.replace(data.val, rows=data.val.rows[:0], labels=data.val.labels[:0])
     return dataclasses.replace(data, val=empty)
 
@@ -62,7 +66,9 @@ def without_validation(data):
 
 
 @pytest.mark.parametrize(("method", "kind", "name"), cases())
-def test_its_epochs_follow_the_first_stages_and_its_metrics_are_the_new_classifiers(data, method, kind, name):
+def test_its_epochs_follow_the_first_stages_and_its_metrics_are_the_new_classifiers(
+    data: TrialData, method: str, kind: str, name: str
+) -> None:
     run = build_trial(config(method, kind, name), data)
     plain = build_trial(tiny_config(method, classifier__kind=kind), data)
     results = list(run.epochs())
@@ -82,7 +88,7 @@ def test_its_epochs_follow_the_first_stages_and_its_metrics_are_the_new_classifi
 
 
 @pytest.mark.parametrize(("method", "kind", "name"), cases())
-def test_what_was_trained_first_stays_bit_for_bit(data, method, kind, name):
+def test_what_was_trained_first_stays_bit_for_bit(data: TrialData, method: str, kind: str, name: str) -> None:
     plain = build_trial(tiny_config(method, classifier__kind=kind), data)
     list(plain.epochs())
     run = build_trial(config(method, kind, name), data)
@@ -98,7 +104,7 @@ def test_what_was_trained_first_stays_bit_for_bit(data, method, kind, name):
 
 
 @pytest.mark.parametrize(("method", "kind", "name"), cases())
-def test_the_same_seed_gives_the_same_numbers(data, method, kind, name):
+def test_the_same_seed_gives_the_same_numbers(data: TrialData, method: str, kind: str, name: str) -> None:
     first = numbers(build_trial(config(method, kind, name), data).epochs())
     torch.manual_seed(99)
     assert numbers(build_trial(config(method, kind, name), data).epochs()) == first
@@ -106,7 +112,9 @@ def test_the_same_seed_gives_the_same_numbers(data, method, kind, name):
 
 
 @pytest.mark.parametrize(("method", "kind", "name"), cases())
-def test_resuming_after_any_epoch_changes_no_number(data, tmp_path, method, kind, name):
+def test_resuming_after_any_epoch_changes_no_number(
+    data: TrialData, tmp_path: Path, method: str, kind: str, name: str
+) -> None:
     trial = config(method, kind, name)
     whole = build_trial(trial, data)
     expected = []
@@ -123,7 +131,9 @@ def test_resuming_after_any_epoch_changes_no_number(data, tmp_path, method, kind
 
 
 @pytest.mark.parametrize(("method", "kind", "name"), cases())
-def test_exported_weights_predict_without_the_training_data(data, tmp_path, method, kind, name):
+def test_exported_weights_predict_without_the_training_data(
+    data: TrialData, tmp_path: Path, method: str, kind: str, name: str
+) -> None:
     trial = config(method, kind, name)
     run = build_trial(trial, data)
     list(run.epochs())
@@ -133,7 +143,7 @@ def test_exported_weights_predict_without_the_training_data(data, tmp_path, meth
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_lowers_its_own_loss_and_only_its_own_weights_move(data, name):
+def test_training_lowers_its_own_loss_and_only_its_own_weights_move(data: TrialData, name: str) -> None:
     long = {"train.num_epochs": 6, "second_stage.num_epochs": 20, "second_stage.lr": 0.05}
     run = build_trial(config(name=name).with_overrides(long), data)
     losses = [result.metrics["train/loss"] for result in run.epochs()][6:]
@@ -143,7 +153,7 @@ def test_training_lowers_its_own_loss_and_only_its_own_weights_move(data, name):
     assert all(key.startswith("classifier.") and "first_stage" not in key for key in trainable)
 
 
-def batch(data, method):
+def batch(data: TrialData, method: str) -> torch.Tensor:
     reads = "tokens" if method == "decoder" else "pooled"
     return data.train.batch(reads, np.array([0, 130, 200]), None).float()
 
@@ -152,7 +162,7 @@ def batch(data, method):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_each_epoch_draws_classes_as_the_paper_does_and_unlike_the_first_stage(data, name):
+def test_each_epoch_draws_classes_as_the_paper_does_and_unlike_the_first_stage(data: TrialData, name: str) -> None:
     run = build_trial(config(name=name), data)
     course = run._build_second_stage().course
     counts = np.bincount(data.train.labels[course.plan_of(FIRST_EPOCHS).rows], minlength=len(CLASS_COUNTS))
@@ -163,7 +173,7 @@ def test_each_epoch_draws_classes_as_the_paper_does_and_unlike_the_first_stage(d
     assert course.plan_of(3).rows.tolist() != course.plan_of(4).rows.tolist()
 
 
-def test_every_stored_view_is_trained_on(data):
+def test_every_stored_view_is_trained_on(data: TrialData) -> None:
     run = build_trial(config("linear_probe", name="learnable_weight_scaling"), data)
     second = run._build_second_stage()
     rows, views = np.array([3, 150, 3]), np.array([1, 0, 0])
@@ -173,7 +183,7 @@ def test_every_stored_view_is_trained_on(data):
     assert set(second.course.plan_of(3).views.tolist()) == set(range(NUM_VIEWS))
 
 
-def test_more_views_of_few_shot_classes_are_trained_on_too(data):
+def test_more_views_of_few_shot_classes_are_trained_on_too(data: TrialData) -> None:
     """Classes of 12 and 5 images have a second view, which the others haven't."""
     few = np.flatnonzero(np.isin(data.train.labels, [3, 4]))
     places = np.full(data.train.store.num_rows, -1)
@@ -192,13 +202,13 @@ def test_more_views_of_few_shot_classes_are_trained_on_too(data):
     assert results[-1].metrics["train/loss"] < results[FIRST_EPOCHS].metrics["train/loss"]
 
 
-def test_it_follows_a_length_in_steps(data):
+def test_it_follows_a_length_in_steps(data: TrialData) -> None:
     trial = config(name="marc").with_overrides({"train.num_steps": 11})
     results = list(build_trial(trial, data).epochs())
     assert [result.step for result in results] == [8, 11, 19, 27]
 
 
-def test_decoder_outputs_are_computed_once(data, monkeypatch):
+def test_decoder_outputs_are_computed_once(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
     run = build_trial(config("decoder", name="classifier_retraining"), data)
     results = run.epochs()
     for _ in range(FIRST_EPOCHS + 1):
@@ -207,14 +217,14 @@ def test_decoder_outputs_are_computed_once(data, monkeypatch):
     next(results)
 
 
-def test_retraining_does_not_start_from_the_first_stages_start(data):
+def test_retraining_does_not_start_from_the_first_stages_start(data: TrialData) -> None:
     run = build_trial(config("linear_probe", name="classifier_retraining"), data)
     start = run.model.classifier.weight.detach().clone()
     run._build_second_stage()
     assert not torch.isclose(run.model.classifier.weight, start).any()
 
 
-def test_a_rate_that_is_too_high_is_a_failure_of_the_second_stage(data):
+def test_a_rate_that_is_too_high_is_a_failure_of_the_second_stage(data: TrialData) -> None:
     trial = config("linear_probe", name="disalign", second_stage__lr=1e38, train__clip_grad_norm=None)
     results = list(build_trial(trial, data).epochs())
     assert len(results) == FIRST_EPOCHS + 1
@@ -226,7 +236,7 @@ def test_a_rate_that_is_too_high_is_a_failure_of_the_second_stage(data):
 # ------------------------------------------------------------------------------------------------- tau-normalization
 
 
-def test_tau_is_the_best_on_validation_and_is_reported(data):
+def test_tau_is_the_best_on_validation_and_is_reported(data: TrialData) -> None:
     run = build_trial(config(name="tau_normalization"), data)
     plain = build_trial(tiny_config("decoder", classifier__kind="linear"), data)
     list(plain.epochs())
@@ -242,7 +252,7 @@ def test_tau_is_the_best_on_validation_and_is_reported(data):
     assert not run.model.classifier.bias.any()
 
 
-def test_a_refit_without_validation_takes_the_tau_that_it_is_given(data):
+def test_a_refit_without_validation_takes_the_tau_that_it_is_given(data: TrialData) -> None:
     refit = without_validation(data)
     results = list(build_trial(config(name="tau_normalization", second_stage__tau=0.35), refit).epochs())
     assert results[-1].metrics == {"second_stage/tau": 0.35}
@@ -252,7 +262,7 @@ def test_a_refit_without_validation_takes_the_tau_that_it_is_given(data):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_other_stages_need_no_validation(data, name):
+def test_other_stages_need_no_validation(data: TrialData, name: str) -> None:
     results = list(build_trial(config(name=name), without_validation(data)).epochs())
     assert len(results) == FIRST_EPOCHS + STAGE_EPOCHS
     assert not [key for key in results[-1].metrics if key.startswith("val/")]
@@ -262,17 +272,17 @@ def test_other_stages_need_no_validation(data, name):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in SECOND_STAGES.items() if entry.reads_weight_norms])
-def test_stages_that_read_lengths_are_refused_with_a_cosine_classifier(name):
+def test_stages_that_read_lengths_are_refused_with_a_cosine_classifier(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"second_stage {name} uses the lengths .*set classifier\.kind: linear"):
         config(kind="cosine", name=name)
 
 
-def test_a_method_that_trains_nothing_has_no_second_stage():
+def test_a_method_that_trains_nothing_has_no_second_stage() -> None:
     with pytest.raises(ConfigError, match="zero_shot doesn't read the section 'second_stage'"):
         tiny_config("zero_shot", second_stage__name="disalign")
 
 
-def test_a_name_builds_the_section_another_drops_the_old_knobs_and_null_takes_it_away():
+def test_a_name_builds_the_section_another_drops_the_old_knobs_and_null_takes_it_away() -> None:
     plain = tiny_config("decoder", classifier__kind="linear")
     disalign = plain.with_overrides({"second_stage.name": "disalign", "second_stage.exponent": 0.8})
     assert disalign.second_stage.exponent == 0.8

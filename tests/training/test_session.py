@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path: Path) -> TrialSettings:
     return TrialSettings(
         config=tiny_config("linear_probe", train__num_epochs=30, optim__lr=0.3).to_tree(),
         feature_set=tiny_features(tmp_path / "features").to_dict(),
@@ -26,11 +29,11 @@ def settings(tmp_path):
     )
 
 
-def reports_of(settings):
+def reports_of(settings: TrialSettings) -> Generator[dict[str, Any], None, None]:
     return TrialSession(torch.device("cpu")).reports(settings)
 
 
-def test_patience_ends_a_trial_early_and_survives_a_restart(settings):
+def test_patience_ends_a_trial_early_and_survives_a_restart(settings: TrialSettings) -> None:
     whole = [
         report["val/balanced_accuracy"] for report in reports_of(dataclasses.replace(settings, checkpoint_folder=None))
     ]
@@ -47,28 +50,28 @@ def test_patience_ends_a_trial_early_and_survives_a_restart(settings):
         shutil.rmtree(settings.checkpoint_folder)
 
 
-def cut_index(folder):
+def cut_index(folder: Path) -> None:
     (folder / "state.json").write_text("{")
 
 
-def change_a_byte(folder):
+def change_a_byte(folder: Path) -> None:
     (path,) = folder.glob("state-*.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 
 
-def another_trials(folder):
+def another_trials(folder: Path) -> None:
     index = json.loads((folder / "state.json").read_text())
     index["scalars"]["trial"] = "another"
     (folder / "state.json").write_text(json.dumps(index))
 
 
-def without_its_epoch(folder):
+def without_its_epoch(folder: Path) -> None:
     index = json.loads((folder / "state.json").read_text())
     index["scalars"]["epoch"] = None
     (folder / "state.json").write_text(json.dumps(index))
 
 
-def a_later_versions(folder):
+def a_later_versions(folder: Path) -> None:
     index = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(index | {"format": 99}))
 
@@ -78,7 +81,9 @@ def a_later_versions(folder):
     [cut_index, change_a_byte, another_trials, without_its_epoch, a_later_versions],
     ids=lambda one: one.__name__,
 )
-def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(settings, tmp_path, damage):
+def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(
+    settings: TrialSettings, tmp_path: Path, damage: Callable[..., Any]
+) -> None:
     """Else a bit on a disk loses the trial for good: what has failed isn't run again."""
     undamaged = list(reports_of(dataclasses.replace(settings, checkpoint_folder=None)))
     before = reports_of(settings)
@@ -96,7 +101,7 @@ def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(settings
     assert "restart" not in next(reports_of(settings))
 
 
-def test_a_diverging_trial_ends_with_a_failure(settings):
+def test_a_diverging_trial_ends_with_a_failure(settings: TrialSettings) -> None:
     tree = tiny_config("linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None).to_tree()
     (report,) = reports_of(dataclasses.replace(settings, config=tree))
     assert report["done"]
@@ -104,7 +109,7 @@ def test_a_diverging_trial_ends_with_a_failure(settings):
     assert not [key for key in report if key.startswith("val/")]
 
 
-def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
+def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings: TrialSettings, tmp_path: Path) -> None:
     """Counts, pairs and bins are of the same look at the test split as the scores; rows lead back to its images."""
     refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=str(tmp_path / "refit"))
     *_, last = reports_of(refit)
@@ -125,7 +130,7 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings, tmp_path):
     assert "adjusted" not in found
 
 
-def test_a_refit_leaves_its_classes_as_adjusted_too(settings, tmp_path):
+def test_a_refit_leaves_its_classes_as_adjusted_too(settings: TrialSettings, tmp_path: Path) -> None:
     """An export is adjusted, and a report shows the classes of the export."""
     post_hoc = {"tau": 1.5, "alpha": 0.0, "temperature": 2.0}
     folder = str(tmp_path / "refit")
@@ -142,8 +147,8 @@ def test_a_refit_leaves_its_classes_as_adjusted_too(settings, tmp_path):
 
 
 def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_says_so(
-    settings, tmp_path, monkeypatch, caplog
-):
+    settings: TrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two towers, and a disk for the copies of one: neither trial waits for the other, none is lost."""
     monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
     both = [tiny_features(tmp_path / name) for name in ("a", "b")]
@@ -172,7 +177,9 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     assert not caplog.messages, "now there is room"
 
 
-def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(settings, tmp_path, monkeypatch, caplog):
+def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(
+    settings: TrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """That a cluster's machines keep copies by themselves must cost none of them the memory that its /tmp lies in."""
     monkeypatch.setattr("os.major", lambda device: 0)
     features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=Copies(folder=str(tmp_path / "copies")))
@@ -182,10 +189,12 @@ def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(sett
     assert "isn't on a disk of this machine" in caplog.text
 
 
-def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(settings, tmp_path, monkeypatch, caplog):
+def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(
+    settings: TrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Else the sweep would take it for its own disk, and stop."""
 
-    def full(uri, path):
+    def full(uri: str, path: Path) -> None:
         raise DiskFullError(f"can't write {path}: the disk is full; free some space there")
 
     monkeypatch.setattr("imbvlm.base.storage.download", full)

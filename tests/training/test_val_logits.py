@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_data, tiny_features
 
+from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.training import validation_logits
@@ -21,12 +25,12 @@ NUM_CLASSES = len(CLASS_COUNTS)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path: Path) -> TrialSettings:
     return TrialSettings(
         config=tiny_config("linear_probe", train__num_epochs=6, optim__lr=0.3).to_tree(),
         feature_set=tiny_features(tmp_path / "features").to_dict(),
@@ -35,18 +39,18 @@ def settings(tmp_path):
     )
 
 
-def reports_of(settings):
+def reports_of(settings: TrialSettings) -> Generator[dict[str, Any], None, None]:
     return TrialSession(torch.device("cpu")).reports(settings)
 
 
-def relative(logits):
+def relative(logits: torch.Tensor) -> torch.Tensor:
     return logits - logits.amax(dim=1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------- one epoch's logits
 
 
-def test_large_logits_keep_their_probabilities_and_predictions():
+def test_large_logits_keep_their_probabilities_and_predictions() -> None:
     """Half precision has steps of 64 at 1e5: relative to the largest, what counts is near 0 and exact."""
     logits = 1e5 + 3 * torch.randn(50, 20, dtype=torch.float64)
     logits[0, 3] = 9e5
@@ -59,7 +63,7 @@ def test_large_logits_keep_their_probabilities_and_predictions():
     torch.testing.assert_close(F.softmax(found.double(), dim=1), F.softmax(logits, dim=1), atol=0.01, rtol=0)
 
 
-def test_rows_may_come_in_any_order_and_those_never_seen_are_nan():
+def test_rows_may_come_in_any_order_and_those_never_seen_are_nan() -> None:
     logits = torch.randn(5, 3)
     kept = EpochValLogits(6, 3)
     kept.add(np.array([4, 0]), logits[[4, 0]])
@@ -69,7 +73,7 @@ def test_rows_may_come_in_any_order_and_those_never_seen_are_nan():
     assert found[5].isnan().all()
 
 
-def test_more_than_fits_is_not_kept(monkeypatch, data):
+def test_more_than_fits_is_not_kept(monkeypatch: pytest.MonkeyPatch, data: TrialData) -> None:
     assert EpochValLogits.fits(20_000, 1000)
     assert EpochValLogits.fits(24_000, 8142), "iNaturalist's carved validation"
     assert not EpochValLogits.fits(10**6, 1000)
@@ -81,7 +85,7 @@ def test_more_than_fits_is_not_kept(monkeypatch, data):
 
 
 @pytest.mark.parametrize("second_stage", [None, "disalign", "tau_normalization"])
-def test_they_are_those_that_the_metrics_are_of(data, second_stage):
+def test_they_are_those_that_the_metrics_are_of(data: TrialData, second_stage: str | None) -> None:
     overrides = {} if second_stage is None else {"second_stage__name": second_stage, "classifier__kind": "linear"}
     run = build_trial(tiny_config("decoder", **overrides), data)
     last = list(run.epochs())[-1].metrics
@@ -94,7 +98,7 @@ def test_they_are_those_that_the_metrics_are_of(data, second_stage):
 # --------------------------------------------------------------------------------------------------- what is written
 
 
-def test_a_trial_leaves_its_best_and_its_last_epoch(settings, data):
+def test_a_trial_leaves_its_best_and_its_last_epoch(settings: TrialSettings, data: TrialData) -> None:
     reports = list(reports_of(settings))
     kept = read_logits(settings.logits_file)
     values = [report["val/balanced_accuracy"] for report in reports]
@@ -108,7 +112,7 @@ def test_a_trial_leaves_its_best_and_its_last_epoch(settings, data):
     assert ("last" in kept.logits) == (best != 6), "one copy where they are the same"
 
 
-def test_a_trial_that_is_stopped_leaves_its_best_so_far(settings):
+def test_a_trial_that_is_stopped_leaves_its_best_so_far(settings: TrialSettings) -> None:
     running = reports_of(settings)
     values = [next(running)["val/balanced_accuracy"] for _ in range(3)]
     running.close()
@@ -118,7 +122,7 @@ def test_a_trial_that_is_stopped_leaves_its_best_so_far(settings):
     assert kept.best() is not None
 
 
-def test_what_was_left_before_a_restart_counts(settings, tmp_path):
+def test_what_was_left_before_a_restart_counts(settings: TrialSettings, tmp_path: Path) -> None:
     """The best epoch was before the restart: its logits are still there at the end."""
     whole = dataclasses.replace(settings, logits_file=str(tmp_path / "whole.safetensors"))
     list(reports_of(whole))
@@ -136,7 +140,7 @@ def test_what_was_left_before_a_restart_counts(settings, tmp_path):
     assert torch.equal(found.last(), expected.last())
 
 
-def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path, data):
+def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path: Path, data: TrialData) -> None:
     uri = tmp_path / "l.safetensors"
     keeper = ValLogitsWriter(str(uri), data.val, data.class_stats, seconds=3600)
     shape = len(data.val.labels), NUM_CLASSES
@@ -150,13 +154,13 @@ def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path, data):
     assert read_logits(str(uri)).epochs == {"best": 2, "last": 3}
 
 
-def test_nothing_or_a_damaged_file_is_none(tmp_path):
+def test_nothing_or_a_damaged_file_is_none(tmp_path: Path) -> None:
     assert read_logits(str(tmp_path / "none")) is None
     (tmp_path / "damaged").write_bytes(b"not safetensors")
     assert read_logits(str(tmp_path / "damaged")) is None
 
 
-def test_counts_that_are_one_array_are_written(tmp_path, data):
+def test_counts_that_are_one_array_are_written(tmp_path: Path, data: TrialData) -> None:
     keeper = ValLogitsWriter(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
     keeper.keep(1, torch.zeros(len(data.val.labels), NUM_CLASSES).half(), is_best=True, is_last=True)
     assert read_logits(str(tmp_path / "l")).stats.split_counts.tolist() == list(CLASS_COUNTS)

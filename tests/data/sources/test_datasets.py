@@ -9,6 +9,9 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +25,7 @@ from imbvlm.data.bad_image_limits import bad_image_findings
 from imbvlm.data.images.decoding import decode, decode_picture, fetch
 from imbvlm.data.imbalance import imbalanced_counts, make_imbalanced
 from imbvlm.data.manifest import Manifest, ManifestError
-from imbvlm.data.manifest_check import check_manifest
+from imbvlm.data.manifest_check import CheckReport, check_manifest
 from imbvlm.data.manifest_summary import plot_counts, plot_svg, summary
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
 from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
@@ -42,21 +45,21 @@ TREE = {
 CLASSES = ["cat", "dog", "owl"]
 
 
-def picture(number, size=(8, 6)):
+def picture(number: int, size: tuple[int, int] = (8, 6)) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", size, (number * 40 % 256, 10, 20)).save(stream, "PNG")
     return stream.getvalue()
 
 
 @pytest.fixture
-def tree(tmp_path):
+def tree(tmp_path: Path) -> Path:
     for number, path in enumerate(TREE):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(picture(number))
     return tmp_path
 
 
-def assert_is_tree(manifest, ordered=False):
+def assert_is_tree(manifest: Manifest, ordered: bool = False) -> None:
     """The rows of TREE, each with the pixels of its number."""
     assert list(manifest.class_names) == CLASSES
     rows = manifest.table.to_pylist()
@@ -70,7 +73,7 @@ def assert_is_tree(manifest, ordered=False):
 # ------------------------------------------------------------------------------------------------ sources
 
 
-def test_folders_with_splits(tree):
+def test_folders_with_splits(tree: Path) -> None:
     (tree / "train" / "cat" / "notes.txt").write_text("no image")
     (tree / "train" / ".hidden.png").write_bytes(picture(9))
     found = from_folders(str(tree), "pets")
@@ -78,21 +81,21 @@ def test_folders_with_splits(tree):
     assert found.notes == ("1 file left out by their suffix: .txt",)
 
 
-def test_folders_without_splits_are_training(tree):
+def test_folders_without_splits_are_training(tree: Path) -> None:
     found = from_folders(str(tree / "train"), "pets")
     assert found.class_names == ("cat", "dog")
     assert found.splits == ("train",)
     assert len(found) == 3
 
 
-def test_a_folder_without_images_is_a_class_without_images(tree):
+def test_a_folder_without_images_is_a_class_without_images(tree: Path) -> None:
     (tree / "train" / "bat").mkdir()
     found = from_folders(str(tree), "pets")
     assert found.class_names == ("bat", "cat", "dog", "owl")
     assert found.class_stats().zero_train.tolist() == [0, 3]
 
 
-def test_folders_beside_splits_are_left_out_and_named(tree):
+def test_folders_beside_splits_are_left_out_and_named(tree: Path) -> None:
     for path in ("unlabeled/1.png", "unlabeled/deep/er/2.png", "Meta/0.png", "loose.png"):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_bytes(picture(9))
@@ -107,7 +110,7 @@ def test_folders_beside_splits_are_left_out_and_named(tree):
     assert from_folders(str(tree), "pets").class_names == ("cat", "dog", "owl")
 
 
-def test_a_folder_that_may_be_a_split_or_a_class_is_asked_about(tmp_path):
+def test_a_folder_that_may_be_a_split_or_a_class_is_asked_about(tmp_path: Path) -> None:
     for path in ("train/steam/1.png", "train/2.png", "car/3.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(picture(9))
@@ -119,7 +122,7 @@ def test_a_folder_that_may_be_a_split_or_a_class_is_asked_about(tmp_path):
 
 
 @pytest.mark.parametrize("above", ["", "train"])
-def test_hidden_folders_are_no_classes(tree, above):
+def test_hidden_folders_are_no_classes(tree: Path, above: str) -> None:
     for name in ("__MACOSX", ".git/objects", ".cache/deep"):
         (tree / above / name).mkdir(parents=True)
     (tree / above / "__MACOSX" / "left.png").write_bytes(picture(9))
@@ -128,7 +131,7 @@ def test_hidden_folders_are_no_classes(tree, above):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
-def test_files_whose_names_are_not_utf8_are_left_out_and_named(tree):
+def test_files_whose_names_are_not_utf8_are_left_out_and_named(tree: Path) -> None:
     for name in (b"caf\xe9.png", b"notes.\xe9"):
         (tree / "train" / "cat" / os.fsdecode(name)).write_bytes(picture(9))
     (tree / "train" / os.fsdecode(b"\xe9")).mkdir()
@@ -143,18 +146,18 @@ def test_files_whose_names_are_not_utf8_are_left_out_and_named(tree):
         from_folders(str((tree / "train").rename(tree / bad)), "pets")
 
 
-def test_folders_outside_the_class_list_are_named(tree):
+def test_folders_outside_the_class_list_are_named(tree: Path) -> None:
     with pytest.raises(ManifestError, match=r"not in the class list: 'owl'; did you mean 'owls'"):
         from_folders(str(tree), "pets", class_names=["cat", "dog", "owls"])
 
 
-def test_a_folder_without_classes_says_what_it_should_look_like(tmp_path):
+def test_a_folder_without_classes_says_what_it_should_look_like(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture(0))
     with pytest.raises(ManifestError, match=r"CLASS/image\.jpg"):
         from_folders(str(tmp_path), "pets")
 
 
-def test_a_folder_one_level_too_high_is_asked_about(tmp_path):
+def test_a_folder_one_level_too_high_is_asked_about(tmp_path: Path) -> None:
     """It would be a single class, which every model predicts at 100 %."""
     for path in ("up/photos/cat/1.png", "up/photos/dog/deep/2.png", "split/train/photos/cat/3.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ def test_a_folder_one_level_too_high_is_asked_about(tmp_path):
 
 
 @pytest.mark.parametrize("separator", [" ", "\t"])
-def test_list_files_with_ids_and_paths_with_spaces(tree, separator):
+def test_list_files_with_ids_and_paths_with_spaces(tree: Path, separator: str) -> None:
     for split, official in (("train", "train"), ("val", "val"), ("test", "test")):
         lines = [f"{path}{separator}{label}" for path, (label, where) in TREE.items() if where == official]
         (tree / f"{split}.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
@@ -178,7 +181,7 @@ def test_list_files_with_ids_and_paths_with_spaces(tree, separator):
     assert_is_tree(from_lists(lists, str(tree), "pets", class_names=CLASSES), ordered=True)
 
 
-def test_bad_lines_are_all_named(tmp_path):
+def test_bad_lines_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a.png 0\nb.png\n\nc.png 1\nd.png\n")
     with pytest.raises(ManifestError) as caught:
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
@@ -189,7 +192,7 @@ def test_bad_lines_are_all_named(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["²", "--1", "1" * 30])
-def test_digits_that_are_no_whole_number_are_named_with_their_line(tmp_path, label):
+def test_digits_that_are_no_whole_number_are_named_with_their_line(tmp_path: Path, label: str) -> None:
     (tmp_path / "train.txt").write_text(f"a.png 0\nb.png {label}\nc.png 1\n", encoding="utf-8")
     lists = {"train": str(tmp_path / "train.txt")}
     with pytest.raises(ManifestError, match=f"train.txt:2: the label '{label}' is no class id"):
@@ -198,7 +201,7 @@ def test_digits_that_are_no_whole_number_are_named_with_their_line(tmp_path, lab
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, mark):
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path, mark: bytes) -> None:
     (tmp_path / "train.txt").write_bytes(mark + b"a.png 0\ncaf\xe9.png 1\nb.png 1\n")
     with pytest.raises(ManifestError, match=r"train\.txt:2: 'caf\\xe9\.png 1' is not UTF-8; save"):
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
@@ -206,7 +209,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, mark):
         read_class_names(str(tmp_path / "train.txt"))
 
 
-def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path):
+def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x/a.png 7\nx/b.png 3\ny/c.png 12\nx/d.png 7\n")
     found = from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
     found.write(str(tmp_path / "pets.parquet"))
@@ -217,14 +220,14 @@ def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path):
     assert not found.named
 
 
-def test_ids_outside_the_class_list_are_refused(tmp_path):
+def test_ids_outside_the_class_list_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a.png 0\nb.png 3\n")
     with pytest.raises(ManifestError, match="label outside 0 to 2, the class names: 3"):
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=CLASSES)
 
 
 @pytest.mark.parametrize("class_names", [None, ["cat", "dog", "owl"]])
-def test_a_slip_among_class_ids_makes_no_names_of_them(tmp_path, class_names):
+def test_a_slip_among_class_ids_makes_no_names_of_them(tmp_path: Path, class_names: list[str] | None) -> None:
     (tmp_path / "train.txt").write_text("a.jpg 0\nb.jpg 1\nc.jpg 2\nd.jpg x1\ne.jpg\n")
     with pytest.raises(ManifestError) as caught:
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=class_names)
@@ -237,7 +240,7 @@ def test_a_slip_among_class_ids_makes_no_names_of_them(tmp_path, class_names):
     assert listed.labels.tolist() == [1, 2, 0]
 
 
-def test_bad_lines_and_labels_outside_are_said_together(tmp_path):
+def test_bad_lines_and_labels_outside_are_said_together(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a.jpg 0\nb.jpg\nc.jpg 7\n")
     with pytest.raises(ManifestError) as caught:
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=["cat", "dog"])
@@ -245,7 +248,11 @@ def test_bad_lines_and_labels_outside_are_said_together(tmp_path):
     assert "with a label outside 0 to 1, the class names: 7" in caught.value.findings[1]
 
 
-def listed_pets(folder, labels=(0, 0, 1, 1, 2), folders=("cat", "cat", "dog", "dog/deep", "owl")):
+def listed_pets(
+    folder: Path,
+    labels: tuple[int, ...] = (0, 0, 1, 1, 2),
+    folders: tuple[str, ...] = ("cat", "cat", "dog", "dog/deep", "owl"),
+) -> dict[str, str]:
     """A list of images in folders that are called as classes."""
     lines = [
         f"images/{where}/{number}.png {label}"
@@ -265,7 +272,7 @@ WRONG_LISTS = {
 
 
 @pytest.mark.parametrize("case", WRONG_LISTS)
-def test_a_class_list_that_its_folders_contradict_is_refused(tmp_path, case):
+def test_a_class_list_that_its_folders_contradict_is_refused(tmp_path: Path, case: str) -> None:
     """Every name would stand for another class, and nothing that trains or scores would notice."""
     names, says = WRONG_LISTS[case]
     lists = listed_pets(tmp_path)
@@ -292,7 +299,7 @@ def test_a_class_list_that_its_folders_contradict_is_refused(tmp_path, case):
         ["felis catus", "canis lupus", "strix"],  # Folders are called otherwise, as by WordNet's ids.
     ],
 )
-def test_a_class_list_that_folders_do_not_contradict_is_taken(tmp_path, names):
+def test_a_class_list_that_folders_do_not_contradict_is_taken(tmp_path: Path, names: list[str]) -> None:
     lists = listed_pets(tmp_path)
     made = from_lists(lists, str(tmp_path), "pets", class_names=names)
     made.write(str(tmp_path / "pets.parquet"))
@@ -300,21 +307,21 @@ def test_a_class_list_that_folders_do_not_contradict_is_taken(tmp_path, names):
     assert not made.notes
 
 
-def test_folders_that_hold_several_classes_say_nothing_of_their_names(tmp_path):
+def test_folders_that_hold_several_classes_say_nothing_of_their_names(tmp_path: Path) -> None:
     """Labels that somebody has corrected, and the folders of cameras."""
     lists = listed_pets(tmp_path, (0, 1, 1, 1, 2, 0), ("cat", "cat", "dog", "cat", "owl", "dog"))
     assert from_lists(lists, str(tmp_path), "pets", class_names=["cat", "dog", "owl"]).class_names == tuple(CLASSES)
     assert from_lists(lists, str(tmp_path), "pets", class_names=["dog", "cat", "owl"]).class_names[0] == "dog"
 
 
-def test_labels_that_are_names_may_differ_from_their_folders(tmp_path):
+def test_labels_that_are_names_may_differ_from_their_folders(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("path,label\nx/cat/1.png,cat\nx/dog/2.png,dog\nx/lion/3.png,wild\n")
     made = from_table([str(tmp_path / "rows.csv")], str(tmp_path), "pets")
     made.write(str(tmp_path / "pets.parquet"))
     assert Manifest.read(str(tmp_path / "pets.parquet")).class_names == ("cat", "dog", "wild")
 
 
-def test_a_list_longer_than_the_ids_needs_folders_that_show_its_order(tmp_path):
+def test_a_list_longer_than_the_ids_needs_folders_that_show_its_order(tmp_path: Path) -> None:
     lists = listed_pets(tmp_path, folders=("all",) * 5)
     says = r"has 4 names, and the largest class id is 2: .* before 'owl'; leave out names .* or label images by name"
     with pytest.raises(ManifestError, match=says):
@@ -324,13 +331,13 @@ def test_a_list_longer_than_the_ids_needs_folders_that_show_its_order(tmp_path):
     assert from_table(hub_files(tmp_path)[:1], "", "pets").class_names == tuple(CLASSES)
 
 
-def test_a_name_twice_in_a_list_for_folders_is_refused(tree):
+def test_a_name_twice_in_a_list_for_folders_is_refused(tree: Path) -> None:
     with pytest.raises(ManifestError, match="the class list has a name twice: 'dog'; list each class once"):
         from_folders(str(tree), "pets", class_names=["cat", "dog", "dog", "owl"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes by name")
-def test_links_to_nothing_pipes_and_loops_are_named(tree):
+def test_links_to_nothing_pipes_and_loops_are_named(tree: Path) -> None:
     images, others = (
         ("train/cat/gone.png", "train/cat/itself.png", "train/dog/pipe.png"),
         ("loop", "train/cat/up", "train/newt"),
@@ -357,7 +364,7 @@ def test_links_to_nothing_pipes_and_loops_are_named(tree):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 @pytest.mark.parametrize("as_names", [True, False])
-def test_tables(tree, suffix, as_names):
+def test_tables(tree: Path, suffix: str, as_names: bool) -> None:
     rows = [
         {"image_path": path, "category": CLASSES[label] if as_names else label, "split": split}
         for path, (label, split) in TREE.items()
@@ -375,7 +382,7 @@ def test_tables(tree, suffix, as_names):
     assert_is_tree(from_table([str(path)], str(tree), "pets", class_names=names), ordered=True)
 
 
-def test_tables_with_columns_of_other_names(tree):
+def test_tables_with_columns_of_other_names(tree: Path) -> None:
     rows = [{"where": path, "what": CLASSES[label], "fold": split} for path, (label, split) in TREE.items()]
     (tree / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     columns = {"uri": "where", "label": "what", "split": "fold"}
@@ -386,7 +393,7 @@ def test_tables_with_columns_of_other_names(tree):
     assert "no column is named like a label" in caught.value.findings[1]
 
 
-def hub_files(folder):
+def hub_files(folder: Path) -> list[Any]:
     """Parquet as the Hugging Face hub serves it: a struct of bytes and path, names in the metadata, splits by file."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     names = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
@@ -400,11 +407,13 @@ def hub_files(folder):
     return paths
 
 
-def test_parquet_of_the_hub_with_embedded_images(tmp_path):
+def test_parquet_of_the_hub_with_embedded_images(tmp_path: Path) -> None:
     assert_is_tree(from_table(hub_files(tmp_path), "", "pets"), ordered=True)
 
 
-def test_many_embedded_images_go_to_pack_files_that_move_with_the_manifest(tmp_path, monkeypatch):
+def test_many_embedded_images_go_to_pack_files_that_move_with_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("imbvlm.data.sources.table_files.EMBED_AT_MOST_BYTES", 150)
     (tmp_path / "one").mkdir()
     made = from_table(hub_files(tmp_path), "", "pets", pack_prefix=str(tmp_path / "one" / "pets.images"))
@@ -420,7 +429,7 @@ def test_many_embedded_images_go_to_pack_files_that_move_with_the_manifest(tmp_p
     assert found.row_fingerprint("train") != before
 
 
-def test_tar_shards_are_read_where_they_lie(tmp_path):
+def test_tar_shards_are_read_where_they_lie(tmp_path: Path) -> None:
     paths = []
     for split in ("train", "val", "test"):
         paths.append(str(tmp_path / f"pets-{split}-0000.tar"))
@@ -435,13 +444,13 @@ def test_tar_shards_are_read_where_they_lie(tmp_path):
     assert found.notes == ()
 
 
-def add_member(archive, name, content):
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))
 
 
-def test_what_a_shard_loses_is_said(tmp_path):
+def test_what_a_shard_loses_is_said(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for key, label in (("img.1", b"0"), ("img.2", b"0"), ("a", b"0"), ("a", b"1"), ("b", b"\xef\xbb\xbf0")):
             add_member(archive, f"x/{key}.png", picture(int(label[-1:])))
@@ -464,7 +473,7 @@ def test_what_a_shard_loses_is_said(tmp_path):
         from_shards([str(tmp_path / "b.tar")], "pets")
 
 
-def test_links_in_a_shard_and_labels_without_an_image_are_named(tmp_path):
+def test_links_in_a_shard_and_labels_without_an_image_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add_member(archive, "a.png", picture(0))
         for key in "abc":
@@ -477,7 +486,7 @@ def test_links_in_a_shard_and_labels_without_an_image_are_named(tmp_path):
     assert second == "2 labels left out without an image of the same key, such as b"
 
 
-def test_compressed_or_unlabelled_shards_are_refused(tmp_path):
+def test_compressed_or_unlabelled_shards_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add_member(archive, "x.png", b"abc")
     with pytest.raises(ManifestError, match=r"neither a \.cls nor a \.json"):
@@ -506,13 +515,13 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize("content", CSV_FAULTS)
-def test_a_quote_that_takes_rows_is_said(tmp_path, content):
+def test_a_quote_that_takes_rows_is_said(tmp_path: Path, content: Any) -> None:
     (tmp_path / "rows.csv").write_bytes(content)
     with pytest.raises(ManifestError, match=CSV_FAULTS[content]):
         from_table([str(tmp_path / "rows.csv")], "", "pets")
 
 
-def test_quotes_and_line_ends_that_may_be_are_read(tmp_path):
+def test_quotes_and_line_ends_that_may_be_are_read(tmp_path: Path) -> None:
     rows = b'path,label,caption\na.jpg,5" pipe,"two\nlines, ""of"" them"\nb.jpg,dog,"x"\n'
     for content in (rows, rows.replace(b"\n", b"\r\n"), rows.replace(b"\n", b"\r")):
         (tmp_path / "rows.csv").write_bytes(content)
@@ -523,7 +532,7 @@ def test_quotes_and_line_ends_that_may_be_are_read(tmp_path):
 
 @pytest.mark.parametrize("before", [b"", b"]" * 200_000, b'{"path": "]]]", "label": "\\"[["}\n'])
 @pytest.mark.parametrize("line_end", [b"", b"\n"])
-def test_json_lines_nested_too_deep_are_refused(tmp_path, before, line_end):
+def test_json_lines_nested_too_deep_are_refused(tmp_path: Path, before: bytes, line_end: bytes) -> None:
     """pyarrow's parser would end the process."""
     deep = (b"[" + line_end) * 100_000 + b"]" * 100_000
     (tmp_path / "rows.jsonl").write_bytes(before + b'{"path": "a.jpg", "label": ' + deep + b"}\n")
@@ -531,7 +540,7 @@ def test_json_lines_nested_too_deep_are_refused(tmp_path, before, line_end):
         from_table([str(tmp_path / "rows.jsonl")], "", "pets")
 
 
-def test_brackets_within_texts_are_no_levels(tmp_path):
+def test_brackets_within_texts_are_no_levels(tmp_path: Path) -> None:
     name = "[" * 500 + '"{'
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"path": "a", "label": x}) + "\n" for x in (name, "b")))
     assert from_table([str(tmp_path / "rows.jsonl")], "", "pets").class_names == (name, "b")
@@ -542,7 +551,9 @@ def test_brackets_within_texts_are_no_levels(tmp_path):
     ["nope", "[]", '{"info": 3}', '{"info": {"features": {"label": 3}}}', "[" * 200_000, b"\xff",
      '{"info": {"features": {"label": {"names": [1, 2]}}}}', '{"info": {"features": {"label": {"names": "ab"}}}}'],
 )  # fmt: skip
-def test_metadata_that_is_not_the_hubs_is_said_and_not_read_beside_a_class_list(tmp_path, metadata):
+def test_metadata_that_is_not_the_hubs_is_said_and_not_read_beside_a_class_list(
+    tmp_path: Path, metadata: str | bytes
+) -> None:
     table = pa.table({"path": ["a", "b"], "label": [0, 1]}).replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(ManifestError, match=r"its metadata 'huggingface.* can't be read: .* --class-names"):
@@ -550,7 +561,7 @@ def test_metadata_that_is_not_the_hubs_is_said_and_not_read_beside_a_class_list(
     assert len(from_table([str(tmp_path / "rows.parquet")], "", "pets", class_names=["x", "y"])) == 2
 
 
-def test_a_shard_cut_within_a_header_is_refused_and_one_without_its_end_is_noted(tmp_path):
+def test_a_shard_cut_within_a_header_is_refused_and_one_without_its_end_is_noted(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for key in "ab":
@@ -571,7 +582,9 @@ def test_a_shard_cut_within_a_header_is_refused_and_one_without_its_end_is_noted
     assert from_shards([str(path)], "pets").notes == ()
 
 
-def test_photos_in_heic_are_rows_and_name_the_extra_that_reads_them(tree, monkeypatch):
+def test_photos_in_heic_are_rows_and_name_the_extra_that_reads_them(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tree / "train/cat/photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
     monkeypatch.setattr("imbvlm.data.sources.manifest_builder.reads_heif", lambda: False)
     monkeypatch.setattr("imbvlm.data.images.decoding.reads_heif", lambda: False)
@@ -597,14 +610,14 @@ TAXA = [
 ]
 
 
-def annotations(path, categories, labels):
+def annotations(path: Path, categories: list[dict[str, Any]], labels: list[int]) -> str:
     images = [{"id": 100 + n, "file_name": f"train_val/x/{n}.jpg"} for n in range(len(labels))]
     notes = [{"id": n, "image_id": 100 + n, "category_id": label} for n, label in enumerate(labels)]
     path.write_text(json.dumps({"images": images, "annotations": notes, "categories": categories}))
     return str(path)
 
 
-def test_inaturalist_names_come_from_categories_and_are_lacking_without(tmp_path):
+def test_inaturalist_names_come_from_categories_and_are_lacking_without(tmp_path: Path) -> None:
     hidden = [{"id": n, "name": str(n), "supercategory": "Life"} for n in range(3)]
     files = {
         "train": annotations(tmp_path / "train2018.json", hidden, [0, 0, 2, 1]),
@@ -622,7 +635,7 @@ def test_inaturalist_names_come_from_categories_and_are_lacking_without(tmp_path
     assert found.table.column("uri")[2].as_py() == str(tmp_path / "train_val" / "x" / "2.jpg")
 
 
-def test_inaturalist_common_names_and_higher_ranks(tmp_path):
+def test_inaturalist_common_names_and_higher_ranks(tmp_path: Path) -> None:
     files = {"train": annotations(tmp_path / "train.json", TAXA, [0, 1, 2])}
     assert from_inaturalist(files, "", "inat", names="common").class_names == ("Cat", "Felis chaus", "Bellis perennis")
     genus = from_inaturalist(files, "", "inat", rank="genus")
@@ -655,14 +668,14 @@ IMAGES, NOTES = [{"id": 1, "file_name": "1.jpg"}], [{"image_id": 1, "category_id
         ({"categories": TAXA, "images": IMAGES}, "1 images have no annotation"),
     ],
 )
-def test_inaturalist_of_another_shape_is_named(tmp_path, content, match):
+def test_inaturalist_of_another_shape_is_named(tmp_path: Path, content: Any, match: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ManifestError, match=match):
         from_inaturalist({"train": str(path)}, "", "inat")
 
 
-def test_inaturalist_nested_without_end_or_with_annotations_of_no_image(tmp_path):
+def test_inaturalist_nested_without_end_or_with_annotations_of_no_image(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text("[" * 200_000)
     with pytest.raises(ManifestError, match="nested too deeply"):
@@ -675,7 +688,9 @@ def test_inaturalist_nested_without_end_or_with_annotations_of_no_image(tmp_path
 # ------------------------------------------------------------------------------------------------ benchmarks
 
 
-def write_lists(folder, prefix, sizes, class_counts, path_of):
+def write_lists(
+    folder: Path, prefix: str, sizes: Mapping[str, int], class_counts: np.ndarray, path_of: Callable[[str, int], str]
+) -> None:
     counts = {"train": class_counts}
     for split in ("val", "test"):
         counts[split] = np.full(len(class_counts), sizes[split] // len(class_counts))
@@ -685,7 +700,7 @@ def write_lists(folder, prefix, sizes, class_counts, path_of):
         (folder / f"{prefix}_{split}.txt").write_text("\n".join(lines))
 
 
-def spread(total, least, most, num_classes):
+def spread(total: int, least: int, most: int, num_classes: int) -> np.ndarray:
     """Counts from `most` to `least` that sum to a total."""
     counts = np.full(num_classes, least)
     counts[0] = most
@@ -696,7 +711,7 @@ def spread(total, least, most, num_classes):
     return counts
 
 
-def test_imagenet_lt_by_its_official_lists(tmp_path):
+def test_imagenet_lt_by_its_official_lists(tmp_path: Path) -> None:
     sizes = BENCHMARKS["imagenet_lt"].sizes
     counts = spread(sizes["train"], 5, 1280, 1000)
     write_lists(tmp_path, "ImageNet_LT", sizes, counts, lambda split, label: f"{split}/n{label:08d}")
@@ -708,7 +723,7 @@ def test_imagenet_lt_by_its_official_lists(tmp_path):
     assert any("image-net.org" in note for note in found.notes)
 
 
-def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path):
+def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path: Path) -> None:
     sizes = BENCHMARKS["places_lt"].sizes
     counts = spread(sizes["train"], 5, 4980, 365)
     write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/airport_terminal-{label:03d}")
@@ -717,7 +732,7 @@ def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path):
     assert found.named
 
 
-def test_wrong_sizes_are_said_with_the_right_ones(tmp_path):
+def test_wrong_sizes_are_said_with_the_right_ones(tmp_path: Path) -> None:
     sizes = {"train": 62_500, "val": 7_300, "test": 36_500}
     counts = spread(62_400, 6, 4980, 365)
     write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/{label}")
@@ -730,7 +745,7 @@ def test_wrong_sizes_are_said_with_the_right_ones(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(set(BENCHMARKS) - {"fashion_mnist_lt"}))
-def test_missing_files_are_all_named_with_where_to_get_them(tmp_path, name):
+def test_missing_files_are_all_named_with_where_to_get_them(tmp_path: Path, name: str) -> None:
     with pytest.raises(ManifestError) as caught:
         build_dataset(name, str(tmp_path))
     text = str(caught.value)
@@ -738,14 +753,14 @@ def test_missing_files_are_all_named_with_where_to_get_them(tmp_path, name):
     assert "http" in text
 
 
-def test_the_embedded_benchmark_needs_no_files():
+def test_the_embedded_benchmark_needs_no_files() -> None:
     assert len(build_dataset("fashion_mnist_lt", "")) == 4980
 
 
 # ------------------------------------------------------------------------------------------------ tails
 
 
-def balanced(num_classes=10, per_class=200):
+def balanced(num_classes: int = 10, per_class: int = 200) -> Manifest:
     labels = np.repeat(np.arange(num_classes), per_class)
     uris = [f"s3://bucket/{row}.jpg" for row in range(len(labels) + num_classes)]
     table = pa.table(
@@ -759,7 +774,7 @@ def balanced(num_classes=10, per_class=200):
 
 
 @pytest.mark.parametrize("shape", ["exponential", "pareto"])
-def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape):
+def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape: str) -> None:
     made = balanced()
     found = make_imbalanced(made, 50, shape=shape, seed=1)
     stats = found.class_stats()
@@ -771,7 +786,7 @@ def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape):
     assert not found.table.equals(make_imbalanced(made, 50, shape=shape, seed=2).table)
 
 
-def test_the_user_says_which_classes_are_the_tail():
+def test_the_user_says_which_classes_are_the_tail() -> None:
     order = [f"c{label}" for label in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
     stats = make_imbalanced(balanced(), 100, class_order=order).class_stats()
     assert np.argsort(-stats.counts).tolist() == [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
@@ -779,7 +794,7 @@ def test_the_user_says_which_classes_are_the_tail():
         make_imbalanced(balanced(), 100, class_order=[*order[:-1], "c10"])
 
 
-def test_a_tail_that_cannot_be_is_refused():
+def test_a_tail_that_cannot_be_is_refused() -> None:
     with pytest.raises(ImbvlmError, match="at most 400"):
         make_imbalanced(balanced(), 1000)
     with pytest.raises(ImbvlmError, match="at least 1"):
@@ -791,7 +806,7 @@ def test_a_tail_that_cannot_be_is_refused():
 # ------------------------------------------------------------------------------------------------ show and check
 
 
-def test_the_summary_names_counts_groups_splits_and_draws_the_curve():
+def test_the_summary_names_counts_groups_splits_and_draws_the_curve() -> None:
     text = summary(Manifest.read("embedded:emoji_lt"))
     for part in (
         "classes           68",
@@ -812,14 +827,14 @@ def test_the_summary_names_counts_groups_splits_and_draws_the_curve():
 
 
 @pytest.mark.parametrize("counts", [[5], [1000, 10], list(range(1, 1001)), [0, 0, 7]])
-def test_plots_hold_any_counts(counts):
+def test_plots_hold_any_counts(counts: list[int]) -> None:
     lines = plot_counts(np.array(counts))
     assert len(lines) == 11
     assert max(len(line) for line in lines) <= 84
     assert plot_svg(counts, "a <name>").count("<svg") == 1
 
 
-def test_the_check_names_everything_at_once(tree):
+def test_the_check_names_everything_at_once(tree: Path) -> None:
     (tree / "train/cat/twin.png").write_bytes((tree / "test/owl/e.png").read_bytes())
     (tree / "train/dog/page.png").write_text("<html>not found</html>")
     (tree / "train/dog/deep/c.png").write_bytes(b"")
@@ -844,7 +859,9 @@ def test_the_check_names_everything_at_once(tree):
         assert part in text
 
 
-def test_a_check_decodes_no_more_at_once_than_one_image_may_have(tmp_path, monkeypatch):
+def test_a_check_decodes_no_more_at_once_than_one_image_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight photos of 170 megapixels took 10 GB."""
     for number in range(8):
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
@@ -852,7 +869,7 @@ def test_a_check_decodes_no_more_at_once_than_one_image_may_have(tmp_path, monke
     (tmp_path / "a" / "large.png").write_bytes(picture(1, (300, 400)))
     at_once, most, lock = [0], [0], threading.Lock()
 
-    def decode_and_count(data):
+    def decode_and_count(data: bytes) -> Image.Image:
         found = decode_picture(data)
         with lock:
             at_once[0] += found.width * found.height
@@ -874,7 +891,7 @@ def test_a_check_decodes_no_more_at_once_than_one_image_may_have(tmp_path, monke
     assert 60_000 < most[0] <= 70_000
 
 
-def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path):
+def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path: Path) -> None:
     labels = np.repeat(np.arange(5), [40, 11, 3, 2, 1])
     # Three copies of one image, which stay together.
     content = [b"copy" if row < 3 else f"{row}".encode() for row in range(len(labels))]
@@ -896,7 +913,7 @@ def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path):
         hold_out_test_split(made, 20)
 
 
-def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):
+def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree: Path) -> None:
     shutil.rmtree(tree / "test")
     report = check_manifest(from_folders(str(tree), "pets"))
     (found,) = [finding for finding in report.findings if "no test split" in finding.message]
@@ -908,8 +925,8 @@ def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree):
     assert "no test split" not in str(check_manifest(from_folders(str(tree), "pets")))
 
 
-def test_data_that_no_sweep_could_use_is_not_usable():
-    def checked(counts, splits=("train",)):
+def test_data_that_no_sweep_could_use_is_not_usable() -> None:
+    def checked(counts: list[int], splits: tuple[str, ...] = ("train",)) -> CheckReport:
         labels = np.tile(np.repeat(np.arange(len(counts)), counts), len(splits))
         each = [split for split in splits for _ in range(sum(counts))]
         table = pa.table({"bytes": [f"{n}".encode() for n in range(len(labels))], "label": labels, "split": each})
@@ -927,7 +944,7 @@ def test_data_that_no_sweep_could_use_is_not_usable():
     assert checked([90, 5]).ok
 
 
-def test_a_good_manifest_is_good():
+def test_a_good_manifest_is_good() -> None:
     report = check_manifest(Manifest.read("embedded:fashion_mnist_lt"), decode_all=True)
     assert report.verdict == "good", str(report)
 
@@ -935,13 +952,15 @@ def test_a_good_manifest_is_good():
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def run(which, *arguments):
+def run(which: str, *arguments: object) -> int:
     parser = argparse.ArgumentParser()
     getattr(manifest_command, f"add_{which}_arguments")(parser)
     return getattr(manifest_command, which)(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_build_show_and_check_by_command(tree, capsys, monkeypatch):
+def test_build_show_and_check_by_command(
+    tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tree)
     assert run("build", "--folders", ".", "--name", "pets", "-o", "out/pets.parquet") == 0
     assert "imbvlm manifest check out/pets.parquet" in capsys.readouterr().out
@@ -960,7 +979,7 @@ def test_build_show_and_check_by_command(tree, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
-def test_names_that_are_not_utf8_are_said_where_they_are_named(tree):
+def test_names_that_are_not_utf8_are_said_where_they_are_named(tree: Path) -> None:
     bad = os.fsdecode(b"caf\xe9")
     sources = [("--table", f"{bad}.csv"), ("--list", f"train={bad}.txt"), ("--webdataset", f"{bad}.tar")]
     for words in (*sources, ("--folders", tree, "--class-names", bad), ("--folders", tree, "-o", f"{bad}.parquet")):
@@ -974,12 +993,12 @@ def test_names_that_are_not_utf8_are_said_where_they_are_named(tree):
 
 
 @pytest.mark.parametrize("words", [("--test-share", "0.5"), ("--imbalance-factor", "2")])
-def test_a_seed_below_zero_is_refused(tree, words):
+def test_a_seed_below_zero_is_refused(tree: Path, words: tuple[str, str]) -> None:
     with pytest.raises(ImbvlmError, match="a seed must be a whole number from 0 on, and is -1"):
         run("build", "--folders", tree / "train", *words, "--seed", "-1", "-o", tree / "x.parquet")
 
 
-def test_build_options_that_cannot_be_are_said(tree):
+def test_build_options_that_cannot_be_are_said(tree: Path) -> None:
     with pytest.raises(ImbvlmError, match=r"--list takes train=.* or test=.*, got 'a.txt'"):
         run("build", "--list", "a.txt", "-o", "x.parquet")
     with pytest.raises(ImbvlmError, match="has no"):
@@ -992,17 +1011,17 @@ def test_build_options_that_cannot_be_are_said(tree):
 # ------------------------------------------------------------------------------------------------ limits of loss
 
 
-def limits(bad, max_images=None, max_share=0.5, split="train"):
+def limits(bad: list[int], max_images: int | None = None, max_share: float = 0.5, split: str = "train") -> list[str]:
     bad = dict.fromkeys(bad, "truncated")
     return bad_image_findings(balanced(4, 5), split, bad, max_images=max_images, max_share=max_share)
 
 
-def test_few_bad_images_are_within_the_limits():
+def test_few_bad_images_are_within_the_limits() -> None:
     assert limits([0, 1, 2, 3, 5, 10, 15]) == []
     assert limits([]) == []
 
 
-def test_limits_by_count_by_share_and_by_class_are_said_with_names():
+def test_limits_by_count_by_share_and_by_class_are_said_with_names() -> None:
     by_count, by_share, by_class = limits([0, 1, 2, 3, 4, 7], max_images=5, max_share=0.25)
     assert by_count.startswith(
         "6 images of train can't be used, above data.max_bad_images 5: s3://bucket/0.jpg (truncated)"
@@ -1014,7 +1033,7 @@ def test_limits_by_count_by_share_and_by_class_are_said_with_names():
 
 
 @pytest.mark.slow
-def test_inat2018_by_its_official_annotations(tmp_path):
+def test_inat2018_by_its_official_annotations(tmp_path: Path) -> None:
     """All of it in size: its official validation set is the test split, and validation is carved from training."""
     sizes, hidden = (
         BENCHMARKS["inat2018"].sizes,

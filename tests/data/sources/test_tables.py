@@ -1,6 +1,9 @@
 """Tables as spreadsheets and other programs write them are read, or refused by a sentence that says the mend."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +15,8 @@ from imbvlm.data.sources.table_files import from_table
 
 
 @pytest.fixture
-def read(tmp_path):
-    def build(content, suffix="csv", **options):
+def read(tmp_path: Path) -> Callable[..., Any]:
+    def build(content: Any, suffix: str = "csv", **options: Any) -> Manifest:
         path = tmp_path / f"rows.{suffix}"
         if isinstance(content, pa.Table):
             path = tmp_path / "rows.parquet"
@@ -25,15 +28,15 @@ def read(tmp_path):
     return build
 
 
-def labelled(labels):
+def labelled(labels: Any) -> pa.Table:
     return pa.table({"path": [f"{row}.jpg" for row in range(len(labels))], "label": labels})
 
 
-def classes(manifest):
+def classes(manifest: Manifest) -> list[str]:
     return [manifest.class_names[label] for label in manifest.labels]
 
 
-def test_empty_cells_are_counted(read):
+def test_empty_cells_are_counted(read: Callable[..., Any]) -> None:
     with pytest.raises(ManifestError) as caught:
         read("path,label,split\na.jpg,cat,\nb.jpg,,train\nc.jpg,cat,\n")
     assert caught.value.findings == ("1 row has no 'label'", "2 rows have no 'split'")
@@ -47,13 +50,15 @@ def test_empty_cells_are_counted(read):
         ("path\tlabel\na.jpg\tcat\nb.jpg\tbête\n".encode("latin-1"), "line 3 is not in UTF-8.*save the file as UTF-8"),
     ],
 )
-def test_a_file_that_is_not_utf8_is_refused_with_the_mend(read, content, finding):
+def test_a_file_that_is_not_utf8_is_refused_with_the_mend(
+    read: Callable[..., Any], content: bytes, finding: str
+) -> None:
     with pytest.raises(ManifestError, match=finding):
         read(content, "tsv")
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_labels_are_ids_or_names_by_all_rows_whatever_comes_first(read, order):
+def test_labels_are_ids_or_names_by_all_rows_whatever_comes_first(read: Callable[..., Any], order: int) -> None:
     # More rows of each than are read at once.
     labels = (["208"] * 300 + ["C3"] * 300)[::order]
     assert classes(read(labelled(labels), class_names=["C3", "208"])) == labels
@@ -61,7 +66,7 @@ def test_labels_are_ids_or_names_by_all_rows_whatever_comes_first(read, order):
         read(labelled(labels))
 
 
-def test_names_that_differ_by_zeros_are_two_classes(read):
+def test_names_that_differ_by_zeros_are_two_classes(read: Callable[..., Any]) -> None:
     names = ["007", "cat", *map(str, range(8))]
     labels = ["007"] * 300 + ["7"] * 300
     assert classes(read(labelled(labels), class_names=names)) == labels
@@ -72,7 +77,7 @@ def test_names_that_differ_by_zeros_are_two_classes(read):
     assert classes(read(labelled(["01", "00"]), class_names=["cat", "dog"])) == ["dog", "cat"]
 
 
-def test_class_names_that_are_numbers(read):
+def test_class_names_that_are_numbers(read: Callable[..., Any]) -> None:
     names = ["101", "205"]
     assert classes(read("path,label\na.jpg,205\nb.jpg,101\n", class_names=names)) == ["205", "101"]
     assert classes(read(labelled([205, 101]), class_names=names)) == ["205", "101"]
@@ -82,7 +87,7 @@ def test_class_names_that_are_numbers(read):
         read(labelled([101, 300]), class_names=names)
 
 
-def test_labels_of_many_digits(read):
+def test_labels_of_many_digits(read: Callable[..., Any]) -> None:
     long = "12345678901234567890"
     assert classes(read(f"path,label\na.jpg,{long}\n", class_names=["cat", long])) == [long]
     for labels in ([long], pa.array([int(long)], pa.uint64())):
@@ -93,26 +98,26 @@ def test_labels_of_many_digits(read):
     assert read(labelled([5_000_000_000, -(2**63)])).label_map == {str(-(2**63)): 0, "5000000000": 1}
 
 
-def test_columns_of_one_name_are_named(read):
+def test_columns_of_one_name_are_named(read: Callable[..., Any]) -> None:
     with pytest.raises(ManifestError, match="2 columns are called 'label'; rename all but one"):
         read("path,label,label\na.jpg,cat,dog\n")
     assert len(read("path,label,note,note\na.jpg,cat,x,y\n")) == 1
 
 
 @pytest.mark.parametrize("column", ["label", "split", "path"])
-def test_a_column_of_lists_is_refused_by_its_type(read, column):
+def test_a_column_of_lists_is_refused_by_its_type(read: Callable[..., Any], column: str) -> None:
     table = pa.table({"path": ["a.jpg"], "label": [0], "split": ["train"]} | {column: [["train"]]})
     with pytest.raises(ManifestError, match=f"'{column}' is of the type list<.*string>, and must be text"):
         read(table, columns={"uri": "path"})
 
 
-def test_a_class_may_be_called_na(read):
+def test_a_class_may_be_called_na(read: Callable[..., Any]) -> None:
     labels = ["NA", "null", "nan", "N/A", "None"]
     rows = "".join(f"{row}.jpg,{label}\n" for row, label in enumerate(labels))
     assert classes(read(f"path,label\n{rows}")) == labels
 
 
-def test_a_row_that_is_null_is_named_where_pyarrow_would_end_the_process(tmp_path):
+def test_a_row_that_is_null_is_named_where_pyarrow_would_end_the_process(tmp_path: Path) -> None:
     row = '{"path": "a.jpg", "label": "cat", "more": [null, "null"], "note": null}\n'
     for number, text in enumerate(("null\n" + row, row * 20_000 + "null\n", "null", row + " null\n" + row)):
         path = tmp_path / f"train{number}.jsonl"
@@ -123,14 +128,14 @@ def test_a_row_that_is_null_is_named_where_pyarrow_would_end_the_process(tmp_pat
     assert len(from_table([str(path)], "", "x")) == 1
 
 
-def test_a_cell_above_pythons_limit_isnt_called_a_mistake_in_its_quotes(read):
+def test_a_cell_above_pythons_limit_isnt_called_a_mistake_in_its_quotes(read: Callable[..., Any]) -> None:
     long = "x" * 140_000
     with pytest.raises(ManifestError, match=r"field limit .*take the column with such long cells out, or write"):
         read(f'path,label,note\na.jpg,cat,"{long}"\n')
 
 
 @pytest.mark.parametrize("read_pipe", [lambda path: from_table([path], "", "x"), Manifest.read, storage.read_bytes])
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read_pipe):
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read_pipe: Callable[..., Any]) -> None:
     path = tmp_path / "train.parquet"
     os.mkfifo(path)
     with pytest.raises(storage.StorageError, match="it is a pipe or a device and no file"):

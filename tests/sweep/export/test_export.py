@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,7 +40,7 @@ ROOT = Path(__file__).parents[3]
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 
 
-def trial(number, overall, few):
+def trial(number: int, overall: float, few: float | None) -> TrialRecord:
     config = sweep_spec().trial({"method": "linear_probe", "loss.name": "cross_entropy", "optim.lr": 0.1}).to_tree()
     metrics = {"epoch": 1.0, "val/balanced_accuracy": overall, "val/best_balanced_accuracy": overall}
     if few is not None:
@@ -46,7 +48,7 @@ def trial(number, overall, few):
     return TrialRecord(trial_id=f"t{number}", kind="search", state="finished", config=config, epochs=[metrics])
 
 
-def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_path):
+def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_path: Path) -> None:
     log, spec = TrialLog(str(tmp_path)), sweep_spec()
     pairs = [(0.8, 0.3), (0.75, 0.2), (0.7, 0.5), (0.7, 0.4), (0.2, 0.6)]
     for number, (overall, few) in enumerate(pairs, 1):
@@ -60,14 +62,14 @@ def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_
         pareto_set(without, spec)
 
 
-def test_nothing_is_exported_of_a_sweep_without_a_result(tmp_path):
+def test_nothing_is_exported_of_a_sweep_without_a_result(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
     (folder / "trials" / "t00001.json").unlink()
     with pytest.raises(ImbvlmError, match=r"no trial of .* has a result yet. Go on with: imbvlm sweep resume "):
         export_sweep(str(folder), str(tmp_path / "out"))
 
 
-def card(folder, **changes):
+def card(folder: Path, **changes: Any) -> str:
     spec, log, manifest = read_spec(str(folder)), TrialLog.read(str(folder)), Manifest.read("embedded:fashion_mnist_lt")
     best = log.best(spec.objective)[0]
     refits = [one for one in log.of("refit") if one.name == "winner"]
@@ -80,7 +82,7 @@ def card(folder, **changes):
     return model_card(CardContext(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
 
 
-def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path):
+def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     (tmp_path / "README.md").write_text(card(folder), encoding="utf-8")
     data = ModelCard.load(tmp_path / "README.md").data
@@ -93,7 +95,7 @@ def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path):
     assert data.eval_results[0].dataset_name == "fashion_mnist_lt"
 
 
-def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
+def test_the_card_says_data_selection_adjustments_and_limits(tmp_path: Path) -> None:
     text = card(write_sweep(tmp_path / "made", COUNTS))
     assert "Number 1 of 24 trials of the sweep `made`" in text
     assert "tau 0.3, zero-shot logits mixed in with alpha 0.1, temperature 1.7" in text
@@ -102,7 +104,7 @@ def test_the_card_says_data_selection_adjustments_and_limits(tmp_path):
     assert "2 classes have fewer than 20 training images" in text
 
 
-def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path):
+def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: Path) -> None:
     for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
         report, text = build(ReportData.read(str(folder))), card(folder)
@@ -112,7 +114,7 @@ def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path):
         assert report.statement in show_text(SweepState.read(str(folder)))
 
 
-def test_the_card_has_a_baseline_as_adjusted_too(tmp_path):
+def test_the_card_has_a_baseline_as_adjusted_too(tmp_path: Path) -> None:
     """A reader would take a model that a plain probe comes up to for better than it is."""
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
@@ -139,7 +141,7 @@ def test_the_card_has_no_row_of_an_adjustment_that_changes_no_prediction(tmp_pat
     assert "Post hoc: logits adjusted after training" not in text
 
 
-def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path):
+def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path: Path) -> None:
     text = card(write_sweep(tmp_path / "made", COUNTS), refits=[], license_id="other", adjustment=None)
     assert "The test split was not read for this model." in text
     assert "model-index" not in text
@@ -157,7 +159,9 @@ def test_a_model_that_has_not_seen_the_test_split_does_not_say_so(tmp_path):
         (("cat", "dog"), "two", "the encoder local-dir:mine has other weights than in the training"),
     ],
 )
-def test_what_a_model_was_trained_on_is_what_is_exported_with_it(tmp_path, names, tower, words):
+def test_what_a_model_was_trained_on_is_what_is_exported_with_it(
+    tmp_path: Path, names: tuple[str, ...], tower: str, words: str | None
+) -> None:
     """A manifest or a tower's folder may have been made anew since."""
     write_class_record(str(tmp_path), {"class_names": ["cat", "dog"], "tower": "one"})
     tree = {"data": {"manifest": "m"}, "encoder": {"name": "local-dir:mine"}, "method": "linear_probe"}
@@ -169,14 +173,14 @@ def test_what_a_model_was_trained_on_is_what_is_exported_with_it(tmp_path, names
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A sweep's folder with two trials and no refit, which an export trains within this process."""
     home = tmp_path_factory.mktemp("searched")
     with extraction_in_this_process():
         yield searched_sweep(home, TinyImages(home))
 
 
-def searched_sweep(home, problem, manifest=None, storage=None):
+def searched_sweep(home: Path, problem: TinyImages, manifest: str | None = None, storage: str | None = None) -> Path:
     base = problem.config("linear_probe", train__num_epochs=1).to_tree()
     base["data"]["manifest"] = manifest or problem.manifest
     space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
@@ -217,7 +221,9 @@ def test_nothing_is_retrained_on_other_data_or_with_another_encoder(tmp_path: Pa
 
 
 @pytest.mark.parametrize("paths", ["relative", "absolute"])
-def test_a_sweep_is_exported_from_any_working_directory_and_after_its_project_was_moved(tmp_path, monkeypatch, paths):
+def test_a_sweep_is_exported_from_any_working_directory_and_after_its_project_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: str
+) -> None:
     """Version 0.1 wrote paths as they were typed; an absolute one is of where the project was."""
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     problem = TinyImages(home)
@@ -247,7 +253,7 @@ def test_a_sweep_is_exported_from_any_working_directory_and_after_its_project_wa
     export_sweep(str(folder), "third", manifest="../moved/images/manifest.parquet", say=lambda text: None)
 
 
-def exported_files(out):
+def exported_files(out: Path) -> list[str]:
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
@@ -255,7 +261,7 @@ MODEL_FILES = ["README.md", "config.json", "model.safetensors", "tower/open_clip
                "tower/open_clip_model.safetensors"]  # fmt: skip
 
 
-def test_an_export_takes_the_place_of_the_one_before_and_of_nothing_else(searched, tmp_path):
+def test_an_export_takes_the_place_of_the_one_before_and_of_nothing_else(searched: Path, tmp_path: Path) -> None:
     """What an earlier export left would be found by `predict`: a graph, or model/ beside several trials' folders."""
     out, said = tmp_path / "out", []
     export_sweep(str(searched), str(out), say=said.append)
@@ -285,7 +291,9 @@ def test_an_export_takes_the_place_of_the_one_before_and_of_nothing_else(searche
         ("2-t2/mine.txt", 2, "out has 2-t2/mine.txt. Remove"),
     ],
 )
-def test_what_no_export_has_listed_is_named_before_anything_is_written(searched, tmp_path, path, top, words):
+def test_what_no_export_has_listed_is_named_before_anything_is_written(
+    searched: Path, tmp_path: Path, path: str, top: int, words: str
+) -> None:
     """An export of version 0.1 has no list: nobody knows whose files these are."""
     file = tmp_path / "out" / path
     file.parent.mkdir(parents=True)
@@ -331,7 +339,7 @@ def test_what_version_0_1_cannot_have_exported_is_named(
     assert (out / path).read_text() == content
 
 
-def test_a_listed_file_that_somebody_has_changed_stays_and_is_named(searched, tmp_path):
+def test_a_listed_file_that_somebody_has_changed_stays_and_is_named(searched: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_sweep(str(searched), str(out), say=lambda text: None)
     card = out / "model" / "README.md"
@@ -342,7 +350,9 @@ def test_a_listed_file_that_somebody_has_changed_stays_and_is_named(searched, tm
 
 
 @pytest.mark.parametrize("step", ["write_model", "put"])
-def test_an_export_that_is_cut_off_leaves_the_one_before_or_can_be_repeated(searched, tmp_path, monkeypatch, step):
+def test_an_export_that_is_cut_off_leaves_the_one_before_or_can_be_repeated(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     out = tmp_path / "out"
     export_sweep(str(searched), str(out), say=lambda text: None)
     before = {path: (out / path).read_bytes() for path in exported_files(out)}
@@ -360,11 +370,11 @@ def test_an_export_that_is_cut_off_leaves_the_one_before_or_can_be_repeated(sear
     assert not (out / "model").exists()
 
 
-def interrupt(*given, **named):
+def interrupt(*given: Any, **named: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_sweep_that_cannot_be_written_to_is_exported_all_the_same(searched, tmp_path):
+def test_a_sweep_that_cannot_be_written_to_is_exported_all_the_same(searched: Path, tmp_path: Path) -> None:
     """On a read-only disk; for root, whom no mode binds, with a file in the place of each folder."""
     folder, said = tmp_path / "runs" / "made-1", []
     shutil.copytree(searched, folder, ignore=lambda place, names: {"refits", "export.log"} & {*names})
@@ -379,7 +389,9 @@ def test_a_sweep_that_cannot_be_written_to_is_exported_all_the_same(searched, tm
     assert imbvlm.load(tmp_path / "out", "cpu").class_names == tuple(f"class {label}" for label in range(5))
 
 
-def test_nothing_is_left_where_an_export_could_not_be_written(searched, tmp_path, monkeypatch):
+def test_nothing_is_left_where_an_export_could_not_be_written(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("imbvlm.sweep.export.exporter.write_model", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_sweep(str(searched), str(tmp_path / "out"))
@@ -393,14 +405,14 @@ def test_nothing_is_left_where_an_export_could_not_be_written(searched, tmp_path
 
 
 @pytest.fixture(scope="module")
-def sweep(ray_cluster, tmp_path_factory):
+def sweep(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     command = [sys.executable, str(ROOT / "sweeps" / "quickstart.py"), "--smoke"]
     subprocess.run(command, cwd=home, check=True, capture_output=True)
     return next((home / "runs").glob("quickstart-*"))
 
 
-def command(*words):
+def command(*words: object) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "imbvlm", *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -411,7 +423,7 @@ def command(*words):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep, tmp_path):
+def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep: Path, tmp_path: Path) -> None:
     command("export", sweep, "-o", tmp_path / "best")
     command("predict", tmp_path / "best", "embedded:fashion_mnist_lt", "--split", "test", "-o", tmp_path / "p.parquet")
     manifest = Manifest.read("embedded:fashion_mnist_lt").split("test")
@@ -426,7 +438,7 @@ def test_an_exported_model_scores_on_the_test_split_what_its_refit_scored(sweep,
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_the_best_two_and_the_pareto_set_with_their_graphs(sweep, tmp_path):
+def test_the_best_two_and_the_pareto_set_with_their_graphs(sweep: Path, tmp_path: Path) -> None:
     printed = command("export", sweep, "-o", tmp_path / "two", "--top", 2, "--onnx", "--licence", "mit")
     assert printed.count("is retrained on all training images") == 1
     with open(tmp_path / "two" / "trials.csv", newline="") as stream:

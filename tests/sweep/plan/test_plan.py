@@ -6,9 +6,11 @@ import io
 import multiprocessing
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.base.formatting import size_text
 from imbvlm.cli import sweep_script
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_cache import Copies
@@ -85,13 +88,15 @@ TRAIN, VAL, TEST = 2480, 500, 2000  # of embedded:fashion_mnist_lt
 CPUS = len(os.sched_getaffinity(0))
 
 
-def known_speeds(spec, trials, towers):
+def known_speeds(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
     """A millisecond an image in training, a tenth of it in evaluation; towers as fast."""
     speeds = tuple(TrialSpeed(0.0 if one.train is None else 1e-3, 1e-4, 700_000_000, 0) for one in trials)
     return SpeedBenchmark(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
 
 
-def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp_path) -> None:
+def test_times_and_money_are_the_measured_speeds_times_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     base = {**BASE, "train": {"num_epochs": 5}}
     settings = {
         "base": base, "num_trials": 12, "storage": str(tmp_path), "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0,
@@ -127,7 +132,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(monkeypatch, tmp
     assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
 
 
-def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
+def test_trials_that_train_together_are_counted_as_packs(tmp_path: Path) -> None:
     """Half of the trials share a class sampling: of 5 asked for, 1 + 4 / 2 are one pack on average."""
     settings = {
         "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 400, "storage": str(tmp_path),
@@ -135,7 +140,7 @@ def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
         "refit_seeds": [0],
     }  # fmt: skip
 
-    def speeds(spec, trials, towers):
+    def speeds(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
         found = known_speeds(spec, trials, towers)
         return replace(found, trials=tuple(replace(one, extra_member_seconds=1e-4) for one in found.trials))
 
@@ -157,7 +162,7 @@ def test_trials_that_train_together_are_counted_as_packs(tmp_path) -> None:
     assert plan_to_dict(timed)["pack_size"] == 1
 
 
-def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path) -> None:
+def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path: Path) -> None:
     settings = {"storage": str(tmp_path), "num_trials": 40, "trial_scheduler": {"name": "none"}}
     whole, limited = (make_plan(spec(**settings, max_trials=most), known_speeds) for most in (None, 10))
     assert whole.estimate is not None
@@ -183,7 +188,7 @@ def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
     assert [size_text(size) for size in (0, 2_048, 1_000_000)] == ["0.0 MB", "2.0 kB", "1.0 MB"]
 
 
-def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> None:
+def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: 1_000_000)
     found = make_plan(spec(storage=str(tmp_path)), None)
     assert plan_to_dict(found)["fits_disk"] is False
@@ -198,7 +203,9 @@ def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch, tmp_path) -> Non
         ([40], {}, "training images are of 1 class"),
     ],
 )
-def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, fields, says: str) -> None:
+def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(
+    tmp_path: Path, counts: list[int], fields: dict[str, str], says: str
+) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     table = pa.table({"bytes": [str(n).encode() for n in range(len(labels))], "label": labels,
                       "split": ["train"] * len(labels)})  # fmt: skip
@@ -208,13 +215,15 @@ def test_a_plan_refuses_the_data_that_the_sweep_would_refuse(tmp_path, counts, f
         make_plan(with_settings(spec(**fields), {"data.manifest": path}), None)
 
 
-def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tmp_path) -> None:
+def test_the_disk_must_hold_what_lies_beside_the_numbers_as_the_pass_asks_for(tmp_path: Path) -> None:
     plan = make_plan(spec(storage=str(tmp_path)), None)
     for share, fits in ((1.01, False), (1.03, True)):
         assert replace(plan, free_bytes=int(share * plan.missing_bytes)).fits_disk is fits
 
 
-def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monkeypatch, tmp_path) -> None:
+def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
@@ -228,7 +237,9 @@ def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(monk
     assert not (tmp_path / "features").exists()
 
 
-def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refused(monkeypatch, tmp_path) -> None:
+def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Features would fit, and what trials leave would fill the disk in the middle of the search."""
     settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
     made = spec(**settings, max_pack_size=5)
@@ -255,7 +266,7 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     assert not passes
 
 
-def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_path) -> None:
+def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_path: Path) -> None:
     """What one trial reads is one output of all splits, and image embeddings of the test split for a refit."""
     space = {"parameters": {**SPACE["parameters"], "encoder.image_size": {"choice": [64, 96]}}}
     plan = make_plan(spec(storage=str(tmp_path), space=space), None)
@@ -288,7 +299,7 @@ def test_every_method_is_measured_before_any_has_two_kinds() -> None:
     assert len({cost_key(one) for one in most_common_shapes(sample, 9)}) == 5
 
 
-def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path) -> None:
+def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path: Path) -> None:
     """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
     sizes = []
     # In a process of its own: what tests have left of this one's heap would be taken before any new memory.
@@ -312,7 +323,7 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
     assert not (tmp_path / "runs").exists()
 
 
-def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_step_measured(tmp_path) -> None:
+def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_step_measured(tmp_path: Path) -> None:
     """On a CPU a calibration takes steps of 8 images, and activations of 64 are eight times as much."""
     problem = TinyImages(tmp_path)
     trials = [problem.config("adapter", train__batch_size=size) for size in (8, 64)]
@@ -341,7 +352,9 @@ def leave(capsys: pytest.CaptureFixture[str], made: SweepSpec, *words: str) -> t
     return left.value.code, captured.out, captured.err
 
 
-def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsys, monkeypatch, tmp_path) -> None:
+def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Scripts ran `--dry-run && ...`, and it left with 0 without manifest, weights or GPU."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -383,7 +396,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_without_times_counts_what_is_stored_already(tmp_path) -> None:
+def test_a_plan_without_times_counts_what_is_stored_already(tmp_path: Path) -> None:
     """With `--measure no` all of it was to be written, whatever was there."""
     problem = TinyImages(tmp_path)
     config = problem.config("linear_probe", features__computed_in="float32")

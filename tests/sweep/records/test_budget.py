@@ -26,7 +26,7 @@ def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0, machine_second
     return folder
 
 
-def test_hours_of_earlier_runs_count_and_are_kept(tmp_path):
+def test_hours_of_earlier_runs_count_and_are_kept(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3590.0)
     budget = Budget(sweep_spec(max_hours=1.0), str(folder), 0.0)
     assert budget.exhausted() is None
@@ -42,7 +42,7 @@ def test_hours_of_earlier_runs_count_and_are_kept(tmp_path):
     assert Budget(sweep_spec(max_hours=0.99), str(folder), 0.0).exhausted() == "max_hours 0.99"
 
 
-def test_money_is_for_all_gpus_all_the_time(tmp_path):
+def test_money_is_for_all_gpus_all_the_time(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3600.0, 4 * 3600.0)
     spec = sweep_spec(max_cost=10.0, price_per_gpu_hour=2.0)
     budget = Budget(spec, str(folder), 4.0)
@@ -54,7 +54,7 @@ def test_money_is_for_all_gpus_all_the_time(tmp_path):
         Budget(spec, str(folder), 0.0)
 
 
-def test_money_is_for_all_machines_where_their_price_is_given(tmp_path):
+def test_money_is_for_all_machines_where_their_price_is_given(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3600.0, 0.0, 2 * 3600.0)
     budget = Budget(sweep_spec(max_cost=1.0, price_per_machine_hour=0.4), str(folder), 0.0, 2)
     assert budget.cost == pytest.approx(0.8, abs=0.001)
@@ -64,12 +64,12 @@ def test_money_is_for_all_machines_where_their_price_is_given(tmp_path):
     assert budget.describe() == "0.80 of 1"
 
 
-def test_no_trial_starts_beyond_max_trials():
+def test_no_trial_starts_beyond_max_trials() -> None:
     assert len(drive(searcher(search_spec(TWELVE, num_trials=10, max_trials=4)))) == 4
     assert len(drive(searcher(search_spec(TWELVE, num_trials=3, max_trials=4)))) == 3
 
 
-def test_the_refits_share_is_what_their_trials_took(tmp_path):
+def test_the_refits_share_is_what_their_trials_took(tmp_path: Path) -> None:
     log = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)))
     spec = sweep_spec()
     winner, probe, zero_shot = refits(log, spec)
@@ -78,10 +78,10 @@ def test_the_refits_share_is_what_their_trials_took(tmp_path):
     assert refit_seconds(TrialLog("nowhere"), spec, 2) == 0
 
 
-def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path):
+def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path: Path) -> None:
     log, spec = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False))), sweep_spec()
 
-    def refit_all():
+    def refit_all() -> list[str]:
         made = {one.trial_id(seed, log): (one, config) for one in refits(log, spec) for seed, config in one.seeded()}
         mark_superseded(log, {key: one.name for key, (one, _) in made.items()})
         for trial_id, (one, config) in made.items():
@@ -109,14 +109,14 @@ def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path
 
 
 @pytest.fixture(scope="module")
-def home(ray_cluster, tmp_path_factory) -> Path:
+def home(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("limited")
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(420)
-def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home):
+def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home: Path) -> None:
     printed = run(QUICKSTART, "--smoke", "--set", "method=linear_probe", "--set", "max_trials=3", cwd=home)
     sweep = newest(home)
     assert "max_trials 3 is used up: 3 of 8 trials have ended; go on with: imbvlm sweep resume" in printed
@@ -144,7 +144,7 @@ def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(420)
-def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(home):
+def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(home: Path) -> None:
     """Long trials: what runs when time is up ends at its next epoch, and goes on from there."""
     long = ["--set", "method=linear_probe", "--set", "train.num_epochs=400", "--set", "trial_scheduler.name=none"]
     hours = 25 / 3600
@@ -170,7 +170,7 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(420)
-def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home):
+def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home: Path) -> None:
     """At 36 an hour the machine costs 0.01 a second: 1 of money is 100 seconds, the refits' share kept."""
     endless = ["--set", "method=linear_probe", "--set", "num_trials=500", "--set", "max_pack_size=1"]
     priced = ["--set", "price_per_machine_hour=36", "--set", "max_cost=1"]

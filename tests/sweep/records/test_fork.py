@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -28,12 +30,13 @@ from imbvlm.sweep.records.provenance import (
     write_provenance,
 )
 from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 CLASS_COUNTS = [200, 50, 8]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_sweep(tmp_path_factory.mktemp("source") / "made", CLASS_COUNTS))
 
 
@@ -42,12 +45,12 @@ def manifest() -> Manifest:
     return Manifest.read("embedded:fashion_mnist_lt")
 
 
-def fork(source, spec, changes=()):
+def fork(source: str, spec: SweepSpec, changes: Sequence[str] = ()) -> tuple[set[str], Any]:
     chosen = select_fork_trials(source, spec.resolve(), list(changes))
     return {record.trial_id for record, _ in chosen.retained if record.kind == "search"}, chosen.rejected
 
 
-def ids(source, **wanted):
+def ids(source: str, **wanted: Any) -> set[str]:
     """Search trials whose draw has these values."""
     return {
         record.trial_id
@@ -56,19 +59,19 @@ def ids(source, **wanted):
     }
 
 
-def test_a_larger_budget_keeps_every_trial(source):
+def test_a_larger_budget_keeps_every_trial(source: str) -> None:
     kept, _ = fork(source, sweep_spec(num_trials=48))
     assert kept == ids(source)
 
 
-def test_a_choice_that_is_gone_takes_its_trials_along_and_no_other(source):
+def test_a_choice_that_is_gone_takes_its_trials_along_and_no_other(source: str) -> None:
     parameters = {**SPACE["parameters"], "loss.name": {"choice": ["balanced_softmax", "focal"]}}
     kept, left = fork(source, sweep_spec(space={"parameters": parameters}))
     assert kept == ids(source, **{"loss.name": "balanced_softmax"})
     assert left["the space no longer has it"] == len(ids(source, **{"loss.name": "cross_entropy"}))
 
 
-def test_another_base_keeps_none(source):
+def test_another_base_keeps_none(source: str) -> None:
     spec = sweep_spec()
     base = {**spec.base, "train": {"num_epochs": 13}}
     kept, left = fork(source, sweep_spec(base=base))
@@ -76,7 +79,7 @@ def test_another_base_keeps_none(source):
     assert left["the base gives it another configuration"] == 24
 
 
-def test_another_scheduler_keeps_what_ran_to_its_end(source):
+def test_another_scheduler_keeps_what_ran_to_its_end(source: str) -> None:
     states = Counter(record.state for record in TrialLog.read(source).of("search"))
     assert states["stopped"]
     kept, left = fork(source, sweep_spec(trial_scheduler={"name": "none"}))
@@ -84,13 +87,13 @@ def test_another_scheduler_keeps_what_ran_to_its_end(source):
     assert left["stopped by another rule"] == states["stopped"]
 
 
-def test_other_code_keeps_nothing_and_says_so(source):
+def test_other_code_keeps_nothing_and_says_so(source: str) -> None:
     kept, left = fork(source, sweep_spec(), ["imbvlm/longtail/losses.py has changed"])
     assert not kept
     assert set(left) == {"imbvlm/longtail/losses.py has changed"}
 
 
-def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(source, tmp_path):
+def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(source: str, tmp_path: Path) -> None:
     spec = sweep_spec(num_trials=48)
     Path(logits_file(source, "t00001")).parent.mkdir(exist_ok=True)
     Path(logits_file(source, "t00001")).write_bytes(b"logits")
@@ -101,7 +104,9 @@ def test_a_fork_begins_with_records_and_logits_and_leaves_the_test_split_unread(
     assert Path(logits_file(str(tmp_path), "t00001")).read_bytes() == b"logits"
 
 
-def test_changed_code_torch_and_data_are_named(manifest, tmp_path, monkeypatch):
+def test_changed_code_torch_and_data_are_named(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = provenance(manifest)
     write_provenance(str(tmp_path), found)
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
@@ -127,7 +132,7 @@ def test_changed_code_torch_and_data_are_named(manifest, tmp_path, monkeypatch):
     assert "imbvlm/longtail/losses.py has changed" in provenance_changes(str(tmp_path), provenance(manifest))
 
 
-def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_path):
+def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_path: Path) -> None:
     place = tmp_path / "images"
     manifest = Manifest.read(image_manifest(place, files=True))
     write_provenance(str(tmp_path), provenance(manifest))
@@ -144,7 +149,7 @@ def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_
     assert provenance_changes(str(tmp_path), provenance(moved)) == []
 
 
-def test_a_tower_with_other_weights_is_refused(tmp_path, manifest):
+def test_a_tower_with_other_weights_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     write_provenance(str(tmp_path), provenance(manifest))
     encoder, info = EncoderConfig(name="local-dir:mine"), tiny_info()
     check_tower(str(tmp_path), encoder, info)
@@ -156,7 +161,7 @@ def test_a_tower_with_other_weights_is_refused(tmp_path, manifest):
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
 
-def test_a_damaged_or_missing_file_is_said(tmp_path, manifest):
+def test_a_damaged_or_missing_file_is_said(tmp_path: Path, manifest: Manifest) -> None:
     found = provenance(manifest)
     (change,) = provenance_changes(str(tmp_path), found)
     assert "provenance.json is gone" in change

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from imbvlm.sweep.records.adjustment_selection import (
 from imbvlm.sweep.records.refit_selection import Refit
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 from imbvlm.training.validation_logits import ValLogitsWriter, file_bytes
 
@@ -48,7 +50,7 @@ COUNTS = np.array([400, 100, 30, 8, 0])
 NUM_CLASSES, PER_CLASS = len(COUNTS), 40
 
 
-def honest(seed=0, signal=2.0):
+def honest(seed: int = 0, signal: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits that know nothing of the prior, and their targets."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(NUM_CLASSES).repeat(PER_CLASS)
@@ -56,7 +58,7 @@ def honest(seed=0, signal=2.0):
     return signal * torch.nn.functional.one_hot(targets, NUM_CLASSES) + noise, targets
 
 
-def write_logits(folder, trial_id, targets, **logits):
+def write_logits(folder: Path, trial_id: str, targets: torch.Tensor, **logits: Any) -> None:
     path = Path(logits_file(str(folder), trial_id))
     path.parent.mkdir(parents=True, exist_ok=True)
     epochs = torch.tensor([3 if "best" in logits else 0, 5 if "last" in logits else 0])
@@ -65,24 +67,24 @@ def write_logits(folder, trial_id, targets, **logits):
     save_file({**values, **counts, "targets": targets.int(), "epochs": epochs}, path)
 
 
-def record(trial_id, method="linear_probe", kind="search", **sections):
+def record(trial_id: str, method: str = "linear_probe", kind: str = "search", **sections: Any) -> TrialRecord:
     config = TrialConfig.from_tree({**BASE, "method": method, **sections})
     return TrialRecord(trial_id=trial_id, kind=kind, state="finished", config=config.to_tree())
 
 
-def refit(trial_id="t1", name="winner", **fields):
+def refit(trial_id: str = "t1", name: str = "winner", **fields: Any) -> Refit:
     one = record(trial_id, **fields)
     return Refit(name, one, one.trial_config(), (0, 1))
 
 
 @pytest.fixture
-def log(tmp_path):
+def log(tmp_path: Path) -> TrialLog:
     log = TrialLog(str(tmp_path))
     log.save(record("b1", "zero_shot", "baseline"))
     return log
 
 
-def chosen(tmp_path, log, one=None, objective="val/balanced_accuracy"):
+def chosen(tmp_path: Path, log: TrialLog, one: Any = None, objective: str = "val/balanced_accuracy") -> Any:
     one = refit() if one is None else one
     return select_adjustments(str(tmp_path), [one], log, objective).get(one.name)
 
@@ -90,7 +92,7 @@ def chosen(tmp_path, log, one=None, objective="val/balanced_accuracy"):
 # --------------------------------------------------------------------------------------------------------- choosing
 
 
-def test_a_model_that_follows_the_prior_gets_its_tau_and_a_temperature(tmp_path, log):
+def test_a_model_that_follows_the_prior_gets_its_tau_and_a_temperature(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
     biased = adjust_logits(logits, COUNTS, -1.0)
     write_logits(tmp_path, "t1", targets, best=torch.zeros_like(logits), last=biased)
@@ -103,7 +105,7 @@ def test_a_model_that_follows_the_prior_gets_its_tau_and_a_temperature(tmp_path,
     assert found.calibration.calibration_error_after < found.calibration.calibration_error_before
 
 
-def test_the_temperature_undoes_logits_that_are_too_large(tmp_path, log):
+def test_the_temperature_undoes_logits_that_are_too_large(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
     found = []
     for factor in (1, 5):
@@ -113,7 +115,9 @@ def test_the_temperature_undoes_logits_that_are_too_large(tmp_path, log):
     assert found[1].adjustment.temperature == pytest.approx(5 * found[0].adjustment.temperature, rel=0.02)
 
 
-def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says_why(tmp_path, log):
+def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says_why(
+    tmp_path: Path, log: TrialLog
+) -> None:
     """Two mistakes of a cosine classifier's large logits among fifteen rows would have asked for 20 or so."""
     targets = torch.arange(15) % NUM_CLASSES
     logits = 10.0 * torch.nn.functional.one_hot(targets, NUM_CLASSES)
@@ -128,7 +132,7 @@ def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says
     assert text.endswith(f"{100 * found.plain_error:.1f} to {100 * found.plain_error:.1f}")
 
 
-def test_a_gain_within_its_standard_error_is_not_taken(tmp_path, log):
+def test_a_gain_within_its_standard_error_is_not_taken(tmp_path: Path, log: TrialLog) -> None:
     """A model without bias: some tau is best by chance, and using it would be noise."""
     taken = []
     for seed in range(12):
@@ -141,7 +145,7 @@ def test_a_gain_within_its_standard_error_is_not_taken(tmp_path, log):
     assert taken.count(0.0) >= 9
 
 
-def test_zero_shot_logits_are_mixed_in_where_they_know_more(tmp_path, log):
+def test_zero_shot_logits_are_mixed_in_where_they_know_more(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
     blind = logits.clone()
     blind[:, 3:] = -9.0
@@ -153,7 +157,9 @@ def test_zero_shot_logits_are_mixed_in_where_they_know_more(tmp_path, log):
     assert found.alpha.score > found.tau.score + 0.1
 
 
-def test_zero_shot_logits_of_other_rows_or_of_a_tower_that_was_trained_are_not_mixed_in(tmp_path, log):
+def test_zero_shot_logits_of_other_rows_or_of_a_tower_that_was_trained_are_not_mixed_in(
+    tmp_path: Path, log: TrialLog
+) -> None:
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=logits)
     write_logits(tmp_path, "b1", targets.flip(0), best=logits)
@@ -165,7 +171,7 @@ def test_zero_shot_logits_of_other_rows_or_of_a_tower_that_was_trained_are_not_m
     assert chosen(tmp_path, log, other_tower).alpha is None
 
 
-def test_it_is_chosen_by_the_sweeps_own_objective(tmp_path, log):
+def test_it_is_chosen_by_the_sweeps_own_objective(tmp_path: Path, log: TrialLog) -> None:
     """Few-shot accuracy wants more adjustment than overall accuracy does."""
     logits, targets = honest(signal=1.0)
     rows = torch.cat([torch.where(targets == c)[0][: max(2, PER_CLASS >> (2 * c))] for c in range(NUM_CLASSES)])
@@ -179,7 +185,7 @@ def test_it_is_chosen_by_the_sweeps_own_objective(tmp_path, log):
     assert overall.tau.score == pytest.approx(float((predicted == targets[rows]).double().mean()))
 
 
-def test_which_epochs_logits_a_refit_goes_by(tmp_path, log):
+def test_which_epochs_logits_a_refit_goes_by(tmp_path: Path, log: TrialLog) -> None:
     """A refit ends where its search's trial ended; a baseline's at its best epoch; a stopped trial has only that."""
     logits, targets = honest()
     biased = adjust_logits(logits, COUNTS, -1.0)
@@ -191,7 +197,7 @@ def test_which_epochs_logits_a_refit_goes_by(tmp_path, log):
     assert chosen(tmp_path, log).tau.value > 0.5
 
 
-def test_rows_without_logits_are_left_out(tmp_path, log):
+def test_rows_without_logits_are_left_out(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=logits)
     whole = chosen(tmp_path, log)
@@ -200,7 +206,7 @@ def test_rows_without_logits_are_left_out(tmp_path, log):
     assert chosen(tmp_path, log) == whole
 
 
-def test_a_trial_without_logits_or_without_training_is_absent(tmp_path, log):
+def test_a_trial_without_logits_or_without_training_is_absent(tmp_path: Path, log: TrialLog) -> None:
     assert select_adjustments(str(tmp_path), [refit()], log, "val/balanced_accuracy") == {}
     logits, targets = honest()
     write_logits(tmp_path, "b1", targets, best=logits)
@@ -208,7 +214,7 @@ def test_a_trial_without_logits_or_without_training_is_absent(tmp_path, log):
     assert select_adjustments(str(tmp_path), [zero_shot], log, "val/balanced_accuracy") == {}
 
 
-def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path, log):
+def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=adjust_logits(logits, COUNTS, -1.0))
     write_logits(tmp_path, "b1", targets, best=logits)
@@ -224,7 +230,9 @@ def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path, log):
         read_adjustment(str(tmp_path), "winner")
 
 
-def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_after(tmp_path, log):
+def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_after(
+    tmp_path: Path, log: TrialLog
+) -> None:
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=adjust_logits(3 * logits, COUNTS, -3.0))
     found = chosen(tmp_path, log)
@@ -245,7 +253,7 @@ def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_a
     assert "within its standard error 100.0, so that it stays at 0" in describe_post_hoc("winner", neutral, [])
 
 
-def sweep_with_logits(tmp_path, **fields):
+def sweep_with_logits(tmp_path: Path, **fields: Any) -> tuple[str, TrialLog, SweepSpec]:
     """Of 24 trials and 2 baselines, each of which has left logits."""
     folder = write_sweep(tmp_path / "made", [120, 60, 30, 12, 5], refits=False, **fields)
     log = TrialLog.read(str(folder))
@@ -255,11 +263,11 @@ def sweep_with_logits(tmp_path, **fields):
     return str(folder), log, sweep_spec(**fields)
 
 
-def with_logits(folder):
+def with_logits(folder: str) -> set[str]:
     return {path.name.removesuffix(".safetensors") for path in Path(folder, "logits").iterdir()}
 
 
-def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_path):
+def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_path: Path) -> None:
     folder, log, spec = sweep_with_logits(tmp_path)
     best = [record.trial_id for record in log.best(spec.objective)]
     # They go on, from what they have left.
@@ -269,7 +277,7 @@ def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_pa
     prune_logits(str(tmp_path / "nowhere"), log, spec)
 
 
-def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path):
+def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path: Path) -> None:
     """With fresh crops each method's best is refitted, and any of those with more seeds may be the winner."""
     folder, log, spec = sweep_with_logits(tmp_path, fresh_crops=True, confirm_trials=10)
     best = list(log.best(spec.objective))
@@ -286,7 +294,7 @@ def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path):
     assert len(with_logits(folder)) <= max_logit_files(spec.resolve(), 0)
 
 
-def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path):
+def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -> None:
     folder, log, spec = sweep_with_logits(tmp_path)
     begun = Path(folder, "logits", ".t00001.safetensors.x1y2")
     begun.write_bytes(b"log")
@@ -296,7 +304,7 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path):
     assert not begun.exists()
 
 
-def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path):
+def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path) -> None:
     rows, classes = 50, 20
     keeper = ValLogitsWriter(
         str(tmp_path / "l"), SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
@@ -311,7 +319,7 @@ def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path):
 # --------------------------------------------------------------------------------------------------- on the test split
 
 
-def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path):
+def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path: Path) -> None:
     features = tiny_features(tmp_path / "features")
     config = tiny_config("linear_probe")
     adjustment = PostHocAdjustment(tau=0.7, alpha=0.25, temperature=2.0)
@@ -354,7 +362,9 @@ def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Encoder, TrialConfig, dict[str, torch.Tensor], torch.Tensor]:
     """A tower, a probe's configuration and weights on its pooled output, and some crops."""
     folder = tmp_path_factory.mktemp("tower")
     encoder = Encoder.from_config(EncoderConfig(name=write_tower(folder, "vit")), EvalConfig())
@@ -371,7 +381,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_an_exported_models_probabilities_are_adjusted_and_its_logits_are_not(trained, tmp_path, alpha):
+def test_an_exported_models_probabilities_are_adjusted_and_its_logits_are_not(
+    trained: tuple[Encoder, TrialConfig, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path, alpha: float
+) -> None:
     encoder, config, weights, crops = trained
     counts, embeddings = (90, 9, 1), torch.nn.functional.normalize(torch.randn(3, encoder.info.embedding_width), dim=1)
     step = predictor.LogitPostprocessor(PostHocAdjustment(1.2, alpha, 0.5), counts, embeddings if alpha else None)
@@ -397,7 +409,7 @@ def test_an_exported_models_probabilities_are_adjusted_and_its_logits_are_not(tr
     assert description["post_hoc"] == {"tau": 1.2, "alpha": alpha, "temperature": 0.5, "class_counts": [90, 9, 1]}
 
 
-def test_a_temperature_alone_keeps_every_prediction():
+def test_a_temperature_alone_keeps_every_prediction() -> None:
     logits = torch.randn(9, 4)
     calibrated = PostHocAdjustment(temperature=3.0)
     torch.testing.assert_close(calibrated.apply(logits, torch.ones(4)), logits / 3)

@@ -60,16 +60,16 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.references += [value for key, value in attrs if key in ("src", "href", "srcset", "xlink:href", "data")]
         if tag not in self.VOID and tag != "li":
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         if tag not in self.VOID and tag != "li":
             assert self.open.pop() == tag
 
@@ -78,7 +78,7 @@ def page_of(folder: Path) -> str:
     return Path(write_report(str(folder))).read_text(encoding="utf-8")
 
 
-def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
+def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path: Path) -> None:
     text = page_of(write_sweep(tmp_path / "made", COUNTS))
     page = Page(text)
     assert page.open == []
@@ -90,14 +90,14 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"read_at": "today"}', '{"read_at": "", "scores": 3, "readings": []}'])
-def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_path, damage):
+def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_path: Path, damage: str) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
     (folder / "test.json").write_text(damage)
     with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*\. Remove it; .* imbvlm sweep resume {folder}"):
         ReportData.read(str(folder))
 
 
-def test_averages_that_leave_classes_out_say_so(tmp_path):
+def test_averages_that_leave_classes_out_say_so(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
     assert "Averages are over" not in page_of(folder)
     for path in (folder / "refits").glob("*/per_class.json"):
@@ -111,7 +111,7 @@ def test_averages_that_leave_classes_out_say_so(tmp_path):
     assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
 
 
-def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
+def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
     report = build(ReportData.read(str(folder)))
     assert report.is_win
@@ -133,7 +133,7 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path):
 @pytest.mark.parametrize(
     ("points", "words"), [(2.05, "+2.0 points from"), (2.9, "2.9 points above"), (-2.9, "2.9 points below")]
 )
-def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
+def test_above_and_below_are_beyond_the_95_percent_interval(points: float, words: str) -> None:
     """At 1.45 standard errors, 2.05 points here, nothing is shown."""
     difference = Difference.of("linear probe", points / 100, [0.01, 0.01])
     assert difference.text == f"{words} linear probe"
@@ -141,7 +141,7 @@ def test_above_and_below_are_beyond_the_95_percent_interval(points, words):
     assert not Difference.of("linear probe", points / 100, [0.01, None]).is_win
 
 
-def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
+def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4, adjusted={"linear probe": 0.99})
     report = build(ReportData.read(str(folder)))
     assert not report.is_win
@@ -153,7 +153,7 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path):
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
 
-def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path):
+def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path: Path) -> None:
     """Tiles and class figures had the winner as trained while the verdict and `imbvlm export` have it adjusted."""
     adjusted = {"winner": 0.99, "linear probe": 0.6}
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
@@ -184,7 +184,7 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     assert text.count("Post hoc: logits adjusted after training") == 1
 
 
-def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(tmp_path):
+def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, adjusted={"winner": 0.99})
     for path in (folder / "refits").glob("*/per_class.json"):
         content = json.loads(path.read_text())
@@ -195,13 +195,13 @@ def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(t
     assert "has stored its classes as trained" in figures["class_size"].caption
 
 
-def test_a_gain_within_the_interval_is_no_win(tmp_path):
+def test_a_gain_within_the_interval_is_no_win(tmp_path: Path) -> None:
     report = build(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.0))))
     assert not report.is_win
     assert report.statement.startswith("No win is shown")
 
 
-def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
+def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     report = build(ReportData.read(str(folder)))
     assert "on validation" in report.statement
@@ -212,13 +212,13 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path):
     assert "Test split" not in page_of(folder)
 
 
-def test_a_sweep_that_has_just_begun_has_a_page(tmp_path):
+def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
     (folder / "trials" / "t00001.json").unlink()
     assert "No trial has given a result yet" in page_of(folder)
 
 
-def test_what_is_no_sweep_is_refused(tmp_path):
+def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImbvlmError, match=r"has no sweep\.yaml"):
         write_report(str(tmp_path))
     write_sweep(tmp_path / "made", COUNTS, refits=False)
@@ -227,7 +227,7 @@ def test_what_is_no_sweep_is_refused(tmp_path):
         write_report(str(tmp_path / "made"))
 
 
-def test_a_page_of_8142_classes_is_small_and_quick(tmp_path):
+def test_a_page_of_8142_classes_is_small_and_quick(tmp_path: Path) -> None:
     """Aggregated: no mark, row or name for each class."""
     folder = write_sweep(tmp_path / "made", LONG_TAIL)
     started = time.perf_counter()
@@ -237,7 +237,7 @@ def test_a_page_of_8142_classes_is_small_and_quick(tmp_path):
     assert sum(f">class {number}<" in text for number in range(len(LONG_TAIL))) < 60
 
 
-def test_hostile_names_are_words(tmp_path):
+def test_hostile_names_are_words(tmp_path: Path) -> None:
     names = [f"<script>alert({number})</script>\"'&" for number in range(len(COUNTS))]
     folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
     page = Page(page_of(folder))
@@ -245,7 +245,7 @@ def test_hostile_names_are_words(tmp_path):
     assert page.open == []
 
 
-def test_quarantined_files_are_counted_by_class(tmp_path):
+def test_quarantined_files_are_counted_by_class(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     lines = ["split,row,path,reason,label,class_name,shot_group"]
     lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
@@ -257,7 +257,7 @@ def test_quarantined_files_are_counted_by_class(tmp_path):
     assert "Left out: 1 file that could not be decoded." in page_of(folder)
 
 
-def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):
+def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path: Path) -> None:
     """A spreadsheet would run a class called =1+1; -3.2 of a table is a number."""
     names = ["=1+1", "+1", "-2", "@sum", *(f"class {number}" for number in range(4, len(COUNTS)))]
     folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
@@ -273,7 +273,7 @@ def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path):
     assert all(re.match(r"[+-]\d", cell) for row in tables["margins"][1:] for cell in row[1:5])
 
 
-def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path):
+def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path: Path) -> None:
     manifest = Manifest.read("embedded:fashion_mnist_lt")
     counts = manifest.class_stats().split_counts.tolist()
     folder = write_sweep(tmp_path / "made", counts, class_names=list(manifest.class_names))
@@ -283,7 +283,7 @@ def test_confused_images_are_shown_where_the_manifest_is_there(tmp_path):
     assert page_of(folder).count('<img src="data:image/webp;base64,') >= 12
 
 
-def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
+def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path: Path) -> None:
     adaptive = page_of(write_sweep(tmp_path / "tpe", COUNTS))
     assert "What may have mattered" in adaptive
     assert "A hint, not a finding" in adaptive
@@ -295,14 +295,14 @@ def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path):
     assert "By loss.name" in stratified
 
 
-def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path):
+def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path: Path) -> None:
     found = importances(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
     assert found[0].key == "loss.name"
     assert sum(one.share for one in found) == pytest.approx(1)
     assert {one.key for one in found} == {"loss.name", "method", "decoder.depth", "optim.lr"}
 
 
-def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
+def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     saved = saved_by_stopping(source.log.of("search"))
     assert (saved.num_stopped, saved.epochs, saved.planned_epochs) == (6, 6 * 8, 24 * 12)
@@ -312,7 +312,7 @@ def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path):
     assert rung.correlation == pytest.approx(1)
 
 
-def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_path):
+def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
     probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
@@ -351,7 +351,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
     assert "feature store: saved nothing here" in compute_text(ResourceUsage.read(str(folder), sweep_spec(), log))
 
 
-def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
+def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell() -> None:
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1)
@@ -361,7 +361,7 @@ def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), st.booleans(), st.integers(2, 8))
-def test_axes_have_ticks_inside_whatever_the_values(values, log, wanted):
+def test_axes_have_ticks_inside_whatever_the_values(values: list[float], log: bool, wanted: int) -> None:
     scale = spread(values, 0, 100, log=log)
     ticks = scale.ticks(wanted)
     assert 1 <= len(ticks) <= 3 * wanted
@@ -369,7 +369,7 @@ def test_axes_have_ticks_inside_whatever_the_values(values, log, wanted):
     assert all(0 <= scale(value) <= 100 for value in values)
 
 
-def test_a_folder_gets_every_figure_and_table(tmp_path):
+def test_a_folder_gets_every_figure_and_table(tmp_path: Path) -> None:
     names = ["50 % & more_or_less", *(f"class {number}" for number in range(1, len(COUNTS)))]
     folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
     page = Path(write_report(str(folder), str(tmp_path / "out")))
@@ -396,7 +396,7 @@ def test_a_folder_gets_every_figure_and_table(tmp_path):
     assert re.search(r"^winner & [\d.]+ \$\\pm\$ [\d.]+ .* & 2 & 1 \\\\$", latex, re.MULTILINE)
 
 
-def test_a_figures_numbers_are_those_of_the_records(tmp_path):
+def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     figures = {one.name: list(csv.DictReader(one.csv().splitlines())) for one in parts(build(source))[0]}
     best = max(value for _, value in source.valued())
@@ -409,7 +409,7 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path):
     )
 
 
-def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
+def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
     (probe,) = [one for one in source.references if one.name == "linear probe"]
@@ -424,7 +424,7 @@ def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path):
     assert re.fullmatch(r"\[\+\d+\.\d, \+\d+\.\d\]", row["95 % interval (balanced)"])
 
 
-def test_several_objectives_have_their_pareto_set(tmp_path):
+def test_several_objectives_have_their_pareto_set(tmp_path: Path) -> None:
     few = "val/few_shot_accuracy"
     assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
     source = ReportData.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
@@ -435,7 +435,7 @@ def test_several_objectives_have_their_pareto_set(tmp_path):
     assert found[0] == source.log.best("val/balanced_accuracy")[0].trial_id
 
 
-def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path):
+def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
     ours, theirs, *_ = compared_classes(source)
@@ -448,7 +448,7 @@ def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_pat
     assert sum(int(row[1]) for row in table.rows) == len(COUNTS)
 
 
-def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):
+def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     assert "over several seeds" not in page_of(folder)
     log = TrialLog.read(str(folder))
@@ -465,7 +465,7 @@ def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path):
     assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
 
 
-def test_calibration_shows_the_winner_as_it_is_exported_too(tmp_path):
+def test_calibration_shows_the_winner_as_it_is_exported_too(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     assert "winner, post hoc" not in page_of(folder)
     for path in folder.glob("refits/refit-winner-*/per_class.json"):
@@ -475,7 +475,7 @@ def test_calibration_shows_the_winner_as_it_is_exported_too(tmp_path):
     assert "winner, post hoc" in page_of(folder)
 
 
-def test_the_command_prints_where_the_page_is(tmp_path):
+def test_the_command_prints_where_the_page_is(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     command = [sys.executable, "-m", "imbvlm", "report", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -485,7 +485,7 @@ def test_the_command_prints_where_the_page_is(tmp_path):
     assert note.startswith("imbvlm: Not all images of confused pairs are shown: the manifest gone.parquet of the sweep")
 
 
-def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
+def test_a_figures_file_has_words_of_the_sizes_that_were_drawn() -> None:
     heights = []
     for size in (6, 24):
         drawing = Drawing(60, 40)
@@ -495,7 +495,7 @@ def test_a_figures_file_has_words_of_the_sizes_that_were_drawn():
     assert 3 * heights[0] < heights[1] < 5 * heights[0]
 
 
-def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path):
+def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path: Path) -> None:
     """The winner's blue was the first method's in Search, and no figure there showed the winner."""
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
     figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
@@ -512,7 +512,7 @@ def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_
     assert re.search(r'<rect class="c1"[^>]*><title>linear probe, overall', figures["shot_groups"])
 
 
-def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path):
+def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path: Path) -> None:
     text = page_of(write_sweep(tmp_path / "made", COUNTS))
     assert "encoder tinylit_lite0 at 128 x 128 pixels" in text[: text.index("<main>")]
     words = re.sub("<pre.*?</pre>|<style.*?</style>", "", text, flags=re.DOTALL)
@@ -523,14 +523,14 @@ def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path)
     assert build(ReportData.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
 
 
-def test_what_scrolls_shows_it():
+def test_what_scrolls_shows_it() -> None:
     """On a phone tables were cut off without a sign: a shadow stays at the edge where there is more."""
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text()
     (rule,) = re.findall(r"\.scroll\{[^}]*\}", style)
     assert rule.count(" local") == rule.count(" scroll") == 2
 
 
-def test_pale_lines_cost_what_solid_ones_do():
+def test_pale_lines_cost_what_solid_ones_do() -> None:
     """Opacity on a line that crosses the drawing made a picture of its own for each: 45 s for a thousand trials."""
     seconds = []
     for style in ("c0 thread", "faint thread"):
@@ -567,7 +567,7 @@ def opened(page: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [COUNTS, LONG_TAIL], ids=["10 classes", "8142 classes"])
-def test_chromium_opens_it_without_an_error_or_a_request(tmp_path, counts):
+def test_chromium_opens_it_without_an_error_or_a_request(tmp_path: Path, counts: list[int]) -> None:
     folder = write_sweep(tmp_path / "made", counts)
     assert opened(Path(write_report(str(folder))), tmp_path) == ([], [])
     # The same look does see a page that asks and complains.
@@ -580,7 +580,7 @@ def test_chromium_opens_it_without_an_error_or_a_request(tmp_path, counts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_wider_than_the_window(tmp_path, width):
+def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int) -> None:
     """Wide tables and figures scroll by themselves; the page doesn't."""
     folder = write_sweep(tmp_path / "made", COUNTS)
     text = Path(write_report(str(folder))).read_text()

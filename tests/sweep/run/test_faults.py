@@ -14,9 +14,10 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from apart import Apart, apart_with_ray, free_port, start_head
@@ -39,20 +40,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def manifest(ray_cluster, tmp_path_factory) -> Path:
+def manifest(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "few.parquet"
     write_manifest(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory) -> Path:
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features are computed once for all tests."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
-def quiet(manifest, storage) -> Sweep:
+def quiet(manifest: Path, storage: Path) -> Sweep:
     """The undisturbed run."""
     sweep = Sweep(storage / "quiet", manifest, storage=str(storage / "quiet" / "runs"))
     sweep.run()
@@ -61,11 +62,11 @@ def quiet(manifest, storage) -> Sweep:
 
 
 @pytest.fixture
-def make_sweep(quiet, manifest, tmp_path):
+def make_sweep(quiet: Sweep, manifest: Path, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     """Other sweeps of the same six configurations, their features there already; none is left running."""
     made = []
 
-    def make(**fields) -> Sweep:
+    def make(**fields: Any) -> Sweep:
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "features").symlink_to(quiet.folder / "runs" / "features")
         made.append(Sweep(tmp_path, manifest, **fields))
@@ -77,16 +78,16 @@ def make_sweep(quiet, manifest, tmp_path):
 
 
 @pytest.fixture
-def sweep(make_sweep) -> Sweep:
+def sweep(make_sweep: Callable[..., Sweep]) -> Sweep:
     return make_sweep()
 
 
 @pytest.fixture
-def order(fault_orders):
+def order(fault_orders: Path) -> Callable[..., Any]:
     """Give orders to the cluster's processes; none are left afterwards."""
 
     @contextmanager
-    def ordered(**orders):
+    def ordered(**orders: Any) -> Iterator[Callable[[str], list[int]]]:
         for path in fault_orders.parent.glob("*-*"):
             path.unlink()
         fault_orders.write_text(json.dumps(orders))
@@ -113,7 +114,9 @@ def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_killed_worker_costs_no_trial(quiet, make_sweep, order, driver):
+def test_a_killed_worker_costs_no_trial(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], order: Callable[..., Any], driver: str
+) -> None:
     sweep = make_sweep(driver=driver, cpus_per_worker=0.9)
     with order(loss_seconds=0.1) as ids:
         sweep.start()
@@ -128,7 +131,9 @@ def test_a_killed_worker_costs_no_trial(quiet, make_sweep, order, driver):
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_killed_driver_goes_on(quiet, make_sweep, order, driver):
+def test_a_killed_driver_goes_on(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], order: Callable[..., Any], driver: str
+) -> None:
     sweep = make_sweep(driver=driver, cpus_per_worker=0.9)
     with order(loss_seconds=0.1):
         sweep.start()
@@ -152,7 +157,9 @@ def children(pid: int, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("process", ["raylet", "gcs_server"])
-def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(quiet, sweep, order, process):
+def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any], process: str
+) -> None:
     with order(loss_seconds=0.1) as ids:
         sweep.start(environment={"RAY_ADDRESS": "local"})
         sweep.wait_for(lambda: sweep.num_ended() >= 2)
@@ -176,7 +183,9 @@ def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(quiet, s
     assert_same_end(sweep, quiet)
 
 
-def test_a_joined_cluster_whose_head_is_gone_ends_the_sweep_with_how_to_go_on(quiet, make_sweep, tmp_path, order):
+def test_a_joined_cluster_whose_head_is_gone_ends_the_sweep_with_how_to_go_on(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], tmp_path: Path, order: Callable[..., Any]
+) -> None:
     with apart_with_ray(tmp_path) as there:
         sweep, port = make_sweep(there=there), free_port()
         start_head(there, tmp_path, port, "--num-cpus=2")
@@ -193,7 +202,7 @@ def test_a_joined_cluster_whose_head_is_gone_ends_the_sweep_with_how_to_go_on(qu
     assert_same_end(sweep, quiet)
 
 
-def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet, sweep, order):
+def test_ctrl_c_shows_what_there_is_and_how_to_go_on(quiet: Sweep, sweep: Sweep, order: Callable[..., Any]) -> None:
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 3)
@@ -222,7 +231,9 @@ def below(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("told", ["driver", "everything"])
-def test_sigterm_ends_within_ten_seconds_as_ctrl_c_does(quiet, sweep, order, told):
+def test_sigterm_ends_within_ten_seconds_as_ctrl_c_does(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any], told: str
+) -> None:
     """`kill` tells the driver alone, `systemctl stop` and `scancel` all processes, those of its own Ray too."""
     with order(loss_seconds=0.1):
         sweep.start(environment={"RAY_ADDRESS": "local"})
@@ -246,7 +257,7 @@ def test_sigterm_ends_within_ten_seconds_as_ctrl_c_does(quiet, sweep, order, tol
 
 
 @pytest.mark.parametrize(("command", "number"), [("features", signal.SIGTERM), ("train", signal.SIGINT)])
-def test_other_commands_end_with_a_line_too(sweep, command, number):
+def test_other_commands_end_with_a_line_too(sweep: Sweep, command: str, number: int) -> None:
     config = sweep.folder / "trial.yaml"
     sweep.spec().trial({"train.num_epochs": 100000}).to_yaml(config)
     words = ["features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0"]
@@ -264,7 +275,9 @@ def test_other_commands_end_with_a_line_too(sweep, command, number):
     assert "Traceback" not in printed
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
+def test_a_terminal_that_goes_away_does_not_end_the_sweep(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any]
+) -> None:
     """As where ssh loses its connection: all that runs in the session is told, and writing fails from then on."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
@@ -297,7 +310,9 @@ def test_a_terminal_that_goes_away_does_not_end_the_sweep(quiet, sweep, order):
         ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker, 10 classes"),
     ],
 )
-def test_a_bad_loss_fails_its_trials_alone_and_says_why(quiet, sweep, order, fault, sentence):
+def test_a_bad_loss_fails_its_trials_alone_and_says_why(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any], fault: str, sentence: str
+) -> None:
     with order(losses={"focal": fault}):
         printed = sweep.run()
     assert "2 trials failed" in printed
@@ -311,7 +326,9 @@ def test_a_bad_loss_fails_its_trials_alone_and_says_why(quiet, sweep, order, fau
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_trial_that_hangs_is_ended_and_the_others_go_on(quiet, make_sweep, order, driver):
+def test_a_trial_that_hangs_is_ended_and_the_others_go_on(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], order: Callable[..., Any], driver: str
+) -> None:
     losses = ["cross_entropy", "focal"] if driver == "ray_train" else ["cross_entropy", "focal", "balanced_softmax"]
     space = {"parameters": {"loss.name": {"choice": losses}, "optim.lr": {"choice": [0.05, 0.5]}}}
     minutes = 0.3 if driver == "in_process" else 1.5
@@ -335,7 +352,7 @@ def share_of_memory(more_bytes: int) -> float:
     return (found["MemTotal"] - found["MemAvailable"] + more_bytes) / found["MemTotal"]
 
 
-def run_with_little_memory(there: Apart, sweep: Sweep, folder: Path, num_bytes: int, **expected) -> str:
+def run_with_little_memory(there: Apart, sweep: Sweep, folder: Path, num_bytes: int, **expected: Any) -> str:
     """Where Ray ends a process once so many bytes more are taken than are now."""
     # Otherwise Ray waits longer after each such end of a task, for minutes in all.
     settings = {"RAY_memory_usage_threshold": f"{share_of_memory(num_bytes):.3f}",
@@ -347,8 +364,13 @@ def run_with_little_memory(there: Apart, sweep: Sweep, folder: Path, num_bytes: 
 
 @pytest.mark.parametrize(("driver", "rates"), [("in_process", [0.05, 0.5]), ("ray_train", [0.05])])
 def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
-    quiet, make_sweep, tmp_path, order, driver, rates
-):
+    quiet: Sweep,
+    make_sweep: Callable[..., Sweep],
+    tmp_path: Path,
+    order: Callable[..., Any],
+    driver: str,
+    rates: list[float],
+) -> None:
     """Ray ends a process before the kernel does; the sweep goes on. What else runs on this machine counts, too."""
     space = {"parameters": {"loss.name": {"choice": ["cross_entropy", "focal"]}, "optim.lr": {"choice": rates}}}
     with apart_with_ray(tmp_path) as there, order(losses={"focal": "hoard"}) as ids:
@@ -368,7 +390,7 @@ def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
     assert num_processes >= 2 * len(rates)
 
 
-def test_all_trials_failing_is_an_error_with_the_causes(sweep, order):
+def test_all_trials_failing_is_an_error_with_the_causes(sweep: Sweep, order: Callable[..., Any]) -> None:
     faults = {"cross_entropy": "nan", "focal": "raise", "balanced_softmax": "raise"}
     with order(losses=faults):
         printed = sweep.run(code=1)
@@ -380,7 +402,9 @@ def test_all_trials_failing_is_an_error_with_the_causes(sweep, order):
 # ---------------------------------------------------------------------------------------------------- extraction
 
 
-def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(quiet, manifest, tmp_path, order):
+def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(
+    quiet: Sweep, manifest: Path, tmp_path: Path, order: Callable[..., Any]
+) -> None:
     sweep = Sweep(tmp_path, manifest)
     shards = lambda: list((tmp_path / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
     with order(tower_seconds=1.0) as ids:
@@ -391,7 +415,9 @@ def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(quiet, 
     assert_same_end(sweep, quiet)
 
 
-def test_a_tower_that_takes_all_memory_once_costs_nothing(quiet, manifest, tmp_path, order, fault_orders):
+def test_a_tower_that_takes_all_memory_once_costs_nothing(
+    quiet: Sweep, manifest: Path, tmp_path: Path, order: Callable[..., Any], fault_orders: Path
+) -> None:
     with apart_with_ray(tmp_path) as there, order(hoards={"tower": 1}):
         sweep = Sweep(tmp_path, manifest, there=there)
         run_with_little_memory(there, sweep, tmp_path, 5_000_000_000)
@@ -405,8 +431,8 @@ def test_a_tower_that_takes_all_memory_once_costs_nothing(quiet, manifest, tmp_p
     [("tower", "running the tower over "), ("tower_start", "starting a tower: "), ("loading", "loading ")],
 )
 def test_extraction_that_takes_all_memory_again_and_again_ends_and_says_so(
-    quiet, manifest, tmp_path, order, kind, work
-):
+    quiet: Sweep, manifest: Path, tmp_path: Path, order: Callable[..., Any], kind: str, work: str
+) -> None:
     with apart_with_ray(tmp_path) as there, order(hoards={kind: 99}) as ids:
         sweep = Sweep(tmp_path, manifest, there=there)
         printed = run_with_little_memory(there, sweep, tmp_path, 5_000_000_000, code=1)
@@ -424,7 +450,7 @@ def test_extraction_that_takes_all_memory_again_and_again_ends_and_says_so(
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Apart]:
+def small_disk(tmp_path: Path) -> Iterator[Apart]:
     """A place where the folder `runs` is on a disk of 24 MB, and Ray one's own."""
     (tmp_path / "runs").mkdir()
     with apart_with_ray(tmp_path, f"mount -t tmpfs -o size=24m none {tmp_path}/runs") as there:
@@ -447,7 +473,9 @@ def assert_says_what_to_do(printed: str, path: Path) -> None:
     assert "Traceback" not in printed
 
 
-def test_a_disk_that_is_full_while_the_store_is_written(quiet, manifest, tmp_path, small_disk, order):
+def test_a_disk_that_is_full_while_the_store_is_written(
+    quiet: Sweep, manifest: Path, tmp_path: Path, small_disk: Apart, order: Callable[..., Any]
+) -> None:
     sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
     shards = lambda: list((small_disk.path(tmp_path) / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
     with order(tower_seconds=1.0):
@@ -464,7 +492,9 @@ def test_a_disk_that_is_full_while_the_store_is_written(quiet, manifest, tmp_pat
     assert_same_end(sweep, quiet)
 
 
-def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path, small_disk, order):
+def test_a_disk_that_is_full_while_records_are_written(
+    quiet: Sweep, manifest: Path, tmp_path: Path, small_disk: Apart, order: Callable[..., Any]
+) -> None:
     first = [{"loss.name": name, "optim.lr": 0.05} for name in LOSSES]
     sweep, alone = Sweep(tmp_path, manifest, there=small_disk, first_trials=first), {"RAY_ADDRESS": "local"}
     with order(losses={LOSSES[-1]: "hang"}):
@@ -484,7 +514,9 @@ def test_a_disk_that_is_full_while_records_are_written(quiet, manifest, tmp_path
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_disk_that_is_full_while_a_checkpoint_is_written(quiet, manifest, tmp_path, small_disk, order, driver):
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(
+    quiet: Sweep, manifest: Path, tmp_path: Path, small_disk: Apart, order: Callable[..., Any], driver: str
+) -> None:
     sweep, alone = Sweep(tmp_path, manifest, there=small_disk, driver=driver), {"RAY_ADDRESS": "local"}
     checkpoints = lambda: list((small_disk.path(tmp_path) / "runs").glob("faults-*/checkpoints/t*/state.json"))  # noqa: E731
     with order(slow_losses={"focal": 0.5, "balanced_softmax": 0.5}, checkpoint_seconds=4):
@@ -523,7 +555,9 @@ def assert_nearly_the_same_end(sweep: Sweep, quiet: Sweep) -> None:
     assert len(sweep.records()) == NUM_TRIALS
 
 
-def test_a_killed_worker_costs_no_trial_of_its_pack(quiet, make_sweep, order):
+def test_a_killed_worker_costs_no_trial_of_its_pack(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], order: Callable[..., Any]
+) -> None:
     sweep = make_sweep(max_pack_size=NUM_TRIALS)
     with order(loss_seconds=0.3) as ids:
         sweep.start()
@@ -537,7 +571,9 @@ def test_a_killed_worker_costs_no_trial_of_its_pack(quiet, make_sweep, order):
     assert_nearly_the_same_end(sweep, quiet)
 
 
-def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(manifest, tmp_path, order):
+def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(
+    manifest: Path, tmp_path: Path, order: Callable[..., Any]
+) -> None:
     """By turns they give exactly what each gives alone."""
     base = {**sweep_spec(manifest, "runs").base, "method": "decoder", "decoder": {"depth": 1}}
     alone, packed = (Sweep(tmp_path / str(size), manifest, base=base, max_pack_size=size) for size in (1, NUM_TRIALS))
@@ -560,7 +596,9 @@ def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(manifest, tmp_path
         ("out_of_memory", "out of memory with train.batch_size 32 over 1 worker, 10 classes"),
     ],
 )
-def test_a_trial_at_fault_in_a_pack_is_ended_alone(quiet, make_sweep, order, fault, sentence):
+def test_a_trial_at_fault_in_a_pack_is_ended_alone(
+    quiet: Sweep, make_sweep: Callable[..., Sweep], order: Callable[..., Any], fault: str, sentence: str
+) -> None:
     """Nobody sees which of a pack it is: its trials go on alone, and what is at fault shows there."""
     sweep = make_sweep(max_pack_size=NUM_TRIALS, max_trial_minutes=0.2, max_failures=0)
     with order(losses={"focal": fault}):
@@ -575,7 +613,9 @@ def test_a_trial_at_fault_in_a_pack_is_ended_alone(quiet, make_sweep, order, fau
 # ----------------------------------------------------------------------------------------- other places, other code
 
 
-def test_a_moved_folder_goes_on_in_its_new_place(quiet, sweep, order, tmp_path):
+def test_a_moved_folder_goes_on_in_its_new_place(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any], tmp_path: Path
+) -> None:
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 3)
@@ -591,7 +631,9 @@ def test_a_moved_folder_goes_on_in_its_new_place(quiet, sweep, order, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_changed_sweep_is_refused_with_the_difference_and_forks_with_what_is_still_valid(quiet, sweep, order):
+def test_a_changed_sweep_is_refused_with_the_difference_and_forks_with_what_is_still_valid(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any]
+) -> None:
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 4)
@@ -615,7 +657,7 @@ def test_a_changed_sweep_is_refused_with_the_difference_and_forks_with_what_is_s
     assert "left behind: the space no longer has it" in printed
 
 
-def test_changed_code_is_refused_by_name(sweep, order):
+def test_changed_code_is_refused_by_name(sweep: Sweep, order: Callable[..., Any]) -> None:
     with order(loss_seconds=0.1):
         sweep.start()
         sweep.wait_for(lambda: sweep.num_ended() >= 1)

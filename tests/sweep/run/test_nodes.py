@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,14 +26,14 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory) -> Path:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "few.parquet"
     write_manifest(path)
     return path
 
 
 @contextmanager
-def cluster_of(num_nodes: int, num_cpus: int = 1):
+def cluster_of(num_nodes: int, num_cpus: int = 1) -> Iterator[tuple[Any, list[Any], dict[str, str]]]:
     """Nodes on this machine, and how to reach them; the first is the head and runs no trials."""
     from ray.cluster_utils import Cluster
 
@@ -47,24 +48,24 @@ def cluster_of(num_nodes: int, num_cpus: int = 1):
         cluster.shutdown()
 
 
-def order(fault_orders: Path, **orders) -> None:
+def order(fault_orders: Path, **orders: Any) -> None:
     fault_orders.write_text(json.dumps(orders))
 
 
 @pytest.fixture(autouse=True)
-def no_orders(fault_orders):
+def no_orders(fault_orders: Path) -> Iterator[None]:
     yield
     for path in (fault_orders, *fault_orders.parent.glob("trial-*"), *fault_orders.parent.glob("tower-*")):
         path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
-def quiet(manifest, tmp_path_factory) -> Sweep:
+def quiet(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """The undisturbed run, on this machine alone."""
     return undisturbed(tmp_path_factory.mktemp("quiet"), manifest)
 
 
-def make_sweep(folder: Path, manifest: Path, quiet: Sweep, **fields) -> Sweep:
+def make_sweep(folder: Path, manifest: Path, quiet: Sweep, **fields: Any) -> Sweep:
     """Another sweep of the same six configurations on two nodes of one CPU, its features there already."""
     (folder / "runs").mkdir()
     (folder / "runs" / "features").symlink_to(quiet.folder / "runs" / "features")
@@ -97,7 +98,9 @@ def assert_same_end(sweep: Sweep, quiet: Sweep, printed: str) -> None:
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders, driver):
+def test_a_killed_node_costs_no_trial(
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path, driver: str
+) -> None:
     with cluster_of(3) as (cluster, workers, environment):
         sweep = make_sweep(tmp_path, manifest, quiet, driver=driver, cpus_per_worker=0.9)
         # The baseline trains on cross_entropy, four times as long as a trial.
@@ -110,7 +113,9 @@ def test_a_killed_node_costs_no_trial(manifest, tmp_path, quiet, fault_orders, d
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
-def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_path, quiet, fault_orders, driver):
+def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path, driver: str
+) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -133,8 +138,8 @@ def test_a_machine_that_is_taken_away_does_not_spend_the_restarts(manifest, tmp_
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
 def test_what_is_left_too_small_for_any_trial_is_said_and_the_sweep_goes_on_with_another_node(
-    manifest, tmp_path, quiet, fault_orders, driver
-):
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path, driver: str
+) -> None:
     with cluster_of(2) as (cluster, _, environment):
         large = cluster.add_node(num_cpus=2)
         sweep = make_sweep(tmp_path, manifest, quiet, driver=driver, cpus_per_worker=1.5)
@@ -160,7 +165,9 @@ def test_what_is_left_too_small_for_any_trial_is_said_and_the_sweep_goes_on_with
     assert_same_end(sweep, quiet, printed)
 
 
-def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(manifest, tmp_path, quiet, fault_orders):
+def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path
+) -> None:
     """Half of the CPUs are gone for good, and what worked there comes to where the rest works."""
     with cluster_of(3) as (cluster, workers, environment):
         sweep = Sweep(tmp_path, manifest)
@@ -173,7 +180,9 @@ def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(manifest, tmp_p
     assert_same_end(sweep, quiet, printed)
 
 
-def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(manifest, tmp_path, quiet, fault_orders):
+def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path
+) -> None:
     with cluster_of(2) as (cluster, workers, environment):
         sweep = Sweep(tmp_path, manifest)
         features = tmp_path / "runs" / "features"
@@ -189,8 +198,8 @@ def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(man
 
 
 def test_a_prediction_that_no_machine_is_left_for_says_so_and_goes_on_with_another(
-    manifest, tmp_path, quiet, fault_orders
-):
+    manifest: Path, tmp_path: Path, quiet: Sweep, fault_orders: Path
+) -> None:
     command = [sys.executable, "-m", "imbvlm"]
     subprocess.run([*command, "export", quiet.path, "-o", tmp_path / "model"], check=True)
     predict = [*command, "predict", tmp_path / "model", manifest]
@@ -210,7 +219,7 @@ def test_a_prediction_that_no_machine_is_left_for_says_so_and_goes_on_with_anoth
     assert (tmp_path / "there.csv").read_text() == (tmp_path / "here.csv").read_text()
 
 
-def wait_until(happened, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(happened: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None
@@ -243,7 +252,9 @@ def autoscaled_by_ray(port: int) -> dict:
     }  # fmt: skip
 
 
-def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_could_is_refused(manifest, tmp_path, quiet):
+def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_could_is_refused(
+    manifest: Path, tmp_path: Path, quiet: Sweep
+) -> None:
     home, port = tmp_path / "home", free_port()
     home.mkdir()
     file = home / "ray_bootstrap_config.yaml"
@@ -270,7 +281,7 @@ def test_workers_come_for_a_sweep_on_an_autoscaled_head_and_what_they_never_coul
     assert len(nodes) == 3
 
 
-def test_a_folder_that_the_nodes_do_not_share_is_refused_at_the_start(manifest, tmp_path):
+def test_a_folder_that_the_nodes_do_not_share_is_refused_at_the_start(manifest: Path, tmp_path: Path) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("a node with a disk of its own needs the permission to mount")
     runs = tmp_path / "runs"

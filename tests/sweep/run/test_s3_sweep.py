@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from apart import Apart, apart_with_ray
 from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, undisturbed, write_manifest
-from s3_server import BUCKET, KEY, SECRET, program, proxy, serve, use
+from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy, serve, use
 
 from imbvlm.base import storage
 from imbvlm.base.outages import OUTAGE_SECONDS
@@ -27,7 +29,7 @@ pytestmark = [
 class S3Sweep(Sweep):
     """Its records lie in a bucket that this process may read, too; its features in `features`, on the disk."""
 
-    def __init__(self, folder: Path, manifest: Path, uri: str, **fields) -> None:
+    def __init__(self, folder: Path, manifest: Path, uri: str, **fields: Any) -> None:
         super().__init__(folder, manifest, uri, feature_folder=str(folder / "features"), **fields)
 
     def _paths(self) -> list[str]:
@@ -51,13 +53,13 @@ class S3Sweep(Sweep):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with serve(tmp_path_factory.mktemp("s3")) as found:
         yield found
 
 
 @pytest.fixture
-def s3(server, monkeypatch):
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """This process asks the server itself, its sweeps where they are told to."""
     use(monkeypatch, server.settings())
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -65,21 +67,21 @@ def s3(server, monkeypatch):
 
 
 @pytest.fixture
-def there(tmp_path):
+def there(tmp_path: Path) -> Iterator[Apart]:
     """A place in which only this test's processes run and Ray's logs are its own."""
     with apart_with_ray(tmp_path) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory) -> Path:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "few.parquet"
     write_manifest(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def quiet(manifest, tmp_path_factory) -> Sweep:
+def quiet(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """The undisturbed run, on the disk."""
     return undisturbed(tmp_path_factory.mktemp("quiet"), manifest)
 
@@ -118,11 +120,11 @@ def objects_with(secrets: list[bytes], uri: str) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
 def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_left(
-    manifest, tmp_path, quiet, s3, there, fault_orders, driver
-):
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, there: Apart, fault_orders: Path, driver: str
+) -> None:
     away_until, refused = [0.0], [0]
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> tuple[int, str] | None:
         if time.monotonic() >= away_until[0]:
             return None
         refused[0] += 1
@@ -161,8 +163,8 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
 
 
 def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_with_what_to_do(
-    manifest, tmp_path, quiet, s3, fault_orders
-):
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+) -> None:
     is_gone = [False]
     sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/gone")
     with proxy(s3, lambda number, method, path: (0, "") if is_gone[0] else None) as endpoint:
@@ -189,10 +191,12 @@ def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_wi
     assert_same_end(sweep, quiet)
 
 
-def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(manifest, tmp_path, quiet, s3, fault_orders):
+def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+) -> None:
     read_only = [False]
 
-    def answer(number, method, path):
+    def answer(number: int, method: str, path: str) -> tuple[int, str] | None:
         return (403, "AccessDenied") if read_only[0] and method not in ("GET", "HEAD") else None
 
     sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/policy-of-a-sweep")
@@ -217,7 +221,9 @@ def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(manifest, 
     assert_same_end(sweep, quiet)
 
 
-def test_another_machine_goes_on_with_a_sweep_in_a_bucket(manifest, tmp_path, quiet, s3, fault_orders):
+def test_another_machine_goes_on_with_a_sweep_in_a_bucket(
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+) -> None:
     uri = f"s3://{BUCKET}/moving"
     first = S3Sweep(tmp_path / "first", manifest, uri)
     fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweep_folder import sweep_spec, write_sweep
@@ -22,7 +23,7 @@ DRAW = {"method": "linear_probe", "loss.name": "cross_entropy", "optim.lr": 0.1}
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with a manifest and a sweep as version 0.1 wrote it, and a working directory elsewhere."""
     image_manifest(tmp_path / "home" / "images")
     monkeypatch.setattr("sweep_folder.TEST_PER_CLASS", PER_CLASS)
@@ -32,25 +33,27 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def base(manifest):
+def base(manifest: str) -> dict[str, Any]:
     return {"data": {"manifest": manifest}, "encoder": {"name": "tinylit_lite0"}, "train": {"num_epochs": 12}}
 
 
-def options(*words):
+def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     sweep_script.add_arguments(parser)
     return parser.parse_args(words)
 
 
 @pytest.fixture
-def ran(monkeypatch) -> list[SweepSpec]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[SweepSpec]:
     """The specs of the sweeps that were run."""
     specs: list[SweepSpec] = []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.run", lambda spec, folder, console: specs.append(spec))
     return specs
 
 
-def test_a_sweeps_paths_are_absolute_from_its_start_on(home, monkeypatch, ran):
+def test_a_sweeps_paths_are_absolute_from_its_start_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch, ran: list[SweepSpec]
+) -> None:
     monkeypatch.chdir(home)
     spec = sweep_spec(base=base("images/manifest.parquet"), feature_folder="features")
     assert sweep_script.run_command(spec, options()) == 0
@@ -62,7 +65,9 @@ def test_a_sweeps_paths_are_absolute_from_its_start_on(home, monkeypatch, ran):
     assert remote.storage == "s3://b/k"
 
 
-def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(home, monkeypatch, ran):
+def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch, ran: list[SweepSpec]
+) -> None:
     folder, manifest = str(home / "runs" / "made-1"), str(home / "images" / "manifest.parquet")
     assert sweep_script.resume_command(folder) == 0
     monkeypatch.chdir(home)
@@ -72,7 +77,7 @@ def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(h
     assert [spec.base["data"]["manifest"] for spec in ran] == [manifest] * 3
 
 
-def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
+def test_a_trial_is_the_same_however_its_manifests_path_is_written(home: Path) -> None:
     folder = str(home / "runs" / "made-1")
     relative, absolute = read_spec(folder), sweep_spec(base=base(str(home / "images" / "manifest.parquet")))
     assert canonical_key(relative.trial(DRAW)) == canonical_key(absolute.trial(DRAW))
@@ -84,7 +89,7 @@ def test_a_trial_is_the_same_however_its_manifests_path_is_written(home):
     assert start.other_manifest is None
 
 
-def test_a_report_has_its_images_from_anywhere_or_says_why_not(home, tmp_path):
+def test_a_report_has_its_images_from_anywhere_or_says_why_not(home: Path, tmp_path: Path) -> None:
     folder, notes = str(home / "runs" / "made-1"), list[str]()
     page = Path(write_report(folder, str(tmp_path / "page.html"), say=notes.append)).read_text()
     assert "data:image/webp" in page
@@ -100,7 +105,9 @@ def test_a_report_has_its_images_from_anywhere_or_says_why_not(home, tmp_path):
     assert "data:image/webp" in page
 
 
-def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_directory(home, monkeypatch, tmp_path):
+def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     spec, folder = read_spec(str(home / "runs" / "made-1")), str(home / "runs" / "made-1")
     other = image_manifest(tmp_path / "elsewhere" / "images")
     assert locate_manifest(spec, folder) == str(home / "images" / "manifest.parquet")
@@ -116,7 +123,7 @@ def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_director
     ("given", "match"),
     [("gone.parquet", "the manifest gone.parquet is not there"), ("gs://b/k", "gs://b/k: only local paths and s3://")],
 )
-def test_a_given_manifest_that_isnt_there_is_an_error_of_the_report(home, given, match):
+def test_a_given_manifest_that_isnt_there_is_an_error_of_the_report(home: Path, given: str, match: str) -> None:
     with pytest.raises(ImbvlmError, match=match):
         write_report(str(home / "runs" / "made-1"), "report.html", given)
     assert not Path("report.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -27,6 +28,7 @@ from imbvlm.sweep.run.run_phases import run as run_sweep
 from imbvlm.sweep.spec.objectives import SECONDS, ObjectiveValues, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.jobs import Job
 from imbvlm.sweep.tune.study_search import StudySearch
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -40,7 +42,7 @@ EPOCHS = [
 ]
 
 
-def test_all_values_are_of_one_model_that_of_the_best_epoch():
+def test_all_values_are_of_one_model_that_of_the_best_epoch() -> None:
     assert metric_value(EPOCHS, OVERALL, FEW) == 0.2
     assert metric_value(EPOCHS, OVERALL, SECONDS) == 4.5
     assert outcome(EPOCHS, OVERALL, [FEW, SECONDS], {FEW: 0.3, SECONDS: 5.0}) == ObjectiveValues(
@@ -52,7 +54,7 @@ def test_all_values_are_of_one_model_that_of_the_best_epoch():
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.1, 0.2, 0.3])] * 3), min_size=1, max_size=12))
-def test_the_pareto_set_is_optunas(points):
+def test_the_pareto_set_is_optunas(points: list[tuple[float, float, float]]) -> None:
     metrics = [OVERALL, FEW, SECONDS]
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"])
     for point in points:
@@ -65,7 +67,7 @@ def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any 
     return StudySearch(spec.resolve(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
 
 
-def report(job, spec: SweepSpec) -> dict[str, float]:
+def report(job: Job, spec: SweepSpec) -> dict[str, float]:
     """High rates are good overall and bad for few-shot classes."""
     rate = job.draw["optim.lr"]
     return {"epoch": 1.0, OVERALL: rate, spec.best_objective: rate, FEW: 0.5 - rate, SECONDS: 1.0}
@@ -92,7 +94,7 @@ def run(search: StudySearch, spec: SweepSpec) -> list[TrialRecord]:
     return records
 
 
-def test_optuna_is_told_every_objective_and_how_far_constraints_are_broken_also_of_known_trials():
+def test_optuna_is_told_every_objective_and_how_far_constraints_are_broken_also_of_known_trials() -> None:
     spec = sweep_spec(num_trials=15, other_objectives=[FEW], constraints={FEW: 0.3})
     check_spec(spec)
     search = searcher(spec)
@@ -109,7 +111,7 @@ def test_optuna_is_told_every_objective_and_how_far_constraints_are_broken_also_
     assert len(run(again, spec)) == 3
 
 
-def test_the_search_turns_to_where_the_constraint_is_met():
+def test_the_search_turns_to_where_the_constraint_is_met() -> None:
     """Unconstrained TPE goes to high rates, which break it."""
     shares = []
     for constraints in ({}, {FEW: 0.4}):
@@ -119,7 +121,7 @@ def test_the_search_turns_to_where_the_constraint_is_met():
     assert shares[1] > shares[0] + 0.3
 
 
-def test_who_breaks_a_constraint_is_not_chosen_and_the_tables_say_so(tmp_path):
+def test_who_breaks_a_constraint_is_not_chosen_and_the_tables_say_so(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False, constraints={FEW: 0.52})
     log, spec = TrialLog.read(str(folder)), sweep_spec(constraints={FEW: 0.52})
     free = TrialLog.read(str(write_sweep(tmp_path / "b", [120, 60, 30, 12], refits=False)))
@@ -137,7 +139,7 @@ def test_who_breaks_a_constraint_is_not_chosen_and_the_tables_say_so(tmp_path):
     assert search_table(log, spec).count("BREAKS A CONSTRAINT") == 8
 
 
-def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path):
+def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)
     log, spec, chance = TrialLog.read(str(folder)), sweep_spec(other_objectives=[FEW]), random.Random(1)
     for record in log.of("search"):
@@ -164,13 +166,13 @@ def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields, says):
+def test_what_does_not_go_together_is_refused(fields: dict[str, dict[str, str | float] | list[str]], says: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_spec(sweep_spec(**fields))
     assert says in str(error.value)
 
 
-def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(tmp_path):
+def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(tmp_path: Path) -> None:
     folder = str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False))
     before = TrialLog.read(folder)
     space = {"parameters": {"loss.name": {"choice": ["cross_entropy", "balanced_softmax", "focal"]},
@@ -191,7 +193,9 @@ def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(t
     assert [job.trial_id for job in jobs] == [f"t{number:05d}" for number in range(1, 6)]
 
 
-def test_a_warm_start_that_is_no_sweep_is_refused_by_the_plan_and_before_the_run_writes_anything(tmp_path):
+def test_a_warm_start_that_is_no_sweep_is_refused_by_the_plan_and_before_the_run_writes_anything(
+    tmp_path: Path,
+) -> None:
     data, tower = {"manifest": "embedded:fashion_mnist_lt"}, {"name": "tinylit_lite0", "image_size": 64}
     spec = sweep_spec(base={"data": data, "encoder": tower}, warm_start=[str(tmp_path / "nope")])
     with pytest.raises(ImbvlmError, match="nope is not a sweep's folder"):
@@ -204,7 +208,7 @@ def test_a_warm_start_that_is_no_sweep_is_refused_by_the_plan_and_before_the_run
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_sweep_with_two_objectives_a_constraint_and_a_warm_start(ray_cluster, tmp_path):
+def test_a_sweep_with_two_objectives_a_constraint_and_a_warm_start(ray_cluster: str, tmp_path: Path) -> None:
     run_script(QUICKSTART, "--smoke", "--set", "num_trials=4", cwd=tmp_path)
     earlier = newest(tmp_path)
     asked = ["--set", f"other_objectives=[{FEW}]", "--set", f"constraints={{{FEW}: 0.3}}", "--warm-start", str(earlier)]

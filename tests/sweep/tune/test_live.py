@@ -17,6 +17,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ OBJECTIVE = "val/balanced_accuracy"
 
 
 @pytest.fixture
-def log(tmp_path) -> TrialLog:
+def log(tmp_path: Path) -> TrialLog:
     """24 ended trials of 30, the last four changed: failed, lost, running, paused."""
     log = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)))
     records = log.of("search")
@@ -45,7 +46,7 @@ def log(tmp_path) -> TrialLog:
     return log
 
 
-def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log):
+def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log: TrialLog) -> None:
     lines = live_lines(log, OBJECTIVE, ProgressSnapshot("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min"))
     assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
     best = log.best(OBJECTIVE)[0]
@@ -64,7 +65,7 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
     assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
 
 
-def test_what_is_not_known_yet_is_not_shown(tmp_path):
+def test_what_is_not_known_yet_is_not_shown(tmp_path: Path) -> None:
     (only,) = live_lines(TrialLog(str(tmp_path)), OBJECTIVE, ProgressSnapshot("search", 8, 1e9, 1.0, "")).items()
     assert only == ("trials", "0 of 8 done, 0 running")
 
@@ -116,7 +117,7 @@ def log_copy(log: TrialLog) -> TrialLog:
 
 @pytest.mark.parametrize("pack_size", [1, 6])
 @pytest.mark.parametrize("stopped_share", [0.0, 0.7])
-def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size, stopped_share):
+def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size: int, stopped_share: float) -> None:
     """It was 16 minutes at the first trial, and 3 a minute later."""
     for order in range(2):
         *moments, (_, _, end) = simulated(48 if pack_size == 1 else 120, 2, pack_size, stopped_share, order)
@@ -133,7 +134,7 @@ def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size, sto
             assert 0.67 < after / before < 1.5
 
 
-def test_a_last_trial_that_outlasts_the_others_has_a_bound():
+def test_a_last_trial_that_outlasts_the_others_has_a_bound() -> None:
     """Ten were stopped after 12 s; it is at 14 s and has 5 of 12 epochs."""
     config = sweep_spec().trial({"method": "linear_probe", "loss.name": "focal", "optim.lr": 0.1}).to_tree()
     log = TrialLog("nowhere")
@@ -147,7 +148,7 @@ def test_a_last_trial_that_outlasts_the_others_has_a_bound():
     assert live_lines(log, OBJECTIVE, ProgressSnapshot("search", 11, 1e9 + 134, 134.0, ""))["left"] == "up to 20 s"
 
 
-def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once():
+def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once() -> None:
     *_, (_, log, moment) = itertools.islice(simulated(48, 2, 24, 0.0, 0), 10)
     lines = live_lines(log, OBJECTIVE, moment)
     assert lines["trials"] == "0 of 48 done, 48 running in 2 processes"
@@ -190,7 +191,9 @@ STEPS = st.lists(st.tuples(st.sampled_from(["say", "live"]), WORDS, VIEW), max_s
 
 @settings(deadline=None, max_examples=60)
 @given(STEPS)
-def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(steps):
+def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(
+    steps: list[tuple[str, str, str | dict[str, str]]],
+) -> None:
     stream = Terminal()
     made = Console(stream, {})
     said: list[str] = []
@@ -216,7 +219,7 @@ def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(steps):
     ("environment", "colours", "redraws"),
     [({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
 )
-def test_colours_are_for_terminals_that_want_them(environment, colours, redraws):
+def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], colours: bool, redraws: bool) -> None:
     stream = Terminal()
     made = Console(stream, environment)
     made.update_live({"trials": "1 of 2", "failed": "t1"})
@@ -226,7 +229,9 @@ def test_colours_are_for_terminals_that_want_them(environment, colours, redraws)
 
 
 @pytest.mark.parametrize(("environment", "num_lines"), [({}, 3), ({"CI": "true"}, 1)])
-def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(monkeypatch, environment, num_lines):
+def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], num_lines: int
+) -> None:
     stream, clock = io.StringIO(), time.monotonic()
     monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
     made = Console(stream, environment)
@@ -239,7 +244,7 @@ def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(monkeypatch,
     assert "\x1b" not in stream.getvalue()
 
 
-def test_a_long_sweep_does_not_fill_its_log(monkeypatch):
+def test_a_long_sweep_does_not_fill_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, clock = io.StringIO(), time.monotonic()
     monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
     made = Console(stream, {})
@@ -262,7 +267,7 @@ def typed_text(written: str) -> list[str]:
     return [row for part in re.split(r"\r|\x1b\[\d*[AJ]", plain) for row in part.split("\n")]
 
 
-def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path):
+def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream:
         console = Console(stream, {"TERM": "xterm"})
@@ -276,7 +281,7 @@ def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path):
+def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path: Path) -> None:
     stream = io.StringIO()
     console = Console(stream, {})
     (tmp_path / "progress.log").symlink_to("/dev/full")
@@ -288,7 +293,9 @@ def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_was(ray_cluster, tmp_path):
+def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_was(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     ours, theirs = pty.openpty()
     window(theirs, 80)
     before = termios.tcgetattr(theirs)
@@ -330,7 +337,7 @@ def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_w
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_sweeps_log_file_has_lines_of_whole_sentences(ray_cluster, tmp_path):
+def test_a_sweeps_log_file_has_lines_of_whole_sentences(ray_cluster: str, tmp_path: Path) -> None:
     environment, started = {name: value for name, value in os.environ.items() if name != "CI"}, time.monotonic()
     done = subprocess.run(
         [sys.executable, QUICKSTART, "--smoke"],

@@ -7,7 +7,9 @@ import re
 import struct
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -43,7 +45,7 @@ def metrics_of(sweep: str) -> Metrics:
     return found
 
 
-def wait_for(found, seconds: float = 90):
+def wait_for(found: Callable[..., Any], seconds: float = 90) -> Any:
     """The first answer that isn't empty; Ray tells its metrics every few seconds."""
     deadline = time.monotonic() + seconds
     while not (answer := found()):
@@ -93,7 +95,9 @@ def expected(sweep: Sweep) -> Metrics:
     }
 
 
-def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(ray_cluster, fault_orders, tmp_path):
+def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(
+    ray_cluster: str, fault_orders: Path, tmp_path: Path
+) -> None:
     write_manifest(tmp_path / "few.parquet")
     first = [{"loss.name": name, "optim.lr": 0.05} for name in ("cross_entropy", "balanced_softmax", "focal")]
     sweep = Sweep(tmp_path, tmp_path / "few.parquet", first_trials=first)
@@ -131,7 +135,7 @@ def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(ray_cluste
     }  # fmt: skip
 
 
-def test_hours_of_booked_gpus_are_told(ray_cluster, tmp_path):
+def test_hours_of_booked_gpus_are_told(ray_cluster: str, tmp_path: Path) -> None:
     log = TrialLog.read(str(write_sweep(tmp_path / "made", [200, 50, 8], num_trials=6, refits=False)))
     spec = sweep_spec(num_workers=2, gpus_per_worker=0.5)
     MetricsExporter(spec, log, tmp_path, "made-of-records").setup()

@@ -235,7 +235,9 @@ def test_what_was_lost_with_its_pack_goes_on_alone(tmp_path: Path, features: Fea
     assert [record.pack_size for record in tune.log.of("search")] == [1, 1, 2, 2]
 
 
-def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(monkeypatch):
+def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A process may run Tune for something else, too, whose results are files that a sweep has no use for."""
     first, *others = TUNE_SETTINGS
     monkeypatch.setenv(first, "0")
@@ -247,7 +249,7 @@ def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(
     assert not any(name in os.environ for name in others)
 
 
-def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
+def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path: Path) -> None:
     """As Tune writes them; a machine without memory is named with what asked for it."""
     record = TrialRecord(trial_id="t1", kind="search", config={"train": {"batch_size": 64}})
     lost = "Failure # 1 (occurred at 2026-11-25_22-20-17)\nThe actor died unexpectedly.\n"
@@ -275,7 +277,7 @@ def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path):
         (ValueError("a mistake of ours"), None),
     ],
 )
-def test_what_a_callback_could_not_keep_is_told_where_tune_ends_over_it(cause, words):
+def test_what_a_callback_could_not_keep_is_told_where_tune_ends_over_it(cause: Exception, words: str | None) -> None:
     """Tune wraps what its callbacks, searcher and scheduler raise, and hides it behind a traceback's text."""
     wrapped = TuneError("Traceback of it")
     wrapped.__context__ = cause

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.losses import build_loss
 from imbvlm.sweep.spec.equivalence import canonical_key
@@ -20,7 +24,7 @@ from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training import checkpoint
 from imbvlm.training.step.batch_mixing import BatchMixer, FeatureTransfer, cutmix
-from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_run import TrialRun, build_trial
 
 CLASSES = 4
 TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_encoder]
@@ -28,21 +32,21 @@ ON_STORE = [name for name, entry in METHODS.items() if entry.trains and not entr
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(tmp_path_factory: pytest.TempPathFactory) -> TinyImages:
     return TinyImages(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return tiny_data(tmp_path_factory.mktemp("features"), text_tower=True)
 
 
-def trial(images, method, **overrides):
+def trial(images: TinyImages, method: str, **overrides: Any) -> TrialRun:
     config = images.config(method, **{"features__store": METHODS[method].trains_encoder, **overrides})
     return build_trial(config, images.data(config))
 
 
-def course(run):
+def course(run: TrialRun) -> list[dict[str, Any]]:
     """Every number but times."""
     return [{k: v for k, v in one.metrics.items() if "second" not in k} for one in run.epochs()]
 
@@ -50,7 +54,7 @@ def course(run):
 # ------------------------------------------------------------------------------------------------- one batch
 
 
-def test_mixup_is_a_weighted_sum_of_two_images_and_of_their_labels():
+def test_mixup_is_a_weighted_sum_of_two_images_and_of_their_labels() -> None:
     inputs, labels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 0, 1])
     mixed, shares = BatchMixer(0.4, 0.0, CLASSES, seed=3)(inputs, labels, step=5)
     rng = np.random.default_rng([0x31C5, 3, 5])
@@ -64,7 +68,7 @@ def test_mixup_is_a_weighted_sum_of_two_images_and_of_their_labels():
         np.testing.assert_allclose(shares[row].numpy(), target, atol=1e-6)
 
 
-def test_cutmix_pastes_one_rectangle_and_its_area_is_the_share():
+def test_cutmix_pastes_one_rectangle_and_its_area_is_the_share() -> None:
     own, others = torch.zeros(2, 3, 10, 14, dtype=torch.uint8), torch.ones(2, 3, 10, 14, dtype=torch.uint8)
     areas = []
     for seed in range(200):
@@ -81,7 +85,7 @@ def test_cutmix_pastes_one_rectangle_and_its_area_is_the_share():
     assert min(areas) < 0.2
 
 
-def test_both_kinds_come_up_where_both_are_on_and_draws_hang_on_seed_and_step_alone():
+def test_both_kinds_come_up_where_both_are_on_and_draws_hang_on_seed_and_step_alone() -> None:
     inputs, labels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % CLASSES
     mixer = BatchMixer(0.3, 1.0, CLASSES, seed=0)
     found = [mixer(inputs, labels, step) for step in range(20)]
@@ -93,7 +97,7 @@ def test_both_kinds_come_up_where_both_are_on_and_draws_hang_on_seed_and_step_al
     assert not all(torch.equal(other(inputs, labels, step)[1], found[step][1]) for step in range(20))
 
 
-def test_workers_draw_the_same_share_and_their_own_order():
+def test_workers_draw_the_same_share_and_their_own_order() -> None:
     labels = torch.arange(4)
     shares = [BatchMixer(0.5, 0.0, CLASSES, seed=0, rank=rank)(torch.randn(4, 2), labels, 1)[1] for rank in (0, 1)]
     # An image may meet itself.
@@ -114,7 +118,7 @@ COUNTS = torch.tensor([500, 30, 1, 0])
 
 
 @pytest.mark.parametrize("name", sorted(SOFT_TARGETS))
-def test_whole_shares_are_classes(name):
+def test_whole_shares_are_classes(name: str) -> None:
     logits, targets = torch.randn(9, CLASSES, dtype=torch.float64), torch.arange(9) % CLASSES
     loss = build_loss(name, COUNTS, label_smoothing=0.1)
     torch.testing.assert_close(loss(logits, torch.eye(CLASSES)[targets]), loss(logits, targets))
@@ -122,7 +126,7 @@ def test_whole_shares_are_classes(name):
 
 @pytest.mark.parametrize("name", sorted(SOFT_TARGETS))
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_soft_targets_are_split_examples(name, smoothing):
+def test_soft_targets_are_split_examples(name: str, smoothing: float) -> None:
     """An example of 3/4 of one class and 1/4 of another: four examples, three of the one and one of the other."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, CLASSES, generator=generator, dtype=torch.float64)
@@ -134,7 +138,7 @@ def test_soft_targets_are_split_examples(name, smoothing):
 
 
 @pytest.mark.parametrize("name", sorted(SOFT_TARGETS))
-def test_gradients_of_soft_targets_are_the_derivatives_and_finite(name):
+def test_gradients_of_soft_targets_are_the_derivatives_and_finite(name: str) -> None:
     shares = torch.rand(4, CLASSES, dtype=torch.float64)
     shares /= shares.sum(dim=1, keepdim=True)
     logits = torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
@@ -148,7 +152,7 @@ def test_gradients_of_soft_targets_are_the_derivatives_and_finite(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - SOFT_TARGETS))
-def test_other_losses_refuse_soft_targets(name, data):
+def test_other_losses_refuse_soft_targets(name: str, data: TrialData) -> None:
     with pytest.raises(ImbvlmError, match=f"loss {name} is defined for one class"):
         build_loss(name, COUNTS)(torch.zeros(2, CLASSES), torch.full((2, CLASSES), 0.25))
     with pytest.raises(ConfigError, match=rf"loss {name} is defined for one class alone; choose a loss with label_smo"):
@@ -158,7 +162,7 @@ def test_other_losses_refuse_soft_targets(name, data):
 # ------------------------------------------------------------------------------------------------ borrowed variation
 
 
-def test_only_classes_without_many_images_vary_and_by_two_images_of_one_class(data):
+def test_only_classes_without_many_images_vary_and_by_two_images_of_one_class(data: TrialData) -> None:
     train = data.train
     transfer = FeatureTransfer(1.0, train, data.class_stats, seed=0)
     examples = np.arange(len(train))
@@ -176,7 +180,7 @@ def test_only_classes_without_many_images_vary_and_by_two_images_of_one_class(da
     torch.testing.assert_close(changed.float()[moved], expected[moved], atol=0.01, rtol=0.01)
 
 
-def test_the_variation_is_that_within_the_class(data):
+def test_the_variation_is_that_within_the_class(data: TrialData) -> None:
     train = data.train
     transfer = FeatureTransfer(1.0, train, data.class_stats, seed=0)
     tail = np.flatnonzero(train.labels == 4)[:1]
@@ -193,7 +197,7 @@ def test_the_variation_is_that_within_the_class(data):
     torch.testing.assert_close(torch.cov(added.T), torch.cov(views.T), atol=0.08, rtol=0.15)
 
 
-def test_no_class_to_borrow_from_is_said(data):
+def test_no_class_to_borrow_from_is_said(data: TrialData) -> None:
     small = ClassStats.from_counts([20, 20, 10, 5, 2, 0])
     with pytest.raises(ImbvlmError, match="borrows the variation within classes of more than 100 training images"):
         FeatureTransfer(1.0, data.train, small, seed=0)
@@ -203,7 +207,7 @@ def test_no_class_to_borrow_from_is_said(data):
 
 
 @pytest.mark.parametrize("method", [*TOWER_METHODS, "linear_probe"])
-def test_mixing_of_strength_0_is_none(images, method):
+def test_mixing_of_strength_0_is_none(images: TinyImages, method: str) -> None:
     overrides = {"train__num_epochs": 1}
     plain = course(trial(images, method, **overrides))
     assert course(trial(images, method, **overrides, mixing__mixup=0.0, mixing__cutmix=0.0)) == plain
@@ -214,8 +218,8 @@ def test_mixing_of_strength_0_is_none(images, method):
 
 
 @pytest.mark.parametrize("method", ON_STORE)
-def test_feature_augmentation_of_strength_0_is_none(data, method):
-    def run(**overrides):
+def test_feature_augmentation_of_strength_0_is_none(data: TrialData, method: str) -> None:
+    def run(**overrides: Any) -> list[dict[str, Any]]:
         return course(build_trial(tiny_config(method, train__num_epochs=2, **overrides), data))
 
     plain = run()
@@ -225,7 +229,9 @@ def test_feature_augmentation_of_strength_0_is_none(data, method):
 
 
 @pytest.mark.parametrize("method", [*TOWER_METHODS, *ON_STORE])
-def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(images, data, method, tmp_path):
+def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(
+    images: TinyImages, data: TrialData, method: str, tmp_path: Path
+) -> None:
     in_tower = METHODS[method].trains_encoder
     knobs = {"mixing.mixup": 0.2, "mixing.cutmix": 1.0} if in_tower else {
         "feature_augmentation.mixup": 0.2, "feature_augmentation.transfer": 0.7}  # fmt: skip
@@ -240,7 +246,7 @@ def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(ima
     class Stop(Exception):
         pass
 
-    def stop():
+    def stop() -> None:
         if stopped.step == 2:
             checkpoint.save_checkpoint(str(tmp_path), stopped.state_dict())
             raise Stop
@@ -252,7 +258,7 @@ def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(ima
     assert course(resumed) == expected
 
 
-def test_mixed_examples_learn(data):
+def test_mixed_examples_learn(data: TrialData) -> None:
     knobs = {"feature_augmentation__mixup": 0.2, "feature_augmentation__transfer": 0.5}
     run = build_trial(tiny_config("linear_probe", train__num_epochs=8, optim__lr=0.1, **knobs), data)
     results = course(run)
@@ -261,7 +267,7 @@ def test_mixed_examples_learn(data):
 
 
 @pytest.mark.parametrize("loss", sorted(SOFT_TARGETS))
-def test_a_mixed_batch_in_parts_gives_the_same_course(images, loss):
+def test_a_mixed_batch_in_parts_gives_the_same_course(images: TinyImages, loss: str) -> None:
     overrides = {"loss__name": loss, "mixing__mixup": 0.4, "train__batch_size": 8, "train__num_steps": 4}
     whole = trial(images, "adapter", **overrides)
     parts = trial(images, "adapter", **overrides, memory__accumulation=3)
@@ -273,7 +279,7 @@ def test_a_mixed_batch_in_parts_gives_the_same_course(images, loss):
 # --------------------------------------------------------------------------------------------- configurations
 
 
-def test_where_mixing_and_feature_augmentation_have_no_place_says_what_has():
+def test_where_mixing_and_feature_augmentation_have_no_place_says_what_has() -> None:
     with pytest.raises(ConfigError, match="mixing is of images, and this trial reads stored features; set feature"):
         tiny_config("linear_probe", mixing__mixup=0.2)
     with pytest.raises(ConfigError, match=r"feature_augmentation is of stored features, and .* mixing.mixup"):
@@ -286,14 +292,14 @@ def test_where_mixing_and_feature_augmentation_have_no_place_says_what_has():
     tiny_config("linear_probe", mixing__mixup=0.0, loss__name="focal", feature_augmentation__mixup=0.0)
 
 
-def test_off_is_no_other_configuration():
+def test_off_is_no_other_configuration() -> None:
     plain = tiny_config("linear_probe")
     off = tiny_config("linear_probe", mixing__mixup=0.0, feature_augmentation__transfer=0.0)
     assert canonical_key(off) == canonical_key(plain)
     assert canonical_key(tiny_config("linear_probe", feature_augmentation__transfer=0.5)) != canonical_key(plain)
 
 
-def test_a_file_of_it_is_read_back_equal(tmp_path):
+def test_a_file_of_it_is_read_back_equal(tmp_path: Path) -> None:
     config = tiny_config("adapter", mixing__mixup=0.2, mixing__cutmix=1.0)
     config.to_yaml(tmp_path / "trial.yaml")
     assert TrialConfig.from_yaml(tmp_path / "trial.yaml") == config
@@ -314,7 +320,7 @@ def sweep(space: str) -> ResolvedSweep:
     return check_spec(spec)
 
 
-def test_a_space_draws_them_where_they_have_a_place_and_is_refused_elsewhere():
+def test_a_space_draws_them_where_they_have_a_place_and_is_refused_elsewhere() -> None:
     drawn = [config for config in sweep(SPACE).corner_trials() if config.mixing is not None]
     assert {config.method for config in drawn} == {"adapter"}
     assert {config.mixing.cutmix for config in drawn} == {0.0, 1.0}
