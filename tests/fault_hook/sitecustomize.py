@@ -85,7 +85,7 @@ def patch_losses(module: ModuleType) -> None:
     from imbvlm.base.registry import Lazy
 
     class FaultyLoss(Lazy):
-        def load(self):
+        def load(self) -> Callable[..., Any]:
             return faulty_loss(self.path.rpartition(":")[2], super().load())
 
     module.LOSSES = {
