@@ -479,7 +479,7 @@ class Gloo:
     """Workers of torch.distributed, as a training loop has them."""
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return dist.get_rank()
 
     @property
