@@ -73,7 +73,7 @@ def sample_trials(sweep: ResolvedSweep) -> list[TrialConfig]:
     found = [spec.trial(draw) for draw in spec.first_trials[: sweep.num_trials]]
     for _ in range(NUM_DRAWS):
         arm = arms.least_sampled()[0]
-        draw = space.draw(RandomTrial(chance, arms.fixed_params(arm, chance)), spec.base)
+        draw = space.sample(RandomTrial(chance, arms.fixed_params(arm, chance)), spec.base)
         arms.count(draw)
         found.append(spec.trial(draw))
     return found

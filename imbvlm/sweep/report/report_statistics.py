@@ -86,7 +86,7 @@ def importances(source: ReportData) -> list[Importance]:
     space, base, study = source.spec.read_space(), source.spec.base, _new_study()
     for record, value in source.valued():
         fixed = optuna.trial.FixedTrial(space.to_optuna_params(record.draw, base))
-        space.draw(fixed, base)
+        space.sample(fixed, base)
         study.add_trial(
             optuna.trial.create_trial(value=value, params=fixed.params, distributions=dict(fixed.distributions))
         )

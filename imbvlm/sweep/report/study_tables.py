@@ -81,7 +81,7 @@ def _scores(source: ReportData, table: StudyTable, configurations: _Configuratio
             label = row.label if split == TEST else "  five crops"
             rows.append([label, views, str(len(scored.records)), *values])
         rows += [
-            _published_row(entry) for entry in published if record is not None and entry.is_of(record.trial_config())
+            _published_row(entry) for entry in published if record is not None and entry.matches(record.trial_config())
         ]
     caption = "Percent, test split, read once. ± is the standard deviation over seeds. Precision, recall, F1: macro."
     return Table(table.name, table.title, ["what", "views", "seeds", *SCORES.values()], rows, NUM_WORDS, caption)

@@ -1,4 +1,4 @@
-"""What every sweep is measured against: zero-shot, and a plain linear softmax probe, once for each tower."""
+"""The baselines of a sweep: zero-shot and a plain linear softmax probe for each encoder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from imbvlm.config.trial_config import TrialConfig, apply_overrides
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
-BASELINES_OF_A_TOWER = 2
-# The probe trains until validation hasn't improved for so many epochs.
+BASELINES_PER_ENCODER = 2
+# The probe stops after this many epochs without a better validation score.
 PROBE_PATIENCE = 10
 PROBE_EPOCHS = 100
-# What decides which features a trial reads; one that runs the tower itself shares those of trials that read its output.
-TOWER_SECTIONS = ("encoder", "features", "eval", "prompts")
-NOT_OF_TOWER = "features.store"
+# The sections that decide which features a trial reads, and the one key in them that doesn't.
+FEATURE_SECTIONS = ("encoder", "features", "eval", "prompts")
+STORE_KEY = "features.store"
 PROBE: Tree = {
     "classifier": {"kind": "linear"},
     "loss": {"name": "cross_entropy"},
-    # A constant rate: the first n epochs are then the same whatever the length, so the refit repeats them.
+    # With a constant rate the first epochs don't depend on the number of epochs, so a refit repeats them.
     "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "lr_schedule": "constant", "warmup_fraction": 0.0},
     "train": {"num_epochs": PROBE_EPOCHS},
 }
@@ -29,7 +29,7 @@ PROBE: Tree = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's row name, its configuration, and whether it stops when validation stops improving."""
+    """A baseline: its row name, its configuration and its epochs without improvement before it stops."""
 
     name: str
     config: TrialConfig
@@ -37,48 +37,46 @@ class Baseline:
 
 
 def encoder_configs(sweep: ResolvedSweep) -> list[TrialConfig]:
-    """The zero-shot trial of every tower and way of reading images that a trial of the space can have, each once.
+    """Return a zero-shot configuration for each encoder and way to read images in the space.
 
-    Features are extracted by these, too. Raises ConfigError for a continuous range, since each value is a pass over all
-    images.
+    Features are extracted with these configurations, too. Raises ConfigError for a continuous range: each value needs a
+    pass over all images.
     """
-    parameters, spec = sweep.space.parameters, sweep.spec
-    keys = [p.key for p in parameters if p.key.split(".")[0] in TOWER_SECTIONS and p.key != NOT_OF_TOWER]
-    configs = [_zero_shot(spec, draw) for draw in sweep.space.choices_over(keys, spec.base)]
-    # A draw that sets what the base has is the base's tower.
+    spec, searched = sweep.spec, {parameter.key for parameter in sweep.space.parameters}
+    keys = [key for key in searched if key.split(".")[0] in FEATURE_SECTIONS and key != STORE_KEY]
+    configs = [_zero_shot(spec, params) for params in sweep.space.choices_over(keys, spec.base)]
+    # Sampled values may repeat those of the base.
     return list({feature_key(config): config for config in configs}.values())
 
 
 def feature_key(config: TrialConfig) -> str:
-    """Equal for configurations that read the same features."""
+    """Return a key that is equal for configurations that read the same features."""
     tree = config.to_tree()
-    features = {key: value for key, value in tree["features"].items() if f"features.{key}" != NOT_OF_TOWER}
-    found = {
+    sections = {
         "encoder": tree["encoder"],
-        "features": features,
+        "features": {key: value for key, value in tree["features"].items() if f"features.{key}" != STORE_KEY},
         "eval": tree["eval"],
         "prompts": tree.get("prompts") or {},
     }
-    return json.dumps(found, sort_keys=True)
+    return json.dumps(sections, sort_keys=True)
 
 
-def _zero_shot(spec: SweepSpec, draw: Params) -> TrialConfig:
-    tree = apply_overrides(spec.base, draw)
-    kept = {key: tree[key] for key in ("data", *TOWER_SECTIONS) if key in tree}
-    kept["data"] = {key: value for key, value in kept["data"].items() if key != "class_sampling"}
-    return TrialConfig.from_tree(YamlTree({**kept, "method": "zero_shot"}, f"sweep {spec.name}"))
+def _zero_shot(spec: SweepSpec, params: Params) -> TrialConfig:
+    tree = apply_overrides(spec.base, params)
+    sections = {key: tree[key] for key in ("data", *FEATURE_SECTIONS) if key in tree}
+    sections["data"] = {key: value for key, value in sections["data"].items() if key != "class_sampling"}
+    return TrialConfig.from_tree(YamlTree({**sections, "method": "zero_shot"}, f"sweep {spec.name}"))
 
 
 def baselines(sweep: ResolvedSweep) -> list[Baseline]:
-    """Zero-shot and linear probe for each tower; their names carry the tower's where there are several."""
+    """Return zero-shot and the linear probe for each encoder, with its name where there are several."""
     configs, own_train = encoder_configs(sweep), sweep.spec.base.get("train", {})
-    found = []
+    rows = []
     for zero_shot in configs:
-        tower = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
+        suffix = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
         train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
         probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
-        found.append(Baseline(f"zero-shot{tower}", zero_shot, None))
-        found.append(
-            Baseline(f"linear probe{tower}", TrialConfig.from_tree(YamlTree(probe, "baseline")), PROBE_PATIENCE)
-        )
-    return found
+        rows.append(Baseline(f"zero-shot{suffix}", zero_shot, None))
+        config = TrialConfig.from_tree(YamlTree(probe, "baseline"))
+        rows.append(Baseline(f"linear probe{suffix}", config, PROBE_PATIENCE))
+    return rows

@@ -1,4 +1,4 @@
-"""A sweep's manifest: its path becomes absolute as the sweep begins, and is found again after folders were moved."""
+"""The path of a sweep's manifest: absolute from the start, and found again after folders have moved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """The spec with manifest, storage and features as another working directory finds them."""
+    """Return the specification with absolute paths of manifest, storage and features."""
     changes: dict[str, Any] = {"storage": storage.absolute(spec.storage)}
     if spec.feature_folder is not None:
         changes["feature_folder"] = storage.absolute(spec.feature_folder)
@@ -26,14 +26,14 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
 
 
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:
-    """A spec from a sweep's folder with its manifest's location, which is searched for unless it is given.
+    """Return the specification of a sweep's folder with the present path of its manifest, given or located.
 
-    A manifest that is gone keeps the path that was written. Raises ImbvlmError for a given one that isn't there.
+    A manifest that can't be located keeps its path. Raises ImbvlmError where a given one is missing.
     """
     if manifest is not None:
         location = absolute_manifest(manifest)
         if not location.startswith(EMBEDDED) and not storage.exists(location):
-            raise ImbvlmError(f"the manifest {manifest} is not there; give the path of the sweep's manifest")
+            raise ImbvlmError(f"the manifest {manifest} is missing. Give the path of the sweep's manifest.")
     else:
         try:
             location = locate_manifest(spec, folder)
@@ -43,29 +43,29 @@ def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = N
 
 
 def locate_manifest(spec: SweepSpec, folder: str) -> str:
-    """The manifest of the sweep in a folder; raises ImbvlmError with the places where it was looked for.
+    """Return the path of the manifest of the sweep in a folder; raises ImbvlmError with the paths that were tried.
 
-    A relative path, which version 0.1 wrote, is relative to the folder in which the sweep was started. That follows
-    from where the sweep is now, and so does the path of a manifest that was moved together with it.
+    Version 0.1 wrote paths relative to the folder in which the sweep was started. The sweep's present folder shows
+    where that folder is, and where a manifest is that was moved together with the sweep.
     """
     written = str(spec.base["data"]["manifest"])
     if written.startswith(EMBEDDED) or not storage.is_local(written):
         return written
-    path, moved = storage.local_path(written), _moved_along(written, spec.storage, folder)
-    here = Path(os.path.abspath(path))
-    places = [here, *moved] if path.is_absolute() else [*moved, here]
-    location = next((place for place in places if os.path.exists(place)), None)
+    path, moved = storage.local_path(written), _moved_together(written, spec.storage, folder)
+    absolute = Path(os.path.abspath(path))
+    candidates = [absolute, *moved] if path.is_absolute() else [*moved, absolute]
+    location = next((candidate for candidate in candidates if os.path.exists(candidate)), None)
     if location is None:
-        looked = " or ".join(dict.fromkeys(map(str, places)))
+        tried = " or ".join(dict.fromkeys(map(str, candidates)))
         raise ImbvlmError(
-            f"the manifest {written} of the sweep {folder} is not at {looked}; put it back, or give its path with "
-            "--manifest"
+            f"the manifest {written} of the sweep {folder} is not at {tried}. Put it back, or give its path with "
+            "--manifest."
         )
     return str(location)
 
 
-def _moved_along(manifest: str, written_storage: str, folder: str) -> list[Path]:
-    """The manifest's path if it kept its place relative to the sweep's folder; empty where the paths don't tell."""
+def _moved_together(manifest: str, written_storage: str, folder: str) -> list[Path]:
+    """Return the path of a manifest that moved together with the sweep's folder; [] where the paths don't tell."""
     if not storage.is_local(written_storage) or not storage.is_local(folder):
         return []
     path, before = storage.local_path(manifest), storage.local_path(written_storage)

@@ -1,4 +1,4 @@
-"""Several objectives and constraints on them: what a trial's epochs are worth, and which trials none beats."""
+"""Objectives and constraints: the values of a trial's epochs, and the Pareto set of trials."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 Epochs = Sequence[Mapping[str, float]]
 
-# What a trial reports on validation and a sweep can maximise; each has its running maximum as val/best_...
+# Validation metrics that a sweep can maximize. Each has its running maximum as val/best_...
 ACCURACIES = (
     "val/top1_accuracy",
     "val/balanced_accuracy",
@@ -16,30 +16,30 @@ ACCURACIES = (
     "val/medium_shot_accuracy",
     "val/few_shot_accuracy",
 )
-# The sum over a trial's epochs, which is minimised.
+# Training time, summed over a trial's epochs and minimized.
 SECONDS = "time/train_seconds"
 
 
 @dataclass(frozen=True)
 class ObjectiveValues:
-    """What Optuna is told of a trial: the objective and the others; constraints, met where they aren't above 0."""
+    """The values of a trial that are reported to Optuna: objectives, and violations, which are met up to 0."""
 
     values: tuple[float, ...]
     violations: tuple[float, ...]
 
 
 def running_maximum(metric: str) -> str:
-    """The name under which a trial reports a validation metric's maximum so far."""
+    """Return the name under which a trial reports a validation metric's maximum so far."""
     return metric.replace("val/", "val/best_")
 
 
 def direction(metric: str) -> str:
-    """Optuna's word."""
+    """Return Optuna's direction of a metric."""
     return "minimize" if metric == SECONDS else "maximize"
 
 
 def metric_value(epochs: Epochs, objective: str, metric: str) -> float | None:
-    """A metric at the first epoch with the objective's maximum, seconds over all epochs; None where it isn't there."""
+    """Return a metric at the first epoch with the objective's maximum, or seconds over all epochs; None without one."""
     scored = [epoch for epoch in epochs if math.isfinite(epoch.get(objective, math.nan))]
     if not scored:
         return None
@@ -50,27 +50,27 @@ def metric_value(epochs: Epochs, objective: str, metric: str) -> float | None:
 
 
 def violations(epochs: Epochs, objective: str, constraints: Mapping[str, float]) -> tuple[float, ...]:
-    """How far each metric is beyond its limit: accuracies at least, seconds at most; inf where there is no value."""
-    found = []
+    """Return how far each metric is beyond its limit, a minimum for accuracies; inf without a value."""
+    excesses = []
     for metric, limit in constraints.items():
         value = metric_value(epochs, objective, metric)
         if value is None:
-            found.append(math.inf)
+            excesses.append(math.inf)
         else:
-            found.append(value - limit if metric == SECONDS else limit - value)
-    return tuple(found)
+            excesses.append(value - limit if metric == SECONDS else limit - value)
+    return tuple(excesses)
 
 
 def outcome(
     epochs: Epochs, objective: str, others: Sequence[str], constraints: Mapping[str, float]
 ) -> ObjectiveValues | None:
-    """What a trial's epochs come to; None where a value that is asked for isn't there, or not finite."""
-    values = [metric_value(epochs, objective, metric) for metric in (objective, *others)]
-    broken = violations(epochs, objective, constraints)
-    known = tuple(value for value in values if value is not None)
-    if len(known) < len(values) or not all(map(math.isfinite, broken)):
+    """Return the values of a trial's epochs; None where one is missing or not finite."""
+    metrics = (objective, *others)
+    values = tuple(value for metric in metrics if (value := metric_value(epochs, objective, metric)) is not None)
+    excesses = violations(epochs, objective, constraints)
+    if len(values) < len(metrics) or not all(map(math.isfinite, excesses)):
         return None
-    return ObjectiveValues(known, broken)
+    return ObjectiveValues(values, excesses)
 
 
 def pareto_indices(points: Sequence[Sequence[float]], metrics: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Published recipes for a sweep to try first, and published numbers beside a study's own."""
+"""Published recipes, which a sweep can try first, and published scores to compare a study with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.sources.benchmark_registry import benchmark_of
 from imbvlm.sweep.spec.search_space import Params
 
-# LIFT [Shi et al., ICML 2024]: adapters, a cosine classifier started from text, logit-adjusted loss. The width of the
-# adapters and the epochs are each data set's own.
+# LIFT [Shi et al., ICML 2024]: adapters, a cosine classifier initialized from text, and the logit-adjusted loss. The
+# width of the adapters and the number of epochs depend on the data set.
 LIFT: Params = {
     "encoder.name": "openai_vit_b16",
     "method": "adapter",
@@ -32,23 +32,23 @@ LIFT: Params = {
     "train.clip_grad_norm": None,
 }
 
-# LIFT+ [Shi et al. 2025]: twice the rate, half the epochs, and nothing but crops that grow to the whole image.
+# LIFT+ [Shi et al. 2025]: twice the rate, half the epochs, and crops that grow to the whole image as only augmentation.
 LIFT_PLUS: Params = {**LIFT, "optim.lr": 0.02, "augmentation.crop": "growing", "augmentation.flip": False}
 
 
 @dataclass(frozen=True)
 class Published:
-    """Scores (percent, by metric) on one of BENCHMARKS, the settings of their recipe, and who published them."""
+    """Published scores in percent by metric, with their benchmark, the settings of their recipe and their source."""
 
     dataset: str
     settings: Mapping[str, Any]
     source: str
     scores: Mapping[str, float]
 
-    def is_of(self, config: TrialConfig) -> bool:
-        """Whether a configuration has the recipe's settings."""
-        known = flatten(config.to_tree())
-        return all(known.get(key) == value for key, value in self.settings.items())
+    def matches(self, config: TrialConfig) -> bool:
+        """Return whether a configuration has the recipe's settings."""
+        values = flatten(config.to_tree())
+        return all(values.get(key) == value for key, value in self.settings.items())
 
 
 _LIFT = "published, five crops [LIFT, Shi et al. 2024]"
@@ -66,9 +66,9 @@ PUBLISHED = tuple(
 
 
 def published_scores(manifest: str) -> list[Published]:
-    """What was published for the benchmark at a location; [] for other data, or where there is none to read."""
+    """Return the published scores of the benchmark at a location; [] for other data or an unreadable manifest."""
     try:
         dataset = benchmark_of(Manifest.read(manifest))
     except ImbvlmError:
         return []
-    return [one for one in PUBLISHED if one.dataset == dataset]
+    return [published for published in PUBLISHED if published.dataset == dataset]

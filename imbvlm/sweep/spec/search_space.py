@@ -1,4 +1,4 @@
-"""A search space: dotted keys of a trial, their ranges and conditions, as an Optuna define-by-run function."""
+"""The search space: ranges and conditions of a trial's dotted keys, sampled key by key, or a list of configurations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ Kind = Literal["choice", "uniform", "loguniform", "int"]
 KINDS: tuple[Kind, ...] = ("choice", "uniform", "loguniform", "int")
 MISSING = object()
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-# Whole numbers of a wider range count as continuous, and so does a space of more draws.
+# Wider ranges of whole numbers count as continuous, and so do spaces with more configurations.
 MAX_WHOLE_NUMBERS = 64
-MAX_DRAWS = 20_000
+MAX_CONFIGURATIONS = 20_000
+# Optuna's name of the parameter that chooses among listed configurations.
+CONFIGURATION = "configuration"
 
 
 class Suggester(Protocol):
-    """What the space needs of an Optuna trial."""
+    """The methods of an Optuna trial that a space calls."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
@@ -34,7 +36,7 @@ class Suggester(Protocol):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Optuna parameter: a key's range under its conditions; a key with branches has one for each."""
+    """One Optuna parameter: a key's range under its conditions. A key with branches has one for each branch."""
 
     key: str
     name: str
@@ -44,7 +46,7 @@ class Parameter:
     where: str
 
     def suggest(self, trial: Suggester) -> Any:
-        """Draw a value from the range."""
+        """Sample a value from the range."""
         if self.kind == "choice":
             return trial.suggest_categorical(self.name, self.values)
         low, high = self.values
@@ -53,7 +55,7 @@ class Parameter:
         return trial.suggest_float(self.name, low, high, log=self.kind == "loguniform")
 
     def finite_values(self) -> tuple[Any, ...] | None:
-        """Every value of the range; None where it is continuous or has more than 64."""
+        """Return all values of the range; None for a continuous range or more than MAX_WHOLE_NUMBERS values."""
         if self.kind == "choice":
             return self.values
         if self.kind == "int" and self.values[1] - self.values[0] < MAX_WHOLE_NUMBERS:
@@ -61,92 +63,96 @@ class Parameter:
         return None
 
     def contains(self, value: Any) -> bool:
-        """Whether the range has a value."""
+        """Return whether the range contains a value."""
         if self.kind == "choice":
             return is_one_of(value, self.values)
         number = isinstance(value, int if self.kind == "int" else (int, float)) and not isinstance(value, bool)
         return number and self.values[0] <= value <= self.values[1]
 
     def depends_on(self) -> set[str]:
-        """The keys that decide whether it is drawn: those of its conditions, and what can take those out of a trial."""
+        """Return the keys that decide whether it is active: its conditions' keys, and keys that can remove those."""
         sections = {key.split(".")[0] for key in self.when}
         tags = {f"{section}.{tag}" for section in sections for tag in ("name", "kind")}
         keys = set(self.when) | tags | ({"method"} if sections & OPTIONAL_SECTIONS else set())
         return keys if self.key in self.when else keys - {self.key}
 
     def describe(self) -> str:
-        """The range in a few words, such as `loguniform 0.003 .. 0.1 when method = decoder`."""
-        choices = ", ".join(map(_word, self.values))
+        """Return the range as text, such as `loguniform 0.003 .. 0.1 when method = decoder`."""
+        choices = ", ".join(map(_yaml_text, self.values))
         body = f"choice {choices}" if self.kind == "choice" else "{} {} .. {}".format(self.kind, *self.values)
-        conditions = " and ".join(f"{key} = {' or '.join(map(_word, values))}" for key, values in self.when.items())
+        conditions = " and ".join(
+            f"{key} = {' or '.join(map(_yaml_text, values))}" for key, values in self.when.items()
+        )
         return f"{body} when {conditions}" if conditions else body
 
 
-def _word(value: Any) -> str:
+def _yaml_text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The parameters in an order in which each comes after those that it hangs on."""
+    """The parameters, each after those that it depends on."""
 
     parameters: tuple[Parameter, ...]
     tree: Tree
 
-    def draw(self, trial: Suggester, base: Tree) -> Params:
-        """Dotted keys and values of one trial; a key whose conditions don't hold is absent."""
-        drawn: Params = {}
+    def sample(self, trial: Suggester, base: Tree) -> Params:
+        """Sample the dotted keys and values of one trial; a key whose conditions don't hold is absent."""
+        params: Params = {}
         for parameter in self.parameters:
-            if is_active(parameter, drawn, base):
-                drawn[parameter.key] = parameter.suggest(trial)
-        return drawn
+            if is_active(parameter, params, base):
+                params[parameter.key] = parameter.suggest(trial)
+        return params
 
-    def to_optuna_params(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
-        """The Optuna names and values of a draw; raises ConfigError where the space doesn't contain it."""
-        problems, named, seen = [], {}, set()
+    def to_optuna_params(self, params: Mapping[str, Any], base: Tree) -> dict[str, Any]:
+        """Return Optuna's names and values of sampled values; raises ConfigError for values outside the space."""
+        problems, named, active = [], {}, set()
         for parameter in self.parameters:
-            if not is_active(parameter, draw, base):
+            if not is_active(parameter, params, base):
                 continue
-            seen.add(parameter.key)
-            if parameter.key not in draw:
-                problems.append(Problem(f"{parameter.key!r} isn't given; the space draws it: {parameter.describe()}"))
-            elif not parameter.contains(draw[parameter.key]):
-                message = f"{parameter.key} = {draw[parameter.key]!r} is outside {parameter.describe()}"
+            active.add(parameter.key)
+            if parameter.key not in params:
+                message = f"{parameter.key!r} isn't given, and the space searches it: {parameter.describe()}"
+                problems.append(Problem(message))
+            elif not parameter.contains(params[parameter.key]):
+                message = f"{parameter.key} = {params[parameter.key]!r} is outside {parameter.describe()}"
                 problems.append(Problem(message, parameter.where))
             else:
-                named[parameter.name] = draw[parameter.key]
-        problems += [self._not_drawn(key) for key in draw if key not in seen]
+                named[parameter.name] = params[parameter.key]
+        problems += [self._unsearched_key(key) for key in params if key not in active]
         if problems:
             raise ConfigError(problems)
         return named
 
-    def _not_drawn(self, key: str) -> Problem:
+    def _unsearched_key(self, key: str) -> Problem:
         ranges = self.of(key)
         if ranges:
-            return Problem(f"{key!r} isn't drawn under these values; its range: {_ranges(ranges)}", ranges[0].where)
-        return Problem(f"{key!r} isn't drawn by the space; {suggest_name(key, [one.key for one in self.parameters])}")
+            return Problem(f"{key!r} isn't searched under these values; its range: {_ranges(ranges)}", ranges[0].where)
+        keys = [parameter.key for parameter in self.parameters]
+        return Problem(f"{key!r} isn't searched by the space; {suggest_name(key, keys)}")
 
     def of(self, key: str) -> list[Parameter]:
-        """The parameters of one key: none, one, or its branches."""
+        """Return the parameters of one key: none, one, or its branches."""
         return [parameter for parameter in self.parameters if parameter.key == key]
 
-    def contains(self, draw: Params, base: Tree) -> bool:
-        """Whether the space can draw exactly these keys and values."""
+    def contains(self, params: Params, base: Tree) -> bool:
+        """Return whether the space can sample exactly these keys and values."""
         try:
-            self.to_optuna_params(draw, base)
+            self.to_optuna_params(params, base)
         except ConfigError:
             return False
         return True
 
     def without(self, keys: Iterable[str]) -> SearchSpace:
-        """The space with some keys no longer drawn (they are set in the base instead)."""
-        gone = frozenset(keys)
-        kept = tuple(parameter for parameter in self.parameters if parameter.key not in gone)
-        tree = {"parameters": {key: value for key, value in self.tree["parameters"].items() if key not in gone}}
-        return SearchSpace(kept, tree)
+        """Return the space without some keys, which the base sets instead."""
+        removed = frozenset(keys)
+        remaining = tuple(parameter for parameter in self.parameters if parameter.key not in removed)
+        tree = {"parameters": {key: value for key, value in self.tree["parameters"].items() if key not in removed}}
+        return SearchSpace(remaining, tree)
 
     def restrict_to(self, keys: Iterable[str]) -> SearchSpace:
-        """Only the parameters of these keys and those that they hang on."""
+        """Return the space of these keys and of those that they depend on."""
         wanted = set(keys)
         for parameter in reversed(self.parameters):
             if parameter.key in wanted:
@@ -154,20 +160,20 @@ class SearchSpace:
         return self.without({parameter.key for parameter in self.parameters} - wanted)
 
     def size(self, base: Tree) -> int | None:
-        """How many different draws there are; None where that can't be counted."""
-        draws = self.enumerate_params(base)
-        return None if draws is None else len(draws)
+        """Return the number of configurations; None for a continuous or vast space."""
+        configurations = self.enumerate_params(base)
+        return None if configurations is None else len(configurations)
 
     def enumerate_params(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Params] | None:
-        """Every draw in a fixed order, where `fixed` keys have their value; None for a continuous or vast space."""
+        """Return all configurations with the values of `fixed`, in order; None for a continuous or vast space."""
 
-        def extend(index: int, drawn: Params) -> Iterator[Params | None]:
+        def extend(index: int, params: Params) -> Iterator[Params | None]:
             if index == len(self.parameters):
-                yield dict(drawn)
+                yield dict(params)
                 return
             parameter = self.parameters[index]
-            if not is_active(parameter, drawn, base):
-                yield from extend(index + 1, drawn)
+            if not is_active(parameter, params, base):
+                yield from extend(index + 1, params)
                 return
             values = parameter.finite_values()
             if parameter.key in fixed:
@@ -175,60 +181,63 @@ class SearchSpace:
             if values is None:
                 yield None
             for value in values or ():
-                yield from extend(index + 1, {**drawn, parameter.key: value})
+                yield from extend(index + 1, {**params, parameter.key: value})
 
-        found: list[Params] = []
-        for draw in extend(0, {}):
-            if draw is None or len(found) == MAX_DRAWS:
+        configurations: list[Params] = []
+        for params in extend(0, {}):
+            if params is None or len(configurations) == MAX_CONFIGURATIONS:
                 return None
-            found.append(draw)
-        return found
+            configurations.append(params)
+        return configurations
 
     def choices_over(self, keys: Iterable[str], base: Tree) -> list[Params]:
-        """Every combination of values that a draw can have for some finite keys; an inactive one is absent.
+        """Return all combinations of values of some finite keys; an inactive key is absent.
 
-        Raises ConfigError where one is continuous.
+        Raises ConfigError for a continuous key.
         """
         wanted = frozenset(keys)
         problems = [
-            Problem(f"{one.key} must be a choice or a short int here, and is {one.describe()}", one.where)
-            for one in self.parameters
-            if one.key in wanted and one.finite_values() is None
+            Problem(
+                f"{parameter.key} must be a choice or a short int here, and is {parameter.describe()}", parameter.where
+            )
+            for parameter in self.parameters
+            if parameter.key in wanted and parameter.finite_values() is None
         ]
-        draws = None if problems else self.restrict_to(wanted).enumerate_params(base)
-        if draws is None:
-            raise ConfigError(problems or [Problem(f"{', '.join(sorted(wanted))} have more than {MAX_DRAWS} values")])
-        projected = [{key: value for key, value in draw.items() if key in wanted} for draw in draws]
-        return list({json.dumps(draw, sort_keys=True): draw for draw in projected}.values())
+        configurations = None if problems else self.restrict_to(wanted).enumerate_params(base)
+        if configurations is None:
+            message = f"{', '.join(sorted(wanted))} have more than {MAX_CONFIGURATIONS} values"
+            raise ConfigError(problems or [Problem(message)])
+        projected = [{key: value for key, value in params.items() if key in wanted} for params in configurations]
+        return list({json.dumps(params, sort_keys=True): params for params in projected}.values())
 
     def boundary_params(self, base: Tree) -> tuple[list[Params], list[Problem]]:
-        """Draws over every combination of the choices that conditions or variants hang on, elsewhere at both ends.
+        """Return all combinations of the choices that conditions or variants depend on, with both ends of other ranges.
 
-        The problems name keys of which two branches hold at once.
+        The problems name keys with two active branches.
         """
         structural = {"method"} | {key for parameter in self.parameters for key in parameter.depends_on()}
-        # Towers differ in weights, not in the keys that they admit.
+        # Encoders differ in weights, not in the keys that they admit.
         structural |= {p.key for p in self.parameters if p.key.endswith((".name", ".kind")) and p.key != "encoder.name"}
         clashes: dict[Problem, None] = {}
 
-        def extend(index: int, drawn: Params, turn: int) -> Iterator[Params]:
+        def extend(index: int, params: Params, turn: int) -> Iterator[Params]:
             if index == len(self.parameters):
-                yield dict(drawn)
+                yield dict(params)
                 return
             parameter = self.parameters[index]
             values: tuple[Any, ...] = ()
-            if is_active(parameter, drawn, base):
-                if parameter.key in drawn:
+            if is_active(parameter, params, base):
+                if parameter.key in params:
                     clashes[self._clash(parameter)] = None
                 else:
                     values = parameter.values
             if not values:
-                yield from extend(index + 1, drawn, turn)
+                yield from extend(index + 1, params, turn)
             for value in values if parameter.key in structural else values[turn : turn + 1] or values[-1:]:
-                yield from extend(index + 1, {**drawn, parameter.key: value}, turn)
+                yield from extend(index + 1, {**params, parameter.key: value}, turn)
 
-        turns = max((len(p.values) for p in self.parameters if p.key not in structural), default=1)
-        return [draw for turn in range(turns) for draw in extend(0, {}, turn)], list(clashes)
+        num_turns = max((len(p.values) for p in self.parameters if p.key not in structural), default=1)
+        return [params for turn in range(num_turns) for params in extend(0, {}, turn)], list(clashes)
 
     def _clash(self, parameter: Parameter) -> Problem:
         ranges = _ranges(self.of(parameter.key))
@@ -240,86 +249,80 @@ def _ranges(parameters: list[Parameter]) -> str:
 
 
 def get_dotted(tree: Tree, dotted: str) -> Any:
-    """The value of a dotted key in plain data, or MISSING."""
-    here: Any = tree
+    """Return the value of a dotted key in plain data, or MISSING."""
+    value: Any = tree
     for part in dotted.split("."):
-        if not isinstance(here, dict) or part not in here:
+        if not isinstance(value, dict) or part not in value:
             return MISSING
-        here = here[part]
-    return here
+        value = value[part]
+    return value
 
 
-def is_active(parameter: Parameter, drawn: Mapping[str, Any], base: Tree) -> bool:
-    """Whether a parameter's conditions hold in the trial that has been drawn so far."""
-    return all(is_one_of(_value_under(key, drawn, base), values) for key, values in parameter.when.items())
+def is_active(parameter: Parameter, params: Mapping[str, Any], base: Tree) -> bool:
+    """Return whether a parameter's conditions hold for the values that a trial has so far."""
+    return all(is_one_of(_value_under(key, params, base), values) for key, values in parameter.when.items())
 
 
-def _value_under(key: str, drawn: Mapping[str, Any], base: Tree) -> Any:
-    """A trial's value of a key; the base's doesn't count where the draw's method or variant hasn't got that key."""
-    if key in drawn:
-        return drawn[key]
-    return get_dotted(drop_unused_sections(apply_overrides(base, drawn)), key)
+def _value_under(key: str, params: Mapping[str, Any], base: Tree) -> Any:
+    """Return a trial's value of a key, not the base's where the trial's method or variant doesn't have the key."""
+    if key in params:
+        return params[key]
+    return get_dotted(drop_unused_sections(apply_overrides(base, params)), key)
 
 
 def is_one_of(value: Any, values: Iterable[Any]) -> bool:
-    """Membership in which truth values aren't numbers."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
-
-
-# What Optuna calls the one thing that it is told of a trial.
-CONFIGURATION = "configuration"
+    """Return whether a value is among others, where truth values differ from numbers."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
 @dataclass(frozen=True)
 class ListedSpace(SearchSpace):
-    """Its draws are the listed configurations and nothing between; a parameter has every value that some draw has."""
+    """A space of listed configurations alone; a parameter has all values that some configuration has."""
 
     configurations: Mapping[str, Params] = field(default_factory=dict)
 
     @staticmethod
     def of_configurations(configurations: Mapping[str, Params], where: str = "") -> ListedSpace:
-        """The space of named draws."""
-        values: dict[str, list[Any]] = {}
-        for draw in configurations.values():
-            for key, value in draw.items():
-                known = values.setdefault(key, [])
-                if not is_one_of(value, known):
-                    known.append(value)
-        parameters = tuple(Parameter(key, key, "choice", tuple(found), {}, where) for key, found in values.items())
+        """Return the space of named configurations."""
+        choices: dict[str, list[Any]] = {}
+        for params in configurations.values():
+            for key, value in params.items():
+                values = choices.setdefault(key, [])
+                if not is_one_of(value, values):
+                    values.append(value)
+        parameters = tuple(Parameter(key, key, "choice", tuple(values), {}, where) for key, values in choices.items())
         return ListedSpace(parameters, {"configurations": configurations}, configurations)
 
-    def draw(self, trial: Suggester, base: Tree) -> Params:
+    def sample(self, trial: Suggester, base: Tree) -> Params:
         return dict(self.configurations[trial.suggest_categorical(CONFIGURATION, list(self.configurations))])
 
-    def to_optuna_params(self, draw: Mapping[str, Any], base: Tree) -> dict[str, Any]:
-        name = self.name_of(draw)
+    def to_optuna_params(self, params: Mapping[str, Any], base: Tree) -> dict[str, Any]:
+        name = self.name_of(params)
         if name is None:
-            raise ConfigError([Problem(f"{dict(draw)} is none of the space's listed configurations")])
+            raise ConfigError([Problem(f"{dict(params)} is none of the space's listed configurations")])
         return {CONFIGURATION: name}
 
-    def name_of(self, draw: Mapping[str, Any]) -> str | None:
-        """The configuration with exactly these keys and values."""
-        return next((name for name, listed in self.configurations.items() if listed == dict(draw)), None)
+    def name_of(self, params: Mapping[str, Any]) -> str | None:
+        """Return the name of the configuration with exactly these keys and values."""
+        return next((name for name, listed in self.configurations.items() if listed == dict(params)), None)
 
     def without(self, keys: Iterable[str]) -> ListedSpace:
-        gone = frozenset(keys)
-        return ListedSpace.of_configurations(
-            {
-                name: {key: value for key, value in draw.items() if key not in gone}
-                for name, draw in self.configurations.items()
-            },
-            self.parameters[0].where if self.parameters else "",
-        )
+        removed = frozenset(keys)
+        configurations = {
+            name: {key: value for key, value in params.items() if key not in removed}
+            for name, params in self.configurations.items()
+        }
+        return ListedSpace.of_configurations(configurations, self.parameters[0].where if self.parameters else "")
 
     def restrict_to(self, keys: Iterable[str]) -> ListedSpace:
-        """Whole: nothing in a list hangs on anything else."""
+        """Return the whole space: the keys of a list don't depend on each other."""
         return self
 
     def enumerate_params(self, base: Tree, fixed: Mapping[str, Any] = NOTHING) -> list[Params] | None:
         return [
-            dict(draw)
-            for draw in self.configurations.values()
-            if all(is_one_of(draw[key], [value]) for key, value in fixed.items() if key in draw)
+            dict(params)
+            for params in self.configurations.values()
+            if all(is_one_of(params[key], [value]) for key, value in fixed.items() if key in params)
         ]
 
     def boundary_params(self, base: Tree) -> tuple[list[Params], list[Problem]]:

@@ -1,4 +1,4 @@
-"""Reads a search space's YAML: finds shipped ones, and names every mistake of a file at once."""
+"""Search spaces in YAML: finds them by name or path, and reports all mistakes of a file at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from imbvlm.config.trial_config import TrialConfig, dotted_keys
 from imbvlm.sweep.spec.search_space import KINDS, Kind, ListedSpace, Parameter, SearchSpace, is_one_of
 
 FOLDER = "search_spaces"
-# Of a listed configuration: its refits' folders are called so.
+# The name of a listed configuration, which its refits' folders have, too.
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-# Keys of a trial that no search may choose, and why.
+# Keys of a trial that can't be searched, with the reason.
 NOT_SEARCHED: Mapping[str, str] = {
     "data.manifest": "trials on different images can't be compared; run a sweep for each",
     "data.split_seed": "trials on different validation rows can't be compared",
@@ -33,25 +34,25 @@ NOT_SEARCHED: Mapping[str, str] = {
 
 
 def find_space(name_or_path: str) -> Path:
-    """The YAML of a shipped space by name, or of a file by path; raises ConfigError naming the nearest."""
+    """Return the YAML file of a shipped space by name, or a file by path; raises ConfigError with the nearest name."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     shipped = {file.stem: file for file in sorted(_shipped_folder().glob("*.yaml"))}
     if name_or_path in shipped:
         return shipped[name_or_path]
-    what = "there is no file" if path.suffix in (".yaml", ".yml") else "no search space is called"
-    raise ConfigError([Problem(f"{what} {name_or_path!r}; of the shipped spaces: {suggest_name(path.stem, shipped)}")])
+    noun = "there is no file" if path.suffix in (".yaml", ".yml") else "no search space is called"
+    raise ConfigError([Problem(f"{noun} {name_or_path!r}; of the shipped spaces: {suggest_name(path.stem, shipped)}")])
 
 
 def _shipped_folder() -> Path:
-    """Inside the package when installed as a wheel, beside it when installed editable."""
+    """Return the folder of shipped spaces: in the package of a wheel, next to it in an editable installation."""
     package = Path(str(resources.files("imbvlm")))
-    return next((one for one in (package, package.parent) if (one / FOLDER).is_dir()), package) / FOLDER
+    return next((parent for parent in (package, package.parent) if (parent / FOLDER).is_dir()), package) / FOLDER
 
 
 def read_space(name_or_path: str) -> SearchSpace:
-    """Read a space; raises ConfigError with every mistake that shows without a base."""
+    """Read a space by name or path; raises ConfigError with all mistakes that show without a base."""
     return parse_space(read_yaml(find_space(name_or_path)))
 
 
@@ -74,11 +75,11 @@ def parse_space(located: YamlTree) -> SearchSpace:
         if mistake is not None:
             problems.append(Problem(mistake, located.where(("parameters", key))))
             continue
-        found, mistakes = _parse_key(key, value, located)
-        parameters += found
-        problems += mistakes
-    ordered, circle = _in_order(parameters)
-    problems += [*_check_conditions(parameters, valid), *circle]
+        branches, branch_problems = _parse_key(key, value, located)
+        parameters += branches
+        problems += branch_problems
+    ordered, cycle = _in_order(parameters)
+    problems += [*_check_conditions(parameters, valid), *cycle]
     if problems:
         raise ConfigError(problems)
     return SearchSpace(tuple(ordered), data)
@@ -86,7 +87,7 @@ def parse_space(located: YamlTree) -> SearchSpace:
 
 def _parse_configurations(located: YamlTree) -> SearchSpace:
     configurations = located.data["configurations"]
-    if not isinstance(configurations, dict) or not all(isinstance(one, dict) for one in configurations.values()):
+    if not isinstance(configurations, dict) or not all(isinstance(params, dict) for params in configurations.values()):
         message = "'configurations' has names, and for each its dotted keys and values"
         raise ConfigError([Problem(message, located.where(("configurations",)))])
     valid = dotted_keys()
@@ -100,8 +101,8 @@ def _parse_configurations(located: YamlTree) -> SearchSpace:
     ]
     problems += [
         Problem(f"{name}: {mistake}", located.where(("configurations", name, key)))
-        for name, draw in configurations.items()
-        for key, value in draw.items()
+        for name, params in configurations.items()
+        for key, value in params.items()
         for mistake in [_key_mistake(key, valid) or _value_mistake(key, value)]
         if mistake
     ]
@@ -125,7 +126,7 @@ def _value_mistake(key: str, value: Any) -> str | None:
 
 
 def _parse_key(key: str, value: Any, located: YamlTree) -> tuple[list[Parameter], list[Problem]]:
-    """One parameter, or one for each branch of a list."""
+    """Return one parameter, or one for each branch of a list, and the problems of the others."""
     path: KeyPath = ("parameters", key)
     if not isinstance(value, list):
         branches = {(key, path): value}
@@ -145,9 +146,10 @@ def _parse_key(key: str, value: Any, located: YamlTree) -> tuple[list[Parameter]
 
 def _parameter(key: str, name: str, branch: Tree, where: str) -> Parameter:
     kind = next(kind for kind in KINDS if kind in branch)
-    # As floats: [1, 4] draws 2.7, so that its ends must not pass for whole numbers.
+    # Floats: [1, 4] contains 2.7, so its ends must not pass for whole numbers.
     values = tuple(map(float, branch[kind])) if kind in ("uniform", "loguniform") else tuple(branch[kind])
-    when = {one: tuple(v) if isinstance(v, list) else (v,) for one, v in branch.get("when", {}).items()}
+    conditions = branch.get("when", {}).items()
+    when = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in conditions}
     return Parameter(key, name, kind, values, when, where)
 
 
@@ -155,13 +157,13 @@ def _branch_mistakes(key: str, branch: Any, path: KeyPath, located: YamlTree) ->
     if not isinstance(branch, dict):
         message = f"{key} must be a range such as {{uniform: [0, 1]}}, and is {branch!r}"
         return [Problem(message, located.where(path))]
-    words = [*KINDS, "when"]
+    valid = [*KINDS, "when"]
     problems = [
         Problem(
-            f"unknown word {word!r} in the range of {key}; {suggest_name(word, words)}", located.where((*path, word))
+            f"unknown word {word!r} in the range of {key}; {suggest_name(word, valid)}", located.where((*path, word))
         )
         for word in branch
-        if word not in words
+        if word not in valid
     ]
     kinds = [kind for kind in KINDS if kind in branch]
     if len(kinds) != 1 and not problems:
@@ -171,10 +173,8 @@ def _branch_mistakes(key: str, branch: Any, path: KeyPath, located: YamlTree) ->
         mistake = _range_mistake(key, kind, branch[kind])
         problems += [Problem(mistake, located.where((*path, kind)))] if mistake else []
     when = branch.get("when", {})
-    values = (
-        [one for v in when.values() for one in (v if isinstance(v, list) else [v])] if isinstance(when, dict) else []
-    )
-    if not isinstance(when, dict) or any(v == [] for v in when.values()) or not all(map(_is_plain, values)):
+    lists = [value if isinstance(value, list) else [value] for value in when.values()] if isinstance(when, dict) else []
+    if not isinstance(when, dict) or [] in lists or not all(map(_is_plain, chain.from_iterable(lists))):
         message = f"'when' of {key} must name keys and their values, such as {{method: decoder}}, and is {when!r}"
         problems.append(Problem(message, located.where((*path, "when"))))
     return problems
@@ -196,7 +196,7 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
     if kind == "loguniform" and low <= 0:
         return f"loguniform of {key} must start above 0, and starts at {low}"
     if kind != "int" and "integer" in (violated_rule(TrialConfig, key, (low + high) / 2) or ""):
-        return f"{kind} of {key} draws fractions, and {key} must be a whole number; use int"
+        return f"{kind} of {key} has fractions, and {key} must be a whole number; use int"
     return None
 
 
@@ -206,15 +206,15 @@ def _choice_mistake(key: str, values: list[Any]) -> str | None:
     nested = [value for value in values if not _is_plain(value)]
     if nested:
         return f"choice of {key} must list plain values, and has {nested[0]!r}"
-    endless = [value for value in values if isinstance(value, (int, float)) and not _is_finite(value)]
-    if endless:
-        return f"choice of {key} must be finite, and has {shown(endless[0])}"
+    infinite = [value for value in values if isinstance(value, (int, float)) and not _is_finite(value)]
+    if infinite:
+        return f"choice of {key} must be finite, and has {shown(infinite[0])}"
     repeated = [value for index, value in enumerate(values) if is_one_of(value, values[:index])]
     return f"choice of {key} has {repeated[0]!r} twice" if repeated else None
 
 
 def _is_finite(value: float) -> bool:
-    """Whether a number is one that a float can hold; a YAML's whole number may have any length."""
+    """Return whether a float can hold a number: whole numbers in YAML may have any length."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -230,44 +230,44 @@ def _check_conditions(parameters: list[Parameter], valid: list[str]) -> list[Pro
         Problem(f"the condition of {parameter.key} {mistake}", parameter.where)
         for parameter in parameters
         for key, values in parameter.when.items()
-        for mistake in _condition_mistakes(key, values, [one for one in parameters if one.key == key], valid)
+        for mistake in _condition_mistakes(key, values, [other for other in parameters if other.key == key], valid)
     ]
 
 
 def _condition_mistakes(key: str, values: tuple[Any, ...], ranges: list[Parameter], valid: list[str]) -> list[str]:
-    """What is wrong with `when: {key: values}`; `ranges` are those that the space has for the key."""
+    """Return the mistakes of `when: {key: values}`, where `ranges` are the key's parameters."""
     if key not in valid:
         return [f"names {key!r}, no key of a trial; {suggest_name(key, valid)}"]
-    if any(one.finite_values() is None for one in ranges):
+    if any(parameter.finite_values() is None for parameter in ranges):
         return [f"names {key}, whose range is continuous; use choice"]
-    reachable = [value for one in ranges for value in one.finite_values() or ()]
+    reachable = [value for parameter in ranges for value in parameter.finite_values() or ()]
     mistakes = []
     for value in values:
         rule = violated_rule(TrialConfig, key, value)
         if rule is not None:
             mistakes.append(f"has {key} = {value!r}, and {key} must be {rule}")
         elif ranges and not is_one_of(value, reachable):
-            mend = suggest_name(str(value), map(str, reachable))
-            mistakes.append(f"has {key} = {value!r}, which the space never chooses; {mend}")
+            fix = suggest_name(str(value), map(str, reachable))
+            mistakes.append(f"has {key} = {value!r}, which the space never chooses; {fix}")
     return mistakes
 
 
 def _in_order(parameters: list[Parameter]) -> tuple[list[Parameter], list[Problem]]:
-    """Dependencies first, otherwise as written."""
+    """Return the parameters after those that they depend on, otherwise as written, and the problem of a cycle."""
     ordered: list[Parameter] = []
     waiting = list(parameters)
     while waiting:
         open_keys = {parameter.key for parameter in waiting}
         ready = next((parameter for parameter in waiting if not parameter.depends_on() & open_keys), None)
         if ready is None:
-            return ordered, [_circle(waiting)]
+            return ordered, [_cycle_problem(waiting)]
         waiting.remove(ready)
         ordered.append(ready)
     return ordered, []
 
 
-def _circle(waiting: list[Parameter]) -> Problem:
-    """What only hangs on the circle is left out, piece by piece."""
+def _cycle_problem(waiting: list[Parameter]) -> Problem:
+    """Return the problem of a cycle without the parameters that only depend on it."""
     while True:
         needed = {key for parameter in waiting for key in parameter.depends_on()}
         inner = [parameter for parameter in waiting if parameter.key in needed]

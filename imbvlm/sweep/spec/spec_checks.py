@@ -1,4 +1,4 @@
-"""The check of a whole specification before a sweep starts."""
+"""The check of a specification before a sweep starts, which reports all mistakes at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, Sweep
 
 
 def check_spec(spec: SweepSpec) -> ResolvedSweep:
-    """Refuse what can be refused without looking at data or cluster; raises one ConfigError with everything."""
+    """Resolve a specification; raises ConfigError with all mistakes that show without data and cluster."""
     try:
         sweep = spec.resolve()
     except ConfigError as error:
@@ -24,15 +24,15 @@ def check_spec(spec: SweepSpec) -> ResolvedSweep:
         raise ConfigError(dict.fromkeys([*error.problems, *outside])) from None
     space = sweep.space
     of_conditions = [*space.boundary_params(spec.base)[1], *_check_conditions(spec, space)]
-    of_base, of_trials = _check_base(spec, space), _check_draws(spec, space)
+    of_base, of_trials = _check_base(spec, space), _check_boundary(spec, space)
     problems = [*_check_objective(spec), *of_conditions, *_check_continuous(spec, space), *_check_stratify(spec, space)]
     problems += [*_check_warm_start(spec, space), *_check_study(spec, space), *of_base, *_check_limits(spec)]
     problems += [*of_trials, *_check_smoke(spec)]
     if not of_conditions and not of_base:
-        # A draw may be outside the space because of these.
+        # These mistakes may put a first trial outside the space.
         problems += _check_first_trials(spec, space)
     if not of_conditions and not of_base and not of_trials:
-        # It reads a seed of the base, which is one by now.
+        # The check reads a seed of the base, which is valid here.
         problems += _check_confirm_seeds(spec)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
@@ -44,18 +44,18 @@ def _check_objective(spec: SweepSpec) -> list[Problem]:
     if spec.objective not in ACCURACIES:
         message = f"objective {spec.objective!r} is not measured; {suggest_name(spec.objective, ACCURACIES)}"
         problems.append(Problem(message, spec.where("objective")))
-    known = (*ACCURACIES, SECONDS)
+    metrics = (*ACCURACIES, SECONDS)
     for index, metric in enumerate(spec.other_objectives):
-        if metric not in known:
-            message = f"{metric!r} is not measured; {suggest_name(metric, known)}"
+        if metric not in metrics:
+            message = f"{metric!r} is not measured; {suggest_name(metric, metrics)}"
         elif metric == spec.objective or metric in spec.other_objectives[:index]:
-            message = f"{metric} is an objective already; take it out"
+            message = f"{metric} is an objective already; remove it"
         else:
             continue
         problems.append(Problem(f"other_objectives: {message}", spec.where("other_objectives", index)))
     for metric, limit in spec.constraints.items():
-        if metric not in known:
-            message = f"{metric!r} is not measured; {suggest_name(metric, known)}"
+        if metric not in metrics:
+            message = f"{metric!r} is not measured; {suggest_name(metric, metrics)}"
         elif metric != SECONDS and not 0 <= limit <= 1:
             message = f"{metric} is a fraction from 0 to 1, and its limit is {limit:g}"
         elif limit < 0:
@@ -70,21 +70,21 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
     problems = []
     if SECONDS in spec.other_objectives and not isinstance(spec.trial_scheduler, NoSchedulerConfig):
         message = (
-            f"{SECONDS} is an objective, and a trial that ASHA stops would seem cheap; set trial_scheduler.name: none, "
-            "or make it a constraint"
+            f"{SECONDS} is an objective, and a trial that ASHA stops would seem inexpensive; set trial_scheduler.name: "
+            "none, or make it a constraint"
         )
         problems.append(Problem(message, spec.where("other_objectives")))
     if spec.study and (spec.other_objectives or spec.constraints or spec.warm_start or spec.confirm_trials):
         message = (
             "a study searches nothing: other_objectives, constraints, warm_start and confirm_trials have no effect; "
-            "take them out"
+            "remove them"
         )
         problems.append(Problem(message, spec.where("study")))
     return [*problems, *_check_sampler(spec)]
 
 
 def _check_sampler(spec: SweepSpec) -> list[Problem]:
-    """The sampler's packages are installed, and it can do what the sweep needs."""
+    """Return problems where the sampler lacks a package or can't do what the sweep needs."""
     name, sampler = spec.searcher.name, SAMPLERS[spec.searcher.name]
     problems = []
     if missing := sampler.missing_packages():
@@ -117,23 +117,23 @@ def _check_continuous(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 
 def sampler_notes(sweep: ResolvedSweep) -> list[str]:
-    """A sentence on the keys that the sampler leaves to chance, because it can't model them."""
+    """Return a sentence on the keys that the sampler can't model and samples at random; none without such keys."""
     spec, space = sweep.spec, sweep.space
     sampler = SAMPLERS[spec.searcher.name]
     if isinstance(space, ListedSpace):
         return []
-    drawn = space.boundary_params(spec.base)[0]
+    boundary = space.boundary_params(spec.base)[0]
     keys = [
         parameter.key
         for parameter in space.parameters
         if (not sampler.categorical and parameter.kind == "choice")
-        or (not sampler.conditional and not all(is_active(parameter, params, spec.base) for params in drawn))
+        or (not sampler.conditional and not all(is_active(parameter, params, spec.base) for params in boundary))
     ]
     if not keys:
         return []
     kinds = [*([] if sampler.categorical else ["choices"]), *([] if sampler.conditional else ["keys under `when`"])]
-    which = join_limited(list(dict.fromkeys(keys)))
-    return [f"searcher {spec.searcher.name} samples {' and '.join(kinds)} at random: {which}"]
+    names = join_limited(list(dict.fromkeys(keys)))
+    return [f"searcher {spec.searcher.name} samples {' and '.join(kinds)} at random: {names}"]
 
 
 def _check_confirm_seeds(spec: SweepSpec) -> list[Problem]:
@@ -171,27 +171,27 @@ def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 def _check_stratify(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     if spec.stratify and isinstance(space, ListedSpace):
-        message = "stratify shares out what is searched, and the space lists its configurations; take it out"
+        message = "stratify divides the trials of a search, and the space lists its configurations; remove it"
         return [Problem(message, spec.where("stratify"))]
     problems = []
     for index, key in enumerate(spec.stratify):
         ranges = space.of(key)
-        if not ranges or any(one.finite_values() is None for one in ranges):
-            mend = suggest_name(key, [one.key for one in space.parameters if one.kind == "choice"])
-            message = f"stratify names {key!r}, which the space doesn't choose from a list; {mend}"
+        if not ranges or any(parameter.finite_values() is None for parameter in ranges):
+            fix = suggest_name(key, [parameter.key for parameter in space.parameters if parameter.kind == "choice"])
+            message = f"stratify names {key!r}, which the space doesn't choose from a list; {fix}"
             problems.append(Problem(message, spec.where("stratify", index)))
     return problems
 
 
 def _check_warm_start(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     if spec.warm_start and isinstance(space, ListedSpace) and not spec.study:
-        message = "warm_start guides a search, and the space lists its configurations; take it out"
+        message = "warm_start guides a search, and the space lists its configurations; remove it"
         return [Problem(message, spec.where("warm_start"))]
     return []
 
 
 def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
-    """Every row of a study is a listed configuration."""
+    """Return problems of rows that no listed configuration has."""
     if not spec.study:
         return []
     if not isinstance(space, ListedSpace):
@@ -210,8 +210,8 @@ def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 
 def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
-    """The base's sections are known and some method of the space reads them."""
-    chosen = [method for one in space.of("method") for method in one.values] or [spec.base.get("method")]
+    """Return problems of unknown sections, and of sections that no method of the space reads."""
+    chosen = [method for parameter in space.of("method") for method in parameter.values] or [spec.base.get("method")]
     methods = [str(method) for method in chosen if method in METHODS]
     read = frozenset[str]().union(*(METHODS[method].sections for method in methods))
     problems = []
@@ -220,7 +220,7 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
             message = f"unknown key {key!r}; {suggest_name(key, TrialConfig.model_fields)}"
             problems.append(Problem(message, spec.where("base", key)))
         elif key in OPTIONAL_SECTIONS and methods and key not in read:
-            message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); take it out"
+            message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); remove it"
             problems.append(Problem(message, spec.where("base", key)))
     manifest = get_dotted(spec.base, "data.manifest")
     problem = storage.location_problem(manifest) if isinstance(manifest, str) else None
@@ -229,42 +229,42 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     return problems
 
 
-def _check_draws(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
-    """The trial of every combination of choices that decide what exists, at both ends of each range, can be built."""
+def _check_boundary(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
+    """Return the mistakes of trials at the boundary of the space: all structural choices, both ends of other ranges."""
     problems: dict[Problem, None] = {}
     base = spec.located("base", spec.base)
-    for draw in space.boundary_params(spec.base)[0]:
-        unread = _unread_keys(draw, space, str(draw.get("method", spec.base.get("method"))))
+    for params in space.boundary_params(spec.base)[0]:
+        unread = _unread_keys(params, space, str(params.get("method", spec.base.get("method"))))
         if unread:
             problems |= dict.fromkeys(unread)
             continue
-        # A mistake at a drawn key is the space's.
-        places = dict(base.places) | {(*key.split("."),): space.of(key)[0].where for key in draw}
+        # A mistake at a sampled key stands in the space.
+        places = dict(base.places) | {(*key.split("."),): space.of(key)[0].where for key in params}
         try:
-            TrialConfig.from_tree(YamlTree(spec.trial_tree(draw), base.file, places))
+            TrialConfig.from_tree(YamlTree(spec.trial_tree(params), base.file, places))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     return list(problems)
 
 
-def _unread_keys(draw: Params, space: SearchSpace, method: str) -> list[Problem]:
+def _unread_keys(params: Params, space: SearchSpace, method: str) -> list[Problem]:
     problems = []
-    for key in draw:
+    for key in params:
         section = key.split(".")[0]
         if method in METHODS and section in OPTIONAL_SECTIONS - METHODS[method].sections:
             readers = [name for name, entry in METHODS.items() if section in entry.sections]
-            mend = f"add when: {{method: {readers[0] if len(readers) == 1 else '[' + ', '.join(readers) + ']'}}}"
-            mend = "take it out" if isinstance(space, ListedSpace) else mend
-            message = f"{key} is drawn when method = {method}, which doesn't read {section!r}; {mend}"
+            names = readers[0] if len(readers) == 1 else f"[{', '.join(readers)}]"
+            fix = "remove it" if isinstance(space, ListedSpace) else f"add when: {{method: {names}}}"
+            message = f"{key} is searched when method = {method}, which doesn't read {section!r}; {fix}"
             problems.append(Problem(message, space.of(key)[0].where))
     return problems
 
 
 def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     problems = []
-    for index, draw in enumerate(spec.first_trials):
+    for index, params in enumerate(spec.first_trials):
         try:
-            space.to_optuna_params(draw, spec.base)
+            space.to_optuna_params(params, spec.base)
         except ConfigError as error:
             where = spec.where("first_trials", index)
             problems += [Problem(f"first_trials[{index}]: {problem.message}", where) for problem in error.problems]
@@ -272,9 +272,9 @@ def _check_first_trials(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 
 def _check_smoke(spec: SweepSpec) -> list[Problem]:
-    """`--smoke` would work: a misspelt setting shows before somebody needs it."""
+    """Return the mistakes of `--smoke`'s settings, which then show in every run."""
     try:
         smoke = with_settings(spec, spec.smoke, "smoke")
-        return [] if smoke == spec else _check_draws(smoke, smoke.read_space())
+        return [] if smoke == spec else _check_boundary(smoke, smoke.read_space())
     except ConfigError as error:
         return list(error.problems)

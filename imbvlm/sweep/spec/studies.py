@@ -1,4 +1,4 @@
-"""A study from parts: rows of named configurations become one list, in which each stands once, and its tables."""
+"""Studies: tables of named configurations, which become one list without repetitions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imbvlm.sweep.spec.sweep_spec import StudyRow, StudyTable
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study: its words in the table, the name of its configuration, and what that sets."""
+    """A row of a table: its label, the name of its configuration, and the values that the configuration sets."""
 
     label: str
     name: str
@@ -34,10 +34,10 @@ class Part:
 
 
 def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
-    """The fields `base`, `space`, `study`, `num_trials` of a SweepSpec; configurations that train the same stand once.
+    """Return the fields `base`, `space`, `study` and `num_trials` of a SweepSpec.
 
-    Sections of the base that only rows of other parts read are left out. Raises ConfigError for a row that can't be
-    built on the base.
+    Configurations that train the same thing are listed once. The base keeps the sections that some row reads. Raises
+    ConfigError for a row that can't be built on the base.
     """
     configurations: dict[str, Params] = {}
     read: set[str] = set()
@@ -46,8 +46,7 @@ def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
     for part in parts:
         rows = []
         for row in part.rows:
-            tree = drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw)
-            config = TrialConfig.from_tree(tree)
+            config = TrialConfig.from_tree(drop_unused_sections(apply_overrides(base, row.draw), keep=row.draw))
             read |= METHODS[config.method].sections
             name = names.setdefault(canonical_key(config), row.name)
             configurations.setdefault(name, row.draw)

@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.baselines import BASELINES_OF_A_TOWER, feature_key
+from imbvlm.sweep.spec.baselines import BASELINES_PER_ENCODER, feature_key
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.jobs import UnsavedSearcher, settings_text
 from imbvlm.training.trial_pack import pack_key
@@ -135,7 +135,7 @@ class TuneSearcher(UnsavedSearcher):
         record = suggested["record"]
         config = TrialConfig.from_tree(record["config"])
         if record["kind"] == "baseline" and not suggested["alone"]:
-            size = BASELINES_OF_A_TOWER
+            size = BASELINES_PER_ENCODER
             key: str | None = f"baselines of {feature_key(config)}"
         else:
             size = self._size(config) if _trains_with_others(suggested) else 1

@@ -168,7 +168,7 @@ class StudySearch(UnsavedSearcher):
         return None if untried is None else self._propose(self._space.to_optuna_params(untried, self._spec.base))
 
     def _random_draw(self, arm: Params, chance: random.Random) -> Params:
-        return self._space.draw(RandomTrial(chance, self._arms.fixed_params(arm, chance)), self._spec.base)
+        return self._space.sample(RandomTrial(chance, self._arms.fixed_params(arm, chance)), self._spec.base)
 
     def _is_untried(self, draw: Params) -> bool:
         return canonical_key(self._spec.trial(draw)) not in self._values
@@ -202,7 +202,7 @@ class StudySearch(UnsavedSearcher):
         if self._sampler.replay:
             # Optuna asks a sampler for its values, and lets it mark the trial, only once a value isn't given.
             _ = trial.relative_params
-        return trial, self._space.draw(trial, self._spec.base)
+        return trial, self._space.sample(trial, self._spec.base)
 
     def trim_history(self) -> None:
         """Go on with half of many trials that have ended: the best ones, and as many of the others by chance.
@@ -260,7 +260,7 @@ class StudySearch(UnsavedSearcher):
             self._tell(asked, value)
             return
         fixed = optuna.trial.FixedTrial(self._space.to_optuna_params(draw, self._spec.base))
-        self._space.draw(fixed, self._spec.base)
+        self._space.sample(fixed, self._spec.base)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
         # The sampler reads violations there; of trials that it has asked for it writes them itself.
         attributes = {} if value is None or not value.violations else {"constraints": list(value.violations)}

@@ -247,7 +247,9 @@ def test_a_sweep_is_exported_from_any_working_directory_and_after_its_project_wa
         Path(problem.manifest).unlink()
     else:
         shutil.rmtree(folder.parent / "features", ignore_errors=True)
-    with pytest.raises(ImbvlmError, match=rf"is not at {problem.manifest}.*; put it back, or give its path with --man"):
+    with pytest.raises(
+        ImbvlmError, match=rf"is not at {problem.manifest}.*\. Put it back, or give its path with --man"
+    ):
         export_sweep(str(folder), "third")
     shutil.copytree(moved / "refits", folder / "refits", dirs_exist_ok=True)
     export_sweep(str(folder), "third", manifest="../moved/images/manifest.parquet", say=lambda text: None)

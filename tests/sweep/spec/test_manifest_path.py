@@ -99,7 +99,7 @@ def test_a_report_has_its_images_from_anywhere_or_says_why_not(home: Path, tmp_p
     assert "data:image/webp" not in page
     (note,) = notes
     assert note.startswith("Not all images of confused pairs are shown: the manifest images/manifest.parquet of the")
-    assert f"is not at {home}/images/manifest.parquet or {tmp_path}/elsewhere/images/manifest.parquet; put it" in note
+    assert f"is not at {home}/images/manifest.parquet or {tmp_path}/elsewhere/images/manifest.parquet. Put it" in note
     assert "Not all images of confused pairs are shown" in page
     page = Path(write_report(folder, str(tmp_path / "page.html"), str(manifest), notes.append)).read_text()
     assert "data:image/webp" in page
@@ -115,13 +115,13 @@ def test_the_place_that_the_sweeps_own_implies_comes_before_the_working_director
     assert locate_manifest(spec, folder) == other
     # Nothing is implied where the storage was absolute and the manifest wasn't.
     Path(other).unlink()
-    with pytest.raises(ImbvlmError, match=f"is not at {other}; put it back"):
+    with pytest.raises(ImbvlmError, match=rf"is not at {other}\. Put it back"):
         locate_manifest(with_settings(spec, {"storage": str(home / "runs")}), folder)
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [("gone.parquet", "the manifest gone.parquet is not there"), ("gs://b/k", "gs://b/k: only local paths and s3://")],
+    [("gone.parquet", "the manifest gone.parquet is missing"), ("gs://b/k", "gs://b/k: only local paths and s3://")],
 )
 def test_a_given_manifest_that_isnt_there_is_an_error_of_the_report(home: Path, given: str, match: str) -> None:
     with pytest.raises(ImbvlmError, match=match):

@@ -157,7 +157,10 @@ def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path: Path) -> 
     [
         ({"other_objectives": ["val/few_shot"]}, "not measured; did you mean 'val/few_shot_accuracy'"),
         ({"other_objectives": [OVERALL]}, "val/balanced_accuracy is an objective already"),
-        ({"other_objectives": [SECONDS]}, "a trial that ASHA stops would seem cheap; set trial_scheduler.name: none"),
+        (
+            {"other_objectives": [SECONDS]},
+            "a trial that ASHA stops would seem inexpensive; set trial_scheduler.name: none",
+        ),
         ({"constraints": {FEW: 30.0}}, "val/few_shot_accuracy is a fraction from 0 to 1, and its limit is 30"),
         ({"constraints": {"val/few": 0.3}}, "'val/few' is not measured"),
         (

@@ -54,7 +54,7 @@ def draws(searched: SearchSpace, number: int = 200, base: dict[str, Any] = BASE)
     found = []
     for _ in range(number):
         trial = study.ask()
-        found.append((searched.draw(trial, base), dict(trial.params)))
+        found.append((searched.sample(trial, base), dict(trial.params)))
         study.tell(trial, 0.0)
     return found
 
@@ -200,10 +200,11 @@ parameters:
         searched.to_optuna_params({"loss.name": "ldam", "loss.gamma": 1, "optim.lr": 0.2, "optim.lrr": 1}, BASE)
     assert [str(problem) for problem in error.value.problems] == [
         "s.yaml:5: optim.lr = 0.2 is outside loguniform 0.001 .. 0.1",
-        "s.yaml:4: 'loss.gamma' isn't drawn under these values; its range: uniform 0.5 .. 3.0 when loss.name = focal",
-        "'optim.lrr' isn't drawn by the space; did you mean 'optim.lr'?",
+        "s.yaml:4: 'loss.gamma' isn't searched under these values; its range: uniform 0.5 .. 3.0 when loss.name = "
+        "focal",
+        "'optim.lrr' isn't searched by the space; did you mean 'optim.lr'?",
     ]
-    with pytest.raises(ConfigError, match=r"'loss.gamma' isn't given; the space draws it: uniform 0.5 .. 3.0"):
+    with pytest.raises(ConfigError, match=r"'loss.gamma' isn't given, and the space searches it: uniform 0.5 .. 3.0"):
         searched.to_optuna_params({"loss.name": "focal", "optim.lr": 0.1}, BASE)
 
 
@@ -363,9 +364,9 @@ parameters:
   decoder.depth: {choice: [1, 2]}
   loss.name: {choice: [focal, ldam], when: {method: [linear_probe, decoder]}}
 """) == [
-        "space of sweep s: decoder.depth is drawn when method = zero_shot, which doesn't read 'decoder'; "
+        "space of sweep s: decoder.depth is searched when method = zero_shot, which doesn't read 'decoder'; "
         "add when: {method: decoder}",
-        "space of sweep s: decoder.depth is drawn when method = linear_probe, which doesn't read 'decoder'; "
+        "space of sweep s: decoder.depth is searched when method = linear_probe, which doesn't read 'decoder'; "
         "add when: {method: decoder}",
     ]
 
@@ -375,7 +376,7 @@ parameters:
     [
         ("{loss.gamma: {uniform: [0, 1]}}", "unknown key 'loss.gamma' for loss balanced_softmax; only focal has it"),
         ("{loss.name: {choice: [focal, ldm]}}", "loss.name is 'ldm', which is not one of its values"),
-        ("{decoder.depth: {uniform: [1, 4]}}", "uniform of decoder.depth draws fractions, and decoder.depth must be"),
+        ("{decoder.depth: {uniform: [1, 4]}}", "uniform of decoder.depth has fractions, and decoder.depth must be"),
         ("{decoder.depth: {int: [1, 40]}}", "decoder.depth must be less than or equal to 32, and is 40"),
         ("{optim.momentum: {uniform: [0, 1]}}", "optim.momentum must be less than 1, and is 1.0"),
         ("{optim.nesterov: {choice: [true, maybe]}}", "optim.nesterov must be a valid boolean, and is 'maybe'"),

@@ -259,7 +259,7 @@ space:
         "sweep.yaml:3: stratify names 'optim.lr', which the space doesn't choose from a list; nothing is valid here",
         "sweep.yaml:3: stratify names 'los.name', which the space doesn't choose from a list; nothing is valid here",
         "sweep.yaml:8: unknown key 'decodr'; did you mean 'decoder'?",
-        "sweep.yaml:9: section 'loss' is read by no method of the space (zero_shot); take it out",
+        "sweep.yaml:9: section 'loss' is read by no method of the space (zero_shot); remove it",
     ]
 
 

@@ -156,11 +156,11 @@ def listed(configurations: Any) -> dict[str, Any]:
         (listed([]), "'configurations' has names"),
         ({"space": {"configurations": {"prob": {}}}}, "'probe', which the space doesn't list; did you mean 'prob'?"),
         ({"space": {"parameters": {}}, "base": {**BASE, "method": "decoder"}}, "rows are listed configurations"),
-        ({"stratify": ["method"]}, "the space lists its configurations; take it out"),
+        ({"stratify": ["method"]}, "the space lists its configurations; remove it"),
         ({"warm_start": ["x"], "study": []}, "warm_start guides a search, and the space lists its configurations"),
         (
             listed({"a": {**ZERO_SHOT.draw, "loss.name": "focal"}, "b": PROBE.draw}),
-            "loss.name is drawn when method = zero_shot, which doesn't read 'loss'; take it out",
+            "loss.name is searched when method = zero_shot, which doesn't read 'loss'; remove it",
         ),
     ],
 )  # fmt: skip
@@ -310,9 +310,9 @@ def test_published_numbers_stand_only_beside_their_data_and_tower(tmp_path: Path
     renamed.write(str(tmp_path / "m.parquet"))
     assert published_scores(str(tmp_path / "m.parquet")) == []
     recipe = spec().trial({**LIFT, "train.num_epochs": 10})
-    assert {one.dataset for one in PUBLISHED if one.is_of(recipe)} == {"imagenet_lt", "places_lt"}
+    assert {one.dataset for one in PUBLISHED if one.matches(recipe)} == {"imagenet_lt", "places_lt"}
     for other in ({"loss.name": "focal"}, {"encoder.name": "laion2b_vit_b16"}, {"classifier.init": "random"}):
-        assert not any(one.is_of(recipe.with_overrides(other)) for one in PUBLISHED)
+        assert not any(one.matches(recipe.with_overrides(other)) for one in PUBLISHED)
 
 
 # --------------------------------------------------------------------------------------------- sweeps/paper.py
