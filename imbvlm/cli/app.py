@@ -111,9 +111,9 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from imbvlm.cli.doctor import describe, examine, to_dicts
+    from imbvlm.cli.doctor import describe, run_checks, to_dicts
 
-    checks = examine(options.storage, options.encoder or ["tinylit_lite0"])
+    checks = run_checks(options.storage, options.encoder or ["tinylit_lite0"])
     print(json.dumps(to_dicts(checks), indent=1) if options.json else describe(checks))
     return int(any(check.state == "broken" for check in checks))
 

@@ -1,4 +1,4 @@
-"""`imbvlm doctor`: what a sweep will find on this machine, and the mend for what is missing."""
+"""`imbvlm doctor`: checks this machine for everything that a sweep needs, and suggests fixes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -16,85 +16,90 @@ from packaging.requirements import Requirement
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import pluralize
 from imbvlm.base.version import __version__
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 
 State = Literal["ok", "warning", "broken"]
 SHOWN = ("torch", "ray", "optuna", "open_clip_torch", "pyarrow")
-REFUSED = "AWS_PROFILE, the keys and the bucket's policy"
-UNREACHED = "the bucket's name, AWS_ENDPOINT_URL, AWS_REGION and the network"
-LITTLE_DISK_GB = 10.0
-NO_DISK_GB = 1.0
+# Settings to check if an object store denies access, or does not answer.
+DENIED = "AWS_PROFILE, the keys and the bucket's policy"
+UNREACHABLE = "the bucket's name, AWS_ENDPOINT_URL, AWS_REGION and the network"
+# Free space below which a check warns, and below which it fails.
+LOW_DISK_GB, MIN_DISK_GB = 10.0, 1.0
 # Ray keeps its object store in shared memory; containers have 64 MB of it by default.
-LITTLE_SHARED_MEMORY_GB = 1.0
+LOW_SHARED_MEMORY_GB = 1.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `mend` says what to do where it isn't ok."""
+    """The result of one check, with a suggested fix if it isn't ok."""
 
     name: str
     state: State
-    found: str
-    mend: str = ""
+    result: str
+    fix: str = ""
 
 
-def examine(places: Sequence[str], encoders: Sequence[str]) -> list[Check]:
-    """Everything: packages, machine, Ray, the places for sweeps and the weights of the towers."""
-    checks = [_packages(), _samplers(), _cpus(), _gpus(), _ray(), _shared_memory()]
-    checks += [_place(place) for place in places]
-    return checks + [_tower(name) for name in encoders]
+def run_checks(locations: Sequence[str], encoders: Sequence[str]) -> list[Check]:
+    """Check packages, machine, Ray, locations for sweeps and weights of encoders."""
+    checks = [check_packages(), _samplers(), _cpus(), _gpus(), _ray(), _shared_memory()]
+    checks += [check_storage(location) for location in locations]
+    return checks + [check_encoder(name) for name in encoders]
 
 
 def describe(checks: Sequence[Check]) -> str:
-    """A line a check, the mend below it."""
+    """A line per check, followed by its fix."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        lines.append(f"{check.state:<7}  {check.name:<{width}}  {check.found}")
-        lines += [f"{'':<7}  {'':<{width}}  -> {check.mend}"] if check.mend else []
+        lines.append(f"{check.state:<7}  {check.name:<{width}}  {check.result}")
+        lines += [f"{'':<7}  {'':<{width}}  -> {check.fix}"] if check.fix else []
     broken = sum(check.state == "broken" for check in checks)
     lines.append(f"{broken} broken" if broken else "nothing is broken")
     return "\n".join(lines)
 
 
 def to_dicts(checks: Sequence[Check]) -> list[dict[str, str]]:
-    """Plain data for JSON."""
-    return [asdict(check) for check in checks]
+    """Plain data for JSON; scripts written for version 0.1 read the fix as `mend`."""
+    return [
+        {"name": check.name, "state": check.state, "found": check.result, "fix": check.fix, "mend": check.fix}
+        for check in checks
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- the machine
 
 
-def _packages() -> Check:
-    """Python and our requirements, as far as they are installed otherwise than declared."""
+def check_packages() -> Check:
+    """Check Python and the installed versions of this package's requirements."""
     python = f"Python {sys.version.split()[0]}, imbvlm {__version__}"
     try:
         declared = [Requirement(text) for text in metadata.requires("imbvlm") or []]
     except metadata.PackageNotFoundError:
         return Check("packages", "broken", f"{python} is not installed", "pip install -e . in the clone")
-    wrong = []
+    problems = []
     for requirement in declared:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         version = _version(requirement.name)
         if version is None:
-            wrong.append(f"{requirement.name} is missing")
+            problems.append(f"{requirement.name} is missing")
         elif version.partition("+")[0] not in requirement.specifier:
-            wrong.append(f"{requirement.name} is {version}, and must be {requirement.specifier}")
-    if wrong:
-        return Check("packages", "broken", f"{python}: {'; '.join(wrong)}", "pip install --upgrade imbvlm, or -e .")
+            problems.append(f"{requirement.name} is {version}, and must be {requirement.specifier}")
+    if problems:
+        return Check("packages", "broken", f"{python}: {'; '.join(problems)}", "pip install --upgrade imbvlm, or -e .")
     return Check("packages", "ok", ", ".join([python, *(f"{name} {_version(name)}" for name in SHOWN)]))
 
 
 def _samplers() -> Check:
     """The samplers that run here, and the packages that the others need."""
     missing = {name: sampler.missing_packages() for name, sampler in SAMPLERS.items()}
-    found = ", ".join(name for name, packages in missing.items() if not packages)
-    lacking = [f"{name} needs {' and '.join(packages)}" for name, packages in missing.items() if packages]
-    mend = "pip install 'imbvlm[samplers]'" if lacking else ""
-    return Check("samplers", "ok", "; ".join([found, *lacking]), mend)
+    available = ", ".join(name for name, packages in missing.items() if not packages)
+    others = [f"{name} needs {' and '.join(packages)}" for name, packages in missing.items() if packages]
+    fix = "pip install 'imbvlm[samplers]'" if others else ""
+    return Check("samplers", "ok", "; ".join([available, *others]), fix)
 
 
 def _version(name: str) -> str | None:
@@ -116,16 +121,16 @@ def _gpus() -> Check:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        found = ", ".join(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in names)
-        return Check("GPUs", "ok", f"{found}; CUDA {torch.version.cuda}")
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        text = ", ".join(f"{device.name} ({device.total_memory / 1e9:.0f} GB)" for device in devices)
+        return Check("GPUs", "ok", f"{text}; CUDA {torch.version.cuda}")
     if shutil.which("nvidia-smi") is None:
         return Check("GPUs", "ok", "none; trials on stored features run on CPUs")
     if torch.version.cuda is None:
-        mend = "install torch with CUDA: https://pytorch.org/get-started/locally"
-        return Check("GPUs", "broken", "there is an NVIDIA driver, and torch was built without CUDA", mend)
-    found = f"there is an NVIDIA driver, and torch's CUDA {torch.version.cuda} finds no device"
-    return Check("GPUs", "broken", found, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old")
+        fix = "install torch with CUDA: https://pytorch.org/get-started/locally"
+        return Check("GPUs", "broken", "there is an NVIDIA driver, and torch was built without CUDA", fix)
+    text = f"there is an NVIDIA driver, and torch's CUDA {torch.version.cuda} finds no device"
+    return Check("GPUs", "broken", text, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old")
 
 
 def _ray() -> Check:
@@ -135,16 +140,13 @@ def _ray() -> Check:
         cluster = find_cluster()
     except (ImbvlmError, RuntimeError, OSError) as error:
         cause = str(error).splitlines()[0]
-        mend = "stop it with `ray stop`, unset RAY_ADDRESS, or use its versions of Ray and Python"
-        return Check("Ray", "broken", f"a cluster can't be joined: {cause}", mend)
+        fix = "stop it with `ray stop`, unset RAY_ADDRESS, or use its versions of Ray and Python"
+        return Check("Ray", "broken", f"a cluster can't be joined: {cause}", fix)
     if cluster is None:
         return Check("Ray", "ok", "no cluster runs here; a sweep starts one on this machine")
-    sizes = ", ".join(
-        f"{count:g} {word}{'' if count == 1 else 's'}"
-        for count, word in ((len(cluster.nodes), "machine"), (cluster.num_cpus, "CPU"), (cluster.num_gpus, "GPU"))
-    )
-    found = f"a cluster runs: {sizes}; a sweep joins it"
-    return Check("Ray", "ok", found)
+    counts = ((len(cluster.nodes), "machine"), (cluster.num_cpus, "CPU"), (cluster.num_gpus, "GPU"))
+    sizes = ", ".join(pluralize(count, noun) for count, noun in counts)
+    return Check("Ray", "ok", f"a cluster runs: {sizes}; a sweep joins it")
 
 
 def _shared_memory() -> Check:
@@ -152,58 +154,58 @@ def _shared_memory() -> Check:
     if not folder.exists():
         return Check("shared memory", "ok", "not used on this system")
     free = shutil.disk_usage(folder).free / 1e9
-    if free < LITTLE_SHARED_MEMORY_GB:
-        mend = "give the container more, for example docker run --shm-size=4g"
-        return Check("shared memory", "warning", f"{free:.2f} GB free: Ray will use the disk, which is slow", mend)
+    if free < LOW_SHARED_MEMORY_GB:
+        fix = "give the container more, for example docker run --shm-size=4g"
+        return Check("shared memory", "warning", f"{free:.2f} GB free: Ray will use the disk, which is slow", fix)
     return Check("shared memory", "ok", f"{free:.1f} GB free")
 
 
-# --------------------------------------------------------------------------------------------- places and towers
+# ----------------------------------------------------------------------------------------- storage and encoders
 
 
-def _place(place: str) -> Check:
-    """A folder or bucket for sweeps: it can be listed, written and read."""
-    name = f"storage {place}"
-    problem = storage.location_problem(place)
+def check_storage(location: str) -> Check:
+    """Check that a folder or bucket for sweeps can be listed, written and read."""
+    name = f"storage {location}"
+    problem = storage.location_problem(location)
     if problem is not None:
         return Check(name, "broken", problem, "choose a folder or s3://BUCKET/... with --storage")
-    if storage.is_local(place):
-        return _local_place(name, Path(storage.absolute(place)))
+    if storage.is_local(location):
+        return check_local_folder(name, Path(storage.absolute(location)))
     steps: list[tuple[str, Callable[[str], object]]] = [
-        # Who asks whether a store answers doesn't want to wait until it does.
+        # A check reports that a store doesn't answer, and doesn't wait until it does.
         ("list", lambda uri: storage.list_files(uri, waits=False)),
         ("write", lambda uri: storage.write_bytes(uri, b"imbvlm")),
         ("read", storage.read_bytes),
         ("remove", storage.delete),
     ]
-    probe = storage.join(place, f".imbvlm-doctor-{uuid.uuid4().hex}")
-    for what, step in steps:
+    probe = storage.join(location, f".imbvlm-doctor-{uuid.uuid4().hex}")
+    for action, step in steps:
         try:
-            step(place if what == "list" else probe)
+            step(location if action == "list" else probe)
         except ImbvlmError as error:
-            is_refused = "denied" in str(error)
-            mend = f"look at {REFUSED if is_refused else UNREACHED}"
-            found = str(error)
-            return Check(name, "broken", found if found.startswith("can't") else f"can't {what}: {found}", mend)
+            problem = str(error)
+            fix = f"check {DENIED if 'denied' in problem else UNREACHABLE}"
+            return Check(name, "broken", problem if problem.startswith("can't") else f"can't {action}: {problem}", fix)
     return Check(name, "ok", "can be listed, written and read")
 
 
-def _local_place(name: str, path: Path) -> Check:
-    there = next(one for one in (path, *path.parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return Check(name, "broken", f"{there} can't be written", "choose another folder with --storage")
-    free = shutil.disk_usage(there).free / 1e9
-    found = f"{free:,.0f} GB free" if free >= LITTLE_DISK_GB else f"{free:.1f} GB free"
-    if free < LITTLE_DISK_GB:
-        mend = "free some, or keep sweeps elsewhere with --storage; --dry-run shows what the features will take"
-        return Check(name, "broken" if free < NO_DISK_GB else "warning", found, mend)
-    return Check(name, "ok", found)
+def check_local_folder(name: str, path: Path) -> Check:
+    """Check that a folder can be written, or created, and that its disk has space."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Check(name, "broken", f"{existing} can't be written", "choose another folder with --storage")
+    free = shutil.disk_usage(existing).free / 1e9
+    if free >= LOW_DISK_GB:
+        return Check(name, "ok", f"{free:,.0f} GB free")
+    fix = "free some, or keep sweeps elsewhere with --storage; --dry-run shows what the features will take"
+    return Check(name, "broken" if free < MIN_DISK_GB else "warning", f"{free:.1f} GB free", fix)
 
 
-def _tower(name: str) -> Check:
+def check_encoder(name: str) -> Check:
+    """Check that an encoder exists and that its weights are here or can be downloaded."""
     from imbvlm.models.encoders.encoder_registry import resolve_encoder
 
-    title = f"tower {name}"
+    title = f"encoder {name}"
     try:
         state = resolve_encoder(EncoderConfig(name=name)).weights_state()
     except ImbvlmError as error:
@@ -212,8 +214,8 @@ def _tower(name: str) -> Check:
         return Check(title, "ok", "weights are here")
     if state.cause is None:
         return Check(title, "ok", f"weights will be fetched from {state.address}")
-    mend = (
+    fix = (
         "fetch the weights where there is a network and name them as encoder.weights or local-dir:PATH; "
         "behind a mirror or proxy set HF_ENDPOINT or HTTPS_PROXY"
     )
-    return Check(title, "broken", f"weights are not here, and {state.address} doesn't answer ({state.cause})", mend)
+    return Check(title, "broken", f"weights are not here, and {state.address} doesn't answer ({state.cause})", fix)

