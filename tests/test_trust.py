@@ -41,8 +41,9 @@ from imbvlm.data.sources.webdataset import from_shards
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 from imbvlm.inference.model_folder import load
-from imbvlm.models.encoders.encoder_registry import CONFIG_FILE, resolve_encoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.models.encoders.open_clip_names import CONFIG_FILE
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.provenance import provenance_changes
 from imbvlm.sweep.records.sweep_folder import SweepState
@@ -133,7 +134,7 @@ def test_weights_of_a_tower_are_not_unpickled(tower: Path, name: str, hostile: b
     # As large as its weights would be, or nobody would look into it.
     os.truncate(tower / name, 2**28)
     with pytest.raises(ImbvlmError, match="can't load the encoder"):
-        Encoder.from_config(EncoderConfig(name=f"local-dir:{tower}", image_size=64), EvalConfig())
+        create_encoder(EncoderConfig(name=f"local-dir:{tower}", image_size=64), EvalConfig())
     assert not mark.exists()
 
 
@@ -165,7 +166,7 @@ def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_i
     description["model_cfg"][side] |= change
     file.write_text(json.dumps(description))
     os.truncate(tmp_path / "tower" / "open_clip_model.safetensors", 10**6)
-    for read in (describe_encoder, lambda config: Encoder.from_config(config, EvalConfig())):
+    for read in (describe_encoder, lambda config: create_encoder(config, EvalConfig())):
         with pytest.raises(ImbvlmError, match=sentence):
             read(EncoderConfig(name=name))
 
@@ -249,7 +250,7 @@ def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names
     monkeypatch.setattr("socket.getaddrinfo", asked)
     monkeypatch.setattr("socket.socket.connect", asked)
     # As if it were installed: it would ask the hub for the model.
-    monkeypatch.setattr("imbvlm.models.encoders.encoder.require_transformers", lambda *given: None)
+    monkeypatch.setattr("imbvlm.models.encoders.open_clip_text.require_transformers", lambda *given: None)
     monkeypatch.setattr("imbvlm.models.encoders.open_clip_encoder.require_transformers", lambda *given: None)
     monkeypatch.setattr("open_clip.hf_model.HFTextEncoder.__init__", asked)
     (found,) = load(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])

@@ -149,11 +149,11 @@ def _check_manifest(options: argparse.Namespace) -> int:
     def truncated(names: Sequence[str]) -> Sequence[str]:
         # Imported here, since the import costs seconds.
         from imbvlm.config.input_sections import EncoderConfig
-        from imbvlm.models.encoders.encoder import TextTokenizer
         from imbvlm.models.encoders.encoder_registry import resolve_encoder
+        from imbvlm.models.encoders.open_clip_text import OpenClipTokenizer
         from imbvlm.models.encoders.text_prompts import truncated_names
 
-        return truncated_names(TextTokenizer(resolve_encoder(EncoderConfig(name=options.encoder))), names, ["{}"])
+        return truncated_names(OpenClipTokenizer(resolve_encoder(EncoderConfig(name=options.encoder))), names, ["{}"])
 
     return check(options, truncated)
 
@@ -218,7 +218,7 @@ def _extract_features(options: argparse.Namespace) -> int:
     from imbvlm.cli.sweep_script import parse_settings
     from imbvlm.config.trial_config import TrialConfig
     from imbvlm.data.manifest import Manifest
-    from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+    from imbvlm.models.encoders.encoder_factory import describe_encoder
 
     tree = {
         "data": {"manifest": options.manifest},

@@ -15,7 +15,7 @@ from imbvlm.features.extraction import Report, ensure_features
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE, StoreError
 from imbvlm.features.store_sizes import pending_images, store_bytes
-from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+from imbvlm.models.encoders.encoder_factory import describe_encoder
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
-from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.ray_runtime.connection import on_this_machine
 from imbvlm.sweep.plan.feasibility import check_model, data_counts, one_class_mistake, validation_mistake

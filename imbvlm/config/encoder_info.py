@@ -1,22 +1,32 @@
-"""What a tower gives, without the tower: shapes, preprocessing, identity, for processes that read stored features."""
+"""Facts about an encoder, for processes that read its stored outputs without loading it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from imbvlm.base.errors import ImbvlmError
 
 OutputName = Literal["tokens", "pooled", "image_embedding"]
 ComputeDtype = Literal["float32", "bfloat16"]
 OUTPUT_NAMES: tuple[OutputName, ...] = get_args(OutputName)
 
 
+class TextSpace(NamedTuple):
+    """The space of image and text embeddings: its width, and the factor on cosine similarities in it."""
+
+    width: int
+    logit_scale: float
+
+
 @dataclass(frozen=True)
 class EncoderInfo:
-    """Facts about one tower at one image size; JSON-able.
+    """Facts about one encoder at one image size; JSON-able.
 
-    `logit_scale` is the factor on cosine similarities (exponential taken), `weights_fingerprint` is empty for a tower
-    that was only described, `final_norm_eps` is None where the tower has no final norm.
+    `logit_scale` is the factor on cosine similarities (exponential taken); it and `embedding_width` are None for an
+    image-only encoder. `weights_fingerprint` is empty for an encoder that was only described, `final_norm_eps` is None
+    where there is no final norm.
     """
 
     name: str
@@ -25,28 +35,40 @@ class EncoderInfo:
     num_tokens: int
     token_width: int
     pooled_width: int
-    embedding_width: int
+    embedding_width: int | None
     has_class_token: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
     resize_mode: str
-    logit_scale: float
+    logit_scale: float | None
     final_norm_eps: float | None
     weights_fingerprint: str
-    # Of the image side.
+    # Those of the image side.
     num_parameters: int = 0
-    # Tokens are means of so many by so many of the tower's.
+    # Side of the square of the encoder's tokens whose mean is one token here.
     token_pooling: int = 1
 
-    def shape(self, output: OutputName) -> tuple[int, ...]:
-        """Shape of one image's output: (T, D) for tokens, (P,) for pooled, (E,) for image_embedding."""
+    @property
+    def has_text(self) -> bool:
+        """Whether images and texts have embeddings in one space."""
+        return self.embedding_width is not None
+
+    @property
+    def text_space(self) -> TextSpace:
+        """The space that images share with texts; raises ImbvlmError for an image-only encoder."""
+        if self.embedding_width is None or self.logit_scale is None:
+            raise ImbvlmError(f"the encoder {self.name} is image-only and has no text; choose one with text.")
+        return TextSpace(self.embedding_width, self.logit_scale)
+
+    @property
+    def shapes(self) -> dict[OutputName, tuple[int, ...]]:
+        """Shape of one image by output: (T, D) for tokens, (P,) for pooled, (E,) for image_embedding with text."""
         shapes: dict[OutputName, tuple[int, ...]] = {
             "tokens": (self.num_tokens, self.token_width),
             "pooled": (self.pooled_width,),
-            "image_embedding": (self.embedding_width,),
         }
-        return shapes[output]
+        return shapes if self.embedding_width is None else {**shapes, "image_embedding": (self.embedding_width,)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -54,5 +76,5 @@ class EncoderInfo:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> EncoderInfo:
-        """Back from `to_dict`, also after a way through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON."""
         return EncoderInfo(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})

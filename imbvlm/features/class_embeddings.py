@@ -16,7 +16,7 @@ from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of, truncated_names
 
 _FOLDER = "class-embeddings"
@@ -28,14 +28,15 @@ def ensure_class_embeddings(
 ) -> str:
     """Path of a safetensors file with `class_embeddings` (C, E), written where it is missing or damaged.
 
-    Raises ImbvlmError where the tower's text side can't be had.
+    Raises ImbvlmError for an image-only encoder, and where the text side is not available.
     """
+    text = require_text(encoder)
     templates = templates_of(config.prompts or PromptsConfig())
-    key = {"tower": encoder.text_fingerprint(), "names": list(class_names), "templates": templates}
+    key = {"tower": text.fingerprint(), "names": list(class_names), "templates": templates}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = storage.join(root, _FOLDER, f"{digest}.safetensors")
     if not _is_intact(path):
-        cut = truncated_names(encoder, class_names, templates)
+        cut = truncated_names(text, class_names, templates)
         if cut:
             shown = ", ".join(repr(name) for name in cut[:3])
             report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
@@ -44,7 +45,7 @@ def ensure_class_embeddings(
         )
         device = encoder.device
         encoder.to("cuda" if torch.cuda.is_available() else device)
-        tensor = class_embeddings(encoder, class_names, templates).contiguous()
+        tensor = class_embeddings(text, class_names, templates).contiguous()
         encoder.to(device)
         checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))

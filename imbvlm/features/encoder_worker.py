@@ -17,7 +17,8 @@ from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import Block
 from imbvlm.features.shard_file import as_tensor
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 
 # Large batches fall out of a CPU's cache: images a second on one core for 16, 32 and 64 at a time are 320, 250 and 230
 # with the embedded tower at 96 px, 9.0, 8.4 and 4.9 with a ViT-B/32.
@@ -87,7 +88,7 @@ def make_encoder_worker(
     """
     if not use_gpu:
         torch.set_num_threads(num_threads)
-    tower = Encoder.from_config(encoder, evaluation, "cuda" if use_gpu else "cpu")
+    tower = create_encoder(encoder, evaluation, "cuda" if use_gpu else "cpu")
     if tower.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
             f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "

@@ -29,8 +29,9 @@ from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import Block, bad_image_error, load_block
 from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
 from imbvlm.features.store_sizes import _check_copies, _check_disk
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.encoders.encoder_registry import absolute_encoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines
 from imbvlm.ray_runtime.connection import existing_cluster, owns_machine, ray_session
 from imbvlm.ray_runtime.image_pipeline import map_images
@@ -71,7 +72,7 @@ def ensure_features(
     """
     root = storage.absolute(root)
     ordered = tuple(output for output in OUTPUT_NAMES if output in outputs and config.features.store)
-    encoder = Encoder.from_config(config.encoder, config.eval)
+    encoder = create_encoder(config.encoder, config.eval)
     check_tower(encoder.info)
     works = [
         _plan_part(config, manifest, root, ordered, encoder, part)

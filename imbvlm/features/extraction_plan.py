@@ -12,7 +12,7 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import OUTPUT_NAMES, ComputeDtype, EncoderInfo, OutputName
+from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
@@ -20,7 +20,7 @@ from imbvlm.data.manifest_schema import LazyRows, Rows
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import Block
 from imbvlm.features.store_layout import StoreKey, StoreLayout
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines, ray_gpus
 
 ROWS_PER_SHARD = 512
@@ -90,11 +90,10 @@ def _parts(
 
 def _layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, digest: str) -> StoreLayout:
     precision = config.features.precision
-    shapes = {output: info.shape(output) for output in OUTPUT_NAMES}
-    largest = max(math.prod(shape) for shape in shapes.values()) * np.dtype(precision).itemsize
+    largest = max(math.prod(shape) for shape in info.shapes.values()) * np.dtype(precision).itemsize
     bytes_per_row = views * max(largest, 3 * info.image_size**2)
     rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // MIN_SHARDS))
-    return StoreLayout(digest, num_rows, views, max(1, rows), precision, shapes, config.features.int8_tokens)
+    return StoreLayout(digest, num_rows, views, max(1, rows), precision, info.shapes, config.features.int8_tokens)
 
 
 def resolve_compute_dtype(config: TrialConfig, info: EncoderInfo) -> ComputeDtype:

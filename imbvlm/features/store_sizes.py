@@ -16,7 +16,7 @@ from imbvlm.features.extraction_plan import PendingPart, _layout, _num_views, _p
 from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.ray_runtime.cluster_resources import is_single_node
 from imbvlm.ray_runtime.connection import existing_cluster
 
@@ -107,7 +107,7 @@ def _works_left(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> list[PendingPart]:
     """What `pending_images` counts."""
-    encoder, found = Encoder.from_config(config.encoder, config.eval), []
+    encoder, found = create_encoder(config.encoder, config.eval), []
     for part in _parts(config, manifest, encoder, splits, ("test",) if "test" in splits else ()):
         rows = part.rows(manifest)
         key = _store_key(config, rows, encoder, part)

@@ -25,8 +25,8 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.files.file_listing import list_tree
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.inference.predictor import InferenceModule, LogitPostprocessor, Model
-from imbvlm.models.encoders.encoder_folder import save_encoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import restore_model
 from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
 
@@ -59,7 +59,7 @@ def write_model(
     `label_map` maps the source's class ids to classes if those ids are not 0, 1, 2, ...
     """
     encoder_folder = storage.join(folder, TOWER_FOLDER)
-    save_encoder(encoder, encoder_folder)
+    encoder.save(encoder_folder)
     with _local_copy(encoder_folder) as local:
         # Read back, so that the description is of the encoder that a user will load.
         written = _load_tower(local, config, encoder.device)
@@ -98,7 +98,7 @@ def without_paths(config: TrialConfig) -> TrialConfig:
 
 def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
     tower = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
-    return Encoder.from_config(tower, config.eval, device, with_text=False)
+    return create_encoder(tower, config.eval, device, with_text=False)
 
 
 @contextmanager
@@ -183,7 +183,9 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
         raise ImbvlmError(
             f"the encoder in {name} is not the one that the classifier was trained on. Export the model again."
         )
-    infinite = next((key for key, param in encoder.visual.named_parameters() if not torch.isfinite(param).all()), None)
+    infinite = next(
+        (key for key, param in encoder.image_tower.named_parameters() if not torch.isfinite(param).all()), None
+    )
     if infinite is not None:
         raise ImbvlmError(
             f"the encoder in {name} has numbers that aren't finite in {infinite}, so its probabilities would mean "

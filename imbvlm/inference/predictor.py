@@ -27,7 +27,7 @@ from imbvlm.data.images.decoding import ImageError, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.classifier import ZeroShotClassifier
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.training.checkpoint import read_tensors
 
 ZERO_SHOT_FILE = "zero_shot.safetensors"
@@ -97,12 +97,12 @@ class InferenceModule(nn.Module):
         self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: LogitPostprocessor | None
     ) -> None:
         super().__init__()
-        self.tower, self.classifier = encoder.visual, classifier
+        self.tower, self.classifier = encoder.image_tower, classifier
         self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
         is_mixed = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
         self.zero_shot = None
         if is_mixed and post_hoc is not None and post_hoc.class_embeddings is not None:
-            self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.logit_scale)
+            self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.text_space.logit_scale)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The classifier's own logits and the adjusted ones, both (B, C) in float32, of crops (B, 3, S, S)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import AdapterConfig, FineTuningConfig, LoraConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_outputs import PRE_NORM_BLOCKS
-
-if TYPE_CHECKING:
-    from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 Blocks = Mapping[str, nn.Module]
 
@@ -49,7 +47,7 @@ def refuse_convolution(config: TrialConfig, info: EncoderInfo) -> list[str]:
 
 def install_adapters(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
     """Train an adapter in every block; raises ImbvlmError where blocks are of an unknown kind."""
-    blocks = encoder.rules.blocks(encoder.visual)
+    blocks = encoder.rules.blocks(encoder.image_tower)
     width = require_section(config.section(AdapterConfig)).width or adapter_width(num_classes, len(blocks))
     return Installed(add_adapters(blocks, width, encoder.info.name))
 
@@ -57,13 +55,13 @@ def install_adapters(encoder: Encoder, config: TrialConfig, num_classes: int) ->
 def install_low_rank_updates(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
     """Train low-rank updates of attention in every block; raises ImbvlmError where a block has no attention."""
     lora = require_section(config.section(LoraConfig))
-    add_low_rank_updates(encoder.rules.blocks(encoder.visual), lora.rank, lora.alpha, encoder.info.name)
+    add_low_rank_updates(encoder.rules.blocks(encoder.image_tower), lora.rank, lora.alpha, encoder.info.name)
     return Installed()
 
 
 def train_biases(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
     """Train every bias of the image tower, those of its norms too [Zaken et al. 2022, "BitFit"]."""
-    for name, param in encoder.visual.named_parameters():
+    for name, param in encoder.image_tower.named_parameters():
         param.requires_grad_(name.endswith("bias"))
     return Installed()
 
@@ -73,12 +71,12 @@ def train_all(encoder: Encoder, config: TrialConfig, num_classes: int) -> Instal
 
     Raises ImbvlmError for a layer decay where the encoder's blocks are unknown.
     """
-    encoder.visual.requires_grad_(True)
-    for module in encoder.visual.modules():
+    encoder.image_tower.requires_grad_(True)
+    for module in encoder.image_tower.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(False)
     decay = require_section(config.section(FineTuningConfig)).layer_decay
-    scales = lr_scales(encoder.visual, encoder.rules.blocks(encoder.visual), decay, encoder.info.name)
+    scales = lr_scales(encoder.image_tower, encoder.rules.blocks(encoder.image_tower), decay, encoder.info.name)
     return Installed(lr_scales=scales)
 
 

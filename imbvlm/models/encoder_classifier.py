@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from imbvlm.config.encoder_info import OutputName
-
-if TYPE_CHECKING:
-    from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
 
 TOWER_PREFIX, ON_FEATURES_PREFIX = "tower.", "on_features."
 
@@ -28,7 +24,7 @@ class EncoderClassifier(nn.Module):
 
     def __init__(self, encoder: Encoder, reads: OutputName, on_features: nn.Module) -> None:
         super().__init__()
-        self.tower = encoder.visual
+        self.tower = encoder.image_tower
         self.adapters = nn.ModuleList()
         self.on_features = on_features
         self.preprocess, self.lr_scales = encoder.preprocess, dict[str, float]()

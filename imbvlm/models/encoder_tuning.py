@@ -11,14 +11,15 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.models.adapters import checkpoint_blocks, freeze_unused
 from imbvlm.models.encoder_classifier import TOWER_PREFIX, EncoderClassifier
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 
 
 def load_encoder(config: TrialConfig, info: EncoderInfo, device: torch.device) -> Encoder:
     """The encoder that features were described by, on a device; raises ImbvlmError where its weights have changed."""
     # Loading overwrites initial weights, whose sampling must not shift the trial's random numbers.
     with torch.random.fork_rng(devices=[]):
-        encoder = Encoder.from_config(config.encoder, config.eval, device)
+        encoder = create_encoder(config.encoder, config.eval, device)
     if encoder.info.weights_fingerprint != info.weights_fingerprint:
         raise ImbvlmError(
             f"the weights of {info.name} are not those that this run began with. They have changed since, or differ "

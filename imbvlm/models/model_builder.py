@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,10 @@ from imbvlm.models.classifier import (
 from imbvlm.models.classifier_init import class_means, text_weights
 from imbvlm.models.decoder import Decoder, FinalNorm
 from imbvlm.models.encoder_classifier import ON_FEATURES_PREFIX
+from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.model_inputs import ModelInputs
 from imbvlm.models.model_state import load_own_state_dict
 from imbvlm.models.second_stage_modules import stage_module
-
-if TYPE_CHECKING:
-    from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 
 def refusals(config: TrialConfig, info: EncoderInfo) -> list[str]:
@@ -115,14 +112,14 @@ def build_zero_shot(
     config: TrialConfig, inputs: ModelInputs, encoder: Encoder | None, device: torch.device
 ) -> nn.Module:
     """Class embeddings as they were extracted; raises ImbvlmError without them."""
-    return ZeroShotClassifier(_class_embeddings(config, inputs), inputs.info.logit_scale)
+    return ZeroShotClassifier(_class_embeddings(config, inputs), inputs.info.text_space.logit_scale)
 
 
 def restore_zero_shot(
     config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """A zero-shot classifier of the exported shapes."""
-    return ZeroShotClassifier(torch.zeros(num_classes, info.embedding_width), info.logit_scale)
+    return ZeroShotClassifier(torch.zeros(num_classes, info.text_space.width), info.text_space.logit_scale)
 
 
 # --------------------------------------------------------------------------- a classifier behind a decoder or none

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,9 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.models.encoders.encoder import Encoder, TextTokenizer, require_text
 from imbvlm.models.model_inputs import ModelInputs
 from imbvlm.models.text_tower import TextTower, unsupported_text_tower
-
-if TYPE_CHECKING:
-    from imbvlm.models.encoders.encoder import TextTokenizer
-    from imbvlm.models.encoders.open_clip_encoder import Encoder
 
 MAX_DEFAULT_TOKENS = 16
 INIT_DEVIATION = 0.02
@@ -41,9 +37,10 @@ def build_prompt_tuning(
 ) -> nn.Module:
     """The classifier at its start, before the encoder's text tower; raises ImbvlmError for too many init_words."""
     assert encoder is not None, "METHODS says that prompt tuning needs the encoder"
+    text = require_text(encoder)
     section = require_section(config.section(PromptTuningConfig))
-    text_tower = TextTower(encoder.model, encoder.source.model_config["text_cfg"])
-    tokens = prompt_tokens(encoder, inputs.class_names, section.init_words)
+    text_tower = TextTower(text.model, text.config)
+    tokens = prompt_tokens(text, inputs.class_names, section.init_words)
     return build_prompt_classifier(section, text_tower, tokens, inputs.info, device)
 
 
@@ -53,8 +50,8 @@ def restore_prompt_tuning(
     """A classifier of the exported shapes, which predicts without a text tower."""
     # Only the weights say how long the context is.
     context = next((tensor for name, tensor in tensors.items() if name.split(".")[-1] == "context"), torch.zeros(0))
-    embeddings = torch.zeros(num_classes, info.embedding_width)
-    return PromptClassifier(torch.zeros(context.shape), embeddings, info.logit_scale, None)
+    embeddings = torch.zeros(num_classes, info.text_space.width)
+    return PromptClassifier(torch.zeros(context.shape), embeddings, info.text_space.logit_scale, None)
 
 
 class PromptClassifier(nn.Module):
@@ -227,5 +224,5 @@ def build_prompt_classifier(
     embedded = tower.token_embedding(torch.tensor(words, dtype=torch.long, device=tower.token_embedding.weight.device))
     context = initial_context(config, embedded.detach().float(), num_tokens, len(tokens.ids))
     texts = ClassPrompts(tower, layout, config.chunk_size, device)
-    embeddings = torch.zeros(len(tokens.ids), info.embedding_width)
-    return PromptClassifier(context, embeddings, info.logit_scale, texts)
+    embeddings = torch.zeros(len(tokens.ids), info.text_space.width)
+    return PromptClassifier(context, embeddings, info.text_space.logit_scale, texts)

@@ -56,7 +56,7 @@ class LogitAdjuster:
         if adjustment.alpha:
             if data.class_embeddings is None:
                 raise ImbvlmError("mixing with zero-shot logits needs the class names' text embeddings")
-            self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.logit_scale).to(device)
+            self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.text_space.logit_scale).to(device)
 
     def __call__(self, logits: Tensor, examples: Index) -> Tensor:
         """Adjusted logits (B, C) of the examples (B,)."""

@@ -212,7 +212,7 @@ class TrialRun:
             self._first.num_steps,
             self.device,
             self.world,
-            self.data.info.logit_scale,
+            self.data.info.logit_scale or 1.0,
         )
         return StageTrainer(
             model=self.model,

@@ -33,7 +33,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.losses import build_loss
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters
 from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _tower_speed, _trial_speed
@@ -68,7 +68,7 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
     data = {"manifest": manifest(folder)}
     encoder = {"name": write_config(folder / "tower", {"quick_gelu": False, **open_clip.get_model_config("ViT-S-32")})}
     config = TrialConfig.from_tree({"data": data, "encoder": encoder, "method": "zero_shot"})
-    info = Encoder.from_config(config.encoder, config.eval).info
+    info = create_encoder(config.encoder, config.eval).info
     seconds = 1000 * _tower_speed(config, CPU).tower_seconds
     yield f"the tower ({info.num_parameters:,} parameters) over 1,000 images, for all stored features: {seconds:.0f} s"
     yield "| method | trained parameters | memory | seconds of an epoch | of evaluating 1,000 images |"

@@ -16,7 +16,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features import extraction, extraction_plan
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.ray_runtime.image_pipeline import Block, map_images
 
 
@@ -78,7 +78,7 @@ def steady_rate(done: list[tuple[float, int]], num_workers: int) -> float:
 def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputeDtype) -> float:
     """Images a second of a tower over tensors in memory, with all cores and the batch size that suits it best."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    encoder = Encoder.from_config(tower, EvalConfig(), device).compute_in(computed_in)
+    encoder = create_encoder(tower, EvalConfig(), device).compute_in(computed_in)
     pixels = torch.randint(0, 255, (num_images, 3, encoder.info.image_size, encoder.info.image_size), dtype=torch.uint8)
     best = 0.0
     for size in (BATCH_ON_GPU,) if device == "cuda" else (BATCH_ON_CPU, 4 * BATCH_ON_CPU):

@@ -64,10 +64,9 @@ def stored_features(
     folder.mkdir(parents=True, exist_ok=True)
     for split, of_split in labels.items():
         for output in outputs:
-            shape = about.shape(output)
+            shape = about.shapes[output]
             per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
-            shapes = {name: about.shape(name) for name in ("tokens", "pooled", "image_embedding")}
-            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", shapes, int8_tokens)
+            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", about.shapes, int8_tokens)
             store = FeatureStore.create(str(folder / split), layout)
             for shard in range(store.layout.num_shards):
                 rows = store.layout.rows_of(shard)

@@ -26,7 +26,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.encoder_worker import BATCH_ON_CPU
 from imbvlm.features.extraction_plan import resolve_compute_dtype
 from imbvlm.models.decoder import Decoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.step.compute_context import ComputeContext
@@ -239,7 +239,7 @@ def costs(config: TrialConfig, info: EncoderInfo, device: str) -> dict[str, floa
     ):
         decoder = kind(info.token_width, DecoderConfig(depth=DEPTH), True).to(device)
         found[name] = seconds(made.training_step(decoder, tokens, precision), 5, clock)
-    encoder = Encoder.from_config(config.encoder, config.eval, device)
+    encoder = create_encoder(config.encoder, config.eval, device)
     images = torch.zeros(BATCH_ON_CPU, 3, info.image_size, info.image_size, dtype=torch.uint8)
     for name, precision in (("tower", "float32"), ("tower in bfloat16", "bfloat16")):
         encoder.compute_in(precision)

@@ -38,7 +38,7 @@ from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import load_block
 from imbvlm.features.store_sizes import check_disk_space, pending_images, store_bytes, trial_bytes
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 
 NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
 ALL = frozenset({"tokens", "pooled", "image_embedding"})
@@ -162,7 +162,7 @@ def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Pat
     row, index = 13, np.array([13, 13, 13])
     views = train.batch("pooled", index, np.arange(3))
     torch.testing.assert_close(views[0], train.batch("pooled", index[:1])[0], atol=1e-5, rtol=1e-5)
-    encoder = Encoder.from_config(config.encoder, config.eval)
+    encoder = create_encoder(config.encoder, config.eval)
     pixels = decode(Path(manifest.table.column("uri")[row].as_py()).read_bytes())
     # The second of the three rows there.
     crop = torch.from_numpy(encoder.preprocess.apply(pixels, 2, 1))[None]
@@ -269,7 +269,7 @@ def by_workers(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
     features, said = extract(tmp_path, config, manifest)
-    encoder = Encoder.from_config(config.encoder, config.eval)
+    encoder = create_encoder(config.encoder, config.eval)
     assert features.info == encoder.info
     uris = manifest.table.column("uri").to_pylist()
     for split, row, view in [("train", 0, 0), ("train", NUM_TRAIN - 1, 1), ("val", 2, 0)]:
@@ -281,8 +281,8 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
             torch.testing.assert_close(got, getattr(expected, output), atol=1e-5, rtol=1e-5)
     assert features.store("val").num_views == 1
     data = TrialData.open(config, features)
-    assert torch.equal(data.tower["projection"], encoder.visual.proj)
-    assert torch.equal(data.tower["final_norm.weight"], encoder.visual.ln_post.weight)
+    assert torch.equal(data.tower["projection"], encoder.image_tower.proj)
+    assert torch.equal(data.tower["final_norm.weight"], encoder.image_tower.ln_post.weight)
     assert data.class_embeddings is not None
     assert data.class_embeddings.shape == (7, encoder.info.embedding_width)
     assert f"features: {2 * NUM_TRAIN + NUM_VAL} images to compute" in said
@@ -336,7 +336,7 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
     manifest = make_data(tmp_path)
     halved = trial(tmp_path, tower, {"computed_in": "bfloat16", "precision": "float32"})
     features, _ = extract(tmp_path, halved, manifest, {"pooled"}, splits=("val",))
-    encoder = Encoder.from_config(halved.encoder, halved.eval)
+    encoder = create_encoder(halved.encoder, halved.eval)
     pixels = decode(Path(manifest.table.column("uri")[NUM_TRAIN + 2].as_py()).read_bytes())
     crop = torch.from_numpy(encoder.preprocess.apply(pixels, 0, 2))[None]
     whole, expected = encoder.forward_images(crop).pooled, encoder.compute_in("bfloat16").forward_images(crop).pooled

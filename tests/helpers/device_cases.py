@@ -26,7 +26,7 @@ from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.inference.model_folder import load, write_model
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
@@ -132,7 +132,7 @@ def exported(problem: TinyImages, config: TrialConfig, folder: Path, device: tor
     list(run.epochs())
     checkpoint.save_model(str(folder / "trained"), run.model.eval())
     tower, saved = (
-        Encoder.from_config(config.encoder, config.eval),
+        create_encoder(config.encoder, config.eval),
         checkpoint.load_model_tensors(str(folder / "trained")),
     )
     write_model(str(folder / "model"), config, saved, tower, run.data.class_names, {})

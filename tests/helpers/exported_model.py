@@ -10,7 +10,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.inference.model_folder import write_model
 from imbvlm.inference.predictor import LogitPostprocessor
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import _decoder
 
 CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
@@ -19,7 +19,7 @@ CLASS_NAMES = ("cat", "dog, wet", 'çöl "fox"')
 def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_probe", **tower: object) -> Path:
     """Write the tower and a model on it; returns the model's folder. `tower` has further keys of its section."""
     section = {"name": write_tower(folder / "tower", kind), **tower}
-    encoder = Encoder.from_config(EncoderConfig(**section), EvalConfig())
+    encoder = create_encoder(EncoderConfig(**section), EvalConfig())
     tree = {"data": {"manifest": "m"}, "encoder": section, "optim": {"lr": 0.1}}
     config = TrialConfig.from_tree({**tree, "method": method, "classifier": {"kind": "linear"}})
     torch.manual_seed(0)

@@ -84,12 +84,12 @@ def tiny_tower() -> tuple[str, str]:
     """A real tower whose text side fits the stored image embeddings: its name, and its weights' fingerprint."""
     from towers import CONFIGS, write_config
 
-    from imbvlm.models.encoders.open_clip_encoder import Encoder
+    from imbvlm.models.encoders.encoder_factory import create_encoder
 
     folder = Path(tempfile.mkdtemp(prefix="imbvlm-tiny-tower-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     name = write_config(folder, {**CONFIGS["vit"], "embed_dim": EMBEDDING_WIDTH})
-    return name, Encoder.from_config(EncoderConfig(name=name), EvalConfig()).info.weights_fingerprint
+    return name, create_encoder(EncoderConfig(name=name), EvalConfig()).info.weights_fingerprint
 
 
 def tiny_data(

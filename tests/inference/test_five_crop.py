@@ -23,7 +23,7 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.store_sizes import store_bytes
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import load, write_model
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.sweep.spec.space_file import parse_space
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_run import build_trial
@@ -89,7 +89,7 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
 
     run.model.eval()
     checkpoint.save_model(str(tmp_path / "trained"), run.model)
-    tower = Encoder.from_config(config.encoder, config.eval)
+    tower = create_encoder(config.encoder, config.eval)
     saved = checkpoint.load_model_tensors(str(tmp_path / "trained"))
     write_model(str(tmp_path / "model"), config, saved, tower, run.data.class_names, {})
     model = load(tmp_path / "model", "cpu")

@@ -21,7 +21,7 @@ import imbvlm
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_model_of_averaged_tokens_averages_them_again(tmp_path: Path) -> None:
     network = imbvlm.load(write_model_folder(tmp_path, method="decoder", token_pooling=2), "cpu").network
     crops = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        whole = Encoder.from_config(EncoderConfig(name=f"local-dir:{tmp_path / 'tower'}"), EvalConfig()).outputs(crops)
+        whole = create_encoder(EncoderConfig(name=f"local-dir:{tmp_path / 'tower'}"), EvalConfig()).outputs(crops)
         front, grid = whole.tokens[:, :1], whole.tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         averaged = torch.cat([front, functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)], dim=1)
         expected = network.classifier(averaged.half().float())

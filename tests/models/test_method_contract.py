@@ -20,7 +20,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.model_folder import load, write_model
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_run import TrialRun, build_trial
 
@@ -71,7 +71,7 @@ def test_on_a_frozen_tower(
     assert numbers(trial(problem, method, features__store=stored)) == found
 
     checkpoint.save_model(str(tmp_path / "trained"), run.model.eval())
-    tower = Encoder.from_config(run.config.encoder, run.config.eval)
+    tower = create_encoder(run.config.encoder, run.config.eval)
     saved = checkpoint.load_model_tensors(str(tmp_path / "trained"))
     write_model(str(tmp_path / "model"), run.config, saved, tower, run.data.class_names, {})
     model = load(tmp_path / "model", "cpu")
@@ -120,15 +120,15 @@ MEMORY = """
 import resource, sys, torch
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.model_sections import PromptTuningConfig
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.prompt_learner import build_prompt_classifier, prompt_tokens
 from imbvlm.models.text_tower import TextTower
 
-encoder = Encoder.from_config(EncoderConfig(name="tinylit_lite0"), EvalConfig())
+encoder = create_encoder(EncoderConfig(name="tinylit_lite0"), EvalConfig())
 names = [f"Genus{number} species" for number in range(int(sys.argv[1]))]
-tower = TextTower(encoder.model, encoder.source.model_config["text_cfg"])
+tower = TextTower(encoder.text.model, encoder.text.config)
 config = PromptTuningConfig(chunk_size=int(sys.argv[2]))
-tokens = prompt_tokens(encoder, names, None)
+tokens = prompt_tokens(encoder.text, names, None)
 model = build_prompt_classifier(config, tower, tokens, encoder.info, torch.device("cpu")).train()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model(torch.randn(32, encoder.info.embedding_width)).logsumexp(dim=1).sum().backward()

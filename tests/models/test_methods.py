@@ -17,7 +17,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import needs_text
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.classifier_init import class_means, text_weights
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model, restore_model
 from imbvlm.training import checkpoint
 
@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest, data: TrialData, images: TinyImages) ->
         del overrides["features__store"]
     config = images.config(method, **overrides)
     batch = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    return config, images.data(config), batch, Encoder.from_config(config.encoder, config.eval)
+    return config, images.data(config), batch, create_encoder(config.encoder, config.eval)
 
 
 def some_batch(data: TrialData, method: str) -> torch.Tensor:

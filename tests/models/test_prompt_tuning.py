@@ -21,7 +21,8 @@ from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings
 from imbvlm.models.model_builder import build_model, restore_model
 from imbvlm.models.prompt_learner import (
@@ -58,12 +59,12 @@ TOWERS = {
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     config = TOWERS[request.param]
     name = "tinylit_lite0" if config is None else write_config(tmp_path_factory.mktemp(request.param), config)
-    return Encoder.from_config(EncoderConfig(name=name), EvalConfig())
+    return create_encoder(EncoderConfig(name=name), EvalConfig())
 
 
 @pytest.fixture(scope="module")
 def embedded() -> Encoder:
-    return Encoder.from_config(EncoderConfig(name="tinylit_lite0"), EvalConfig())
+    return create_encoder(EncoderConfig(name="tinylit_lite0"), EvalConfig())
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +73,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
 
 
 def tower_of(encoder: Encoder) -> TextTower:
-    return TextTower(encoder.model, encoder.source.model_config["text_cfg"])
+    return TextTower(encoder.text.model, encoder.text.config)
 
 
 def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **knobs: Any) -> PromptClassifier:
     config = PromptTuningConfig(**knobs)
     torch.manual_seed(seed)
-    tokens = prompt_tokens(encoder, names, config.init_words)
+    tokens = prompt_tokens(encoder.text, names, config.init_words)
     return build_prompt_classifier(config, tower_of(encoder), tokens, encoder.info, CPU)
 
 
@@ -90,7 +91,7 @@ def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **knobs
 def test_zero_learned_tokens_are_zero_shot(encoder: Encoder, position: str, per_class: bool) -> None:
     """Also for a name that is cut off, and one whose end makes one token with the full stop."""
     model = build(encoder, num_tokens=0, position=position, per_class=per_class).eval()
-    expected = class_embeddings(encoder, NAMES, ["{}."])
+    expected = class_embeddings(encoder.text, NAMES, ["{}."])
     torch.testing.assert_close(model.class_embeddings, expected, atol=1e-5, rtol=0)
     images = torch.randn(4, encoder.info.embedding_width)
     logits = encoder.info.logit_scale * torch.nn.functional.normalize(images, dim=-1) @ expected.T
@@ -112,7 +113,7 @@ def test_untouched_words_give_the_features_of_that_sentence(
     names = [name for name in NAMES[:5] if name != "bag (leather)"]  # its bracket is one token with the full stop
     model = build(encoder, names, init_words=words, position=position).eval()
     assert model.context.shape[0] == len(words.split())
-    expected = class_embeddings(encoder, names, [template])
+    expected = class_embeddings(encoder.text, names, [template])
     torch.testing.assert_close(model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 
@@ -214,7 +215,7 @@ def test_context_starts_at_random_or_from_words_and_the_rest_at_random(embedded:
     assert not torch.equal(wide[0], wide[1])
     assert torch.equal(build(embedded, seed=1).context, build(embedded, seed=1).context)
     assert not torch.equal(build(embedded, seed=1).context, build(embedded, seed=2).context)
-    ids = embedded.tokenize(["a photo"])[0, 1:3]
+    ids = embedded.text.tokenize(["a photo"])[0, 1:3]
     model = build(embedded, num_tokens=4, init_words="a photo", per_class=True)
     words = embedded.model.text.token_embedding(ids)
     assert all(torch.equal(own[:2], words) for own in model.context)
@@ -231,7 +232,7 @@ def test_a_text_tower_of_another_kind_is_refused_before_anything_is_extracted_an
     encoder = EncoderConfig(name=write_config(tmp_path, config))
     trial = tiny_config("prompt_tuning").with_overrides({"encoder.name": encoder.name})
     (problem,) = check_model(trial, describe_encoder(encoder))
-    info = Encoder.from_config(encoder, EvalConfig()).info
+    info = create_encoder(encoder, EvalConfig()).info
     for says in (problem.message, error_of(trial, dataclasses.replace(data, info=info, encoder=encoder))):
         assert says.startswith("method prompt_tuning needs a text tower that reads a text's end token")
 
@@ -291,8 +292,8 @@ def test_with_nothing_to_learn_it_trains_to_zero_shot(data: TrialData) -> None:
     run = build_trial(tiny_config("prompt_tuning", prompt_tuning__num_tokens=0), data)
     results = list(run.epochs())
     assert len({result.metrics["val/balanced_accuracy"] for result in results}) == 1
-    encoder = Encoder.from_config(EncoderConfig(name=tiny_tower()[0]), EvalConfig())
-    expected = class_embeddings(encoder, data.class_names, ["{}."])
+    encoder = create_encoder(EncoderConfig(name=tiny_tower()[0]), EvalConfig())
+    expected = class_embeddings(encoder.text, data.class_names, ["{}."])
     torch.testing.assert_close(run.model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 

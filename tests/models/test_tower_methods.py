@@ -31,7 +31,7 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import CONFIG_FILE, load, write_model
 from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters, own_state_dict
 from imbvlm.training import checkpoint
@@ -127,8 +127,8 @@ def test_convolution_towers_are_refused_with_the_mend(problems: dict[str, TinyIm
 
 
 def test_parameters_are_counted_with_the_tower(vit: TinyImages) -> None:
-    tower = Encoder.from_config(vit.config("adapter").encoder, vit.config("adapter").eval)
-    in_tower = sum(param.numel() for param in tower.visual.parameters())
+    tower = create_encoder(vit.config("adapter").encoder, vit.config("adapter").eval)
+    in_tower = sum(param.numel() for param in tower.image_tower.parameters())
     assert tower.info.num_parameters == in_tower
     counts = {}
     for method in ("linear_probe", *TOWER_METHODS):
@@ -140,7 +140,7 @@ def test_parameters_are_counted_with_the_tower(vit: TinyImages) -> None:
     assert counts["adapter"] == (in_tower + classifier + adapter, classifier + adapter)
     lora = 2 * (3 * 8 * (32 + 32) + 8 * (32 + 32))
     assert counts["lora"] == (in_tower + classifier + lora, classifier + lora)
-    assert counts["fine_tuning"].trained == counts["fine_tuning"].total - tower.visual.proj.numel()
+    assert counts["fine_tuning"].trained == counts["fine_tuning"].total - tower.image_tower.proj.numel()
     assert counts["bias_tuning"].share < 0.05
 
 
@@ -153,7 +153,7 @@ def test_step_0_is_the_towers_own_output(tmp_path: Path, kind: str, method: str)
     problem = TinyImages(tmp_path, kind)
     config = problem.config(method)
     model = build_model(config, problem.data(config).model_inputs, CPU).eval()
-    tower = Encoder.from_config(config.encoder, config.eval)
+    tower = create_encoder(config.encoder, config.eval)
     size = tower.info.image_size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
@@ -230,8 +230,8 @@ def test_a_low_rank_update_is_added_to_each_matrix(vit: TinyImages) -> None:
         expected[rows] += 6.0 / 3 * stacked[0].up[matrix] @ stacked[0].down[matrix]
     torch.testing.assert_close(attention.in_proj_weight, expected)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    plain = copy.deepcopy(Encoder.from_config(config.encoder, config.eval))
-    plain.visual.transformer.resblocks[0].attn.in_proj_weight.copy_(expected)
+    plain = copy.deepcopy(create_encoder(config.encoder, config.eval))
+    plain.image_tower.transformer.resblocks[0].attn.in_proj_weight.copy_(expected)
     with torch.no_grad():
         torch.testing.assert_close(model.features(images), plain.forward_images(images).pooled)
 
@@ -328,7 +328,7 @@ def test_an_exported_model_predicts_the_same_logits(
     if method != "fine_tuning":
         frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
         assert not frozen & set(saved), "the tower has its own file"
-    tower = Encoder.from_config(run.config.encoder, run.config.eval)
+    tower = create_encoder(run.config.encoder, run.config.eval)
     ids = {"17": 0, "40": 1}
     write_model(str(tmp_path / "model"), run.config, saved, tower, run.data.class_names, {}, label_map=ids)
     assert json.loads((tmp_path / "model" / CONFIG_FILE).read_text())["label_map"] == ids

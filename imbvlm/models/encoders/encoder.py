@@ -1,88 +1,91 @@
-"""Tokenizer and preprocessing of an encoder."""
+"""An encoder as everything else sees it: an image side, and a text side where it has one."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pickle import UnpicklingError
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import open_clip
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import EncoderInfo
-from imbvlm.config.input_sections import EvalConfig
+from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.models.encoders.encoder_registry import EncoderSource
-from imbvlm.models.encoders.encoder_weights import cached_file, require_transformers, unreachable
 
-# What open_clip, timm and torch raise when weights and architecture don't go together.
-_BUILD_ERRORS = (
-    RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError, EOFError,
-    SafetensorError, UnpicklingError,
-)  # fmt: skip
+if TYPE_CHECKING:
+    # Models on stored features know the protocol and start without open_clip.
+    from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, VisualRules
 
 
-class TextTokenizer:
-    """What a tower's tokenizer makes of texts; needs no weights."""
-
-    def __init__(self, source: EncoderSource) -> None:
-        self._source = source
-        self._tokenizer: Callable[..., Tensor] | None = None
-
-    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
-        """Token ids (N, context length); raises ImbvlmError where the tokenizer can't be had."""
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._source)
-        if context_length is None:
-            return self._tokenizer(list(texts))
-        return self._tokenizer(list(texts), context_length=context_length)
+class TextTokenizer(Protocol):
+    """Turns texts into token ids; needs no weights."""
 
     @property
     def context_length(self) -> int:
-        """Tokens in a text, its start and end included."""
-        return self.tokenize([""]).shape[1]
+        """Number of tokens in a text, its start and end included."""
+
+    def tokenize(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
+        """Token ids (N, context length); raises ImbvlmError where the tokenizer is not available."""
 
 
-def preprocess_of(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:
-    """How images become this tower's input; raises ImbvlmError for a mode or interpolation that isn't known."""
-    interpolation: Any = evaluation.interpolation or info.interpolation
-    mode: Any = info.resize_mode
-    return Preprocess(
-        info.image_size, evaluation.resize, interpolation, info.mean, info.std, mode, evaluation.jpeg_downscale
-    )
+class TextEncoder(TextTokenizer, Protocol):
+    """The text side of an encoder. `model` and `config` are for prompts whose words are learned (models.text_tower)."""
+
+    model: Any
+    config: Mapping[str, Any]
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Normalized text features (N, E) in float32, on the encoder's device."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of everything that text features depend on."""
 
 
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Without open_clip's remarks, which it makes to the root logger, and without the handler that this would add."""
-    root, handler, before = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
-    root.addHandler(handler)
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
-        root.removeHandler(handler)
+class Encoder(Protocol):
+    """A pretrained encoder that never trains here: eval mode, no gradients, float32 weights.
+
+    `image_tower` is the module that images pass, `rules` compute its outputs, and `token_pool` is the matrix (T', T)
+    over its tokens where they are pooled. `text` is None for an image-only encoder.
+    """
+
+    info: EncoderInfo
+    preprocess: Preprocess
+    device: torch.device
+    image_tower: Any
+    rules: VisualRules
+    token_pool: Tensor | None
+    text: TextEncoder | None
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the encoder to another device and return it."""
+
+    def compute_in(self, precision: ComputeDtype) -> Self:
+        """Set what the image side computes in and return the encoder; raises ImbvlmError where the GPU can't."""
+
+    def forward_images(self, images: Tensor) -> EncoderOutput:
+        """Outputs without gradients of crops (B, 3, S, S) in bytes."""
+
+    def outputs(self, images: Tensor) -> EncoderOutput:
+        """Outputs as part of a graph, with gradients where the caller keeps them."""
+
+    def pixel_scale(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand (1, 3, 1, 1) that turn crops in bytes into the image tower's input."""
+
+    def final_norm(self) -> FinalNorm | None:
+        """The layer norm behind the last block; None where there is none."""
+
+    def projection(self) -> Tensor | None:
+        """Matrix (P, E) with pooled @ projection = image_embedding up to a constant; None where it is not linear."""
+
+    def check(self) -> None:
+        """Compare the outputs with the library's own on a synthetic image; raises ImbvlmError."""
+
+    def save(self, folder: str) -> None:
+        """Write a folder that `local-dir:` reads without a download, at the present image size."""
 
 
-def _tokenizer(source: EncoderSource) -> Callable[..., Tensor]:
-    hub_name = source.model_config["text_cfg"].get("hf_tokenizer_name")
-    if hub_name or ("siglip" in source.model.lower() and not source.is_local):
-        require_transformers(source.name, "the tokenizer")
-    if hub_name and not source.is_local and cached_file(hub_name, ["tokenizer_config.json", "tokenizer.json"]) is None:
-        cause = unreachable(f"https://huggingface.co/{hub_name}")
-        if cause is not None:
-            raise ImbvlmError(
-                f"can't download the tokenizer of {source.name}, {hub_name} ({cause}); fetch it beforehand where there "
-                "is a network, or use a method that needs no text"
-            )
-    try:
-        with _quiet_logging():
-            tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(source.model)
-            return tokenizer
-    except _BUILD_ERRORS as error:
-        raise ImbvlmError(f"can't load the tokenizer of {source.name}: {error}") from None
+def require_text(encoder: Encoder) -> TextEncoder:
+    """The text side of an encoder; raises ImbvlmError for an image-only one."""
+    if encoder.text is None:
+        raise ImbvlmError(f"the encoder {encoder.info.name} is image-only and has no text; choose one with text.")
+    return encoder.text

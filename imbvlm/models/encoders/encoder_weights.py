@@ -22,7 +22,7 @@ _PROBE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class WeightsState:
-    """Whether a tower's weights are on this machine, where they come from, and why that place doesn't answer."""
+    """Whether an encoder's weights are on this machine, where they come from, and why that place doesn't answer."""
 
     present: bool
     address: str
@@ -39,31 +39,33 @@ class WeightsState:
         )
 
 
-def _download(name: str, tag_config: Mapping[str, Any]) -> str:
-    cached = _cached(tag_config)
+def download_weights(name: str, published: Mapping[str, Any]) -> str:
+    """The file with published weights, fetched unless it is cached; raises ImbvlmError where that fails."""
+    cached = cached_weights(published)
     if cached is not None:
         return cached
-    address = _address(tag_config)
+    address = weights_address(published)
     cause = unreachable(address)
     if cause is None:
         try:
-            return str(download_pretrained(tag_config))
+            return str(download_pretrained(published))
         except (OSError, RuntimeError, ValueError) as error:
             cause = str(error).splitlines()[0]
     raise ImbvlmError(
         f"can't download the weights of {name} from {address} ({cause}); fetch them beforehand where there is a "
-        "network, or set encoder.weights to a file (with encoder.quick_gelu), or encoder.name to local-dir:PATH"
+        "network, or set encoder.weights to a file (with encoder.quick_gelu), or encoder.name to local-dir:PATH."
     )
 
 
-def _address(tag_config: Mapping[str, Any]) -> str:
-    hub = tag_config.get("hf_hub")
-    return f"{huggingface_hub.constants.ENDPOINT}/{hub}" if hub else str(tag_config.get("url", ""))
+def weights_address(published: Mapping[str, Any]) -> str:
+    """The page or file that the weights are fetched from."""
+    hub = published.get("hf_hub")
+    return f"{huggingface_hub.constants.ENDPOINT}/{hub}" if hub else str(published.get("url", ""))
 
 
-def _cached(tag_config: Mapping[str, Any]) -> str | None:
+def cached_weights(published: Mapping[str, Any]) -> str | None:
     """A file of the hub's cache, found without asking the hub: that takes a minute where there is no network."""
-    repository, filename = os.path.split(tag_config.get("hf_hub", ""))
+    repository, filename = os.path.split(published.get("hf_hub", ""))
     if not repository:
         return None
     names = [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
@@ -74,8 +76,8 @@ def _cached(tag_config: Mapping[str, Any]) -> str | None:
 
 def cached_file(repository: str, names: list[str]) -> str | None:
     """The first of some files of a hub repository that is on this machine."""
-    found = (huggingface_hub.try_to_load_from_cache(repository, name) for name in names)
-    return next((path for path in found if isinstance(path, str)), None)
+    paths = (huggingface_hub.try_to_load_from_cache(repository, name) for name in names)
+    return next((path for path in paths if isinstance(path, str)), None)
 
 
 def unreachable(address: str) -> str | None:
@@ -93,9 +95,9 @@ def unreachable(address: str) -> str | None:
         return str(error)
 
 
-def require_transformers(name: str, what: str) -> None:
-    """Raise ImbvlmError with the mend where a tower's text side needs a package that isn't installed."""
+def require_transformers(name: str, side: str) -> None:
+    """Raise ImbvlmError with the fix where the text side needs a package that isn't installed."""
     if importlib.util.find_spec("transformers") is None:
         raise ImbvlmError(
-            f"{what} of {name} needs the package transformers; install it with pip install 'imbvlm[siglip]'"
+            f"{side} of {name} needs the package transformers; install it with pip install 'imbvlm[siglip]'."
         )

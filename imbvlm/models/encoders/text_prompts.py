@@ -9,8 +9,8 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from imbvlm.config.input_sections import PromptsConfig
-from imbvlm.models.encoders.encoder import TextTokenizer
-from imbvlm.models.encoders.open_clip_encoder import TEXTS_AT_ONCE, Encoder
+from imbvlm.models.encoders.encoder import TextEncoder, TextTokenizer
+from imbvlm.models.encoders.open_clip_text import TEXTS_AT_ONCE
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("a photo of a {}.",),
@@ -23,7 +23,7 @@ def templates_of(config: PromptsConfig) -> tuple[str, ...]:
     return TEMPLATES[config.templates] if isinstance(config.templates, str) else tuple(config.templates)
 
 
-def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def class_embeddings(text: TextEncoder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Text features (C, E) in float32 on the CPU: normalised, averaged over the templates, normalised again.
 
     The transpose of open_clip's `build_zero_shot_classifier`; memory doesn't grow with the number of sentences.
@@ -32,28 +32,28 @@ def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Se
     parts = []
     for start in range(0, len(class_names), at_once):
         names = class_names[start : start + at_once]
-        features = encoder.encode_text([_fill(template, name) for name in names for template in templates])
+        features = text.encode_text([_fill(template, name) for name in names for template in templates])
         mean = features.reshape(len(names), len(templates), -1).mean(dim=1)
         parts.append((mean / mean.norm(dim=1, keepdim=True)).cpu())
     # A clone, since tensors made in inference mode can't take part in training later.
     return torch.cat(parts).clone()
 
 
-def truncated_names(encoder: TextTokenizer, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+def truncated_names(tokenizer: TextTokenizer, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """Class names whose longest sentence doesn't fit in the text tower's context: it reads only their beginning."""
-    context = encoder.context_length
+    context = tokenizer.context_length
     # Long enough to see what the tokenizer would cut off.
     room = 4 * context
-    padding = encoder.tokenize([""], room)[0, -1]
-    lengths = (encoder.tokenize([_fill(template, "x") for template in templates], room) != padding).sum(dim=1)
+    padding = tokenizer.tokenize([""], room)[0, -1]
+    lengths = (tokenizer.tokenize([_fill(template, "x") for template in templates], room) != padding).sum(dim=1)
     longest = templates[int(lengths.argmax())]
-    found: list[str] = []
+    truncated: list[str] = []
     for start in range(0, len(class_names), TEXTS_AT_ONCE):
         names = class_names[start : start + TEXTS_AT_ONCE]
-        tokens = encoder.tokenize([_fill(longest, name) for name in names], room)
+        tokens = tokenizer.tokenize([_fill(longest, name) for name in names], room)
         cut = (tokens[:, context:] != padding).any(dim=1).tolist()
-        found += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
-    return tuple(found)
+        truncated += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
+    return tuple(truncated)
 
 
 def _fill(template: str, name: str) -> str:

@@ -26,7 +26,8 @@ from imbvlm.inference.model_folder import load, without_paths, write_model
 from imbvlm.inference.onnx_export import require_onnx, write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder, require_text
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.export_folder import ExportFolder
@@ -178,7 +179,7 @@ class _TrialExport:
         write_best(out, self.record, location)
         config = self._config().with_overrides({"data.manifest": location})
         manifest = Manifest.read(config.data.manifest)
-        encoder = Encoder.from_config(config.encoder, config.eval)
+        encoder = create_encoder(config.encoder, config.eval)
         check_tower(self.folder, config.encoder, encoder.info, keep=False)
         with self._weights(config, manifest) as weights:
             return self._write_model(out, config, manifest, encoder, weights, onnx, license_id)
@@ -293,7 +294,8 @@ class _TrialExport:
             return None
         embeddings = None
         if adjustment.alpha:
-            embeddings = class_embeddings(encoder, class_names, templates_of(config.prompts or PromptsConfig()))
+            templates = templates_of(config.prompts or PromptsConfig())
+            embeddings = class_embeddings(require_text(encoder), class_names, templates)
         counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
         return LogitPostprocessor(adjustment, tuple(counts), embeddings)
 

@@ -18,7 +18,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
-from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo
+from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.training_sections import AdamWConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
@@ -33,8 +33,9 @@ from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.training.step.batch_source import READ_AHEAD
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
@@ -306,25 +307,27 @@ def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
         ]
     num_classes = len(manifest.class_names)
     counts = np.bincount(manifest.labels[train], minlength=num_classes)
+    embeddings = None
+    if info.has_text:
+        embeddings = torch.nn.functional.normalize(torch.randn(num_classes, info.text_space.width), dim=-1)
     return TrialData(
         class_names=tuple(manifest.class_names),
         class_stats=ClassStats.from_counts(counts, manifest.class_stats().split_counts),
         train=sources[0],
         val=sources[1],
         info=info,
-        class_embeddings=torch.nn.functional.normalize(torch.randn(num_classes, info.embedding_width), dim=-1),
+        class_embeddings=embeddings,
         encoder=absolute_encoder(config.encoder),
     )
 
 
 def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> FeatureStore:
     precision, output = config.features.precision, METHODS[config.method].reads
-    shapes = {name: info.shape(name) for name in OUTPUT_NAMES}
-    row_bytes = int(np.prod(shapes[output])) * np.dtype(precision).itemsize
+    row_bytes = int(np.prod(info.shapes[output])) * np.dtype(precision).itemsize
     num_rows = max(8, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
-    layout = StoreLayout("calibration", num_rows, 1, num_rows, precision, shapes, config.features.int8_tokens)
+    layout = StoreLayout("calibration", num_rows, 1, num_rows, precision, info.shapes, config.features.int8_tokens)
     store = FeatureStore.create(str(folder), layout)
-    values = np.random.default_rng(0).standard_normal((num_rows, 1, *shapes[output]), dtype=np.float32)
+    values = np.random.default_rng(0).standard_normal((num_rows, 1, *info.shapes[output]), dtype=np.float32)
     store.write(output, 0, values, [None] * num_rows)
     return FeatureStore.open(str(folder), (output,))
 
@@ -336,7 +339,7 @@ def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
     """The tower with its weights; raises ImbvlmError where they would have to be fetched first."""
     if not resolve_encoder(config.encoder).has_weights:
         raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet")
-    return Encoder.from_config(config.encoder, config.eval, device)
+    return create_encoder(config.encoder, config.eval, device)
 
 
 def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:

@@ -207,7 +207,7 @@ def _subtitle(source: ReportData) -> str:
 def _encoder_text(source: ReportData) -> str:
     """The encoder of the best trial, or of any trial before there is a best one, and the size of its images."""
     # Imported here because it takes seconds.
-    from imbvlm.models.encoders.open_clip_encoder import describe_encoder
+    from imbvlm.models.encoders.encoder_factory import describe_encoder
 
     record = source.best or next(iter(source.log.records.values()))
     encoder = record.trial_config().encoder

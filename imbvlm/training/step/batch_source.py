@@ -76,7 +76,7 @@ class StoredFeatureSource:
         transfer: FeatureTransfer | None = None,
     ) -> None:
         self._output, self._device, self._transfer = output, device, transfer
-        self.numbers_per_example = int(np.prod(info.shape(output)))
+        self.numbers_per_example = int(np.prod(info.shapes[output]))
         self.unreadable: dict[int, str] = {}
 
     def count_unreadable(self, world: WorkerGroup) -> int:

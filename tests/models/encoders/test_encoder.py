@@ -15,9 +15,10 @@ from towers import CONFIGS, write_config, write_tower
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.models.encoder_classifier import EncoderClassifier
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_outputs import OUTPUTS
 from imbvlm.models.encoders.encoder_registry import ENCODERS, absolute_encoder, resolve_encoder
-from imbvlm.models.encoders.open_clip_encoder import Encoder, describe_encoder
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # Other image sizes that each kind can be given.
@@ -34,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def load(name: str, image_size: int | None = None, **knobs: Any) -> Encoder:
-    return Encoder.from_config(EncoderConfig(name=name, image_size=image_size, **knobs), EvalConfig())
+    return create_encoder(EncoderConfig(name=name, image_size=image_size, **knobs), EvalConfig())
 
 
 def images(encoder: Encoder, count: int = 2) -> torch.Tensor:
@@ -57,7 +58,7 @@ def test_image_embedding_is_the_models_own(folders: dict[str, str], kind: str, s
     torch.testing.assert_close(output.image_embedding, expected, atol=1e-5, rtol=1e-5)
     encoder.check()
     for name in ("tokens", "pooled", "image_embedding"):
-        assert tuple(getattr(output, name).shape[1:]) == encoder.info.shape(name), name
+        assert tuple(getattr(output, name).shape[1:]) == encoder.info.shapes[name], name
         assert getattr(output, name).dtype == torch.float32
 
 
@@ -93,7 +94,7 @@ def test_a_tower_on_the_cpu_takes_no_memory_of_a_gpu(folders: dict[str, str], mo
 @pytest.mark.parametrize("kind", OTHER_SIZE)
 def test_description_without_weights_agrees_with_the_tower(folders: dict[str, str], kind: str) -> None:
     config = EncoderConfig(name=folders[kind], image_size=OTHER_SIZE[kind])
-    described, loaded = describe_encoder(config), Encoder.from_config(config, EvalConfig()).info
+    described, loaded = describe_encoder(config), create_encoder(config, EvalConfig()).info
     unknown = {"logit_scale": 0.0, "weights_fingerprint": ""}
     assert described.to_dict() | unknown == loaded.to_dict() | unknown
 
@@ -105,7 +106,7 @@ def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[
     whole, pooled = plain.forward_images(crops), encoder.forward_images(crops)
     torch.testing.assert_close(pooled.pooled, whole.pooled)
     torch.testing.assert_close(pooled.image_embedding, whole.image_embedding)
-    assert tuple(pooled.tokens.shape[1:]) == encoder.info.shape("tokens")
+    assert tuple(pooled.tokens.shape[1:]) == encoder.info.shapes["tokens"]
     described = describe_encoder(EncoderConfig(name=folders[kind], token_pooling=2))
     assert (described.num_tokens, described.token_pooling) == (encoder.info.num_tokens, 2)
     # In front: the class token, and timm_vit_registers' registers.
@@ -135,7 +136,7 @@ def test_tokens_on_no_grid_are_not_pooled() -> None:
 def test_vit_tokens_are_the_last_blocks_with_the_class_token_first(folders: dict[str, str]) -> None:
     encoder = load(folders["vit"])
     seen = {}
-    encoder.visual.transformer.resblocks[-1].register_forward_hook(lambda *args: seen.update(last=args[2]))
+    encoder.image_tower.transformer.resblocks[-1].register_forward_hook(lambda *args: seen.update(last=args[2]))
     output = encoder.forward_images(images(encoder))
     torch.testing.assert_close(output.tokens, seen["last"])
     assert encoder.info.has_class_token
@@ -158,7 +159,7 @@ def test_vit_that_averages_and_norms_afterwards(folders: dict[str, str]) -> None
 def test_resnet_gives_the_last_maps_positions_and_the_attention_pool(folders: dict[str, str]) -> None:
     encoder = load(folders["resnet"])
     seen = {}
-    encoder.visual.layer4.register_forward_hook(lambda *args: seen.update(last=args[2]))
+    encoder.image_tower.layer4.register_forward_hook(lambda *args: seen.update(last=args[2]))
     output = encoder.forward_images(images(encoder))
     torch.testing.assert_close(output.tokens[:, 1], seen["last"][:, :, 0, 1])
     torch.testing.assert_close(output.pooled, output.image_embedding)
@@ -171,7 +172,7 @@ def test_timm_tokens_come_before_the_norm(folders: dict[str, str], kind: str) ->
     encoder = load(folders[kind])
     crops = images(encoder)
     output = encoder.forward_images(crops)
-    trunk = encoder.visual.trunk
+    trunk = encoder.image_tower.trunk
     with torch.no_grad():
         features = trunk.forward_features(normalised(encoder, crops))
         torch.testing.assert_close(trunk.norm(output.tokens), features, atol=1e-5, rtol=1e-5)
@@ -188,7 +189,7 @@ def test_timm_feature_maps_are_flattened_row_by_row(folders: dict[str, str], kin
     encoder = load(folders[kind])
     crops = images(encoder)
     with torch.no_grad():
-        features = encoder.visual.trunk.forward_features(normalised(encoder, crops))
+        features = encoder.image_tower.trunk.forward_features(normalised(encoder, crops))
     channels_last = features if kind == "timm_swin" else features.permute(0, 2, 3, 1)
     tokens = encoder.forward_images(crops).tokens
     torch.testing.assert_close(tokens, channels_last.flatten(1, 2), atol=1e-5, rtol=1e-4)
@@ -215,7 +216,7 @@ def test_half_precision_weights_run_in_float32_at_any_size(tmp_path: Path) -> No
 def test_a_size_that_does_not_fit_names_those_that_do(
     folders: dict[str, str], kind: str, size: int, valid: str
 ) -> None:
-    for attempt in (describe_encoder, lambda config: Encoder.from_config(config, EvalConfig())):
+    for attempt in (describe_encoder, lambda config: create_encoder(config, EvalConfig())):
         with pytest.raises(ImbvlmError, match=f"encoder.image_size is {size}.*use {valid}"):
             attempt(EncoderConfig(name=folders[kind], image_size=size))
 
@@ -233,7 +234,7 @@ def test_the_tower_never_trains_and_gives_no_gradients(folders: dict[str, str]) 
 def test_embedded_tower_uses_its_own_mean_and_size() -> None:
     encoder = load("tinylit_lite0", 96)
     assert (encoder.info.mean, encoder.info.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert encoder.info.shape("tokens") == (9, 1280)
+    assert encoder.info.shapes["tokens"] == (9, 1280)
     assert encoder.preprocess.image_size == 96
     assert encoder.preprocess.resize == pytest.approx(8 / 7)
     output = encoder.forward_images(images(encoder))
@@ -242,12 +243,12 @@ def test_embedded_tower_uses_its_own_mean_and_size() -> None:
 
 def test_preprocessing_comes_from_the_tower_unless_the_configuration_says_otherwise(folders: dict[str, str]) -> None:
     config = EncoderConfig(name=folders["vit"])
-    preprocess = Encoder.from_config(config, EvalConfig()).preprocess
+    preprocess = create_encoder(config, EvalConfig()).preprocess
     assert (preprocess.interpolation, preprocess.resize_mode) == ("bilinear", "squash")
     assert preprocess.mean == (0.4, 0.5, 0.6)
-    other = Encoder.from_config(config, EvalConfig(resize=1.25, interpolation="bicubic")).preprocess
+    other = create_encoder(config, EvalConfig(resize=1.25, interpolation="bicubic")).preprocess
     assert (other.resize, other.interpolation) == (1.25, "bicubic")
-    faster = Encoder.from_config(config, EvalConfig(jpeg_downscale=2)).preprocess
+    faster = create_encoder(config, EvalConfig(jpeg_downscale=2)).preprocess
     assert (preprocess.jpeg_downscale, faster.jpeg_downscale) == (None, 2)
     assert faster.to_dict() != preprocess.to_dict()
 
@@ -265,10 +266,10 @@ def test_every_named_tower_is_described_in_seconds() -> None:
     start = time.monotonic()
     infos = {name: describe_encoder(EncoderConfig(name=name)) for name in ENCODERS}
     assert time.monotonic() - start < 20
-    assert infos["openai_rn50"].shape("tokens") == (49, 2048)
-    assert infos["openai_rn50"].shape("pooled") == (1024,)
-    assert infos["openai_vit_l14"].shape("tokens") == (257, 1024)
-    assert infos["siglip_vit_b16"].shape("tokens") == (196, 768)
+    assert infos["openai_rn50"].shapes["tokens"] == (49, 2048)
+    assert infos["openai_rn50"].shapes["pooled"] == (1024,)
+    assert infos["openai_vit_l14"].shapes["tokens"] == (257, 1024)
+    assert infos["siglip_vit_b16"].shapes["tokens"] == (196, 768)
     assert not infos["siglip_vit_b16"].has_class_token
 
 
@@ -288,7 +289,7 @@ def test_local_folder_must_state_quick_gelu(tmp_path: Path) -> None:
 def test_stated_quick_gelu_is_used_and_may_not_contradict_the_folder(tmp_path: Path) -> None:
     name = write_tower(tmp_path / "vit", "vit", quick_gelu=None)
     encoder = load(name, quick_gelu=True)
-    assert isinstance(encoder.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert isinstance(encoder.image_tower.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
     stated = write_tower(tmp_path / "stated", "vit", quick_gelu=True)
     assert load(stated, quick_gelu=True).info.weights_fingerprint == encoder.info.weights_fingerprint
     with pytest.raises(ImbvlmError, match=r"encoder\.quick_gelu is false and .*open_clip_config\.json says true"):
@@ -384,7 +385,7 @@ def test_weights_file_for_a_tags_architecture(tmp_path: Path) -> None:
     with pytest.raises(ImbvlmError, match=r"set encoder\.quick_gelu to true or false \(RN50/openai itself: true\)"):
         load("openai_rn50", weights=str(path))
     encoder = load("openai_rn50", weights=str(path), quick_gelu=True)
-    assert torch.equal(encoder.visual.conv1.weight, model.visual.conv1.weight)
+    assert torch.equal(encoder.image_tower.conv1.weight, model.visual.conv1.weight)
     assert encoder.info.name == "openai_rn50"
     with pytest.raises(ImbvlmError, match="there is no such file"):
         load("RN50", weights=str(tmp_path / "other.pt"), quick_gelu=True)

@@ -10,7 +10,8 @@ from towers import write_tower
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig, PromptsConfig
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.encoders.text_prompts import TEMPLATES, class_embeddings, templates_of, truncated_names
 
 NAMES = ["sandal", "ankle boot", "T-shirt {or top}", "coat"] * 3
@@ -18,7 +19,7 @@ NAMES = ["sandal", "ankle boot", "T-shirt {or top}", "coat"] * 3
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.from_config(EncoderConfig(name="tinylit_lite0"), EvalConfig())
+    return create_encoder(EncoderConfig(name="tinylit_lite0"), EvalConfig())
 
 
 OWN = ("a {} on white", "the {}, from above.", "{}")
@@ -33,22 +34,24 @@ def test_equal_to_open_clips_zero_shot_classifier(encoder: Encoder, templates: s
     tokenizer = open_clip.get_tokenizer(encoder.source.model)
     expected = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, NAMES, functions[templates])
     sentences = templates_of(PromptsConfig(templates=templates if isinstance(templates, str) else list(templates)))
-    got = class_embeddings(encoder, NAMES, sentences)
+    got = class_embeddings(encoder.text, NAMES, sentences)
     torch.testing.assert_close(got, expected.T, atol=1e-5, rtol=1e-5)
     assert got.shape == (len(NAMES), 384)
     torch.testing.assert_close(got.norm(dim=1), torch.ones(len(NAMES)))
 
 
 def test_batches_do_not_change_the_features(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = class_embeddings(encoder, NAMES, TEMPLATES["imagenet"])
+    whole = class_embeddings(encoder.text, NAMES, TEMPLATES["imagenet"])
     for at_once in (1, 100):
         monkeypatch.setattr("imbvlm.models.encoders.text_prompts.TEXTS_AT_ONCE", at_once)
-        torch.testing.assert_close(class_embeddings(encoder, NAMES, TEMPLATES["imagenet"]), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            class_embeddings(encoder.text, NAMES, TEMPLATES["imagenet"]), whole, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_features_can_take_part_in_training(encoder: Encoder) -> None:
     weight = torch.nn.Parameter(torch.ones(384, 384))
-    (class_embeddings(encoder, NAMES, TEMPLATES["plain"]) @ weight).sum().backward()
+    (class_embeddings(encoder.text, NAMES, TEMPLATES["plain"]) @ weight).sum().backward()
     assert weight.grad is not None
 
 
@@ -60,19 +63,19 @@ def test_templates_are_named_or_written_out() -> None:
 
 def test_names_that_the_context_cuts_off_are_found(encoder: Encoder) -> None:
     # 16 tokens: start, end, and "a photo of a", "." leave 9 for the name.
-    assert encoder.context_length == 16
+    assert encoder.text.context_length == 16
     fits, too_long = " ".join(["boot"] * 9), " ".join(["boot"] * 10)
     endless = "boot " * 200
-    assert truncated_names(encoder, ["boot", fits, too_long, endless], TEMPLATES["plain"]) == (too_long, endless)
-    assert truncated_names(encoder, ["boot", fits], ["{}", "a very good photo of the very good {}."]) == (fits,)
+    assert truncated_names(encoder.text, ["boot", fits, too_long, endless], TEMPLATES["plain"]) == (too_long, endless)
+    assert truncated_names(encoder.text, ["boot", fits], ["{}", "a very good photo of the very good {}."]) == (fits,)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason="transformers is installed")
 def test_text_of_a_tower_with_a_hugging_face_tokenizer_names_the_extra(tmp_path: Path) -> None:
     text = {"context_length": 64, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1, "hf_tokenizer_name": "x/y"}
     name = write_tower(tmp_path / "siglip", "timm_siglip", text_cfg=text)
-    encoder = Encoder.from_config(EncoderConfig(name=name), EvalConfig())
+    encoder = create_encoder(EncoderConfig(name=name), EvalConfig())
     size = encoder.info.image_size
     assert encoder.forward_images(torch.zeros(1, 3, size, size, dtype=torch.uint8)).pooled.isfinite().all()
     with pytest.raises(ImbvlmError, match=r"pip install 'imbvlm\[siglip\]'"):
-        encoder.encode_text(["a boot"])
+        encoder.text.encode_text(["a boot"])

@@ -26,7 +26,8 @@ from imbvlm.inference.model_folder import load, write_model
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import ALPHAS, TAUS, PostHocAdjustment, adjust_logits, mix_logits
 from imbvlm.models.classifier import ZeroShotClassifier
-from imbvlm.models.encoders.open_clip_encoder import Encoder
+from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.sweep.records.adjustment_selection import (
     POST_HOC_FILE,
@@ -367,7 +368,7 @@ def trained(
 ) -> tuple[Encoder, TrialConfig, dict[str, torch.Tensor], torch.Tensor]:
     """A tower, a probe's configuration and weights on its pooled output, and some crops."""
     folder = tmp_path_factory.mktemp("tower")
-    encoder = Encoder.from_config(EncoderConfig(name=write_tower(folder, "vit")), EvalConfig())
+    encoder = create_encoder(EncoderConfig(name=write_tower(folder, "vit")), EvalConfig())
     config = TrialConfig.from_tree(
         {**BASE, "method": "linear_probe", "encoder": {"name": encoder.info.name}, "classifier": {"kind": "linear"}}
     )
