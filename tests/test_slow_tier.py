@@ -13,6 +13,17 @@ pytest_plugins = ["pytester"]
 SLOW = "import pytest\n\npytestmark = pytest.mark.slow\n\n\n"
 
 
+def test_every_slow_test_stands_in_a_part() -> None:
+    seconds = slow_tier.read_seconds()
+    missing, gone = set(slow_tier.slow_units()) - set(seconds), set(seconds) - set(slow_tier.slow_units())
+    assert not missing, f"not in slow_seconds.json; run: python -m tests.slow_tier measure {' '.join(sorted(missing))}"
+    assert not gone, "slow_seconds.json has tests that are gone; run: python -m tests.slow_tier record"
+    parts = slow_tier.pack(slow_tier.packed_seconds())
+    assert sorted(unit for part in parts for unit in part) == sorted(seconds)
+    for part in parts:
+        assert sum(slow_tier.packed_seconds()[unit] for unit in part) <= slow_tier.MAX_PART_SECONDS, part
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of two files with slow tests, one of which is packed by test."""
@@ -36,7 +47,9 @@ def test_the_seconds_of_junit_files_are_added_by_unit_and_merged(root: Path) -> 
     xml = "".join(f'<testcase classname="{file}" name="{name}" time="{time}"/>' for file, name, time in cases)
     (root / "junit.xml").write_text(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
     slow_tier.record([root / "junit.xml"])
-    assert slow_tier.read_seconds() == {"tests/test_a.py": 5.0, "tests/test_b.py::test_x": 5.0}
+    seconds = {"tests/test_a.py": 5.0, "tests/test_b.py::test_x": 5.0, "tests/test_b.py::test_y": None}
+    assert slow_tier.read_seconds() == seconds
+    assert slow_tier.packed_seconds()["tests/test_b.py::test_y"] == slow_tier.ASSUMED_SECONDS
 
 
 def test_the_longest_unit_comes_first_and_each_goes_into_the_first_part_with_room() -> None:
