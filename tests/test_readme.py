@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import s3_server
-from test_datasets import spread, write_lists
+from benchmark_lists import spread, write_lists
 from towers import write_tower
 
 from imbvlm.base.schema import tag_of, variants

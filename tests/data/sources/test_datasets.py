@@ -9,7 +9,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmark_lists import spread, write_lists
 from PIL import Image
 
 from imbvlm.base.errors import ImbvlmError
@@ -686,29 +686,6 @@ def test_inaturalist_nested_without_end_or_with_annotations_of_no_image(tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ benchmarks
-
-
-def write_lists(
-    folder: Path, prefix: str, sizes: Mapping[str, int], class_counts: np.ndarray, path_of: Callable[[str, int], str]
-) -> None:
-    counts = {"train": class_counts}
-    for split in ("val", "test"):
-        counts[split] = np.full(len(class_counts), sizes[split] // len(class_counts))
-    for split, per_class in counts.items():
-        labels = np.repeat(np.arange(len(class_counts)), per_class)
-        lines = [f"{path_of(split, label)}/{row:08d}.jpg {label}" for row, label in enumerate(labels)]
-        (folder / f"{prefix}_{split}.txt").write_text("\n".join(lines))
-
-
-def spread(total: int, least: int, most: int, num_classes: int) -> np.ndarray:
-    """Counts from `most` to `least` that sum to a total."""
-    counts = np.full(num_classes, least)
-    counts[0] = most
-    rest = total - counts.sum()
-    middle = counts[1:-1]
-    middle += rest // len(middle)
-    middle[: rest % len(middle)] += 1
-    return counts
 
 
 def test_imagenet_lt_by_its_official_lists(tmp_path: Path) -> None:

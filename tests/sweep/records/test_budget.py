@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from driven_search import TWELVE, drive, searcher
+from driven_search import spec as search_spec
+from quickstart_sweep import QUICKSTART, imbvlm, newest, run, trials
 from sweep_folder import sweep_spec, write_sweep
-from test_search import TWELVE, drive, searcher
-from test_search import spec as search_spec
-from test_sweep import QUICKSTART, imbvlm, newest, run, trials
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.sweep.records.budget import Budget

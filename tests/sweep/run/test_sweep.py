@@ -13,34 +13,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from quickstart_sweep import QUICKSTART, ROOT, imbvlm, newest, run, trials
 
-ROOT = Path(__file__).parents[3]
-QUICKSTART = str(ROOT / "sweeps" / "quickstart.py")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
-
-
-def run(*arguments: str, cwd: Path, code: int = 0) -> str:
-    """Run a command to its end; its output, standard error behind it."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def imbvlm(*arguments: str, cwd: Path, code: int = 0) -> str:
-    return run("-m", "imbvlm", *arguments, cwd=cwd, code=code)
-
-
-def newest(folder: Path) -> Path:
-    return max(
-        (path for path in (folder / "runs").iterdir() if (path / "sweep.yaml").exists()),
-        key=lambda path: path.stat().st_mtime,
-    )
-
-
-def trials(sweep: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in (sweep / "trials").glob("*.json")}
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from typing import Any
 
 import optuna
 import pytest
+from driven_search import drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quickstart_sweep import QUICKSTART, newest, trials
+from quickstart_sweep import run as run_script
 from sweep_folder import sweep_spec, write_sweep
-from test_search import drive
-from test_sweep import QUICKSTART, newest, trials
-from test_sweep import run as run_script
 
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quickstart_sweep import QUICKSTART
 from sweep_folder import sweep_spec, write_sweep
-from test_sweep import QUICKSTART
 
 from imbvlm.base import console as console_file
 from imbvlm.base.console import Console

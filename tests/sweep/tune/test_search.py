@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from driven_search import BASE, BEST, TWELVE, drive, next_job, searcher, spec
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from ray.tune.search import Searcher
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.registry import Registry
-from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -34,43 +32,9 @@ from imbvlm.sweep.tune.study_search import StudySearch
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
-BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"}
-BEST = "val/best_balanced_accuracy"
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
 RUNNING = optuna.trial.TrialState.RUNNING
-TWELVE = "{decoder.depth: {choice: [1, 2, 3]}, loss.name: {choice: [focal, ldam]}, optim.lr: {choice: [0.1, 0.2]}}"
 WIDE = "{decoder.depth: {int: [1, 4]}, optim.lr: {loguniform: [1e-3, 1]}}"
-
-
-def spec(space: str, **fields: Any) -> SweepSpec:
-    parameters = parse_yaml(space).data
-    made = SweepSpec.from_tree({"name": "s", "base": BASE, "space": {"parameters": parameters}, **fields})
-    check_spec(made)
-    return made
-
-
-def searcher(
-    of: SweepSpec,
-    jobs: list[Job] | None = None,
-    known: list[TrialRecord] | None = None,
-    journal: Path | None = None,
-) -> StudySearch:
-    budget = Budget(of, "nowhere", 0.0)
-    return StudySearch(of.resolve(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
-
-
-def next_job(search: Searcher, trial_id: str) -> Job | None:
-    suggested = search.suggest(trial_id)
-    return None if suggested == Searcher.FINISHED else suggested["job"]  # type: ignore[index]
-
-
-def drive(search: StudySearch, value: Callable[[Job], float] = lambda job: 0.5) -> list[Job]:
-    """One trial at a time to the end."""
-    jobs: list[Job] = []
-    while (job := next_job(search, f"tune{len(jobs)}")) is not None:
-        search.on_trial_complete(f"tune{len(jobs)}", {BEST: value(job)})
-        jobs.append(job)
-    return jobs
 
 
 def record(job: Job, state: str, value: float | None) -> TrialRecord:
