@@ -1,16 +1,15 @@
-"""Classifiers on features (B, D): linear, and cosine with a temperature; both give float32 logits (B, C) at least."""
+"""Linear, cosine and zero-shot classifiers on features (B, D), with logits (B, C) in float32 at least."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
 
-# A vector shorter than this has no direction: it counts as zero and gets no gradient, which would be 1 / length.
+# A shorter vector counts as zero and gets no gradient, which would grow as 1 / length.
 MIN_NORM = 1e-6
 
 
@@ -47,10 +46,10 @@ def build_classifier(
     *,
     init_weight: Tensor | None = None,
 ) -> LinearClassifier | CosineClassifier:
-    """The configured classifier, started from `init_weight` (C, D) where given, with a bias of 0; raises ImbvlmError.
+    """The configured classifier, started from `init_weight` (C, D), with a bias of 0, or at random without it.
 
-    A zero row of `init_weight` (the mean of a class without images) starts at random, for it has no direction to
-    learn from.
+    A zero row of `init_weight` (the mean of a class without images) starts at random, because it has no direction.
+    Raises ImbvlmError for an `init_weight` of another shape.
     """
     if isinstance(config, CosineClassifierConfig):
         classifier: LinearClassifier | CosineClassifier = CosineClassifier(in_features, num_classes, config.temperature)
@@ -70,24 +69,24 @@ def l2_normalize(vectors: Tensor) -> Tensor:
 def _start_from(classifier: LinearClassifier | CosineClassifier, init_weight: Tensor, source: str) -> None:
     if init_weight.shape != classifier.weight.shape:
         raise ImbvlmError(
-            f"classifier.init {source} gives weights of shape {tuple(init_weight.shape)}, and the classifier's are "
-            f"{tuple(classifier.weight.shape)}: its features must be those that the weights were made from"
+            f"classifier.init: {source} needs weights of the classifier's shape {tuple(classifier.weight.shape)}, got "
+            f"{tuple(init_weight.shape)}. Give it the features that the weights were made from."
         )
     with torch.no_grad():
-        given = init_weight.to(classifier.weight)
-        has_direction = torch.linalg.vector_norm(given, dim=-1, keepdim=True) > MIN_NORM
-        classifier.weight.copy_(torch.where(has_direction, given, classifier.weight))
+        weight = init_weight.to(classifier.weight)
+        has_direction = torch.linalg.vector_norm(weight, dim=-1, keepdim=True) > MIN_NORM
+        classifier.weight.copy_(torch.where(has_direction, weight, classifier.weight))
         if isinstance(classifier, LinearClassifier):
             classifier.bias.zero_()
 
 
 def autocast_disabled(features: Tensor) -> torch.autocast:
-    """No autocast: bfloat16 logits of a cosine classifier, at 1 / temperature = 25, are 0.125 apart."""
+    """A context without autocast: neighboring bfloat16 logits of a cosine classifier at 1 / 0.04 are 0.125 apart."""
     return torch.autocast(features.device.type, enabled=False)
 
 
 class FeatureClassifier(nn.Module):
-    """A classifier on stored features, behind a decoder or none: (B, ...) -> (B, C)."""
+    """A classifier behind a decoder, or behind an identity: (B, ...) to (B, C)."""
 
     def __init__(self, decoder: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -113,4 +112,4 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, image_embedding: Tensor) -> Tensor:
         """Logits (B, C) of image embeddings (B, E)."""
-        return self.logit_scale * functional.normalize(image_embedding, dim=-1) @ self.class_embeddings.T
+        return self.logit_scale * F.normalize(image_embedding, dim=-1) @ self.class_embeddings.T

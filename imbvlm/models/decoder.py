@@ -1,4 +1,4 @@
-"""The study's decoder: pre-norm transformer blocks over all of a tower's tokens, read at the class token."""
+"""The study's decoder: pre-norm transformer blocks over all tokens of an image, read at the class token."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def refuse_decoder(config: TrialConfig, info: EncoderInfo) -> list[str]:
 class Decoder(nn.Module):
     """Tokens (B, T, D) to features (B, width) [Wang et al. 2023]; width is D unless `decoder.width` narrows it.
 
-    Without a class token the mean token is put first. `final_norm` (weight (D,), bias (D,), eps): the tower's, from
-    which `input_norm: layer_norm` starts. There is no norm at the end. Raises ImbvlmError where num_heads doesn't
-    divide the width.
+    Without a class token the mean token is put first. `input_norm: layer_norm` starts from `final_norm`, the encoder's
+    weight (D,), bias (D,) and eps. There is no norm at the end. Raises ImbvlmError where num_heads doesn't divide the
+    width.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
 
 
 def num_parameters(width_in: int, config: DecoderConfig) -> int:
-    """Those of a Decoder(width_in, config, ...), without building it."""
+    """Number of parameters of a Decoder(width_in, config, ...), without building it."""
     width = config.width or width_in
     hidden = _hidden_width(width, config)
     norms, attention, mlp = 4 * width, 4 * width * (width + 1), 2 * width * hidden + hidden + width
@@ -69,7 +69,7 @@ def num_parameters(width_in: int, config: DecoderConfig) -> int:
 
 
 class DecoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with GELU: (B, T, D) to (B, T, D), first_only to (B, 1, D)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) with GELU: (B, T, D) to (B, T, D), or to (B, 1, D) `first_only`."""
 
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
@@ -96,15 +96,15 @@ class DecoderBlock(nn.Module):
 
     def _attend(self, normed: Tensor) -> Tensor:
         by_head = (*normed.shape[:2], 3, self.num_heads, self.head_width)
-        # Taken apart where they lie, so that their gradients are put together in one pass over memory.
-        query, key, value = (one.transpose(1, 2) for one in self.query_key_value(normed).view(by_head).unbind(2))
+        # `unbind` gives views, whose gradients are put together in one pass over memory.
+        query, key, value = (part.transpose(1, 2) for part in self.query_key_value(normed).view(by_head).unbind(2))
         return _attention(query, key, value).transpose(1, 2).flatten(2)
 
     def _attend_from_first(self, normed: Tensor) -> Tensor:
         """`_attend(normed)[:, :1]` without keys and values of every token.
 
-        With one query, q . (W_k x + b_k) is (W_k^T q) . x plus what all tokens share, which softmax ignores; and the
-        attention's weights sum to 1, so that W_v and b_v can wait until the tokens are averaged. Per image that is
+        With one query, q . (W_k x + b_k) is (W_k^T q) . x plus a term that all tokens share, which softmax ignores.
+        The attention's weights sum to 1, so W_v and b_v can follow the averaging of tokens. An image takes
         2 D^2 + 2 heads T D multiplications instead of 2 T D^2.
         """
         batch, _, width = normed.shape
@@ -113,7 +113,7 @@ class DecoderBlock(nn.Module):
         by_head = (self.num_heads, self.head_width, width)
         query = F.linear(normed[:, 0], query_weight, query_bias).view(batch, self.num_heads, self.head_width)
         query_on_tokens = torch.einsum("bhe,hed->bhd", query, key_weight.view(by_head))
-        # With a dimension for one head: the faster kernel, and the only form that ONNX has.
+        # The dimension for one head selects the faster kernel, and ONNX has no other form.
         query_on_tokens, tokens = query_on_tokens.unsqueeze(1), normed.unsqueeze(1)
         averaged = F.scaled_dot_product_attention(query_on_tokens, tokens, tokens, scale=self.head_width**-0.5)
         attended = torch.einsum("bhd,hed->bhe", averaged.squeeze(1), value_weight.view(by_head))
@@ -123,7 +123,7 @@ class DecoderBlock(nn.Module):
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention over (B, heads, T, D)."""
     if query.requires_grad and query.dtype is torch.bfloat16 and query.device.type == "cpu":
-        # Forward and backward, plain products take 0.3 to 0.9 of what the kernel does there, whatever T.
+        # Forward and backward, plain products take 0.3 to 0.9 of the kernel's time there, for any T.
         with torch.autocast("cpu", enabled=False):
             scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
             return torch.softmax(scores, dim=-1) @ value
@@ -135,7 +135,7 @@ def _hidden_width(width: int, config: DecoderConfig) -> int:
 
 
 def _linear(width_in: int, width_out: int) -> nn.Linear:
-    """As the study starts its own: torch's weights, no bias."""
+    """A layer that starts with torch's weights and a bias of 0, as the study's do."""
     layer = nn.Linear(width_in, width_out)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,4 +1,4 @@
-"""The frozen text tower from token embeddings on, for prompts whose words are learned; open_clip's own kinds of it."""
+"""The frozen text tower from token embeddings on, for prompts whose words are learned."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CONTEXT_LENGTH = 77
 
 
 class TextTower(nn.Module):
-    """Takes embeddings of tokens instead of tokens; for CLIP's and its kin's towers, whose attention looks back only.
+    """A causal text tower, such as CLIP's, that takes embeddings of tokens.
 
-    What stands behind the token that is read has no influence there, so that sequences can end at the last such token.
+    Tokens behind the one that is read have no influence, so sequences can end at the last such token.
     """
 
     positions: Tensor
@@ -57,19 +57,23 @@ class TextTower(nn.Module):
 
 
 def unsupported_text_tower(text_config: Mapping[str, Any], name: str, num_tokens: int | None) -> str | None:
-    """Why the prompts of a tower (open_clip's text_cfg) can't have learned context, so many tokens of it; or None."""
-    own = not any(text_config.get(key) for key in ("hf_model_name", "no_causal_mask", "embed_cls"))
-    if not own or _pool_type(text_config) not in ("argmax", "eos"):
+    """The reason why prompts of an encoder can't have `num_tokens` learned vectors; None where they can.
+
+    `text_config` is open_clip's text_cfg, `num_tokens` None for the default.
+    """
+    is_native = not any(text_config.get(key) for key in ("hf_model_name", "no_causal_mask", "embed_cls"))
+    if not is_native or _pool_type(text_config) not in ("argmax", "eos"):
         return (
             f"method prompt_tuning needs a text tower that reads a text's end token and attends backwards only, as "
-            f"CLIP's does, and that of {name} doesn't; choose a CLIP tower, or a method that trains on images alone"
+            f"CLIP's does, and that of {name} doesn't. Choose a CLIP encoder, or a method that trains on images alone."
         )
+    context_length = text_config.get("context_length", CONTEXT_LENGTH)
     # Start, end, and a token of the name.
-    most = text_config.get("context_length", CONTEXT_LENGTH) - 3
-    if num_tokens is not None and num_tokens > most:
+    max_tokens = context_length - 3
+    if num_tokens is not None and num_tokens > max_tokens:
         return (
-            f"prompt_tuning.num_tokens is {num_tokens}, and a text of {name} has {most + 3} tokens, its start, its end "
-            f"and the class name included; at most {most} can be learned"
+            f"prompt_tuning.num_tokens must leave 3 of the {context_length} tokens of {name} for start, end and class "
+            f"name, got {num_tokens}. Set it to at most {max_tokens}."
         )
     return None
 

@@ -244,9 +244,9 @@ def test_more_context_than_a_text_holds_is_refused(data: TrialData) -> None:
         assert check_model(fits, data.info) == []
         too_long = fits.with_overrides({"prompt_tuning.num_tokens": 14})
         (problem,) = check_model(too_long, data.info)
-        assert "num_tokens is 14, and a text of" in problem.message
-        assert "has 16 tokens, its start, its end and the class name included; at most 13 can" in problem.message
-        assert "at most 13 can be learned" in error_of(too_long, data)
+        assert problem.message.startswith("prompt_tuning.num_tokens must leave 3 of the 16 tokens of")
+        assert problem.message.endswith("for start, end and class name, got 14. Set it to at most 13.")
+        assert problem.message == error_of(too_long, data)
 
 
 def error_of(config: TrialConfig, data: TrialData) -> str:
