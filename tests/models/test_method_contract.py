@@ -1,13 +1,15 @@
-"""Every method that trains, on a debug-size ViT and convolution tower and real images: what must hold for all alike.
+"""The contract of METHODS: every entry, and every method that trains on a debug-size ViT and convolution tower.
 
 What trains inside the tower has the same checks in test_tower_methods.py, beside its own.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ import pytest
 import torch
 from tiny_images import TinyImages
 
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.method_registry import METHODS
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.models.encoders.encoder_factory import create_encoder
+from imbvlm.models.model_builder import build_model, refusals
+from imbvlm.models.model_inputs import ModelInputs
 from imbvlm.training import checkpoint
 from imbvlm.training.trial_run import TrialRun, build_trial
 
@@ -48,6 +54,55 @@ def weights(run: TrialRun) -> dict[str, torch.Tensor]:
     """Of the model, and of the text tower that prompts are read by."""
     text = getattr(getattr(run.model, "on_features", run.model), "_text", None)
     return {**run.model.state_dict(), **({} if text is None else text.tower.state_dict(prefix="text."))}
+
+
+PARAMETERS = {
+    "build": ["config", "inputs", "encoder", "device"],
+    "restore": ["config", "info", "num_classes", "tensors"],
+    "install": ["encoder", "config", "num_classes"],
+    "refuse": ["config", "info"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_entry_says_what_it_is_and_names_functions_that_are_called_as_all_are(method: str) -> None:
+    entry = METHODS[method]
+    assert entry.summary[0].isupper()
+    assert entry.summary.endswith(".")
+    assert any(f"{year}" in entry.paper for year in range(2014, 2027))
+    for name, parameters in PARAMETERS.items():
+        function = getattr(entry, name)
+        if function is not None:
+            assert list(inspect.signature(function.load()).parameters) == parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sections_that_vary_images_or_features_are_read_where_a_trial_has_them(method: str) -> None:
+    entry = METHODS[method]
+    of_images, of_features = {"augmentation", "memory"}, {"feature_augmentation", "second_stage"}
+    assert bool(entry.sections & of_images) == entry.trains_encoder
+    assert not (entry.trains_encoder and entry.sections & of_features)
+    assert entry.packs is None or (entry.trains and not entry.trains_encoder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_needs_text_and_the_encoder_where_it_says_so(problems: dict[str, TinyImages], method: str) -> None:
+    """Built without class embeddings, and on stored features without an encoder."""
+    entry, problem = METHODS[method], problems["vit"]
+    config = problem.config(method)
+    inputs = problem.data(config).model_inputs
+    assert refusals(config, inputs.info) == []
+
+    def builds(inputs: ModelInputs) -> bool:
+        try:
+            build_model(config, inputs, torch.device("cpu"))
+        except ImbvlmError:
+            return False
+        return True
+
+    assert builds(replace(inputs, class_embeddings=None)) != entry.needs_text
+    nowhere = EncoderConfig(name="local-dir:/nowhere")
+    assert builds(replace(inputs, encoder=nowhere)) != (entry.needs_encoder or entry.trains_encoder)
 
 
 @pytest.mark.parametrize("stored", [True, pytest.param(False, marks=pytest.mark.slow)])

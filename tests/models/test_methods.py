@@ -12,7 +12,6 @@ from tiny_images import TinyImages
 from torch.nn import functional
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_info import OUTPUT_NAMES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import needs_text
 from imbvlm.features.trial_data import TrialData
@@ -58,16 +57,6 @@ def some_batch(data: TrialData, method: str) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------- the contract of every method
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_says_what_it_is_in_one_sentence(method: str) -> None:
-    entry = METHODS[method]
-    assert entry.reads in OUTPUT_NAMES
-    assert entry.summary[0].isupper()
-    assert entry.summary.endswith(".")
-    assert "\n" not in entry.summary
-    assert entry.paper
 
 
 @pytest.mark.parametrize("case", [(case,) for case in CASES], indirect=True, ids=str)
