@@ -1,4 +1,4 @@
-"""The order of folders, the place of each library, and what starts without what it doesn't need."""
+"""The order of folders, the place of each library, what starts without what, and names that no code compares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS
+from imbvlm.models.encoders.encoder_registry import ENCODERS
 from imbvlm.sweep.records.provenance import has_part
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 # A file imports only from its own folder and from folders that stand before it.
@@ -216,3 +222,111 @@ def test_a_resume_asks_for_the_code_that_extracts_and_trains_and_for_no_other() 
     paths = {name: path.relative_to(ROOT / "imbvlm").as_posix() for name, path in MODULES.items()}
     assert {folder(name) for name in MODULES if has_part(paths[name])} == parts
     assert not has_part(paths[""])
+
+
+# ------------------------------------------------------------------------------------- no comparison with a name
+
+
+REGISTERED = {name for table in (LOSSES, METHODS, SECOND_STAGES, SAMPLERS, ENCODERS, BENCHMARKS) for name in table}
+# Keys and attributes that hold the name of an entry.
+TAGS = {"method", "name"}
+
+
+def is_tag(node: ast.AST) -> bool:
+    """Whether it is `x.method`, `x["method"]`, `x.get("method")` or `getattr(x, "method")`, or the same of a name."""
+    match node:
+        case ast.Attribute(attr=key) | ast.Subscript(slice=ast.Constant(value=key)):
+            return key in TAGS
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=key), *_]):
+            return key in TAGS
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=key), *_]):
+            return key in TAGS
+    return False
+
+
+def values_of_names(tree: ast.Module) -> dict[str, list[ast.AST]]:
+    """What a file assigns to each name, or loops over by it."""
+    values: dict[str, list[ast.AST]] = {}
+
+    def note(target: ast.AST, value: ast.AST | None) -> None:
+        if isinstance(target, ast.Name) and value is not None:
+            values.setdefault(target.id, []).append(value)
+        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, own_value in zip(target.elts, value.elts, strict=False):
+                note(part, own_value)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            note(node.targets[0], node.value)
+        elif isinstance(node, ast.AnnAssign | ast.NamedExpr):
+            note(node.target, node.value)
+        elif isinstance(node, ast.For | ast.comprehension):
+            note(node.target, node.iter)
+    return values
+
+
+def comparisons_with_names(source: str) -> list[int]:
+    """Lines where the name of an entry is compared or matched with a registry's key (`kind` may be compared)."""
+    tree = ast.parse(source)
+    values = values_of_names(tree)
+
+    def parts(node: ast.AST) -> Iterator[ast.AST]:
+        for part in ast.walk(node):
+            yield part
+            if isinstance(part, ast.Name):
+                yield from (inner for value in values.get(part.id, ()) for inner in ast.walk(value))
+
+    def has_tag(node: ast.AST) -> bool:
+        return any(is_tag(part) for part in parts(node))
+
+    def has_key(node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Constant) and part.value in REGISTERED for part in parts(node))
+
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(has_tag(one) and has_key(other) for one in sides for other in sides if one is not other):
+                lines.add(node.lineno)
+        elif isinstance(node, ast.Match):
+            for case in node.cases:
+                mappings = [part for part in ast.walk(case.pattern) if isinstance(part, ast.MatchMapping)]
+                tagged = [
+                    pattern
+                    for mapping in mappings
+                    for key, pattern in zip(mapping.keys, mapping.patterns, strict=True)
+                    if isinstance(key, ast.Constant) and key.value in TAGS
+                ]
+                if any(map(has_key, [*tagged, *([case.pattern] if has_tag(node.subject) else [])])):
+                    lines.add(case.pattern.lineno)
+    return sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'config.method == "decoder"',
+        'str(record["method"]) != "zero_shot"',
+        'stage.get("name") in ("disalign", "marc")',
+        'METHODS = ("adapter", "lora")\nconfig.method in METHODS',
+        'name = getattr(loss, "name", None)\nname == "focal"',
+        'for method in ("adapter", "lora"):\n    record.config["method"] == method',
+        'match config.loss.name:\n    case "focal" | "ldam":\n        pass',
+        'match loss:\n    case {"name": "focal", "gamma": 0}:\n        pass',
+    ],
+)
+def test_a_comparison_with_a_registrys_key_is_noticed(source: str) -> None:
+    assert comparisons_with_names(source)
+
+
+@pytest.mark.parametrize(
+    "source", ['record.kind == "search"', "METHODS[config.method].reads == 'tokens'", 'path.name == "config.json"']
+)
+def test_other_comparisons_are_left_alone(source: str) -> None:
+    assert not comparisons_with_names(source)
+
+
+def test_no_code_compares_the_name_of_an_entry() -> None:
+    """What is special to an entry stands in it, so that adding one changes no other place."""
+    lines = {name: comparisons_with_names(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert {name: numbers for name, numbers in lines.items() if numbers} == {}
