@@ -22,11 +22,11 @@ class TextSpace(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """Facts about one encoder at one image size; JSON-able.
+    """Facts about one encoder at one image size.
 
-    `logit_scale` is the factor on cosine similarities (exponential taken); it and `embedding_width` are None for an
-    image-only encoder. `weights_fingerprint` is empty for an encoder that was only described, `final_norm_eps` is None
-    where there is no final norm.
+    `logit_scale` is the factor on cosine similarities, not its logarithm; it and `embedding_width` are None for an
+    image-only encoder. `weights_fingerprint` is empty for an encoder that was described without its weights.
+    `final_norm_eps` is None where there is no final norm.
     """
 
     name: str

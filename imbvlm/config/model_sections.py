@@ -1,4 +1,4 @@
-"""Sections of a trial that say what is trained: decoder, classifier, encoder changes, prompts."""
+"""Sections of a trial on what it trains: decoder, classifier, parts of the encoder, prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from imbvlm.base.schema import Section
 
 
 class AdapterConfig(Section):
-    """AdaptFormer: a narrow branch beside the MLP of every block."""
+    """AdaptFormer: a narrow branch parallel to the MLP of every block."""
 
     width: int | None = Field(
-        None, ge=1, description="of the branch; null: 2^max(0, floor(log2(classes / (2 blocks)))), as LIFT has it"
+        None, ge=1, description="width of the branch; null: LIFT's 2^max(0, floor(log2(classes / (2 blocks))))"
     )
 
 
@@ -21,14 +21,14 @@ class LoraConfig(Section):
     """Low-rank updates of query, key, value and output in the attention of every block."""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    alpha: float = Field(16.0, gt=0, description="scales the update by alpha / rank")
 
 
 class FineTuningConfig(Section):
     """The whole image tower trains."""
 
     layer_decay: float = Field(
-        0.75, gt=0, le=1, description="factor on the learning rate from each block to the one before it; 1: all alike"
+        0.75, gt=0, le=1, description="factor on the learning rate from each block to the one before it; 1: one rate"
     )
 
 
@@ -36,37 +36,43 @@ class PromptTuningConfig(Section):
     """Learned context around the class names [CoOp]."""
 
     num_tokens: int | None = Field(
-        None, ge=0, description="learned vectors; null: those of init_words, else 16 or a quarter of a shorter context"
+        None,
+        ge=0,
+        description="learned vectors; null: as many as init_words has, else 16 or a quarter of a shorter context",
     )
-    position: Literal["end", "middle", "front"] = Field("end", description="where the class name stands among them")
-    per_class: bool = Field(False, description="each class has context of its own")
-    init_words: str | None = Field(None, description="words that the first vectors start from; null: at random")
-    chunk_size: int = Field(256, ge=1, description="classes encoded at once; fewer need less memory")
+    position: Literal["end", "middle", "front"] = Field("end", description="position of the class name among them")
+    per_class: bool = Field(False, description="learn separate context for each class")
+    init_words: str | None = Field(
+        None, description="words whose embeddings initialize the first vectors; null: random"
+    )
+    chunk_size: int = Field(256, ge=1, description="classes encoded at once; a smaller chunk needs less memory")
 
 
 class DecoderConfig(Section):
     """The study's transformer decoder over all tokens."""
 
-    depth: int = Field(3, ge=0, le=32, description="blocks; 0 leaves the (normalised) class token as it is")
+    depth: int = Field(3, ge=0, le=32, description="number of blocks; 0 keeps the (normalized) class token")
     num_heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(0.5, gt=0)
-    width: int | None = Field(None, ge=1, description="narrower width behind a linear projection; null: the tower's")
-    input_norm: Literal["layer_norm", "none"] = Field("layer_norm", description="starts from the tower's final norm")
-    init: Literal["random", "identity"] = Field("random", description="identity: blocks add nothing at step 0")
+    width: int | None = Field(None, ge=1, description="narrower width after a linear projection; null: the encoder's")
+    input_norm: Literal["layer_norm", "none"] = Field(
+        "layer_norm", description="layer_norm: initialized from the encoder's final norm"
+    )
+    init: Literal["random", "identity"] = Field("random", description="identity: blocks add nothing at first")
 
     @field_validator("width")
     @classmethod
     def _heads_divide_it(cls, width: int | None, info: ValidationInfo) -> int | None:
         num_heads = info.data.get("num_heads")
         if width is not None and num_heads is not None and width % num_heads:
-            raise ValueError(f"decoder.width {width} must be a multiple of decoder.num_heads {num_heads}")
+            raise ValueError(f"decoder.width must be a multiple of decoder.num_heads ({num_heads}), got {width}.")
         return width
 
     @field_validator("init")
     @classmethod
     def _identity_keeps_the_width(cls, init: str, info: ValidationInfo) -> str:
         if init == "identity" and info.data.get("width") is not None:
-            raise ValueError("decoder.init: identity keeps the tower's width; set decoder.width: null")
+            raise ValueError("decoder.init: identity needs the encoder's width. Set decoder.width: null.")
         return init
 
 
@@ -86,7 +92,7 @@ class CosineClassifierConfig(Section):
     """Cosine similarity divided by a temperature."""
 
     kind: Literal["cosine"] = "cosine"
-    temperature: float = Field(0.04, gt=0, description="LIFT's scale of 25 is 0.04")
+    temperature: float = Field(0.04, gt=0, description="0.04 is LIFT's scale of 25")
     init: Literal["random", "text", "class_mean"] = "random"
 
     @property

@@ -1,4 +1,4 @@
-"""Sections of a trial that say how it trains: optimizer, length, augmentation, mixing, memory."""
+"""Sections of a trial on how it trains: optimizer, length, augmentation, mixing, memory."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from imbvlm.config.input_sections import Seed
 
 
 class MixingConfig(Section):
-    """Images of a batch mixed with others of it, and their labels likewise; with both, each batch draws one of them."""
+    """Mixes the images of a batch and their labels. With both options set, each batch samples one of them."""
 
     mixup: float = Field(
         0.0,
         ge=0,
-        description="alpha of Beta(alpha, alpha), from which a batch draws its share of the own image; 0: off",
+        description="alpha of Beta(alpha, alpha), the distribution of an image's own share; 0: off",
     )
-    cutmix: float = Field(0.0, ge=0, description="the same for a rectangle of another image pasted in; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="the same, for a rectangle of another image pasted in; 0: off")
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is mixed at all."""
+        """Whether it changes anything."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class FeatureAugmentationConfig(Section):
-    """Stored features that vary from step to step."""
+    """Varies stored features from step to step."""
 
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup of the tower's outputs and their labels; 0: off")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup of the encoder's outputs and their labels; 0: off")
     transfer: float = Field(
         0.0,
         ge=0,
         le=2,
-        description="how much of the variation within many-shot classes is added to images of all others; 0: off",
+        description="share of the variation within many-shot classes that images of other classes get; 0: off",
     )
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is changed at all."""
+        """Whether it changes anything."""
         return self.mixup > 0 or self.transfer > 0
 
 
-# Above the CPUs of any machine. torch ends by SIGSEGV where the system can't start as many threads as it is told.
+# More than the CPUs of any machine. torch dies of SIGSEGV if the system can't start all threads.
 MAX_THREADS = 1024
 
 
@@ -51,16 +51,16 @@ class _OptimBase(Section):
     lr: float = Field(gt=0)
     weight_decay: float = Field(5e-4, ge=0)
     warmup_fraction: float = Field(
-        0.0625, ge=0, lt=1, description="share of the steps over which the rate rises linearly"
+        0.0625, ge=0, lt=1, description="share of the steps over which the learning rate rises linearly"
     )
     lr_schedule: Literal["cosine", "half_cosine", "epoch_half_cosine", "constant"] = Field(
         "cosine",
         description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2; "
-        "epoch_half_cosine: the same, changed at the start of an epoch only, as LIFT does",
+        "epoch_half_cosine: the same, updated at the start of each epoch as in LIFT",
     )
-    cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; 7/16 is the study's")
+    cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; the study has 7/16")
     first_epoch_lr: float | None = Field(
-        None, gt=0, description="rate of the whole first epoch in place of a warm-up; the schedule follows"
+        None, gt=0, description="learning rate of the whole first epoch, in place of a warm-up"
     )
 
     @field_validator("first_epoch_lr")
@@ -68,7 +68,8 @@ class _OptimBase(Section):
     def _one_warmup(cls, rate: float | None, info: ValidationInfo) -> float | None:
         if rate is not None and info.data.get("warmup_fraction"):
             raise ValueError(
-                "optim.first_epoch_lr stands in place of a warm-up; set it to null, or optim.warmup_fraction to 0"
+                f"optim.first_epoch_lr replaces a warm-up, got {rate} and a warm-up. Set it to null, or set "
+                "optim.warmup_fraction to 0."
             )
         return rate
 
@@ -77,7 +78,7 @@ class _OptimBase(Section):
     def _only_of_cosine(cls, cycles: float, info: ValidationInfo) -> float:
         schedule = info.data.get("lr_schedule", "cosine")
         if schedule != "cosine" and cycles != 0.5:
-            raise ValueError(f"optim.cosine_cycles has no effect with lr_schedule {schedule}; take it out")
+            raise ValueError(f"optim.cosine_cycles has no effect with lr_schedule {schedule}, got {cycles}. Remove it.")
         return cycles
 
 
@@ -101,52 +102,48 @@ OptimConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
 
 
 class TrainConfig(Section):
-    """How long and how large: exactly one of num_epochs and num_steps."""
+    """Length, in either epochs or steps, and how each step computes."""
 
-    num_epochs: int | None = Field(
-        None, ge=1, description="passes over the epoch plan; 10 where num_steps is not given either"
-    )
-    num_steps: int | None = Field(None, ge=1, description="optimiser steps, as the study counts")
-    batch_size: int = Field(256, ge=1, description="global: over all workers of the trial")
+    num_epochs: int | None = Field(None, ge=1, description="passes over the epoch plan; 10 if num_steps is null too")
+    num_steps: int | None = Field(None, ge=1, description="optimizer steps, the study's unit")
+    batch_size: int = Field(256, ge=1, description="images per step, over all workers of the trial")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bfloat16 on GPUs that have it and, for decoders, on CPUs that have it; else float32",
+        description="auto: bfloat16 on GPUs that support it and, for decoders, on such CPUs; else float32",
     )
     clip_grad_norm: float | None = Field(1.0, gt=0)
-    compile: bool = Field(False, description="run the model through torch.compile")
+    compile: bool = Field(False, description="compile the model with torch.compile")
     num_threads: int | None = Field(
-        None, ge=1, le=MAX_THREADS, description="CPU threads; null: the process's own. Numbers depend on it"
+        None, ge=1, le=MAX_THREADS, description="CPU threads, which change rounding; null: the process's own"
     )
-    seed: Seed = Field(0, description="of initial weights and of the epoch plan")
+    seed: Seed = Field(0, description="seed of the initial weights and the epoch plan")
 
     @field_validator("num_steps")
     @classmethod
     def _one_length(cls, num_steps: int | None, info: ValidationInfo) -> int | None:
         if num_steps is not None and info.data.get("num_epochs") is not None:
-            raise ValueError("train.num_epochs and train.num_steps are both given; keep exactly one")
+            raise ValueError("train must have either num_epochs or num_steps, got both. Remove one.")
         return num_steps
 
 
 class AugmentationConfig(Section):
-    """How training images vary from epoch to epoch."""
+    """Varies training images from epoch to epoch."""
 
     crop: Literal["random_resized", "growing"] = Field(
         "random_resized",
-        description="growing: LIFT+'s square, whose smallest share of the image grows to all of it over training",
+        description="growing: LIFT+'s square, whose minimum share of the image grows to 1 over training",
     )
-    min_scale: float = Field(0.08, gt=0, le=1, description="smallest share of the image's area that a crop has")
-    flip: bool = Field(True, description="left and right are exchanged in every second crop")
+    min_scale: float = Field(0.08, gt=0, le=1, description="minimum share of the image's area in a crop")
+    flip: bool = Field(True, description="flip half of the crops horizontally")
     color_jitter: float = Field(
-        0.0, ge=0, lt=1, description="brightness, contrast and saturation vary by this share up and down"
+        0.0, ge=0, lt=1, description="brightness, contrast and saturation vary by up to this share"
     )
-    rand_ops: int = Field(0, ge=0, le=8, description="operations of RandAugment after the crop")
-    rand_magnitude: int = Field(9, ge=0, le=30, description="of RandAugment's operations")
+    rand_ops: int = Field(0, ge=0, le=8, description="RandAugment operations after the crop")
+    rand_magnitude: int = Field(9, ge=0, le=30, description="magnitude of the RandAugment operations")
 
 
 class MemoryConfig(Section):
-    """What trades time for memory; numbers stay the same up to rounding."""
+    """Trades time for memory; results change by rounding only."""
 
-    accumulation: int = Field(
-        1, ge=1, description="parts in which a worker computes its share of a batch, one after another"
-    )
-    gradient_checkpointing: bool = Field(False, description="compute each block's inside again on the way back")
+    accumulation: int = Field(1, ge=1, description="micro-batches into which a worker splits its share of a batch")
+    gradient_checkpointing: bool = Field(False, description="recompute each block's activations in the backward pass")

@@ -1,4 +1,4 @@
-"""What one trial is: a strict, typed configuration, from YAML and dotted overrides, all mistakes named at once."""
+"""The configuration of one trial: strict, typed, from YAML and dotted overrides, with all mistakes at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.schema import NULL_NAME_REMOVES, Section, Tree, dotted_keys_of, to_problems, with_dotted_keys
 from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
-from imbvlm.config.loss_registry import LossConfig, SmoothedLoss
+from imbvlm.config.loss_registry import LOSSES, LossConfig, LossSection
 from imbvlm.config.method_registry import (
     DEFAULT_SECTIONS,
     METHODS,
@@ -55,7 +55,7 @@ else:
 
 
 class TrialConfig(_WithMethods):
-    """One trial: the same file for `imbvlm train`, for a sweep's base, and for an exported best.
+    """One trial. `imbvlm train`, a sweep's base and an export share this file format.
 
     `section` reads the section of a method.
     """
@@ -79,9 +79,9 @@ class TrialConfig(_WithMethods):
             return classifier
         if decoder.init != "identity" or decoder.width is not None or decoder.input_norm == "none":
             raise ValueError(
-                "classifier.init: text needs the tower's pooled output, and a random decoder changes it; set "
+                "classifier.init: text needs the encoder's pooled output, which a random decoder changes. Set "
                 "decoder.init: identity (with decoder.width: null and decoder.input_norm: layer_norm), or method: "
-                "linear_probe"
+                "linear_probe."
             )
         return classifier
 
@@ -92,37 +92,39 @@ class TrialConfig(_WithMethods):
             return None
         features = info.data.get("features")
         if isinstance(features, FeaturesConfig) and not features.store:
-            raise ValueError("second_stage stands on stored features; set features.store: true, or second_stage: null")
+            raise ValueError("second_stage needs stored features. Set features.store: true, or second_stage: null.")
         is_cosine = isinstance(info.data.get("classifier"), CosineClassifierConfig)
         if is_cosine and SECOND_STAGES[stage.name].reads_weight_norms:
             raise ValueError(
-                f"second_stage {stage.name} uses the lengths of the classifier's weights, and a cosine classifier's "
-                "mean nothing; set classifier.kind: linear, or choose another second stage"
+                f"second_stage {stage.name} reads the lengths of the classifier's weights, which mean nothing in a "
+                "cosine classifier. Set classifier.kind: linear, or choose another second stage."
             )
         return stage
 
     @field_validator("mixing")
     @classmethod
-    def _images_are_mixed_where_they_are_read(cls, mixing: Section | None, info: ValidationInfo) -> Section | None:
+    def _mixing_needs_images(cls, mixing: Section | None, info: ValidationInfo) -> Section | None:
         if not isinstance(mixing, MixingConfig) or not mixing.is_on:
             return mixing
         if not _reads_images(info.data):
             raise ValueError(
-                "mixing is of images, and this trial reads stored features; set features.store: false, or mixing: "
-                "null and feature_augmentation.mixup"
+                "mixing mixes images, and this trial reads stored features. Set features.store: false, or use "
+                "feature_augmentation.mixup."
             )
         _check_soft_targets("mixing", info.data.get("loss"))
         return mixing
 
     @field_validator("feature_augmentation")
     @classmethod
-    def _features_vary_where_they_are_stored(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+    def _feature_augmentation_needs_stored_features(
+        cls, section: Section | None, info: ValidationInfo
+    ) -> Section | None:
         if not isinstance(section, FeatureAugmentationConfig) or not section.is_on:
             return section
         if _reads_images(info.data):
             raise ValueError(
-                "feature_augmentation is of stored features, and this trial reads images; set features.store: true, "
-                "or feature_augmentation: null and mixing.mixup"
+                "feature_augmentation varies stored features, and this trial reads images. Set features.store: true, "
+                "or use mixing.mixup."
             )
         if section.mixup:
             _check_soft_targets("feature_augmentation.mixup", info.data.get("loss"))
@@ -130,13 +132,13 @@ class TrialConfig(_WithMethods):
 
     @field_validator("classifier")
     @classmethod
-    def _class_means_are_of_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
+    def _class_means_need_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
         features = info.data.get("features")
         stored = not isinstance(features, FeaturesConfig) or features.store
         if getattr(classifier, "init", None) == "class_mean" and not stored:
             raise ValueError(
-                "classifier.init: class_mean needs the stored features of all training images; set features.store: "
-                "true, or classifier.init: text or random"
+                "classifier.init: class_mean needs the stored features of all training images. Set features.store: "
+                "true, or classifier.init: text or random."
             )
         return classifier
 
@@ -146,7 +148,7 @@ class TrialConfig(_WithMethods):
 
     @property
     def reads_images(self) -> bool:
-        """Whether the trial runs the tower itself, on images, instead of reading its stored output."""
+        """Whether the trial runs the encoder on images instead of reading its stored output."""
         return _reads_images({"features": self.features, "method": self.method})
 
     @staticmethod
@@ -156,7 +158,7 @@ class TrialConfig(_WithMethods):
 
     @staticmethod
     def from_tree(tree: YamlTree | Tree) -> TrialConfig:
-        """Check plain data; sections that the method reads get their defaults. Raises ConfigError."""
+        """Check plain data and fill in the defaults of the sections that the method reads. Raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
         data = _complete(located.data)
         problems = _unread_sections(located)
@@ -185,12 +187,12 @@ class TrialConfig(_WithMethods):
         return TrialConfig.from_tree(YamlTree(tree, origin))
 
     def key(self) -> str:
-        """Canonical JSON: equal for equal configurations."""
+        """JSON that is equal for equal configurations."""
         return json.dumps(self.to_tree(), sort_keys=True)
 
 
 def require_section(section: T | None) -> T:
-    """A section that the trial's method is known to read (TrialConfig fills those in)."""
+    """A section that the trial's method reads, so that TrialConfig has filled it in."""
     if section is None:
         raise AssertionError("this method doesn't read that section; METHODS says which it reads")
     return section
@@ -204,18 +206,17 @@ def _reads_images(data: Tree) -> bool:
     return without_store or (method is not None and method.trains_encoder)
 
 
-def _check_soft_targets(section: str, loss: Section | None) -> None:
-    """Raises ValueError for a loss that isn't defined between two classes."""
-    if loss is not None and not isinstance(loss, SmoothedLoss):
-        name = getattr(loss, "name", "")
+def _check_soft_targets(section: str, loss: LossSection | None) -> None:
+    """Raises ValueError for a loss that takes no targets between classes."""
+    if loss is not None and not LOSSES[loss.name].takes_soft_targets:
         raise ValueError(
-            f"{section} gives targets between two classes, and loss {name} is defined for one class alone; choose a "
-            f"loss with label_smoothing, such as balanced_softmax, or take {section} out"
+            f"{section} makes targets between two classes, and loss {loss.name} takes one class. Choose a loss with "
+            f"label_smoothing, such as balanced_softmax, or remove {section}."
         )
 
 
 def _complete(data: Any) -> Any:
-    """Plain data with what a section may leave out; anything but a section stays, for the check to refuse."""
+    """Plain data with the defaults of its method; what isn't a section stays, and the check rejects it."""
     if not isinstance(data, dict):
         return data
     complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
@@ -228,9 +229,11 @@ def _complete(data: Any) -> Any:
             tags = {tag: value for tag, value in default.items() if tag in ("name", "kind")}
             unset = section.get("num_epochs") is None and section.get("num_steps") is None
             lengths = default if key == "train" and unset else {}
-            # Another optimiser than the paper's has its own defaults.
-            knobs = default if key != "train" and all(section.get(tag, tags[tag]) == tags[tag] for tag in tags) else {}
-            complete[key] = {**tags, **knobs, **section, **lengths}
+            # An optimizer other than the paper's has its own defaults.
+            options = (
+                default if key != "train" and all(section.get(tag, tags[tag]) == tags[tag] for tag in tags) else {}
+            )
+            complete[key] = {**tags, **options, **section, **lengths}
     return complete
 
 
@@ -238,7 +241,7 @@ def _unread_sections(located: YamlTree) -> list[Problem]:
     data = located.data
     if not isinstance(data, dict) or not _read_by(data):
         return []
-    message = "method {} doesn't read the section {!r}; take it out or choose another method"
+    message = "method {} doesn't read the section {!r}. Remove it, or choose another method."
     unread = [key for key in data if key in OPTIONAL_SECTIONS - _read_by(data) and data[key] is not None]
     return [Problem(message.format(data["method"], key), located.where((key,))) for key in unread]
 
@@ -257,7 +260,7 @@ def _method(data: Tree) -> Method | None:
 
 # -------------------------------------------------------------------------------------------------- dotted keys
 
-# Setting one of these lets go of what was said beside it: another tower's weights, the length in other units.
+# Setting a key removes these others: the weights of another encoder, the length in another unit.
 RESETS: Mapping[str, tuple[str, ...]] = {
     "encoder.name": ("encoder.weights", "encoder.quick_gelu"),
     "train.num_epochs": ("train.num_steps",),
@@ -266,19 +269,19 @@ RESETS: Mapping[str, tuple[str, ...]] = {
 
 
 def apply_overrides(tree: Tree, overrides: Mapping[str, Any]) -> Tree:
-    """A deep copy of plain data with dotted keys set; choosing another variant drops the old variant's knobs."""
+    """A deep copy of plain data with dotted keys set; choosing another variant drops the old one's options."""
     return with_dotted_keys(TrialConfig, tree, overrides, RESETS)
 
 
 def drop_unused_sections(tree: Tree, keep: Iterable[str] = ()) -> Tree:
-    """Without the sections that the tree's method doesn't read, except those named by the dotted keys in `keep`."""
+    """A copy without sections that the tree's method doesn't read, except those of the dotted keys in `keep`."""
     read = _read_by(tree)
-    kept = read | {key.split(".")[0] for key in keep}
-    return {key: value for key, value in tree.items() if not read or key not in OPTIONAL_SECTIONS or key in kept}
+    retained = read | {key.split(".")[0] for key in keep}
+    return {key: value for key, value in tree.items() if not read or key not in OPTIONAL_SECTIONS or key in retained}
 
 
 def dotted_keys() -> list[str]:
-    """Every dotted key that a trial's configuration can have, over all variants."""
+    """Every dotted key of a trial's configuration, over all variants."""
     return dotted_keys_of(TrialConfig)
 
 

@@ -1,4 +1,4 @@
-"""Counts per class of the training split, and what follows from them: priors, imbalance factor, shot groups."""
+"""Images per class of the training split: priors, imbalance factor, shot groups."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Counts = npt.NDArray[np.int64]
 
 MANY_SHOT_ABOVE = 100
 MEDIUM_SHOT_FROM = 20
-# A class without training images gets half an image in the prior, so that its logarithm stays finite.
+# A class without training images counts as half an image in the prior, so that its logarithm stays finite.
 PRIOR_FLOOR = 0.5
 SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot", "zero_train")
 
 
-def _as_counts(values: Sequence[int] | npt.ArrayLike, what: str) -> Counts:
+def _as_counts(values: Sequence[int] | npt.ArrayLike, noun: str) -> Counts:
     array = np.asarray(values)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{what} must be one number per class, and has shape {array.shape}")
-    if (array < 0).any() or not np.equal(np.mod(array, 1), 0).all():
-        raise ValueError(
-            f"{what} must be whole numbers from 0 up, and has {array[(array < 0) | (np.mod(array, 1) != 0)][0]}"
-        )
+        raise ValueError(f"{noun} must be one number per class, got shape {array.shape}.")
+    is_wrong = (array < 0) | (np.mod(array, 1) != 0)
+    if is_wrong.any():
+        raise ValueError(f"{noun} must be whole numbers from 0 up, got {array[is_wrong][0]}.")
     return array.astype(np.int64)
 
 
 @dataclass(frozen=True)
 class ClassStats:
-    """Training images per class (C,): `counts` that are trained on, `split_counts` of the official list.
+    """Training images per class (C,): `counts` of the rows trained on, `split_counts` of the official list.
 
-    Shot groups come from `split_counts`; priors, weights and margins from `counts` (docs/protocol.md).
+    Shot groups come from `split_counts`; priors, weights and margins from `counts` (docs/protocol.md, Splits, counts,
+    selection).
     """
 
     counts: Counts
@@ -43,11 +43,11 @@ class ClassStats:
     def from_counts(
         class_counts: Sequence[int] | npt.ArrayLike, split_counts: Sequence[int] | npt.ArrayLike | None = None
     ) -> ClassStats:
-        """Check and keep the counts; `split_counts` defaults to `class_counts`. Raises ValueError."""
+        """Check the counts; `split_counts` defaults to `class_counts`. Raises ValueError."""
         counts = _as_counts(class_counts, "class_counts")
         official = counts if split_counts is None else _as_counts(split_counts, "split_counts")
         if len(official) != len(counts):
-            raise ValueError(f"class_counts has {len(counts)} classes and split_counts has {len(official)}")
+            raise ValueError(f"class_counts has {len(counts)} classes and split_counts has {len(official)}.")
         return ClassStats(counts, official)
 
     @property
@@ -65,7 +65,7 @@ class ClassStats:
         """Largest over smallest count above 0; raises ValueError where every class is empty."""
         present = self.counts[self.counts > 0]
         if present.size == 0:
-            raise ValueError("no class has a training image, so there is no imbalance factor")
+            raise ValueError("an imbalance factor needs a class with a training image, got none.")
         return float(present.max() / present.min())
 
     @cached_property
@@ -85,7 +85,7 @@ class ClassStats:
 
     @cached_property
     def zero_train(self) -> npt.NDArray[np.int64]:
-        """Ids of the classes without images."""
+        """Ids of the classes without training images."""
         return np.flatnonzero(self.split_counts == 0)
 
     def group_of(self, label: int) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
+from imbvlm.longtail.logits import at_least_float32, floored_counts, log_prior
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 
 LossOption = float | Tensor
@@ -42,7 +43,7 @@ def cross_entropy(
 
     Other losses with `label_smoothing` use this in place of -log p_y, with their own p and weights.
     """
-    return _cross_entropy(F.log_softmax(_at_least_float32(logits), dim=-1), targets, None, label_smoothing, workers)
+    return _cross_entropy(F.log_softmax(at_least_float32(logits), dim=-1), targets, None, label_smoothing, workers)
 
 
 def focal(
@@ -58,7 +59,7 @@ def focal(
     log(1 - p_y) is the log-sum-exp over the other classes: the logarithm of 1 minus a rounded p_y is -inf for a
     confident, correct example, and its gradient NaN.
     """
-    log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
+    log_probs = F.log_softmax(at_least_float32(logits), dim=-1)
     others = log_probs.masked_fill(_is_target(log_probs, targets), torch.finfo(log_probs.dtype).min)
     return _weighted_mean(
         torch.exp(gamma * torch.logsumexp(others, dim=-1)) * _nll(log_probs, targets),
@@ -76,7 +77,7 @@ def inverse_frequency(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
-    counts = _floored(class_counts, logits)
+    counts = floored_counts(class_counts, logits.device)
     return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, workers)
 
 
@@ -90,7 +91,7 @@ def effective_number(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
-    weights = effective_number_weights(_floored(class_counts, logits), beta)
+    weights = effective_number_weights(floored_counts(class_counts, logits.device), beta)
     return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
 
 
@@ -104,7 +105,7 @@ def generalized_reweight(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = n_c^-exponent, of mean 1 [Zhang et al. 2021, "DisAlign"]."""
-    log_weights = -exponent * torch.log(_floored(class_counts, logits))
+    log_weights = -exponent * torch.log(floored_counts(class_counts, logits.device))
     # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
     weights = torch.softmax(log_weights, dim=-1) * logits.shape[-1]
     return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
@@ -132,7 +133,9 @@ def logit_adjustment(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
-    adjusted = _at_least_float32(logits) + (tau * _log_prior(class_counts, logits)).to(_at_least_float32(logits).dtype)
+    adjusted = at_least_float32(logits) + (tau * log_prior(class_counts, logits.device)).to(
+        at_least_float32(logits).dtype
+    )
     return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, workers)
 
 
@@ -152,7 +155,7 @@ def ldam(
     a cosine classifier (margin_scale = 1 / temperature) has already scaled the logits. `reweight` (C,): class weights
     for deferred re-weighting, such as `effective_number_weights`.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     margins = (max_margin * margin_scale * _margin_shares(class_counts, logits)).to(logits.dtype)
     log_probs = F.log_softmax(torch.where(_is_target(logits, targets), logits - margins, logits), dim=-1)
     weights = None if reweight is None else reweight.to(logits.device)[targets]
@@ -174,9 +177,9 @@ def lade(
     exp(z_c) / (C prior_c) over the whole batch. This is the regularized Donsker-Varadhan bound as its authors published
     it. Both take the raw logits z, not the adjusted ones.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     estimator = _lade_estimator(
-        logits, targets, _log_prior(class_counts, logits).to(logits.dtype), remine_lambda, workers
+        logits, targets, log_prior(class_counts, logits.device).to(logits.dtype), remine_lambda, workers
     )
     return balanced_softmax(logits, targets, class_counts, workers=workers) + weight * estimator
 
@@ -229,8 +232,9 @@ class ConfiguredLoss:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Raises ImbvlmError for soft targets where the loss takes classes only."""
         if targets.ndim > 1 and not self.entry.takes_soft_targets:
-            raise ImbvlmError(f"loss {self.name} is defined for one class, and was given targets between classes")
-        if self._counts.device != logits.device:  # once: a copy to the device each step would wait for it
+            raise ImbvlmError(f"loss {self.name} takes one class per image, got targets between classes.")
+        if self._counts.device != logits.device:
+            # Once: a copy to the device in each step would wait for it.
             self._counts = self._counts.to(logits.device)
         loss: Tensor = self.entry.function(logits, targets, self._counts, workers=self._workers, **self._options)
         return loss
@@ -247,7 +251,7 @@ def stack_losses(
     indices_by_form: dict[tuple[Any, ...], list[int]] = {}
     for index, loss in enumerate(losses):
         indices_by_form.setdefault(loss.form(), []).append(index)
-    # Tensors go to the device here, once: a copy each step would wait for it.
+    # Tensors go to the device here, once: a copy in each step would wait for it.
     groups = [
         (torch.tensor(indices, device=device), _stack_one_form([losses[index] for index in indices], device))
         for indices in indices_by_form.values()
@@ -297,9 +301,9 @@ def build_loss(
             raise ImbvlmError(f"loss {name} has no option {option!r}; {suggest_name(option, valid)}")
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, and is {class_counts!r}")
+        raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, got {class_counts!r}.")
     if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
-        raise ImbvlmError(f"class_counts must be images per class, not shares, and sum to {float(counts.sum()):g}")
+        raise ImbvlmError(f"class_counts must be images per class, got shares that sum to {float(counts.sum()):g}.")
     return ConfiguredLoss(name, counts, workers, options)
 
 
@@ -315,24 +319,9 @@ def effective_number_weights(class_counts: npt.ArrayLike | Tensor, beta: LossOpt
 # ----------------------------------------------------------------------------------------------------- parts
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in float32 or float64: half precision is too coarse for log-softmax."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _floored(class_counts: Tensor, logits: Tensor) -> Tensor:
-    """Class counts in float64 on the logits' device; an empty class counts as half an image."""
-    return class_counts.to(device=logits.device, dtype=torch.float64).clamp(min=PRIOR_FLOOR)
-
-
-def _log_prior(class_counts: Tensor, logits: Tensor) -> Tensor:
-    counts = _floored(class_counts, logits)
-    return torch.log(counts / counts.sum())
-
-
 def _margin_shares(class_counts: Tensor, logits: Tensor) -> Tensor:
     """n^-1/4 (C,) over its largest value among the classes with images; 1 for a class without."""
-    counts = class_counts.to(_floored(class_counts, logits))
+    counts = class_counts.to(floored_counts(class_counts, logits.device))
     smallest = torch.where(counts > 0, counts, torch.inf).min()
     return (counts / smallest).clamp(min=1).pow(-0.25)
 
@@ -366,7 +355,7 @@ def _weighted_cross_entropy(
     logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
     return _cross_entropy(
-        F.log_softmax(_at_least_float32(logits), dim=-1), targets, class_weights, label_smoothing, workers
+        F.log_softmax(at_least_float32(logits), dim=-1), targets, class_weights, label_smoothing, workers
     )
 
 
@@ -378,17 +367,17 @@ def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup)
 
 
 def _lade_estimator(
-    logits: Tensor, targets: Tensor, log_prior: Tensor, remine_lambda: LossOption, workers: WorkerGroup
+    logits: Tensor, targets: Tensor, log_priors: Tensor, remine_lambda: LossOption, workers: WorkerGroup
 ) -> Tensor:
     """This worker's share of LADE's negated, regularized bound, weighted by class prior."""
-    prior = log_prior.exp()
+    prior = log_priors.exp()
     ones = torch.ones_like(targets, dtype=logits.dtype)
     class_sizes = workers.sum(logits.new_zeros(logits.shape[-1]).index_add(0, targets, ones))
     num_examples = class_sizes.sum()
     own_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     own_means = ((prior / class_sizes.clamp(min=1))[targets] * own_logits).sum()
     log_mean = _global_logsumexp(logits, workers) - torch.log(num_examples.clamp(min=1))
-    second = log_mean - log_prior - math.log(logits.shape[-1])
+    second = log_mean - log_priors - math.log(logits.shape[-1])
     bound = torch.where(num_examples > 0, (prior * (second + remine_lambda * second.square())).sum(), 0)
     # Every worker has the whole bound, with gradient through its own rows alone, which an average would shrink.
     return bound.detach() + workers.world_size * (bound - bound.detach() - own_means)

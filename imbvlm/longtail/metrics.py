@@ -1,4 +1,4 @@
-"""Counters that add across batches and workers, and the metrics made of them; a group without rows is absent."""
+"""Metrics from counters that add up over batches and workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.worker_group import WorkerGroup
 
 NUM_CALIBRATION_BINS = 15
 
 
 class ClassCounters:
-    """Per class (C,): rows, rows predicted as it, right ones; and the summed cross entropy."""
+    """Rows, correct rows and predictions of each class (C,), and the summed cross entropy."""
 
     def __init__(self, num_classes: int) -> None:
         self.correct = torch.zeros(num_classes, dtype=torch.int64)
@@ -33,16 +34,16 @@ class ClassCounters:
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch of logits (B, C) and targets (B,).
 
-        Of equal largest logits the lowest class is the prediction; a row with a NaN is wrong, predicts no class, and
-        makes the loss NaN.
+        The lowest of the classes with the largest logit is the prediction. A row with a NaN is wrong, predicts no class
+        and makes the loss NaN.
         """
         self._to(logits.device)
         classes, valid = predictions(logits)
-        # Added by index and not by bincount or a mask of rows, whose sizes the host would have to wait for.
+        # index_add_ rather than bincount or a mask of rows, whose sizes the host would have to wait for.
         self.total.index_add_(0, targets, torch.ones_like(targets))
         self.predicted.index_add_(0, classes, valid.long())
         self.correct.index_add_(0, targets, (valid & (classes == targets)).long())
-        losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+        losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
         self.nll += losses.sum(dtype=torch.float64)
 
     def merge(self, other: ClassCounters) -> None:
@@ -63,11 +64,14 @@ class ClassCounters:
         return result
 
     def per_class_accuracy(self) -> npt.NDArray[np.float64]:
-        """Share of right rows per class (C,); NaN for a class without rows."""
+        """Share of correct rows per class (C,); NaN for a class without rows."""
         return per_class_accuracy(self.correct.cpu().numpy(), self.total.cpu().numpy())
 
     def compute(self, stats: ClassStats) -> dict[str, float]:
-        """Accuracies (fractions, macro within a group) and the mean loss; {} without any row."""
+        """Accuracies (fractions, macro within a shot group) and the mean loss.
+
+        A group without rows is absent. {} without any row.
+        """
         accuracy = self.per_class_accuracy()
         num_rows = int(self.total.sum())
         if num_rows == 0:
@@ -85,14 +89,14 @@ class ClassCounters:
         return macro_scores(self.correct.cpu().numpy(), self.predicted.cpu().numpy(), self.total.cpu().numpy())
 
     def _to(self, device: torch.device) -> None:
-        """Count where the logits are: a copy to the host each batch would wait for the device."""
+        """Move the counters to the logits' device: a copy to the host for each batch would wait for the device."""
         if self.total.device != device:
             self.correct, self.total = self.correct.to(device), self.total.to(device)
             self.predicted, self.nll = self.predicted.to(device), self.nll.to(device)
 
 
 class CalibrationBins:
-    """Rows, right rows and summed confidence per bin of equal width over (0, 1] [Guo et al. 2017, eq. 3]."""
+    """Rows, correct rows and summed confidence per bin of equal width over (0, 1] [Guo et al. 2017, eq. 3]."""
 
     def __init__(self, num_bins: int = NUM_CALIBRATION_BINS) -> None:
         self.counts = torch.zeros((3, num_bins), dtype=torch.float64)
@@ -101,7 +105,7 @@ class CalibrationBins:
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch of logits (B, C) and targets (B,); a row with a NaN is wrong with confidence 1."""
         classes, valid = predictions(logits)
-        probs = F.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1).amax(dim=-1)
+        probs = F.softmax(at_least_float32(logits), dim=-1).amax(dim=-1)
         confidence = torch.where(valid, probs, 1).double()
         num_bins = self.counts.shape[1]
         bins = (torch.ceil(confidence * num_bins).long() - 1).clamp(0, num_bins - 1)
@@ -130,7 +134,7 @@ class CalibrationBins:
 def balanced_standard_error(correct: npt.NDArray[np.int64], total: npt.NDArray[np.int64]) -> float:
     """Standard error of the macro accuracy over classes with rows: sqrt(sum p (1 - p) / n) / C.
 
-    p is (right + 1) / (rows + 2) [Agresti and Coull 1998]: a class that is all right in three rows isn't certain.
+    p is (correct + 1) / (rows + 2) [Agresti and Coull 1998]: a class with three correct rows of three isn't certain.
     """
     n = total[total > 0].astype(np.float64)
     p = (correct[total > 0] + 1) / (n + 2)
@@ -167,6 +171,6 @@ def macro_scores(correct: npt.ArrayLike, predicted: npt.ArrayLike, total: npt.Ar
 
 
 def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted classes (B,) of logits (B, C), the lowest of equals, and which rows are free of NaN (B,)."""
+    """Predicted classes (B,) of logits (B, C), the lowest of equals, and which rows (B,) have no NaN."""
     largest, classes = logits.max(dim=-1)
     return classes, ~largest.isnan()

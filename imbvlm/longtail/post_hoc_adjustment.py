@@ -1,7 +1,7 @@
-"""After training, from stored validation logits: logit adjustment, temperature scaling, mixing with zero-shot logits.
+"""Adjustments of trained logits: logit adjustment, mixing with zero-shot logits, temperature scaling.
 
-Nothing trains and no model is needed. What is chosen, is chosen on validation by the sweep's objective from a finite
-list that is kept whole, so that a report can show what else was tried.
+They need stored validation logits and no model. Each value is selected on validation, by the sweep's objective, from a
+finite list of candidates, which reports show.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.longtail.class_stats import PRIOR_FLOOR, ClassStats
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.logits import at_least_float32, log_prior
 from imbvlm.longtail.metrics import CalibrationBins, predictions
 
 TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
 ALPHAS = tuple(round(0.05 * step, 10) for step in range(21))
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
-# Rows whose logits are changed in memory at once.
+# Rows whose adjusted logits are in memory at once.
 CHUNK_SIZE = 1024
 _MAX_STEPS = 60
 _TOLERANCE = 1e-6
@@ -32,7 +33,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class PostHocAdjustment:
-    """What is done to a trained model's logits: tau of logit adjustment, alpha of zero-shot logits, a temperature."""
+    """tau of logit adjustment, alpha of zero-shot logits and a temperature for a trained model's logits."""
 
     tau: float = 0.0
     alpha: float = 0.0
@@ -41,11 +42,14 @@ class PostHocAdjustment:
     def apply(
         self, logits: Tensor, class_counts: npt.ArrayLike | Tensor, zero_shot_logits: Tensor | None = None
     ) -> Tensor:
-        """Adjusted logits (B, C) of a model that was trained on (C,) counts; alpha needs `zero_shot_logits` (B, C)."""
+        """Adjusted logits (B, C) of a model trained on class counts (C,); alpha needs `zero_shot_logits` (B, C).
+
+        Raises ImbvlmError.
+        """
         adjusted = adjust_logits(logits, class_counts, self.tau)
         if self.alpha:
             if zero_shot_logits is None:
-                raise ImbvlmError("mixing with zero-shot logits needs them, and there are none")
+                raise ImbvlmError(f"alpha {self.alpha:g} mixes in zero-shot logits, got none.")
             adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
         return adjusted / self.temperature
 
@@ -70,8 +74,8 @@ class ValueSelection:
 
     @property
     def accepted(self) -> float:
-        """The value where its gain is more than its standard error; the neutral one where it isn't shown to help."""
-        # Where one row alone has changed, the two are equal by their formulas, and their sums differ by rounding.
+        """The value if its gain exceeds its standard error, else the neutral value."""
+        # If a single row has changed, the two are equal by their formulas, and their sums differ by rounding.
         is_equal = math.isclose(self.gain, self.standard_error, rel_tol=1e-9, abs_tol=1e-12)
         return self.value if self.gain > self.standard_error and not is_equal else self.neutral
 
@@ -88,10 +92,10 @@ class ValueSelection:
 
 @dataclass(frozen=True)
 class TemperatureFit:
-    """A temperature, and mean cross entropy and expected calibration error of validation without and with it.
+    """A temperature, with the mean cross entropy and expected calibration error of validation before and after it.
 
-    `standard_error` is that of the gain in cross entropy, of its difference on the same rows; `is_bounded` is False
-    where the cross entropy has no minimum, since every row is right.
+    `standard_error` is that of the gain in cross entropy on the same rows. `is_bounded` is False if every row is
+    correct, so that the cross entropy has no minimum.
     """
 
     temperature: float
@@ -104,14 +108,14 @@ class TemperatureFit:
 
     @property
     def objection(self) -> str | None:
-        """Why the rows don't support the temperature, for a sentence; None where they do.
+        """Predicate of a sentence on why the rows don't support the temperature; None if they do.
 
-        Among few rows one that is wrong with large logits decides the cross entropy.
+        Among few rows, a wrong one with large logits dominates the cross entropy.
         """
         if not self.is_bounded:
-            return "has no lower end, as every row is right"
+            return "has no lower bound, because every row is correct"
         if not 1.01 * MIN_TEMPERATURE < self.temperature < 0.99 * MAX_TEMPERATURE:
-            return "is where the range ends"
+            return "is at a bound of its range"
         gain = self.loss_before - self.loss_after
         if gain <= self.standard_error:
             return f"lowers the cross entropy by {gain:.2g}, within its standard error {self.standard_error:.2g}"
@@ -121,26 +125,26 @@ class TemperatureFit:
 
     @property
     def accepted(self) -> float:
-        """The temperature where the rows support it, else 1, which changes nothing."""
+        """The temperature if the rows support it, else 1, which changes nothing."""
         return self.temperature if self.objection is None else 1.0
 
     @property
-    def calibration_error_taken(self) -> float:
-        """With the temperature that is taken."""
+    def accepted_calibration_error(self) -> float:
+        """Expected calibration error with the accepted temperature."""
         return self.calibration_error_after if self.objection is None else self.calibration_error_before
 
 
 def select_best(values: Iterable[float], score: Callable[[float], float], neutral: float) -> ValueSelection:
-    """The value of the highest score; of equals the one nearest to `neutral`, which changes nothing."""
+    """The value with the highest score; among equals the one nearest to `neutral`, which changes nothing."""
     candidates = tuple((value, score(value)) for value in values)
     best, best_score = max(candidates, key=lambda pair: (pair[1], -abs(pair[0] - neutral), -pair[0]))
     return ValueSelection(best, best_score, candidates, neutral)
 
 
 def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
-    """Weights (C,) such that the metric, an accuracy, is the weighted sum of per-class accuracies on these targets.
+    """Weights (C,) whose weighted sum of per-class accuracies on these targets is the metric, an accuracy.
 
-    Raises ImbvlmError where no class of the metric's group has a row.
+    Raises ImbvlmError if no class of the metric's group has a row.
     """
     total = torch.bincount(targets, minlength=stats.num_classes).double()
     if metric == "top1_accuracy":
@@ -151,18 +155,17 @@ def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
         members[torch.from_numpy(getattr(stats, metric.removesuffix("_accuracy")))] = True
         counted &= members
     if not counted.any():
-        raise ImbvlmError(f"no class of {metric} has a validation row")
+        raise ImbvlmError(f"{metric} needs a class with validation rows, got none.")
     return counted.double() / counted.sum()
 
 
 def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float) -> Tensor:
-    """z - tau log prior: (B, C) logits, (C,) counts that the model was trained on [Menon et al. 2021, eq. 9].
+    """z - tau log prior for logits (B, C) and the class counts (C,) of training [Menon et al. 2021, eq. 9].
 
     A class without images has the prior of half an image.
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64, device=logits.device).clamp(min=PRIOR_FLOOR)
-    logits = _computing(logits)
-    return logits - (tau * torch.log(counts / counts.sum())).to(logits.dtype)
+    logits = at_least_float32(logits)
+    return logits - (tau * log_prior(class_counts, logits.device)).to(logits.dtype)
 
 
 def select_tau(
@@ -172,19 +175,19 @@ def select_tau(
     taus: Sequence[float] = TAUS,
     weights: Tensor | None = None,
 ) -> ValueSelection:
-    """tau of `adjust_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+    """tau of `adjust_logits` on validation logits (N, C), targets (N,), by per-class accuracy under `weights` (C,).
 
-    Without weights by balanced accuracy. Raises ImbvlmError.
+    The default weights are those of balanced accuracy. Raises ImbvlmError.
     """
     _check(logits, targets)
-    return _choose_by_rows(
+    return _select_by_rows(
         taus, targets, weights, logits.shape[1], lambda tau, rows: adjust_logits(logits[rows], class_counts, tau)
     )
 
 
 def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) z + alpha z_zero_shot, both (B, C) and each on its own scale."""
-    return (1 - alpha) * _computing(logits) + alpha * _computing(zero_shot_logits)
+    """(1 - alpha) z + alpha z_zero_shot (B, C), each on its own scale."""
+    return (1 - alpha) * at_least_float32(logits) + alpha * at_least_float32(zero_shot_logits)
 
 
 def select_alpha(
@@ -194,17 +197,17 @@ def select_alpha(
     alphas: Sequence[float] = ALPHAS,
     weights: Tensor | None = None,
 ) -> ValueSelection:
-    """alpha of `mix_logits` on validation logits (N, C), targets (N,), by accuracies under `weights` (C,).
+    """alpha of `mix_logits` on validation logits (N, C), targets (N,), by per-class accuracy under `weights` (C,).
 
-    Without weights by balanced accuracy. Raises ImbvlmError.
+    The default weights are those of balanced accuracy. Raises ImbvlmError.
     """
     _check(logits, targets)
     if zero_shot_logits.shape != logits.shape:
         raise ImbvlmError(
-            f"zero-shot logits must be of the same rows and classes as the model's, {tuple(logits.shape)}, and are "
-            f"{tuple(zero_shot_logits.shape)}"
+            f"zero-shot logits must have the rows and classes of the model's, {tuple(logits.shape)}, got "
+            f"{tuple(zero_shot_logits.shape)}."
         )
-    return _choose_by_rows(
+    return _select_by_rows(
         alphas,
         targets,
         weights,
@@ -214,14 +217,14 @@ def select_alpha(
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
-    """T, 0.01 to 100, of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
+    """The T from 0.01 to 100 of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
 
-    The loss is convex in 1 / T, so that the minimum is where its slope is 0: Newton's steps, kept in a bracket.
-    Raises ImbvlmError without rows, or for logits that aren't finite.
+    The loss is convex in 1 / T: Newton's method finds the zero of its slope within a bracket. Raises ImbvlmError
+    without rows, or for logits that aren't finite.
     """
     _check(logits, targets)
     if not bool(torch.isfinite(logits).all()):
-        raise ImbvlmError("logits that aren't finite can't be calibrated; leave those rows out")
+        raise ImbvlmError("logits must be finite for a temperature, got NaN or infinity. Leave those rows out.")
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     inverse = min(max(1.0, low), high)
     for _ in range(_MAX_STEPS):
@@ -230,14 +233,14 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
             break
         low, high = (inverse, high) if slope < 0 else (low, inverse)
         step = inverse - slope / curvature if curvature > 0 else 0.0
-        # A step that leaves the bracket, or has no curvature to go by, halves it instead.
+        # A step that leaves the bracket or has no curvature bisects it instead.
         following = step if low < step < high else float(np.sqrt(low * high))
         if abs(following - inverse) <= _TOLERANCE * inverse:
             break
         inverse = following
     before, bins_before = _calibration(logits, targets, 1.0)
     after, bins_after = _calibration(logits, targets, 1 / inverse)
-    # Of the mean of n differences; one row says nothing of it.
+    # The spread of the differences; one row has none.
     spread = float((before - after).std()) if len(targets) > 1 else math.inf
     num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
     return TemperatureFit(
@@ -252,7 +255,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
 
 
 def calibration_error(logits: Tensor, targets: Tensor) -> float:
-    """Expected calibration error of logits (N, C), targets (N,) as they are. Raises ImbvlmError without rows."""
+    """Expected calibration error of logits (N, C), targets (N,). Raises ImbvlmError without rows."""
     _check(logits, targets)
     return _calibration(logits, targets, 1.0)[1].compute()["expected_calibration_error"]
 
@@ -265,31 +268,31 @@ def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[sl
 def gain_standard_error(right: Tensor, before: Tensor, targets: Tensor, weights: Tensor) -> float:
     """Standard error of a weighted accuracy's difference between two predictions of the same rows (N,) [McNemar 1947].
 
-    sqrt(sum_c (w_c / n_c)^2 k_c), k_c the rows of class c that one of the two has right and the other hasn't.
+    sqrt(sum_c (w_c / n_c)^2 k_c), k_c the rows of class c that one of the two has correct and the other wrong.
     """
     changed = torch.bincount(targets[right != before], minlength=len(weights)).double()
     total = torch.bincount(targets, minlength=len(weights)).clamp(min=1).double()
     return float(((weights.to(total) / total).square() * changed).sum().sqrt())
 
 
-def _choose_by_rows(
+def _select_by_rows(
     values: Sequence[float],
     targets: Tensor,
     weights: Tensor | None,
     num_classes: int,
     logits_at: Callable[[float, slice], Tensor],
 ) -> ValueSelection:
-    """By weighted accuracy, with the standard error of the gain over 0."""
+    """The value with the best weighted accuracy, and the standard error of its gain over 0."""
     weights = _balanced(targets, num_classes) if weights is None else weights
 
     def right_at(value: float) -> Tensor:
         return _right(targets, lambda rows: logits_at(value, rows))
 
-    choice = select_best(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
-    if choice.value == choice.neutral:
-        return choice
-    error = gain_standard_error(right_at(choice.value), right_at(choice.neutral), targets, weights)
-    return replace(choice, standard_error=error)
+    selection = select_best(values, lambda value: _score(right_at(value), targets, weights), neutral=0.0)
+    if selection.value == selection.neutral:
+        return selection
+    error = gain_standard_error(right_at(selection.value), right_at(selection.neutral), targets, weights)
+    return replace(selection, standard_error=error)
 
 
 def _balanced(targets: Tensor, num_classes: int) -> Tensor:
@@ -298,7 +301,7 @@ def _balanced(targets: Tensor, num_classes: int) -> Tensor:
 
 
 def _right(targets: Tensor, logits_of: Callable[[slice], Tensor]) -> Tensor:
-    """Which rows (N,) are predicted right; those with a NaN aren't."""
+    """Which rows (N,) are predicted correctly; those with a NaN aren't."""
     right = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     for start in range(0, len(targets), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
@@ -308,7 +311,7 @@ def _right(targets: Tensor, logits_of: Callable[[slice], Tensor]) -> Tensor:
 
 
 def _score(right: Tensor, targets: Tensor, weights: Tensor) -> float:
-    """Sum over classes of weight (C,) times accuracy."""
+    """Weighted mean of per-class accuracies, weights (C,)."""
     total = torch.bincount(targets, minlength=len(weights)).clamp(min=1)
     correct = torch.bincount(targets[right], minlength=len(weights))
     weights = weights.to(correct.device)
@@ -316,10 +319,10 @@ def _score(right: Tensor, targets: Tensor, weights: Tensor) -> float:
 
 
 def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the mean cross entropy of inverse * z, added in float64."""
+    """First and second derivative of the mean cross entropy of inverse * z by `inverse`, summed in float64."""
     slope = curvature = 0.0
     for start in range(0, len(targets), CHUNK_SIZE):
-        part = _computing(logits[start : start + CHUNK_SIZE])
+        part = at_least_float32(logits[start : start + CHUNK_SIZE])
         part = part - part.gather(1, targets[start : start + CHUNK_SIZE, None])
         probs = torch.softmax(inverse * part, dim=1)
         mean = (probs * part).sum(dim=1, keepdim=True)
@@ -330,7 +333,7 @@ def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, floa
 
 
 def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, CalibrationBins]:
-    """Cross entropy of each row (N,) and confidence bins of z / temperature, in float64."""
+    """Cross entropy of each row (N,), and confidence bins, of z / temperature in float64."""
     bins, losses = CalibrationBins(), []
     for start in range(0, len(targets), CHUNK_SIZE):
         rows = slice(start, start + CHUNK_SIZE)
@@ -340,12 +343,8 @@ def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
     return torch.cat(losses), bins
 
 
-def _computing(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _check(logits: Tensor, targets: Tensor) -> None:
     if len(targets) == 0:
-        raise ImbvlmError("there are no validation rows to choose on")
+        raise ImbvlmError("selection needs validation rows, got none.")
     if logits.ndim != 2 or len(logits) != len(targets):
-        raise ImbvlmError(f"logits must be (rows, classes) of {len(targets)} rows, and are {tuple(logits.shape)}")
+        raise ImbvlmError(f"logits must be (rows, classes) with {len(targets)} rows, got {tuple(logits.shape)}.")

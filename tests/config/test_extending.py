@@ -34,7 +34,7 @@ def poly1(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """-log p_y + epsilon (1 - p_y) [Leng et al. 2022]."""
-    losses = _nll(F.log_softmax(_at_least_float32(logits), dim=-1), targets)
+    losses = _nll(F.log_softmax(at_least_float32(logits), dim=-1), targets)
     return _weighted_mean(losses + epsilon * (1 - torch.exp(-losses)), None, workers)
 '''
 STAGE_OPTIONS = """

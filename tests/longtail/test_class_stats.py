@@ -48,18 +48,18 @@ def test_an_empty_class_counts_as_half_an_image_in_the_prior_alone() -> None:
 
 
 def test_no_image_at_all_has_no_imbalance_factor() -> None:
-    with pytest.raises(ValueError, match="no class has a training image"):
+    with pytest.raises(ValueError, match="needs a class with a training image"):
         _ = ClassStats.from_counts([0, 0]).imbalance_factor
 
 
 @pytest.mark.parametrize(
     ("counts", "split_counts", "says"),
     [
-        ([], None, r"class_counts must be one number per class, and has shape \(0,\)"),
-        ([[1, 2]], None, r"has shape \(1, 2\)"),
-        ([1, -2], None, "whole numbers from 0 up, and has -2"),
-        ([1, 2.5], None, "whole numbers from 0 up, and has 2.5"),
-        ([1, float("nan")], None, "whole numbers from 0 up, and has nan"),
+        ([], None, r"class_counts must be one number per class, got shape \(0,\)"),
+        ([[1, 2]], None, r"got shape \(1, 2\)"),
+        ([1, -2], None, "whole numbers from 0 up, got -2"),
+        ([1, 2.5], None, "whole numbers from 0 up, got 2.5"),
+        ([1, float("nan")], None, "whole numbers from 0 up, got nan"),
         ([1, 2], [1], "class_counts has 2 classes and split_counts has 1"),
         ([1, 2], [1, -1], "split_counts must be whole numbers"),
     ],

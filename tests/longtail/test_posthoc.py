@@ -189,13 +189,16 @@ def test_two_certain_mistakes_among_few_rows_do_not_spoil_the_calibration() -> N
     assert fitted.calibration_error_after > 0.4 > 0.2 > fitted.calibration_error_before
     assert fitted.objection == "lowers the cross entropy and not the calibration error"
     assert fitted.accepted == 1
-    assert fitted.calibration_error_taken == fitted.calibration_error_before
+    assert fitted.accepted_calibration_error == fitted.calibration_error_before
 
 
 def test_a_temperature_without_a_minimum_is_not_taken() -> None:
     """Where all few rows are right any smaller one has less loss, and where all are wrong any larger one."""
     right = F.one_hot(torch.arange(6), 6).double()
-    for logits, objection in ((right, "has no lower end, as every row is right"), (-right, "is where the range ends")):
+    for logits, objection in (
+        (right, "has no lower bound, because every row is correct"),
+        (-right, "is at a bound of its range"),
+    ):
         fitted = fit_temperature(logits, torch.arange(6))
         assert fitted.objection == objection
         assert fitted.accepted == 1
@@ -304,11 +307,11 @@ def test_what_cannot_be_chosen_on_is_refused() -> None:
         lambda: select_alpha(logits[:0], logits[:0], none),
         lambda: fit_temperature(logits[:0], none),
     ):
-        with pytest.raises(ImbvlmError, match="no validation rows"):
+        with pytest.raises(ImbvlmError, match="needs validation rows"):
             attempt()
-    with pytest.raises(ImbvlmError, match="of 299 rows"):
+    with pytest.raises(ImbvlmError, match="with 299 rows"):
         select_tau(logits, targets[:-1], COUNTS)
-    with pytest.raises(ImbvlmError, match="same rows and classes"):
+    with pytest.raises(ImbvlmError, match="rows and classes of the model"):
         select_alpha(logits, logits[:, :4], targets)
     logits[3, 1] = torch.inf
     with pytest.raises(ImbvlmError, match="finite"):

@@ -162,9 +162,9 @@ def test_mistakes_are_refused() -> None:
         epoch_plan(LABELS, 5, "sqare_root", 0, 0, 1)
     with pytest.raises(ImbvlmError, match="epoch must be"):
         epoch_plan(LABELS, 5, "square_root", 0, 3, 3)
-    with pytest.raises(ImbvlmError, match="one is 4"):
+    with pytest.raises(ImbvlmError, match="got 4"):
         epoch_plan(LABELS, 4, "square_root", 0, 0, 1)
-    with pytest.raises(ImbvlmError, match="one is -1"):
+    with pytest.raises(ImbvlmError, match="got -1"):
         epoch_plan([0, -1], 4, "square_root", 0, 0, 1)
     with pytest.raises(ImbvlmError, match="whole numbers"):
         epoch_plan([0.0, 1.0], 4, "square_root", 0, 0, 1)

@@ -345,7 +345,7 @@ def test_defaults_are_coops() -> None:
     assert (changed.optim.lr, changed.optim.first_epoch_lr, changed.train.num_epochs) == (0.01, 1e-5, None)
     adamw = TrialConfig.from_tree({**tree, "optim": {"name": "adamw"}})
     assert (adamw.optim.lr, adamw.optim.first_epoch_lr) == (0.001, None)
-    with pytest.raises(ConfigError, match=r"first_epoch_lr stands in place of a warm-up"):
+    with pytest.raises(ConfigError, match=r"first_epoch_lr replaces a warm-up"):
         config.with_overrides({"optim.warmup_fraction": 0.1})
     assert TrialConfig.from_tree(config.to_tree()) == config
 

@@ -273,7 +273,7 @@ def test_other_stages_need_no_validation(data: TrialData, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, entry in SECOND_STAGES.items() if entry.reads_weight_norms])
 def test_stages_that_read_lengths_are_refused_with_a_cosine_classifier(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"second_stage {name} uses the lengths .*set classifier\.kind: linear"):
+    with pytest.raises(ConfigError, match=rf"second_stage {name} reads the lengths .*Set classifier\.kind: linear"):
         config(kind="cosine", name=name)
 
 

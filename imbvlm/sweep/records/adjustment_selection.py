@@ -183,7 +183,7 @@ def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequenc
     stays = "" if calibration.objection is None else f" {calibration.objection}, so that it stays at 1"
     lines.append(
         f"  calibration: temperature {calibration.temperature:.3g}{stays}; expected calibration error (%) on "
-        f"validation {percent(selection.plain_error)} to {percent(calibration.calibration_error_taken)}{on_test}"
+        f"validation {percent(selection.plain_error)} to {percent(calibration.accepted_calibration_error)}{on_test}"
     )
     return "\n".join(lines)
 

@@ -414,5 +414,5 @@ def test_a_temperature_alone_keeps_every_prediction() -> None:
     logits = torch.randn(9, 4)
     calibrated = PostHocAdjustment(temperature=3.0)
     torch.testing.assert_close(calibrated.apply(logits, torch.ones(4)), logits / 3)
-    with pytest.raises(ImbvlmError, match="needs them"):
+    with pytest.raises(ImbvlmError, match="got none"):
         PostHocAdjustment(alpha=0.5).apply(logits, torch.ones(4))

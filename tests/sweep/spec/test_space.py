@@ -171,7 +171,7 @@ parameters:
             seen.add(draw["second_stage.name"])
         assert seen == {None, "disalign", "tau_normalization"}
     refused = space("parameters: {second_stage.name: {choice: [null, marc]}}")
-    with pytest.raises(ConfigError, match="second_stage marc uses the lengths"):
+    with pytest.raises(ConfigError, match="second_stage marc reads the lengths"):
         check_spec(SweepSpec(name="stages", base=BASE, space=refused.tree))
 
 
@@ -380,8 +380,11 @@ parameters:
         ("{decoder.depth: {int: [1, 40]}}", "decoder.depth must be less than or equal to 32, and is 40"),
         ("{optim.momentum: {uniform: [0, 1]}}", "optim.momentum must be less than 1, and is 1.0"),
         ("{optim.nesterov: {choice: [true, maybe]}}", "optim.nesterov must be a valid boolean, and is 'maybe'"),
-        ("{decoder.width: {choice: [64, 66]}}", "decoder.width 66 must be a multiple of decoder.num_heads 4"),
-        ("{train.num_epochs: {choice: [1, 2]}, train.num_steps: {choice: [5]}}", "keep exactly one"),
+        ("{decoder.width: {choice: [64, 66]}}", "decoder.width must be a multiple of decoder.num_heads (4), got 66."),
+        (
+            "{train.num_epochs: {choice: [1, 2]}, train.num_steps: {choice: [5]}}",
+            "either num_epochs or num_steps",
+        ),
     ],
 )
 def test_ranges_that_a_trial_can_not_have_are_the_spaces_mistake(text: str, says: str) -> None:

@@ -207,7 +207,7 @@ def test_wrong_types_of_settings() -> None:
 
 def test_a_setting_that_clashes_with_another_key_is_found_by_the_check() -> None:
     found = refused(with_settings(spec(), {"decoder.width": 30}))
-    assert found == ["--set: decoder.width 30 must be a multiple of decoder.num_heads 4"]
+    assert found == ["--set: decoder.width must be a multiple of decoder.num_heads (4), got 30."]
 
 
 def test_words_of_the_command_line_are_yaml() -> None:
@@ -278,7 +278,7 @@ space:
     assert sorted(found) == [
         "sweep.yaml:2: 'data' is required and is not given",
         "sweep.yaml:5: unknown key 'decoder.depht'; did you mean 'depth'?",
-        "sweep.yaml:6: train.num_epochs and train.num_steps are both given; keep exactly one",
+        "sweep.yaml:6: train must have either num_epochs or num_steps, got both. Remove one.",
     ]
 
 
@@ -317,7 +317,7 @@ def test_wrong_smoke_settings_show_before_they_are_needed() -> None:
         "smoke: 'num_trails' is no key of a sweep or trial; did you mean 'num_trials'?"
     ]
     assert refused(spec(smoke={"decoder.width": 30})) == [
-        "smoke: decoder.width 30 must be a multiple of decoder.num_heads 4"
+        "smoke: decoder.width must be a multiple of decoder.num_heads (4), got 30."
     ]
 
 
@@ -420,7 +420,7 @@ def test_no_mistake_of_a_sweep_hides_another() -> None:
         "'val/x' is not",
         "stratify names",
         "max_cost is 4",
-        "are both given",
+        "got both",
         "first_trials[0]",
         "num_trialz",
     ):

@@ -153,9 +153,9 @@ def test_gradients_of_soft_targets_are_the_derivatives_and_finite(name: str) -> 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - SOFT_TARGETS))
 def test_other_losses_refuse_soft_targets(name: str, data: TrialData) -> None:
-    with pytest.raises(ImbvlmError, match=f"loss {name} is defined for one class"):
+    with pytest.raises(ImbvlmError, match=f"loss {name} takes one class"):
         build_loss(name, COUNTS)(torch.zeros(2, CLASSES), torch.full((2, CLASSES), 0.25))
-    with pytest.raises(ConfigError, match=rf"loss {name} is defined for one class alone; choose a loss with label_smo"):
+    with pytest.raises(ConfigError, match=rf"loss {name} takes one class\. Choose a loss with label_smo"):
         tiny_config("linear_probe", loss__name=name, feature_augmentation__mixup=0.2)
 
 
@@ -280,9 +280,9 @@ def test_a_mixed_batch_in_parts_gives_the_same_course(images: TinyImages, loss: 
 
 
 def test_where_mixing_and_feature_augmentation_have_no_place_says_what_has() -> None:
-    with pytest.raises(ConfigError, match="mixing is of images, and this trial reads stored features; set feature"):
+    with pytest.raises(ConfigError, match=r"mixing mixes images, and this trial reads stored features\. Set feature"):
         tiny_config("linear_probe", mixing__mixup=0.2)
-    with pytest.raises(ConfigError, match=r"feature_augmentation is of stored features, and .* mixing.mixup"):
+    with pytest.raises(ConfigError, match=r"feature_augmentation varies stored features, and .* mixing\.mixup"):
         tiny_config("linear_probe", features__store=False, feature_augmentation__transfer=0.2)
     with pytest.raises(ConfigError, match="adapter doesn't read the section 'feature_augmentation'"):
         tiny_config("adapter", feature_augmentation__transfer=0.2)
@@ -324,7 +324,7 @@ def test_a_space_draws_them_where_they_have_a_place_and_is_refused_elsewhere() -
     drawn = [config for config in sweep(SPACE).corner_trials() if config.mixing is not None]
     assert {config.method for config in drawn} == {"adapter"}
     assert {config.mixing.cutmix for config in drawn} == {0.0, 1.0}
-    with pytest.raises(ConfigError, match="mixing is of images, and this trial reads stored features"):
+    with pytest.raises(ConfigError, match="mixing mixes images, and this trial reads stored features"):
         sweep(SPACE.replace("when: {method: adapter, loss.name: balanced_softmax}", ""))
-    with pytest.raises(ConfigError, match="loss ldam is defined for one class alone"):
+    with pytest.raises(ConfigError, match="loss ldam takes one class"):
         sweep(SPACE.replace(", loss.name: balanced_softmax}", "}"))
