@@ -29,7 +29,7 @@ from listening import LOOPBACK
 from sweep_folder import write_sweep
 from towers import write_tower
 
-from imbvlm.assets import tower_path
+from imbvlm.assets import encoder_path
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.cluster_file_check import check_cluster_file
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
@@ -124,7 +124,7 @@ def test_no_reader_of_results_models_and_state_unpickles(hostile: bytes, mark: P
 def tower(tmp_path: Path) -> Path:
     """A folder with the description of a tower that somebody else may have made."""
     (tmp_path / "tower").mkdir()
-    shutil.copy(tower_path("tinylit-lite0") / CONFIG_FILE, tmp_path / "tower")
+    shutil.copy(encoder_path("tinylit-lite0") / CONFIG_FILE, tmp_path / "tower")
     return tmp_path / "tower"
 
 

@@ -1,4 +1,4 @@
-"""Data and a small tower that come with the package; NOTICE.md has their licences, tests/tools remakes them."""
+"""Embedded manifests and a small encoder; NOTICE.md has their licenses, tests/tools their build scripts."""
 
 from importlib import resources
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 from imbvlm.base.errors import ImbvlmError, suggest_name
 
 MANIFESTS = ("emoji_lt", "fashion_mnist_lt")
-TOWERS = ("tinylit-lite0",)
+ENCODERS = ("tinylit-lite0",)
 
 
 def manifest_path(name: str) -> Path:
-    """Where the Parquet file of an embedded manifest lies; raises ImbvlmError for an unknown name."""
+    """The Parquet file of an embedded manifest; raises ImbvlmError for an unknown name."""
     if name not in MANIFESTS:
-        raise ImbvlmError(f"no embedded manifest is named {name!r}; {suggest_name(name, MANIFESTS)}")
+        raise ImbvlmError(f"{name!r} is no embedded manifest; {suggest_name(name, MANIFESTS)}")
     return _folder() / f"{name}.parquet"
 
 
-def tower_path(name: str) -> Path:
-    """The folder of an embedded tower, as open_clip's `local-dir:` reads it; raises ImbvlmError for an unknown name."""
-    if name not in TOWERS:
-        raise ImbvlmError(f"no embedded tower is named {name!r}; {suggest_name(name, TOWERS)}")
+def encoder_path(name: str) -> Path:
+    """The folder of an embedded encoder, as `local-dir:` takes it; raises ImbvlmError for an unknown name."""
+    if name not in ENCODERS:
+        raise ImbvlmError(f"{name!r} is no embedded encoder; {suggest_name(name, ENCODERS)}")
     return _folder() / name
 
 

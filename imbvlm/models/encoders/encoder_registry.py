@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imbvlm.assets import tower_path
+from imbvlm.assets import encoder_path
 from imbvlm.base.registry import Registry
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.models.encoders.encoder_source import LOCAL_DIR, EncoderSource, absolute_path
@@ -62,7 +62,7 @@ def resolve_encoder(config: EncoderConfig) -> EncoderSource:
     entry = ENCODERS.get(config.name)
     name = config.name if entry is None else entry.model if entry.tag is None else f"{entry.model}/{entry.tag}"
     if name.startswith(EMBEDDED):
-        return folder_source(config, str(tower_path(name.removeprefix(EMBEDDED))))
+        return folder_source(config, str(encoder_path(name.removeprefix(EMBEDDED))))
     if name.startswith(LOCAL_DIR):
         return folder_source(config, absolute_path(name.removeprefix(LOCAL_DIR)))
     return tag_source(config, name, ENCODERS)
