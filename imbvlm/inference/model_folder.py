@@ -31,7 +31,7 @@ from imbvlm.models.model_builder import restore_model
 from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
 
 CONFIG_FILE = "config.json"
-TOWER_FOLDER = "tower"
+ENCODER_FOLDER = "tower"
 FORMAT = 2
 # The names of the folders that an export of several trials writes.
 _NUMBERED = re.compile(r"\d+-")
@@ -58,11 +58,11 @@ def write_model(
 
     `label_map` maps the source's class ids to classes if those ids are not 0, 1, 2, ...
     """
-    encoder_folder = storage.join(folder, TOWER_FOLDER)
+    encoder_folder = storage.join(folder, ENCODER_FOLDER)
     encoder.save(encoder_folder)
     with _local_copy(encoder_folder) as local:
         # Read back, so that the description is of the encoder that a user will load.
-        written = _load_tower(local, config, encoder.device)
+        written = _load_encoder(local, config, encoder.device)
     weights = save_safetensors(tensors)
     storage.write_bytes(storage.join(folder, MODEL_FILE), weights)
     digests = {MODEL_FILE: hashlib.sha256(weights).hexdigest()}
@@ -96,9 +96,9 @@ def without_paths(config: TrialConfig) -> TrialConfig:
     return config.with_overrides(overrides)
 
 
-def _load_tower(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
-    tower = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
-    return create_encoder(tower, config.eval, device, with_text=False)
+def _load_encoder(folder: str, config: TrialConfig, device: torch.device) -> Encoder:
+    encoder = EncoderConfig(name=f"local-dir:{folder}", token_pooling=config.encoder.token_pooling)
+    return create_encoder(encoder, config.eval, device, with_text=False)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def model_folder(folder: str) -> str:
 
 
 def read_description(folder: str) -> dict[str, Any]:
-    """What config.json in a model's folder says; raises ImbvlmError where it is of another format."""
+    """The content of a model's config.json; raises ImbvlmError for a damaged one or another format."""
     location = storage.join(folder, CONFIG_FILE)
     with _damage_named(location):
         description: dict[str, Any] = storage.read_json(location)
@@ -178,7 +178,7 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
         post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
     config = TrialConfig.from_tree(YamlTree(tree, description_file))
-    encoder = _load_tower(storage.join(folder, TOWER_FOLDER), config, device)
+    encoder = _load_encoder(storage.join(folder, ENCODER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
             f"the encoder in {name} is not the one that the classifier was trained on. Export the model again."

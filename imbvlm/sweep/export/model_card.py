@@ -165,7 +165,7 @@ def _metrics(context: CardContext) -> str:
             note = f" {POST_HOC_MEANS}" if split == POST_HOC else note
     verdict = verdict_on_test(context.log, context.refits, "this model")
     if verdict is not None and own_name not in names:
-        note = f"{'' if POST_HOC_MEANS in verdict.beside else note}\n\n{verdict}"
+        note = f"{'' if POST_HOC_MEANS in verdict.details else note}\n\n{verdict}"
     return (
         f"{_table(rows)}\n\nPercent on the test split, read once; means over seeds, ± their standard deviation. The "
         f"weights here are those of seed {context.config.train.seed if context.config.train else 0}.{note}"

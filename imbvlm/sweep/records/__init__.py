@@ -1,1 +1,1 @@
-"""What a sweep's folder holds, and what is selected from it."""
+"""The content of a sweep's folder, and selections from it."""

@@ -47,14 +47,14 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """Such as `3.1 points above linear probe`, or `+1.0 points from linear probe` if the interval includes 0."""
+        """The gain: `3.1 points above linear probe`, or `+1.0 points from linear probe` if the interval includes 0."""
         if self.low > 0 or self.high < 0:
             return f"{100 * abs(self.gain):.1f} points {'above' if self.gain > 0 else 'below'} {self.other}"
         return f"{100 * self.gain:+.1f} points from {self.other}"
 
     @property
     def interval_text(self) -> str:
-        """Such as `95 % interval +0.4 to +5.8`."""
+        """The interval, such as `95 % interval +0.4 to +5.8`."""
         if self.standard_error is None:
             return "its 95 % interval isn't known"
         return f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
@@ -62,14 +62,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model compared with its nearest baseline (`statement`) and the others (`beside`), and whether it beats all."""
+    """A model compared with its nearest baseline (`statement`) and the others (`details`), and whether it beats all."""
 
     statement: str
-    beside: str
+    details: str
     is_win: bool
 
     def __str__(self) -> str:
-        return f"{self.statement} {self.beside}".strip()
+        return f"{self.statement} {self.details}".strip()
 
 
 def refits_of(log: TrialLog, name: str) -> list[TrialRecord]:
@@ -146,7 +146,7 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Ver
     )
     statement = f"{sentence[0].upper()}{sentence[1:]}" if first.is_win else f"No win is shown: {sentence}"
     other_texts = " and ".join(f"{difference.text} ({difference.interval_text})" for difference in rest)
-    beside = f"It is {other_texts}." if rest else ""
+    details = f"It is {other_texts}." if rest else ""
     if split == POST_HOC or any(difference.other.endswith("post hoc") for difference in differences):
-        beside = f"{beside} {POST_HOC_MEANS}".strip()
-    return Verdict(statement, beside, first.is_win)
+        details = f"{details} {POST_HOC_MEANS}".strip()
+    return Verdict(statement, details, first.is_win)

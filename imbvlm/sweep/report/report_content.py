@@ -54,7 +54,7 @@ class CollapsedTable:
 
 @dataclass(frozen=True)
 class Columns:
-    """Tables side by side where there is room."""
+    """Tables side by side on a wide page."""
 
     tables: Sequence[Table]
 
@@ -87,7 +87,7 @@ class HeadlineNumber:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything on the page: `beside` continues the statement; `extra_tables` are written to files only.
+    """Everything on the page: `details` continues the statement; `extra_tables` are written to files only.
 
     `facts_note` says which model the headline's numbers belong to. `notes` name everything that the page lacks.
     """
@@ -95,7 +95,7 @@ class ReportContent:
     title: str
     subtitle: str
     statement: str
-    beside: str
+    details: str
     is_win: bool
     facts: list[HeadlineNumber]
     facts_note: str
@@ -108,13 +108,13 @@ def build(source: ReportData) -> ReportContent:
     """Build the report of a sweep's present state."""
     classes, notes = _classes(source)
     sections = [_result(source), classes, _search(source), _mattered(source), _compute(source), _data(source)]
-    statement, beside, is_win = _statement(source)
+    statement, details, is_win = _statement(source)
     extra = [table for table in (score_tables.per_class(source), score_tables.all_trials(source)) if table]
     return ReportContent(
         title=source.spec.name,
         subtitle=_subtitle(source),
         statement=statement,
-        beside=beside,
+        details=details,
         is_win=is_win,
         facts=_facts(source),
         facts_note=_facts_note(source),
@@ -136,9 +136,9 @@ def _statement(source: ReportData) -> tuple[str, str, bool]:
     on_test = None if winner is None else verdict_on_test(source.log, winner.records, "the winner")
     if on_test is None:
         sentence = verdict(source.log, source.spec)
-        beside = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
-        return f"{sentence[0].upper()}{sentence[1:]}.", beside, False
-    return on_test.statement, on_test.beside, on_test.is_win
+        details = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
+        return f"{sentence[0].upper()}{sentence[1:]}.", details, False
+    return on_test.statement, on_test.details, on_test.is_win
 
 
 def _facts(source: ReportData) -> list[HeadlineNumber]:

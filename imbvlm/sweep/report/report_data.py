@@ -66,7 +66,7 @@ class ScoredRefit:
 
     @property
     def splits(self) -> list[str]:
-        """As trained, and as adjusted if that changes accuracy; `imbvlm export` writes the last one."""
+        """TEST, and POST_HOC if the adjustment changes accuracy; `imbvlm export` writes the model of the last one."""
         return splits_of(self.records)
 
     @property

@@ -37,7 +37,7 @@ def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Rung:
-    """How well the ranking of trials after a share of their epochs predicted the ranking at the end."""
+    """The values of finished trials after a share of their epochs, which ASHA judged them by, and at the end."""
 
     share: float
     # Each trial with its value at the rung and at the end.

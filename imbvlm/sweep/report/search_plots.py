@@ -39,7 +39,7 @@ NEVER = "–"
 
 
 def objective_name(source: ReportData) -> str:
-    """Such as `balanced accuracy, validation (%)`."""
+    """The objective as an axis's label, such as `balanced accuracy, validation (%)`."""
     return f"{source.spec.objective.removeprefix('val/').replace('_', ' ')}, validation (%)"
 
 
@@ -120,86 +120,82 @@ def history(source: ReportData) -> Figure | None:
     return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
 
 
+# A trial in a scatter plot: its record and value, its point, and a note for its title.
+_Scattered = tuple[TrialRecord, float, Point, str]
+
+
 def against_cost(source: ReportData) -> Figure | None:
     """Accuracy against seconds, with the Pareto front."""
-    pairs = [(record, value) for record, value in source.valued() if record.ended_at is not None]
-    if not pairs:
+    timed = [(record, value, max(0.05, record.seconds())) for record, value in source.valued() if record.ended_at]
+    if not timed:
         return None
-    costs = [max(0.05, record.seconds()) for record, _ in pairs]
-    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
-    x = spread(costs, 52, WIDTH - 12, log=True)
-    y = spread([value for _, value in pairs], HEIGHT - 46, TOP)
-    frame(
-        drawing, x, y, ("seconds of a trial, its start included", objective_name(source)),
-        x_format=number, y_format=percent_tick,
-    )  # fmt: skip
-    points = [(cost, value) for cost, (_, value) in zip(costs, pairs, strict=True)]
-    front = pareto_indices(points, (SECONDS, source.spec.objective))
-    _front_line(drawing, x, y, [points[index] for index in front])
-    for cost, (record, value) in zip(costs, pairs, strict=True):
-        marks.dot(drawing, x(cost), y(value), record, value, f", {duration(cost)}")
-    legend(drawing, 52, 14, marks.legend)
-    data = [[*_row(record, value), cost, index in front]
-            for index, (cost, (record, value)) in enumerate(zip(costs, pairs, strict=True))]  # fmt: skip
-    return Figure(
-        "cost", "Accuracy against cost", "The line is the Pareto front: no trial is both faster and better.", drawing,
-        [[*_HEADER, "seconds", "on_front"], *data],
-    )  # fmt: skip
+    trials = [(record, value, (cost, value), f", {duration(cost)}") for record, value, cost in timed]
+    labels = ("seconds of a trial, its start included", objective_name(source))
+    drawing, front = _scatter(source, trials, labels, (SECONDS, source.spec.objective), is_log=True)
+    data = [[*_row(record, value), cost, index in front] for index, (record, value, cost) in enumerate(timed)]
+    caption = "The line is the Pareto front: no trial is both faster and better."
+    return Figure("cost", "Accuracy against cost", caption, drawing, [[*_HEADER, "seconds", "on_front"], *data])
 
 
 def against_few_shot(source: ReportData) -> Figure | None:
     """Overall against few-shot accuracy, or medium-shot without few-shot classes, at each trial's best epoch."""
-    for group in ("few_shot", "medium_shot"):
-        points = []
-        for record, value in source.valued():
-            best = record.best_epoch(source.spec.objective) or {}
-            if f"val/{group}_accuracy" in best:
-                points.append((record, value, best[f"val/{group}_accuracy"], best["val/top1_accuracy"]))
-        if points:
-            break
-    else:
+    epochs = [(record, value, record.best_epoch(source.spec.objective) or {}) for record, value in source.valued()]
+    groups = [group for group in ("few_shot", "medium_shot") if any(f"val/{group}_accuracy" in e for *_, e in epochs)]
+    if not groups:
         return None
-    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
-    x = spread([few for _, _, few, _ in points], 52, WIDTH - 12)
-    y = spread([top for *_, top in points], HEIGHT - 46, TOP)
-    name = group.replace("_", "-")
-    frame(
-        drawing, x, y, (f"{name} accuracy, validation (%)", "overall accuracy, validation (%)"),
-        x_format=percent_tick, y_format=percent_tick,
-    )  # fmt: skip
-    accuracies = [(few, top) for _, _, few, top in points]
-    front = pareto_indices(accuracies, (f"val/{group}_accuracy", "val/top1_accuracy"))
-    _front_line(drawing, x, y, [accuracies[index] for index in front])
-    for record, value, few, top in points:
-        marks.dot(drawing, x(few), y(top), record, value, f", {name} {percent(few)}, overall {percent(top)}")
-    legend(drawing, 52, 14, marks.legend)
-    data = [[*_row(record, value), few, top, index in front] for index, (record, value, few, top) in enumerate(points)]
-    return Figure(
-        "few_shot", f"Overall against {name} accuracy", "The trade-off of head and tail, and the Pareto front.",
-        drawing, [[*_HEADER, f"{group}_accuracy", "top1_accuracy", "on_front"], *data],
-    )  # fmt: skip
+    metrics, name = (f"val/{groups[0]}_accuracy", "val/top1_accuracy"), groups[0].replace("_", "-")
+    trials = list[_Scattered]()
+    for record, value, epoch in epochs:
+        if metrics[0] in epoch:
+            few, top = epoch[metrics[0]], epoch[metrics[1]]
+            trials.append((record, value, (few, top), f", {name} {percent(few)}, overall {percent(top)}"))
+    labels = (f"{name} accuracy, validation (%)", "overall accuracy, validation (%)")
+    drawing, front = _scatter(source, trials, labels, metrics)
+    data = [[*_row(record, value), *point, i in front] for i, (record, value, point, _) in enumerate(trials)]
+    header = [*_HEADER, *(metric.removeprefix("val/") for metric in metrics), "on_front"]
+    caption = "The trade-off of head and tail, and the Pareto front."
+    return Figure("few_shot", f"Overall against {name} accuracy", caption, drawing, [header, *data])
 
 
 def rung_against_end(source: ReportData) -> Figure | None:
     """The best values of finished trials against their values at ASHA's first rung."""
-    all_rungs = rungs(source)
-    if not all_rungs or all_rungs[0].num_trials < 2:
+    rung = next(iter(rungs(source)), None)
+    if rung is None or rung.num_trials < 2:
         return None
-    rung, drawing, marks = all_rungs[0], Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
-    x = spread([early for _, early, _ in rung.pairs], 52, WIDTH - 12)
-    y = spread([value for *_, value in rung.pairs], HEIGHT - 46, TOP)
-    frame(
-        drawing, x, y, (f"at {rung.share:.0%} of its length, validation (%)", objective_name(source)),
-        x_format=percent_tick, y_format=percent_tick,
-    )  # fmt: skip
-    for record, early, value in rung.pairs:
-        marks.dot(drawing, x(early), y(value), record, value, f", {percent(early)} % at the rung")
-    legend(drawing, 52, 14, marks.legend)
+    trials = [
+        (record, value, (early, value), f", {percent(early)} % at the rung") for record, early, value in rung.pairs
+    ]
+    labels = (f"at {rung.share:.0%} of its length, validation (%)", objective_name(source))
+    drawing, _ = _scatter(source, trials, labels)
     correlation = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
     caption = f"{correlation}Finished trials only: it is unknown how stopped trials would have ended."
     data = [[*_row(record, value), early] for record, early, value in rung.pairs]
     header = [*_HEADER, "at_the_rung"]
     return Figure("rung", "Where early stopping decides, and the end", caption, drawing, [header, *data])
+
+
+def _scatter(
+    source: ReportData,
+    trials: Sequence[_Scattered],
+    labels: tuple[str, str],
+    metrics: tuple[str, str] | None = None,
+    *,
+    is_log: bool = False,
+) -> tuple[Drawing, list[int]]:
+    """Draw trials as marks, and the Pareto front of the points' `metrics` as a line; returns the front's indices."""
+    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
+    points = [point for _, _, point, _ in trials]
+    x = spread([left for left, _ in points], 52, WIDTH - 12, log=is_log)
+    y = spread([right for _, right in points], HEIGHT - 46, TOP)
+    frame(drawing, x, y, labels, x_format=number if is_log else percent_tick, y_format=percent_tick)
+    front = [] if metrics is None else pareto_indices(points, metrics)
+    if len(front) > 1:
+        line = sorted(points[index] for index in front)
+        drawing.line([(x(left), y(right)) for left, right in line], "faint", width=1.8)
+    for record, value, (left, right), note in trials:
+        marks.dot(drawing, x(left), y(right), record, value, note)
+    legend(drawing, 52, 14, marks.legend)
+    return drawing, front
 
 
 def importance_bars(importances: list[Importance]) -> Figure | None:
@@ -352,11 +348,6 @@ def _labels(
         return [(format_value(key, value), column[name]) for name, value in values.items()]
     ends = [min(values.values()), max(values.values())] if values else []
     return [(format_value(key, value), column[repr(value)]) for value in ends]
-
-
-def _front_line(drawing: Drawing, x: Scale, y: Scale, front: list[Point]) -> None:
-    if len(front) > 1:
-        drawing.line([(x(left), y(right)) for left, right in sorted(front)], "faint", width=1.8)
 
 
 def _whole(value: float) -> str:

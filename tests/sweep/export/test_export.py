@@ -110,7 +110,7 @@ def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: 
         report, text = build(ReportData.read(str(folder))), card(folder)
         (line,) = [one for one in text.splitlines() if one.startswith(start)]
         statement = report.statement.replace("The winner", "This model").replace("the winner", "this model")
-        assert line == f"{statement} {report.beside}"
+        assert line == f"{statement} {report.details}"
         assert report.statement in show_text(SweepState.read(str(folder)))
 
 

@@ -122,12 +122,12 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path: Path) -> Non
     # The error is 1.0 of each, so that 2.8 points of either side are in the interval.
     gain, low, high = (float(one) for one in re.findall(r"\d+\.\d", report.statement)[:3])
     assert (gain - low, high - gain) == pytest.approx((2.8, 2.8), abs=0.11)
-    assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.beside)
+    assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.details)
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
     assert [note.rpartition(" ")[0] for note in facts["few-shot"].notes] == ["linear probe", "zero-shot"]
     shown = show_text(SweepState.read(str(folder)))
-    assert f"{report.statement} {report.beside}" in shown
+    assert f"{report.statement} {report.details}" in shown
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path: 
     report = build(ReportData.read(str(folder)))
     assert not report.is_win
     assert re.match(r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.statement)
-    assert "post hoc: logits adjusted after training" in report.beside.lower()
+    assert "post hoc: logits adjusted after training" in report.details.lower()
     (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
     assert "linear probe, post hoc" in {row[0] for row in bars.data}
     (table,) = [one for one in parts(report)[1] if one.name == "margins"]
@@ -205,7 +205,7 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path: P
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     report = build(ReportData.read(str(folder)))
     assert "on validation" in report.statement
-    assert report.beside.startswith("No test split has been scored: it takes images in a folder test/")
+    assert report.details.startswith("No test split has been scored: it takes images in a folder test/")
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
     assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")
