@@ -145,8 +145,7 @@ def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Inter
         raise ConfigError([Problem("a plan is of a whole sweep; leave it out with --resume", "--plan")])
     if options.fork and not options.resume:
         raise ConfigError([Problem("--fork needs --resume, which says what to fork", "--fork")])
-    from imbvlm.sweep.run.run_phases import fork, run
-    from imbvlm.sweep.run.sweep_run import removed_if_rejected
+    from imbvlm.sweep.run.run_phases import fork, removed_if_rejected, run_sweep
 
     interrupts.check()
     # From here on; a plan shows paths as they were typed.
@@ -160,7 +159,7 @@ def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Inter
             fork(spec, _wanted_folder(spec, options.resume), folder, Console())
         if options.plan:
             _keep_plan(spec, options.measure, folder)
-        run(spec, folder, Console())
+        run_sweep(spec, folder, Console())
     return 0
 
 

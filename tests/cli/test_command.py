@@ -10,7 +10,7 @@ import pytest
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.cli import sweep_script
-from imbvlm.sweep.run.sweep_run import removed_if_rejected
+from imbvlm.sweep.run.run_phases import removed_if_rejected
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
-from imbvlm.base.errors import ConfigError, LostProcessesError, Problem, StorageError
+from imbvlm.base.errors import LostProcessesError, StorageError
 from imbvlm.data.manifest import Manifest
-from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.ray_runtime.connection import ray_session
-from imbvlm.sweep.plan.feasibility import check_manifest, check_models
-from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts, write_fork
+from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
 from imbvlm.sweep.records.provenance import encoder_fingerprints, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.records.summary_tables import run_header
-from imbvlm.sweep.records.trial_log import TrialLog
-from imbvlm.sweep.run.sweep_run import SweepRun
-from imbvlm.sweep.spec.baselines import encoder_configs
+from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
+from imbvlm.sweep.run.check_phase import check, check_provenance, open_run
+from imbvlm.sweep.run.conclude_phase import conclude
+from imbvlm.sweep.run.confirm_phase import confirm
+from imbvlm.sweep.run.extract_phase import extract
+from imbvlm.sweep.run.refit_phase import refit
+from imbvlm.sweep.run.search_phase import search
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.spec_checks import check_spec, sampler_notes
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -30,78 +32,79 @@ LOG_FILE = "ray.log"
 PROGRESS_FILE = "progress.log"
 
 
-def run(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
-    """Run or go on with the sweep in a folder; raises ConfigError before anything starts, ImbvlmError if all fail."""
+def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
+    """Run or resume a folder's sweep; raises ConfigError before anything starts, ImbvlmError if all trials fail."""
     started = time.monotonic()
-    sweep = check_spec(spec)
-    spec = sweep.spec
-    manifest = Manifest.read(spec.base["data"]["manifest"])
-    check_manifest(spec, manifest)
-    models = check_models(sweep)
-    # Before hours of features, perhaps: a folder that isn't a sweep's shows now.
-    starts = warm_starts(sweep)
-    for config in encoder_configs(sweep):
-        # Fetched before there is a folder: without weights there is no sweep.
-        resolve_encoder(config.encoder).weights_file()
+    checked = check(spec)
+    sweep = checked.sweep
     with storage.OUTAGES.said_by(console.print), folder_lease(folder, console.print) as lease:
         log = TrialLog.read(folder)
         log.constraints = spec.constraints
-        _check_provenance(folder, manifest, log)
-        beside = local_folder(folder)
-        console.copy_to(beside / PROGRESS_FILE)
-        notes = [*untrained_configurations(sweep), *sampler_notes(sweep)]
-        console.print("\n".join([run_header(spec, manifest, folder, log), *notes]))
-        with _machine_errors_say_how_to_go_on(folder):
-            with console.redirect_output(beside / LOG_FILE):
+        check_provenance(folder, checked.manifest, log)
+        local_dir = local_folder(folder)
+        console.copy_to(local_dir / PROGRESS_FILE)
+        header = run_header(sweep.spec, checked.manifest, folder, log)
+        console.print("\n".join([header, *untrained_configurations(sweep), *sampler_notes(sweep)]))
+        with _resume_hint_in_errors(folder):
+            with console.redirect_output(local_dir / LOG_FILE):
                 silence_optuna()
-                with ray_session(console.last_word(_way_on(folder))) as cluster:
-                    run = SweepRun(sweep, manifest, folder, log, console, cluster, started, models)
-                    run.search(starts)
-                    _check_still_wanted(lease)
-                    run.confirm()
-                    _check_still_wanted(lease)
-                    run.refit_and_score()
+                with ray_session(console.last_word(_resume_hint(folder))) as cluster:
+                    run = open_run(checked, folder, log, console, cluster, started)
+                    extract(run)
+                    search(run, checked.warm_starts)
+                    _check_interrupted(lease)
+                    confirm(run)
+                    _check_interrupted(lease)
+                    refit(run)
                     seconds = time.monotonic() - started
-            run.conclude(seconds)
+            conclude(run, seconds)
     return log
 
 
-def _check_still_wanted(lease: Lease) -> None:
-    """Raises KeyboardInterrupt where a signal has come, and ImbvlmError where the folder is another run's now."""
+def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
+    """Create a sweep's folder with the trials of another sweep that are still valid; raises ConfigError."""
+    sweep = check_spec(spec)
+    current = provenance(Manifest.read(spec.base["data"]["manifest"]))
+    selected = select_fork_trials(source, sweep, provenance_changes(source, current))
+    # The retained trials read features of these encoders.
+    encoders = {"towers": encoder_fingerprints(source)} if selected.retained else {}
+    write_provenance(folder, {**current, **encoders})
+    write_fork(selected, source, folder)
+    console.print(selected.describe(source))
+
+
+@contextmanager
+def removed_if_rejected(folder: str) -> Iterator[None]:
+    """Within, a new folder is removed if the sweep ends before its sweep.yaml is written."""
+    local_dir = local_folder(folder)
+    is_new = not storage.exists(folder)
+    new_parents = [parent for parent in local_dir.absolute().parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        # The error that ended the sweep is raised even if the storage is unreachable by now.
+        with suppress(StorageError, OSError):
+            if is_new and storage.exists(folder) and not storage.exists(storage.join(folder, SPEC_FILE)):
+                storage.delete(folder)
+                storage.delete(str(local_dir))
+                for parent in new_parents:
+                    parent.rmdir()
+        raise
+
+
+def _check_interrupted(lease: Lease) -> None:
+    """Raise KeyboardInterrupt after a signal, and ImbvlmError if another run has taken the folder."""
     interrupts.check()
     lease.check()
 
 
 @contextmanager
-def _machine_errors_say_how_to_go_on(folder: str) -> Iterator[None]:
+def _resume_hint_in_errors(folder: str) -> Iterator[None]:
     try:
         yield
     except (StorageError, LostProcessesError) as error:
-        raise type(error)(f"{error}; then {_way_on(folder)}") from None
+        raise type(error)(f"{error}; then {_resume_hint(folder)}") from None
 
 
-def _way_on(folder: str) -> str:
+def _resume_hint(folder: str) -> str:
     return f"go on with: imbvlm sweep resume {folder}"
-
-
-def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
-    """Begin a sweep's folder with the trials of another that are still valid; raises ConfigError."""
-    sweep = check_spec(spec)
-    found = provenance(Manifest.read(spec.base["data"]["manifest"]))
-    chosen = select_fork_trials(source, sweep, provenance_changes(source, found))
-    # Trials that are kept are of these towers.
-    write_provenance(folder, {**found, "towers": encoder_fingerprints(source)} if chosen.retained else found)
-    write_fork(chosen, source, folder)
-    console.print(chosen.describe(source))
-
-
-def _check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
-    """Refuse to go on with other code or data than the sweep began with; raises ConfigError."""
-    found = provenance(manifest)
-    if not log.records:
-        write_provenance(folder, found)
-        return
-    changes = provenance_changes(folder, found)
-    if changes:
-        mend = "since the sweep began; set it back, or add --fork for a new sweep"
-        raise ConfigError(Problem(f"{change} {mend}", folder) for change in changes)

@@ -34,7 +34,7 @@ from imbvlm.sweep.plan.speed_benchmark import Machine, SpeedBenchmark, TowerSpee
 from imbvlm.sweep.plan.sweep_plan import calibrate_here, make_plan
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
 from imbvlm.sweep.records.summary_tables import NUM_BEST
-from imbvlm.sweep.run.run_phases import run
+from imbvlm.sweep.run.run_phases import run_sweep
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -227,12 +227,12 @@ def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(
     """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
-    monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
+    monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
     made = spec(storage=str(tmp_path))
     needed = make_plan(made, None).missing_bytes
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(0.9 * needed))
     with pytest.raises(ImbvlmError, match=r"the stored features need .* more .*; reduce features\.num_views"):
-        run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+        run_sweep(made, str(tmp_path / "sweep"), Console(io.StringIO()))
     assert not passes
     assert not (tmp_path / "features").exists()
 
@@ -257,12 +257,12 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
-    monkeypatch.setattr("imbvlm.sweep.run.sweep_run.ensure_features", lambda *args, **more: passes.append(args))
+    monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
     for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
                        (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip
         monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri, room=room: int(room))
         with pytest.raises(ImbvlmError, match=says):
-            run(made, str(tmp_path / "sweep"), Console(io.StringIO()))
+            run_sweep(made, str(tmp_path / "sweep"), Console(io.StringIO()))
     assert not passes
 
 

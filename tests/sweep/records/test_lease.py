@@ -25,7 +25,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.sweep.records import folder_lease
 from imbvlm.sweep.records.folder_lease import Holder
 from imbvlm.sweep.records.lease_file import Content, LocalLeaseFile
-from imbvlm.sweep.run.run_phases import run
+from imbvlm.sweep.run.run_phases import run_sweep
 
 
 def write(folder: Path, holder: Holder) -> Path:
@@ -57,7 +57,7 @@ def test_a_sweep_that_still_runs_is_not_run_again_and_nothing_is_touched(tmp_pat
     write(folder, Holder.here())
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(ImbvlmError, match=r"this sweep still runs \(host .*, process \d+, since 20.*running.json"):
-        run(sweep_spec(**fields), str(folder), Console())
+        run_sweep(sweep_spec(**fields), str(folder), Console())
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

@@ -47,7 +47,7 @@ def options(*words: str) -> argparse.Namespace:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[SweepSpec]:
     """The specs of the sweeps that were run."""
     specs: list[SweepSpec] = []
-    monkeypatch.setattr("imbvlm.sweep.run.run_phases.run", lambda spec, folder, console: specs.append(spec))
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.run_sweep", lambda spec, folder, console: specs.append(spec))
     return specs
 
 

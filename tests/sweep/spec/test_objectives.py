@@ -24,7 +24,7 @@ from imbvlm.sweep.records.earlier_sweeps import warm_starts, warm_trials
 from imbvlm.sweep.records.refit_selection import refits
 from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, search_table, verdict
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.run.run_phases import run as run_sweep
+from imbvlm.sweep.run.run_phases import run_sweep
 from imbvlm.sweep.spec.objectives import SECONDS, ObjectiveValues, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import SweepSpec

@@ -1,0 +1,116 @@
+"""The last phase: tables, best.yaml, the report, and the next commands."""
+
+from __future__ import annotations
+
+from imbvlm.base import interrupts, storage
+from imbvlm.base.formatting import duration, table
+from imbvlm.base.yaml_file import dump_yaml
+from imbvlm.sweep.export.exporter import best_config, write_best
+from imbvlm.sweep.plan.feasibility import untried_methods
+from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
+from imbvlm.sweep.records.difference import refits_of, verdict_on_test
+from imbvlm.sweep.records.refit_selection import SUPERSEDED
+from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
+from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, scores_table, search_table, verdict
+from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
+from imbvlm.sweep.records.trial_log import WINNER
+from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.report.report_writer import write_report
+from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
+from imbvlm.sweep.run.sweep_run import SweepRun
+
+PARETO_FOLDER = "pareto"
+
+
+def conclude(run: SweepRun, seconds: float) -> None:
+    """Print the tables, write best.yaml and the report, and print the files and the next commands."""
+    echo, best = run.console.print, run.log.best(run.spec.objective)[0]
+    echo()
+    echo(search_table(run.log, run.spec))
+    echo(verdict(run.log, run.spec))
+    if run.spec.other_objectives:
+        _write_pareto(run)
+    data = ReportData.read(run.folder)
+    _print_scores(run, data)
+    _print_tables(run, data)
+    write_best(run.folder, best, run.spec.base["data"]["manifest"])
+    if not run.num_refits_left:
+        storage.delete(storage.join(run.folder, UNFINISHED_FILE))
+    page = report(run)
+    echo()
+    echo(f"best: {best.trial_id} of {run.folder}, after {duration(seconds)}")
+    for name, content in (
+        ("best.yaml", "its configuration"),
+        *([(page.rpartition("/")[2], "what was found, in one page for a browser")] if page else []),
+        ("results.parquet", "every trial"),
+        *([("tables/", "the tables above as CSV and LaTeX")] if run.spec.study else []),
+        ("refits/", "the refitted weights"),
+    ):
+        echo(f"  {storage.join(run.folder, name)}  {content}")
+    echo(compute_text(ResourceUsage.read(run.folder, run.spec, run.log)))
+    echo("next:")
+    echo(f"  imbvlm export {run.folder} -o my-model")
+    echo("  imbvlm predict my-model PHOTO.jpg")
+    echo(f"  imbvlm train {storage.join(run.folder, 'best.yaml')}")
+    untried = untried_methods(run.sweep, run.encoder_infos)
+    if untried:
+        echo(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
+
+
+def report(run: SweepRun) -> str | None:
+    """Write the report and return its location; None with a sentence if it fails, since a report must not fail a sweep.
+
+    Raises KeyboardInterrupt if a library turned an interrupt into the error.
+    """
+    try:
+        return write_report(run.folder)
+    except Exception as error:  # noqa: BLE001
+        interrupts.check()
+        run.console.print(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
+        return None
+
+
+def _write_pareto(run: SweepRun) -> None:
+    """Print the trials that no other trial beats in every objective; write each configuration under pareto/."""
+    records = pareto_records(run.log, run.spec)
+    run.console.print()
+    run.console.print(pareto_table(records, run.spec))
+    folder = storage.join(run.folder, PARETO_FOLDER)
+    for record in records:
+        config = best_config(record, run.spec.base["data"]["manifest"])
+        storage.write_bytes(storage.join(folder, f"{record.trial_id}.yaml"), dump_yaml(config.to_tree()).encode())
+    run.console.print(f"their configurations: {folder}/TRIAL.yaml")
+
+
+def _print_scores(run: SweepRun, data: ReportData) -> None:
+    """Print the test scores of winner and baselines, and what is adjusted after training."""
+    echo = run.console.print
+    names = [scored.name for scored in data.headline]
+    if data.has_test:
+        shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
+        echo()
+        echo(scores_table(shown, run.spec))
+        on_test = verdict_on_test(run.log, refits_of(run.log, WINNER), "the winner")
+        if on_test is not None:
+            echo(str(on_test))
+        if data.classes is not None and data.classes.averaged_over:
+            echo(data.classes.averaged_over)
+    if "test" not in run.manifest.splits:
+        echo(
+            "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart by "
+            "`imbvlm manifest build --test-share 0.2`, in a folder test/ beside train/, or as rows of that split"
+        )
+    for name, selection in run.adjustments.items():
+        if name in names:
+            echo(describe_post_hoc(name, selection, run.scored))
+
+
+def _print_tables(run: SweepRun, data: ReportData) -> None:
+    """Print and write a study's tables, and the table of stored views against fresh crops."""
+    gap = fresh_gap(data)
+    tables = [*study_tables(data), *([] if gap is None else [gap])]
+    for shown in tables:
+        run.console.print()
+        run.console.print(f"{shown.title} ({shown.caption}):")
+        run.console.print(table(list(shown.header), [list(row) for row in shown.rows]))
+    write_tables(run.folder, tables)

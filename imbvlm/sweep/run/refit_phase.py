@@ -1,0 +1,105 @@
+"""The refit phase: winner and baselines on all training images, each read on the test split once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from imbvlm.base import storage
+from imbvlm.base.formatting import pluralize
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.sweep.records.adjustment_selection import select_adjustments, write_post_hoc
+from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
+from imbvlm.sweep.records.summary_tables import failure_causes
+from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
+from imbvlm.sweep.records.trial_log import ENDED
+from imbvlm.sweep.records.trial_parquet import write_results_table
+from imbvlm.sweep.run.extract_phase import extract_splits
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.spec.baselines import feature_key
+from imbvlm.sweep.tune.jobs import Job
+from imbvlm.training.trial_session import TrialSettings
+
+
+def refit(run: SweepRun) -> None:
+    """Train winner and baselines again on all training rows over the seeds, and read the test split once for each."""
+    run.budget.enter("features")
+    test_features = extract_splits(run, ("test",)) if "test" in run.manifest.splits else {}
+    run.budget.enter("refits")
+    selected = refits(run.log, run.spec)
+    jobs = [
+        Job(chosen.trial_id(seed, run.log), "refit", chosen.name, config)
+        for chosen in selected
+        for seed, config in chosen.seeded()
+    ]
+    mark_superseded(run.log, {job.trial_id: job.name for job in jobs})
+    waiting = run.unfinished(jobs)
+    run.adjustments = select_adjustments(run.folder, selected, run.log, run.spec.objective)
+    write_post_hoc(run.folder, run.adjustments)
+    if waiting and run.budget.exhausted() is None:
+        models = "everything" if run.spec.study else "the winner and the baselines"
+        run.console.print(f"refitting {models} on all training images: {pluralize(len(waiting), 'run')}")
+        run_fixed_jobs(run, waiting, lambda job: _refit_settings(run, job, test_features), "refit", len(jobs))
+    run.num_refits_left = len(run.unfinished(jobs))
+    _report_left(run, len(jobs))
+    failed = [record for record in run.log.of("refit") if record.state == "failed"]
+    if failed:
+        run.console.print(failure_causes(failed, "refit"))
+    run.scored = [run.log.records[job.trial_id] for job in jobs if job.trial_id in run.log.records]
+    run.scored += [
+        record for record in run.log.of("refit") if record.name.startswith(SUPERSEDED) and record.state in ENDED
+    ]
+    write_results_table(run.log)
+    if test_features:
+        _write_reading(run)
+    run.budget.keep(now=True)
+
+
+def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet]) -> TrialSettings:
+    features = run.features[feature_key(job.config)]
+    test = test_features.get(feature_key(job.config))
+    if test is not None:
+        features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
+    selection = run.adjustments.get(job.name)
+    return replace(
+        trial_settings(run, job, features),
+        refit=True,
+        score_test=test is not None,
+        model_folder=storage.join(run.folder, "refits", job.trial_id),
+        post_hoc=None if selection is None else asdict(selection.adjustment),
+    )
+
+
+def _report_left(run: SweepRun, num_jobs: int) -> None:
+    """Print why refits are left, and how to resume."""
+    num_left = run.num_refits_left
+    if not num_left:
+        return
+    if limit := run.budget.exhausted():
+        run.exhausted_limit = limit
+        run.console.print(
+            f"{limit} is used up: {num_left} of {num_jobs} refits are left, and the test split was not read for "
+            f"them; {run.raise_limit_hint()}"
+        )
+    else:
+        run.console.print(
+            f"{pluralize(num_left, 'refit')} lost with a machine; go on with: imbvlm sweep resume {run.folder}"
+        )
+
+
+def _write_reading(run: SweepRun) -> None:
+    """Add new test scores to test.json, with the time at which the test split was read for them."""
+    scores = {
+        record.trial_id: {key: value for key, value in record.epochs[-1].items() if key.startswith("test")}
+        for record in run.scored
+        if record.epochs
+    }
+    before = read_readings(run.folder) or {"scores": {}, "readings": []}
+    new = {trial_id: answer for trial_id, answer in scores.items() if trial_id not in before["scores"]}
+    if new:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        readings = [*before["readings"], {"read_at": now, "trials": sorted(new)}]
+        reading = {"read_at": now, "scores": {**before["scores"], **new}, "readings": readings}
+        storage.write_bytes(storage.join(run.folder, TEST_FILE), json.dumps(reading, indent=1).encode())
