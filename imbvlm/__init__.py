@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
+from imbvlm.base.interrupts import from_first_line
 from imbvlm.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from imbvlm.cli.sweep_script import run_script as run_script
+    from imbvlm.config.trial_config import TrialConfig as TrialConfig
+    from imbvlm.data.manifest import Manifest as Manifest
+    from imbvlm.inference.model_folder import load as load
+    from imbvlm.sweep.spec.sweep_spec import SweepSpec as SweepSpec
 
-    import torch
+# Imported on first use: the command line starts without torch.
+_MODULES = {
+    "Manifest": "imbvlm.data.manifest",
+    "SweepSpec": "imbvlm.sweep.spec.sweep_spec",
+    "TrialConfig": "imbvlm.config.trial_config",
+    "load": "imbvlm.inference.model_folder",
+    "run_script": "imbvlm.cli.sweep_script",
+}
 
-    from imbvlm.inference.predictor import Model
 
-
-def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """Load what `imbvlm export` wrote; `load(folder).predict(images)` needs neither Ray nor a network.
-
-    Raises ImbvlmError where the folder is incomplete, or where images would be prepared otherwise than for training.
-    """
-    # Importing the package stays free of torch: the command line starts with it.
-    from imbvlm.inference.model_folder import load
-
-    return load(folder, device)
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "run_script":
+        # A sweep's file handles Ctrl-C from its first line on, while it imports the rest.
+        from_first_line()
+    return getattr(importlib.import_module(_MODULES[name]), name)

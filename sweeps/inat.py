@@ -1,6 +1,6 @@
 """iNaturalist 2018 on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
 
-from imbvlm.sweep.command import main
+from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.spec.published_recipes import LIFT
 
@@ -29,4 +29,4 @@ spec = SweepSpec(
 )
 
 if __name__ == "__main__":
-    main(spec)
+    run_script(spec)

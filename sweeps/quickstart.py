@@ -1,6 +1,6 @@
 """The main job in small: Fashion-MNIST with a long tail, an image-text model of 21 MB, two CPU cores, three minutes."""
 
-from imbvlm.sweep.command import main
+from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec
 
 RECIPE = {
@@ -31,4 +31,4 @@ spec = SweepSpec(
 )
 
 if __name__ == "__main__":
-    main(spec)
+    run_script(spec)

@@ -166,7 +166,7 @@ def names_of(*folders: str) -> list[str]:
 @pytest.mark.parametrize(
     ("wanted", "unwanted"),
     [
-        (["imbvlm"], ("ray", "torch", "pyarrow", "numpy", "pydantic")),
+        (["imbvlm"], ("ray", "torch", "pyarrow", "numpy", "pydantic", "yaml", "imbvlm.cli")),
         (["imbvlm.cli.app"], ("torch", "ray", "open_clip", "optuna")),
         (names_of("base", "data", "data.files", "data.images", "data.sources"), ("torch", "ray", "open_clip")),
         (names_of("config"), ("torch", "ray", "open_clip", "optuna", "pyarrow")),

@@ -59,6 +59,25 @@ def test_stored_features_and_the_manifest_are_sound(sample: Path) -> None:
     imbvlm("manifest", "check", "manifest.parquet", "--decode")
 
 
+OLD_SCRIPT = """
+from imbvlm.sweep.command import main
+from imbvlm.sweep.spec import SweepSpec
+
+spec = SweepSpec.from_yaml("runs/limited/sweep.yaml")
+if __name__ == "__main__":
+    main(spec)
+"""
+
+
+@pytest.mark.parametrize("main", ["imbvlm.sweep.command import main", "imbvlm import run_script as main"])
+def test_a_sweeps_file_runs(sample: Path, main: str) -> None:
+    Path("limited.py").write_text(OLD_SCRIPT.replace("imbvlm.sweep.command import main", main))
+    command = [sys.executable, "limited.py", "--dry-run", "--measure", "no", "--manifest", "manifest.parquet"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "dry run: nothing was started or written" in ended.stdout
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_sweep_goes_on_with_its_features_and_trials(sample: Path, ray_cluster: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line of a sweep: `sweeps/x.py` is `main(SweepSpec(...))`."""
+"""The command line of a sweep: `sweeps/x.py` is `run_script(SweepSpec(...))`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 LATEST = "latest"
 
 
-def main(spec: SweepSpec, arguments: Sequence[str] | None = None) -> None:
-    """Run a sweep from the command line, and leave with 0, or with 1 where it could not or nothing came of it."""
+def run_script(spec: SweepSpec, arguments: Sequence[str] | None = None) -> None:
+    """Run a sweep with the options of the command line; exits with 0, or with 1 if it failed or has no result."""
     parser = argparse.ArgumentParser(
         description=f"Run the sweep {spec.name}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

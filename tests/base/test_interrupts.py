@@ -66,11 +66,21 @@ except BaseException:
 SCRIPT = Path(sysconfig.get_path("scripts")) / "imbvlm"
 
 
+OLD_SCRIPT = """
+from imbvlm.sweep.command import main
+from imbvlm.sweep.spec import SweepSpec
+
+main(SweepSpec(name="x", base={"encoder": {"name": "tinylit_lite0"}}, space="quickstart", num_trials=1))
+"""
+SCRIPT_OF_NOW = OLD_SCRIPT.replace("from imbvlm.sweep.command import main", "from imbvlm import run_script as main")
+
+
 @signals
 @pytest.mark.parametrize(
     ("slow", "command"),
     [
         ("pyarrow", ["program.py", "--dry-run"]),
+        ("pyarrow", ["old.py", "--dry-run"]),
         ("torch", ["program.py"]),
         ("pydantic", [SCRIPT, "train", "trial.yaml"]),
         ("difflib", [SCRIPT, "--help"]),
@@ -80,15 +90,8 @@ SCRIPT = Path(sysconfig.get_path("scripts")) / "imbvlm"
 def test_while_modules_are_imported_a_signal_leaves_one_line(
     tmp_path: Path, number: signal.Signals, slow: str, command: Sequence[str | Path]
 ) -> None:
-    program(
-        tmp_path,
-        """
-        from imbvlm.sweep.command import main
-        from imbvlm.sweep.spec import SweepSpec
-
-        main(SweepSpec(name="x", base={"encoder": {"name": "tinylit_lite0"}}, space="quickstart", num_trials=1))
-        """,
-    )
+    (tmp_path / "old.py").write_text(OLD_SCRIPT)
+    program(tmp_path, SCRIPT_OF_NOW)
     (tmp_path / f"{slow}.py").write_text(SLOW_MODULE)
     process = start(*command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)})
     code, said = CODES[number]

@@ -129,7 +129,7 @@ def test_going_on_as_another_sweep_is_refused_with_both_values(tmp_path: Path) -
 
 def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        sweep_script.main(SPEC, ["--dry-run", "--set", "optim.lrr=1", "--set", "num_trials=none"])
+        sweep_script.run_script(SPEC, ["--dry-run", "--set", "optim.lrr=1", "--set", "num_trials=none"])
     assert stop.value.code == 1
     said: Any = capsys.readouterr()
     assert said.out == ""
@@ -142,7 +142,7 @@ def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixtu
 
 def test_a_sweep_that_never_began_is_nothing_to_go_on_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        sweep_script.main(SPEC, [f"--manifest={tmp_path / 'none.parquet'}", f"--storage={tmp_path / 'runs'}"])
+        sweep_script.run_script(SPEC, [f"--manifest={tmp_path / 'none.parquet'}", f"--storage={tmp_path / 'runs'}"])
     assert capsys.readouterr().err == f"imbvlm: {tmp_path / 'none.parquet'} is not there\n"
     assert not (tmp_path / "runs").exists()
 
@@ -159,7 +159,7 @@ def test_weights_that_cannot_be_had_are_said_before_there_is_a_folder(
     made = SPEC.model_copy(update={"base": {**base, "method": "linear_probe"}, "space": {"parameters": {}}})
     for words in ([], ["--plan", "--measure=no"]):
         with pytest.raises(SystemExit) as stop:
-            sweep_script.main(made, words)
+            sweep_script.run_script(made, words)
         assert stop.value.code == 1
         assert "openai_vit_b32" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
@@ -196,5 +196,5 @@ def test_a_folder_is_removed_where_it_is_new_and_its_sweep_never_began(
 
 def test_wrong_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        sweep_script.main(SPEC, ["--dryrun"])
+        sweep_script.run_script(SPEC, ["--dryrun"])
     assert stop.value.code == 2

@@ -346,7 +346,7 @@ def test_a_limit_on_money_needs_a_price() -> None:
 
 def leave(capsys: pytest.CaptureFixture[str], made: SweepSpec, *words: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:
-        sweep_script.main(made, ["--dry-run", "--measure=no", *words])
+        sweep_script.run_script(made, ["--dry-run", "--measure=no", *words])
     captured = capsys.readouterr()
     assert isinstance(left.value.code, int)
     return left.value.code, captured.out, captured.err
@@ -390,7 +390,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(
     assert code == 1
     assert "can't run on another machine" in err
     with pytest.raises(SystemExit) as left:
-        sweep_script.main(fits, ["--gpus=4"])
+        sweep_script.run_script(fits, ["--gpus=4"])
     assert left.value.code == 1
     assert "--gpus: a plan alone can be for another machine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
