@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -157,6 +158,54 @@ def test_libraries_stay_in_their_places(module: str) -> None:
         library = longest(imported, PLACES)
         if library is not None:
             assert longest(module, PLACES[library]), f"{module} imports {imported}"
+
+
+# Names of calls that read, write, connect, start or wait. All of `storage` does so, except what only parses a location.
+IO_NAMES = re.compile(
+    r"(open|mkdir|unlink|touch|stat|exists|is_dir|is_file|iterdir|glob|rglob|start|acquire|urlopen|create_connection"
+    r"|get_credentials|Popen|check_output|sleep|mmap|memmap|create_study|print|echo|report|_tell|fromfile|utime"
+    r"|barrier|all_reduce|broadcast|(read|write|load|save|fetch|download|broadcast|ensure|resolve|delete|list)_\w+)"
+)
+LOCATIONS = {"join", "is_local", "local_path", "absolute", "location_problem", "is_same_disk"}
+# Ray Data makes its workers by a constructor in their process.
+CONSTRUCTORS_WITH_IO = {("ray_runtime.image_pipeline", "_Worker")}
+
+
+def constructors(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Constructors and pydantic's validators, with the class of each."""
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for function in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
+            decorators = " ".join(map(ast.unparse, function.decorator_list))
+            if function.name in ("__init__", "__post_init__", "__new__") or "validator(" in decorators:
+                yield cls.name, function
+
+
+def calls_of(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> Iterator[str]:
+    """What a function calls itself and by way of functions and methods of its file, which are found by their name."""
+    waiting, seen = [function], {function.name}
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            yield called
+            name = called.removeprefix("self.").removeprefix("cls.")
+            if name in functions and name not in seen:
+                seen.add(name)
+                waiting.append(functions[name])
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_constructors_and_validators_neither_read_nor_write_nor_wait(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for cls, function in constructors(tree):
+        if (module, cls) in CONSTRUCTORS_WITH_IO:
+            continue
+        for called in calls_of(function, functions):
+            owner, _, name = called.rpartition(".")
+            is_io = name not in LOCATIONS if owner == "storage" else IO_NAMES.fullmatch(name)
+            assert not is_io, f"{cls}.{function.name} of {module} calls {called}"
 
 
 def names_of(*folders: str) -> list[str]:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -118,25 +119,13 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
     raise ConnectionError(f"the store {problem}")
 
 
+@dataclass(frozen=True)
 class _Reader:
     """Signed GET requests for the objects of a bucket, over connections that stay open."""
 
-    def __init__(self, bucket: str) -> None:
-        from botocore.auth import S3SigV4Auth
-        from botocore.httpsession import URLLib3Session
-        from botocore.utils import get_environ_proxies
-
-        endpoint, region = _place(bucket)
-        self.base = f"{endpoint or f'https://s3.{region}.amazonaws.com'}/{bucket}/"
-        credentials = _session().get_credentials()
-        self.auth = None if credentials is None else S3SigV4Auth(credentials, "s3", region)
-        options: dict[str, Any] = {
-            "verify": os.environ.get("AWS_CA_BUNDLE") or True,
-            "timeout": (_CONNECT_SECONDS, _READ_SECONDS),
-        }
-        self.session = URLLib3Session(
-            proxies=get_environ_proxies(self.base), max_pool_connections=_CONNECTIONS, **options
-        )
+    base: str
+    auth: Any
+    session: Any
 
     def ask(self, key: str, headers: Mapping[str, str]) -> tuple[int | None, bytes]:
         """Status and content; no status, and the reason as content, where there was no answer."""
@@ -155,7 +144,20 @@ class _Reader:
 
 @lru_cache(maxsize=32)
 def _reader(bucket: str, settings: tuple[str, ...]) -> _Reader:
-    return _Reader(bucket)
+    from botocore.auth import S3SigV4Auth
+    from botocore.httpsession import URLLib3Session
+    from botocore.utils import get_environ_proxies
+
+    endpoint, region = _place(bucket)
+    base = f"{endpoint or f'https://s3.{region}.amazonaws.com'}/{bucket}/"
+    credentials = _session().get_credentials()
+    auth = None if credentials is None else S3SigV4Auth(credentials, "s3", region)
+    options: dict[str, Any] = {
+        "verify": os.environ.get("AWS_CA_BUNDLE") or True,
+        "timeout": (_CONNECT_SECONDS, _READ_SECONDS),
+    }
+    session = URLLib3Session(proxies=get_environ_proxies(base), max_pool_connections=_CONNECTIONS, **options)
+    return _Reader(base, auth, session)
 
 
 class NoConditionsError(StorageError):

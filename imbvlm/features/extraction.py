@@ -109,6 +109,7 @@ def ensure_features(
 
 def _fill(config: TrialConfig, works: Sequence[PendingPart], encoder: Encoder, report: Report) -> None:
     progress = _Progress(sum(work.num_images for work in works), report)
+    progress.begin()
     # Taken from its front by whoever computes them.
     blocks = deque(block for work in works for block in _blocks(config, work))
     by_folder = {work.store.folder: work for work in works}
@@ -212,7 +213,9 @@ class _Progress:
         # Of the whole cluster's time, workers' start aside; None before two blocks have come.
         self.seconds_per_image: float | None = None
         self._telling = threading.Lock()
-        self._tell(f"features: {num_images:,} images to compute")
+
+    def begin(self) -> None:
+        self._tell(f"features: {self.num_images:,} images to compute")
 
     def add(self, num_images: int) -> None:
         self.done += num_images

@@ -176,7 +176,7 @@ class Copies(Section):
                 for one, folder in zip(wanted, own, strict=True):
                     folder.mkdir(exist_ok=True)
                     storage.write_bytes(str(folder / _SIZE_FILE), str(one.num_bytes).encode())
-            return [PinnedCopy(folder, _lock(_beside(folder, "use"), fcntl.LOCK_SH)) for folder in own]
+            return [_pin(folder) for folder in own]
 
 
 DEFAULT_COPIES = Copies()
@@ -187,8 +187,13 @@ class PinnedCopy:
 
     def __init__(self, folder: Path, use: int) -> None:
         self.folder = folder
-        _touch(use)
         weakref.finalize(self, _release, use)
+
+
+def _pin(folder: Path) -> PinnedCopy:
+    use = _lock(_beside(folder, "use"), fcntl.LOCK_SH)
+    _touch(use)
+    return PinnedCopy(folder, use)
 
 
 def _name(wanted: Sequence[CacheRequest]) -> str:

@@ -133,13 +133,18 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
 class ModelWorker:
     """An exported model in a process of Ray Data; it maps a loaded block to predictions."""
 
-    def __init__(self, folder: str, top: int, num_threads: int, use_gpu: bool) -> None:
-        if not use_gpu:
-            torch.set_num_threads(num_threads)
-        self._model, self._top = load(folder, "cuda" if use_gpu else "cpu"), top
+    def __init__(self, model: Model, top: int) -> None:
+        self._model, self._top = model, top
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         return {"start": block["start"], "predictions": _predicted(self._model, block, self._top)}
+
+
+def make_model_worker(folder: str, top: int, num_threads: int, use_gpu: bool) -> ModelWorker:
+    """Load an exported model in a worker's process."""
+    if not use_gpu:
+        torch.set_num_threads(num_threads)
+    return ModelWorker(load(folder, "cuda" if use_gpu else "cpu"), top)
 
 
 def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
         done = map_images(
             blocks,
             load_crops,
-            ModelWorker,
+            make_model_worker,
             (location, top, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
             num_workers=num_workers,

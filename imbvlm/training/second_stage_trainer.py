@@ -27,7 +27,6 @@ from imbvlm.models.second_stage_modules import stage_module
 from imbvlm.training.evaluator import Evaluator, first_views
 from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_source import Batch
-from imbvlm.training.step.distributed import broadcast_state
 from imbvlm.training.validation_logits import EpochValLogits
 
 # Validation features whose logits are in memory at once.
@@ -101,7 +100,6 @@ class SecondStageTrainer:
         self.features = FrozenFeatures(model, evaluator) if features is None else features
         model.decoder.requires_grad_(False)
         model.classifier = stage_module(config, _known(self._first)).to(evaluator.device)
-        broadcast_state(model.classifier.state_dict(), evaluator.world)
         self.course = self._build_course()
 
     def start(self) -> dict[str, float]:

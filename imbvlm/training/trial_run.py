@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.method_registry import METHODS
@@ -73,7 +73,17 @@ def build_trial(
     `stream` brings the images of a trial that reads them. Raises ImbvlmError where the method can't be built on these
     features.
     """
-    return TrialRun(config, data, torch.device(device), world, stream)
+    device, spans = torch.device(device), _spans(config, data)
+    check_can_select(config.second_stage, data)
+    is_decoder = METHODS[config.method].reads == "tokens" and not config.reads_images
+    computing = ComputeContext(
+        config.train, device, world.world_size, len(data.class_names), is_decoder,
+        config.section(DecoderConfig), data.info.num_tokens, data.info.token_width,
+    )  # fmt: skip
+    with computing.working(), _seeded(_seed_of(config)):
+        model = build_model(config, data.model_inputs, device)
+    broadcast_state(own_state_dict(model), world)
+    return TrialRun(config, data, device, world, stream, spans, computing, model)
 
 
 class TrialRun:
@@ -84,7 +94,15 @@ class TrialRun:
     """
 
     def __init__(
-        self, config: TrialConfig, data: TrialData, device: torch.device, world: WorkerGroup, stream: ImageStream
+        self,
+        config: TrialConfig,
+        data: TrialData,
+        device: torch.device,
+        world: WorkerGroup,
+        stream: ImageStream,
+        spans: tuple[Span, Span],
+        computing: ComputeContext,
+        model: nn.Module,
     ) -> None:
         self.config = config
         self.data = data
@@ -100,16 +118,8 @@ class TrialRun:
         # Of the last epoch; none where there would be too many.
         self.val_logits: EpochValLogits | None = None
         self.first_losses: list[float] = []
-        self._first, self._last = self._spans()
-        check_can_select(config.second_stage, data)
-        is_decoder = self.entry.reads == "tokens" and not config.reads_images
-        self._computing = ComputeContext(
-            config.train, device, world.world_size, len(data.class_names), is_decoder,
-            config.section(DecoderConfig), data.info.num_tokens, data.info.token_width,
-        )  # fmt: skip
-        with self._computing.working(), _seeded(self._seed):
-            self.model = build_model(config, data.model_inputs, device)
-        broadcast_state(own_state_dict(self.model), world)
+        self._first, self._last = spans
+        self._computing, self.model = computing, model
         self.parameters = count_parameters(self.model, data.info)
         self.feed = self._build_feed(stream)
         # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
@@ -220,7 +230,7 @@ class TrialRun:
             optim=optim,
             train=train,
             span=self._first,
-            steps_per_epoch=self._steps_per_epoch(),
+            steps_per_epoch=_steps_per_epoch(self.config, self.data),
             plan_of=partial(
                 epoch_plan,
                 self.data.train.labels,
@@ -288,6 +298,7 @@ class TrialRun:
             second = SecondStageTrainer(
                 config, require_section(self.config.train), model, self._last, self._evaluator, features
             )
+        broadcast_state(model.classifier.state_dict(), self.world)
         self._forward, self._course = model, second.course
         return second
 
@@ -406,27 +417,9 @@ class TrialRun:
 
     # --------------------------------------------------------------------------------------------- small things
 
-    def _spans(self) -> tuple[Span, Span]:
-        """The first stage's epochs and steps, and the second's behind them, which are none without one.
-
-        A method without training has one epoch that only evaluates.
-        """
-        if not self.entry.trains:
-            return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
-        train, per_epoch = require_section(self.config.train), self._steps_per_epoch()
-        if per_epoch == 0:
-            raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
-        num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
-        first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
-        num_epochs = num_stage_epochs(self.config.second_stage)
-        return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
-
-    def _steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train.labels) / require_section(self.config.train).batch_size)
-
     @property
     def _seed(self) -> int:
-        return 0 if self.config.train is None else self.config.train.seed
+        return _seed_of(self.config)
 
 
 def _augmentation(section: AugmentationConfig | None) -> Augmentation:
@@ -442,6 +435,30 @@ def _state_of(param: Tensor, kept: Tensor) -> Tensor:
     if kept.shape != param.shape:
         return kept.to(param.device, copy=True)
     return torch.empty_like(param.detach(), dtype=kept.dtype).copy_(kept)
+
+
+def _spans(config: TrialConfig, data: TrialData) -> tuple[Span, Span]:
+    """Return the first stage's epochs and steps, and the second stage's after them, which may be none.
+
+    A method without training has one epoch that only evaluates. Raises ImbvlmError without a training image.
+    """
+    if not METHODS[config.method].trains:
+        return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
+    train, per_epoch = require_section(config.train), _steps_per_epoch(config, data)
+    if per_epoch == 0:
+        raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
+    num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
+    first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
+    num_epochs = num_stage_epochs(config.second_stage)
+    return first, Span(first.end_epoch, num_epochs, num_steps, num_epochs * per_epoch)
+
+
+def _steps_per_epoch(config: TrialConfig, data: TrialData) -> int:
+    return math.ceil(len(data.train.labels) / require_section(config.train).batch_size)
+
+
+def _seed_of(config: TrialConfig) -> int:
+    return 0 if config.train is None else config.train.seed
 
 
 @contextmanager

@@ -123,13 +123,15 @@ class TrialSession:
             raise StorageError(f"{host} doesn't see {settings.marker}: the sweep's folder must be shared by all nodes")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        memory = PeakMemory(self._device)
+        memory = PeakMemory.start(self._device)
         opened = self._open(config, settings)
         data, feature_set = opened.data, opened.features
         run, damage = self._restored(config, data, settings.checkpoint_folder)
         restart: TrialReport = {} if damage is None else {"restart": damage}
         keeper = (
-            None if settings.logits_file is None else ValLogitsWriter(settings.logits_file, data.val, data.class_stats)
+            None
+            if settings.logits_file is None
+            else ValLogitsWriter.open(settings.logits_file, data.val, data.class_stats)
         )
         try:
             if pack is not None:

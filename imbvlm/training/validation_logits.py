@@ -108,7 +108,9 @@ class ValLogitsWriter:
     What an earlier run of the same trial has left goes on to count.
     """
 
-    def __init__(self, uri: str, val: RowSource, stats: ClassStats, seconds: float = WRITE_SECONDS) -> None:
+    def __init__(
+        self, uri: str, val: RowSource, stats: ClassStats, before: SavedValLogits | None, seconds: float
+    ) -> None:
         self._uri, self._seconds = uri, seconds
         self._fixed = {
             "targets": torch.from_numpy(val.labels.astype(np.int32)),
@@ -116,10 +118,14 @@ class ValLogitsWriter:
             "class_counts": torch.tensor(stats.counts),
             "split_counts": torch.tensor(stats.split_counts),
         }
-        before = read_logits(uri)
         self._epochs = {} if before is None else dict(before.epochs)
         self._logits = {} if before is None else dict(before.logits)
         self._written_at, self._is_dirty = -seconds, False
+
+    @staticmethod
+    def open(uri: str, val: RowSource, stats: ClassStats, seconds: float = WRITE_SECONDS) -> ValLogitsWriter:
+        """Go on with what an earlier run of the trial has left, and write at most every `seconds`."""
+        return ValLogitsWriter(uri, val, stats, read_logits(uri), seconds)
 
     def keep(self, epoch: int, logits: Tensor, *, is_best: bool, is_last: bool) -> None:
         """Take an epoch's logits (N, C)."""

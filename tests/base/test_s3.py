@@ -252,7 +252,7 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3: S3Server) -> 
     uri = f"s3://{BUCKET}/exported"
 
     def export(**files: str) -> None:
-        folder = ExportFolder(uri)
+        folder = ExportFolder.open(uri)
         folder.check(["model", "best.yaml"])
         with folder.staging() as staged:
             for name, content in files.items():

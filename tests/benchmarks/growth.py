@@ -115,7 +115,7 @@ def _run_through(folder: Path, num_trials: int, device: str) -> float:
     sweep, journal = check_spec(spec), folder / "optuna.log"
 
     def searching(make: Callable[..., object], budget: Budget) -> StudySearch:
-        return StudySearch(sweep, [], [], make, budget, journal=journal)
+        return StudySearch.open(sweep, [], [], make, budget, journal=journal)
 
     log, taken = made.run_through(folder, spec, features, num_trials, searching)
     finished = sum(record.state == "finished" for record in log.of("search"))
@@ -133,8 +133,8 @@ def _searched(folder: Path, num_trials: int) -> float:
         return {"record": record}
 
     begin = time.perf_counter()
-    searcher = StudySearch(
-        check_spec(spec), [], [], payload, Budget(spec, str(folder), 0.0), journal=folder / "optuna.log"
+    searcher = StudySearch.open(
+        check_spec(spec), [], [], payload, Budget.open(spec, str(folder), 0.0), journal=folder / "optuna.log"
     )
     for number in range(num_trials):
         record = searcher.suggest(str(number))["record"]

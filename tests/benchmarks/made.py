@@ -107,7 +107,7 @@ def run_through(
     searcher: Callable[[Callable[[Job], Tree], Budget], Searcher],
 ) -> tuple[TrialLog, float]:
     """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
-    console, budget = Console(io.StringIO()), Budget(spec, str(folder), 0.0)
+    console, budget = Console(io.StringIO()), Budget.open(spec, str(folder), 0.0)
     num_classes = len(Manifest.read(features.manifest).class_names)
     lane = RunContext(spec.resolve(), str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
 

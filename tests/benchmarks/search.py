@@ -137,7 +137,7 @@ def search(curves: Curves, spec: SweepSpec, stops: bool, counts: Callable[[Trial
     """Regret of what the search finds among what counts, in balanced accuracy of the last epoch, and its share of the
     grid's epochs.
     """
-    study = StudySearch(spec.resolve(), [], [], lambda job: {"job": job}, Budget(spec, "nowhere", 0.0))
+    study = StudySearch.open(spec.resolve(), [], [], lambda job: {"job": job}, Budget.open(spec, "nowhere", 0.0))
     scheduler = asha(AshaConfig(), BEST)
     scores: dict[str, float] = {}
     num_epochs = 0

@@ -34,8 +34,8 @@ def searcher(
     known: list[TrialRecord] | None = None,
     journal: Path | None = None,
 ) -> StudySearch:
-    budget = Budget(of, "nowhere", 0.0)
-    return StudySearch(of.resolve(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
+    budget = Budget.open(of, "nowhere", 0.0)
+    return StudySearch.open(of.resolve(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
 
 
 def next_job(search: Searcher, trial_id: str) -> Job | None:

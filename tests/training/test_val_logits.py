@@ -142,7 +142,7 @@ def test_what_was_left_before_a_restart_counts(settings: TrialSettings, tmp_path
 
 def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path: Path, data: TrialData) -> None:
     uri = tmp_path / "l.safetensors"
-    keeper = ValLogitsWriter(str(uri), data.val, data.class_stats, seconds=3600)
+    keeper = ValLogitsWriter.open(str(uri), data.val, data.class_stats, seconds=3600)
     shape = len(data.val.labels), NUM_CLASSES
     keeper.keep(1, torch.zeros(shape).half(), is_best=True, is_last=False)
     written = uri.stat().st_mtime_ns
@@ -161,6 +161,6 @@ def test_nothing_or_a_damaged_file_is_none(tmp_path: Path) -> None:
 
 
 def test_counts_that_are_one_array_are_written(tmp_path: Path, data: TrialData) -> None:
-    keeper = ValLogitsWriter(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
+    keeper = ValLogitsWriter.open(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
     keeper.keep(1, torch.zeros(len(data.val.labels), NUM_CLASSES).half(), is_best=True, is_last=True)
     assert read_logits(str(tmp_path / "l")).stats.split_counts.tolist() == list(CLASS_COUNTS)

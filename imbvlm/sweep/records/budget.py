@@ -67,24 +67,35 @@ class Budget:
     """
 
     def __init__(
-        self, spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1, started: float | None = None
+        self, spec: SweepSpec, uri: str, before: UsedBudget, num_gpus: float, num_machines: int, started: float
     ) -> None:
-        """Start counting at `started` (monotonic clock, default: now); raises ConfigError if max_cost has no price."""
+        self._spec, self._uri, self._before = spec, uri, before
+        self._num_gpus, self._num_machines = num_gpus, num_machines
+        self._started = self._entered = started
+        self._saved = time.monotonic()
+        self._phase: Phase = "start"
+        # The sweep's estimates of its refits and of the test split's features, which count against the limits too.
+        self.refit_seconds = 0.0
+        self.test_feature_seconds = 0.0
+
+    @staticmethod
+    def open(
+        spec: SweepSpec, folder: str, num_gpus: float, num_machines: int = 1, started: float | None = None
+    ) -> Budget:
+        """Read what is used and count from `started` on (monotonic clock, default: now).
+
+        Raises ConfigError if max_cost has no price.
+        """
         if spec.max_cost is not None and not cost_of_an_hour(spec, num_gpus, num_machines):
             message = (
                 "max_cost counts GPU-hours at price_per_gpu_hour, and this cluster has no GPU. Set "
                 "price_per_machine_hour instead."
             )
             raise ConfigError([Problem(message, spec.where("max_cost"))])
-        self._spec, self._uri = spec, storage.join(folder, SPENT_FILE)
-        self._num_gpus, self._num_machines = num_gpus, num_machines
-        self._before = read_spent(folder)
-        self._saved = time.monotonic()
-        self._started = self._entered = self._saved if started is None else started
-        self._phase: Phase = "start"
-        # The sweep's estimates of its refits and of the test split's features, which count against the limits too.
-        self.refit_seconds = 0.0
-        self.test_feature_seconds = 0.0
+        started = time.monotonic() if started is None else started
+        return Budget(
+            spec, storage.join(folder, SPENT_FILE), read_spent(folder), num_gpus, num_machines, started
+        )  # fmt: skip
 
     @property
     def is_limited(self) -> bool:

@@ -98,8 +98,8 @@ def _born(pid: int) -> str:
 class Lease:
     """This process's hold on a sweep's folder; the main thread is interrupted if another run takes the folder."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder, self._uri, self._holder = folder, storage.join(folder, LEASE_FILE), Holder.here()
+    def __init__(self, folder: str, holder: Holder) -> None:
+        self._folder, self._uri, self._holder = folder, storage.join(folder, LEASE_FILE), holder
         self._file, self._length = lease_file(self._uri), len(_to_bytes(self._holder)) + SPARE_BYTES
         self._is_mains = threading.current_thread() is threading.main_thread()
         self._ended = threading.Event()
@@ -230,7 +230,7 @@ def _parse(uri: str, data: bytes) -> Holder:
 @contextmanager
 def folder_lease(folder: str, say: Callable[[str], None]) -> Iterator[Lease]:
     """Within, only this process runs the sweep in a folder; raises ImbvlmError if another one does."""
-    lease = Lease(folder)
+    lease = Lease(folder, Holder.here())
     lease.acquire(say)
     try:
         yield lease

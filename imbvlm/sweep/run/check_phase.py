@@ -90,7 +90,7 @@ def open_run(
     """
     sweep, spec, manifest = checked.sweep, checked.sweep.spec, checked.manifest
     concurrent = trials_at_once(sweep, cluster)
-    budget = Budget(spec, folder, cluster.max_gpus, len(cluster.max_nodes), started)
+    budget = Budget.open(spec, folder, cluster.max_gpus, len(cluster.max_nodes), started)
     context = RunContext(sweep, folder, log, console, concurrent, budget, len(manifest.class_names))
     packs = packing(sweep, checked.encoder_infos.values(), manifest, concurrent)
     console.print(_describe_cluster(cluster, context.driver, at_a_time(concurrent, packs.largest(sweep))))

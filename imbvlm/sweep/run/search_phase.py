@@ -67,7 +67,7 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
     jobs = [*_baseline_jobs(run), *_unfinished_jobs(run)]
     ended = [record for record in run.log.of("search") if record.state in ENDED]
     run.context.count_spent()
-    searcher = StudySearch(
+    searcher = StudySearch.open(
         run.sweep,
         jobs,
         ended,

@@ -57,9 +57,9 @@ class StudySearch(UnsavedSearcher):
         known: list[TrialRecord],
         payload: Callable[[Job], Tree],
         budget: Budget,
-        epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
-        warm: Sequence[WarmTrial] = (),
-        journal: Path | None = None,
+        epochs_of: Callable[[str], Epochs],
+        study: optuna.Study,
+        journal: OptunaJournal | None,
     ) -> None:
         spec, space = sweep.spec, sweep.space
         super().__init__(metric=spec.best_objective, mode="max")
@@ -79,13 +79,29 @@ class StudySearch(UnsavedSearcher):
         self._last_number = max((int(one[1:]) for one in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
-        self.study = _new_study(spec, len(known))
-        self._journal = None if journal is None else OptunaJournal(journal, spec)
-        for one in warm:
-            self._add_finished(one.draw, self._outcome(one.record.epochs))
+        self.study, self._journal = study, journal
+
+    @staticmethod
+    def open(
+        sweep: ResolvedSweep,
+        jobs: list[Job],
+        known: list[TrialRecord],
+        payload: Callable[[Job], Tree],
+        budget: Budget,
+        epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
+        warm: Sequence[WarmTrial] = (),
+        journal: Path | None = None,
+    ) -> StudySearch:
+        """Open a search that has learned from other sweeps' trials, `warm`, and from the ended ones of its own."""
+        optuna_journal = None if journal is None else OptunaJournal.create(journal, sweep.spec)
+        study = _new_study(sweep.spec, len(known))
+        search = StudySearch(sweep, jobs, known, payload, budget, epochs_of, study, optuna_journal)
+        for trial in warm:
+            search._add_finished(trial.draw, search._outcome(trial.record.epochs))
         for record in known:
-            self._add_known(record)
-        self.trim_history()
+            search._add_known(record)
+        search.trim_history()
+        return search
 
     # ------------------------------------------------------------------------------------ what Tune asks
 
@@ -297,15 +313,19 @@ class _NoLock:
 class OptunaJournal:
     """Every trial in a file that Optuna's dashboard can read meanwhile; a resumed search is told again from records."""
 
-    def __init__(self, path: Path, spec: SweepSpec) -> None:
+    def __init__(self, study: optuna.Study) -> None:
+        self._study, self._num_trials = study, 0
+
+    @staticmethod
+    def create(path: Path, spec: SweepSpec) -> OptunaJournal:
+        """Create an empty journal in place of an earlier one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         # Version 0.1 locked it. A lock that it left makes other writers, such as a dashboard, wait for 30 s.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         storage = JournalStorage(JournalFileBackend(str(path), _NoLock()))
         directions = [direction(metric) for metric in spec.objectives]
-        self._study = optuna.create_study(study_name=spec.name, directions=directions, storage=storage)
-        self._num_trials = 0
+        return OptunaJournal(optuna.create_study(study_name=spec.name, directions=directions, storage=storage))
 
     def begin(self, trial: optuna.trial.Trial) -> int:
         """Its number there."""

@@ -117,13 +117,18 @@ _FORGET_PEAK = "5"
 
 
 class PeakMemory:
-    """Counts from when it is made: bytes of tensors on a GPU, resident bytes of the process on a CPU."""
+    """The peak since its start: bytes of tensors on a GPU, resident bytes of the process on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._counts = device.type == "cuda" or _forget_peak()
+    def __init__(self, device: torch.device, *, is_counted: bool) -> None:
+        self._device, self._counts = device, is_counted
+
+    @staticmethod
+    def start(device: torch.device) -> PeakMemory:
+        """Reset the peak and count from now on."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            return PeakMemory(device, is_counted=True)
+        return PeakMemory(device, is_counted=_forget_peak())
 
     def bytes(self) -> int | None:
         """The peak so far; None where the system doesn't tell it."""

@@ -28,7 +28,7 @@ def spent(folder: Path, seconds: float, gpu_seconds: float = 0.0, machine_second
 
 def test_hours_of_earlier_runs_count_and_are_kept(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3590.0)
-    budget = Budget(sweep_spec(max_hours=1.0), str(folder), 0.0)
+    budget = Budget.open(sweep_spec(max_hours=1.0), str(folder), 0.0)
     assert budget.exhausted() is None
     assert budget.exhausted(keep_for_refits=True) is None
     budget.refit_seconds = 60.0
@@ -39,24 +39,24 @@ def test_hours_of_earlier_runs_count_and_are_kept(tmp_path: Path) -> None:
     time.sleep(0.01)
     budget.keep(now=True)
     assert 3590 < json.loads((folder / "spent.json").read_text())["seconds"] < 3600
-    assert Budget(sweep_spec(max_hours=0.99), str(folder), 0.0).exhausted() == "max_hours 0.99"
+    assert Budget.open(sweep_spec(max_hours=0.99), str(folder), 0.0).exhausted() == "max_hours 0.99"
 
 
 def test_money_is_for_all_gpus_all_the_time(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3600.0, 4 * 3600.0)
     spec = sweep_spec(max_cost=10.0, price_per_gpu_hour=2.0)
-    budget = Budget(spec, str(folder), 4.0)
+    budget = Budget.open(spec, str(folder), 4.0)
     assert budget.cost == pytest.approx(8.0, abs=0.01)
     assert budget.exhausted() is None
     budget.refit_seconds = 900.0  # 4 GPUs for a quarter of an hour at 2: 2 more
     assert budget.exhausted(keep_for_refits=True) == "max_cost 10"
     with pytest.raises(ConfigError, match=r"this cluster has no GPU. Set price_per_machine_hour instead"):
-        Budget(spec, str(folder), 0.0)
+        Budget.open(spec, str(folder), 0.0)
 
 
 def test_money_is_for_all_machines_where_their_price_is_given(tmp_path: Path) -> None:
     folder = spent(tmp_path / "a", 3600.0, 0.0, 2 * 3600.0)
-    budget = Budget(sweep_spec(max_cost=1.0, price_per_machine_hour=0.4), str(folder), 0.0, 2)
+    budget = Budget.open(sweep_spec(max_cost=1.0, price_per_machine_hour=0.4), str(folder), 0.0, 2)
     assert budget.cost == pytest.approx(0.8, abs=0.001)
     assert budget.exhausted() is None
     budget.refit_seconds = 900.0  # two machines for a quarter of an hour at 0.4: 0.2 more

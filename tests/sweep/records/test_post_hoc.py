@@ -307,7 +307,7 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -
 
 def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path) -> None:
     rows, classes = 50, 20
-    keeper = ValLogitsWriter(
+    keeper = ValLogitsWriter.open(
         str(tmp_path / "l"), SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
     )
     keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)

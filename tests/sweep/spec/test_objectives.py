@@ -63,8 +63,8 @@ def test_the_pareto_set_is_optunas(points: list[tuple[float, float, float]]) -> 
 
 
 def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any = ()) -> StudySearch:
-    budget = Budget(spec, "nowhere", 0.0)
-    return StudySearch(spec.resolve(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
+    budget = Budget.open(spec, "nowhere", 0.0)
+    return StudySearch.open(spec.resolve(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
 
 
 def report(job: Job, spec: SweepSpec) -> dict[str, float]:

@@ -235,7 +235,7 @@ def test_baselines_go_out_first_and_optuna_does_not_know_them() -> None:
 
 def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
     jobs = [Job(f"refit-{number}", "refit", "winner", config()) for number in range(2)]
-    search = FixedJobs(jobs, lambda job: {"job": job}, Budget(spec(TWELVE), "nowhere", 0.0))
+    search = FixedJobs(jobs, lambda job: {"job": job}, Budget.open(spec(TWELVE), "nowhere", 0.0))
     assert [next_job(search, name) for name in "abc"] == [*jobs, None]
 
 

@@ -63,7 +63,7 @@ class Tune:
         self, folder: Path, features: FeatureSet, spec: SweepSpec, size: int, jobs: Sequence[Job] = ()
     ) -> None:
         self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
-        budget = Budget(spec, str(folder), 0.0)
+        budget = Budget.open(spec, str(folder), 0.0)
         self.printed = io.StringIO()
         lane = RunContext(spec.resolve(), str(folder), self.log, Console(self.printed), 1, budget, 10)
 
@@ -74,7 +74,7 @@ class Tune:
                 job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
             )
 
-        self.study = StudySearch(spec.resolve(), list(jobs), [], payload(lane, settings), budget)
+        self.study = StudySearch.open(spec.resolve(), list(jobs), [], payload(lane, settings), budget)
         self.searcher = TuneSearcher(self.study, self.packs, lambda config: size)
         self.scheduler = TuneScheduler(asha(AshaConfig(), BEST), self.packs)
         progress = ProgressCallback(
