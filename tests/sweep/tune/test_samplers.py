@@ -235,8 +235,8 @@ def test_a_missing_package_is_refused_with_its_command(monkeypatch: pytest.Monke
     ):
         spec(TWELVE, searcher={"name": "cmaes"})
     check = doctor._samplers()
-    assert (check.state, check.mend) == ("ok", "pip install 'imbvlm[samplers]'")
-    assert "cmaes needs no_such_package" in check.found
+    assert (check.state, check.fix) == ("ok", "pip install 'imbvlm[samplers]'")
+    assert "cmaes needs no_such_package" in check.result
 
 
 # ------------------------------------------------------------------------------------------------- another sampler
