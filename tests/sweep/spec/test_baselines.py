@@ -9,7 +9,7 @@ import pytest
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.trial_config import require_section
-from imbvlm.sweep.spec.baselines import PROBE_EPOCHS, PROBE_PATIENCE, baselines, encoder_configs, feature_key
+from imbvlm.sweep.spec.baselines import baselines, encoder_configs, feature_key
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
@@ -32,7 +32,7 @@ def made(parameters: str, base: dict[str, Any] | None = None) -> ResolvedSweep:
 def test_one_tower_has_both_baselines() -> None:
     zero_shot, probe = baselines(made("loss.name: {choice: [focal, ldam]}"))
     assert (zero_shot.name, zero_shot.patience, zero_shot.config.method) == ("zero-shot", None, "zero_shot")
-    assert (probe.name, probe.patience, probe.config.method) == ("linear probe", PROBE_PATIENCE, "linear_probe")
+    assert (probe.name, probe.patience, probe.config.method) == ("linear probe", 10, "linear_probe")
     for baseline in (zero_shot, probe):
         assert baseline.config.encoder.image_size == 96
         assert baseline.config.eval.resize == 1.0
@@ -43,7 +43,7 @@ def test_the_probe_is_plain_softmax_whatever_the_base_says() -> None:
     probe = baselines(made("loss.name: {choice: [focal, ldam]}"))[1].config.to_tree()
     assert probe["classifier"] == {"kind": "linear", "init": "random"}
     assert probe["loss"] == {"name": "cross_entropy", "label_smoothing": 0.0}
-    assert (probe["train"]["num_epochs"], probe["train"]["num_steps"]) == (PROBE_EPOCHS, None)
+    assert (probe["train"]["num_epochs"], probe["train"]["num_steps"]) == (100, None)
     assert probe["train"]["batch_size"] == 32
     assert probe["optim"]["lr_schedule"] == "constant"
 
