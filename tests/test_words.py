@@ -56,17 +56,12 @@ FORBIDDEN = re.compile(rf"\b({RETIRED_WORDS}|{BRITISH})\b", re.IGNORECASE)
 ALLOWED: dict[str, tuple[str, ...]] = {}
 # Files that are still to be written anew: the number of such names and words in each may only shrink.
 REMAINING: dict[str, int] = {
-    "imbvlm/assets/__init__.py": 1,
     "imbvlm/base/console.py": 2,
     "imbvlm/base/errors.py": 2,
     "imbvlm/base/s3.py": 1,
     "imbvlm/base/schema.py": 5,
     "imbvlm/cli/doctor.py": 2,
     "imbvlm/cli/export_command.py": 1,
-    "imbvlm/config/input_sections.py": 4,
-    "imbvlm/config/model_sections.py": 1,
-    "imbvlm/config/training_sections.py": 1,
-    "imbvlm/config/trial_config.py": 3,
     "imbvlm/data/images/augmentation.py": 2,
     "imbvlm/data/images/decoding.py": 8,
     "imbvlm/data/images/preprocess.py": 6,
@@ -84,7 +79,6 @@ REMAINING: dict[str, int] = {
     "imbvlm/features/store_layout.py": 2,
     "imbvlm/features/store_sizes.py": 1,
     "imbvlm/features/trial_data.py": 1,
-    "imbvlm/models/classifier_init.py": 3,
     "imbvlm/models/encoders/text_prompts.py": 2,
     "imbvlm/models/encoders/token_pooling.py": 5,
     "imbvlm/models/prompt_learner.py": 2,
@@ -95,8 +89,6 @@ REMAINING: dict[str, int] = {
     "imbvlm/sweep/plan/plan_text.py": 3,
     "imbvlm/sweep/plan/speed_benchmark.py": 1,
     "imbvlm/sweep/plan/sweep_plan.py": 1,
-    "imbvlm/sweep/run/run_phases.py": 1,
-    "imbvlm/sweep/run/sweep_run.py": 1,
     "imbvlm/sweep/spec/sweep_spec.py": 1,
     "imbvlm/sweep/tune/asha_brackets.py": 1,
     "imbvlm/sweep/tune/pack_members.py": 3,
@@ -111,9 +103,10 @@ REMAINING: dict[str, int] = {
     "imbvlm/training/trial_run.py": 2,
     "imbvlm/training/trial_session.py": 1,
     "imbvlm/training/validation_logits.py": 1,
+    "README.md": 4,
 }
 # The goal is 40.
-MAX_VAGUE = 240
+MAX_VAGUE = 199
 
 
 @cache
