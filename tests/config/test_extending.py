@@ -47,7 +47,7 @@ class OffsetConfig(TrainedStage):
 STAGE_ENTRY = """        "offset": SecondStage(
             OffsetConfig,
             summary="Learns an offset on each class's logit.",
-            paper="nobody, never",
+            paper="A stranger, 2026",
             build=Lazy("imbvlm.models.offset_stage:Offset"),
             class_sampling="class_balanced",
             loss="cross_entropy",
@@ -61,7 +61,7 @@ from imbvlm.models.second_stage_modules import Classifier, LogitTransform
 
 
 class Offset(LogitTransform):
-    """z + b."""
+    """z + b, b (C,) learned from 0 [a stranger 2026]."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__(classifier)
