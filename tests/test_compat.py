@@ -33,8 +33,9 @@ def test_sweeps_are_listed_and_shown(sample: Path) -> None:
         assert "t00001" in shown
 
 
-def test_a_sweep_is_reported_with_its_thumbnails(sample: Path) -> None:
-    imbvlm("report", "runs/limited", "-o", "page.html")
+@pytest.mark.parametrize("name", ["limited", "tail-views"])
+def test_a_sweep_is_reported_with_its_thumbnails(sample: Path, name: str) -> None:
+    imbvlm("report", f"runs/{name}", "-o", "page.html")
     page = (sample / "page.html").read_text()
     assert "linear probe" in page
     assert "data:image/" in page
@@ -76,6 +77,14 @@ def test_a_sweeps_file_runs(sample: Path, main: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "dry run: nothing was started or written" in ended.stdout
+
+
+def test_a_sweep_with_views_of_few_shot_classes_is_shown_and_not_resumed(sample: Path) -> None:
+    assert "1, few 2" in imbvlm("sweep", "show", "runs/tail-views")
+    command = [sys.executable, "-m", "imbvlm", "sweep", "resume", "runs/tail-views"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 1
+    assert "features.tail_views is no longer an option" in ended.stderr
 
 
 @pytest.mark.ray

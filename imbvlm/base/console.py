@@ -1,4 +1,4 @@
-"""What the user sees while a sweep runs; Ray's, Optuna's and the libraries' own chatter goes to a file."""
+"""The user's view of a running sweep; the output of Ray, Optuna and other libraries goes to a file."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from typing import TextIO
 from imbvlm.base import storage
 from imbvlm.base.errors import LINE_BREAKS, printable
 
-# On a terminal it is drawn anew at most so often; in a log file a line is written, later on less often; in CI hardly.
+# Pauses between live views: on a terminal, in a log file from so many seconds on, and in CI.
 REDRAW_SECONDS = 0.1
 LOG_SECONDS = ((0.0, 15.0), (300.0, 60.0), (3600.0, 300.0))
 CI_SECONDS = 300.0
 LABEL_WIDTH = 8
-# What is too long for a row of a narrow terminal goes on in the next, as far as this.
+# Rows of a narrow terminal over which a long text is wrapped.
 MAX_ROWS = 3
 BOLD, RED, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[0m"
 
 
 class Console:
-    """Sentences and one live view: redrawn on a terminal, a line now and then in a log file or CI.
+    """Prints sentences and one live view, which is redrawn on a terminal and printed at intervals in a log file or CI.
 
-    Colours are for terminals without NO_COLOR; a dumb terminal is written to as a log file is.
+    Colors are for terminals without NO_COLOR; a dumb terminal counts as a log file.
     """
 
     def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
         self._redraws = self._stream.isatty() and environment.get("TERM") != "dumb"
-        self._has_colours = self._redraws and not environment.get("NO_COLOR")
+        self._has_colors = self._redraws and not environment.get("NO_COLOR")
         self._is_ci = environment.get("CI", "").lower() not in ("", "0", "false")
         self._num_live_lines = 0
-        self._terminals, self._is_gone = [one for one in (1, 2) if os.isatty(one)], False
+        self._terminals, self._is_gone = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)], False
         self._started, self._drawn_at = time.monotonic(), -math.inf
         self._copy: Path | None = None
         self._copied_at = -math.inf
 
     def copy_to(self, path: Path) -> None:
-        """Write what is said, and the live view now and then, into a file as well."""
+        """Also write all text, and the live view at intervals, to a file."""
         _make_parent(path)
         self._copy = path
 
@@ -57,7 +57,7 @@ class Console:
         self._write_copy(text)
 
     def last_word(self, fix: str) -> LastWord:
-        """How the sentence is said with which this process may end, where it can't say it itself."""
+        """How another process prints this one's last sentence, where this one can't."""
         try:
             descriptor = self._stream.fileno()
         except OSError:
@@ -65,30 +65,29 @@ class Console:
         return LastWord(fix, descriptor, str(self._copy or os.devnull), "\n" if self._redraws else "")
 
     def update_live(self, text: str | Mapping[str, str]) -> None:
-        """Replace the live view by a line, or by several under their labels."""
+        """Replace the live view by a line, or by one line for each label."""
         if not self.is_due:
             return
         self._drawn_at = time.monotonic()
-        in_one = text if isinstance(text, str) else "; ".join(f"{label}: {one}" for label, one in text.items())
+        joined = text if isinstance(text, str) else "; ".join(f"{label}: {line}" for label, line in text.items())
         if not self._redraws:
-            self.print(in_one)
+            self.print(joined)
             return
         if self._drawn_at - self._copied_at >= self._log_pause:
             self._copied_at = self._drawn_at
-            self._write_copy(in_one)
+            self._write_copy(joined)
         self._clear()
         lines = {"": text} if isinstance(text, str) else text
-        lines = {label: printable(one) for label, one in lines.items()}
-        columns, rows = self._size()
-        drawn = [row for label, one in lines.items() for row in self._rows(label, one, columns - 1)]
-        # What has scrolled away couldn't be taken away again.
-        drawn = drawn[: max(1, rows - 1)]
-        # The cursor stays behind the last line, so that what is said next begins where the view did.
-        self._write("\n".join(drawn))
-        self._num_live_lines = len(drawn)
+        columns, num_rows = self._size()
+        rows = [row for label, line in lines.items() for row in self._rows(label, printable(line), columns - 1)]
+        # Rows that have scrolled away can't be erased.
+        rows = rows[: max(1, num_rows - 1)]
+        # The cursor stays behind the last row, so that the next text begins where the view did.
+        self._write("\n".join(rows))
+        self._num_live_lines = len(rows)
 
     def end_live(self) -> None:
-        """Take the live view away and go on in its place; the next is drawn at once."""
+        """Erase the live view; the next is drawn at once."""
         self._clear()
         self._drawn_at = -math.inf if self._redraws else self._drawn_at
 
@@ -104,11 +103,10 @@ class Console:
         return next(pause for since, pause in reversed(LOG_SECONDS) if since_start >= since)
 
     def _rows(self, label: str, text: str, width: int) -> list[str]:
-        """Rows of the view that the terminal needn't wrap: what it wraps couldn't be taken away again."""
+        """Rows of the view, wrapped here: rows that the terminal wraps can't be erased."""
         head = f"{label:<{LABEL_WIDTH}}" if label else ""
-        room = max(10, width - len(head))
-        first, *more = textwrap.wrap(text, room, max_lines=MAX_ROWS, placeholder="…") or [""]
-        if self._has_colours and label:
+        first, *more = textwrap.wrap(text, max(10, width - len(head)), max_lines=MAX_ROWS, placeholder="…") or [""]
+        if self._has_colors and label:
             first = f"{RED if label == 'failed' else BOLD}{head}{PLAIN}{first}"
         else:
             first = head + first
@@ -119,12 +117,12 @@ class Console:
             self._stream.write(text)
             self._stream.flush()
         except OSError:
-            # Its connection or window is gone, and the copy has what is said.
+            # The connection or window is gone, and the copy has the text.
             self._redraws, self._is_gone = False, True
-            _to_nowhere(self._stream.fileno())
+            _discard_output(self._stream.fileno())
 
     def _write_copy(self, text: str) -> None:
-        # On a full disk the copy's lines are lost: what must be kept says so, and how to go on.
+        # On a full disk the copy loses lines. Files that must be written raise errors with a fix.
         if self._copy is not None:
             with suppress(OSError), self._copy.open("a", encoding="utf-8") as stream:
                 stream.write(f"{text}\n")
@@ -136,17 +134,17 @@ class Console:
             self._num_live_lines = 0
 
     def _size(self) -> tuple[int, int]:
-        """Columns and rows by now: a terminal may have become another size."""
+        """Columns and rows of the terminal, which the user may resize."""
         try:
             columns, rows = os.get_terminal_size(self._stream.fileno())
         except OSError:
             columns = rows = 0
-        # One that nobody has told its size says 0.
+        # A terminal whose size nobody has set reports 0.
         return columns or 100, rows or 24
 
     @contextmanager
     def redirect_output(self, log: Path | None) -> Iterator[None]:
-        """Send what else this process and its libraries print to a file; `print` and `update_live` go on to the user.
+        """Redirect the output of this process and its libraries to a file; this console's own still reaches the user.
 
         Raises StorageError where the file can't be written.
         """
@@ -181,7 +179,7 @@ class Console:
             os.close(saved_out)
             os.close(saved_err)
             if self._is_gone:
-                _to_nowhere(*self._terminals)
+                _discard_output(*self._terminals)
 
 
 def _make_parent(path: Path) -> None:
@@ -191,18 +189,18 @@ def _make_parent(path: Path) -> None:
         raise storage.storage_error("write", str(path), error) from None
 
 
-def _to_nowhere(*descriptors: int) -> None:
-    """What couldn't be written is written again as this process ends, which would end it as a failure."""
-    with open(os.devnull, "wb") as nowhere:
-        for one in descriptors:
-            os.dup2(nowhere.fileno(), one)
+def _discard_output(*descriptors: int) -> None:
+    """Point descriptors to /dev/null: a flush at exit that fails would end the process with an error."""
+    with open(os.devnull, "wb") as sink:
+        for descriptor in descriptors:
+            os.dup2(sink.fileno(), descriptor)
 
 
 @dataclass(frozen=True)
 class LastWord:
-    """How this process's last sentence is said: what it tells to do, to which descriptor, and a file that has it too.
+    """How to print this process's last sentence: the fix in it, the descriptor, and a file for a copy.
 
-    `before` is printed first, as where a live view has left the cursor at the end of its line.
+    `before` is printed first, such as a line break after a live view.
     """
 
     fix: str = "type the command again"
@@ -211,4 +209,5 @@ class LastWord:
     before: str = ""
 
     def text(self, sentence: str) -> str:
+        """The whole line."""
         return f"imbvlm: {sentence}; then {self.fix}"

@@ -1,4 +1,4 @@
-"""CSV that a spreadsheet doesn't run: text that begins as a formula does is written with an apostrophe in front."""
+"""CSV that a spreadsheet doesn't execute: text that looks like a formula is written with a leading apostrophe."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import io
 import re
 from collections.abc import Iterable
 
-# What OWASP lists under "CSV injection". Apostrophes before it count, so that reading back gives every text again.
+# OWASP's list under "CSV injection". Leading apostrophes count too, so that every text is read back unchanged.
 _FORMULA = r"'*[=+\-@\t\r\n]"
-# Of RE2, too, which Arrow has: replaced by its group, an escaped cell is the text again.
+# Valid for Arrow's RE2, too. Replacing the match by its group unescapes a cell.
 ESCAPED = rf"^'({_FORMULA})"
-# Python quotes the letters of its line's end alone: with \n for one, a cell that has \r would be two rows.
+# csv quotes cells with the characters of its line terminator: with \n alone, a cell with \r would become two rows.
 _END = "\r\n"
 
 
 def escape_cell(text: str) -> str:
-    """A text cell as it is written to CSV: with an apostrophe in front where it begins as a formula does."""
+    """A text cell for CSV, with a leading apostrophe where the text looks like a formula."""
     return f"'{text}" if re.match(_FORMULA, text) else text
 
 
@@ -26,7 +26,7 @@ def unescape_cell(cell: str) -> str:
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One row with the end of its line; text cells are to be escaped before."""
+    """One row with its line break; the caller escapes text cells."""
     line = io.StringIO()
     csv.writer(line, lineterminator=_END).writerow(cells)
     return f"{line.getvalue().removesuffix(_END)}\n"

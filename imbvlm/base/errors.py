@@ -1,4 +1,4 @@
-"""What goes wrong, said to the user: every mistake of a file in one error, with its place and its mend."""
+"""Errors for the user: every mistake of a file in one error, with its line and its fix."""
 
 import difflib
 import re
@@ -7,25 +7,30 @@ from dataclasses import dataclass
 
 # Control characters, line separators, overrides of the reading direction, and bytes of a path that aren't UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# What a sentence of several lines keeps.
+# Kept by `printable` in a text of several lines.
 LINE_BREAKS = "\n"
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Text of others as one line for a terminal: what would move its cursor or forge a line stands as `\\x1b`, `\\n`.
+    """Untrusted text as one line for a terminal: escapes what would move the cursor or forge a line, as `\\x1b`, `\\n`.
 
-    Characters in `keep` stay, such as the line breaks of a sentence of ours.
+    Characters in `keep` stay, such as the line breaks of our own texts.
     """
-    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
 
 
-def _escaped(letter: str) -> str:
-    is_byte = "\udc80" <= letter <= "\udcff"
-    return f"\\x{ord(letter) - 0xDC00:02x}" if is_byte else letter.encode("unicode_escape").decode()
+def _escape(character: str) -> str:
+    is_byte = "\udc80" <= character <= "\udcff"
+    return f"\\x{ord(character) - 0xDC00:02x}" if is_byte else character.encode("unicode_escape").decode()
+
+
+def end_sentence(text: str) -> str:
+    """The text with a full stop, unless it ends with one or with a question mark."""
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 class ImbvlmError(Exception):
-    """A failure that its user can mend; the command line prints its sentence and no traceback."""
+    """An error that the user can fix; the command line prints its sentence and no traceback."""
 
 
 class StorageError(ImbvlmError):
@@ -36,20 +41,20 @@ class StorageError(ImbvlmError):
 
 
 class DiskFullError(StorageError):
-    """There is no room for a file; another try can't change that."""
+    """The disk has no space for a file, so that a retry is pointless."""
 
 
 class LostProcessesError(ImbvlmError):
-    """Process after process is lost over the same work; the sentence says which, and what to change."""
+    """Several processes in a row were lost at the same work; the sentence names it and a fix."""
 
 
 class PackError(ImbvlmError):
-    """Trials that trained together broke off in the middle of an epoch; none of them can go on from there."""
+    """A pack of trials stopped in the middle of an epoch; none of them can continue from there."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong and where it was written (`file:line`, or the option that set it)."""
+    """One mistake and its location (`file:line`, or the option that set it)."""
 
     message: str
     where: str = ""
@@ -59,7 +64,7 @@ class Problem:
 
 
 class ConfigError(ImbvlmError, ValueError):
-    """Every mistake of a configuration, search space or sweep at once; `problems` has them one by one."""
+    """All mistakes of a configuration, search space or sweep; `problems` lists them."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -74,7 +79,7 @@ class ConfigError(ImbvlmError, ValueError):
 
 
 def suggest_name(name: str, valid: Iterable[str]) -> str:
-    """A clause that names the closest of the valid names, and all of them where they are few."""
+    """A clause with the closest valid name, or else with all valid names where they are few."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

@@ -31,23 +31,23 @@ def percent(value: float | None) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned: words to the left, numbers to the right."""
+    """A text table: words aligned to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    is_numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:
         return "  ".join(
-            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(cells, widths, numeric, strict=True)
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(cells, widths, is_numeric, strict=True)
         ).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
+_NUMBER_SIGNS = str.maketrans("", "", ".-+± ")
+
+
 def _is_number(text: str) -> bool:
-    return (
-        text == "-"
-        or text.replace(".", "").replace("-", "").replace("+", "").replace("±", "").replace(" ", "").isdigit()
-    )
+    return text == "-" or text.translate(_NUMBER_SIGNS).isdigit()
 
 
 def pluralize(number: float, word: str) -> str:
@@ -57,12 +57,14 @@ def pluralize(number: float, word: str) -> str:
     return f"{shown} {word if number == 1 else plural}"
 
 
-def join_limited(items: Sequence[str], most: int = 10) -> str:
-    """Names of others as one line for people, the first few and how many more."""
-    return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+def join_limited(items: Sequence[str], max_items: int = 10) -> str:
+    """Untrusted names as one line: the first few, and how many more there are."""
+    more = len(items) - max_items
+    return ", ".join(map(printable, items[:max_items])) + (f" and {more} more" if more > 0 else "")
 
 
 def mean_std(values: list[float]) -> str:
+    """Mean and standard deviation of fractions, in percent; a dash without values."""
     if not values:
         return "-"
     mean = percent(statistics.fmean(values))
@@ -70,6 +72,6 @@ def mean_std(values: list[float]) -> str:
 
 
 def between(low: float, high: float) -> str:
-    """Such as `40 s to 1 min 10 s`, or `40 s` where both read alike."""
-    words = duration(low), duration(high)
-    return words[0] if words[0] == words[1] else " to ".join(words)
+    """A range of durations, such as `40 s to 1 min 10 s`, or `40 s` where both texts are equal."""
+    texts = duration(low), duration(high)
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM end a command with a sentence and with 130 or 143, whatever a library makes of an exception.
+"""Ctrl-C and SIGTERM end a command with a sentence and exit code 130 or 143, also where a library catches exceptions.
 
-The handler records the signal. It raises KeyboardInterrupt, except within `held`: there `check` raises it.
+The handler records the signal and raises KeyboardInterrupt. Within `held` only `check` raises it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-# Whoever sends SIGTERM kills soon afterwards, Kubernetes and Slurm after 30 s: the process has ended before.
+# Kubernetes and Slurm kill a process 30 s after SIGTERM, so that it must end before.
 GRACE_SECONDS = 8.0
-# A second signal ends the process at once. Launchers that pass a signal on send it twice within milliseconds.
+# A second signal ends the process at once. Launchers forward a signal twice within milliseconds.
 AGAIN_SECONDS = 1.0
 CHECK_SECONDS = 0.2
 
 
 class Interrupts:
-    """The handler of both signals; a thread ends the process where its main thread doesn't come back from a call."""
+    """The handler of both signals; a thread ends the process where the main thread is stuck in a call."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        # The folder of the sweep that runs. Before it runs a signal during an import ends the process at once.
+        # The folder of the running sweep. Without one a signal during an import ends the process at once.
         self.folder: str | None = None
-        # Whether all was said, so that only the process's own end is left.
+        # Whether the last sentence is printed and the process is about to end.
         self.is_told = False
-        # Called where the process ends at once, which runs no `finally`.
+        # Called before an immediate exit, which runs no `finally`.
         self.before_leaving: Callable[[], None] | None = None
         self._num_held = 0
         self._before: dict[signal.Signals, object] = {}
@@ -50,19 +50,21 @@ class Interrupts:
 
     @property
     def handled(self) -> list[signal.Signals]:
-        """Those that this process doesn't ignore."""
+        """The signals that this process doesn't ignore."""
         return list(self._before)
 
     @property
     def sentence(self) -> str:
+        """The sentence for the user."""
         return f"interrupted{' by SIGTERM' if self.received is signal.SIGTERM else ''}"
 
     @property
     def exit_code(self) -> int:
+        """The shell's code for a process that a signal has ended."""
         return 128 + (self.received or signal.SIGINT)
 
     def outlast(self, call: Callable[[], int]) -> int | None:
-        """The result of a call; None where a signal came, also where a library made an error of it or went on."""
+        """The result of a call; None after a signal, also where a library made another error of it or continued."""
         try:
             code = call()
         except KeyboardInterrupt:
@@ -75,26 +77,26 @@ class Interrupts:
         return code if self.received is None or self.is_told else None
 
     def end(self) -> None:
-        """From here on the process is about to end, and a further signal raises nothing."""
+        """Mark the process as about to end: a further signal raises nothing."""
         self._num_held += 1
         self.is_told = True
 
     def finish(self) -> None:
-        """Exit after SIGTERM, which Ray's processes may have had too: without them Ray's own end aborts or hangs."""
+        """Exit after SIGTERM at once: Ray's processes may have had it too, and without them Ray's shutdown hangs."""
         if self.received is signal.SIGTERM:
             for stream in filter(None, (sys.stdout, sys.stderr)):
-                # A pipe may have no reader any more.
+                # A pipe may have lost its reader.
                 with suppress(OSError):
                     stream.flush()
             os._exit(self.exit_code)
 
     def forget(self) -> None:
-        """The signal was this process's own, which has said why it ends."""
+        """Drop a signal that this process sent itself after its last sentence."""
         self.received = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Within, a signal is recorded alone; raises KeyboardInterrupt at the end if one came."""
+        """Within, only record a signal; raises KeyboardInterrupt at the end if one came."""
         self._num_held += 1
         try:
             yield
@@ -110,28 +112,28 @@ class Interrupts:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._stderr = os.dup(2) if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
-        # Before the handlers, so that the thread is told of every signal.
+        # Set before the handlers, so that the thread sees every signal.
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
         self.own()
 
     def own(self) -> None:
-        """Set the handlers, again where a library has set its own."""
+        """Set the handlers, also after a library has replaced them."""
         for number in self._before:
             signal.signal(number, self)
 
     def remove(self) -> None:
-        """Put the handlers of before back; after a SIGTERM the process still has GRACE_SECONDS alone."""
+        """Restore the previous handlers; after a SIGTERM the limit of GRACE_SECONDS stays."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(-1)
         os.close(self._writer)
 
     def _watch(self) -> None:
-        """Ends the process at a second signal, and some time after a SIGTERM.
+        """End the process at a second signal, and GRACE_SECONDS after a SIGTERM.
 
-        Python calls a handler between two of the main thread's instructions, which a call of a library may delay for
-        minutes, such as a read from a store that has gone away.
+        Python calls a handler between two instructions of the main thread. A library's call can delay that for minutes,
+        such as a read from a store that doesn't answer.
         """
         first, first_at = signal.SIGINT, 0.0
         deadline: float | None = None
@@ -161,7 +163,7 @@ class Interrupts:
         if not self.is_told:
             how = "" if self.folder is None else f"; go on with: imbvlm sweep resume {self.folder}"
             text = f"\nimbvlm: {self.sentence}{how}\n"
-            # Its terminal may be gone.
+            # The terminal may be gone.
             with suppress(OSError):
                 os.write(self._stderr, text.encode())
         if self.before_leaving is not None:
@@ -182,13 +184,13 @@ def _is_main_thread() -> bool:
 
 
 def current() -> Interrupts | None:
-    """What handles the signals of this process, if it is ours."""
+    """The Interrupts that handles this process's signals, if any."""
     handlers = [signal.getsignal(number) for number in HANDLED]
     return next((handler for handler in handlers if isinstance(handler, Interrupts)), None)
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt in the main thread where a signal has come that nothing has heeded yet."""
+    """Raise KeyboardInterrupt in the main thread after a signal that a library has swallowed."""
     handler = current()
     if handler is not None and handler.received is not None and _is_main_thread():
         raise KeyboardInterrupt
@@ -203,7 +205,7 @@ def sleep(seconds: float) -> None:
 
 
 def interrupt_main() -> None:
-    """Raise KeyboardInterrupt in the main thread from another one, as a signal from outside does."""
+    """Raise KeyboardInterrupt in the main thread from another thread, as a signal does."""
     handler, main = current(), threading.main_thread().ident
     number = signal.SIGINT if handler is None else next(iter(handler.handled), None)
     if main is not None and number is not None:
@@ -212,7 +214,7 @@ def interrupt_main() -> None:
 
 @contextmanager
 def handled() -> Iterator[Interrupts]:
-    """Within, this process's signals are handled here; in another thread than the main one nothing changes."""
+    """Within, handle this process's signals; has an effect in the main thread only."""
     handler = current() or Interrupts()
     is_new = _is_main_thread() and current() is None
     if is_new:
@@ -228,7 +230,7 @@ def handled() -> Iterator[Interrupts]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within, signals wait: a library's `except BaseException` makes an error of KeyboardInterrupt and logs that.
+    """Within, signals wait: a library's `except BaseException` would turn KeyboardInterrupt into a logged error.
 
     Raises KeyboardInterrupt at the end if a signal came.
     """
@@ -240,9 +242,9 @@ def held() -> Iterator[None]:
 
 
 def from_first_line() -> None:
-    """Handle the signals from here on where a program's own file has imported the caller, a module.
+    """Handle the signals from now on where a program's own file has imported the caller, a module.
 
-    A notebook, or a program that imports the module by way of others, keeps its handlers.
+    A notebook keeps its handlers, and so does a program that imports the module indirectly.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -265,5 +267,5 @@ def from_first_line() -> None:
 
 
 def _is_program(main: dict[str, object]) -> bool:
-    """Whether a `__main__` is a file: that of a notebook or of an interactive session is none."""
+    """Whether `__main__` is a file, unlike in a notebook or an interactive session."""
     return "__file__" in main

@@ -1,4 +1,4 @@
-"""Object stores that have stopped answering this process: each is waited for once, whichever calls ask it."""
+"""Object stores that have stopped answering this process; all calls share the wait for a store."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-# So long a store that has gone away is waited for when files are read, written or looked for.
+# Limit on the wait for a store that does not answer.
 OUTAGE_SECONDS = 90.0
-# A store that was given up is asked again this often at most: a call to one that refuses connections took 3 to 17 s.
+# Pause before a store is tried again after its wait has ended: a call to a store that refuses connections took 3-17 s.
 ASK_AGAIN_SECONDS = 30.0
 
 
 @dataclass
 class _Outage:
-    """Since when a store hasn't answered, which kinds of calls it hasn't answered, and the last one that failed."""
+    """Start of a store's outage, the kinds of calls that it does not answer, and the last failure."""
 
     since: float
     kinds: set[str] = field(default_factory=set)
@@ -27,14 +27,14 @@ class _Outage:
     is_given_up: bool = False
 
 
-# A store's name, and behind it what the client that asks was made with.
+# A store's name, followed by the settings of the client that calls it.
 Store = tuple[str, ...]
 
 
 class Outages:
-    """The stores that don't answer now; `say` is told when one stops answering and when it answers again.
+    """The stores that don't answer now; `say` is called when one stops answering and when it answers again.
 
-    Reading and writing (`kind`) are kept apart: a store that is full answers one and not the other.
+    Reading and writing (`kind`) are counted separately: a full store answers one and not the other.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Outages:
         self._outages: dict[Store, _Outage] = {}
 
     def check(self, store: Store, kind: str) -> None:
-        """Raises ConnectionError where the store was given up and has been asked again just now."""
+        """Raise ConnectionError where the wait for the store has ended and a call has failed just now."""
         with self._lock:
             outage = self._outages.get(store)
             if outage is None or kind not in outage.kinds or not outage.is_given_up:
@@ -52,9 +52,9 @@ class Outages:
                 raise ConnectionError(outage.error)
 
     def failed(self, store: Store, kind: str, error: OSError, wait: float) -> float:
-        """A call was not answered, and would ask again after `wait` seconds.
+        """Record a failed call that would be retried after `wait` seconds.
 
-        Gives the time.monotonic() until which the store is waited for; -inf once a call has given it up.
+        Returns the time.monotonic() until which calls wait for the store; -inf once the wait has ended.
         """
         now = time.monotonic()
         with self._lock:
@@ -69,7 +69,7 @@ class Outages:
         return -math.inf if outage.is_given_up else outage.since + OUTAGE_SECONDS
 
     def answered(self, store: Store, kind: str) -> None:
-        """A call was answered."""
+        """Record an answered call."""
         with self._lock:
             outage = self._outages.get(store)
             if outage is None:
@@ -82,7 +82,7 @@ class Outages:
 
     @contextmanager
     def said_by(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Within, `say` is told instead of standard error."""
+        """Within, report to `say` in place of standard error."""
         before, self.say = self.say, say
         try:
             yield

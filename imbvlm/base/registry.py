@@ -18,7 +18,7 @@ EntryT = TypeVar("EntryT")
 
 @dataclass(frozen=True)
 class Lazy:
-    """A definition by its place, `imbvlm.longtail.losses:focal`, so that naming it imports nothing."""
+    """A definition by its path, `imbvlm.longtail.losses:focal`, so that naming it imports nothing."""
 
     path: str
 

@@ -1,6 +1,6 @@
-"""S3 by the usual AWS settings (endpoint, region, profile, keys or none): clients, and errors that say who asked.
+"""S3 clients with the usual AWS settings (endpoint, region, profile, keys or none), and errors that name the account.
 
-Keys are taken as they are, spaces and percent signs included. boto3 is imported only where S3 is really used.
+Keys are used literally, spaces and percent signs included. boto3 is imported only where S3 is used.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from imbvlm.base.errors import StorageError
 T = TypeVar("T")
 
 SCHEME = "s3://"
-# Clients back off at 503 and slow answers this often; 403 and 404 aren't asked again by them.
+# Attempts of a client at 503 and slow answers; clients don't retry 403 and 404.
 _ATTEMPTS = 6
 _CONNECTIONS = 64
-# So long a connection, and then the next bytes of an answer, are waited for; an answer that never comes is asked for
-# again as often as a bad one, two minutes in all.
+# Timeouts of a connection and of the next bytes of an answer. With all attempts a missing answer takes two minutes.
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 20.0
 _ATTEMPTS_DENIED = 3
 _FIRST_WAIT_SECONDS = 0.1
-# Refusals that another try can't change.
+# Denied accesses that a retry can't change.
 _LASTING = (b"SignatureDoesNotMatch", b"InvalidAccessKeyId", b"ExpiredToken", b"InvalidToken", b"AccountProblem")
 _DENIED = (
     "AccessDenied",
@@ -48,7 +47,7 @@ _SETTINGS = (
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Bucket and key of an s3:// URI; raises StorageError where there is no bucket."""
+    """Bucket and key of an s3:// URI; raises StorageError without a bucket."""
     bucket, _, key = uri.removeprefix(SCHEME).partition("/")
     if not bucket:
         raise StorageError(f"{uri} names no bucket; it should look like s3://BUCKET/KEY")
@@ -56,18 +55,18 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def settings() -> tuple[str, ...]:
-    """What makes one client differ from another, as it is in the environment now."""
+    """The environment's present AWS settings, by which clients differ."""
     return tuple(os.environ.get(name, "") for name in _SETTINGS)
 
 
 def filesystem(bucket: str) -> pafs.S3FileSystem:
-    """pyarrow's client for a bucket; one per process and settings, because making one may ask for the region."""
+    """pyarrow's client for a bucket; one per process and settings, because creating one may request the region."""
     return _filesystem(bucket, settings())
 
 
 @lru_cache(maxsize=32)
 def _filesystem(bucket: str, settings: tuple[str, ...]) -> pafs.S3FileSystem:
-    endpoint, region = _place(bucket)
+    endpoint, region = _endpoint_and_region(bucket)
     parts = urlsplit(endpoint or "https:")
     return pafs.S3FileSystem(
         region=region,
@@ -80,19 +79,19 @@ def _filesystem(bucket: str, settings: tuple[str, ...]) -> pafs.S3FileSystem:
     )
 
 
-def _place(bucket: str) -> tuple[str | None, str]:
+def _endpoint_and_region(bucket: str) -> tuple[str | None, str]:
     """The endpoint of another server than Amazon's, and the region of a bucket."""
     endpoint = str(client().meta.endpoint_url)
-    own = not (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    region = _session().region_name or ("us-east-1" if own else pafs.resolve_s3_region(bucket))
-    return endpoint if own else None, str(region)
+    is_amazon = (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    region = _session().region_name or (pafs.resolve_s3_region(bucket) if is_amazon else "us-east-1")
+    return None if is_amazon else endpoint, str(region)
 
 
 def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
-    """An object, or a part of it, by one request: pyarrow asks twice for each object, and boto3 costs twice the CPU.
+    """An object, or a part of it, by one request: pyarrow makes two for each object, and boto3 takes twice the CPU.
 
-    Bad answers are outlasted by a bounded number of tries, refusals too: a store under load refuses now and then what
-    it allows. Raises FileNotFoundError, PermissionError, ConnectionError where the store is away, StorageError.
+    Retries bad answers and denied accesses a few times, because a store under load sometimes denies what it allows.
+    Raises FileNotFoundError, PermissionError, StorageError, and ConnectionError where the store doesn't answer.
     """
     bucket, key = split(uri)
     reader = _reader(bucket, settings())
@@ -101,16 +100,16 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random()))
-        status, content = reader.ask(key, headers)
+        status, content = reader.request(key, headers)
         if status in (200, 206):
             return content
         if status == 404:
             raise FileNotFoundError(uri)
         code = re.search(rb"<Code>(\w+)</Code>", content)
-        said = code[1].decode() if code else content[:200].decode("utf-8", "replace")
-        problem = f"doesn't answer ({said})" if status is None else f"answers {status} {said}".strip()
+        text = code[1].decode() if code else content[:200].decode("utf-8", "replace")
+        problem = f"doesn't answer ({text})" if status is None else f"answers {status} {text}".strip()
         if status == 403 and code is not None and code[1] in _LASTING:
-            # Not this object's fault: no other one would be had either.
+            # The credentials are wrong, so that no other object can be read either.
             raise denied(uri, code[1].decode())
         if status == 403 and attempt + 1 >= _ATTEMPTS_DENIED:
             raise PermissionError(uri)
@@ -127,8 +126,8 @@ class _Reader:
     auth: Any
     session: Any
 
-    def ask(self, key: str, headers: Mapping[str, str]) -> tuple[int | None, bytes]:
-        """Status and content; no status, and the reason as content, where there was no answer."""
+    def request(self, key: str, headers: Mapping[str, str]) -> tuple[int | None, bytes]:
+        """Status and content of the answer; without an answer None and the reason."""
         from botocore.awsrequest import AWSRequest
         from botocore.exceptions import BotoCoreError
 
@@ -148,7 +147,7 @@ def _reader(bucket: str, settings: tuple[str, ...]) -> _Reader:
     from botocore.httpsession import URLLib3Session
     from botocore.utils import get_environ_proxies
 
-    endpoint, region = _place(bucket)
+    endpoint, region = _endpoint_and_region(bucket)
     base = f"{endpoint or f'https://s3.{region}.amazonaws.com'}/{bucket}/"
     credentials = _session().get_credentials()
     auth = None if credentials is None else S3SigV4Auth(credentials, "s3", region)
@@ -161,7 +160,7 @@ def _reader(bucket: str, settings: tuple[str, ...]) -> _Reader:
 
 
 class NoConditionsError(StorageError):
-    """The store knows no conditional writes."""
+    """The store doesn't support conditional writes."""
 
 
 def put(uri: str, data: bytes, **condition: str) -> str | None:
@@ -175,7 +174,7 @@ def put(uri: str, data: bytes, **condition: str) -> str | None:
     with translate_errors(uri):
         try:
             written = retry_denied(
-                uri, lambda: _kept_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+                uri, lambda: _client(settings()).put_object(Bucket=bucket, Key=key, Body=data, **condition)
             )
         except ClientError as error:
             status, code = _answer(error)
@@ -188,13 +187,13 @@ def put(uri: str, data: bytes, **condition: str) -> str | None:
 
 
 def get_version(uri: str) -> tuple[bytes, str] | None:
-    """An object with its ETag; None where it isn't there. Raises StorageError."""
+    """An object with its ETag; None for a missing object. Raises StorageError."""
     from botocore.exceptions import ClientError
 
     bucket, key = split(uri)
     with translate_errors(uri):
         try:
-            answer = retry_denied(uri, lambda: _kept_client().get_object(Bucket=bucket, Key=key))
+            answer = retry_denied(uri, lambda: _client(settings()).get_object(Bucket=bucket, Key=key))
             return answer["Body"].read(), str(answer["ETag"])
         except ClientError as error:
             if _answer(error) == (404, "NoSuchKey"):
@@ -203,40 +202,36 @@ def get_version(uri: str) -> tuple[bytes, str] | None:
 
 
 def _answer(error: Any) -> tuple[int | None, str]:
-    """Status and code of what a store answered, from boto3's ClientError."""
+    """Status and code of a store's answer, from boto3's ClientError."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status, str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _kept_client() -> Any:
-    """One per process and settings: making one takes longer than most requests."""
-    return _client(tuple(os.environ.get(name, "") for name in _SETTINGS))
-
-
 @lru_cache(maxsize=4)
 def _client(settings: tuple[str, ...]) -> Any:
+    """One client per process and settings: creating one takes longer than most requests."""
     return client()
 
 
 def client() -> Any:
-    """boto3's client, for what pyarrow can't do in parallel; anonymous where the settings have no keys."""
+    """boto3's client, for requests that pyarrow can't make in parallel; anonymous without keys."""
     from botocore import UNSIGNED
     from botocore.config import Config
 
     session = _session()
-    anonymous = session.get_credentials() is None
+    is_anonymous = session.get_credentials() is None
     config = Config(
         retries={"max_attempts": _ATTEMPTS, "mode": "standard"},
         max_pool_connections=_CONNECTIONS,
         connect_timeout=_CONNECT_SECONDS,
         read_timeout=_READ_SECONDS,
-        signature_version=UNSIGNED if anonymous else None,
+        signature_version=UNSIGNED if is_anonymous else None,
     )
     return session.client("s3", config=config)
 
 
 def identity() -> str:
-    """Who the AWS settings make us: the start of the key's id, never a secret."""
+    """The account of the AWS settings: the start of the key's id, never a secret."""
     session = _session()
     credentials = session.get_credentials()
     if credentials is None:
@@ -252,14 +247,14 @@ def _session() -> Any:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether an error of pyarrow or boto3 is the store's refusal rather than a failure to answer."""
+    """Whether an error of pyarrow or boto3 means a denied access."""
     return isinstance(error, PermissionError) or any(code in str(error) for code in _DENIED)
 
 
 def retry_denied(uri: str, call: Callable[[], T]) -> T:
-    """What `call` gives, asked again a bounded number of times while S3 refuses: under load it refuses what it allows.
+    """The result of `call`, retried a few times while S3 denies access: under load a store denies what it allows.
 
-    For pyarrow and boto3, which don't ask again after a 403; refusals that last and everything else are raised at once.
+    pyarrow and boto3 don't retry a 403. Lasting refusals and all other errors are raised at once.
     """
     if not uri.startswith(SCHEME):
         return call()
@@ -276,16 +271,18 @@ def retry_denied(uri: str, call: Callable[[], T]) -> T:
 
 
 def denied(uri: str, code: str = "") -> StorageError:
-    """The error for a refusal: bucket, key and who asked."""
+    """The error for a denied access: bucket, key and account."""
     bucket, key = split(uri)
-    what = f"key {key!r} in bucket {bucket!r}" if key else f"bucket {bucket!r}"
-    mend = "look at the keys and at the bucket's policy"
-    return StorageError(f"access to {what} is denied for {identity()}{f' ({code})' if code else ''}; {mend}")
+    target = f"key {key!r} in bucket {bucket!r}" if key else f"bucket {bucket!r}"
+    reason = f" ({code})" if code else ""
+    return StorageError(
+        f"access to {target} is denied for {identity()}{reason}; check the keys and the bucket's policy"
+    )
 
 
 @contextmanager
 def translate_errors(uri: str) -> Iterator[None]:
-    """Inside, boto3's errors become a StorageError that names the place, and for a refusal who was asking."""
+    """Within, boto3's errors become a StorageError that names the location, and for a denied access the account."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:

@@ -1,4 +1,4 @@
-"""Strict sections: what every configuration is made of, dotted keys into them, and each mistake as a sentence."""
+"""Strict sections, of which every configuration consists, dotted keys into them, and each mistake as a sentence."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from imbvlm.base.errors import ConfigError, Problem, suggest_name
+from imbvlm.base.errors import ConfigError, Problem, end_sentence, suggest_name
 from imbvlm.base.yaml_file import KeyPath, YamlTree
 
 Tree = dict[str, Any]
 
-
-# Beside the type of an optional section: setting its name or kind to null takes the section away.
-NULL_NAME_REMOVES = "gone without a name"
+# Annotation of an optional section: setting its name or kind to null removes the section.
+NULL_NAME_REMOVES = "null name removes"
+# Annotation of a field that a version after 0.1 added: digests leave it out at its default, so that they stay valid.
+ADDED_LATER = "added later"
+# Keys of a trial in version 0.1, with the reason why they are gone.
+RETIRED_KEYS: Mapping[str, str] = {
+    "features.tail_views": "is no longer an option: few-shot classes have as many views as others. Set "
+    "features.num_views for all classes, or resume this sweep with version 0.1",
+}
 
 
 class Section(BaseModel):
-    """A part of a configuration: unknown keys are refused, types are not coerced, values don't change."""
+    """A part of a configuration: unknown keys are rejected, types are not coerced, values don't change."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
-    if not TYPE_CHECKING:  # Type checkers go on to see each field's name and type.
+    # Type checkers still see each field's name and type.
+    if not TYPE_CHECKING:
 
         def __init__(self, /, **values: Any) -> None:
             """Check values given in Python; raises ConfigError with every mistake and the nearest valid name."""
@@ -34,11 +41,11 @@ class Section(BaseModel):
             except ValidationError as error:
                 raise ConfigError(to_problems(type(self), error, YamlTree(values, ""), values)) from None
 
-        # What is read from a file goes around it, as around pydantic's own, and keeps the places of its mistakes.
+        # Trees from files bypass this constructor, so that their mistakes keep their lines.
         __init__.__pydantic_base_init__ = True
 
 
-# ------------------------------------------------------------------------------------------- what may stand where
+# ------------------------------------------------------------------------------------------------- valid keys
 
 
 def variants(annotation: Any) -> list[type[Section]]:
@@ -52,13 +59,13 @@ def section_classes(root: type[Section], path: KeyPath) -> list[type[Section]]:
     """The section classes that may stand at a path below `root`; none where a plain value stands."""
     classes = [root]
     for part in path:
-        found = [cls.model_fields[str(part)] for cls in classes if str(part) in cls.model_fields]
-        classes = [variant for info in found for variant in variants(info.annotation)]
+        fields = [cls.model_fields[str(part)] for cls in classes if str(part) in cls.model_fields]
+        classes = [variant for info in fields for variant in variants(info.annotation)]
     return classes
 
 
 def tag_of(cls: type[Section]) -> tuple[str, str] | None:
-    """What chooses this variant among its section's, such as ("name", "focal"); None for a section without variants."""
+    """Key and value that select this variant of a section, such as ("name", "focal"); None without variants."""
     for key in ("name", "kind"):
         info = cls.model_fields.get(key)
         if info is not None and get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1:
@@ -66,13 +73,13 @@ def tag_of(cls: type[Section]) -> tuple[str, str] | None:
     return None
 
 
-def _goes_without_name(root: type[Section], dotted: str, value: Any) -> bool:
-    """Whether a dotted key is the name or kind of a section that a null there takes away, and the value is null."""
+def _removes_section(root: type[Section], dotted: str, value: Any) -> bool:
+    """Whether the value is null and the dotted key is the name or kind of a section marked NULL_NAME_REMOVES."""
     *above, section, last = ["", *dotted.split(".")]
     if value is not None or last not in ("name", "kind"):
         return False
-    found = [cls.model_fields.get(section) for cls in section_classes(root, tuple(above[1:]))]
-    return any(info is not None and NULL_NAME_REMOVES in info.metadata for info in found)
+    fields = [cls.model_fields.get(section) for cls in section_classes(root, tuple(above[1:]))]
+    return any(info is not None and NULL_NAME_REMOVES in info.metadata for info in fields)
 
 
 def dotted_keys_of(root: type[Section]) -> list[str]:
@@ -93,7 +100,7 @@ def dotted_keys_of(root: type[Section]) -> list[str]:
 
 def violated_rule(root: type[Section], dotted: str, value: Any) -> str | None:
     """The rule that a value of a dotted key breaks, such as `greater than 0`; None where some variant admits it."""
-    if _goes_without_name(root, dotted, value):
+    if _removes_section(root, dotted, value):
         return None
     *above, last = dotted.split(".")
     rules: dict[str, None] = {}
@@ -113,10 +120,32 @@ def violated_rule(root: type[Section], dotted: str, value: Any) -> str | None:
 
 def flatten(tree: Tree, prefix: str = "") -> Tree:
     """Dotted keys and plain values of nested data."""
-    found: Tree = {}
+    flat: Tree = {}
     for key, value in tree.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def without_retired_keys(tree: Any, *, with_values: bool = False) -> Any:
+    """Plain data of a trial without the RETIRED_KEYS that are null; `with_values` drops them all."""
+    for dotted in RETIRED_KEYS if isinstance(tree, dict) else ():
+        section, key = dotted.split(".")
+        inner = tree.get(section)
+        if isinstance(inner, dict) and key in inner and (with_values or inner[key] is None):
+            tree = {**tree, section: {name: value for name, value in inner.items() if name != key}}
+    return tree
+
+
+def digest_tree(section: Section) -> Tree:
+    """Plain data of a section for a digest: a field marked ADDED_LATER is left out at its default."""
+    tree = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if ADDED_LATER in info.metadata and value == info.get_default(call_default_factory=True):
+            del tree[name]
+        elif isinstance(value, Section):
+            tree[name] = digest_tree(value)
+    return tree
 
 
 # ------------------------------------------------------------------------------------------------ dotted keys
@@ -125,15 +154,15 @@ def flatten(tree: Tree, prefix: str = "") -> Tree:
 def with_dotted_keys(
     root: type[Section], tree: Tree, values: Mapping[str, Any], resets: Mapping[str, tuple[str, ...]] | None = None
 ) -> Tree:
-    """A deep copy of plain data with dotted keys set; sections on the way are made.
+    """A deep copy of plain data with dotted keys set; creates the sections on the way.
 
-    Choosing another variant lets go of the old one's knobs, except those that mean the same in the new one (of the
-    same default); setting a key of `resets` lets go of keys beside it, unless `values` sets them too. A null name
-    takes a section away that is marked as NULL_NAME_REMOVES.
+    Selecting another variant drops the old one's options, except those with the same default in the new one. Setting a
+    key of `resets` drops the keys listed there, unless `values` sets them too. A null name removes a section that is
+    marked NULL_NAME_REMOVES.
     """
     result = copy.deepcopy(tree)
     values = {
-        key.rpartition(".")[0] if _goes_without_name(root, key, value) else key: value for key, value in values.items()
+        key.rpartition(".")[0] if _removes_section(root, key, value) else key: value for key, value in values.items()
     }
     for dotted in sorted(values, key=lambda key: key.rpartition(".")[2] not in ("name", "kind")):
         *above, last = dotted.split(".")
@@ -144,7 +173,7 @@ def with_dotted_keys(
             section = section[part]
         value = copy.deepcopy(values[dotted])
         if section.get(last) != value:
-            _drop_old_knobs(section_classes(root, tuple(above)), section, last, value)
+            _drop_old_options(section_classes(root, tuple(above)), section, last, value)
             for other in (resets or {}).get(dotted, ()):
                 if value is not None and other not in values:
                     section.pop(other.rpartition(".")[2], None)
@@ -152,38 +181,38 @@ def with_dotted_keys(
     return result
 
 
-def _drop_old_knobs(classes: list[type[Section]], section: Tree, tag: str, value: Any) -> None:
+def _drop_old_options(classes: list[type[Section]], section: Tree, tag: str, value: Any) -> None:
     new = next((cls for cls in classes if tag_of(cls) == (tag, value)), None)
     old = next((cls for cls in classes if tag_of(cls) == (tag, section.get(tag))), None)
     if new is None:
         return
-    for knob in list(section):
-        info = new.model_fields.get(knob)
-        before = old.model_fields.get(knob) if old is not None else info
+    for option in list(section):
+        info = new.model_fields.get(option)
+        before = old.model_fields.get(option) if old is not None else info
         if info is None or (before is not None and before.default != info.default):
-            del section[knob]
+            del section[option]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
 def to_problems(root: type[Section], error: ValidationError, located: YamlTree, data: Any) -> list[Problem]:
-    """Each mistake once, with its place in the file and its mend; `data` is what was checked against `root`."""
+    """Each mistake once, with its line and its fix; `data` was checked against `root`."""
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         grouped.setdefault(_written_path(item, data), []).append(item)
     problems = []
     for path, items in grouped.items():
-        # Of a list with a wrong item, only the item is the mistake.
+        # pydantic reports a list with a wrong item, too; only the item is a mistake.
         if not any(other != path and other[: len(path)] == path for other in grouped):
-            problems.append(Problem(_sentence(root, path, items, data), located.where(path)))
+            problems.append(Problem(end_sentence(_sentence(root, path, items, data)), located.where(path)))
             if items[0]["type"] in ("union_tag_invalid", "union_tag_not_found"):
-                problems += _mistakes_beside(root, path, located, data)
+                problems += _problems_of_all_variants(root, path, located, data)
     return problems
 
 
-def _mistakes_beside(root: type[Section], tag: KeyPath, located: YamlTree, data: Any) -> list[Problem]:
-    """Mistakes that no variant admits in a section whose name or kind is one, since nothing else of it was checked."""
+def _problems_of_all_variants(root: type[Section], tag: KeyPath, located: YamlTree, data: Any) -> list[Problem]:
+    """Mistakes that no variant admits, for a section with a wrong name or kind: pydantic checks nothing else of it."""
     section = data
     for part in tag[:-1]:
         section = section[part]
@@ -199,22 +228,22 @@ def _mistakes_beside(root: type[Section], tag: KeyPath, located: YamlTree, data:
             mistake = f"{dotted} must be {rule}, and is {shown(value)}"
         else:
             continue
-        problems.append(Problem(mistake, located.where((*tag[:-1], key))))
+        problems.append(Problem(end_sentence(mistake), located.where((*tag[:-1], key))))
     return problems
 
 
 def _written_path(item: Any, data: Any) -> KeyPath:
     """pydantic's location of a mistake without the names of variants that it adds."""
     path: list[str | int] = []
-    here = data
+    value = data
     for index, part in enumerate(item["loc"]):
-        missing = item["type"] == "missing" and index == len(item["loc"]) - 1
-        if isinstance(here, dict) and (part in here or missing):
+        is_missing = item["type"] == "missing" and index == len(item["loc"]) - 1
+        if isinstance(value, dict) and (part in value or is_missing):
             path.append(part)
-            here = here.get(part)
-        elif isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here):
+            value = value.get(part)
+        elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
             path.append(part)
-            here = here[part]
+            value = value[part]
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path.append(item["ctx"]["discriminator"].strip("'"))
     return tuple(path)
@@ -238,10 +267,10 @@ def _sentence(root: type[Section], path: KeyPath, items: list[Any], data: Any) -
         valid = sorted(tag[1] for cls in section_classes(root, path[:-1]) if (tag := tag_of(cls)) is not None)
         return f"{dotted!r} is required and is not given; valid: {', '.join(valid)}"
     if kind in ("union_tag_invalid", "literal_error"):
-        words = str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
+        names = str(context.get("expected_tags") or context["expected"]).replace(" or ", ", ").split(",")
         got = item["input"].get(path[-1]) if kind == "union_tag_invalid" else item["input"]
-        mend = suggest_name(str(got), [word.strip().strip("'") for word in words])
-        return f"{dotted} is {shown(got)}, which is not one of its values; {mend}"
+        fix = suggest_name(str(got), [name.strip().strip("'") for name in names])
+        return f"{dotted} is {shown(got)}, which is not one of its values; {fix}"
     rule = _rule(item)
     return f"{dotted} must be {rule}, and is {value}" if rule != item["msg"] else f"{dotted} is {value}: {rule}"
 
@@ -254,6 +283,9 @@ def _rule(item: Any) -> str:
 
 
 def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
+    dotted = ".".join(map(str, path))
+    if dotted in RETIRED_KEYS:
+        return f"{dotted} {RETIRED_KEYS[dotted]}"
     classes = section_classes(root, path[:-1])
     section = data
     for part in path[:-1]:
@@ -262,11 +294,11 @@ def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
     valid = [name for cls in chosen or classes for name in cls.model_fields]
     owner = "".join(f" for {'.'.join(map(str, path[:-1]))} {tag_of(cls)[1]}" for cls in chosen)  # type: ignore[index]
     others = [tag[1] for cls in classes if path[-1] in cls.model_fields and (tag := tag_of(cls)) is not None]
-    mend = f"only {', '.join(others)} has it" if others else suggest_name(str(path[-1]), valid)
-    return f"unknown key {'.'.join(map(str, path))!r}{owner}; {mend}"
+    fix = f"only {', '.join(others)} has it" if others else suggest_name(str(path[-1]), valid)
+    return f"unknown key {dotted!r}{owner}; {fix}"
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: a long one is cut."""
+    """A value as a message shows it; a long one is cut."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -22,18 +22,18 @@ from imbvlm.base.errors import StorageError as StorageError
 from imbvlm.base.formatting import size_text
 from imbvlm.base.outages import Outages
 
-# This process's, for whoever shows what happens to name who is told.
+# The stores that don't answer this process; the console registers itself to report them.
 OUTAGES = Outages()
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 10.0
 
-# No description, record or list of this package comes near it.
+# Limit on a JSON file; no description, record or list of this package comes near it.
 MAX_JSON_BYTES = 64_000_000
 
 _CHUNK_BYTES = 8_000_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# `s3:/x` is s3://x after a path library has joined it, and `s3:x` a slip. Another word before `:` may be a folder's.
-SCHEMED = r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|S3|file):)"
+# Path libraries make `s3:/x` of s3://x, and `s3:x` is a typing error. Other words before `:` may belong to a folder.
+SCHEMED = r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|S3|file):|data:[a-z]+/[a-z0-9.+-]+[;,])"
 # The URIs that are read and written.
 SUPPORTED = r"(?:file://.|s3://[A-Za-z0-9][A-Za-z0-9._-]*(?:/|$))"
 ONLY = "only local paths and s3://BUCKET/... are supported"
@@ -43,9 +43,9 @@ Result = TypeVar("Result")
 
 
 class FileState(NamedTuple):
-    """What changes with a file's content: size, and times of change in nanoseconds; an object has one time.
+    """Size and times in nanoseconds, which change with a file's content; an object has one time.
 
-    Whoever sets a local file's `modified` back can't set `changed` back.
+    A user can set a local file's `modified` back, but not `changed`.
     """
 
     size: int
@@ -53,6 +53,7 @@ class FileState(NamedTuple):
     changed: int
 
     def is_before(self, time_ns: int) -> bool:
+        """Whether both times are earlier."""
         return max(self.modified, self.changed) < time_ns
 
 
@@ -63,6 +64,8 @@ def is_uri(location: str) -> bool:
 
 def location_problem(location: str) -> str | None:
     """The reason why a location is invalid, with the nearest valid form; None for a path, file:// and s3://BUCKET."""
+    if location.startswith("data:") and is_uri(location):
+        return f"{location[:40]}... is the content of an image and no location; {ONLY}"
     if not is_uri(location) or _SUPPORTED.match(location):
         return None
     scheme, _, rest = location.partition(":")
@@ -76,6 +79,11 @@ def location_problem(location: str) -> str | None:
     if scheme.lower() in ("gs", "gcs", "r2", "s3a", "s3n", "oss") and _SUPPORTED.match(f"{s3.SCHEME}{rest}"):
         return f"{location}: {ONLY}; if that store speaks S3, give s3://{rest} and set AWS_ENDPOINT_URL"
     return f"{location}: {ONLY}; copy it to one of them"
+
+
+def folder_problem(location: str) -> str | None:
+    """The reason why a location can't be a folder for output: as `location_problem`, and for an empty one."""
+    return location_problem(location) if location else "an empty name is no folder; the current folder is `.`"
 
 
 def check_location(location: str) -> None:
@@ -114,12 +122,12 @@ def join(uri: str, *parts: str) -> str:
 
 
 def free_bytes(uri: str) -> int | None:
-    """Room on the disk of a location, also of one that isn't there yet; None for an object store."""
+    """Free space on the disk of a location, which need not exist yet; None for an object store."""
     return shutil.disk_usage(_existing(uri)).free if is_local(uri) else None
 
 
 def is_same_disk(uri: str, other: str) -> bool:
-    """Whether two locations, which need not exist yet, take their room from one disk of this machine."""
+    """Whether two locations, which need not exist yet, lie on one disk of this machine."""
     both_local = is_local(uri) and is_local(other)
     return both_local and _existing(uri).stat().st_dev == _existing(other).stat().st_dev
 
@@ -131,7 +139,7 @@ def _existing(uri: str) -> Path:
 
 
 def check_name(uri: str) -> None:
-    """Raises StorageError for a name whose bytes aren't UTF-8: pyarrow and Parquet know no others."""
+    """Raise StorageError for a name that is not UTF-8, which pyarrow and Parquet require."""
     shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if shown != uri:
         raise StorageError(f"{shown} has a name that isn't UTF-8; rename it")
@@ -149,22 +157,30 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise StorageError(f"can't open {uri}: {error}") from None
 
 
-def storage_error(what: str, uri: str, error: Exception) -> StorageError:
-    """What to raise for a pyarrow error; a refusal of S3 names bucket, key and who asked, a full disk is named so."""
+def storage_error(action: str, uri: str, error: Exception) -> StorageError:
+    """The StorageError for a failed `action` ("read", "write"): names a denied access, a full disk, a file in the way.
+
+    For S3 a denied access names bucket, key and account.
+    """
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return DiskFullError(f"can't {what} {uri}: the disk is full; free some space there")
-    return StorageError(f"can't {what} {uri}: {error}")
+        return DiskFullError(f"can't {action} {uri}: the disk is full; free some space there")
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and is_local(uri):
+        return StorageError(f"can't {action} {uri}: {_existing(uri)} is a file and no folder; choose another folder")
+    return StorageError(f"can't {action} {uri}: {error}")
 
 
-def _patiently(uri: str, call: Callable[[], Result], kind: str = "read", waits: bool = True) -> Result:
-    """A call that outlasts refusals now and then and, if it `waits`, a store that is away; what lasts comes at once."""
-    return s3.retry_denied(uri, call if is_local(uri) else lambda: _outlasting(uri, call, kind, waits))
+def _retry(uri: str, call: Callable[[], Result], kind: str = "read", waits: bool = True) -> Result:
+    """Retry a call that is denied once in a while and, if it `waits`, one to a store that does not answer.
+
+    Lasting errors are raised at once.
+    """
+    return s3.retry_denied(uri, call if is_local(uri) else lambda: _wait_for_store(uri, call, kind, waits))
 
 
-def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) -> Result:
-    # With other settings it is another store's, or one that answers.
+def _wait_for_store(uri: str, call: Callable[[], Result], kind: str, waits: bool) -> Result:
+    # The same name with other settings is another store.
     store = ("/".join(uri.split("/", 3)[:3]), *s3.settings())
     OUTAGES.check(store, kind)
     wait, deadline = FIRST_WAIT_SECONDS, math.inf
@@ -175,7 +191,7 @@ def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) ->
             if _is_lasting(error):
                 OUTAGES.answered(store, kind)
                 raise
-            # Others may be answered meanwhile, so that the store is back and this call's file isn't.
+            # The outage may end for other calls while this one still fails: its own deadline stays.
             deadline = min(deadline, OUTAGES.failed(store, kind, error, wait) if waits else -math.inf)
             if time.monotonic() + wait > deadline:
                 raise
@@ -187,38 +203,38 @@ def _outlasting(uri: str, call: Callable[[], Result], kind: str, waits: bool) ->
 
 
 def _is_lasting(error: OSError) -> bool:
-    gone = isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in str(error)
-    return gone or s3.is_denied(error) or error.errno in _DISK_FULL
+    is_gone = isinstance(error, FileNotFoundError) or "NO_SUCH_BUCKET" in str(error)
+    return is_gone or s3.is_denied(error) or error.errno in _DISK_FULL
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists; raises StorageError."""
     try:
         if is_local(uri):
             return local_path(uri).exists()
         filesystem, path = open_filesystem(uri)
-        return _patiently(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
+        return _retry(uri, lambda: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
     except OSError as error:
-        raise storage_error("look at", uri, error) from None
+        raise storage_error("check", uri, error) from None
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
-    """The whole content of a file, as it was at one moment; raises StorageError with the cause.
+    """The whole content of a file at one moment; raises StorageError with the cause.
 
-    A pipe or a device is denied, because it may never end, and so is a file of more than `max_bytes`.
+    A pipe or a device, which may never end, is not read, and neither is a file above `max_bytes`.
     """
     check_readable(uri, max_bytes)
 
     def read() -> bytes:
         if uri.startswith(s3.SCHEME):
-            # pyarrow asks for the size and then for parts, of other versions where somebody writes it anew meanwhile.
+            # pyarrow requests the size and then parts, which may be of different versions while another process writes.
             return s3.get(uri)
         filesystem, path = open_filesystem(uri)
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
     try:
-        return _patiently(uri, read)
+        return _retry(uri, read)
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
@@ -235,28 +251,28 @@ def read_json(uri: str) -> Any:
 
 
 def check_readable(uri: str, max_bytes: int | None = None) -> None:
-    """Raises StorageError for what is no file or a larger one; says nothing of a file that isn't there."""
+    """Raise StorageError for a folder, pipe or device, or a file above `max_bytes`; a missing file passes."""
     try:
         if is_local(uri):
             state = os.stat(local_path(uri))
             if not stat.S_ISREG(state.st_mode):
-                what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe or a device"
-                raise StorageError(f"can't read {uri}: it is {what} and no file")
+                kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe or a device"
+                raise StorageError(f"can't read {uri}: it is {kind} and no file")
             size = state.st_size
         elif max_bytes is not None:
             filesystem, path = open_filesystem(uri)
-            size = _patiently(uri, lambda: filesystem.get_file_info(path).size or 0, waits=False)
+            size = _retry(uri, lambda: filesystem.get_file_info(path).size or 0, waits=False)
         else:
             return
     except (OSError, ValueError):
-        # Reading says why, in its own words.
+        # Reading the file gives the reason.
         return
     if max_bytes is not None and size > max_bytes:
         raise StorageError(f"can't read {uri}: it has {size_text(size)}, and at most {size_text(max_bytes)} are read")
 
 
 def download(uri: str, path: Path) -> None:
-    """Copy a file to a local path, over what lies there, in bounded memory; raises StorageError."""
+    """Copy a file to a local path, which is overwritten, in bounded memory; raises StorageError."""
     check_readable(uri)
     filesystem, source = open_filesystem(uri)
 
@@ -268,7 +284,7 @@ def download(uri: str, path: Path) -> None:
             os.fsync(target.fileno())
 
     try:
-        _patiently(uri, copy)
+        _retry(uri, copy)
     except FileNotFoundError:
         raise StorageError(f"{uri} is not there") from None
     except OSError as error:
@@ -278,7 +294,7 @@ def download(uri: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write a file that appears whole or not at all; folders above it are made. Raises StorageError."""
+    """Write a file so that it appears whole or not at all, and its folders; raises StorageError."""
 
     def upload() -> None:
         # An object store shows an object only once its upload is complete.
@@ -290,7 +306,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         if is_local(uri):
             _write_local(local_path(uri), data)
         else:
-            _patiently(uri, upload, "write")
+            _retry(uri, upload, "write")
     except OSError as error:
         raise storage_error("write", uri, error) from None
 
@@ -311,48 +327,48 @@ def _write_local(path: Path, data: bytes | memoryview) -> None:
 
 
 def list_files(uri: str, *, waits: bool = True) -> list[str]:
-    """Names of the files and folders directly in a folder, sorted; empty where there is none.
+    """Names of the files and folders directly in a folder, sorted; empty for a missing folder.
 
-    `waits` is whether a store that is away is waited for. Raises StorageError.
+    With `waits` the call waits for a store that does not answer. Raises StorageError.
     """
     return sorted(info.base_name for info in _infos(uri, waits))
 
 
 def file_states(uri: str) -> dict[str, FileState]:
-    """Size and times of the files directly in a folder, by name; empty where there is none."""
+    """Size and times of the files directly in a folder, by name; empty for a missing folder. Raises StorageError."""
     if not is_local(uri):
         return {
             info.base_name: FileState(info.size, info.mtime_ns or 0, info.mtime_ns or 0)
             for info in _infos(uri)
             if info.is_file
         }
-    found = {}
+    states = {}
     try:
         with os.scandir(local_path(uri)) as entries:
             for entry in entries:
-                # What a writer is about to rename may be gone by now.
+                # A temporary file may be gone by now.
                 with suppress(FileNotFoundError):
                     if entry.is_file():
-                        one = entry.stat()
-                        found[entry.name] = FileState(one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+                        status = entry.stat()
+                        states[entry.name] = FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise storage_error("list", uri, error) from None
-    return found
+    return states
 
 
 def _infos(uri: str, waits: bool = True) -> list[pafs.FileInfo]:
     filesystem, path = open_filesystem(uri)
     selector = pafs.FileSelector(path, allow_not_found=True)
     try:
-        return _patiently(uri, lambda: filesystem.get_file_info(selector), waits=waits)
+        return _retry(uri, lambda: filesystem.get_file_info(selector), waits=waits)
     except OSError as error:
         raise storage_error("list", uri, error) from None
 
 
 def delete(uri: str) -> None:
-    """Remove a file or a whole folder; nothing happens where there is none."""
+    """Remove a file or a whole folder, if it exists; raises StorageError."""
     filesystem, path = open_filesystem(uri)
 
     def remove() -> None:
@@ -363,6 +379,6 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
     try:
-        _patiently(uri, remove, "write")
+        _retry(uri, remove, "write")
     except OSError as error:
         raise storage_error("remove", uri, error) from None

@@ -1,4 +1,4 @@
-"""YAML as 1.2 reads it (`5e-4` is a number, `no` is a word), with duplicate keys refused and every key's line known."""
+"""YAML 1.2 (`5e-4` is a number, `no` a string), with the line of every key; duplicate keys are rejected."""
 
 import re
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ _CORE_SCHEMA = (
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
 
 
-# Far more than a cluster's file has; nested aliases could stand for more than memory holds.
-MOST_NODES = 100_000
+# Far above the size of a cluster file; nested aliases could expand beyond memory.
+MAX_NODES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # Nested aliases grow without bound, and a configuration has no need of them.
+        # Nested aliases expand without bound, and a configuration doesn't need them.
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
@@ -60,7 +60,7 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    # int(text, 0) refuses leading zeros, which 1.2 reads as decimal.
+    # int(text, 0) rejects leading zeros, which YAML 1.2 reads as decimal.
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
@@ -80,31 +80,31 @@ _Dumper.add_representer(str, _represent_str)
 
 @dataclass(frozen=True)
 class YamlTree:
-    """The plain data of a YAML document, and where each key and list item was written (`file:line`) by its path."""
+    """The plain data of a YAML document, and the location (`file:line`) of each key and list item by its path."""
 
     data: Any
     file: str
     places: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """The place of a path, or of its nearest written ancestor."""
-        above = (self.places.get(path[:end]) for end in range(len(path), -1, -1))
-        return next((place for place in above if place is not None), self.file)
+        """The location of a path, or of its nearest ancestor in the file."""
+        locations = (self.places.get(path[:end]) for end in range(len(path), -1, -1))
+        return next((location for location in locations if location is not None), self.file)
 
 
 def _walk(node: yaml.Node, path: KeyPath, places: dict[KeyPath, str], problems: list[Problem], file: str) -> None:
-    places.setdefault(path, _place(node, file))
+    places.setdefault(path, _location(node, file))
     if node.tag not in _TAGS:
-        problems.append(Problem(f"the tag {node.tag} is not read; write plain values", _place(node, file)))
+        problems.append(Problem(f"the tag {node.tag} is not read. Write plain values.", _location(node, file)))
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
-            place = _place(key_node, file)
+            place = _location(key_node, file)
             if key_node.tag != "tag:yaml.org,2002:str":
-                problems.append(Problem(f"a key must be a word, not {_named(key_node)}", place))
+                problems.append(Problem(f"a key must be a word, not {_describe_key(key_node)}.", place))
             elif key_node.value in first:
                 line = first[key_node.value]
-                problems.append(Problem(f"{key_node.value!r} is given twice, first on line {line}; keep one", place))
+                problems.append(Problem(f"{key_node.value!r} is given twice, first on line {line}. Keep one.", place))
             else:
                 first[key_node.value] = key_node.start_mark.line + 1
                 places[(*path, key_node.value)] = place
@@ -114,11 +114,11 @@ def _walk(node: yaml.Node, path: KeyPath, places: dict[KeyPath, str], problems: 
             _walk(item, (*path, index), places, problems, file)
 
 
-def _place(node: yaml.Node, file: str) -> str:
+def _location(node: yaml.Node, file: str) -> str:
     return f"{file}:{node.start_mark.line + 1}"
 
 
-def _named(key: yaml.Node) -> str:
+def _describe_key(key: yaml.Node) -> str:
     return f"{key.value}; put it in quotes" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
 
 
@@ -151,12 +151,12 @@ def read_yaml(path: str | Path) -> YamlTree:
 
 
 def read_foreign_yaml(path: str | Path) -> YamlTree:
-    """Read a file that another tool reads too, as that tool does: YAML 1.1 with aliases. Raises ConfigError."""
+    """Read another tool's file as that tool does: YAML 1.1 with aliases. Raises ConfigError."""
     text, file = _read_text(path), str(path)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and _num_nodes(node, {}) > MOST_NODES:
-            raise ConfigError([Problem(f"its aliases stand for more than {MOST_NODES:,} values", file)])
+        if node is not None and _num_nodes(node, {}) > MAX_NODES:
+            raise ConfigError([Problem(f"its aliases expand to more than {MAX_NODES:,} values", file)])
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
@@ -169,31 +169,31 @@ def read_foreign_yaml(path: str | Path) -> YamlTree:
     return YamlTree(data, file, places)
 
 
-def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node has when its aliases are written out; a node within itself is a RecursionError."""
-    if id(node) not in known:
-        inside = node.value if isinstance(node, yaml.SequenceNode) else []
+def _num_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Number of values in a node with its aliases expanded; raises RecursionError for a node within itself."""
+    if id(node) not in counts:
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
-            inside = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_num_nodes(one, known) for one in inside)
-    return known[id(node)]
+            children = [child for pair in node.value for child in pair]
+        counts[id(node)] = 1 + sum(_num_nodes(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([Problem(f"can't read this file: {error.strerror or error}", str(path))]) from None
+        raise ConfigError([Problem(f"can't read this file: {error.strerror or error}.", str(path))]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem(f"this file is not UTF-8 text: {error.reason}", str(path))]) from None
+        raise ConfigError([Problem(f"this file is not UTF-8 text: {error.reason}.", str(path))]) from None
 
 
 def parse_scalar(text: str) -> Any:
-    """The value that a word on the command line has in YAML 1.2; raises ConfigError where it is not YAML."""
+    """The value of a command-line word in YAML 1.2; raises ConfigError where it is not YAML."""
     located = parse_yaml(text, "<value>")
     return located.data if located.places else ""
 
 
 def dump_yaml(data: Any) -> str:
-    """Write plain data as YAML that `parse_yaml` reads back to the same data, keys in their own order."""
+    """Plain data as YAML that `parse_yaml` reads back to the same data, keys in their own order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)

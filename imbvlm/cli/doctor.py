@@ -166,7 +166,7 @@ def _shared_memory() -> Check:
 def check_storage(location: str) -> Check:
     """Check that a folder or bucket for sweeps can be listed, written and read."""
     name = f"storage {location}"
-    problem = storage.location_problem(location)
+    problem = storage.folder_problem(location)
     if problem is not None:
         return Check(name, "broken", problem, "choose a folder or s3://BUCKET/... with --storage")
     if storage.is_local(location):

@@ -259,7 +259,7 @@ def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
     settings = parse_settings(options.set)
     if options.manifest:
         settings["data.manifest"] = options.manifest
-    if options.storage:
+    if options.storage is not None:
         settings["storage"] = options.storage
     if options.warm_start:
         settings["warm_start"] = [storage.absolute(folder) for folder in options.warm_start]

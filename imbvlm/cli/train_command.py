@@ -25,8 +25,10 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
 
     Training uses this machine; the features come from a cluster only where RAY_ADDRESS names it.
     """
-    for location in (storage_folder, out or storage_folder):
-        storage.check_location(location)
+    for location in (storage_folder, storage_folder if out is None else out):
+        problem = storage.folder_problem(location)
+        if problem is not None:
+            raise storage.StorageError(problem)
     console = Console()
     say = (lambda text: None) if quiet else console.print
     manifest = Manifest.read(config.data.manifest)

@@ -58,12 +58,6 @@ class FeaturesConfig(Section):
     num_views: int = Field(
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
-    tail_views: int | None = Field(
-        None,
-        ge=2,
-        le=64,
-        description="stored crops per training image of a few-shot class, more than num_views; null: num_views",
-    )
     precision: Literal["float16", "float32"] = "float16"
     int8_tokens: bool = Field(
         False, description="store tokens as bytes with a scale per channel and shard, half of float16's size"
@@ -84,16 +78,26 @@ class FeaturesConfig(Section):
             )
         return computed_in
 
-    @field_validator("tail_views")
+
+class FeatureCacheConfig(Section):
+    """Where each machine caches stored features, and how much of its disk the cache may take."""
+
+    folder: str | None = Field(None, description="on each machine's own disk; null: imbvlm-features-UID in /tmp")
+    max_gigabytes: float | None = Field(None, gt=0, description="limit on each machine; null: 80 % of that disk")
+    of_shared_folders: bool | Literal["auto"] = Field(
+        "auto",
+        description="cache a file system that machines share, too; auto: only with several machines, on those with a "
+        "disk for it. Object stores are always cached",
+    )
+
+    @field_validator("folder")
     @classmethod
-    def _more_than_others(cls, tail_views: int | None, info: ValidationInfo) -> int | None:
-        num_views = info.data.get("num_views", 1)
-        if tail_views is not None and tail_views <= num_views:
+    def _is_the_same_everywhere(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith(("/", "~")):
             raise ValueError(
-                f"features.tail_views must be more than features.num_views ({num_views}), got {tail_views}. Raise it, "
-                "or set it to null."
+                f"folder must be a path on each machine, got {folder!r}. Give a path that begins with / or ~."
             )
-        return tail_views
+        return folder
 
 
 class EvalConfig(Section):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import ValidationError, ValidationInfo, create_model, field_validator
 
 from imbvlm.base.errors import ConfigError, Problem
-from imbvlm.base.schema import NULL_NAME_REMOVES, Section, Tree, dotted_keys_of, to_problems, with_dotted_keys
+from imbvlm.base.schema import (
+    NULL_NAME_REMOVES,
+    Section,
+    Tree,
+    digest_tree,
+    dotted_keys_of,
+    to_problems,
+    with_dotted_keys,
+    without_retired_keys,
+)
 from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
 from imbvlm.config.loss_registry import LOSSES, LossConfig, LossSection
@@ -160,7 +170,7 @@ class TrialConfig(_WithMethods):
     def from_tree(tree: YamlTree | Tree) -> TrialConfig:
         """Check plain data and fill in the defaults of the sections that the method reads. Raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        data = _complete(located.data)
+        data = _complete(without_retired_keys(located.data))
         problems = _unread_sections(located)
         try:
             config = TrialConfig.model_validate(data)
@@ -169,6 +179,12 @@ class TrialConfig(_WithMethods):
         if problems:
             raise ConfigError(problems)
         return config
+
+    @staticmethod
+    def from_record(tree: YamlTree | Tree) -> TrialConfig:
+        """Check plain data that version 0.1 may have written; its retired keys are dropped. Raises ConfigError."""
+        located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
+        return TrialConfig.from_tree(replace(located, data=without_retired_keys(located.data, with_values=True)))
 
     def to_tree(self) -> Tree:
         """Plain data that `from_tree` reads back to an equal configuration; unused sections are left out."""
@@ -187,8 +203,11 @@ class TrialConfig(_WithMethods):
         return TrialConfig.from_tree(YamlTree(tree, origin))
 
     def key(self) -> str:
-        """JSON that is equal for equal configurations."""
-        return json.dumps(self.to_tree(), sort_keys=True)
+        """Canonical JSON: equal for equal configurations, and the same as in version 0.1, whose retired key it has."""
+        tree = digest_tree(self)
+        tree["features"]["tail_views"] = None
+        sections = {key: value for key, value in tree.items() if value is not None or key not in OPTIONAL_SECTIONS}
+        return json.dumps(sections, sort_keys=True)
 
 
 def require_section(section: T | None) -> T:

@@ -1,4 +1,4 @@
-"""How much may be lost to images that can't be used before a run had better stop."""
+"""Limits on the images that can't be used, above which a run stops."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest import Manifest
 
-_MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def bad_image_findings(
     manifest: Manifest, split: str, bad: Mapping[int, str], *, max_images: int | None, max_share: float
 ) -> list[str]:
-    """What is above the limits among a split's images; `bad` is row in the split -> reason. Empty where all is well.
+    """Sentences about the limits that a split's bad images exceed; `bad` maps row in the split to reason.
 
-    `max_share` is of the split's images. A class that would lose every training image is always one too many.
+    `max_share` is a fraction of the split's images. A class that would lose all training images exceeds any limit.
     """
     if not bad:
         return []
     rows = manifest.split(split)
     number = pluralize(len(bad), "image")
-    examples = join_limited([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: _MOST_NAMED + 1]], _MOST_NAMED)
+    examples = join_limited([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: MAX_NAMED + 1]], MAX_NAMED)
     findings = []
     if max_images is not None and len(bad) > max_images:
         findings.append(f"{number} of {split} can't be used, above data.max_bad_images {max_images:,}: {examples}")

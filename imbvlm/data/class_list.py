@@ -1,4 +1,4 @@
-"""Class names against the folders of the images that they name: one rule for manifests that are built and read."""
+"""Checks class names against the folders of their images, for manifests that are built and read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest_schema import SPLITS, split_codes
 
-_MOST_SHOWN = 5
-# Enough to know a class's folders by: of millions of images all would take seconds.
+_MAX_SHOWN = 5
+# Images of a class whose folders are compared: those of millions of images would take seconds.
 _ROWS_PER_CLASS = 32
 
 
 class FolderEvidence(NamedTuple):
-    """What folders say of the class list: how many classes lie in a folder of their name, and which in another."""
+    """Number of classes in folders of their name, and the folder of each class that lies in another one."""
 
     num_agreeing: int
     differing: Mapping[int, str]
@@ -32,10 +32,10 @@ def plain_name(name: str) -> str:
 
 
 def class_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[str]:
-    """What contradicts a list of class names: training images in folders of other names, or a name given twice.
+    """Contradictions of a list of class names: training images in folders of other names, or a name given twice.
 
-    A name may stand twice where both classes have images, as in ImageNet. Names that have nothing to do with folders,
-    such as WordNet's ids, contradict nothing, and neither do names without images.
+    Two classes with images may share a name, as in ImageNet. Names unrelated to folders, such as for WordNet's ids, and
+    names without images contradict nothing.
     """
     findings = []
     differing = folder_evidence(table, class_names).differing
@@ -45,32 +45,32 @@ def class_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[str
             for label, folder in differing.items()
         ]
         findings.append(
-            f"the class list and the image folders disagree: {_lines(shown)}; list the classes in the "
+            f"the class list and the image folders disagree: {_join_lines(shown)}; list the classes in the "
             "order of their ids, by the names of their folders, or rename the folders"
         )
-    places: dict[str, list[int]] = {}
+    labels_of: dict[str, list[int]] = {}
     for label, name in enumerate(class_names):
-        places.setdefault(name, []).append(label)
+        labels_of.setdefault(name, []).append(label)
     present = set(pc.unique(table.column("label")).to_pylist())
-    twice = [
-        f"{name!r} is {' and '.join(map(str, labels))}, and {bare[0]} has no image"
-        for name, labels in places.items()
-        if labels[1:] and (bare := [label for label in labels if label not in present])
+    repeated = [
+        f"{name!r} is {' and '.join(map(str, labels))}, and {empty[0]} has no image"
+        for name, labels in labels_of.items()
+        if labels[1:] and (empty := [label for label in labels if label not in present])
     ]
-    if twice:
-        findings.append(f"the class list has a name twice: {_lines(twice)}; list each class once")
+    if repeated:
+        findings.append(f"the class list has a name twice: {_join_lines(repeated)}; list each class once")
     return findings
 
 
 def longer_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[str]:
-    """A list with more names than the labels can need, unless folders show that it names them in order.
+    """A finding for a list with more names than labels, unless folders show that its order is right.
 
-    A heading or a line too many shifts all names, and nothing else would show it.
+    A heading or an extra line shifts all names, which nothing else would show.
     """
     largest = pc.max(table.column("label")).as_py()
     if largest is None or largest + 1 >= len(class_names) or folder_evidence(table, class_names).num_agreeing:
         return []
-    extra = join_limited([repr(name) for name in class_names[largest + 1 :]], _MOST_SHOWN)
+    extra = join_limited([repr(name) for name in class_names[largest + 1 :]], _MAX_SHOWN)
     return [
         f"the class list has {pluralize(len(class_names), 'name')}, and the largest class id is {largest}: nothing "
         f"shows that no line is too many, as a heading is, before {extra}; leave out names without images at its end, "
@@ -79,22 +79,22 @@ def longer_list_findings(table: pa.Table, class_names: Sequence[str]) -> list[st
 
 
 def repeated_findings(class_names: Sequence[str]) -> list[str]:
-    """Names that a list for labels by name has twice: which of the two is meant can't be known."""
-    twice = [repr(name) for name, number in Counter(class_names).items() if number > 1]
-    return [f"the class list has a name twice: {join_limited(twice)}; list each class once"] if twice else []
+    """A finding for names that appear twice in a list for labels by name, which are ambiguous."""
+    repeated = [repr(name) for name, number in Counter(class_names).items() if number > 1]
+    return [f"the class list has a name twice: {join_limited(repeated)}; list each class once"] if repeated else []
 
 
-def _lines(findings: Sequence[str]) -> str:
-    more = len(findings) - _MOST_SHOWN
-    return "; ".join(findings[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+def _join_lines(findings: Sequence[str]) -> str:
+    more = len(findings) - _MAX_SHOWN
+    return "; ".join(findings[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def folder_evidence(table: pa.Table, class_names: Sequence[str]) -> FolderEvidence:
-    """Judge each class by those folders of its training images that hold no other class's.
+    """Compare each class with those folders of its training images that hold no other class.
 
-    A class agrees where a folder above its images has its name. It differs where these folders have names of other
-    classes; and, where most classes lie in folders that are called like classes, where its one folder's name has
-    nothing to do with its own.
+    A class agrees if a folder above its images has its name. It differs if these folders have the names of other
+    classes. If most classes lie in folders with names of classes, it also differs if its only folder's name is
+    unrelated to its own.
     """
     names = [plain_name(name) for name in class_names]
     folders = _own_folders(table, len(class_names))
@@ -107,8 +107,8 @@ def folder_evidence(table: pa.Table, class_names: Sequence[str]) -> FolderEviden
             differing[label] = str(hits[0])
         else:
             top = min(folders[label], key=len)
-            is_one = all(path[: len(top)] == top for path in folders[label])
-            if is_one and not any(_akin(names[label], part) for part in _plain(top)):
+            has_one_folder = all(path[: len(top)] == top for path in folders[label])
+            if has_one_folder and not any(_is_related(names[label], part) for part in _plain(top)):
                 unlike[label] = top[-1]
     if len(agreeing) + len(differing) >= max(1, len(unlike)):
         differing |= unlike
@@ -116,7 +116,7 @@ def folder_evidence(table: pa.Table, class_names: Sequence[str]) -> FolderEviden
 
 
 def _own_folders(table: pa.Table, num_classes: int) -> dict[int, list[list[str]]]:
-    """Folders by class, as their parts below the folder of all training images, where no other class has an image."""
+    """Folders that hold images of one class only, by class, as their parts below the folder of all training images."""
     uris = table.column("uri")
     in_folder = pc.and_(table.column("bytes").is_null(), pc.fill_null(pc.match_substring(uris, "/"), False))
     rows = np.flatnonzero(in_folder.to_numpy() & (split_codes(table.column("split")) == SPLITS.index("train")))
@@ -144,6 +144,6 @@ def _plain(path: Sequence[str]) -> list[str]:
     return [plain_name(part) for part in path]
 
 
-def _akin(name: str, other: str) -> bool:
-    """Whether one is the other with more words, such as `golden retriever` and `00012 golden retriever`."""
+def _is_related(name: str, other: str) -> bool:
+    """Whether a name contains the other as words, such as `golden retriever` and `00012 golden retriever`."""
     return f" {name} " in f" {other} " or f" {other} " in f" {name} "

@@ -1,4 +1,4 @@
-"""Which image files are copies of each other: told by their sizes, then by their last bytes, then by all bytes."""
+"""Finds image files that are copies of each other: compares their sizes, then their last bytes, then all bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import digest_of, with_column
 
 _THREADS = 16
-# Files of many datasets often have the same size, but hardly ever the same end.
+# Files of a dataset often have the same size, but hardly ever the same end.
 _LAST_BYTES = 4096
 
 
 def mark_duplicates(manifest: Manifest) -> Manifest:
-    """The manifest with the content of training files that are copies, so that what is drawn keeps these together.
+    """The manifest with content digests of training files that are copies, so that random splits keep them together.
 
-    Where a store doesn't answer, a note says that copies aren't known.
+    If a store doesn't answer, the manifest gets a note that its files were not compared.
     """
     contents = manifest.table.column("content").to_pylist()
     uris = manifest.table.column("uri").to_pylist()
@@ -41,38 +41,38 @@ def mark_duplicates(manifest: Manifest) -> Manifest:
 
 
 def duplicate_digests(uris: Sequence[str]) -> list[bytes | None]:
-    """Digests of those files that have a copy under another name among these, None for all others.
+    """Digests of the files that have a copy under another name in the list, None for all others.
 
-    Only files that share their size are read, and as a whole only those that share their end too. Raises StorageError.
+    Reads only files that share their size, and all bytes only of those that share their end too. Raises StorageError.
     """
-    places = {uri: place for uri, place in _places(list(dict.fromkeys(uris))).items() if place.num_bytes > 0}
-    keys: dict[str, tuple[int, bytes]] = {uri: (place.num_bytes, b"") for uri, place in places.items()}
+    ranges = {uri: part for uri, part in _byte_ranges(list(dict.fromkeys(uris))).items() if part.num_bytes > 0}
+    keys: dict[str, tuple[int, bytes]] = {uri: (part.num_bytes, b"") for uri, part in ranges.items()}
     with ThreadPoolExecutor(_THREADS) as pool:
-        for most_bytes in (_LAST_BYTES, None):
+        for max_bytes in (_LAST_BYTES, None):
             counts = Counter(keys.values())
-            alike = [uri for uri, key in keys.items() if counts[key] > 1]
-            digests = pool.map(_end_digest, [places[uri] for uri in alike], [most_bytes] * len(alike))
+            similar = [uri for uri, key in keys.items() if counts[key] > 1]
+            digests = pool.map(_end_digest, [ranges[uri] for uri in similar], [max_bytes] * len(similar))
             keys = {
-                uri: (places[uri].num_bytes, digest)
-                for uri, digest in zip(alike, digests, strict=True)
+                uri: (ranges[uri].num_bytes, digest)
+                for uri, digest in zip(similar, digests, strict=True)
                 if digest is not None
             }
     counts = Counter(keys.values())
     return [keys[uri][1] if uri in keys and counts[keys[uri]] > 1 else None for uri in uris]
 
 
-def _places(uris: Sequence[str]) -> dict[str, ByteRange]:
-    """Where each image's bytes lie, -1 of them where its file isn't there; a part of a file says so itself."""
+def _byte_ranges(uris: Sequence[str]) -> dict[str, ByteRange]:
+    """The file, offset and size of each image; the size of a missing file is -1."""
     parts = {uri: part for uri in uris if (part := parse_range(uri))}
     whole = [uri for uri in uris if uri not in parts]
     sizes = file_sizes(whole).tolist()
     return parts | {uri: ByteRange(uri, 0, size) for uri, size in zip(whole, sizes, strict=True)}
 
 
-def _end_digest(place: ByteRange, most_bytes: int | None) -> bytes | None:
-    """Of so many last bytes; None where they can't be read."""
-    num_bytes = place.num_bytes if most_bytes is None else min(most_bytes, place.num_bytes)
+def _end_digest(part: ByteRange, max_bytes: int | None) -> bytes | None:
+    """Digest of the last `max_bytes` bytes, by default of all; None where they can't be read."""
+    num_bytes = part.num_bytes if max_bytes is None else min(max_bytes, part.num_bytes)
     try:
-        return digest_of(read_object(range_uri(place.uri, place.offset + place.num_bytes - num_bytes, num_bytes)))
+        return digest_of(read_object(range_uri(part.uri, part.offset + part.num_bytes - num_bytes, num_bytes)))
     except MissingError:
         return None

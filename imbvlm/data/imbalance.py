@@ -1,4 +1,4 @@
-"""A long tail made from a balanced set: how many training images each class keeps, and which."""
+"""Long-tailed subsets of a balanced data set: how many training images each class keeps, and which."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def imbalanced_counts(
 ) -> npt.NDArray[np.int64]:
     """Images per class from head to tail (C,): `largest` down to `largest / imbalance_factor`.
 
-    exponential: largest x factor^(-i / (C - 1)) [Cao 2019]; pareto: largest x (i + 1)^-p, with the p that brings the
-    last class to the factor. Raises ImbvlmError for a factor below 1, an unknown shape, or an empty last class.
+    exponential: largest x factor^(-i / (C - 1)) [Cao et al. 2019]. pareto: largest x (i + 1)^-p, with p such that the
+    last class has largest / factor. Raises ImbvlmError for a factor below 1, an unknown shape, or an empty last class.
     """
     if imbalance_factor < 1:
-        raise ImbvlmError(f"the imbalance factor is largest over smallest class, at least 1, and is {imbalance_factor}")
+        raise ImbvlmError(
+            f"the imbalance factor, largest over smallest class, must be at least 1, got {imbalance_factor}."
+        )
     if shape not in SHAPES:
         raise ImbvlmError(f"tail shape {shape!r} is not known; {suggest_name(shape, SHAPES)}")
     if largest / imbalance_factor < 0.5:
         raise ImbvlmError(
-            f"an imbalance factor of {imbalance_factor:g} leaves the last class without images: the largest class has "
-            f"{largest:,}, so it can be at most {2 * largest:,}"
+            f"an imbalance factor of {imbalance_factor:g} leaves the last class without images. The largest class has "
+            f"{largest:,}, so give {2 * largest:,} at most."
         )
     rank = np.arange(num_classes)
     if shape == "exponential":
@@ -48,10 +50,10 @@ def make_imbalanced(
     class_order: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Manifest:
-    """Keep a long tail of the training rows; validation and test rows stay.
+    """Keep a long-tailed subset of the training rows; validation and test rows stay.
 
-    Classes go from head to tail in `class_order`, or in an order drawn from `seed`, which also draws the rows. Raises
-    ManifestError where a class has too few images for its place, or the order isn't the classes'.
+    Classes go from head to tail in `class_order`, by default in random order. `seed` selects the order and the rows.
+    Raises ManifestError where a class has too few images for its rank, or the order has other classes.
     """
     names = manifest.class_names
     rng = seeded(seed)
@@ -61,22 +63,21 @@ def make_imbalanced(
     available = np.bincount(labels, minlength=len(names))
     wanted = np.empty(len(names), dtype=np.int64)
     wanted[order] = imbalanced_counts(len(names), int(available.max()), imbalance_factor, shape)
-    short = np.flatnonzero(available < wanted)
-    if len(short):
-        lacking = [
-            f"{names[label]!r} has {available[label]} training images, and its place in the tail has {wanted[label]}"
-            for label in short
+    too_small = np.flatnonzero(available < wanted)
+    if len(too_small):
+        problems = [
+            f"{names[label]!r} has {available[label]} training images, and its rank in the tail needs {wanted[label]}"
+            for label in too_small
         ]
-        raise ManifestError(manifest.name, lacking)
-    chance = rng.random(len(rows))
-    ranked = np.lexsort((chance, labels))
+        raise ManifestError(manifest.name, problems)
+    ranked = np.lexsort((rng.random(len(rows)), labels))
     starts = np.concatenate([[0], np.cumsum(available)[:-1]])
     position = np.empty(len(rows), dtype=np.int64)
     position[ranked] = np.arange(len(rows)) - starts[labels[ranked]]
     dropped = rows[position >= wanted[labels]]
-    kept = np.setdiff1d(np.arange(len(manifest)), dropped, assume_unique=True)
-    note = f"given a tail: imbalance factor {imbalance_factor:g}, {shape}, seed {seed}"
-    return replace(manifest.take(kept), split_counts=tuple(wanted.tolist()), notes=(*manifest.notes, note))
+    retained = np.setdiff1d(np.arange(len(manifest)), dropped, assume_unique=True)
+    note = f"made long-tailed: imbalance factor {imbalance_factor:g}, {shape}, seed {seed}"
+    return replace(manifest.take(retained), split_counts=tuple(wanted.tolist()), notes=(*manifest.notes, note))
 
 
 def _order(names: Sequence[str], class_order: Sequence[str]) -> npt.NDArray[np.int64]:

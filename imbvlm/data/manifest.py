@@ -1,4 +1,4 @@
-"""A dataset as one Arrow table: where each image is, its label and its official split; and the class names."""
+"""A dataset as one Arrow table, with each image's location, label and official split, and the class names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from imbvlm.data.manifest_schema import (
     name_findings,
     relative_uris,
     row_findings,
-    seeded,
     split_codes,
     type_findings,
 )
@@ -43,16 +42,13 @@ from imbvlm.longtail.class_stats import ClassStats
 
 METADATA_KEY = b"imbvlm"
 EMBEDDED = "embedded:"
-# Validation rows of a class with n >= 5 training images: min(3, n // 5) (docs/protocol.md, Splits).
-CARVE_FROM = 5
-CARVE_AT_MOST = 3
 _ROW_GROUP = 65536
-# What is read may be so many times its file, or so many bytes; in pieces of so many rows.
-_MOST_GROWTH, _LEAST_BOUND, _ROWS_AT_ONCE = 200, 1_000_000_000, 1024
+# Limit on a table in memory: a multiple of its file's size, and at least so many bytes. Read in batches of rows.
+_MAX_GROWTH, _MIN_LIMIT_BYTES, _BATCH_ROWS = 200, 1_000_000_000, 1024
 
 
 class ManifestError(ImbvlmError):
-    """Everything that is wrong with a manifest at once; `findings` has the sentences one by one."""
+    """All mistakes of a manifest; `findings` lists them."""
 
     def __init__(self, source: str, findings: Sequence[str]) -> None:
         self.source, self.findings = source, tuple(findings)
@@ -67,7 +63,7 @@ class ManifestError(ImbvlmError):
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Labels (N,), official splits and content groups of a manifest: all that a trial reads of it."""
+    """Labels (N,), official splits and groups of identical images of a manifest: all that a trial reads of it."""
 
     labels: npt.NDArray[np.int64]
     split_codes: npt.NDArray[np.int8]
@@ -78,18 +74,6 @@ class LabelRows:
     def rows_of(self, split: str) -> Rows:
         """Row numbers of an official split, in manifest order."""
         return np.flatnonzero(self.split_codes == SPLITS.index(split))
-
-    def carve(self, seed: int) -> Rows:
-        """Manifest row numbers to take from training as validation; empty where the manifest has validation rows."""
-        if len(self.rows_of("val")):
-            return np.empty(0, dtype=np.int64)
-        counts = np.bincount(self.labels[self.rows_of("train")], minlength=len(self.class_names))
-        return self.draw(np.where(counts >= CARVE_FROM, np.minimum(CARVE_AT_MOST, counts // CARVE_FROM), 0), seed)
-
-    def draw(self, quota: npt.NDArray[np.int64], seed: int) -> Rows:
-        """Manifest row numbers of so many training images of each class (C,), or fewer: copies stay together."""
-        train = self.rows_of("train")
-        return train[_draw(self.labels[train], self.groups[train], quota, seed)]
 
 
 @dataclass(frozen=True)
@@ -103,9 +87,9 @@ class Manifest:
     notes: tuple[str, ...] = ()
     # Class id in the source -> label, where the source's ids were not 0, 1, 2, ...
     label_map: dict[str, int] | None = None
-    # False where the class names are only numbers that stand for names: text methods mean nothing then.
+    # False where the class names are only numbers, so that text methods mean nothing.
     named: bool = True
-    # True where labels came as names, so that no list of names can be in another order than class ids.
+    # True where labels came as names, so that the class names can't be in another order than the class ids.
     labeled_by_name: bool = False
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -126,7 +110,7 @@ class Manifest:
         missing = missing_columns(table)
         findings, warnings = name_findings(class_names)
         if not is_utf8(name):
-            findings.append(f"its name {name!a} is not UTF-8; give another by --name")
+            findings.append(f"its name {name!a} is not UTF-8. Give another by --name.")
         if not missing:
             table = conform(table)
             findings += row_findings(table, len(class_names))
@@ -181,7 +165,7 @@ class Manifest:
             {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
         )
         sink = pa.BufferOutputStream()
-        # Images are compressed already and uris nearly differ row by row, so dictionaries only cost time and memory.
+        # Images are compressed, and nearly all uris differ, so that dictionaries for them only take time and memory.
         pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["split", "label"])
         storage.write_bytes(path, sink.getvalue().to_pybytes())
 
@@ -207,33 +191,33 @@ class Manifest:
         return tuple(split for split in SPLITS if len(self.rows_of(split)))
 
     def split(self, split: str) -> Manifest:
-        """Only the rows of an official split, in order; counts stay those of the whole manifest's training rows."""
+        """The rows of an official split, in order; counts stay those of the whole manifest's training rows."""
         return replace(self.take(self.rows_of(split)), split_counts=tuple(self._official_counts().tolist()))
 
     def take(self, rows: Rows) -> Manifest:
-        """These rows, in this order; without a copy of embedded images where they lie one after another."""
+        """These rows, in this order; consecutive rows are not copied."""
         if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
             return replace(self, table=self.table.slice(int(rows[0]), len(rows)))
         return replace(self, table=self.table.take(pa.array(rows)))
 
-    def class_stats(self, carved: Rows | None = None) -> ClassStats:
-        """Training counts per class; `carved` are row numbers that are not trained on (`carve_validation`)."""
+    def class_stats(self, held_out: Rows | None = None) -> ClassStats:
+        """Training counts per class, without the `held_out` row numbers that `carve_validation` selects."""
         rows = self.rows_of("train")
-        if carved is not None:
-            rows = np.setdiff1d(rows, carved, assume_unique=True)
+        if held_out is not None:
+            rows = np.setdiff1d(rows, held_out, assume_unique=True)
         counts = np.bincount(self.labels[rows], minlength=len(self.class_names))
         return ClassStats.from_counts(counts, self._official_counts())
 
     def label_rows(self) -> LabelRows:
-        """What trials read: labels, splits and groups of identical images."""
+        """The part of the manifest that trials read."""
         groups = content_groups(self.table)
         return LabelRows(self.labels, self._codes, groups, self.class_names, self._official_counts())
 
     def row_fingerprint(self, split: str) -> str:
-        """Hex digest of what determines a split's images: bytes, or uri with a local file's size and time of change."""
+        """Hex digest of a split's images: bytes, or uri with a local file's size and modification time."""
         rows = pa.array(self.rows_of(split))
         table = self.table.select(["uri", "content"]).take(rows)
-        # The content of a file is known only as it was when the manifest was built.
+        # A file's content digest dates from when the manifest was built, so that it does not count.
         embedded = self.table.column("bytes").is_valid().take(rows)
         digest = hashlib.blake2b(digest_size=16)
         digest.update(np.packbits(embedded.to_numpy()).tobytes())
@@ -250,7 +234,7 @@ class Manifest:
 
 
 def label_rows(source: str) -> LabelRows:
-    """Read only labels, splits and groups of identical images; the manifest was checked when the sweep began."""
+    """Read only the part of a manifest that trials read; it was checked when the sweep began."""
     path = _resolve(source)
     table = _read_parquet(path, ["uri", "label", "split", "content"])
     metadata = _metadata(table.schema, source)
@@ -266,7 +250,7 @@ def _resolve(source: str) -> str:
 
 
 def absolute_manifest(source: str) -> str:
-    """The location of a manifest for processes with other working folders: embedded ones are the same everywhere."""
+    """The location of a manifest for processes with other working directories; embedded ones are the same for all."""
     return source if source.startswith(EMBEDDED) else storage.absolute(source)
 
 
@@ -281,7 +265,7 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
             wrong = type_findings(file.schema_arrow, present)
             if wrong:
                 raise ManifestError(path, wrong)
-            return _bounded(file, present, path, max(_LEAST_BOUND, _MOST_GROWTH * stream.size()))
+            return _read_bounded(file, present, path, max(_MIN_LIMIT_BYTES, _MAX_GROWTH * stream.size()))
 
     try:
         return s3.retry_denied(path, read)
@@ -292,33 +276,33 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         raise storage.storage_error("read the manifest", path, error) from None
 
 
-def _bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, most_bytes: int) -> pa.Table:
-    """The rows, read a few at a time: a small file can say of one value that it stands in a billion rows."""
+def _read_bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, max_bytes: int) -> pa.Table:
+    """The rows, read in batches: a small file can repeat one value over a billion rows."""
     groups, num_bytes = [], 0
     for group in range(file.num_row_groups):
         tables = []
-        for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
+        for batch in file.iter_batches(_BATCH_ROWS, [group], columns):
             plain = {
                 name: column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
                 for name, column in zip(batch.schema.names, batch.columns, strict=True)
             }
             tables.append(pa.table(plain))
             num_bytes += tables[-1].nbytes
-            if num_bytes > most_bytes:
-                size = size_text(most_bytes)
-                wrong = f"its rows are more than {size} in memory, so it isn't read; is it a manifest?"
-                raise ManifestError(path, [wrong])
-        # One after another, so that what is copied together isn't all of the rows at once.
+            if num_bytes > max_bytes:
+                size = size_text(max_bytes)
+                problem = f"its rows take more than {size} in memory, so it isn't read. Is it a manifest?"
+                raise ManifestError(path, [problem])
+        # Group by group, so that combining chunks never copies all rows at once.
         groups += [pa.concat_tables(tables).combine_chunks()] if tables else []
     if not groups:
         return file.read(columns=columns)
-    found = pa.concat_tables(groups)
-    fields = [file.schema_arrow.field(name) for name in found.column_names]
-    return found.cast(pa.schema(fields, file.schema_arrow.metadata))
+    table = pa.concat_tables(groups)
+    fields = [file.schema_arrow.field(name) for name in table.column_names]
+    return table.cast(pa.schema(fields, file.schema_arrow.metadata))
 
 
 class _Metadata(BaseModel):
-    """What a manifest's Parquet file says of it besides its rows; files of version 0.1 lack the last."""
+    """A manifest's metadata in its Parquet file; files of version 0.1 lack the last field."""
 
     model_config = ConfigDict(strict=True)
 
@@ -335,34 +319,11 @@ def _metadata(schema: pa.Schema, source: str) -> _Metadata:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise ManifestError(
-            source, ["it has no class names, so it is not a manifest yet; make one with `imbvlm manifest build`"]
+            source, ["it has no class names, so it is not a manifest yet. Make one with `imbvlm manifest build`."]
         )
     try:
         return _Metadata.model_validate_json(raw)
     except ValidationError as error:
         findings = metadata_findings(error, METADATA_KEY.decode())
-        fix = "make the manifest again with `imbvlm manifest build`"
-        raise ManifestError(source, [f"{one}; {fix}" for one in findings]) from None
-
-
-# ------------------------------------------------------------------------------------------------ rules
-
-
-def _draw(labels: npt.NDArray[np.int64], groups: Rows, quota: npt.NDArray[np.int64], seed: int) -> Rows:
-    """Positions to take: whole groups of identical images, never one that several classes share."""
-    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.argsort(group, kind="stable")
-    first = np.concatenate([[0], np.cumsum(size)[:-1]]) if len(size) else np.empty(0, dtype=np.int64)
-    grouped_labels = labels[order]
-    one_class = np.minimum.reduceat(grouped_labels, first) == np.maximum.reduceat(grouped_labels, first)
-    group_label = grouped_labels[first]
-    # Small groups come first, so that a class of mostly single images never fails to fill its quota.
-    chance = seeded(seed).random(len(size))
-    ranked = np.lexsort((chance, size, group_label))
-    ranked = ranked[one_class[ranked]]
-    total = np.cumsum(size[ranked])
-    class_start = np.searchsorted(group_label[ranked], group_label[ranked], side="left")
-    within = total - np.concatenate([[0], total])[class_start]
-    taken = np.zeros(len(size), dtype=bool)
-    taken[ranked[within <= quota[group_label[ranked]]]] = True
-    return np.flatnonzero(taken[group])
+        fix = "Make the manifest again with `imbvlm manifest build`."
+        raise ManifestError(source, [f"{finding}. {fix}" for finding in findings]) from None

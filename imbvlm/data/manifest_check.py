@@ -1,4 +1,4 @@
-"""What is wrong or odd with a manifest's images and names, in one list with a verdict."""
+"""Check of a manifest: what is wrong or odd with its images, names and splits, in one list with a verdict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.duplicate_files import duplicate_digests
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.images.decode_budget import DecodeBudget
-from imbvlm.data.images.decoding import ImageError, decode_picture
+from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
 from imbvlm.data.splits import carve_validation, classes_without_validation
@@ -28,16 +28,18 @@ from imbvlm.data.splits import carve_validation, classes_without_validation
 Severity = Literal["error", "warning", "note"]
 
 _THREADS = 8
-_MOST_NAMED = 1000
+MAX_NAMED = 1000
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing: errors keep a manifest from being used well, warnings lose something, notes are good to know."""
+    """One finding and the rows or classes that it concerns.
+
+    Errors prevent a useful sweep, warnings lose images, classes or results, notes inform.
+    """
 
     severity: Severity
     message: str
-    # All rows or classes that it is about, by name.
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -53,7 +55,7 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         counts = Counter(finding.severity for finding in self.findings)
         if counts["error"]:
             return (
@@ -67,7 +69,7 @@ class CheckReport:
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_csv(self) -> str:
-        """A line for each row or class that a finding is about: severity, finding, which one."""
+        """A line for each row or class that a finding concerns: severity, finding, name."""
         rows = [
             (finding.severity, finding.message, which)
             for finding in self.findings
@@ -76,7 +78,7 @@ class CheckReport:
         return "".join(csv_line(map(escape_cell, row)) for row in [("severity", "finding", "which"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON holds: the verdict, whether there is no error, each finding with all that it is about."""
+        """Plain data for JSON: verdict, whether there is no error, and the findings."""
         return {"verdict": self.verdict, "ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
 
     def __str__(self) -> str:
@@ -90,10 +92,10 @@ def check_manifest(
     split_seed: int = 0,
     truncated: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> CheckReport:
-    """Look at files, duplicates, names and splits.
+    """Check files, duplicates, names and splits.
 
-    `decode_all` reads every image; without it only files that may be the same in two splits are read. `truncated`
-    picks the class names that the text tower would cut off. Raises StorageError.
+    `decode_all` reads every image; without it only files that may be identical are read. `truncated` returns the class
+    names that the text encoder would cut. Raises StorageError.
     """
     findings = [
         *_missing_files(manifest),
@@ -109,35 +111,33 @@ def check_manifest(
 
 
 def _missing_files(manifest: Manifest) -> Iterator[Finding]:
-    """All files that aren't there; objects are looked up by listing, not one by one."""
-    bare = manifest.table.column("bytes").is_null().to_numpy()
-    uris = manifest.table.column("uri").filter(pa.array(bare)).to_pylist()
+    """Missing files; objects are found by listing, not one by one."""
+    uris = manifest.table.column("uri").filter(manifest.table.column("bytes").is_null()).to_pylist()
     missing = [uri for uri, size in zip(uris, file_sizes(uris).tolist(), strict=True) if size < 0]
     if missing:
         yield Finding("error", f"{pluralize(len(missing), 'file')} of {len(manifest):,} missing", tuple(missing))
 
 
 def _same_uri(manifest: Manifest) -> Iterator[Finding]:
-    bare = pc.is_null(manifest.table.column("bytes"))
-    table = manifest.table.filter(bare)
-    yield from _across(table.column("uri"), table, "path", manifest)
+    table = manifest.table.filter(pc.is_null(manifest.table.column("bytes")))
+    yield from _repeated(table.column("uri"), table, "path", manifest)
 
 
 def _same_content(manifest: Manifest) -> Iterator[Finding]:
-    """Identical images: local files as they are now, objects as they were when the manifest was built."""
+    """Identical images: local files by their present content, objects by that of when the manifest was built."""
     contents = manifest.table.column("content").to_pylist()
     uris = manifest.table.column("uri").to_pylist()
-    embedded = manifest.table.column("bytes").is_valid().to_pylist()
-    files = [row for row, inside in enumerate(embedded) if not inside and storage.is_local(uris[row])]
+    is_embedded = manifest.table.column("bytes").is_valid().to_pylist()
+    files = [row for row, embedded in enumerate(is_embedded) if not embedded and storage.is_local(uris[row])]
     for row, digest in zip(files, duplicate_digests([uris[row] for row in files]), strict=True):
         contents[row] = digest
-    known = pa.array([content is not None for content in contents])
-    keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(known)
-    yield from _across(keys, manifest.table.filter(known), "content", manifest)
+    has_digest = pa.array([content is not None for content in contents])
+    keys = pa.chunked_array([pa.array(contents, pa.binary())]).filter(has_digest)
+    yield from _repeated(keys, manifest.table.filter(has_digest), "content", manifest)
 
 
-def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifest) -> Iterator[Finding]:
-    """Rows with equal keys: in two splits an error, under two labels or twice in one split a warning."""
+def _repeated(keys: pa.ChunkedArray, table: pa.Table, noun: str, manifest: Manifest) -> Iterator[Finding]:
+    """Rows with equal keys: an error in two splits, a warning under two labels or twice in one split."""
     if not len(keys):
         return
     encoded = pc.dictionary_encode(keys.combine_chunks()).indices.to_numpy()
@@ -153,36 +153,36 @@ def _across(keys: pa.ChunkedArray, table: pa.Table, what: str, manifest: Manifes
 
     in_splits, in_labels = differs(splits), differs(labels)
 
-    def named(groups: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    def list_names(groups: npt.NDArray[np.bool_]) -> tuple[str, ...]:
         names = []
-        for start, many in zip(first[groups][:_MOST_NAMED], size[groups][:_MOST_NAMED], strict=True):
-            rows = order[start : start + many]
+        for start, num_rows in zip(first[groups][:MAX_NAMED], size[groups][:MAX_NAMED], strict=True):
+            rows = order[start : start + num_rows]
             where = "/".join(dict.fromkeys(SPLITS[splits[row]] for row in rows))
             classes = "/".join(dict.fromkeys(manifest.class_names[labels[row]] for row in rows))
             names.append(f"{uris[int(rows[0])].as_py() or f'row {rows[0]}'} ({where}; {classes})")
         return tuple(names)
 
     groups: list[tuple[Severity, str, npt.NDArray[np.bool_]]] = [
-        ("error", f"with the same {what} in two splits", in_splits),
-        ("warning", f"with the same {what} under two labels", in_labels),
-        ("warning", f"with the same {what} more than once in one split", (size > 1) & ~in_splits & ~in_labels),
+        ("error", f"with the same {noun} in two splits", in_splits),
+        ("warning", f"with the same {noun} under two labels", in_labels),
+        ("warning", f"with the same {noun} more than once in one split", (size > 1) & ~in_splits & ~in_labels),
     ]
-    for severity, message, chosen in groups:
-        if chosen.any():
-            yield Finding(severity, f"{pluralize(int(chosen.sum()), 'image')} {message}", named(chosen))
+    for severity, message, selected in groups:
+        if selected.any():
+            yield Finding(severity, f"{pluralize(int(selected.sum()), 'image')} {message}", list_names(selected))
 
 
 def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str]] | None) -> Iterator[Finding]:
     for warning in manifest.warnings:
         yield Finding("warning", warning)
     if not manifest.named:
-        yield Finding("warning", "classes have numbers and no names, so text methods are refused")
+        yield Finding("warning", "classes have numbers and no names, so text methods are rejected")
     if truncated is not None and manifest.named:
         long = tuple(truncated(manifest.class_names))
         if long:
             yield Finding("warning", f"{pluralize(len(long), 'name')} too long for the text tower's context", long)
     if manifest.label_map is not None:
-        yield Finding("note", "the source's class ids are mapped; the map is kept here and exported with a model")
+        yield Finding("note", "the source's class ids are mapped; the manifest has the map, and so will a model")
 
 
 def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
@@ -193,8 +193,8 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     trained = tuple(names[label] for label in np.flatnonzero(stats.split_counts))
     if len(trained) < 2:
         message = (
-            "two or more classes with training images are needed to tell apart (of --folders DIR the folders in DIR "
-            f"are the classes), and there is {len(trained) or 'none'}"
+            "two or more classes with training images are needed (with --folders DIR the folders in DIR are the "
+            f"classes), and there is {len(trained) or 'none'}"
         )
         yield Finding("error", message, trained)
     if "test" in manifest.splits:
@@ -207,21 +207,21 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     else:
         yield Finding(
             "warning",
-            "no test split: a sweep can select, and can't score what it selected; keep images apart for it by "
-            "--test-share 0.2, in a folder test/ beside train/, or as rows of that split",
+            "no test split: a sweep can select, but not score its selection; hold images out for it by --test-share "
+            "0.2, in a folder test/ next to train/, or as rows of that split",
         )
-    official = "val" in manifest.splits
-    rows: Rows = manifest.rows_of("val") if official else carve_validation(manifest, split_seed)
+    is_official = "val" in manifest.splits
+    rows = manifest.rows_of("val") if is_official else carve_validation(manifest.label_rows(), split_seed)
     lost = _absent(manifest, rows)
     if len(lost) == len(names):
         message = (
-            "no class has a validation image, so that nothing can be selected: carving needs classes of 5 or more "
-            "training images; give more, or a validation split"
+            "no class has a validation image, so that nothing can be selected: only classes of 5 or more training "
+            "images have images held out; give more, or a validation split"
         )
         yield Finding("error", message)
     elif lost:
-        kind = "the validation split" if official else "validation carved from training (fewer than 5 images)"
-        yield Finding("warning" if official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
+        kind = "the validation split" if is_official else "validation held out from training (fewer than 5 images)"
+        yield Finding("warning" if is_official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
 
 
 def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:
@@ -235,18 +235,12 @@ def _undecodable(manifest: Manifest) -> Iterator[Finding]:
     stats, splits = manifest.class_stats(), split_codes(manifest.table.column("split"))
 
     budget = DecodeBudget(_THREADS)
-
-    def reason(row: int) -> str | None:
-        uri, content = uris[row].as_py(), data[row]
-        try:
-            with budget.fetched(uri, content.as_py()) as image:
-                decode_picture(image)
-        except ImageError as error:
-            return error.reason
-        return None
-
     with ThreadPoolExecutor(_THREADS) as pool:
-        reasons = list(pool.map(reason, range(len(manifest))))
+        reasons = list(
+            pool.map(
+                lambda row: budget.read(uris[row].as_py(), data[row].as_py(), decode_picture), range(len(manifest))
+            )
+        )
     bad = [(row, text) for row, text in enumerate(reasons) if text is not None]
     if bad:
         shown = tuple(

@@ -1,4 +1,4 @@
-"""The manifest's Arrow table: its columns and types, uris against their folder, identical images, and what is wrong."""
+"""The manifest's Arrow table: columns and types, uris and their folder, identical images, and checks of the rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from imbvlm.base.formatting import join_limited, pluralize
 Rows = npt.NDArray[np.int64]
 
 SPLITS = ("train", "val", "test")
-# `content` is the digest of embedded bytes, and of files that were copies of each other when the manifest was built, so
-# that trials can keep identical images together without reading images.
+# `content` is the digest of embedded bytes, and of files that were copies of each other when the manifest was built:
+# trials keep identical images together without reading them.
 SCHEMA = pa.schema(
     [
         ("uri", pa.large_string()),
@@ -34,15 +34,15 @@ _ABSOLUTE = rf"^(/|~|{storage.SCHEMED})"
 
 
 def type_problem(kind: pa.DataType) -> str | None:
-    """Why values of a type aren't read from a file that somebody else may have made; None for plain types.
+    """The reason why values of a type are not read from an untrusted file; None for plain types.
 
-    A file chooses its types, and one that Ray Data registers unpickles each value that is looked at.
+    A file chooses its types, and a type that Ray Data registers unpickles each value.
     """
     if isinstance(kind, pa.ExtensionType):
-        return f"it is of the type {kind.extension_name}, and what reads that may run code; write plain Arrow types"
-    inside = [kind.field(number).type for number in range(kind.num_fields)]
-    inside += [kind.value_type] if pa.types.is_dictionary(kind) else []
-    return next(filter(None, map(type_problem, inside)), None)
+        return f"it is of the type {kind.extension_name}, which may run code when it is read; write plain Arrow types"
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    inner += [kind.value_type] if pa.types.is_dictionary(kind) else []
+    return next(filter(None, map(type_problem, inner)), None)
 
 
 def type_findings(schema: pa.Schema, names: Iterable[str]) -> list[str]:
@@ -52,44 +52,46 @@ def type_findings(schema: pa.Schema, names: Iterable[str]) -> list[str]:
 
 
 def metadata_findings(error: ValidationError, key: str) -> list[str]:
-    """What is wrong with a Parquet file's own metadata under a key, as sentences."""
-    wrong = [
-        (".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_url=False, include_input=False)
+    """Sentences about the mistakes in a Parquet file's own metadata under a key."""
+    mistakes = error.errors(include_url=False, include_input=False)[:5]
+    return [
+        f"its metadata {'.'.join(filter(None, (key, *map(str, mistake['loc']))))!r} can't be read: {mistake['msg']}"
+        for mistake in mistakes
     ]
-    return [f"its metadata {'.'.join(filter(None, (key, place)))!r} can't be read: {text}" for place, text in wrong[:5]]
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written into a file: what came from bytes that aren't UTF-8 can't."""
+    """Whether a text can be encoded; file names of bytes that are not UTF-8 can't."""
     return text.isascii() or text.encode("utf-8", "replace").decode() == text
 
 
 def seeded(seed: int) -> np.random.Generator:
-    """What draws rows or classes by a seed; raises ImbvlmError for one below 0."""
+    """A generator of random numbers; raises ImbvlmError for a negative seed."""
     if seed < 0:
-        raise ImbvlmError(f"a seed must be a whole number from 0 on, and is {seed}")
+        raise ImbvlmError(f"a seed must be a whole number from 0 on, got {seed}.")
     return np.random.default_rng(seed)
 
 
 class LazyRows:
-    """Where the images of some rows of a manifest's table are; they leave it only where they are read or pickled.
+    """Rows of a manifest's table whose images are copied only when they are read or pickled.
 
-    So blocks can be planned without a copy of all embedded images.
+    Blocks can thus be planned without a copy of all embedded images.
     """
 
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         self._table, self._rows = table.select(["uri", "bytes"]), rows
 
     def read(self) -> tuple[list[str | None], list[bytes | None]]:
-        """Uris and embedded bytes of each row."""
-        taken = self._table.take(pa.array(self._rows))
-        return taken.column("uri").to_pylist(), taken.column("bytes").to_pylist()
+        """Uris and embedded bytes of the rows."""
+        rows = self._table.take(pa.array(self._rows))
+        return rows.column("uri").to_pylist(), rows.column("bytes").to_pylist()
 
     def __reduce__(self) -> tuple[type[LazyRows], tuple[pa.Table, Rows]]:
         return LazyRows, (self._table.take(pa.array(self._rows)), np.arange(len(self._rows)))
 
 
 def absolute_uris(table: pa.Table, path: str) -> pa.Table:
+    """The table with relative uris resolved against the folder of the manifest's file."""
     if "uri" not in table.column_names:
         return table
     folder = storage.absolute(path).rpartition("/")[0]
@@ -102,10 +104,11 @@ def absolute_uris(table: pa.Table, path: str) -> pa.Table:
 
 
 def relative_uris(table: pa.Table, path: str) -> pa.Table:
+    """The table with uris below the folder of the manifest's file made relative to it."""
     prefix = storage.absolute(path).rpartition("/")[0] + "/"
     uris = table.column("uri")
     below = pc.fill_null(pc.starts_with(uris, prefix), False)
-    # A folder may be called ~misc, and what begins so would be read as somebody's home.
+    # A folder's name may begin with ~, which would be read as a user's home.
     rest = pc.replace_substring_regex(pc.utf8_slice_codeunits(uris, len(prefix)), _ABSOLUTE, r"./\1")
     return with_column(table, "uri", pc.if_else(below, rest, uris))
 
@@ -116,7 +119,7 @@ def with_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) 
 
 
 def conform(table: pa.Table) -> pa.Table:
-    """The columns of SCHEMA in its types, with the digests of embedded bytes; other columns are left out."""
+    """The columns of SCHEMA in its types, with the digests of embedded bytes; drops other columns."""
     rows = table.num_rows
     columns = {
         field.name: table.column(field.name) if field.name in table.column_names else pa.nulls(rows, field.type)
@@ -136,7 +139,7 @@ def _digests(data: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def digest_of(data: Any) -> bytes:
-    """Of an image's bytes, as in the column `content`."""
+    """The digest of an image's bytes in the column `content`."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -147,13 +150,13 @@ def split_codes(split: pa.ChunkedArray) -> npt.NDArray[np.int8]:
 
 
 def content_groups(table: pa.Table) -> Rows:
-    """A number per row (N,), equal for rows with the same content where it is known, or else the same uri."""
+    """A number per row (N,), equal for rows with the same content digest or, without one, the same uri."""
     uris = _ids(table.column("uri"))
     if "content" not in table.column_names or table.column("content").null_count == table.num_rows:
         return uris
     contents = _ids(table.column("content"))
-    known = table.column("content").is_valid().to_numpy()
-    return np.where(known, contents, uris + contents.max() + 1)
+    has_digest = table.column("content").is_valid().to_numpy()
+    return np.where(has_digest, contents, uris + contents.max() + 1)
 
 
 def _ids(values: pa.ChunkedArray) -> Rows:
@@ -167,7 +170,7 @@ def _ids(values: pa.ChunkedArray) -> Rows:
 
 
 def missing_columns(table: pa.Table) -> list[str]:
-    """What keeps the rows from being looked at."""
+    """Sentences about missing columns, without which the rows can't be checked."""
     columns, findings = table.column_names, []
     for name in ("label", "split"):
         if name not in columns:
@@ -180,12 +183,12 @@ def missing_columns(table: pa.Table) -> list[str]:
 
 
 def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is wrong with the class names, and what is only odd (duplicates)."""
+    """Errors in the class names, and warnings (duplicates)."""
     empty = [str(index) for index, name in enumerate(class_names) if not name.strip()]
     findings = [] if class_names else ["it has no class names"]
-    odd = [ascii(name) for name in class_names if not is_utf8(name)]
-    if odd:
-        findings.append(f"{pluralize(len(odd), 'class name')} not in UTF-8: {join_limited(odd)}")
+    unencodable = [ascii(name) for name in class_names if not is_utf8(name)]
+    if unencodable:
+        findings.append(f"{pluralize(len(unencodable), 'class name')} not in UTF-8: {join_limited(unencodable)}")
     if empty:
         findings.append(f"{pluralize(len(empty), 'class')} without a name: {join_limited(empty)}")
     ids: dict[str, list[str]] = {}
@@ -198,7 +201,7 @@ def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def row_findings(table: pa.Table, num_classes: int) -> list[str]:
-    """What is wrong with the rows of a table that `conform` has made."""
+    """Sentences about wrong rows of a table from `conform`."""
     labels, split, findings = table.column("label"), table.column("split"), []
     if labels.null_count:
         findings.append(f"{_rows(labels.is_null())} without a label")
@@ -215,14 +218,14 @@ def row_findings(table: pa.Table, num_classes: int) -> list[str]:
         findings.append(f"{_rows(unknown)} with a split that is none of {', '.join(SPLITS)}: {join_limited(values)}")
     if not pc.any(pc.equal(names, "train")).as_py():
         findings.append("no row is a training row (split 'train')")
-    nothing = pc.and_(_blank(table.column("uri")), table.column("bytes").is_null())
-    if pc.any(nothing).as_py():
-        findings.append(f"{_rows(nothing)} with neither a uri nor bytes")
+    without_image = pc.and_(_blank(table.column("uri")), table.column("bytes").is_null())
+    if pc.any(without_image).as_py():
+        findings.append(f"{_rows(without_image)} with neither a uri nor bytes")
     return [*findings, *_location_findings(table)]
 
 
 def _location_findings(table: pa.Table) -> list[str]:
-    """Rows with a URI that isn't supported; a row that embeds its image may have any URI, as a name."""
+    """A sentence about rows with an unsupported URI; the URI of an embedded image is only a name."""
     uris = pc.if_else(table.column("bytes").is_null(), table.column("uri"), pa.scalar(None, pa.large_string()))
     has_scheme = pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SCHEMED}"), False)
     wrong = pc.and_(has_scheme, pc.invert(pc.fill_null(pc.match_substring_regex(uris, f"^{storage.SUPPORTED}"), True)))

@@ -1,4 +1,4 @@
-"""What a manifest has, as text: classes, splits, shot groups, bytes, and the curve of counts as a plot."""
+"""A manifest as text: classes, splits, shot groups, bytes, and the curve of counts as a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from imbvlm.base import storage
 from imbvlm.base.errors import printable
-from imbvlm.base.formatting import pluralize
+from imbvlm.base.formatting import pluralize, size_text
 from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.manifest import Manifest
@@ -23,7 +23,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -> str:
-    """Several lines of text, the last ones the plot of training images per class, sorted, on a log scale."""
+    """Lines of text; the last ones plot training images per class, sorted, on a log scale."""
     stats = manifest.class_stats()
     lines = [
         f"manifest          {manifest.name}",
@@ -43,7 +43,7 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
 
 
 def summary_dict(manifest: Manifest) -> dict[str, Any]:
-    """What JSON holds of a manifest; bytes are None where the store can't be listed."""
+    """The same for JSON; bytes are None where a store can't be listed."""
     stats = manifest.class_stats()
     try:
         size: int | None = num_bytes(manifest)
@@ -63,9 +63,9 @@ def summary_dict(manifest: Manifest) -> dict[str, Any]:
 
 
 def num_bytes(manifest: Manifest) -> int:
-    """Bytes of all images: embedded ones, parts of files, files, and objects, which are looked up by listing.
+    """Size in bytes of all images: embedded ones, parts of files, files, and objects, whose sizes come from listings.
 
-    What isn't there counts nothing. Raises StorageError where a store can't be listed.
+    A missing file counts 0. Raises StorageError where a store can't be listed.
     """
     embedded = pc.sum(pc.binary_length(manifest.table.column("bytes"))).as_py() or 0
     uris = manifest.table.column("uri").filter(manifest.table.column("bytes").is_null())
@@ -78,7 +78,7 @@ def num_bytes(manifest: Manifest) -> int:
 
 def _size_text(manifest: Manifest) -> str:
     try:
-        return _size(num_bytes(manifest))
+        return size_text(num_bytes(manifest))
     except storage.StorageError as error:
         return f"not known: {error}"
 
@@ -87,27 +87,20 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     lines = [f"{split:17} {len(manifest.rows_of(split)):,} images" for split in manifest.splits]
     if "val" in manifest.splits:
         return lines
-    carved = carve_validation(manifest, split_seed)
+    carved = carve_validation(manifest.label_rows(), split_seed)
     lost = classes_without_validation(manifest.labels[carved], len(manifest.class_names))
-    note = f"{'val':17} none; {len(carved):,} training images will be carved off (seed {split_seed})"
+    note = f"{'val':17} none; {len(carved):,} training images will be held out (seed {split_seed})"
     return [*lines, f"{note}, {pluralize(len(lost), 'class')} without any" if len(lost) else note]
 
 
 def _group_lines(stats: ClassStats) -> list[str]:
-    found = {group: getattr(stats, group) for group in SHOT_GROUPS}
-    return [f"{group:17} {pluralize(len(classes), 'class')}" for group, classes in found.items() if len(classes)]
+    groups = {group: getattr(stats, group) for group in SHOT_GROUPS}
+    return [f"{group:17} {pluralize(len(classes), 'class')}" for group, classes in groups.items() if len(classes)]
 
 
 def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:
     order = np.argsort(direction * stats.counts, kind="stable")[:number]
     return ", ".join(f"{manifest.class_names[label]} ({stats.counts[label]:,})" for label in order)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count} B"
 
 
 def plot_counts(counts: npt.NDArray[np.int64], width: int = _PLOT_WIDTH, height: int = _PLOT_HEIGHT) -> list[str]:
@@ -133,7 +126,7 @@ def _axis(num_classes: int, width: int) -> str:
 
 
 def plot_svg(counts: Sequence[int] | npt.NDArray[np.int64], title: str) -> str:
-    """The same curve as an SVG picture, for reports and pages."""
+    """The same curve as an SVG image."""
     from xml.sax.saxutils import escape
 
     ordered = np.sort(np.asarray(counts))[::-1]

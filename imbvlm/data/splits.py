@@ -10,41 +10,74 @@ import pyarrow as pa
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
-from imbvlm.data.manifest import Manifest, ManifestError
-from imbvlm.data.manifest_schema import SPLITS, Rows, with_column
+from imbvlm.data.manifest import LabelRows, Manifest, ManifestError
+from imbvlm.data.manifest_schema import SPLITS, Rows, seeded, with_column
+
+# Validation images of a class with n training images, from MIN_CLASS_SIZE on: min(MAX_VALIDATION, n // MIN_CLASS_SIZE)
+# (docs/protocol.md, Splits, counts, selection).
+MIN_CLASS_SIZE = 5
+MAX_VALIDATION = 3
 
 
 def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> Manifest:
     """Make `share` of each class's training rows test rows: at least one of two, none of a class's only one.
 
-    Which is drawn from `seed`; identical images stay on one side, files where `mark_duplicates` has compared them.
-    Counts are those of what is left to train on. Raises ImbvlmError for a share outside (0, 1), ManifestError where
-    there are test rows already.
+    `seed` selects the rows. Identical images stay on one side; for files `mark_duplicates` must have compared them.
+    Counts are those of the remaining training rows. Raises ImbvlmError for a share outside (0, 1), ManifestError for a
+    manifest with test rows.
     """
     if not 0 < share < 1:
-        raise ImbvlmError(f"the test share is a part of each class's images between 0 and 1, and is {share:g}")
-    known = len(manifest.rows_of("test"))
-    if known:
+        raise ImbvlmError(f"the test share must be between 0 and 1, got {share:g}. Give a part of each class's images.")
+    num_existing = len(manifest.rows_of("test"))
+    if num_existing:
         raise ManifestError(
-            manifest.name, [f"it has a test split of {pluralize(known, 'image')}; leave --test-share out"]
+            manifest.name, [f"it has a test split of {pluralize(num_existing, 'image')}. Leave --test-share out."]
         )
     rows = manifest.label_rows()
     counts = np.bincount(rows.labels[rows.rows_of("train")], minlength=len(manifest.class_names))
-    wanted = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
+    quota = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
     codes = rows.split_codes.copy()
-    codes[rows.draw(wanted, seed)] = SPLITS.index("test")
+    codes[draw_rows(rows, quota, seed)] = SPLITS.index("test")
     column = pa.array([SPLITS[code] for code in codes], manifest.table.schema.field("split").type)
-    note = f"test split: {100 * share:g} % of each class's images, kept apart with seed {seed}"
+    note = f"test split: {100 * share:g} % of each class's images, held out with seed {seed}"
     return replace(
         manifest, table=with_column(manifest.table, "split", column), split_counts=None, notes=(*manifest.notes, note)
     )
 
 
-def carve_validation(manifest: Manifest, seed: int) -> Rows:
-    """Manifest rows to take from training as validation (docs/protocol.md); empty where it has validation rows."""
-    return manifest.label_rows().carve(seed)
+def carve_validation(rows: LabelRows, seed: int) -> Rows:
+    """Manifest row numbers to hold out from training as validation; empty for a manifest with validation rows."""
+    if len(rows.rows_of("val")):
+        return np.empty(0, dtype=np.int64)
+    counts = np.bincount(rows.labels[rows.rows_of("train")], minlength=len(rows.class_names))
+    quota = np.where(counts >= MIN_CLASS_SIZE, np.minimum(MAX_VALIDATION, counts // MIN_CLASS_SIZE), 0)
+    return draw_rows(rows, quota, seed)
+
+
+def draw_rows(rows: LabelRows, quota: npt.NDArray[np.int64], seed: int) -> Rows:
+    """Manifest row numbers of `quota` (C,) random training images of each class, or fewer.
+
+    Takes whole groups of identical images, and none that several classes share.
+    """
+    train = rows.rows_of("train")
+    labels = rows.labels[train]
+    _, group, size = np.unique(rows.groups[train], return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    first = np.concatenate([[0], np.cumsum(size)[:-1]]) if len(size) else np.empty(0, dtype=np.int64)
+    grouped_labels = labels[order]
+    has_one_class = np.minimum.reduceat(grouped_labels, first) == np.maximum.reduceat(grouped_labels, first)
+    group_label = grouped_labels[first]
+    # Small groups come first, so that a class of mostly single images never fails to fill its quota.
+    ranked = np.lexsort((seeded(seed).random(len(size)), size, group_label))
+    ranked = ranked[has_one_class[ranked]]
+    total = np.cumsum(size[ranked])
+    class_start = np.searchsorted(group_label[ranked], group_label[ranked], side="left")
+    size_in_class = total - np.concatenate([[0], total])[class_start]
+    is_drawn = np.zeros(len(size), dtype=bool)
+    is_drawn[ranked[size_in_class <= quota[group_label[ranked]]]] = True
+    return train[np.flatnonzero(is_drawn[group])]
 
 
 def classes_without_validation(labels: npt.NDArray[np.int64], num_classes: int) -> Rows:
-    """Ids of the classes without a row in `labels`, the validation rows: selection can't see them."""
+    """Ids of the classes without a row in `labels`, the validation rows: no selection counts them."""
     return np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)

@@ -1,4 +1,4 @@
-"""The stores of one encoder's outputs that a trial reads, and local copies of them."""
+"""The stores of one encoder's outputs that a trial reads, and their entries in this machine's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
-from imbvlm.features.feature_cache import Copies, PinnedCopy
+from imbvlm.config.input_sections import FeatureCacheConfig
+from imbvlm.features.feature_cache import FeatureCache, PinnedCopy
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreError
 
@@ -23,9 +24,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Where the stored outputs of one tower lie, a folder per official split; JSON-able, given to trials.
+    """The folders of one encoder's stored outputs, one for each official split; plain data that trials are given.
 
-    `encoder` names the tower for trials that run it themselves, by a configuration that holds in any folder.
+    `encoder` is the configuration of the encoder, valid in any working directory, for trials that run it themselves.
+    `five_crop` has the folders of the splits that are stored as five crops. Without `cache` trials read in place.
     """
 
     manifest: str
@@ -34,22 +36,18 @@ class FeatureSet:
     info: EncoderInfo
     class_embeddings: str | None = None
     encoder: Tree | None = None
-    # Of test-time ensembling, the splits that have it: five crops of each image as views.
     five_crop: Mapping[str, str] = field(default_factory=dict)
-    # More views of the training rows of few-shot classes, in their order.
-    tail: str | None = None
-    # Where each machine keeps its own copies, where trials don't read the folders in place.
-    copies: Copies | None = None
+    cache: FeatureCacheConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         folders = {"folders": dict(self.folders), "five_crop": dict(self.five_crop)}
-        copies = None if self.copies is None else self.copies.model_dump()
-        return {**asdict(replace(self, copies=None)), **folders, "info": self.info.to_dict(), "copies": copies}
+        cache = None if self.cache is None else self.cache.model_dump()
+        return {**asdict(replace(self, cache=None)), **folders, "info": self.info.to_dict(), "cache": cache}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FeatureSet:
-        """Back from `to_dict`, also after a way through JSON."""
+        """The inverse of `to_dict`, also after JSON."""
         return FeatureSet(
             data["manifest"],
             dict(data["folders"]),
@@ -58,63 +56,62 @@ class FeatureSet:
             data["class_embeddings"],
             data["encoder"],
             dict(data["five_crop"]),
-            data["tail"],
-            None if data["copies"] is None else Copies.model_validate(data["copies"]),
+            None if data["cache"] is None else FeatureCacheConfig.model_validate(data["cache"]),
         )
 
     def store(self, split: str) -> FeatureStore:
         """The store of an official split; raises StoreError where it was not extracted."""
         if split not in self.folders:
-            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.folders)}")
-        return FeatureStore.open(self.folders[split], self.outputs, self.copies)
+            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.folders)}.")
+        return self._open(self.folders[split])
 
     def five_crops(self, split: str) -> FeatureStore:
         """The store of five crops of each image."""
-        return FeatureStore.open(self.five_crop[split], self.outputs, self.copies)
+        return self._open(self.five_crop[split])
 
-    def tail_store(self) -> FeatureStore | None:
-        """The store of more views of few-shot classes, where there is one."""
-        return None if self.tail is None else FeatureStore.open(self.tail, self.outputs, self.copies)
+    def _open(self, folder: str) -> FeatureStore:
+        return FeatureStore.open(folder, self.outputs, None if self.cache is None else FeatureCache(self.cache))
 
     def tower_tensors(self) -> dict[str, Tensor]:
-        """The tower's `final_norm.weight`, `final_norm.bias` and `projection`, those that it has."""
-        folder = next(iter(self.folders.values()))
-        return _load_tensors(storage.join(folder, TOWER_FILE))
+        """The encoder's `final_norm.weight`, `final_norm.bias` and `projection`, as far as it has them."""
+        return load_tensors(storage.join(next(iter(self.folders.values())), TOWER_FILE))
 
 
 def pin_features(
     features: FeatureSet, outputs: Iterable[OutputName], of_test: Iterable[OutputName] = ()
 ) -> tuple[FeatureSet, list[PinnedCopy]]:
-    """What a trial reads on this machine and the copies of all of it, which stay while they live; `of_test` comes on
-    top of the test split.
+    """Pin local copies of everything the trial reads; they stay until the returned objects are dropped.
 
-    Without room for all at once a shared file system is read in place; CacheFullError for what lies elsewhere.
+    `of_test` are further outputs of the test split. Without space for all copies the returned set reads a shared file
+    system in place. Raises CacheFullError for an object store.
     """
     stores = [features.store(split) for split in features.folders]
     stores += [features.five_crops(split) for split in features.five_crop]
-    tail = features.tail_store()
-    stores += [] if tail is None else [tail]
-    wanted = [store.wanted(output) for store in stores if store.copies is not None for output in sorted(set(outputs))]
+    requests = [
+        store.cache_request(output) for store in stores if store.cache is not None for output in sorted(set(outputs))
+    ]
     if "test" in features.folders:
         test = features.store("test")
-        wanted += [test.wanted(output) for output in sorted(set(of_test) - set(outputs)) if test.copies is not None]
-    copies = stores[0].copies
-    if copies is None or not wanted:
+        more = sorted(set(of_test) - set(outputs))
+        requests += [test.cache_request(output) for output in more if test.cache is not None]
+    cache = stores[0].cache
+    if cache is None or not requests:
         return features, []
-    if not all(storage.is_local(one.source) for one in wanted):
-        return features, copies.pin(wanted)
+    if not all(storage.is_local(request.source) for request in requests):
+        return features, cache.pin(requests)
     try:
-        copies.check_disk()
-        # No trial waits for what it can read all the same.
-        return features, copies.pin(wanted, wait_seconds=0.0)
+        cache.check_disk()
+        # A trial doesn't wait for copies of what it can read in place.
+        return features, cache.pin(requests, wait_seconds=0.0)
     except storage.StorageError as error:
-        # Whatever it is, a full disk of this machine's too: if the folder itself is away, reading says so.
-        _log.warning("features are read where they lie, which may be slower: %s", error)
-        return replace(features, copies=None), []
+        # The cause may be this machine's disk. If the source itself is away, reading it says so.
+        _log.warning("features are read in place, which may be slower: %s", error)
+        return replace(features, cache=None), []
 
 
-def _load_tensors(path: str) -> dict[str, Tensor]:
+def load_tensors(path: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises StoreError."""
     try:
         return load_file(storage.local_path(path)) if storage.is_local(path) else load(storage.read_bytes(path))
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"can't read {path} ({error}); start again and it is made anew") from None
+        raise StoreError(f"can't read {path} ({error}). Start again to write it anew.") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ STORE_FILE = "store.json"
 TOWER_FILE = "tower.safetensors"
 PACE_FILE = "pace.json"
 VERIFIED_FILE = "verified.json"
+# Metadata of a StoreKey's field that a later version added: the digest leaves it out at its default.
+ADDED_LATER = {"added_later": True}
 Precision = Literal["float16", "float32"]
 StoredAs = Literal["float16", "float32", "int8"]
 
@@ -31,8 +33,8 @@ class StoreError(ImbvlmError):
 class StoreKey:
     """Everything that determines a store's numbers; two stores with the same digest are interchangeable.
 
-    `computed_in` is what the tower computes in, by itself another on CPUs than on GPUs; `precision` what is kept of it,
-    but for tokens where `int8_tokens`. `token_pooling` is the tower's.
+    `computed_in` is the encoder's compute dtype, by default another on CPUs than on GPUs. `precision` is that of the
+    stored numbers, tokens under `int8_tokens` excepted. `token_pooling` is the encoder's.
     """
 
     rows: str
@@ -47,16 +49,20 @@ class StoreKey:
     @property
     def digest(self) -> str:
         """32 hexadecimal digits, the name of the store's folder."""
-        canonical = json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True)
+        values = asdict(self)
+        for field in fields(self):
+            if ADDED_LATER.items() <= field.metadata.items() and values[field.name] == field.default:
+                del values[field.name]
+        canonical = json.dumps({"format": FORMAT_VERSION, **values}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """How rows lie in shards: shard s has rows [s * rows_per_shard, ...), each with `num_views` entries in a row.
+    """Rows by shard: shard s has rows [s * rows_per_shard, ...), each as `num_views` consecutive entries.
 
-    With `int8_tokens` a shard's tokens are bytes, times a scale for each channel that is the shard's own: so it hangs
-    on the shard's rows alone, and comes out the same when it is computed again.
+    With `int8_tokens` each shard has a scale of its own for each channel. It depends on the shard's rows alone, so that
+    a recomputed shard is identical.
     """
 
     digest: str
@@ -68,15 +74,16 @@ class StoreLayout:
     int8_tokens: bool = False
 
     def stored_as(self, output: OutputName) -> StoredAs:
-        """What an output's numbers are on disk."""
+        """The dtype of an output on disk."""
         return "int8" if self.int8_tokens and output == "tokens" else self.precision
 
     @property
     def num_shards(self) -> int:
+        """Shards of each output."""
         return -(-self.num_rows // self.rows_per_shard)
 
     def rows_of(self, shard: int) -> range:
-        """The manifest rows in one shard."""
+        """The rows of one shard, numbered within the split."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.num_rows))
 

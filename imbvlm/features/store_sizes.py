@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import size_text
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
+from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.extraction_plan import PendingPart, _layout, _num_views, _parts, _store_key, few_shot_rows
-from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
-from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.store_layout import STORE_FILE
+from imbvlm.features.extraction_plan import PendingPart, num_views, plan_layout, plan_part, store_parts
+from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.ray_runtime.cluster_resources import is_single_node
 from imbvlm.ray_runtime.connection import existing_cluster
 
-# What lies beside a store's numbers: rows, reasons, Arrow's own words.
+# Bytes on disk for each byte of numbers: rows, reasons and Arrow's metadata come on top.
 DISK_MARGIN = 1.02
 
 
@@ -32,16 +31,20 @@ def store_bytes(
     sizes = _sizes(config, manifest, splits)
     if config.eval.tte == "five_crop" and "test" in splits:
         sizes.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
-    layouts = [_layout(config, info, count, num_rows, "") for num_rows, count in sizes if num_rows]
-    stored = [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
-    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
+    layouts = [plan_layout(config, info, views, num_rows, "") for num_rows, views in sizes if num_rows]
+    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in outputs_to_store(config, outputs)}
+
+
+def outputs_to_store(config: TrialConfig, outputs: frozenset[OutputName]) -> list[OutputName]:
+    """Those of `outputs` that are stored, in the order of OUTPUT_NAMES; none with `features.store: false`."""
+    return [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
 
 
 def trial_bytes(config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
-    """What one trial reads at the most: a refit reads its output of all splits, and image embeddings of the test."""
+    """Limit on what one trial reads: a refit reads its output of all splits, and image embeddings of the test split."""
     each = store_bytes(config, manifest, outputs, manifest.splits)
-    beside = frozenset[OutputName]({"image_embedding"}) & outputs if "test" in manifest.splits else frozenset()
-    of_test = store_bytes(config, manifest, beside, ("test",)).get("image_embedding", 0)
+    embedding = frozenset[OutputName]({"image_embedding"}) & outputs if "test" in manifest.splits else frozenset()
+    of_test = store_bytes(config, manifest, embedding, ("test",)).get("image_embedding", 0)
     return max((count + (of_test if output != "image_embedding" else 0) for output, count in each.items()), default=0)
 
 
@@ -51,43 +54,39 @@ def check_disk_space(
     root: str,
     outputs: frozenset[OutputName],
     *,
-    copies: Copies = DEFAULT_COPIES,
+    cache: FeatureCacheConfig | None = None,
     other_bytes: int = 0,
 ) -> None:
-    """Refuse, before the first of the passes for these towers, what the disk can't hold of all splits of all of them.
+    """Check, before the first pass, that the disk can hold all splits of all encoders and the cache those of a trial.
 
-    Or what no machine could hold a copy of. `other_bytes` are what trials will write to that disk. Raises ImbvlmError.
+    `other_bytes` are what trials will write to that disk. Raises ImbvlmError.
     """
     root, free = storage.absolute(root), storage.free_bytes(root)
-    whole = sum(sum(store_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
-    # What is there already is looked up, with the towers' weights, only where that matters.
-    if free is not None and whole * DISK_MARGIN + other_bytes > free:
-        works = [work for config in configs for work in _works_left(config, manifest, root, outputs, manifest.splits)]
-        # Towers may share a store.
-        _check_disk(configs, root, list({work.store.folder: work for work in works}.values()), other_bytes)
+    needed = sum(sum(store_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
+    # Existing shards need the encoders' weights to be found, and are counted only where they matter.
+    if free is not None and needed * DISK_MARGIN + other_bytes > free:
+        parts = [part for config in configs for part in _pending_parts(config, manifest, root, outputs)]
+        # Encoders may share a store.
+        check_parts_fit(configs, root, list({part.store.folder: part for part in parts}.values()), other_bytes)
     if not storage.is_local(root):
         for config in configs:
-            _check_copy(
-                copies, f"what a trial of {config.encoder.name} reads of {root}", trial_bytes(config, manifest, outputs)
-            )
+            source = f"what a trial of {config.encoder.name} reads of {root}"
+            _check_cache_fits(cache, source, trial_bytes(config, manifest, outputs))
 
 
 def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:
     """Crops of some official splits that training and evaluation read."""
-    return sum(num_rows * num_views for num_rows, num_views in _sizes(config, manifest, splits))
+    return sum(num_rows * views for num_rows, views in _sizes(config, manifest, splits))
 
 
 def _sizes(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> list[tuple[int, int]]:
-    """Rows and views of what is stored of some official splits, five crops aside."""
-    sizes = [(len(manifest.rows_of(split)), _num_views(config, split)) for split in splits]
-    if "train" in splits and config.features.tail_views is not None:
-        sizes.append((len(few_shot_rows(manifest)), config.features.tail_views))
-    return sizes
+    """Rows and views of some official splits, without five crops."""
+    return [(len(manifest.rows_of(split)), num_views(config, split)) for split in splits]
 
 
 def bytes_per_image(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
-    """Bytes of these outputs of one crop."""
-    layout = _layout(config, info, 1, 1, "")
+    """Bytes of these outputs for one crop."""
+    layout = plan_layout(config, info, 1, 1, "")
     return sum(layout.num_bytes(output) for output in outputs)
 
 
@@ -95,83 +94,82 @@ def bytes_per_image(config: TrialConfig, info: EncoderInfo, outputs: frozenset[O
 def pending_images(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
 ) -> tuple[int, int]:
-    """Crops that a pass would still compute, and bytes that it would still write, by the shards that are there now.
+    """Crops that a pass would still compute, and bytes that it would write, by the shards that exist now.
 
-    Needs the weights; writes nothing, and takes a shard that is there for whole. Raises ImbvlmError.
+    Needs the weights. Writes nothing, and takes an existing shard for whole. Raises ImbvlmError.
     """
-    works = _works_left(config, manifest, root, outputs, splits)
-    return sum(work.num_images for work in works), sum(work.num_bytes(output) for work in works for output in outputs)
+    parts = _pending_parts(config, manifest, root, outputs, splits)
+    return sum(part.num_images for part in parts), sum(part.num_bytes(output) for part in parts for output in outputs)
 
 
-def _works_left(
-    config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
+def _pending_parts(
+    config: TrialConfig,
+    manifest: Manifest,
+    root: str,
+    outputs: frozenset[OutputName],
+    splits: Sequence[str] | None = None,
 ) -> list[PendingPart]:
-    """What `pending_images` counts."""
-    encoder, found = create_encoder(config.encoder, config.eval), []
-    for part in _parts(config, manifest, encoder, splits, ("test",) if "test" in splits else ()):
-        rows = part.rows(manifest)
-        key = _store_key(config, rows, encoder, part)
-        folder = storage.join(root, key.digest)
-        layout = _layout(config, encoder.info, key.num_views, len(rows), key.digest)
-        store = FeatureStore(folder, layout)
-        if storage.exists(storage.join(folder, STORE_FILE)):
-            store = FeatureStore.open(folder)
-        missing = {
-            output: sorted(set(range(store.layout.num_shards)) - set(store.present(output)))
-            for output in OUTPUT_NAMES
-            if output in outputs and config.features.store
-        }
-        shards = {s: tuple(o for o in missing if s in missing[o]) for s in _any_of(missing)}
-        found.append(PendingPart(part, store, rows, shards))
-    return found
+    """The parts that `pending_images` counts, of all splits by default."""
+    splits = manifest.splits if splits is None else splits
+    encoder = create_encoder(config.encoder, config.eval)
+    parts = store_parts(config, encoder.preprocess, splits, ("test",) if "test" in splits else ())
+    stored = outputs_to_store(config, outputs)
+    return [plan_part(config, manifest, root, stored, encoder, part, is_dry_run=True) for part in parts]
 
 
-def _any_of(missing: Mapping[OutputName, Sequence[int]]) -> list[int]:
-    return sorted({shard for shards in missing.values() for shard in shards})
-
-
-def _check_disk(configs: Sequence[TrialConfig], root: str, works: Sequence[PendingPart], other_bytes: int = 0) -> None:
-    needed = {output: sum(work.num_bytes(output) for work in works) for output in OUTPUT_NAMES}
+def check_parts_fit(
+    configs: Sequence[TrialConfig], root: str, parts: Sequence[PendingPart], other_bytes: int = 0
+) -> None:
+    """Raise ImbvlmError where the disk can't hold the pending parts; names the options that make them smaller."""
+    needed = {output: sum(part.num_bytes(output) for part in parts) for output in OUTPUT_NAMES}
     total, free = sum(needed.values()), storage.free_bytes(root)
     if free is None or not total or total * DISK_MARGIN + other_bytes <= free:
         return
     config = configs[0]
     features = config.features
-    knobs = [f"features.num_views ({features.num_views})", f"features.precision ({features.precision})"]
-    if features.tail_views is not None:
-        knobs.insert(1, f"features.tail_views ({features.tail_views})")
-    size = config.encoder.image_size or "the tower's own"
-    knobs.append(f"encoder.image_size ({size})")
+    size = config.encoder.image_size or "the encoder's own"
+    options = [
+        f"features.num_views ({features.num_views})",
+        f"features.precision ({features.precision})",
+        f"encoder.image_size ({size})",
+    ]
     if needed["tokens"]:
-        knobs += token_size_options(config)
+        options += token_size_options(config)
         reading = ", ".join(name for name, entry in METHODS.items() if entry.reads == "tokens")
-        knobs.append(f"or leave out the methods that need tokens ({reading})")
+        options.append(f"or leave out the methods that need tokens ({reading})")
     if len(configs) > 1:
-        knobs.append(f"the number of towers ({len(configs)})")
-    parts = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
+        options.append(f"the number of encoders ({len(configs)})")
+    sizes = ", ".join(f"{output} {size_text(count)}" for output, count in needed.items() if count)
     others = f", trials' validation logits up to {size_text(other_bytes)}," if other_bytes else ""
     raise ImbvlmError(
-        f"the stored features need {size_text(total)} more ({parts}){others} and {root} has {size_text(free)} free; "
-        f"reduce {', '.join(knobs)}, or choose a storage folder on a larger disk"
+        f"the stored features need {size_text(total)} more ({sizes}){others} and {root} has {size_text(free)} free. "
+        f"Reduce {', '.join(options)}, or choose a storage folder on a larger disk."
     )
 
 
 def token_size_options(config: TrialConfig) -> list[str]:
-    """What makes stored tokens smaller and isn't set yet, with the share of bytes that it leaves of them."""
-    share = "a half" if config.features.precision == "float16" else "a quarter"
-    knobs = [] if config.features.int8_tokens else [f"set features.int8_tokens: true ({share} of the tokens' bytes)"]
-    return knobs if config.encoder.token_pooling > 1 else [*knobs, "set encoder.token_pooling: 2 (a quarter of them)"]
+    """The unset options that make stored tokens smaller, each with the fraction of the bytes that remains."""
+    fraction = "a half" if config.features.precision == "float16" else "a quarter"
+    options = []
+    if not config.features.int8_tokens:
+        options.append(f"set features.int8_tokens: true ({fraction} of the tokens' bytes)")
+    if config.encoder.token_pooling == 1:
+        options.append("set encoder.token_pooling: 2 (a quarter of them)")
+    return options
 
 
-def _check_copies(copies: Copies, root: str, outputs: Sequence[OutputName], works: Sequence[PendingPart]) -> None:
-    """A trial reads all splits of an output together."""
-    num_bytes = {output: sum(work.store.layout.num_bytes(output) for work in works) for output in outputs}
+def check_cache_size(
+    cache: FeatureCacheConfig | None, root: str, outputs: Sequence[OutputName], parts: Sequence[PendingPart]
+) -> None:
+    """Raise CacheFullError where the cache can't hold all splits of the largest output, which a trial reads."""
+    num_bytes = {output: sum(part.store.layout.num_bytes(output) for part in parts) for output in outputs}
     if num_bytes:
         largest = max(num_bytes, key=num_bytes.__getitem__)
-        _check_copy(copies, f"{largest} of {root}", num_bytes[largest])
+        _check_cache_fits(cache, f"{largest} of {root}", num_bytes[largest])
 
 
-def _check_copy(copies: Copies, what: str, num_bytes: int) -> None:
-    """Refuse what a machine could never hold; of other machines only the limit is known, and not the disk."""
-    if copies.max_gigabytes is not None or is_single_node():
-        copies.check_fits(what, num_bytes, here=is_single_node())
+def _check_cache_fits(config: FeatureCacheConfig | None, source: str, num_bytes: int) -> None:
+    """Of other machines only the limit is known, not the disk."""
+    cache = FeatureCache(config or FeatureCacheConfig())
+    if cache.config.max_gigabytes is not None or is_single_node():
+        cache.check_fits(source, num_bytes, on_this_machine=is_single_node())

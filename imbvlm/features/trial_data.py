@@ -1,4 +1,4 @@
-"""What a trial reads: labels, counts and stored outputs of its rows. Needs no tower and no Ray."""
+"""The rows that a trial reads: labels, counts and stored outputs. Needs no encoder and no Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
@@ -16,73 +15,46 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import ImageRows
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
-from imbvlm.features.feature_set import FeatureSet, _load_tensors
+from imbvlm.data.manifest_schema import Rows
+from imbvlm.data.splits import carve_validation
+from imbvlm.features.feature_set import FeatureSet, load_tensors
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.models.model_inputs import ModelInputs
-
-Rows = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Tail:
-    """A store with more views of some rows of another: `places` (M,) has each of its rows' number here, or -1."""
-
-    store: FeatureStore
-    places: Rows
-
-    def put(self, gathered: Tensor, output: OutputName, rows: Rows, views: Rows) -> None:
-        """Change gathered outputs (B, ...) of rows (B,) to those of views (B,) where the row is here."""
-        here = np.flatnonzero(self.places[rows] >= 0)
-        if here.size:
-            gathered[torch.from_numpy(here)] = self.store.gather(output, self.places[rows[here]], views[here])
 
 
 @dataclass(frozen=True)
 class StoredRows:
     """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows.
 
-    `num_views` of each are in that store, those of few-shot classes may have more in `tail`.
+    Training draws from the first `num_views` stored views of each.
     """
 
     store: FeatureStore
     rows: Rows
     labels: Rows
     num_views: int = 1
-    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def views(self) -> int | Rows:
-        """How many views there are of all, or of each (N,)."""
-        if self.tail is None:
-            return self.num_views
-        return np.where(self.tail.places[self.rows] >= 0, self.tail.store.num_views, self.num_views)
-
     def batch(self, output: OutputName, index: Rows, views: Rows | None = None, pinned: bool = False) -> Tensor:
-        """Outputs (B, ...) of examples (B,) in the store's precision; views (B,), the evaluation crop by default."""
-        rows = self.rows[index]
-        if self.tail is None or views is None:
-            return self.store.gather(output, rows, views, pinned)
-        gathered = self.store.gather(output, rows, np.where(self.tail.places[rows] >= 0, 0, views), pinned)
-        self.tail.put(gathered, output, rows, views)
-        return gathered
+        """Outputs (B, ...) of rows (B,) in the store's precision; views (B,), by default the evaluation crops."""
+        return self.store.gather(output, self.rows[index], views, pinned)
 
 
-# What a trial trains on or is evaluated on.
+# The rows that a trial trains on or is evaluated on.
 RowSource = StoredRows | ImageRows
 
 
 @dataclass(frozen=True)
 class TrialData:
-    """Everything a trial learns from. `class_stats` counts the rows in `train`, its shot groups are the official ones.
+    """Everything a trial learns from. `class_stats` counts the rows in `train`; its shot groups are the official ones.
 
-    `tower` has the tensors of `FeatureSet.tower_tensors`, `class_embeddings` (C, E) is None where text was not asked
-    for, `warnings` are sentences for the user. Where the trial reads images, `train` and `val` are rows of the
-    manifest, `stored` the same training rows in the store, and `encoder` is the tower to run.
+    `tower` has the tensors of `FeatureSet.tower_tensors`. `class_embeddings` (C, E) is None where no text was encoded.
+    `warnings` are sentences for the user. For a trial that reads images, `train` and `val` are rows of the manifest,
+    `stored` has the same training rows in the store, and `encoder` is the encoder to run.
     """
 
     class_names: tuple[str, ...]
@@ -104,24 +76,23 @@ class TrialData:
 
     @staticmethod
     def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:
-        """Open training and validation rows without those that have no image; raises StoreError, StorageError.
+        """Open the training and validation rows that have an image; raises StoreError, StorageError.
 
-        Validation is the official split, or else is carved from training; `refit` gives carved rows back to training
-        and leaves `val` empty.
+        Validation is the official split, or else held out from training. A `refit` trains on held-out rows too, and its
+        `val` is then empty.
         """
-        _check_tower(config, features)
+        _check_encoder(config, features)
         table = label_rows(features.manifest)
         train_store = features.store("train")
         train_rows = table.rows_of("train")
-        carved = np.isin(train_rows, table.carve(config.data.split_seed))
-        stored = _examples(train_store, table, train_rows, ~carved | refit, train_store.num_views)
-        stored = replace(stored, tail=_tail(features, table, train_rows))
+        is_val = np.isin(train_rows, carve_validation(table, config.data.split_seed))
+        stored = _stored_rows(train_store, table, train_rows, ~is_val | refit, train_store.num_views)
         if len(table.rows_of("val")):
             val = TrialData.open_split(config, features, "val")
         else:
-            held_out = _examples(train_store, table, train_rows, carved & (not refit), 1)
-            val = _source(config, features, held_out, train_rows)
-        train = _source(config, features, stored, train_rows)
+            held_out = _stored_rows(train_store, table, train_rows, is_val & (not refit), 1)
+            val = _row_source(config, features, held_out, train_rows)
+        train = _row_source(config, features, stored, train_rows)
         counts = np.bincount(train.labels, minlength=len(table.class_names))
         stats = ClassStats.from_counts(counts, table.split_counts)
         return TrialData(
@@ -141,11 +112,11 @@ class TrialData:
     def open_split(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
         rows = label_rows(features.manifest).rows_of(split)
-        return _source(config, features, TrialData.open_stored(config, features, split), rows)
+        return _row_source(config, features, TrialData.open_stored(config, features, split), rows)
 
     @staticmethod
     def open_five_crops(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
-        """As `open_split`, each image as five crops: views in the store, or numbers that the stream is given."""
+        """As `open_split`, each image as five crops: stored views, or the views of an image stream."""
         source = TrialData.open_split(config, features, split)
         if isinstance(source, StoredRows):
             store = features.five_crops(split)
@@ -154,68 +125,54 @@ class TrialData:
 
     @staticmethod
     def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
-        """As `open_split`, as they are stored, also where the trial runs the tower itself; in the same order."""
-        _check_tower(config, features)
+        """As `open_split`, but always as stored, also for a trial that runs the encoder itself; in the same order."""
+        _check_encoder(config, features)
         table, store = label_rows(features.manifest), features.store(split)
         rows = table.rows_of(split)
-        return _examples(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
+        return _stored_rows(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
 
 
-def _source(config: TrialConfig, features: FeatureSet, examples: StoredRows, split_rows: Rows) -> RowSource:
-    """The examples as stored, or the same rows as images where the trial runs the tower itself."""
+def _row_source(config: TrialConfig, features: FeatureSet, stored: StoredRows, split_rows: Rows) -> RowSource:
+    """The stored rows, or the same rows as images for a trial that runs the encoder itself."""
     if not config.reads_images:
-        return examples
-    return ImageRows(features.manifest, examples.rows, split_rows[examples.rows], examples.labels)
+        return stored
+    return ImageRows(features.manifest, stored.rows, split_rows[stored.rows], stored.labels)
 
 
-def _check_tower(config: TrialConfig, features: FeatureSet) -> None:
-    asked, stored = config.encoder, features.info
-    if asked.name != stored.name or asked.image_size not in (None, stored.image_size):
+def _check_encoder(config: TrialConfig, features: FeatureSet) -> None:
+    wanted, stored = config.encoder, features.info
+    if wanted.name != stored.name or wanted.image_size not in (None, stored.image_size):
         raise StoreError(
-            f"the configuration asks for encoder {asked.name} at {asked.image_size or stored.image_size} px, and these "
-            f"features are of {stored.name} at {stored.image_size} px; extract again with this configuration"
+            f"the configuration asks for encoder {wanted.name} at {wanted.image_size or stored.image_size} px, and "
+            f"these features are of {stored.name} at {stored.image_size} px. Extract again with this configuration."
         )
-    if asked.token_pooling != stored.token_pooling:
+    if wanted.token_pooling != stored.token_pooling:
         raise StoreError(
-            f"the configuration asks for encoder.token_pooling {asked.token_pooling}, and these features were stored "
-            f"with {stored.token_pooling}; extract again with this configuration"
+            f"the configuration asks for encoder.token_pooling {wanted.token_pooling}, and these features were stored "
+            f"with {stored.token_pooling}. Extract again with this configuration."
         )
 
 
-def _examples(
+def _stored_rows(
     store: FeatureStore, table: LabelRows, split_rows: Rows, keep: npt.NDArray[np.bool_], num_views: int
 ) -> StoredRows:
     if store.num_rows != len(split_rows):
         raise StoreError(
             f"the manifest has {len(split_rows)} rows where the store {store.folder} has {store.num_rows}: it was "
-            "changed after extraction; start again and the store is made anew"
+            "changed after extraction. Start again to extract anew."
         )
     rows = np.flatnonzero(keep & store.ok)
     return StoredRows(store, rows, table.labels[split_rows[rows]], num_views)
 
 
-def _tail(features: FeatureSet, table: LabelRows, train_rows: Rows) -> Tail | None:
-    store = features.tail_store()
-    if store is None:
-        return None
-    few_shot = ClassStats.from_counts(table.split_counts).few_shot
-    chosen = np.isin(table.labels[train_rows], few_shot)
-    if store.num_rows != np.count_nonzero(chosen):
-        raise StoreError(
-            f"the manifest has {np.count_nonzero(chosen)} rows of few-shot classes where the store {store.folder} has "
-            f"{store.num_rows}: it was changed after extraction; start again and the store is made anew"
-        )
-    return Tail(store, np.where(chosen, np.cumsum(chosen) - 1, -1))
-
-
 def _class_embeddings(features: FeatureSet) -> Tensor | None:
     if features.class_embeddings is None:
         return None
-    return _load_tensors(features.class_embeddings)["class_embeddings"]
+    return load_tensors(features.class_embeddings)["class_embeddings"]
 
 
 def _warnings(table: LabelRows, stats: ClassStats, store: FeatureStore) -> tuple[str, ...]:
-    """Classes that have training images in the official list and none that could be decoded."""
+    """A sentence about the classes whose training images could not be decoded."""
     labels = table.labels[table.rows_of("train")]
     readable = np.bincount(labels[store.ok], minlength=stats.num_classes)
     lost = np.flatnonzero((readable == 0) & (np.bincount(labels, minlength=stats.num_classes) > 0))
@@ -223,4 +180,4 @@ def _warnings(table: LabelRows, stats: ClassStats, store: FeatureStore) -> tuple
         return ()
     names = ", ".join(repr(table.class_names[label]) for label in lost[:5])
     more = f" and {lost.size - 5} more" if lost.size > 5 else ""
-    return (f"no training image of {names}{more} could be decoded; they stay as classes and are never learnt",)
+    return (f"no training image of {names}{more} could be decoded; they stay as classes and are never learned",)

@@ -13,9 +13,7 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, list_tree, printable_path
-from imbvlm.data.image_stream import map_rows
-from imbvlm.data.images.decode_budget import DecodeBudget
-from imbvlm.data.images.decoding import ImageError
+from imbvlm.data.image_stream import read_images
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.inference.model_folder import described_crops, load, model_folder, read_description
@@ -116,17 +114,10 @@ def load_crops(block: dict[str, Any]) -> dict[str, Any]:
     uris, contents, side = block["uris"], block["contents"], preprocess.image_size
     crops = np.zeros((len(uris), num_crops, 3, side, side), dtype=np.uint8)
 
-    budget = DecodeBudget()
+    def crop(number: int, data: bytes) -> None:
+        crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
 
-    def load_image(number: int) -> str | None:
-        try:
-            with budget.fetched(uris[number], contents[number]) as data:
-                crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
-        except ImageError as error:
-            return printable_path(error.reason)
-        return None
-
-    reasons = map_rows(load_image, uris)
+    reasons = [reason and printable_path(reason) for reason in read_images(uris, contents, crop)]
     return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
 
 

@@ -159,7 +159,7 @@ def described_crops(folder: str) -> tuple[Preprocess, int]:
     location, description = storage.join(folder, CONFIG_FILE), read_description(folder)
     with _damage_named(location):
         tree, preprocess = description["config"], Preprocess.from_dict(description["preprocess"])
-    return evaluation_crops(preprocess, TrialConfig.from_tree(YamlTree(tree, location)))
+    return evaluation_crops(preprocess, TrialConfig.from_record(YamlTree(tree, location)))
 
 
 def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _load(folder: str, name: str, device: torch.device) -> Model:
         preprocess_fingerprint, pillow = description["preprocess_fingerprint"], description["pillow"]
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
         post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
-    config = TrialConfig.from_tree(YamlTree(tree, description_file))
+    config = TrialConfig.from_record(YamlTree(tree, description_file))
     encoder = _load_encoder(storage.join(folder, ENCODER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(

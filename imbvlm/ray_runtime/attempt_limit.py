@@ -1,4 +1,4 @@
-"""How often a process was lost over the same piece of work: Ray starts another one each time, without end."""
+"""Limits how often processes are lost at the same work: Ray would start new ones forever."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ray.experimental import internal_kv
 
 from imbvlm.base.errors import LostProcessesError
 
-# Machines go away by chance, but not so often in a row at the same work.
+# Random machine failures rarely hit the same work several times in a row.
 MAX_LOST_WORKERS = 5
 
 
 class AttemptLimiter:
-    """What processes of a pass have begun: notes in the cluster's own store of keys and values.
+    """Records in the cluster's key-value store which work the processes of a pass have begun.
 
-    Made where the pass is begun; its processes carry it.
+    The driver of the pass creates it; its processes get a copy.
     """
 
     def __init__(self) -> None:
@@ -28,21 +28,21 @@ class AttemptLimiter:
 
     @contextmanager
     def at(self, key: str, work: str) -> Iterator[None]:
-        """One more attempt, by this process; `work` says at what.
+        """Record an attempt of this process at `work`, which names it in the error.
 
-        Raises LostProcessesError where MAX_LOST_WORKERS of those before it were lost, none has ended since.
+        Raises LostProcessesError where MAX_LOST_WORKERS processes in a row were lost at it.
         """
         first, again = f"{self._prefix}/{key}", f"{self._prefix}/{key}/"
         worker_id = ray.get_runtime_context().get_worker_id()
-        # Each call waits for the cluster's head, and nearly all work is done at the first attempt: that costs one call.
-        # Its note stays, and counts once where its process is lost later and the work must be done again.
+        # Each call waits for the cluster's head, so that the first attempt, usually the only one, makes a single call.
+        # Its record stays, and counts once if its process is lost later and the work must be repeated.
         if not internal_kv._internal_kv_put(first, worker_id, overwrite=False):
             yield
             return
         begun = [name.decode().removeprefix(again) for name in internal_kv._internal_kv_list(again)]
-        begun += [noted.decode() for noted in [internal_kv._internal_kv_get(first)] if noted is not None]
+        begun += [recorded.decode() for recorded in [internal_kv._internal_kv_get(first)] if recorded is not None]
         if len(begun) >= MAX_LOST_WORKERS:
-            exits = [found for one in begun if (found := _exit_of(one)) is not None]
+            exits = [exit_type for worker in begun if (exit_type := _exit_type(worker)) is not None]
             if len(exits) >= MAX_LOST_WORKERS:
                 out_of_memory = common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY in exits
                 raise LostProcessesError(_sentence(work, len(exits), out_of_memory=out_of_memory))
@@ -54,27 +54,27 @@ class AttemptLimiter:
             internal_kv._internal_kv_del(first)
 
     def close(self) -> None:
-        """The pass has ended; one that nobody waits for any more may outlive the connection."""
+        """Delete the records of the pass, which may outlive the connection."""
         if internal_kv._internal_kv_initialized():
             internal_kv._internal_kv_del(f"{self._prefix}/", del_by_prefix=True)
 
 
-def _exit_of(worker_id: str) -> int | None:
-    """How a process has ended, as Ray numbers it; None for one that runs."""
-    found = state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(bytes.fromhex(worker_id)))
-    if found is None:
+def _exit_type(worker_id: str) -> int | None:
+    """Ray's type of a process's exit; None for a running process."""
+    info = state.state._connect_and_get_accessor().get_worker_info(ray.WorkerID(bytes.fromhex(worker_id)))
+    if info is None:
         return int(common_pb2.WorkerExitType.SYSTEM_ERROR)
-    worker = gcs_pb2.WorkerTableData.FromString(found)
+    worker = gcs_pb2.WorkerTableData.FromString(info)
     return None if worker.is_alive else int(worker.exit_type)
 
 
 def _sentence(work: str, number: int, *, out_of_memory: bool) -> str:
     if out_of_memory:
         return (
-            f"{work}: {number} processes in a row were ended, since their machine ran out of memory; use machines with "
-            "more, or start Ray with fewer CPUs (ray start --num-cpus), so that fewer processes share it"
+            f"{work}: {number} processes in a row were ended, since their machine ran out of memory. Use machines with "
+            "more, or start Ray with fewer CPUs (ray start --num-cpus), so that fewer processes share it."
         )
     return (
-        f"{work}: {number} processes in a row were lost; Ray's logs on their machine may say why, and where they don't "
-        "look at its memory first"
+        f"{work}: {number} processes in a row were lost. Read Ray's logs on their machine; without a reason there, "
+        "check its memory first."
     )

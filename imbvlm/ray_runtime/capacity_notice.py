@@ -1,4 +1,4 @@
-"""Says that a cluster lacks machines, or that it is gone: Ray waits for ever without a word, or ends without one."""
+"""Tells the user that a cluster lacks machines or is lost, where Ray would wait forever or end without a message."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from imbvlm.base import interrupts
 from imbvlm.base.console import LastWord
 
 LOOK_SECONDS = 10.0
-# A machine may be back at once, and a new one takes a moment until it is known.
+# A lost machine may return at once, and a new one takes a moment to join.
 PATIENCE_SECONDS = 30.0
 SAY_AGAIN_SECONDS = 1800.0
 _END_SECONDS = 5.0
-# Once its cluster is gone Ray may end this process at any call, so that it must be seen at once.
+# When the cluster is gone Ray may end this process at any call, so that the watch must be faster.
 _WATCH_SECONDS = 0.1
 
 
 class NoticeThrottle:
-    """Decides when a lack is said: once it has lasted for PATIENCE_SECONDS, and then every SAY_AGAIN_SECONDS."""
+    """Repeats a notice every SAY_AGAIN_SECONDS, from when its cause has lasted PATIENCE_SECONDS."""
 
     def __init__(self) -> None:
         self._say_at: float | None = None
 
     def to_say(self, sentence: str | None) -> str | None:
-        """The sentence where it is to be said now; told again and again what lacks, None for nothing."""
+        """Return the sentence if it is due; call it regularly with the present sentence, or None without a cause."""
         now = time.monotonic()
         if sentence is None:
             self._say_at = None
@@ -43,25 +43,25 @@ class NoticeThrottle:
 def missing_capacity(
     nodes: Sequence[tuple[float, float]], cpus_per_worker: float, gpus: float, cpus_per_task: float
 ) -> str | None:
-    """Why no image goes on by CPUs and GPUs of the machines that are there; None where one does.
+    """The reason why a pass makes no progress on machines with these CPUs and GPUs; None where it does.
 
-    A tower worker and a loading task must both find room.
+    The cluster must have space for an encoder worker and a loading task.
     """
-    fits = any(has_cpus >= cpus_per_worker and has_gpus >= gpus for has_cpus, has_gpus in nodes)
-    in_all = sum(cpus for cpus, _ in nodes)
-    if fits and in_all >= cpus_per_worker + cpus_per_task:
+    fits = any(node_cpus >= cpus_per_worker and node_gpus >= gpus for node_cpus, node_gpus in nodes)
+    num_cpus = sum(cpus for cpus, _ in nodes)
+    if fits and num_cpus >= cpus_per_worker + cpus_per_task:
         return None
-    wanted = f"{cpus_per_worker:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-    has = f"there are {in_all:g} CPUs" + (f" and {sum(gpus for _, gpus in nodes):g} GPUs" if gpus else "")
+    needed = f"{cpus_per_worker:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    available = f"{num_cpus:g} CPUs" + (f" and {sum(gpus for _, gpus in nodes):g} GPUs" if gpus else "")
     return (
-        f"waiting for a machine: a tower worker needs {wanted} beside a loading task's {cpus_per_task:g}, and {has} "
-        "in the cluster now"
+        f"waiting for a machine: an encoder worker needs {needed} in addition to a loading task's {cpus_per_task:g}, "
+        f"and there are {available} in the cluster now"
     )
 
 
 @contextmanager
 def notify_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `say` what `lacks` gives where it lasts."""
+    """Within, pass the sentence of `lacks` to `say` while it lasts."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -76,26 +76,25 @@ def notify_while(lacks: Callable[[], str | None], say: Callable[[str], None]) ->
         yield
     finally:
         ended.set()
-        # It asks Ray, which ends a process that asks behind the end of its connection.
+        # The thread calls Ray, which ends a process that calls it after the connection is closed.
         thread.join(_END_SECONDS)
 
 
-# From the first line that it is sent on: it says the next one, nothing for an empty one, and its own where this process
-# ends and has sent none.
+# After a first line it prints the next line, nothing for an empty one, and its own line if this process ends first.
 _SHELL = 'read -r _ || exit; read -r line || line=$1; [ -z "$line" ] || printf "%s%s\\n" "$3" "$line" | tee -a "$2"'
 _SILENT = (
-    "this run was ended without a word: it was killed, perhaps since this machine's memory was full, or Ray has ended "
-    "it, as it does where one of its own processes is gone; its logs in /tmp/ray/session_latest/logs may say more"
+    "this run was ended without a message: it was killed, perhaps since this machine's memory was full, or by Ray, "
+    "which ends it when a Ray process is gone; its logs in /tmp/ray/session_latest/logs may say more"
 )
 
 
 @contextmanager
 def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Iterator[None]:
-    """Inside, this process ends with code 1 as soon as `lost` gives a sentence, which is its last word.
+    """Within, end this process with code 1 as soon as `lost` returns a sentence, which is printed last.
 
-    `lost` is told whether an error has come meanwhile, of which it may be the cause. No exception would do: a call of
-    Ray that waits for a cluster that is gone can't be interrupted. And Ray itself ends the process from C++, with code
-    1, after a minute or as soon as a raylet is asked; a shell outside it has the last word then.
+    `lost` gets whether an error has occurred, of which a lost cluster may be the cause. An exception is not enough: a
+    call of Ray that waits for a lost cluster can't be interrupted. Ray itself ends the process from C++, with code 1,
+    after a minute or when a raylet is called; a shell outside this process then prints the last sentence.
     """
     shell = subprocess.Popen(
         ["sh", "-c", _SHELL, "sh", last_word.text(_SILENT), last_word.copy, last_word.before],
@@ -124,11 +123,11 @@ def ended_when(lost: Callable[[bool], str | None], last_word: LastWord) -> Itera
 
     thread, signals = threading.Thread(target=watch, name="cluster", daemon=True), interrupts.current()
     try:
-        # Now, since a Ctrl-C before this line leaves the shell behind.
+        # Sent here, within the try block: a Ctrl-C before it would leave the shell behind.
         send_empty_line()
         thread.start()
         if signals is not None:
-            # What ends this process at once at a signal has said so itself.
+            # The handler of a signal prints its own last sentence.
             signals.before_leaving = send_empty_line
         yield
     except Exception:

@@ -1,7 +1,7 @@
-"""Ray Data at work: blocks of images are loaded by tasks and go whole to a pool of tower workers.
+"""Runs Ray Data: tasks load blocks of images, and a pool of encoder workers processes them.
 
-The only file that imports ray.data. A block is one row of the dataset from its descriptor to its summary, so Ray Data
-can't split, merge or drop what is in it, and a bad image is the block's own affair (its `ok` flags and reasons).
+The only file that imports ray.data. A block stays one row of the dataset from its descriptor to its summary, so that
+Ray Data can't split, merge or drop its content. Bad images are marked inside the block.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Load = Callable[[Block], Block]
 
 _DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
 _AT_ONCE, _IN_THREADS = "max_concurrent_calls_per_actor", "enable_true_multi_threading"
-# The threads in which Ray Data fetches results for whoever iterates: they end within a second of its end.
+# Name prefixes of the threads in which Ray Data fetches results; they end within a second after the iteration.
 RAY_DATA_THREADS = ("iter_threaded", "map_tp_", "ray-data-")
 _THREADS_END_SECONDS = 5.0
-# Freed CPUs show up in Ray's books a moment after an earlier pass has ended.
+# Ray reports CPUs as free a moment after an earlier pass has ended.
 _FREE_CPU_WAIT_SECONDS = 2.0
 
 
@@ -53,14 +53,15 @@ def map_images(
     gpus_per_worker: float = 0,
     calls_per_worker: int = 1,
 ) -> Iterator[Block]:
-    """Summaries of the blocks, in the order in which they are done.
+    """Summaries of the blocks, in the order in which they are completed.
 
-    `load(descriptor)` runs in tasks and gives a dict, of `images_per_block` images at most, whose numpy arrays travel
-    without copies (read-only in the worker; other values are pickled). `worker(*worker_args)` is made once per pool
-    member; called with that dict, in `calls_per_worker` threads at once, it returns a small summary. An ImbvlmError of
-    either comes out as it was raised, and LostProcessesError where process after process is lost over a block (its
-    `name` is in the sentence) or as it starts. `waits` is told, from another thread, why nothing goes on where the
-    cluster lacks machines by now.
+    `load(descriptor)` runs in tasks and returns a dict of up to `images_per_block` images, whose numpy arrays travel
+    without copies (read-only in the worker) and whose other values are pickled. `worker(*worker_args)` is created once
+    per pool member; called with that dict, in up to `calls_per_worker` threads, it returns a small summary. `waits` is
+    called, from another thread, with the reason why nothing goes on while the cluster lacks machines.
+
+    An ImbvlmError of either is raised here. Raises LostProcessesError where several processes in a row are lost at one
+    block, whose `name` is in the sentence, or at their start.
     """
     if not blocks:
         return
@@ -90,18 +91,18 @@ def map_images(
                 **_pool(num_workers, calls_per_worker),
             )
         )
-        need = (cpus.per_worker, gpus_per_worker, cpus.per_task)
-        with notify_while(lambda: missing_capacity(connected_cluster().nodes, *need), waits):
+        needed = (cpus.per_worker, gpus_per_worker, cpus.per_task)
+        with notify_while(lambda: missing_capacity(connected_cluster().nodes, *needed), waits):
             yield from _summaries(dataset)
 
 
 def stream_blocks(
     blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int, ahead: int = 1
 ) -> Iterator[Block]:
-    """Loaded blocks in the order given, some made ahead of their use; arrays are read-only and not copied.
+    """Loaded blocks in the given order, some loaded ahead; arrays are read-only and not copied.
 
-    Its tasks book no CPU, as a DataLoader's workers don't: beside Train workers that hold every CPU it goes on too. An
-    ImbvlmError of `load` comes out as it was raised, and LostProcessesError as in `map_images`.
+    The tasks book no CPU, like a DataLoader's workers, so that they run next to Train workers that hold every CPU. An
+    ImbvlmError of `load` is raised here, and LostProcessesError as in `map_images`.
     """
     if not blocks:
         return
@@ -120,7 +121,7 @@ def stream_blocks(
 
 
 def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
-    """A plan's batches of the manifest at a location, in order and complete, through Ray Data's tasks."""
+    """A plan's batches of the manifest at a location, in order, loaded by Ray Data's tasks."""
     blocks = plan.blocks(cached_manifest(location))
     largest = max(map(len, plan.batches), default=0)
     for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
@@ -128,16 +129,16 @@ def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Ite
 
 
 def _pool(num_workers: int, calls_per_worker: int) -> dict[str, Any]:
-    """What tells Ray Data of so many workers; one that knows no calls at once makes them one after another."""
-    known = inspect.signature(ray.data.ActorPoolStrategy).parameters
-    if calls_per_worker == 1 or not known.keys() >= {_AT_ONCE, _IN_THREADS}:
+    """Options of map_batches for a pool of workers; versions of Ray without concurrent calls make one at a time."""
+    options = inspect.signature(ray.data.ActorPoolStrategy).parameters
+    if calls_per_worker == 1 or not options.keys() >= {_AT_ONCE, _IN_THREADS}:
         return {"concurrency": num_workers}
     overlapping = {_AT_ONCE: calls_per_worker, _IN_THREADS: True}
     return {"compute": ray.data.ActorPoolStrategy(size=num_workers, **overlapping)}
 
 
 class _Descriptors(Sequence[Block]):
-    """Blocks as rows of a dataset, pickled one at a time, since they may bring their images along."""
+    """Blocks as rows of a dataset, pickled one at a time, since they may contain embedded images."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
@@ -181,7 +182,7 @@ class _Worker:
         self.attempts = attempts
         self.failure: Block | None = None
         try:
-            with attempts.at("start", "starting a tower"):
+            with attempts.at("start", "starting an encoder worker"):
                 self.worker = worker(*worker_args)
         except ImbvlmError as error:
             self.failure = {_ERROR: error}
@@ -191,14 +192,14 @@ class _Worker:
         number, name = block.pop(_WHICH)
 
         def work() -> Block:
-            with self.attempts.at(f"work-{number}", f"running the tower over {name}"):
+            with self.attempts.at(f"work-{number}", f"running the encoder over {name}"):
                 return self.worker(block)
 
         return {_REST: [pickle.dumps(self.failure or (block if _ERROR in block else _guarded(work)))]}
 
 
 def _guarded(stage: Callable[[], Block]) -> Block:
-    """The project's own errors travel as values: Ray Data would log them and hand on only their text."""
+    """Return ImbvlmErrors as values: Ray Data would log them and pass on only their text."""
     try:
         return stage()
     except ImbvlmError as error:
@@ -206,7 +207,7 @@ def _guarded(stage: Callable[[], Block]) -> Block:
 
 
 def _pack(block: Block) -> Block:
-    """Numeric arrays as tensor columns of one row, which are shared and not copied; the rest pickled."""
+    """Numeric arrays as tensor columns of one row, which are shared without copies; other values are pickled."""
     arrays = {
         f"array:{key}": value[None]
         for key, value in block.items()
@@ -232,16 +233,16 @@ def _free_cpus(wanted: float) -> float:
 
 
 def _cpus_of_nodes() -> list[float]:
-    """Of those that have any."""
+    """CPUs of each node that has any."""
     return [cpus for cpus, _ in connected_cluster().nodes if cpus]
 
 
 @contextmanager
 def _threads_ended() -> Iterator[None]:
-    """Behind a pass its threads have ended, also where an error ended it.
+    """Within, run a pass; afterwards, also after an error, its threads have ended.
 
-    One that still asks Ray for a result when this process leaves the cluster ends the process at once, with code 1 and
-    no word of the error.
+    A thread that still fetches a result when this process leaves the cluster would end the process, with code 1 and
+    without a message.
     """
     before = set(threading.enumerate())
     try:
@@ -255,12 +256,12 @@ def _threads_ended() -> Iterator[None]:
 
 @contextmanager
 def _quiet_context() -> Iterator[DataContext]:
-    """Ray Data without progress bars and chatter, for the datasets made and run inside."""
+    """Within, Ray Data runs without progress bars and log lines."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.enable_auto_log_stats = False
-    # A row, which is a block of ours, never waits for the next one of its task.
+    # Each row, one of our blocks, is passed on at once.
     context.target_max_block_size = 1
     logger = logging.getLogger("ray.data")
     level = logger.level

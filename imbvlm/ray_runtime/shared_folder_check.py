@@ -17,7 +17,7 @@ _PROBE_SECONDS = 120.0
 
 
 def nodes_without_access(folder: str) -> list[str]:
-    """Nodes that don't see what this process writes into a folder, or can't write there: names and what went wrong.
+    """A sentence for each node that doesn't see a file that this process writes to a folder, or can't write there.
 
     Raises StorageError where this process can't write there itself.
     """
@@ -32,29 +32,29 @@ def nodes_without_access(folder: str) -> list[str]:
             for node in ray.nodes()
             if node["Alive"]
         }
-        told, deadline = [], time.monotonic() + _PROBE_SECONDS
+        results, deadline = [], time.monotonic() + _PROBE_SECONDS
         for node_id, answer in answers.items():
             try:
-                told.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
+                results.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
             except RayError as error:
-                # A machine that has gone meanwhile needn't see anything.
-                node = next(one for one in ray.nodes() if one["NodeID"] == node_id)
+                # A machine that is lost meanwhile does not count.
+                node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
                 if node["Alive"]:
                     last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    told.append((node["NodeManagerHostname"], "", f"a task there gives no answer ({last[:300]})"))
+                    results.append((node["NodeManagerHostname"], "", f"a task there gives no answer ({last[:300]})"))
         return [
-            f"{host}: {mistake or 'what it writes there is not seen here'}"
-            for host, written, mistake in told
-            if mistake or not storage.exists(written)
+            f"{host}: {problem or 'what it writes there is not seen here'}"
+            for host, written, problem in results
+            if problem or not storage.exists(written)
         ]
     finally:
-        for one in storage.list_files(folder):
-            if one.startswith(name):
-                storage.delete(storage.join(folder, one))
+        for file in storage.list_files(folder):
+            if file.startswith(name):
+                storage.delete(storage.join(folder, file))
 
 
 def _answer_probe(probe: str) -> tuple[str, str, str]:
-    """Read the probe and write an answer beside it: this node's name, the answer, and what went wrong."""
+    """Read the probe and write an answer next to it; returns this node's name, the answer, and the problem if any."""
     host, answer = socket.gethostname(), f"{probe}-{uuid.uuid4().hex}"
     try:
         if not storage.exists(probe):

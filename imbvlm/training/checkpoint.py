@@ -1,4 +1,4 @@
-"""A trial's state and its exported weights on disk or S3: safetensors and JSON, whole or not at all, never pickle."""
+"""A trial's state and exported weights on disk or S3, as safetensors and JSON, never pickle; written whole or not."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from imbvlm.models.model_state import own_state_dict
 FORMAT = 1
 INDEX_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
-# Twice the largest image tower of open_clip, 1.8 billion numbers of four bytes.
+# Twice the size of open_clip's largest image tower, 1.8 billion parameters of 4 bytes.
 _MAX_MODEL_BYTES = 16_000_000_000
 TENSORS_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 
 
 class CheckpointError(ImbvlmError):
-    """A checkpoint that is damaged, incomplete or of another trial; the sentence says which and where.
+    """A checkpoint that is damaged, incomplete or of another trial; the sentence names it.
 
-    A trial that meets one starts again from its first epoch, so the sentence names no fix.
+    The trial starts again from its first epoch, so that the sentence needs no fix.
     """
 
 
 @dataclass(frozen=True)
 class TrialState:
-    """Everything a trial needs to go on: `tensors` by name, and JSON-able `scalars` (epoch, step, best values)."""
+    """The state with which a trial resumes: `tensors` by name, and plain `scalars` (epoch, step, best values)."""
 
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: str, state: TrialState) -> None:
-    """Write a checkpoint into a local or s3:// folder, replacing the one before.
+    """Write a checkpoint to a local or s3:// folder; it replaces the one before.
 
-    The tensors go into a file of their own name first; the index, written last and whole, points at it. So a reader
-    sees the old checkpoint or the new one, whenever the writer dies, also where nothing can be renamed (S3).
+    The tensors are written first, to a file named by their digest, and the index, which names that file, last. A reader
+    thus sees the old checkpoint or the new one whenever the writer dies, also in S3, which can't rename.
     """
     data = save_safetensors(_portable(state.tensors))
     digest = hashlib.sha256(data).hexdigest()
@@ -60,12 +60,12 @@ def save_checkpoint(folder: str, state: TrialState) -> None:
 
 
 def has_checkpoint(folder: str) -> bool:
-    """Whether a folder has a checkpoint, sound or damaged."""
+    """Whether a folder has a checkpoint, intact or damaged."""
     return storage.exists(storage.join(folder, INDEX_FILE))
 
 
 def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialState:
-    """Read a checkpoint back onto a device; raises CheckpointError where it is absent, incomplete or damaged."""
+    """Read a checkpoint to a device; raises CheckpointError where it is missing, incomplete or damaged."""
     where = storage.join(folder, INDEX_FILE)
     if not has_checkpoint(folder):
         raise CheckpointError(f"no checkpoint in {folder}: {INDEX_FILE} is not there")
@@ -86,7 +86,7 @@ def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialSta
 def save_model(folder: str, model: nn.Module) -> None:
     """Export a model's own parameters and buffers as `model.safetensors` in a local or s3:// folder.
 
-    What is frozen inside a tower is left out: the tower has its own file.
+    An encoder's frozen parameters are left out, since the encoder has its own file.
     """
     storage.write_bytes(storage.join(folder, MODEL_FILE), save_safetensors(_portable(own_state_dict(model))))
 
@@ -101,15 +101,15 @@ def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str
 
     The file must have its digest, where `digests` has one by its name, and every number in it must be finite.
     """
-    where, fix = storage.join(folder, name), "copy the folder again, or export the model again"
+    where, fix = storage.join(folder, name), "Copy the folder again, or export the model again."
     data = storage.read_bytes(where, _MAX_MODEL_BYTES)
     if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
-        raise CheckpointError(f"{where} is damaged: its content isn't what was exported; {fix}")
-    tensors = _parse(data, where, "; export the model again")
+        raise CheckpointError(f"{where} is damaged: its content isn't what was exported. {fix}")
+    tensors = _parse(data, where, ". Export the model again.")
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"{where} has numbers that aren't finite in {key}, so that probabilities would mean nothing; {fix}"
+                f"{where} has numbers that aren't finite in {key}, so that probabilities would mean nothing. {fix}"
             )
     return tensors
 
@@ -132,7 +132,7 @@ def _parse(data: bytes, where: str, fix: str = "") -> dict[str, Tensor]:
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous and not sharing memory, as safetensors wants them."""
+    """The tensors on the CPU, contiguous and without shared memory, as safetensors requires."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -145,5 +145,5 @@ def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_tensor_names(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a mapping with a prefix before their names; other values are left out."""
+    """The tensors of a mapping, with a prefix before their names."""
     return {f"{prefix}{name}": value for name, value in tensors.items() if isinstance(value, torch.Tensor)}

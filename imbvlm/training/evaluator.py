@@ -1,4 +1,4 @@
-"""What a module makes of examples: outputs batch by batch, logits in order, per-class counts over workers."""
+"""Evaluates a module on rows: outputs by batch, logits in order, per-class counts over workers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from imbvlm.training.validation_logits import EpochValLogits
 
 Forward = Callable[[Tensor], Tensor]
 
-# Inputs and logits of an evaluation batch, in bytes of float32.
+# Size in bytes of an evaluation batch's inputs and logits in float32.
 EVAL_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One look at a split: per-class counts, confidence bins, and every example's predicted class (N,).
+    """The evaluation of a split: per-class counts, confidence bins, and every example's predicted class (N,).
 
-    It is -1 for an image that can't be read. `adjusted` is the same look at adjusted logits, where they were asked for.
+    The class is -1 for an unreadable image. `adjusted` is the evaluation of adjusted logits, if any.
     """
 
     counters: ClassCounters
@@ -68,30 +68,30 @@ class LogitAdjuster:
 
 
 class EvalAccumulator:
-    """An EvalResult as it grows, of this worker's examples."""
+    """Collects an EvalResult over this worker's examples."""
 
     def __init__(self, num_rows: int, num_classes: int) -> None:
         self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
-        # Each example is one worker's: the sum over workers is its class plus 1, or 0 where its image can't be read.
-        self._found = torch.zeros(num_rows, dtype=torch.int64)
+        # Each example belongs to one worker: the sum over workers is its class plus 1, or 0 for an unreadable image.
+        self._predicted = torch.zeros(num_rows, dtype=torch.int64)
 
     def add(self, logits: Tensor, batch: Batch) -> None:
         labels = batch.labels.to(logits.device)
         self._counters.update(logits, labels)
         self._bins.update(logits, labels)
-        self._found[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
+        self._predicted[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
 
-    def examination(self, world: WorkerGroup) -> EvalResult:
+    def result(self, world: WorkerGroup) -> EvalResult:
         counters, bins = self._counters.reduced(world), self._bins.reduced(world)
-        return EvalResult(counters, bins, world.sum(self._found).cpu() - 1)
+        return EvalResult(counters, bins, world.sum(self._predicted).cpu() - 1)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Reads a trial's data through a feed; `computing` is the context in which modules run."""
+    """Evaluates modules on a trial's data; `computing` gives the context in which they run."""
 
     data: TrialData
-    feed: BatchSource
+    batch_source: BatchSource
     device: torch.device
     world: WorkerGroup
     computing: Callable[[], AbstractContextManager[Any]]
@@ -103,23 +103,23 @@ class Evaluator:
 
         `view` is a stored view, or None for the evaluation crop.
         """
-        numbers = max(self.feed.numbers_per_example, len(self.data.class_names))
-        size = min(max(EVAL_BYTES // (4 * numbers), 32), 4096)
+        num_values = max(self.batch_source.numbers_per_example, len(self.data.class_names))
+        size = min(max(EVAL_BYTES // (4 * num_values), 32), 4096)
         chunks = [index[start : start + size] for start in range(0, len(index), size)]
-        for batch in self.feed.evaluate(examples, chunks, view):
+        for batch in self.batch_source.evaluate(examples, chunks, view):
             inputs, _ = to_device(batch, self.device)
             with self.computing(), torch.inference_mode():
                 output = forward(inputs).float()
             yield output, batch
 
     def share(self, examples: RowSource) -> Index:
-        """The examples (indices) that fall to this worker: every world_size-th."""
+        """Indices of this worker's examples, every world_size-th."""
         return np.arange(self.world.rank, len(examples.labels), self.world.world_size)
 
     def counters(self, forward: Forward, examples: RowSource, keep: EpochValLogits | None = None) -> ClassCounters:
-        """Per-class counts over the examples, added over workers: every worker must call it.
+        """Per-class counts over the examples, summed over workers; every worker must call it.
 
-        `keep` is given this worker's logits.
+        `keep` collects this worker's logits.
         """
         counters = ClassCounters(len(self.data.class_names))
         for logits, batch in self.outputs(forward, examples, self.share(examples)):
@@ -131,9 +131,9 @@ class Evaluator:
     def mean_outputs(
         self, forward: Forward, examples: RowSource, index: Index, views: Sequence[int | None]
     ) -> Iterator[tuple[Tensor, Batch]]:
-        """As `outputs`, the mean over some views of each example."""
+        """As `outputs`, the mean over several views of each example."""
         streams = [self.outputs(forward, examples, index, view) for view in views]
-        # All views of an example come from one image, so that their batches hold the same examples.
+        # All views of an example come from one image, so that their batches have the same examples.
         for batches in zip(*streams, strict=True):
             yield torch.stack([output for output, _ in batches]).mean(dim=0), batches[0][1]
 
@@ -144,10 +144,9 @@ class Evaluator:
         adjust: Callable[[Tensor, Index], Tensor] | None = None,
         views: Sequence[int | None] = (None,),
     ) -> EvalResult:
-        """As `counters`, with what a report shows besides; every worker must call it.
+        """As `counters`, with the further results that reports show; every worker must call it.
 
-        `adjust` gives other logits from the logits and which examples they are of; of several `views` the mean logits
-        count.
+        `adjust` returns adjusted logits from logits and their examples. With several `views` the mean logits count.
         """
         plain = EvalAccumulator(len(examples.labels), len(self.data.class_names))
         adjusted = EvalAccumulator(len(examples.labels), len(self.data.class_names))
@@ -155,37 +154,29 @@ class Evaluator:
             plain.add(logits, batch)
             if adjust is not None:
                 adjusted.add(adjust(logits, batch.examples), batch)
-        found = plain.examination(self.world)
-        return found if adjust is None else replace(found, adjusted=adjusted.examination(self.world))
+        result = plain.result(self.world)
+        return result if adjust is None else replace(result, adjusted=adjusted.result(self.world))
 
     def logits(self, forward: Forward, examples: RowSource) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, on the CPU; no other worker is needed.
+        """Float32 logits (N, C) of all examples in order, on the CPU, by this worker alone.
 
-        Those of an image that can't be read are NaN.
+        The logits of an unreadable image are NaN.
         """
-        found = torch.full((len(examples.labels), len(self.data.class_names)), math.nan)
+        result = torch.full((len(examples.labels), len(self.data.class_names)), math.nan)
         for logits, batch in self.outputs(forward, examples, np.arange(len(examples.labels))):
-            found[torch.from_numpy(batch.examples)] = logits.cpu()
-        return found
+            result[torch.from_numpy(batch.examples)] = logits.cpu()
+        return result
 
     def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:
-        """Outputs (V, width) of every view of every example, on the device of every worker; all must call it.
+        """Outputs (N * V, width) of every view of every example, an example's views in consecutive rows.
 
-        An example's views stand one after another, from `first_views` on.
+        They are on the device of every worker; all workers must call it.
         """
-        views = np.broadcast_to(examples.views, len(examples))
-        found, starts = torch.zeros(int(views.sum()), width, device=self.device), first_views(examples)
+        result = torch.zeros(len(examples) * examples.num_views, width, device=self.device)
         share = self.share(examples)
-        for view in range(int(views.max(initial=0))):
-            share = share[views[share] > view]
-            places = torch.from_numpy(starts[share] + view).to(self.device)
+        for view in range(examples.num_views):
+            index = torch.from_numpy(share * examples.num_views + view).to(self.device)
             for output, _ in self.outputs(forward, examples, share, view):
-                found[places[: len(output)]] = output
-                places = places[len(output) :]
-        return self.world.sum(found) if len(found) else found
-
-
-def first_views(examples: StoredRows) -> Index:
-    """The place (N,) of each example's first view where all views of all examples stand one after another."""
-    views = np.broadcast_to(examples.views, len(examples))
-    return np.cumsum(views) - views
+                result[index[: len(output)]] = output
+                index = index[len(output) :]
+        return self.world.sum(result) if len(result) else result

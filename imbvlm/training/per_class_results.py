@@ -1,4 +1,4 @@
-"""What a refit leaves beside its weights for reports: per-class counts, confused pairs, calibration, parameters."""
+"""A refit's results for reports, stored next to its weights: per-class counts, confused pairs, calibration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from imbvlm.training.trial_run import TrialRun
 CLASS_RECORD_FILE = "per_class.json"
 FORMAT = 1
 MAX_PAIRS = 200
-# So many images of a confused pair are named, for a report to show.
+# Images of a confused pair that are listed for reports.
 MAX_ROWS = 4
 
 
 def class_record(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]]) -> dict[str, Any]:
-    """Plain data of a trained run: class names and counts, and what it made of each scored split."""
+    """Plain data of a trained run: class names and counts, and the results of each scored split."""
     return {
         "format": FORMAT,
         "class_names": list(run.data.class_names),
@@ -30,7 +30,7 @@ def class_record(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]])
         "class_counts": run.data.class_stats.counts.tolist(),
         "num_parameters": run.parameters.total,
         "num_trained_parameters": run.parameters.trained,
-        "splits": {split: _of_split(examples, found) for split, (examples, found) in scored.items()},
+        "splits": {split: _split_results(rows, result) for split, (rows, result) in scored.items()},
     }
 
 
@@ -40,40 +40,40 @@ def write_class_record(folder: str, record: dict[str, Any]) -> None:
     storage.write_bytes(uri, json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _of_split(examples: RowSource, found: EvalResult) -> dict[str, Any]:
-    if found.adjusted is None:
-        return _counts(examples, found)
-    after = _counts(examples, found.adjusted)
-    # Under a name of their own the bins stand for readers of version 0.1.
-    return {**_counts(examples, found), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
+def _split_results(rows: RowSource, result: EvalResult) -> dict[str, Any]:
+    if result.adjusted is None:
+        return _counts(rows, result)
+    after = _counts(rows, result.adjusted)
+    # Version 0.1 reads the bins under a key of their own.
+    return {**_counts(rows, result), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
 
 
-def _counts(examples: RowSource, found: EvalResult) -> dict[str, Any]:
-    counters = found.counters
+def _counts(rows: RowSource, result: EvalResult) -> dict[str, Any]:
+    counters = result.counters
     return {
         "correct": counters.correct.tolist(),
         "total": counters.total.tolist(),
         "predicted": counters.predicted.tolist(),
-        # Rows, right rows and summed confidence, per bin of confidence.
-        "confidence_bins": found.bins.counts.tolist(),
-        "confusions": confusions(examples.labels, found.predicted.numpy(), examples.rows),
+        # Rows, correct rows and summed confidence, per bin of confidence.
+        "confidence_bins": result.bins.counts.tolist(),
+        "confusions": confusions(rows.labels, result.predicted.numpy(), rows.rows),
     }
 
 
 def confusions(
     labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> list[dict[str, Any]]:
-    """The pairs (label, predicted) of unlike classes that come up most, with some of their rows; ties by label."""
-    # Images that couldn't be read have no prediction.
+    """The most frequent pairs (label, predicted) of different classes, with some of their rows; ties by label."""
+    # Unreadable images have no prediction.
     wrong = np.flatnonzero((labels != predicted) & (predicted >= 0))
     if not wrong.size:
         return []
     pairs = np.stack([labels[wrong], predicted[wrong]], axis=1)
-    found, pair_of, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+    distinct, pair_of, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
     return [
         {
-            "label": int(found[pair, 0]),
-            "predicted": int(found[pair, 1]),
+            "label": int(distinct[pair, 0]),
+            "predicted": int(distinct[pair, 1]),
             "count": int(counts[pair]),
             "rows": rows[wrong[pair_of.reshape(-1) == pair][:MAX_ROWS]].tolist(),
         }

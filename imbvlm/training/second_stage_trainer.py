@@ -1,4 +1,4 @@
-"""The second stage of a trial: a frozen decoder's outputs in memory, and what is trained on them in seconds."""
+"""The second stage of a trial: keeps a frozen decoder's outputs in memory, and trains a classifier on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from imbvlm.longtail.losses import build_loss
 from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier
 from imbvlm.models.second_stage_modules import stage_module
-from imbvlm.training.evaluator import Evaluator, first_views
+from imbvlm.training.evaluator import Evaluator
 from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_source import Batch
 from imbvlm.training.validation_logits import EpochValLogits
@@ -34,43 +34,40 @@ CHUNK_SIZE = 4096
 
 
 class FrozenFeatures:
-    """A frozen decoder's outputs in memory on the device; each part is computed when it is first asked for.
+    """A frozen decoder's outputs in memory on the device; each part is computed on first use.
 
-    Every worker must ask. Trials of a pack, which have the same decoder, share them.
+    Every worker must use it. Trials of a pack with the same decoder share it.
     """
 
     def __init__(self, model: FeatureClassifier, evaluator: Evaluator) -> None:
         self._model, self._evaluator = model, evaluator
-        self._width = _known(model.classifier).weight.shape[1]
+        self._width = _first_stage(model.classifier).weight.shape[1]
 
     @cached_property
     def train(self) -> Tensor:
-        """(V, D) of all views of training rows, a row's one after another."""
+        """Outputs (N * V, D) of all views of training rows, a row's views in consecutive rows."""
         return self._outputs(self._evaluator.data.train)
 
     @cached_property
     def val(self) -> Tensor:
-        """(M, D) of validation."""
+        """Outputs (M, D) of the validation rows."""
         return self._outputs(self._evaluator.data.val)
 
     @cached_property
     def train_labels(self) -> Tensor:
-        """(N,)."""
+        """Labels (N,) of the training rows."""
         return torch.from_numpy(self._evaluator.data.train.labels).to(self._evaluator.device)
 
     @cached_property
     def val_labels(self) -> Tensor:
-        """(M,)."""
+        """Labels (M,) of the validation rows."""
         return torch.from_numpy(self._evaluator.data.val.labels).to(self._evaluator.device)
 
-    @cached_property
-    def _starts(self) -> Rows:
-        return first_views(_stored(self._evaluator.data.train))
-
     def batch(self, rows: Rows, views: Rows) -> Batch:
-        """Training rows in one view of each."""
-        places, index = (torch.from_numpy(one).to(self.train.device) for one in (self._starts[rows] + views, rows))
-        return Batch(self.train[places], self.train_labels[index], rows)
+        """Training rows (B,) in views (B,)."""
+        entries = rows * self._evaluator.data.train.num_views + views
+        inputs, index = (torch.from_numpy(array).to(self.train.device) for array in (entries, rows))
+        return Batch(self.train[inputs], self.train_labels[index], rows)
 
     def _outputs(self, examples: RowSource) -> Tensor:
         self._model.eval()
@@ -78,11 +75,11 @@ class FrozenFeatures:
 
 
 class SecondStageTrainer:
-    """A second stage on a trial's model, whose decoder is frozen and whose classifier it replaces.
+    """A second stage on a trial's model, whose decoder it freezes and whose classifier it replaces.
 
-    Building it needs no trained first stage (a resumed trial loads its tensors afterwards); `start` does. Random
-    numbers are drawn from torch's global generator. `course` is None where nothing trains; `features` are what it
-    reads, those of another trial of its pack where it is given them.
+    The first stage need not be trained before `start`: a resumed trial loads its tensors later. Random numbers come
+    from torch's global generator. `trainer` is None where nothing trains. `features` may be another trial's of the
+    same pack.
     """
 
     def __init__(
@@ -99,11 +96,11 @@ class SecondStageTrainer:
         self._first = model.classifier
         self.features = FrozenFeatures(model, evaluator) if features is None else features
         model.decoder.requires_grad_(False)
-        model.classifier = stage_module(config, _known(self._first)).to(evaluator.device)
-        self.course = self._build_course()
+        model.classifier = stage_module(config, _first_stage(self._first)).to(evaluator.device)
+        self.trainer = self._build_trainer()
 
     def start(self) -> dict[str, float]:
-        """Let a stage that trains nothing select its classifier, as the first stage ends; its options as metrics."""
+        """Select the classifier of a stage that trains nothing, after the first; returns its options as metrics."""
         if self._entry.select is None:
             return {}
         metrics: dict[str, float]
@@ -126,31 +123,31 @@ class SecondStageTrainer:
                 counters.update(logits, features.val_labels[part])
                 if keep is not None:
                     rows = np.arange(start, start + len(logits))
-                    mine = rows % world.world_size == world.rank
-                    keep.add(rows[mine], logits[torch.from_numpy(mine)])
+                    is_own = rows % world.world_size == world.rank
+                    keep.add(rows[is_own], logits[torch.from_numpy(is_own)])
         return counters
 
     def prepare(self) -> None:
-        """Compute what it reads; every worker must call it, and before it trains."""
-        if self.course is not None:
+        """Compute the features; every worker must call it before training."""
+        if self.trainer is not None:
             _ = self.features.train
         _ = self.features.val
 
     @property
     def pack_key(self) -> str:
-        """Equal for those that can be trained together: stages of one name and length."""
+        """Equal for stages that can train together: those of one name and length."""
         return f"{self._config.name} {num_stage_epochs(self._config)}"
 
-    def _build_course(self) -> StageTrainer | None:
-        """The paper's sampling and reweighting; SGD with half a cosine."""
+    def _build_trainer(self) -> StageTrainer | None:
+        """The paper's sampling and reweighting, by SGD with half a cosine."""
         config, entry, evaluator = self._config, self._entry, self._evaluator
         if not isinstance(config, TrainedStage) or entry.class_sampling is None or entry.loss is None:
             return None
-        # Not by way of self: a circle would keep the features in memory when the trial has ended.
+        # A reference to self would be a cycle, which keeps the features in memory after the trial.
         data, span, features = evaluator.data, self._span, self.features
         counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
         loss = build_loss(entry.loss, counts, workers=evaluator.world, **loss_options(config, entry.loss))
-        # Epochs are counted on from the first stage's, so that the two stages draw independently.
+        # Epochs continue the first stage's numbers, so that the stages' random orders are independent.
         plan_of = partial(
             epoch_plan,
             data.train.labels,
@@ -158,7 +155,7 @@ class SecondStageTrainer:
             entry.class_sampling,
             self._train.seed,
             num_epochs=span.end_epoch,
-            num_views=data.train.views,
+            num_views=data.train.num_views,
         )
         optim = SgdConfig(
             lr=config.lr, weight_decay=config.weight_decay, warmup_fraction=0.0, lr_schedule="half_cosine"
@@ -173,7 +170,8 @@ class SecondStageTrainer:
             plan_of=plan_of,
             read=lambda plan, shares, epoch: (features.batch(plan.rows[share], plan.views[share]) for share in shares),
             losses_of=lambda epoch: lambda step: loss,
-            words=(f"{entry.loss} of second_stage {config.name}", "lower second_stage.lr"),
+            loss_name=f"{entry.loss} of second_stage {config.name}",
+            fix="lower second_stage.lr",
             device=evaluator.device,
             world=evaluator.world,
             autocast=nullcontext,
@@ -181,7 +179,7 @@ class SecondStageTrainer:
 
 
 def check_can_select(config: StageSection | None, data: TrialData) -> None:
-    """Raises ImbvlmError, before anything is trained, where validation rows to select options on are missing."""
+    """Raise ImbvlmError, before training, where options are selected on validation rows and there are none."""
     for option in () if config is None else SECOND_STAGES[config.name].selected:
         if getattr(config, option) is None and not len(data.val):
             raise ImbvlmError(
@@ -189,7 +187,7 @@ def check_can_select(config: StageSection | None, data: TrialData) -> None:
             )
 
 
-def _known(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
+def _first_stage(classifier: nn.Module) -> LinearClassifier | CosineClassifier:
     assert isinstance(classifier, (LinearClassifier, CosineClassifier)), "a first stage ends in one of these"
     return classifier
 

@@ -1,4 +1,4 @@
-"""One stage of a trial's training, an epoch at a time: what trains, on which batches, by which loss and rate."""
+"""Trains one stage of a trial, an epoch at a time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from imbvlm.training.step.distributed import all_reduce_gradients
 from imbvlm.training.step.gradient_accumulation import backward_in_micro_batches
 from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at_step, set_lr
 
-# Losses and gradient norms stay on the device for so many steps before they are looked at: each look waits for a GPU.
+# Steps whose losses and gradient norms stay on the device before they are read, since reading waits for the GPU.
 CHECK_EVERY = 16
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a stage lies in its trial: epochs from `first_epoch` (0-based), optimiser steps from `first_step`."""
+    """The epochs of a stage from `first_epoch` (0-based), and its optimizer steps from `first_step`."""
 
     first_epoch: int
     num_epochs: int
@@ -38,16 +38,18 @@ class Span:
 
     @property
     def end_epoch(self) -> int:
+        """The epoch after the last."""
         return self.first_epoch + self.num_epochs
 
     @property
     def end_step(self) -> int:
+        """The step after the last."""
         return self.first_step + self.num_steps
 
 
 @dataclass(frozen=True)
 class StageEpochResult:
-    """What an epoch of training gave: steps so far, metrics, each step's loss, and why it failed or None."""
+    """The result of an epoch of training: steps so far, metrics, each step's loss, and the reason of a failure."""
 
     step: int
     metrics: dict[str, float]
@@ -56,38 +58,38 @@ class StageEpochResult:
 
 
 class _LossRecord:
-    """Losses and gradient norms of an epoch's steps, looked at a few steps late."""
+    """Losses and gradient norms of an epoch's steps, read a few steps late."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.failed_at: int | None = None
-        self._waiting: list[Tensor] = []
+        self._unread: list[Tensor] = []
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._waiting.append(torch.stack([loss.float(), norm.float()]))
-        if len(self._waiting) >= CHECK_EVERY:
-            self.look()
+        self._unread.append(torch.stack([loss.float(), norm.float()]))
+        if len(self._unread) >= CHECK_EVERY:
+            self.read()
 
-    def look(self) -> None:
-        """Read what waits; the first step that wasn't finite ends the record."""
-        if not self._waiting or self.failed_at is not None:
+    def read(self) -> None:
+        """Read the pending values; the first step that is not finite ends the record."""
+        if not self._unread or self.failed_at is not None:
             return
-        for loss, norm in torch.stack(self._waiting).tolist():
+        for loss, norm in torch.stack(self._unread).tolist():
             self.losses.append(loss)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self.failed_at = len(self.losses) - 1
                 break
-        self._waiting.clear()
+        self._unread.clear()
 
 
 @dataclass
 class StageTrainer:
-    """A stage as the loop sees it.
+    """The model, data, loss and optimizer of a stage.
 
-    `plan_of` and `losses_of` take an epoch, a loss then a step, all counted over the whole trial from 0; `read` takes
-    an epoch's plan, a worker's places in it and the epoch; `words` name the loss, and what to change where numbers run
-    away. `mix` makes a step's batch of inputs and labels into mixed inputs and shares of the classes. A worker
-    computes its share of a batch in `num_parts`.
+    Epochs and steps are counted over the whole trial from 0. `plan_of` takes an epoch, `losses_of` an epoch and then a
+    step; `read` takes an epoch's plan, a worker's positions in it, and the epoch. `loss_name` and `fix` appear in the
+    sentence about numbers that are not finite. `mix` makes mixed inputs and class weights of a step's inputs and
+    labels. A worker computes its share of a batch in `num_parts`.
     """
 
     model: nn.Module
@@ -99,7 +101,8 @@ class StageTrainer:
     plan_of: Callable[[int], EpochPlan]
     read: Callable[[EpochPlan, Sequence[Index], int], Iterator[Batch]]
     losses_of: Callable[[int], Callable[[int], ConfiguredLoss]]
-    words: tuple[str, str]
+    loss_name: str
+    fix: str
     device: torch.device
     world: WorkerGroup
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -117,33 +120,33 @@ class StageTrainer:
         self._record = _LossRecord()
 
     def losses_so_far(self) -> list[float]:
-        """The losses of the steps of an epoch that isn't finished, for a run that goes on from here."""
-        self._record.look()
+        """The losses of an unfinished epoch's steps, for a checkpoint."""
+        self._record.read()
         return list(self._record.losses)
 
-    def go_on_from(self, losses: Sequence[float]) -> None:
-        """Let the next epoch begin behind the steps that have given these losses."""
+    def resume_from(self, losses: Sequence[float]) -> None:
+        """Let the next epoch continue after the steps with these losses."""
         self._record.losses[:] = losses
 
     def train_epoch(
         self, epoch: int, step: int, after_step: Callable[[int], None] = lambda step: None
     ) -> StageEpochResult:
-        """One pass over the epoch plan, or what is left of the stage's steps; `after_step` is told the steps so far."""
+        """Train one pass over the epoch plan, or the stage's remaining steps; `after_step` gets the steps so far."""
         started, plan = time.perf_counter(), self.plan_of(epoch)
-        under_way = self.begin_epoch(plan, epoch, step)
-        for batch in self.read(plan, under_way.shares, epoch):
-            under_way.take(batch)
-            if under_way.failed:
+        in_progress = self.begin_epoch(plan, epoch, step)
+        for batch in self.read(plan, in_progress.shares, epoch):
+            in_progress.take(batch)
+            if in_progress.failed:
                 break
-            after_step(under_way.step)
-        return under_way.end(time.perf_counter() - started)
+            after_step(in_progress.step)
+        return in_progress.end(time.perf_counter() - started)
 
     def begin_epoch(self, plan: EpochPlan, epoch: int, step: int) -> EpochInProgress:
-        """An epoch (0-based) whose batches come from outside; `step` optimiser steps were taken so far."""
+        """Begin an epoch (0-based) whose batches the caller passes; `step` optimizer steps were taken so far."""
         self.model.train()
         return EpochInProgress(self, plan, epoch, step)
 
-    def trained(
+    def epoch_result(
         self,
         epoch: int,
         step: int,
@@ -153,13 +156,13 @@ class StageTrainer:
         num_new: int,
         seconds: float,
     ) -> StageEpochResult:
-        """What an epoch (0-based) gave up to a step of the trial, which broke where it has `failed`.
+        """The result of an epoch (0-based) up to a step of the trial, at which it may have `failed`.
 
-        `sizes` are the images of each of its steps; `num_new` images took `seconds`.
+        `sizes` are the numbers of images of its steps; `num_new` images took `seconds`.
         """
         if failed:
-            what = "gradient" if math.isfinite(losses[-1]) else "loss"
-            return StageEpochResult(step, {}, losses, self.failure(what, epoch, step))
+            noun = "gradient" if math.isfinite(losses[-1]) else "loss"
+            return StageEpochResult(step, {}, losses, self.failure(noun, epoch, step))
         metrics = {
             "train/loss": float(np.average(losses, weights=sizes)),
             "train/lr": self.lr(step - 1),
@@ -169,7 +172,7 @@ class StageTrainer:
         return StageEpochResult(step, metrics, losses)
 
     def _train_step(self, batch: Batch, loss_function: ConfiguredLoss, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step; the loss of the global batch and the gradient's norm before clipping, both 0-d."""
+        """Take an optimizer step; returns the global batch's loss and the gradient norm before clipping, both 0-d."""
         inputs, labels = to_device(batch, self.device)
         if self.mix is not None:
             inputs, labels = self.mix(inputs, labels, step)
@@ -190,45 +193,44 @@ class StageTrainer:
         """The learning rate at a step of the trial."""
         return lr_at_step(self.optim, step - self.span.first_step, self.span.num_steps, self.steps_per_epoch)
 
-    def failure(self, what: str, epoch: int, step: int) -> str:
-        """What is said of an epoch (0-based) after whose `step`-th step something wasn't finite."""
-        loss, mend = self.words
+    def failure(self, noun: str, epoch: int, step: int) -> str:
+        """The sentence about an epoch (0-based) in which a number, such as the loss, was not finite after `step`."""
         return (
-            f"the {what} wasn't finite in epoch {epoch + 1}, step {step} of {self.span.end_step} (learning rate "
-            f"{self.lr(step - 1):.3g}, loss {loss}); {mend}"
+            f"the {noun} wasn't finite in epoch {epoch + 1}, step {step} of {self.span.end_step} (learning rate "
+            f"{self.lr(step - 1):.3g}, loss {self.loss_name}); {self.fix}"
         )
 
 
 class EpochInProgress:
-    """One epoch of a course, a batch at a time: `shares` are the places in its plan of those that it is to be given.
+    """One epoch of a trainer, a batch at a time; `shares` are the plan's positions of the batches that it expects.
 
-    It goes on behind the steps whose losses the course has from before.
+    It continues after the steps whose losses the trainer has from a checkpoint.
     """
 
-    def __init__(self, course: StageTrainer, plan: EpochPlan, epoch: int, step: int) -> None:
+    def __init__(self, trainer: StageTrainer, plan: EpochPlan, epoch: int, step: int) -> None:
         self.step = step
-        self._course, self._epoch, self._record = course, epoch, course._record
-        size, world, taken = course.train.batch_size, course.world, len(self._record.losses)
-        self._first_step, self._taken = step - taken, taken
-        shares = batches(plan, size, world.rank, world.world_size)[: course.span.end_step - self._first_step]
-        self.shares = shares[taken:]
+        self._trainer, self._epoch, self._record = trainer, epoch, trainer._record
+        size, world, num_taken = trainer.train.batch_size, trainer.world, len(self._record.losses)
+        self._first_step, self._num_taken = step - num_taken, num_taken
+        shares = batches(plan, size, world.rank, world.world_size)[: trainer.span.end_step - self._first_step]
+        self.shares = shares[num_taken:]
         self._sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
-        self._loss_at = course.losses_of(epoch)
+        self._loss_at = trainer.losses_of(epoch)
 
     @property
     def failed(self) -> bool:
-        """Whether a step is known to have given a loss or gradient that isn't finite: it can go no further."""
+        """Whether a step's loss or gradient is known not to be finite, so that the epoch can't continue."""
         return self._record.failed_at is not None
 
     def take(self, batch: Batch) -> None:
-        """One optimiser step on the next batch."""
-        self._record.add(*self._course._train_step(batch, self._loss_at(self.step), self.step))
+        """Take an optimizer step on the next batch."""
+        self._record.add(*self._trainer._train_step(batch, self._loss_at(self.step), self.step))
         self.step += 1
 
     def end(self, seconds: float) -> StageEpochResult:
-        """What it gave in so many seconds."""
-        course, losses, num_new = self._course, self._record.losses, sum(self._sizes[self._taken :])
-        self._record.look()
-        course._record = _LossRecord()
+        """The result after so many seconds."""
+        trainer, losses, num_new = self._trainer, self._record.losses, sum(self._sizes[self._num_taken :])
+        self._record.read()
+        trainer._record = _LossRecord()
         step = self._first_step + len(losses)
-        return course.trained(self._epoch, step, losses, self.failed, self._sizes, num_new, seconds)
+        return trainer.epoch_result(self._epoch, step, losses, self.failed, self._sizes, num_new, seconds)

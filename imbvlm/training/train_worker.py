@@ -1,4 +1,4 @@
-"""One worker of a trial under Ray Train: the only file of this folder that knows Ray."""
+"""One worker of a trial under Ray Train; the only file of this folder that imports Ray."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """The `train_loop_per_worker` of a TorchTrainer: runs the trial that TrialSettings.to_dict() describes.
+    """Run the trial that TrialSettings.to_dict() describes, as `train_loop_per_worker` of a TorchTrainer.
 
-    Every worker reports each epoch, as Ray Train wants; their metrics are the same, since counts and losses were
-    added over workers.
+    Every worker reports each epoch, as Ray Train requires. All report the same metrics, since counts and losses are
+    summed over workers.
     """
     device = ray.train.torch.get_device()
-    alone = ray.train.get_context().get_world_size() == 1
-    world: WorkerGroup = SINGLE_WORKER if alone else DistributedWorkerGroup(device)
+    is_single = ray.train.get_context().get_world_size() == 1
+    world: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
     for report in TrialSession(device, world, stream).reports(TrialSettings.from_dict(settings)):
         ray.train.report(report)
 
 
 def _loading_tasks() -> int:
-    """How many tasks load this worker's images: one for each CPU that it has booked, or that falls to its GPUs.
+    """Number of tasks that load this worker's images: one for each CPU that it has booked, or its GPUs' share of CPUs.
 
-    They book none themselves. A worker's own CPUs wait most of the time; and the trials that run at once on machines
-    with GPUs share their CPUs as they share those.
+    The tasks book no CPU: a worker's own CPUs wait most of the time, and trials on machines with GPUs share the CPUs as
+    they share the GPUs.
     """
-    mine, everything = ray.get_runtime_context().get_assigned_resources(), ray.cluster_resources()
-    falls_to_gpus = 0.0
-    if mine.get("GPU", 0.0) and everything.get("GPU", 0.0):
-        falls_to_gpus = everything.get("CPU", 0.0) * mine["GPU"] / everything["GPU"]
-    return max(1, int(mine.get("CPU", 1.0)), int(falls_to_gpus))
+    booked, total = ray.get_runtime_context().get_assigned_resources(), ray.cluster_resources()
+    share = 0.0
+    if booked.get("GPU", 0.0) and total.get("GPU", 0.0):
+        share = total.get("CPU", 0.0) * booked["GPU"] / total["GPU"]
+    return max(1, int(booked.get("CPU", 1.0)), int(share))

@@ -1,8 +1,7 @@
-"""Trials of one shape trained together over one stream of features: classifiers as one matrix, decoders by turns.
+"""Trains trials of one shape together over one stream of features: classifiers as one matrix, decoders in turns.
 
-Whatever tells the members apart (loss and its knobs, learning rate, temperature, how weights start) stays each one's
-own, and so do its optimiser's state, its evaluation and its checkpoints: a pack only takes the place of its members'
-`StageTrainer.train_epoch`.
+Members may differ in loss, learning rate, temperature and initial weights. Each keeps its own optimizer state,
+evaluation and checkpoints: a pack only replaces its members' `StageTrainer.train_epoch`.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from imbvlm.training.step.batch_source import Batch, CachedFeatureSource, to_dev
 Logits = Callable[[Tensor], Tensor]
 BeginSecondStage = Callable[[FrozenFeatures | None], SecondStageTrainer]
 
-# What may differ between members of a pack, below its section.
-_OWN = {
+# Options in which members of a pack may differ, by section.
+_OWN_OPTIONS = {
     "classifier": ("kind", "temperature", "init"),
     "optim": (
         "lr", "weight_decay", "warmup_fraction", "lr_schedule", "cosine_cycles", "first_epoch_lr",
@@ -44,17 +43,18 @@ _OWN = {
 
 
 def pack_key(config: TrialConfig) -> str | None:
-    """Equal for trials that can be trained together; None for one that can't be with any other."""
-    alone = (config.feature_augmentation, config.memory)
-    if METHODS[config.method].packs is None or config.reads_images or any(one is not None for one in alone):
+    """Equal for trials that can train together; None for a trial that can only train alone."""
+    if METHODS[config.method].packs is None or config.reads_images:
+        return None
+    if config.feature_augmentation is not None or config.memory is not None:
         return None
     tree = config.to_tree()
     if tree["train"]["compile"]:
         return None
     del tree["loss"]
-    # Second stages begin together too, those of one name and length as a group of their own.
+    # Second stages begin together; those of one name and length form a group.
     tree.pop("second_stage", None)
-    for section, keys in _OWN.items():
+    for section, keys in _OWN_OPTIONS.items():
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     return json.dumps(tree, sort_keys=True)
 
@@ -62,10 +62,9 @@ def pack_key(config: TrialConfig) -> str | None:
 def member_bytes(
     config: TrialConfig, token_width: int, pooled_width: int, num_classes: int, num_train: int, num_val: int
 ) -> int:
-    """Bytes that one member adds to a pack: weights with what optimisers keep of them, and its logits.
+    """Bytes that one member adds to a pack: weights with their optimizer state, and logits.
 
-    `token_width` and `pooled_width` are its tower's. A decoder's activations aren't counted: one of them trains at a
-    time.
+    `token_width` and `pooled_width` are its encoder's. A decoder's activations don't count: one trains at a time.
     """
     width, of_decoder = pooled_width, 0
     decoder = config.section(DecoderConfig)
@@ -74,173 +73,176 @@ def member_bytes(
         # Weights, their gradients, two moments.
         of_decoder = 4 * 4 * num_parameters(token_width, decoder)
         if config.second_stage is not None:
-            # Its outputs, which the second stage reads.
+            # The decoder's outputs, which the second stage reads.
             of_decoder += 4 * width * (num_train * config.features.num_views + num_val)
-    # As above, and directions of a cosine classifier and their gradients.
+    # As above, and a cosine classifier's directions with their gradients.
     weights = 6 * 4 * width * num_classes
-    # Logits, their log-softmax, what a loss makes of them, and gradients.
+    # Logits, their log-softmax, a loss's intermediate results, and gradients.
     logits = 6 * 4 * require_section(config.train).batch_size * num_classes
     # Validation logits in half precision: new, best and last.
     return of_decoder + weights + logits + 3 * 2 * num_val * num_classes
 
 
 class TrialPack:
-    """Members that train in lockstep: the first that wants an epoch trains it for all that haven't left."""
+    """Members that train in lockstep: the first that needs an epoch trains it for all members."""
 
     def __init__(self) -> None:
-        self.seats: list[PackMember] = []
+        self.members: list[PackMember] = []
         self.broken_by: Exception | None = None
 
     def add(
         self,
-        course: StageTrainer,
-        feed: CachedFeatureSource,
+        trainer: StageTrainer,
+        batch_source: CachedFeatureSource,
         begin_second_stage: BeginSecondStage | None,
         *,
         in_turns: bool,
     ) -> PackMember:
-        """A place for a course that hasn't begun, of a trial with the others' `pack_key`.
+        """Add a trainer that hasn't begun, of a trial with the other members' `pack_key`.
 
-        `begin_second_stage` puts a trial's second stage in place, once its first has ended. `in_turns`: its first stage
-        takes its own steps (`Method.packs`).
+        `begin_second_stage` puts a trial's second stage in place after its first. With `in_turns` its first stage takes
+        its own steps (`Method.packs`).
         """
-        seat = PackMember(self, course, self.seats[0].feed if self.seats else feed, begin_second_stage, in_turns)
-        self.seats.append(seat)
-        return seat
+        shared = self.members[0].batch_source if self.members else batch_source
+        member = PackMember(self, trainer, shared, begin_second_stage, in_turns)
+        self.members.append(member)
+        return member
 
     def begin_second_stages(self) -> None:
-        """The first stages have ended, all with the same epoch."""
+        """Begin the members' second stages; their first stages end with the same epoch."""
         features: FrozenFeatures | None = None
-        for place, seat in enumerate(self.seats):
-            if seat.begin_second_stage is not None:
-                second = seat.begin_second_stage(features)
-                seat.course, seat.group = second.course, second.pack_key
-                if seat.in_turns:
+        for index, member in enumerate(self.members):
+            if member.begin_second_stage is not None:
+                second = member.begin_second_stage(features)
+                member.trainer, member.group = second.trainer, second.pack_key
+                if member.in_turns:
                     # Each reads its own decoder's outputs.
-                    seat.group += f" {place}"
+                    member.group += f" {index}"
                 else:
                     features = second.features
-                seat.in_turns = False
+                member.in_turns = False
 
 
 @dataclass(eq=False)
 class PackMember:
-    """A member's place: what trains it now, None where nothing does, and the group that it trains with.
+    """A member: the trainer of its present stage, None where nothing trains, and the group that it trains with.
 
-    `feed` is what all members evaluate by.
+    All members evaluate with the same `batch_source`. With `in_turns` the present stage takes its own steps in place of
+    being stacked.
     """
 
     pack: TrialPack
-    course: StageTrainer | None
-    feed: CachedFeatureSource
+    trainer: StageTrainer | None
+    batch_source: CachedFeatureSource
     begin_second_stage: BeginSecondStage | None
-    # Whether its present stage takes its own steps, instead of being stacked with those of others.
     in_turns: bool
     group: str = ""
     _trained: StageEpochResult | None = None
 
     def train_epoch(self, epoch: int, step: int) -> StageEpochResult:
-        """What its course's own `train_epoch(epoch, step)` gives, to rounding; raises PackError for all alike."""
+        """The result of its trainer's own `train_epoch(epoch, step)`, to rounding; raises PackError in all members."""
         if self._trained is None:
             self._train_group(epoch, step)
-        found, self._trained = self._trained, None
-        assert found is not None, "it is one of its group"
-        return found
+        result, self._trained = self._trained, None
+        assert result is not None, "a member belongs to its group"
+        return result
 
     def _train_group(self, epoch: int, step: int) -> None:
-        group = {seat: seat.course for seat in self.pack.seats if seat.course and seat.group == self.group}
+        group = {
+            member: member.trainer for member in self.pack.members if member.trainer and member.group == self.group
+        }
         train = train_in_turns if self.in_turns or len(group) == 1 else train_stacked
         if self.pack.broken_by is None:
             try:
-                for seat, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
-                    seat._trained = trained
+                for member, trained in zip(group, train(list(group.values()), epoch, step), strict=True):
+                    member._trained = trained
             except Exception as error:
                 if len(group) == 1:
                     raise
-                # All have moved on by a part of the epoch, which none can take back.
+                # All members have trained a part of the epoch, which can't be undone.
                 self.pack.broken_by = error
         if self.pack.broken_by is not None:
             cause = self.pack.broken_by
             raise PackError(
-                f"{len(self.pack.seats)} trials that trained together broke off in epoch {epoch + 1}: "
+                f"{len(self.pack.members)} trials that trained together stopped in epoch {epoch + 1}: "
                 f"{type(cause).__name__}: {cause}"
             ) from cause
 
     def remove(self) -> None:
-        """No more epochs of this one."""
-        self.pack.seats.remove(self)
+        """Remove this member from the pack."""
+        self.pack.members.remove(self)
 
 
-def train_in_turns(courses: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
-    """As `train_stacked`, of courses that each take their own step on a batch before the next is read.
+def train_in_turns(trainers: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
+    """As `train_stacked`, for trainers that each take their own step on a batch before the next is read.
 
-    For what has large products of its own, which stacking makes no faster: each batch is read and brought to the device
-    once for all, the activations of one course are in memory at a time, and each gives bit for bit what it gives alone.
+    Stacking does not speed up models with large matrix products. Each batch is read and copied to the device once, the
+    activations of one trainer are in memory at a time, and each result is bitwise that of training alone.
     """
-    started, first = time.perf_counter(), courses[0]
+    started, first = time.perf_counter(), trainers[0]
     plan = first.plan_of(epoch)
-    under_way = [course.begin_epoch(plan, epoch, step) for course in courses]
-    for batch in first.read(plan, under_way[0].shares, epoch):
-        going_on = [one for one in under_way if not one.failed]
-        if not going_on:
+    epochs = [trainer.begin_epoch(plan, epoch, step) for trainer in trainers]
+    for batch in first.read(plan, epochs[0].shares, epoch):
+        continuing = [in_progress for in_progress in epochs if not in_progress.failed]
+        if not continuing:
             break
         on_device = Batch(*to_device(batch, first.device), batch.examples)
-        for one in going_on:
-            one.take(on_device)
-    seconds = (time.perf_counter() - started) / len(courses)
-    return [one.end(seconds) for one in under_way]
+        for in_progress in continuing:
+            in_progress.take(on_device)
+    seconds = (time.perf_counter() - started) / len(trainers)
+    return [in_progress.end(seconds) for in_progress in epochs]
 
 
-def train_stacked(courses: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
-    """One epoch (0-based) of each course over the batches of the first; their parameters and optimisers move on.
+def train_stacked(trainers: Sequence[StageTrainer], epoch: int, step: int) -> list[StageEpochResult]:
+    """Train one epoch (0-based) of each trainer over the batches of the first, with stacked parameters.
 
-    A member whose loss or gradient isn't finite fails alone: no number of it reaches another.
+    A member whose loss or gradient is not finite fails alone, since its numbers reach no other member.
     """
-    started, first = time.perf_counter(), courses[0]
+    started, first = time.perf_counter(), trainers[0]
     plan, size = first.plan_of(epoch), first.train.batch_size
     shares = batches(plan, size)[: first.span.end_step - step]
-    stacks = _stacks(courses)
-    order = [course for stack in stacks for course in stack.courses]
-    losses_at = [course.losses_of(epoch) for course in order]
-    optimizer = _joint_optimizer(courses)
-    seen: list[Tensor] = []
+    stacks = _stacks(trainers)
+    order = [trainer for stack in stacks for trainer in stack.trainers]
+    losses_at = [trainer.losses_of(epoch) for trainer in order]
+    optimizer = _joint_optimizer(trainers)
+    records: list[Tensor] = []
     losses: list[ConfiguredLoss] = []
     for number, batch in enumerate(first.read(plan, shares, epoch), start=step):
         inputs, labels = to_device(batch, first.device)
-        now = [loss_at(number) for loss_at in losses_at]
-        if now != losses:
-            losses, together = now, stack_losses(now, first.device)
-        of_members = together(torch.cat([stack.logits(inputs) for stack in stacks], dim=1), labels)
+        current = [loss_at(number) for loss_at in losses_at]
+        if current != losses:
+            losses, stacked_loss = current, stack_losses(current, first.device)
+        member_losses = stacked_loss(torch.cat([stack.logits(inputs) for stack in stacks], dim=1), labels)
         for stack in stacks:
             stack.clear_gradients()
-        of_members.sum().backward()  # type: ignore[no-untyped-call]
+        member_losses.sum().backward()  # type: ignore[no-untyped-call]
         norms = torch.cat([stack.clip(first.train.clip_grad_norm) for stack in stacks])
-        for group, course in zip(optimizer.param_groups, courses, strict=True):
-            group["lr"] = course.lr(number)
+        for group, trainer in zip(optimizer.param_groups, trainers, strict=True):
+            group["lr"] = trainer.lr(number)
         optimizer.step()
-        seen.append(torch.stack([of_members.detach(), norms]))
-    for course in courses:
-        for param in course.params.values():
-            course.optimizer.state[param] = optimizer.state[param]
+        records.append(torch.stack([member_losses.detach(), norms]))
+    for trainer in trainers:
+        for param in trainer.params.values():
+            trainer.optimizer.state[param] = optimizer.state[param]
             param.grad = None
-    values = torch.stack(seen).cpu().double().numpy()
-    seconds = (time.perf_counter() - started) / len(courses)
+    values = torch.stack(records).cpu().double().numpy()
+    seconds = (time.perf_counter() - started) / len(trainers)
     sizes = [min(size, len(plan) - start * size) for start in range(len(shares))]
     results = {
-        id(course): _result(course, values[:, 0, place], values[:, 1, place], epoch, step, sizes, seconds)
-        for place, course in enumerate(order)
+        id(trainer): _result(trainer, values[:, 0, index], values[:, 1, index], epoch, step, sizes, seconds)
+        for index, trainer in enumerate(order)
     }
-    return [results[id(course)] for course in courses]
+    return [results[id(trainer)] for trainer in trainers]
 
 
 @dataclass(frozen=True)
 class _Stack:
     """Models of one kind; the members' parameters are views of `params`, each (M, ...).
 
-    `logits` gives (B, M, C) of features (B, D).
+    `logits` maps features (B, D) to logits (B, M, C).
     """
 
-    courses: list[StageTrainer]
+    trainers: list[StageTrainer]
     params: list[Tensor]
     logits: Logits
 
@@ -249,50 +251,52 @@ class _Stack:
             param.grad = None
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Gradient norms (M,) before each member's are scaled to at most max_norm; members get theirs."""
+        """Scale each member's gradients to at most max_norm and assign them; returns the norms (M,) before."""
         gradients = [param.grad for param in self.params if param.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(one.flatten(1), dim=1) for one in gradients])
+        norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
         norms = torch.linalg.vector_norm(norms, dim=0)
         if max_norm is not None:
             factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            for one in gradients:
-                one.mul_(factors.view(-1, *(1,) * (one.ndim - 1)))
-        for place, course in enumerate(self.courses):
-            for param, gradient in zip(course.params.values(), gradients, strict=True):
-                param.grad = gradient[place]
+            for gradient in gradients:
+                gradient.mul_(factors.view(-1, *(1,) * (gradient.ndim - 1)))
+        for index, trainer in enumerate(self.trainers):
+            for param, gradient in zip(trainer.params.values(), gradients, strict=True):
+                param.grad = gradient[index]
         return norms
 
 
-def _stacks(courses: Sequence[StageTrainer]) -> list[_Stack]:
-    """Members by what they compute: linear or cosine, or what a second stage learns on the logits of one of these."""
+def _stacks(trainers: Sequence[StageTrainer]) -> list[_Stack]:
+    """Members by the kind of their model: linear or cosine, or a second stage on the logits of one of these."""
     kinds: dict[tuple[type[nn.Module], ...], list[StageTrainer]] = {}
-    for course in courses:
-        model = _trained(course)
+    for trainer in trainers:
+        model = _trained_module(trainer)
         kind = (type(model), type(model.first_stage)) if isinstance(model, LogitTransform) else (type(model),)
-        kinds.setdefault(kind, []).append(course)
+        kinds.setdefault(kind, []).append(trainer)
     return [_stack(members) for members in kinds.values()]
 
 
-def _stack(courses: list[StageTrainer]) -> _Stack:
-    params = [_stacked(each) for each in zip(*(course.params.values() for course in courses), strict=True)]
-    models = [_trained(course) for course in courses]
-    on_frozen = [one for one in models if isinstance(one, LogitTransform)]
-    if on_frozen:
-        return _Stack(courses, params, _adjusted(on_frozen, dict(zip(courses[0].params, params, strict=True))))
-    return _Stack(courses, params, _classified(models, *params))
+def _stack(trainers: list[StageTrainer]) -> _Stack:
+    params = [_stack_params(each) for each in zip(*(trainer.params.values() for trainer in trainers), strict=True)]
+    models = [_trained_module(trainer) for trainer in trainers]
+    transforms = [model for model in models if isinstance(model, LogitTransform)]
+    if transforms:
+        logits = _transform_logits(transforms, dict(zip(trainers[0].params, params, strict=True)))
+    else:
+        logits = _classifier_logits(models, *params)
+    return _Stack(trainers, params, logits)
 
 
-def _trained(course: StageTrainer) -> nn.Module:
-    """What trains of a model without a decoder: `pack_key` lets only classifiers on stored features in."""
-    return course.model.classifier if isinstance(course.model, FeatureClassifier) else course.model
+def _trained_module(trainer: StageTrainer) -> nn.Module:
+    """The trained module of a model without a decoder: `pack_key` admits only classifiers on stored features."""
+    return trainer.model.classifier if isinstance(trainer.model, FeatureClassifier) else trainer.model
 
 
-def _classified(classifiers: Sequence[nn.Module], weight: Tensor, bias: Tensor | None = None) -> Logits:
-    """Logits of classifiers of one kind with stacked weight (M, C, D), and of linear ones bias (M, C)."""
+def _classifier_logits(classifiers: Sequence[nn.Module], weight: Tensor, bias: Tensor | None = None) -> Logits:
+    """Logits of classifiers of one kind with stacked weight (M, C, D), and bias (M, C) if they are linear."""
     number, num_classes, width = weight.shape
     if bias is not None:
         return lambda features: F.linear(features, weight.view(-1, width), bias.view(-1)).view(-1, number, num_classes)
-    temperatures = [[one.temperature] for one in classifiers if isinstance(one, CosineClassifier)]
+    temperatures = [[module.temperature] for module in classifiers if isinstance(module, CosineClassifier)]
     temperature = torch.tensor(temperatures, device=weight.device)
 
     def cosine(features: Tensor) -> Tensor:
@@ -302,44 +306,45 @@ def _classified(classifiers: Sequence[nn.Module], weight: Tensor, bias: Tensor |
     return cosine
 
 
-def _adjusted(models: Sequence[LogitTransform], params: Mapping[str, Tensor]) -> Logits:
-    """Logits of second stages of one kind with stacked parameters: first stages as one product, then each its own."""
-    first = [one.first_stage for one in models]
-    weights = torch.stack([one.weight.detach() for one in first])
-    biases = [one.bias.detach() for one in first if isinstance(one, LinearClassifier)]
-    first_logits = _classified(first, weights, *([torch.stack(biases)] if biases else []))
-    buffers = {name: torch.stack([one.get_buffer(name) for one in models]) for name, _ in models[0].named_buffers()}
+def _transform_logits(models: Sequence[LogitTransform], params: Mapping[str, Tensor]) -> Logits:
+    """Logits of second stages of one kind with stacked parameters: first stages as one product, then each transform."""
+    first = [model.first_stage for model in models]
+    weights = torch.stack([stage.weight.detach() for stage in first])
+    biases = [stage.bias.detach() for stage in first if isinstance(stage, LinearClassifier)]
+    first_logits = _classifier_logits(first, weights, *([torch.stack(biases)] if biases else []))
+    buffers = {name: torch.stack([model.get_buffer(name) for model in models]) for name, _ in models[0].named_buffers()}
 
-    def one(state: dict[str, Tensor], logits: Tensor, features: Tensor) -> Tensor:
+    def transform(state: dict[str, Tensor], logits: Tensor, features: Tensor) -> Tensor:
         return functional_call(models[0], state, (features, logits))
 
-    each = vmap(one, in_dims=(0, 1, None), out_dims=1)
-    return lambda features: each({**params, **buffers}, first_logits(features), features)
+    transform_all = vmap(transform, in_dims=(0, 1, None), out_dims=1)
+    return lambda features: transform_all({**params, **buffers}, first_logits(features), features)
 
 
-def _stacked(params: Sequence[Tensor]) -> Tensor:
+def _stack_params(params: Sequence[Tensor]) -> Tensor:
+    """Stack parameters, which become views of the stack."""
     stack = torch.stack([param.detach() for param in params])
-    for place, param in enumerate(params):
-        param.data = stack[place]
+    for index, param in enumerate(params):
+        param.data = stack[index]
     return stack.requires_grad_()
 
 
-def _joint_optimizer(courses: Sequence[StageTrainer]) -> torch.optim.Optimizer:
-    """One optimiser whose groups are the members': a step of it is a step of each, with its own rate and decay."""
+def _joint_optimizer(trainers: Sequence[StageTrainer]) -> torch.optim.Optimizer:
+    """One optimizer with a group for each member: its step is a step of each, with their own rates and decays."""
     groups = []
-    for course in courses:
-        (group,) = course.optimizer.param_groups
+    for trainer in trainers:
+        (group,) = trainer.optimizer.param_groups
         groups.append(dict(group))
-    joint = type(courses[0].optimizer)(groups)  # type: ignore[call-arg]
-    for course in courses:
-        for param in course.params.values():
-            if param in course.optimizer.state:
-                joint.state[param] = course.optimizer.state[param]
+    joint = type(trainers[0].optimizer)(groups)  # type: ignore[call-arg]
+    for trainer in trainers:
+        for param in trainer.params.values():
+            if param in trainer.optimizer.state:
+                joint.state[param] = trainer.optimizer.state[param]
     return joint
 
 
 def _result(
-    course: StageTrainer,
+    trainer: StageTrainer,
     losses: np.ndarray,
     norms: np.ndarray,
     epoch: int,
@@ -347,7 +352,7 @@ def _result(
     sizes: Sequence[int],
     seconds: float,
 ) -> StageEpochResult:
-    """A member's part; of the epoch's time it has an equal share."""
+    """A member's result, with an equal share of the epoch's time."""
     broken = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))
-    found = (losses[: broken[0] + 1] if broken.size else losses).tolist()
-    return course.trained(epoch, step + len(found), found, bool(broken.size), sizes, sum(sizes), seconds)
+    valid = (losses[: broken[0] + 1] if broken.size else losses).tolist()
+    return trainer.epoch_result(epoch, step + len(valid), valid, bool(broken.size), sizes, sum(sizes), seconds)

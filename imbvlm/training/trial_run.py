@@ -1,4 +1,4 @@
-"""The training loop of one trial: a generator that yields an EpochResult after every epoch, in plain torch."""
+"""The training loop of one trial in plain torch: yields an EpochResult after every epoch."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from imbvlm.training.trial_pack import PackMember, TrialPack
 from imbvlm.training.validation_logits import EpochValLogits
 
 NUM_FIRST_LOSSES = 8
-# Keeps what a second stage starts from apart from what its first stage started from.
+# Separates a second stage's random numbers from its first stage's.
 _SECOND_STAGE_STREAM = 0x2D57
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch gave: `epoch` from 1, `step` optimiser steps so far, fractions and seconds in `metrics`.
+    """The result of one epoch: `epoch` from 1, `step` optimizer steps so far, fractions and seconds in `metrics`.
 
-    `failure` is a sentence where a loss or gradient wasn't finite; the run ends with that result.
+    `failure` is a sentence if a loss or gradient was not finite; the run ends with that result.
     """
 
     epoch: int
@@ -68,9 +68,9 @@ def build_trial(
     world: WorkerGroup = SINGLE_WORKER,
     stream: ImageStream = stream_in_threads,
 ) -> TrialRun:
-    """A trial ready to run: the same configuration and seed give the same numbers whatever ran before it.
+    """Build a trial that is ready to run; its numbers depend on the configuration and the seed alone.
 
-    `stream` brings the images of a trial that reads them. Raises ImbvlmError where the method can't be built on these
+    `stream` reads the images of a trial that reads images. Raises ImbvlmError where the method can't be built on these
     features.
     """
     device, spans = torch.device(device), _spans(config, data)
@@ -87,10 +87,10 @@ def build_trial(
 
 
 class TrialRun:
-    """One trial: its model, what trains it at present, and where it stands.
+    """One trial: its model, the trainer of its present stage, and its progress.
 
-    With a second stage the epochs after the first stage's are its own: their metrics are those of the model with the
-    second stage's classifier, and the best values are the largest over both.
+    With a second stage the epochs after the first stage's have the metrics of the model with the second stage's
+    classifier; the best values are the largest over both stages.
     """
 
     def __init__(
@@ -115,50 +115,50 @@ class TrialRun:
         self.best: dict[str, float] = {}
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
-        # Of the last epoch; none where there would be too many.
+        # Validation logits of the last epoch; None where they would take too much memory.
         self.val_logits: EpochValLogits | None = None
         self.first_losses: list[float] = []
         self._first, self._last = spans
         self._computing, self.model = computing, model
         self.parameters = count_parameters(self.model, data.info)
-        self.feed = self._build_feed(stream)
-        # A compiled module shares the model's parameters and leaves the names in its state_dict alone.
-        compiled = config.train is not None and config.train.compile
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
-        self._evaluator = Evaluator(data, self.feed, device, world, self._computing.evaluating)
-        self._course = self._first_course() if self.entry.trains else None
+        self.batch_source = self._build_batch_source(stream)
+        # A compiled module shares the model's parameters and leaves the names in its state_dict unchanged.
+        is_compiled = config.train is not None and config.train.compile
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if is_compiled else self.model
+        self._evaluator = Evaluator(data, self.batch_source, device, world, self._computing.evaluating)
+        self._trainer = self._build_first_stage() if self.entry.trains else None
         self._second: SecondStageTrainer | None = None
-        # What a second stage has decided at its start, for its first epoch's metrics.
-        self._decided: dict[str, float] = {}
-        self._seat: PackMember | None = None
+        # Metrics of a second stage's start, which its first epoch reports.
+        self._start_metrics: dict[str, float] = {}
+        self._member: PackMember | None = None
 
     @property
     def num_epochs(self) -> int:
-        """Epochs of both stages; a method without training has one that only evaluates."""
+        """Epochs of both stages; a method that does not train has one epoch, which only evaluates."""
         return self._last.end_epoch
 
     def join(self, pack: TrialPack) -> None:
-        """Train with the others of a pack from now on; a run that goes on from a checkpoint trains alone."""
-        if self._course is not None and self.step == 0:
-            feed = CachedFeatureSource(self.data.info, self.entry.reads, self.device)
+        """Train with the other members of a pack from now on; a run that resumes from a checkpoint trains alone."""
+        if self._trainer is not None and self.step == 0:
+            batch_source = CachedFeatureSource(self.data.info, self.entry.reads, self.device)
             second = None if self.config.second_stage is None else self._begin_second_stage
-            self._seat = pack.add(self._course, feed, second, in_turns=self.entry.packs == "in_turns")
-            self._evaluator = replace(self._evaluator, feed=self._seat.feed)
+            self._member = pack.add(self._trainer, batch_source, second, in_turns=self.entry.packs == "in_turns")
+            self._evaluator = replace(self._evaluator, batch_source=self._member.batch_source)
 
     def leave_pack(self) -> None:
-        """The pack goes on without this run."""
-        if self._seat is not None:
-            self._seat.remove()
-            self._seat = None
+        """Leave the pack, which continues without this run."""
+        if self._member is not None:
+            self._member.remove()
+            self._member = None
 
     # ------------------------------------------------------------------------------------------------ training
 
     def epochs(self, after_step: Callable[[], None] = lambda: None) -> Iterator[EpochResult]:
-        """Train and evaluate epoch after epoch; a run that was restored at its end yields its last result again.
+        """Train and evaluate epoch by epoch; a run that was restored at its end yields its last result again.
 
-        `after_step` is called where the run could be saved, in the middle of an epoch too.
+        `after_step` is called where the run can be saved, also within an epoch.
         """
-        self._agree_on_epoch()
+        self._check_same_start()
         if self.epoch >= self.num_epochs and self.result is not None:
             yield self.result
             return
@@ -172,20 +172,20 @@ class TrialRun:
     def _run_epoch(self, after_step: Callable[[], None]) -> EpochResult:
         metrics: dict[str, float] = {}
         if self.epoch == self._first.end_epoch and self._second is None:
-            if self._seat is None:
+            if self._member is None:
                 self._begin_second_stage(None)
             else:
-                self._seat.pack.begin_second_stages()
-        metrics |= self._decided
-        self._decided = {}
+                self._member.pack.begin_second_stages()
+        metrics |= self._start_metrics
+        self._start_metrics = {}
         if self._second is not None:
             self._second.prepare()
-        course = self._course
-        if course is not None:
-            if self._seat is None:
-                trained = course.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
+        trainer = self._trainer
+        if trainer is not None:
+            if self._member is None:
+                trained = trainer.train_epoch(self.epoch, self.step, partial(self._stepped, after_step))
             else:
-                trained = self._seat.train_epoch(self.epoch, self.step)
+                trained = self._member.train_epoch(self.epoch, self.step)
             self.step = trained.step
             if self.epoch == 0:
                 self.first_losses = trained.losses[:NUM_FIRST_LOSSES]
@@ -194,25 +194,25 @@ class TrialRun:
             metrics |= trained.metrics
         self.epoch += 1
         metrics |= self._validate()
-        num_unreadable = self.feed.count_unreadable(self.world)
+        num_unreadable = self.batch_source.count_unreadable(self.world)
         if num_unreadable:
             metrics["data/unreadable_images"] = float(num_unreadable)
         if not math.isfinite(metrics.get("val/loss", 0.0)):
-            return EpochResult(self.epoch, self.step, {}, self._failure(course, "validation loss"))
+            return EpochResult(self.epoch, self.step, {}, self._failure(trainer, "validation loss"))
         return EpochResult(self.epoch, self.step, metrics)
 
     def _stepped(self, after_step: Callable[[], None], step: int) -> None:
         self.step = step
-        # Epochs of a second stage take seconds, and what it starts from isn't saved.
+        # Epochs of a second stage take seconds, and its start is not saved.
         if self._second is None:
             after_step()
 
-    def _failure(self, course: StageTrainer | None, what: str) -> str:
-        if course is None:
-            return f"the {what} of {self.config.method} isn't finite; look at the stored features"
-        return course.failure(what, self.epoch - 1, self.step)
+    def _failure(self, trainer: StageTrainer | None, noun: str) -> str:
+        if trainer is None:
+            return f"the {noun} of {self.config.method} isn't finite; check the stored features"
+        return trainer.failure(noun, self.epoch - 1, self.step)
 
-    def _first_course(self) -> StageTrainer:
+    def _build_first_stage(self) -> StageTrainer:
         train, optim = require_section(self.config.train), self.config.optim
         assert optim is not None, "TrialConfig gives every method that trains its optim section"
         objective = LossSchedule(
@@ -238,11 +238,12 @@ class TrialRun:
                 self.config.data.class_sampling,
                 train.seed,
                 num_epochs=self._first.num_epochs,
-                num_views=self.data.train.views,
+                num_views=self.data.train.num_views,
             ),
-            read=partial(self.feed.train, self.data.train),
+            read=partial(self.batch_source.train, self.data.train),
             losses_of=objective.at_epoch,
-            words=(objective.name, "lower optim.lr or raise optim.warmup_fraction"),
+            loss_name=objective.name,
+            fix="lower optim.lr or raise optim.warmup_fraction",
             device=self.device,
             world=self.world,
             autocast=self._computing.autocast,
@@ -250,7 +251,7 @@ class TrialRun:
             num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
         )
 
-    def _build_feed(self, stream: ImageStream) -> BatchSource:
+    def _build_batch_source(self, stream: ImageStream) -> BatchSource:
         if not isinstance(self.model, EncoderClassifier):
             return StoredFeatureSource(self.data.info, self.entry.reads, self.device, self._transfer())
         return ImageSource(
@@ -265,7 +266,7 @@ class TrialRun:
         )
 
     def _mixer(self) -> BatchMixer | None:
-        """What mixes the batches of the first stage, images or features by what the trial reads."""
+        """The mixer of the first stage's batches, of images or features."""
         images, features = self.config.mixing, self.config.feature_augmentation
         mixup = (0.0 if images is None else images.mixup) + (0.0 if features is None else features.mixup)
         cutmix = 0.0 if images is None else images.cutmix
@@ -283,15 +284,15 @@ class TrialRun:
         return FeatureTransfer(section.transfer, train, self.data.class_stats, self._seed)
 
     def _begin_second_stage(self, features: FrozenFeatures | None) -> SecondStageTrainer:
-        """The first stage has ended: put the second's classifier in place, and let it decide what it does at once."""
+        """Put the second stage's classifier in place after the first stage, and select what its start decides."""
         self._second = self._build_second_stage(features)
-        self._decided = self._second.start()
+        self._start_metrics = self._second.start()
         return self._second
 
     def _build_second_stage(self, features: FrozenFeatures | None = None) -> SecondStageTrainer:
-        """Freeze the decoder and put the second stage's classifier in place, untrained; its course is next."""
+        """Freeze the decoder and put the second stage's classifier in place, untrained; its trainer trains next."""
         config, model = self.config.second_stage, self.model
-        assert config is not None, "without a second stage there is no epoch behind the first's"
+        assert config is not None, "without a second stage there is no epoch after the first's"
         assert isinstance(model, FeatureClassifier), "METHODS lets only such methods have a second stage"
         seed = int(np.random.SeedSequence([_SECOND_STAGE_STREAM, self._seed]).generate_state(1)[0])
         with _seeded(seed):
@@ -299,7 +300,7 @@ class TrialRun:
                 config, require_section(self.config.train), model, self._last, self._evaluator, features
             )
         broadcast_state(model.classifier.state_dict(), self.world)
-        self._forward, self._course = model, second.course
+        self._forward, self._trainer = model, second.trainer
         return second
 
     # ---------------------------------------------------------------------------------------------- evaluation
@@ -309,20 +310,23 @@ class TrialRun:
         return self.counters(examples).compute(self.data.class_stats)
 
     def logits(self, examples: RowSource) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, evaluation crops, on the CPU; no other worker is needed.
+        """Float32 logits (N, C) of all examples in order, of their evaluation crops, on the CPU, by this worker alone.
 
-        Those of an image that can't be read are NaN.
+        The logits of an unreadable image are NaN.
         """
         self.model.eval()
         return self._evaluator.logits(self._forward, examples)
 
     def counters(self, examples: RowSource) -> ClassCounters:
-        """Per-class counts over the examples, added over workers: each does its strided share."""
+        """Per-class counts over the examples, summed over workers, each of which evaluates every n-th example."""
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
 
     def evaluate_full(self, examples: RowSource, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> EvalResult:
-        """As `counters`, with what a report shows besides, also of adjusted logits; every worker must call it."""
+        """As `counters`, with the further results that reports show; every worker must call it.
+
+        `adjust` gives adjusted logits, which are evaluated too.
+        """
         self.model.eval()
         return self._evaluator.evaluate_full(self._forward, examples, adjust)
 
@@ -332,7 +336,7 @@ class TrialRun:
         return self._evaluator.evaluate_full(self._forward, examples, views=range(examples.num_views))
 
     def _validate(self) -> dict[str, float]:
-        """`val/` metrics and running maxima of the accuracies; empty where nothing is held out (a refit)."""
+        """`val/` metrics and running maxima of the accuracies; empty without validation rows (in a refit)."""
         if len(self.data.val.labels) == 0:
             return {}
         started = time.perf_counter()
@@ -353,14 +357,14 @@ class TrialRun:
             "time/eval_seconds": time.perf_counter() - started,
         }
 
-    # ---------------------------------------------------------------------------------------------- its state
+    # -------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> TrialState:
-        """All that a run built from the same configuration needs to go on with the same numbers."""
+        """The state with which a run of the same configuration resumes to the same numbers."""
         tensors = as_tensor_names("model/", own_state_dict(self.model))
-        if self._course is not None:
+        if self._trainer is not None:
             for name, param in self.model.named_parameters():
-                tensors |= as_tensor_names(f"optimizer/{name}/", self._course.optimizer.state.get(param, {}))
+                tensors |= as_tensor_names(f"optimizer/{name}/", self._trainer.optimizer.state.get(param, {}))
         metrics = {} if self.result is None else self.result.metrics
         scalars = {
             "trial": self._identity(),
@@ -369,12 +373,12 @@ class TrialRun:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "metrics": metrics,
-            "losses": [] if self._course is None else self._course.losses_so_far(),
+            "losses": [] if self._trainer is None else self._trainer.losses_so_far(),
         }
         return TrialState(tensors, scalars)
 
     def load_state_dict(self, state: TrialState) -> None:
-        """Go on from a state; raises CheckpointError where it is another trial's or lacks something."""
+        """Resume from a state; raises CheckpointError for another trial's or an incomplete one."""
         if state.scalars.get("trial") != self._identity():
             raise CheckpointError("the checkpoint is of a trial with another configuration")
         try:
@@ -382,8 +386,8 @@ class TrialRun:
             if self.epoch > self._first.end_epoch:
                 self._second = self._build_second_stage()
             self._load_tensors(state)
-            if self._course is not None:
-                self._course.go_on_from(state.scalars["losses"])
+            if self._trainer is not None:
+                self._trainer.resume_from(state.scalars["losses"])
             self.best, self.best_epoch = dict(state.scalars["best"]), dict(state.scalars["best_epoch"])
             self.result = EpochResult(self.epoch, self.step, dict(state.scalars["metrics"]))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -393,23 +397,23 @@ class TrialRun:
         prefix = "model/"
         model = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
         load_own_state_dict(self.model, model)
-        if self._course is None:
+        if self._trainer is None:
             return
         for name, param in self.model.named_parameters():
             start = f"optimizer/{name}/"
-            found = {key.removeprefix(start): t for key, t in state.tensors.items() if key.startswith(start)}
-            if found:
-                self._course.optimizer.state[param] = {key: _state_of(param, kept) for key, kept in found.items()}
+            saved = {key.removeprefix(start): t for key, t in state.tensors.items() if key.startswith(start)}
+            if saved:
+                self._trainer.optimizer.state[param] = {key: _like(param, tensor) for key, tensor in saved.items()}
 
-    def _agree_on_epoch(self) -> None:
-        """Workers that start at different epochs or steps would wait for each other for ever."""
-        places = torch.tensor([self.epoch, -self.epoch, self.step, -self.step])
-        latest, earliest, last_step, first_step = self.world.max(places).tolist()
+    def _check_same_start(self) -> None:
+        """Raise ImbvlmError for workers that start at different epochs or steps: they would wait forever."""
+        extremes = torch.tensor([self.epoch, -self.epoch, self.step, -self.step])
+        latest, earliest, last_step, first_step = self.world.max(extremes).tolist()
         if latest != -earliest or last_step != -first_step:
             raise ImbvlmError(
                 f"the trial's workers were restored at different epochs ({-earliest} to {latest}) or steps "
-                f"({-first_step} to {last_step}): all of them must see the same checkpoint, so keep it in shared "
-                "storage (s3:// or a network file system)"
+                f"({-first_step} to {last_step}). All of them must see the same checkpoint: keep it in shared storage "
+                "(s3:// or a network file system)."
             )
 
     def _identity(self) -> str:
@@ -423,18 +427,18 @@ class TrialRun:
 
 
 def _augmentation(section: AugmentationConfig | None) -> Augmentation:
-    """A frozen tower's fresh crops are drawn as its stored views are, so that both can be compared."""
+    """The augmentation; a frozen encoder's fresh crops have the distribution of its stored views, for comparison."""
     if section is None:
         return Augmentation(crop_scale=CROP_SCALE)
-    knobs = section.model_dump(exclude={"min_scale", "color_jitter"})
-    return Augmentation(**knobs, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
+    options = section.model_dump(exclude={"min_scale", "color_jitter"})
+    return Augmentation(**options, crop_scale=(section.min_scale, 1.0), jitter=section.color_jitter)
 
 
-def _state_of(param: Tensor, kept: Tensor) -> Tensor:
-    """What an optimiser had for a parameter, laid out in memory as that is: its fused kernels count on it."""
-    if kept.shape != param.shape:
-        return kept.to(param.device, copy=True)
-    return torch.empty_like(param.detach(), dtype=kept.dtype).copy_(kept)
+def _like(param: Tensor, saved: Tensor) -> Tensor:
+    """A saved optimizer tensor in the parameter's memory layout, which fused kernels require."""
+    if saved.shape != param.shape:
+        return saved.to(param.device, copy=True)
+    return torch.empty_like(param.detach(), dtype=saved.dtype).copy_(saved)
 
 
 def _spans(config: TrialConfig, data: TrialData) -> tuple[Span, Span]:
@@ -463,7 +467,7 @@ def _seed_of(config: TrialConfig) -> int:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator started from a seed, and given back as it was."""
+    """Within, torch's CPU generator starts from a seed; its state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""One trial from settings to its last report, the same for every driver: restore, train, checkpoint, save, score."""
+"""One trial from its settings to its last report, for every driver: restore, train, checkpoint, save, score."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ TrialReport = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What a driver is told about one trial; JSON-able.
+    """A driver's settings for one trial; plain data for JSON.
 
-    `patience` epochs without a new maximum of `objective` end a baseline; `model_folder` is where a refit leaves its
-    weights and what reports show of its classes; `score_test` reads the test split once, after the last epoch, also
-    with the logits adjusted by `post_hoc` (a PostHocAdjustment); `logits_file` is where validation logits are kept;
-    `marker` is a file of the sweep, which a machine that doesn't share its folder would lack.
+    A baseline ends after `patience` epochs without a new maximum of `objective`. A refit writes its weights and its
+    results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
+    logits adjusted by `post_hoc` (a PostHocAdjustment). Validation logits go to `logits_file`. `marker` is a file of
+    the sweep; a machine that lacks it doesn't share the sweep's folder.
     """
 
     config: Tree
@@ -65,18 +65,18 @@ class TrialSettings:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> TrialSettings:
-        """Back from `to_dict`."""
+        """The inverse of `to_dict`."""
         return TrialSettings(**data)
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a trial reads, for those with the same `key`; `held` are this machine's copies of all of it."""
+    """The data of all trials with the same `key`; `pinned` are this machine's copies of it."""
 
     key: str
     features: FeatureSet
     data: TrialData
-    held: Sequence[PinnedCopy]
+    pinned: Sequence[PinnedCopy]
 
 
 def default_device() -> torch.device:
@@ -85,7 +85,7 @@ def default_device() -> torch.device:
 
 
 class TrialSession:
-    """Opens what a trial reads and yields its reports; data that the next trial shares stays open."""
+    """Opens a trial's data and yields its reports; data that the next trial shares stays open."""
 
     def __init__(
         self, device: torch.device, world: WorkerGroup = SINGLE_WORKER, stream: ImageStream = stream_in_threads
@@ -94,14 +94,14 @@ class TrialSession:
         self._opened: _Opened | None = None
 
     def reports(self, settings: TrialSettings, pack: TrialPack | None = None) -> Generator[TrialReport, None, None]:
-        """One report an epoch with `epoch`, `progress` (share of the trial) and metrics.
+        """One report an epoch with `epoch`, `progress` (fraction of the trial) and metrics.
 
-        A trial that trains with a pack has an empty report before its first epoch: it has joined. One whose checkpoint
-        is damaged starts again from its first epoch, and its first report has the reason as `restart`.
+        A trial that trains with a pack has an empty report before its first epoch, when it has joined. A trial with a
+        damaged checkpoint starts again from its first epoch; its first report has the reason as `restart`. The last
+        report has `done_training`, or `failure` with a sentence: a retry would fail again.
 
-        The last has `done_training`, or `failure` where it broke. What would come again is a report,
-        so that nobody retries it; storage that is away for a while raises, what machines lack, and PackError, since
-        each of a pack's trials may go on alone.
+        Errors that a retry may avoid are raised: OSError, StorageError, LostProcessesError, and PackError, after which
+        each trial of the pack may continue alone.
         """
         epoch = 0
         try:
@@ -120,7 +120,7 @@ class TrialSession:
         config = TrialConfig.from_tree(settings.config)
         if settings.marker is not None and not storage.exists(settings.marker):
             host = socket.gethostname()
-            raise StorageError(f"{host} doesn't see {settings.marker}: the sweep's folder must be shared by all nodes")
+            raise StorageError(f"{host} doesn't see {settings.marker}; all nodes must share the sweep's folder")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         memory = PeakMemory.start(self._device)
@@ -128,7 +128,7 @@ class TrialSession:
         data, feature_set = opened.data, opened.features
         run, damage = self._restored(config, data, settings.checkpoint_folder)
         restart: TrialReport = {} if damage is None else {"restart": damage}
-        keeper = (
+        logits_writer = (
             None
             if settings.logits_file is None
             else ValLogitsWriter.open(settings.logits_file, data.val, data.class_stats)
@@ -137,17 +137,17 @@ class TrialSession:
             if pack is not None:
                 run.join(pack)
                 yield {}
-            for report in self._reports_of(run, feature_set, settings, keeper):
+            for report in self._reports_of(run, feature_set, settings, logits_writer):
                 yield {**report, **restart, **self._peak(memory)} if report.get("done_training") else report | restart
                 restart = {}
         finally:
-            # A trial that the scheduler stops ends here, too.
+            # Also reached when the scheduler stops the trial.
             run.leave_pack()
-            if keeper is not None and self._world.rank == 0:
-                keeper.flush()
+            if logits_writer is not None and self._world.rank == 0:
+                logits_writer.flush()
 
     def _restored(self, config: TrialConfig, data: TrialData, folder: str | None) -> tuple[TrialRun, str | None]:
-        """A run as its checkpoint left it; a new one, with the reason, where some worker finds that one damaged."""
+        """A run in its checkpoint's state; a new one, with the reason, if any worker finds the checkpoint damaged."""
 
         def new_run() -> TrialRun:
             return build_trial(config, data, self._device, self._world, self._stream)
@@ -160,20 +160,20 @@ class TrialSession:
                 damage = str(error)
         if not int(self._world.max(torch.tensor(int(damage is not None)))):
             return run, None
-        # A part of the state may be in the run already, and a GPU may have no room for two.
+        # The run may have a part of the state already, and a GPU may have no space for two runs.
         del run
         return new_run(), damage or f"another worker of the trial found the checkpoint in {folder} damaged"
 
     def _reports_of(
-        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, keeper: ValLogitsWriter | None
+        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, logits_writer: ValLogitsWriter | None
     ) -> Iterator[TrialReport]:
         objective, folder = settings.objective.removeprefix("val/"), settings.checkpoint_folder
         saved_at = time.monotonic()
 
         def save_when_due() -> None:
             nonlocal saved_at
-            due = time.monotonic() - saved_at >= settings.checkpoint_seconds
-            if folder is not None and self._world.rank == 0 and due:
+            is_due = time.monotonic() - saved_at >= settings.checkpoint_seconds
+            if folder is not None and self._world.rank == 0 and is_due:
                 save_checkpoint(folder, run.state_dict())
                 saved_at = time.monotonic()
 
@@ -181,13 +181,13 @@ class TrialSession:
             progress = result.epoch / run.num_epochs
             report: TrialReport = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
             best_epoch = run.best_epoch.get(objective, 0)
-            patient = settings.patience is None or result.epoch - best_epoch < settings.patience
+            has_patience = settings.patience is None or result.epoch - best_epoch < settings.patience
             if result.failure is not None:
                 yield {**report, "failure": result.failure, "done": True}
                 return
-            is_last = result.epoch == run.num_epochs or not patient
-            if keeper is not None:
-                self._keep_logits(keeper, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
+            is_last = result.epoch == run.num_epochs or not has_patience
+            if logits_writer is not None:
+                self._keep_logits(logits_writer, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
             if is_last:
                 yield {**report, **self._finish(run, feature_set, settings), "done_training": True, "done": True}
                 return
@@ -195,59 +195,61 @@ class TrialSession:
             yield {**report, "done": False}
 
     def _peak(self, memory: PeakMemory) -> TrialReport:
-        """The largest worker's; every worker must call it."""
+        """The peak memory of the worker with the largest; every worker must call it."""
         largest = int(self._world.max(torch.tensor(memory.bytes() or 0)))
         return {"memory/peak_bytes": largest} if largest else {}
 
-    def _keep_logits(self, keeper: ValLogitsWriter, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool) -> None:
-        """Every worker must call it: each has the logits of its share alone."""
+    def _keep_logits(
+        self, logits_writer: ValLogitsWriter, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool
+    ) -> None:
+        """Save an epoch's logits; every worker must call it, since each has only its share of them."""
         if run.val_logits is not None and (is_best or is_last):
             logits = run.val_logits.gathered(self._world)
             if self._world.rank == 0:
-                keeper.keep(epoch, logits, is_best=is_best, is_last=is_last)
+                logits_writer.keep(epoch, logits, is_best=is_best, is_last=is_last)
 
     def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
         outputs, of_test = stored_outputs(config), list[OutputName]()
         if settings.score_test and (settings.post_hoc or {}).get("alpha"):
             of_test.append("image_embedding")
         features = FeatureSet.from_dict(settings.feature_set)
-        # Copies of what the next trial doesn't read would keep their room.
-        copied = "" if features.copies is None else f"{sorted(outputs)} {of_test}"
+        # Pinned copies of outputs that the next trial doesn't read would keep their space.
+        copied = "" if features.cache is None else f"{sorted(outputs)} {of_test}"
         key = f"{config.data.model_dump_json()} {config.reads_images} {features.to_dict()} {settings.refit} {copied}"
         if self._opened is None or self._opened.key != key:
-            # First let go: this machine may have no room for copies of both.
+            # Released first: this machine may have no space for copies of both.
             self._opened = None
-            features, held = pin_features(features, outputs, of_test)
-            self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), held)
+            features, pinned = pin_features(features, outputs, of_test)
+            self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), pinned)
         return self._opened
 
     def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> TrialReport:
         scored: TrialReport = {}
-        examined = {}
+        results = {}
         if settings.score_test:
             examples = TrialData.open_split(run.config, feature_set, "test")
             adjust = None
             if settings.post_hoc is not None:
                 stored = TrialData.open_stored(run.config, feature_set, "test")
                 adjust = LogitAdjuster(PostHocAdjustment(**settings.post_hoc), run.data, stored, self._device)
-            found = run.evaluate_full(examples, adjust)
-            scored = {f"test/{name}": value for name, value in found.metrics(run.data.class_stats).items()}
-            if found.adjusted is not None:
-                adjusted = found.adjusted.metrics(run.data.class_stats)
+            result = run.evaluate_full(examples, adjust)
+            scored = {f"test/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
+            if result.adjusted is not None:
+                adjusted = result.adjusted.metrics(run.data.class_stats)
                 scored |= {f"test_post_hoc/{name}": value for name, value in adjusted.items()}
-            examined["test"] = (examples, found)
+            results["test"] = (examples, result)
         for split in feature_set.five_crop:
             if split != "test" or settings.score_test:
                 crops = run.evaluate_views(TrialData.open_five_crops(run.config, feature_set, split))
                 scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
         if settings.model_folder is not None and self._world.rank == 0:
             save_model(settings.model_folder, run.model.eval())
-            write_class_record(settings.model_folder, class_record(run, examined))
+            write_class_record(settings.model_folder, class_record(run, results))
         return scored
 
 
 def _sentence(error: Exception) -> str:
-    """The error for its user; what isn't ours says where it happened."""
+    """The error for the user; an unexpected error names its file and line."""
     if isinstance(error, ImbvlmError):
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]

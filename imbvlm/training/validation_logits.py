@@ -1,4 +1,4 @@
-"""Validation logits that a trial leaves for what is chosen after training: those of its best epoch and of its last."""
+"""Validation logits of a trial's best and last epoch, for selections after training."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from imbvlm.features.trial_data import RowSource
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.worker_group import WorkerGroup
 
-# Of one epoch's logits in half precision; a trial with more of them keeps none.
+# Limit on one epoch's logits in half precision; a trial with more saves none.
 MAX_BYTES = 512 * 2**20
-# A trial that learns in every epoch doesn't write in every epoch.
+# Pause between writes of a trial that improves in every epoch.
 WRITE_SECONDS = 30.0
 _LOWEST = torch.finfo(torch.float16).min
 
 
 class EpochValLogits:
-    """One epoch's validation logits (N, C) as they are computed, in half precision and relative to each row's largest.
+    """Collects one epoch's validation logits (N, C) in half precision, relative to each row's largest.
 
-    So what decides between classes is exact, however large a cosine classifier's logits are; no softmax, adjustment or
-    mixture hangs on what is taken from a whole row.
+    Differences between likely classes are thus exact, however large a cosine classifier's logits are. No softmax,
+    adjustment or mixture depends on a constant that is subtracted from a whole row.
     """
 
     def __init__(self, num_rows: int, num_classes: int) -> None:
@@ -39,18 +39,18 @@ class EpochValLogits:
 
     @staticmethod
     def fits(num_rows: int, num_classes: int) -> bool:
-        """Whether so many logits are kept at all."""
+        """Whether the logits are within MAX_BYTES."""
         return 0 < 2 * num_rows * num_classes <= MAX_BYTES
 
     def add(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
-        """The logits (B, C) of some rows (B,)."""
+        """Add the logits (B, C) of rows (B,)."""
         index = torch.from_numpy(rows)
         relative = logits.float() - logits.float().amax(dim=1, keepdim=True)
         self._values[index] = relative.clamp(min=_LOWEST).to("cpu", torch.float16)
         self._seen[index] = 1
 
     def gathered(self, world: WorkerGroup) -> Tensor:
-        """All rows' logits (N, C); NaN for those that no worker has seen. Every worker must call it."""
+        """All rows' logits (N, C), NaN for rows that no worker has added. Every worker must call it."""
         values, seen = self._values, self._seen
         if world.world_size > 1:
             values, seen = world.sum(values.float()).half(), world.sum(seen)
@@ -60,9 +60,9 @@ class EpochValLogits:
 
 @dataclass(frozen=True)
 class SavedValLogits:
-    """What a trial left: logits (N, C) of its last epoch, if it came to its end, and of its best, in half precision.
+    """A trial's saved logits (N, C) in half precision: of its best epoch, and of its last if it was completed.
 
-    `targets` (N,) are the rows' classes, `class_counts` and `split_counts` (C,) those of training.
+    `targets` (N,) are the rows' classes; `stats` has the class counts of training.
     """
 
     epochs: Mapping[str, int]
@@ -71,18 +71,18 @@ class SavedValLogits:
     stats: ClassStats
 
     def best(self) -> Tensor | None:
-        """Of the best epoch by the objective."""
+        """Logits of the best epoch by the objective."""
         return self.logits.get("best")
 
     def last(self) -> Tensor | None:
-        """Of the last epoch; None for a trial that was stopped."""
+        """Logits of the last epoch; None for a trial that was stopped."""
         if self.epochs.get("last") is not None and self.epochs["last"] == self.epochs.get("best"):
             return self.best()
         return self.logits.get("last")
 
 
 def read_logits(uri: str) -> SavedValLogits | None:
-    """What a trial left at a location; None where there is nothing whole."""
+    """A trial's saved logits; None where there is no intact file."""
     if not storage.exists(uri):
         return None
     try:
@@ -96,16 +96,16 @@ def read_logits(uri: str) -> SavedValLogits | None:
 
 
 def file_bytes(num_rows: int, num_classes: int) -> int:
-    """The most that one trial leaves of so many rows and classes: two epochs' logits, and what they are of."""
+    """Limit on the size of one trial's file: two epochs' logits, targets and counts."""
     if not EpochValLogits.fits(num_rows, num_classes):
         return 0
     return 4 * num_rows * num_classes + 4 * num_rows + 16 * num_classes
 
 
 class ValLogitsWriter:
-    """Writes a trial's validation logits: a new best one at most so often, everything when the trial ends.
+    """Writes a trial's validation logits: a new best at most every `seconds`, everything when the trial ends.
 
-    What an earlier run of the same trial has left goes on to count.
+    The file of an earlier run of the same trial counts as its start.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ValLogitsWriter:
         self._uri, self._seconds = uri, seconds
         self._fixed = {
             "targets": torch.from_numpy(val.labels.astype(np.int32)),
-            # Copies: the two can be one array, which safetensors refuses.
+            # Copied, since both may be the same array, which safetensors rejects.
             "class_counts": torch.tensor(stats.counts),
             "split_counts": torch.tensor(stats.split_counts),
         }
@@ -128,19 +128,19 @@ class ValLogitsWriter:
         return ValLogitsWriter(uri, val, stats, read_logits(uri), seconds)
 
     def keep(self, epoch: int, logits: Tensor, *, is_best: bool, is_last: bool) -> None:
-        """Take an epoch's logits (N, C)."""
-        for name, wanted in (("best", is_best), ("last", is_last)):
-            if wanted:
+        """Keep an epoch's logits (N, C) as the best, the last, or both."""
+        for name, is_kept in (("best", is_best), ("last", is_last)):
+            if is_kept:
                 self._epochs[name], self._logits[name], self._is_dirty = epoch, logits, True
         if is_last or time.monotonic() - self._written_at >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Write what hasn't been written yet."""
+        """Write the logits that are not written yet."""
         if not self._is_dirty:
             return
-        same = self._epochs.get("last") == self._epochs.get("best")
-        kept = {name: value for name, value in self._logits.items() if not (name == "last" and same)}
+        is_same = self._epochs.get("last") == self._epochs.get("best")
+        logits = {name: value for name, value in self._logits.items() if not (name == "last" and is_same)}
         epochs = torch.tensor([self._epochs.get("best", 0), self._epochs.get("last", 0)])
-        storage.write_bytes(self._uri, save_safetensors({**kept, **self._fixed, "epochs": epochs}))
+        storage.write_bytes(self._uri, save_safetensors({**logits, **self._fixed, "epochs": epochs}))
         self._written_at, self._is_dirty = time.monotonic(), False

@@ -259,7 +259,7 @@ def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_
         save_checkpoint(folder, state(1))
         read_only[0] = True
         begin = time.monotonic()
-        sentence = r"is denied for access key .*; look at the keys and at the bucket's policy"
+        sentence = r"is denied for access key .*; check the keys and the bucket's policy"
         with pytest.raises(StorageError, match=sentence) as caught:
             save_checkpoint(folder, state(2))
         assert time.monotonic() - begin < 10

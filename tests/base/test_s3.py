@@ -68,7 +68,7 @@ def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3: S3Server)
     # Two classes of five images in all are too few to select by, and nothing else is wrong.
     (error,) = [one for one in check_manifest(found).findings if one.severity == "error"]
     assert "no class has a validation image" in error.message
-    assert carve_validation(found, 0).tolist() == []
+    assert carve_validation(found.label_rows(), 0).tolist() == []
     gone = found.table.column("uri").to_pylist()[0]
     boto3.client("s3").delete_object(Bucket=BUCKET, Key=gone.split("/", 3)[3])
     assert f"1 file of 5 missing: {gone}" in str(check_manifest(found))
@@ -122,7 +122,7 @@ def test_a_missing_object_is_a_bad_row_and_not_a_failure(s3: S3Server) -> None:
         fetch(f"s3://{BUCKET}/pets/none.png", None)
     with pytest.raises(StorageError, match="is not there"):
         storage.read_bytes(f"s3://{BUCKET}/pets/none.parquet")
-    with pytest.raises(StorageError, match="nothing is below"):
+    with pytest.raises(StorageError, match="has no objects below it"):
         list_tree(f"s3://{BUCKET}/nothing")
 
 
@@ -287,7 +287,7 @@ def test_of_runs_that_start_together_on_s3_one_has_the_folder(
 ) -> None:
     """Where the store knows no conditional writes, after a wait that is longer than a write takes."""
     for module, name, seconds in ((folder_lease, "HEARTBEAT_TIMEOUT_SECONDS", 0.3),
-                                  (folder_lease, "LOOK_SECONDS", 0.02),
+                                  (folder_lease, "POLL_SECONDS", 0.02),
                                   (lease_file, "SETTLE_SECONDS", 0.5)):  # fmt: skip
         monkeypatch.setattr(module, name, seconds)
     with proxy(server, conditions=conditions) as endpoint:

@@ -50,6 +50,7 @@ NOT_TAKEN = {
     "hdfs://host/a": r"hdfs://host/a: only local paths",
     "file:/runs": r"file:/runs is no location; it should look like file:///runs",
     "a\0b": r"null character, which no path can have",
+    "data:image/png;base64,iVBOR": r"data:image/png;base64,iVBOR\.\.\. is the content of an image and no location",
 }
 
 
@@ -77,6 +78,12 @@ def test_words_before_a_colon_are_folders_as_ever(tmp_path: Path, monkeypatch: p
         assert storage.read_bytes(path) == b"x"
 
 
+def test_an_empty_name_is_no_folder_for_output() -> None:
+    assert storage.folder_problem("") == "an empty name is no folder; the current folder is `.`"
+    assert storage.folder_problem(".") is None
+    assert storage.folder_problem("gs://bucket") == storage.location_problem("gs://bucket")
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
     assert not storage.exists(absent)
@@ -90,8 +97,9 @@ def test_causes_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(StorageError, match=r"can't read .*tmp|can't read "):
         storage.read_bytes(str(tmp_path))
-    with pytest.raises(StorageError, match=r"can't write .*file/below: Not a directory|can't write .*file/below"):
-        storage.write_bytes(str(tmp_path / "file" / "below"), b"y")
+    for parts in (("below",), ("further", "below")):
+        with pytest.raises(StorageError, match=r"can't write .*below: /.*/file is a file and no folder; choose"):
+            storage.write_bytes(str(tmp_path.joinpath("file", *parts)), b"y")
 
 
 def test_files_and_folders_are_removed(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_a_key_given_twice_is_refused_at_any_depth_with_both_lines() -> None:
     with pytest.raises(ConfigError) as error:
         parse_yaml(text, "f.yaml")
     assert [str(problem) for problem in error.value.problems] == [
-        "f.yaml:3: 'c' is given twice, first on line 2; keep one",
-        "f.yaml:5: 'a' is given twice, first on line 1; keep one",
+        "f.yaml:3: 'c' is given twice, first on line 2. Keep one.",
+        "f.yaml:5: 'a' is given twice, first on line 1. Keep one.",
     ]
 
 

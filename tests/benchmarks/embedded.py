@@ -34,14 +34,13 @@ def features(
     folder: Path,
     num_views: int = 1,
     splits: tuple[str, ...] = ("train", "val"),
-    tail_views: int | None = None,
     text: bool = False,
     outputs: frozenset[OutputName] = frozenset({"pooled"}),
 ) -> FeatureSet:
-    """Outputs of these splits, of training so many views, and more of few-shot classes; class names' texts."""
+    """Outputs of these splits, of training so many views; class names' texts."""
     manifest = Manifest.read(MANIFEST)
     present = tuple(split for split in splits if split in manifest.splits)
-    wanted = config(features__num_views=num_views, features__tail_views=tail_views)
+    wanted = config(features__num_views=num_views)
     with extraction_in_this_process():
         return ensure_features(wanted, manifest, str(folder), outputs, present, text=text, report=lambda line: None)
 

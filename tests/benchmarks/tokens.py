@@ -16,6 +16,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.shard_file import as_tensor
 from imbvlm.features.store_layout import TOWER_FILE
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.encoders.token_pooling import pooling_matrix
@@ -62,7 +63,7 @@ def _variant(whole: FeatureSet, folder: Path, int8: bool, side: int) -> FeatureS
         shapes = {**store.layout.shapes, "tokens": (len(pool), info.token_width)}
         made_of = FeatureStore.create(folders[split], replace(store.layout, shapes=shapes, int8_tokens=int8))
         for shard in range(store.layout.num_shards):
-            tokens = pool @ store.view("tokens", shard).float()
+            tokens = pool @ as_tensor(store.mapped_shard("tokens", shard).values).float()
             made_of.write("tokens", shard, tokens.numpy(), [None] * len(tokens))
         storage.write_bytes(str(folder / split / TOWER_FILE), storage.read_bytes(storage.join(place, TOWER_FILE)))
     return replace(whole, folders=folders, info=replace(info, num_tokens=len(pool), token_pooling=side))

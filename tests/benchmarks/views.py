@@ -14,7 +14,6 @@ from imbvlm.training.trial_run import TrialRun, build_trial
 
 SEEDS = range(5)
 NUM_VIEWS = (1, 2, 4, 8)
-TAIL_VIEWS = (4, 8)
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -27,9 +26,6 @@ def lines(options: Options) -> Iterator[Line]:
     )
     for num_views in NUM_VIEWS:
         yield _accuracies(f"num_views {num_views}", found, num_views, options)
-    for tail_views in TAIL_VIEWS:
-        tail = embedded.features(options.folder, 1, splits, tail_views)
-        yield _accuracies(f"num_views 1, tail_views {tail_views}", tail, 1, options)
     yield _accuracies("a fresh crop in each epoch", found, "fresh", options)
 
 
@@ -50,10 +46,10 @@ def _score(found: FeatureSet, num_views: int | str, seed: int, options: Options)
 
 def _draw_fresh(run: TrialRun) -> None:
     """View e + 1 in epoch e (from 0): no crop comes twice, and the evaluation crop isn't among them."""
-    plan_of = run._course.plan_of
+    plan_of = run._trainer.plan_of
 
     def fresh(epoch: int) -> EpochPlan:
         plan = plan_of(epoch)
         return EpochPlan(plan.rows, np.full_like(plan.views, epoch + 1))
 
-    run._course.plan_of = fresh
+    run._trainer.plan_of = fresh

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from imbvlm.base.errors import ConfigError
-from imbvlm.base.schema import flatten, tag_of, violated_rule
+from imbvlm.base.schema import ADDED_LATER, Section, digest_tree, flatten, tag_of, violated_rule
 from imbvlm.base.yaml_file import dump_yaml, parse_yaml
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
@@ -71,20 +72,20 @@ features: null
     assert sorted(found, key=lambda one: int(one.split(":")[1])) == [
         "f.yaml:1: data.class_sampling is 'squareroot', which is not one of its values; did you mean 'square_root'?",
         "f.yaml:1: unknown key 'data.split_sed'; did you mean 'split_seed'?",
-        "f.yaml:2: encoder.name must be a valid string, and is 3",
-        "f.yaml:2: encoder.image_size must be greater than or equal to 8, and is 4",
+        "f.yaml:2: encoder.name must be a valid string, and is 3.",
+        "f.yaml:2: encoder.image_size must be greater than or equal to 8, and is 4.",
         "f.yaml:5: decoder.width must be a multiple of decoder.num_heads (4), got 30.",
-        "f.yaml:7: prompts.templates.1 must be a valid string, and is 3",
-        "f.yaml:8: classifier.temperature must be greater than 0, and is 0",
+        "f.yaml:7: prompts.templates.1 must be a valid string, and is 3.",
+        "f.yaml:8: classifier.temperature must be greater than 0, and is 0.",
         "f.yaml:8: unknown key 'classifier.knd' for classifier cosine; did you mean 'kind'?",
-        "f.yaml:11: unknown key 'loss.gamma' for loss cross_entropy; only focal has it",
-        "f.yaml:12: optim.lr must be a valid number, and is '3'",
-        "f.yaml:12: optim.betas.0 must be less than 1, and is 1",
-        "f.yaml:12: unknown key 'optim.momentum' for optim adamw; only sgd has it",
+        "f.yaml:11: unknown key 'loss.gamma' for loss cross_entropy; only focal has it.",
+        "f.yaml:12: optim.lr must be a valid number, and is '3'.",
+        "f.yaml:12: optim.betas.0 must be less than 1, and is 1.",
+        "f.yaml:12: unknown key 'optim.momentum' for optim adamw; only sgd has it.",
         "f.yaml:15: train must have either num_epochs or num_steps, got both. Remove one.",
-        "f.yaml:16: train.seed must be a valid integer, and is True",
+        "f.yaml:16: train.seed must be a valid integer, and is True.",
         "f.yaml:17: unknown key 'evl'; did you mean 'eval'?",
-        "f.yaml:18: features must be a section of keys, and is None",
+        "f.yaml:18: features must be a section of keys, and is None.",
     ]
 
 
@@ -100,13 +101,13 @@ def test_the_error_survives_the_way_from_another_process() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[]", ["f.yaml:1: the file must be a section of keys, and is []"]),
-        ("3", ["f.yaml:1: the file must be a section of keys, and is 3"]),
-        ("", [f"f.yaml: {key!r} is required and is not given" for key in ("data", "encoder", "method")]),
+        ("[]", ["f.yaml:1: the file must be a section of keys, and is []."]),
+        ("3", ["f.yaml:1: the file must be a section of keys, and is 3."]),
+        ("", [f"f.yaml: {key!r} is required and is not given." for key in ("data", "encoder", "method")]),
         (
             "data: {manifest: x}\nencoder: {}\nmethod: decodr",
             [
-                "f.yaml:2: 'encoder.name' is required and is not given",
+                "f.yaml:2: 'encoder.name' is required and is not given.",
                 "f.yaml:3: method is 'decodr', which is not one of its values; did you mean 'decoder'?",
             ],
         ),
@@ -120,8 +121,8 @@ def test_the_error_survives_the_way_from_another_process() -> None:
         (
             "data: {manifest: x}\nencoder: {name: y}\nmethod: decoder\nprompts: {templates: 3}\noptim: 4",
             [
-                "f.yaml:4: prompts.templates must be 'plain' or 'imagenet' or a valid list, and is 3",
-                "f.yaml:5: optim must be a section of keys, and is 4",
+                "f.yaml:4: prompts.templates must be 'plain' or 'imagenet' or a valid list, and is 3.",
+                "f.yaml:5: optim must be a section of keys, and is 4.",
             ],
         ),
     ],
@@ -151,7 +152,6 @@ def test_files_that_are_wrong_as_a_whole(text: str, expected: list[str]) -> None
         ("train.seed", 2**32, "less than 4294967296"),
         ("train.batch_size", "256", "valid integer"),
         ("features.num_views", True, "valid integer"),
-        ("features.tail_views", 1, "greater than or equal to 2"),
         ("data.manifest", None, "valid string"),
         ("classifier.temperature", -0.1, "greater than 0"),
         ("prompts.templates", [], "must have a sentence"),
@@ -169,11 +169,6 @@ def test_one_wrong_value_is_one_mistake(key: str, value: Any, says: str) -> None
 def test_what_the_tower_computes_in_is_of_stored_features() -> None:
     says = "features.computed_in applies to stored features alone, got bfloat16 with features.store false. Set features"
     assert says in refused("features.computed_in", "bfloat16", features={"store": False})
-
-
-def test_tail_views_are_more_than_other_classes_have() -> None:
-    says = "features.tail_views must be more than features.num_views (4), got 4. Raise it"
-    assert says in refused("features.tail_views", 4, features={"num_views": 4})
 
 
 def test_knobs_that_would_have_no_effect_are_refused() -> None:
@@ -391,6 +386,44 @@ def test_a_section_with_a_wrong_name_has_its_other_mistakes_shown_too() -> None:
         TrialConfig.from_tree(tree)
     assert [problem.message for problem in error.value.problems] == [
         "optim.name is 'adam', which is not one of its values; did you mean 'adamw'?",
-        "optim.lr must be greater than 0, and is -1",
+        "optim.lr must be greater than 0, and is -1.",
         "unknown key 'optim.moment'; did you mean 'momentum'?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "digest"),
+    [
+        ("zero_shot", "84ddc7a58fa25fe462002b21bf98a2a9"),
+        ("linear_probe", "da720e1cbd7ba6beaa1407341c8bbf65"),
+        ("decoder", "75dccc85b30e422329b43e8e1572b8d5"),
+        ("lora", "395293fd7a47c3464dc5152acc23aac4"),
+    ],
+)
+def test_a_configurations_digest_is_that_of_version_0_1(method: str, digest: str) -> None:
+    """Checkpoints are found by it. A field that fails here must be marked ADDED_LATER."""
+    tree = {"data": {"manifest": "m.parquet"}, "encoder": {"name": "openai_vit_b16"}, "method": method}
+    for features in ({}, {"features": {"tail_views": None}}):
+        key = TrialConfig.from_tree({**tree, **features}).key()
+        assert hashlib.sha256(key.encode()).hexdigest()[:32] == digest
+
+
+class Inner(Section):
+    old: int = 1
+    new: Annotated[int, ADDED_LATER] = 2
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    listed: Annotated[list[int], ADDED_LATER] = Field(default_factory=list)
+
+
+def test_a_field_that_was_added_later_is_in_a_digest_only_with_another_value_than_its_default() -> None:
+    assert digest_tree(Outer()) == {"inner": {"old": 1}}
+    assert digest_tree(Outer(inner=Inner(new=3), listed=[1])) == {"inner": {"old": 1, "new": 3}, "listed": [1]}
+
+
+def test_a_retired_key_is_dropped_without_a_value_and_rejected_with_one() -> None:
+    assert "features.tail_views is no longer an option" in refused("features.tail_views", 4)
+    kept = TrialConfig.from_record({**config().to_tree(), "features": {"num_views": 3, "tail_views": 4}})
+    assert kept.features.num_views == 3

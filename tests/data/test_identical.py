@@ -14,6 +14,7 @@ from imbvlm.data.duplicate_files import duplicate_digests, mark_duplicates
 from imbvlm.data.files.object_reader import read_object
 from imbvlm.data.manifest import Manifest, label_rows
 from imbvlm.data.manifest_check import check_manifest
+from imbvlm.data.splits import carve_validation
 
 
 def build(*arguments: object) -> None:
@@ -43,7 +44,7 @@ def test_copies_stay_on_one_side_of_the_test_split_and_of_carved_validation(twic
     for seed in range(5):
         build("--folders", twice / "pets", "--test-share", 0.25, "--seed", seed, "-o", path)
         made, rows = Manifest.read(path), label_rows(path)
-        test, carved = rows.rows_of("test"), rows.carve(seed)
+        test, carved = rows.rows_of("test"), carve_validation(rows, seed)
         rest = np.setdiff1d(rows.rows_of("train"), carved)
         assert np.bincount(rows.labels[test]).tolist() == [4, 4]
         assert np.bincount(rows.labels[carved]).tolist() == [2, 2]

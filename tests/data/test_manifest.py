@@ -155,7 +155,7 @@ def test_classes_without_training_images_are_kept() -> None:
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any), st.integers(0, 5))
 def test_carving_takes_what_the_protocol_says(counts: Sequence[int], seed: int) -> None:
     made = manifest(counts)
-    carved = carve_validation(made, seed)
+    carved = carve_validation(made.label_rows(), seed)
     wanted = [min(3, n // 5) if n >= 5 else 0 for n in counts]
     assert np.bincount(made.labels[carved], minlength=len(counts)).tolist() == wanted
     assert (np.diff(carved) > 0).all()
@@ -168,16 +168,18 @@ def test_carving_takes_what_the_protocol_says(counts: Sequence[int], seed: int) 
 
 def test_carving_depends_on_the_seed_and_on_nothing_else() -> None:
     made = manifest([50, 20, 7])
-    assert carve_validation(made, 3).tolist() == carve_validation(made, 3).tolist()
-    assert carve_validation(made, 3).tolist() != carve_validation(made, 4).tolist()
+    assert carve_validation(made.label_rows(), 3).tolist() == carve_validation(made.label_rows(), 3).tolist()
+    assert carve_validation(made.label_rows(), 3).tolist() != carve_validation(made.label_rows(), 4).tolist()
     # Every row has its chance.
-    taken = np.bincount(np.concatenate([carve_validation(made, seed) for seed in range(300)]), minlength=77)
+    taken = np.bincount(
+        np.concatenate([carve_validation(made.label_rows(), seed) for seed in range(300)]), minlength=77
+    )
     assert taken[:50].min() > 3
     assert taken[70:].min() > 15
 
 
 def test_nothing_is_carved_where_validation_rows_are_official() -> None:
-    assert carve_validation(Manifest.read("embedded:fashion_mnist_lt"), 0).tolist() == []
+    assert carve_validation(Manifest.read("embedded:fashion_mnist_lt").label_rows(), 0).tolist() == []
 
 
 def test_identical_images_stay_on_one_side() -> None:
@@ -185,7 +187,7 @@ def test_identical_images_stay_on_one_side() -> None:
     labels = [0] * 15 + [1]
     made = Manifest.build(table(labels, ["train"] * 16, bytes=pa.array(contents)), ["a", "b"], "twins")
     for seed in range(50):
-        carved = set(carve_validation(made, seed).tolist())
+        carved = set(carve_validation(made.label_rows(), seed).tolist())
         assert len(carved) == 3
         assert {contents[row] for row in carved}.isdisjoint({contents[row] for row in range(16) if row not in carved})
         assert not carved & {14, 15}
@@ -193,7 +195,7 @@ def test_identical_images_stay_on_one_side() -> None:
 
 def test_a_class_of_copies_of_one_image_is_not_selectable() -> None:
     made = manifest([20, 20], bytes=pa.array([b"one"] * 20 + [bytes([row]) for row in range(20)]))
-    carved = carve_validation(made, 0)
+    carved = carve_validation(made.label_rows(), 0)
     assert classes_without_validation(made.labels[carved], 2).tolist() == [0]
 
 
@@ -203,7 +205,7 @@ def test_trials_carve_the_same_rows_without_reading_images(tmp_path: Path) -> No
     rows = label_rows(str(tmp_path / "m.parquet"))
     assert rows.labels.tolist() == made.labels.tolist()
     assert rows.class_names == made.class_names
-    assert rows.carve(7).tolist() == carve_validation(made, 7).tolist()
+    assert carve_validation(rows, 7).tolist() == carve_validation(made.label_rows(), 7).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ fingerprints
@@ -240,7 +242,7 @@ def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     made = Manifest.build(table(labels, ["train"] * num_rows, uri=uris), [f"c{n}" for n in range(8142)], "big")
     made.write(str(tmp_path / "big.parquet"))
     found = Manifest.read(str(tmp_path / "big.parquet"))
-    carved = label_rows(str(tmp_path / "big.parquet")).carve(0)
+    carved = carve_validation(label_rows(str(tmp_path / "big.parquet")), 0)
     found.class_stats(carved)
     assert time.perf_counter() - begin < 20
     assert len(carved) == 3 * 8142

@@ -335,7 +335,7 @@ def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(
     """Sixteen threads that train on images of 170 megapixels would take 11 GB."""
     running, most, lock, decode = 0, 0, threading.Lock(), Preprocess.decode
 
-    def counting(self: Any, data: bytes, least_crop: float = 1.0) -> Any:
+    def counting(self: Any, data: bytes, min_crop: float = 1.0) -> Any:
         nonlocal running, most
         with lock:
             running += 1
@@ -343,7 +343,7 @@ def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(
         time.sleep(0.002)
         with lock:
             running -= 1
-        return decode(self, data, least_crop)
+        return decode(self, data, min_crop)
 
     monkeypatch.setattr(Preprocess, "decode", counting)
     monkeypatch.setattr("os.cpu_count", lambda: 8)

@@ -1,7 +1,6 @@
 """What a trial reads: the right rows for training, validation and test, and the two kinds of counts."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def test_official_validation_is_used_and_nothing_is_carved(tmp_path: Path) -> No
 def test_carved_rows_leave_training_and_come_back_for_the_refit(tmp_path: Path) -> None:
     stored, path = features(tmp_path, {"train": TRAIN, "test": [0]}), tmp_path / "manifest.parquet"
     data = TrialData.open(config(path), stored)
-    carved = carve_validation(Manifest.read(str(path)), 3).tolist()
+    carved = carve_validation(Manifest.read(str(path)).label_rows(), 3).tolist()
     assert len(carved) == 3
     assert rows_read(data.val) == sorted(carved)
     assert rows_read(data.train) == [row for row in range(19) if row not in carved]
@@ -98,32 +97,6 @@ def test_quarantined_rows_are_left_out_and_a_lost_class_is_named(tmp_path: Path)
     assert data.class_names == NAMES
     assert len(data.warnings) == 1
     assert "'alone'" in data.warnings[0]
-
-
-def with_tail(stored: FeatureSet, folder: Path, num_rows: int, num_views: int = 5) -> FeatureSet:
-    """A store of more views beside it, whose numbers are 100 + row + view / 10."""
-    layout = StoreLayout("tail", num_rows, num_views, num_rows, "float32", {"pooled": (1,)})
-    store = FeatureStore.create(str(folder / "tail"), layout)
-    values = 100 + np.arange(num_rows)[:, None] + np.arange(num_views) / 10
-    store.write("pooled", 0, values[:, :, None], [None] * num_rows)
-    return replace(stored, tail=str(folder / "tail"))
-
-
-def test_rows_of_few_shot_classes_have_their_views_in_a_store_of_their_own(tmp_path: Path) -> None:
-    labels = [1] + [0] * 20 + [1]
-    stored = with_tail(features(tmp_path, {"train": labels, "val": [0, 1]}), tmp_path, 2)
-    assert FeatureSet.from_dict(json.loads(json.dumps(stored.to_dict()))) == stored
-    train = TrialData.open(config(tmp_path / "manifest.parquet"), stored).train
-    assert train.views.tolist() == [5, *[2] * 20, 5]
-    found = train.batch("pooled", np.array([0, 21, 3, 0]), np.array([4, 0, 1, 1])).flatten().tolist()
-    assert found == pytest.approx([100.4, 101.0, 3.1, 100.1])
-    assert rows_read(train) == list(range(22)), "what is evaluated is the evaluation crop, in the store of all"
-
-
-def test_more_views_of_other_rows_are_refused(tmp_path: Path) -> None:
-    stored = with_tail(features(tmp_path, {"train": TRAIN}), tmp_path, 7)
-    with pytest.raises(StoreError, match=r"19 rows of few-shot classes where the store .* has 7: it was changed"):
-        TrialData.open(config(tmp_path / "manifest.parquet"), stored)
 
 
 def test_feature_set_goes_through_json(tmp_path: Path) -> None:

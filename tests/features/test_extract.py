@@ -5,9 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -26,13 +25,14 @@ from towers import write_tower
 
 from imbvlm.base import interrupts
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import LazyRows
-from imbvlm.features.extraction import ensure_features
-from imbvlm.features.feature_cache import Copies
+from imbvlm.features.extraction import compute_here, ensure_features
+from imbvlm.features.extraction_plan import plan_part, store_parts
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import load_block
@@ -127,7 +127,7 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     assert np.array_equal(loaded["images"][5], preprocess.apply(pixels, 1, 3))
     assert not loaded["images"][2:4].any()
     with pytest.raises(
-        ImbvlmError, match=r"train image .*2\.png can't be used: truncated; data.on_bad_image is strict"
+        ImbvlmError, match=r"train image .*2\.png can't be used: truncated. data.on_bad_image is strict"
     ):
         load_block({**block, "strict": True})
 
@@ -140,37 +140,6 @@ def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path
     embedded = Manifest.read("embedded:fashion_mnist_lt")
     large = trial(tmp_path, "openai_vit_l14")
     assert store_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
-
-
-@pytest.mark.usefixtures("without_ray")
-def test_few_shot_classes_have_more_views_where_they_are_asked_for(tmp_path: Path, tower: str) -> None:
-    counts = [120, 120, 120, 120, 120, 120, 3]
-    whole = make_data(tmp_path)
-    manifest = Manifest.build(whole.table, whole.class_names, "pictures", split_counts=counts)
-    manifest.write(str(tmp_path / "data" / "manifest.parquet"))
-    config = trial(tmp_path, tower, EXACT | {"tail_views": 3}).with_overrides({"method": "linear_probe"})
-    assert store_bytes(config, manifest, frozenset({"pooled"}), SPLITS) == {
-        "pooled": (NUM_TRAIN + NUM_VAL + 9) * 32 * 4
-    }
-    root, outputs = str(tmp_path / "features"), frozenset({"pooled"})
-    assert pending_images(config, manifest, root, outputs, SPLITS)[0] == NUM_TRAIN + NUM_VAL + 9
-    features, said = extract(tmp_path, config, manifest, {"pooled"})
-    assert said[0] == f"features: {NUM_TRAIN + NUM_VAL + 9} images to compute"
-    assert pending_images(config, manifest, root, outputs, SPLITS) == (0, 0)
-    train = TrialData.open(config, features).train
-    assert train.views.tolist() == [3 if label == 6 else 1 for label in train.labels]
-    row, index = 13, np.array([13, 13, 13])
-    views = train.batch("pooled", index, np.arange(3))
-    torch.testing.assert_close(views[0], train.batch("pooled", index[:1])[0], atol=1e-5, rtol=1e-5)
-    encoder = create_encoder(config.encoder, config.eval)
-    pixels = decode(Path(manifest.table.column("uri")[row].as_py()).read_bytes())
-    # The second of the three rows there.
-    crop = torch.from_numpy(encoder.preprocess.apply(pixels, 2, 1))[None]
-    torch.testing.assert_close(views[2], encoder.forward_images(crop).pooled[0], atol=1e-4, rtol=1e-4)
-    plain = extract(tmp_path, trial(tmp_path, tower, EXACT), manifest, {"pooled"})
-    assert plain[0].folders == features.folders, "the other views are no other store"
-    assert plain[0].tail is None
-    assert plain[1] == []
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
@@ -211,7 +180,7 @@ def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))
     for one in towers:
         check_disk_space([one], manifest, root, outputs)
-    with pytest.raises(ImbvlmError, match=r"need 5.2 kB more \(pooled 5.2 kB\).*reduce .*the number of towers \(2\)"):
+    with pytest.raises(ImbvlmError, match=r"need 5.2 kB more \(pooled 5.2 kB\).*Reduce .*the number of encoders \(2\)"):
         check_disk_space(towers, manifest, root, outputs)
     # Of the first the training split is there, as after the search.
     free[0] = 1e9
@@ -230,12 +199,12 @@ def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_p
     config = trial(tmp_path, tower)
     most = trial_bytes(config, manifest, outputs)
     assert most == 32 * 2 * (NUM_TRAIN + NUM_VAL)
-    root, small = "s3://no-bucket/features", Copies(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
+    root, small = "s3://no-bucket/features", FeatureCacheConfig(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
     with pytest.raises(ImbvlmError, match=r"what a trial of .* reads of s3://.* has .*feature_copies.max_gigabytes"):
-        check_disk_space([config], manifest, root, outputs, copies=small)
-    check_disk_space([config], manifest, root, outputs, copies=small.model_copy(update={"max_gigabytes": most / 1e9}))
+        check_disk_space([config], manifest, root, outputs, cache=small)
+    check_disk_space([config], manifest, root, outputs, cache=small.model_copy(update={"max_gigabytes": most / 1e9}))
     shared = small.model_copy(update={"of_shared_folders": True})
-    check_disk_space([config], manifest, str(tmp_path / "features"), outputs, copies=shared)
+    check_disk_space([config], manifest, str(tmp_path / "features"), outputs, cache=shared)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -243,10 +212,10 @@ def test_trials_on_several_machines_are_told_to_copy_a_shared_folder(
     tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
-    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies is None
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].cache is None
     monkeypatch.setattr("imbvlm.features.extraction.has_many_machines", lambda: True)
     monkeypatch.setattr("imbvlm.features.extraction_plan.has_many_machines", lambda: True)
-    assert extract(tmp_path, config, manifest, {"pooled"})[0].copies == Copies()
+    assert extract(tmp_path, config, manifest, {"pooled"})[0].cache == FeatureCacheConfig()
 
 
 def test_a_split_that_the_data_has_not_is_named(tmp_path: Path, tower: str) -> None:
@@ -303,30 +272,27 @@ def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
         assert not features.store("val").missing("pooled")
 
 
-@pytest.mark.usefixtures("without_ray")
-def test_what_images_take_too_long_to_be_loaded_here_is_left_to_workers(
-    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_late", [False, True])
+def test_blocks_that_this_process_has_no_time_for_are_left_to_workers(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
-    """Large photos behind a small tower: a machine with many cores loads them in as many processes."""
-    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
-    few, late = threading.Semaphore(3), 0.1
-
-    def load(block: Any) -> dict[str, Any]:
-        if not few.acquire(blocking=False):
-            time.sleep(2 * late + 0.1)
-        return load_block(block)
-
-    monkeypatch.setattr("imbvlm.features.extraction._fits_here", lambda *_: True)
-    monkeypatch.setattr("imbvlm.features.extraction.SECONDS_HERE", late)
+    """Large photos behind a small encoder: a machine with many cores loads them in as many processes."""
     monkeypatch.setattr("imbvlm.features.extraction.LOADING_THREADS", 1)
-    monkeypatch.setattr("imbvlm.features.extraction.load_block", load)
-    monkeypatch.setattr("imbvlm.features.extraction.ray_session", Mock(side_effect=ConnectionError("Ray is asked for")))
-    with pytest.raises(ConnectionError, match="Ray is asked for"):
-        extract(tmp_path, config, manifest, {"pooled"}, splits=("train",))
-    (folder,) = (path.parent for path in (tmp_path / "features").glob("*/store.json"))
-    store = FeatureStore.open(str(folder))
-    # What was begun is computed.
-    assert 0 < len(store.present("pooled")) < store.layout.num_shards
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    encoder = create_encoder(config.encoder, config.eval)
+    (part,) = store_parts(config, encoder.preprocess, ("train",), ())
+    pending = plan_part(config, manifest, str(tmp_path / "features"), ("pooled",), encoder, part)
+    blocks = deque(pending.blocks(is_strict=False))
+    num_blocks, max_seconds = len(blocks), 1.0 if is_late else 60.0
+    summaries = compute_here(encoder, blocks, max_seconds=max_seconds)
+    done = [next(summaries)]
+    if is_late:
+        time.sleep(max_seconds)
+    done += summaries
+    # The first block and the one that is loaded ahead of it are computed.
+    assert len(done) == (2 if is_late else num_blocks)
+    assert [block["shard"] for block in blocks] == list(range(len(done), num_blocks))
+    assert list(pending.store.present("pooled")) == list(range(len(done)))
 
 
 @pytest.mark.usefixtures("without_ray")

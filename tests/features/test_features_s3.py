@@ -18,7 +18,8 @@ from s3_server import BUCKET, S3Server, program, proxy, serve, use
 
 from imbvlm.base import storage
 from imbvlm.cli.app import main
-from imbvlm.features.feature_cache import Copies
+from imbvlm.config.input_sections import FeatureCacheConfig
+from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
@@ -57,8 +58,8 @@ def write_all(folder: str, output: str = "pooled", bad: tuple[int, ...] = ()) ->
     return store
 
 
-def copies(folder: Path, max_gigabytes: float | None = None) -> Copies:
-    return Copies(folder=str(folder), max_gigabytes=max_gigabytes)
+def copies(folder: Path, max_gigabytes: float | None = None) -> FeatureCache:
+    return FeatureCache(FeatureCacheConfig(folder=str(folder), max_gigabytes=max_gigabytes))
 
 
 def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3: S3Server, tmp_path: Path) -> None:
@@ -102,7 +103,9 @@ def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(
     flipped = content.replace(numbers()[5].tobytes(), numbers()[6].tobytes())
     assert flipped != content
     s3.client().put_object(Bucket=BUCKET, Key=key, Body=flipped)
-    with pytest.raises(StoreError, match=r"shard-00001.arrow is damaged where it lies; `imbvlm features check s3://"):
+    with pytest.raises(
+        StoreError, match=r"shard-00001.arrow is damaged at its source. Run `imbvlm features check s3://"
+    ):
         FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(10))
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(SystemExit) as ended:
@@ -124,7 +127,7 @@ def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3: S3Server, tmp_pa
     uri = f"s3://{BUCKET}/lacking"
     write_all(uri)
     storage.delete(f"{uri}/pooled/shard-00002.arrow")
-    with pytest.raises(StoreError, match=f"^{uri}/pooled lacks shards; start again and they are computed$"):
+    with pytest.raises(StoreError, match=f"^{uri}/pooled lacks shards. Start again to compute them.$"):
         FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(4))
     with pytest.raises(StoreError, match="is not a feature store's description"):
         FeatureStore.open(f"{uri}-not")

@@ -14,7 +14,8 @@ import pytest
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, ImbvlmError, StorageError
-from imbvlm.features.feature_cache import CacheRequest, Copies
+from imbvlm.config.input_sections import FeatureCacheConfig
+from imbvlm.features.feature_cache import CacheRequest, FeatureCache
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
@@ -46,7 +47,7 @@ def wanted(source: str, log: Path | None = None, seconds: float = 0.0) -> CacheR
     return CacheRequest(source, storage.file_states(source), fetch)
 
 
-def hold(copies: Copies, source: str, log: Path | None = None, seconds: float = 0.0) -> Any:
+def hold(copies: FeatureCache, source: str, log: Path | None = None, seconds: float = 0.0) -> Any:
     (held,) = copies.pin([wanted(source, log, seconds)])
     return held
 
@@ -55,8 +56,9 @@ def same(held: Any, source: str) -> bool:
     return all((held.folder / path.name).read_bytes() == path.read_bytes() for path in Path(source).iterdir())
 
 
-def copies_of(tmp_path: Path, max_bytes: int | None = None) -> Copies:
-    return Copies(folder=str(tmp_path / "copies"), max_gigabytes=None if max_bytes is None else max_bytes / 1e9)
+def copies_of(tmp_path: Path, max_bytes: int | None = None) -> FeatureCache:
+    limit = None if max_bytes is None else max_bytes / 1e9
+    return FeatureCache(FeatureCacheConfig(folder=str(tmp_path / "copies"), max_gigabytes=limit))
 
 
 def num_copies(tmp_path: Path) -> int:
@@ -101,7 +103,7 @@ def test_the_longest_unused_goes_first_and_never_one_in_use(tmp_path: Path) -> N
     third = hold(copies, sources["c"])
     assert same(in_use, sources["a"])
     assert num_copies(tmp_path) == 2
-    with pytest.raises(ImbvlmError, match=r"trials use 0.2 MB of it, and .*/d has 0.1 MB; set feature_copies"):
+    with pytest.raises(ImbvlmError, match=r"trials use 0.2 MB of it, and .*/d has 0.1 MB. Set feature_copies"):
         hold(copies, sources["d"])
     # Both are free now, and what was let go of first has been unused for longer.
     c = third.folder
@@ -138,14 +140,16 @@ def test_copies_that_are_whole_need_no_room(tmp_path: Path) -> None:
 
 def test_what_could_never_be_held_is_refused_with_the_mend(tmp_path: Path) -> None:
     source = source_of(tmp_path, "a")
-    with pytest.raises(ImbvlmError, match=r"has 0.1 MB, and the copies .* may take 50.0 kB of .*max_gigabytes higher"):
+    with pytest.raises(
+        ImbvlmError, match=r"0.1 MB, and the feature cache .* may take 50.0 kB of .*max_gigabytes higher"
+    ):
         hold(copies_of(tmp_path, SIZE // 2), source)
     assert num_copies(tmp_path) == 0
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ImbvlmError, match=r"can't keep copies of features in .*; set feature_copies.folder"):
-        hold(Copies(folder=str(tmp_path / "file" / "below")), source)
-    with pytest.raises(ConfigError, match="give a path from / or ~ on"):
-        Copies(folder="copies")
+    with pytest.raises(ImbvlmError, match=r"can't cache features in .*Set feature_copies.folder"):
+        hold(FeatureCache(FeatureCacheConfig(folder=str(tmp_path / "file" / "below"))), source)
+    with pytest.raises(ConfigError, match="Give a path that begins with"):
+        FeatureCacheConfig(folder="copies")
 
 
 def test_without_a_limit_most_of_the_disk_is_taken_and_no_more(tmp_path: Path) -> None:
@@ -224,9 +228,9 @@ def test_a_process_that_was_killed_uses_nothing_any_more(tmp_path: Path) -> None
 
 def test_by_itself_a_cluster_copies_a_shared_folder_and_one_machine_does_not() -> None:
     """A node of a cluster would read every epoch over the network."""
-    assert Copies().needed_for("/shared/features", many_machines=True)
-    assert not Copies().needed_for("/home/me/features", many_machines=False)
-    assert Copies().needed_for("s3://bucket/features", many_machines=False)
+    assert FeatureCache(FeatureCacheConfig()).is_needed_for("/shared/features", has_many_machines=True)
+    assert not FeatureCache(FeatureCacheConfig()).is_needed_for("/home/me/features", has_many_machines=False)
+    assert FeatureCache(FeatureCacheConfig()).is_needed_for("s3://bucket/features", has_many_machines=False)
 
 
 def test_by_itself_nothing_is_copied_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +238,9 @@ def test_by_itself_nothing_is_copied_into_memory(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "major", lambda device: 8)
     copies_of(tmp_path).check_disk()
     monkeypatch.setattr(os, "major", lambda device: 0)
-    with pytest.raises(StorageError, match=r"copies on .* isn't on a disk of this machine; set feature_copies.folder"):
+    with pytest.raises(StorageError, match=r"copies on .* is not on a disk of this machine. Set feature_copies.folder"):
         copies_of(tmp_path).check_disk()
-    Copies(folder=str(tmp_path), of_shared_folders=True).check_disk()
+    FeatureCache(FeatureCacheConfig(folder=str(tmp_path), of_shared_folders=True)).check_disk()
 
 
 def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_otherwise(tmp_path: Path) -> None:
@@ -245,9 +249,9 @@ def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_oth
     store, values = FeatureStore.create(shared, layout), np.random.default_rng(0).normal(size=(6, 1, 4))
     for shard in range(2):
         store.write("pooled", shard, values[3 * shard : 3 * shard + 3], [None] * 3)
-    copies = Copies(folder=str(tmp_path / "copies"), of_shared_folders=True)
-    assert copies.needed_for(shared, many_machines=False)
-    assert not Copies(of_shared_folders=False).needed_for(shared, many_machines=True)
+    copies = FeatureCache(FeatureCacheConfig(folder=str(tmp_path / "copies"), of_shared_folders=True))
+    assert copies.is_needed_for(shared, has_many_machines=False)
+    assert not FeatureCache(FeatureCacheConfig(of_shared_folders=False)).is_needed_for(shared, has_many_machines=True)
     copied = FeatureStore.open(shared, ("pooled",), copies)
     expected = values[:, 0].astype(np.float32)
     assert np.array_equal(copied.gather("pooled", np.arange(6)).numpy(), expected)
@@ -256,5 +260,5 @@ def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_oth
     # What is damaged is not copied.
     path = Path(store.shard_path("pooled", 1))
     path.write_bytes(path.read_bytes().replace(expected[4].tobytes(), expected[5].tobytes()))
-    with pytest.raises(StoreError, match="is damaged where it lies"):
+    with pytest.raises(StoreError, match="is damaged at its source"):
         FeatureStore.open(shared, ("pooled",), copies).gather("pooled", np.arange(6))

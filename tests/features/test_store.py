@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 
 from imbvlm.cli.app import main
 from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.shard_file import _open_shard
-from imbvlm.features.store_layout import StoreError, StoreKey, StoreLayout
+from imbvlm.features.shard_file import as_tensor, open_shard
+from imbvlm.features.store_layout import ADDED_LATER, StoreError, StoreKey, StoreLayout
 
 SHAPES = {"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)}
 LAYOUT = StoreLayout("digest", num_rows=10, num_views=2, rows_per_shard=4, precision="float16", shapes=SHAPES)
@@ -63,7 +63,7 @@ def test_a_view_is_the_file_and_no_copy(tmp_path: Path) -> None:
     store = write_all(tmp_path, layout=layout)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        view = FeatureStore.open(str(tmp_path)).view("pooled", 0)
+        view = as_tensor(FeatureStore.open(str(tmp_path)).mapped_shard("pooled", 0).values)
     assert view.shape == (20_000, 2, 512)
     path = store.shard_path("pooled", 0)
     with open("/proc/self/maps") as maps:
@@ -107,9 +107,7 @@ def test_what_was_verified_is_not_read_again_and_every_change_of_a_file_is_seen(
     read: list[str] = []
     # As if an hour had gone by since the shards were written.
     monkeypatch.setattr("imbvlm.features.feature_store.SETTLED_SECONDS", -3600.0)
-    monkeypatch.setattr(
-        "imbvlm.features.feature_store._open_shard", lambda path: read.append(path) or _open_shard(path)
-    )
+    monkeypatch.setattr("imbvlm.features.feature_store.open_shard", lambda path: read.append(path) or open_shard(path))
     assert store.missing("pooled") == []
     assert len(read) == 3
     assert FeatureStore.open(str(tmp_path)).missing("pooled") == []
@@ -167,7 +165,7 @@ def test_no_damaged_byte_is_ever_read_as_a_feature(tmp_path: Path) -> None:
         if store.missing("pooled") == []:
             # Padding and Arrow's second copy of the schema hold nothing of ours.
             again = FeatureStore.open(str(tmp_path))
-            assert torch.equal(again.view("pooled", 1), values)
+            assert torch.equal(as_tensor(again.mapped_shard("pooled", 1).values), values)
             assert again.quarantine == ((5, "truncated"),)
 
 
@@ -175,7 +173,7 @@ def test_damage_met_while_reading_is_a_sentence(tmp_path: Path) -> None:
     store = write_all(tmp_path)
     path = Path(store.shard_path("pooled", 1))
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(StoreError, match=r"shard-00001\.arrow.*start again"):
+    with pytest.raises(StoreError, match=r"shard-00001\.arrow.*Start again"):
         FeatureStore.open(str(tmp_path)).gather("pooled", np.array([5]))
 
 
@@ -196,17 +194,17 @@ def test_an_output_that_is_being_added_does_not_disturb_readers(tmp_path: Path) 
 def test_values_beyond_half_precision_name_the_knob(tmp_path: Path) -> None:
     store, values = FeatureStore.create(str(tmp_path), LAYOUT), numbers().astype(np.float32)
     values[1, 0, 0] = 1e6
-    with pytest.raises(StoreError, match=r"pooled .*float16 \(largest 1e\+06\); set features.precision: float32"):
+    with pytest.raises(StoreError, match=r"pooled must be finite .* 1e\+06. Set features.precision: float32"):
         store.write("pooled", 0, values[:4], [None] * 4)
     exact = FeatureStore.create(str(tmp_path / "float32"), replace(LAYOUT, precision="float32"))
     exact.write("pooled", 0, values[:4], [None] * 4)
-    assert float(exact.view("pooled", 0)[1, 0, 0]) == 1e6
+    assert float(as_tensor(exact.mapped_shard("pooled", 0).values)[1, 0, 0]) == 1e6
 
 
 def test_the_first_layout_of_a_folder_stays(tmp_path: Path) -> None:
     write_all(tmp_path)
     assert FeatureStore.create(str(tmp_path), replace(LAYOUT, rows_per_shard=7)).layout == LAYOUT
-    with pytest.raises(StoreError, match="other rows or another tower"):
+    with pytest.raises(StoreError, match="other rows or another encoder"):
         FeatureStore.create(str(tmp_path), replace(LAYOUT, digest="another"))
     (tmp_path / "store.json").write_text('{"digest": 1}')
     with pytest.raises(StoreError, match="not a feature store's description"):
@@ -253,7 +251,7 @@ def test_bytes_with_a_scale_are_off_by_half_a_scale_at_most(tmp_path: Path) -> N
         store.write("tokens", shard, values[rows.start : rows.stop], [None] * len(rows))
     opened = FeatureStore.open(str(tmp_path))
     assert opened.missing("tokens") == []
-    assert opened.view("tokens", 0).dtype == torch.int8
+    assert as_tensor(opened.mapped_shard("tokens", 0).values).dtype == torch.int8
     assert layout.num_bytes("tokens") == values.size == LAYOUT.num_bytes("tokens") // 2
     assert layout.num_bytes("pooled") == LAYOUT.num_bytes("pooled")
     rows, views = np.array([9, 0, 4, 3, 9, 4]), np.array([1, 0, 1, 1, 0, 1])
@@ -288,7 +286,7 @@ def test_a_shard_of_bytes_proves_its_scale_too_and_comes_out_the_same_again(tmp_
 
 def test_bytes_are_refused_where_half_precision_would_be(tmp_path: Path) -> None:
     store = FeatureStore.create(str(tmp_path), replace(LAYOUT, int8_tokens=True))
-    with pytest.raises(StoreError, match="not finite in float16"):
+    with pytest.raises(StoreError, match="must be finite in float16"):
         store.write("tokens", 0, np.full((4, 2, 3, 4), 1e5, np.float32), [None] * 4)
 
 
@@ -319,7 +317,7 @@ def test_two_writers_and_a_kill_never_leave_half_a_shard(tmp_path: Path) -> None
             os.kill(writer.pid, signal.SIGKILL)
             writer.join()
     assert store.missing("pooled") == []
-    assert np.array_equal(FeatureStore.open(str(tmp_path)).view("pooled", 0).numpy(), numbers(layout=BIG))
+    assert np.array_equal(FeatureStore.open(str(tmp_path)).mapped_shard("pooled", 0).values, numbers(layout=BIG))
 
 
 def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
@@ -329,3 +327,15 @@ def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> N
     os.utime(old, (1, 1))
     FeatureStore.create(str(tmp_path), LAYOUT)
     assert (old.exists(), new.exists()) == (False, True)
+
+
+@dataclass(frozen=True)
+class LaterKey(StoreKey):
+    patches: int = field(default=0, metadata=ADDED_LATER)
+
+
+def test_a_part_of_the_key_that_was_added_later_counts_only_with_another_value_than_its_default() -> None:
+    key = StoreKey("rows", "weights", {"size": 8}, 1, "float16", "float32")
+    later = LaterKey("rows", "weights", {"size": 8}, 1, "float16", "float32")
+    assert later.digest == key.digest
+    assert replace(later, patches=1).digest != key.digest

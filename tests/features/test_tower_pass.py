@@ -63,7 +63,7 @@ def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its
     store = FeatureStore.open(str(tmp_path))
     assert store.missing("pooled") == [0]
     assert summary["written"] == {"pooled": store.present("pooled")[1].size}
-    assert store.view("pooled", 1).flatten().tolist() == [2, 2, 2, 2, 0, 0]
+    assert store.mapped_shard("pooled", 1).values.flatten().tolist() == [2, 2, 2, 2, 0, 0]
 
 
 def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(
         "Identity",
         "ModuleList",
     }
-    decoder._course.params = {name: one for name, one in decoder._course.params.items() if one.requires_grad}
-    assert set(decoder._course.params) == set(probe._course.params)
+    decoder._trainer.params = {name: one for name, one in decoder._trainer.params.items() if one.requires_grad}
+    assert set(decoder._trainer.params) == set(probe._trainer.params)
     list(probe.epochs())
     list(decoder.epochs())
     assert decoder.first_losses == pytest.approx(probe.first_losses, abs=1e-5)

@@ -326,7 +326,7 @@ def test_weights_of_another_tower_are_refused(data: TrialData) -> None:
 
 
 def test_margins_are_scaled_as_the_logits_are(data: TrialData) -> None:
-    course = build_trial(tiny_config("prompt_tuning", loss__name="ldam"), data)._course
+    course = build_trial(tiny_config("prompt_tuning", loss__name="ldam"), data)._trainer
     assert course.losses_of(0)(0).numbers()["margin_scale"] == data.info.logit_scale
 
 

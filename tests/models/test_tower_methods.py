@@ -252,7 +252,7 @@ def test_early_blocks_of_a_fine_tuned_tower_learn_at_lower_rates(problems: dict[
     run = trial(problems["vit"], "fine_tuning", fine_tuning__layer_decay=0.5, optim__lr=0.1)
     next(run.epochs())
     rates = {}
-    for group in run._course.optimizer.param_groups:
+    for group in run._trainer.optimizer.param_groups:
         for name, param in run.model.named_parameters():
             if any(param is member for member in group["params"]):
                 rates[name] = group["lr"] / group["lr_scale"], group["lr_scale"]
@@ -335,7 +335,7 @@ def test_an_exported_model_predicts_the_same_logits(
     model = load(tmp_path / "model", "cpu")
     table = Manifest.read(problem.manifest).table
     contents = table.column("bytes").to_pylist()
-    rows = run.data.val.places
+    rows = run.data.val.manifest_rows
     crops = torch.from_numpy(np.stack([tower.preprocess.apply(decode(contents[row])) for row in rows]))
     assert torch.equal(model.logits(crops), run.logits(run.data.val))
     predicted = model.predict([contents[row] for row in rows], top=1)
@@ -456,8 +456,8 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> N
     problem = TinyImages(tmp_path, "vit", files=True, bad=bad)
     run = trial(problem, "adapter", train__num_epochs=2)
     results = list(run.epochs())
-    assert set(run.feed.unreadable) == set(bad)
-    assert "not an image" in run.feed.unreadable[3]
+    assert set(run.batch_source.unreadable) == set(bad)
+    assert "not an image" in run.batch_source.unreadable[3]
     assert results[-1].metrics["data/unreadable_images"] == 2
     assert run.counters(run.data.val).total.sum() == len(run.data.val) - 1
     assert run.logits(run.data.val).isnan().any(dim=1).nonzero().flatten().tolist() == [1]
@@ -472,7 +472,7 @@ def test_rows_that_the_store_has_quarantined_are_not_read_again(tmp_path: Path) 
     run = build_trial(stored, problem.data(stored))
     list(run.epochs())
     assert 3 not in run.data.train.rows
-    assert run.feed.unreadable == {}
+    assert run.batch_source.unreadable == {}
 
 
 def test_data_that_has_moved_is_said(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_data_that_has_moved_is_said(tmp_path: Path) -> None:
     data = problem.data(config)
     for path in (tmp_path / "images").glob("*.png"):
         path.unlink()
-    with pytest.raises(ImbvlmError, match=r"no image of .* could be read, .* file not found; has the data moved"):
+    with pytest.raises(ImbvlmError, match=r"no image of .* could be read. .* file not found. Has the data moved"):
         next(build_trial(config, data).epochs())
 
 

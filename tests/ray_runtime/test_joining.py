@@ -28,9 +28,9 @@ def told():
 try:
     before = owns_machine()
     with ray_session() as cluster:
-        assert (before, owns_machine()) == (cluster.started_here,) * 2
+        assert (before, owns_machine()) == (cluster.is_own,) * 2
         answer = ray.get(ray.remote(num_cpus=1)(told).remote())
-        print(json.dumps([cluster.started_here, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
+        print(json.dumps([cluster.is_own, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
 except ImbvlmError as error:
     print(json.dumps(str(error)))
 """
@@ -128,7 +128,7 @@ def test_where_ray_ends_while_it_starts_that_is_said_in_a_sentence(tmp_path: Pat
         )  # fmt: skip
         assert killing.wait(10) == 0
     assert done.returncode == 1
-    sentences = ("Ray can't be started on this machine", "this run was ended without a word", "Ray's logs")
+    sentences = ("Ray can't be started on this machine", "this run was ended without a message", "Ray's logs")
     assert any(sentence in done.stderr for sentence in sentences), done.stderr
 
 

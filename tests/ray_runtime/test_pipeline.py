@@ -183,7 +183,8 @@ def run_dying(folder: Path, stage: str, number: int) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("stage", "work"), [("load", "loading shard 1"), ("work", "running the tower over shard 1"), ("start", "starting")]
+    ("stage", "work"),
+    [("load", "loading shard 1"), ("work", "running the encoder over shard 1"), ("start", "starting")],
 )
 def test_process_after_process_lost_over_the_same_work_ends_the_pass(
     ray_cluster: str, tmp_path: Path, stage: str, work: str

@@ -20,9 +20,9 @@ from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
     [
         ([(4, 1)], None),
         ([(1, 0), (3, 1)], None),
-        ([(8, 0)], "needs 2 CPUs and 1 GPUs beside a loading task's 0.5, and there are 8 CPUs and 0 GPUs"),
+        ([(8, 0)], "needs 2 CPUs and 1 GPUs in addition to a loading task's 0.5, and there are 8 CPUs and 0 GPUs"),
         ([(1, 1), (1, 1)], "there are 2 CPUs and 2 GPUs in the cluster now"),
-        ([(2, 1)], "beside a loading task's 0.5, and there are 2 CPUs"),
+        ([(2, 1)], "in addition to a loading task's 0.5, and there are 2 CPUs"),
         ([(0, 0)], "there are 0 CPUs and 0 GPUs in the cluster now"),
         ([], "waiting for a machine"),
     ],
@@ -86,8 +86,8 @@ print("still there")
         ("gone_at = time.monotonic(); time.sleep(60)", 1, "imbvlm: it is gone; then go on\n", ""),
         ("gone_at = time.monotonic(); raise OSError('of Ray')", 1, "imbvlm: it is gone; then go on\n", ""),
         # As Ray ends it from C++, and as the kernel does.
-        ("os._exit(1)", 1, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
-        ("os.kill(os.getpid(), 9)", -9, "imbvlm: this run was ended without a word: .*; then go on\n", ""),
+        ("os._exit(1)", 1, "imbvlm: this run was ended without a message: .*; then go on\n", ""),
+        ("os.kill(os.getpid(), 9)", -9, "imbvlm: this run was ended without a message: .*; then go on\n", ""),
         # A second Ctrl-C, or a SIGTERM whose time is over.
         (
             "threading.Timer(0.5, os.kill, [os.getpid(), 15]).start(); stuck()",

@@ -287,8 +287,8 @@ def test_out_of_memory_names_what_to_lower(data: TrialData) -> None:
 @pytest.mark.parametrize(
     ("decoder", "fix"),
     [
-        ({"decoder__width": 4096}, r"Set decoder\.width below 4096, whose weights take 4.0 GB in training$"),
-        ({}, r"Lower train\.batch_size, or give the trial more workers; or set decoder\.width below 16$"),
+        ({"decoder__width": 4096}, r"Set decoder\.width below 4096, whose weights take 4.0 GB in training\.$"),
+        ({}, r"Lower train\.batch_size, or give the trial more workers; or set decoder\.width below 16\.$"),
     ],
 )
 def test_out_of_memory_names_the_decoders_width_where_its_weights_are_most_of_it(

@@ -45,7 +45,7 @@ def assert_freed_at_its_end(config: TrialConfig, data: TrialData) -> None:
     run = build_trial(config, data)
     # Torch's own parametrisations are circles, of trials that have processes to themselves.
     params = () if config.method == "lora" else run.model.parameters()
-    parts = [weakref.ref(one) for one in (run, run.model, run.feed, *params)]
+    parts = [weakref.ref(one) for one in (run, run.model, run.batch_source, *params)]
     for _ in run.epochs():
         parts.append(weakref.ref(run.val_logits))
     del run

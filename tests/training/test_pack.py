@@ -133,7 +133,7 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
     assert [next(one)["epoch"] for one in members] == [1, 1, 1]
     left[0] = 2
     for one in members:
-        with pytest.raises(PackError, match="broke off in epoch 2: RuntimeError: can't allocate memory"):
+        with pytest.raises(PackError, match="stopped in epoch 2: RuntimeError: can't allocate memory"):
             next(one)
 
 
@@ -177,7 +177,7 @@ def test_second_stages_train_together_as_each_does_alone(tmp_path: Path) -> None
             results += [] if result is None else [result.metrics]
             if result is not None and result.epoch == run.num_epochs:
                 run.leave_pack()
-    assert not pack.seats
+    assert not pack.members
     for config, run, results in zip(configs, runs, together, strict=True):
         expected, expected_weights = alone(config, data)
         assert len(results) == len(expected) == run.num_epochs

@@ -13,7 +13,7 @@ from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
 from imbvlm.base import storage
 from imbvlm.base.errors import DiskFullError
-from imbvlm.features.feature_cache import Copies
+from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 
@@ -153,11 +153,13 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
     both = [tiny_features(tmp_path / name) for name in ("a", "b")]
     sizes = [sum(one.size for one in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
-    copies = Copies(folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True)
+    copies = FeatureCacheConfig(
+        folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True
+    )
     first, second = (
         dataclasses.replace(
             settings,
-            feature_set=dataclasses.replace(one, copies=copies).to_dict(),
+            feature_set=dataclasses.replace(one, cache=copies).to_dict(),
             checkpoint_folder=None,
             score_test=True,
         )
@@ -170,7 +172,7 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     assert last["done_training"]
     assert "test/top1_accuracy" in last
     (said,) = caplog.messages
-    assert said.startswith("features are read where they lie, which may be slower: the copies of features on ")
+    assert said.startswith("features are read in place, which may be slower: the feature cache on ")
     assert list(running)[-1]["done_training"]
     caplog.clear()
     assert list(reports_of(second))[-1]["done_training"]
@@ -182,11 +184,13 @@ def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(
 ) -> None:
     """That a cluster's machines keep copies by themselves must cost none of them the memory that its /tmp lies in."""
     monkeypatch.setattr("os.major", lambda device: 0)
-    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=Copies(folder=str(tmp_path / "copies")))
+    features = dataclasses.replace(
+        tiny_features(tmp_path / "shared"), cache=FeatureCacheConfig(folder=str(tmp_path / "copies"))
+    )
     *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
     assert last["done_training"]
     assert not (tmp_path / "copies").exists()
-    assert "isn't on a disk of this machine" in caplog.text
+    assert "is not on a disk of this machine" in caplog.text
 
 
 def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(
@@ -198,8 +202,8 @@ def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(
         raise DiskFullError(f"can't write {path}: the disk is full; free some space there")
 
     monkeypatch.setattr("imbvlm.base.storage.download", full)
-    copies = Copies(folder=str(tmp_path / "copies"), of_shared_folders=True)
-    features = dataclasses.replace(tiny_features(tmp_path / "shared"), copies=copies)
+    copies = FeatureCacheConfig(folder=str(tmp_path / "copies"), of_shared_folders=True)
+    features = dataclasses.replace(tiny_features(tmp_path / "shared"), cache=copies)
     *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
     assert last["done_training"]
     assert "the disk is full" in caplog.text

@@ -1,4 +1,4 @@
-"""Images inside larger files: byte ranges of tar shards and pack files as uris, and the writer of pack files."""
+"""Images inside larger files: uris for byte ranges of tar shards and pack files, and the writer of pack files."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def range_uri(uri: str, offset: int, num_bytes: int) -> str:
 
 
 def parse_range(uri: str) -> ByteRange | None:
-    """The file, offset and length that a uri speaks of, None for a whole file."""
+    """The file, offset and length that a uri names; None for a whole file."""
     match = _RANGE.search(uri)
     return ByteRange(uri[: match.start()], int(match[1]), int(match[2])) if match else None
 
 
 def whole_uri(uri: str) -> str:
-    """The uri of the file that an image is, or is a part of."""
+    """The uri of the file that contains an image."""
     part = parse_range(uri)
     return uri if part is None else part.uri
 
 
 class ContainerWriter:
-    """Takes embedded images one by one; beyond a limit they go to pack files as they are, one after another."""
+    """Collects embedded images; beyond `max_embedded_bytes` it writes all of them to pack files."""
 
-    def __init__(self, prefix: str | None, embed_at_most: int) -> None:
-        self.prefix, self.embed_at_most = prefix, embed_at_most
+    def __init__(self, prefix: str | None, max_embedded_bytes: int) -> None:
+        self.prefix, self.max_embedded_bytes = prefix, max_embedded_bytes
         self._embedded: list[bytes | None] = []
         self._ranges: list[str | None] = []
         self._num_bytes = 0
@@ -50,10 +50,10 @@ class ContainerWriter:
         self._path, self._offset, self._num_packs = "", 0, 0
 
     def add(self, images: Sequence[bytes | None]) -> None:
-        """More rows, None for a row whose image isn't embedded."""
+        """Add rows; None for a row without an embedded image."""
         for image in images:
             self._num_bytes += len(image or b"")
-            if self._num_packs == 0 and (self.prefix is None or self._num_bytes <= self.embed_at_most):
+            if self._num_packs == 0 and (self.prefix is None or self._num_bytes <= self.max_embedded_bytes):
                 self._embedded.append(image)
                 continue
             if self._num_packs == 0:
@@ -62,17 +62,17 @@ class ContainerWriter:
 
     @property
     def embedded(self) -> list[bytes | None] | None:
-        """The images that stay in the manifest, None where none does."""
+        """The images that stay in the manifest; None if there are none."""
         return self._embedded if any(image is not None for image in self._embedded) else None
 
     def located(self, uris: Sequence[str | None]) -> list[str | None]:
-        """The rows' uris, those of packed images replaced by their place in the packs."""
+        """The rows' uris, with those of packed images replaced by their byte ranges."""
         if not self._num_packs:
             return list(uris)
         return [packed or uri for packed, uri in zip(self._ranges, uris, strict=True)]
 
     def close(self) -> None:
-        """Finish the last pack."""
+        """Finish the last pack file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None

@@ -1,4 +1,4 @@
-"""All files below a folder or an s3:// prefix, with their sizes; S3 is listed in parallel."""
+"""Lists all files below a folder or an s3:// prefix with their sizes; S3 is listed in parallel."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from imbvlm.base import s3, storage
 from imbvlm.data.files.object_reader import file_names, file_state
 
 _S3_THREADS = 32
+_STAT_THREADS, _STAT_CHUNK = 8, 8192
+# Photos of phones, which Pillow reads with another package.
+HEIF_SUFFIXES = (".heic", ".heif")
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
+        *(".avif", *HEIF_SUFFIXES),
+    )
+)
 
 
 class ListedFile(NamedTuple):
-    """A file by its path below the root that was listed, with its size in bytes.
+    """A file's path below the listed root, and its size in bytes.
 
-    The size is -1 for what holds no bytes: a link that leads nowhere or back to a folder above it, a pipe, a device.
+    The size is -1 for a broken link, a link to a folder above it, a pipe or a device.
     """
 
     path: str
@@ -28,13 +37,16 @@ class ListedFile(NamedTuple):
 
 
 def list_tree(root: str) -> list[ListedFile]:
-    """Every file below a root, sorted by path; hidden ones are left out. Raises StorageError."""
-    found = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
-    return sorted(file for file in found if not is_hidden(file.path))
+    """Every file below a root that is not hidden, sorted by path. Raises StorageError."""
+    files = list(_walk(str(storage.local_path(root)))) if storage.is_local(root) else _list_s3(root)
+    return sorted(file for file in files if not is_hidden(file.path))
 
 
 def listed_objects(uris: Sequence[str]) -> dict[str, int]:
-    """Bytes of those objects that exist below the deepest folder common to each bucket's uris. Raises StorageError."""
+    """Sizes in bytes of the existing objects below the deepest common folder of each bucket's uris.
+
+    Raises StorageError.
+    """
     present: dict[str, int] = {}
     by_bucket: dict[str, list[str]] = {}
     for uri in uris:
@@ -48,7 +60,7 @@ def listed_objects(uris: Sequence[str]) -> dict[str, int]:
 
 
 def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Bytes (N,) of the files that images are or lie in, -1 where there is none; objects are looked up by listing.
+    """Sizes in bytes (N,) of the files that contain the images, -1 for missing ones; objects are found by listing.
 
     Raises StorageError where a store can't be listed.
     """
@@ -62,12 +74,12 @@ def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path below a root, or a folder's name, is hidden or what macOS leaves in archives."""
+    """Whether a path below a root, or a folder's name, is hidden or an extra of macOS in archives."""
     return path.startswith(".") or "/." in path or "__MACOSX" in path.split("/")
 
 
 def printable_path(path: str) -> str:
-    """A path as text for people and files: each byte of it that isn't UTF-8 as `\\xe9`."""
+    """A path as text, with each byte that isn't UTF-8 as `\\xe9`."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -93,7 +105,7 @@ def _walk(root: str) -> Iterator[ListedFile]:
 
 
 def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what a name leads to; None for a link to nothing or to itself."""
+    """The state of an entry's target; None for a broken link."""
     try:
         return entry.stat()
     except OSError:
@@ -105,7 +117,7 @@ def _identity(state: os.stat_result) -> tuple[int, int]:
 
 
 def _list_s3(root: str) -> list[ListedFile]:
-    """Prefixes of the first two levels are found one request each, and what is below them side by side."""
+    """List the first two levels by a request for each prefix, and what is below them in parallel."""
     bucket, prefix = s3.split(root)
     prefix = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
     client = s3.client()
@@ -116,7 +128,7 @@ def _list_s3(root: str) -> list[ListedFile]:
             for part in pool.map(lambda folder: _below(client, bucket, folder), level[1]):
                 files += part
     if not files:
-        raise storage.StorageError(f"nothing is below {root}")
+        raise storage.StorageError(f"{root} has no objects below it")
     return [ListedFile(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
 
 
@@ -138,16 +150,8 @@ def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[ListedFile]:
     return [ListedFile(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
 
 
-# Photos of phones, which Pillow reads with another package.
-HEIF_SUFFIXES = (".heic", ".heif")
-
-
-_STAT_THREADS = 8
-_STAT_CHUNK = 8192
-
-
 def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size and time of change (N, 2) of local files, -1 where there is none or for objects elsewhere."""
+    """Size and modification time (N, 2) of local files; -1 for missing files and for objects."""
     chunks = [uris[start : start + _STAT_CHUNK] for start in range(0, len(uris), _STAT_CHUNK)]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         states = list(pool.map(_states_of, chunks))
@@ -157,15 +161,7 @@ def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:
 def _states_of(uris: Sequence[str]) -> npt.NDArray[np.int64]:
     states = np.full((len(uris), 2), -1, dtype=np.int64)
     for index, uri in enumerate(uris):
-        found = file_state(uri)
-        if found is not None:
-            states[index] = found.st_size, found.st_mtime_ns
+        state = file_state(uri)
+        if state is not None:
+            states[index] = state.st_size, state.st_mtime_ns
     return states
-
-
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"),
-        *(".avif", *HEIF_SUFFIXES),
-    )
-)

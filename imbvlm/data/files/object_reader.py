@@ -1,4 +1,4 @@
-"""One image's bytes from where they lie: local files, file:// and s3://, by names as they are or percent-encoded."""
+"""Reads one image's bytes from a local file, file:// or s3://, by its name as written or percent-encoded."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from imbvlm.data.files.byte_ranges import ByteRange, parse_range, whole_uri
 
 
 class MissingError(Exception):
-    """A file that is not there or not readable; the text is the row's reason."""
+    """A missing or unreadable file; the text is the row's reason."""
 
 
 def file_names(uri: str) -> tuple[str, ...]:
-    """The names by which the file of an image is looked for: as written, then with its percent escapes decoded."""
+    """The names under which an image's file may exist: as written, then with its percent escapes decoded."""
     whole = whole_uri(uri)
     return tuple(dict.fromkeys((whole, unquote(whole))))
 
 
 def file_state(uri: str) -> os.stat_result | None:
-    """The state of the local file that `read_object` reads; None where there is none, or it lies elsewhere."""
+    """The state of the local file that `read_object` reads; None for a missing file and for an object."""
     for name in file_names(uri) if storage.is_local(uri) else ():
         with suppress(OSError, ValueError):
             state = os.stat(_local_path(name))
@@ -34,8 +34,8 @@ def file_state(uri: str) -> os.stat_result | None:
 def read_object(uri: str) -> bytes:
     """The content at a location, or the part of it that `#bytes=OFFSET+LENGTH` names.
 
-    A name that isn't there as written is tried with its percent escapes decoded. Raises MissingError for this file's
-    own faults, StorageError where the store doesn't answer.
+    A missing name is tried again with its percent escapes decoded. Raises MissingError for faults of this file,
+    StorageError where the store doesn't answer.
     """
     if (problem := storage.location_problem(uri)) is not None:
         raise MissingError(problem)
@@ -58,14 +58,14 @@ def _read_local(uri: str, part: ByteRange | None) -> bytes:
         state = os.stat(path)
         if stat.S_ISDIR(state.st_mode):
             raise MissingError("a folder, not a file")
-        # What a manifest names may be a device, which never ends, or a pipe, which never begins.
+        # A manifest may name a device, which never ends, or a pipe, which never begins.
         if not stat.S_ISREG(state.st_mode):
             raise MissingError("a device or a pipe, not a file")
         with open(path, "rb") as stream:
             if part is None:
                 return stream.read()
             stream.seek(min(part.offset, state.st_size))
-            # Python makes room for all that it is asked for.
+            # Python allocates as many bytes as it is asked for.
             return stream.read(min(part.num_bytes, state.st_size))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(uri) from None

@@ -1,4 +1,4 @@
-"""Fresh crops and colours for methods that see images: random crops, flip, jitter, RandAugment."""
+"""Random changes of training images for methods that read images: crops, flip, color jitter, RandAugment."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MAX_MAGNITUDE = 30
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What changes from epoch to epoch. Raises ImbvlmError for values that mean nothing.
+    """The random changes of an image in each epoch. Raises ImbvlmError for invalid values.
 
-    `growing` is LIFT+'s crop: a square whose least area grows from `crop_scale[0]` to all of the image over training,
-    by 1 - sqrt(1 - t^2). `jitter` is the strength of brightness, contrast and saturation, each drawn from
-    1 - jitter to 1 + jitter. `rand_ops` operations of RandAugment at `rand_magnitude` follow the crop.
+    `growing` is LIFT+'s crop: a square whose minimum area grows from `crop_scale[0]` to the whole image over training,
+    by 1 - sqrt(1 - t^2). `jitter` changes brightness, contrast and saturation by factors from 1 - jitter to 1 + jitter.
+    `rand_ops` operations of RandAugment at `rand_magnitude` follow the crop.
     """
 
     crop: CropName = "random_resized"
@@ -41,13 +41,13 @@ class Augmentation:
         if self.crop not in CROPS:
             raise ImbvlmError(f"crop {self.crop!r} is not known; {suggest_name(self.crop, CROPS)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ImbvlmError(f"crop_scale must be two shares of the area, 0 < least <= most <= 1: {self.crop_scale}")
+            raise ImbvlmError(f"crop_scale must be two fractions, 0 < minimum <= maximum <= 1, got {self.crop_scale}.")
         if not 0 <= self.jitter < 1:
-            raise ImbvlmError(f"jitter must be from 0 to below 1, and is {self.jitter}")
+            raise ImbvlmError(f"jitter must be from 0 to below 1, got {self.jitter}.")
         if self.rand_ops < 0 or not 0 <= self.rand_magnitude <= MAX_MAGNITUDE:
             raise ImbvlmError(
-                f"rand_ops must be 0 or more and rand_magnitude from 0 to {MAX_MAGNITUDE}: {self.rand_ops}, "
-                f"{self.rand_magnitude}"
+                f"rand_ops must be 0 or more and rand_magnitude from 0 to {MAX_MAGNITUDE}, got {self.rand_ops} and "
+                f"{self.rand_magnitude}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,12 +57,12 @@ class Augmentation:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Augmentation:
         """The inverse of `to_dict`."""
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return Augmentation(**known)
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Augmentation(**fields)
 
     @property
-    def least_crop(self) -> float:
-        """The shorter side of the smallest crop, as a share of the image's."""
+    def min_crop(self) -> float:
+        """The shorter side of the smallest crop, as a fraction of the image's."""
         return 1.0 if self.crop == "center" else math.sqrt(self.crop_scale[0] * min(self.crop_ratio[0], 1.0))
 
     def apply(
@@ -75,58 +75,57 @@ class Augmentation:
         out: Pixels | None = None,
     ) -> Pixels:
         """Pixels (3, S, S) of one image (H, W, 3), into `out` if given; `progress` through training is from 0 to 1."""
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        box = self._box(picture, preprocess, rng, progress)
-        picture = preprocess.resized(picture, box)
+        changed = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        changed = preprocess.resized(changed, self._box(changed, preprocess, rng, progress))
         if self.flip and rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            changed = changed.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
-            picture = _jitter(picture, self.jitter, rng)
+            changed = _jitter(changed, self.jitter, rng)
         for _ in range(self.rand_ops):
             operation = _OPERATIONS[int(rng.integers(len(_OPERATIONS)))]
-            picture = operation(picture, self.rand_magnitude / MAX_MAGNITUDE, 1.0 if rng.random() < 0.5 else -1.0)
-        return channels_first(picture, out)
+            changed = operation(changed, self.rand_magnitude / MAX_MAGNITUDE, 1.0 if rng.random() < 0.5 else -1.0)
+        return channels_first(changed, out)
 
-    def _box(self, picture: Image.Image, preprocess: Preprocess, rng: np.random.Generator, progress: float) -> Box:
+    def _box(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator, progress: float) -> Box:
         if self.crop == "center":
-            return preprocess.centre(*picture.size)
+            return preprocess.center(*image.size)
         if self.crop == "random_resized":
-            return random_crop(rng, *picture.size, self.crop_scale, self.crop_ratio)
-        return growing_crop(rng, *picture.size, self.crop_scale, progress)
+            return random_crop(rng, *image.size, self.crop_scale, self.crop_ratio)
+        return growing_crop(rng, *image.size, self.crop_scale, progress)
 
 
 def growing_crop(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], progress: float) -> Box:
-    """A square (left, top, right, bottom) whose least share of the area grows with progress [LIFT+]."""
+    """A square (left, top, right, bottom) whose minimum fraction of the area grows with progress [LIFT+]."""
     grown = 1 - math.sqrt(max(0.0, 1 - progress**2))
-    least = scale[0] + grown * (scale[1] - scale[0])
+    minimum = scale[0] + grown * (scale[1] - scale[0])
     largest = min(width, height) ** 2 / (width * height)
-    area = rng.uniform(min(least, largest), min(scale[1], largest)) * width * height
+    area = rng.uniform(min(minimum, largest), min(scale[1], largest)) * width * height
     side = min(width, height, max(1, round(math.sqrt(area))))
     left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
     return left, top, left + side, top + side
 
 
-def _jitter(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def _jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for index in rng.permutation(len(enhancers)):
-        picture = enhancers[index](picture).enhance(float(rng.uniform(1 - strength, 1 + strength)))
-    return picture
+        image = enhancers[index](image).enhance(float(rng.uniform(1 - strength, 1 + strength)))
+    return image
 
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
 
 
 def _affine(coefficients: Callable[[float, int], tuple[float, ...]]) -> Operation:
-    def operate(picture: Image.Image, strength: float, sign: float) -> Image.Image:
-        matrix = coefficients(sign * strength, picture.width)
-        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    def operate(image: Image.Image, strength: float, sign: float) -> Image.Image:
+        matrix = coefficients(sign * strength, image.width)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
     return operate
 
 
 def _enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
-    def operate(picture: Image.Image, strength: float, sign: float) -> Image.Image:
-        changed: Image.Image = enhancer(picture).enhance(1 + sign * strength * 0.9)
+    def operate(image: Image.Image, strength: float, sign: float) -> Image.Image:
+        changed: Image.Image = enhancer(image).enhance(1 + sign * strength * 0.9)
         return changed
 
     return operate
@@ -134,12 +133,12 @@ def _enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
 
 # strength is from 0 to 1; the ranges are RandAugment's as torchvision has them.
 _OPERATIONS: tuple[Operation, ...] = (
-    lambda picture, strength, sign: picture,
-    lambda picture, strength, sign: ImageOps.autocontrast(picture),
-    lambda picture, strength, sign: ImageOps.equalize(picture),
-    lambda picture, strength, sign: ImageOps.posterize(picture, max(1, 8 - round(4 * strength))),
-    lambda picture, strength, sign: ImageOps.solarize(picture, round(255 * (1 - strength))),
-    lambda picture, strength, sign: picture.rotate(30 * sign * strength, Image.Resampling.BILINEAR),
+    lambda image, strength, sign: image,
+    lambda image, strength, sign: ImageOps.autocontrast(image),
+    lambda image, strength, sign: ImageOps.equalize(image),
+    lambda image, strength, sign: ImageOps.posterize(image, max(1, 8 - round(4 * strength))),
+    lambda image, strength, sign: ImageOps.solarize(image, round(255 * (1 - strength))),
+    lambda image, strength, sign: image.rotate(30 * sign * strength, Image.Resampling.BILINEAR),
     _affine(lambda amount, side: (1, 0.3 * amount, 0, 0, 1, 0)),
     _affine(lambda amount, side: (1, 0, 0, 0.3 * amount, 1, 0)),
     _affine(lambda amount, side: (1, 0, 150 / 331 * amount * side, 0, 1, 0)),

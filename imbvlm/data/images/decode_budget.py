@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from imbvlm.data.files.byte_ranges import parse_range
 from imbvlm.data.files.object_reader import file_state
-from imbvlm.data.images.decoding import MAX_PIXELS, decoded_pixels, fetch
+from imbvlm.data.images.decoding import MAX_PIXELS, ImageError, decoded_pixels, fetch
 
 # Limit on the files that wait to be decoded.
 _FILE_BYTES = 500_000_000
@@ -25,12 +25,21 @@ class DecodeBudget:
 
     @contextmanager
     def fetched(self, uri: str | None, data: bytes | None) -> Iterator[bytes]:
-        """Fetch an image's file and hold room to decode it meanwhile; raises ImageError, StorageError."""
+        """Fetch an image's file and reserve memory to decode it meanwhile; raises ImageError, StorageError."""
         # Files that wait to be decoded take memory, too.
         with self._files.take(_file_bytes(uri) if data is None else 0):
             content = fetch(uri, data)
             with self._pixels.take(decoded_pixels(content)):
                 yield content
+
+    def read(self, uri: str | None, data: bytes | None, use: Callable[[bytes], object]) -> str | None:
+        """Fetch an image's file for `use`, which decodes it; returns the reason of a bad image. Raises StorageError."""
+        try:
+            with self.fetched(uri, data) as content:
+                use(content)
+        except ImageError as error:
+            return error.reason
+        return None
 
 
 class _Budget:
@@ -53,7 +62,9 @@ class _Budget:
 
 
 def _file_bytes(uri: str | None) -> int:
-    """Bytes of an image's file or byte range; 0 where the size isn't known before the file is read."""
+    """Size of an image's file or byte range; 0 where it is known only after the file is read."""
     part = parse_range(uri or "")
-    state = file_state(uri or "") if part is None else None
-    return part.num_bytes if part is not None else state.st_size if state is not None else 0
+    if part is not None:
+        return part.num_bytes
+    state = file_state(uri or "")
+    return 0 if state is None else state.st_size

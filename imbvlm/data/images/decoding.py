@@ -1,4 +1,4 @@
-"""From a file's bytes to pixels: fetching, decoding whatever the mode, and the crops that a tower is given."""
+"""From a file's bytes to pixels: fetching, and decoding of all formats and modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 # Pillow's own bound for a decompression bomb. Larger JPEGs are decoded at a fraction of their size.
 MAX_PIXELS = 178_956_970
-# Converted at once, where the way to RGB takes many bytes a pixel.
+# Pixels converted at a time, where the conversion to RGB takes many bytes a pixel.
 _STRIP_PIXELS = 1 << 22
 HEIF_ADVICE = "HEIC is read with the extra heif: pip install 'imbvlm[heif]'"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -29,7 +29,7 @@ FORMATS = (
     "JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "ICO", "PPM", "JPEG2000", "AVIF", "SGI", "PSD", "QOI",
     "HEIF",
 )  # fmt: skip
-# What Pillow's decoders raise on damaged files, besides OSError.
+# Errors of Pillow's decoders for damaged files.
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, MemoryError,
     RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -56,52 +56,51 @@ _SIGNATURES: Mapping[str, bytes | tuple[bytes, ...]] = {
 
 
 class ImageError(ImbvlmError):
-    """An image that can't be had; `reason` is short, one line, and goes to the list of quarantined rows."""
+    """An image that can't be read; the list of quarantined rows shows its `reason`, one short line."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int | None = None) -> Pixels:
-    """Pixels (H, W, 3) in RGB of an image file, upright, alpha on white, the first frame of several.
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Pixels:
+    """Pixels (H, W, 3) in RGB of an image file: upright, alpha on white, the first frame of several.
 
-    16-bit grey is scaled by 1/257; 32-bit grey too where it fits in 16 bits, else from its own minimum to maximum.
-    Float grey is taken as 0..1, 0..255 or 0..65535, the first that holds it, else from its own minimum to maximum; its
-    pixels that aren't finite become black. JPEGs above `max_pixels` are decoded at 1/2, 1/4 or 1/8 of their size, and
-    with `least_side` every JPEG at the smallest of these whose shorter side isn't below it. Raises ImageError with a
-    short reason.
+    16-bit gray is scaled by 1/257. 32-bit gray is too where it fits in 16 bits, else from its own minimum to maximum.
+    Float gray has the first of the ranges 0..1, 0..255 and 0..65535 that holds it, else its own; pixels that are not
+    finite become black. JPEGs above `max_pixels` are decoded at 1/2, 1/4 or 1/8 of their size. With `min_side` every
+    JPEG is decoded at the smallest of these sizes whose shorter side isn't below it. Raises ImageError.
     """
-    return np.asarray(decode_picture(data, max_pixels=max_pixels, least_side=least_side))
+    return np.asarray(decode_picture(data, max_pixels=max_pixels, min_side=min_side))
 
 
-def picture_pixels(picture: Image.Image) -> Pixels:
+def picture_pixels(image: Image.Image) -> Pixels:
     """Pixels (H, W, 3) in RGB of an opened Pillow image, by the rules of `decode`; raises ImageError."""
     try:
-        picture.load()
-        return np.asarray(_upright(_to_grey_or_rgb(picture), _orientation(picture)))
+        image.load()
+        return np.asarray(_upright(_to_gray_or_rgb(image), _orientation(image)))
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, b"")) from None
 
 
-def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, least_side: int | None = None) -> Image.Image:
-    """The same as `decode` as a Pillow image in mode RGB, which crops are made from without a copy."""
+def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Image.Image:
+    """As `decode`, a Pillow image in mode RGB, from which crops are made without a copy."""
     if not data:
         raise ImageError("empty file")
     try:
-        with _open(data, max_pixels, least_side) as image:
+        with _open(data, max_pixels, min_side) as image:
             image.load()
-            orientation, picture = _orientation(image), _to_grey_or_rgb(image)
-            if picture is not image:
-                # Its memory is needed for what comes.
+            orientation, converted = _orientation(image), _to_gray_or_rgb(image)
+            if converted is not image:
+                # Frees its memory for the next conversion.
                 image.close()
-            return _upright(picture, orientation)
+            return _upright(converted, orientation)
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, data)) from None
 
 
 def decoded_pixels(data: bytes) -> int:
-    """How many pixels `decode` will make of an image file, by its header; raises ImageError."""
+    """Number of pixels that `decode` gives for an image file, by its header; raises ImageError."""
     try:
         with _open(data, MAX_PIXELS, None) as image:
             return image.width * image.height
@@ -109,17 +108,17 @@ def decoded_pixels(data: bytes) -> int:
         raise ImageError(_reason(error, data)) from None
 
 
-def _open(data: bytes, max_pixels: int, least_side: int | None) -> Image.Image:
+def _open(data: bytes, max_pixels: int, min_side: int | None) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:
-        # Pillow refuses before it knows that a JPEG can be read smaller.
+        # Pillow rejects a JPEG before it can be asked for a smaller size.
         if not data.startswith(b"\xff\xd8"):
             raise
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     width, height = image.size
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        eighths = _eighths(width, height, max_pixels, least_side)
+        eighths = _eighths(width, height, max_pixels, min_side)
         image.draft(None, (max(1, width * eighths // 8), max(1, height * eighths // 8)))
     if image.width * image.height > max_pixels:
         raise ImageError(f"{width} x {height} pixels is above the limit of {max_pixels:,}")
@@ -128,10 +127,10 @@ def _open(data: bytes, max_pixels: int, least_side: int | None) -> Image.Image:
     return image
 
 
-def _eighths(width: int, height: int, max_pixels: int, least_side: int | None) -> int:
+def _eighths(width: int, height: int, max_pixels: int, min_side: int | None) -> int:
     """Eighths of its size at which a JPEG is decoded: 8, 4, 2 or 1."""
     eighths = 8
-    while eighths > 1 and least_side is not None and min(width, height) * (eighths // 2) >= least_side * 8:
+    while eighths > 1 and min_side is not None and min(width, height) * (eighths // 2) >= min_side * 8:
         eighths //= 2
     while eighths > 1 and width * height * eighths**2 > max_pixels * 64:
         eighths //= 2
@@ -154,11 +153,11 @@ def _formats() -> tuple[str, ...]:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """How an image is turned upright."""
+    """The operation that turns an image upright, by its EXIF data."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODER_ERRORS:
-        # Damaged EXIF says nothing on the pixels.
+        # The pixels of an image with damaged EXIF data may be sound.
         return None
     return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
@@ -168,14 +167,14 @@ def _upright(image: Image.Image, method: Image.Transpose | None) -> Image.Image:
     return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
-def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """In strips, since what is made on the way takes several times the image's own memory; grey has a quarter of it."""
-    mode, made = image.mode, "RGB"
+def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image in strips: intermediate results take several times its memory. Gray takes a quarter of RGB's."""
+    mode, new_mode = image.mode, "RGB"
     if mode.startswith("I") or mode == "F":
-        scale, made = _grey_scale(image), "L"
+        scale, new_mode = _gray_scale(image), "L"
 
         def convert(strip: Image.Image) -> Image.Image:
-            return Image.fromarray(_scaled_grey(strip, *scale))
+            return Image.fromarray(_scaled_gray(strip, *scale))
 
     elif mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
 
@@ -188,14 +187,14 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     if image.width * image.height <= _STRIP_PIXELS:
         return convert(image)
-    whole = Image.new(made, image.size)
+    whole = Image.new(new_mode, image.size)
     for top, strip in _strips(image):
         whole.paste(convert(strip), (0, top))
     return whole
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Parts of an image from top to bottom, with the row where each begins."""
+    """Strips of an image from top to bottom, each with its first row."""
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -206,24 +205,24 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _scaled_grey(image: Image.Image, offset: float, span: float) -> Pixels:
+def _scaled_gray(image: Image.Image, offset: float, span: float) -> Pixels:
     values = np.asarray(image)
     scaled = (np.where(np.isfinite(values), values, offset).astype(np.float64) - offset) * (255.0 / span)
-    grey = np.rint(scaled).astype(np.uint8)
+    gray = np.rint(scaled).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey = np.where(values == transparent, np.uint8(255), grey)
-    return grey
+        gray = np.where(values == transparent, np.uint8(255), gray)
+    return gray
 
 
 def _tiff_bits(image: Image.Image) -> int:
-    """Bits a sample says it has: cameras and scanners write 12 of 16."""
+    """Used bits of a sample: cameras and scanners use 12 of 16."""
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
     return int(bits[0]) if isinstance(bits, tuple) and 8 < bits[0] < 16 else 16
 
 
-def _grey_scale(image: Image.Image) -> tuple[float, float]:
-    """What black is, and how much more white is."""
+def _gray_scale(image: Image.Image) -> tuple[float, float]:
+    """The value of black, and the difference from black to white."""
     ranges = []
     for _, strip in _strips(image):
         values = np.asarray(strip)
@@ -233,8 +232,8 @@ def _grey_scale(image: Image.Image) -> tuple[float, float]:
         raise ImageError("no finite pixel")
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     bits = _tiff_bits(image)
-    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (float(2**bits - 1),)
-    fitting = [bound for bound in tops if low >= 0 and high <= bound]
+    maxima = (1.0, 255.0, 65535.0) if image.mode == "F" else (float(2**bits - 1),)
+    fitting = [maximum for maximum in maxima if low >= 0 and high <= maximum]
     return (0.0, fitting[0]) if fitting else (low, (high - low) or 1.0)
 
 
@@ -250,23 +249,23 @@ def _reason(error: BaseException, data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and not reads_heif():
         return HEIF_ADVICE
     if isinstance(error, UnidentifiedImageError):
-        known = next((name for name, signature in _SIGNATURES.items() if data.startswith(signature)), None)
+        kind = next((name for name, signature in _SIGNATURES.items() if data.startswith(signature)), None)
         shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
-        return f"truncated or damaged {known}" if known else f"not an image (starts with {shown}...)"
+        return f"truncated or damaged {kind}" if kind else f"not an image (starts with {shown}...)"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     return f"damaged ({text})"
 
 
 def _cut_webp(data: bytes) -> bool:
-    """Whether a WebP is shorter than it says; its decoder doesn't tell what is wrong."""
+    """Whether a WebP is shorter than its header says; its decoder gives no reason."""
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def fetch(uri: str | None, data: bytes | None) -> bytes:
-    """A row's file: its embedded bytes, or what lies at its local path, file:// or s3://.
+    """A row's file: its embedded bytes, or the content at its local path, file:// or s3:// URI.
 
-    Raises ImageError where the row's own file is missing or refused, StorageError where the store doesn't answer.
+    Raises ImageError where the file is missing or access is denied, StorageError where the store doesn't answer.
     """
     if data is not None:
         return data

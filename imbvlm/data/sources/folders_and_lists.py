@@ -1,4 +1,4 @@
-"""Manifests from folders with a class each, and from lists of `path label` lines."""
+"""Builds manifests from folders with a class each, and from lists of `path label` lines."""
 
 from __future__ import annotations
 
@@ -13,84 +13,84 @@ from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, ListedFile, is_hidden
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.sources.manifest_builder import SPLIT_NAMES, assemble, class_id, folders_of, read_lines
 
+# Bad lines of a list that an error shows.
+MAX_LINES = 20
+
 
 def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
-    """One folder per class, or `train`, `val` and `test` folders of them; deeper folders belong to their class.
+    """Build a manifest from a folder per class, or from `train`, `val` and `test` folders of them.
 
-    Classes are numbered in the order of their folders' names, or as `class_names` lists those names. Without split
-    folders every image is a training image; other folders beside split folders are left out, and a note says so.
-    Raises ManifestError, StorageError.
+    Deeper folders belong to their class. Classes are numbered in the order of their folders' names, or as `class_names`
+    lists those names. Without split folders every image is a training image. Other folders next to split folders are
+    left out, with a note. Raises ManifestError, StorageError.
     """
     root = storage.absolute(root)
-    found = list_tree(root)
-    # A manifest's paths are UTF-8, so that other names can't stand in it.
-    unreadable = [file for file in found if not _is_text(f"{root}/{file.path}")]
-    files = sorted(set(found) - set(unreadable)) if unreadable else found
+    listed = list_tree(root)
+    # A manifest's paths are UTF-8.
+    unreadable = [file for file in listed if not _is_text(f"{root}/{file.path}")]
+    files = sorted(set(listed) - set(unreadable)) if unreadable else listed
     images = [file for file in files if PurePosixPath(file.path).suffix.lower() in IMAGE_SUFFIXES]
     paths = [file.path.split("/") for file in images]
     splits, others = _top_folders(root, paths, class_names)
     depth = 2 if splits else 1
-    kept = [parts for parts in paths if len(parts) > depth and parts[0] not in others]
+    selected = [parts for parts in paths if len(parts) > depth and parts[0] not in others]
     broken = [file.path for file in files if file.num_bytes < 0]
     notes = [
         *_unreadable(root, unreadable),
         *_broken(broken, {file.path for file in images}),
         *_left_out([file for file in files if file.num_bytes >= 0], images),
-        *_outside(paths, len(kept), others),
+        *_outside(paths, len(selected), others),
     ]
-    if not kept:
+    if not selected:
         raise ManifestError(root, [f"no image lies in a folder of a class, such as {root}/CLASS/image.jpg", *notes])
-    labels = [parts[depth - 1] for parts in kept]
-    if class_names is None and all(len(parts) > depth + 1 for parts in kept) and len(set(labels)) == 1:
-        raise ManifestError(root, [_one_level_too_high(root, labels[0], kept, depth), *notes])
+    labels = [parts[depth - 1] for parts in selected]
+    if class_names is None and all(len(parts) > depth + 1 for parts in selected) and len(set(labels)) == 1:
+        raise ManifestError(root, [_one_level_too_high(root, labels[0], selected, depth), *notes])
     names = class_names
     if names is None:
         names = sorted({*labels, *_empty_class_folders(root, set(broken), with_splits=bool(splits))})
     return assemble(
         name,
         labels,
-        [parts[0] if splits else "train" for parts in kept],
-        uris=[storage.join(root, *parts) for parts in kept],
+        [parts[0] if splits else "train" for parts in selected],
+        uris=[storage.join(root, *parts) for parts in selected],
         class_names=names,
         notes=notes,
         source=root,
     )
 
 
-def _one_level_too_high(root: str, label: str, kept: Sequence[Sequence[str]], depth: int) -> str:
-    deeper = join_limited(sorted({parts[depth] for parts in kept}))
-    mend = f"did you mean {storage.join(root, label)}?" if depth == 1 else f"let them lie where {label}/ lies"
-    return (
-        f"all images are of one class, {label}, and lie in folders of it ({deeper}); if those are the classes, {mend}"
-    )
+def _one_level_too_high(root: str, label: str, paths: Sequence[Sequence[str]], depth: int) -> str:
+    deeper = join_limited(sorted({parts[depth] for parts in paths}))
+    fix = f"did you mean {storage.join(root, label)}?" if depth == 1 else f"move them to where {label}/ is"
+    return f"all images are of one class, {label}, and lie in folders of it ({deeper}); if those are the classes, {fix}"
 
 
 def _top_folders(
     root: str, paths: Sequence[Sequence[str]], class_names: Sequence[str] | None
 ) -> tuple[set[str], set[str]]:
-    """Top folders with images that are splits, and those beside them that are neither splits nor classes.
+    """Top folders with images that are splits, and further ones that are neither splits nor classes.
 
-    Both are empty where the top folders are the classes. Raises ManifestError where they may be either.
+    Both are empty where the top folders are the classes. Raises ManifestError where that is ambiguous.
     """
     tops = {parts[0] for parts in paths if len(parts) > 1}
     named = {top for top in tops if top.lower() in SPLIT_NAMES}
     others = tops - named
     if not others:
         return named, set()
-    # A class may be called train, and images lie in it then, not folders. Two names of splits are no accident, so that
-    # what stands beside them (unlabeled/, Meta/) is no class; a single one may be a class with folders of its own.
+    # A class may be called train; it has images then, not folders. With two names of splits, other folders (unlabeled/,
+    # Meta/) are no classes. A single such name may be a class with folders of its own.
     with_folders = {parts[0] for parts in paths if len(parts) > 2} & named
     if not with_folders or tops <= set(class_names or ()):
         return set(), set()
     if "train" in map(_split_of, with_folders) and len(set(map(_split_of, named))) > 1:
         return named, others
-    one = sorted(with_folders)[0]
     raise ManifestError(
         root,
         [
-            f"{one}/ is named like a split and has folders, and beside it lie {join_limited(sorted(others))}: if it is "
-            "a split, let train/ and test/ (or val/) lie side by side, or nothing else beside it; if it is a class, "
-            "list every class by --class-names"
+            f"{min(with_folders)}/ is named like a split and has folders, and next to it are "
+            f"{join_limited(sorted(others))}: if it is a split, put train/ and test/ (or val/) next to each other, or "
+            "nothing else next to it; if it is a class, list every class by --class-names"
         ],
     )
 
@@ -104,7 +104,7 @@ def _is_text(path: str) -> bool:
 
 
 def _empty_class_folders(root: str, broken: set[str], *, with_splits: bool) -> set[str]:
-    """Folders without images are classes too, without images; object stores have no empty folders."""
+    """Names of folders without images, which are classes too; object stores have no empty folders."""
     if not storage.is_local(root):
         return set()
     base = storage.local_path(root)
@@ -120,42 +120,42 @@ def _empty_class_folders(root: str, broken: set[str], *, with_splits: bool) -> s
 def _unreadable(root: str, files: Sequence[ListedFile]) -> list[str]:
     if not files:
         return []
-    one = printable_path(f"{root}/{files[0].path}")
-    return [f"{pluralize(len(files), 'file')} left out whose path is not UTF-8, such as {one}; rename what isn't"]
+    example = printable_path(f"{root}/{files[0].path}")
+    return [f"{pluralize(len(files), 'file')} left out whose path is not UTF-8, such as {example}; rename what isn't"]
 
 
 def _broken(broken: Sequence[str], images: set[str]) -> list[str]:
-    """Links to nothing and the like: those that are named like images stay rows, and a check names them as missing."""
+    """Notes about broken links and the like; those with an image's suffix stay rows, which a check finds missing."""
     rows = [path for path in broken if path in images]
     others = [path for path in broken if path not in images]
-    what = "a broken link, a link to a folder above it, a pipe or a device"
-    notes = [f"{pluralize(len(rows), 'image')} that can't be read, each {what}: {join_limited(rows)}"] if rows else []
+    kinds = "a broken link, a link to a folder above it, a pipe or a device"
+    notes = [f"{pluralize(len(rows), 'image')} that can't be read, each {kinds}: {join_limited(rows)}"] if rows else []
     return notes + (
-        [f"{pluralize(len(others), 'name')} left out, each {what}: {join_limited(others)}"] if others else []
+        [f"{pluralize(len(others), 'name')} left out, each {kinds}: {join_limited(others)}"] if others else []
     )
 
 
 def _left_out(files: Sequence[ListedFile], images: Sequence[ListedFile]) -> list[str]:
-    suffixes = sorted({PurePosixPath(file.path).suffix.lower() or "no suffix" for file in set(files) - set(images)})
-    number = pluralize(len(set(files) - set(images)), "file")
+    left_out = set(files) - set(images)
+    suffixes = sorted({PurePosixPath(file.path).suffix.lower() or "no suffix" for file in left_out})
+    number = pluralize(len(left_out), "file")
     return [f"{number} left out by their suffix: {join_limited(suffixes)}"] if suffixes else []
 
 
-def _outside(paths: Sequence[Sequence[str]], num_kept: int, others: set[str]) -> list[str]:
-    beside = sum(len(parts) > 1 and parts[0] in others for parts in paths)
-    loose = len(paths) - num_kept - beside
+def _outside(paths: Sequence[Sequence[str]], num_selected: int, others: set[str]) -> list[str]:
+    num_in_others = sum(len(parts) > 1 and parts[0] in others for parts in paths)
+    num_loose = len(paths) - num_selected - num_in_others
     notes = []
-    if beside:
-        notes.append(
-            f"{pluralize(beside, 'image')} left out that lie beside the splits' folders: {join_limited(sorted(others))}"
-        )
-    if loose:
-        notes.append(f"{pluralize(loose, 'image')} left out that lie in no class's folder")
+    if num_in_others:
+        number = pluralize(num_in_others, "image")
+        notes.append(f"{number} left out in folders next to the splits: {join_limited(sorted(others))}")
+    if num_loose:
+        notes.append(f"{pluralize(num_loose, 'image')} left out that lie in no class's folder")
     return notes
 
 
 def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
-    """List files by split, each line a path below `root` and a class id (or a class name after a tab).
+    """Build a manifest from list files by split; each line has a path below `root` and a class id, or a tab and a name.
 
     Paths may have spaces. Raises ManifestError with every bad line, StorageError.
     """
@@ -163,25 +163,26 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
     paths: list[str] = []
     labels: list[str] = []
     splits: list[str] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     for split, path in lists.items():
         for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue
             file, label = _parse(line)
             if not file or not label:
-                wrong.append(f"{path}:{number}: {line.strip()[:80]!r} is not a path and a label")
+                problems.append(f"{path}:{number}: {line.strip()[:80]!r} is not a path and a label")
                 continue
-            # Where a name is made of digits alone, its class list says so.
+            # A name of digits alone must be in the class list.
             if label.lstrip("-").isdigit() and class_id(label) is None and label not in (class_names or ()):
-                wrong.append(f"{path}:{number}: the label {label[:80]!r} is no class id")
+                problems.append(f"{path}:{number}: the label {label[:80]!r} is no class id")
                 continue
             paths.append(file)
             labels.append(label)
             splits.append(split)
     uris = [path if storage.is_uri(path) or path.startswith("/") else storage.join(root, path) for path in paths]
     source = ", ".join(lists.values())
-    findings = [*wrong[:20], *_and_more(wrong)]
+    more = len(problems) - MAX_LINES
+    findings = problems[:MAX_LINES] + ([f"and {more} more lines"] if more > 0 else [])
     numbers, folders = None, {}
     ids = [number for number in map(class_id, labels) if number is not None]
     if len(ids) == len(labels):
@@ -189,7 +190,7 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
         train = np.array([SPLIT_NAMES.get(split.lower()) == "train" for split in splits], dtype=bool)
         folders = folders_of([path for path, use in zip(paths, train, strict=True) if use], numbers[train])
     try:
-        made = assemble(
+        manifest = assemble(
             name, labels if numbers is None else numbers, splits, uris=uris, class_names=class_names,
             folder_names=folders, source=source,
         )  # fmt: skip
@@ -197,7 +198,7 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
         raise ManifestError(source, [*findings, *error.findings]) from None
     if findings:
         raise ManifestError(source, findings)
-    return made
+    return manifest
 
 
 def _parse(line: str) -> tuple[str, str]:
@@ -206,7 +207,3 @@ def _parse(line: str) -> tuple[str, str]:
         return path.strip(), label.strip()
     path, _, label = line.strip().rpartition(" ")
     return path.strip(), label
-
-
-def _and_more(wrong: Sequence[str], most: int = 20) -> list[str]:
-    return [f"and {len(wrong) - most} more lines"] if len(wrong) > most else []

@@ -1,4 +1,4 @@
-"""Manifests from iNaturalist's annotation files (2018, 2019, 2021): species or a higher rank as classes."""
+"""Builds manifests from iNaturalist's annotations (2018, 2019, 2021), with species or a higher rank as classes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm.base import storage
@@ -35,7 +33,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and is_utf8(value)
 
 
-# The fields that are read of each list's entries, each with its rule and the function that checks it.
+# Fields of each list's entries, with their rules and the functions that check them.
 _FIELDS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "images": {"id": ("a number or a text", _is_key), "file_name": ("a path in UTF-8", _is_text)},
     "annotations": {"image_id": ("a number or a text", _is_key), "category_id": ("a whole number", _is_id)},
@@ -52,24 +50,24 @@ def from_inaturalist(
     rank: str = "species",
     names: str = "scientific",
 ) -> Manifest:
-    """Annotation JSON by split; images lie below `root` as `file_name` says.
+    """Build a manifest from an annotation file for each split; images lie below `root` at their `file_name`.
 
-    `categories` is the file with the names and ranks that the annotations of 2018 and 2019 hide behind numbers; where
-    names stay unknown the classes are called by their ids and the manifest says that they are unnamed. `rank` joins
-    species into a higher class, `names` is `scientific` or `common`. Raises ManifestError, StorageError.
+    `categories` is the file with the names and ranks of the numbers in the annotations of 2018 and 2019. Without names
+    the classes have their ids, and the manifest is marked as unnamed. `rank` joins species into a higher class; `names`
+    is `scientific` or `common`. Raises ManifestError, StorageError.
     """
     if rank not in RANKS:
         raise ManifestError(name, [f"rank {rank!r} is not known; {suggest_name(rank, RANKS)}"])
     if names not in NAMES:
         raise ManifestError(name, [f"names {names!r} is not known; {suggest_name(names, NAMES)}"])
-    files = {split: _read_json(path) for split, path in annotations.items()}
+    files = {split: _load_json(path) for split, path in annotations.items()}
     for split, file in files.items():
         if not isinstance(file, dict):
             raise ManifestError(annotations[split], [f"it should be an object with images and annotations{_FIX}"])
     where = categories or next((annotations[split] for split, file in files.items() if file.get("categories")), None)
     if where is None:
         raise ManifestError(name, ["no file has categories"])
-    listed = _read_json(categories) if categories else next(filter(_has_categories, files.values()))
+    listed = _load_json(categories) if categories else next(filter(_has_categories, files.values()))
     taxa = _entries(listed if isinstance(listed, dict) else {"categories": listed}, "categories", where)
     label_of, class_names = _classes(taxa, rank, names, where)
     read = {split: _rows(file, split, root, label_of, annotations[split]) for split, file in files.items()}
@@ -93,7 +91,8 @@ def from_inaturalist(
     )
 
 
-def _read_json(path: str) -> Any:
+def _load_json(path: str) -> Any:
+    # An annotation file may be larger than the limit of storage.read_json.
     try:
         return json.loads(storage.read_bytes(path))
     except RecursionError:
@@ -107,31 +106,32 @@ def _has_categories(file: Mapping[str, Any]) -> bool:
 
 
 def _entries(file: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
-    """A list of a file, each of its entries with all that is read of it; raises ManifestError with the first wrong."""
+    """A list in a file, whose entries have valid fields; raises ManifestError for the first wrong one."""
     entries = file.get(key)
     if not isinstance(entries, list):
         raise ManifestError(source, [f"{key!r} should be a list{_FIX}"])
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         for name, (rule, is_valid) in _FIELDS[key].items():
             if not isinstance(entry, dict) or not is_valid(entry.get(name)):
                 shown = f"{entry.get(name)!r:.60}" if isinstance(entry, dict) else f"the entry {entry!r:.60}"
-                raise ManifestError(source, [f"{key}[{place}].{name} should be {rule}, and is {shown}{_FIX}"])
+                raise ManifestError(source, [f"{key}[{index}].{name} should be {rule}, and is {shown}{_FIX}"])
     return entries
 
 
 def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> tuple[dict[int, int], list[str]]:
-    """Category id -> label, and the class names."""
+    """Labels by category id, and the class names."""
     taxa = sorted(taxa, key=lambda taxon: int(taxon["id"]))
-    twice = [str(one["id"]) for one, other in pairwise(taxa) if int(one["id"]) == int(other["id"])]
-    if twice:
-        raise ManifestError(source, [f"{pluralize(len(twice), 'category id')} given twice: {join_limited(twice, 3)}"])
+    repeated = [str(taxon["id"]) for taxon, following in pairwise(taxa) if int(taxon["id"]) == int(following["id"])]
+    if repeated:
+        number = pluralize(len(repeated), "category id")
+        raise ManifestError(source, [f"{number} given twice: {join_limited(repeated, 3)}"])
     if rank == "species":
         return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
-    lacking = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
-    if lacking:
-        shown = ", ".join(lacking[:3])
+    without_rank = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
+    if without_rank:
+        shown = ", ".join(without_rank[:3])
         raise ManifestError(
-            source, [f"{len(lacking)} categories have no {rank}, such as {shown}; give categories.json"]
+            source, [f"{len(without_rank)} categories have no {rank}, such as {shown}; give categories.json"]
         )
     groups = sorted({str(taxon[rank]) for taxon in taxa})
     return {int(taxon["id"]): groups.index(str(taxon[rank])) for taxon in taxa}, groups
@@ -147,16 +147,17 @@ def _name(taxon: Mapping[str, Any], names: str) -> str:
 def _rows(
     file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str
 ) -> tuple[pa.Table, int]:
-    """Rows of a file's images, and the number of its annotations that are of none of them."""
+    """Rows of a file's images, and the number of its annotations without an image."""
     images = _entries(file, "images", source)
     category_of = {
-        note["image_id"]: int(note["category_id"])
-        for note in (_entries(file, "annotations", source) if "annotations" in file else ())
+        annotation["image_id"]: int(annotation["category_id"])
+        for annotation in (_entries(file, "annotations", source) if "annotations" in file else ())
     }
-    bare = [str(image["file_name"]) for image in images if image["id"] not in category_of]
-    if bare:
-        raise ManifestError(source, [f"{len(bare)} images have no annotation, such as {bare[0]}"])
-    labels = _labels([category_of[image["id"]] for image in images], label_of)
+    unlabeled = [str(image["file_name"]) for image in images if image["id"] not in category_of]
+    if unlabeled:
+        raise ManifestError(source, [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}"])
+    # The manifest's own check reports the rows with an unknown category, which is label -1.
+    labels = [label_of.get(category_of[image["id"]], -1) for image in images]
     folder = storage.absolute(root)
     table = pa.table(
         {
@@ -166,8 +167,3 @@ def _rows(
         }
     )
     return table, len(category_of.keys() - {image["id"] for image in images})
-
-
-def _labels(categories: list[int], label_of: Mapping[int, int]) -> npt.NDArray[np.int64]:
-    """Labels; an unknown category becomes -1, which the manifest's own check reports with its rows."""
-    return np.array([label_of.get(category, -1) for category in categories], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Manifests from tables: CSV, TSV, JSON lines and Parquet, also Parquet with embedded images as on Hugging Face."""
+"""Builds manifests from tables: CSV, TSV, JSON lines and Parquet, also with embedded images as on Hugging Face."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
 from imbvlm.data.sources.manifest_builder import assemble, folders_of, split_of_file
 
-# The names under which tables have each column, the likeliest first.
+# Usual names of each column, the most likely first.
 COLUMNS: Mapping[str, Sequence[str]] = {
     "uri": ("uri", "path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image", "img"),
     "label": ("label", "labels", "class_id", "category_id", "class", "category", "target", "class_name", "fine_label"),
     "split": ("split", "set", "subset", "partition"),
     "bytes": ("bytes", "image_bytes", "image", "img", "jpg", "png"),
 }  # fmt: skip
-# Images up to this size in all stay inside the manifest; more go to pack files beside it, so that memory stays flat.
-EMBED_AT_MOST_BYTES = 128_000_000
-# Of a Parquet file, whose row groups may hold all of its images.
-_ROWS_AT_ONCE, _READ_BYTES = 256, 1 << 22
-# Of a JSON value: lists and objects in each other.
-_MOST_LEVELS = 100
+# Total size of images that stay inside the manifest. More go to pack files next to it, so that memory stays flat.
+MAX_EMBEDDED_BYTES = 128_000_000
+# Rows and bytes of a Parquet file in memory at a time; a row group may have all of its images.
+_BATCH_ROWS, _READ_BYTES = 256, 1 << 22
+# Nesting of lists and objects in a JSON value.
+_MAX_LEVELS = 100
 _STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
-# All but brackets, and the first letter of null.
+# All bytes but brackets and the first letter of null.
 _NO_MARKS = bytes(set(range(256)) - set(b"[]{}n"))
-# Of a 64-bit number with its sign.
-_MOST_DIGITS = 20
+# Digits of a 64-bit number with its sign.
+_MAX_DIGITS = 20
 
 
 def from_table(
@@ -56,14 +56,14 @@ def from_table(
     class_names: Sequence[str] | None = None,
     pack_prefix: str | None = None,
 ) -> Manifest:
-    """Rows of one or several tables; a relative path in them is below `root`.
+    """Build a manifest from one or several tables; relative paths in them are below `root`.
 
-    `columns` names the table's columns for uri, label, split and bytes where they aren't found by their usual names;
-    without a split column the files' names tell it, or else every row is a training row. Embedded images stay in the
-    manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
+    `columns` names the table's columns for uri, label, split and bytes if they don't have their usual names. Without a
+    split column the split is in the files' names; the default is training. Embedded images stay in the manifest while
+    they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
     """
     root = storage.absolute(root)
-    rows = _Rows(name, ContainerWriter(pack_prefix, EMBED_AT_MOST_BYTES), reads_names=class_names is None)
+    rows = _Rows(name, ContainerWriter(pack_prefix, MAX_EMBEDDED_BYTES), reads_names=class_names is None)
     for path in paths:
         for table in _batches(path):
             rows.add(table, path, columns or {})
@@ -71,7 +71,7 @@ def from_table(
     names = class_names if class_names is not None else rows.class_names
     source = ", ".join(paths)
     labels = _label_values(rows.labels, names, source)
-    uris = [None if uri is None else _located(uri, root) for uri in rows.uris]
+    uris = [None if uri is None else _resolve(uri, root) for uri in rows.uris]
     has_ids = bool(labels) and isinstance(labels[0], int)
     folders = folders_of([uri or "" for uri in rows.uris], np.array(labels, np.int64)) if has_ids else {}
     return assemble(
@@ -89,33 +89,34 @@ def from_table(
 
 
 class _Rows:
-    """Columns gathered from the tables of a source."""
+    """Columns collected from the tables of a source."""
 
     def __init__(self, name: str, pack: ContainerWriter, *, reads_names: bool) -> None:
         self.name, self.pack, self.reads_names = name, pack, reads_names
         self.uris: list[str | None] = []
-        # As each piece of a table has them: whether they are ids or names shows only in all of them.
+        # In the types of each part of a table: only all of them show whether labels are ids or names.
         self.labels: list[pa.ChunkedArray] = []
         self.splits: list[str] = []
         self.notes: list[str] = []
         self.class_names: list[str] | None = None
 
-    def add(self, table: pa.Table, path: str, chosen: Mapping[str, str]) -> None:
-        found = _find_columns(table, path, chosen)
+    def add(self, table: pa.Table, path: str, selected: Mapping[str, str]) -> None:
+        names = _find_columns(table, path, selected)
         if self.reads_names and self.class_names is None:
-            self.class_names = _hub_class_names(table.schema, found["label"], path)
-        wrong = _empty_findings(table, [found[what] for what in ("label", "split") if what in found])
+            self.class_names = _hub_class_names(table.schema, names["label"], path)
+        problems = _empty_findings(table, [names[kind] for kind in ("label", "split") if kind in names])
         if path.lower().endswith((".csv", ".tsv")):
-            wrong += _line_break_findings(table, [found[what] for what in ("uri", "label", "split") if what in found])
-        if wrong:
-            raise ManifestError(path, wrong)
-        labels = table.column(found["label"])
-        self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, found["label"], path))
-        if "split" in found:
-            self.splits += _texts(table, found["split"], path).to_pylist()
+            texts = [names[kind] for kind in ("uri", "label", "split") if kind in names]
+            problems += _line_break_findings(table, texts)
+        if problems:
+            raise ManifestError(path, problems)
+        labels = table.column(names["label"])
+        self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, names["label"], path))
+        if "split" in names:
+            self.splits += _texts(table, names["split"], path).to_pylist()
         else:
             self._split_by_file(path, table.num_rows)
-        uris, data = _images(table, found, path)
+        uris, data = _images(table, names, path)
         self.uris += uris
         self.pack.add(data if data is not None else [None] * table.num_rows)
 
@@ -127,38 +128,38 @@ class _Rows:
         self.splits += [split or "train"] * num_rows
 
 
-def _find_columns(table: pa.Table, path: str, chosen: Mapping[str, str]) -> dict[str, str]:
-    present, wrong = table.column_names, []
+def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str]) -> dict[str, str]:
+    """The table's name of each column in COLUMNS, as far as it has it; raises ManifestError."""
+    present, problems = table.column_names, []
     fields = dict(zip(present, table.schema, strict=True))
-    found = {}
-    for what, column in chosen.items():
+    names = {}
+    for kind, column in selected.items():
         if column in present:
-            found[what] = column
+            names[kind] = column
         else:
-            wrong.append(f"there is no column {column!r} for {what}; {suggest_name(column, present)}")
+            problems.append(f"there is no column {column!r} for {kind}; {suggest_name(column, present)}")
     lower = {name.lower(): name for name in reversed(present)}
-    for what, candidates in COLUMNS.items():
-        usable = [lower[name] for name in candidates if name in lower and _fits(what, fields[lower[name]])]
-        if what not in chosen and usable:
-            found[what] = usable[0]
-    if "label" not in found and "label" not in chosen:
-        wrong.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
-    if not {"uri", "bytes"} & found.keys() and not {"uri", "bytes"} & chosen.keys():
-        wrong.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
-    repeated = sorted({name for name in found.values() if present.count(name) > 1})
-    wrong += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
-    wrong += type_findings(table.schema, set(found.values()) - set(repeated))
-    if wrong:
-        raise ManifestError(path, wrong)
-    return found
+    for kind, candidates in COLUMNS.items():
+        usable = [lower[name] for name in candidates if name in lower and _fits(kind, fields[lower[name]].type)]
+        if kind not in selected and usable:
+            names[kind] = usable[0]
+    if "label" not in names and "label" not in selected:
+        problems.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
+    if not {"uri", "bytes"} & names.keys() and not {"uri", "bytes"} & selected.keys():
+        problems.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
+    repeated = sorted({name for name in names.values() if present.count(name) > 1})
+    problems += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
+    problems += type_findings(table.schema, set(names.values()) - set(repeated))
+    if problems:
+        raise ManifestError(path, problems)
+    return names
 
 
-def _fits(what: str, field: pa.Field) -> bool:
-    kind = field.type
-    if what == "bytes":
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind))
-    if what == "uri":
-        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _fits(kind: str, dtype: pa.DataType) -> bool:
+    if kind == "bytes":
+        return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_struct(dtype))
+    if kind == "uri":
+        return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
     return True
 
 
@@ -172,8 +173,10 @@ def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
 
 
 def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
-    """A cell of a CSV that goes over several lines: a quote that opens in one row and closes in another takes all
-    rows between. What begins with a line break may be a text of our own, which had an apostrophe in front."""
+    """Findings for CSV cells of several lines: a quote that closes in a later row joins all rows between.
+
+    A line break at a cell's start may come from our own tables, which escape it.
+    """
     findings = []
     for name in columns:
         cells = table.column(name).cast(pa.string())
@@ -187,13 +190,13 @@ def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
 
 
 def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
-    """A column as text; raises ManifestError for one that isn't plain values."""
+    """A column as text; raises ManifestError for a column of nested values."""
     column = table.column(name)
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        wrong = f"the column {name!r} is of the type {column.type}, and must be text or whole numbers"
-        raise ManifestError(path, [f"{wrong}; choose another one by --column"]) from None
+        problem = f"the column {name!r} must be text or whole numbers, and is of the type {column.type}"
+        raise ManifestError(path, [f"{problem}; choose another one by --column"]) from None
 
 
 def _label_values(
@@ -201,38 +204,40 @@ def _label_values(
 ) -> list[int] | list[str]:
     """Class ids where all labels are whole numbers, else class names.
 
-    Texts that a number would change, such as 007, are names where the class names have all of them. Raises
-    ManifestError for those that can't be either.
+    Texts with leading zeros, such as 007, are names where the class names have all of them. Raises ManifestError for
+    labels that are neither.
     """
     texts = [str(label) for column in columns for label in column.to_pylist()]
     distinct = set(texts)
-    written_as_ids = all(pa.types.is_integer(column.type) for column in columns)
-    if not written_as_ids and not all(re.fullmatch("[0-9]+", text) for text in distinct):
+    are_integers = all(pa.types.is_integer(column.type) for column in columns)
+    if not are_integers and not all(re.fullmatch("[0-9]+", text) for text in distinct):
         return texts
     plain = {text: text.lstrip("0") or "0" for text in distinct}
-    large = [text for text, number in plain.items() if len(number) > _MOST_DIGITS or int(number) >= 1 << 63]
+    large = [text for text, number in plain.items() if len(number) > _MAX_DIGITS or int(number) >= 1 << 63]
     if class_names is not None and (large or distinct != set(plain.values())) and distinct <= set(class_names):
         return texts
-    alike = sorted(text for text, many in Counter(plain.values()).items() if many > 1)
-    wrong = [f"labels that are one number are written in several ways: {join_limited(alike)}"] if alike else []
-    wrong += (
-        [f"{pluralize(len(large), 'label')} too large for a class id: {join_limited(sorted(large))}"] if large else []
-    )
-    if wrong:
-        mend = "list every class by --class-names where names are numbers"
-        raise ManifestError(source, [f"{one}; {mend}" for one in wrong])
+    ambiguous = sorted(number for number, num_texts in Counter(plain.values()).items() if num_texts > 1)
+    problems = []
+    if ambiguous:
+        problems.append(f"labels that are one number are written in several ways: {join_limited(ambiguous)}")
+    if large:
+        problems.append(f"{pluralize(len(large), 'label')} too large for a class id: {join_limited(sorted(large))}")
+    if problems:
+        fix = "list every class by --class-names where names are numbers"
+        raise ManifestError(source, [f"{problem}; {fix}" for problem in problems])
     return [int(text) for text in texts]
 
 
-def _images(table: pa.Table, found: Mapping[str, str], path: str) -> tuple[list[str | None], list[bytes | None] | None]:
+def _images(table: pa.Table, names: Mapping[str, str], path: str) -> tuple[list[str | None], list[bytes | None] | None]:
+    """Uris and embedded bytes of the rows, which may be one column of structs."""
     uris: list[str | None] = [None] * table.num_rows
-    if "uri" in found:
-        uris = _texts(table, found["uri"], path).to_pylist()
-    if "bytes" not in found:
+    if "uri" in names:
+        uris = _texts(table, names["uri"], path).to_pylist()
+    if "bytes" not in names:
         return uris, None
-    column = table.column(found["bytes"])
+    column = table.column(names["bytes"])
     if pa.types.is_struct(column.type):
-        if "uri" not in found and column.type.get_field_index("path") >= 0:
+        if "uri" not in names and column.type.get_field_index("path") >= 0:
             uris = pc.struct_field(column, "path").to_pylist()
         column = pc.struct_field(column, "bytes")
     return uris, column.to_pylist()
@@ -251,7 +256,7 @@ class _HubMetadata(BaseModel):
 
 
 def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | None:
-    """Class names that the Hugging Face hub keeps in a Parquet file's metadata; raises ManifestError."""
+    """Class names in the Hugging Face metadata of a Parquet file; raises ManifestError."""
     raw = (schema.metadata or {}).get(b"huggingface")
     if not raw:
         return None
@@ -259,12 +264,13 @@ def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | No
         features = _HubMetadata.model_validate_json(raw).info.features
         return _Feature.model_validate(features.get(label, {})).names or None
     except ValidationError as error:
-        fix = "list the classes by --class-names, and it isn't read"
-        raise ManifestError(path, [f"{one}; {fix}" for one in metadata_findings(error, "huggingface")]) from None
+        fix = "list the classes by --class-names to skip it"
+        findings = metadata_findings(error, "huggingface")
+        raise ManifestError(path, [f"{finding}; {fix}" for finding in findings]) from None
 
 
 def _batches(path: str) -> Sequence[pa.Table] | Any:
-    """The table in pieces of bounded memory."""
+    """The table in parts of bounded memory."""
     suffix = path.rpartition(".")[2].lower()
     readers = {
         "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_json, "ndjson": _read_json, "json": _read_json,
@@ -285,22 +291,22 @@ def _read_csv(path: str) -> list[pa.Table]:
     end = re.search(rb"[\r\n]", data)
     first = data[: end.start() if end else len(data)].decode("utf-8-sig")
     header = next(csv.reader(io.StringIO(first), delimiter=delimiter), [])
-    # Everything is read as text: a path or a label must not lose its zeros or become a date, and may be called NA.
+    # All cells are read as text: a path or a label must not lose its zeros or become a date, and may be NA.
     options = pa_csv.ConvertOptions(
         column_types={name.strip(): pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
     )
     parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     table = pa_csv.read_csv(pa.BufferReader(data), parse_options=parsing, convert_options=options)
-    return [pa.table([_unescaped(column) for column in table.columns], table.column_names)]
+    return [pa.table([_unescape(column) for column in table.columns], table.column_names)]
 
 
-def _unescaped(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of a CSV file without the apostrophes that our own tables have before what looks like a formula."""
+def _unescape(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A CSV column without the leading apostrophes that our own tables have before formulas."""
     return pc.replace_substring_regex(column, ESCAPED, r"\1") if pa.types.is_string(column.type) else column
 
 
 def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
-    """Raise ManifestError for a quote that isn't closed: pyarrow would take all that follows for one cell."""
+    """Raise ManifestError for an unclosed quote: pyarrow would read the rest of the file as one cell."""
     if b'"' not in data:
         return
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
@@ -311,20 +317,20 @@ def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
     except csv.Error as error:
         rule = "a cell that begins with a quote must end with one, and a quote within it is written twice"
         if "field limit" in str(error):
-            rule = "take the column with such long cells out, or write the table as Parquet"
+            rule = "remove the column with such long cells, or write the table as Parquet"
         raise ManifestError(path, [f"the row that begins in line {line} can't be read ({error}): {rule}"]) from None
 
 
 def _read_json(path: str) -> list[pa.Table]:
     data = _read_utf8(path)
-    # pyarrow's parser calls itself for each level, and has no limit: the process would end. So it would at a block of
-    # rows that begins with null.
+    # pyarrow's parser recurses at each level without a limit, and would crash the process. A block of rows that begins
+    # with null crashes it, too.
     marks = np.frombuffer(_STRING.sub(b"", data).translate(None, _NO_MARKS), np.uint8)
     steps = np.where(np.isin(marks, list(b"[{")), 1, np.where(marks == ord("n"), 0, -1))
     levels_at = np.concatenate([[0], np.cumsum(steps)])
     levels = (levels_at - np.minimum.accumulate(levels_at))[1:]
-    if levels.max(initial=0) > _MOST_LEVELS:
-        raise ManifestError(path, [f"a value in it is nested more than {_MOST_LEVELS} levels deep; write plain values"])
+    if levels.max(initial=0) > _MAX_LEVELS:
+        raise ManifestError(path, [f"a value in it is nested more than {_MAX_LEVELS} levels deep; write plain values"])
     if (levels[marks == ord("n")] == 0).any():
         raise ManifestError(path, ['a row in it is null; every row is an object, such as {"path": ..., "label": ...}'])
     return [pa_json.read_json(pa.BufferReader(data))]
@@ -338,8 +344,8 @@ def _read_utf8(path: str) -> bytes:
         data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        wrong = f"line {line} is not in UTF-8, and may be in Latin-1 or Windows-1252; save the file as UTF-8"
-        raise ManifestError(path, [wrong]) from None
+        problem = f"line {line} is not in UTF-8, and may be in Latin-1 or Windows-1252; save the file as UTF-8"
+        raise ManifestError(path, [problem]) from None
     return data
 
 
@@ -349,7 +355,7 @@ def _read_parquet(path: str) -> Any:
     try:
         with filesystem.open_input_file(inner) as stream:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for batch in file.iter_batches(_BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise storage.StorageError(f"{path} is not there") from None
@@ -357,5 +363,5 @@ def _read_parquet(path: str) -> Any:
         raise storage.storage_error("read", path, error) from None
 
 
-def _located(uri: str, root: str) -> str:
+def _resolve(uri: str, root: str) -> str:
     return uri if storage.is_uri(uri) or uri.startswith("/") else storage.join(root, uri)

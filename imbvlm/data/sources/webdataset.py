@@ -1,4 +1,4 @@
-"""Manifests from WebDataset tar shards: images stay where they are, each a byte range of its shard."""
+"""Builds manifests from WebDataset tar shards; images stay in place, each a byte range of its shard."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.sources.manifest_builder import assemble, class_id, split_of_file
 
 _LABEL_KEYS = ("label", "class", "cls", "class_id", "category_id", "target", "class_name")
-_SHARDS_AT_ONCE = 8
-# A sparse member is of any size in a small shard.
-_MOST_LABEL_BYTES = 1 << 20
+_NUM_THREADS = 8
+# A sparse member may have any size in a small shard.
+_MAX_LABEL_BYTES = 1 << 20
 
 
 class _WholeHeader(tarfile.TarInfo):
-    """A member's header; where one after the first is cut or damaged, tarfile itself takes it for the end."""
+    """A member's header that raises an error where it is cut or damaged; tarfile takes that for the archive's end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -37,8 +37,10 @@ class _WholeHeader(tarfile.TarInfo):
 
 @dataclass
 class _Shard:
-    """A shard's samples (key -> its image's uri and its label), names of other members, keys of replaced images,
-    names of links, pipes and devices."""
+    """A shard's samples by key, each with its image's `uri` and its `label`.
+
+    Further the names of other members, the keys of replaced images, and the names of links, pipes and devices.
+    """
 
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
@@ -48,13 +50,13 @@ class _Shard:
 
 
 def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] | None = None) -> Manifest:
-    """Uncompressed tar shards: `KEY.jpg` (or another image) with `KEY.cls`, or `KEY.json` with a label.
+    """Build a manifest from uncompressed tar shards of `KEY.jpg` (or another image) with `KEY.cls` or `KEY.json`.
 
-    A shard's name tells its split (`train-0000.tar`, `imagenet-val-000.tar`), or else it is training. Notes say which
-    members are left out. Raises ManifestError, StorageError.
+    The split is in a shard's name (`train-0000.tar`, `imagenet-val-000.tar`); the default is training. Notes list the
+    members that are left out. Raises ManifestError, StorageError.
     """
     paths = [storage.absolute(path) for path in paths]
-    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         shards = list(pool.map(_read_shard, paths))
     images = [
         (path, key, sample)
@@ -66,11 +68,11 @@ def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] |
     notes = [*_left_out(shards), *_open_ended_notes(open_ended)]
     if not images:
         raise ManifestError(", ".join(paths), ["no image is in it, such as KEY.jpg", *notes])
-    unlabelled = [f"{path}: {key}" for path, key, sample in images if "label" not in sample]
-    if unlabelled:
-        shown = ", ".join(unlabelled[:5])
+    unlabeled = [f"{path}: {key}" for path, key, sample in images if "label" not in sample]
+    if unlabeled:
+        shown = ", ".join(unlabeled[:5])
         raise ManifestError(
-            ", ".join(paths), [f"{len(unlabelled)} images have neither a .cls nor a .json with a label: {shown}"]
+            ", ".join(paths), [f"{len(unlabeled)} images have neither a .cls nor a .json with a label: {shown}"]
         )
     labels = [sample["label"] for _, _, sample in images]
     if not all(isinstance(label, int) for label in labels):
@@ -94,16 +96,16 @@ def _left_out(shards: Sequence[_Shard]) -> list[str]:
     notes = []
     if dotted:
         notes.append(
-            f"{pluralize(len(dotted), 'image')} left out, such as {printable_path(dotted[0])}: WebDataset takes all "
-            "that follows a name's first dot for its extension; rename them without a dot in the key"
+            f"{pluralize(len(dotted), 'image')} left out, such as {printable_path(dotted[0])}: in WebDataset a name's "
+            "extension begins at its first dot; rename them without a dot in the key"
         )
     if extensions:
         kinds = [f".{extension}" if extension else "no extension" for extension in extensions]
         number = pluralize(len(others) - len(dotted), "member")
         notes.append(f"{number} left out by their extension: {join_limited(kinds)}")
     if replaced:
-        number, one = pluralize(len(replaced), "image"), printable_path(replaced[0].removeprefix("/"))
-        notes.append(f"{number} left out for a later one of the same key in its shard, such as {one}")
+        number, example = pluralize(len(replaced), "image"), printable_path(replaced[0].removeprefix("/"))
+        notes.append(f"{number} left out for a later one of the same key in its shard, such as {example}")
     links = [name for shard in shards for name in shard.links]
     if links:
         number = pluralize(len(links), "member")
@@ -111,12 +113,12 @@ def _left_out(shards: Sequence[_Shard]) -> list[str]:
             f"{number} left out, each a link, a pipe or a device, such as {printable_path(links[0])}: tar writes a "
             "file that comes twice as a link; make the shard with --hard-dereference"
         )
-    bare = [
+    lone = [
         key for shard in shards for key, sample in shard.samples.items() if "label" in sample and "uri" not in sample
     ]
-    if bare:
-        shown = printable_path(bare[0].removeprefix("/"))
-        notes.append(f"{pluralize(len(bare), 'label')} left out without an image of the same key, such as {shown}")
+    if lone:
+        shown = printable_path(lone[0].removeprefix("/"))
+        notes.append(f"{pluralize(len(lone), 'label')} left out without an image of the same key, such as {shown}")
     return notes
 
 
@@ -129,12 +131,12 @@ def _read_shard(path: str) -> _Shard:
     shard = _Shard()
     storage.check_readable(path)
     filesystem, inner = storage.open_filesystem(path)
-    local = storage.is_local(path)
+    is_local = storage.is_local(path)
     try:
-        # Headers are far apart: local files are skipped through, objects are read from start to end in one request.
+        # Headers are far apart: this seeks in local files, and reads objects from start to end in one request.
         with (
-            filesystem.open_input_file(inner) if local else filesystem.open_input_stream(inner) as stream,
-            tarfile.open(fileobj=stream, mode="r:" if local else "r|", tarinfo=_WholeHeader) as archive,
+            filesystem.open_input_file(inner) if is_local else filesystem.open_input_stream(inner) as stream,
+            tarfile.open(fileobj=stream, mode="r:" if is_local else "r|", tarinfo=_WholeHeader) as archive,
         ):
             for member in archive:
                 if member.isfile():
@@ -162,12 +164,12 @@ def _add_member(shard: _Shard, path: str, archive: tarfile.TarFile, member: tarf
     key, extension = _split_name(member.name)
     sample = shard.samples.setdefault(key, {})
     if f".{extension.lower()}" in IMAGE_SUFFIXES:
-        # As in tar itself, what comes later takes the place of what came before.
+        # As in tar itself, a later member replaces an earlier one.
         if "uri" in sample:
             shard.replaced.append(key)
         sample["uri"] = range_uri(path, member.offset_data, member.size)
     elif extension in ("cls", "json"):
-        if member.size > _MOST_LABEL_BYTES:
+        if member.size > _MAX_LABEL_BYTES:
             raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"])
         content = archive.extractfile(member)
         data = content.read() if content is not None else b""
@@ -176,7 +178,7 @@ def _add_member(shard: _Shard, path: str, archive: tarfile.TarFile, member: tarf
             number = class_id(str(label))
             sample["label"] = label if number is None else number
     elif not key.endswith("/"):
-        # Hidden files, whose key is empty, are what macOS puts beside each image.
+        # Hidden files, whose key is empty, are macOS's extra files.
         shard.others.append(member.name)
 
 
@@ -185,13 +187,13 @@ def _text_of(data: bytes, path: str, name: str) -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         text = data[:80].decode("utf-8", "backslashreplace").strip()
-        wrong = f"{printable_path(name)} holds '{text}', which is not UTF-8; write labels as UTF-8"
-        raise ManifestError(path, [wrong]) from None
+        problem = f"{printable_path(name)} has '{text}', which is not UTF-8; write labels as UTF-8"
+        raise ManifestError(path, [problem]) from None
 
 
 def _label_of(data: bytes) -> Any:
     try:
-        found = json.loads(data)
+        fields = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return next((found[key] for key in _LABEL_KEYS if key in found), None) if isinstance(found, dict) else None
+    return next((fields[key] for key in _LABEL_KEYS if key in fields), None) if isinstance(fields, dict) else None

@@ -270,7 +270,7 @@ class _TrialExport:
         with console.redirect_output(_log_file(self.folder)):
             features = ensure_features(
                 config, manifest, root, stored_outputs(config), splits, report=console.update_live,
-                text=needs_text(config), copies=self.spec.feature_copies,
+                text=needs_text(config), cache=self.spec.feature_copies,
             )  # fmt: skip
         console.end_live()
         settings = TrialSettings(

@@ -248,7 +248,7 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
 
 def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
     """Counts of the images that train, and the number of validation images of each class."""
-    carved = carve_validation(manifest, split_seed)
+    carved = carve_validation(manifest.label_rows(), split_seed)
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
     return manifest.class_stats(carved), counts.tolist()

@@ -167,25 +167,24 @@ def _tower_line(plan: Plan, tower: PlannedEncoder) -> str:
     if plan.manifest is None:
         return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
     features = tower.config.features
-    more = "" if features.tail_views is None else f", {features.tail_views} of few-shot classes"
     views = pluralize(features.num_views, "view")
-    return f"{text}; features {size_text(tower.num_bytes)} ({outputs}, {views}{more})"
+    return f"{text}; features {size_text(tower.num_bytes)} ({outputs}, {views})"
 
 
 def _copies(plan: Plan) -> str:
-    copies = plan.spec.feature_copies
-    limit = f"at most {size_text(copies.limit_bytes())} on this one"
+    cache = plan.cache
+    limit = f"at most {size_text(cache.limit_bytes())} on this one"
     in_place = storage.is_local(plan.spec.feature_root)
     if not plan.fits_copies:
         what = "so that trials read the features in place" if in_place else "too little for a trial"
-        limit = f"and ONLY {size_text(copies.limit_bytes())} on this one, {what}"
+        limit = f"and ONLY {size_text(cache.limit_bytes())} on this one, {what}"
     elif not plan.fits_all_copies:
         what = "read them in place" if in_place else "wait for each other's end"
         limit += (
             f", TOO LITTLE for trials of several towers at once, which {what}; set feature_copies.max_gigabytes "
             "higher, feature_copies.folder to a larger disk, or search one tower at a time"
         )
-    return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {copies.root}: {limit}"
+    return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {cache.root}: {limit}"
 
 
 def _measured(plan: Plan) -> list[str]:
@@ -332,9 +331,9 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "fits_disk": plan.fits_disk,
         "feature_root": spec.feature_root,
         "copies": {
-            "folder": str(spec.feature_copies.root),
+            "folder": str(plan.cache.root),
             "bytes": plan.copy_bytes,
-            "limit_bytes": spec.feature_copies.limit_bytes(),
+            "limit_bytes": plan.cache.limit_bytes(),
             "fits": plan.fits_copies,
             "fits_all_towers": plan.fits_all_copies,
         }

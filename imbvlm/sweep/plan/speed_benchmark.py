@@ -251,7 +251,7 @@ def _eval_seconds(run: TrialRun, val: RowSource, at_once: int) -> float:
 def _first(source: RowSource, rows: Rows) -> RowSource:
     if isinstance(source, StoredRows):
         return StoredRows(source.store, source.rows[rows], source.labels[rows])
-    return ImageRows(source.manifest, source.rows[rows], source.places[rows], source.labels[rows])
+    return ImageRows(source.manifest, source.rows[rows], source.manifest_rows[rows], source.labels[rows])
 
 
 def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -> tuple[int, int]:
@@ -269,7 +269,7 @@ def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -
     parts = 1 if run.config.memory is None else run.config.memory.accumulation
     logits = 2 * 4 * batch_size * num_classes
     on_device = int(weights + trained * (1 + states) + (kept * scale + logits) / parts)
-    numbers = run.feed.numbers_per_example * batch_size
+    numbers = run.batch_source.numbers_per_example * batch_size
     reading = numbers * (2 * (READ_AHEAD + 1) + 4)
     rows = len(run.data.val)
     val_logits = 2 * rows * num_classes if EpochValLogits.fits(rows, num_classes) else 0
@@ -291,7 +291,7 @@ def _resident_bytes() -> int:
 def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
     """The manifest's rows and classes; outputs of the tower's shape that repeat, or the images themselves."""
     manifest = Manifest.read(config.data.manifest)
-    carved = carve_validation(manifest, config.data.split_seed)
+    carved = carve_validation(manifest.label_rows(), config.data.split_seed)
     train = np.setdiff1d(manifest.rows_of("train"), carved)
     val = manifest.rows_of("val") if "val" in manifest.splits else carved
     needs_tower = config.reads_images or METHODS[config.method].needs_encoder

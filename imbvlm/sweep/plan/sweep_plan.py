@@ -18,6 +18,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import SECONDS_HERE
+from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.store_sizes import (
     DISK_MARGIN,
     bytes_per_image,
@@ -148,23 +149,27 @@ class Plan:
     @property
     def copy_bytes(self) -> int:
         """What trials read in all, of which each machine keeps what it can; 0 where they read the folder itself."""
-        copies = self.spec.feature_copies
-        known = self.manifest is not None and copies.needed_for(
-            self.spec.feature_root, many_machines=self.num_machines > 1
+        is_cached = self.manifest is not None and self.cache.is_needed_for(
+            self.spec.feature_root, has_many_machines=self.num_machines > 1
         )
-        return sum(tower.num_bytes for tower in self.towers) if known else 0
+        return sum(tower.num_bytes for tower in self.towers) if is_cached else 0
+
+    @property
+    def cache(self) -> FeatureCache:
+        """This machine's cache of features."""
+        return FeatureCache(self.spec.feature_copies)
 
     @property
     def fits_copies(self) -> bool:
         """Whether this machine could hold what one trial reads."""
         largest = max((tower.trial_bytes for tower in self.towers), default=0)
-        return not self.copy_bytes or largest <= self.spec.feature_copies.limit_bytes()
+        return not self.copy_bytes or largest <= self.cache.limit_bytes()
 
     @property
     def fits_all_copies(self) -> bool:
         """Whether it could hold what trials of as many towers read as can run at once."""
         largest = sorted((tower.trial_bytes for tower in self.towers), reverse=True)[: self.concurrent]
-        return not self.copy_bytes or sum(largest) <= self.spec.feature_copies.limit_bytes()
+        return not self.copy_bytes or sum(largest) <= self.cache.limit_bytes()
 
     @property
     def gpu_hours(self) -> Interval | None:
@@ -291,7 +296,7 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
 
 
 def _rows(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
-    carved = len(carve_validation(manifest, int(spec.base["data"].get("split_seed", 0))))
+    carved = len(carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0))))
     counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
     return SplitSizes(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
 

@@ -58,8 +58,8 @@ class TrialRecord(BaseModel):
     restart_reason: str = ""
 
     def trial_config(self) -> TrialConfig:
-        """The validated configuration."""
-        return TrialConfig.from_tree(self.config)
+        """The configuration, checked; keys of version 0.1 are dropped."""
+        return TrialConfig.from_record(self.config)
 
     @property
     def is_over(self) -> bool:
@@ -72,7 +72,8 @@ class TrialRecord(BaseModel):
         config = self.trial_config()
         if config.reads_images:
             return "fresh"
-        tail_views = config.features.tail_views
+        # A key of version 0.1, which configurations no longer have.
+        tail_views = (self.config.get("features") or {}).get("tail_views")
         return f"{config.features.num_views}{'' if tail_views is None else f', few {tail_views}'}"
 
     @property

@@ -94,7 +94,7 @@ def open_run(
     context = RunContext(sweep, folder, log, console, concurrent, budget, len(manifest.class_names))
     packs = packing(sweep, checked.encoder_infos.values(), manifest, concurrent)
     console.print(_describe_cluster(cluster, context.driver, at_a_time(concurrent, packs.largest(sweep))))
-    if not cluster.started_here:
+    if not cluster.is_own:
         check_shared([folder, storage.absolute(spec.feature_root)])
     budget.enter("features")
     run = SweepRun(
@@ -119,7 +119,7 @@ def open_run(
 
 
 def _describe_cluster(cluster: Cluster, driver: str, trials: str) -> str:
-    joined = "" if cluster.started_here else " (a cluster that was running already)"
+    joined = "" if cluster.is_own else " (a cluster that was running already)"
     if cluster.can_grow:
         joined += f", growing to {pluralize(cluster.max_cpus, 'CPU')} and {pluralize(cluster.max_gpus, 'GPU')}"
     return (
@@ -134,7 +134,7 @@ def _check_disks(run: SweepRun, packs: Packing) -> None:
     check_logits_fit(run.folder, logits)
     others = logits if storage.is_same_disk(run.folder, spec.feature_root) else 0
     check_disk_space(
-        run.encoders, run.manifest, spec.feature_root, run.outputs, copies=spec.feature_copies, other_bytes=others
+        run.encoders, run.manifest, spec.feature_root, run.outputs, cache=spec.feature_copies, other_bytes=others
     )  # fmt: skip
 
 

@@ -37,8 +37,8 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
             splits,
             report=run.console.update_live,
             five_crop=tuple(split for split in splits if split == "test"),
-            copies=run.spec.feature_copies,
-            check_tower=partial(check_tower, run.folder, config.encoder),
+            cache=run.spec.feature_copies,
+            check_encoder=partial(check_tower, run.folder, config.encoder),
         )
         run.console.end_live()
         feature_sets[feature_key(config)] = features

@@ -20,10 +20,9 @@ from imbvlm.base.schema import (
     violated_rule,
 )
 from imbvlm.base.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
-from imbvlm.config.input_sections import Seed
+from imbvlm.config.input_sections import FeatureCacheConfig, Seed
 from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
-from imbvlm.features.feature_cache import DEFAULT_COPIES, Copies
 from imbvlm.sweep.spec.objectives import running_maximum
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS, SamplerSection, TpeConfig
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
@@ -150,7 +149,7 @@ class SweepSpec(Section):
     smoke: dict[str, Any] = Field({}, description="settings of --smoke; {}: four trials of two epochs with one seed")
     storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI of sweeps and features")
     feature_folder: str | None = Field(None, description="folder or s3:// URI of features; null: `features` in storage")
-    feature_copies: Copies = DEFAULT_COPIES
+    feature_copies: FeatureCacheConfig = FeatureCacheConfig()
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("searcher", mode="before")
@@ -162,7 +161,7 @@ class SweepSpec(Section):
     @classmethod
     def _check_locations(cls, value: Any, info: ValidationInfo) -> Any:
         locations = value if isinstance(value, list) else [value] if value is not None else []
-        for problem in filter(None, map(storage.location_problem, locations)):
+        for problem in filter(None, map(storage.folder_problem, locations)):
             raise ValueError(f"{info.field_name}: {problem}")
         return value
 

@@ -1,6 +1,6 @@
-"""Training examples made of others: mixup and cutmix of a batch, and variation borrowed from classes with many images.
+"""Mixup and CutMix of a batch, and feature transfer from many-shot classes.
 
-What is drawn comes from the seed and the step or epoch alone, so that a trial that goes on draws the same again.
+Random numbers depend on the seed and the step or epoch alone, so that a resumed trial repeats them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from imbvlm.features.trial_data import StoredRows
 from imbvlm.longtail.class_sampling import Rows
 from imbvlm.longtail.class_stats import ClassStats
 
-# Keep these draws apart from others that start from the same seed.
+# Separate these random numbers from others of the same seed.
 _MIXING_STREAM, _TRANSFER_STREAM = 0x31C5, 0x7A2F
 
 
 class BatchMixer:
-    """Mixes a batch with itself in another order: mixup [Zhang et al. 2018] or cutmix [Yun et al. 2019].
+    """Mixes a batch with itself in another order: mixup [Zhang et al. 2018] or CutMix [Yun et al. 2019].
 
-    mixup: share x_i + (1 - share) x_j, of images, or of a tower's outputs as manifold mixup [Verma et al. 2019] does;
-    cutmix: a rectangle of (1 - share) of x_i's area is x_j's. The target is share y_i + (1 - share) y_j with the
-    share of each batch from Beta(alpha, alpha). An alpha of 0 leaves its kind out; with both a batch draws one.
-    Several workers draw the same share, and each mixes its own part of the batch.
+    mixup: share x_i + (1 - share) x_j, of images, or of an encoder's outputs as in manifold mixup [Verma et al. 2019].
+    CutMix: a rectangle of (1 - share) of x_i's area is x_j's. The target is share y_i + (1 - share) y_j, with a share
+    for each batch from Beta(alpha, alpha). An alpha of 0 switches its kind off; with both, each batch has a random one.
+    All workers have the same share, and each mixes its own part of the batch.
     """
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int, seed: int, rank: int = 0) -> None:
@@ -33,7 +33,7 @@ class BatchMixer:
         self._num_classes, self._seed, self._rank = num_classes, seed, rank
 
     def __call__(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs (B, ...) and labels (B,) to mixed inputs and shares of the classes (B, C)."""
+        """Mixed inputs (B, ...) and class weights (B, C) from inputs (B, ...) and labels (B,)."""
         rng = np.random.default_rng([_MIXING_STREAM, self._seed, step])
         is_cut, alpha = self._kinds[int(rng.integers(len(self._kinds)))]
         share = float(rng.beta(alpha, alpha))
@@ -44,14 +44,14 @@ class BatchMixer:
         else:
             mixed = torch.lerp(inputs[others].float(), inputs.float(), share)
         classes = torch.arange(self._num_classes, device=labels.device)
-        own, other = (one[:, None] == classes for one in (labels, labels[others]))
+        own, other = (targets[:, None] == classes for targets in (labels, labels[others]))
         return mixed, share * own.float() + (1 - share) * other.float()
 
 
 def cutmix(images: Tensor, others: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-    """Images (B, C, H, W) with one rectangle of the others, and the share of them that is left.
+    """Images (B, C, H, W) with one rectangle of the others, and the fraction of the images that remains.
 
-    Its centre is anywhere, its sides are sqrt(1 - share) of the image's, and what lies outside is cut off.
+    The rectangle has a random center and sides of sqrt(1 - share) of the image's; it is clipped to the image.
     """
     height, width = images.shape[-2:]
     across, down = (round(side * float(np.sqrt(1 - share))) for side in (width, height))
@@ -65,11 +65,11 @@ def cutmix(images: Tensor, others: Tensor, share: float, rng: np.random.Generato
 
 
 class FeatureTransfer:
-    """x + strength (a - b) / sqrt(2): images of classes without many vary as those of many-shot classes do.
+    """x + strength (a - b) / sqrt(2): medium- and few-shot classes borrow the variation of many-shot classes.
 
-    a and b are the stored outputs of two images of one many-shot class, so that what is added has mean 0 and, at
-    strength 1, the covariance within that class: the variation that rare classes lack is borrowed, the idea of feature
-    transfer [Yin et al., CVPR 2019] without its projection. Raises ImbvlmError where no class has many images.
+    a and b are the stored outputs of two images of one many-shot class, so that the difference has mean 0 and, at
+    strength 1, the covariance within that class. This is the idea of feature transfer [Yin et al. 2019] without its
+    projection. Raises ImbvlmError without a many-shot class.
     """
 
     def __init__(self, strength: float, examples: StoredRows, stats: ClassStats, seed: int) -> None:
@@ -79,13 +79,13 @@ class FeatureTransfer:
         if not gives.any():
             raise ImbvlmError(
                 "feature_augmentation.transfer borrows the variation within classes of more than 100 training images, "
-                f"and the largest here has {int(counts.max(initial=0))}; set feature_augmentation.transfer: 0"
+                f"and the largest here has {int(counts.max(initial=0))}. Set feature_augmentation.transfer: 0."
             )
         self._receives = ~np.isin(np.arange(stats.num_classes), stats.many_shot)
         by_class = np.argsort(examples.labels, kind="stable")
         self._givers = by_class[gives[examples.labels[by_class]]]
         labels = examples.labels[self._givers]
-        # Of each giver: where its class begins among the givers, and how large it is.
+        # For each giver the first index of its class among the givers, and the size of the class.
         self._starts = np.searchsorted(labels, labels)
         self._sizes = counts[labels]
         self._drawn: tuple[int, Rows, Rows] | None = None
@@ -105,12 +105,12 @@ class FeatureTransfer:
         inputs[index] = (inputs[index].float() + added).to(inputs.dtype)
 
     def _pairs(self, epoch: int) -> tuple[Rows, Rows]:
-        """Two examples of one class (2, N) for each place of an epoch, and a view of each (2, N)."""
+        """Two examples of one class (2, N) for each position of an epoch, and a view of each (2, N)."""
         if self._drawn is None or self._drawn[0] != epoch:
             rng = np.random.default_rng([_TRANSFER_STREAM, self._seed, epoch])
             size = len(self._examples)
             first = rng.integers(len(self._givers), size=size)
-            # Another of its class: so many places on, around the end of the class.
+            # Another example of its class: a random number of steps further, cyclically.
             step = 1 + np.floor(rng.random(size) * (self._sizes[first] - 1)).astype(np.int64)
             start = self._starts[first]
             second = start + (first - start + step) % self._sizes[first]

@@ -28,13 +28,13 @@ Index = npt.NDArray[np.int64]
 
 # Batches gathered ahead of the one in use.
 READ_AHEAD = 2
-# Of features in half precision, that those who train together keep of what they are evaluated on: in main memory, and
-# on a GPU, which others share. The pooled outputs of 50,000 images are 100 MB.
-REMEMBERED_BYTES, ON_DEVICE_BYTES = 512 * 2**20, 128 * 2**20
+# Limits on the evaluation features that the members of a pack cache in half precision, in main memory and on a GPU that
+# others share. The pooled outputs of 50,000 images are 100 MB.
+CACHED_BYTES, ON_DEVICE_BYTES = 512 * 2**20, 128 * 2**20
 
 
 class Batch(NamedTuple):
-    """A model's input (K, ...) as it travels, labels (K,), and which examples (K,) of their source these are."""
+    """A model's inputs (K, ...) in their stored precision, labels (K,), and indices (K,) of the examples."""
 
     inputs: Tensor
     labels: Tensor
@@ -42,10 +42,7 @@ class Batch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """Where a trial's batches come from; closing an iterator ends what works for it.
-
-    They lie in main memory, but for those that are kept on the device.
-    """
+    """A trial's batches, in main memory or cached on the device; closing an iterator ends its threads."""
 
     @property
     def numbers_per_example(self) -> int:
@@ -53,20 +50,20 @@ class BatchSource(Protocol):
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Why an image was left out, by its row in the manifest; those met so far."""
+        """Reasons of the images that were left out so far, by their rows in the manifest."""
 
     def count_unreadable(self, world: WorkerGroup) -> int:
-        """How many images some worker had to leave out so far; every worker must call it."""
+        """Number of images that any worker has left out so far; every worker must call it."""
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
-        """The batches at some places (B,) of an epoch's plan."""
+        """The batches at positions (B,) of an epoch's plan."""
 
     def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
-        """Examples (B,) in order, their evaluation crops or another view."""
+        """Examples (B,) in order, as their evaluation crops or in another view."""
 
 
 class StoredFeatureSource:
-    """Reads stored outputs of the tower; those to train on vary by `transfer`."""
+    """Reads stored outputs of the encoder; `transfer` changes those for training."""
 
     def __init__(
         self,
@@ -103,31 +100,35 @@ class StoredFeatureSource:
 
 
 class CachedFeatureSource(StoredFeatureSource):
-    """Keeps the evaluation crops that were read last, on the device where they are few, for others that read them."""
+    """Caches the evaluation features that were read last, on the device if they are few, for a pack's members."""
 
     def __init__(self, info: EncoderInfo, output: OutputName, device: torch.device) -> None:
         super().__init__(info, output, device)
-        self._kept: tuple[RowSource, int, list[Batch]] | None = None
+        self._cached: tuple[RowSource, int, list[Batch]] | None = None
 
     def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
         num_bytes = 2 * self.numbers_per_example * sum(map(len, chunks))
-        if view is not None or num_bytes > REMEMBERED_BYTES:
+        if view is not None or num_bytes > CACHED_BYTES:
             return super().evaluate(source, chunks, view)
-        if self._kept is None or self._kept[0] is not source or self._kept[1] != len(chunks):
+        if self._cached is None or self._cached[0] is not source or self._cached[1] != len(chunks):
             device = self._device if num_bytes <= ON_DEVICE_BYTES else torch.device("cpu")
-            # As stored, since half precision is widened in no time where it lies.
+            # In the stored precision, since widening half precision on the device takes no time.
             batches = [
-                Batch(one.inputs.to(device, non_blocking=True), one.labels.to(device, non_blocking=True), one.examples)
-                for one in super().evaluate(source, chunks)
+                Batch(
+                    batch.inputs.to(device, non_blocking=True),
+                    batch.labels.to(device, non_blocking=True),
+                    batch.examples,
+                )
+                for batch in super().evaluate(source, chunks)
             ]
-            self._kept = (source, len(chunks), batches)
-        return iter(self._kept[2])
+            self._cached = (source, len(chunks), batches)
+        return iter(self._cached[2])
 
 
 class ImageSource:
-    """Reads images through a stream, for training crops of their own in every epoch.
+    """Reads images through a stream, with new training crops in every epoch.
 
-    What can't be read is left out of its batch, or with `strict` an ImbvlmError.
+    Unreadable images are left out of their batches, or with `strict` raise ImbvlmError.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class ImageSource:
         strict: bool,
         expand: int = 0,
     ) -> None:
-        # Of test-time ensembling, whose crops are the views of an evaluation.
+        # Test-time ensembling evaluates the five crops as views.
         self._five_crop = preprocess.five_crop(expand)
         self._preprocess, self._augmentation = preprocess, augmentation
         self._seed, self._num_epochs = seed, num_epochs
@@ -151,7 +152,7 @@ class ImageSource:
         self.unreadable: dict[int, str] = {}
 
     def count_unreadable(self, world: WorkerGroup) -> int:
-        """Workers meet the same image in different epochs: rows are counted once."""
+        """As the protocol's; several workers may read the same image, whose row counts once."""
         rows = torch.tensor(sorted(self.unreadable), dtype=torch.int64)
         length = int(world.max(torch.tensor([int(rows[-1]) + 1 if len(rows) else 0]))[0])
         if not length:
@@ -159,7 +160,7 @@ class ImageSource:
         return int(world.max(torch.zeros(length, dtype=torch.int64).index_fill_(0, rows, 1)).sum())
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
-        """A place in an epoch has its own crop, whichever worker reads it."""
+        """As the protocol's; the crop at a position of an epoch is the same on every worker."""
         progress = min(1.0, epoch / max(1, self._num_epochs - 1))
         return self._read(
             source,
@@ -168,7 +169,7 @@ class ImageSource:
         )
 
     def evaluate(self, source: RowSource, chunks: Sequence[Index], view: int | None = None) -> Iterator[Batch]:
-        """The evaluation crops, or with a `view` one of the five of test-time ensembling."""
+        """As the protocol's; a `view` is one of the five crops of test-time ensembling."""
         examples = np.arange(len(source))
         preprocess = self._preprocess if view is None else self._five_crop
         plan = StreamPlan(examples, chunks, preprocess, None, self._seed, 0, view=view or 0)
@@ -177,7 +178,7 @@ class ImageSource:
     def _read(self, source: RowSource, examples: Index, plan: StreamPlan) -> Iterator[Batch]:
         """The batches of a plan whose rows are these examples (N,) of the source."""
         assert isinstance(source, ImageRows), "a trial on images opens rows of the manifest"
-        plan, shares = replace(plan, rows=source.places[examples]), plan.batches
+        plan, shares = replace(plan, rows=source.manifest_rows[examples]), plan.batches
         num_read = 0
         for share, batch in zip(shares, self._stream(source.manifest, plan), strict=True):
             self._note(batch)
@@ -187,32 +188,31 @@ class ImageSource:
         if not num_read and any(len(share) for share in shares):
             row, reason = next(iter(self.unreadable.items()))
             raise ImbvlmError(
-                f"no image of {source.manifest} could be read, the first of them (row {row}): {reason}; has the data "
-                "moved?"
+                f"no image of {source.manifest} could be read. The first (row {row}): {reason}. Has the data moved?"
             )
 
     def _note(self, batch: ImageBatch) -> None:
         for row, reason in zip(batch.rows.tolist(), batch.reasons, strict=True):
             if reason is not None and self._strict:
                 raise ImbvlmError(
-                    f"the image in row {row} of the manifest can't be used: {reason}; data.on_bad_image is strict, and "
-                    "quarantine would leave it out and count it"
+                    f"the image in row {row} of the manifest can't be used: {reason}. data.on_bad_image is strict; "
+                    "quarantine would leave it out and count it."
                 )
             if reason is not None:
                 self.unreadable[row] = reason
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and labels on the device; half precision travels and is widened to float32 where it arrived."""
+    """Inputs and labels on the device, where half precision is widened to float32 after the copy."""
     inputs = batch.inputs.to(device, non_blocking=True)
     return inputs.float() if inputs.is_floating_point() else inputs, batch.labels.to(device, non_blocking=True)
 
 
 def read_ahead(load: Callable[[Index], Batch], shares: Sequence[Index]) -> Iterator[Batch]:
-    """load(share) for each of the shares in order, some of them ahead in a thread.
+    """load(share) for each of the shares in order; a thread loads some ahead.
 
-    At most READ_AHEAD + 1 loaded batches exist at once; an error in `load` is raised here, in its turn; closing the
-    generator ends the thread.
+    At most READ_AHEAD + 1 loaded batches exist at once. An error of `load` is raised in its turn. Closing the generator
+    ends the thread.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         pending: deque[Future[Batch]] = deque()
@@ -225,7 +225,7 @@ def read_ahead(load: Callable[[Index], Batch], shares: Sequence[Index]) -> Itera
 
 
 def _batch(inputs: Tensor, source: RowSource, index: Index, device: torch.device) -> Batch:
-    """Pinned where it goes on to a GPU, so that the copy doesn't wait."""
+    """A batch, in pinned memory if it goes to a GPU, so that nothing waits for the copy."""
     labels = torch.from_numpy(source.labels[index])
     if device.type == "cuda":
         return Batch(inputs.pin_memory(), labels.pin_memory(), index)

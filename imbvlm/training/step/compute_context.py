@@ -1,4 +1,4 @@
-"""How a trial computes: its threads, its precision, and memory that runs out named with what asked for it."""
+"""A trial's threads and precision, and errors that name the sizes where memory runs out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _CPU_SIGNS = ("can't allocate memory", "Storage size calculation overflowed")
 
 @dataclass(frozen=True)
 class ComputeContext:
-    """Contexts for a trial of `num_classes` on `num_workers`; `train` is None for a method without training.
+    """Contexts for a trial of `num_classes` on `num_workers`; `train` is None for a method that does not train.
 
-    `is_decoder` where it trains one on stored tokens.
+    `is_decoder` tells that it trains a decoder on stored tokens. `decoder` is a decoder's configuration, `num_tokens`
+    and `token_width` describe an image's tokens.
 
-    It knows nothing of the run itself, whose parts hold it: a run that is part of a circle would keep its tensors, and
-    validation features with them, until Python looks for circles, hundreds of trials later.
+    Holds no reference to the run: a reference cycle would keep its tensors, and validation features, until garbage
+    collection, hundreds of trials later.
     """
 
     train: TrainConfig | None
@@ -34,33 +35,32 @@ class ComputeContext:
     num_workers: int
     num_classes: int
     is_decoder: bool
-    # A decoder's configuration, and the number and width of an image's tokens.
     decoder: DecoderConfig | None = None
     num_tokens: int = 0
     token_width: int = 0
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Where modules run without gradients."""
+        """Within, modules run without gradients."""
         with self.working(), self.autocast():
             yield
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Where the trial computes anything; raises ImbvlmError where memory runs out."""
-        with self._threads(), self._explained_memory():
+        """Within, the trial computes with its threads; raises ImbvlmError where memory runs out."""
+        with self._threads(), self._memory_errors():
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of its modules."""
+        """The context of the configured precision."""
         precision = "float32" if self.train is None else self.train.precision
-        wanted = self._pays() if precision == "auto" else precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+        is_bfloat16 = self._pays() if precision == "auto" else precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     def _pays(self) -> bool:
-        """Whether the device has instructions for bfloat16, and the trial is faster by them.
+        """Whether the device has instructions for bfloat16 that make the trial faster.
 
-        On a CPU that is a decoder alone: what is frozen in a tower would be converted at each use.
+        On a CPU only a decoder gains: an encoder's frozen weights would be converted at each use.
         """
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -68,32 +68,32 @@ class ComputeContext:
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
-        """train.num_threads while this trial computes, the process's own number again afterwards."""
-        wanted = None if self.train is None else self.train.num_threads
+        """Within, torch uses train.num_threads; the process's own number is restored afterwards."""
+        num_threads = None if self.train is None else self.train.num_threads
         before = torch.get_num_threads()
-        if wanted is None or wanted == before:
+        if num_threads is None or num_threads == before:
             yield
             return
-        torch.set_num_threads(wanted)
+        torch.set_num_threads(num_threads)
         try:
             yield
         finally:
             torch.set_num_threads(before)
 
     @contextmanager
-    def _explained_memory(self) -> Iterator[None]:
+    def _memory_errors(self) -> Iterator[None]:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            # On a GPU an error of its own; torch's allocator on CPUs has only these sentences.
-            its_own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not its_own and not any(sign in str(error) for sign in _CPU_SIGNS):
+            # torch has an exception for GPUs; its allocator for CPUs has only these sentences.
+            is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not is_memory_error and not any(sign in str(error) for sign in _CPU_SIGNS):
                 raise
             cause = (str(error) or "Python's allocator").splitlines()[0]
-            raise ImbvlmError(f"out of memory with {self._sizes()}: {cause} {self._fix()}") from None
+            raise ImbvlmError(f"out of memory with {self._sizes()}: {cause} {self._fix()}.") from None
 
     def _fix(self) -> str:
-        """The fix by what takes most of the memory: a decoder's weights, or the batch's activations."""
+        """The fix for the largest part of the memory: a decoder's weights, or the batch's activations."""
         batch = "train.batch_size, or give the trial more workers"
         if self.decoder is None or self.train is None:
             return f"Lower {batch}"
@@ -112,15 +112,15 @@ class ComputeContext:
 
 
 _PROCESS = Path("/proc/self")
-# Linux forgets the peak so far when it is told so.
-_FORGET_PEAK = "5"
+# Value for clear_refs with which Linux resets the peak.
+_RESET_PEAK = "5"
 
 
 class PeakMemory:
-    """The peak since its start: bytes of tensors on a GPU, resident bytes of the process on a CPU."""
+    """Peak memory since its start: bytes of tensors on a GPU, resident bytes of the process on a CPU."""
 
     def __init__(self, device: torch.device, *, is_counted: bool) -> None:
-        self._device, self._counts = device, is_counted
+        self._device, self._is_counted = device, is_counted
 
     @staticmethod
     def start(device: torch.device) -> PeakMemory:
@@ -128,18 +128,18 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return PeakMemory(device, is_counted=True)
-        return PeakMemory(device, is_counted=_forget_peak())
+        return PeakMemory(device, is_counted=_reset_peak())
 
     def bytes(self) -> int | None:
-        """The peak so far; None where the system doesn't tell it."""
-        if not self._counts:
+        """The peak so far; None where the system doesn't report it."""
+        if not self._is_counted:
             return None
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _resident_peak()
 
 
-def _forget_peak() -> bool:
+def _reset_peak() -> bool:
     try:
-        (_PROCESS / "clear_refs").write_text(_FORGET_PEAK)
+        (_PROCESS / "clear_refs").write_text(_RESET_PEAK)
     except OSError:
         return False
     return _resident_peak() is not None

@@ -46,7 +46,7 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: Wo
     flat = world.sum(flat) / world.world_size
     parts = torch.split(flat, [param.numel() for param in params] + [1])
     for param, gradient, part in zip(params, gradients, parts[:-1], strict=True):
-        # In its own memory, which is laid out as the parameter's: fused optimisers count on that.
+        # In its own memory, which is laid out as the parameter's: fused optimizers count on that.
         param.grad = gradient.copy_(part.view_as(gradient))
     return parts[-1][0]
 

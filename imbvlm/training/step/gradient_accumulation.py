@@ -1,4 +1,4 @@
-"""A batch in parts: the gradient of the whole batch's loss with the memory of one part."""
+"""Gradient accumulation: the gradient of the whole batch's loss with the memory of one part."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def backward_in_micro_batches(
 ) -> Tensor:
     """Add this worker's gradients of the global loss to the parameters; returns its share of the loss (0-d).
 
-    A weighted mean's denominator needs only labels: the loss of logits 0 tells what the workers sum, and each part is
-    divided by the same. A loss that needs all logits gets them from a forward of their own without gradients.
+    A weighted mean's denominator depends on labels only: the loss of zero logits records the workers' sums, and each
+    part is divided by them. A loss that needs all logits gets them from an extra forward pass without gradients.
     """
     if num_parts == 1 or len(labels) <= 1:
         loss = loss_function(forward(inputs), labels)
@@ -48,7 +48,7 @@ def backward_in_micro_batches(
 
 
 class _Recorder:
-    """Passes sums and maxima on to the workers, and keeps their results."""
+    """Passes sums and maxima on to the workers, and records their results."""
 
     def __init__(self, world: WorkerGroup) -> None:
         self._world, self.rank, self.world_size = world, world.rank, world.world_size
@@ -63,7 +63,7 @@ class _Recorder:
         return self.sums[-1]
 
     def replayed(self) -> WorkerGroup:
-        """The same results again, in their order, whatever is asked."""
+        """A worker group that returns the recorded results in their order."""
         return _Replay(self.sums, self.rank, self.world_size)
 
 

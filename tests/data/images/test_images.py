@@ -410,16 +410,14 @@ def test_a_file_that_cannot_be_had_says_why(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ smaller decoding
 
 
-@pytest.mark.parametrize(
-    ("least_side", "shape"), [(301, (300, 400)), (150, (150, 200)), (60, (75, 100)), (10, (38, 50))]
-)
-def test_jpegs_are_decoded_smaller_but_never_below_what_is_needed(least_side: int, shape: tuple[int, int]) -> None:
-    found = decode(encode(photo(400, 300), "JPEG", quality=95), least_side=least_side)
+@pytest.mark.parametrize(("min_side", "shape"), [(301, (300, 400)), (150, (150, 200)), (60, (75, 100)), (10, (38, 50))])
+def test_jpegs_are_decoded_smaller_but_never_below_what_is_needed(min_side: int, shape: tuple[int, int]) -> None:
+    found = decode(encode(photo(400, 300), "JPEG", quality=95), min_side=min_side)
     assert found.shape == (*shape, 3)
 
 
 def test_other_formats_are_not_decoded_smaller() -> None:
-    assert decode(encode(photo(400, 300), "PNG"), least_side=10).shape == (300, 400, 3)
+    assert decode(encode(photo(400, 300), "PNG"), min_side=10).shape == (300, 400, 3)
 
 
 def test_the_faster_crop_is_within_a_few_grey_levels_of_the_exact_one() -> None:
@@ -427,7 +425,7 @@ def test_the_faster_crop_is_within_a_few_grey_levels_of_the_exact_one() -> None:
     exact, fast = Preprocess(96, 8 / 7), Preprocess(96, 8 / 7, jpeg_downscale=2.0)
     assert fast.decode(data).size == (300, 225)
     assert off_by(fast.apply(fast.decode(data)), exact.apply(exact.decode(data)).astype(int)) <= 4
-    assert fast.decode(data, least_crop=0.5).size == (600, 450)
+    assert fast.decode(data, min_crop=0.5).size == (600, 450)
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "P", "I;16", "F", "LA"])

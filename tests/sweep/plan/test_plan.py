@@ -22,10 +22,10 @@ from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.base.formatting import size_text
 from imbvlm.cli import sweep_script
+from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
-from imbvlm.features.feature_cache import Copies
 from imbvlm.features.store_sizes import DISK_MARGIN
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.cost_estimate import cost_key, expected_asha_fraction, most_common_shapes, sample_trials
@@ -231,7 +231,7 @@ def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(
     made = spec(storage=str(tmp_path))
     needed = make_plan(made, None).missing_bytes
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(0.9 * needed))
-    with pytest.raises(ImbvlmError, match=r"the stored features need .* more .*; reduce features\.num_views"):
+    with pytest.raises(ImbvlmError, match=r"the stored features need .* more .*Reduce features\.num_views"):
         run_sweep(made, str(tmp_path / "sweep"), Console(io.StringIO()))
     assert not passes
     assert not (tmp_path / "features").exists()
@@ -272,7 +272,7 @@ def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_pat
     plan = make_plan(spec(storage=str(tmp_path), space=space), None)
 
     def words(gigabytes: float, concurrent: int = 2) -> str:
-        copies = Copies(folder=str(tmp_path), max_gigabytes=gigabytes, of_shared_folders=True)
+        copies = FeatureCacheConfig(folder=str(tmp_path), max_gigabytes=gigabytes, of_shared_folders=True)
         limited = plan.spec.model_copy(update={"feature_copies": copies}).resolve()
         return describe_plan(replace(plan, sweep=limited, concurrent=concurrent))
 

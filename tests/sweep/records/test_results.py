@@ -225,6 +225,8 @@ def test_a_table_without_trials_can_be_written(tmp_path: Path) -> None:
     ],
 )
 def test_views_are_a_number_of_stored_crops_or_fresh(fields: dict[str, Any], views: str) -> None:
-    one = record("t1", [0.5], config=TrialConfig.from_tree({**BASE, **fields}).to_tree())
-    assert one.views == views
-    assert results_table([one]).column("views").to_pylist() == [views]
+    tree = TrialConfig.from_record({**BASE, **fields}).to_tree()
+    tree["features"] |= fields["features"]
+    trial = record("t1", [0.5], config=tree)
+    assert trial.views == views
+    assert results_table([trial]).column("views").to_pylist() == [views]

@@ -428,7 +428,7 @@ def test_a_tower_that_takes_all_memory_once_costs_nothing(
 
 @pytest.mark.parametrize(
     ("kind", "work"),
-    [("tower", "running the tower over "), ("tower_start", "starting a tower: "), ("loading", "loading ")],
+    [("tower", "running the encoder over "), ("tower_start", "starting an encoder worker: "), ("loading", "loading ")],
 )
 def test_extraction_that_takes_all_memory_again_and_again_ends_and_says_so(
     quiet: Sweep, manifest: Path, tmp_path: Path, order: Callable[..., Any], kind: str, work: str

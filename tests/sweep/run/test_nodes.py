@@ -191,7 +191,7 @@ def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(
         sweep.wait_for(lambda: len(list(features.rglob("shard-*.arrow"))) >= 3)
         progress = sweep.path / "progress.log"
         cluster.remove_node(workers[0], allow_graceful=False)
-        sweep.wait_for(lambda: "waiting for a machine: a tower worker needs" in progress.read_text(), 120)
+        sweep.wait_for(lambda: "waiting for a machine: an encoder worker needs" in progress.read_text(), 120)
         cluster.add_node(num_cpus=1)
         printed = sweep.end()
     assert_same_end(sweep, quiet, printed)
@@ -212,7 +212,7 @@ def test_a_prediction_that_no_machine_is_left_for_says_so_and_goes_on_with_anoth
         )
         wait_until(lambda: list(fault_orders.parent.glob("tower-*")), there)
         cluster.remove_node(workers[0], allow_graceful=False)
-        wait_until(lambda: "imbvlm: waiting for a machine: a tower worker needs" in said.read_text(), there)
+        wait_until(lambda: "imbvlm: waiting for a machine: an encoder worker needs" in said.read_text(), there)
         order(fault_orders)
         cluster.add_node(num_cpus=2)
         assert there.wait(240) == 0

@@ -209,7 +209,7 @@ def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(
             printed = sweep.end(1)
         finally:
             fault_orders.unlink()
-        assert "look at the keys and at the bucket's policy" in printed
+        assert "check the keys and the bucket's policy" in printed
         assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
         assert "Traceback" not in printed
         assert SECRET not in printed

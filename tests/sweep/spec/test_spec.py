@@ -64,14 +64,14 @@ confirm_seeds: [2, 2]
         SweepSpec.from_tree(parse_yaml(text, "sweep.yaml"))
     found = sorted(problems(error), key=lambda one: int(one.split(":")[1]))
     assert found == [
-        "sweep.yaml:1: name is 'my sweep': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$'",
-        "sweep.yaml:2: base must be a section of keys, and is 3",
-        "sweep.yaml:3: space must be a valid string or a section of keys, and is ['a']",
+        "sweep.yaml:1: name is 'my sweep': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$'.",
+        "sweep.yaml:2: base must be a section of keys, and is 3.",
+        "sweep.yaml:3: space must be a valid string or a section of keys, and is ['a'].",
         "sweep.yaml:4: unknown key 'num_trails'; did you mean 'num_trials'?",
-        "sweep.yaml:5: num_workers must be a valid integer, and is 1.0",
-        "sweep.yaml:6: gpus_per_worker must be a valid number, and is True",
+        "sweep.yaml:5: num_workers must be a valid integer, and is 1.0.",
+        "sweep.yaml:6: gpus_per_worker must be a valid number, and is True.",
         "sweep.yaml:8: searcher.name is 'grid', which is not one of its values; valid: brute_force, cmaes, gp, nsga2, "
-        "nsga3, qmc, random, tpe",
+        "nsga3, qmc, random, tpe.",
         "sweep.yaml:9: unknown key 'searcher.seeds'; did you mean 'seed'?",
         "sweep.yaml:10: unknown key 'trial_scheduler.grace' for trial_scheduler asha; did you mean 'grace_fraction'?",
         "sweep.yaml:11: refit_seeds must have each seed once, got 0, 1, 1. Remove the repeated ones.",
@@ -106,7 +106,7 @@ def test_a_mistake_in_python_is_said_in_the_same_words() -> None:
     with pytest.raises(ConfigError) as error:
         SweepSpec(name="small", base=BASE, space=SPACE, num_trails=4, searcher={"sed": 1}, num_workers=0)
     assert sorted(problems(error)) == [
-        "num_workers must be greater than or equal to 1, and is 0",
+        "num_workers must be greater than or equal to 1, and is 0.",
         "unknown key 'num_trails'; did you mean 'num_trials'?",
         "unknown key 'searcher.sed'; did you mean 'seed'?",
     ]
@@ -276,7 +276,7 @@ space:
 """
     found = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
     assert sorted(found) == [
-        "sweep.yaml:2: 'data' is required and is not given",
+        "sweep.yaml:2: 'data' is required and is not given.",
         "sweep.yaml:5: unknown key 'decoder.depht'; did you mean 'depth'?",
         "sweep.yaml:6: train must have either num_epochs or num_steps, got both. Remove one.",
     ]
@@ -381,7 +381,7 @@ def test_features_lie_with_the_sweeps_unless_a_folder_is_named() -> None:
     assert spec(storage="s3://bucket/sweeps").feature_root == "s3://bucket/sweeps/features"
     assert spec(storage="s3://bucket/sweeps", feature_folder="/mnt/features").feature_root == "/mnt/features"
     check_spec(spec(feature_folder="s3://bucket/features"))
-    with pytest.raises(ConfigError, match="folder is 'copies', which isn't a place on each machine"):
+    with pytest.raises(ConfigError, match="folder must be a path on each machine, got 'copies'"):
         spec(feature_copies={"folder": "copies"})
 
 

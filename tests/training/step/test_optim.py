@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from imbvlm.config.training_sections import AdamWConfig, SgdConfig
-from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at_step, lr_factor
+from imbvlm.training.step.optimizers import build_optimizer, clip_gradients, lr_at_step, lr_factor, set_lr
 
 
 def rates(config: Any, num_steps: int) -> list[float]:
@@ -61,7 +61,7 @@ def test_every_step_of_any_length_trains(schedule: str, num_steps: int, warmup: 
 
 
 def test_a_step_beyond_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="from 0 to 9, and is 10"):
+    with pytest.raises(ValueError, match="from 0 to 9, got 10"):
         lr_factor(SgdConfig(), 10, 10)
 
 
@@ -90,7 +90,8 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
 
 def test_nesterov_step_is_the_textbooks() -> None:
     param = nn.Parameter(torch.tensor([1.0]))
-    optimizer = build_optimizer(SgdConfig(lr=0.1, momentum=0.9, weight_decay=0.0), [param])
+    optimizer = build_optimizer(SgdConfig(momentum=0.9, weight_decay=0.0), [param])
+    set_lr(optimizer, 0.1)
     for _ in range(2):
         param.grad = torch.tensor([1.0])
         optimizer.step()
@@ -100,7 +101,8 @@ def test_nesterov_step_is_the_textbooks() -> None:
 
 def test_momentum_zero_is_plain_descent_with_decay() -> None:
     param = nn.Parameter(torch.tensor([2.0]))
-    optimizer = build_optimizer(SgdConfig(lr=0.1, momentum=0.0, weight_decay=0.5), [param])
+    optimizer = build_optimizer(SgdConfig(momentum=0.0, weight_decay=0.5), [param])
+    set_lr(optimizer, 0.1)
     param.grad = torch.tensor([1.0])
     optimizer.step()
     assert param.item() == pytest.approx(2 - 0.1 * (1 + 0.5 * 2))
@@ -108,7 +110,8 @@ def test_momentum_zero_is_plain_descent_with_decay() -> None:
 
 def test_adamw_decays_apart_from_the_gradient() -> None:
     param = nn.Parameter(torch.tensor([2.0]))
-    optimizer = build_optimizer(AdamWConfig(lr=0.1, weight_decay=0.5, betas=[0.8, 0.9]), [param])
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.5, betas=[0.8, 0.9]), [param])
+    set_lr(optimizer, 0.1)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     param.grad = torch.tensor([0.0])
     optimizer.step()
