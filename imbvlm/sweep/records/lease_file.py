@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -18,6 +19,8 @@ from imbvlm.base import s3, storage
 # A store without conditional writes keeps the last write. After this time every writer that read the same version has
 # written, and a writer that is overwritten later sees it at its next heartbeat.
 SETTLE_SECONDS = 15.0
+# Age at which a claim is left over from a killed writer: claims normally exist for milliseconds.
+CLAIM_SECONDS = 60.0
 # Answers of FAT and of some network file systems, which have no hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -75,12 +78,17 @@ class LocalLeaseFile:
         claim = self._path.with_name(f".{self._path.name}.{token}")
         stream = self._create(claim, data)
         if stream is None:
+            self._remove_leftover(claim)
             return False
         now = self.read()
-        if now is None or now.data != before.data:
-            claim.unlink()
+        try:
+            if now is None or now.data != before.data:
+                claim.unlink()
+                return False
+            os.replace(claim, self._path)
+        except FileNotFoundError:
+            # Another writer has removed the claim, since this process was stopped for too long.
             return False
-        os.replace(claim, self._path)
         self._stream = stream
         return True
 
@@ -91,6 +99,12 @@ class LocalLeaseFile:
             os.fsync(self._stream.fileno())
         except OSError as error:
             raise storage.storage_error("write", str(self._path), error) from None
+
+    def _remove_leftover(self, claim: Path) -> None:
+        """Remove the claim of a writer that was killed before it replaced the file, by the file system's clock."""
+        with suppress(OSError), tempfile.NamedTemporaryFile(dir=claim.parent, prefix=f"{claim.name}.") as now:
+            if os.stat(now.name).st_mtime - claim.stat().st_mtime > CLAIM_SECONDS:
+                claim.unlink()
 
     def _create(self, path: Path, data: bytes) -> BinaryIO | None:
         """Create the file whole and return its stream; None if it exists."""

@@ -180,6 +180,21 @@ def test_a_late_heartbeat_does_not_reach_the_file_of_the_next_run(tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_claim_of_a_killed_run_keeps_nobody_from_the_folder(tmp_path: Path) -> None:
+    """It was killed between its claim and the replacement of the file."""
+    path = tmp_path / folder_lease.LEASE_FILE
+    path.write_bytes(b"ended")
+    claim = tmp_path / f".{folder_lease.LEASE_FILE}.token"
+    claim.write_bytes(b"killed")
+    before, file = Content(b"ended", ""), LocalLeaseFile(path)
+    assert not file.replace(before, "token", b"next"), "the other one may still replace it"
+    os.utime(claim, (time.time() - 120, time.time() - 120))
+    assert not file.replace(before, "token", b"next")
+    assert file.replace(before, "token", b"next")
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder_lease.LEASE_FILE]
+    assert path.read_bytes() == b"next"
+
+
 @pytest.mark.parametrize("before", ["nothing", "killed", "silent"])
 def test_of_runs_that_start_together_one_has_the_folder(tmp_path: Path, quick: None, before: str) -> None:
     switch = sys.getswitchinterval()
