@@ -72,7 +72,6 @@ REMAINING: dict[str, int] = {
     "imbvlm/sweep/tune/asha_brackets.py": 1,
     "imbvlm/sweep/tune/pack_members.py": 3,
     "imbvlm/sweep/tune/ray_train_trial.py": 2,
-    "imbvlm/sweep/tune/study_search.py": 3,
     "imbvlm/sweep/tune/tune_runner.py": 2,
     "README.md": 4,
 }

@@ -47,10 +47,10 @@ CROSSOVERS: Mapping[str, Callable[[], nsgaii.BaseCrossover]] = {
 }
 
 
-def make_sampler(spec: SweepSpec, num_known: int) -> BaseSampler:
-    """Build a sweep's sampler for a search that begins with `num_known` trials."""
+def make_sampler(spec: SweepSpec, num_ended: int) -> BaseSampler:
+    """Build the sampler of a search that starts with `num_ended` trials."""
     # A resumed search must not propose what the first one began with.
-    seed = spec.searcher.seed + num_known
+    seed = spec.searcher.seed + num_ended
     return SAMPLERS[spec.searcher.name].build(spec.searcher, seed, _violations if spec.constraints else None)
 
 

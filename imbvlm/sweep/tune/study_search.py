@@ -1,4 +1,4 @@
-"""Optuna behind Tune's Searcher: no configuration is trained twice, failures are told, an exhausted space ends."""
+"""The search: Optuna as a searcher of Ray Tune, which trains no configuration twice and ends an exhausted space."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune.jobs import AskedTrial, Job, UnsavedSearcher
 from imbvlm.sweep.tune.samplers import VIOLATIONS, make_sampler
 
-# So many proposals in a row may be known ones before an untried one is chosen by chance: a sampler that is told a good
-# value again and again proposes nothing else.
+# Proposals in a row that may repeat earlier ones. A sampler may propose the best configuration forever. After that many
+# repeats the search takes an untried configuration at random.
 MAX_REPEATS = 8
-# So many random draws of a space that can't be counted are tried until it is taken for exhausted.
-MAX_RANDOM_DRAWS = 500
+# Random samples of an uncountable space without an untried configuration before the space counts as exhausted.
+MAX_RANDOM_SAMPLES = 500
 
 
 def silence_optuna() -> None:
@@ -43,18 +43,18 @@ def silence_optuna() -> None:
 
 
 class StudySearch(UnsavedSearcher):
-    """First the given jobs (baselines, unfinished trials), then what Optuna proposes, until `num_trials` have gone out.
+    """Hands out the given jobs (baselines, unfinished trials), then `num_trials` configurations that Optuna proposes.
 
-    A proposal that was drawn before takes the known value (of a running trial: when it ends) and doesn't count. Under
-    `stratify` the arm with the fewest trials is next, and an arm without an untried configuration is closed; when all
-    are, `exhausted` says so. `trim_history` keeps proposals fast: the sampler goes on with half of many trials.
+    A repeated proposal takes the value of the earlier trial, once that has ended, and doesn't count. Under `stratify`
+    the stratum with the fewest trials is next. A stratum without untried configurations is closed, and `exhausted` is
+    true once all are. `trim_history` keeps proposals fast.
     """
 
     def __init__(
         self,
         sweep: ResolvedSweep,
         jobs: list[Job],
-        known: list[TrialRecord],
+        records: list[TrialRecord],
         payload: Callable[[Job], Tree],
         budget: Budget,
         epochs_of: Callable[[str], Epochs],
@@ -69,14 +69,15 @@ class StudySearch(UnsavedSearcher):
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
         self._first = [*spec.first_trials, *self._listed.values()]
-        self._arms = Strata(sweep)
+        self._strata = Strata(sweep)
         self._running: dict[str, Job] = {}
-        # By canonical key: the value of each configuration, and who waits for that of a running one.
+        # By canonical key: the values of each configuration, and the repeated proposals that wait for those of a
+        # running one.
         self._values: dict[str, ObjectiveValues | None] = {}
         self._waiting: dict[str, list[AskedTrial]] = {}
         self._handed_out = 0
-        ids = [record.trial_id for record in known] + [job.trial_id for job in jobs if job.kind == "search"]
-        self._last_number = max((int(one[1:]) for one in ids), default=0)
+        ids = [record.trial_id for record in records] + [job.trial_id for job in jobs if job.kind == "search"]
+        self._last_number = max((int(trial_id[1:]) for trial_id in ids), default=0)
         self.num_repeats = 0
         self.exhausted = False
         self.study, self._journal = study, journal
@@ -85,7 +86,7 @@ class StudySearch(UnsavedSearcher):
     def open(
         sweep: ResolvedSweep,
         jobs: list[Job],
-        known: list[TrialRecord],
+        records: list[TrialRecord],
         payload: Callable[[Job], Tree],
         budget: Budget,
         epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
@@ -94,12 +95,12 @@ class StudySearch(UnsavedSearcher):
     ) -> StudySearch:
         """Open a search that has learned from other sweeps' trials, `warm`, and from the ended ones of its own."""
         optuna_journal = None if journal is None else OptunaJournal.create(journal, sweep.spec)
-        study = _new_study(sweep.spec, len(known))
-        search = StudySearch(sweep, jobs, known, payload, budget, epochs_of, study, optuna_journal)
+        study = _new_study(sweep.spec, len(records))
+        search = StudySearch(sweep, jobs, records, payload, budget, epochs_of, study, optuna_journal)
         for trial in warm:
             search._add_finished(trial.draw, search._outcome(trial.record.epochs))
-        for record in known:
-            search._add_known(record)
+        for record in records:
+            search._add_record(record)
         search.trim_history()
         return search
 
@@ -128,23 +129,23 @@ class StudySearch(UnsavedSearcher):
         self.trim_history()
 
     def _epochs(self, job: Job, result: Tree) -> list[Mapping[str, float]]:
-        """All that a trial has reported; its record may not have the last report yet."""
+        """Return all epochs of a trial, whose record may not have the last one yet."""
         before = [epoch for epoch in self._epochs_of(job.trial_id) if epoch["epoch"] < result.get("epoch", math.inf)]
         return [*before, result]
 
     def _outcome(self, epochs: Epochs) -> ObjectiveValues | None:
-        """None for what can't be compared: Optuna keeps a NaN running for ever and takes inf for the best.
+        """Return the values of a trial; None for NaN, with which Optuna keeps a trial running, and for infinity.
 
-        The objective's value is its running maximum, which also an epoch has that an earlier process ran.
+        The objective's value is its running maximum, which includes the epochs of earlier processes.
         """
         spec, best = self._spec, self._spec.best_objective
-        value = max((one[best] for one in epochs if math.isfinite(one.get(best, math.nan))), default=None)
+        value = max((epoch[best] for epoch in epochs if math.isfinite(epoch.get(best, math.nan))), default=None)
         if value is None:
             return None
         if not spec.other_objectives and not spec.constraints:
             return ObjectiveValues((float(value),), ())
-        found = outcome(epochs, spec.objective, spec.other_objectives, spec.constraints)
-        return None if found is None else ObjectiveValues((float(value), *found.values[1:]), found.violations)
+        result = outcome(epochs, spec.objective, spec.other_objectives, spec.constraints)
+        return None if result is None else ObjectiveValues((float(value), *result.values[1:]), result.violations)
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
@@ -152,51 +153,55 @@ class StudySearch(UnsavedSearcher):
         if self._handed_out >= self._num_trials or self._budget.trials_exhausted(self._handed_out):
             return None
         while self._first:
-            draw = self._first.pop(0)
-            job = self._propose(self._space.to_optuna_params(draw, self._spec.base)) if self._is_untried(draw) else None
-            if job is not None:
+            params = self._first.pop(0)
+            if self._is_untried(params) and (job := self._propose(self._optuna_params(params))) is not None:
                 return job
         if self._listed:
             self.exhausted = True
             return None
-        for arm in self._arms.least_sampled():
-            job = self._untried_of(arm)
+        for stratum in self._strata.least_sampled():
+            job = self._propose_untried(stratum)
             if job is not None:
                 return job
-            self._arms.close(arm)
+            self._strata.close(stratum)
         self.exhausted = True
         return None
 
-    def _untried_of(self, arm: Params) -> Job | None:
-        """What the sampler proposes within an arm; where it repeats itself, an untried draw by chance."""
-        chance = random.Random(f"{self._spec.searcher.seed} {self._last_number}")
+    def _propose_untried(self, stratum: Params) -> Job | None:
+        """Return a proposal of the sampler in a stratum, or an untried configuration at random; None without any."""
+        rng = random.Random(f"{self._spec.searcher.seed} {self._last_number}")
         for _ in range(MAX_REPEATS):
-            job = self._propose(self._arms.fixed_params(arm, chance))
+            job = self._propose(self._strata.fixed_params(stratum, rng))
             if job is not None:
                 return job
-        draws = self._space.enumerate_params(self._spec.base, arm)
-        if draws is None:
-            drawn = (self._random_draw(arm, chance) for _ in range(MAX_RANDOM_DRAWS))
-            untried = next((draw for draw in drawn if self._is_untried(draw)), None)
+        configurations = self._space.enumerate_params(self._spec.base, stratum)
+        if configurations is None:
+            samples = (self._sample_randomly(stratum, rng) for _ in range(MAX_RANDOM_SAMPLES))
+            untried = next((params for params in samples if self._is_untried(params)), None)
         else:
-            left = [draw for draw in draws if self._arms.of(draw) == arm and self._is_untried(draw)]
-            untried = chance.choice(left) if left else None
-        return None if untried is None else self._propose(self._space.to_optuna_params(untried, self._spec.base))
+            remaining = [
+                params for params in configurations if self._strata.of(params) == stratum and self._is_untried(params)
+            ]
+            untried = rng.choice(remaining) if remaining else None
+        return None if untried is None else self._propose(self._optuna_params(untried))
 
-    def _random_draw(self, arm: Params, chance: random.Random) -> Params:
-        return self._space.sample(RandomTrial(chance, self._arms.fixed_params(arm, chance)), self._spec.base)
+    def _sample_randomly(self, stratum: Params, rng: random.Random) -> Params:
+        return self._space.sample(RandomTrial(rng, self._strata.fixed_params(stratum, rng)), self._spec.base)
 
-    def _is_untried(self, draw: Params) -> bool:
-        return canonical_key(self._spec.trial(draw)) not in self._values
+    def _is_untried(self, params: Params) -> bool:
+        return canonical_key(self._spec.trial(params)) not in self._values
 
-    def _propose(self, names: Mapping[str, Any]) -> Job | None:
-        """A new trial with some parameters given and the others from the sampler; None where it was drawn before."""
-        asked, draw = self._ask(names)
-        config = self._spec.trial(draw)
+    def _optuna_params(self, params: Params) -> dict[str, Any]:
+        return self._space.to_optuna_params(params, self._spec.base)
+
+    def _propose(self, given: Mapping[str, Any]) -> Job | None:
+        """Return a trial with some given parameters, the others from the sampler; None for a repeated configuration."""
+        asked, params = self._ask(given)
+        config = self._spec.trial(params)
         key = canonical_key(config)
         if key not in self._values:
             self._last_number += 1
-            job = Job(f"t{self._last_number:05d}", "search", "", config, draw, asked)
+            job = Job(f"t{self._last_number:05d}", "search", "", config, params, asked)
             self._hand_out(job)
             return job
         self.num_repeats += 1
@@ -206,40 +211,40 @@ class StudySearch(UnsavedSearcher):
             self._tell(asked, self._values[key])
         return None
 
-    def _ask(self, names: Mapping[str, Any]) -> tuple[AskedTrial, Params]:
-        trial, draw = self._ask_study(names)
-        return AskedTrial(trial, None if self._journal is None else self._journal.begin(trial)), draw
+    def _ask(self, given: Mapping[str, Any]) -> tuple[AskedTrial, Params]:
+        trial, params = self._ask_study(given)
+        return AskedTrial(trial, None if self._journal is None else self._journal.begin(trial)), params
 
-    def _ask_study(self, names: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Params]:
-        # Put in and taken out at once: what is left in Optuna's queue would come up in another trial's place.
-        if names:
-            self.study.enqueue_trial(dict(names))
+    def _ask_study(self, given: Mapping[str, Any]) -> tuple[optuna.trial.Trial, Params]:
+        # The trial leaves Optuna's queue at once: a queued one would take the place of another trial.
+        if given:
+            self.study.enqueue_trial(dict(given))
         trial = self.study.ask()
         if self._sampler.replay:
-            # Optuna asks a sampler for its values, and lets it mark the trial, only once a value isn't given.
+            # Optuna 5 calls the sampler, which marks the trial, only for a value that isn't given.
             _ = trial.relative_params
         return trial, self._space.sample(trial, self._spec.base)
 
     def trim_history(self) -> None:
-        """Go on with half of many trials that have ended: the best ones, and as many of the others by chance.
+        """Continue with half of the ended trials once they are many: the best ones, and as many others at random.
 
-        Where several values or constraints decide, all are kept.
+        A search with several objectives or constraints keeps all.
         """
         spec, max_history = self._spec, self._sampler.max_history
         if max_history is None or spec.other_objectives or spec.constraints:
             return
-        most = max(max_history, 4 * spec.searcher.num_random_trials)
-        ended = [one for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()]
-        if len(ended) < most:
+        max_ended = max(max_history, 4 * spec.searcher.num_random_trials)
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        if len(ended) < max_ended:
             return
-        complete = [one for one in ended if one.state is TrialState.COMPLETE]
-        by_value = sorted(complete, key=lambda one: -(one.value or 0.0))
-        best, others = by_value[: most // 4], by_value[most // 4 :]
-        chance = random.Random(f"{spec.searcher.seed} {self._last_number}")
-        kept = best + chance.sample(others, min(len(others), most // 4))
+        complete = [trial for trial in ended if trial.state is TrialState.COMPLETE]
+        by_value = sorted(complete, key=lambda trial: -(trial.value or 0.0))
+        best, others = by_value[: max_ended // 4], by_value[max_ended // 4 :]
+        rng = random.Random(f"{spec.searcher.seed} {self._last_number}")
+        retained = best + rng.sample(others, min(len(others), max_ended // 4))
         self.study = _new_study(spec, self._last_number)
-        # In the order in which they ended: TPE weighs the later ones more.
-        self.study.add_trials(sorted(kept, key=lambda one: one.number))
+        # The order in which they ended matters: TPE gives later trials more weight.
+        self.study.add_trials(sorted(retained, key=lambda trial: trial.number))
         running = [job.asked for job in self._running.values() if job.asked is not None]
         for asked in [*running, *chain.from_iterable(self._waiting.values())]:
             asked.trial, _ = self._ask_study(asked.trial.params)
@@ -248,37 +253,37 @@ class StudySearch(UnsavedSearcher):
         key = canonical_key(job.config)
         self._values[key], self._waiting[key] = None, []
         self._handed_out += 1
-        self._arms.count(job.draw)
+        self._strata.count(job.draw)
 
     def _tell(self, asked: AskedTrial, value: ObjectiveValues | None) -> None:
         if value is None:
-            told = self.study.tell(asked.trial, state=TrialState.FAIL)
+            trial = self.study.tell(asked.trial, state=TrialState.FAIL)
         else:
             asked.trial.set_user_attr(VIOLATIONS, value.violations)
-            told = self.study.tell(asked.trial, list(value.values))
+            trial = self.study.tell(asked.trial, list(value.values))
         if self._journal is not None and asked.shown is not None:
-            self._journal.end(asked.shown, told)
+            self._journal.end(asked.shown, trial)
 
     # --------------------------------------------------------------------------------------- what is resumed
 
-    def _add_known(self, record: TrialRecord) -> None:
-        value = record.best_value(self._spec.best_objective)
-        told = None if value is None else self._outcome(record.epochs)
-        self._values[canonical_key(record.trial_config())] = told
+    def _add_record(self, record: TrialRecord) -> None:
+        has_value = record.best_value(self._spec.best_objective) is not None
+        value = self._outcome(record.epochs) if has_value else None
+        self._values[canonical_key(record.trial_config())] = value
         self._handed_out += 1
-        self._arms.count(record.draw)
-        self._add_finished(record.draw, told)
+        self._strata.count(record.draw)
+        self._add_finished(record.draw, value)
 
-    def _add_finished(self, draw: Params, value: ObjectiveValues | None) -> None:
-        """A trial that this study didn't ask for."""
+    def _add_finished(self, params: Params, value: ObjectiveValues | None) -> None:
+        """Add an ended trial of an earlier study."""
         if self._sampler.replay:
-            asked, _ = self._ask(self._space.to_optuna_params(draw, self._spec.base))
+            asked, _ = self._ask(self._optuna_params(params))
             self._tell(asked, value)
             return
-        fixed = optuna.trial.FixedTrial(self._space.to_optuna_params(draw, self._spec.base))
+        fixed = optuna.trial.FixedTrial(self._optuna_params(params))
         self._space.sample(fixed, self._spec.base)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        # The sampler reads violations there; of trials that it has asked for it writes them itself.
+        # The sampler reads violations from this attribute, which it writes itself for trials that it proposed.
         attributes = {} if value is None or not value.violations else {"constraints": list(value.violations)}
         trial = optuna.trial.create_trial(
             state=state,
@@ -292,26 +297,26 @@ class StudySearch(UnsavedSearcher):
             self._journal.add(trial)
 
     def _adopt(self, job: Job) -> None:
-        """An unfinished trial of an earlier run goes on as a trial of this study."""
-        job.asked, _ = self._ask(self._space.to_optuna_params(job.draw, self._spec.base))
+        """Continue an unfinished trial of an earlier run as a trial of this study."""
+        job.asked, _ = self._ask(self._optuna_params(job.draw))
         self._hand_out(job)
 
 
 class _NoLock:
-    """A sweep's lease lets one process write its journal.
+    """No lock: the sweep's lease already lets only one process write the journal.
 
-    Optuna's lock of a killed process stands in the next one's way for 30 s, and makes an error of an interrupt.
+    Optuna's own lock would make the process after a killed one wait for 30 s, and an interrupt an error.
     """
 
     def acquire(self) -> bool:
         return True
 
     def release(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class OptunaJournal:
-    """Every trial in a file that Optuna's dashboard can read meanwhile; a resumed search is told again from records."""
+    """A file of all trials for Optuna's dashboard. A resumed search reads the trials' records, not this file."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study, self._num_trials = study, 0
@@ -321,14 +326,14 @@ class OptunaJournal:
         """Create an empty journal in place of an earlier one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        # Version 0.1 locked it. A lock that it left makes other writers, such as a dashboard, wait for 30 s.
+        # A lock that version 0.1 left would make other writers, such as a dashboard, wait for 30 s.
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         storage = JournalStorage(JournalFileBackend(str(path), _NoLock()))
         directions = [direction(metric) for metric in spec.objectives]
         return OptunaJournal(optuna.create_study(study_name=spec.name, directions=directions, storage=storage))
 
     def begin(self, trial: optuna.trial.Trial) -> int:
-        """Its number there."""
+        """Add a running trial and return its number in the journal."""
         self.add(
             optuna.trial.create_trial(
                 state=TrialState.RUNNING, params=trial.params, distributions=dict(trial.distributions)
@@ -337,13 +342,15 @@ class OptunaJournal:
         return self._num_trials - 1
 
     def add(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Add a trial."""
         self._study.add_trial(trial)
         self._num_trials += 1
 
-    def end(self, number: int, told: optuna.trial.FrozenTrial) -> None:
-        self._study.tell(number, told.values, told.state)
+    def end(self, number: int, trial: optuna.trial.FrozenTrial) -> None:
+        """Write the state and the values of a trial that has ended."""
+        self._study.tell(number, trial.values, trial.state)
 
 
-def _new_study(spec: SweepSpec, num_known: int) -> optuna.Study:
+def _new_study(spec: SweepSpec, num_ended: int) -> optuna.Study:
     directions = [direction(metric) for metric in spec.objectives]
-    return optuna.create_study(study_name=spec.name, directions=directions, sampler=make_sampler(spec, num_known))
+    return optuna.create_study(study_name=spec.name, directions=directions, sampler=make_sampler(spec, num_ended))
