@@ -1,4 +1,4 @@
-"""A classifier on images: the tower itself, what a method trains inside it, and what stands on its output."""
+"""A classifier on images: an image tower, the modules that a method installs in it, and a model on its output."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TOWER_PREFIX, ON_FEATURES_PREFIX = "tower.", "on_features."
 
 
 class EncoderClassifier(nn.Module):
-    """Crops in bytes (B, 3, S, S) -> logits (B, C), through the tower that `encoder` holds.
+    """Crops in bytes (B, 3, S, S) to logits (B, C), through the image tower of `encoder`.
 
     The tower always computes as in evaluation: no dropout, and batch norm with the statistics of pre-training. `reads`
-    is the output that `on_features` maps to logits; `lr_scales` are factors on the learning rate by parameter.
+    is the output that `on_features` maps to logits. `lr_scales` are factors on the learning rate by parameter.
     """
 
     scale: Tensor
@@ -42,9 +42,9 @@ class EncoderClassifier(nn.Module):
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """The tower's output that the classifier reads."""
+        """The tower's output that `on_features` reads."""
         if len(images) == 0:
-            # Towers can't reshape an empty batch, which a worker may be given.
+            # A worker's share of a batch may be empty, which towers can't reshape.
             return self.features(images.new_zeros((1, *images.shape[1:])))[:0]
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

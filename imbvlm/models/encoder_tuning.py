@@ -1,4 +1,4 @@
-"""Load an encoder for a trial, and put its model on it. Imports open_clip, so only trials that need it import this."""
+"""Load an encoder for a trial, and put the trial's model on it."""
 
 from __future__ import annotations
 

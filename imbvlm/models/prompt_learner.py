@@ -24,7 +24,7 @@ INIT_DEVIATION = 0.02
 
 def refuse_text_tower(config: TrialConfig, info: EncoderInfo) -> list[str]:
     """Reject encoders whose text tower can't take learned context, or not as many tokens of it."""
-    # Not imported with this file: open_clip takes seconds, and a learned prompt predicts without it.
+    # open_clip takes seconds to import, and a learned prompt predicts without it.
     from imbvlm.models.encoders.encoder_registry import resolve_encoder
 
     num_tokens = require_section(config.section(PromptTuningConfig)).num_tokens
@@ -57,9 +57,9 @@ def restore_prompt_tuning(
 class PromptClassifier(nn.Module):
     """Scaled cosine similarity of image embeddings (B, E) and class embeddings made of learned context: (B, C).
 
-    `context` (n, D), or (C, n, D) with one for each class, is all that trains. While it does, the class embeddings are
-    made anew at each step; `eval()` keeps them in the buffer `class_embeddings`, so that what is saved then predicts
-    without a text tower. The tower isn't part of the module: its weights are neither saved nor moved with it.
+    Only `context` (n, D), or (C, n, D) with one for each class, trains. Each training step computes class embeddings
+    anew. `eval()` stores them in the buffer `class_embeddings`, so that a model saved afterwards predicts without a
+    text tower. The text tower isn't a submodule: its weights are neither saved nor moved with the model.
     """
 
     class_embeddings: Tensor
@@ -101,8 +101,10 @@ class PromptClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """What the tokenizer says: `ids` (C, T) of "NAME." for each class, T long enough for all of them; `words`, the
-    tokens of `init_words` without start and end.
+    """Token ids of the class names and of the first context.
+
+    `ids` (C, T) are of "NAME." for each class, with T long enough for all. `words` are the tokens of `init_words`
+    without start and end.
     """
 
     ids: Tensor
@@ -112,7 +114,7 @@ class PromptTokens:
 
 def prompt_tokens(tokenizer: TextTokenizer, class_names: Sequence[str], init_words: str | None) -> PromptTokens:
     """Tokens of the texts "NAME." and of the words that learned context starts from."""
-    # Long enough for names that the text tower would cut off.
+    # Names that the text tower would truncate must fit.
     length = 4 * tokenizer.context_length
     words: list[int] = []
     if init_words is not None:
@@ -126,8 +128,10 @@ def prompt_tokens(tokenizer: TextTokenizer, class_names: Sequence[str], init_wor
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Where the tokens of each class's prompt stand: `ids` (C, T), 0 where context stands; `ends` (C,), the token that
-    is read; `slots` (C, T, n), 1 where position t has the i-th learned vector.
+    """Positions in each class's prompt.
+
+    `ids` (C, T) are its tokens, 0 in place of context. `ends` (C,) is the position of the token that is read. `slots`
+    (C, T, n) is 1 where position t has the i-th learned vector.
     """
 
     ids: Tensor
@@ -144,9 +148,9 @@ class ClassPrompts:
         self._chunk_size = chunk_size
 
     def encode(self, context: Tensor) -> Tensor:
-        """Class embeddings (C, E), normalised, of context (n, D) or (C, n, D).
+        """Normalized class embeddings (C, E) of context (n, D) or (C, n, D).
 
-        With several chunks a backward pass computes each anew, so that memory holds one at a time.
+        With several chunks the backward pass computes each again, so that memory holds one at a time.
         """
         num_classes = len(self._layout.ids)
         parts = []
@@ -162,7 +166,7 @@ class ClassPrompts:
     def _encode(self, context: Tensor, rows: slice) -> Tensor:
         slots = self._layout.slots[rows]
         words = self.tower.token_embedding(self._layout.ids[rows]) * (1 - slots.sum(dim=-1, keepdim=True))
-        # A product with ones and zeros and not a gather, whose gradient would be added in varying order on a GPU.
+        # A product with ones and zeros, because a GPU adds the gradient of a gather in varying order.
         with torch.autocast(words.device.type, enabled=False):
             learned = slots @ context
         encoded: Tensor = self.tower(words + learned, self._layout.ends[rows])
@@ -172,10 +176,10 @@ class ClassPrompts:
 def prompt_layout(
     ids: Tensor, ends: Tensor, num_tokens: int, config: PromptTuningConfig, context_length: int
 ) -> PromptLayout:
-    """Make room for `num_tokens` learned vectors in the texts "NAME." of the classes, tokenised (C, T), read at (C,).
+    """Insert `num_tokens` learned vectors into the texts "NAME." of the classes, of tokens `ids` (C, T).
 
-    The last token of a text is taken for its full stop, which stays last wherever the name stands. A name that doesn't
-    fit loses its end, as it would without learned vectors.
+    `ends` (C,) are the positions that are read. The token before it counts as the full stop, which stays last at every
+    `position`. A name that doesn't fit loses its end, as it would without learned vectors.
     """
     room = context_length - 2 - num_tokens
     first = {"end": num_tokens, "middle": num_tokens // 2, "front": 0}[config.position]
@@ -193,19 +197,19 @@ def prompt_layout(
 
 
 def default_num_tokens(context_length: int) -> int:
-    """16, or a quarter of a shorter context."""
+    """Number of learned vectors by default: 16, or a quarter of a shorter context."""
     return min(MAX_DEFAULT_TOKENS, context_length // 4)
 
 
 def initial_context(config: PromptTuningConfig, words: Tensor, num_tokens: int, num_classes: int) -> Tensor:
-    """Context (n, D), or (C, n, D): embeddings (m, D) of the given words first, then random ones of deviation 0.02.
+    """Context (n, D), or (C, n, D): embeddings `words` (m, D) first, then random ones of standard deviation 0.02.
 
-    Raises ImbvlmError for more words than there are vectors.
+    Raises ImbvlmError for more words than vectors.
     """
     if len(words) > num_tokens:
         raise ImbvlmError(
-            f"prompt_tuning.init_words {config.init_words!r} are {len(words)} tokens and prompt_tuning.num_tokens is "
-            f"{num_tokens}; raise it, or set it to null"
+            f"prompt_tuning.num_tokens must be at least {len(words)}, the number of tokens in init_words "
+            f"{config.init_words!r}, got {num_tokens}. Raise it, or set it to null."
         )
     shape = (num_classes, num_tokens, words.shape[1]) if config.per_class else (num_tokens, words.shape[1])
     context = INIT_DEVIATION * torch.randn(shape)

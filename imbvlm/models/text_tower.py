@@ -41,19 +41,19 @@ class TextTower(nn.Module):
         return self.token_embedding.embedding_dim
 
     def ends(self, ids: Tensor) -> Tensor:
-        """Where each text (N, T) of token ids has the token that is read (N,), by the tower's own rule."""
+        """Positions (N,) of the token that is read in texts of token ids (N, T), by the tower's own rule."""
         return ids.argmax(dim=-1) if self.end_id is None else (ids == self.end_id).int().argmax(dim=-1)
 
     def forward(self, embeddings: Tensor, ends: Tensor) -> Tensor:
-        """Normalised text features (N, E) of token embeddings (N, T, D) that are read at `ends` (N,)."""
+        """Normalized text features (N, E) of token embeddings (N, T, D) that are read at `ends` (N,)."""
         length = embeddings.shape[1]
         hidden = self.transformer(embeddings + self.positions[:length], attn_mask=self.mask[:length, :length])
-        read = self.final_norm(hidden[torch.arange(len(hidden), device=hidden.device), ends])
+        features = self.final_norm(hidden[torch.arange(len(hidden), device=hidden.device), ends])
         if isinstance(self.projection, nn.Linear):
-            read = self.projection(read)
+            features = self.projection(features)
         elif self.projection is not None:
-            read = read @ self.projection
-        return F.normalize(read.float(), dim=-1)
+            features = features @ self.projection
+        return F.normalize(features.float(), dim=-1)
 
 
 def unsupported_text_tower(text_config: Mapping[str, Any], name: str, num_tokens: int | None) -> str | None:
