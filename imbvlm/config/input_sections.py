@@ -34,7 +34,7 @@ class DataConfig(Section):
 
 
 class EncoderConfig(Section):
-    """The pretrained encoder: a name of ENCODERS, an open_clip MODEL/TAG, or local-dir:PATH."""
+    """The pretrained encoder: a name of ENCODERS, an open_clip MODEL/TAG, timm:NAME, or local-dir:PATH."""
 
     name: str
     image_size: int | None = Field(None, ge=8, le=MAX_IMAGE_SIZE, description="pixels a side; null: the encoder's own")

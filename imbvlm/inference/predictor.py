@@ -117,7 +117,7 @@ class InferenceModule(nn.Module):
         if self._post_hoc is None:
             return logits, logits
         zero_shot = None
-        if self.zero_shot is not None and outputs is not None:
+        if self.zero_shot is not None and outputs is not None and outputs.image_embedding is not None:
             zero_shot = self.zero_shot(self._as_stored(outputs.image_embedding))
         counts = torch.tensor(self._post_hoc.class_counts, device=logits.device)
         return logits, self._post_hoc.adjustment.apply(logits, counts, zero_shot)

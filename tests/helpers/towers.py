@@ -1,4 +1,4 @@
-"""Debug-size open_clip towers with random weights, written as local-dir folders."""
+"""Debug-size encoders of open_clip and timm with random weights, written as local-dir folders."""
 
 import copy
 import json
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 _TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
@@ -37,8 +39,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# timm's architectures without text.
+IMAGE_ONLY = {"image_only_vit": "test_vit", "image_only_convnext": "test_convnext"}
+
+
 def write_tower(folder: Path, kind: str, *, half: bool = False, **changes: Any) -> str:
-    """Write a tower of CONFIGS with `changes` to its model_cfg (None removes a key); returns its local-dir: name."""
+    """Write a tower of IMAGE_ONLY, or of CONFIGS with `changes` to its model_cfg (None: no key); returns its name."""
+    if kind in IMAGE_ONLY:
+        return write_image_only(folder, IMAGE_ONLY[kind])
     config = copy.deepcopy(CONFIGS[kind])
     for key, value in changes.items():
         config.pop(key, None) if value is None else config.update({key: value})
@@ -57,13 +65,26 @@ def write_config(folder: Path, config: dict[str, Any], *, half: bool = False, se
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    for name, tensor in model.state_dict().items():
-        # Zeros and ones at the start would hide a norm or a branch that is left out.
-        if tensor.is_floating_point() and "running_var" not in name and name != "logit_scale":
-            tensor.add_(0.05 * torch.randn_like(tensor))
+    _shake(model)
     state = {
         name: tensor.half() if half and tensor.is_floating_point() else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
     save_file(state, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+def write_image_only(folder: Path, architecture: str) -> str:
+    """Write a timm model with random weights as timm does for its hub; returns its local-dir: name."""
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=0)
+    _shake(model)
+    save_for_hf(model, folder, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def _shake(model: torch.nn.Module) -> None:
+    """Zeros and ones at the start would hide a norm or a branch that is left out."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and "running_var" not in name and name != "logit_scale":
+            tensor.add_(0.05 * torch.randn_like(tensor))

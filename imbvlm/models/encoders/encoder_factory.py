@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.models.encoders.encoder_source import Loader
 from imbvlm.models.encoders.open_clip_encoder import OpenClipEncoder
+from imbvlm.models.encoders.timm_encoder import TimmEncoder
+
+_IMPLEMENTATIONS: Mapping[Loader, type[OpenClipEncoder] | type[TimmEncoder]] = {
+    "open_clip": OpenClipEncoder,
+    "timm": TimmEncoder,
+}
 
 
 def create_encoder(
@@ -21,7 +30,8 @@ def create_encoder(
     Raises ImbvlmError for unknown names (with the nearest), a QuickGELU that contradicts the weights, weights that are
     missing or don't fit, an image size that the encoder doesn't take, and outputs that aren't defined.
     """
-    return OpenClipEncoder.load(resolve_encoder(config), config, evaluation, device, with_text=with_text)
+    source = resolve_encoder(config)
+    return _IMPLEMENTATIONS[source.loader].load(source, config, evaluation, device, with_text=with_text)
 
 
 def describe_encoder(config: EncoderConfig) -> EncoderInfo:
@@ -29,4 +39,5 @@ def describe_encoder(config: EncoderConfig) -> EncoderInfo:
 
     `logit_scale` is an untrained model's. Raises the ImbvlmErrors of `create_encoder` that don't need weights.
     """
-    return OpenClipEncoder.describe(resolve_encoder(config), config)[0]
+    source = resolve_encoder(config)
+    return _IMPLEMENTATIONS[source.loader].describe(source, config)[0]

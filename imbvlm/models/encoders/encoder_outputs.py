@@ -1,8 +1,8 @@
-"""Tokens, pooled and image embedding of open_clip's visual classes (docs/protocol.md, Encoder outputs)."""
+"""Tokens, pooled and image embedding by the class of an image tower (docs/protocol.md, Encoder outputs)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,23 +10,30 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
-from timm.models.eva import EvaBlock
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.eva import Eva, EvaBlock
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
 
 
 class EncoderOutput(NamedTuple):
-    """tokens (B, T, D) before the final norm; pooled (B, P) after it, before the projection; image_embedding (B, E)."""
+    """tokens (B, T, D) before the final norm; pooled (B, P) after it, before the projection; image_embedding (B, E).
+
+    `image_embedding` is None without text.
+    """
 
     tokens: Tensor
     pooled: Tensor
-    image_embedding: Tensor
+    image_embedding: Tensor | None
 
 
 class FinalNorm(NamedTuple):
-    """A tower's last layer norm: weight (D,), bias (D,), eps."""
+    """The last layer norm: weight (D,), bias (D,), eps."""
 
     weight: Tensor
     bias: Tensor
@@ -34,9 +41,10 @@ class FinalNorm(NamedTuple):
 
 
 class VisualRules(NamedTuple):
-    """What is known about one visual class; every function takes the module.
+    """What is known about one class of image towers; every function takes the module.
 
-    `blocks` are the modules that images pass one after another, by their names in the tower; empty where not known.
+    `blocks` are the modules that images pass one after another, by their names in the tower; empty where unknown.
+    `refusal` says why a tower of the class can't be used.
     """
 
     outputs: Callable[[Any, Tensor], EncoderOutput]
@@ -50,15 +58,14 @@ class VisualRules(NamedTuple):
 
 
 def visual_rules(visual: nn.Module, name: str) -> VisualRules:
-    """The rules for a tower's class; raises ImbvlmError by name for one whose outputs aren't defined."""
+    """The rules for the class of an image tower; raises ImbvlmError by name for one whose outputs aren't defined."""
     rules = OUTPUTS.get(type(visual))
-    reason = f"its image tower is a {type(visual).__name__}" if rules is None else rules.refusal(visual)
+    if rules is None:
+        reason: str | None = f"its image tower is a {type(visual).__name__}; known are {_names(OUTPUTS)}"
+    else:
+        reason = rules.refusal(visual)
     if rules is None or reason is not None:
-        known = ", ".join(cls.__name__ for cls in OUTPUTS)
-        raise ImbvlmError(
-            f"the encoder {name} can't be used: {reason}; known are {known}, each with one pooled vector that "
-            "encode_image projects"
-        )
+        raise ImbvlmError(f"the encoder {name} can't be used: {reason}.")
     return rules
 
 
@@ -127,7 +134,45 @@ def _resnet_resize(visual: Any, image_size: int) -> None:
 # ---------------------------------------------------------------------------------------------- timm's trunks
 
 
+# timm's classes that image-only encoders may be of.
+TIMM_TRUNKS: tuple[type[nn.Module], ...] = (TimmVisionTransformer, Eva, ConvNeXt, ResNet, EfficientNet)
+
+
+class TimmTower(nn.Module):
+    """timm's model without a classifier, as the image tower of an image-only encoder."""
+
+    def __init__(self, trunk: nn.Module, image_size: int) -> None:
+        super().__init__()
+        self.trunk, self.head, self.image_size = trunk, nn.Sequential(), image_size
+
+    def set_input_size(self, image_size: int) -> None:
+        """Take images of another size; raises what timm raises for one that doesn't fit."""
+        trunk: Any = self.trunk
+        if hasattr(trunk, "set_input_size"):
+            trunk.set_input_size(img_size=image_size)
+        self.image_size = image_size
+
+
 def _timm_outputs(visual: Any, images: Tensor) -> EncoderOutput:
+    features, tokens, pooled = _trunk_outputs(visual, images)
+    if hasattr(visual.head, "pool"):
+        pooled = visual.head.pool(pooled)
+    return EncoderOutput(tokens, pooled.flatten(1), visual.head(visual.trunk.forward_head(features)))
+
+
+def _image_only_outputs(tower: Any, images: Tensor) -> EncoderOutput:
+    _, tokens, pooled = _trunk_outputs(tower, images)
+    return EncoderOutput(tokens, pooled.flatten(1), None)
+
+
+def _trunk_refusal(tower: Any) -> str | None:
+    if isinstance(tower.trunk, TIMM_TRUNKS):
+        return None
+    return f"it is timm's {type(tower.trunk).__name__}; known without text are timm's {_names(TIMM_TRUNKS)}"
+
+
+def _trunk_outputs(visual: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of timm's trunk, its tokens before the final norm, and its features pooled."""
     trunk = visual.trunk
     if _timm_is_vit(visual):
         features, last = trunk.forward_intermediates(
@@ -138,10 +183,7 @@ def _timm_outputs(visual: Any, images: Tensor) -> EncoderOutput:
     else:
         features = trunk.forward_features(images)
         tokens = _flat_positions(trunk, features)
-    pooled = trunk.forward_head(features, pre_logits=True)
-    if hasattr(visual.head, "pool"):
-        pooled = visual.head.pool(pooled)
-    return EncoderOutput(tokens, pooled.flatten(1), visual.head(trunk.forward_head(features)))
+    return features, tokens, trunk.forward_head(features, pre_logits=True)
 
 
 def _flat_positions(trunk: Any, features: Tensor) -> Tensor:
@@ -196,14 +238,20 @@ def _timm_resize(visual: Any, image_size: int) -> None:
     if patch is not None and image_size % patch[0]:
         raise ImbvlmError(_not_a_multiple(image_size, patch[0], "patches"))
     if hasattr(visual.head, "pool"):
-        raise ImbvlmError(f"encoder.image_size is {image_size}, and this tower's attention pool fits only its own size")
+        raise ImbvlmError(
+            f"encoder.image_size is {image_size}, and this encoder's attention pool fits its own size only."
+        )
     try:
         visual.set_input_size(image_size)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ImbvlmError(f"encoder.image_size is {image_size}, which this tower doesn't take ({error})") from None
+        raise ImbvlmError(f"encoder.image_size is {image_size}, which this encoder doesn't take ({error}).") from None
 
 
 # ------------------------------------------------------------------------------------------------------ small
+
+
+def _names(classes: Iterable[type[nn.Module]]) -> str:
+    return ", ".join(cls.__name__ for cls in classes)
 
 
 def _members(name: str, modules: nn.Sequential | nn.ModuleList) -> dict[str, nn.Module]:
@@ -230,15 +278,15 @@ def _resized_positions(positions: Tensor, grid: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([first, resized]), requires_grad=False)
 
 
-def _not_a_multiple(image_size: int, step: int, what: str) -> str:
+def _not_a_multiple(image_size: int, step: int, unit: str) -> str:
     below = max(step, image_size // step * step)
     return (
-        f"encoder.image_size is {image_size}, which is no multiple of this tower's {what} of {step} px; "
-        f"use {below} or {below + step}"
+        f"encoder.image_size is {image_size}, which is no multiple of this encoder's {unit} of {step} px; "
+        f"use {below} or {below + step}."
     )
 
 
-def _no_norm(visual: Any) -> None:
+def _none(visual: Any) -> None:
     return None
 
 
@@ -255,14 +303,14 @@ OUTPUTS: dict[type[nn.Module], VisualRules] = {
     ),
     ModifiedResNet: VisualRules(
         outputs=_resnet_outputs,
-        final_norm=_no_norm,
+        final_norm=_none,
         # The attention pool projects, so that pooled is in the text space already.
         projection=lambda visual: _eye(visual.attnpool.c_proj.bias),
         has_class_token=lambda visual: False,
         is_vit=lambda visual: False,
         blocks=_resnet_blocks,
         resize=_resnet_resize,
-        refusal=_no_norm,
+        refusal=_none,
     ),
     TimmModel: VisualRules(
         outputs=_timm_outputs,
@@ -272,7 +320,17 @@ OUTPUTS: dict[type[nn.Module], VisualRules] = {
         is_vit=_timm_is_vit,
         blocks=_timm_blocks,
         resize=_timm_resize,
-        refusal=_no_norm,
+        refusal=_none,
+    ),
+    TimmTower: VisualRules(
+        outputs=_image_only_outputs,
+        final_norm=_timm_final_norm,
+        projection=_none,
+        has_class_token=_timm_has_class_token,
+        is_vit=_timm_is_vit,
+        blocks=_timm_blocks,
+        resize=_timm_resize,
+        refusal=_trunk_refusal,
     ),
 }
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from imbvlm.assets import encoder_path
 from imbvlm.base.registry import Registry
 from imbvlm.config.input_sections import EncoderConfig
-from imbvlm.models.encoders.encoder_source import LOCAL_DIR, EncoderSource, absolute_path
-from imbvlm.models.encoders.open_clip_names import folder_source, tag_source
-
-EMBEDDED = "embedded:"
+from imbvlm.models.encoders.encoder_source import LOCAL_DIR, TIMM, EncoderSource, Loader, absolute_path
+from imbvlm.models.encoders.open_clip_names import CONFIG_FILE, folder_source, tag_source
+from imbvlm.models.encoders.timm_names import TIMM_CONFIG_FILE, timm_folder_source, timm_source
 
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """An encoder with a short name: open_clip's architecture and tag, or an encoder that comes with the package."""
+    """An encoder with a short name: its library, and there an architecture and the tag of its weights.
+
+    `model` names a folder of the package where `tag` is None.
+    """
 
     model: str
     tag: str | None
     summary: str
+    loader: Loader = "open_clip"
 
 
 ENCODERS = Registry(
@@ -41,8 +45,9 @@ ENCODERS = Registry(
         "siglip_vit_l16_256": EncoderEntry(
             "ViT-L-16-SigLIP-256", "webli", "SigLIP's ViT-L/16 at 256 px, no class token"
         ),
-        "tinylit_lite0": EncoderEntry(
-            EMBEDDED + "tinylit-lite0", None, "small, comes with the package: EfficientNet-Lite0"
+        "tinylit_lite0": EncoderEntry("tinylit-lite0", None, "small, comes with the package: EfficientNet-Lite0"),
+        "dinov2_vit_s14": EncoderEntry(
+            "vit_small_patch14_dinov2", "lvd142m", "DINOv2's ViT-S/14 at 518 px, image-only", "timm"
         ),
     },
 )
@@ -57,12 +62,30 @@ def absolute_encoder(config: EncoderConfig) -> EncoderConfig:
     return config.model_copy(update={"name": name, "weights": weights})
 
 
+def has_text(config: EncoderConfig) -> bool:
+    """Whether an encoder embeds texts too; reads the names in a local folder at most."""
+    return _loader(config) == "open_clip"
+
+
 def resolve_encoder(config: EncoderConfig) -> EncoderSource:
     """What `encoder.name` means; reads small files only. Raises ImbvlmError with the nearest name or the fix."""
-    entry = ENCODERS.get(config.name)
-    name = config.name if entry is None else entry.model if entry.tag is None else f"{entry.model}/{entry.tag}"
-    if name.startswith(EMBEDDED):
-        return folder_source(config, str(encoder_path(name.removeprefix(EMBEDDED))))
+    name, entry, is_timm = config.name, ENCODERS.get(config.name), _loader(config) == "timm"
+    if entry is not None and entry.tag is None:
+        return folder_source(config, str(encoder_path(entry.model)))
     if name.startswith(LOCAL_DIR):
-        return folder_source(config, absolute_path(name.removeprefix(LOCAL_DIR)))
-    return tag_source(config, name, ENCODERS)
+        folder = absolute_path(name.removeprefix(LOCAL_DIR))
+        return timm_folder_source(config, folder) if is_timm else folder_source(config, folder)
+    if is_timm:
+        return timm_source(config, name.removeprefix(TIMM) if entry is None else f"{entry.model}.{entry.tag}")
+    return tag_source(config, name if entry is None else f"{entry.model}/{entry.tag}", ENCODERS)
+
+
+def _loader(config: EncoderConfig) -> Loader:
+    """The library that an encoder is loaded with; open_clip for unknown names."""
+    name, entry = config.name, ENCODERS.get(config.name)
+    if entry is not None:
+        return entry.loader
+    if name.startswith(LOCAL_DIR):
+        folder = Path(absolute_path(name.removeprefix(LOCAL_DIR)))
+        return "timm" if (folder / TIMM_CONFIG_FILE).exists() and not (folder / CONFIG_FILE).exists() else "open_clip"
+    return "timm" if name.startswith(TIMM) else "open_clip"

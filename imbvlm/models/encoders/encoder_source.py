@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.models.encoders.encoder_weights import (
@@ -17,19 +17,21 @@ from imbvlm.models.encoders.encoder_weights import (
     weights_address,
 )
 
-LOCAL_DIR = "local-dir:"
+LOCAL_DIR, TIMM = "local-dir:", "timm:"
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
+Loader = Literal["open_clip", "timm"]
 
 
 @dataclass(frozen=True)
 class EncoderSource:
     """An encoder's name resolved to everything but its weights.
 
-    `model` is what the library builds: an architecture, or a local folder behind LOCAL_DIR. `weights` is the user's own
-    file, and `published` says where the weights are fetched from without one (`hf_hub` or `url`).
+    `model` is what the library builds: an architecture, or for open_clip a local folder behind LOCAL_DIR. `weights` is
+    the user's own file, and `published` says where the weights are fetched from without one (`hf_hub` or `url`).
     """
 
     name: str
+    loader: Loader
     model: str
     weights: str | None
     published: Mapping[str, Any]
@@ -39,7 +41,7 @@ class EncoderSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is a local folder."""
+        """Whether open_clip is given a local folder."""
         return self.model.startswith(LOCAL_DIR)
 
     def weights_file(self) -> str | None:

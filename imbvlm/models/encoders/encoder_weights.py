@@ -53,7 +53,7 @@ def download_weights(name: str, published: Mapping[str, Any]) -> str:
             cause = str(error).splitlines()[0]
     raise ImbvlmError(
         f"can't download the weights of {name} from {address} ({cause}); fetch them beforehand where there is a "
-        "network, or set encoder.weights to a file (with encoder.quick_gelu), or encoder.name to local-dir:PATH."
+        "network, or set encoder.weights to a file, or encoder.name to local-dir:PATH."
     )
 
 

@@ -151,7 +151,7 @@ class ImageEncoder(ABC):
             num_tokens=tokens.shape[1] if token_pool is None else len(token_pool),
             token_width=tokens.shape[2],
             pooled_width=pooled.shape[1],
-            embedding_width=embedding.shape[1],
+            embedding_width=None if embedding is None else embedding.shape[1],
             has_class_token=has_class_token,
             mean=tuple(source.preprocess["mean"]),
             std=tuple(source.preprocess["std"]),
@@ -210,7 +210,7 @@ class ImageEncoder(ABC):
             tokens, pooled, embedding = self.rules.outputs(self.image_tower, pixels)
         tokens, pooled = tokens.float(), pooled.float()
         tokens = tokens if self.token_pool is None else self.token_pool @ tokens
-        return EncoderOutput(tokens, pooled, embedding.float())
+        return EncoderOutput(tokens, pooled, None if embedding is None else embedding.float())
 
     def _autocasts(self) -> bool:
         # Asking a GPU takes its memory, so it is asked only where the encoder is on one.

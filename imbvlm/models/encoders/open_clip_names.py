@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import EncoderConfig
-from imbvlm.models.encoders.encoder_source import LOCAL_DIR, EncoderSource, absolute_path
+from imbvlm.models.encoders.encoder_source import LOCAL_DIR, TIMM, EncoderSource, absolute_path
 
 CONFIG_FILE = "open_clip_config.json"
 SUFFIX = "-quickgelu"
@@ -78,7 +78,7 @@ def folder_source(config: EncoderConfig, folder: str) -> EncoderSource:
         )
     quick_gelu = bool(described) if described is not None else bool(stated)
     return EncoderSource(
-        config.name, LOCAL_DIR + folder, None, {}, model_config, _with_defaults(preprocess), quick_gelu
+        config.name, "open_clip", LOCAL_DIR + folder, None, {}, model_config, _with_defaults(preprocess), quick_gelu
     )
 
 
@@ -114,7 +114,7 @@ def tag_source(config: EncoderConfig, name: str, short_names: Collection[str]) -
         raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file.")
     quick_gelu = _quick_gelu(config, model, tag, bool(tag_config.get("quick_gelu")), model_config)
     preprocess = _with_defaults(tag_config) if tag else _common_preprocess(config, model)
-    return EncoderSource(config.name, model, weights, tag_config, model_config, preprocess, quick_gelu)
+    return EncoderSource(config.name, "open_clip", model, weights, tag_config, model_config, preprocess, quick_gelu)
 
 
 def _common_preprocess(config: EncoderConfig, model: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _unknown_model(config: EncoderConfig, model: str, short_names: Collection[st
     return ImbvlmError(
         f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; "
         f"{closest}{'' if closest.endswith('?') else '.'} "
-        f"It is one of {', '.join(short_names)}, or open_clip's MODEL/TAG, or {LOCAL_DIR}PATH."
+        f"It is one of {', '.join(short_names)}, or open_clip's MODEL/TAG, or {TIMM}NAME, or {LOCAL_DIR}PATH."
     )
 
 
