@@ -149,11 +149,12 @@ def _check_manifest(options: argparse.Namespace) -> int:
     def truncated(names: Sequence[str]) -> Sequence[str]:
         # Imported here, since the import costs seconds.
         from imbvlm.config.input_sections import EncoderConfig
-        from imbvlm.models.encoders.encoder_registry import resolve_encoder
+        from imbvlm.models.encoders.encoder_registry import has_text, resolve_encoder
         from imbvlm.models.encoders.open_clip_text import OpenClipTokenizer
         from imbvlm.models.encoders.text_prompts import truncated_names
 
-        return truncated_names(OpenClipTokenizer(resolve_encoder(EncoderConfig(name=options.encoder))), names, ["{}"])
+        config = EncoderConfig(name=options.encoder)
+        return truncated_names(OpenClipTokenizer(resolve_encoder(config)), names, ["{}"]) if has_text(config) else ()
 
     return check(options, truncated)
 
@@ -229,10 +230,12 @@ def _extract_features(options: argparse.Namespace) -> int:
     problem = storage.folder_problem(options.storage)
     if problem is not None:
         raise storage.StorageError(problem)
-    console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
     # Checked before the log creates a folder.
-    manifest = Manifest.read(config.data.manifest)
-    describe_encoder(config.encoder)
+    manifest, available = Manifest.read(config.data.manifest), describe_encoder(config.encoder).shapes
+    console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
+    if options.output and not outputs <= available.keys():
+        raise ImbvlmError(f"{options.encoder} is image-only and has no image_embedding; leave out that --output.")
+    outputs &= available.keys()
     is_local = storage.is_local(options.storage) and not options.dry_run
     with console.redirect_output(storage.local_path(options.storage) / "features.log" if is_local else None):
         report = (lambda text: None) if options.json else console.update_live

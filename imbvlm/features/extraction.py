@@ -72,8 +72,8 @@ def ensure_features(
     can't be loaded, a disk is too small, or `data.on_bad_image: strict` meets a bad image.
     """
     root = storage.absolute(root)
-    stored = tuple(outputs_to_store(config, outputs))
     encoder = create_encoder(config.encoder, config.eval)
+    stored = tuple(outputs_to_store(config, encoder.info, outputs))
     check_encoder(encoder.info)
     parts = [
         plan_part(config, manifest, root, stored, encoder, part)
@@ -85,7 +85,7 @@ def ensure_features(
     for part in parts:
         _write_encoder_tensors(part.store.folder, encoder)
     embeddings = None
-    if text or "image_embedding" in outputs:
+    if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.
         embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
     if any(part.missing for part in parts):

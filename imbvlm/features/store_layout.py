@@ -88,6 +88,8 @@ class StoreLayout:
         return range(start, min(start + self.rows_per_shard, self.num_rows))
 
     def num_bytes(self, output: OutputName) -> int:
-        """Size of one output's numbers on disk, without Arrow's few kilobytes per shard."""
+        """Size of one output's numbers on disk, without Arrow's few kilobytes per shard; 0 if the encoder lacks it."""
+        if output not in self.shapes:
+            return 0
         numbers = self.num_rows * self.num_views * int(np.prod(self.shapes[output]))
         return numbers * np.dtype(self.stored_as(output)).itemsize

@@ -32,12 +32,13 @@ def store_bytes(
     if config.eval.tte == "five_crop" and "test" in splits:
         sizes.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
     layouts = [plan_layout(config, info, views, num_rows, "") for num_rows, views in sizes if num_rows]
-    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in outputs_to_store(config, outputs)}
+    stored = outputs_to_store(config, info, outputs)
+    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
 
 
-def outputs_to_store(config: TrialConfig, outputs: frozenset[OutputName]) -> list[OutputName]:
-    """Those of `outputs` that are stored, in the order of OUTPUT_NAMES; none with `features.store: false`."""
-    return [output for output in OUTPUT_NAMES if output in outputs and config.features.store]
+def outputs_to_store(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> list[OutputName]:
+    """Those of `outputs` that the encoder has and that are stored; none with `features.store: false`."""
+    return [output for output in info.shapes if output in outputs and config.features.store]
 
 
 def trial_bytes(config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
@@ -113,7 +114,7 @@ def _pending_parts(
     splits = manifest.splits if splits is None else splits
     encoder = create_encoder(config.encoder, config.eval)
     parts = store_parts(config, encoder.preprocess, splits, ("test",) if "test" in splits else ())
-    stored = outputs_to_store(config, outputs)
+    stored = outputs_to_store(config, encoder.info, outputs)
     return [plan_part(config, manifest, root, stored, encoder, part, is_dry_run=True) for part in parts]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
+from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
@@ -30,8 +31,30 @@ from imbvlm.models.second_stage_modules import stage_module
 
 def refusals(config: TrialConfig, info: EncoderInfo) -> list[str]:
     """What a trial's method needs and its encoder lacks, a sentence each."""
+    if not info.has_text and (problems := list(_text_refusals(config, info.name))):
+        return problems
     refuse = METHODS[config.method].refuse
     return [] if refuse is None else refuse(config, info)
+
+
+def _text_refusals(config: TrialConfig, name: str) -> Iterator[str]:
+    """What a trial needs of a text side, a sentence each, where the encoder of that name is image-only."""
+    with_text = "or an encoder with text, such as openai_vit_b16"
+    if METHODS[config.method].reads == "image_embedding":
+        yield (
+            f"method {config.method} compares images with the class names' text, and {name} is image-only: it has no "
+            f"text. Choose method linear_probe or decoder, {with_text}."
+        )
+    if config.classifier is not None and config.classifier.init == "text":
+        yield (
+            f"classifier.init is text, and {name} is image-only: it has no text. Set classifier.init: class_mean or "
+            f"random, {with_text}."
+        )
+    if config.prompts is not None and config.prompts != PromptsConfig():
+        yield (
+            f"prompts.templates is set, and {name} is image-only: it has no text. Take the section prompts out, "
+            f"{with_text.replace('or', 'or choose', 1)}."
+        )
 
 
 def stored_outputs(config: TrialConfig) -> frozenset[OutputName]:

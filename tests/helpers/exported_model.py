@@ -29,7 +29,9 @@ def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_pr
         "classifier.bias": torch.zeros(len(CLASS_NAMES)),
         **{f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
     }
-    embeddings = torch.nn.functional.normalize(torch.randn(len(CLASS_NAMES), encoder.info.embedding_width), dim=1)
-    step = LogitPostprocessor(PostHocAdjustment(0.7, 0.3, 2.0), (90, 9, 1), embeddings)
+    embeddings, alpha = None, 0.0
+    if encoder.info.has_text:
+        embeddings, alpha = torch.nn.functional.normalize(torch.randn(3, encoder.info.embedding_width), dim=1), 0.3
+    step = LogitPostprocessor(PostHocAdjustment(0.7, alpha, 2.0), (90, 9, 1), embeddings)
     write_model(str(folder / "model"), config, weights, encoder, CLASS_NAMES, {}, step)
     return folder / "model"

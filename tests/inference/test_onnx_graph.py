@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "decoder"])
-@pytest.mark.parametrize("kind", ["vit", "resnet", "timm_siglip", "timm_efficientnet"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "resnet", "timm_siglip", "timm_efficientnet", "image_only_vit", "image_only_convnext"]
+)
 def test_onnxruntime_gives_the_models_probabilities(tmp_path: Path, kind: str, method: str) -> None:
     import onnxruntime
 

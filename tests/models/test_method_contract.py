@@ -32,7 +32,8 @@ from imbvlm.training.trial_run import TrialRun, build_trial
 
 FROZEN = [name for name, entry in METHODS.items() if entry.trains and not entry.trains_encoder]
 RATES = {"prompt_tuning": {"optim__lr": 0.05}, "decoder": {"decoder__depth": 1}}
-KINDS = ("vit", "resnet")
+KINDS = ("vit", "resnet", "image_only_vit")
+CASES = [(kind, name) for kind in KINDS for name in FROZEN if (kind, name) != ("image_only_vit", "prompt_tuning")]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,7 @@ def test_a_method_needs_text_and_the_encoder_where_it_says_so(problems: dict[str
 
 
 @pytest.mark.parametrize("stored", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", FROZEN)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_on_a_frozen_tower(
     problems: dict[str, TinyImages], kind: str, method: str, stored: bool, tmp_path: Path
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["timm_efficientnet", "timm_convnext"])
+@pytest.mark.parametrize("kind", ["timm_efficientnet", "timm_convnext", "image_only_convnext"])
 @pytest.mark.parametrize("method", ["linear_probe", "bias_tuning", "fine_tuning"])
 def test_other_convolution_towers_train_too(tmp_path: Path, kind: str, method: str) -> None:
     problem = TinyImages(tmp_path, kind)

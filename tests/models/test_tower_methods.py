@@ -39,14 +39,14 @@ from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_run import TrialRun, build_trial
 
 TOWER_METHODS = [name for name, entry in METHODS.items() if entry.trains_encoder]
-CASES = [(kind, method) for kind in ("vit", "resnet") for method in TOWER_METHODS]
+CASES = [(kind, method) for kind in ("vit", "resnet", "image_only_vit") for method in TOWER_METHODS]
 CASES = [case for case in CASES if case not in (("resnet", "adapter"), ("resnet", "lora"))]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyImages]:
-    return {kind: TinyImages(tmp_path_factory.mktemp(kind), kind) for kind in ("vit", "resnet")}
+    return {kind: TinyImages(tmp_path_factory.mktemp(kind), kind) for kind in ("vit", "resnet", "image_only_vit")}
 
 
 @pytest.fixture

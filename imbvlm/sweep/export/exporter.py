@@ -210,6 +210,7 @@ class _TrialExport:
             [record for record in self.refits if last_values([record], "test/top1_accuracy")],
             license_id,
             difference is not None,
+            encoder.info.has_text,
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(context).encode())
         return difference

@@ -44,6 +44,7 @@ class CardContext:
     refits: Sequence[TrialRecord]
     license_id: str
     has_onnx: bool
+    has_text: bool
 
     @property
     def is_adjusted(self) -> bool:
@@ -72,7 +73,7 @@ def _name(context: CardContext) -> str:
 
 
 def _front_matter(context: CardContext) -> str:
-    tags = ["image-classification", "imbvlm", "long-tail", "clip"]
+    tags = ["image-classification", "imbvlm", "long-tail", *(["clip"] if context.has_text else [])]
     data: dict[str, Any] = {"license": context.license_id}
     if context.license_id == UNSTATED:
         data |= {"license_name": "not-stated", "license_link": "#license"}
@@ -106,7 +107,7 @@ def _opening(context: CardContext) -> str:
     return (
         f"Classifies images into the {len(context.manifest.class_names):,} classes of {context.manifest.name} "
         f"({context.config.encoder.name}; {describe_trial(context.record)}). Found by a sweep of imbvlm, "
-        "which searches long-tailed classifiers on vision-language models."
+        "which searches long-tailed classifiers on pretrained encoders."
     )
 
 

@@ -159,7 +159,8 @@ def _reading(plan: Plan) -> list[str]:
 
 
 def _tower_line(plan: Plan, tower: PlannedEncoder) -> str:
-    info, outputs = tower.info, ", ".join(sorted(needed_outputs(plan.sweep)))
+    info = tower.info
+    outputs = ", ".join(sorted(needed_outputs(plan.sweep) & info.shapes.keys()))
     text = (
         f"{tower.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
         f"pooled {info.pooled_width}"

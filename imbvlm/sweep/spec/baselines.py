@@ -69,14 +69,18 @@ def _zero_shot(spec: SweepSpec, params: Params) -> TrialConfig:
 
 
 def baselines(sweep: ResolvedSweep) -> list[Baseline]:
-    """Return zero-shot and the linear probe for each encoder, with its name where there are several."""
+    """Return the linear probe for each encoder, and zero-shot where it has text, named by it if there are several."""
+    # Imported here because the specification of a sweep starts without torch.
+    from imbvlm.models.encoders.encoder_registry import has_text
+
     configs, own_train = encoder_configs(sweep), sweep.spec.base.get("train", {})
     rows = []
     for zero_shot in configs:
         suffix = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
         train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
         probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
-        rows.append(Baseline(f"zero-shot{suffix}", zero_shot, None))
+        if has_text(zero_shot.encoder):
+            rows.append(Baseline(f"zero-shot{suffix}", zero_shot, None))
         config = TrialConfig.from_tree(YamlTree(probe, "baseline"))
         rows.append(Baseline(f"linear probe{suffix}", config, PROBE_PATIENCE))
     return rows

@@ -78,6 +78,7 @@ def card(folder: Path, **changes: Any) -> str:
         "refits": refits,
         "license_id": "apache-2.0",
         "has_onnx": True,
+        "has_text": True,
     }
     return model_card(CardContext(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
 

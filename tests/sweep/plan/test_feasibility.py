@@ -9,6 +9,7 @@ import pytest
 from tiny_data import tiny_config, tiny_info
 
 from imbvlm.base.errors import ConfigError, ImbvlmError
+from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -266,3 +267,40 @@ def test_a_pack_is_as_large_as_its_members_leave_room_for() -> None:
     staged = DECODER.with_overrides({"second_stage.name": "classifier_retraining"})
     rows = found.num_train * DECODER.features.num_views + found.num_val
     assert found.bytes_of(staged) - found.bytes_of(DECODER) == 4 * 1024 * rows
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"method": "zero_shot"},
+            "method zero_shot compares images with the class names' text, and tiny is image-only",
+        ),
+        ({"method": "prompt_tuning"}, "method prompt_tuning compares images with the class names' text"),
+        (
+            {"method": "linear_probe", "classifier": {"kind": "linear", "init": "text"}},
+            "Set classifier.init: class_mean",
+        ),
+        (
+            {"method": "fine_tuning", "classifier": {"kind": "linear", "init": "text"}},
+            "classifier.init is text, and tiny",
+        ),
+        (
+            {"method": "linear_probe", "prompts": {"templates": "imagenet"}},
+            "prompts.templates is set, and tiny is image-only",
+        ),
+    ],
+)
+def test_what_needs_text_is_refused_with_the_reason_for_an_encoder_without(sections: Tree, says: str) -> None:
+    config = TrialConfig.from_tree({**BASE, **sections})
+    info = dataclasses.replace(tiny_info(), embedding_width=None, logit_scale=None)
+    (problem,) = check_model(config, info)
+    assert says in problem.message
+    assert "image-only: it has no text" in problem.message
+
+
+@pytest.mark.parametrize("init", ["random", "class_mean"])
+@pytest.mark.parametrize("method", ["linear_probe", "decoder", "adapter", "lora", "bias_tuning", "fine_tuning"])
+def test_what_needs_no_text_runs_without(method: str, init: str) -> None:
+    config = TrialConfig.from_tree({**BASE, "method": method, "classifier": {"kind": "cosine", "init": init}})
+    assert check_model(config, dataclasses.replace(tiny_info(), embedding_width=None, logit_scale=None)) == []

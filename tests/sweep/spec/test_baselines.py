@@ -71,6 +71,13 @@ def test_every_tower_has_its_own_and_their_names_say_whose() -> None:
     assert [one.config.encoder.name for one in found] == ["a", "a", "b", "b"]
 
 
+def test_an_encoder_without_text_has_the_probe_alone() -> None:
+    encoders = "encoder.name: {choice: [openai_vit_b16, timm:test_vit.r160_in1k, dinov2_vit_s14]}"
+    names = ["openai_vit_b16", "timm:test_vit.r160_in1k", "dinov2_vit_s14"]
+    expected = [f"zero-shot {names[0]}", *(f"linear probe {name}" for name in names)]
+    assert [baseline.name for baseline in baselines(made(encoders))] == expected
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
