@@ -72,7 +72,7 @@ class FeatureSet:
     def _open(self, folder: str) -> FeatureStore:
         return FeatureStore.open(folder, self.outputs, None if self.cache is None else FeatureCache(self.cache))
 
-    def tower_tensors(self) -> dict[str, Tensor]:
+    def encoder_tensors(self) -> dict[str, Tensor]:
         """The encoder's `final_norm.weight`, `final_norm.bias` and `projection`, as far as it has them."""
         return load_tensors(storage.join(next(iter(self.folders.values())), TOWER_FILE))
 

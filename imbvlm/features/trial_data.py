@@ -52,7 +52,7 @@ RowSource = StoredRows | ImageRows
 class TrialData:
     """Everything a trial learns from. `class_stats` counts the rows in `train`; its shot groups are the official ones.
 
-    `tower` has the tensors of `FeatureSet.tower_tensors`. `class_embeddings` (C, E) is None where no text was encoded.
+    `encoder_tensors` are those of the FeatureSet. `class_embeddings` (C, E) is None where no text was encoded.
     `warnings` are sentences for the user. For a trial that reads images, `train` and `val` are rows of the manifest,
     `stored` has the same training rows in the store, and `encoder` is the encoder to run.
     """
@@ -62,7 +62,7 @@ class TrialData:
     train: RowSource
     val: RowSource
     info: EncoderInfo
-    tower: Mapping[str, Tensor] = field(default_factory=dict)
+    encoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     class_embeddings: Tensor | None = None
     warnings: tuple[str, ...] = ()
     stored: StoredRows | None = None
@@ -72,7 +72,7 @@ class TrialData:
     def model_inputs(self) -> ModelInputs:
         """The parts that a trial's model is built from."""
         stored = self.train if isinstance(self.train, StoredRows) else self.stored
-        return ModelInputs(self.info, self.class_names, self.class_embeddings, self.tower, stored, self.encoder)
+        return ModelInputs(self.info, self.class_names, self.class_embeddings, self.encoder_tensors, stored, self.encoder)
 
     @staticmethod
     def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:
@@ -101,7 +101,7 @@ class TrialData:
             train=train,
             val=val,
             info=features.info,
-            tower=features.tower_tensors(),
+            encoder_tensors=features.encoder_tensors(),
             class_embeddings=_class_embeddings(features),
             warnings=_warnings(table, stats, train_store),
             stored=stored,

@@ -250,8 +250,8 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
             torch.testing.assert_close(got, getattr(expected, output), atol=1e-5, rtol=1e-5)
     assert features.store("val").num_views == 1
     data = TrialData.open(config, features)
-    assert torch.equal(data.tower["projection"], encoder.image_tower.proj)
-    assert torch.equal(data.tower["final_norm.weight"], encoder.image_tower.ln_post.weight)
+    assert torch.equal(data.encoder_tensors["projection"], encoder.image_tower.proj)
+    assert torch.equal(data.encoder_tensors["final_norm.weight"], encoder.image_tower.ln_post.weight)
     assert data.class_embeddings is not None
     assert data.class_embeddings.shape == (7, encoder.info.embedding_width)
     assert f"features: {2 * NUM_TRAIN + NUM_VAL} images to compute" in said

@@ -134,11 +134,11 @@ def test_which_trials_need_text() -> None:
 
 
 def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(data: TrialData) -> None:
-    weights = text_weights(data.class_embeddings, data.tower["projection"], WIDTH)
+    weights = text_weights(data.class_embeddings, data.encoder_tensors["projection"], WIDTH)
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(NUM_CLASSES))
     feature = torch.randn(WIDTH)
-    in_text_space = data.class_embeddings @ (feature @ data.tower["projection"])
-    lengths = (data.class_embeddings @ data.tower["projection"].T).norm(dim=-1)
+    in_text_space = data.class_embeddings @ (feature @ data.encoder_tensors["projection"])
+    lengths = (data.class_embeddings @ data.encoder_tensors["projection"].T).norm(dim=-1)
     torch.testing.assert_close(weights @ feature * lengths, in_text_space, rtol=1e-4, atol=1e-4)
 
 
@@ -156,7 +156,7 @@ def test_a_text_start_behind_an_identity_decoder_is_that_of_the_probe(data: Tria
 def test_a_tower_without_projection_or_with_another_is_refused(data: TrialData) -> None:
     config = tiny_config("linear_probe", classifier__init="text")
     with pytest.raises(ImbvlmError, match="has no projection"):
-        build_model(config, dataclasses.replace(data, tower={}).model_inputs, CPU)
+        build_model(config, dataclasses.replace(data, encoder_tensors={}).model_inputs, CPU)
     with pytest.raises(ImbvlmError, match="projection is"):
         text_weights(torch.ones(3, EMBEDDING_WIDTH), torch.ones(WIDTH + 1, EMBEDDING_WIDTH), WIDTH)
 
@@ -165,7 +165,7 @@ def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data: TrialDat
     config = tiny_config("decoder", classifier__init="text", decoder__init="identity")
     without = {
         "needs an encoder with a class token": dataclasses.replace(data, info=tiny_info(has_class_token=False)),
-        "a pooled output that is the normed class token": dataclasses.replace(data, tower={}),
+        "a pooled output that is the normed class token": dataclasses.replace(data, encoder_tensors={}),
     }
     for reason, inputs in without.items():
         with pytest.raises(ImbvlmError, match=reason):
@@ -200,5 +200,5 @@ def test_class_means_behind_a_decoder_are_of_the_decoders_output(data: TrialData
 
 def test_the_decoder_starts_from_the_towers_final_norm(data: TrialData) -> None:
     model = build_model(tiny_config("decoder"), data.model_inputs, CPU)
-    assert torch.equal(model.decoder.input_norm.weight, data.tower["final_norm.weight"])
+    assert torch.equal(model.decoder.input_norm.weight, data.encoder_tensors["final_norm.weight"])
     assert model.decoder.input_norm.eps == tiny_info().final_norm_eps

@@ -110,7 +110,7 @@ def test_where_ray_does_not_come_up_that_is_said_in_a_sentence(tmp_path: Path) -
         assert holding.wait(10) == 0
         left = [line for line in there.processes() if "gcs_server" in line or "raylet/raylet" in line]
     assert refusal.startswith("Ray can't be started on this machine: The current node timed out during startup.")
-    assert "Where it is busy with other work try again later; Ray's logs are in /tmp/ray" in refusal
+    assert "If it is busy with other work try again later; Ray's logs are in /tmp/ray" in refusal
     assert not left
 
 

@@ -440,7 +440,7 @@ def test_extraction_that_takes_all_memory_again_and_again_ends_and_says_so(
         assert len(ids(kind)) < 60
     sweep.there = None
     assert f"imbvlm: {work}" in printed
-    assert re.search(r"\d processes in a row were ended, since their machine ran out of memory; use machines", printed)
+    assert re.search(r"\d processes in a row were ended, since their machine ran out of memory\. Use machines", printed)
     assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
     sweep.run("--resume")
     assert_same_end(sweep, quiet)
