@@ -57,7 +57,7 @@ class Console:
         self._write_copy(text)
 
     def last_word(self, fix: str) -> LastWord:
-        """How another process prints this one's last sentence, where this one can't."""
+        """The settings with which another process prints this one's last sentence, if this one can't."""
         try:
             descriptor = self._stream.fileno()
         except OSError:
@@ -198,7 +198,7 @@ def _discard_output(*descriptors: int) -> None:
 
 @dataclass(frozen=True)
 class LastWord:
-    """How to print this process's last sentence: the fix in it, the descriptor, and a file for a copy.
+    """Settings to print this process's last sentence: the fix in it, the descriptor, and a file for a copy.
 
     `before` is printed first, such as a line break after a live view.
     """

@@ -214,7 +214,7 @@ class _Progress:
         # Timing begins once each worker has had time for a block: when the first ends, the others have nearly ended.
         self.num_workers, self._num_blocks = 1, 0
         self._timed_from: tuple[int, float] | None = None
-        # Of the whole cluster; None before two blocks have ended.
+        # Seconds of the whole cluster; None before two blocks have ended.
         self.seconds_per_image: float | None = None
         self._lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Which outputs of which images an extraction still has to compute."""
+"""Plans an extraction: the outputs that stores lack, their layout and their identity."""
 
 from __future__ import annotations
 

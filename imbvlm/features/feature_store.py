@@ -138,7 +138,7 @@ class FeatureStore:
         return {shard: files[name] for shard, name in names.items() if name in files}
 
     def cache_request(self, output: OutputName) -> CacheRequest:
-        """What the cache needs to hold an output; raises StoreError where shards are missing."""
+        """The request to cache an output; raises StoreError where shards are missing."""
         present, source = self.present(output), storage.join(self.folder, output)
         if len(present) < self.layout.num_shards:
             raise StoreError(f"{source} lacks shards. Start again to compute them.")
@@ -245,7 +245,7 @@ class FeatureStore:
 
     @cached_property
     def ok(self) -> npt.NDArray[np.bool_]:
-        """Which rows (num_rows,) have an image."""
+        """Flags (num_rows,) of the rows that have an image."""
         flags = np.ones(self.num_rows, dtype=np.bool_)
         flags[[entry.row for entry in self.quarantine]] = False
         return flags

@@ -170,7 +170,7 @@ def check_cache_size(
 
 
 def _check_cache_fits(config: FeatureCacheConfig | None, source: str, num_bytes: int) -> None:
-    """Of other machines only the limit is known, not the disk."""
+    """Raise CacheFullError where the cache can't hold the bytes; for other machines only their limit is known."""
     cache = FeatureCache(config or FeatureCacheConfig())
     if cache.config.max_gigabytes is not None or is_single_node():
         cache.check_fits(source, num_bytes, on_this_machine=is_single_node())

@@ -72,7 +72,9 @@ class TrialData:
     def model_inputs(self) -> ModelInputs:
         """The parts that a trial's model is built from."""
         stored = self.train if isinstance(self.train, StoredRows) else self.stored
-        return ModelInputs(self.info, self.class_names, self.class_embeddings, self.encoder_tensors, stored, self.encoder)
+        return ModelInputs(
+            self.info, self.class_names, self.class_embeddings, self.encoder_tensors, stored, self.encoder
+        )
 
     @staticmethod
     def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:

@@ -26,7 +26,7 @@ FIVE_CROPS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the encoder's input: the evaluation crop (view 0), or a random crop fixed by (row, view).
+    """Makes an encoder's input of an image: the evaluation crop (view 0), or a random crop fixed by (row, view).
 
     With `expand` the views are five crops of the image at `image_size` + `expand`: the center and the four corners.
     `resize` is the shorter side before the center crop, as a multiple of `image_size`. `jpeg_downscale` lets large

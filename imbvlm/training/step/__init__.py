@@ -1,1 +1,1 @@
-"""What one optimizer step needs."""
+"""The parts of one optimizer step: batches, mixing, losses, optimizers, workers."""
