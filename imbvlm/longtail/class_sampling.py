@@ -58,11 +58,11 @@ def epoch_plan(
     seed: int,
     epoch: int,
     num_epochs: int,
-    num_views: int | Rows = 1,
+    num_views: int = 1,
 ) -> EpochPlan:
     """The rows of one epoch (0-based), as many as labels (N,), each class with its exact share. Raises ImbvlmError.
 
-    Each row comes in one of its views; `num_views` is one number for all rows, or one for each (N,).
+    Each row comes in one of its `num_views` views.
 
     Shares are rounded to whole rows by largest remainder. Within a class, no row comes twice before every other came
     once. The same (seed, epoch) gives the same plan; different ones give independent plans.
@@ -73,8 +73,7 @@ def epoch_plan(
     rng = np.random.default_rng([_STREAM, epoch, seed])
     quotas = _whole_quotas(expected, len(labels), rng)
     rows = rng.permutation(_sample_rows(labels, counts, quotas, rng))
-    views = num_views if isinstance(num_views, int) else num_views[rows]
-    return EpochPlan(rows, rng.integers(0, views, size=len(rows), dtype=np.int64))
+    return EpochPlan(rows, rng.integers(0, num_views, size=len(rows), dtype=np.int64))
 
 
 def batches(plan: EpochPlan, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Rows]:

@@ -79,14 +79,6 @@ def test_any_labels_give_exact_quotas_in_cycles(
     assert plan.views.max() < 3
 
 
-def test_each_row_comes_in_one_of_its_own_views() -> None:
-    views_of = np.array([1, 3, 1, 5, 1, 1])
-    plans = [epoch_plan([0, 1, 0, 1, 0, 0], 2, "class_balanced", 7, epoch, 40, views_of) for epoch in range(40)]
-    for row, num_views in enumerate(views_of):
-        shown = {int(view) for plan in plans for view in plan.views[plan.rows == row]}
-        assert shown == set(range(num_views))
-
-
 @every_sampling
 def test_the_same_seed_and_epoch_give_the_same_plan(class_sampling: ClassSampling) -> None:
     first = epoch_plan(LABELS, 5, class_sampling, 7, 2, 5, num_views=4)
