@@ -58,7 +58,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {}
 REMAINING: dict[str, int] = {
     "imbvlm/cli/doctor.py": 2,
     "imbvlm/cli/export_command.py": 1,
-    "imbvlm/features/class_embeddings.py": 1,
     "imbvlm/models/encoders/text_prompts.py": 2,
     "imbvlm/models/encoders/token_pooling.py": 5,
     "imbvlm/models/prompt_learner.py": 2,
@@ -73,7 +72,6 @@ REMAINING: dict[str, int] = {
     "imbvlm/sweep/tune/pack_members.py": 3,
     "imbvlm/sweep/tune/ray_train_trial.py": 2,
     "imbvlm/sweep/tune/tune_runner.py": 2,
-    "README.md": 4,
 }
 # The goal is 40.
 MAX_VAGUE = 199

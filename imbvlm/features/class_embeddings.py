@@ -1,4 +1,4 @@
-"""Stored text features of the class names, for zero-shot, prompts and text initialisation."""
+"""Stored text features of the class names, for zero-shot, prompts and text initialization."""
 
 from __future__ import annotations
 

@@ -50,6 +50,12 @@ def test_options_become_settings_and_set_has_the_last_word() -> None:
     assert sweep_script.with_options(SPEC, options()) == SPEC
 
 
+def test_an_empty_storage_folder_is_rejected() -> None:
+    """It meant the working directory."""
+    with pytest.raises(ConfigError, match=r"storage: an empty name is no folder"):
+        sweep_script.with_options(SPEC, options("--storage", ""))
+
+
 @pytest.mark.parametrize(
     ("fields", "train"),
     [
