@@ -55,6 +55,15 @@ def test_an_exported_model_predicts_as_its_sweep_is_exported_now(sample: Path) -
     assert pq.read_table("exported.parquet").equals(pq.read_table("again.parquet"))
 
 
+def test_an_export_over_an_exported_model_replaces_it(sample: Path) -> None:
+    files = {path for path in (sample / "exported").rglob("*") if path.is_file()}
+    imbvlm("export", "runs/limited", "-o", "exported")
+    assert {path for path in (sample / "exported").rglob("*") if path.is_file()} == {
+        *files,
+        sample / "exported" / "export.json",
+    }
+
+
 def test_stored_features_and_the_manifest_are_sound(sample: Path) -> None:
     assert "runs/features" in imbvlm("features", "check", "runs/features")
     imbvlm("manifest", "check", "manifest.parquet", "--decode")

@@ -119,7 +119,6 @@ class StoreSavings:
     `pass_seconds` is the time in which this sweep filled the store or found it filled.
     """
 
-    num_epochs: int
     num_read: int
     num_seen: int
     encoder_seconds: float | None
@@ -144,7 +143,7 @@ def saved_by_store(compute: ResourceUsage) -> StoreSavings | None:
     ]
     total = sum(seconds)
     return StoreSavings(
-        epochs, epochs * paces.num_train, sum(views.values()) * paces.num_train,
+        epochs * paces.num_train, sum(views.values()) * paces.num_train,
         None if math.isnan(total) else total, compute.spent.phases.get("features", 0.0),
     )  # fmt: skip
 

@@ -26,7 +26,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def page(report: ReportContent, spec_yaml: str, commands: Sequence[str]) -> str:
     """The whole page."""
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
-    details = f"<p class='muted'>{escape(report.details)}</p>" if report.details else ""
+    verdict = report.verdict
+    details = f"<p class='muted'>{escape(verdict.details)}</p>" if verdict.details else ""
     facts_note = f"<p class='muted note'>{escape(report.facts_note)}</p>" if report.facts_note else ""
     links = "".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in report.sections)
     return (
@@ -37,7 +38,7 @@ def page(report: ReportContent, spec_yaml: str, commands: Sequence[str]) -> str:
         "</head><body>"
         f"<header><p class='kicker'>imbvlm sweep</p><h1>{escape(report.title)}</h1>"
         f"<p class='muted'>{escape(report.subtitle)}</p>"
-        f"<div class='statement {'win' if report.is_win else ''}'><p>{escape(report.statement)}</p>{details}</div>"
+        f"<div class='statement {'win' if verdict.is_win else ''}'><p>{escape(verdict.statement)}</p>{details}</div>"
         f"<dl class='facts'>{''.join(map(_fact, report.facts))}</dl>{facts_note}"
         f"<nav aria-label='Sections'>{links}</nav></header>"
         f"<main>{''.join(map(_section, report.sections))}{_repeat(spec_yaml, commands)}</main>"

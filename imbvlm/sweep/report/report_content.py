@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration, percent, pluralize
 from imbvlm.longtail.class_stats import SHOT_GROUPS
-from imbvlm.sweep.records.difference import POST_HOC, title_in, verdict_on_test
+from imbvlm.sweep.records.difference import POST_HOC, Verdict, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import verdict
 from imbvlm.sweep.records.trial_log import describe_trial
@@ -87,16 +87,14 @@ class HeadlineNumber:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything on the page: `details` continues the statement; `extra_tables` are written to files only.
+    """Everything on the page; `extra_tables` are written to files only.
 
     `facts_note` says which model the headline's numbers belong to. `notes` name everything that the page lacks.
     """
 
     title: str
     subtitle: str
-    statement: str
-    details: str
-    is_win: bool
+    verdict: Verdict
     facts: list[HeadlineNumber]
     facts_note: str
     sections: list[ReportSection]
@@ -108,14 +106,11 @@ def build(source: ReportData) -> ReportContent:
     """Build the report of a sweep's present state."""
     classes, notes = _classes(source)
     sections = [_result(source), classes, _search(source), _mattered(source), _compute(source), _data(source)]
-    statement, details, is_win = _statement(source)
     extra = [table for table in (score_tables.per_class(source), score_tables.all_trials(source)) if table]
     return ReportContent(
         title=source.spec.name,
         subtitle=_subtitle(source),
-        statement=statement,
-        details=details,
-        is_win=is_win,
+        verdict=_verdict(source),
         facts=_facts(source),
         facts_note=_facts_note(source),
         sections=[section for section in sections if section.blocks],
@@ -127,18 +122,16 @@ def build(source: ReportData) -> ReportContent:
 # --------------------------------------------------------------------------------------------------- headline
 
 
-def _statement(source: ReportData) -> tuple[str, str, bool]:
-    """The result against the nearest baseline, against the others, and whether it is a win."""
-    best = source.log.best(source.spec.objective)
-    if not best:
-        return "No trial has given a result yet.", "", False
-    winner = source.winner
-    on_test = None if winner is None else verdict_on_test(source.log, winner.records, "the winner")
-    if on_test is None:
-        sentence = verdict(source.log, source.spec)
-        details = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
-        return f"{sentence[0].upper()}{sentence[1:]}.", details, False
-    return on_test.statement, on_test.details, on_test.is_win
+def _verdict(source: ReportData) -> Verdict:
+    """The winner against the baselines: on the test split if it was scored, else on validation."""
+    if source.best is None:
+        return Verdict("No trial has given a result yet.", "", False)
+    on_test = None if source.winner is None else verdict_on_test(source.log, source.winner.records, "the winner")
+    if on_test is not None:
+        return on_test
+    sentence = verdict(source.log, source.spec)
+    details = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
+    return Verdict(f"{sentence[0].upper()}{sentence[1:]}.", details, False)
 
 
 def _facts(source: ReportData) -> list[HeadlineNumber]:

@@ -110,9 +110,9 @@ def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: 
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
         report, text = build(ReportData.read(str(folder))), card(folder)
         (line,) = [one for one in text.splitlines() if one.startswith(start)]
-        statement = report.statement.replace("The winner", "This model").replace("the winner", "this model")
-        assert line == f"{statement} {report.details}"
-        assert report.statement in show_text(SweepState.read(str(folder)))
+        statement = report.verdict.statement.replace("The winner", "This model").replace("the winner", "this model")
+        assert line == f"{statement} {report.verdict.details}"
+        assert report.verdict.statement in show_text(SweepState.read(str(folder)))
 
 
 def test_the_card_has_a_baseline_as_adjusted_too(tmp_path: Path) -> None:
