@@ -33,7 +33,7 @@ from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.export_folder import ExportFolder
 from imbvlm.sweep.export.model_card import CARD_FILE, UNSTATED, CardContext, model_card
 from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
-from imbvlm.sweep.records.provenance import check_tower, data_changes
+from imbvlm.sweep.records.provenance import check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS, pareto_records
 from imbvlm.sweep.records.sweep_folder import read_spec
@@ -180,7 +180,7 @@ class _TrialExport:
         config = self._config().with_overrides({"data.manifest": location})
         manifest = Manifest.read(config.data.manifest)
         encoder = create_encoder(config.encoder, config.eval)
-        check_tower(self.folder, config.encoder, encoder.info, keep=False)
+        check_encoder_weights(self.folder, config.encoder, encoder.info, keep=False)
         with self._weights(config, manifest) as weights:
             return self._write_model(out, config, manifest, encoder, weights, onnx, license_id)
 

@@ -93,7 +93,7 @@ def data_changes(folder: str, manifest: Manifest) -> list[str]:
     return [] if before is None else _data_changes(before, _of_data(manifest))
 
 
-def check_tower(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
+def check_encoder_weights(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
     """Raise ConfigError if an encoder's weights have changed since the sweep first used it; `keep` records a new one.
 
     Raises ImbvlmError if the provenance file is damaged.

@@ -34,9 +34,10 @@ def conclude(run: SweepRun, seconds: float) -> None:
     _print_scores(run, data)
     _print_tables(run, data)
     write_best(run.folder, best, run.spec.base["data"]["manifest"])
+    page = report(run)
+    # Deleted last: a signal before this point leaves a sweep that can be resumed.
     if not run.num_refits_left:
         storage.delete(storage.join(run.folder, UNFINISHED_FILE))
-    page = report(run)
     echo()
     echo(f"best: {best.trial_id} of {run.folder}, after {duration(seconds)}")
     for name, content in (

@@ -9,7 +9,7 @@ from imbvlm.base import storage
 from imbvlm.features.extraction import ensure_features, seconds_per_image
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.store_sizes import num_crops, pending_images
-from imbvlm.sweep.records.provenance import check_tower
+from imbvlm.sweep.records.provenance import check_encoder_weights
 from imbvlm.sweep.records.quarantine_list import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.records.resource_usage import ImageThroughput, throughput_key
 from imbvlm.sweep.run.sweep_run import SweepRun
@@ -38,7 +38,7 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
             report=run.console.update_live,
             five_crop=tuple(split for split in splits if split == "test"),
             cache=run.spec.feature_copies,
-            check_encoder=partial(check_tower, run.folder, config.encoder),
+            check_encoder=partial(check_encoder_weights, run.folder, config.encoder),
         )
         run.console.end_live()
         feature_sets[feature_key(config)] = features

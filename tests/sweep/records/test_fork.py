@@ -23,7 +23,7 @@ from imbvlm.data.manifest_schema import with_column
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.provenance import (
-    check_tower,
+    check_encoder_weights,
     encoder_fingerprints,
     provenance,
     provenance_changes,
@@ -152,11 +152,11 @@ def test_image_files_that_have_changed_are_said_and_moved_ones_are_the_same(tmp_
 def test_a_tower_with_other_weights_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     write_provenance(str(tmp_path), provenance(manifest))
     encoder, info = EncoderConfig(name="local-dir:mine"), tiny_info()
-    check_tower(str(tmp_path), encoder, info)
-    check_tower(str(tmp_path), encoder, info)
-    check_tower(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
+    check_encoder_weights(str(tmp_path), encoder, info)
+    check_encoder_weights(str(tmp_path), encoder, info)
+    check_encoder_weights(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
     with pytest.raises(ConfigError, match="weights of the encoder local-dir:mine are not those that the sweep began"):
-        check_tower(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
+        check_encoder_weights(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
     assert encoder_fingerprints(str(tmp_path)) == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
