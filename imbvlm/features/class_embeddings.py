@@ -36,10 +36,10 @@ def ensure_class_embeddings(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = storage.join(root, _FOLDER, f"{digest}.safetensors")
     if not _is_intact(path):
-        cut = truncated_names(text, class_names, templates)
-        if cut:
-            shown = ", ".join(repr(name) for name in cut[:3])
-            report(f"{len(cut)} class names are longer than the text tower reads, and are cut off: {shown}")
+        truncated = truncated_names(text, class_names, templates)
+        if truncated:
+            shown = ", ".join(repr(name) for name in truncated[:3])
+            report(f"{len(truncated)} class names are longer than the text tower reads, and are truncated: {shown}")
         report(
             f"text features: {pluralize(len(class_names), 'class name')}, {pluralize(len(templates), 'sentence')} each"
         )
@@ -53,7 +53,7 @@ def ensure_class_embeddings(
 
 
 def _is_intact(path: str) -> bool:
-    """Whether the file holds what it was written with; from an object store it is read whole first."""
+    """Whether the file has the values that were written; a file in an object store is downloaded first."""
     if not storage.exists(path):
         return False
     with tempfile.TemporaryDirectory() as folder:

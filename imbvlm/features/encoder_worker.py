@@ -1,4 +1,4 @@
-"""What the extraction pass does with a block of crops: it goes through the tower and is stored."""
+"""The worker of an extraction pass: it runs blocks of crops through an encoder and stores the outputs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from imbvlm.features.shard_file import as_tensor
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 
-# Large batches fall out of a CPU's cache: images a second on one core for 16, 32 and 64 at a time are 320, 250 and 230
-# with the embedded tower at 96 px, 9.0, 8.4 and 4.9 with a ViT-B/32.
+# Large batches fall out of a CPU's cache. One core computes 320, 250 and 230 images a second in batches of 16, 32 and
+# 64 with the embedded encoder at 96 px, and 9.0, 8.4 and 4.9 with a ViT-B/32.
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 class EncoderWorker:
-    """Holds the tower in one process; called with a loaded block, it writes the block's shards.
+    """Holds an encoder in one process; a call with a loaded block writes the block's shards.
 
-    Several threads may call it: one block at a time goes through the tower, while others are written.
+    Several threads may call it: one block at a time is computed while others are written.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -37,9 +37,9 @@ class EncoderWorker:
         self._running = threading.Lock()
 
     def __call__(self, block: Block) -> Block:
-        """Store the block's missing outputs; returns where, how many images it had, and its bad rows' reasons.
+        """Store the block's missing outputs and return a summary.
 
-        `written` has the bytes of each output's shard.
+        `written` has the bytes of each output's shard, `bad` the reasons of rows without an image.
         """
         store = FeatureStore.open(block["folder"])
         rows, outputs = store.layout.rows_of(block["shard"]), block["outputs"]
@@ -48,7 +48,7 @@ class EncoderWorker:
         written = {}
         for output, values in computed.items():
             shaped = values.reshape(len(rows), store.num_views, *store.layout.shapes[output])
-            # What a tower makes of a missing image means nothing.
+            # The outputs of a missing image mean nothing.
             shaped[[number for number, reason in enumerate(block["reasons"]) if reason is not None]] = 0
             written[output] = store.write(output, block["shard"], shaped, block["reasons"])
         bad = {rows.start + number: reason for number, reason in enumerate(block["reasons"]) if reason is not None}
@@ -61,16 +61,16 @@ class EncoderWorker:
         on_gpu = self.encoder.device.type == "cuda"
         shapes = {output: (len(images), *store.layout.shapes[output]) for output in outputs}
         precision = getattr(torch, store.layout.precision)
-        # Pinned, so that a batch goes on to main memory while the next one is computed.
-        found = {output: torch.empty(shape, dtype=precision, pin_memory=on_gpu) for output, shape in shapes.items()}
+        # Pinned, so that a batch is copied to main memory while the next one is computed.
+        buffers = {output: torch.empty(shape, dtype=precision, pin_memory=on_gpu) for output, shape in shapes.items()}
         for start in range(0, len(images), self.batch_size):
             batch = as_tensor(images[start : start + self.batch_size])
             result = self.encoder.forward_images(batch.pin_memory() if on_gpu else batch)
-            for output, values in found.items():
+            for output, values in buffers.items():
                 values[start : start + len(batch)].copy_(getattr(result, output), non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize(self.encoder.device)
-        return {output: values.numpy() for output, values in found.items()}
+        return {output: values.numpy() for output, values in buffers.items()}
 
 
 def make_encoder_worker(
@@ -81,17 +81,17 @@ def make_encoder_worker(
     num_threads: int,
     use_gpu: bool,
 ) -> EncoderWorker:
-    """A tower in a process of its own.
+    """Load an encoder in a process of its own.
 
-    Raises ImbvlmError where the tower's weights here aren't those that the store is kept for, or where the GPU has no
-    units for bfloat16 and the store is of that.
+    Raises ImbvlmError where its weights here aren't those that the store is for, or where the store is computed in
+    bfloat16 and the GPU has no units for it.
     """
     if not use_gpu:
         torch.set_num_threads(num_threads)
-    tower = create_encoder(encoder, evaluation, "cuda" if use_gpu else "cpu")
-    if tower.info.weights_fingerprint != fingerprint:
+    loaded = create_encoder(encoder, evaluation, "cuda" if use_gpu else "cpu")
+    if loaded.info.weights_fingerprint != fingerprint:
         raise ImbvlmError(
             f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
-            "extraction; give every machine the same file"
+            "extraction. Give every machine the same file."
         )
-    return EncoderWorker(tower.compute_in(computed_in))
+    return EncoderWorker(loaded.compute_in(computed_in))

@@ -57,13 +57,13 @@ class VisualRules(NamedTuple):
     refusal: Callable[[Any], str | None]
 
 
-def visual_rules(visual: nn.Module, name: str) -> VisualRules:
+def visual_rules(image_tower: nn.Module, name: str) -> VisualRules:
     """The rules for the class of an image tower; raises ImbvlmError by name for one whose outputs aren't defined."""
-    rules = OUTPUTS.get(type(visual))
+    rules = OUTPUTS.get(type(image_tower))
     if rules is None:
-        reason: str | None = f"its image tower is a {type(visual).__name__}; known are {_names(OUTPUTS)}"
+        reason: str | None = f"its image tower is a {type(image_tower).__name__}; known are {_names(OUTPUTS)}"
     else:
-        reason = rules.refusal(visual)
+        reason = rules.refusal(image_tower)
     if rules is None or reason is not None:
         raise ImbvlmError(f"the encoder {name} can't be used: {reason}.")
     return rules
@@ -72,63 +72,65 @@ def visual_rules(visual: nn.Module, name: str) -> VisualRules:
 # ------------------------------------------------------------------------------------- open_clip's own ViT
 
 
-def _vit_outputs(visual: Any, images: Tensor) -> EncoderOutput:
+def _vit_outputs(image_tower: Any, images: Tensor) -> EncoderOutput:
     # Not output_tokens=True: that gives the projected pooled vector and drops the class token.
-    tokens = visual.transformer(visual._embeds(images))
-    if visual.final_ln_after_pool:
-        pooled = visual.ln_post(_vit_pool(visual, tokens))
+    tokens = image_tower.transformer(image_tower._embeds(images))
+    if image_tower.final_ln_after_pool:
+        pooled = image_tower.ln_post(_vit_pool(image_tower, tokens))
     else:
-        pooled = _vit_pool(visual, visual.ln_post(tokens))
-    return EncoderOutput(tokens, pooled, pooled if visual.proj is None else pooled @ visual.proj)
+        pooled = _vit_pool(image_tower, image_tower.ln_post(tokens))
+    return EncoderOutput(tokens, pooled, pooled if image_tower.proj is None else pooled @ image_tower.proj)
 
 
-def _vit_pool(visual: Any, tokens: Tensor) -> Tensor:
-    return tokens[:, 0] if visual.pool_type == "tok" else tokens[:, 1:].mean(dim=1)
+def _vit_pool(image_tower: Any, tokens: Tensor) -> Tensor:
+    return tokens[:, 0] if image_tower.pool_type == "tok" else tokens[:, 1:].mean(dim=1)
 
 
-def _vit_refusal(visual: Any) -> str | None:
-    if visual.attn_pool is not None:
+def _vit_refusal(image_tower: Any) -> str | None:
+    if image_tower.attn_pool is not None:
         return "its VisionTransformer has an attentional pooler (CoCa's), which has no token output of its own"
-    if visual.pool_type not in ("tok", "avg"):
-        return f"its VisionTransformer has pool_type {visual.pool_type!r}, which gives no pooled vector"
+    if image_tower.pool_type not in ("tok", "avg"):
+        return f"its VisionTransformer has pool_type {image_tower.pool_type!r}, which gives no pooled vector"
     return None
 
 
-def _vit_projection(visual: Any) -> Tensor:
-    return _eye(visual.ln_post.weight) if visual.proj is None else visual.proj.detach()
+def _vit_projection(image_tower: Any) -> Tensor:
+    return _eye(image_tower.ln_post.weight) if image_tower.proj is None else image_tower.proj.detach()
 
 
-def _vit_blocks(visual: Any) -> dict[str, nn.Module]:
-    return _members("transformer.resblocks", visual.transformer.resblocks)
+def _vit_blocks(image_tower: Any) -> dict[str, nn.Module]:
+    return _members("transformer.resblocks", image_tower.transformer.resblocks)
 
 
-def _vit_resize(visual: Any, image_size: int) -> None:
-    patch = visual.patch_size[0]
+def _vit_resize(image_tower: Any, image_size: int) -> None:
+    patch = image_tower.patch_size[0]
     if image_size % patch:
         raise ImbvlmError(_not_a_multiple(image_size, patch, "patches"))
-    visual.positional_embedding = _resized_positions(visual.positional_embedding, image_size // patch)
-    visual.image_size = (image_size, image_size)
-    visual.grid_size = (image_size // patch, image_size // patch)
+    image_tower.positional_embedding = _resized_positions(image_tower.positional_embedding, image_size // patch)
+    image_tower.image_size = (image_size, image_size)
+    image_tower.grid_size = (image_size // patch, image_size // patch)
 
 
 # -------------------------------------------------------------------------------------- open_clip's ResNet
 
 
-def _resnet_outputs(visual: Any, images: Tensor) -> EncoderOutput:
-    positions = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
-    pooled = visual.attnpool(positions)
+def _resnet_outputs(image_tower: Any, images: Tensor) -> EncoderOutput:
+    positions = image_tower.layer4(image_tower.layer3(image_tower.layer2(image_tower.layer1(image_tower.stem(images)))))
+    pooled = image_tower.attnpool(positions)
     return EncoderOutput(positions.flatten(2).transpose(1, 2), pooled, pooled)
 
 
-def _resnet_blocks(visual: Any) -> dict[str, nn.Module]:
-    return {name: getattr(visual, name) for name in ("layer1", "layer2", "layer3", "layer4")}
+def _resnet_blocks(image_tower: Any) -> dict[str, nn.Module]:
+    return {name: getattr(image_tower, name) for name in ("layer1", "layer2", "layer3", "layer4")}
 
 
-def _resnet_resize(visual: Any, image_size: int) -> None:
+def _resnet_resize(image_tower: Any, image_size: int) -> None:
     if image_size % 32:
         raise ImbvlmError(_not_a_multiple(image_size, 32, "strides"))
-    visual.attnpool.positional_embedding = _resized_positions(visual.attnpool.positional_embedding, image_size // 32)
-    visual.image_size = image_size
+    image_tower.attnpool.positional_embedding = _resized_positions(
+        image_tower.attnpool.positional_embedding, image_size // 32
+    )
+    image_tower.image_size = image_size
 
 
 # ---------------------------------------------------------------------------------------------- timm's trunks
@@ -153,11 +155,11 @@ class TimmTower(nn.Module):
         self.image_size = image_size
 
 
-def _timm_outputs(visual: Any, images: Tensor) -> EncoderOutput:
-    features, tokens, pooled = _trunk_outputs(visual, images)
-    if hasattr(visual.head, "pool"):
-        pooled = visual.head.pool(pooled)
-    return EncoderOutput(tokens, pooled.flatten(1), visual.head(visual.trunk.forward_head(features)))
+def _timm_outputs(image_tower: Any, images: Tensor) -> EncoderOutput:
+    features, tokens, pooled = _trunk_outputs(image_tower, images)
+    if hasattr(image_tower.head, "pool"):
+        pooled = image_tower.head.pool(pooled)
+    return EncoderOutput(tokens, pooled.flatten(1), image_tower.head(image_tower.trunk.forward_head(features)))
 
 
 def _image_only_outputs(tower: Any, images: Tensor) -> EncoderOutput:
@@ -171,10 +173,10 @@ def _trunk_refusal(tower: Any) -> str | None:
     return f"it is timm's {type(tower.trunk).__name__}; known without text are timm's {_names(TIMM_TRUNKS)}"
 
 
-def _trunk_outputs(visual: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _trunk_outputs(image_tower: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features of timm's trunk, its tokens before the final norm, and its features pooled."""
-    trunk = visual.trunk
-    if _timm_is_vit(visual):
+    trunk = image_tower.trunk
+    if _timm_is_vit(image_tower):
         features, last = trunk.forward_intermediates(
             images, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True
         )
@@ -195,54 +197,54 @@ def _flat_positions(trunk: Any, features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def _timm_is_vit(visual: Any) -> bool:
-    return hasattr(visual.trunk, "num_prefix_tokens") and hasattr(visual.trunk, "forward_intermediates")
+def _timm_is_vit(image_tower: Any) -> bool:
+    return hasattr(image_tower.trunk, "num_prefix_tokens") and hasattr(image_tower.trunk, "forward_intermediates")
 
 
-def _timm_has_class_token(visual: Any) -> bool:
-    return getattr(visual.trunk, "cls_token", None) is not None
+def _timm_has_class_token(image_tower: Any) -> bool:
+    return getattr(image_tower.trunk, "cls_token", None) is not None
 
 
-def _timm_final_norm(visual: Any) -> FinalNorm | None:
-    if not _timm_is_vit(visual):
+def _timm_final_norm(image_tower: Any) -> FinalNorm | None:
+    if not _timm_is_vit(image_tower):
         return None
     # Trunks that average have their norm behind the pooling.
-    norms = (getattr(visual.trunk, name, None) for name in ("norm", "fc_norm"))
+    norms = (getattr(image_tower.trunk, name, None) for name in ("norm", "fc_norm"))
     return next((_layer_norm(norm) for norm in norms if isinstance(norm, nn.LayerNorm)), None)
 
 
-def _timm_projection(visual: Any) -> Tensor | None:
+def _timm_projection(image_tower: Any) -> Tensor | None:
     """The weight of a single linear map, the identity where nothing projects; None for anything else."""
-    if hasattr(visual.head, "pool"):
-        return _eye(next(visual.parameters()), visual.head.pool.out_features)
-    steps = [module for module in visual.head if not isinstance(module, nn.Dropout | nn.Identity)]
-    if visual.trunk.num_classes:
-        steps.insert(0, visual.trunk.get_classifier())
+    if hasattr(image_tower.head, "pool"):
+        return _eye(next(image_tower.parameters()), image_tower.head.pool.out_features)
+    steps = [module for module in image_tower.head if not isinstance(module, nn.Dropout | nn.Identity)]
+    if image_tower.trunk.num_classes:
+        steps.insert(0, image_tower.trunk.get_classifier())
     if not steps:
-        return _eye(next(visual.parameters()), visual.trunk.num_features)
+        return _eye(next(image_tower.parameters()), image_tower.trunk.num_features)
     return steps[0].weight.detach().T if len(steps) == 1 and isinstance(steps[0], nn.Linear) else None
 
 
-def _timm_blocks(visual: Any) -> dict[str, nn.Module]:
+def _timm_blocks(image_tower: Any) -> dict[str, nn.Module]:
     """timm calls a trunk's blocks or stages by one of few names."""
     for name in ("blocks", "stages", "layers"):
-        members = getattr(visual.trunk, name, None)
+        members = getattr(image_tower.trunk, name, None)
         if isinstance(members, nn.Sequential | nn.ModuleList):
             return _members(f"trunk.{name}", members)
     numbered = (f"layer{number}" for number in range(1, 5))
-    return {f"trunk.{name}": getattr(visual.trunk, name) for name in numbered if hasattr(visual.trunk, name)}
+    return {f"trunk.{name}": getattr(image_tower.trunk, name) for name in numbered if hasattr(image_tower.trunk, name)}
 
 
-def _timm_resize(visual: Any, image_size: int) -> None:
-    patch = getattr(getattr(visual.trunk, "patch_embed", None), "patch_size", None)
+def _timm_resize(image_tower: Any, image_size: int) -> None:
+    patch = getattr(getattr(image_tower.trunk, "patch_embed", None), "patch_size", None)
     if patch is not None and image_size % patch[0]:
         raise ImbvlmError(_not_a_multiple(image_size, patch[0], "patches"))
-    if hasattr(visual.head, "pool"):
+    if hasattr(image_tower.head, "pool"):
         raise ImbvlmError(
             f"encoder.image_size is {image_size}, and this encoder's attention pool fits its own size only."
         )
     try:
-        visual.set_input_size(image_size)
+        image_tower.set_input_size(image_size)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise ImbvlmError(f"encoder.image_size is {image_size}, which this encoder doesn't take ({error}).") from None
 
@@ -286,17 +288,17 @@ def _not_a_multiple(image_size: int, step: int, unit: str) -> str:
     )
 
 
-def _none(visual: Any) -> None:
+def _none(image_tower: Any) -> None:
     return None
 
 
 OUTPUTS: dict[type[nn.Module], VisualRules] = {
     VisionTransformer: VisualRules(
         outputs=_vit_outputs,
-        final_norm=lambda visual: _layer_norm(visual.ln_post),
+        final_norm=lambda image_tower: _layer_norm(image_tower.ln_post),
         projection=_vit_projection,
-        has_class_token=lambda visual: True,
-        is_vit=lambda visual: True,
+        has_class_token=lambda image_tower: True,
+        is_vit=lambda image_tower: True,
         blocks=_vit_blocks,
         resize=_vit_resize,
         refusal=_vit_refusal,
@@ -305,9 +307,9 @@ OUTPUTS: dict[type[nn.Module], VisualRules] = {
         outputs=_resnet_outputs,
         final_norm=_none,
         # The attention pool projects, so that pooled is in the text space already.
-        projection=lambda visual: _eye(visual.attnpool.c_proj.bias),
-        has_class_token=lambda visual: False,
-        is_vit=lambda visual: False,
+        projection=lambda image_tower: _eye(image_tower.attnpool.c_proj.bias),
+        has_class_token=lambda image_tower: False,
+        is_vit=lambda image_tower: False,
         blocks=_resnet_blocks,
         resize=_resnet_resize,
         refusal=_none,

@@ -24,7 +24,7 @@ def templates_of(config: PromptsConfig) -> tuple[str, ...]:
 
 
 def class_embeddings(text: TextEncoder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Text features (C, E) in float32 on the CPU: normalised, averaged over the templates, normalised again.
+    """Text features (C, E) in float32 on the CPU: normalized, averaged over the templates, normalized again.
 
     The transpose of open_clip's `build_zero_shot_classifier`; memory doesn't grow with the number of sentences.
     """
@@ -35,27 +35,27 @@ def class_embeddings(text: TextEncoder, class_names: Sequence[str], templates: S
         features = text.encode_text([_fill(template, name) for name in names for template in templates])
         mean = features.reshape(len(names), len(templates), -1).mean(dim=1)
         parts.append((mean / mean.norm(dim=1, keepdim=True)).cpu())
-    # A clone, since tensors made in inference mode can't take part in training later.
+    # Tensors made in inference mode can't take part in training, and clones can.
     return torch.cat(parts).clone()
 
 
 def truncated_names(tokenizer: TextTokenizer, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """Class names whose longest sentence doesn't fit in the text tower's context: it reads only their beginning."""
     context = tokenizer.context_length
-    # Long enough to see what the tokenizer would cut off.
-    room = 4 * context
-    padding = tokenizer.tokenize([""], room)[0, -1]
-    lengths = (tokenizer.tokenize([_fill(template, "x") for template in templates], room) != padding).sum(dim=1)
+    # Long enough to show the tokens that would be truncated.
+    length = 4 * context
+    padding = tokenizer.tokenize([""], length)[0, -1]
+    lengths = (tokenizer.tokenize([_fill(template, "x") for template in templates], length) != padding).sum(dim=1)
     longest = templates[int(lengths.argmax())]
     truncated: list[str] = []
     for start in range(0, len(class_names), TEXTS_AT_ONCE):
         names = class_names[start : start + TEXTS_AT_ONCE]
-        tokens = tokenizer.tokenize([_fill(longest, name) for name in names], room)
-        cut = (tokens[:, context:] != padding).any(dim=1).tolist()
-        truncated += [name for name, is_cut in zip(names, cut, strict=True) if is_cut]
+        tokens = tokenizer.tokenize([_fill(longest, name) for name in names], length)
+        is_truncated = (tokens[:, context:] != padding).any(dim=1).tolist()
+        truncated += [name for name, is_long in zip(names, is_truncated, strict=True) if is_long]
     return tuple(truncated)
 
 
 def _fill(template: str, name: str) -> str:
-    # Not str.format: other braces in a sentence or a name are just characters.
+    # str.format would read other braces in a sentence or a name.
     return template.replace("{}", name, 1)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from exported_model import write_model_folder
 from safetensors.torch import load_file, save_file
 from towers import write_tower
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.inference.model_folder import load as load_model
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
@@ -149,3 +153,23 @@ def test_a_folder_without_weights_and_a_file_beside_it_are_refused(tmp_path: Pat
     (tmp_path / "encoder" / "model.safetensors").unlink()
     with pytest.raises(ImbvlmError, match=r"has no weights \(model\.safetensors\)"):
         describe_encoder(EncoderConfig(name=name))
+
+
+def test_an_exported_model_is_loaded_without_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model_folder(tmp_path, "image_only_vit")
+
+    def asked(*given: object, **named: object) -> None:
+        pytest.fail(f"a request was made: {given}")
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    monkeypatch.setattr("socket.socket.connect", asked)
+    (prediction,) = load_model(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])
+    assert prediction.error is None
+
+
+def test_weights_that_are_a_pickle_are_not_read(tmp_path: Path) -> None:
+    name = write_tower(tmp_path / "encoder", "image_only_vit")
+    size = (tmp_path / "encoder" / "model.safetensors").stat().st_size
+    (tmp_path / "encoder" / "model.safetensors").write_bytes(pickle.dumps(print).ljust(size))
+    with pytest.raises(ImbvlmError, match="can't load the encoder"):
+        load(name)
