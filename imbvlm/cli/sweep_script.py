@@ -178,8 +178,7 @@ def _without_hangup() -> Iterator[None]:
 
 def print_plan(spec: SweepSpec, measure: str, *, as_json: bool, num_gpus: int | None = None) -> int:
     """Show what a sweep would do and take, then all that it lacks; 1 where it lacks something, raises ImbvlmError."""
-    from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, plan_to_dict
-    from imbvlm.sweep.plan.sweep_plan import obstacles
+    from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, obstacles, plan_to_dict
 
     plan = _plan(spec, measure, num_gpus)
     lacking = obstacles(plan, is_here=num_gpus is None)
@@ -193,9 +192,9 @@ def print_plan(spec: SweepSpec, measure: str, *, as_json: bool, num_gpus: int | 
 
 
 def _plan(spec: SweepSpec, measure: str, num_gpus: int | None = None) -> Plan:
-    from imbvlm.sweep.plan.sweep_plan import calibrate_here, calibrate_on_cluster, make_plan
+    from imbvlm.sweep.plan.sweep_plan import make_plan, measure_here, measure_on_cluster
 
-    return make_plan(spec, {"here": calibrate_here, "cluster": calibrate_on_cluster, "no": None}[measure], num_gpus)
+    return make_plan(spec, {"here": measure_here, "cluster": measure_on_cluster, "no": None}[measure], num_gpus)
 
 
 def _keep_plan(spec: SweepSpec, measure: str, folder: str) -> None:

@@ -13,7 +13,7 @@ from imbvlm.features.extraction import ensure_features
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.ray_runtime.connection import on_this_machine
-from imbvlm.sweep.plan.feasibility import check_model, data_counts, one_class_mistake, validation_mistake
+from imbvlm.sweep.plan.feasibility import check_model, data_counts, one_class_problem, validation_problem
 from imbvlm.training.trial_session import TrialSession, TrialSettings, default_device
 
 OBJECTIVE = "val/balanced_accuracy"
@@ -33,9 +33,9 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
     say = (lambda text: None) if quiet else console.print
     manifest = Manifest.read(config.data.manifest)
     stats, val_counts = data_counts(manifest, config.data.split_seed)
-    mistake = one_class_mistake(stats) or validation_mistake(stats, val_counts, [OBJECTIVE])
-    if mistake is not None:
-        raise ConfigError([Problem(mistake, config.data.manifest)])
+    problem = one_class_problem(stats) or validation_problem(stats, val_counts, [OBJECTIVE])
+    if problem is not None:
+        raise ConfigError([Problem(problem, config.data.manifest)])
     if problems := check_model(config, describe_encoder(config.encoder)):
         raise ConfigError(problems)
     splits = tuple(split for split in manifest.splits if split != "test")

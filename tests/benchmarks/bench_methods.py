@@ -36,7 +36,7 @@ from imbvlm.longtail.losses import build_loss
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters
-from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _tower_speed, _trial_speed
+from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _trial_speed, encoder_speed
 
 NUM_CLASSES, NUM_IMAGES, BATCH_SIZE = 100, 1000, 128
 LOGITS = (256, 8142)
@@ -69,7 +69,7 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
     encoder = {"name": write_config(folder / "tower", {"quick_gelu": False, **open_clip.get_model_config("ViT-S-32")})}
     config = TrialConfig.from_tree({"data": data, "encoder": encoder, "method": "zero_shot"})
     info = create_encoder(config.encoder, config.eval).info
-    seconds = 1000 * _tower_speed(config, CPU).tower_seconds
+    seconds = 1000 * encoder_speed(config, CPU).encoder_seconds
     yield f"the tower ({info.num_parameters:,} parameters) over 1,000 images, for all stored features: {seconds:.0f} s"
     yield "| method | trained parameters | memory | seconds of an epoch | of evaluating 1,000 images |"
     for name in names:

@@ -1,4 +1,4 @@
-"""What a sweep will take, from measured speeds: seconds of each phase, GPU-hours, money; arithmetic alone."""
+"""Estimates of a sweep's seconds and GPU-hours from measured speeds; arithmetic alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from imbvlm.sweep.spec.stratification import RandomTrial, Strata
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import pack_key
 
-# What a trial takes beside its epochs: in a process that is there already, and where Ray Train starts workers for it.
+# Seconds of a trial besides its epochs: in a process that runs already, and where Ray Train starts workers for it.
 START_SECONDS = {"in_process": 0.4, "ray_train": 15.0}
-# Until a pass over images by workers has its first image: they start and load a tower. Test images have a pass of their
-# own.
+# Seconds until the workers of a pass over images have started and loaded an encoder. Test images have their own pass.
 PASS_START_SECONDS = 8.0
-# Draws over which a sweep's mean trial is taken.
-NUM_DRAWS = 200
-# What decides how long an image takes and how much memory: rates, losses and seeds don't.
+# The number of sampled trials that make up a sweep's mean trial.
+NUM_SAMPLES = 200
+# Sections that decide the time and the memory of an image. Learning rates, losses and seeds do not.
 SHAPE_SECTIONS = ("encoder", "eval", "method", *OWN_SECTIONS, "memory")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number between what is hoped for and what it is at most."""
+    """A lower and an upper bound."""
 
     low: float
     high: float
@@ -39,12 +38,13 @@ class Interval:
         return Interval(self.low + other.low, self.high + other.high)
 
     def times(self, factor: float) -> Interval:
+        """Scale both bounds."""
         return Interval(self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Images in training and in validation, and in training with the carved ones returned, as the refit has them."""
+    """Numbers of images; a refit also trains on those held out from training for validation."""
 
     train: int
     val: int
@@ -53,7 +53,7 @@ class SplitSizes:
 
 
 def cost_key(config: TrialConfig) -> str:
-    """Equal for configurations that take as long by the image and as much memory."""
+    """Return a key that configurations of equal time and memory per image share."""
     tree = config.to_tree()
     shape = {key: tree[key] for key in SHAPE_SECTIONS if tree.get(key) is not None}
     train = config.train
@@ -62,54 +62,51 @@ def cost_key(config: TrialConfig) -> str:
 
 
 def sample_trials(sweep: ResolvedSweep) -> list[TrialConfig]:
-    """Configurations as the sweep would draw them by chance, the same number for every arm under `stratify`.
-
-    All of them where the space is a list.
-    """
+    """Sample configurations at random, equally many from each stratum of `stratify`; all of a list."""
     spec, space = sweep.spec, sweep.space
     if isinstance(space, ListedSpace):
-        return [spec.trial(draw) for draw in space.configurations.values()]
-    chance, arms = random.Random(spec.searcher.seed), Strata(sweep)
-    found = [spec.trial(draw) for draw in spec.first_trials[: sweep.num_trials]]
-    for _ in range(NUM_DRAWS):
-        arm = arms.least_sampled()[0]
-        draw = space.sample(RandomTrial(chance, arms.fixed_params(arm, chance)), spec.base)
-        arms.count(draw)
-        found.append(spec.trial(draw))
-    return found
+        return [spec.trial(params) for params in space.configurations.values()]
+    rng, strata = random.Random(spec.searcher.seed), Strata(sweep)
+    configs = [spec.trial(params) for params in spec.first_trials[: sweep.num_trials]]
+    for _ in range(NUM_SAMPLES):
+        stratum = strata.least_sampled()[0]
+        params = space.sample(RandomTrial(rng, strata.fixed_params(stratum, rng)), spec.base)
+        strata.count(params)
+        configs.append(spec.trial(params))
+    return configs
 
 
-def most_common_shapes(configs: Sequence[TrialConfig], most: int) -> list[TrialConfig]:
-    """One configuration of each of the commonest shapes; every method has one before any has two."""
+def most_common_shapes(configs: Sequence[TrialConfig], max_shapes: int) -> list[TrialConfig]:
+    """Return one configuration of each of the most common shapes; no method has two before every method has one."""
     counts = Counter(map(cost_key, configs))
     first = {cost_key(config): config for config in reversed(configs)}
     by_method: dict[str, list[str]] = {}
     for shape, _ in counts.most_common():
         by_method.setdefault(first[shape].method, []).append(shape)
     turns = [shapes[turn] for turn in range(len(counts)) for shapes in by_method.values() if turn < len(shapes)]
-    return [first[shape] for shape in turns[:most]]
+    return [first[shape] for shape in turns[:max_shapes]]
 
 
 @dataclass(frozen=True)
 class PackStatistics:
-    """How trials train together: of `size(config)` that the searcher is asked for, those with that `pack_key`.
+    """The sizes of packs: a pack's trials are those with its `pack_key` among `size(config)` sampled trials.
 
-    `shares` are those of each key among the sweep's trials, and `most` is the largest size.
+    `shares` has the share of each key among the sweep's trials, and `max_size` the size of the largest pack.
     """
 
     size: Callable[[TrialConfig], int]
     shares: Mapping[str, float]
-    most: int = 1
+    max_size: int = 1
 
     @staticmethod
     def of(configs: Sequence[TrialConfig], size: Callable[[TrialConfig], int]) -> PackStatistics:
-        """By the keys of sampled trials."""
+        """Count the keys of sampled trials."""
         counts = Counter(key for key in map(pack_key, configs) if key is not None)
         shares = {key: count / len(configs) for key, count in counts.items()}
         return PackStatistics(size, shares, max(map(size, configs), default=1))
 
-    def number(self, config: TrialConfig) -> float:
-        """How many there are on average in such a trial's pack, itself counted."""
+    def mean_size(self, config: TrialConfig) -> float:
+        """Return the mean number of trials in such a trial's pack, itself included."""
         key = pack_key(config)
         return 1.0 if key is None else 1 + (self.size(config) - 1) * self.shares.get(key, 0.0)
 
@@ -118,7 +115,7 @@ ALONE = PackStatistics(lambda config: 1, {})
 
 
 class SpeedTable:
-    """Measured speeds by shape; a shape that wasn't measured goes as its method does on average."""
+    """Measured speeds by shape; a shape that wasn't measured gets the mean of its method."""
 
     def __init__(self, measured: Mapping[str, tuple[str, TrialSpeed]]) -> None:
         self._measured = {shape: speed for shape, (_, speed) in measured.items()}
@@ -126,32 +123,29 @@ class SpeedTable:
         for method, speed in measured.values():
             by_method.setdefault(method, []).append(speed)
         self._means = {
-            # Of time alone: memory has no use for a mean.
+            # Times alone: nothing reads a mean of memory.
             method: TrialSpeed(
-                sum(one.seconds_per_train_image for one in speeds) / len(speeds),
-                sum(one.eval_seconds for one in speeds) / len(speeds),
+                sum(speed.seconds_per_train_image for speed in speeds) / len(speeds),
+                sum(speed.eval_seconds for speed in speeds) / len(speeds),
                 host_bytes=0,
                 device_bytes=0,
                 extra_member_seconds=_mean(
-                    [one.extra_member_seconds for one in speeds if one.extra_member_seconds is not None]
+                    [speed.extra_member_seconds for speed in speeds if speed.extra_member_seconds is not None]
                 ),
             )
             for method, speeds in by_method.items()
         }
 
     def epoch_seconds(
-        self, config: TrialConfig, num_train: int, num_val: int, num_workers: int, together: float = 1.0
+        self, config: TrialConfig, num_train: int, num_val: int, num_workers: int, pack_size: float = 1.0
     ) -> float | None:
-        """Seconds of one epoch with its validation, or a trial's share of a pack's.
-
-        None where nothing of the method was measured.
-        """
+        """Return a trial's seconds of one epoch with its validation; None if its method was not measured."""
         speed = self._measured.get(cost_key(config)) or self._means.get(config.method)
-        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers, together)
+        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers, pack_size)
 
 
 def num_epochs(config: TrialConfig, num_train: int) -> float:
-    """Passes over the training images, of the first stage; one without any for a method that trains nothing."""
+    """Return the first stage's passes over the training images; 1 for a method that trains nothing."""
     if config.train is None:
         return 1.0
     if config.train.num_steps is not None:
@@ -166,16 +160,19 @@ def trial_seconds(
     num_train: int,
     num_val: int,
     start: float,
-    together: PackStatistics = ALONE,
+    packs: PackStatistics = ALONE,
 ) -> float | None:
-    """Mean seconds of a trial that comes to its end, its share of a pack's; None where some method has no speed."""
+    """Return the mean seconds of a trial that is not stopped; None if some method has no speed.
+
+    The trials of a pack share its seconds.
+    """
     total = 0.0
     for config in configs:
-        number = together.number(config)
-        epoch = speeds.epoch_seconds(config, num_train, num_val, spec.num_workers, number)
+        pack_size = packs.mean_size(config)
+        epoch = speeds.epoch_seconds(config, num_train, num_val, spec.num_workers, pack_size)
         if epoch is None:
             return None
-        total += start / number + epoch * num_epochs(config, num_train)
+        total += start / pack_size + epoch * num_epochs(config, num_train)
     return total / len(configs)
 
 
@@ -184,16 +181,17 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def expected_asha_fraction(spec: SweepSpec) -> float:
-    """The share of all epochs that ASHA runs where exactly one in `reduction_factor` goes on at every rung."""
+    """Return the fraction of all epochs that run if exactly one in `reduction_factor` trials passes each rung."""
     config = spec.trial_scheduler
     if not isinstance(config, AshaConfig):
         return 1.0
-    share, going_on, rung = 0.0, 1.0, 0.0
-    reach = config.grace_fraction
+    fraction, passing, rung = 0.0, 1.0, 0.0
+    next_rung = config.grace_fraction
     while rung < 1:
-        share += going_on * (min(1.0, reach) - rung)
-        rung, reach, going_on = min(1.0, reach), reach * config.reduction_factor, going_on / config.reduction_factor
-    return share
+        fraction += passing * (min(1.0, next_rung) - rung)
+        rung, next_rung = min(1.0, next_rung), next_rung * config.reduction_factor
+        passing /= config.reduction_factor
+    return fraction
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ class Estimate:
 
     @property
     def total(self) -> Interval | None:
-        """None where a phase isn't known."""
+        """The sum of all phases; None if one is unknown."""
         if self.baselines is None or self.trials is None or self.refits is None or self.features is None:
             return None
         return self.baselines + self.trials + self.refits + Interval(self.features, self.features)
@@ -222,22 +220,22 @@ def estimate(
     concurrent: int,
     start: float,
     features: float | None,
-    together: PackStatistics = ALONE,
+    packs: PackStatistics = ALONE,
 ) -> Estimate:
-    """Wall time with so many trials, or packs of them, at once, each as fast as it was alone.
+    """Estimate the wall time with `concurrent` trials, or packs of them, at once, each as fast as it was alone.
 
-    At most: every trial to its end, and probes that never lose patience. At least: ASHA stops all that it may, and
-    probes give up as soon as they can. The best few's runs with more seeds count to the trials.
+    The upper bound is without ASHA, and with baselines that use up their epochs. The lower bound is for ASHA that stops
+    as many trials as it can, and baselines that stop as early as they can. Trials with confirmation seeds are included.
     """
     spec = sweep.spec
-    mean = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
-    share = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, together)
-    number, trials = min(sweep.num_trials, spec.max_trials or sweep.num_trials), None
-    if mean is not None and share is not None:
-        found = Interval(share * expected_asha_fraction(spec), share).times(number / concurrent)
-        num_again = spec.confirm_trials * len(spec.more_seeds)
-        again = mean * num_again / min(concurrent, max(1, num_again))
-        trials = Interval(max(found.low, mean) + again, max(found.high, mean) + again)
+    alone = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
+    packed = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, packs)
+    num_trials, trials = min(sweep.num_trials, spec.max_trials or sweep.num_trials), None
+    if alone is not None and packed is not None:
+        search = Interval(packed * expected_asha_fraction(spec), packed).times(num_trials / concurrent)
+        num_confirmed = spec.confirm_trials * len(spec.more_seeds)
+        confirm = alone * num_confirmed / min(concurrent, max(1, num_confirmed))
+        trials = Interval(max(search.low, alone) + confirm, max(search.high, alone) + confirm)
     return Estimate(
         features,
         _baselines(spec, baselines, speeds, rows, concurrent, start),
@@ -249,14 +247,15 @@ def estimate(
 def _baselines(
     spec: SweepSpec, baselines: Sequence[Baseline], speeds: SpeedTable, rows: SplitSizes, concurrent: int, start: float
 ) -> Interval | None:
-    found = Interval(0.0, 0.0)
-    for one in baselines:
-        epoch = speeds.epoch_seconds(one.config, rows.train, rows.val, spec.num_workers)
+    total = Interval(0.0, 0.0)
+    for baseline in baselines:
+        epoch = speeds.epoch_seconds(baseline.config, rows.train, rows.val, spec.num_workers)
         if epoch is None:
             return None
-        most = num_epochs(one.config, rows.train)
-        found += Interval(start + epoch * min(most, one.patience or most), start + epoch * most)
-    return found.times(1 / concurrent)
+        max_epochs = num_epochs(baseline.config, rows.train)
+        min_epochs = min(max_epochs, baseline.patience or max_epochs)
+        total += Interval(start + epoch * min_epochs, start + epoch * max_epochs)
+    return total.times(1 / concurrent)
 
 
 def _refits(
@@ -268,23 +267,25 @@ def _refits(
     concurrent: int,
     start: float,
 ) -> Interval | None:
-    """The winner, taken for a mean trial, and the best probe over the seeds, zero-shot once; in a study all trials."""
+    """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
+
+    The winner counts as a mean trial.
+    """
     spec = sweep.spec
-    seeds, num_refits = len(spec.refit_seeds), sweep.num_trials if spec.study else 1
+    num_seeds, num_refits = len(spec.refit_seeds), sweep.num_trials if spec.study else 1
     winner = trial_seconds(spec, configs, speeds, rows.refit, 0, start)
-    again = {one.config.method: one for one in baselines}
     if winner is None:
         return None
-    found = Interval(winner, winner).times(seeds * num_refits)
-    for one in again.values():
-        epoch = speeds.epoch_seconds(one.config, rows.refit, 0, spec.num_workers)
+    total = Interval(winner, winner).times(num_seeds * num_refits)
+    for config in {baseline.config.method: baseline.config for baseline in baselines}.values():
+        epoch = speeds.epoch_seconds(config, rows.refit, 0, spec.num_workers)
         if epoch is None:
             return None
-        most, times = num_epochs(one.config, rows.refit), 1 if one.config.train is None else seeds
-        found += Interval(start + epoch, start + epoch * most).times(times)
-    return found.times(1 / min(concurrent, (1 + num_refits) * seeds + 1))
+        max_epochs, num_runs = num_epochs(config, rows.refit), 1 if config.train is None else num_seeds
+        total += Interval(start + epoch, start + epoch * max_epochs).times(num_runs)
+    return total.times(1 / min(concurrent, (1 + num_refits) * num_seeds + 1))
 
 
 def gpu_hours(seconds: Interval, num_gpus: float) -> Interval:
-    """Hours of all GPUs that stand by while the sweep runs: those are what is paid for."""
+    """Return the hours of all GPUs while the sweep runs, idle or not: all of them are paid for."""
     return seconds.times(num_gpus / 3600)

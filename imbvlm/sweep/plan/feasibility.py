@@ -1,4 +1,4 @@
-"""Refuses in seconds what could never run: resources the cluster doesn't have, metrics the data can't give."""
+"""Rejects within seconds what can't run: too few resources, an encoder without a feature, unmeasurable objectives."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
 from imbvlm.training.validation_logits import file_bytes
 
-# The process that starts a Ray Train trial's workers waits for most of its life.
+# CPUs of the process that starts a Ray Train trial's workers, which mostly waits.
 DRIVER_CPUS = 0.01
-# Of a GPU's memory, for the members of a pack.
+# Bytes of a GPU's memory for the members of a pack.
 GPU_BYTES = 4 * 2**30
 
 
@@ -54,19 +54,19 @@ def _reads_images(sweep: ResolvedSweep) -> bool:
 
 
 def check_shared(folders: Sequence[str]) -> None:
-    """Refuse folders that the connected cluster's nodes don't share; raises ConfigError."""
-    mend = "trials there couldn't keep what they find; choose a --storage that every node sees at the same place"
+    """Reject folders that the connected cluster's nodes don't share; raises ConfigError."""
+    fix = "trials there couldn't keep what they find; choose a --storage that every node sees at the same place"
     problems = [
-        Problem(f"{folder} isn't shared by all nodes: {mistake}; {mend}", "storage")
+        Problem(f"{folder} isn't shared by all nodes: {problem}; {fix}", "storage")
         for folder in folders
-        for mistake in nodes_without_access(folder)
+        for problem in nodes_without_access(folder)
     ]
     if problems:
         raise ConfigError(problems)
 
 
 def trials_at_once(sweep: ResolvedSweep, cluster: Cluster) -> int:
-    """How many trials run at once on a cluster that has grown as far as it may; raises ConfigError where none can."""
+    """Return how many trials run at once on a cluster of its maximum size; raises ConfigError if none can."""
     if uses_ray_train(sweep) and not cluster.dashboard:
         message = (
             "the Ray cluster has no dashboard, and without one Ray Train never frees the workers of a trial that has "
@@ -79,7 +79,7 @@ def trials_at_once(sweep: ResolvedSweep, cluster: Cluster) -> int:
 
 
 def shortage(sweep: ResolvedSweep, cluster: Cluster) -> str | None:
-    """Why no trial of a sweep that runs fits on what its cluster has by now, and how to go on; None where one does."""
+    """Return why no trial of a running sweep fits on its cluster by now, and how to resume; None if one fits."""
     _, lacking = next(_lacks(sweep, cluster.max_cpus, cluster.max_gpus, cluster.max_nodes, "has now"), ("", None))
     if lacking is None:
         return None
@@ -92,87 +92,88 @@ def shortage(sweep: ResolvedSweep, cluster: Cluster) -> str | None:
 def concurrent_trials(
     sweep: ResolvedSweep, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]] = (), has: str = "has"
 ) -> int:
-    """How many trials run at once on a cluster; raises ConfigError where not even one can.
+    """Return how many trials run at once on a cluster; raises ConfigError if not one can.
 
-    `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; without it the cluster counts as one.
+    `nodes` has each machine's CPUs and GPUs, since a worker must fit on one; by default the cluster is one machine.
     """
     spec, lacking = sweep.spec, _lacks(sweep, num_cpus, num_gpus, nodes, has)
     problems = [Problem(message, spec.where(key)) for key, message in lacking]
     if problems:
         raise ConfigError(problems)
     fitting = _trials_on(sweep, nodes or [(num_cpus, num_gpus)])
-    wanted = spec.max_concurrent_trials or fitting
-    if wanted > fitting:
+    requested = spec.max_concurrent_trials or fitting
+    if requested > fitting:
         message = (
-            f"max_concurrent_trials is {wanted} and the cluster holds {fitting} trials of {_need(sweep)} at once; the "
-            f"others would starve. Set it to {fitting} or null"
+            f"max_concurrent_trials is {requested} and the cluster holds {fitting} trials of {_need(sweep)} at once; "
+            f"the others would starve. Set it to {fitting} or null"
         )
         raise ConfigError([Problem(message, spec.where("max_concurrent_trials"))])
-    return wanted
+    return requested
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How many trials may train together: at most `most` of them, and what `room` bytes hold.
+    """How many trials may train together: at most `max_size`, and no more than fit into `max_bytes`.
 
-    Widths are the largest of the space's towers, `num_train` and `num_val` the most images there may be of each.
+    The widths are the largest of the space's encoders, and `num_train` and `num_val` are upper bounds. `packs_in_turns`
+    says whether methods whose members train in turns are packed.
     """
 
-    most: int
-    room: int
+    max_size: int
+    max_bytes: int
     token_width: int
     pooled_width: int
     num_classes: int
     num_train: int
     num_val: int
-    holds_decoders: bool
+    packs_in_turns: bool
 
     def bytes_of(self, config: TrialConfig) -> int:
-        """What one more such trial adds to its process, or to its GPU's memory."""
+        """Return the bytes that one more such trial adds to its process, or to its GPU's memory."""
         return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
 
     def largest(self, sweep: ResolvedSweep) -> int:
-        """How many trials of a sweep one process may have."""
+        """Return the size of the largest pack of a sweep."""
         return max(map(self.size, sweep.corner_trials()))
 
     def size(self, config: TrialConfig) -> int:
-        """How many trials of the configuration's `pack_key` may train together."""
-        in_turns = METHODS[config.method].packs == "in_turns"
-        if self.most < 2 or pack_key(config) is None or (in_turns and not self.holds_decoders):
+        """Return how many trials of the configuration's `pack_key` may train together."""
+        is_alone = METHODS[config.method].packs == "in_turns" and not self.packs_in_turns
+        if self.max_size < 2 or pack_key(config) is None or is_alone:
             return 1
-        return max(1, min(self.most, self.room // max(1, self.bytes_of(config))))
+        return max(1, min(self.max_size, self.max_bytes // max(1, self.bytes_of(config))))
 
 
-def packing(sweep: ResolvedSweep, towers: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
-    """How a sweep's trials train together.
+def packing(sweep: ResolvedSweep, encoders: Iterable[EncoderInfo], manifest: Manifest, concurrent: int) -> Packing:
+    """Decide how a sweep's trials train together.
 
-    A quarter of this machine's memory is for the packs that run at once, or GPU_BYTES of each GPU. A sweep that judges
-    trials by their time runs each alone. On CPUs decoders of a useful size gain nothing by it, so there they are
-    together only where `max_pack_size` is set; on a GPU reading and copying their tokens is what bounds them.
+    The packs that run at once share a quarter of this machine's memory, or GPU_BYTES of each GPU. A sweep that judges
+    trials by their time runs each alone. Decoders train in turns, which saves nothing on CPUs: there they are packed
+    only if `max_pack_size` is set. On a GPU they share the reading and copying of tokens, which limits their speed.
     """
-    spec, infos, num_train = sweep.spec, list(towers), len(manifest.rows_of("train"))
+    spec, infos, num_train = sweep.spec, list(encoders), len(manifest.rows_of("train"))
     if spec.gpus_per_worker:
-        room = int(GPU_BYTES * spec.gpus_per_worker)
+        max_bytes = int(GPU_BYTES * spec.gpus_per_worker)
     else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
+        max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (4 * concurrent)
     by_time = any(metric.startswith("time/") for metric in (*spec.other_objectives, *spec.constraints))
-    # TPE proposes the next from what it has been told: four rounds of packs at least.
-    wanted = spec.max_pack_size or max(1, sweep.num_trials // (4 * concurrent))
+    # The sampler proposes from reported results, so leave it at least four rounds of packs.
+    max_size = spec.max_pack_size or max(1, sweep.num_trials // (4 * concurrent))
     return Packing(
-        most=1 if by_time or uses_ray_train(sweep) else wanted,
-        room=room,
+        max_size=1 if by_time or uses_ray_train(sweep) else max_size,
+        max_bytes=max_bytes,
         token_width=max(info.token_width for info in infos),
         pooled_width=max(info.pooled_width for info in infos),
         num_classes=len(manifest.class_names),
         num_train=num_train,
-        # Carved validation rows are a part of those to train on.
+        # Rows held out for validation are among the training rows.
         num_val=len(manifest.rows_of("val")) if "val" in manifest.splits else num_train,
-        holds_decoders=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
+        packs_in_turns=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
     )
 
 
 def at_a_time(concurrent: int, pack_size: int) -> str:
-    """How many trials run at once, such as `2 trials at a time`, where a process has up to `pack_size` of them."""
+    """Describe how many trials run at once, such as `2 trials at a time`."""
     if pack_size < 2:
         return f"{pluralize(concurrent, 'trial')} at a time"
     return f"{pluralize(concurrent, 'process')} at a time, of up to {pack_size} trials that train together"
@@ -181,7 +182,7 @@ def at_a_time(concurrent: int, pack_size: int) -> str:
 def _lacks(
     sweep: ResolvedSweep, num_cpus: float, num_gpus: float, nodes: Sequence[tuple[float, float]], has: str
 ) -> Iterator[tuple[str, str]]:
-    """The reasons why a trial can never start, with both numbers and the fix, each by the key to lower."""
+    """Iterate over the reasons why no trial can start: the key to lower, and a sentence with both numbers and a fix."""
     spec = sweep.spec
     workers = f"num_workers {spec.num_workers}"
     if spec.driver == "in_process" and spec.num_workers > 1:
@@ -189,7 +190,7 @@ def _lacks(
         yield "driver", f"{message}; set driver: ray_train"
     need_gpus = spec.gpus_per_trial
     if need_gpus > num_gpus:
-        # One worker may need more than there is; else it is their number.
+        # Either one worker needs too much, or there are too many workers.
         key = "gpus_per_worker" if spec.gpus_per_worker > num_gpus or spec.num_workers == 1 else "num_workers"
         message = (
             f"a trial needs {pluralize(need_gpus, 'GPU')} ({workers} x gpus_per_worker {spec.gpus_per_worker:g}) and "
@@ -247,7 +248,7 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
 
 
 def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
-    """Counts of the images that train, and the number of validation images of each class."""
+    """Return the counts of the images that train, and the number of validation images of each class."""
     carved = carve_validation(manifest.label_rows(), split_seed)
     val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
@@ -255,16 +256,16 @@ def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[i
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
-    """Refuse data of a single class, and an objective over classes that validation has not; raises ConfigError."""
-    wanted = tuple(dict.fromkeys([*spec.objectives, *spec.constraints]))
-    if (message := one_class_mistake(stats)) is not None:
+    """Reject data of a single class, and objectives over classes without validation images; raises ConfigError."""
+    metrics = tuple(dict.fromkeys([*spec.objectives, *spec.constraints]))
+    if (message := one_class_problem(stats)) is not None:
         raise ConfigError([Problem(message, spec.where("base", "data", "manifest"))])
-    if (message := validation_mistake(stats, val_labels_per_class, wanted)) is not None:
+    if (message := validation_problem(stats, val_labels_per_class, metrics)) is not None:
         raise ConfigError([Problem(message, spec.where("objective"))])
 
 
-def one_class_mistake(stats: ClassStats) -> str | None:
-    """The mistake of training images of fewer than two classes."""
+def one_class_problem(stats: ClassStats) -> str | None:
+    """Return the problem of training images of fewer than two classes, or None."""
     num_trained = int((stats.split_counts > 0).sum())
     if num_trained >= 2:
         return None
@@ -274,9 +275,9 @@ def one_class_mistake(stats: ClassStats) -> str | None:
     )
 
 
-def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wanted: Sequence[str]) -> str | None:
-    """The mistake of validation rows that can't give one of the wanted metrics."""
-    groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in wanted]
+def validation_problem(stats: ClassStats, val_labels_per_class: list[int], metrics: Sequence[str]) -> str | None:
+    """Return the problem of validation rows that can't give one of the metrics, or None."""
+    groups = [metric.removeprefix("val/").removesuffix("_accuracy") for metric in metrics]
     missing = [
         group
         for group in groups
@@ -284,8 +285,8 @@ def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wante
     ]
     if not sum(val_labels_per_class):
         return (
-            "no class has a validation image (carving needs classes of 5 or more training images), so that nothing can "
-            "be selected"
+            "no class has a validation image (they are held out from classes of 5 or more training images), so that "
+            "nothing can be selected"
         )
     if missing:
         return (
@@ -296,47 +297,50 @@ def validation_mistake(stats: ClassStats, val_labels_per_class: list[int], wante
 
 
 def check_models(sweep: ResolvedSweep) -> dict[str, EncoderInfo]:
-    """Describe every tower of the space without its weights, and refuse what a trial asks of one that hasn't it."""
-    towers: dict[str, EncoderInfo] = {}
+    """Describe each encoder of the space without its weights; raises ConfigError for trials that it can't serve."""
+    infos: dict[str, EncoderInfo] = {}
     problems: dict[Problem, None] = {}
     for config in sweep.corner_trials():
         key = config.encoder.model_dump_json()
-        if key not in towers:
-            towers[key] = describe_encoder(config.encoder)
-        problems.update(dict.fromkeys(check_model(config, towers[key])))
+        if key not in infos:
+            infos[key] = describe_encoder(config.encoder)
+        problems.update(dict.fromkeys(check_model(config, infos[key])))
     if problems:
         raise ConfigError(problems)
-    return towers
+    return infos
 
 
 def check_model(config: TrialConfig, info: EncoderInfo) -> list[Problem]:
-    """What a configuration asks of a tower that doesn't have it."""
+    """Return what a configuration needs and its encoder lacks."""
     return [Problem(message) for message in refusals(config, info)]
 
 
 def needed_outputs(sweep: ResolvedSweep) -> frozenset[OutputName]:
-    """What the space's methods and the baselines read of a tower."""
+    """Return the encoder outputs that the space's methods and the baselines read."""
     reads: set[OutputName] = {METHODS[method].reads for method in _methods_of(sweep)}
     return frozenset(name for name in OUTPUT_NAMES if name in reads | {"pooled", "image_embedding"})
 
 
 def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, concurrent: int) -> int:
-    """What validation logits take of the sweep's folder at one time, at most."""
+    """Return the most bytes that validation logits take at one time."""
     num_running = concurrent * packs.largest(sweep)
     return max_logit_files(sweep, num_running) * logit_file_bytes(sweep.spec, manifest)
 
 
 def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
-    """Bytes of one trial's validation logits."""
+    """Return the bytes of one trial's validation logits."""
     return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
 
 
-def untried_methods(sweep: ResolvedSweep, towers: Sequence[EncoderInfo]) -> list[str]:
-    """Methods that train, that the space leaves out, and that some of these towers could take."""
-    base = encoder_configs(sweep)[0]
-    left = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(sweep)]
-    could = {name: base.with_overrides({"method": name}) for name in left}
-    return [name for name in left if not all(refusals(could[name], tower) for tower in towers)]
+def untried_methods(sweep: ResolvedSweep, encoders: Sequence[EncoderInfo]) -> list[str]:
+    """Return the methods that train, that the space leaves out, and that some of the encoders supports."""
+    base, searched = encoder_configs(sweep)[0], _methods_of(sweep)
+    others = {
+        name: base.with_overrides({"method": name})
+        for name, method in METHODS.items()
+        if method.trains and name not in searched
+    }
+    return [name for name, config in others.items() if not all(refusals(config, info) for info in encoders)]
 
 
 def _methods_of(sweep: ResolvedSweep) -> set[str]:
@@ -345,7 +349,7 @@ def _methods_of(sweep: ResolvedSweep) -> set[str]:
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
-    """Refuse a sweep that its data can't give anything to train on or to select by; raises ConfigError."""
+    """Reject a sweep whose data has nothing to train on or to select by; raises ConfigError."""
     check_data(spec, *_data_counts(spec, manifest))
 
 

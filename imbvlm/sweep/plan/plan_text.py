@@ -1,17 +1,20 @@
-"""A plan as text and as JSON."""
+"""A plan as text and as JSON, and the obstacles that it shows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import between, duration, pluralize, size_text, table
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.features.store_sizes import token_size_options
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval
 from imbvlm.sweep.plan.feasibility import at_a_time, needed_outputs, uses_ray_train
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
-from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder, _disk, _logits
+from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
 from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.objectives import SECONDS
@@ -23,22 +26,41 @@ DRY_RUN = "dry run: nothing was started or written"
 
 
 def describe_plan(plan: Plan) -> str:
-    """Trials, every choice, what is read and written, times and memory as measured, GPU-hours and money."""
+    """Describe trials, space, files, measured times and memory, GPU-hours and money."""
     return "\n".join(
         [
-            *_budget(plan.sweep),
-            *_choices(plan.sweep),
-            *_reading(plan),
+            *_trials(plan.sweep),
+            *_space(plan.sweep),
+            *_files(plan),
             *_measured(plan),
-            *_takes(plan),
+            *_times(plan),
         ]
     )
 
 
-def _budget(sweep: ResolvedSweep) -> list[str]:
-    spec, space = sweep.spec, sweep.space
-    size = space.size(spec.base)
-    scheduler = spec.trial_scheduler
+def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
+    """Return all reasons why the sweep would be rejected if it started now; for another machine only its size counts.
+
+    If weights are missing, their server is asked whether it has them.
+    """
+    return [*(_missing_files(plan) if is_here else ()), *([plan.infeasible_reason] if plan.infeasible_reason else [])]
+
+
+def _missing_files(plan: Plan) -> list[str]:
+    """Return the files and the disk space that the sweep needs and this machine lacks."""
+    problems = [] if plan.manifest is not None else [f"manifest {plan.manifest_problem}"]
+    for encoder in plan.encoders:
+        try:
+            problem = resolve_encoder(encoder.config.encoder).weights_state().problem
+        except ImbvlmError as error:
+            problem = str(error)
+        problems += [] if problem is None else [f"encoder {encoder.config.encoder.name}: {problem}"]
+    problems += [] if plan.fits_features is not False else [f"features: {_feature_disk(plan)}"]
+    return problems + ([] if plan.fits_logits else [f"logits: {_logit_disk(plan)}"])
+
+
+def _trials(sweep: ResolvedSweep) -> list[str]:
+    spec, scheduler = sweep.spec, sweep.spec.trial_scheduler
     stopping = (
         f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of a trial, "
         f"one in {scheduler.reduction_factor} goes on)"
@@ -46,32 +68,43 @@ def _budget(sweep: ResolvedSweep) -> list[str]:
         else "none, every trial runs to its end"
     )
     driver = "ray_train" if uses_ray_train(sweep) else "in_process"
-    num_baselines = len(baselines(sweep))
-    if isinstance(space, ListedSpace):
-        trials = [f"  trials      {len(space.configurations)} listed configurations, after {num_baselines} baselines"]
-        trials += [f"  not run     {sentence}" for sentence in untrained_configurations(sweep)]
-        searcher = []
-    else:
-        of = "a continuous space" if size is None else f"{size:,} configurations"
-        pinned = f"after {num_baselines} baselines; {len(spec.first_trials)} pinned first"
-        trials = [f"  trials      {spec.num_trials} of {of}, {pinned}"]
-        arms = f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""
-        searcher = [f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{_random_trials(sweep)}{arms}"]
-        searcher += [f"  at random   {note}" for note in sampler_notes(sweep)]
-    what = "every configuration" if spec.study else "winner and baselines"
+    refitted = "every configuration" if spec.study else "winner and baselines"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
     return [
         f"sweep {spec.name}",
-        *trials,
+        *_number(sweep),
         f"  objective   {spec.best_objective}, the running maximum over epochs",
         *_other_objectives(spec),
-        *searcher,
-        *_arms(sweep),
+        *_searcher(sweep),
+        *_strata(sweep),
         f"  stopping    {stopping}",
         f"  driver      {driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
         f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
         *_confirm(spec),
-        f"  refit       {what}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
+        f"  refit       {refitted}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
+    ]
+
+
+def _number(sweep: ResolvedSweep) -> list[str]:
+    num_baselines, space = len(baselines(sweep)), sweep.space
+    if isinstance(space, ListedSpace):
+        text = f"{len(space.configurations)} listed configurations, after {num_baselines} baselines"
+        untrained = [f"  not run     {sentence}" for sentence in untrained_configurations(sweep)]
+        return [f"  trials      {text}", *untrained]
+    size = space.size(sweep.spec.base)
+    total = "a continuous space" if size is None else f"{size:,} configurations"
+    num_pinned = len(sweep.spec.first_trials)
+    return [f"  trials      {sweep.num_trials} of {total}, after {num_baselines} baselines; {num_pinned} pinned first"]
+
+
+def _searcher(sweep: ResolvedSweep) -> list[str]:
+    spec = sweep.spec
+    if isinstance(sweep.space, ListedSpace):
+        return []
+    strata = f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""
+    return [
+        f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{_random_trials(sweep)}{strata}",
+        *(f"  at random   {note}" for note in sampler_notes(sweep)),
     ]
 
 
@@ -101,45 +134,45 @@ def _other_objectives(spec: SweepSpec) -> list[str]:
     return lines
 
 
-def _arms(sweep: ResolvedSweep) -> list[str]:
-    """How evenly the trials fall on the arms of `stratify`."""
-    spec, space = sweep.spec, sweep.space
+def _strata(sweep: ResolvedSweep) -> list[str]:
+    """Return how evenly the trials fall on the strata of `stratify`."""
+    spec = sweep.spec
     if not spec.stratify:
         return []
-    num_arms = len(space.choices_over(spec.stratify, spec.base))
-    least, more = divmod(sweep.num_trials, num_arms)
-    text = f"  arms        {num_arms} of {' x '.join(spec.stratify)}"
-    if not more:
-        return [f"{text}, {least} trials each"]
-    below, above = least * num_arms, (least + 1) * num_arms
+    num_strata = len(sweep.space.choices_over(spec.stratify, spec.base))
+    each, num_larger = divmod(sweep.num_trials, num_strata)
+    text = f"  strata      {num_strata} of {' x '.join(spec.stratify)}"
+    if not num_larger:
+        return [f"{text}, {each} trials each"]
+    below, above = each * num_strata, (each + 1) * num_strata
     even = f"num_trials {above}" if not below else f"num_trials {below} or {above}"
     return [
-        f"{text}: num_trials {spec.num_trials} isn't a multiple, so {more} have {pluralize(least + 1, 'trial')} and "
-        f"{num_arms - more} have {least}; {even} gives each the same"
+        f"{text}: num_trials {sweep.num_trials} isn't a multiple, so {num_larger} have "
+        f"{pluralize(each + 1, 'trial')} and {num_strata - num_larger} have {each}; {even} gives each the same"
     ]
 
 
-def _choices(sweep: ResolvedSweep) -> list[str]:
+def _space(sweep: ResolvedSweep) -> list[str]:
     spec, space = sweep.spec, sweep.space
     if isinstance(space, ListedSpace):
         return [
             "trained:",
-            *(f"  {name}: {_words(draw)}" for name, draw in space.configurations.items()),
+            *(f"  {name}: {_settings(params)}" for name, params in space.configurations.items()),
             *_tables(spec),
         ]
     width = max((len(parameter.key) for parameter in space.parameters), default=0)
     return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
 
 
-def _words(draw: Params) -> str:
-    return ", ".join(f"{key} {value}" for key, value in draw.items())
+def _settings(params: Params) -> str:
+    return ", ".join(f"{key} {value}" for key, value in params.items())
 
 
 def _tables(spec: SweepSpec) -> list[str]:
-    return ["tables:", *(f"  {one.title}: {'; '.join(row.label for row in one.rows)}" for one in spec.study)]
+    return ["tables:", *(f"  {shown.title}: {'; '.join(row.label for row in shown.rows)}" for shown in spec.study)]
 
 
-def _reading(plan: Plan) -> list[str]:
+def _files(plan: Plan) -> list[str]:
     spec, manifest = plan.spec, plan.manifest
     lines = ["would read:"]
     if manifest is None:
@@ -148,28 +181,55 @@ def _reading(plan: Plan) -> list[str]:
         rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
         source = spec.base["data"]["manifest"]
         lines.append(f"  manifest    {source}: {len(manifest.class_names):,} classes, {rows} images")
-    lines += [f"  tower       {_tower_line(plan, tower)}" for tower in plan.towers]
+    lines += [f"  encoder     {_encoder_line(plan, encoder)}" for encoder in plan.encoders]
     lines.append(f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}")
     if manifest is not None:
-        lines.append(f"  features    {_disk(plan)}")
-        lines.append(f"  logits      {_logits(plan)}")
+        lines.append(f"  features    {_feature_disk(plan)}")
+        lines.append(f"  logits      {_logit_disk(plan)}")
     if plan.copy_bytes:
         lines.append(f"  copies      {_copies(plan)}")
     return lines
 
 
-def _tower_line(plan: Plan, tower: PlannedEncoder) -> str:
-    info = tower.info
+def _encoder_line(plan: Plan, encoder: PlannedEncoder) -> str:
+    info = encoder.info
     outputs = ", ".join(sorted(needed_outputs(plan.sweep) & info.shapes.keys()))
     text = (
-        f"{tower.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
+        f"{encoder.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
         f"pooled {info.pooled_width}"
     )
     if plan.manifest is None:
-        return f"{text}; {tower.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
-    features = tower.config.features
-    views = pluralize(features.num_views, "view")
-    return f"{text}; features {size_text(tower.num_bytes)} ({outputs}, {views})"
+        return f"{text}; {encoder.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
+    views = pluralize(encoder.config.features.num_views, "view")
+    return f"{text}; features {size_text(encoder.num_bytes)} ({outputs}, {views})"
+
+
+def _feature_disk(plan: Plan) -> str:
+    if not plan.missing_bytes:
+        return "all there already"
+    text = f"{size_text(plan.missing_bytes)} to write"
+    if plan.free_bytes is None:
+        return text
+    if plan.fits_features:
+        return f"{text}, {size_text(plan.free_bytes)} free"
+    reads_tokens = "tokens" in needed_outputs(plan.sweep)
+    options = "".join(f", {name}" for name in token_size_options(plan.encoders[0].config)) if reads_tokens else ""
+    return (
+        f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
+        f"{options}, or choose another --storage"
+    )
+
+
+def _logit_disk(plan: Plan) -> str:
+    if not plan.logit_bytes:
+        return "none: validation has too many rows and classes to keep them"
+    text = f"of validation, up to {size_text(plan.logit_bytes)} at one time"
+    if plan.fits_logits or plan.logit_room is None:
+        return text
+    return (
+        f"{text}, and ONLY {size_text(max(0, plan.logit_room))} left for them: lower max_concurrent_trials or "
+        "max_pack_size, or choose another --storage"
+    )
 
 
 def _copies(plan: Plan) -> str:
@@ -177,48 +237,48 @@ def _copies(plan: Plan) -> str:
     limit = f"at most {size_text(cache.limit_bytes())} on this one"
     in_place = storage.is_local(plan.spec.feature_root)
     if not plan.fits_copies:
-        what = "so that trials read the features in place" if in_place else "too little for a trial"
-        limit = f"and ONLY {size_text(cache.limit_bytes())} on this one, {what}"
+        effect = "so that trials read the features in place" if in_place else "too little for a trial"
+        limit = f"and ONLY {size_text(cache.limit_bytes())} on this one, {effect}"
     elif not plan.fits_all_copies:
-        what = "read them in place" if in_place else "wait for each other's end"
+        effect = "read them in place" if in_place else "wait for each other's end"
         limit += (
-            f", TOO LITTLE for trials of several towers at once, which {what}; set feature_copies.max_gigabytes "
-            "higher, feature_copies.folder to a larger disk, or search one tower at a time"
+            f", TOO LITTLE for trials of several encoders at once, which {effect}; set feature_copies.max_gigabytes "
+            "higher, feature_copies.folder to a larger disk, or search one encoder at a time"
         )
     return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {cache.root}: {limit}"
 
 
 def _measured(plan: Plan) -> list[str]:
-    if plan.calibration is None:
+    if plan.benchmark is None:
         why = "" if plan.manifest is not None else " without a manifest"
         return [f"times were not measured{why}"]
-    calibration, rows = plan.calibration, plan.rows
-    assert rows is not None, "a calibration has read the manifest"
+    benchmark, rows = plan.benchmark, plan.rows
+    assert rows is not None, "a benchmark has read the manifest"
     lines = []
-    for config, speed in zip(plan.shapes, calibration.trials, strict=True):
-        words = [*_shape_words(config), "" if config.train is None else str(config.train.batch_size)]
+    for config, speed in zip(plan.measured, benchmark.trials, strict=True):
+        cells = [*_describe_shape(config), "" if config.train is None else str(config.train.batch_size)]
         if isinstance(speed, str):
-            lines.append([*words, "-", "-", speed])
+            lines.append([*cells, "-", "-", speed])
             continue
         epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers)
         memory = size_text(speed.host_bytes)
         memory += f" and {size_text(speed.device_bytes)} of its GPU" if speed.device_bytes else ""
         rate = f"{1 / speed.seconds_per_train_image:,.0f}" if speed.seconds_per_train_image else "-"
-        lines.append([*words, _short(epoch), rate, memory])
+        lines.append([*cells, _short(epoch), rate, memory])
     num_classes = len(plan.manifest.class_names) if plan.manifest else 0
-    header = ["method", "tower", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
-    title = f"measured on {calibration.machine.describe()}, each alone, in {duration(calibration.seconds)}:"
+    header = ["method", "encoder", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
+    title = f"measured on {benchmark.machine.describe()}, each alone, in {duration(benchmark.seconds)}:"
     return [title, *(f"  {line}" for line in table(header, lines).splitlines()), *_packs(plan)]
 
 
 def _packs(plan: Plan) -> list[str]:
-    """What trials that train together take, a line for each kind."""
-    calibration, rows, together, packs = plan.calibration, plan.rows, plan.together, plan.packing
-    if calibration is None or rows is None or together is None or packs is None:
+    """Return the time and memory of trials that train together, a line for each kind."""
+    benchmark, rows, statistics, packs = plan.benchmark, plan.rows, plan.pack_statistics, plan.packing
+    if benchmark is None or rows is None or statistics is None or packs is None:
         return []
-    found = []
-    for config, speed in zip(plan.shapes, calibration.trials, strict=True):
-        number = together.number(config)
+    lines = []
+    for config, speed in zip(plan.measured, benchmark.trials, strict=True):
+        number = statistics.mean_size(config)
         if isinstance(speed, TrialSpeed) and number > 1:
             epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, number)
             size = packs.size(config)
@@ -227,57 +287,57 @@ def _packs(plan: Plan) -> list[str]:
                 memory = f"{size_text(speed.host_bytes)} and {size_text(speed.device_bytes + of_others)} of its GPU"
             else:
                 memory = size_text(speed.host_bytes + of_others)
-            found.append(
-                f"  {' '.join(_shape_words(config))}: up to {size} train together, {number:.3g} on average; "
+            lines.append(
+                f"  {' '.join(_describe_shape(config))}: up to {size} train together, {number:.3g} on average; "
                 f"an epoch is then {_short(epoch)} each, and a worker takes up to {memory}"
             )
-    return found
+    return lines
 
 
-def _shape_words(config: TrialConfig) -> list[str]:
-    what = config.method.replace("_", " ")
+def _describe_shape(config: TrialConfig) -> list[str]:
+    method = config.method.replace("_", " ")
     decoder = config.section(DecoderConfig)
     if decoder is not None:
-        what += f" depth {decoder.depth}"
-    return [what, config.encoder.name]
+        method += f" depth {decoder.depth}"
+    return [method, config.encoder.name]
 
 
 def _short(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
-def _takes(plan: Plan) -> list[str]:
-    spec, found = plan.spec, plan.estimate
-    what = "would run" if found is None else "would take,"
-    lines = [f"{what} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
+def _times(plan: Plan) -> list[str]:
+    spec, estimate = plan.spec, plan.estimate
+    verb = "would run" if estimate is None else "would take,"
+    lines = [f"{verb} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
     if plan.infeasible_reason:
         lines.append(f"  NOT HERE: {plan.infeasible_reason}")
-    if found is None:
+    if estimate is None:
         return lines if plan.infeasible_reason else [lines[0].removesuffix(":")]
-    unknown = "not known: not every method or tower could be measured"
-    passes = "nothing to compute" if found.features == 0 else None
-    passes = passes or (unknown if found.features is None else duration(found.features))
+    unknown = "not known: not every method or encoder could be measured"
+    passes = "nothing to compute" if estimate.features == 0 else None
+    passes = passes or (unknown if estimate.features is None else duration(estimate.features))
     lines.append(f"  features    {passes}")
-    asha = " (the less the more ASHA stops)" if isinstance(spec.trial_scheduler, AshaConfig) else ""
+    asha = " (less, the more ASHA stops)" if isinstance(spec.trial_scheduler, AshaConfig) else ""
     for name, value, note in (
-        ("baselines", found.baselines, ""),
-        ("trials", found.trials, asha),
-        ("refits", found.refits, ""),
+        ("baselines", estimate.baselines, ""),
+        ("trials", estimate.trials, asha),
+        ("refits", estimate.refits, ""),
     ):
         lines.append(f"  {name:<10}  {unknown if value is None else between(value.low, value.high) + note}")
-    total, hours = found.total, plan.gpu_hours
+    total, hours = estimate.total, plan.gpu_hours
     if total is not None and hours is not None:
         gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
-        lines.append(f"  in all      {between(total.low, total.high)}{gpus}")
+        lines.append(f"  total       {between(total.low, total.high)}{gpus}")
     if plan.cost is not None and not plan.cost.high:
-        mend = "set price_per_machine_hour in its place"
-        lines.append(f"  cost        nothing: price_per_gpu_hour is set, and no GPU is used; {mend}")
+        fix = "set price_per_machine_hour in its place"
+        lines.append(f"  cost        nothing: price_per_gpu_hour is set, and no GPU is used; {fix}")
     elif plan.cost is not None:
-        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {_price_words(plan)}")
+        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {_describe_price(plan)}")
     return lines + [f"  {line}" for line in _limits(plan)]
 
 
-def _price_words(plan: Plan) -> str:
+def _describe_price(plan: Plan) -> str:
     per_machine, machines = plan.spec.price_per_machine_hour, plan.num_machines
     if per_machine is not None:
         return f"at {per_machine:g} an hour, {machines} machine{'s' if machines > 1 else ''} paid for"
@@ -285,38 +345,37 @@ def _price_words(plan: Plan) -> str:
 
 
 def _limits(plan: Plan) -> list[str]:
-    """Which of the limits would end the sweep before its trials are through."""
+    """Return the limits that may end the sweep before its last trial."""
     spec, total = plan.spec, None if plan.estimate is None else plan.estimate.total
-    found = []
+    lines = []
     if spec.max_trials is not None and spec.max_trials < plan.sweep.num_trials:
-        found.append(f"max_trials  {spec.max_trials} of {spec.num_trials} trials")
+        lines.append(f"max_trials  {spec.max_trials} of {plan.sweep.num_trials} trials")
     if total is not None and spec.max_hours is not None:
-        found.append(f"max_hours   {spec.max_hours:g}: {_against(total.times(1 / 3600), spec.max_hours)}")
+        lines.append(f"max_hours   {spec.max_hours:g}: {_compare(total.times(1 / 3600), spec.max_hours)}")
     if plan.cost is not None and spec.max_cost is not None:
-        found.append(f"max_cost    {spec.max_cost:g}: {_against(plan.cost, spec.max_cost)}")
-    return found
+        lines.append(f"max_cost    {spec.max_cost:g}: {_compare(plan.cost, spec.max_cost)}")
+    return lines
 
 
-def _against(needed: Interval, limit: float) -> str:
+def _compare(needed: Interval, limit: float) -> str:
     if needed.high <= limit:
         return "enough"
     return "may end the search early" if needed.low <= limit else "will end the search early"
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """Plain data for JSON; seconds, bytes, [at least, at most]."""
-    found, spec = plan.estimate, plan.spec
-    calibration = plan.calibration
+    """Return plain data for JSON: seconds, bytes, and intervals as [low, high]."""
+    spec, estimate, benchmark = plan.spec, plan.estimate, plan.benchmark
 
     def pair(value: Interval | None) -> list[float] | None:
         return None if value is None else [value.low, value.high]
 
     return {
         "name": spec.name,
-        "num_trials": spec.num_trials,
+        "num_trials": plan.sweep.num_trials,
         "num_configurations": plan.sweep.space.size(spec.base),
         "mean_epochs": plan.mean_epochs,
-        "pack_size": None if plan.together is None else plan.together.most,
+        "pack_size": None if plan.pack_statistics is None else plan.pack_statistics.max_size,
         "concurrent_trials": plan.concurrent,
         "misfit": plan.infeasible_reason or None,
         "manifest": spec.base["data"]["manifest"],
@@ -324,8 +383,12 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "num_classes": None if plan.manifest is None else len(plan.manifest.class_names),
         "num_images": None if plan.rows is None else {"train": plan.rows.train, "val": plan.rows.val},
         "towers": [
-            {"name": one.config.encoder.name, "feature_bytes": one.num_bytes, "missing_bytes": one.missing_bytes}
-            for one in plan.towers
+            {
+                "name": encoder.config.encoder.name,
+                "feature_bytes": encoder.num_bytes,
+                "missing_bytes": encoder.missing_bytes,
+            }
+            for encoder in plan.encoders
         ],
         "free_bytes": plan.free_bytes,
         "logit_bytes": plan.logit_bytes,
@@ -340,19 +403,19 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         }
         if plan.copy_bytes
         else None,
-        "measured_on": None if calibration is None else calibration.machine.describe(),
+        "measured_on": None if benchmark is None else benchmark.machine.describe(),
         "measured": [
             {"method": config.method, "encoder": config.encoder.name, **_speed_dict(plan, config, speed)}
-            for config, speed in zip(plan.shapes, calibration.trials if calibration else (), strict=True)
+            for config, speed in zip(plan.measured, benchmark.trials if benchmark else (), strict=True)
         ],
         "seconds": None
-        if found is None
+        if estimate is None
         else {
-            "features": found.features,
-            "baselines": pair(found.baselines),
-            "trials": pair(found.trials),
-            "refits": pair(found.refits),
-            "total": pair(found.total),
+            "features": estimate.features,
+            "baselines": pair(estimate.baselines),
+            "trials": pair(estimate.trials),
+            "refits": pair(estimate.refits),
+            "total": pair(estimate.total),
         },
         "gpu_hours": pair(plan.gpu_hours),
         "cost": pair(plan.cost),
@@ -363,14 +426,14 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
     if isinstance(speed, str):
         return {"problem": speed}
     rows, decoder = plan.rows, config.section(DecoderConfig)
-    assert rows is not None, "a calibration has read the manifest"
+    assert rows is not None, "a benchmark has read the manifest"
     return {
         "depth": None if decoder is None else decoder.depth,
         "batch_size": None if config.train is None else require_section(config.train).batch_size,
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "epoch_seconds_in_pack": None
-        if speed.extra_member_seconds is None or plan.together is None
-        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.together.size(config)),
+        if speed.extra_member_seconds is None or plan.pack_statistics is None
+        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.pack_statistics.size(config)),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,
     }

@@ -1,4 +1,4 @@
-"""How fast a configuration trains and evaluates, and the memory it takes: a few real steps on made-up outputs."""
+"""Measures the speed and memory of configurations by a few real steps on made-up features."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.trial_session import default_device
 from imbvlm.training.validation_logits import EpochValLogits
 
-# Steps are taken for so long, but three at least; after a first one of this length a second is enough.
+# Steps run for STEP_SECONDS, at least three of them. After SLOW_STEP_SECONDS two are enough.
 STEP_SECONDS = 1.0
 SLOW_STEP_SECONDS = 8.0
-# A store of so many made-up rows, or bytes, is read again and again: it stays in memory, as a small real one does.
+# The size of the made-up store. Its rows repeat, so it stays in memory as a small real one does.
 SAMPLE_ROWS = 256
 SAMPLE_BYTES = 64_000_000
-# How a pack is measured: members, and how long or how many steps an epoch of one of them is.
-PACK_MEMBERS, PACK_SECONDS, MOST_PACK_STEPS = 4, 0.1, 16
-# A trial inside the tower takes smaller steps here on a CPU; its time is counted by the image.
+# The size of a measured pack, and the length of its members' epochs.
+PACK_MEMBERS, PACK_SECONDS, MAX_PACK_STEPS = 4, 0.1, 16
+# On a CPU trials on images are measured with smaller batches: their time is proportional to the number of images.
 IMAGES_ON_CPU = 8
 
 Speed = TypeVar("Speed")
@@ -58,34 +58,34 @@ Speed = TypeVar("Speed")
 
 @dataclass(frozen=True)
 class TrialSpeed:
-    """Seconds of one image in training and in evaluation, and the bytes of one worker, on its device and beside it."""
+    """Seconds of one image in training and in evaluation, and bytes of one worker on its host and on its GPU."""
 
     seconds_per_train_image: float
     eval_seconds: float
     host_bytes: int
     device_bytes: int
-    # What one more of a pack adds to an image's training; None where it takes what it would take alone.
+    # Seconds that one more member of a pack adds to a training image; None if packing saves nothing.
     extra_member_seconds: float | None = None
 
-    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, together: float = 1.0) -> float:
-        """Of one epoch with its validation, shared evenly by the trial's workers; a trial's share of a pack's."""
+    def epoch_seconds(self, num_train: int, num_val: int, num_workers: int, pack_size: float = 1.0) -> float:
+        """Return a trial's seconds of one epoch with its validation; its workers share the images evenly."""
         train = self.seconds_per_train_image
         if self.extra_member_seconds is not None:
-            train = (train + (together - 1) * self.extra_member_seconds) / together
+            train = (train + (pack_size - 1) * self.extra_member_seconds) / pack_size
         return (train * num_train + self.eval_seconds * num_val) / num_workers
 
 
 @dataclass(frozen=True)
-class TowerSpeed:
-    """Seconds that one image takes to be read and cropped on one CPU, and to go through the tower on one device."""
+class EncoderSpeed:
+    """Seconds of one image: to read and crop it on one CPU, and to encode it on one device."""
 
     load_seconds: float
-    tower_seconds: float
+    encoder_seconds: float
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where something was measured."""
+    """The machine of a measurement."""
 
     host: str
     device: str
@@ -98,18 +98,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class SpeedBenchmark:
-    """What `calibrate` found: speeds in the order asked, a sentence where one can't be measured."""
+    """Speeds in the order of their configurations; a sentence for one that can't be measured."""
 
     machine: Machine
     trials: tuple[TrialSpeed | str, ...]
-    towers: tuple[TowerSpeed | str, ...]
+    encoders: tuple[EncoderSpeed | str, ...]
     seconds: float
 
 
-def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_threads: int) -> SpeedBenchmark:
-    """Measure configurations one after another, each alone, with so many CPU threads; raises ImbvlmError.
+def measure_speeds(trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig], num_threads: int) -> SpeedBenchmark:
+    """Measure configurations one after another, each alone, with `num_threads` CPU threads; raises ImbvlmError.
 
-    Methods that read stored outputs need no weights of a tower; the others, and towers themselves, do.
+    Methods on stored features need no weights of an encoder. Methods on images, and encoders, do.
     """
     started, before = time.perf_counter(), torch.get_num_threads()
     own_bytes = _resident_bytes()
@@ -120,7 +120,7 @@ def calibrate(trials: Sequence[TrialConfig], towers: Sequence[TrialConfig], num_
         return SpeedBenchmark(
             Machine(socket.gethostname(), name, num_threads),
             tuple(_measured(partial(_trial_speed, own_bytes), config, device) for config in trials),
-            tuple(_measured(_tower_speed, config, device) for config in towers),
+            tuple(_measured(encoder_speed, config, device) for config in encoders),
             time.perf_counter() - started,
         )
     finally:
@@ -139,12 +139,12 @@ def _measured(
 # --------------------------------------------------------------------------------------------------- one trial
 
 
-class _Enough(Exception):
+class _EnoughSteps(Exception):
     """Ends a run in the middle of its first epoch."""
 
 
 class _StepClock:
-    """Counts steps and their time, without the first, whose saved tensors it adds up instead."""
+    """Times the steps after the first, and adds up the tensors that the first one saves for its backward pass."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -162,7 +162,7 @@ class _StepClock:
         self.times.append(time.perf_counter())
         steps, spent = len(self.times), self.times[-1] - self._started
         if (steps >= 3 and self.times[-1] - self.times[0] > STEP_SECONDS) or (steps >= 2 and spent > SLOW_STEP_SECONDS):
-            raise _Enough
+            raise _EnoughSteps
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -178,11 +178,11 @@ class _StepClock:
 
 def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> TrialSpeed:
     with tempfile.TemporaryDirectory(prefix="imbvlm-calibration-") as folder:
-        # Where weights start from makes no difference to how long a step takes.
+        # The initialization doesn't change the time of a step.
         overrides = {} if config.classifier is None else {"classifier.init": "random"}
         config = config.with_overrides({**overrides, **({} if config.train is None else {"second_stage": None})})
         num_images = 0 if config.train is None else config.train.batch_size
-        # Memory is that of the batches that were asked for, however small the steps are here.
+        # Memory counts for the configured batch size, also if the measured batches are smaller.
         batch = num_images or 256
         if config.reads_images and device.type == "cpu" and num_images > IMAGES_ON_CPU:
             config, num_images = config.with_overrides({"train.batch_size": IMAGES_ON_CPU}), IMAGES_ON_CPU
@@ -197,7 +197,7 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
             try:
                 for _ in run.epochs(clock.after_step):
                     pass
-            except _Enough:
+            except _EnoughSteps:
                 pass
         eval_seconds = _eval_seconds(run, data.val, num_images or 256)
         step_seconds = clock.step_seconds / num_images if num_images else 0.0
@@ -206,16 +206,16 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
             host, on_device = host - on_device, torch.cuda.max_memory_allocated()
         else:
             on_device = 0
-        # Decoders train by turns: on a CPU each takes what it takes alone.
+        # Members that train in turns gain nothing on a CPU.
         alone = pack_key(config) is None or (METHODS[config.method].packs == "in_turns" and device.type == "cpu")
-        more = None if alone else _more_seconds(config, data, device, clock.step_seconds)
-        return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, more)
+        extra = None if alone else _extra_member_seconds(config, data, device, clock.step_seconds)
+        return TrialSpeed(step_seconds, eval_seconds, own_bytes + host, on_device, extra)
 
 
-def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, step_seconds: float) -> float:
-    """What each further member of a pack adds to an image, in short epochs without validation."""
-    num_steps = min(MOST_PACK_STEPS, max(1, int(PACK_SECONDS / step_seconds)))
-    # The first one warms up, unless its steps are so long that it doesn't matter.
+def _extra_member_seconds(config: TrialConfig, data: TrialData, device: torch.device, step_seconds: float) -> float:
+    """Measure the seconds that each further member of a pack adds to an image, in short epochs without validation."""
+    num_steps = min(MAX_PACK_STEPS, max(1, int(PACK_SECONDS / step_seconds)))
+    # The first epoch warms up, unless its steps are long enough to make no difference.
     num_epochs = 2 if num_steps > 1 else 1
     config = config.with_overrides({"train.num_epochs": num_epochs, "second_stage": None})
     rows = np.arange(min(len(data.train), num_steps * require_section(config.train).batch_size))
@@ -223,28 +223,28 @@ def _more_seconds(config: TrialConfig, data: TrialData, device: torch.device, st
     runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], TrialPack()
     for run in runs:
         run.join(pack)
-    generators, taken = [run.epochs() for run in runs], []
+    generators, seconds = [run.epochs() for run in runs], []
     for _ in range(num_epochs):
         started = time.perf_counter()
         for generator in generators:
             next(generator)
-        taken.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
     alone = step_seconds * len(rows) / require_section(config.train).batch_size
-    return max(0.0, taken[-1] - alone) / ((PACK_MEMBERS - 1) * max(1, len(rows)))
+    return max(0.0, seconds[-1] - alone) / ((PACK_MEMBERS - 1) * max(1, len(rows)))
 
 
-def _eval_seconds(run: TrialRun, val: RowSource, at_once: int) -> float:
-    """Seconds of one image, over the rows that take about as long as the steps did."""
+def _eval_seconds(run: TrialRun, val: RowSource, batch_size: int) -> float:
+    """Measure the evaluation of one image, over more and more rows until it takes long enough."""
     if not len(val):
         return 0.0
-    rows = np.arange(min(len(val), at_once))
+    rows = np.arange(min(len(val), batch_size))
     while True:
         part = _first(val, rows)
         started = time.perf_counter()
         run.counters(part)
-        spent = time.perf_counter() - started
-        if len(rows) == len(val) or spent > STEP_SECONDS / 3:
-            return spent / len(rows)
+        seconds = time.perf_counter() - started
+        if len(rows) == len(val) or seconds > STEP_SECONDS / 3:
+            return seconds / len(rows)
         rows = np.arange(min(len(val), 4 * len(rows)))
 
 
@@ -255,20 +255,20 @@ def _first(source: RowSource, rows: Rows) -> RowSource:
 
 
 def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -> tuple[int, int]:
-    """Memory that a trial adds to its process, in all and what of it would lie on a GPU.
+    """Return the bytes that a trial adds to its process, and those of them that would be on a GPU.
 
-    Weights, gradients, the optimiser's state, what the first step kept for its backward pass, gradients of logits, and
-    batches that are read ahead; validation logits where they are kept. Logits grow with batch size x classes.
+    They are weights, gradients, optimizer state, tensors saved for the backward pass, logits and their gradients (batch
+    size x classes), batches that are read ahead, and stored validation logits.
     """
     weights = sum(param.numel() * param.element_size() for param in run.model.parameters())
     weights += sum(buffer.numel() * buffer.element_size() for buffer in run.model.buffers())
     trained = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
     states = 2 if isinstance(run.config.optim, AdamWConfig) else 1
-    kept = sum(size for where, size in clock.saved.items() if where not in _storages(run))
+    saved = sum(size for pointer, size in clock.saved.items() if pointer not in _storages(run))
     num_classes, scale = len(run.data.class_names), batch_size / max(1, num_images)
     parts = 1 if run.config.memory is None else run.config.memory.accumulation
     logits = 2 * 4 * batch_size * num_classes
-    on_device = int(weights + trained * (1 + states) + (kept * scale + logits) / parts)
+    on_device = int(weights + trained * (1 + states) + (saved * scale + logits) / parts)
     numbers = run.batch_source.numbers_per_example * batch_size
     reading = numbers * (2 * (READ_AHEAD + 1) + 4)
     rows = len(run.data.val)
@@ -281,7 +281,7 @@ def _storages(run: TrialRun) -> set[int]:
 
 
 def _resident_bytes() -> int:
-    """What this process holds by now: Python, torch and what they have loaded."""
+    """Return this process's resident bytes: Python, torch and their libraries."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -289,13 +289,13 @@ def _resident_bytes() -> int:
 
 
 def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
-    """The manifest's rows and classes; outputs of the tower's shape that repeat, or the images themselves."""
+    """Return the manifest's rows and classes with made-up features of the encoder's shapes, or with its images."""
     manifest = Manifest.read(config.data.manifest)
     carved = carve_validation(manifest.label_rows(), config.data.split_seed)
     train = np.setdiff1d(manifest.rows_of("train"), carved)
     val = manifest.rows_of("val") if "val" in manifest.splits else carved
-    needs_tower = config.reads_images or METHODS[config.method].needs_encoder
-    info = _tower(config).info if needs_tower else describe_encoder(config.encoder)
+    needs_encoder = config.reads_images or METHODS[config.method].needs_encoder
+    info = _encoder(config).info if needs_encoder else describe_encoder(config.encoder)
     sources: list[RowSource]
     if config.reads_images:
         location = absolute_manifest(config.data.manifest)
@@ -332,33 +332,34 @@ def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> Feat
     return FeatureStore.open(str(folder), (output,))
 
 
-# ---------------------------------------------------------------------------------------------------- one tower
+# ---------------------------------------------------------------------------------------------------- one encoder
 
 
-def _tower(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
-    """The tower with its weights; raises ImbvlmError where they would have to be fetched first."""
+def _encoder(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
+    """Return the encoder with its weights; raises ImbvlmError if they are not on this machine."""
     if not resolve_encoder(config.encoder).has_weights:
         raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet")
     return create_encoder(config.encoder, config.eval, device)
 
 
-def _tower_speed(config: TrialConfig, device: torch.device) -> TowerSpeed:
-    encoder = _tower(config, device)
+def encoder_speed(config: TrialConfig, device: torch.device) -> EncoderSpeed:
+    """Measure how fast images are read and encoded; raises ImbvlmError if the encoder's weights are not here."""
+    encoder = _encoder(config, device)
     encoder.compute_in(resolve_compute_dtype(config, encoder.info))
     manifest = Manifest.read(config.data.manifest)
     rows = manifest.rows_of("train")[:16]
     plan = StreamPlan(rows, [np.arange(len(rows))], encoder.preprocess, None, 0, 0)
     location = absolute_manifest(config.data.manifest)
-    # The first time opens the manifest and starts threads.
+    # The first batch opens the manifest and starts threads.
     next(stream_in_threads(location, plan))
     started = time.perf_counter()
     batch = next(stream_in_threads(location, plan))
     load = (time.perf_counter() - started) * min(os.cpu_count() or 1, len(rows)) / len(rows)
-    at_once = BATCH_ON_GPU if device.type == "cuda" else BATCH_ON_CPU
-    images = torch.from_numpy(np.resize(batch.images, (at_once, *batch.images.shape[1:])))
+    batch_size = BATCH_ON_GPU if device.type == "cuda" else BATCH_ON_CPU
+    images = torch.from_numpy(np.resize(batch.images, (batch_size, *batch.images.shape[1:])))
     encoder.forward_images(images)
     started, num_times = time.perf_counter(), 0
     while num_times == 0 or time.perf_counter() - started < STEP_SECONDS:
         encoder.forward_images(images).pooled.cpu()
         num_times += 1
-    return TowerSpeed(load, (time.perf_counter() - started) / (num_times * at_once))
+    return EncoderSpeed(load, (time.perf_counter() - started) / (num_times * batch_size))

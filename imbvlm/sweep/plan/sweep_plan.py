@@ -1,4 +1,4 @@
-"""What a sweep would do, read, take and cost, shown without starting or writing anything of it."""
+"""What a sweep would do, read and cost; planning starts and writes nothing of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, ImbvlmError
-from imbvlm.base.formatting import pluralize, size_text
+from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -25,7 +25,6 @@ from imbvlm.features.store_sizes import (
     num_crops,
     pending_images,
     store_bytes,
-    token_size_options,
     trial_bytes,
 )
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
@@ -58,25 +57,26 @@ from imbvlm.sweep.plan.feasibility import (
     trials_at_once,
     uses_ray_train,
 )
-from imbvlm.sweep.plan.speed_benchmark import SpeedBenchmark, TowerSpeed, TrialSpeed, calibrate
+from imbvlm.sweep.plan.speed_benchmark import EncoderSpeed, SpeedBenchmark, TrialSpeed, measure_speeds
 from imbvlm.sweep.records.budget import cost_of_an_hour
 from imbvlm.sweep.records.earlier_sweeps import warm_starts
 from imbvlm.sweep.spec.baselines import baselines, encoder_configs
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
-# So many kinds of trials are measured, about two seconds each.
+# The number of measured kinds of trials, about two seconds each.
 MAX_SHAPES = 6
 
-Calibrate = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], SpeedBenchmark]
+# (spec, trials, encoders) -> their speeds.
+Measure = Callable[[SweepSpec, Sequence[TrialConfig], Sequence[TrialConfig]], SpeedBenchmark]
 
 
 @dataclass(frozen=True)
 class PlannedEncoder:
-    """One tower of the space: what its stored outputs take on disk, and what is still to be computed of them.
+    """One encoder of the space: the bytes of its stored outputs, and those that are still to be computed.
 
-    Without a manifest `num_bytes` is of one image and view; `missing_images` is None where it isn't known. One trial
-    reads `trial_bytes` at the most.
+    Without a manifest `num_bytes` is for one image and view. `missing_images` is None where it is unknown. One trial
+    reads at most `trial_bytes`.
     """
 
     config: TrialConfig
@@ -89,32 +89,34 @@ class PlannedEncoder:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a sweep before it runs; `manifest` is None where it can't be read, for `manifest_problem`.
+    """All that is known of a sweep before it runs.
 
-    `machine` says what the times are for, and `infeasible_reason` why the sweep can't run there.
+    `manifest` is None if it can't be read, and `manifest_problem` says why. Times are for `machine`, and
+    `infeasible_reason` says why the sweep can't run there. `free_bytes` and `logit_room` are unknown for another
+    machine.
     """
 
     sweep: ResolvedSweep
     manifest: Manifest | None
     manifest_problem: str
-    towers: tuple[PlannedEncoder, ...]
+    encoders: tuple[PlannedEncoder, ...]
     free_bytes: int | None
     num_gpus: float
     num_machines: int
     machine: str
     infeasible_reason: str
     concurrent: int
-    calibration: SpeedBenchmark | None
-    shapes: tuple[TrialConfig, ...]
-    rows: SplitSizes | None
     mean_epochs: float
-    estimate: Estimate | None
-    # How trials train together, and what each further one adds; None without a manifest.
-    together: PackStatistics | None = None
+    # The most bytes of validation logits at one time, and the room that stored features leave for them.
+    logit_bytes: int
+    logit_room: int | None
+    # None without a manifest, or without measured speeds.
+    rows: SplitSizes | None = None
     packing: Packing | None = None
-    # What validation logits take at one time, at most, and the room that stored features leave for them.
-    logit_bytes: int = 0
-    logit_room: int | None = None
+    pack_statistics: PackStatistics | None = None
+    measured: tuple[TrialConfig, ...] = ()
+    benchmark: SpeedBenchmark | None = None
+    estimate: Estimate | None = None
 
     @property
     def spec(self) -> SweepSpec:
@@ -122,22 +124,22 @@ class Plan:
 
     @property
     def pack_size(self) -> int:
-        """How many trials train together, at most."""
-        return 1 if self.together is None else self.together.most
+        """The largest number of trials that train together."""
+        return 1 if self.pack_statistics is None else self.pack_statistics.max_size
 
     @property
     def missing_bytes(self) -> int:
-        return sum(tower.missing_bytes for tower in self.towers)
+        return sum(encoder.missing_bytes for encoder in self.encoders)
 
     @property
     def fits_disk(self) -> bool | None:
-        """None where it can't be known."""
+        """Whether features and logits fit; None if unknown."""
         fits = self.fits_features
         return None if fits is None else fits and self.fits_logits
 
     @property
     def fits_features(self) -> bool | None:
-        """None where it can't be known."""
+        """Whether features fit; None if unknown."""
         if self.free_bytes is None or self.manifest is None:
             return None
         return self.missing_bytes * DISK_MARGIN <= self.free_bytes
@@ -148,11 +150,11 @@ class Plan:
 
     @property
     def copy_bytes(self) -> int:
-        """What trials read in all, of which each machine keeps what it can; 0 where they read the folder itself."""
+        """Bytes of all that trials read, of which each machine caches what it can; 0 if they read the folder itself."""
         is_cached = self.manifest is not None and self.cache.is_needed_for(
             self.spec.feature_root, has_many_machines=self.num_machines > 1
         )
-        return sum(tower.num_bytes for tower in self.towers) if is_cached else 0
+        return sum(encoder.num_bytes for encoder in self.encoders) if is_cached else 0
 
     @property
     def cache(self) -> FeatureCache:
@@ -161,122 +163,128 @@ class Plan:
 
     @property
     def fits_copies(self) -> bool:
-        """Whether this machine could hold what one trial reads."""
-        largest = max((tower.trial_bytes for tower in self.towers), default=0)
+        """Whether this machine's cache holds what one trial reads."""
+        largest = max((encoder.trial_bytes for encoder in self.encoders), default=0)
         return not self.copy_bytes or largest <= self.cache.limit_bytes()
 
     @property
     def fits_all_copies(self) -> bool:
-        """Whether it could hold what trials of as many towers read as can run at once."""
-        largest = sorted((tower.trial_bytes for tower in self.towers), reverse=True)[: self.concurrent]
+        """Whether this machine's cache holds what trials of as many encoders read as can run at once."""
+        largest = sorted((encoder.trial_bytes for encoder in self.encoders), reverse=True)[: self.concurrent]
         return not self.copy_bytes or sum(largest) <= self.cache.limit_bytes()
 
     @property
     def gpu_hours(self) -> Interval | None:
-        """Of all GPUs of the machine or cluster while the sweep runs."""
+        """Hours of all GPUs of the machine or cluster while the sweep runs."""
         total = None if self.estimate is None else self.estimate.total
         return None if total is None else gpu_hours(total, self.num_gpus)
 
     @property
     def cost(self) -> Interval | None:
         total = None if self.estimate is None else self.estimate.total
-        an_hour = cost_of_an_hour(self.spec, self.num_gpus, self.num_machines)
-        return None if total is None or an_hour is None else total.times(an_hour / 3600)
+        hourly = cost_of_an_hour(self.spec, self.num_gpus, self.num_machines)
+        return None if total is None or hourly is None else total.times(hourly / 3600)
 
 
-def calibrate_here(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
-    """On this machine, in this process."""
-    return calibrate(trials, towers, max(1, int(spec.cpus_per_worker)))
+def measure_here(spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]) -> SpeedBenchmark:
+    """Measure in this process."""
+    return measure_speeds(trials, encoders, max(1, int(spec.cpus_per_worker)))
 
 
-def calibrate_on_cluster(
-    spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]
+def measure_on_cluster(
+    spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]
 ) -> SpeedBenchmark:
-    """On a machine of the cluster that a trial's worker would be given."""
+    """Measure on a machine of the cluster that holds a trial's worker."""
     with ray_session():
         return run_on_worker(
-            calibrate, list(trials), list(towers), max(1, int(spec.cpus_per_worker)),
+            measure_speeds, list(trials), list(encoders), max(1, int(spec.cpus_per_worker)),
             num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker,
         )  # fmt: skip
 
 
-def make_plan(spec: SweepSpec, measure: Calibrate | None, num_gpus: int | None = None) -> Plan:
-    """Check the sweep, and measure its trials where `measure` is given; raises ConfigError, ImbvlmError.
+def make_plan(spec: SweepSpec, measure: Measure | None, num_gpus: int | None = None) -> Plan:
+    """Check the sweep, and measure its trials if `measure` is given; raises ConfigError, ImbvlmError.
 
-    With `num_gpus` the plan is for another machine that has so many, and files missing here are no obstacles.
+    With `num_gpus` the plan is for another machine with so many GPUs, and files that are missing here don't matter.
     """
     sweep = check_spec(spec)
-    spec, towers = sweep.spec, check_models(sweep)
+    spec, infos = sweep.spec, check_models(sweep)
     warm_starts(sweep)
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
         check_manifest(spec, manifest)
-    look = num_gpus is None
-    # Joined once for all that is asked of it.
-    with existing_cluster() if look else nullcontext():
-        cluster = find_cluster() if num_gpus is None else _elsewhere(spec, num_gpus)
-        concurrent, misfit = _concurrent(sweep, cluster)
-        found = tuple(_tower(sweep, config, towers, manifest, look=look) for config in encoder_configs(sweep))
-    sample, rows = sample_trials(sweep), None
-    fixed = baselines(sweep)
-    shapes: list[TrialConfig] = []
-    calibration = estimated = together = packs = None
-    logits, logit_room = 0, storage.free_bytes(spec.storage) if look else None
-    if logit_room is not None and storage.is_same_disk(spec.storage, spec.feature_root):
-        logit_room -= int(DISK_MARGIN * sum(tower.missing_bytes for tower in found))
-    if manifest is not None:
-        rows = _rows(spec, manifest)
-        packs = packing(sweep, towers.values(), manifest, concurrent)
-        together = PackStatistics.of(sample, packs.size)
-        logits = max_logit_bytes(sweep, manifest, packs, concurrent)
-        if measure is not None:
-            shapes = most_common_shapes(sample, MAX_SHAPES)
-            known = set(map(cost_key, shapes))
-            for one in fixed:
-                shapes += [] if cost_key(one.config) in known or len(fixed) > MAX_SHAPES else [one.config]
-            calibration = measure(spec, shapes, [tower.config for tower in found])
-            speeds = SpeedTable(
-                {
-                    cost_key(config): (config.method, speed)
-                    for config, speed in zip(shapes, calibration.trials, strict=True)
-                    if isinstance(speed, TrialSpeed)
-                }
-            )
-            start = START_SECONDS["ray_train" if uses_ray_train(sweep) else "in_process"]
-            passes = _features_seconds(found, calibration, cluster, 2 if rows.test else 1)
-            estimated = estimate(sweep, sample, fixed, speeds, rows, concurrent, start, passes, together)
-    return Plan(
-        sweep, manifest, problem, found, storage.free_bytes(spec.feature_root) if look else None,
-        _num_gpus(spec, cluster, concurrent), 1 if cluster is None else len(cluster.max_nodes),
-        _machine(cluster, is_here=look), misfit, concurrent, calibration, tuple(shapes), rows,
-        sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample), estimated,
-        together, packs, logits, logit_room,
+    is_here = num_gpus is None
+    # The cluster is joined once for all questions about it.
+    with existing_cluster() if is_here else nullcontext():
+        cluster = find_cluster() if num_gpus is None else _other_machine(spec, num_gpus)
+        concurrent, infeasible_reason = _concurrent(sweep, cluster)
+        encoders = tuple(
+            _plan_encoder(sweep, config, infos, manifest, is_here=is_here) for config in encoder_configs(sweep)
+        )
+    sample = sample_trials(sweep)
+    rows = None if manifest is None else _split_sizes(spec, manifest)
+    plan = Plan(
+        sweep=sweep,
+        manifest=manifest,
+        manifest_problem=problem,
+        encoders=encoders,
+        free_bytes=storage.free_bytes(spec.feature_root) if is_here else None,
+        num_gpus=_num_gpus(spec, cluster, concurrent),
+        num_machines=1 if cluster is None else len(cluster.max_nodes),
+        machine=_describe_machine(cluster, is_here=is_here),
+        infeasible_reason=infeasible_reason,
+        concurrent=concurrent,
+        mean_epochs=sum(num_epochs(config, rows.train if rows else 1) for config in sample) / len(sample),
+        logit_bytes=0,
+        logit_room=_logit_room(spec, encoders) if is_here else None,
+        rows=rows,
+    )
+    if manifest is None:
+        return plan
+    packs = packing(sweep, infos.values(), manifest, concurrent)
+    plan = replace(
+        plan,
+        packing=packs,
+        pack_statistics=PackStatistics.of(sample, packs.size),
+        logit_bytes=max_logit_bytes(sweep, manifest, packs, concurrent),
+    )
+    return plan if measure is None else _with_times(plan, measure, sample, cluster)
+
+
+def _with_times(plan: Plan, measure: Measure, sample: Sequence[TrialConfig], cluster: Cluster | None) -> Plan:
+    """Measure the most common kinds of trials and the baselines, and estimate all phases from them."""
+    assert plan.rows is not None, "times are estimated with a manifest alone"
+    assert plan.pack_statistics is not None, "packs are planned with the manifest"
+    measured, fixed = most_common_shapes(sample, MAX_SHAPES), baselines(plan.sweep)
+    keys = set(map(cost_key, measured))
+    if len(fixed) <= MAX_SHAPES:
+        measured += [baseline.config for baseline in fixed if cost_key(baseline.config) not in keys]
+    benchmark = measure(plan.spec, measured, [encoder.config for encoder in plan.encoders])
+    speeds = SpeedTable(
+        {
+            cost_key(config): (config.method, speed)
+            for config, speed in zip(measured, benchmark.trials, strict=True)
+            if isinstance(speed, TrialSpeed)
+        }
+    )
+    start = START_SECONDS["ray_train" if uses_ray_train(plan.sweep) else "in_process"]
+    features = _feature_seconds(plan.encoders, benchmark, cluster, 2 if plan.rows.test else 1)
+    estimated = estimate(
+        plan.sweep, sample, fixed, speeds, plan.rows, plan.concurrent, start, features, plan.pack_statistics
     )  # fmt: skip
+    return replace(plan, measured=tuple(measured), benchmark=benchmark, estimate=estimated)
 
 
-def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
-    """All reasons why the sweep would be rejected if it were started now; of another machine only its size is known.
-
-    Where weights are missing, it asks whether their server answers.
-    """
-    return [*(_missing_files(plan) if is_here else ()), *([plan.infeasible_reason] if plan.infeasible_reason else [])]
-
-
-def _missing_files(plan: Plan) -> list[str]:
-    """Files and disk space that the sweep needs and this machine lacks."""
-    problems = [] if plan.manifest is not None else [f"manifest {plan.manifest_problem}"]
-    for tower in plan.towers:
-        try:
-            problem = resolve_encoder(tower.config.encoder).weights_state().problem
-        except ImbvlmError as error:
-            problem = str(error)
-        problems += [] if problem is None else [f"encoder {tower.config.encoder.name}: {problem}"]
-    problems += [] if plan.fits_features is not False else [f"features: {_disk(plan)}"]
-    return problems + ([] if plan.fits_logits else [f"logits: {_logits(plan)}"])
+def _logit_room(spec: SweepSpec, encoders: Sequence[PlannedEncoder]) -> int | None:
+    """Return the free bytes of the sweep's folder, less those of features that are still to be written to its disk."""
+    room = storage.free_bytes(spec.storage)
+    if room is not None and storage.is_same_disk(spec.storage, spec.feature_root):
+        room -= int(DISK_MARGIN * sum(encoder.missing_bytes for encoder in encoders))
+    return room
 
 
-def _elsewhere(spec: SweepSpec, num_gpus: int) -> Cluster:
-    """A machine with so many GPUs and the CPUs that their trials take, or as many as this one has."""
+def _other_machine(spec: SweepSpec, num_gpus: int) -> Cluster:
+    """Return a machine with so many GPUs and the CPUs that their trials need, at least as many as this one has."""
     workers = num_gpus / spec.gpus_per_worker if spec.gpus_per_worker else 0
     num_cpus = float(max(_cpus(), math.ceil(workers * (spec.cpus_per_worker + DRIVER_CPUS))))
     nodes = ((num_cpus, float(num_gpus)),)
@@ -295,14 +303,14 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
         return None, str(error)
 
 
-def _rows(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
+def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
     carved = len(carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0))))
     counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
     return SplitSizes(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
 
 
 def resources() -> tuple[float, float]:
-    """CPUs and GPUs of the cluster that a sweep would join, or else of this machine; starts nothing."""
+    """Return CPUs and GPUs of the cluster that a sweep would join, or else of this machine; starts nothing."""
     cluster = find_cluster()
     return (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.max_cpus, cluster.max_gpus)
 
@@ -312,7 +320,7 @@ def _cpus() -> int:
 
 
 def _concurrent(sweep: ResolvedSweep, cluster: Cluster | None) -> tuple[int, str]:
-    """How many trials run at once; one, and the reason, where none can here."""
+    """Return how many trials run at once, and the reason if none can."""
     try:
         if cluster is None:
             return concurrent_trials(sweep, _cpus(), torch.cuda.device_count()), ""
@@ -322,12 +330,12 @@ def _concurrent(sweep: ResolvedSweep, cluster: Cluster | None) -> tuple[int, str
 
 
 def _num_gpus(spec: SweepSpec, cluster: Cluster | None, concurrent: int) -> float:
-    """The GPUs that stand by: those of the cluster or machine, at least those that the trials take."""
-    there = float(torch.cuda.device_count()) if cluster is None else cluster.max_gpus
-    return max(there, concurrent * spec.gpus_per_trial)
+    """Return the GPUs of the cluster or machine, at least those that the trials need."""
+    available = float(torch.cuda.device_count()) if cluster is None else cluster.max_gpus
+    return max(available, concurrent * spec.gpus_per_trial)
 
 
-def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
+def _describe_machine(cluster: Cluster | None, *, is_here: bool) -> str:
     if cluster is not None and not is_here:
         return f"another machine, {pluralize(cluster.num_cpus, 'CPU')} and {pluralize(cluster.num_gpus, 'GPU')}"
     cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
@@ -335,78 +343,52 @@ def _machine(cluster: Cluster | None, *, is_here: bool) -> str:
     return f"{where}, {pluralize(cpus, 'CPU')} and {pluralize(gpus, 'GPU')}"
 
 
-def _tower(
+def _plan_encoder(
     sweep: ResolvedSweep,
     config: TrialConfig,
-    towers: Mapping[str, EncoderInfo],
+    infos: Mapping[str, EncoderInfo],
     manifest: Manifest | None,
     *,
-    look: bool,
+    is_here: bool,
 ) -> PlannedEncoder:
-    """With `look`, what the store has already is looked up, for which the tower's weights are read."""
-    info = towers[config.encoder.model_dump_json()]
-    outputs = needed_outputs(sweep)
+    """Count the bytes of an encoder's outputs; on this machine the store is read, which needs the encoder's weights."""
+    info = infos[config.encoder.model_dump_json()]
+    outputs, root = needed_outputs(sweep), sweep.spec.feature_root
     if manifest is None:
         return PlannedEncoder(config, info, bytes_per_image(config, info, outputs), 0, None)
-    each = store_bytes(config, manifest, outputs, manifest.splits)
-    total, most = sum(each.values()), trial_bytes(config, manifest, outputs)
-    crops = num_crops(config, manifest, manifest.splits)
-    root = sweep.spec.feature_root
     if not config.features.store:
         return PlannedEncoder(config, info, 0, 0, 0)
-    if not look or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
-        return PlannedEncoder(config, info, total, total, crops, most)
-    images, missing = pending_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
-    return PlannedEncoder(config, info, total, missing, images, most)
+    num_bytes = sum(store_bytes(config, manifest, outputs, manifest.splits).values())
+    per_trial = trial_bytes(config, manifest, outputs)
+    if not is_here or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
+        num_images = num_crops(config, manifest, manifest.splits)
+        return PlannedEncoder(config, info, num_bytes, num_bytes, num_images, per_trial)
+    num_images, missing = pending_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
+    return PlannedEncoder(config, info, num_bytes, missing, num_images, per_trial)
 
 
-def _features_seconds(
-    towers: Sequence[PlannedEncoder], calibration: SpeedBenchmark, cluster: Cluster | None, num_passes: int
+def _feature_seconds(
+    encoders: Sequence[PlannedEncoder], benchmark: SpeedBenchmark, cluster: Cluster | None, num_passes: int
 ) -> float | None:
-    """The passes over all images, one tower after another: on GPUs beside the CPUs that read images, else on CPUs."""
+    """Estimate the passes over all images, one encoder after another; None if an encoder was not measured.
+
+    On GPUs, CPUs read images meanwhile. Without a GPU the CPUs do both.
+    """
     cpus = _cpus() if cluster is None else cluster.num_cpus
     gpus = torch.cuda.device_count() if cluster is None else cluster.max_gpus
     total = 0.0
-    for tower, speed in zip(towers, calibration.towers, strict=True):
-        if not tower.missing_images:
+    for encoder, speed in zip(encoders, benchmark.encoders, strict=True):
+        if not encoder.missing_images:
             continue
-        if not isinstance(speed, TowerSpeed):
+        if not isinstance(speed, EncoderSpeed):
             return None
-        if calibration.machine.device == "cpu":
-            each = (speed.load_seconds + speed.tower_seconds * calibration.machine.num_threads) / cpus
+        if benchmark.machine.device == "cpu":
+            per_image = (speed.load_seconds + speed.encoder_seconds * benchmark.machine.num_threads) / cpus
         else:
-            each = max(speed.load_seconds / cpus, speed.tower_seconds / max(1, gpus))
+            per_image = max(speed.load_seconds / cpus, speed.encoder_seconds / max(1, gpus))
         start = PASS_START_SECONDS
-        if not gpus and cluster is None and tower.missing_images * speed.tower_seconds <= num_passes * SECONDS_HERE:
-            # The sweep's own process does it.
+        if not gpus and cluster is None and encoder.missing_images * speed.encoder_seconds <= num_passes * SECONDS_HERE:
+            # The sweep's own process does it without workers.
             start = 0.0
-        total += num_passes * start + tower.missing_images * each
+        total += num_passes * start + encoder.missing_images * per_image
     return total
-
-
-def _disk(plan: Plan) -> str:
-    if not plan.missing_bytes:
-        return "all there already"
-    text = f"{size_text(plan.missing_bytes)} to write"
-    if plan.free_bytes is None:
-        return text
-    if plan.fits_features:
-        return f"{text}, {size_text(plan.free_bytes)} free"
-    reads_tokens = "tokens" in needed_outputs(plan.sweep)
-    knobs = "".join(f", {knob}" for knob in token_size_options(plan.towers[0].config)) if reads_tokens else ""
-    return (
-        f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
-        f"{knobs}, or choose another --storage"
-    )
-
-
-def _logits(plan: Plan) -> str:
-    if not plan.logit_bytes:
-        return "none: validation has too many rows and classes to keep them"
-    text = f"of validation, up to {size_text(plan.logit_bytes)} at one time"
-    if plan.fits_logits or plan.logit_room is None:
-        return text
-    return (
-        f"{text}, and ONLY {size_text(max(0, plan.logit_room))} left for them: lower max_concurrent_trials or "
-        "max_pack_size, or choose another --storage"
-    )

@@ -227,7 +227,7 @@ def test_on_kubernetes_a_setting_says_what_may_start(monkeypatch: pytest.MonkeyP
 def size(config: TrialConfig, room: int | None = None, at_once: int = 1, **fields: Any) -> int:
     manifest = Manifest.read("embedded:fashion_mnist_lt")
     found = packing(sweep(**fields), [tiny_info()], manifest, at_once)
-    return dataclasses.replace(found, room=found.room if room is None else room).size(config)
+    return dataclasses.replace(found, max_bytes=found.max_bytes if room is None else room).size(config)
 
 
 PROBE, DECODER = tiny_config("linear_probe"), tiny_config("decoder")
@@ -260,7 +260,7 @@ def test_a_pack_is_as_large_as_its_members_leave_room_for() -> None:
     shallow, deep = (DECODER.with_overrides({"decoder.depth": depth, "decoder.mlp_ratio": 4.0}) for depth in (1, 6))
     # Weights of the wider tower's decoder, their gradients and two moments: 12 widths squared and little more a block.
     assert found.bytes_of(deep) == pytest.approx(16 * 6 * 12 * 1024**2, rel=0.01)
-    assert found.size(deep) == found.room // found.bytes_of(deep) == 1
+    assert found.size(deep) == found.max_bytes // found.bytes_of(deep) == 1
     assert found.size(shallow) == 10
     assert found.size(PROBE) == 32
     # What a second stage reads of each decoder: its outputs in float32 for each image there may be.

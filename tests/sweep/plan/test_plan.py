@@ -1,10 +1,9 @@
-"""What is shown before a sweep: how its trials fall on the arms, what they would read, take and cost."""
+"""The plan of a sweep: how its trials fall on the strata, what they would read, take and cost."""
 
 from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,15 +29,13 @@ from imbvlm.features.store_sizes import DISK_MARGIN
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.cost_estimate import cost_key, expected_asha_fraction, most_common_shapes, sample_trials
 from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, plan_to_dict
-from imbvlm.sweep.plan.speed_benchmark import Machine, SpeedBenchmark, TowerSpeed, TrialSpeed, calibrate
-from imbvlm.sweep.plan.sweep_plan import calibrate_here, make_plan
+from imbvlm.sweep.plan.speed_benchmark import EncoderSpeed, Machine, SpeedBenchmark, TrialSpeed, measure_speeds
+from imbvlm.sweep.plan.sweep_plan import make_plan, measure_here
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
-from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.run.run_phases import run_sweep
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.validation_logits import file_bytes
 
 BASE: dict[str, Any] = {
     "data": {"manifest": "embedded:fashion_mnist_lt"},
@@ -72,7 +69,7 @@ def spec(**fields: Any) -> SweepSpec:
         (4, "num_trials 4 isn't a multiple, so 4 have 1 trial and 2 have 0; num_trials 6 gives each the same"),
     ],
 )
-def test_trials_that_do_not_fall_evenly_on_the_arms_are_said(num_trials: int, says: str) -> None:
+def test_trials_that_do_not_fall_evenly_on_the_strata_are_said(num_trials: int, says: str) -> None:
     text = describe_plan(make_plan(spec(num_trials=num_trials, stratify=["loss.name", "data.class_sampling"]), None))
     assert says in text
 
@@ -84,80 +81,77 @@ def test_what_a_sampler_leaves_to_chance_is_said() -> None:
     assert "nsga2, seed 0, all trials at random" in describe_plan(make_plan(spec(searcher={"name": "nsga2"}), None))
 
 
-TRAIN, VAL, TEST = 2480, 500, 2000  # of embedded:fashion_mnist_lt
-CPUS = len(os.sched_getaffinity(0))
-
-
-def known_speeds(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
-    """A millisecond an image in training, a tenth of it in evaluation; towers as fast."""
-    speeds = tuple(TrialSpeed(0.0 if one.train is None else 1e-3, 1e-4, 700_000_000, 0) for one in trials)
-    return SpeedBenchmark(Machine("desk", "cpu", 1), speeds, (TowerSpeed(1e-3, 3e-3),) * len(towers), 1.0)
+def known_speeds(spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]) -> SpeedBenchmark:
+    """A millisecond an image in training, a tenth of it in evaluation; one to read an image and three to encode it."""
+    speeds = tuple(TrialSpeed(0.0 if config.train is None else 1e-3, 1e-4, 700_000_000, 0) for config in trials)
+    return SpeedBenchmark(Machine("desk", "cpu", 1), speeds, (EncoderSpeed(1e-3, 3e-3),) * len(encoders), 1.0)
 
 
 def test_times_and_money_are_the_measured_speeds_times_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    base = {**BASE, "train": {"num_epochs": 5}}
+    """By hand, for 2,480 training, 500 validation and 2,000 test images."""
     settings = {
-        "base": base, "num_trials": 12, "storage": str(tmp_path), "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0,
-        "max_concurrent_trials": 2, "refit_seeds": [0, 1], "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
+        "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 12, "storage": str(tmp_path),
+        "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0, "max_concurrent_trials": 2, "refit_seeds": [0, 1],
+        "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
     }  # fmt: skip
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 0.0)
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan._cpus", lambda: 2)
     plan = make_plan(spec(**settings), known_speeds)
-    found = plan_to_dict(plan)
-    epoch = TRAIN * 1e-3 + VAL * 1e-4
-    assert [one["epoch_seconds"] for one in found["measured"]] == pytest.approx([epoch, VAL * 1e-4])
-    assert found["mean_epochs"] == 5
-    trials = 12 * (0.4 + 5 * epoch) / 2
-    assert found["seconds"]["trials"] == pytest.approx([trials, trials])
-    # Zero-shot once; the probe at least for its patience of 10 epochs, at most for 100.
-    assert found["seconds"]["baselines"] == pytest.approx([(0.8 + VAL * 1e-4 + n * epoch) / 2 for n in (10, 100)])
-    again = TRAIN * 1e-3
-    refits = [(2 * (0.4 + 5 * again) + 2 * (0.4 + n * again) + 0.4) / 2 for n in (1, 100)]
-    assert found["seconds"]["refits"] == pytest.approx(refits)
-    total = found["seconds"]["total"]
-    assert found["seconds"]["features"] == pytest.approx(2 * 8 + (TRAIN + VAL + TEST) * 4e-3 / CPUS)
-    phases = [found["seconds"][key] for key in ("baselines", "trials", "refits")]
-    assert total == pytest.approx([found["seconds"]["features"] + sum(one[end] for one in phases) for end in (0, 1)])
-    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 10.0)
-    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.find_cluster", lambda: None)
-    here = plan_to_dict(make_plan(spec(**settings), known_speeds))
-    # No worker has to start for seconds of the tower.
-    assert here["seconds"]["features"] == pytest.approx(found["seconds"]["features"] - 2 * 8)
-    assert found["gpu_hours"] == pytest.approx([2 * value / 3600 for value in total])
-    assert found["cost"] == pytest.approx([2 * 2 * value / 3600 for value in total])
+    content = plan_to_dict(plan)
+    # 2.48 s of training and 0.05 s of evaluation; zero-shot evaluates alone.
+    assert [measured["epoch_seconds"] for measured in content["measured"]] == pytest.approx([2.53, 0.05])
+    assert content["mean_epochs"] == 5
+    seconds = content["seconds"]
+    # 12 trials, two at a time, of 0.4 + 5 x 2.53 = 13.05 s.
+    assert seconds["trials"] == pytest.approx([78.3, 78.3])
+    # Zero-shot in 0.45 s, and the probe in 0.4 s and 10 epochs (its patience) to 100 epochs.
+    assert seconds["baselines"] == pytest.approx([13.075, 126.925])
+    # The winner twice in 12.8 s; the probe twice, in 2.88 s (one epoch) to 248.4 s; zero-shot in 0.4 s.
+    assert seconds["refits"] == pytest.approx([15.88, 261.4])
+    # Two passes that start in 8 s, and 4,980 images of 4 ms on two CPUs.
+    assert seconds["features"] == pytest.approx(25.96)
+    assert seconds["total"] == pytest.approx([133.215, 492.585])
+    # Two GPUs at 2 an hour.
+    assert content["gpu_hours"] == pytest.approx([0.074008, 0.273658], rel=1e-4)
+    assert content["cost"] == pytest.approx([0.148017, 0.547317], rel=1e-4)
     text = describe_plan(plan)
     assert "NOT HERE: a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
     assert "max_hours   0.01: will end the search early" in text
-    assert f"at 2 per GPU-hour, all {2} GPUs paid for" in text
+    assert "at 2 per GPU-hour, all 2 GPUs paid for" in text
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 10.0)
+    monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.find_cluster", lambda: None)
+    # The sweep's own process encodes so few images without starting a worker.
+    assert plan_to_dict(make_plan(spec(**settings), known_speeds))["seconds"]["features"] == pytest.approx(9.96)
 
 
 def test_trials_that_train_together_are_counted_as_packs(tmp_path: Path) -> None:
-    """Half of the trials share a class sampling: of 5 asked for, 1 + 4 / 2 are one pack on average."""
+    """Half of the trials share a class sampling: a pack of up to 5 has 1 + 4 / 2 = 3 of them on average."""
     settings = {
         "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 400, "storage": str(tmp_path),
         "stratify": ["data.class_sampling"], "max_concurrent_trials": 1, "trial_scheduler": {"name": "none"},
         "refit_seeds": [0],
     }  # fmt: skip
 
-    def speeds(spec: SweepSpec, trials: Sequence[TrialConfig], towers: Sequence[TrialConfig]) -> SpeedBenchmark:
-        found = known_speeds(spec, trials, towers)
-        return replace(found, trials=tuple(replace(one, extra_member_seconds=1e-4) for one in found.trials))
+    def speeds(spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]) -> SpeedBenchmark:
+        benchmark = known_speeds(spec, trials, encoders)
+        return replace(benchmark, trials=tuple(replace(speed, extra_member_seconds=1e-4) for speed in benchmark.trials))
 
     packed, alone = (make_plan(spec(**settings, max_pack_size=size), speeds) for size in (5, 1))
-    found, by_itself = plan_to_dict(packed), plan_to_dict(alone)
-    epoch = TRAIN * 1e-3 + VAL * 1e-4
-    assert by_itself["seconds"]["trials"] == pytest.approx([400 * (0.4 + 5 * epoch)] * 2)
-    share = TRAIN * (1e-3 + 2 * 1e-4) / 3 + VAL * 1e-4
-    assert found["seconds"]["trials"] == pytest.approx([400 * (0.4 / 3 + 5 * share)] * 2, rel=0.02)
-    assert found["seconds"]["refits"] == by_itself["seconds"]["refits"]
-    assert (found["pack_size"], by_itself["pack_size"]) == (5, 1)
+    together, apart = plan_to_dict(packed), plan_to_dict(alone)
+    # 400 trials of 13.05 s.
+    assert apart["seconds"]["trials"] == pytest.approx([5220, 5220])
+    # A third of the start, and of 1.2 ms an image: 0.1333 + 5 x (0.992 + 0.05) = 5.3433 s.
+    assert together["seconds"]["trials"] == pytest.approx([2137, 2137], rel=0.02)
+    assert together["seconds"]["refits"] == apart["seconds"]["refits"]
+    assert (together["pack_size"], apart["pack_size"]) == (5, 1)
     assert "up to 5 train together" in describe_plan(packed)
     # The live view counts the same way.
     assert "1 process at a time, of up to 5 trials that train together" in describe_plan(packed)
     assert "1 trial at a time" in describe_plan(alone)
     assert "train together" not in describe_plan(alone)
-    # What judges trials by their time trains each alone.
+    # A sweep that judges trials by their time trains each alone.
     timed = make_plan(spec(**settings, max_pack_size=5, constraints={"time/train_seconds": 9.0}), None)
     assert plan_to_dict(timed)["pack_size"] == 1
 
@@ -244,10 +238,11 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
     made = spec(**settings, max_pack_size=5)
     plan = make_plan(made, None)
-    each = file_bytes(VAL, 10)
-    assert plan_to_dict(plan)["logit_bytes"] == (2 + NUM_BEST + 2 * 5) * each
+    # Two baselines, the best 8, and two running packs of 5. Each file has two epochs' logits (500 x 10) in half
+    # precision, 500 targets and 10 pairs of counts.
+    assert plan_to_dict(plan)["logit_bytes"] == 20 * (20_000 + 2_000 + 160)
     few = spec(**{**settings, "num_trials": 4})
-    assert max_logit_files(few.resolve(), 10) == 2 + 4
+    assert max_logit_files(few.resolve(), 10) == 6
     assert "logits      of validation, up to 0.4 MB" in describe_plan(plan)
     features = plan.missing_bytes * DISK_MARGIN
     assert plan.fits_disk
@@ -276,10 +271,11 @@ def test_copies_that_hold_one_trial_and_not_those_of_all_towers_are_said(tmp_pat
         limited = plan.spec.model_copy(update={"feature_copies": copies}).resolve()
         return describe_plan(replace(plan, sweep=limited, concurrent=concurrent))
 
-    (one, other), num_rows = plan.towers, TRAIN + VAL + TEST
-    assert one.trial_bytes == 2 * (num_rows * one.info.pooled_width + TEST * one.info.embedding_width)
-    both = (one.trial_bytes + other.trial_bytes) / 1e9
-    assert "TOO LITTLE for trials of several towers at once, which read them in place" in words(both / 1.1)
+    first, second = plan.encoders
+    # In half precision: 1,280 numbers of 4,980 images, and 384 of the 2,000 test images.
+    assert first.trial_bytes == second.trial_bytes == 2 * (4_980 * 1_280 + 2_000 * 384)
+    both = 2 * first.trial_bytes / 1e9
+    assert "TOO LITTLE for trials of several encoders at once, which read them in place" in words(both / 1.1)
     assert "TOO LITTLE" not in words(both / 1.1, concurrent=1) + words(both * 1.1)
     assert "so that trials read the features in place" in words(both / 3)
 
@@ -312,7 +308,7 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
             path = str(tmp_path / f"{num_classes}.parquet")
             Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
             made = with_settings(spec(storage=str(tmp_path / "runs")), {"data.manifest": path, "train.batch_size": 256})
-            plan = make_plan(made, lambda *arguments: apart.submit(calibrate_here, *arguments).result())
+            plan = make_plan(made, lambda *arguments: apart.submit(measure_here, *arguments).result())
             (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
             assert probe["epoch_seconds"] > 0
             sizes.append(probe["host_bytes"])
@@ -327,7 +323,7 @@ def test_memory_inside_the_tower_is_that_of_the_batch_asked_for_and_not_of_the_s
     """On a CPU a calibration takes steps of 8 images, and activations of 64 are eight times as much."""
     problem = TinyImages(tmp_path)
     trials = [problem.config("adapter", train__batch_size=size) for size in (8, 64)]
-    small, large = calibrate(trials, [], 1).trials
+    small, large = measure_speeds(trials, [], 1).trials
     assert isinstance(small, TrialSpeed)
     assert isinstance(large, TrialSpeed)
     tokens, width, layers = 17, 32, 2
