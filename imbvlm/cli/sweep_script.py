@@ -150,9 +150,9 @@ def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Inter
     interrupts.check()
     # From here on; a plan shows paths as they were typed.
     spec = with_absolute_paths(spec)
-    folder = _new_folder(spec)
+    folder = new_folder(spec)
     if options.resume and not options.fork:
-        folder = _resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
+        folder = resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
     signals.folder = folder
     with _without_hangup(), removed_if_rejected(folder):
         if options.fork:
@@ -277,7 +277,7 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
     return {key.strip(): parse_scalar(text) for key, _, text in (item.partition("=") for item in items)}
 
 
-def _new_folder(spec: SweepSpec) -> str:
+def new_folder(spec: SweepSpec) -> str:
     # Two that are started in one second have folders of their own.
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return storage.join(storage.absolute(spec.storage), f"{spec.name}-{stamp}")
@@ -291,7 +291,7 @@ def _wanted_folder(spec: SweepSpec, wanted: str) -> str:
     return storage.absolute(folder)
 
 
-def _resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) -> str:
+def resumed_folder(spec: SweepSpec, wanted: str, *, more_trials: bool = False) -> str:
     """The folder to go on in; raises ConfigError where it isn't a sweep or its spec is another."""
     folder = _wanted_folder(spec, wanted)
     before = with_located_manifest(read_spec(folder), folder)

@@ -36,7 +36,7 @@ from imbvlm.longtail.losses import build_loss
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.models.model_state import count_parameters
-from imbvlm.sweep.plan.speed_benchmark import _made_up_data, _trial_speed, encoder_speed
+from imbvlm.sweep.plan.speed_benchmark import encoder_speed, make_up_data, trial_speed
 
 NUM_CLASSES, NUM_IMAGES, BATCH_SIZE = 100, 1000, 128
 LOGITS = (256, 8142)
@@ -79,8 +79,8 @@ def methods(folder: Path, names: Sequence[str]) -> Iterator[str]:
             tree["train"] = {"batch_size": BATCH_SIZE, "precision": "float32"}
         config = TrialConfig.from_tree(tree)
         with tempfile.TemporaryDirectory() as made:
-            counts = count_parameters(build_model(config, _made_up_data(config, Path(made)).model_inputs, CPU), info)
-        speed = _trial_speed(0, config, CPU)
+            counts = count_parameters(build_model(config, make_up_data(config, Path(made)).model_inputs, CPU), info)
+        speed = trial_speed(0, config, CPU)
         train, evaluate = NUM_IMAGES * speed.seconds_per_train_image, 1000 * speed.eval_seconds
         yield (
             f"| `{name}` | {counts.trained:,} | {speed.host_bytes / 2**20:,.0f} MiB | {train:,.3g} s | "

@@ -94,18 +94,18 @@ def test_resume_takes_the_newest_of_this_name_and_no_other(tmp_path: Path) -> No
     spec = with_settings(SPEC, {"storage": str(tmp_path)})
     for name in ("inat-20260101-000000", "inat-20260102-000000", "inat-small-20260103-000000", "inat-notes"):
         sweep_folder(tmp_path, name, spec)
-    assert sweep_script._resumed_folder(spec, sweep_script.LATEST) == str(tmp_path / "inat-20260102-000000")
+    assert sweep_script.resumed_folder(spec, sweep_script.LATEST) == str(tmp_path / "inat-20260102-000000")
     chosen = str(tmp_path / "inat-20260101-000000")
-    assert sweep_script._resumed_folder(spec, chosen) == chosen
+    assert sweep_script.resumed_folder(spec, chosen) == chosen
 
 
 def test_two_that_start_in_one_second_share_no_folder_and_are_found_again(tmp_path: Path) -> None:
     spec = with_settings(SPEC, {"storage": str(tmp_path)})
-    folders = {sweep_script._new_folder(spec) for _ in range(3)}
+    folders = {sweep_script.new_folder(spec) for _ in range(3)}
     assert len(folders) == 3
     for folder in folders:
         sweep_folder(tmp_path, Path(folder).name, spec)
-    assert sweep_script._resumed_folder(spec, sweep_script.LATEST) in folders
+    assert sweep_script.resumed_folder(spec, sweep_script.LATEST) in folders
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_two_that_start_in_one_second_share_no_folder_and_are_found_again(tmp_pa
 )
 def test_nothing_to_go_on_with(tmp_path: Path, wanted: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        sweep_script._resumed_folder(with_settings(SPEC, {"storage": str(tmp_path)}), wanted)
+        sweep_script.resumed_folder(with_settings(SPEC, {"storage": str(tmp_path)}), wanted)
 
 
 def test_going_on_as_another_sweep_is_refused_with_both_values(tmp_path: Path) -> None:
     folder = str(sweep_folder(tmp_path, "inat-20260101-000000"))
-    assert sweep_script._resumed_folder(with_settings(SPEC, {"max_failures": 7}), folder) == folder
+    assert sweep_script.resumed_folder(with_settings(SPEC, {"max_failures": 7}), folder) == folder
     with pytest.raises(ConfigError) as error:
-        sweep_script._resumed_folder(with_settings(SPEC, {"num_trials": 7, "decoder.depth": 1}), folder)
+        sweep_script.resumed_folder(with_settings(SPEC, {"num_trials": 7, "decoder.depth": 1}), folder)
     assert sorted(problem.message for problem in error.value.problems) == [
         "base.decoder.depth was None when the sweep began and is 1 now; set it back, or add --fork",
         "num_trials was 24 when the sweep began and is 7 now; set it back, or add --fork",

@@ -119,7 +119,7 @@ def measure_speeds(trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         return SpeedBenchmark(
             Machine(socket.gethostname(), name, num_threads),
-            tuple(_measured(partial(_trial_speed, own_bytes), config, device) for config in trials),
+            tuple(_measured(partial(trial_speed, own_bytes), config, device) for config in trials),
             tuple(_measured(encoder_speed, config, device) for config in encoders),
             time.perf_counter() - started,
         )
@@ -176,7 +176,7 @@ class _StepClock:
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
-def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> TrialSpeed:
+def trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> TrialSpeed:
     with tempfile.TemporaryDirectory(prefix="imbvlm-calibration-") as folder:
         # The initialization doesn't change the time of a step.
         overrides = {} if config.classifier is None else {"classifier.init": "random"}
@@ -188,7 +188,7 @@ def _trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> T
             config, num_images = config.with_overrides({"train.batch_size": IMAGES_ON_CPU}), IMAGES_ON_CPU
         if config.train is not None and config.train.num_threads is not None:
             config = config.with_overrides({"train.num_threads": None})
-        data = _made_up_data(config, Path(folder))
+        data = make_up_data(config, Path(folder))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         run, clock = build_trial(config, data, device), _StepClock()
@@ -288,7 +288,7 @@ def _resident_bytes() -> int:
         return 0
 
 
-def _made_up_data(config: TrialConfig, folder: Path) -> TrialData:
+def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
     """Return the manifest's rows and classes with made-up features of the encoder's shapes, or with its images."""
     manifest = Manifest.read(config.data.manifest)
     carved = carve_validation(manifest.label_rows(), config.data.split_seed)

@@ -1,4 +1,4 @@
-"""ASHA apart for each method and second stage: a probe that learns fast must not stop a decoder that learns slowly."""
+"""ASHA for each method and second stage, so that a fast probe doesn't stop a slow decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from imbvlm.sweep.spec.sweep_spec import AshaConfig
 
 
 class AshaBrackets(FIFOScheduler):
-    """Asks the bracket of the trial's method and second stage; baselines and refits (no bracket) run to their end."""
+    """One ASHA bracket for each method and second stage; baselines and refits have none and run to their end."""
 
     def __init__(self, make: Callable[[], AsyncHyperBandScheduler]) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class AshaBrackets(FIFOScheduler):
         record = trial.config["record"]
         if record["kind"] != "search":
             return None
-        # A first stage that leaves the tail to its second stage must not be judged beside one that doesn't.
+        # A first stage may leave the tail to its second stage, so it is not compared with trials that have none.
         stage = record["config"].get("second_stage") or {}
         kind = (record["config"]["method"], stage.get("name"))
         if kind not in self._brackets:
@@ -48,10 +48,10 @@ class AshaBrackets(FIFOScheduler):
 
 
 def asha(config: AshaConfig, best_objective: str) -> AshaBrackets:
-    """Rungs from `grace_fraction` of a trial's own length up, on the running maximum over epochs.
+    """Make rungs from `grace_fraction` of a trial's own length on, over the running maximum of the objective.
 
-    Trials of other lengths are compared at the same share of theirs: half-way through its schedule a long trial isn't
-    worse than a short one at its end.
+    Trials of different lengths are compared at the same fraction of their schedules: a long trial halfway through is
+    not compared with a short one at its end.
     """
 
     def make() -> AsyncHyperBandScheduler:
@@ -59,9 +59,9 @@ def asha(config: AshaConfig, best_objective: str) -> AshaBrackets:
             time_attr="progress",
             metric=best_objective,
             mode="max",
-            # 4 of 12 epochs must not miss the rung at a third by a rounding error.
+            # A rounding error must not keep 4 of 12 epochs below the rung at 1/3.
             grace_period=config.grace_fraction - 1e-9,
-            # Above every progress: a trial ends by itself.
+            # Above the largest progress, since the trial ends without the scheduler.
             max_t=2.0,
             reduction_factor=config.reduction_factor,
         )

@@ -1,4 +1,4 @@
-"""Trials inside Tune's own process: one, or several at once. The next ones reuse it and its open data."""
+"""Trials in a process of Tune, one or a pack; the next ones reuse the process and its open data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettin
 
 
 class InProcessTrial(tune.Trainable):
-    """One `step` is one epoch of every member that hasn't ended; `reports` has a report for each of them.
+    """One `step` is one epoch of every member that has not ended; `reports` has one report for each.
 
-    Tune's own checkpoints aren't used: the members' sessions keep theirs without pickling.
+    Tune's checkpoints are not used, since the members' sessions write their own without pickling.
     """
 
     def setup(self, config: Tree) -> None:
@@ -44,10 +44,10 @@ class InProcessTrial(tune.Trainable):
         return {"reports": reports, "epoch": epoch, "done": not self._members}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: each member's session keeps its own."""
+        """Save nothing: each member's session writes its own checkpoint."""
 
     def load_checkpoint(self, checkpoint: Tree | None) -> None:
-        """The sessions have read their own already."""
+        """Load nothing: the sessions have read their own checkpoints."""
 
     def cleanup(self) -> None:
         for member in self._members.values():
@@ -62,23 +62,23 @@ class InProcessTrial(tune.Trainable):
         for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
             self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
         if pack is not None:
-            # All join before any of them trains.
+            # All members join the pack before the first of them trains.
             for name, reports in self._members.items():
                 first = next(reports)
                 if first:
                     self._members[name] = _only(first)
 
     def _stopped(self) -> list[str]:
-        """Members that the trial scheduler has stopped so far; the driver writes them before it asks for a step."""
+        """Return the members that the trial scheduler has stopped; the driver writes them before it asks for a step."""
         if len(self._members) < 2 or not storage.exists(self._stop_file):
             return []
-        found: list[str] = json.loads(storage.read_bytes(self._stop_file))
-        return found
+        names: list[str] = json.loads(storage.read_bytes(self._stop_file))
+        return names
 
 
 def _settings_of(text: str) -> list[Tree]:
-    found: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
-    return found
+    settings: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
+    return settings
 
 
 def _only(report: TrialReport) -> Generator[TrialReport, None, None]:

@@ -29,18 +29,15 @@ from imbvlm.training.trial_session import TrialSettings
 
 @dataclass
 class AskedTrial:
-    """A trial as Optuna has it: in the study that proposes, and by its number in the journal, where there is one."""
+    """An Optuna trial in the study that proposes, and its number in the journal, if there is one."""
 
     trial: optuna.trial.Trial
-    shown: int | None
+    journal_number: int | None
 
 
 @dataclass
 class Job:
-    """One trial to run: its identity, its configuration, and what Optuna calls it (baselines have nothing there).
-
-    `alone` keeps it out of packs.
-    """
+    """One trial to run. `asked` is its Optuna trial, which baselines don't have; `alone` keeps it out of packs."""
 
     trial_id: str
     kind: TrialKind
@@ -52,21 +49,21 @@ class Job:
 
 
 class UnsavedSearcher(Searcher):
-    """A searcher that Tune can't save or pickle anything of: resuming reads the trials' records."""
+    """A searcher without saved state: a resumed sweep reads its trials' records instead."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Save nothing."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Restore nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its searcher for a restore that we don't use; ours holds the console and the manifest.
+        # Tune pickles its searcher for its own restore, which is not used. This one holds the console and the manifest.
         return {}
 
 
 class FixedJobs(UnsavedSearcher):
-    """Hands out a given list of jobs while there is time and money; Optuna doesn't know them."""
+    """Hands out given jobs until time or money is used up; the sampler does not learn from them."""
 
     def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
         super().__init__(metric="epoch", mode="max")
@@ -79,17 +76,17 @@ class FixedJobs(UnsavedSearcher):
         return self._payload(self._jobs.pop(0))
 
     def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
-        """Nothing learns from these."""
+        """Report nothing to a sampler."""
 
 
 def settings_text(settings: list[Tree]) -> str:
-    """Members' settings as one short string: Tune copies a trial's configuration into each report, and keeps it."""
+    """Compress members' settings into one string, since Tune keeps a copy of a trial's configuration in each report."""
     return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all jobs of a sweep share: its spec, folder, log, console and how many run at once."""
+    """What all jobs of a sweep share; up to `max_concurrent` of them run at once."""
 
     sweep: ResolvedSweep
     folder: str
@@ -105,37 +102,37 @@ class RunContext:
 
     @property
     def local_folder(self) -> Path:
-        """Where files are kept that grow while the sweep runs, which no object store can hold."""
+        """The local folder for files that grow while the sweep runs, which an object store can't hold."""
         return local_folder(self.folder)
 
     @property
     def driver(self) -> str:
-        """The driver that `auto` chose."""
+        """The driver of the sweep's trials."""
         return "ray_train" if uses_ray_train(self.sweep) else "in_process"
 
     def count_spent(self) -> None:
-        """Keep what is spent, and where that is limited how much the refits will need."""
+        """Write the used budget, and reserve a part of a limited one for the refits."""
         if self.budget.is_limited:
             self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
         self.budget.keep()
 
     def prune_logits(self, *, is_over: bool = False) -> None:
-        """Delete the validation logits from which nothing will be chosen; `is_over` where no trial runs."""
+        """Delete validation logits that no selection will read; `is_over` if no trial runs."""
         prune_logits(self.folder, self.log, self.spec, is_over=is_over)
 
     @property
     def num_threads(self) -> int:
-        """Torch threads of one worker: its share of CPUs."""
+        """Torch threads of one worker."""
         return max(1, int(self.spec.cpus_per_worker))
 
 
 def local_folder(folder: str) -> Path:
-    """A sweep's own folder, or for one in an object store a folder of that name here."""
+    """Return a local sweep's own folder, or a local folder of its name for a sweep in an object store."""
     return storage.local_path(folder) if storage.is_local(folder) else Path(folder.rstrip("/").rpartition("/")[2])
 
 
-def payload(lane: RunContext, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
-    """What Tune carries to a trial's process for a job."""
+def payload(context: RunContext, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
+    """Return the function that makes a job's Tune configuration, which carries it to the trial's process."""
 
     def of(job: Job) -> Tree:
         record = TrialRecord(
@@ -144,10 +141,10 @@ def payload(lane: RunContext, settings: Callable[[Job], TrialSettings]) -> Calla
             name=job.name,
             config=job.config.to_tree(),
             draw=job.draw,
-            driver=lane.driver,
-            num_threads=lane.num_threads,
+            driver=context.driver,
+            num_threads=context.num_threads,
         )
-        spec = lane.spec
+        spec = context.spec
         return {
             "record": record.model_dump(mode="json"),
             "settings": settings(job).to_dict(),

@@ -1,4 +1,4 @@
-"""What others can watch while a sweep runs: Ray metrics, which Prometheus reads, and TensorBoard's files."""
+"""Metrics of a running sweep: Ray metrics, which Prometheus reads, and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 TENSORBOARD_FOLDER = "tensorboard"
 GROUPS = ("top1", "balanced", *SHOT_GROUPS)
-# Ray hands metrics on every ten seconds, and each look at a thousand trials takes milliseconds.
-TELL_SECONDS = 2.0
+# Ray exports metrics every ten seconds, and counting a thousand trials takes milliseconds.
+EXPORT_SECONDS = 2.0
 # Each flush waits for the disk.
 FLUSH_SECONDS = 5.0
 
 
 class MetricsExporter(tune.Callback):
-    """Follows a trial log, which another callback keeps in step with Tune before this one is called."""
+    """Exports a trial log's metrics; the callback that updates the log must be called before this one."""
 
     def __init__(self, spec: SweepSpec, log: TrialLog, folder: Path, sweep: str) -> None:
         self._spec, self._log, self._folder = spec, log, folder
         self._curves: dict[str, TensorBoardWriter] = {}
-        self._is_new, self._told_at = True, -math.inf
+        self._has_changed, self._exported_at = True, -math.inf
         tags = {"sweep": sweep}
         self._trials = _gauge("imbvlm_trials", "trials of a sweep by kind and state", tags, ("kind", "state"))
         self._best = _gauge("imbvlm_best_value", "largest objective on validation so far", tags, ("objective",))
@@ -43,19 +43,19 @@ class MetricsExporter(tune.Callback):
         self._gpu_hours = _gauge("imbvlm_gpu_hours", "hours of the GPUs that trials have booked", tags, ())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore that we don't use.
+        # Tune pickles its callbacks for its own restore, which is not used.
         return {}
 
     def setup(self, **info: Any) -> None:
-        self._tell()
+        self._export()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        # Tune takes a step several times a second, whatever its trials do.
-        if self._is_new and time.monotonic() - self._told_at > TELL_SECONDS:
-            self._tell()
+        # Tune takes a step several times a second.
+        if self._has_changed and time.monotonic() - self._exported_at > EXPORT_SECONDS:
+            self._export()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._is_new = True
+        self._has_changed = True
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
         record = self._record(trial)
@@ -64,7 +64,7 @@ class MetricsExporter(tune.Callback):
         if record.trial_id not in self._curves:
             self._curves[record.trial_id] = TensorBoardWriter(self._folder / TENSORBOARD_FOLDER / record.trial_id)
         self._curves[record.trial_id].add(record.epochs[-1])
-        self._is_new = True
+        self._has_changed = True
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._end(trial)
@@ -76,19 +76,19 @@ class MetricsExporter(tune.Callback):
         for curves in self._curves.values():
             curves.close()
         self._curves.clear()
-        self._tell()
+        self._export()
 
     def _end(self, trial: Trial) -> None:
         curves = self._curves.pop(self._record(trial).trial_id, None)
         if curves is not None:
             curves.close()
-        self._is_new = True
+        self._has_changed = True
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._log.records[str(trial.config["record"]["trial_id"])]
 
-    def _tell(self) -> None:
-        self._is_new, self._told_at = False, time.monotonic()
+    def _export(self) -> None:
+        self._has_changed, self._exported_at = False, time.monotonic()
         records = list(self._log.records.values())
         for kind in get_args(TrialKind):
             states = [record.state for record in records if record.kind == kind]
@@ -106,9 +106,10 @@ class MetricsExporter(tune.Callback):
 
 
 class TensorBoardWriter:
-    """TensorBoard's file of one trial. The library's own SummaryWriter keeps a thread, a pipe and memory for each.
+    """The TensorBoard file of one trial; the library's SummaryWriter would keep a thread and a pipe for each.
 
-    On a full disk curves are lost: raised here, Tune would take it for the trial's failure. The next record says it.
+    Curves are lost on a full disk. Tune would take an error here for the trial's failure, and writing the next record
+    raises it anyway.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +117,7 @@ class TensorBoardWriter:
         self._file: EventsWriter | None = None
 
     def add(self, epoch: Mapping[str, float]) -> None:
-        """Values by tag, those with a slash; `epoch` is the step."""
+        """Write an epoch's metrics whose names have a slash."""
         now, step = time.time(), int(epoch["epoch"])
         with suppress(OSError):
             if self._file is None:

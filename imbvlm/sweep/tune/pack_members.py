@@ -1,7 +1,7 @@
-"""Packs: several trials as one Tune trial. Searcher, scheduler and records go on to see each trial by itself.
+"""Packs: several trials as one Tune trial, while searcher, scheduler and records see each of them.
 
-What stands between Tune and them is here: a searcher that hands out groups, a scheduler and a callback that ask and
-tell for each member, and the file by which a member that the scheduler stops leaves its pack.
+The adapters between Tune and them are a searcher that groups trials, a scheduler and a callback that pass on each
+member, and the file by which a member that the scheduler stops leaves its pack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from imbvlm.training.trial_pack import pack_key
 
 @dataclass
 class MemberTrial:
-    """A trial as its searcher, scheduler and records know it: what they read of a Tune trial is here."""
+    """A trial of a pack, with the attributes of a Tune trial that searcher, scheduler and records read."""
 
     trial_id: str
     config: Tree
@@ -51,7 +51,7 @@ class Packs:
         self._stopped: dict[str, list[str]] = {}
 
     def open(self, tune_id: str, members: list[MemberTrial]) -> Tree:
-        """What Tune carries for a new group."""
+        """Register a new group and return its Tune configuration."""
         self._members[tune_id] = {member.name: member for member in members}
         together = len(members) > 1 and all(_trains_with_others(member.config) for member in members)
         for member in members:
@@ -66,22 +66,22 @@ class Packs:
         }
 
     def of(self, tune_id: str) -> list[MemberTrial]:
-        """Those that haven't ended."""
+        """Return the members that have not ended."""
         return list(self._members.get(tune_id, {}).values())
 
     def reporting(self, tune_id: str, result: Tree) -> Iterator[tuple[MemberTrial, Tree]]:
-        """Each member that hasn't ended, with its report."""
+        """Iterate over the members that have not ended, each with its report."""
         members = self._members.get(tune_id, {})
         for report in result.get("reports", []):
             if report["member"] in members:
                 yield members[report["member"]], report
 
     def end(self, tune_id: str, member: MemberTrial) -> None:
-        """The member has ended."""
+        """Remove a member that has ended."""
         self._members[tune_id].pop(member.name, None)
 
-    def tell_stopped(self, tune_id: str) -> None:
-        """Let the trial's process know which members have been stopped so far."""
+    def write_stopped(self, tune_id: str) -> None:
+        """Write for the trial's process which members have been stopped so far."""
         names = self._stopped.setdefault(tune_id, [])
         names += [member.name for member in self.of(tune_id) if member.stopped]
         storage.write_bytes(self._stop_file(tune_id), json.dumps(names).encode())
@@ -92,7 +92,7 @@ class Packs:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A trial that was asked for and not handed out: how many may train together, of its `key` where more than one."""
+    """A suggested trial that is not handed out yet; up to `size` trials of its `key` may train together."""
 
     member: MemberTrial
     key: str | None
@@ -100,10 +100,10 @@ class _Waiting:
 
 
 class TuneSearcher(UnsavedSearcher):
-    """Asks another searcher for some trials ahead, and hands out those of one `pack_key` as one group.
+    """Asks another searcher for trials in advance, and hands out those of one `pack_key` as one group.
 
-    `size` is how many there may be of a configuration's. The baselines of a tower are a group as well, though each
-    trains by itself: they take seconds, and Tune would start a process for each, to end it when another is free.
+    `size` gives the size of a configuration's pack. The baselines of an encoder are a group too, although each trains
+    alone: they take seconds, and Tune would start a process for each of them.
     """
 
     def __init__(self, inner: Searcher, packs: Packs, size: Callable[[TrialConfig], int]) -> None:
@@ -160,7 +160,7 @@ class TuneSearcher(UnsavedSearcher):
 
 
 class TuneScheduler(FIFOScheduler):
-    """Asks another scheduler about each member; a pack ends when the last of its members does."""
+    """Passes each member's reports to another scheduler; a pack ends with its last member."""
 
     def __init__(self, inner: AshaBrackets, packs: Packs) -> None:
         super().__init__()
@@ -176,17 +176,17 @@ class TuneScheduler(FIFOScheduler):
             self._inner.on_trial_add(tune_controller, member)
 
     def on_trial_result(self, tune_controller: object, trial: Trial, result: Tree) -> str:
-        left, newly_stopped = self._open[trial.trial_id], False
+        remaining, newly_stopped = self._open[trial.trial_id], False
         for member, report in self._packs.reporting(trial.trial_id, result):
             if report.get("done"):
                 self._complete(tune_controller, trial.trial_id, member.name, report)
             elif self._inner.on_trial_result(tune_controller, member, report) == TrialScheduler.STOP:
-                left.pop(member.name)
+                remaining.pop(member.name)
                 member.stopped = newly_stopped = True
-        if not left:
+        if not remaining:
             return str(TrialScheduler.STOP)
         if newly_stopped:
-            self._packs.tell_stopped(trial.trial_id)
+            self._packs.write_stopped(trial.trial_id)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: object, trial: Trial, result: Tree) -> None:
@@ -200,7 +200,7 @@ class TuneScheduler(FIFOScheduler):
 
 
 class TuneCallback(tune.Callback):
-    """Tells other callbacks of each member; one that has ended is told of at once, the pack goes on."""
+    """Passes each member to other callbacks; a member ends at once, while its pack continues."""
 
     def __init__(self, inner: Sequence[tune.Callback], packs: Packs) -> None:
         self._inner, self._packs = inner, packs
@@ -244,7 +244,7 @@ class TuneCallback(tune.Callback):
             self._packs.end(trial.trial_id, member)
             member.run_metadata, member.max_failures = trial.run_metadata, trial.max_failures
             if len(trial.config["names"]) > 1:
-                # Another one may be at fault: it is lost before its restarts were spent.
+                # Another member may be the cause, so this one counts as lost before its restarts were spent.
                 member.max_failures = trial.run_metadata.num_failures
             member.error_file = trial.error_file
             for callback in self._inner:
@@ -261,5 +261,5 @@ class TuneCallback(tune.Callback):
 
 
 def _trains_with_others(payload: Tree) -> bool:
-    """Baselines end by their own patience; what goes on after a crash may stand at any epoch."""
+    """Return whether a trial may join a pack: baselines end by their patience, restarted trials are at any epoch."""
     return payload["record"]["kind"] == "search" and not payload["alone"]

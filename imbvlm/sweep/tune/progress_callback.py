@@ -1,4 +1,4 @@
-"""Writes each trial's record as Tune reports it, and the live view; runs in the driver as a Tune callback."""
+"""The Tune callback, in the driver, that writes each trial's record and shows the live view."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines
 
 NUMBER = (int, float)
 SAVE_AFTER_SECONDS = 20.0
-# Of a process that Ray has ended because its machine had no memory left, as Tune and as Ray Train tell it.
+# Texts of Tune and of Ray Train about a process that Ray killed on a machine without memory.
 MEMORY_SIGNS = ("OutOfMemoryError", "node running low on memory")
 
 
 class ProgressCallback(tune.Callback):
-    """Keeps the trial log in step with Tune; `ran_too_long` has reasons of trials that were ended for their time.
+    """Updates the trial log with Tune's reports; `ran_too_long` has the reasons of trials that timed out.
 
-    `sizes` says what every trial asks for beside its batch size.
+    `sizes` describes, for errors about memory, what all trials have in common.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class ProgressCallback(tune.Callback):
         sizes: str,
     ) -> None:
         self._budget, self._ran_too_long, self._sizes = budget, ran_too_long, sizes
-        # Called when a trial has ended, and after each of Tune's steps in which some have.
+        # Called when a trial has ended, and after each of Tune's steps in which trials have ended.
         self._after_end, self._after_step, self._has_ended = after_end, after_step, False
-        # Trials that Tune gave up before their restarts were spent: it does so where no report was awaited. And those
-        # of packs, since another one may be at fault.
+        # Trials that Tune gave up before their restarts were spent, which happens while it awaits no report, and trials
+        # of packs, since another member may be the cause.
         self.num_lost = 0
-        # What kept a record from being written: nothing that runs on would be kept.
+        # The error of writing a record, after which no further result could be written.
         self.storage_error: StorageError | None = None
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
         self._started = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore that we don't use.
+        # Tune pickles its callbacks for its own restore, which is not used.
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -71,7 +71,7 @@ class ProgressCallback(tune.Callback):
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
         before = self._log.records.get(record.trial_id)
         if before is not None and before.state in ("paused", "error"):
-            # The time that it lay still doesn't count.
+            # The time of its pause doesn't count.
             before.started_at, before.ended_at = time.time() - before.seconds(), None
             before.pack_size, before.pack = record.pack_size, record.pack
             before.state, before.stop_reason = "running", ""
@@ -81,7 +81,7 @@ class ProgressCallback(tune.Callback):
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
-        # Tune adds its own keys; ours are `epoch`, `step` and those with a slash.
+        # A trial's own keys are `epoch`, `step` and those with a slash. Tune adds others.
         metrics = {
             key: float(value)
             for key, value in result.items()
@@ -92,7 +92,7 @@ class ProgressCallback(tune.Callback):
             record.restart_reason = str(result["restart"])
             self._console.print(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
         self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
-        # A trial that goes on from its checkpoint after a crash keeps its earlier epochs; short ones start again.
+        # After a crash a trial continues from its checkpoint with its earlier epochs, and a short one starts again.
         if record.seconds() > SAVE_AFTER_SECONDS:
             self._save(record)
         self._show()
@@ -105,7 +105,7 @@ class ProgressCallback(tune.Callback):
         elif result.get("done_training"):
             record.state, record.stop_reason = "finished", "trained to its end"
         elif self.storage_error is not None:
-            # Ended with all others: it goes on when there is room again.
+            # The full disk ended it with all others, and a resumed sweep continues it.
             return
         elif self._kind == "search" and (limit := self._budget.exhausted(keep_for_refits=True)):
             record.state, record.stop_reason = "paused", f"by {limit} after epoch {result.get('epoch')}"
@@ -114,18 +114,18 @@ class ProgressCallback(tune.Callback):
         self._end(record)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._heed_full_disk(trial)
+        self._note_full_disk(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._heed_full_disk(trial)
-        # A process that was to be used again may die before it has begun with the trial.
+        self._note_full_disk(trial)
+        # A reused process may die before it starts the trial, which then has no record yet.
         new = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
         record = self._log.records.get(_id(trial), new)
         if record.trial_id in self._ran_too_long:
             record.state, record.stop_reason = "failed", self._ran_too_long[record.trial_id]
         else:
             self.num_lost += trial.run_metadata.num_failures <= trial.max_failures
-            record.state, record.stop_reason = "error", _cause(_failures(trial), record, self._sizes)
+            record.state, record.stop_reason = "error", failure_cause(read_failures(trial), record, self._sizes)
         self._end(record)
 
     def _end(self, record: TrialRecord) -> None:
@@ -138,24 +138,24 @@ class ProgressCallback(tune.Callback):
         self._show()
 
     def _save(self, record: TrialRecord) -> None:
-        # Raised here, Tune would take it for the trial's own failure.
+        # Tune would take an error here for the trial's own failure.
         try:
             self._log.save(record)
         except StorageError as error:
             self.storage_error = self.storage_error or error
 
     def _remove_checkpoint(self, record: TrialRecord) -> None:
-        """Nothing goes on from it, and that of a fine-tuned tower is as large as several models."""
+        """Delete an ended trial's checkpoint, which for a fine-tuned encoder is as large as several models."""
         try:
             storage.delete(storage.join(self._log.folder, CHECKPOINTS_FOLDER, record.trial_id))
         except StorageError as error:
             self.storage_error = error
 
-    def _heed_full_disk(self, trial: Trial) -> None:
-        """A checkpoint that didn't fit into the sweep's folder won't fit at the next attempt, nor will another's."""
+    def _note_full_disk(self, trial: Trial) -> None:
+        """Note an error of a full disk: neither a restart nor another trial could write its checkpoint."""
         name = f"{DiskFullError.__module__}.{DiskFullError.__qualname__}: "
         full = f"{name}can't write {self._log.folder}/"
-        for line in _failures(trial).splitlines():
+        for line in read_failures(trial).splitlines():
             if full in line:
                 self.storage_error = self.storage_error or DiskFullError(line.partition(name)[2].strip())
 
@@ -163,24 +163,24 @@ class ProgressCallback(tune.Callback):
         if not self._console.is_due:
             return
         seconds, used = time.monotonic() - self._started, self._budget.describe()
-        moment = ProgressSnapshot(self._kind, self._total, time.time(), seconds, used)
-        self._console.update_live(live_lines(self._log, self._objective.replace("best_", ""), moment))
+        snapshot = ProgressSnapshot(self._kind, self._total, time.time(), seconds, used)
+        self._console.update_live(live_lines(self._log, self._objective.replace("best_", ""), snapshot))
 
 
 def _id(trial: Trial) -> str:
     return str(trial.config["record"]["trial_id"])
 
 
-def _failures(trial: Trial) -> str:
-    """Tune's own file of all failures of a trial; its copy in the sweep's folder comes later, if the disk has room."""
+def read_failures(trial: Trial) -> str:
+    """Return Tune's file of a trial's failures; its copy in the sweep's folder comes later, if the disk has room."""
     path = None if trial.error_file is None else Path(trial.error_file)
     return path.read_text() if path is not None and path.exists() else ""
 
 
-def _cause(failures: str, record: TrialRecord, sizes: str) -> str:
-    """The last line of the last failure's traceback; memory that ran out is named with what asked for it."""
+def failure_cause(failures: str, record: TrialRecord, sizes: str) -> str:
+    """Return the last line of the last failure's traceback, or a sentence on memory that names what to lower."""
     error = failures.rpartition("\nFailure # ")[2]
-    # The first line says when it was.
+    # The first line is the time of the failure.
     lines = [line.strip() for line in error.splitlines()[1:] if line.strip()]
     if not lines:
         return "its worker was lost"

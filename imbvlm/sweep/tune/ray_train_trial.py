@@ -1,4 +1,4 @@
-"""A trial under Ray Train: a small process that starts the trial's workers and hands their reports to Tune."""
+"""A trial under Ray Train: a small process that starts the trial's workers and passes their reports to Tune."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from imbvlm.base.schema import Tree
 from imbvlm.training.train_worker import train_worker
 
-# Waiting for workers that never come ends in an error instead of for ever.
+# With a limit, a trial whose workers never start ends in an error.
 CONTROLLER_FAILURES = 2
-# Workers may still write what they keep of a trial that has ended; Ray's own cleaner frees them within seconds.
+# Workers of an ended trial may still write their files. Ray's own cleaner frees them within seconds.
 FREE_AFTER_SECONDS = 10.0
 
 
 def ray_train_trial(config: Tree) -> None:
-    """The function trainable: one TorchTrainer for one trial."""
+    """Run one TorchTrainer for one trial; the function trainable."""
     resources: dict[str, Any] = config["resources"]
     trial_id = tune.get_context().get_trial_id()
     uses_gpu = resources["gpus_per_worker"] > 0
     per_worker = {"CPU": resources["cpus_per_worker"]}
     if uses_gpu:
         per_worker["GPU"] = resources["gpus_per_worker"]
-    # Ray Train wants a folder for checkpoints that we don't give it, and would end where the sweep's is away or full.
-    # Tune ends this process as soon as it has reported the trial's end, so that nobody can remove it: it is Ray's own.
+    # Ray Train needs a folder for checkpoints, of which there are none. It must not be the sweep's, whose disk may be
+    # full. Tune kills this process at the trial's end, before it could remove the folder, so it is in Ray's own.
     here = ray.get_runtime_context()
     folder = tempfile.mkdtemp(prefix="imbvlm-train-", dir=Path(here.get_temp_dir(), here.get_session_name()))
     trainer = TorchTrainer(
@@ -56,7 +56,7 @@ def ray_train_trial(config: Tree) -> None:
 
 
 class NoteGroup(WorkerGroupCallback):
-    """Leaves word of which resources a trial's workers hold, for the sweep to free them."""
+    """Records the placement group of a trial's workers, so that the sweep can free it."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -67,17 +67,17 @@ class NoteGroup(WorkerGroupCallback):
 
 
 class FreeGroups(tune.Callback):
-    """Frees what the workers of ended trials still hold.
+    """Frees the placement groups of ended trials.
 
-    Ray Train has a process for it where Tune has ended a trial. A machine that runs out of memory ends that one, too,
-    and its CPUs and GPUs would be held for ever.
+    Ray Train has a process for that after Tune has ended a trial. A machine without memory kills that process too, and
+    the trial's CPUs and GPUs would stay reserved.
     """
 
     def __init__(self) -> None:
         self._ended_at: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore that we don't use.
+        # Tune pickles its callbacks for its own restore, which is not used.
         return {}
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -101,7 +101,7 @@ def _key(trial_id: str) -> str:
 
 
 def _free(trial_id: str) -> None:
-    found = internal_kv._internal_kv_get(_key(trial_id))
-    if found is not None:
+    group_id = internal_kv._internal_kv_get(_key(trial_id))
+    if group_id is not None:
         internal_kv._internal_kv_del(_key(trial_id))
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found.decode()))))
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id.decode()))))

@@ -261,8 +261,8 @@ class StudySearch(UnsavedSearcher):
         else:
             asked.trial.set_user_attr(VIOLATIONS, value.violations)
             trial = self.study.tell(asked.trial, list(value.values))
-        if self._journal is not None and asked.shown is not None:
-            self._journal.end(asked.shown, trial)
+        if self._journal is not None and asked.journal_number is not None:
+            self._journal.end(asked.journal_number, trial)
 
     # --------------------------------------------------------------------------------------- what is resumed
 

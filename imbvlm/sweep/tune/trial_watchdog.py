@@ -1,4 +1,4 @@
-"""What Tune waits for without a word: a trial that hangs, and a cluster too small for any trial."""
+"""Ends trials that hang, and reports a cluster that is too small for any trial; Tune waits for both in silence."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
 
 
 class TrialTimeout(FIFOScheduler):
-    """Ends trials that run longer than `minutes`; everything else is up to another scheduler, if there is one.
+    """Ends trials that run longer than `minutes`, and leaves all else to another scheduler, if there is one.
 
-    Counted is the time on its workers, from the last time they were started: waiting for a machine isn't running.
-    `reasons` has a sentence for each trial that was ended, by its id in the sweep. Of a pack nobody knows which of its
-    trials hung: it has none, and they are lost trials that go on alone.
+    Only the time on workers since their last start counts, not the time of waiting for a machine. `reasons` has a
+    sentence for each ended trial by its id in the sweep. It has none for the trials of a pack, of which any may hang:
+    they are lost, and continue alone.
     """
 
     def __init__(self, minutes: float | None, scheduler: TrialScheduler | None) -> None:
@@ -32,7 +32,7 @@ class TrialTimeout(FIFOScheduler):
         self.reasons: dict[str, str] = {}
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        # Tune asks several times a second, whatever its trials do.
+        # Tune asks several times a second.
         if self._minutes is not None:
             self._check(tune_controller, self._minutes)
         return self._scheduler.choose_trial_to_run(tune_controller)
@@ -52,9 +52,9 @@ class TrialTimeout(FIFOScheduler):
     def _check(self, tune_controller: Any, minutes: float) -> None:
         running = [trial for trial in tune_controller.get_live_trials() if trial.status == Trial.RUNNING]
         now = time.monotonic()
-        self._running_since = {one.trial_id: self._running_since.get(one.trial_id, now) for one in running}
+        self._running_since = {trial.trial_id: self._running_since.get(trial.trial_id, now) for trial in running}
         for trial in running:
-            # Of a pack's time each of its trials has a share.
+            # The trials of a pack share its time.
             if now - self._running_since[trial.trial_id] > 60 * minutes * len(_names(trial)):
                 self._end(tune_controller, trial, minutes)
 
@@ -65,39 +65,39 @@ class TrialTimeout(FIFOScheduler):
         reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
         if not pack:
             self.reasons[names[0]] = reason
-        # Asked to stop, a process that hangs would be waited for, and then be handed to the next trial.
+        # Tune would wait for a hanging process that it asks to stop, and then reuse it for the next trial.
         actor = trial.temporary_state.ray_actor
         if actor is not None:
             ray.kill(actor)
-        # It would hang again, so it isn't restarted. Tune's public stop_trial keeps the process for reuse.
+        # No restart: the trial would hang again. Tune's public stop_trial would keep the process for reuse.
         trial.max_failures = 0
         tune_controller._tune_controller._process_trial_failure(trial, TuneError(reason))
 
 
 def _names(trial: Trial) -> list[str]:
-    """The trials that a Tune trial is: itself, or the members of a pack."""
+    """Return the ids of a Tune trial's members, or its own id under Ray Train."""
     return trial.config.get("names") or [str(trial.config["record"]["trial_id"])]
 
 
 class CapacityWatch(tune.Callback):
-    """Asks now and then what keeps every trial from running, and says it; `lacking` gives a sentence, or None.
+    """Prints from time to time why no trial can run; `shortage` returns a sentence, or None.
 
-    The sweep goes on to wait: another machine may come.
+    The sweep continues to wait, since another machine may join.
     """
 
-    def __init__(self, lacking: Callable[[], str | None], console: Console) -> None:
-        self._lacking, self._console = lacking, console
-        self._looked_at, self._patience = time.monotonic(), NoticeThrottle()
+    def __init__(self, shortage: Callable[[], str | None], console: Console) -> None:
+        self._shortage, self._console = shortage, console
+        self._checked_at, self._throttle = time.monotonic(), NoticeThrottle()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore that we don't use.
+        # Tune pickles its callbacks for its own restore, which is not used.
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        # Tune takes a step several times a second, whatever its trials do.
+        # Tune takes a step several times a second.
         now = time.monotonic()
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._checked_at < LOOK_SECONDS:
             return
-        self._looked_at = now
-        if sentence := self._patience.to_say(self._lacking()):
+        self._checked_at = now
+        if sentence := self._throttle.to_say(self._shortage()):
             self._console.print(sentence)

@@ -1,4 +1,4 @@
-"""Runs jobs as Tune trials, in process or under Ray Train; the rest of the project sees only `run_jobs`."""
+"""Runs jobs as Tune trials, in process or under Ray Train."""
 
 from __future__ import annotations
 
@@ -36,67 +36,68 @@ from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialTimeout
 RAY_FOLDER = "ray"
 TUNE_SETTINGS = (
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
-    # Ctrl-C ends the sweep: Tune would end the search alone, and what comes next would read the test split.
+    # Ctrl-C ends the sweep. Tune would end the search alone, and the refit phase would read the test split.
     "TUNE_DISABLE_SIGINT_HANDLER",
-    # A failed trial's report has no metrics; the objective's name was checked with the spec.
+    # A failed trial's report has no metrics, and the objective's name was checked with the specification.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING",
 )
 
 
 def run_jobs(
-    lane: RunContext,
+    context: RunContext,
     searcher: Searcher,
     scheduler: AshaBrackets | None,
     kind: TrialKind,
     total: int,
     pack_size: Callable[[TrialConfig], int] = lambda config: 1,
 ) -> int:
-    """Run what the searcher hands out until it has no more; records land in the lane's log, progress counts `kind`.
+    """Run the searcher's jobs and write their records; progress shows trials of `kind`, of which there are `total`.
 
-    Of those that can train together up to `pack_size(config)` do so, in process. Returns how many trials should be run
-    again, since Tune gave them up before their restarts were spent.
+    In process up to `pack_size(config)` trials train together. Returns the number of trials that need another run,
+    since Tune gave them up before their restarts were spent.
     """
-    spec = lane.spec
-    trainable = tune.with_resources(*_trainable(lane))
-    packs = Packs(storage.join(lane.folder, RAY_FOLDER))
-    asked: TrialScheduler | None = scheduler
-    if lane.driver == "in_process":
+    spec = context.spec
+    trainable = tune.with_resources(*_trainable(context))
+    packs = Packs(storage.join(context.folder, RAY_FOLDER))
+    inner: TrialScheduler | None = scheduler
+    if context.driver == "in_process":
         searcher = TuneSearcher(searcher, packs, pack_size)
-        asked = None if scheduler is None else TuneScheduler(scheduler, packs)
-    limit = TrialTimeout(spec.max_trial_minutes, asked)
+        inner = None if scheduler is None else TuneScheduler(scheduler, packs)
+    timeout = TrialTimeout(spec.max_trial_minutes, inner)
     progress = ProgressCallback(
-        lane.log, lane.console, spec.best_objective, kind, total, lane.budget, lane.count_spent, lane.prune_logits,
-        limit.reasons, f"{pluralize(spec.num_workers, 'worker')}, {pluralize(lane.num_classes, 'class')}",
+        context.log, context.console, spec.best_objective, kind, total, context.budget, context.count_spent,
+        context.prune_logits, timeout.reasons,
+        f"{pluralize(spec.num_workers, 'worker')}, {pluralize(context.num_classes, 'class')}",
     )  # fmt: skip
     callbacks: list[tune.Callback] = [
         progress,
-        MetricsExporter(spec, lane.log, lane.local_folder, lane.folder.rpartition("/")[2]),
+        MetricsExporter(spec, context.log, context.local_folder, context.folder.rpartition("/")[2]),
     ]
-    callbacks = [TuneCallback(callbacks, packs)] if lane.driver == "in_process" else [*callbacks, FreeGroups()]
+    callbacks = [TuneCallback(callbacks, packs)] if context.driver == "in_process" else [*callbacks, FreeGroups()]
     callbacks.append(EndAtSignal())
-    callbacks.append(CapacityWatch(lambda: shortage(lane.sweep, connected_cluster()), lane.console))
-    # Tune would send this process's AWS keys along with each trial, and Ray writes what is sent into its logs.
+    callbacks.append(CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console))
+    # Tune sends these variables with each trial, and Ray logs them: AWS keys must not be among them.
     class_cache.ENV_VARS_TO_PROPAGATE = {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
     }
-    # A variable for Lightning, by which trials couldn't begin in the processes that Ray has started beforehand.
+    # A variable for Lightning, which keeps trials out of the processes that Ray has started in advance.
     class_cache.DEFAULT_ENV_VARS = {}
     tune_controller.RayActorManager = _ActorManager
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=limit,
+            scheduler=timeout,
             num_samples=-1,
-            max_concurrent_trials=lane.max_concurrent,
-            reuse_actors=lane.driver == "in_process",
+            max_concurrent_trials=context.max_concurrent,
+            reuse_actors=context.driver == "in_process",
             trial_dirname_creator=lambda trial: str(trial.config["record"]["trial_id"]),
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(lane.local_folder.absolute() / RAY_FOLDER),
+            storage_path=str(context.local_folder.absolute() / RAY_FOLDER),
             stop=CombinedStopper(
-                StopOnStorageError(progress), *([StopOnBudget(lane.budget)] if kind == "search" else [])
+                StopOnStorageError(progress), *([StopOnBudget(context.budget)] if kind == "search" else [])
             ),
             callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
@@ -104,27 +105,27 @@ def run_jobs(
         ),
     )
     try:
-        with _tune_settings(), interrupts.held():
+        with tune_settings(), interrupts.held():
             tuner.fit()
     except (OSError, tune.TuneError) as error:
-        progress.storage_error = progress.storage_error or _of_storage(error, lane.folder)
+        progress.storage_error = progress.storage_error or find_storage_error(error, context.folder)
         if progress.storage_error is None:
             raise
     finally:
-        # On a full disk what ended the sweep is said, not what couldn't be kept either.
+        # On a full disk the error that ended the sweep is raised, and not that of writing the budget.
         with nullcontext() if progress.storage_error is None else suppress(storage.StorageError):
-            lane.budget.keep(now=True)
+            context.budget.keep(now=True)
     if progress.storage_error is not None:
         raise progress.storage_error
-    # Resuming reads our own records; Tune's snapshots have served.
-    for place in (lane.folder, str(lane.local_folder)):
-        storage.delete(storage.join(place, RAY_FOLDER))
+    # A resumed sweep reads its own records and no snapshots of Tune.
+    for folder in (context.folder, str(context.local_folder)):
+        storage.delete(storage.join(folder, RAY_FOLDER))
     return progress.num_lost
 
 
 @contextmanager
-def _tune_settings() -> Iterator[None]:
-    """What Tune reads from this process's environment, which is its user's again afterwards."""
+def tune_settings() -> Iterator[None]:
+    """Within, the environment has Tune's settings; afterwards it is as before."""
     before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
     os.environ.update(dict.fromkeys(TUNE_SETTINGS, "1"))
     try:
@@ -136,12 +137,12 @@ def _tune_settings() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _of_storage(error: BaseException | None, folder: str) -> storage.StorageError | None:
-    """What couldn't be kept, where that has ended Tune: it hides what its searcher, scheduler and callbacks raise."""
+def find_storage_error(error: BaseException | None, folder: str) -> storage.StorageError | None:
+    """Return the storage error behind an error of Tune, which hides what searcher, scheduler and callbacks raise."""
     while error is not None:
         if isinstance(error, storage.StorageError):
             return error
-        # Without a number it is no file's: Ray's own waiting that took too long is one, too.
+        # An OSError without a number is not about a file: Ray raises such errors for its own timeouts.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             return storage.storage_error("write", folder, error)
         error = error.__cause__ or error.__context__
@@ -149,10 +150,10 @@ def _of_storage(error: BaseException | None, folder: str) -> storage.StorageErro
 
 
 class _ActorManager(RayActorManager):
-    """Tune's own, for which a trial's process is lost whatever else Ray says of its end.
+    """Tune's manager, for which a trial's process is lost whatever error Ray gives.
 
-    Tune expects a dead process or an error in it. Of one that Ray has ended since its machine ran out of memory Ray
-    says something else, and the whole sweep would end.
+    Tune expects a dead process or an error in it. Ray gives another error for a process that it killed on a machine
+    without memory, and Tune would end the whole sweep.
     """
 
     def _actor_task_failed(self, tracked_actor_task: object, exception: Exception) -> None:
@@ -162,9 +163,9 @@ class _ActorManager(RayActorManager):
 
 
 class EndAtSignal(tune.Callback):
-    """Ends everything at Ctrl-C between two of Tune's steps, a tenth of a second each.
+    """Ends the sweep at Ctrl-C between two of Tune's steps, which take a tenth of a second each.
 
-    Raised within a step, an interrupt may become an error of a trial, and the sweep would go on.
+    Within a step Tune may take the interrupt for a trial's error, and the sweep would continue.
     """
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -172,7 +173,7 @@ class EndAtSignal(tune.Callback):
 
 
 class StopOnStorageError(tune.Stopper):
-    """Ends everything once a record couldn't be written."""
+    """Ends the sweep once a record can't be written."""
 
     def __init__(self, progress: ProgressCallback) -> None:
         self._progress = progress
@@ -185,7 +186,7 @@ class StopOnStorageError(tune.Stopper):
 
 
 class StopOnBudget(tune.Stopper):
-    """Ends each trial at its next report once time or money is used up; a refit would be of no use half-done."""
+    """Ends each trial at its next report once time or money is used up. Refits run to their end."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
@@ -197,9 +198,9 @@ class StopOnBudget(tune.Stopper):
         return False
 
 
-def _trainable(lane: RunContext) -> tuple[object, object]:
-    spec = lane.spec
-    if lane.driver == "ray_train":
+def _trainable(context: RunContext) -> tuple[object, object]:
+    spec = context.spec
+    if context.driver == "ray_train":
         return ray_train_trial, {"cpu": DRIVER_CPUS}
     resources = {"cpu": spec.cpus_per_worker}
     if spec.gpus_per_worker:

@@ -32,9 +32,9 @@ from imbvlm.sweep.tune.asha_brackets import asha
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
 from imbvlm.sweep.tune.jobs import Job, RunContext, payload
 from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, TuneSearcher
-from imbvlm.sweep.tune.progress_callback import ProgressCallback, _cause, _failures
+from imbvlm.sweep.tune.progress_callback import ProgressCallback, failure_cause, read_failures
 from imbvlm.sweep.tune.study_search import StudySearch
-from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, _of_storage, _tune_settings
+from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, find_storage_error, tune_settings
 from imbvlm.training.trial_session import TrialSettings
 
 BEST = "val/best_balanced_accuracy"
@@ -243,7 +243,7 @@ def test_what_tune_reads_from_the_environment_is_its_users_again_behind_a_sweep(
     monkeypatch.setenv(first, "0")
     for name in others:
         monkeypatch.delenv(name, raising=False)
-    with _tune_settings():
+    with tune_settings():
         assert {os.environ[name] for name in TUNE_SETTINGS} == {"1"}
     assert os.environ[first] == "0"
     assert not any(name in os.environ for name in others)
@@ -262,9 +262,9 @@ def test_what_ended_a_trial_is_read_from_the_last_failure(tmp_path: Path) -> Non
                         (memory + lost.replace("# 1", "# 3"), "The actor died unexpectedly."),
                         ("Failure # 1 (occurred at 2026-11-25_22-20-17)\n\n", "its worker was lost")):  # fmt: skip
         (tmp_path / "error.txt").write_text(text)
-        failures = _failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
-        assert _cause(failures, record, "2 workers, 10 classes").startswith(words)
-    assert _cause(_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
+        failures = read_failures(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
+        assert failure_cause(failures, record, "2 workers, 10 classes").startswith(words)
+    assert failure_cause(read_failures(SimpleNamespace(error_file=None)), record, "") == "its worker was lost"
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,6 @@ def test_what_a_callback_could_not_keep_is_told_where_tune_ends_over_it(cause: E
     """Tune wraps what its callbacks, searcher and scheduler raise, and hides it behind a traceback's text."""
     wrapped = TuneError("Traceback of it")
     wrapped.__context__ = cause
-    found = _of_storage(wrapped, "/runs")
+    found = find_storage_error(wrapped, "/runs")
     assert (found is None) == (words is None)
     assert words is None or str(found).startswith(words)
