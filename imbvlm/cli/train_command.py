@@ -1,6 +1,9 @@
-"""One configuration trained on its own: `imbvlm train`."""
+"""`imbvlm train`: one configuration, without a sweep."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
@@ -10,6 +13,7 @@ from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
+from imbvlm.features.feature_set import FeatureSet
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.ray_runtime.connection import on_this_machine
@@ -21,16 +25,16 @@ LOG_FILE = "train.log"
 
 
 def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False) -> dict[str, float]:
-    """Extract what is missing, train, and return the last epoch's metrics with the best so far; raises ImbvlmError.
+    """Extract missing features, train, and return the metrics of the last epoch and the best; raises ImbvlmError.
 
-    Training uses this machine; the features come from a cluster only where RAY_ADDRESS names it.
+    Training uses this machine. Features are extracted on a cluster only if RAY_ADDRESS names one.
     """
     for location in (storage_folder, storage_folder if out is None else out):
         problem = storage.folder_problem(location)
         if problem is not None:
             raise storage.StorageError(problem)
     console = Console()
-    say = (lambda text: None) if quiet else console.print
+    echo = (lambda text: None) if quiet else console.print
     manifest = Manifest.read(config.data.manifest)
     stats, val_counts = data_counts(manifest, config.data.split_seed)
     problem = one_class_problem(stats) or validation_problem(stats, val_counts, [OBJECTIVE])
@@ -38,24 +42,8 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
         raise ConfigError([Problem(problem, config.data.manifest)])
     if problems := check_model(config, describe_encoder(config.encoder)):
         raise ConfigError(problems)
-    splits = tuple(split for split in manifest.splits if split != "test")
-    root = storage.join(storage_folder, "features")
-    log = storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
-    outputs = stored_outputs(config)
-    with console.redirect_output(log), on_this_machine():
-        if not outputs:
-            # Streamed images: one pass of the tower finds what can't be read while nothing is lost yet.
-            ensure_features(config, manifest, root, frozenset[OutputName]({"pooled"}), splits, report=say)
-        features = ensure_features(
-            config,
-            manifest,
-            root,
-            outputs,
-            splits,
-            report=say,
-            text=needs_text(config),
-            five_crop=tuple(split for split in splits if split == "val"),
-        )
+    with console.redirect_output(_log_file(storage_folder)), on_this_machine():
+        features = _extract(config, manifest, storage.join(storage_folder, "features"), echo)
     threads = config.train.num_threads if config.train else None
     settings = TrialSettings(
         config=config.to_tree(),
@@ -74,22 +62,50 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         loss = f"train loss {last['train/loss']:.4f}, " if "train/loss" in last else ""
-        say(
+        echo(
             f"epoch {int(last['epoch'])}: {loss}validation balanced {percent(last.get(OBJECTIVE))}, "
             f"overall {percent(last.get('val/top1_accuracy'))}"
         )
-    say(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
+    echo(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
+    for line in _notes(config, last):
+        echo(line)
+    return last
+
+
+def _log_file(storage_folder: str) -> Path | None:
+    return storage.local_path(storage_folder) / LOG_FILE if storage.is_local(storage_folder) else None
+
+
+def _extract(config: TrialConfig, manifest: Manifest, root: str, report: Callable[[str], None]) -> FeatureSet:
+    splits = tuple(split for split in manifest.splits if split != "test")
+    outputs = stored_outputs(config)
+    if not outputs:
+        # For streamed images one pass of the encoder finds unreadable files before training starts.
+        ensure_features(config, manifest, root, frozenset[OutputName]({"pooled"}), splits, report=report)
+    return ensure_features(
+        config,
+        manifest,
+        root,
+        outputs,
+        splits,
+        report=report,
+        text=needs_text(config),
+        five_crop=tuple(split for split in splits if split == "val"),
+    )
+
+
+def _notes(config: TrialConfig, last: Mapping[str, float]) -> Iterator[str]:
+    """Iterate over sentences on five crops and on unreadable images."""
     if config.eval.tte == "five_crop":
         if "val_tte/balanced_accuracy" in last:
-            say(
+            yield (
                 f"with five crops: validation balanced {percent(last['val_tte/balanced_accuracy'])}, overall "
                 f"{percent(last['val_tte/top1_accuracy'])} in the last epoch"
             )
         else:
-            say("five crops are not scored: the data has no validation split of its own")
+            yield "five crops are not scored: the data has no validation split of its own"
     if last.get("data/unreadable_images"):
-        say(
+        yield (
             f"{pluralize(int(last['data/unreadable_images']), 'image')} could not be read and left out; "
             f"`imbvlm manifest check {config.data.manifest} --decode` names them"
         )
-    return last

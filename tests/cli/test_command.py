@@ -112,7 +112,7 @@ def test_two_that_start_in_one_second_share_no_folder_and_are_found_again(tmp_pa
     ("wanted", "says"),
     [
         (sweep_script.LATEST, "there is no sweep inat under"),
-        ("nowhere", "nowhere is not a sweep's folder: it has no sweep.yaml"),
+        ("nowhere", "nowhere is not a sweep's folder: it has no sweep.yaml."),
     ],
 )
 def test_nothing_to_go_on_with(tmp_path: Path, wanted: str, says: str) -> None:
@@ -126,10 +126,10 @@ def test_going_on_as_another_sweep_is_refused_with_both_values(tmp_path: Path) -
     with pytest.raises(ConfigError) as error:
         sweep_script.resumed_folder(with_settings(SPEC, {"num_trials": 7, "decoder.depth": 1}), folder)
     assert sorted(problem.message for problem in error.value.problems) == [
-        "base.decoder.depth was None when the sweep began and is 1 now; set it back, or add --fork",
-        "num_trials was 24 when the sweep began and is 7 now; set it back, or add --fork",
-        "space.parameters.decoder.depth.choice was [1, 2] when the sweep began and is None now; "
-        "set it back, or add --fork",
+        "base.decoder.depth was None when the sweep began and is 1 now. Set it back, or add --fork.",
+        "num_trials was 24 when the sweep began and is 7 now. Set it back, or add --fork.",
+        "space.parameters.decoder.depth.choice was [1, 2] when the sweep began and is None now. "
+        "Set it back, or add --fork.",
     ]
 
 

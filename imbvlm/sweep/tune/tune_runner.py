@@ -57,7 +57,6 @@ def run_jobs(
     since Tune gave them up before their restarts were spent.
     """
     spec = context.spec
-    trainable = tune.with_resources(*_trainable(context))
     packs = Packs(storage.join(context.folder, RAY_FOLDER))
     inner: TrialScheduler | None = scheduler
     if context.driver == "in_process":
@@ -69,22 +68,9 @@ def run_jobs(
         context.prune_logits, timeout.reasons,
         f"{pluralize(spec.num_workers, 'worker')}, {pluralize(context.num_classes, 'class')}",
     )  # fmt: skip
-    callbacks: list[tune.Callback] = [
-        progress,
-        MetricsExporter(spec, context.log, context.local_folder, context.folder.rpartition("/")[2]),
-    ]
-    callbacks = [TuneCallback(callbacks, packs)] if context.driver == "in_process" else [*callbacks, FreeGroups()]
-    callbacks.append(EndAtSignal())
-    callbacks.append(CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console))
-    # Tune sends these variables with each trial, and Ray logs them: AWS keys must not be among them.
-    class_cache.ENV_VARS_TO_PROPAGATE = {
-        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
-    }
-    # A variable for Lightning, which keeps trials out of the processes that Ray has started in advance.
-    class_cache.DEFAULT_ENV_VARS = {}
-    tune_controller.RayActorManager = _ActorManager
+    _patch_tune()
     tuner = tune.Tuner(
-        trainable,
+        tune.with_resources(*_trainable(context)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=timeout,
@@ -99,7 +85,7 @@ def run_jobs(
             stop=CombinedStopper(
                 StopOnStorageError(progress), *([StopOnBudget(context.budget)] if kind == "search" else [])
             ),
-            callbacks=callbacks,
+            callbacks=_callbacks(context, progress, packs),
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
         ),
@@ -121,6 +107,27 @@ def run_jobs(
     for folder in (context.folder, str(context.local_folder)):
         storage.delete(storage.join(folder, RAY_FOLDER))
     return progress.num_lost
+
+
+def _callbacks(context: RunContext, progress: ProgressCallback, packs: Packs) -> list[tune.Callback]:
+    sweep_name = context.folder.rpartition("/")[2]
+    metrics = MetricsExporter(context.spec, context.log, context.local_folder, sweep_name)
+    in_process: list[tune.Callback] = [TuneCallback([progress, metrics], packs)]
+    return [
+        *(in_process if context.driver == "in_process" else [progress, metrics, FreeGroups()]),
+        EndAtSignal(),
+        CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
+    ]
+
+
+def _patch_tune() -> None:
+    # Tune sends these variables with each trial, and Ray logs them: AWS keys must not be among them.
+    class_cache.ENV_VARS_TO_PROPAGATE = {
+        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
+    }
+    # A variable for Lightning, which keeps trials out of the processes that Ray has started in advance.
+    class_cache.DEFAULT_ENV_VARS = {}
+    tune_controller.RayActorManager = _ActorManager
 
 
 @contextmanager

@@ -388,7 +388,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(
     with pytest.raises(SystemExit) as left:
         sweep_script.run_script(fits, ["--gpus=4"])
     assert left.value.code == 1
-    assert "--gpus: a plan alone can be for another machine" in capsys.readouterr().err
+    assert "--gpus: only a plan can be for another machine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -217,7 +217,7 @@ def test_words_of_the_command_line_are_yaml() -> None:
         "c": [1, 2],
         "d": "x=y",
     }
-    with pytest.raises(ConfigError, match=r"--set takes KEY=VALUE, and got 'optim.lr'"):
+    with pytest.raises(ConfigError, match=r"--set takes KEY=VALUE, got 'optim.lr'"):
         parse_settings(["optim.lr"])
 
 
