@@ -183,7 +183,7 @@ def _compute_in_workers(
                 "GPU, hide it with CUDA_VISIBLE_DEVICES=, or set features.computed_in."
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
-        progress.num_workers = min(gpus or max(1, int(cluster.num_cpus) // threads), len(blocks))
+        progress.num_encoder_workers = min(gpus or max(1, int(cluster.num_cpus) // threads), len(blocks))
         loaded = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
         yield from map_images(
             blocks,
@@ -191,7 +191,7 @@ def _compute_in_workers(
             make_encoder_worker,
             (*loaded, dtype, threads, bool(gpus)),
             images_per_block=max(part.store.layout.rows_per_shard * part.store.num_views for part in parts),
-            num_workers=progress.num_workers,
+            num_encoder_workers=progress.num_encoder_workers,
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
             # One block is written while the GPU computes the next. On a CPU this saves no time and takes more memory.
@@ -212,7 +212,7 @@ class _Progress:
     def __init__(self, num_images: int, report: Report) -> None:
         self.num_images, self.done, self.report = num_images, 0, report
         # Timing begins once each worker has had time for a block: when the first ends, the others have nearly ended.
-        self.num_workers, self._num_blocks = 1, 0
+        self.num_encoder_workers, self._num_blocks = 1, 0
         self._timed_from: tuple[int, float] | None = None
         # Seconds of the whole cluster; None before two blocks have ended.
         self.seconds_per_image: float | None = None
@@ -226,7 +226,7 @@ class _Progress:
         self.done += num_images
         self._num_blocks += 1
         now = time.monotonic()
-        if self._num_blocks == self.num_workers:
+        if self._num_blocks == self.num_encoder_workers:
             self._timed_from = (self.done, now)
         text = f"features: {self.done:,} of {self.num_images:,} images"
         done_before, started = self._timed_from or (self.done, now)

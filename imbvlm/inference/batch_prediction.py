@@ -168,15 +168,15 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
     written = 0
     with ray_session() as cluster:
         use_gpu = cluster.num_gpus > 0
-        num_workers = int(cluster.num_gpus) if use_gpu else max(1, int(cluster.num_cpus) // 4)
-        threads = 1 if use_gpu else max(1, int(cluster.num_cpus) // (2 * num_workers))
+        num_encoder_workers = int(cluster.num_gpus) if use_gpu else max(1, int(cluster.num_cpus) // 4)
+        threads = 1 if use_gpu else max(1, int(cluster.num_cpus) // (2 * num_encoder_workers))
         done = map_images(
             blocks,
             load_crops,
             make_model_worker,
             (location, top, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
-            num_workers=num_workers,
+            num_encoder_workers=num_encoder_workers,
             waits=notify,
             cpus_per_worker=1 if use_gpu else threads,
             gpus_per_worker=1.0 if use_gpu else 0.0,

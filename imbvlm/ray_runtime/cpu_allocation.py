@@ -21,7 +21,7 @@ class CpuPlan:
 
 def plan_cpus(
     free: float,
-    num_workers: int,
+    num_encoder_workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
     smallest_node: float = math.inf,
@@ -37,13 +37,15 @@ def plan_cpus(
     if free <= 0:
         return CpuPlan(0, 0, 1)
     for_loading = min(1.0, free / 2) if gpus_per_worker else free / 2
-    per_worker = _floor(min(float(cpus_per_worker), (free - for_loading) / num_workers))
-    num_tasks = max(1, int(free - per_worker * num_workers))
+    per_worker = _floor(min(float(cpus_per_worker), (free - for_loading) / num_encoder_workers))
+    num_tasks = max(1, int(free - per_worker * num_encoder_workers))
     on_one_node = per_worker
     if num_nodes > 1 and not gpus_per_worker:
-        per_worker = _floor(min(per_worker, free / 4 / num_workers))
-        on_one_node = per_worker * num_workers if per_worker * num_workers < smallest_node else per_worker
-    remaining = free - per_worker * num_workers
+        per_worker = _floor(min(per_worker, free / 4 / num_encoder_workers))
+        on_one_node = (
+            per_worker * num_encoder_workers if per_worker * num_encoder_workers < smallest_node else per_worker
+        )
+    remaining = free - per_worker * num_encoder_workers
     remaining_on_node = smallest_node - on_one_node if smallest_node > on_one_node else smallest_node
     per_task = _floor(min(1.0, remaining / num_tasks, remaining_on_node))
     # Ray Data fuses stages that book the same, and the worker would load its images itself.

@@ -47,7 +47,7 @@ def map_images(
     worker_args: tuple[Any, ...],
     *,
     images_per_block: int,
-    num_workers: int,
+    num_encoder_workers: int,
     waits: Callable[[str], None],
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
@@ -65,10 +65,10 @@ def map_images(
     """
     if not blocks:
         return
-    free = _free_cpus(num_workers * cpus_per_worker + 1)
+    free = _free_cpus(num_encoder_workers * cpus_per_worker + 1)
     nodes = _cpus_of_nodes()
     smallest = min(nodes, default=math.inf)
-    cpus = plan_cpus(free, num_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
+    cpus = plan_cpus(free, num_encoder_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks)
     with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
         dataset = (
@@ -88,7 +88,7 @@ def map_images(
                 zero_copy_batch=True,
                 num_cpus=cpus.per_worker,
                 num_gpus=gpus_per_worker,
-                **_pool(num_workers, calls_per_worker),
+                **_pool(num_encoder_workers, calls_per_worker),
             )
         )
         needed = (cpus.per_worker, gpus_per_worker, cpus.per_task)
@@ -128,13 +128,13 @@ def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Ite
         yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
 
 
-def _pool(num_workers: int, calls_per_worker: int) -> dict[str, Any]:
+def _pool(num_encoder_workers: int, calls_per_worker: int) -> dict[str, Any]:
     """Options of map_batches for a pool of workers; versions of Ray without concurrent calls make one at a time."""
     options = inspect.signature(ray.data.ActorPoolStrategy).parameters
     if calls_per_worker == 1 or not options.keys() >= {_AT_ONCE, _IN_THREADS}:
-        return {"concurrency": num_workers}
+        return {"concurrency": num_encoder_workers}
     overlapping = {_AT_ONCE: calls_per_worker, _IN_THREADS: True}
-    return {"compute": ray.data.ActorPoolStrategy(size=num_workers, **overlapping)}
+    return {"compute": ray.data.ActorPoolStrategy(size=num_encoder_workers, **overlapping)}
 
 
 class _Descriptors(Sequence[Block]):

@@ -51,9 +51,9 @@ def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
     done: list[tuple[float, int]] = []
     workers = []
 
-    def watched(*arguments: Any, num_workers: int, **named: Any) -> Iterator[Block]:
-        workers.append(num_workers)
-        for summary in map_images(*arguments, num_workers=num_workers, **named):
+    def watched(*arguments: Any, num_encoder_workers: int, **named: Any) -> Iterator[Block]:
+        workers.append(num_encoder_workers)
+        for summary in map_images(*arguments, num_encoder_workers=num_encoder_workers, **named):
             done.append((perf_counter(), summary["num_images"]))
             yield summary
 
@@ -66,13 +66,13 @@ def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
     return steady_rate(done, *workers), perf_counter() - begin
 
 
-def steady_rate(done: list[tuple[float, int]], num_workers: int) -> float:
+def steady_rate(done: list[tuple[float, int]], num_encoder_workers: int) -> float:
     """Images a second by blocks' ends and sizes, from each worker's first block on.
 
     When the first block of all is done, those of other workers nearly are as well: they would count as made in no time.
     """
-    counted = done[num_workers:]
-    return sum(size for _, size in counted) / (counted[-1][0] - done[num_workers - 1][0])
+    counted = done[num_encoder_workers:]
+    return sum(size for _, size in counted) / (counted[-1][0] - done[num_encoder_workers - 1][0])
 
 
 def bare_rate(tower: EncoderConfig, device: str, num_images: int, computed_in: ComputeDtype) -> float:

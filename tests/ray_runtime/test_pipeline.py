@@ -63,7 +63,7 @@ class Tower:
 
 def run(blocks: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     return sorted(
-        map_images(blocks, load, Tower, (2,), images_per_block=300, num_workers=1, waits=print, **options),
+        map_images(blocks, load, Tower, (2,), images_per_block=300, num_encoder_workers=1, waits=print, **options),
         key=lambda found: found["shard"],
     )
 
@@ -133,7 +133,13 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(
     with pytest.raises(StorageError, match="the tower's file is not there"):
         list(
             map_images(
-                [{"shard": 1, "num_images": 3}], load, Tower, (0,), images_per_block=3, num_workers=1, waits=print
+                [{"shard": 1, "num_images": 3}],
+                load,
+                Tower,
+                (0,),
+                images_per_block=3,
+                num_encoder_workers=1,
+                waits=print,
             )
         )
     assert "Traceback" not in capfd.readouterr().err
@@ -145,7 +151,7 @@ def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster: str) -> None:
     blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
     for _ in range(3):
         with pytest.raises(StorageError, match="the tower's file is not there"):
-            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_workers=1, waits=print))
+            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_encoder_workers=1, waits=print))
         assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
 
 
@@ -177,7 +183,9 @@ def run_dying(folder: Path, stage: str, number: int) -> list[dict[str, Any]]:
     blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
     blocks[1][stage] = (folder, number)
     start = blocks[1].pop("start", (folder, 0))
-    return list(map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_workers=1, waits=print))
+    return list(
+        map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_encoder_workers=1, waits=print)
+    )
 
 
 @pytest.mark.slow
@@ -212,14 +220,14 @@ def test_ray_data_prints_nothing(ray_cluster: str, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("free", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 16.0, 17.0])
-@pytest.mark.parametrize("num_workers", [1, 2, 8])
+@pytest.mark.parametrize("num_encoder_workers", [1, 2, 8])
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (8, 0), (1, 1), (0.5, 0.25)])
 def test_both_stages_always_fit_into_the_free_cpus_at_once(
-    free: float, num_workers: int, cpus: float, gpus: float
+    free: float, num_encoder_workers: int, cpus: float, gpus: float
 ) -> None:
-    plan = plan_cpus(free, num_workers, cpus, gpus)
+    plan = plan_cpus(free, num_encoder_workers, cpus, gpus)
     assert plan.num_tasks >= 1
-    assert plan.per_worker * num_workers + plan.per_task * plan.num_tasks <= free + 1e-9
+    assert plan.per_worker * num_encoder_workers + plan.per_task * plan.num_tasks <= free + 1e-9
     assert 0 <= plan.per_worker <= cpus
     assert free == 0 or plan.per_worker != plan.per_task
     assert free == 0 or plan.per_task > 0
@@ -238,16 +246,16 @@ def test_a_task_fits_beside_a_worker_on_every_node(nodes: int, node_cpus: float)
 def test_where_half_of_the_nodes_go_away_the_workers_are_started_again_beside_a_task(
     nodes: int, node_cpus: float, cpus: int
 ) -> None:
-    num_workers = max(1, int(nodes * node_cpus) // cpus)
-    plan = plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus, nodes)
+    num_encoder_workers = max(1, int(nodes * node_cpus) // cpus)
+    plan = plan_cpus(nodes * node_cpus, num_encoder_workers, cpus, 0, node_cpus, nodes)
     left = [node_cpus] * (nodes - nodes // 2)
-    for _ in range(num_workers):
+    for _ in range(num_encoder_workers):
         fullest = min((cpus for cpus in left if cpus >= plan.per_worker), default=None)
         if fullest is not None:
             left[left.index(fullest)] = fullest - plan.per_worker
     assert max(left) + 1e-9 >= plan.per_task
     # As many tasks as where nothing goes away.
-    assert plan.num_tasks == plan_cpus(nodes * node_cpus, num_workers, cpus, 0, node_cpus).num_tasks
+    assert plan.num_tasks == plan_cpus(nodes * node_cpus, num_encoder_workers, cpus, 0, node_cpus).num_tasks
     assert 0 < plan.per_worker != plan.per_task > 0
 
 
