@@ -82,7 +82,9 @@ def _sweep_list(options: argparse.Namespace) -> int:
 
     states, unreadable = sweeps_under(options.storage)
     if options.json:
-        print(json.dumps([*(one.to_dict() for one in states), *(one.to_dict() for one in unreadable)], indent=1))
+        print(
+            json.dumps([*(state.to_dict() for state in states), *(sweep.to_dict() for sweep in unreadable)], indent=1)
+        )
     elif states or unreadable:
         print(printable(list_text(states, unreadable), keep=LINE_BREAKS))
     else:

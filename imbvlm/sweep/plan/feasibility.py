@@ -138,8 +138,8 @@ class Packing:
 
     def size(self, config: TrialConfig) -> int:
         """Return how many trials of the configuration's `pack_key` may train together."""
-        is_alone = METHODS[config.method].packs == "in_turns" and not self.packs_in_turns
-        if self.max_size < 2 or pack_key(config) is None or is_alone:
+        trains_alone = METHODS[config.method].packs == "in_turns" and not self.packs_in_turns
+        if self.max_size < 2 or pack_key(config) is None or trains_alone:
             return 1
         return max(1, min(self.max_size, self.max_bytes // max(1, self.bytes_of(config))))
 

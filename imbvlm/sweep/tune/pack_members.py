@@ -42,7 +42,7 @@ class MemberTrial:
         return str(self.config["record"]["trial_id"])
 
 
-class Packs:
+class Members:
     """The members of every Tune trial that runs, by the Tune trial's id, then by their own."""
 
     def __init__(self, folder: str) -> None:
@@ -106,7 +106,7 @@ class TuneSearcher(UnsavedSearcher):
     alone: they take seconds, and Tune would start a process for each of them.
     """
 
-    def __init__(self, inner: Searcher, packs: Packs, size: Callable[[TrialConfig], int]) -> None:
+    def __init__(self, inner: Searcher, packs: Members, size: Callable[[TrialConfig], int]) -> None:
         super().__init__(metric=inner.metric, mode=inner.mode)
         self._inner, self._packs, self._size = inner, packs, size
         self._waiting: list[_Waiting] = []
@@ -119,11 +119,11 @@ class TuneSearcher(UnsavedSearcher):
         first = self._waiting[0]
         while first.key is not None and len(self._waiting) < first.size and self._ask():
             pass
-        together = [one for one in self._waiting[1:] if first.key is not None and one.key == first.key]
+        together = [trial for trial in self._waiting[1:] if first.key is not None and trial.key == first.key]
         group = [first, *together[: first.size - 1]]
-        self._waiting = [one for one in self._waiting if not any(one is other for other in group)]
-        self._open[trial_id] = {one.member.name: one.member.trial_id for one in group}
-        return self._packs.open(trial_id, [one.member for one in group])
+        self._waiting = [trial for trial in self._waiting if not any(trial is member for member in group)]
+        self._open[trial_id] = {trial.member.name: trial.member.trial_id for trial in group}
+        return self._packs.open(trial_id, [trial.member for trial in group])
 
     def _ask(self) -> bool:
         """One more trial waits; False where there is none."""
@@ -162,7 +162,7 @@ class TuneSearcher(UnsavedSearcher):
 class TuneScheduler(FIFOScheduler):
     """Passes each member's reports to another scheduler; a pack ends with its last member."""
 
-    def __init__(self, inner: AshaBrackets, packs: Packs) -> None:
+    def __init__(self, inner: AshaBrackets, packs: Members) -> None:
         super().__init__()
         self._inner, self._packs = inner, packs
         self._open: dict[str, dict[str, MemberTrial]] = {}
@@ -202,7 +202,7 @@ class TuneScheduler(FIFOScheduler):
 class TuneCallback(tune.Callback):
     """Passes each member to other callbacks; a member ends at once, while its pack continues."""
 
-    def __init__(self, inner: Sequence[tune.Callback], packs: Packs) -> None:
+    def __init__(self, inner: Sequence[tune.Callback], packs: Members) -> None:
         self._inner, self._packs = inner, packs
 
     def __getstate__(self) -> dict[str, Any]:

@@ -48,14 +48,14 @@ def ray_train_trial(config: Tree) -> None:
         run_config=train.RunConfig(
             name=f"train-{trial_id}",
             storage_path=folder,
-            callbacks=[TuneReportCallback(), NoteGroup(_key(trial_id))],
+            callbacks=[TuneReportCallback(), PlacementGroupRecorder(_key(trial_id))],
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     )
     trainer.fit()
 
 
-class NoteGroup(WorkerGroupCallback):
+class PlacementGroupRecorder(WorkerGroupCallback):
     """Records the placement group of a trial's workers, so that the sweep can free it."""
 
     def __init__(self, key: str) -> None:
@@ -66,7 +66,7 @@ class NoteGroup(WorkerGroupCallback):
         internal_kv._internal_kv_put(self._key, handle.placement_group.id.hex())
 
 
-class FreeGroups(tune.Callback):
+class PlacementGroupCleaner(tune.Callback):
     """Frees the placement groups of ended trials.
 
     Ray Train has a process for that after Tune has ended a trial. A machine without memory kills that process too, and

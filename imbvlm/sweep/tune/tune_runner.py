@@ -28,9 +28,9 @@ from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
 from imbvlm.sweep.tune.jobs import RunContext
 from imbvlm.sweep.tune.monitoring import MetricsExporter
-from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, TuneSearcher
+from imbvlm.sweep.tune.pack_members import Members, TuneCallback, TuneScheduler, TuneSearcher
 from imbvlm.sweep.tune.progress_callback import ProgressCallback
-from imbvlm.sweep.tune.ray_train_trial import FreeGroups, ray_train_trial
+from imbvlm.sweep.tune.ray_train_trial import PlacementGroupCleaner, ray_train_trial
 from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialTimeout
 
 RAY_FOLDER = "ray"
@@ -57,7 +57,7 @@ def run_jobs(
     since Tune gave them up before their restarts were spent.
     """
     spec = context.spec
-    packs = Packs(storage.join(context.folder, RAY_FOLDER))
+    packs = Members(storage.join(context.folder, RAY_FOLDER))
     inner: TrialScheduler | None = scheduler
     if context.driver == "in_process":
         searcher = TuneSearcher(searcher, packs, pack_size)
@@ -109,12 +109,12 @@ def run_jobs(
     return progress.num_lost
 
 
-def _callbacks(context: RunContext, progress: ProgressCallback, packs: Packs) -> list[tune.Callback]:
+def _callbacks(context: RunContext, progress: ProgressCallback, packs: Members) -> list[tune.Callback]:
     sweep_name = context.folder.rpartition("/")[2]
     metrics = MetricsExporter(context.spec, context.log, context.local_folder, sweep_name)
     in_process: list[tune.Callback] = [TuneCallback([progress, metrics], packs)]
     return [
-        *(in_process if context.driver == "in_process" else [progress, metrics, FreeGroups()]),
+        *(in_process if context.driver == "in_process" else [progress, metrics, PlacementGroupCleaner()]),
         EndAtSignal(),
         CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
     ]

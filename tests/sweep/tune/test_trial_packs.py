@@ -31,7 +31,7 @@ from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 from imbvlm.sweep.tune.asha_brackets import asha
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
 from imbvlm.sweep.tune.jobs import Job, RunContext, payload
-from imbvlm.sweep.tune.pack_members import Packs, TuneCallback, TuneScheduler, TuneSearcher
+from imbvlm.sweep.tune.pack_members import Members, TuneCallback, TuneScheduler, TuneSearcher
 from imbvlm.sweep.tune.progress_callback import ProgressCallback, failure_cause, read_failures
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, find_storage_error, tune_settings
@@ -62,7 +62,7 @@ class Tune:
     def __init__(
         self, folder: Path, features: FeatureSet, spec: SweepSpec, size: int, jobs: Sequence[Job] = ()
     ) -> None:
-        self.log, self.packs = TrialLog(str(folder)), Packs(str(folder / "ray"))
+        self.log, self.packs = TrialLog(str(folder)), Members(str(folder / "ray"))
         budget = Budget.open(spec, str(folder), 0.0)
         self.printed = io.StringIO()
         lane = RunContext(spec.resolve(), str(folder), self.log, Console(self.printed), 1, budget, 10)
