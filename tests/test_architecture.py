@@ -253,10 +253,11 @@ try:
 except SystemExit as end:
     assert end.code == 0
 assert "imbvlm.sweep.plan.sweep_plan" in sys.modules
-print(*(name for name in ("ray.tune", "optuna") if name in sys.modules), file=sys.stderr)
+print("loaded:", [name for name in ("ray.tune", "optuna") if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr.split() == []
+    # Without a network Ray warns there, too.
+    assert "loaded: []" in done.stderr.splitlines()
 
 
 def test_a_resume_asks_for_the_code_that_extracts_and_trains_and_for_no_other() -> None:
