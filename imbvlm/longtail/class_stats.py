@@ -55,12 +55,6 @@ class ClassStats:
         return len(self.counts)
 
     @cached_property
-    def priors(self) -> npt.NDArray[np.float64]:
-        """Share of each class (C,), summing to 1; an empty class counts as half an image."""
-        floored = np.maximum(self.counts.astype(np.float64), PRIOR_FLOOR)
-        return floored / floored.sum()
-
-    @cached_property
     def imbalance_factor(self) -> float:
         """Largest over smallest count above 0; raises ValueError where every class is empty."""
         present = self.counts[self.counts > 0]

@@ -46,14 +46,6 @@ class ClassCounters:
         losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
         self.nll += losses.sum(dtype=torch.float64)
 
-    def merge(self, other: ClassCounters) -> None:
-        """Add another part's counters."""
-        self._to(other.total.device)
-        self.correct += other.correct
-        self.total += other.total
-        self.predicted += other.predicted
-        self.nll += other.nll
-
     def reduced(self, workers: WorkerGroup) -> ClassCounters:
         """The sum over workers; every worker must call it."""
         result = ClassCounters(self.num_classes)
@@ -112,10 +104,6 @@ class CalibrationBins:
         right = (valid & (classes == targets)).double()
         rows = torch.stack([torch.ones_like(right), right, confidence])
         self.counts = self.counts.to(logits.device).index_add(1, bins, rows)
-
-    def merge(self, other: CalibrationBins) -> None:
-        """Add another part's bins."""
-        self.counts = self.counts.to(other.counts.device) + other.counts
 
     def reduced(self, workers: WorkerGroup) -> CalibrationBins:
         """The sum over workers; every worker must call it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -156,16 +155,6 @@ class Evaluator:
                 adjusted.add(adjust(logits, batch.examples), batch)
         result = plain.result(self.world)
         return result if adjust is None else replace(result, adjusted=adjusted.result(self.world))
-
-    def logits(self, forward: Forward, examples: RowSource) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, on the CPU, by this worker alone.
-
-        The logits of an unreadable image are NaN.
-        """
-        result = torch.full((len(examples.labels), len(self.data.class_names)), math.nan)
-        for logits, batch in self.outputs(forward, examples, np.arange(len(examples.labels))):
-            result[torch.from_numpy(batch.examples)] = logits.cpu()
-        return result
 
     def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:
         """Outputs (N * V, width) of every view of every example, an example's views in consecutive rows.

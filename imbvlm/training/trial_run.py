@@ -305,18 +305,6 @@ class TrialRun:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, examples: RowSource) -> dict[str, float]:
-        """Metrics by their plain names over all examples; every worker must call it."""
-        return self.counters(examples).compute(self.data.class_stats)
-
-    def logits(self, examples: RowSource) -> Tensor:
-        """Float32 logits (N, C) of all examples in order, of their evaluation crops, on the CPU, by this worker alone.
-
-        The logits of an unreadable image are NaN.
-        """
-        self.model.eval()
-        return self._evaluator.logits(self._forward, examples)
-
     def counters(self, examples: RowSource) -> ClassCounters:
         """Per-class counts over the examples, summed over workers, each of which evaluates every n-th example."""
         self.model.eval()

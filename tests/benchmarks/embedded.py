@@ -49,7 +49,7 @@ def tested(run: TrialRun, found: FeatureSet) -> tuple[float, float]:
     """Balanced and few-shot accuracy on the test split once all epochs are run."""
     for _ in run.epochs():
         pass
-    metrics = run.evaluate(TrialData.open_split(run.config, found, "test"))
+    metrics = run.counters(TrialData.open_split(run.config, found, "test")).compute(run.data.class_stats)
     return metrics["balanced_accuracy"], metrics["few_shot_accuracy"]
 
 

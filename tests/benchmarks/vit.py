@@ -166,7 +166,7 @@ def score(one: TrialConfig, features: Path, split: str) -> tuple[list[float], st
     for result in run.epochs():
         assert not result.failure, result.failure
     seconds = time.process_time() - begin
-    metrics = run.evaluate(TrialData.open_split(one, found, split))
+    metrics = run.counters(TrialData.open_split(one, found, split)).compute(run.data.class_stats)
     trained = count_parameters(run.model, found.info).trained
     return [100 * metrics[f"{group}_accuracy"] for group in GROUPS], f"{trained:,} trained, {seconds:.0f} CPU seconds"
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import torch
 from tiny_images import TinyImages
+from trial_logits import trial_logits
 
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
@@ -104,7 +105,7 @@ def cases(folder: Path) -> dict[str, Case]:
 def trained(problem: TinyImages, config: TrialConfig, device: torch.device) -> Numbers:
     run = build_trial(config, problem.data(config), device)
     losses = [result.metrics["val/loss"] for result in run.epochs()]
-    return [*losses, *run.logits(run.data.val).cpu().flatten().tolist()]
+    return [*losses, *trial_logits(run, run.data.val).cpu().flatten().tolist()]
 
 
 def packed(problem: TinyImages, configs: list[TrialConfig], device: torch.device) -> Numbers:

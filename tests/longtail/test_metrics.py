@@ -115,10 +115,8 @@ def test_parts_add_to_the_whole(cuts: list[int], dtype: torch.dtype) -> None:
     whole_bins.update(logits, targets)
     bounds = [0, *sorted(cuts), 60]
     for start, end in itertools.pairwise(bounds):
-        merged.merge(counted(logits[start:end], targets[start:end]))
-        part = CalibrationBins()
-        part.update(logits[start:end], targets[start:end])
-        merged_bins.merge(part)
+        merged.update(logits[start:end], targets[start:end])
+        merged_bins.update(logits[start:end], targets[start:end])
     for name in ("correct", "total", "predicted"):
         assert torch.equal(getattr(whole, name), getattr(merged, name))
     assert merged.nll.item() == pytest.approx(whole.nll.item(), rel=1e-12)

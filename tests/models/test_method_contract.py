@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_images import TinyImages
+from trial_logits import trial_logits
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig
@@ -134,7 +135,9 @@ def test_on_a_frozen_tower(
     contents = manifest.table.column("bytes").to_pylist()
     crops = torch.from_numpy(np.stack([tower.preprocess.apply(decode(contents[r])) for r in manifest.rows_of("val")]))
     # Batches of other sizes round otherwise, before what is stored is rounded to half precision.
-    torch.testing.assert_close(model.logits(crops), run.logits(run.data.val), atol=0.02 if stored else 1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        model.logits(crops), trial_logits(run, run.data.val), atol=0.02 if stored else 1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("classifier", ["linear", "cosine"])
@@ -158,7 +161,9 @@ def test_a_decoder_of_depth_0_under_the_towers_frozen_norm_is_a_linear_probe(
     list(probe.epochs())
     list(decoder.epochs())
     assert decoder.first_losses == pytest.approx(probe.first_losses, abs=1e-5)
-    torch.testing.assert_close(decoder.logits(decoder.data.val), probe.logits(probe.data.val), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        trial_logits(decoder, decoder.data.val), trial_logits(probe, probe.data.val), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.slow

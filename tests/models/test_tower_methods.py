@@ -19,6 +19,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from tiny_images import CLASS_COUNTS, TinyImages, extraction_in_this_process
 from torch.nn import functional
+from trial_logits import trial_logits
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.train_command import train_one
@@ -337,9 +338,9 @@ def test_an_exported_model_predicts_the_same_logits(
     contents = table.column("bytes").to_pylist()
     rows = run.data.val.manifest_rows
     crops = torch.from_numpy(np.stack([tower.preprocess.apply(decode(contents[row])) for row in rows]))
-    assert torch.equal(model.logits(crops), run.logits(run.data.val))
+    assert torch.equal(model.logits(crops), trial_logits(run, run.data.val))
     predicted = model.predict([contents[row] for row in rows], top=1)
-    assert [p.labels[0] for p in predicted] == run.logits(run.data.val).argmax(dim=1).tolist()
+    assert [p.labels[0] for p in predicted] == trial_logits(run, run.data.val).argmax(dim=1).tolist()
 
 
 # -------------------------------------------------------------------------- accumulation, memory, several workers
@@ -433,7 +434,9 @@ def test_a_frozen_tower_on_images_scores_as_on_stored_features(vit: TinyImages) 
     streamed = trial(vit, "linear_probe", classifier__init="text", optim__lr=1e-9, features__store=False)
     list(stored.epochs())
     list(streamed.epochs())
-    torch.testing.assert_close(streamed.logits(streamed.data.val), stored.logits(stored.data.val), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        trial_logits(streamed, streamed.data.val), trial_logits(stored, stored.data.val), atol=1e-3, rtol=0
+    )
     assert streamed.data.stored.store.outputs == ()
 
 
@@ -460,7 +463,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> N
     assert "not an image" in run.batch_source.unreadable[3]
     assert results[-1].metrics["data/unreadable_images"] == 2
     assert run.counters(run.data.val).total.sum() == len(run.data.val) - 1
-    assert run.logits(run.data.val).isnan().any(dim=1).nonzero().flatten().tolist() == [1]
+    assert trial_logits(run, run.data.val).isnan().any(dim=1).nonzero().flatten().tolist() == [1]
     strict = problem.config("adapter", data__on_bad_image="strict")
     with pytest.raises(ImbvlmError, match="row 3 of the manifest can't be used: not an image"):
         list(build_trial(strict, problem.data(strict)).epochs())

@@ -22,6 +22,7 @@ import pytest
 import torch
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_data
 from tiny_images import TinyImages
+from trial_logits import trial_logits
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.loss_registry import LOSSES
@@ -219,13 +220,13 @@ def test_zero_shot_is_one_result_without_training(data: TrialData) -> None:
 def test_logits_are_in_order_and_agree_with_the_counters(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
     run = build_trial(tiny_config("decoder"), data)
     list(run.epochs())
-    whole = run.logits(data.val)
+    whole = trial_logits(run, data.val)
     monkeypatch.setattr("imbvlm.training.evaluator.EVAL_BYTES", 0)
-    assert run.logits(data.val).shape == whole.shape
-    torch.testing.assert_close(run.logits(data.val), whole, atol=1e-4, rtol=1e-4)
+    assert trial_logits(run, data.val).shape == whole.shape
+    torch.testing.assert_close(trial_logits(run, data.val), whole, atol=1e-4, rtol=1e-4)
     assert whole.dtype == torch.float32
     right = (whole.argmax(dim=-1).numpy() == data.val.labels).mean()
-    assert run.evaluate(data.val)["top1_accuracy"] == pytest.approx(right)
+    assert run.counters(data.val).compute(data.class_stats)["top1_accuracy"] == pytest.approx(right)
     assert run.counters(data.val).total.tolist() == [8] * len(CLASS_COUNTS)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_data, tiny_features
+from trial_logits import trial_logits
 
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
@@ -90,7 +91,7 @@ def test_they_are_those_that_the_metrics_are_of(data: TrialData, second_stage: s
     run = build_trial(tiny_config("decoder", **overrides), data)
     last = list(run.epochs())[-1].metrics
     kept = run.val_logits.gathered(SINGLE_WORKER).float()
-    torch.testing.assert_close(kept, relative(run.logits(data.val)), atol=0.02, rtol=2e-3)
+    torch.testing.assert_close(kept, relative(trial_logits(run, data.val)), atol=0.02, rtol=2e-3)
     accuracy = (kept.argmax(dim=1).numpy() == data.val.labels).mean()
     assert last["val/top1_accuracy"] == pytest.approx(accuracy)
 
