@@ -20,6 +20,7 @@ from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
+from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.per_class_results import CLASS_RECORD_FILE
 
@@ -152,6 +153,11 @@ class ReportData:
         """Trials of the search with their values, in the order of starting; trials without a value are left out."""
         pairs = [(record, self.value(record)) for record in self.log.of("search")]
         return [(record, value) for record, value in pairs if value is not None]
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The search space, read once."""
+        return self.spec.read_space()
 
     @cached_property
     def compute(self) -> ResourceUsage:

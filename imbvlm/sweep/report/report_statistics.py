@@ -83,7 +83,7 @@ class Importance:
 
 def importances(source: ReportData) -> list[Importance]:
     """PED-ANOVA [Watanabe et al. 2023] of each parameter over the trials that sampled it: shares, largest first."""
-    space, base, study = source.spec.read_space(), source.spec.base, _new_study()
+    space, base, study = source.space, source.spec.base, _new_study()
     for record, value in source.valued():
         fixed = optuna.trial.FixedTrial(space.to_optuna_params(record.draw, base))
         space.sample(fixed, base)

@@ -314,14 +314,14 @@ def _row(record: TrialRecord, value: float) -> list[object]:
 
 def _keys(source: ReportData) -> list[str]:
     """The keys of the space in its order."""
-    return list(dict.fromkeys(parameter.key for parameter in source.spec.read_space().parameters))
+    return list(dict.fromkeys(parameter.key for parameter in source.space.parameters))
 
 
 def _value_axis(
     source: ReportData, key: str, values: Sequence[Any], start: float, end: float
 ) -> tuple[Scale, dict[str, float] | None]:
     """A scale for numbers of a range; for choices also the position of each value by its repr."""
-    ranges = source.spec.read_space().of(key)
+    ranges = source.space.of(key)
     if all(parameter.kind != "choice" for parameter in ranges):
         return spread(values, start, end, log=any(parameter.kind == "loguniform" for parameter in ranges)), None
     listed = dict.fromkeys(repr(value) for parameter in ranges for value in (parameter.finite_values() or ()))
@@ -344,7 +344,7 @@ def _labels(
     source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
 ) -> list[tuple[str, float]]:
     values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
-    if all(parameter.kind == "choice" for parameter in source.spec.read_space().of(key)):
+    if all(parameter.kind == "choice" for parameter in source.space.of(key)):
         return [(format_value(key, value), column[name]) for name, value in values.items()]
     ends = [min(values.values()), max(values.values())] if values else []
     return [(format_value(key, value), column[repr(value)]) for value in ends]

@@ -139,7 +139,7 @@ def _parameter_cells(scored: ScoredRefit) -> list[str]:
 
 def _configurations(source: ReportData) -> _Configurations:
     """The search's trial and the refit of each listed configuration; equal configurations share a trial."""
-    space = source.spec.read_space()
+    space = source.space
     assert isinstance(space, ListedSpace), "a study's space is a list"
     records: dict[str, TrialRecord] = {}
     for trial in source.log.of("search"):
