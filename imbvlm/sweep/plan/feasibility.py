@@ -332,15 +332,18 @@ def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
 
 
-def untried_methods(sweep: ResolvedSweep, encoders: Sequence[EncoderInfo]) -> list[str]:
-    """Return the methods that train, that the space leaves out, and that some of the encoders supports."""
-    base, searched = encoder_configs(sweep)[0], _methods_of(sweep)
-    others = {
-        name: base.with_overrides({"method": name})
-        for name, method in METHODS.items()
-        if method.trains and name not in searched
-    }
-    return [name for name, config in others.items() if not all(refusals(config, info) for info in encoders)]
+def untried_methods(sweep: ResolvedSweep, infos: Sequence[EncoderInfo]) -> list[str]:
+    """Return the methods that train, that the space leaves out, and that some encoder supports.
+
+    `infos` are in the order of `encoder_configs`.
+    """
+    encoders = list(zip(encoder_configs(sweep), infos, strict=True))
+    untried = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(sweep)]
+    return [
+        name
+        for name in untried
+        if not all(refusals(config.with_overrides({"method": name}), info) for config, info in encoders)
+    ]
 
 
 def _methods_of(sweep: ResolvedSweep) -> set[str]:

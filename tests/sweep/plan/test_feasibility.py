@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_data import tiny_config, tiny_info
+from towers import write_tower
 
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import YamlTree
+from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.ray_runtime.cluster_resources import Cluster, _autoscaled_workers
 from imbvlm.sweep.plan.feasibility import (
     check_data,
@@ -21,8 +25,10 @@ from imbvlm.sweep.plan.feasibility import (
     concurrent_trials,
     packing,
     trials_at_once,
+    untried_methods,
     uses_ray_train,
 )
+from imbvlm.sweep.spec.baselines import encoder_configs
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
@@ -304,3 +310,18 @@ def test_what_needs_text_is_refused_with_the_reason_for_an_encoder_without(secti
 def test_what_needs_no_text_runs_without(method: str, init: str) -> None:
     config = TrialConfig.from_tree({**BASE, "method": method, "classifier": {"kind": "cosine", "init": init}})
     assert check_model(config, dataclasses.replace(tiny_info(), embedding_width=None, logit_scale=None)) == []
+
+
+def test_methods_to_try_are_those_that_some_encoder_could_take(tmp_path: Path) -> None:
+    image_only, with_text = (write_tower(tmp_path / kind, kind) for kind in ("image_only_convnext", "vit"))
+    infos = {name: describe_encoder(EncoderConfig(name=name)) for name in (image_only, with_text)}
+
+    def untried(*names: str) -> list[str]:
+        space = {"parameters": {"encoder.name": {"choice": list(names)}}}
+        made = sweep(base={**BASE, "encoder": {"name": names[0]}}, space=space)
+        return untried_methods(made, [infos[config.encoder.name] for config in encoder_configs(made)])
+
+    assert untried(image_only) == ["linear_probe", "bias_tuning", "fine_tuning"]
+    everything = ["prompt_tuning", "linear_probe", "adapter", "lora", "bias_tuning", "fine_tuning"]
+    assert untried(with_text) == everything
+    assert untried(image_only, with_text) == untried(with_text, image_only) == everything
