@@ -261,14 +261,14 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_an_interrupt_at_any_step_of_the_journal_is_one(tmp_path: Path) -> None:
     """Within Optuna's lock it became FileNotFoundError, which Tune logged and went on."""
-    journal = study_search.OptunaJournal(tmp_path / "optuna.log", sweep_spec())
+    journal = study_search.OptunaJournal.create(tmp_path / "optuna.log", sweep_spec())
     trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
     remaining = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal remaining
         if "optuna/storages/journal/_file.py" not in frame.f_code.co_filename and not frame.f_code.co_filename.endswith(
-            "engine/search.py"
+            "tune/study_search.py"
         ):
             return None
         remaining -= 1
@@ -299,7 +299,7 @@ def test_a_lock_that_a_killed_run_left_does_not_hold_the_next_one_up(tmp_path: P
     path.touch()
     lock.symlink_to(path)
     began = time.monotonic()
-    journal = study_search.OptunaJournal(path, sweep_spec())
+    journal = study_search.OptunaJournal.create(path, sweep_spec())
     journal.add(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))
     assert time.monotonic() - began < 10
     # A dashboard that writes there would wait for it too.

@@ -266,7 +266,7 @@ def test_an_export_takes_the_place_of_the_one_before_in_s3_too(s3: S3Server) -> 
     assert storage.list_files(f"{uri}/model") == ["config"]
     assert storage.list_files(uri) == ["best", "export.json", "model", "notes.txt"]
     storage.write_bytes(f"{uri}/model/graph", b"mine")
-    with pytest.raises(ImbvlmError, match="/exported has model/graph; remove"):
+    with pytest.raises(ImbvlmError, match=r"/exported has model/graph\. Remove"):
         export(best="6")
     assert storage.read_bytes(f"{uri}/best") == b"4"
 
