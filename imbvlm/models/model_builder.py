@@ -39,21 +39,21 @@ def refusals(config: TrialConfig, info: EncoderInfo) -> list[str]:
 
 def _text_refusals(config: TrialConfig, name: str) -> Iterator[str]:
     """What a trial needs of a text side, a sentence each, where the encoder of that name is image-only."""
-    with_text = "or an encoder with text, such as openai_vit_b16"
+    or_text = "or choose an encoder with text, such as openai_vit_b16"
     if METHODS[config.method].reads == "image_embedding":
         yield (
             f"method {config.method} compares images with the class names' text, and {name} is image-only: it has no "
-            f"text. Choose method linear_probe or decoder, {with_text}."
+            f"text. Take method linear_probe or decoder, {or_text}."
         )
     if config.classifier is not None and config.classifier.init == "text":
         yield (
             f"classifier.init is text, and {name} is image-only: it has no text. Set classifier.init: class_mean or "
-            f"random, {with_text}."
+            f"random, {or_text}."
         )
     if config.prompts is not None and config.prompts != PromptsConfig():
         yield (
             f"prompts.templates is set, and {name} is image-only: it has no text. Take the section prompts out, "
-            f"{with_text.replace('or', 'or choose', 1)}."
+            f"{or_text}."
         )
 
 
