@@ -36,6 +36,7 @@ def add_sweep_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     resume.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a limit to raise, such as max_hours=8"
     )
+    resume.add_argument("--manifest", help="the manifest's present location, if it was moved")
     resume.set_defaults(command=_sweep_resume)
     listing = add_command(actions, "list", "The sweeps in a storage folder.", "imbvlm sweep list runs --json")
     listing.add_argument("storage", nargs="?", default="runs", help="folder or s3:// URI (default: runs)")
@@ -73,7 +74,7 @@ def _spec(path: str, more: str) -> SweepSpec:
 def _sweep_resume(options: argparse.Namespace) -> int:
     from imbvlm.cli.sweep_script import resume_command
 
-    return resume_command(options.sweep, options.set, options.add_trials)
+    return resume_command(options.sweep, options.set, options.add_trials, options.manifest)
 
 
 def _sweep_list(options: argparse.Namespace) -> int:

@@ -156,7 +156,7 @@ def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Inter
     spec = with_absolute_paths(spec)
     folder = new_folder(spec)
     if options.resume and not options.fork:
-        folder = resumed_folder(spec, options.resume, more_trials=options.add_trials > 0)
+        folder = resumed_folder(spec, options.resume, options.manifest, more_trials=options.add_trials > 0)
     signals.folder = folder
     with _without_hangup(), removed_if_rejected(folder):
         if options.fork:
@@ -221,10 +221,13 @@ def _interrupted_text(folder: str | None) -> str:
         return f"go on with: imbvlm sweep resume {folder}"
 
 
-def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0) -> int:
-    """Resume a folder's sweep by its sweep.yaml, with the features next to it; errors are printed as sentences."""
+def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0, manifest: str | None = None) -> int:
+    """Resume a folder's sweep by its sweep.yaml, with the features next to it; errors are printed as sentences.
+
+    `manifest` is the manifest's present location if it was moved.
+    """
     try:
-        spec = with_located_manifest(read_spec(folder), folder)
+        spec = with_located_manifest(read_spec(folder), folder, manifest)
         parent = storage.absolute(folder).rpartition("/")[0]
         parser = argparse.ArgumentParser()
         add_arguments(parser)
@@ -232,7 +235,7 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
         options = parser.parse_args(
             [f"--resume={folder}", f"--storage={parent}", *(f"--set={setting}" for setting in settings)]
         )
-        options.add_trials = add_trials
+        options.add_trials, options.manifest = add_trials, manifest
     except ImbvlmError as error:
         print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
         return 1
@@ -295,10 +298,13 @@ def existing_folder(spec: SweepSpec, resume: str) -> str:
     return storage.absolute(folder)
 
 
-def resumed_folder(spec: SweepSpec, resume: str, *, more_trials: bool = False) -> str:
-    """Return the folder to resume; raises ConfigError if it isn't a sweep's or has another specification."""
+def resumed_folder(spec: SweepSpec, resume: str, manifest: str | None = None, *, more_trials: bool = False) -> str:
+    """Return the folder to resume; raises ConfigError if it isn't a sweep's or has another specification.
+
+    The specification does not tell whether a `manifest` at another location has the sweep's data; its digests do.
+    """
     folder = existing_folder(spec, resume)
-    before = with_located_manifest(read_spec(folder), folder)
+    before = with_located_manifest(read_spec(folder), folder, manifest)
     differences = [
         difference
         for difference in spec_differences(before, spec)

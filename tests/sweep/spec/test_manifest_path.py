@@ -10,6 +10,7 @@ from tiny_images import PER_CLASS, image_manifest
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli import sweep_script
+from imbvlm.cli.app import main
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.report.report_writer import write_report
@@ -75,6 +76,17 @@ def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(
         assert sweep_script.run_command(sweep_spec(base=base(typed)), options(f"--resume={folder}")) == 0
     assert sweep_script.run_command(sweep_spec(base=base("images/other.parquet")), options(f"--resume={folder}")) == 1
     assert [spec.base["data"]["manifest"] for spec in ran] == [manifest] * 3
+
+
+def test_a_sweep_is_resumed_with_a_manifest_that_was_moved(home: Path, ran: list[SweepSpec]) -> None:
+    folder = str(home / "runs" / "made-1")
+    moved = (home / "images" / "manifest.parquet").rename(home / "moved.parquet")
+    for action in (["resume", folder], ["run", f"{folder}/sweep.yaml", f"--resume={folder}"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(["sweep", *action, "--manifest", str(moved)])
+        with pytest.raises(SystemExit, match="1"):
+            main(["sweep", *action, "--manifest", str(home / "gone.parquet")])
+    assert [spec.base["data"]["manifest"] for spec in ran] == [str(moved)] * 2
 
 
 def test_a_trial_is_the_same_however_its_manifests_path_is_written(home: Path) -> None:
