@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from math import fsum
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -67,7 +68,7 @@ def pack(seconds: dict[str, float]) -> list[list[str]]:
     """First-fit decreasing: the longest unit first, each into the first part that has room."""
     parts: list[list[str]] = []
     for unit in sorted(seconds, key=lambda unit: (-seconds[unit], unit)):
-        rooms = (part for part in parts if sum(seconds[name] for name in [*part, unit]) <= MAX_PART_SECONDS)
+        rooms = (part for part in parts if fsum(seconds[name] for name in [*part, unit]) <= MAX_PART_SECONDS)
         part = next(rooms, None)
         if part is None:
             parts.append(part := [])
