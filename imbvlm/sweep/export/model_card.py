@@ -186,21 +186,23 @@ def _selection(context: CardContext) -> str:
         f"Number {rank} of {ended} trials of the sweep `{spec.name}` (searcher {spec.searcher.name}, trial scheduler "
         f"{spec.trial_scheduler.name}) by {spec.best_objective} on validation images; then retrained on all training "
         "images.",
-        _adjustments(context.adjustment),
+        _adjustments(context),
         f"Its configuration:\n\n```yaml\n{dump_yaml(context.config.to_tree())}```",
     ]
     return "\n\n".join(lines)
 
 
-def _adjustments(adjustment: PostHocAdjustment | None) -> str:
-    if adjustment in (None, PostHocAdjustment()):
+def _adjustments(context: CardContext) -> str:
+    adjustment = context.adjustment
+    if adjustment is None or adjustment == PostHocAdjustment():
         return (
             "Nothing is adjusted after training, because validation did not show a gain: the probabilities are the "
             "softmax of the model's own logits."
         )
+    mixed = f"zero-shot logits mixed in with alpha {adjustment.alpha:g}, " if context.has_text else ""
     return (
-        f"Chosen on validation after training: logit adjustment tau {adjustment.tau:g}, zero-shot logits mixed in with "
-        f"alpha {adjustment.alpha:g}, temperature {adjustment.temperature:.3g}."
+        f"Chosen on validation after training: logit adjustment tau {adjustment.tau:g}, {mixed}temperature "
+        f"{adjustment.temperature:.3g}."
     )
 
 

@@ -105,6 +105,14 @@ def test_the_card_says_data_selection_adjustments_and_limits(tmp_path: Path) -> 
     assert "2 classes have fewer than 20 training images" in text
 
 
+def test_the_card_of_an_encoder_without_text_names_neither_clip_nor_zero_shot_logits(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    text = card(folder, has_text=False, adjustment=PostHocAdjustment(0.3, 0.0, 1.7))
+    assert "logit adjustment tau 0.3, temperature 1.7" in text
+    assert "long-tail, onnx" in text
+    assert "long-tail, clip, onnx" in card(folder)
+
+
 def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: Path) -> None:
     for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
