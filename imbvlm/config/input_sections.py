@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -31,6 +32,15 @@ class DataConfig(Section):
         None, ge=0, description="limit in a split, above which the run stops before training; null: max_bad_share alone"
     )
     max_bad_share: float = Field(0.5, ge=0, le=1, description="share of a split above which the run stops, too")
+
+
+# Prefixes of encoder.name: a local folder, and an image-only model of timm.
+LOCAL_DIR, TIMM = "local-dir:", "timm:"
+
+
+def absolute_path(path: str) -> str:
+    """A path that holds in any working directory; `~` is the home folder."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 class EncoderConfig(Section):

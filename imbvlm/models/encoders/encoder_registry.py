@@ -7,8 +7,8 @@ from pathlib import Path
 
 from imbvlm.assets import encoder_path
 from imbvlm.base.registry import Registry
-from imbvlm.config.input_sections import EncoderConfig
-from imbvlm.models.encoders.encoder_source import LOCAL_DIR, TIMM, EncoderSource, Loader, absolute_path
+from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig, absolute_path
+from imbvlm.models.encoders.encoder_source import EncoderSource, Loader
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE, folder_source, tag_source
 from imbvlm.models.encoders.timm_names import TIMM_CONFIG_FILE, timm_folder_source, timm_source
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.encoder_weights import (
     WeightsState,
     cached_weights,
@@ -17,7 +18,6 @@ from imbvlm.models.encoders.encoder_weights import (
     weights_address,
 )
 
-LOCAL_DIR, TIMM = "local-dir:", "timm:"
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
 Loader = Literal["open_clip", "timm"]
 
@@ -93,8 +93,3 @@ class EncoderSource:
             return WeightsState(True, self.weights or self.model, None)
         is_cached, address = cached_weights(self.published) is not None, weights_address(self.published)
         return WeightsState(is_cached, address, None if is_cached else unreachable(address))
-
-
-def absolute_path(path: str) -> str:
-    """A path that holds in any working directory; `~` is the home folder."""
-    return os.path.abspath(os.path.expanduser(path))

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from imbvlm.base import storage
+from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.encoder import TextEncoder
-from imbvlm.models.encoders.encoder_source import LOCAL_DIR, EncoderSource
+from imbvlm.models.encoders.encoder_source import EncoderSource
 from imbvlm.models.encoders.encoder_weights import require_transformers
 from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE

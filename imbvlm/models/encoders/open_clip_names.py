@@ -14,8 +14,8 @@ from open_clip.transform import PreprocessCfg
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
-from imbvlm.config.input_sections import EncoderConfig
-from imbvlm.models.encoders.encoder_source import LOCAL_DIR, TIMM, EncoderSource, absolute_path
+from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig, absolute_path
+from imbvlm.models.encoders.encoder_source import EncoderSource
 
 CONFIG_FILE = "open_clip_config.json"
 SUFFIX = "-quickgelu"

@@ -14,8 +14,8 @@ from timm.models import get_pretrained_cfg
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
-from imbvlm.config.input_sections import EncoderConfig
-from imbvlm.models.encoders.encoder_source import TIMM, EncoderSource, absolute_path
+from imbvlm.config.input_sections import TIMM, EncoderConfig, absolute_path
+from imbvlm.models.encoders.encoder_source import EncoderSource
 
 # timm's own names, so that its folders on the hub are read too.
 TIMM_CONFIG_FILE, TIMM_WEIGHTS_FILE = "config.json", "model.safetensors"

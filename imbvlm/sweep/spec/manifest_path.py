@@ -8,6 +8,7 @@ from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.input_sections import LOCAL_DIR, absolute_path
 from imbvlm.config.trial_config import apply_overrides
 from imbvlm.data.manifest import EMBEDDED, absolute_manifest
 from imbvlm.sweep.spec.search_space import get_dotted
@@ -15,14 +16,25 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """Return the specification with absolute paths of manifest, storage and features."""
+    """Return the specification with absolute paths of manifest, storage, features and encoder."""
     changes: dict[str, Any] = {"storage": storage.absolute(spec.storage)}
     if spec.feature_folder is not None:
         changes["feature_folder"] = storage.absolute(spec.feature_folder)
-    manifest = get_dotted(spec.base, "data.manifest")
+    base = dict(spec.base)
+    manifest, encoder = get_dotted(base, "data.manifest"), base.get("encoder")
     if isinstance(manifest, str):
-        changes["base"] = apply_overrides(spec.base, {"data.manifest": absolute_manifest(manifest)})
-    return spec.model_copy(update=changes)
+        base = apply_overrides(base, {"data.manifest": absolute_manifest(manifest)})
+    if isinstance(encoder, dict):
+        base["encoder"] = {key: _absolute_encoder_value(key, value) for key, value in encoder.items()}
+    return spec.model_copy(update={**changes, "base": base})
+
+
+def _absolute_encoder_value(key: str, value: Any) -> Any:
+    if key == "weights" and isinstance(value, str):
+        return absolute_path(value)
+    if key == "name" and isinstance(value, str) and value.startswith(LOCAL_DIR):
+        return LOCAL_DIR + absolute_path(value.removeprefix(LOCAL_DIR))
+    return value
 
 
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:

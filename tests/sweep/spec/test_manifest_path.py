@@ -66,6 +66,29 @@ def test_a_sweeps_paths_are_absolute_from_its_start_on(
     assert remote.storage == "s3://b/k"
 
 
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        (
+            {"name": "local-dir:my-encoder", "quick_gelu": True},
+            {"name": "local-dir:{home}/my-encoder", "quick_gelu": True},
+        ),
+        (
+            {"name": "ViT-B-32/openai", "weights": "b32.pt", "quick_gelu": True},
+            {"name": "ViT-B-32/openai", "weights": "{home}/b32.pt", "quick_gelu": True},
+        ),
+        ({"name": "tinylit_lite0"}, {"name": "tinylit_lite0"}),
+    ],
+)
+def test_a_sweeps_encoder_is_found_from_any_working_directory(
+    home: Path, monkeypatch: pytest.MonkeyPatch, encoder: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(home)
+    spec = with_absolute_paths(sweep_spec(base={**base("images/manifest.parquet"), "encoder": encoder}))
+    texts = {key: str(value).format(home=home) for key, value in expected.items()}
+    assert {key: str(value) for key, value in spec.base["encoder"].items() if value is not None} == texts
+
+
 def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(
     home: Path, monkeypatch: pytest.MonkeyPatch, ran: list[SweepSpec]
 ) -> None:
