@@ -52,7 +52,7 @@ def numbers(tree: Any) -> Any:
     if isinstance(tree, list):
         return [numbers(value) for value in tree]
     if isinstance(tree, str):
-        return tree.removeprefix(f"{os.getcwd()}/")
+        return tree.replace(f"{os.getcwd()}/", "")
     return tree.hex() if isinstance(tree, float) else tree
 
 
