@@ -59,7 +59,7 @@ COOP: Params = {
     "train.num_epochs": 50,
 }
 FINE_TUNING: Params = {"method": "fine_tuning", "optim.lr": 1e-3}
-# What came after the study: other losses and a classifier that normalises, and less than the whole tower trained.
+# Later methods: other losses, a classifier that normalizes, and training less than the whole image tower.
 COSINE: Params = {"classifier.kind": "cosine", "classifier.temperature": 0.05, **LOSSES["Balanced Softmax"]}
 SINCE: Mapping[str, Params] = {
     "Decoder, effective number": {**DECODER, "loss.name": "effective_number"},
@@ -151,7 +151,7 @@ def study(
     }
     chosen = [_with_own(parts[name], setting["own"]) for name in PARTS if name in names and parts[name].rows]
     fields = {key: value for key, value in setting.items() if key not in ("base", "own")}
-    found = SweepSpec.from_tree(
+    spec = SweepSpec.from_tree(
         {
             "name": "paper",
             **study_fields(chosen, base),
@@ -159,14 +159,14 @@ def study(
             "trial_scheduler": {"name": "none"},
         }
     )
-    said = [sentence for sentence in left_out if sentence.split()[1] in names]
+    notes = [sentence for sentence in left_out if sentence.split()[1] in names]
     if is_small and not is_embedded:
-        said.insert(
+        notes.insert(
             0,
             "there is no GPU: the study runs in small, with TinyLiT at 96 px for ViT-B/16, on CPUs (--dry-run --gpus N "
             "plans it in full)",
         )
-    return found, said
+    return spec, notes
 
 
 def _with_own(part: Part, own: Mapping[str, Params]) -> Part:

@@ -19,12 +19,12 @@ spec = SweepSpec(
         # At the tower's own 1,280 a decoder takes minutes on two cores; at 192 it is as accurate.
         "decoder": {"width": 192},
         "train": {"num_epochs": 12, "batch_size": 128},
-        # These photos fill their frame: a centre crop would cut sleeves and heels off.
+        # These photos fill their frame: a center crop would cut sleeves and heels off.
         "eval": {"resize": 1.0},
     },
     space="quickstart",
     num_trials=30,
-    # What is known to work comes first, as the large sweeps pin their published recipes.
+    # Proven recipes come first, as the large sweeps pin their published ones.
     first_trials=[{**RECIPE, "method": "linear_probe"}, {**RECIPE, "method": "decoder", "decoder.depth": 1}],
     confirm_trials=3,
     smoke={"confirm_trials": 0, "num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},

@@ -179,7 +179,7 @@ OPTIONAL_SECTIONS = frozenset[str]().union(*(method.sections for method in METHO
 OWN_SECTIONS: Mapping[str, type[Section]] = {
     name: method.section for name, method in METHODS.items() if method.section is not None
 }
-# What a section says where a file doesn't. The sections that aren't here are absent unless a file has them.
+# Defaults of the sections that a method reads. Sections that are missing here are absent unless a file has them.
 DEFAULT_SECTIONS: Mapping[str, Tree] = {
     "prompts": {},
     **{name: {} for name in OWN_SECTIONS},

@@ -87,9 +87,9 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     lines = [f"{split:17} {len(manifest.rows_of(split)):,} images" for split in manifest.splits]
     if "val" in manifest.splits:
         return lines
-    carved = carve_validation(manifest.label_rows(), split_seed)
-    lost = classes_without_validation(manifest.labels[carved], len(manifest.class_names))
-    note = f"{'val':17} none; {len(carved):,} training images will be held out (seed {split_seed})"
+    held_out = carve_validation(manifest.label_rows(), split_seed)
+    lost = classes_without_validation(manifest.labels[held_out], len(manifest.class_names))
+    note = f"{'val':17} none; {len(held_out):,} training images will be held out (seed {split_seed})"
     return [*lines, f"{note}, {pluralize(len(lost), 'class')} without any" if len(lost) else note]
 
 

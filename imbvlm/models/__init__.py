@@ -1,1 +1,1 @@
-"""What is trained."""
+"""Models: decoders, classifiers, adapters, prompts, and their builders."""

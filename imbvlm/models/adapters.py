@@ -25,7 +25,7 @@ Blocks = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Installed:
-    """What a method put into an image tower.
+    """The parts that a method put into an image tower.
 
     `modules` are those that hooks call and the tower doesn't own. `lr_scales` are factors on the learning rate by the
     tower's parameter names; others have 1.

@@ -30,7 +30,7 @@ from imbvlm.models.second_stage_modules import stage_module
 
 
 def refusals(config: TrialConfig, info: EncoderInfo) -> list[str]:
-    """What a trial's method needs and its encoder lacks, a sentence each."""
+    """Return a sentence for each thing that a trial's method needs and its encoder lacks."""
     if not info.has_text and (problems := list(_text_refusals(config, info.name))):
         return problems
     refuse = METHODS[config.method].refuse
@@ -38,7 +38,7 @@ def refusals(config: TrialConfig, info: EncoderInfo) -> list[str]:
 
 
 def _text_refusals(config: TrialConfig, name: str) -> Iterator[str]:
-    """What a trial needs of a text side, a sentence each, where the encoder of that name is image-only."""
+    """Return a sentence for each thing that a trial needs of a text side, for an image-only encoder of that name."""
     or_text = "or choose an encoder with text, such as openai_vit_b16"
     if METHODS[config.method].reads == "image_embedding":
         yield (

@@ -1,4 +1,4 @@
-"""What a model is built from, apart from its configuration."""
+"""The inputs of a model's builder, apart from the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredFeatures(Protocol):
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model is built from.
+    """The inputs of a model's builder.
 
     `class_embeddings` (C, E) is None unless text was extracted. `encoder_tensors` holds those of `final_norm.weight`,
     `final_norm.bias` and `projection` that the encoder has. `encoder` overrides the trial's own section with paths that

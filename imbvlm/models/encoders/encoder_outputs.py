@@ -41,7 +41,7 @@ class FinalNorm(NamedTuple):
 
 
 class VisualRules(NamedTuple):
-    """What is known about one class of image towers; every function takes the module.
+    """The structure of one class of image towers; every function takes the module.
 
     `blocks` are the modules that images pass one after another, by their names in the tower; empty where unknown.
     `refusal` says why a tower of the class can't be used.

@@ -33,7 +33,7 @@ BUILD_ERRORS = (
 
 
 class ImageEncoder(ABC):
-    """What the implementations of `Encoder` share. Each says how its library builds, names and saves a model.
+    """The image side that implementations of `Encoder` share; each builds, names and saves its library's model.
 
     `model` is the library's whole model, `source` what its name means.
     """
@@ -74,7 +74,7 @@ class ImageEncoder(ABC):
     @staticmethod
     @abstractmethod
     def switches(source: EncoderSource, image_tower: nn.Module) -> Mapping[str, Any]:
-        """What the outputs depend on and no weight shows."""
+        """Return the settings that change the outputs and that no weight shows."""
 
     @staticmethod
     @abstractmethod

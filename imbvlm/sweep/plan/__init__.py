@@ -1,1 +1,1 @@
-"""What a sweep needs and takes, before it starts."""
+"""Plans: the requirements, time and cost of a sweep before it starts."""

@@ -249,10 +249,10 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
 
 def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
     """Return the counts of the images that train, and the number of validation images of each class."""
-    carved = carve_validation(manifest.label_rows(), split_seed)
-    val_rows = manifest.rows_of("val") if "val" in manifest.splits else carved
+    held_out = carve_validation(manifest.label_rows(), split_seed)
+    val_rows = manifest.rows_of("val") if "val" in manifest.splits else held_out
     counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
-    return manifest.class_stats(carved), counts.tolist()
+    return manifest.class_stats(held_out), counts.tolist()
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:

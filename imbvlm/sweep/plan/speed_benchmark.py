@@ -291,9 +291,9 @@ def _resident_bytes() -> int:
 def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
     """Return the manifest's rows and classes with made-up features of the encoder's shapes, or with its images."""
     manifest = Manifest.read(config.data.manifest)
-    carved = carve_validation(manifest.label_rows(), config.data.split_seed)
-    train = np.setdiff1d(manifest.rows_of("train"), carved)
-    val = manifest.rows_of("val") if "val" in manifest.splits else carved
+    held_out = carve_validation(manifest.label_rows(), config.data.split_seed)
+    train = np.setdiff1d(manifest.rows_of("train"), held_out)
+    val = manifest.rows_of("val") if "val" in manifest.splits else held_out
     needs_encoder = config.reads_images or METHODS[config.method].needs_encoder
     info = _encoder(config).info if needs_encoder else describe_encoder(config.encoder)
     sources: list[RowSource]

@@ -1,4 +1,4 @@
-"""What a sweep would do, read and cost; planning starts and writes nothing of it."""
+"""The plan of a sweep: its steps, reads and cost. Planning starts nothing and writes nothing."""
 
 from __future__ import annotations
 
@@ -304,9 +304,9 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
 
 
 def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
-    carved = len(carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0))))
+    held_out = len(carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0))))
     counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
-    return SplitSizes(counts["train"] - carved, counts.get("val", carved), counts["train"], counts.get("test", 0))
+    return SplitSizes(counts["train"] - held_out, counts.get("val", held_out), counts["train"], counts.get("test", 0))
 
 
 def resources() -> tuple[float, float]:

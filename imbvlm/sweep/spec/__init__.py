@@ -1,3 +1,3 @@
-"""What a sweep is."""
+"""The specification of a sweep: search space, sampler, limits and checks."""
 
 from imbvlm.sweep.spec.sweep_spec import SweepSpec as SweepSpec
