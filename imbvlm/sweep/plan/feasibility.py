@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
-from imbvlm.sweep.spec.baselines import encoder_configs
+from imbvlm.sweep.spec.baselines import encoder_configs, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
 from imbvlm.training.validation_logits import file_bytes
@@ -332,12 +332,13 @@ def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
 
 
-def untried_methods(sweep: ResolvedSweep, infos: Sequence[EncoderInfo]) -> list[str]:
+def untried_methods(sweep: ResolvedSweep, infos: Mapping[str, EncoderInfo]) -> list[str]:
     """Return the methods that train, that the space leaves out, and that some encoder supports.
 
-    `infos` are in the order of `encoder_configs`.
+    `infos` has the extracted encoders by `feature_key`.
     """
-    encoders = list(zip(encoder_configs(sweep), infos, strict=True))
+    keyed = {feature_key(config): config for config in encoder_configs(sweep)}
+    encoders = [(keyed[key], info) for key, info in infos.items()]
     untried = [name for name, entry in METHODS.items() if entry.trains and name not in _methods_of(sweep)]
     return [
         name

@@ -53,7 +53,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     echo(f"  imbvlm export {run.folder} -o my-model")
     echo("  imbvlm predict my-model PHOTO.jpg")
     echo(f"  imbvlm train {storage.join(run.folder, 'best.yaml')}")
-    untried = untried_methods(run.sweep, run.encoder_infos)
+    untried = untried_methods(run.sweep, {key: features.info for key, features in run.features.items()})
     if untried:
         echo(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
 

@@ -28,7 +28,7 @@ from imbvlm.sweep.plan.feasibility import (
     untried_methods,
     uses_ray_train,
 )
-from imbvlm.sweep.spec.baselines import encoder_configs
+from imbvlm.sweep.spec.baselines import encoder_configs, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
@@ -319,7 +319,9 @@ def test_methods_to_try_are_those_that_some_encoder_could_take(tmp_path: Path) -
     def untried(*names: str) -> list[str]:
         space = {"parameters": {"encoder.name": {"choice": list(names)}}}
         made = sweep(base={**BASE, "encoder": {"name": names[0]}}, space=space)
-        return untried_methods(made, [infos[config.encoder.name] for config in encoder_configs(made)])
+        return untried_methods(
+            made, {feature_key(config): infos[config.encoder.name] for config in encoder_configs(made)}
+        )
 
     assert untried(image_only) == ["linear_probe", "bias_tuning", "fine_tuning"]
     everything = ["prompt_tuning", "linear_probe", "adapter", "lora", "bias_tuning", "fine_tuning"]
