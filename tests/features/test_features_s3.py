@@ -199,7 +199,7 @@ def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server
     whole = keys(server, "killed/")
     assert {key: whole[key] for key in kept} == kept
     assert len([key for key in whole if key.endswith(".arrow")]) > len(kept)
-    assert "all of it is there already" in run(tmp_path, *arguments, settings=server.settings())
+    assert "everything is stored already" in run(tmp_path, *arguments, settings=server.settings())
     found = run(
         tmp_path, "-m", "imbvlm", "features", "check", f"s3://{BUCKET}/killed/features", settings=server.settings()
     )

@@ -75,7 +75,7 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: 
         refusal = taken(there)
         assert refusal.startswith("2 Ray clusters run on this machine (")
         assert all(address in refusal for address in addresses)
-        assert "set RAY_ADDRESS" in refusal
+        assert "Set RAY_ADDRESS" in refusal
         for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
             started_here, found, _, told, *_ = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
             # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
@@ -84,7 +84,7 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: 
         assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
         started_here, *_, pages, _ = taken(there, RAY_ADDRESS="local", GLIBC_TUNABLES="glibc.malloc.perturb=0")
         assert (started_here, pages) == (True, "glibc.malloc.perturb=0")
-        assert "run it on a machine of the cluster" in taken(there, RAY_ADDRESS=f"ray://{addresses[0]}")
+        assert "Run it on a machine of the cluster" in taken(there, RAY_ADDRESS=f"ray://{addresses[0]}")
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
 
 
