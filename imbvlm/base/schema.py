@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
 from imbvlm.base.errors import ConfigError, Problem, end_sentence, suggest_name
 from imbvlm.base.yaml_file import KeyPath, YamlTree
@@ -17,11 +17,8 @@ Tree = dict[str, Any]
 NULL_NAME_REMOVES = "null name removes"
 # Annotation of a field that a version after 0.1 added: digests leave it out at its default, so that they stay valid.
 ADDED_LATER = "added later"
-# Keys of a trial in version 0.1, with the reason why they are gone.
-RETIRED_KEYS: Mapping[str, str] = {
-    "features.tail_views": "is no longer an option: few-shot classes have as many views as others. Set "
-    "features.num_views for all classes, or resume this sweep with version 0.1",
-}
+# Key of a validation context: where it is True, sections drop every retired key, as for an earlier version's record.
+DROP_RETIRED_KEYS = "drop retired keys"
 
 
 class Section(BaseModel):
@@ -30,6 +27,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
+
+    # Keys of an earlier version. Null is dropped, and another value is rejected with the reason given here. Without a
+    # reason, the key never had an effect, and any value is dropped.
+    retired_keys: ClassVar[Mapping[str, str | None]] = {}
 
     # Type checkers still see each field's name and type.
     if not TYPE_CHECKING:
@@ -43,6 +44,17 @@ class Section(BaseModel):
 
         # Trees from files bypass this constructor, so that their mistakes keep their lines.
         __init__.__pydantic_base_init__ = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_retired_keys(cls, data: Any, info: ValidationInfo) -> Any:
+        if not cls.retired_keys or not isinstance(data, Mapping):
+            return data
+        drops_all = info.context is not None and info.context.get(DROP_RETIRED_KEYS, False)
+        dropped = {
+            key for key, reason in cls.retired_keys.items() if drops_all or reason is None or data.get(key) is None
+        }
+        return {key: value for key, value in data.items() if key not in dropped}
 
 
 # ------------------------------------------------------------------------------------------------- valid keys
@@ -124,16 +136,6 @@ def flatten(tree: Tree, prefix: str = "") -> Tree:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def without_retired_keys(tree: Any, *, with_values: bool = False) -> Any:
-    """Plain data of a trial without the RETIRED_KEYS that are null; `with_values` drops them all."""
-    for dotted in RETIRED_KEYS if isinstance(tree, dict) else ():
-        section, key = dotted.split(".")
-        inner = tree.get(section)
-        if isinstance(inner, dict) and key in inner and (with_values or inner[key] is None):
-            tree = {**tree, section: {name: value for name, value in inner.items() if name != key}}
-    return tree
 
 
 def digest_tree(section: Section) -> Tree:
@@ -284,9 +286,10 @@ def _rule(item: Any) -> str:
 
 def _unknown_key(root: type[Section], path: KeyPath, data: Any) -> str:
     dotted = ".".join(map(str, path))
-    if dotted in RETIRED_KEYS:
-        return f"{dotted} {RETIRED_KEYS[dotted]}"
     classes = section_classes(root, path[:-1])
+    reason = next(filter(None, (cls.retired_keys.get(str(path[-1])) for cls in classes)), None)
+    if reason is not None:
+        return f"{dotted} {reason}"
     section = data
     for part in path[:-1]:
         section = section[part]

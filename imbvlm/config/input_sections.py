@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -59,6 +60,11 @@ class EncoderConfig(Section):
 
 class FeaturesConfig(Section):
     """How the encoder's outputs are stored."""
+
+    retired_keys: ClassVar[Mapping[str, str | None]] = {
+        "tail_views": "is no longer an option: few-shot classes have as many views as others. Set "
+        "features.num_views for all classes, or resume this sweep with version 0.1",
+    }
 
     store: bool = Field(
         True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,6 +11,7 @@ from pydantic import ValidationError, ValidationInfo, create_model, field_valida
 
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.schema import (
+    DROP_RETIRED_KEYS,
     NULL_NAME_REMOVES,
     Section,
     Tree,
@@ -19,7 +19,6 @@ from imbvlm.base.schema import (
     dotted_keys_of,
     to_problems,
     with_dotted_keys,
-    without_retired_keys,
 )
 from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
@@ -167,13 +166,13 @@ class TrialConfig(_WithMethods):
         return TrialConfig.from_tree(read_yaml(path))
 
     @staticmethod
-    def from_tree(tree: YamlTree | Tree) -> TrialConfig:
+    def from_tree(tree: YamlTree | Tree, *, drop_retired_keys: bool = False) -> TrialConfig:
         """Check plain data and fill in the defaults of the sections that the method reads. Raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        data = _complete(without_retired_keys(located.data))
+        data = _complete(located.data)
         problems = _unread_sections(located)
         try:
-            config = TrialConfig.model_validate(data)
+            config = TrialConfig.model_validate(data, context={DROP_RETIRED_KEYS: drop_retired_keys})
         except ValidationError as error:
             raise ConfigError([*problems, *to_problems(TrialConfig, error, located, data)]) from None
         if problems:
@@ -183,8 +182,7 @@ class TrialConfig(_WithMethods):
     @staticmethod
     def from_record(tree: YamlTree | Tree) -> TrialConfig:
         """Check plain data that version 0.1 may have written; its retired keys are dropped. Raises ConfigError."""
-        located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        return TrialConfig.from_tree(replace(located, data=without_retired_keys(located.data, with_values=True)))
+        return TrialConfig.from_tree(tree, drop_retired_keys=True)
 
     def to_tree(self) -> Tree:
         """Plain data that `from_tree` reads back to an equal configuration; unused sections are left out."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section
@@ -52,13 +52,8 @@ class RandomConfig(SamplerSection):
 
     name: Literal["random"] = "random"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_startup_trials(cls, data: Any) -> Any:
-        """Version 0.1 wrote num_startup_trials, which had no effect, for this sampler, too."""
-        if not isinstance(data, Mapping):
-            return data
-        return {key: value for key, value in data.items() if key != "num_startup_trials"}
+    # Version 0.1 wrote it for every sampler.
+    retired_keys: ClassVar[Mapping[str, str | None]] = {"num_startup_trials": None}
 
 
 class GpConfig(StartupSection):
