@@ -200,11 +200,9 @@ class Manifest:
             return replace(self, table=self.table.slice(int(rows[0]), len(rows)))
         return replace(self, table=self.table.take(pa.array(rows)))
 
-    def class_stats(self, held_out: Rows | None = None) -> ClassStats:
-        """Training counts per class, without the `held_out` row numbers that `carve_validation` selects."""
-        rows = self.rows_of("train")
-        if held_out is not None:
-            rows = np.setdiff1d(rows, held_out, assume_unique=True)
+    def class_stats(self, train: Rows | None = None) -> ClassStats:
+        """Training counts per class, by default of all training rows; `train` has the row numbers of those to count."""
+        rows = self.rows_of("train") if train is None else train
         counts = np.bincount(self.labels[rows], minlength=len(self.class_names))
         return ClassStats.from_counts(counts, self._official_counts())
 

@@ -23,7 +23,7 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
-from imbvlm.data.splits import carve_validation, classes_without_validation
+from imbvlm.data.splits import classes_without_validation, train_val_rows
 
 Severity = Literal["error", "warning", "note"]
 
@@ -211,8 +211,7 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
             "0.2, in a folder test/ next to train/, or as rows of that split",
         )
     is_official = "val" in manifest.splits
-    rows = manifest.rows_of("val") if is_official else carve_validation(manifest.label_rows(), split_seed)
-    lost = _absent(manifest, rows)
+    lost = _absent(manifest, train_val_rows(manifest, split_seed)[1])
     if len(lost) == len(names):
         message = (
             "no class has a validation image, so that nothing can be selected: only classes of 5 or more training "

@@ -45,6 +45,15 @@ def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> M
     )
 
 
+def train_val_rows(manifest: Manifest, seed: int) -> tuple[Rows, Rows]:
+    """Manifest row numbers that a trial trains on, and those of its validation: the official split, or held out."""
+    train, val = manifest.rows_of("train"), manifest.rows_of("val")
+    if len(val):
+        return train, val
+    held_out = carve_validation(manifest.label_rows(), seed)
+    return np.setdiff1d(train, held_out, assume_unique=True), held_out
+
+
 def carve_validation(rows: LabelRows, seed: int) -> Rows:
     """Manifest row numbers to hold out from training as validation; empty for a manifest with validation rows."""
     if len(rows.rows_of("val")):

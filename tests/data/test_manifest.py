@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from imbvlm.base.errors import ImbvlmError, StorageError
 from imbvlm.data.manifest import Manifest, ManifestError, label_rows
-from imbvlm.data.splits import carve_validation, classes_without_validation
+from imbvlm.data.splits import carve_validation, classes_without_validation, train_val_rows
 
 NAMES = ("cat", "dog", "owl")
 
@@ -159,11 +159,20 @@ def test_carving_takes_what_the_protocol_says(counts: Sequence[int], seed: int) 
     wanted = [min(3, n // 5) if n >= 5 else 0 for n in counts]
     assert np.bincount(made.labels[carved], minlength=len(counts)).tolist() == wanted
     assert (np.diff(carved) > 0).all()
-    stats = made.class_stats(carved)
+    stats = made.class_stats(train_val_rows(made, seed)[0])
     assert stats.split_counts.tolist() == counts
     assert stats.counts.tolist() == [n - w for n, w in zip(counts, wanted, strict=True)]
     lost = classes_without_validation(made.labels[carved], len(counts)).tolist()
     assert lost == [label for label, n in enumerate(counts) if n < 5]
+
+
+def test_a_trial_trains_on_all_rows_but_those_held_out() -> None:
+    official = Manifest.read("embedded:fashion_mnist_lt")
+    for made in (official, manifest([50, 20, 7])):
+        train, val = train_val_rows(made, 3)
+        held_out = carve_validation(made.label_rows(), 3)
+        assert train.tolist() == [row for row in made.rows_of("train").tolist() if row not in held_out.tolist()]
+        assert val.tolist() == (made.rows_of("val") if made is official else held_out).tolist()
 
 
 def test_carving_depends_on_the_seed_and_on_nothing_else() -> None:
@@ -243,7 +252,7 @@ def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     made.write(str(tmp_path / "big.parquet"))
     found = Manifest.read(str(tmp_path / "big.parquet"))
     carved = carve_validation(label_rows(str(tmp_path / "big.parquet")), 0)
-    found.class_stats(carved)
+    found.class_stats(train_val_rows(found, 0)[0])
     assert time.perf_counter() - begin < 20
     assert len(carved) == 3 * 8142
 

@@ -16,7 +16,7 @@ from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.splits import carve_validation
+from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import refusals
@@ -249,10 +249,9 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
 
 def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
     """Return the counts of the images that train, and the number of validation images of each class."""
-    held_out = carve_validation(manifest.label_rows(), split_seed)
-    val_rows = manifest.rows_of("val") if "val" in manifest.splits else held_out
-    counts = np.bincount(manifest.labels[val_rows], minlength=len(manifest.class_names))
-    return manifest.class_stats(held_out), counts.tolist()
+    train, val = train_val_rows(manifest, split_seed)
+    counts = np.bincount(manifest.labels[val], minlength=len(manifest.class_names))
+    return manifest.class_stats(train), counts.tolist()
 
 
 def check_data(spec: SweepSpec, stats: ClassStats, val_labels_per_class: list[int]) -> None:
@@ -329,7 +328,7 @@ def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, co
 
 def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     """Return the bytes of one trial's validation logits."""
-    return file_bytes(sum(_data_counts(spec, manifest)[1]), len(manifest.class_names))
+    return file_bytes(sum(data_counts(manifest, spec.split_seed)[1]), len(manifest.class_names))
 
 
 def untried_methods(sweep: ResolvedSweep, infos: Mapping[str, EncoderInfo]) -> list[str]:
@@ -354,8 +353,4 @@ def _methods_of(sweep: ResolvedSweep) -> set[str]:
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     """Reject a sweep whose data has nothing to train on or to select by; raises ConfigError."""
-    check_data(spec, *_data_counts(spec, manifest))
-
-
-def _data_counts(spec: SweepSpec, manifest: Manifest) -> tuple[ClassStats, list[int]]:
-    return data_counts(manifest, int(spec.base["data"].get("split_seed", 0)))
+    check_data(spec, *data_counts(manifest, spec.split_seed))

@@ -26,13 +26,12 @@ from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.data.image_stream import ImageRows, StreamPlan, stream_in_threads
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.manifest_schema import Rows
-from imbvlm.data.splits import carve_validation
+from imbvlm.data.splits import train_val_rows
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
 from imbvlm.features.extraction_plan import resolve_compute_dtype
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
-from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
@@ -291,9 +290,7 @@ def _resident_bytes() -> int:
 def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
     """Return the manifest's rows and classes with made-up features of the encoder's shapes, or with its images."""
     manifest = Manifest.read(config.data.manifest)
-    held_out = carve_validation(manifest.label_rows(), config.data.split_seed)
-    train = np.setdiff1d(manifest.rows_of("train"), held_out)
-    val = manifest.rows_of("val") if "val" in manifest.splits else held_out
+    train, val = train_val_rows(manifest, config.data.split_seed)
     needs_encoder = config.reads_images or METHODS[config.method].needs_encoder
     info = _encoder(config).info if needs_encoder else describe_encoder(config.encoder)
     sources: list[RowSource]
@@ -306,13 +303,12 @@ def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
             StoredRows(store, np.arange(len(rows)) % store.num_rows, manifest.labels[rows]) for rows in (train, val)
         ]
     num_classes = len(manifest.class_names)
-    counts = np.bincount(manifest.labels[train], minlength=num_classes)
     embeddings = None
     if info.has_text:
         embeddings = torch.nn.functional.normalize(torch.randn(num_classes, info.text_space.width), dim=-1)
     return TrialData(
         class_names=tuple(manifest.class_names),
-        class_stats=ClassStats.from_counts(counts, manifest.class_stats().split_counts),
+        class_stats=manifest.class_stats(train),
         train=sources[0],
         val=sources[1],
         info=info,

@@ -16,7 +16,7 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.splits import carve_validation
+from imbvlm.data.splits import train_val_rows
 from imbvlm.features.extraction import SECONDS_HERE
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.store_sizes import (
@@ -304,9 +304,8 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
 
 
 def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
-    held_out = len(carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0))))
-    counts = {split: len(manifest.rows_of(split)) for split in manifest.splits}
-    return SplitSizes(counts["train"] - held_out, counts.get("val", held_out), counts["train"], counts.get("test", 0))
+    train, val = train_val_rows(manifest, spec.split_seed)
+    return SplitSizes(len(train), len(val), len(manifest.rows_of("train")), len(manifest.rows_of("test")))
 
 
 def resources() -> tuple[float, float]:

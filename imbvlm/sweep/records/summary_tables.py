@@ -37,7 +37,7 @@ def run_header(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) 
         f"imbalance factor {stats.imbalance_factor:.3g}",
     ]
     if "val" not in manifest.splits:
-        held_out = carve_validation(manifest.label_rows(), int(spec.base["data"].get("split_seed", 0)))
+        held_out = carve_validation(manifest.label_rows(), spec.split_seed)
         coverage = ", ".join(
             f"{len(np.intersect1d(getattr(stats, group), manifest.labels[held_out]))} of {len(getattr(stats, group))} "
             f"{group.replace('_', '-')}"

@@ -20,7 +20,7 @@ from imbvlm.base.schema import (
     violated_rule,
 )
 from imbvlm.base.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
-from imbvlm.config.input_sections import FeatureCacheConfig, Seed
+from imbvlm.config.input_sections import DataConfig, FeatureCacheConfig, Seed
 from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
 from imbvlm.sweep.spec.objectives import running_maximum
@@ -265,6 +265,12 @@ class SweepSpec(Section):
         """The seed of all trials, which no space can search."""
         seed = get_dotted(self.base, "train.seed")
         return TrainConfig().seed if seed is MISSING else int(seed)
+
+    @property
+    def split_seed(self) -> int:
+        """The seed of the validation rows of all trials, which no space can search."""
+        seed = get_dotted(self.base, "data.split_seed")
+        return int(DataConfig.model_fields["split_seed"].default if seed is MISSING else seed)
 
     @property
     def more_seeds(self) -> list[int]:
