@@ -16,7 +16,7 @@ from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation, classes_without_validation
-from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.longtail.class_stats import ClassStats
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -54,7 +54,7 @@ def summary_dict(manifest: Manifest) -> dict[str, Any]:
         "num_classes": stats.num_classes,
         "images": {split: len(manifest.rows_of(split)) for split in manifest.splits},
         "imbalance_factor": stats.imbalance_factor,
-        "classes_by_shot_group": {group: len(getattr(stats, group)) for group in SHOT_GROUPS},
+        "classes_by_shot_group": {group: len(labels) for group, labels in stats.shot_groups.items()},
         "class_names": list(manifest.class_names),
         "training_images": stats.counts.tolist(),
         "num_bytes": size,
@@ -94,8 +94,8 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
 
 
 def _group_lines(stats: ClassStats) -> list[str]:
-    groups = {group: getattr(stats, group) for group in SHOT_GROUPS}
-    return [f"{group:17} {pluralize(len(classes), 'class')}" for group, classes in groups.items() if len(classes)]
+    groups = stats.shot_groups.items()
+    return [f"{group:17} {pluralize(len(labels), 'class')}" for group, labels in groups if len(labels)]
 
 
 def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int) -> str:

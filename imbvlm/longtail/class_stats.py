@@ -82,6 +82,17 @@ class ClassStats:
         """Ids of the classes without training images."""
         return np.flatnonzero(self.split_counts == 0)
 
+    @property
+    def shot_groups(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Class ids of each of SHOT_GROUPS, in their order; a group may be empty."""
+        return {group: getattr(self, group) for group in SHOT_GROUPS}
+
     def group_of(self, label: int) -> str:
         """The shot group of one class."""
-        return next(group for group in SHOT_GROUPS if label in getattr(self, group))
+        return next(group for group, labels in self.shot_groups.items() if label in labels)
+
+    def describe_groups(self) -> str:
+        """Numbers of classes by shot group, such as `1,200 many-shot, 30 few-shot`, without empty groups."""
+        return ", ".join(
+            f"{len(labels):,} {group.replace('_', '-')}" for group, labels in self.shot_groups.items() if len(labels)
+        )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.worker_group import WorkerGroup
 
@@ -137,8 +135,8 @@ def per_class_accuracy(correct: npt.ArrayLike, total: npt.ArrayLike) -> npt.NDAr
 
 def shot_group_accuracies(accuracy: npt.NDArray[np.float64], stats: ClassStats) -> dict[str, float]:
     """Mean of the per-class accuracies (C,; NaN: no rows) per shot group; a group without rows is absent."""
-    groups: Mapping[str, npt.NDArray[np.float64]] = {name: accuracy[getattr(stats, name)] for name in SHOT_GROUPS}
-    return {f"{name}_accuracy": float(np.nanmean(of)) for name, of in groups.items() if not np.isnan(of).all()}
+    groups = {group: accuracy[labels] for group, labels in stats.shot_groups.items()}
+    return {f"{group}_accuracy": float(np.nanmean(of)) for group, of in groups.items() if not np.isnan(of).all()}
 
 
 def macro_scores(correct: npt.ArrayLike, predicted: npt.ArrayLike, total: npt.ArrayLike) -> dict[str, float]:

@@ -152,7 +152,7 @@ def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
     counted = total > 0
     if metric != "balanced_accuracy":
         members = torch.zeros_like(counted)
-        members[torch.from_numpy(getattr(stats, metric.removesuffix("_accuracy")))] = True
+        members[torch.from_numpy(stats.shot_groups[metric.removesuffix("_accuracy")])] = True
         counted &= members
     if not counted.any():
         raise ImbvlmError(f"{metric} needs a class with validation rows, got none.")

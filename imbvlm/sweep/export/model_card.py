@@ -11,7 +11,6 @@ from imbvlm.base.formatting import mean_std, percent
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.records.difference import (
     POST_HOC,
@@ -135,12 +134,9 @@ def _use(context: CardContext) -> str:
 
 def _data(context: CardContext) -> str:
     manifest, stats = context.manifest, context.manifest.class_stats()
-    groups = ", ".join(
-        f"{len(members):,} {group.replace('_', '-')}" for group in SHOT_GROUPS if len(members := getattr(stats, group))
-    )
     rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
     return (
-        f"{manifest.name}: {rows} images; {stats.num_classes:,} classes ({groups}), imbalance factor "
+        f"{manifest.name}: {rows} images; {stats.num_classes:,} classes ({stats.describe_groups()}), imbalance factor "
         f"{stats.imbalance_factor:.3g}. Many-shot classes have more than 100 training images, medium-shot 20 to 100, "
         "few-shot 1 to 19."
     )
@@ -209,7 +205,7 @@ def _adjustments(context: CardContext) -> str:
 def _limits(context: CardContext) -> str:
     stats, lines = context.manifest.class_stats(), list[str]()
     for group in ("few_shot", "zero_train"):
-        labels = getattr(stats, group)
+        labels = stats.shot_groups[group]
         if len(labels):
             few = "fewer than 20" if group == "few_shot" else "no"
             lines.append(

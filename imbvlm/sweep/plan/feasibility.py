@@ -280,7 +280,7 @@ def validation_problem(stats: ClassStats, val_labels_per_class: list[int], metri
     missing = [
         group
         for group in groups
-        if group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in getattr(stats, group))
+        if group in SHOT_GROUPS and not any(val_labels_per_class[label] for label in stats.shot_groups[group])
     ]
     if not sum(val_labels_per_class):
         return (

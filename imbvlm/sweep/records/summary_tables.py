@@ -10,7 +10,6 @@ import numpy as np
 from imbvlm.base.formatting import duration, mean_std, percent, pluralize, table
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
-from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
@@ -39,10 +38,9 @@ def run_header(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) 
     if "val" not in manifest.splits:
         held_out = carve_validation(manifest.label_rows(), spec.split_seed)
         coverage = ", ".join(
-            f"{len(np.intersect1d(getattr(stats, group), manifest.labels[held_out]))} of {len(getattr(stats, group))} "
-            f"{group.replace('_', '-')}"
-            for group in SHOT_GROUPS
-            if len(getattr(stats, group))
+            f"{len(np.intersect1d(labels, manifest.labels[held_out]))} of {len(labels)} {group.replace('_', '-')}"
+            for group, labels in stats.shot_groups.items()
+            if len(labels)
         )
         lines.append(
             f"no validation split: {len(held_out):,} training images are held out for selection and returned for the "

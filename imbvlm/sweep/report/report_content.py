@@ -341,14 +341,9 @@ def _data(source: ReportData) -> ReportSection:
     section, record = ReportSection("data", "Data"), source.classes
     if record is not None:
         stats = record.stats
-        groups = ", ".join(
-            f"{len(getattr(stats, group)):,} {group.replace('_', '-')}"
-            for group in SHOT_GROUPS
-            if len(getattr(stats, group))
-        )
         section.add(
-            f"{stats.num_classes:,} classes ({groups}), {int(stats.split_counts.sum()):,} training images, imbalance "
-            f"factor {stats.imbalance_factor:,.4g}."
+            f"{stats.num_classes:,} classes ({stats.describe_groups()}), {int(stats.split_counts.sum()):,} training "
+            f"images, imbalance factor {stats.imbalance_factor:,.4g}."
         )
     table = score_tables.quarantine(source)
     if table is not None:

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from imbvlm.base.formatting import duration, mean_std, percent
-from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.sweep.records.difference import ALL_SPLITS, POST_HOC, difference_on_test, splits_of, title_in
 from imbvlm.sweep.records.summary_tables import (
@@ -211,8 +210,7 @@ def class_groups(source: ReportData) -> Table | None:
     ours, theirs, title, name = pair
     accuracies = np.stack([per_class_accuracy(results.correct, results.total) for results in (ours, theirs)])
     rows = []
-    for group in SHOT_GROUPS:
-        labels = getattr(ours.stats, group)
+    for group, labels in ours.stats.shot_groups.items():
         our, their = accuracies[:, labels[~np.isnan(accuracies[0, labels])]]
         if len(our):
             counts = (len(our), (our > their).sum(), (our < their).sum(), (our == 0).sum(), (their == 0).sum())
