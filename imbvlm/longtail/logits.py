@@ -23,3 +23,9 @@ def log_prior(class_counts: npt.ArrayLike | Tensor, device: torch.device) -> Ten
     """Logarithm of each class's share of the images (C,) in float64; an empty class counts as half an image."""
     counts = floored_counts(class_counts, device)
     return torch.log(counts / counts.sum())
+
+
+def add_log_prior(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float | Tensor) -> Tensor:
+    """z + tau log prior for logits (B, C) and class counts (C,) [Menon et al. 2021]."""
+    logits = at_least_float32(logits)
+    return logits + (tau * log_prior(class_counts, logits.device)).to(logits.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
-from imbvlm.longtail.logits import at_least_float32, floored_counts, log_prior
+from imbvlm.longtail.logits import add_log_prior, at_least_float32, floored_counts, log_prior
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 
 LossOption = float | Tensor
@@ -43,7 +43,7 @@ def cross_entropy(
 
     Other losses with `label_smoothing` use this in place of -log p_y, with their own p and weights.
     """
-    return _cross_entropy(F.log_softmax(at_least_float32(logits), dim=-1), targets, None, label_smoothing, workers)
+    return _cross_entropy(logits, targets, None, label_smoothing, workers)
 
 
 def focal(
@@ -78,7 +78,7 @@ def inverse_frequency(
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = N / (C n_c): the study's class-balanced weights [Wang et al. 2023]."""
     counts = floored_counts(class_counts, logits.device)
-    return _weighted_cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, workers)
+    return _cross_entropy(logits, targets, counts.mean() / counts, label_smoothing, workers)
 
 
 def effective_number(
@@ -92,7 +92,7 @@ def effective_number(
 ) -> Tensor:
     """sum(w_y CE) / sum(w_y), w_c = (1 - beta) / (1 - beta^n_c), of mean 1 [Cui et al. 2019]."""
     weights = effective_number_weights(floored_counts(class_counts, logits.device), beta)
-    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
+    return _cross_entropy(logits, targets, weights, label_smoothing, workers)
 
 
 def generalized_reweight(
@@ -108,7 +108,7 @@ def generalized_reweight(
     log_weights = -exponent * torch.log(floored_counts(class_counts, logits.device))
     # A softmax is the same weights up to a factor, and can't overflow however large the exponent.
     weights = torch.softmax(log_weights, dim=-1) * logits.shape[-1]
-    return _weighted_cross_entropy(logits, targets, weights, label_smoothing, workers)
+    return _cross_entropy(logits, targets, weights, label_smoothing, workers)
 
 
 def balanced_softmax(
@@ -133,10 +133,7 @@ def logit_adjustment(
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> Tensor:
     """CE(z + tau log prior) [Menon et al. 2021, eq. 10]."""
-    adjusted = at_least_float32(logits) + (tau * log_prior(class_counts, logits.device)).to(
-        at_least_float32(logits).dtype
-    )
-    return _cross_entropy(F.log_softmax(adjusted, dim=-1), targets, None, label_smoothing, workers)
+    return _cross_entropy(add_log_prior(logits, class_counts, tau), targets, None, label_smoothing, workers)
 
 
 def ldam(
@@ -336,9 +333,10 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cross_entropy(
-    log_probs: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, workers: WorkerGroup
+    logits: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: LossOption, workers: WorkerGroup
 ) -> Tensor:
     """Weighted mean of cross entropies with smoothed targets, given as classes (B,) or as soft targets (B, C)."""
+    log_probs = F.log_softmax(at_least_float32(logits), dim=-1)
     if targets.ndim == 1:
         weights = None if class_weights is None else class_weights[targets]
         nll = _nll(log_probs, targets)
@@ -349,14 +347,6 @@ def _cross_entropy(
         nll = -(shares * log_probs).sum(dim=-1) / weights
     losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
     return _weighted_mean(losses, weights, workers)
-
-
-def _weighted_cross_entropy(
-    logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: LossOption, workers: WorkerGroup
-) -> Tensor:
-    return _cross_entropy(
-        F.log_softmax(at_least_float32(logits), dim=-1), targets, class_weights, label_smoothing, workers
-    )
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.logits import at_least_float32, log_prior
+from imbvlm.longtail.logits import add_log_prior, at_least_float32
 from imbvlm.longtail.metrics import CalibrationBins, predictions
 
 TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
@@ -164,8 +164,7 @@ def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: flo
 
     A class without images has the prior of half an image.
     """
-    logits = at_least_float32(logits)
-    return logits - (tau * log_prior(class_counts, logits.device)).to(logits.dtype)
+    return add_log_prior(logits, class_counts, -tau)
 
 
 def select_tau(
