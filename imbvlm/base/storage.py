@@ -158,10 +158,12 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def storage_error(action: str, uri: str, error: Exception) -> StorageError:
-    """The StorageError for a failed `action` ("read", "write"): names a denied access, a full disk, a file in the way.
+    """The StorageError for a failed `action`: names a missing file, a denied access, a full disk, a file in the way.
 
-    For S3 a denied access names bucket, key and account.
+    `action` is a verb, such as "read" or "write". For S3 a denied access names bucket, key and account.
     """
+    if action == "read" and isinstance(error, FileNotFoundError):
+        return StorageError(f"{uri} is not there")
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
@@ -235,8 +237,6 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 
     try:
         return _retry(uri, read)
-    except FileNotFoundError:
-        raise StorageError(f"{uri} is not there") from None
     except OSError as error:
         raise storage_error("read", uri, error) from None
 
@@ -285,8 +285,6 @@ def download(uri: str, path: Path) -> None:
 
     try:
         _retry(uri, copy)
-    except FileNotFoundError:
-        raise StorageError(f"{uri} is not there") from None
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise storage_error("write", str(path), error) from None

@@ -357,8 +357,6 @@ def _read_parquet(path: str) -> Any:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
             for batch in file.iter_batches(_BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
-    except FileNotFoundError:
-        raise storage.StorageError(f"{path} is not there") from None
     except OSError as error:
         raise storage.storage_error("read", path, error) from None
 

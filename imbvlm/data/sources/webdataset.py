@@ -144,8 +144,6 @@ def _read_shard(path: str) -> _Shard:
                 elif not member.isdir():
                     shard.links.append(member.name)
             shard.has_end = archive.offset < filesystem.get_file_info(inner).size
-    except FileNotFoundError:
-        raise storage.StorageError(f"{path} is not there") from None
     except tarfile.TarError as error:
         raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"]) from None
     except OSError as error:
