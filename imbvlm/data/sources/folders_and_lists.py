@@ -11,7 +11,7 @@ from imbvlm.base import storage
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, ListedFile, is_hidden, list_tree, printable_path
 from imbvlm.data.manifest import Manifest, ManifestError
-from imbvlm.data.sources.manifest_builder import SPLIT_NAMES, assemble, class_id, folders_of, read_lines
+from imbvlm.data.sources.manifest_builder import SPLIT_NAMES, assemble, below_root, class_id, folders_of, read_lines
 
 # Bad lines of a list that an error shows.
 MAX_LINES = 20
@@ -179,7 +179,7 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
             paths.append(file)
             labels.append(label)
             splits.append(split)
-    uris = [path if storage.is_uri(path) or path.startswith("/") else storage.join(root, path) for path in paths]
+    uris = [below_root(path, root) for path in paths]
     source = ", ".join(lists.values())
     more = len(problems) - MAX_LINES
     findings = problems[:MAX_LINES] + ([f"and {more} more lines"] if more > 0 else [])

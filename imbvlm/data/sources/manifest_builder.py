@@ -167,6 +167,11 @@ def folders_of(uris: Sequence[str], labels: npt.NDArray[np.int64]) -> dict[int, 
     return folders if len(set(folders.values())) == len(folders) else {}
 
 
+def below_root(uri: str, root: str) -> str:
+    """An image's location in a list or table, whose relative paths lie below `root`."""
+    return uri if storage.is_uri(uri) or uri.startswith("/") else storage.join(root, uri)
+
+
 def split_of_file(path: str) -> str | None:
     """The split in a file's name: `train-00000-of-00002.parquet`, `imagenet-val-000.tar`."""
     words = re.split(r"[^a-z]+", path.rpartition("/")[2].lower())

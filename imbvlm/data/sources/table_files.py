@@ -25,7 +25,7 @@ from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.byte_ranges import ContainerWriter
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
-from imbvlm.data.sources.manifest_builder import assemble, folders_of, split_of_file
+from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, split_of_file
 
 # Usual names of each column, the most likely first.
 COLUMNS: Mapping[str, Sequence[str]] = {
@@ -71,7 +71,7 @@ def from_table(
     names = class_names if class_names is not None else rows.class_names
     source = ", ".join(paths)
     labels = _label_values(rows.labels, names, source)
-    uris = [None if uri is None else _resolve(uri, root) for uri in rows.uris]
+    uris = [None if uri is None else below_root(uri, root) for uri in rows.uris]
     has_ids = bool(labels) and isinstance(labels[0], int)
     folders = folders_of([uri or "" for uri in rows.uris], np.array(labels, np.int64)) if has_ids else {}
     return assemble(
@@ -359,7 +359,3 @@ def _read_parquet(path: str) -> Any:
                 yield pa.Table.from_batches([batch])
     except OSError as error:
         raise storage.storage_error("read", path, error) from None
-
-
-def _resolve(uri: str, root: str) -> str:
-    return uri if storage.is_uri(uri) or uri.startswith("/") else storage.join(root, uri)
