@@ -99,8 +99,7 @@ class TrialConfig(_WithMethods):
     def _second_stage_has_what_it_reads(cls, stage: StageSection | None, info: ValidationInfo) -> StageSection | None:
         if stage is None:
             return None
-        features = info.data.get("features")
-        if isinstance(features, FeaturesConfig) and not features.store:
+        if _is_without_store(info.data):
             raise ValueError("second_stage needs stored features. Set features.store: true, or second_stage: null.")
         is_cosine = isinstance(info.data.get("classifier"), CosineClassifierConfig)
         if is_cosine and SECOND_STAGES[stage.name].reads_weight_norms:
@@ -142,9 +141,7 @@ class TrialConfig(_WithMethods):
     @field_validator("classifier")
     @classmethod
     def _class_means_need_stored_features(cls, classifier: Section | None, info: ValidationInfo) -> Section | None:
-        features = info.data.get("features")
-        stored = not isinstance(features, FeaturesConfig) or features.store
-        if getattr(classifier, "init", None) == "class_mean" and not stored:
+        if getattr(classifier, "init", None) == "class_mean" and _is_without_store(info.data):
             raise ValueError(
                 "classifier.init: class_mean needs the stored features of all training images. Set features.store: "
                 "true, or classifier.init: text or random."
@@ -217,10 +214,14 @@ def require_section(section: T | None) -> T:
 
 def _reads_images(data: Tree) -> bool:
     """Whether a trial of these sections reads images; False where they aren't valid."""
-    features = data.get("features")
-    without_store = isinstance(features, FeaturesConfig) and not features.store
     method = _method(data)
-    return without_store or (method is not None and method.trains_encoder)
+    return _is_without_store(data) or (method is not None and method.trains_encoder)
+
+
+def _is_without_store(data: Tree) -> bool:
+    """Whether these sections switch stored features off; False where they aren't valid."""
+    features = data.get("features")
+    return isinstance(features, FeaturesConfig) and not features.store
 
 
 def _check_soft_targets(section: str, loss: LossSection | None) -> None:
