@@ -8,6 +8,7 @@ import numpy as np
 
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.splits import lost_classes
 
 MAX_NAMED = 5
 
@@ -38,10 +39,10 @@ def bad_image_findings(
 
 
 def _lost_classes(rows: Manifest, bad: Mapping[int, str]) -> list[str]:
-    num_classes = len(rows.class_names)
-    before = np.bincount(rows.labels, minlength=num_classes)
-    after = before - np.bincount(rows.labels[list(bad)], minlength=num_classes)
-    lost = [f"{rows.class_names[label]!r} ({before[label]})" for label in np.flatnonzero((before > 0) & (after == 0))]
+    ok = np.ones(len(rows), dtype=bool)
+    ok[list(bad)] = False
+    counts = np.bincount(rows.labels)
+    lost = [f"{rows.class_names[label]!r} ({counts[label]})" for label in lost_classes(rows.labels, ok)]
     return [f"{pluralize(len(lost), 'class')} would lose every training image: {join_limited(lost)}"] if lost else []
 
 

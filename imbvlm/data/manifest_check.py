@@ -23,7 +23,7 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
-from imbvlm.data.splits import classes_without_validation, train_val_rows
+from imbvlm.data.splits import classes_without_validation, lost_classes, train_val_rows
 
 Severity = Literal["error", "warning", "note"]
 
@@ -248,10 +248,8 @@ def _undecodable(manifest: Manifest) -> Iterator[Finding]:
             for row, text in bad
         )
         yield Finding("warning", f"{pluralize(len(bad), 'image')} of {len(manifest):,} can't be decoded", shown)
-    lost = np.setdiff1d(
-        np.unique(manifest.labels[manifest.rows_of("train")]),
-        manifest.labels[[row for row in manifest.rows_of("train") if reasons[row] is None]],
-    )
+    train = manifest.rows_of("train")
+    lost = lost_classes(manifest.labels[train], np.array([reasons[row] is None for row in train], dtype=bool))
     if len(lost):
         names = tuple(manifest.class_names[label] for label in lost)
         yield Finding("error", f"{pluralize(len(lost), 'class')} would lose every training image", names)

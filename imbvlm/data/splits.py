@@ -90,3 +90,9 @@ def draw_rows(rows: LabelRows, quota: npt.NDArray[np.int64], seed: int) -> Rows:
 def classes_without_validation(labels: npt.NDArray[np.int64], num_classes: int) -> Rows:
     """Ids of the classes without a row in `labels`, the validation rows: no selection counts them."""
     return np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+
+
+def lost_classes(labels: npt.NDArray[np.int64], ok: npt.NDArray[np.bool_]) -> Rows:
+    """Ids of the classes that have rows in `labels` (N,), but none whose image is `ok` (N,)."""
+    before = np.bincount(labels)
+    return np.flatnonzero((before > 0) & (np.bincount(labels[ok], minlength=len(before)) == 0))

@@ -16,7 +16,7 @@ from imbvlm.data.image_stream import ImageRows
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
 from imbvlm.data.manifest_schema import Rows
-from imbvlm.data.splits import carve_validation
+from imbvlm.data.splits import carve_validation, lost_classes
 from imbvlm.features.feature_set import FeatureSet, load_tensors
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError
@@ -105,7 +105,7 @@ class TrialData:
             info=features.info,
             encoder_tensors=features.encoder_tensors(),
             class_embeddings=_class_embeddings(features),
-            warnings=_warnings(table, stats, train_store),
+            warnings=_warnings(table, train_store),
             stored=stored,
             encoder=config.encoder if features.encoder is None else EncoderConfig.model_validate(features.encoder),
         )
@@ -173,11 +173,9 @@ def _class_embeddings(features: FeatureSet) -> Tensor | None:
     return load_tensors(features.class_embeddings)["class_embeddings"]
 
 
-def _warnings(table: LabelRows, stats: ClassStats, store: FeatureStore) -> tuple[str, ...]:
+def _warnings(table: LabelRows, store: FeatureStore) -> tuple[str, ...]:
     """A sentence about the classes whose training images could not be decoded."""
-    labels = table.labels[table.rows_of("train")]
-    readable = np.bincount(labels[store.ok], minlength=stats.num_classes)
-    lost = np.flatnonzero((readable == 0) & (np.bincount(labels, minlength=stats.num_classes) > 0))
+    lost = lost_classes(table.labels[table.rows_of("train")], store.ok)
     if not lost.size:
         return ()
     names = ", ".join(repr(table.class_names[label]) for label in lost[:5])
