@@ -24,7 +24,7 @@ def bad_image_findings(
         return []
     rows = manifest.split(split)
     number = pluralize(len(bad), "image")
-    examples = join_limited([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)[: MAX_NAMED + 1]], MAX_NAMED)
+    examples = join_limited([f"{_name(rows, row)} ({bad[row]})" for row in sorted(bad)], MAX_NAMED)
     findings = []
     if max_images is not None and len(bad) > max_images:
         findings.append(f"{number} of {split} can't be used, above data.max_bad_images {max_images:,}: {examples}")

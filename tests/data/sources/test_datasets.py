@@ -1009,6 +1009,11 @@ def test_limits_by_count_by_share_and_by_class_are_said_with_names() -> None:
     assert len(limits([0, 1, 2], split="test")) == 1
 
 
+def test_a_limit_says_how_many_more_images_are_bad() -> None:
+    (by_count,) = limits([0, 1, 2, 5, 6, 7, 10, 11, 12], max_images=3)
+    assert by_count.endswith("s3://bucket/6.jpg (truncated) and 4 more")
+
+
 @pytest.mark.slow
 def test_inat2018_by_its_official_annotations(tmp_path: Path) -> None:
     """All of it in size: its official validation set is the test split, and validation is carved from training."""
