@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from imbvlm.cli.options import add_command
+from imbvlm.cli.options import add_command, positive
 
 
 def add_export_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser."""
-    from imbvlm.cli.sweep_script import positive
-
     parser = add_command(
         commands,
         "export",

@@ -1,4 +1,4 @@
-"""Shared parts of the commands: parsers with an example, and messages on standard error."""
+"""Shared parts of the commands: parsers with an example, types of options, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
 
 
 def print_to_stderr(text: str) -> None:

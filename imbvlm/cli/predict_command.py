@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from imbvlm.cli.options import add_command, print_to_stderr
+from imbvlm.cli.options import add_command, positive, print_to_stderr
 
 if TYPE_CHECKING:
     from imbvlm.inference.predictor import Prediction
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 def add_predict_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser."""
-    from imbvlm.cli.sweep_script import positive
-
     parser = add_command(
         commands,
         "predict",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, printable
-from imbvlm.cli.options import add_command, print_to_stderr
+from imbvlm.cli.options import add_command, positive, print_to_stderr
 
 if TYPE_CHECKING:
     from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -17,7 +17,7 @@ SWEEP_ACTIONS = ("run", "resume", "list", "show")
 
 
 def add_sweep_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from imbvlm.cli.sweep_script import add_arguments, positive
+    from imbvlm.cli.sweep_script import add_arguments
 
     parser = add_command(
         commands, "sweep", "Run sweeps, go on with them, list and show them; `sweep FILE` is `sweep run FILE`.",

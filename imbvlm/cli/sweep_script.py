@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
-from imbvlm.base.errors import LINE_BREAKS, ConfigError, ImbvlmError, Problem, printable
+from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.base.schema import flatten
 from imbvlm.base.yaml_file import parse_scalar, parse_yaml
+from imbvlm.cli.options import positive, print_to_stderr
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.sweep.records.resource_usage import PLAN_FILE
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
@@ -126,7 +127,7 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         try:
             code = signals.outlast(lambda: _run(spec, options, signals))
         except ImbvlmError as error:
-            print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
+            print_to_stderr(str(error))
             return 1
         if code is None:
             signals.end()
@@ -237,17 +238,9 @@ def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 
         )
         options.add_trials, options.manifest = add_trials, manifest
     except ImbvlmError as error:
-        print(f"imbvlm: {printable(str(error), keep=LINE_BREAKS)}", file=sys.stderr)
+        print_to_stderr(str(error))
         return 1
     return run_command(spec, options)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
 
 
 def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> SweepSpec:
