@@ -25,12 +25,16 @@ def write_report(
     location if it was moved. `say` receives a sentence on everything that is missing on the page.
     """
     storage.check_location(out or folder)
-    source = ReportData.read(folder, manifest)
+    return write_report_of(ReportData.read(folder, manifest), out, say)
+
+
+def write_report_of(source: ReportData, out: str | None = None, say: Callable[[str], None] = lambda text: None) -> str:
+    """Write the report of a sweep's folder that has been read, as `write_report` does."""
     report = build(source)
     for note in report.notes:
         say(note)
     is_page = out is not None and out.endswith((".html", ".htm"))
-    uri = out if out is not None and is_page else storage.join(out or folder, REPORT_FILE)
+    uri = out if out is not None and is_page else storage.join(out or source.folder, REPORT_FILE)
     storage.write_bytes(uri, page(report, source.spec.to_yaml_text(), commands(source)).encode())
     if out is not None and not is_page:
         _write_parts(report, out)

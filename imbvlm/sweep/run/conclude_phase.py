@@ -10,12 +10,12 @@ from imbvlm.sweep.plan.feasibility import untried_methods
 from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
 from imbvlm.sweep.records.difference import refits_of, verdict_on_test
 from imbvlm.sweep.records.refit_selection import SUPERSEDED
-from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
+from imbvlm.sweep.records.resource_usage import compute_text
 from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, scores_table, search_table, verdict
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
 from imbvlm.sweep.records.trial_log import WINNER
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.report_writer import write_report
+from imbvlm.sweep.report.report_writer import write_report_of
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
 from imbvlm.sweep.run.sweep_run import SweepRun
 
@@ -34,7 +34,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     _print_scores(run, data)
     _print_tables(run, data)
     write_best(run.folder, best, run.spec.base["data"]["manifest"])
-    page = report(run)
+    page = report(run, data)
     # Deleted last: a signal before this point leaves a sweep that can be resumed.
     if not run.num_refits_left:
         storage.delete(storage.join(run.folder, UNFINISHED_FILE))
@@ -48,7 +48,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
         ("refits/", "the refitted weights"),
     ):
         echo(f"  {storage.join(run.folder, name)}  {content}")
-    echo(compute_text(ResourceUsage.read(run.folder, run.spec, run.log)))
+    echo(compute_text(data.compute))
     echo("next:")
     echo(f"  imbvlm export {run.folder} -o my-model")
     echo("  imbvlm predict my-model PHOTO.jpg")
@@ -58,13 +58,13 @@ def conclude(run: SweepRun, seconds: float) -> None:
         echo(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
 
 
-def report(run: SweepRun) -> str | None:
+def report(run: SweepRun, data: ReportData) -> str | None:
     """Write the report and return its location; None with a sentence if it fails, since a report must not fail a sweep.
 
     Raises KeyboardInterrupt if a library turned an interrupt into the error.
     """
     try:
-        return write_report(run.folder)
+        return write_report_of(data)
     except Exception as error:  # noqa: BLE001
         interrupts.check()
         run.console.print(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
