@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
@@ -24,6 +23,7 @@ from imbvlm.sweep.records.refit_selection import refit_seconds
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
+from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.trial_session import TrialSettings
 
 
@@ -48,7 +48,7 @@ class Job:
     alone: bool = False
 
 
-class UnsavedSearcher(Searcher):
+class UnsavedSearcher(Unpickled, Searcher):
     """A searcher without saved state: a resumed sweep reads its trials' records instead."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -56,10 +56,6 @@ class UnsavedSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its searcher for its own restore, which is not used. This one holds the console and the manifest.
-        return {}
 
 
 class FixedJobs(UnsavedSearcher):

@@ -20,6 +20,7 @@ from imbvlm.base.schema import Tree
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, TrialState
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.unpickled import Unpickled
 
 TENSORBOARD_FOLDER = "tensorboard"
 GROUPS = ("top1", "balanced", *SHOT_GROUPS)
@@ -29,7 +30,7 @@ EXPORT_SECONDS = 2.0
 FLUSH_SECONDS = 5.0
 
 
-class MetricsExporter(tune.Callback):
+class MetricsExporter(Unpickled, tune.Callback):
     """Exports a trial log's metrics; the callback that updates the log must be called before this one."""
 
     def __init__(self, spec: SweepSpec, log: TrialLog, folder: Path, sweep: str) -> None:
@@ -41,10 +42,6 @@ class MetricsExporter(tune.Callback):
         self._best = _gauge("imbvlm_best_value", "largest objective on validation so far", tags, ("objective",))
         self._accuracy = _gauge("imbvlm_best_accuracy", "the best trial's accuracies on validation", tags, ("group",))
         self._gpu_hours = _gauge("imbvlm_gpu_hours", "hours of the GPUs that trials have booked", tags, ())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for its own restore, which is not used.
-        return {}
 
     def setup(self, **info: Any) -> None:
         self._export()

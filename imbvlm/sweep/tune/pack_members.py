@@ -22,6 +22,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.baselines import BASELINES_PER_ENCODER, feature_key
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.jobs import UnsavedSearcher, settings_text
+from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.trial_pack import pack_key
 
 
@@ -159,16 +160,13 @@ class TuneSearcher(UnsavedSearcher):
             self._inner.on_trial_complete(inner_id, report, error)
 
 
-class TuneScheduler(FIFOScheduler):
+class TuneScheduler(Unpickled, FIFOScheduler):
     """Passes each member's reports to another scheduler; a pack ends with its last member."""
 
     def __init__(self, inner: AshaBrackets, packs: Members) -> None:
         super().__init__()
         self._inner, self._packs = inner, packs
         self._open: dict[str, dict[str, MemberTrial]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
         self._open[trial.trial_id] = {member.name: member for member in self._packs.of(trial.trial_id)}
@@ -199,14 +197,11 @@ class TuneScheduler(FIFOScheduler):
             self._inner.on_trial_complete(tune_controller, member, report)
 
 
-class TuneCallback(tune.Callback):
+class TuneCallback(Unpickled, tune.Callback):
     """Passes each member to other callbacks; a member ends at once, while its pack continues."""
 
     def __init__(self, inner: Sequence[tune.Callback], packs: Members) -> None:
         self._inner, self._packs = inner, packs
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def setup(self, **info: Any) -> None:
         for callback in self._inner:

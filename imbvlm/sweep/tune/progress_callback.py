@@ -17,6 +17,7 @@ from imbvlm.base.schema import Tree
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines
+from imbvlm.sweep.tune.unpickled import Unpickled
 
 NUMBER = (int, float)
 SAVE_AFTER_SECONDS = 20.0
@@ -24,7 +25,7 @@ SAVE_AFTER_SECONDS = 20.0
 MEMORY_SIGNS = ("OutOfMemoryError", "node running low on memory")
 
 
-class ProgressCallback(tune.Callback):
+class ProgressCallback(Unpickled, tune.Callback):
     """Updates the trial log with Tune's reports; `ran_too_long` has the reasons of trials that timed out.
 
     `sizes` describes, for errors about memory, what all trials have in common.
@@ -54,10 +55,6 @@ class ProgressCallback(tune.Callback):
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
         self._started = time.monotonic()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for its own restore, which is not used.
-        return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._has_ended and self.storage_error is None:

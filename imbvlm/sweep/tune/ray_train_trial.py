@@ -18,6 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from imbvlm.base.schema import Tree
+from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.train_worker import train_worker
 
 # With a limit, a trial whose workers never start ends in an error.
@@ -66,7 +67,7 @@ class PlacementGroupRecorder(WorkerGroupCallback):
         internal_kv._internal_kv_put(self._key, handle.placement_group.id.hex())
 
 
-class PlacementGroupCleaner(tune.Callback):
+class PlacementGroupCleaner(Unpickled, tune.Callback):
     """Frees the placement groups of ended trials.
 
     Ray Train has a process for that after Tune has ended a trial. A machine without memory kills that process too, and
@@ -75,10 +76,6 @@ class PlacementGroupCleaner(tune.Callback):
 
     def __init__(self) -> None:
         self._ended_at: dict[str, float] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for its own restore, which is not used.
-        return {}
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         _free(trial.trial_id)

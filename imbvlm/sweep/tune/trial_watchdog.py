@@ -15,6 +15,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from imbvlm.base.console import Console
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
+from imbvlm.sweep.tune.unpickled import Unpickled
 
 
 class TrialTimeout(FIFOScheduler):
@@ -79,7 +80,7 @@ def _names(trial: Trial) -> list[str]:
     return trial.config.get("names") or [str(trial.config["record"]["trial_id"])]
 
 
-class CapacityWatch(tune.Callback):
+class CapacityWatch(Unpickled, tune.Callback):
     """Prints from time to time why no trial can run; `shortage` returns a sentence, or None.
 
     The sweep continues to wait, since another machine may join.
@@ -88,10 +89,6 @@ class CapacityWatch(tune.Callback):
     def __init__(self, shortage: Callable[[], str | None], console: Console) -> None:
         self._shortage, self._console = shortage, console
         self._checked_at, self._throttle = time.monotonic(), NoticeThrottle()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for its own restore, which is not used.
-        return {}
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         # Tune takes a step several times a second.
