@@ -1,4 +1,4 @@
-"""ImageNet-LT on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
+"""ImageNet-LT on GPUs: encoders, methods, losses, temperatures and learning rates; one GPU a trial."""
 
 from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec

@@ -1,4 +1,4 @@
-"""iNaturalist 2018 on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
+"""iNaturalist 2018 on GPUs: encoders, methods, losses, temperatures and learning rates; one GPU a trial."""
 
 from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec

@@ -19,7 +19,7 @@ from imbvlm.sweep.spec.studies import Part, Row, study_fields
 EPOCHS = {"imagenet_lt": (10, 5), "places_lt": (10, 5), "inat2018": (20, 15)}
 DEFAULT = "imagenet_lt"
 PARTS = ("recipe", "ablation", "losses", "cost")
-TOWERS = {"B/16": "openai_vit_b16", "L/14": "openai_vit_l14"}
+ENCODERS = {"B/16": "openai_vit_b16", "L/14": "openai_vit_l14"}
 # A 24 GB card holds a batch of L/14 in four parts; the numbers stay the same.
 IN_PARTS: Params = {"memory.accumulation": 4}
 LOSSES: Mapping[str, Params] = {
@@ -31,7 +31,7 @@ LOSSES: Mapping[str, Params] = {
     "LADE": {"loss.name": "lade"},
     "LA": {"loss.name": "logit_adjustment", "loss.tau": 1.0},
 }
-# The classifier alone, on fresh crops through the frozen tower.
+# The classifier alone, on fresh crops through the frozen encoder.
 CLASSIFIER: Params = {"method": "linear_probe", "features.store": False}
 
 
@@ -42,9 +42,9 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
     plus: Params = {**LIFT_PLUS, "train.num_epochs": epochs_plus}
     at_random: Params = {**lift, "classifier.init": "random"}
     both = [
-        Row(f"{label}, {tower}", f"{name}-{tower.lower().replace('/', '')}", {**draw, "encoder.name": encoder, **more})
+        Row(f"{label}, {model}", f"{name}-{model.lower().replace('/', '')}", {**draw, "encoder.name": encoder, **more})
         for label, name, draw in (("LIFT", "lift", lift), ("LIFT+", "lift-plus", plus))
-        for (tower, encoder), more in zip(TOWERS.items(), ({}, IN_PARTS), strict=True)
+        for (model, encoder), more in zip(ENCODERS.items(), ({}, IN_PARTS), strict=True)
     ]
     parts = {
         "recipe": Part("recipe", "LIFT and LIFT+", both),
@@ -70,7 +70,7 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
         "encoder": {"name": "openai_vit_b16"},
         "optim": {"name": "sgd", "momentum": 0.9},
         "train": {"batch_size": 128},
-        # Beside the plain numbers, as LIFT publishes both.
+        # In addition to one crop: LIFT publishes both.
         "eval": {"tte": "five_crop"},
     }
     return SweepSpec.from_tree(
@@ -87,7 +87,7 @@ def study(names: Iterable[str], recipe: str = DEFAULT, manifest: str | None = No
 
 
 def _under(draw: Params, loss: str) -> Params:
-    """With another loss, and without the knobs of the recipe's own."""
+    """The recipe with another loss, without the options of its own."""
     return {**{key: value for key, value in draw.items() if not key.startswith("loss.")}, **LOSSES[loss]}
 
 
@@ -96,7 +96,7 @@ spec = study(PARTS)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--recipe", choices=sorted(EPOCHS), default=DEFAULT, help="of which data set")
+    parser.add_argument("--recipe", choices=sorted(EPOCHS), default=DEFAULT, help="the data set whose recipe is run")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all where not given")
     options = parser.parse_args()
     sys.exit(run_command(study(options.part, options.recipe, options.manifest), options))

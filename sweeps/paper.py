@@ -1,7 +1,7 @@
 """The study of Wang et al. (IJCV 2023) as one sweep: a fixed list of configurations in parts, nothing is searched.
 
-Softmax and six other losses, class-balanced sampling and four second stages on a decoder over a frozen tower, beside
-zero-shot, CoOp, a linear probe and full fine-tuning; towers, pre-training sets, depths of the decoder, and the cost.
+Softmax and six other losses, class-balanced sampling and four second stages on a decoder over a frozen encoder;
+zero-shot, CoOp, a linear probe and full fine-tuning; encoders, pre-training sets, depths of the decoder, and the cost.
 It runs in full on GPUs. Without one, and on the data in the package, it runs in small: the package's own encoder on
 CPUs, a few epochs.
 """
@@ -73,12 +73,12 @@ IN_VIT: Mapping[str, Params] = {
     "Adapters": {"method": "adapter", "optim.lr": 0.01, **COSINE},
     "LoRA": {"method": "lora", "optim.lr": 0.01, **COSINE},
 }
-TOWERS = {"ViT-B/16": "openai_vit_b16", "ViT-L/14": "openai_vit_l14"}
+ENCODERS = {"ViT-B/16": "openai_vit_b16", "ViT-L/14": "openai_vit_l14"}
 PRETRAINING = {"OpenAI": "openai_vit_b16", "LAION-400M": "laion400m_vit_b16", "LAION-2B": "laion2b_vit_b16"}
 DEPTHS = range(7)
 PARTS = ("methods", "losses", "prompt_losses", "since", "towers", "pretraining", "depth", "cost")
 
-# CPUs of a trial on a GPU, where the machine has as many; its driver takes a little besides.
+# CPUs of a trial on a GPU, where the machine has as many; its driver needs a part of one more.
 CPUS_PER_GPU = 4
 # The study's recipe: 8,192 steps of 256, on one GPU a trial.
 LARGE: Mapping[str, Any] = {
@@ -106,7 +106,7 @@ SMALL: Mapping[str, Any] = {
         "train": {"num_epochs": 12, "batch_size": 128},
         "eval": {"resize": 1.0},
     },
-    # A classifier alone takes larger steps. The tower's own training takes a minute an epoch, so these few epochs take
+    # A classifier alone takes larger steps. Training the encoder takes a minute an epoch, so these few epochs take
     # larger steps than thousands would: of 0.001, 0.005 and 0.02 the last does best on validation.
     "own": {
         "linear_probe": {"optim.lr": 0.3},
@@ -114,7 +114,7 @@ SMALL: Mapping[str, Any] = {
         "bias_tuning": {"train.num_epochs": 6},
     },
     "driver": "in_process",
-    # Fresh crops need the tower in every epoch: hours on a CPU.
+    # Fresh crops need the encoder in every epoch: hours on a CPU.
     "fresh_crops": False,
     "smoke": {"train.num_epochs": 1, "encoder.image_size": 64, "refit_seeds": [0]},
 }
@@ -130,22 +130,25 @@ def study(
     if num_cpus is not None and not is_small:
         setting["cpus_per_worker"] = max(1, min(CPUS_PER_GPU, math.ceil(num_cpus / num_gpus) - 1))
     base = {"data": {"manifest": manifest}, **setting["base"]}
-    left_out = []
-    towers, pretraining, since = TOWERS, PRETRAINING, {**SINCE, **IN_VIT}
+    # A sentence for each part that leaves something out.
+    left_out: dict[str, str] = {}
+    encoders, pretraining, since = ENCODERS, PRETRAINING, {**SINCE, **IN_VIT}
     if is_small:
-        towers, pretraining, since = {"TinyLiT": "tinylit_lite0"}, {}, SINCE
+        encoders, pretraining, since = {"TinyLiT": "tinylit_lite0"}, {}, SINCE
         why = "the data in the package has" if is_embedded else "there is no GPU, so that the study takes"
-        left_out = [f"part towers leaves out {', '.join(TOWERS)}: {why} the package's own encoder"]
-        left_out += [f"part since leaves out {', '.join(IN_VIT)}, which train in the blocks of a ViT"]
-        left_out += [f"part pretraining leaves out {', '.join(PRETRAINING)}, as their towers"]
+        left_out = {
+            "towers": f"part towers leaves out {', '.join(ENCODERS)}: {why} the package's own encoder",
+            "since": f"part since leaves out {', '.join(IN_VIT)}, which train in the blocks of a ViT",
+            "pretraining": f"part pretraining leaves out {', '.join(PRETRAINING)}: {why} the package's own encoder",
+        }
     methods = _methods()
     parts = {
         "methods": Part("methods", "Methods", methods),
         "losses": Part("losses", "A decoder under the twelve methods", _rows("decoder", DECODER, TWELVE)),
         "prompt_losses": Part("prompt_losses", "CoOp under the losses", _rows("coop", COOP, LOSSES)),
         "since": Part("since", "What came since", _rows("since", {}, since)),
-        "towers": Part("towers", "Towers", _over_towers(towers)),
-        "pretraining": Part("pretraining", "Pre-training sets", _over_towers(pretraining)),
+        "towers": Part("towers", "Towers", _over_encoders(encoders)),
+        "pretraining": Part("pretraining", "Pre-training sets", _over_encoders(pretraining)),
         "depth": Part("depth", "Depth of the decoder", _depths()),
         "cost": Part("cost", "Cost", methods, "cost"),
     }
@@ -159,7 +162,7 @@ def study(
             "trial_scheduler": {"name": "none"},
         }
     )
-    notes = [sentence for sentence in left_out if sentence.split()[1] in names]
+    notes = [sentence for part, sentence in left_out.items() if part in names]
     if is_small and not is_embedded:
         notes.insert(
             0,
@@ -170,7 +173,7 @@ def study(
 
 
 def _with_own(part: Part, own: Mapping[str, Params]) -> Part:
-    """The part with what a method sets otherwise on this scale."""
+    """The part with the options that methods set differently on this scale."""
     rows = [replace(row, draw={**row.draw, **own.get(row.draw["method"], {})}) for row in part.rows]
     return replace(part, rows=rows)
 
@@ -190,7 +193,7 @@ def _rows(name: str, method: Params, variants: Mapping[str, Params]) -> list[Row
     return [Row(label, f"{name}-{_slug(label)}", {**method, **draw}) for label, draw in variants.items()]
 
 
-def _over_towers(towers: Mapping[str, str]) -> list[Row]:
+def _over_encoders(encoders: Mapping[str, str]) -> list[Row]:
     methods = {
         "zero-shot": ZERO_SHOT,
         "linear probe": {**PROBE, **SOFTMAX},
@@ -198,9 +201,9 @@ def _over_towers(towers: Mapping[str, str]) -> list[Row]:
         "decoder, Balanced Softmax": {**DECODER, **LOSSES["Balanced Softmax"]},
     }
     return [
-        Row(f"{label}, {what}", f"{_slug(encoder)}-{_slug(what)}", {"encoder.name": encoder, **draw})
-        for label, encoder in towers.items()
-        for what, draw in methods.items()
+        Row(f"{label}, {name}", f"{_slug(encoder)}-{_slug(name)}", {"encoder.name": encoder, **draw})
+        for label, encoder in encoders.items()
+        for name, draw in methods.items()
     ]
 
 

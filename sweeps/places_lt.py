@@ -1,4 +1,4 @@
-"""Places-LT on GPUs: towers, methods, losses, temperatures and learning rates; one GPU a trial."""
+"""Places-LT on GPUs: encoders, methods, losses, temperatures and learning rates; one GPU a trial."""
 
 from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec

@@ -16,7 +16,7 @@ spec = SweepSpec(
     base={
         "data": {"manifest": "embedded:fashion_mnist_lt"},
         "encoder": {"name": "tinylit_lite0", "image_size": 96},
-        # At the tower's own 1,280 a decoder takes minutes on two cores; at 192 it is as accurate.
+        # At the encoder's own width of 1,280 a decoder takes minutes on two cores; at 192 it is as accurate.
         "decoder": {"width": 192},
         "train": {"num_epochs": 12, "batch_size": 128},
         # These photos fill their frame: a center crop would cut sleeves and heels off.
