@@ -152,7 +152,7 @@ def add_report_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "-o",
         "--out",
-        help="a page (.html; default: report.html in the sweep's folder), or a folder: beside the page go "
+        help="a page (.html; default: report.html in the sweep's folder), or a folder for the page, "
         "figures as SVG and PNG, their numbers as CSV, tables as CSV and LaTeX",
     )
     parser.add_argument("--manifest", help="where the sweep's manifest is, if it was moved; for images on the page")

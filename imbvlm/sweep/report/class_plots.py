@@ -41,7 +41,7 @@ def color(source: ReportData, scored: ScoredRefit) -> tuple[str, int]:
     return WINNER_COLOR if scored is source.winner else method_color(method, [method]), index
 
 
-def splits_beside(source: ReportData) -> list[tuple[ScoredRefit, str]]:
+def shown_splits(source: ReportData) -> list[tuple[ScoredRefit, str]]:
     """Refits and splits that are shown: winner and baselines as trained, and as adjusted if that changes accuracy."""
     return [(refit, split) for refit in source.headline for split in refit.splits]
 
@@ -57,7 +57,7 @@ def shot_group_bars(source: ReportData) -> Figure | None:
     drawing = Drawing(WIDTH, HEIGHT)
     y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
     frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
-    shown = splits_beside(source)
+    shown = shown_splits(source)
     width, data = min(30.0, step * 0.85 / len(shown)), list[list[object]]()
     for group_index, group in enumerate(groups):
         middle = 48 + step * (group_index + 0.5)

@@ -144,7 +144,7 @@ def _facts(source: ReportData) -> list[HeadlineNumber]:
             if not values:
                 continue
             note = []
-            for other, split in class_plots.splits_beside(source):
+            for other, split in class_plots.shown_splits(source):
                 theirs = other.values_in(split, f"{group}_accuracy")
                 name = "as trained" if other is winner else title_in(other.name, split)
                 if theirs and (other, split) != (winner, exported):

@@ -70,7 +70,7 @@ def check(spec: SweepSpec) -> CheckedSweep:
 
 
 def check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
-    """Refuse to resume with other code or data than the sweep began with; raises ConfigError."""
+    """Raise ConfigError if code or data differ from those that the sweep began with."""
     current = provenance(manifest)
     if not log.records:
         write_provenance(folder, current)

@@ -42,7 +42,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     echo(f"best: {best.trial_id} of {run.folder}, after {duration(seconds)}")
     for name, content in (
         ("best.yaml", "its configuration"),
-        *([(page.rpartition("/")[2], "what was found, in one page for a browser")] if page else []),
+        *([(page.rpartition("/")[2], "the report, one page for a browser")] if page else []),
         ("results.parquet", "every trial"),
         *([("tables/", "the tables above as CSV and LaTeX")] if run.spec.study else []),
         ("refits/", "the refitted weights"),
@@ -98,8 +98,8 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
             echo(data.classes.averaged_over)
     if "test" not in run.manifest.splits:
         echo(
-            "no test split, so nothing is scored on images that selection hasn't seen; for that keep some apart by "
-            "`imbvlm manifest build --test-share 0.2`, in a folder test/ beside train/, or as rows of that split"
+            "no test split, so nothing is scored on images that selection hasn't seen; hold some out by "
+            "`imbvlm manifest build --test-share 0.2`, in a folder test/ next to train/, or as rows of that split"
         )
     for name, selection in run.adjustments.items():
         if name in names:

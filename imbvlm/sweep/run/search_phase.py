@@ -48,7 +48,7 @@ def search(run: SweepRun, starts: Sequence[WarmStart]) -> None:
         )
     if searcher.num_repeats:
         proposals = pluralize(searcher.num_repeats, "proposal")
-        run.console.print(f"{proposals} had been drawn before, took the known value and didn't count")
+        run.console.print(f"{proposals} repeated an earlier trial, took its value and didn't count")
     run.context.prune_logits(is_over=True)
     failed = [record for record in ended if record.state in ("failed", "error")]
     if failed:

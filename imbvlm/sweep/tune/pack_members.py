@@ -127,7 +127,7 @@ class TuneSearcher(UnsavedSearcher):
         return self._packs.open(trial_id, [trial.member for trial in group])
 
     def _ask(self) -> bool:
-        """One more trial waits; False where there is none."""
+        """Put one more trial into the waiting list; return False if there is none."""
         inner_id = f"member-{self._num_asked}"
         suggested = self._inner.suggest(inner_id)
         if not isinstance(suggested, dict):

@@ -82,13 +82,14 @@ class ProgressCallback(Unpickled, tune.Callback):
         metrics = {
             key: float(value)
             for key, value in result.items()
-            if isinstance(value, NUMBER) and not isinstance(value, bool) and (key in ("epoch", "step") or "/" in key)
+            if isinstance(value, NUMBER) and not isinstance(value, bool)
+            if key in ("epoch", "step") or ("/" in key and not key.startswith("config/"))
         }
         record = self._log.records[_id(trial)]
         if result.get("restart"):
             record.restart_reason = str(result["restart"])
             self._console.print(f"{record.trial_id} starts again from its first epoch: {record.restart_reason}")
-        self._log.add_epoch(_id(trial), {key: value for key, value in metrics.items() if not key.startswith("config/")})
+        self._log.add_epoch(record.trial_id, metrics)
         # After a crash a trial continues from its checkpoint with its earlier epochs, and a short one starts again.
         if record.seconds() > SAVE_AFTER_SECONDS:
             self._save(record)
