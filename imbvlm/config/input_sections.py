@@ -44,6 +44,11 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def absolute_encoder_name(name: str) -> str:
+    """An encoder's name with an absolute path if it is a local folder's."""
+    return LOCAL_DIR + absolute_path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else name
+
+
 class EncoderConfig(Section):
     """The pretrained encoder: a name of ENCODERS, an open_clip MODEL/TAG, timm:NAME, or local-dir:PATH."""
 
@@ -56,6 +61,11 @@ class EncoderConfig(Section):
     token_pooling: Literal[1, 2] = Field(
         1, description="2: 2 x 2 neighboring tokens become their mean, a quarter to store; the class token stays"
     )
+
+    def absolute(self) -> EncoderConfig:
+        """The same encoder for a process with another working directory."""
+        weights = None if self.weights is None else absolute_path(self.weights)
+        return self.model_copy(update={"name": absolute_encoder_name(self.name), "weights": weights})
 
 
 class FeaturesConfig(Section):

@@ -33,7 +33,6 @@ from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
 from imbvlm.features.store_sizes import check_cache_size, check_parts_fit, outputs_to_store
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
-from imbvlm.models.encoders.encoder_registry import absolute_encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines
 from imbvlm.ray_runtime.connection import existing_cluster, owns_machine, ray_session
 from imbvlm.ray_runtime.image_pipeline import map_images
@@ -98,7 +97,7 @@ def ensure_features(
         for is_five_crop in (False, True)
     )
     location = absolute_manifest(config.data.manifest)
-    encoder_tree = absolute_encoder(config.encoder).model_dump(mode="json")
+    encoder_tree = config.encoder.absolute().model_dump(mode="json")
     cache = cache or FeatureCacheConfig()
     is_cached = FeatureCache(cache).is_needed_for(root, has_many_machines=has_many_machines())
     used_cache = cache if is_cached else None
@@ -184,7 +183,7 @@ def _compute_in_workers(
             )
         threads = 1 if cluster.num_cpus <= THREADS_PER_WORKER else THREADS_PER_WORKER
         progress.num_encoder_workers = min(gpus or max(1, int(cluster.num_cpus) // threads), len(blocks))
-        loaded = (absolute_encoder(config.encoder), config.eval, encoder.info.weights_fingerprint)
+        loaded = (config.encoder.absolute(), config.eval, encoder.info.weights_fingerprint)
         yield from map_images(
             blocks,
             load_block,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from imbvlm.assets import encoder_path
 from imbvlm.base.registry import Registry
-from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig, absolute_path
+from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig, absolute_encoder_name
 from imbvlm.models.encoders.encoder_source import EncoderSource, Loader
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE, folder_source, tag_source
 from imbvlm.models.encoders.timm_names import TIMM_CONFIG_FILE, timm_folder_source, timm_source
@@ -53,15 +53,6 @@ ENCODERS = Registry(
 )
 
 
-def absolute_encoder(config: EncoderConfig) -> EncoderConfig:
-    """The same encoder for a process with another working directory."""
-    name = config.name
-    if name.startswith(LOCAL_DIR):
-        name = LOCAL_DIR + absolute_path(name.removeprefix(LOCAL_DIR))
-    weights = None if config.weights is None else absolute_path(config.weights)
-    return config.model_copy(update={"name": name, "weights": weights})
-
-
 def has_text(config: EncoderConfig) -> bool:
     """Whether an encoder embeds texts too; reads the names in a local folder at most."""
     return _loader(config) == "open_clip"
@@ -69,11 +60,11 @@ def has_text(config: EncoderConfig) -> bool:
 
 def resolve_encoder(config: EncoderConfig) -> EncoderSource:
     """What `encoder.name` means; reads small files only. Raises ImbvlmError with the nearest name or the fix."""
-    name, entry, is_timm = config.name, ENCODERS.get(config.name), _loader(config) == "timm"
+    name, entry, is_timm = absolute_encoder_name(config.name), ENCODERS.get(config.name), _loader(config) == "timm"
     if entry is not None and entry.tag is None:
         return folder_source(config, str(encoder_path(entry.model)))
     if name.startswith(LOCAL_DIR):
-        folder = absolute_path(name.removeprefix(LOCAL_DIR))
+        folder = name.removeprefix(LOCAL_DIR)
         return timm_folder_source(config, folder) if is_timm else folder_source(config, folder)
     if is_timm:
         return timm_source(config, name.removeprefix(TIMM) if entry is None else f"{entry.model}.{entry.tag}")
@@ -82,10 +73,10 @@ def resolve_encoder(config: EncoderConfig) -> EncoderSource:
 
 def _loader(config: EncoderConfig) -> Loader:
     """The library that an encoder is loaded with; open_clip for unknown names."""
-    name, entry = config.name, ENCODERS.get(config.name)
+    name, entry = absolute_encoder_name(config.name), ENCODERS.get(config.name)
     if entry is not None:
         return entry.loader
     if name.startswith(LOCAL_DIR):
-        folder = Path(absolute_path(name.removeprefix(LOCAL_DIR)))
+        folder = Path(name.removeprefix(LOCAL_DIR))
         return "timm" if (folder / TIMM_CONFIG_FILE).exists() and not (folder / CONFIG_FILE).exists() else "open_clip"
     return "timm" if name.startswith(TIMM) else "open_clip"

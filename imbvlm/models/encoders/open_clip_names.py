@@ -14,7 +14,7 @@ from open_clip.transform import PreprocessCfg
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
-from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig, absolute_path
+from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig
 from imbvlm.models.encoders.encoder_source import EncoderSource
 
 CONFIG_FILE = "open_clip_config.json"
@@ -109,7 +109,7 @@ def tag_source(config: EncoderConfig, name: str, short_names: Collection[str]) -
             f"encoder.name is {config.name!r}, an architecture without weights; write {model}/TAG with one of "
             f"{', '.join(tags) or 'no tags (it has none)'}, or set encoder.weights."
         )
-    weights = None if config.weights is None else absolute_path(config.weights)
+    weights = config.absolute().weights
     if weights is not None and not os.path.isfile(weights):
         raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file.")
     quick_gelu = _quick_gelu(config, model, tag, bool(tag_config.get("quick_gelu")), model_config)

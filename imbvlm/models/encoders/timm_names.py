@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
-from imbvlm.config.input_sections import TIMM, EncoderConfig, absolute_path
+from imbvlm.config.input_sections import TIMM, EncoderConfig
 from imbvlm.models.encoders.encoder_source import EncoderSource
 
 # timm's own names, so that its folders on the hub are read too.
@@ -44,7 +44,7 @@ def timm_source(config: EncoderConfig, name: str) -> EncoderSource:
             f"encoder.name is {config.name!r}, an architecture without weights; write {TIMM}NAME with one of "
             f"{', '.join(tags) or 'no names (timm has none)'}, or set encoder.weights."
         )
-    weights = None if config.weights is None else absolute_path(config.weights)
+    weights = config.absolute().weights
     if weights is not None and not (weights.endswith(".safetensors") and os.path.isfile(weights)):
         raise ImbvlmError(f"encoder.weights is {config.weights!r}, and must be an existing file, *.safetensors.")
     try:

@@ -34,7 +34,7 @@ from imbvlm.features.store_layout import StoreLayout
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
-from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.training.step.batch_source import READ_AHEAD
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
@@ -313,7 +313,7 @@ def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
         val=sources[1],
         info=info,
         class_embeddings=embeddings,
-        encoder=absolute_encoder(config.encoder),
+        encoder=config.encoder.absolute(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.input_sections import LOCAL_DIR, absolute_path
+from imbvlm.config.input_sections import absolute_encoder_name, absolute_path
 from imbvlm.config.trial_config import apply_overrides
 from imbvlm.data.manifest import EMBEDDED, absolute_manifest
 from imbvlm.sweep.spec.search_space import get_dotted
@@ -30,11 +30,8 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
 
 
 def _absolute_encoder_value(key: str, value: Any) -> Any:
-    if key == "weights" and isinstance(value, str):
-        return absolute_path(value)
-    if key == "name" and isinstance(value, str) and value.startswith(LOCAL_DIR):
-        return LOCAL_DIR + absolute_path(value.removeprefix(LOCAL_DIR))
-    return value
+    to_absolute = {"name": absolute_encoder_name, "weights": absolute_path}.get(key)
+    return value if to_absolute is None or not isinstance(value, str) else to_absolute(value)
 
 
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:

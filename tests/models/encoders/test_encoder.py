@@ -18,7 +18,7 @@ from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_outputs import OUTPUTS
-from imbvlm.models.encoders.encoder_registry import ENCODERS, absolute_encoder, resolve_encoder
+from imbvlm.models.encoders.encoder_registry import ENCODERS, resolve_encoder
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # Other image sizes that each kind can be given.
@@ -352,7 +352,7 @@ def test_relative_folder_is_relative_to_the_working_directory(
     monkeypatch.chdir(folder.parent)
     config = EncoderConfig(name=f"local-dir:{folder.name}")
     assert describe_encoder(config).image_size == 32
-    assert absolute_encoder(config).name == folders["vit"]
+    assert config.absolute().name == folders["vit"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_cfg": {"embed_dim": 8}}', '{"embed_dim": 8}'])

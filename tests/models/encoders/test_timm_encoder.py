@@ -20,7 +20,7 @@ from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.inference.model_folder import load as load_model
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
-from imbvlm.models.encoders.encoder_registry import absolute_encoder, resolve_encoder
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_path_of_weights_holds_in_another_folder(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(weights).parent)
-    config = absolute_encoder(EncoderConfig(name="timm:test_vit", weights="test_vit.safetensors"))
+    config = EncoderConfig(name="timm:test_vit", weights="test_vit.safetensors").absolute()
     monkeypatch.chdir(tmp_path)
     assert resolve_encoder(config).has_weights
 
