@@ -69,7 +69,8 @@ def extract(
 ) -> Extraction:
     """Compute the missing outputs of an encoder over all splits of the manifest; raises ImbvlmError."""
     root = storage.absolute(root)
-    total = sum(store_bytes(config, manifest, outputs, manifest.splits).values())
+    info = describe_encoder(config.encoder)
+    total = sum(store_bytes(config, info, manifest, outputs, manifest.splits).values())
     num_images, num_bytes = pending_images(config, manifest, root, outputs, manifest.splits)
     folders, seconds = {}, None
     if not dry_run:
@@ -80,7 +81,7 @@ def extract(
     free = storage.free_bytes(root)
     return Extraction(
         config.encoder.name,
-        describe_encoder(config.encoder).image_size,
+        info.image_size,
         config.eval.resize,
         manifest.splits,
         ordered,

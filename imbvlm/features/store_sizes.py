@@ -24,10 +24,13 @@ DISK_MARGIN = 1.02
 
 
 def store_bytes(
-    config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName], splits: Sequence[str]
+    config: TrialConfig,
+    info: EncoderInfo,
+    manifest: Manifest,
+    outputs: frozenset[OutputName],
+    splits: Sequence[str],
 ) -> dict[OutputName, int]:
-    """Bytes on disk of each output over some official splits; needs no weights."""
-    info = describe_encoder(config.encoder)
+    """Bytes on disk of each output over some official splits."""
     sizes = _sizes(config, manifest, splits)
     if config.eval.tte == "five_crop" and "test" in splits:
         sizes.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
@@ -41,11 +44,11 @@ def outputs_to_store(config: TrialConfig, info: EncoderInfo, outputs: frozenset[
     return [output for output in info.shapes if output in outputs and config.features.store]
 
 
-def trial_bytes(config: TrialConfig, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
+def trial_bytes(config: TrialConfig, info: EncoderInfo, manifest: Manifest, outputs: frozenset[OutputName]) -> int:
     """Limit on what one trial reads: a refit reads its output of all splits, and image embeddings of the test split."""
-    each = store_bytes(config, manifest, outputs, manifest.splits)
+    each = store_bytes(config, info, manifest, outputs, manifest.splits)
     embedding = frozenset[OutputName]({"image_embedding"}) & outputs if "test" in manifest.splits else frozenset()
-    of_test = store_bytes(config, manifest, embedding, ("test",)).get("image_embedding", 0)
+    of_test = store_bytes(config, info, manifest, embedding, ("test",)).get("image_embedding", 0)
     return max((count + (of_test if output != "image_embedding" else 0) for output, count in each.items()), default=0)
 
 
@@ -63,16 +66,19 @@ def check_disk_space(
     `other_bytes` are what trials will write to that disk. Raises ImbvlmError.
     """
     root, free = storage.absolute(root), storage.free_bytes(root)
-    needed = sum(sum(store_bytes(config, manifest, outputs, manifest.splits).values()) for config in configs)
+    described = [(config, describe_encoder(config.encoder)) for config in configs]
+    needed = sum(
+        sum(store_bytes(config, info, manifest, outputs, manifest.splits).values()) for config, info in described
+    )
     # Existing shards need the encoders' weights to be found, and are counted only where they matter.
     if free is not None and needed * DISK_MARGIN + other_bytes > free:
         parts = [part for config in configs for part in _pending_parts(config, manifest, root, outputs)]
         # Encoders may share a store.
         check_parts_fit(configs, root, list({part.store.folder: part for part in parts}.values()), other_bytes)
     if not storage.is_local(root):
-        for config in configs:
+        for config, info in described:
             source = f"what a trial of {config.encoder.name} reads of {root}"
-            _check_cache_fits(cache, source, trial_bytes(config, manifest, outputs))
+            _check_cache_fits(cache, source, trial_bytes(config, info, manifest, outputs))
 
 
 def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:

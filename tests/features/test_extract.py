@@ -38,7 +38,7 @@ from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import load_block
 from imbvlm.features.store_sizes import check_disk_space, pending_images, store_bytes, trial_bytes
 from imbvlm.features.trial_data import TrialData
-from imbvlm.models.encoders.encoder_factory import create_encoder
+from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 
 NUM_TRAIN, NUM_VAL, SIZE = 21, 6, 32
 ALL = frozenset({"tokens", "pooled", "image_embedding"})
@@ -134,12 +134,15 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
 
 def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path: Path, tower: str) -> None:
     manifest = make_data(tmp_path)
-    plan = store_bytes(trial(tmp_path, tower, {"num_views": 3}), manifest, frozenset({"tokens", "pooled"}), SPLITS)
+    config = trial(tmp_path, tower, {"num_views": 3})
+    info = describe_encoder(config.encoder)
+    plan = store_bytes(config, info, manifest, frozenset({"tokens", "pooled"}), SPLITS)
     images = 3 * NUM_TRAIN + NUM_VAL
     assert plan == {"tokens": images * 17 * 32 * 2, "pooled": images * 32 * 2}
     embedded = Manifest.read("embedded:fashion_mnist_lt")
     large = trial(tmp_path, "openai_vit_l14")
-    assert store_bytes(large, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
+    info = describe_encoder(large.encoder)
+    assert store_bytes(large, info, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
@@ -174,7 +177,8 @@ def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together
     """Else the first tower fills the disk, or the whole search runs before the test split does."""
     manifest, outputs, root = make_data(tmp_path), frozenset({"pooled"}), str(tmp_path / "features")
     towers = [trial(tmp_path, tower, {"precision": precision}) for precision in ("float16", "float32")]
-    sizes = [store_bytes(one, manifest, outputs, SPLITS)["pooled"] for one in towers]
+    info = describe_encoder(towers[0].encoder)
+    sizes = [store_bytes(one, info, manifest, outputs, SPLITS)["pooled"] for one in towers]
     usage = namedtuple("usage", "free")
     free = [1.1 * sizes[1]]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))
@@ -185,7 +189,7 @@ def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together
     # Of the first the training split is there, as after the search.
     free[0] = 1e9
     extract(tmp_path, towers[0], manifest, outputs, ("train",))
-    left = sum(sizes) - store_bytes(towers[0], manifest, outputs, ("train",))["pooled"]
+    left = sum(sizes) - store_bytes(towers[0], info, manifest, outputs, ("train",))["pooled"]
     free[0] = 1.03 * left
     check_disk_space(towers, manifest, root, outputs)
     free[0] = 1.01 * left
@@ -197,7 +201,7 @@ def test_what_a_refit_reads_of_all_splits_must_fit_the_copies_before_the_first_p
     """The test split's rows come on top of the search's; a shared folder is read in place where they don't fit."""
     manifest, outputs = make_data(tmp_path), frozenset({"pooled"})
     config = trial(tmp_path, tower)
-    most = trial_bytes(config, manifest, outputs)
+    most = trial_bytes(config, describe_encoder(config.encoder), manifest, outputs)
     assert most == 32 * 2 * (NUM_TRAIN + NUM_VAL)
     root, small = "s3://no-bucket/features", FeatureCacheConfig(folder=str(tmp_path), max_gigabytes=(most - 1) / 1e9)
     with pytest.raises(ImbvlmError, match=r"what a trial of .* reads of s3://.* has .*feature_copies.max_gigabytes"):

@@ -115,7 +115,7 @@ def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images:
     assert without.folders == features.folders, "the other crops are the same, and computed once"
     manifest = Manifest.read(images.manifest)
     plain, five = (
-        store_bytes(one, manifest, frozenset({"pooled"}), ("train", "val", "test"))["pooled"]
+        store_bytes(one, features.info, manifest, frozenset({"pooled"}), ("train", "val", "test"))["pooled"]
         for one in (images.config("linear_probe"), config)
     )
     assert five - plain == 5 * 15 * 32 * 2

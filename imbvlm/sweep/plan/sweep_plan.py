@@ -357,8 +357,8 @@ def _plan_encoder(
         return PlannedEncoder(config, info, bytes_per_image(config, info, outputs), 0, None)
     if not config.features.store:
         return PlannedEncoder(config, info, 0, 0, 0)
-    num_bytes = sum(store_bytes(config, manifest, outputs, manifest.splits).values())
-    per_trial = trial_bytes(config, manifest, outputs)
+    num_bytes = sum(store_bytes(config, info, manifest, outputs, manifest.splits).values())
+    per_trial = trial_bytes(config, info, manifest, outputs)
     if not is_here or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
         num_images = num_crops(config, manifest, manifest.splits)
         return PlannedEncoder(config, info, num_bytes, num_bytes, num_images, per_trial)
