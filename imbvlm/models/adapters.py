@@ -47,7 +47,7 @@ def refuse_convolution(config: TrialConfig, info: EncoderInfo) -> list[str]:
 
 def install_adapters(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
     """Train an adapter in every block; raises ImbvlmError where blocks are of an unknown kind."""
-    blocks = encoder.rules.blocks(encoder.image_tower)
+    blocks = encoder.blocks()
     width = require_section(config.section(AdapterConfig)).width or adapter_width(num_classes, len(blocks))
     return Installed(add_adapters(blocks, width, encoder.info.name))
 
@@ -55,7 +55,7 @@ def install_adapters(encoder: Encoder, config: TrialConfig, num_classes: int) ->
 def install_low_rank_updates(encoder: Encoder, config: TrialConfig, num_classes: int) -> Installed:
     """Train low-rank updates of attention in every block; raises ImbvlmError where a block has no attention."""
     lora = require_section(config.section(LoraConfig))
-    add_low_rank_updates(encoder.rules.blocks(encoder.image_tower), lora.rank, lora.alpha, encoder.info.name)
+    add_low_rank_updates(encoder.blocks(), lora.rank, lora.alpha, encoder.info.name)
     return Installed()
 
 
@@ -76,8 +76,7 @@ def train_all(encoder: Encoder, config: TrialConfig, num_classes: int) -> Instal
         if isinstance(module, _BatchNorm):
             module.requires_grad_(False)
     decay = require_section(config.section(FineTuningConfig)).layer_decay
-    scales = lr_scales(encoder.image_tower, encoder.rules.blocks(encoder.image_tower), decay, encoder.info.name)
-    return Installed(lr_scales=scales)
+    return Installed(lr_scales=lr_scales(encoder.image_tower, encoder.blocks(), decay, encoder.info.name))
 
 
 # ------------------------------------------------------------------------------------------------------- adapters

@@ -46,5 +46,5 @@ def put_on_encoder(
     gray = torch.full((1, 3, size, size), 128, dtype=torch.uint8, device=encoder.device)
     freeze_unused(model.tower, lambda: model.features(gray))
     if config.memory is not None and config.memory.gradient_checkpointing:
-        checkpoint_blocks(encoder.rules.blocks(model.tower), encoder.info.name)
+        checkpoint_blocks(encoder.blocks(), encoder.info.name)
     return model

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
@@ -70,6 +70,9 @@ class Encoder(Protocol):
 
     def pixel_scale(self) -> tuple[Tensor, Tensor]:
         """Factor and summand (1, 3, 1, 1) that turn crops in bytes into the image tower's input."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The modules that images pass one after another, by their names in the image tower; empty where unknown."""
 
     def final_norm(self) -> FinalNorm | None:
         """The layer norm behind the last block; None where there is none."""

@@ -229,6 +229,10 @@ class ImageEncoder(ABC):
         """Factor and summand (1, 3, 1, 1) that turn crops in bytes into the image tower's input."""
         return self._scale, self._shift
 
+    def blocks(self) -> dict[str, nn.Module]:
+        """The modules that images pass one after another, by their names in the image tower; empty where unknown."""
+        return self.rules.blocks(self.image_tower)
+
     def final_norm(self) -> FinalNorm | None:
         """The layer norm behind the last block; None where there is none."""
         return self.rules.final_norm(self.image_tower)

@@ -94,7 +94,7 @@ def test_a_model_on_images_computes_the_encoders_outputs_with_gradients(folders:
     features = model.features(crops)
     torch.testing.assert_close(features, encoder.forward_images(crops).pooled)
     features.sum().backward()
-    blocks = encoder.rules.blocks(encoder.image_tower)
+    blocks = encoder.blocks()
     assert all(name in dict(encoder.image_tower.named_modules()) for name in blocks)
     assert all(any(param.grad is not None for param in block.parameters()) for block in blocks.values())
 
