@@ -1,6 +1,6 @@
 """The contract of METHODS: every entry, and every method that trains on a debug-size ViT and convolution tower.
 
-What trains inside the tower has the same checks in test_tower_methods.py, beside its own.
+What trains inside the tower has the same checks in test_encoder_tuning.py, beside its own.
 """
 
 from __future__ import annotations

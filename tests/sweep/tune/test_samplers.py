@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.samplers import BaseSampler
-from test_search import BASE, TWELVE, WIDE, drive, next_job, record, searcher, spec, storage_of
+from test_study_search import BASE, TWELVE, WIDE, drive, next_job, record, searcher, spec, storage_of
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.registry import Registry

@@ -3,7 +3,7 @@
 The first losses of a tiny run of every (method, loss) are kept in first_losses.json. After a change that is meant to
 change them, write them anew and commit the difference:
 
-    python tests/training/test_epochs.py
+    python tests/training/test_trial_run.py
 """
 
 from __future__ import annotations
