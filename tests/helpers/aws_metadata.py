@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback_server import QuietHandler, loopback_server
 
 MAC = "02:29:96:8f:6a:2d"
 NETWORKS = f"/latest/meta-data/network/interfaces/macs/{MAC}/vpc-ipv4-cidr-blocks"
@@ -16,7 +16,7 @@ def aws_metadata(networks: str) -> Iterator[str]:
     """Host and port of a service that tells of a machine in these networks, one a line."""
     pages: Mapping[str, str] = {"/latest/meta-data/mac": MAC, NETWORKS: networks}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_PUT(self) -> None:
             has_age = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", "").isdigit()
             self._reply("a-token" if self.path == "/latest/api/token" and has_age else None)
@@ -31,12 +31,5 @@ def aws_metadata(networks: str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        try:
-            yield f"127.0.0.1:{listening.server_address[1]}"
-        finally:
-            listening.shutdown()
+    with loopback_server(Handler) as address:
+        yield address

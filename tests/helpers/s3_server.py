@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apart import free_port
+from loopback_server import QuietHandler, loopback_server
 
 KEY, SECRET = "imbvlmtestkey", "imbvlm-test-secret"
 BUCKET = "images"
@@ -144,7 +145,7 @@ def proxy(
     target = server.endpoint.removeprefix("http://")
     lock, numbers, client = threading.Lock(), [0], server.client()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def handle_one(self) -> None:
@@ -199,28 +200,14 @@ def proxy(
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_one
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-    with Server(("127.0.0.1", 0), Handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{listening.server_address[1]}"
-        finally:
-            listening.shutdown()
+    with loopback_server(Handler) as address:
+        yield f"http://{address}"
 
 
 @contextmanager
 def delayed(server: S3Server, delay_seconds: float) -> Iterator[str]:
     """An endpoint before the server that only adds latency to each request, in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    target = server.endpoint.rpartition(":")[2]
+    port, target = free_port(), server.endpoint.rpartition(":")[2]
     command = [sys.executable, __file__, str(port), target, str(delay_seconds)]
     with subprocess.Popen(command) as process:
         try:
