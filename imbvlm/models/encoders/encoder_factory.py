@@ -11,13 +11,11 @@ from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.encoder_source import Loader
+from imbvlm.models.encoders.image_encoder import ImageEncoder
 from imbvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from imbvlm.models.encoders.timm_encoder import TimmEncoder
 
-_IMPLEMENTATIONS: Mapping[Loader, type[OpenClipEncoder] | type[TimmEncoder]] = {
-    "open_clip": OpenClipEncoder,
-    "timm": TimmEncoder,
-}
+_IMPLEMENTATIONS: Mapping[Loader, type[ImageEncoder]] = {"open_clip": OpenClipEncoder, "timm": TimmEncoder}
 
 
 def create_encoder(

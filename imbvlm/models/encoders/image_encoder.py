@@ -14,8 +14,10 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
@@ -274,6 +276,16 @@ def fingerprint(state: Mapping[str, Tensor], switches: Mapping[str, Any]) -> str
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()
+
+
+def write_model(
+    folder: str, weights_file: str, state: Mapping[str, Tensor], config_file: str, description: Mapping[str, Any]
+) -> None:
+    """Write a model's weights and its library's description of it."""
+    # safetensors takes no tensors that share memory.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    storage.write_bytes(storage.join(folder, weights_file), save(tensors))
+    storage.write_bytes(storage.join(folder, config_file), json.dumps(description, indent=1).encode())
 
 
 def _preprocess(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:

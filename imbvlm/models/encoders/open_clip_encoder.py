@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imbvlm.base import storage
 from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.encoder import TextEncoder
 from imbvlm.models.encoders.encoder_source import EncoderSource
 from imbvlm.models.encoders.encoder_weights import require_transformers
-from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error
+from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error, write_model
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE
 from imbvlm.models.encoders.open_clip_text import OpenClipText, quiet_logging
 
@@ -101,9 +99,7 @@ class OpenClipEncoder(ImageEncoder):
         if "timm_model_name" in model_config["vision_cfg"]:
             model_config["vision_cfg"]["timm_model_pretrained"] = False
         description = {"model_cfg": model_config, "preprocess_cfg": dict(source.preprocess)}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
-        storage.write_bytes(storage.join(folder, HF_SAFE_WEIGHTS_NAME), save(tensors))
-        storage.write_bytes(storage.join(folder, CONFIG_FILE), json.dumps(description, indent=1).encode())
+        write_model(folder, HF_SAFE_WEIGHTS_NAME, self.model.state_dict(), CONFIG_FILE, description)
 
 
 def _load_image_side(model: Any, folder: str) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import timm
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imbvlm.base import storage
 from imbvlm.models.encoders.encoder_outputs import TimmTower
 from imbvlm.models.encoders.encoder_source import EncoderSource
-from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error
+from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error, write_model
 from imbvlm.models.encoders.timm_names import TIMM_CONFIG_FILE, TIMM_WEIGHTS_FILE
 
 
@@ -75,10 +73,7 @@ class TimmEncoder(ImageEncoder):
                 "num_classes": 0,
             },
         }
-        state = self.model.trunk.state_dict()
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        storage.write_bytes(storage.join(folder, TIMM_WEIGHTS_FILE), save(tensors))
-        storage.write_bytes(storage.join(folder, TIMM_CONFIG_FILE), json.dumps(description, indent=1).encode())
+        write_model(folder, TIMM_WEIGHTS_FILE, self.model.trunk.state_dict(), TIMM_CONFIG_FILE, description)
 
 
 def _global_pool(tower: Any) -> str | None:
