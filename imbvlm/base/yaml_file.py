@@ -92,6 +92,16 @@ class YamlTree:
         return next((location for location in locations if location is not None), self.file)
 
 
+def _places(node: yaml.Node, file: str) -> dict[KeyPath, str]:
+    """The location of each key and list item; raises ConfigError for duplicate keys and unknown tags."""
+    places: dict[KeyPath, str] = {}
+    problems: list[Problem] = []
+    _walk(node, (), places, problems, file)
+    if problems:
+        raise ConfigError(problems)
+    return places
+
+
 def _walk(node: yaml.Node, path: KeyPath, places: dict[KeyPath, str], problems: list[Problem], file: str) -> None:
     places.setdefault(path, _location(node, file))
     if node.tag not in _TAGS:
@@ -129,11 +139,7 @@ def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
         node = loader.get_single_node()
         if node is None:
             return YamlTree({}, file, {})
-        places: dict[KeyPath, str] = {}
-        problems: list[Problem] = []
-        _walk(node, (), places, problems, file)
-        if problems:
-            raise ConfigError(problems)
+        places = _places(node, file)
         return YamlTree(loader.construct_document(node), file, places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -160,13 +166,7 @@ def read_foreign_yaml(path: str | Path) -> YamlTree:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
-    places: dict[KeyPath, str] = {}
-    problems: list[Problem] = []
-    if node is not None:
-        _walk(node, (), places, problems, file)
-    if problems:
-        raise ConfigError(problems)
-    return YamlTree(data, file, places)
+    return YamlTree(data, file, {} if node is None else _places(node, file))
 
 
 def _num_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
