@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.data.images.decoding import Pixels
-from imbvlm.data.images.preprocess import Box, Preprocess, channels_first, random_crop
+from imbvlm.data.images.preprocess import Box, PlainSettings, Preprocess, channels_first, random_crop
 
 CropName = Literal["center", "random_resized", "growing"]
-CROPS = ("center", "random_resized", "growing")
+CROPS: tuple[CropName, ...] = get_args(CropName)
 # RandAugment's magnitudes run from 0 to 30 [Cubuk et al. 2020].
 MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(PlainSettings):
     """The random changes of an image in each epoch. Raises ImbvlmError for invalid values.
 
     `growing` is LIFT+'s crop: a square whose minimum area grows from `crop_scale[0]` to the whole image over training,
@@ -49,16 +49,6 @@ class Augmentation:
                 f"rand_ops must be 0 or more and rand_magnitude from 0 to {MAX_MAGNITUDE}, got {self.rand_ops} and "
                 f"{self.rand_magnitude}."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Augmentation:
-        """The inverse of `to_dict`."""
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return Augmentation(**fields)
 
     @property
     def min_crop(self) -> float:
