@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -269,10 +269,10 @@ def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | No
         raise ManifestError(path, [f"{finding}; {fix}" for finding in findings]) from None
 
 
-def _batches(path: str) -> Sequence[pa.Table] | Any:
+def _batches(path: str) -> Iterator[pa.Table]:
     """The table in parts of bounded memory."""
     suffix = path.rpartition(".")[2].lower()
-    readers = {
+    readers: Mapping[str, Callable[[str], Iterable[pa.Table]]] = {
         "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_json, "ndjson": _read_json, "json": _read_json,
         "parquet": _read_parquet,
     }  # fmt: skip
@@ -349,7 +349,7 @@ def _read_utf8(path: str) -> bytes:
     return data
 
 
-def _read_parquet(path: str) -> Any:
+def _read_parquet(path: str) -> Iterator[pa.Table]:
     storage.check_readable(path)
     filesystem, inner = storage.open_filesystem(path)
     try:
