@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from imbvlm.base.formatting import join_limited
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
@@ -178,6 +179,5 @@ def _warnings(table: LabelRows, store: FeatureStore) -> tuple[str, ...]:
     lost = lost_classes(table.labels[table.rows_of("train")], store.ok)
     if not lost.size:
         return ()
-    names = ", ".join(repr(table.class_names[label]) for label in lost[:5])
-    more = f" and {lost.size - 5} more" if lost.size > 5 else ""
-    return (f"no training image of {names}{more} could be decoded; they stay as classes and are never learned",)
+    names = join_limited([repr(table.class_names[label]) for label in lost], 5)
+    return (f"no training image of {names} could be decoded; they stay as classes and are never learned",)
