@@ -91,7 +91,7 @@ class TrialData:
         is_val = np.isin(train_rows, carve_validation(table, config.data.split_seed))
         stored = _stored_rows(train_store, table, train_rows, ~is_val | refit, train_store.num_views)
         if len(table.rows_of("val")):
-            val = TrialData.open_split(config, features, "val")
+            val = _split_source(config, features, table, "val")
         else:
             held_out = _stored_rows(train_store, table, train_rows, is_val & (not refit), 1)
             val = _row_source(config, features, held_out, train_rows)
@@ -114,8 +114,7 @@ class TrialData:
     @staticmethod
     def open_split(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
         """All rows of an official split that have an image, in manifest order; raises StoreError, StorageError."""
-        rows = label_rows(features.manifest).rows_of(split)
-        return _row_source(config, features, TrialData.open_stored(config, features, split), rows)
+        return _split_source(config, features, label_rows(features.manifest), split)
 
     @staticmethod
     def open_five_crops(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:
@@ -129,10 +128,17 @@ class TrialData:
     @staticmethod
     def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
         """As `open_split`, but always as stored, also for a trial that runs the encoder itself; in the same order."""
-        _check_encoder(config, features)
-        table, store = label_rows(features.manifest), features.store(split)
-        rows = table.rows_of(split)
-        return _stored_rows(store, table, rows, np.ones(len(rows), dtype=np.bool_), 1)
+        return _stored_split(config, features, label_rows(features.manifest), split)
+
+
+def _split_source(config: TrialConfig, features: FeatureSet, table: LabelRows, split: str) -> RowSource:
+    return _row_source(config, features, _stored_split(config, features, table, split), table.rows_of(split))
+
+
+def _stored_split(config: TrialConfig, features: FeatureSet, table: LabelRows, split: str) -> StoredRows:
+    _check_encoder(config, features)
+    rows = table.rows_of(split)
+    return _stored_rows(features.store(split), table, rows, np.ones(len(rows), dtype=np.bool_), 1)
 
 
 def _row_source(config: TrialConfig, features: FeatureSet, stored: StoredRows, split_rows: Rows) -> RowSource:
