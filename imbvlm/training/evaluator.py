@@ -80,9 +80,9 @@ class EvalAccumulator:
         self._bins.update(logits, labels)
         self._predicted[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
 
-    def result(self, world: WorkerGroup) -> EvalResult:
-        counters, bins = self._counters.reduced(world), self._bins.reduced(world)
-        return EvalResult(counters, bins, world.sum(self._predicted).cpu() - 1)
+    def result(self, workers: WorkerGroup) -> EvalResult:
+        counters, bins = self._counters.reduced(workers), self._bins.reduced(workers)
+        return EvalResult(counters, bins, workers.sum(self._predicted).cpu() - 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Evaluator:
     data: TrialData
     batch_source: BatchSource
     device: torch.device
-    world: WorkerGroup
+    workers: WorkerGroup
     computing: Callable[[], AbstractContextManager[Any]]
 
     def outputs(
@@ -113,7 +113,7 @@ class Evaluator:
 
     def share(self, examples: RowSource) -> Index:
         """Indices of this worker's examples, every world_size-th."""
-        return np.arange(self.world.rank, len(examples.labels), self.world.world_size)
+        return np.arange(self.workers.rank, len(examples.labels), self.workers.world_size)
 
     def counters(self, forward: Forward, examples: RowSource, keep: EpochValLogits | None = None) -> ClassCounters:
         """Per-class counts over the examples, summed over workers; every worker must call it.
@@ -125,7 +125,7 @@ class Evaluator:
             counters.update(logits, batch.labels.to(logits.device))
             if keep is not None:
                 keep.add(batch.examples, logits)
-        return counters.reduced(self.world)
+        return counters.reduced(self.workers)
 
     def mean_outputs(
         self, forward: Forward, examples: RowSource, index: Index, views: Sequence[int | None]
@@ -153,8 +153,8 @@ class Evaluator:
             plain.add(logits, batch)
             if adjust is not None:
                 adjusted.add(adjust(logits, batch.examples), batch)
-        result = plain.result(self.world)
-        return result if adjust is None else replace(result, adjusted=adjusted.result(self.world))
+        result = plain.result(self.workers)
+        return result if adjust is None else replace(result, adjusted=adjusted.result(self.workers))
 
     def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:
         """Outputs (N * V, width) of every view of every example, an example's views in consecutive rows.
@@ -168,4 +168,4 @@ class Evaluator:
             for output, _ in self.outputs(forward, examples, share, view):
                 result[index[: len(output)]] = output
                 index = index[len(output) :]
-        return self.world.sum(result) if len(result) else result
+        return self.workers.sum(result) if len(result) else result

@@ -114,7 +114,7 @@ class SecondStageTrainer:
         `keep` is given this worker's share of the logits.
         """
         features, counters = self.features, ClassCounters(len(self._evaluator.data.class_names))
-        world = self._evaluator.world
+        workers = self._evaluator.workers
         self._model.eval()
         with torch.inference_mode():
             for start in range(0, len(features.val), CHUNK_SIZE):
@@ -123,7 +123,7 @@ class SecondStageTrainer:
                 counters.update(logits, features.val_labels[part])
                 if keep is not None:
                     rows = np.arange(start, start + len(logits))
-                    is_own = rows % world.world_size == world.rank
+                    is_own = rows % workers.world_size == workers.rank
                     keep.add(rows[is_own], logits[torch.from_numpy(is_own)])
         return counters
 
@@ -146,7 +146,7 @@ class SecondStageTrainer:
         # A reference to self would be a cycle, which keeps the features in memory after the trial.
         data, span, features = evaluator.data, self._span, self.features
         counts = torch.as_tensor(data.class_stats.counts, device=evaluator.device)
-        loss = build_loss(entry.loss, counts, workers=evaluator.world, **loss_options(config, entry.loss))
+        loss = build_loss(entry.loss, counts, workers=evaluator.workers, **loss_options(config, entry.loss))
         # Epochs continue the first stage's numbers, so that the stages' random orders are independent.
         plan_of = partial(
             epoch_plan,
@@ -173,7 +173,7 @@ class SecondStageTrainer:
             loss_name=f"{entry.loss} of second_stage {config.name}",
             fix="lower second_stage.lr",
             device=evaluator.device,
-            world=evaluator.world,
+            workers=evaluator.workers,
             autocast=nullcontext,
         )
 

@@ -104,7 +104,7 @@ class StageTrainer:
     loss_name: str
     fix: str
     device: torch.device
-    world: WorkerGroup
+    workers: WorkerGroup
     autocast: Callable[[], AbstractContextManager[Any]]
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     num_parts: int = 1
@@ -178,9 +178,9 @@ class StageTrainer:
             inputs, labels = self.mix(inputs, labels, step)
         set_lr(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = backward_in_micro_batches(self._logits, loss_function, self.world, inputs, labels, self.num_parts)
+        loss = backward_in_micro_batches(self._logits, loss_function, self.workers, inputs, labels, self.num_parts)
         params = list(self.params.values())
-        mean_loss = all_reduce_gradients(params, loss, self.world)
+        mean_loss = all_reduce_gradients(params, loss, self.workers)
         norm = clip_gradients(params, self.train.clip_grad_norm)
         self.optimizer.step()
         return mean_loss, norm
@@ -210,9 +210,9 @@ class EpochInProgress:
     def __init__(self, trainer: StageTrainer, plan: EpochPlan, epoch: int, step: int) -> None:
         self.step = step
         self._trainer, self._epoch, self._record = trainer, epoch, trainer._record
-        size, world, num_taken = trainer.train.batch_size, trainer.world, len(self._record.losses)
+        size, workers, num_taken = trainer.train.batch_size, trainer.workers, len(self._record.losses)
         self._first_step, self._num_taken = step - num_taken, num_taken
-        shares = batches(plan, size, world.rank, world.world_size)[: trainer.span.end_step - self._first_step]
+        shares = batches(plan, size, workers.rank, workers.world_size)[: trainer.span.end_step - self._first_step]
         self.shares = shares[num_taken:]
         self._sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
         self._loss_at = trainer.losses_of(epoch)

@@ -23,9 +23,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     device = ray.train.torch.get_device()
     is_single = ray.train.get_context().get_world_size() == 1
-    world: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
+    workers: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
-    for report in TrialSession(device, world, stream).reports(TrialSettings.from_dict(settings)):
+    for report in TrialSession(device, workers, stream).reports(TrialSettings.from_dict(settings)):
         ray.train.report(report)
 
 

@@ -65,7 +65,7 @@ def build_trial(
     config: TrialConfig,
     data: TrialData,
     device: str | torch.device = "cpu",
-    world: WorkerGroup = SINGLE_WORKER,
+    workers: WorkerGroup = SINGLE_WORKER,
     stream: ImageStream = stream_in_threads,
 ) -> TrialRun:
     """Build a trial that is ready to run; its numbers depend on the configuration and the seed alone.
@@ -77,13 +77,13 @@ def build_trial(
     check_can_select(config.second_stage, data)
     is_decoder = METHODS[config.method].reads == "tokens" and not config.reads_images
     computing = ComputeContext(
-        config.train, device, world.world_size, len(data.class_names), is_decoder,
+        config.train, device, workers.world_size, len(data.class_names), is_decoder,
         config.section(DecoderConfig), data.info.num_tokens, data.info.token_width,
     )  # fmt: skip
     with computing.working(), _seeded(_seed_of(config)):
         model = build_model(config, data.model_inputs, device)
-    broadcast_state(own_state_dict(model), world)
-    return TrialRun(config, data, device, world, stream, spans, computing, model)
+    broadcast_state(own_state_dict(model), workers)
+    return TrialRun(config, data, device, workers, stream, spans, computing, model)
 
 
 class TrialRun:
@@ -98,7 +98,7 @@ class TrialRun:
         config: TrialConfig,
         data: TrialData,
         device: torch.device,
-        world: WorkerGroup,
+        workers: WorkerGroup,
         stream: ImageStream,
         spans: tuple[Span, Span],
         computing: ComputeContext,
@@ -107,7 +107,7 @@ class TrialRun:
         self.config = config
         self.data = data
         self.device = device
-        self.world = world
+        self.workers = workers
         self.entry = METHODS[config.method]
         self.epoch = 0
         self.step = 0
@@ -125,7 +125,7 @@ class TrialRun:
         # A compiled module shares the model's parameters and leaves the names in its state_dict unchanged.
         is_compiled = config.train is not None and config.train.compile
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if is_compiled else self.model
-        self._evaluator = Evaluator(data, self.batch_source, device, world, self._computing.evaluating)
+        self._evaluator = Evaluator(data, self.batch_source, device, workers, self._computing.evaluating)
         self._trainer = self._build_first_stage() if self.entry.trains else None
         self._second: SecondStageTrainer | None = None
         # Metrics of a second stage's start, which its first epoch reports.
@@ -194,7 +194,7 @@ class TrialRun:
             metrics |= trained.metrics
         self.epoch += 1
         metrics |= self._validate()
-        num_unreadable = self.batch_source.count_unreadable(self.world)
+        num_unreadable = self.batch_source.count_unreadable(self.workers)
         if num_unreadable:
             metrics["data/unreadable_images"] = float(num_unreadable)
         if not math.isfinite(metrics.get("val/loss", 0.0)):
@@ -221,7 +221,7 @@ class TrialRun:
             self._first.num_epochs,
             self._first.num_steps,
             self.device,
-            self.world,
+            self.workers,
             self.data.info.logit_scale or 1.0,
         )
         return StageTrainer(
@@ -245,7 +245,7 @@ class TrialRun:
             loss_name=objective.name,
             fix="lower optim.lr or raise optim.warmup_fraction",
             device=self.device,
-            world=self.world,
+            workers=self.workers,
             autocast=self._computing.autocast,
             mix=self._mixer(),
             num_parts=1 if self.config.memory is None else self.config.memory.accumulation,
@@ -272,7 +272,7 @@ class TrialRun:
         cutmix = 0.0 if images is None else images.cutmix
         if not mixup and not cutmix:
             return None
-        return BatchMixer(mixup, cutmix, len(self.data.class_names), self._seed, self.world.rank)
+        return BatchMixer(mixup, cutmix, len(self.data.class_names), self._seed, self.workers.rank)
 
     def _transfer(self) -> FeatureTransfer | None:
         section, train = self.config.feature_augmentation, self.data.train
@@ -299,7 +299,7 @@ class TrialRun:
             second = SecondStageTrainer(
                 config, require_section(self.config.train), model, self._last, self._evaluator, features
             )
-        broadcast_state(model.classifier.state_dict(), self.world)
+        broadcast_state(model.classifier.state_dict(), self.workers)
         self._forward, self._trainer = model, second.trainer
         return second
 
@@ -396,7 +396,7 @@ class TrialRun:
     def _check_same_start(self) -> None:
         """Raise ImbvlmError for workers that start at different epochs or steps: they would wait forever."""
         extremes = torch.tensor([self.epoch, -self.epoch, self.step, -self.step])
-        latest, earliest, last_step, first_step = self.world.max(extremes).tolist()
+        latest, earliest, last_step, first_step = self.workers.max(extremes).tolist()
         if latest != -earliest or last_step != -first_step:
             raise ImbvlmError(
                 f"the trial's workers were restored at different epochs ({-earliest} to {latest}) or steps "

@@ -88,9 +88,9 @@ class TrialSession:
     """Opens a trial's data and yields its reports; data that the next trial shares stays open."""
 
     def __init__(
-        self, device: torch.device, world: WorkerGroup = SINGLE_WORKER, stream: ImageStream = stream_in_threads
+        self, device: torch.device, workers: WorkerGroup = SINGLE_WORKER, stream: ImageStream = stream_in_threads
     ) -> None:
-        self._device, self._world, self._stream = device, world, stream
+        self._device, self._workers, self._stream = device, workers, stream
         self._opened: _Opened | None = None
 
     def reports(self, settings: TrialSettings, pack: TrialPack | None = None) -> Generator[TrialReport, None, None]:
@@ -112,7 +112,7 @@ class TrialSession:
             raise
         except Exception as error:
             # Other workers may be waiting in a sum for this one; only an exception ends them.
-            if self._world.world_size > 1:
+            if self._workers.world_size > 1:
                 raise
             yield {"epoch": epoch, "failure": _sentence(error), "done": True}
 
@@ -143,14 +143,14 @@ class TrialSession:
         finally:
             # Also reached when the scheduler stops the trial.
             run.leave_pack()
-            if logits_writer is not None and self._world.rank == 0:
+            if logits_writer is not None and self._workers.rank == 0:
                 logits_writer.flush()
 
     def _restored(self, config: TrialConfig, data: TrialData, folder: str | None) -> tuple[TrialRun, str | None]:
         """A run in its checkpoint's state; a new one, with the reason, if any worker finds the checkpoint damaged."""
 
         def new_run() -> TrialRun:
-            return build_trial(config, data, self._device, self._world, self._stream)
+            return build_trial(config, data, self._device, self._workers, self._stream)
 
         run, damage = new_run(), None
         if folder is not None and has_checkpoint(folder):
@@ -158,7 +158,7 @@ class TrialSession:
                 run.load_state_dict(load_checkpoint(folder, self._device))
             except CheckpointError as error:
                 damage = str(error)
-        if not int(self._world.max(torch.tensor(int(damage is not None)))):
+        if not int(self._workers.max(torch.tensor(int(damage is not None)))):
             return run, None
         # The run may have a part of the state already, and a GPU may have no space for two runs.
         del run
@@ -173,7 +173,7 @@ class TrialSession:
         def save_when_due() -> None:
             nonlocal saved_at
             is_due = time.monotonic() - saved_at >= settings.checkpoint_seconds
-            if folder is not None and self._world.rank == 0 and is_due:
+            if folder is not None and self._workers.rank == 0 and is_due:
                 save_checkpoint(folder, run.state_dict())
                 saved_at = time.monotonic()
 
@@ -196,7 +196,7 @@ class TrialSession:
 
     def _peak(self, memory: PeakMemory) -> TrialReport:
         """The peak memory of the worker with the largest; every worker must call it."""
-        largest = int(self._world.max(torch.tensor(memory.bytes() or 0)))
+        largest = int(self._workers.max(torch.tensor(memory.bytes() or 0)))
         return {"memory/peak_bytes": largest} if largest else {}
 
     def _keep_logits(
@@ -204,8 +204,8 @@ class TrialSession:
     ) -> None:
         """Save an epoch's logits; every worker must call it, since each has only its share of them."""
         if run.val_logits is not None and (is_best or is_last):
-            logits = run.val_logits.gathered(self._world)
-            if self._world.rank == 0:
+            logits = run.val_logits.gathered(self._workers)
+            if self._workers.rank == 0:
                 logits_writer.keep(epoch, logits, is_best=is_best, is_last=is_last)
 
     def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
@@ -242,7 +242,7 @@ class TrialSession:
             if split != "test" or settings.score_test:
                 crops = run.evaluate_views(TrialData.open_five_crops(run.config, feature_set, split))
                 scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
-        if settings.model_folder is not None and self._world.rank == 0:
+        if settings.model_folder is not None and self._workers.rank == 0:
             save_model(settings.model_folder, run.model.eval())
             write_class_record(settings.model_folder, class_record(run, results))
         return scored

@@ -49,11 +49,11 @@ class EpochValLogits:
         self._values[index] = relative.clamp(min=_LOWEST).to("cpu", torch.float16)
         self._seen[index] = 1
 
-    def gathered(self, world: WorkerGroup) -> Tensor:
+    def gathered(self, workers: WorkerGroup) -> Tensor:
         """All rows' logits (N, C), NaN for rows that no worker has added. Every worker must call it."""
         values, seen = self._values, self._seen
-        if world.world_size > 1:
-            values, seen = world.sum(values.float()).half(), world.sum(seen)
+        if workers.world_size > 1:
+            values, seen = workers.sum(values.float()).half(), workers.sum(seen)
         values[seen == 0] = torch.nan
         return values
 

@@ -394,7 +394,7 @@ def run_worker(rank: int, world_size: int, folder: Path, cases: list[Any]) -> No
     for tree, features in cases:
         config = TrialConfig.from_tree(tree)
         data = TrialData.open(config, FeatureSet.from_dict(features))
-        found.append(outcome(build_trial(config, data, world=DistributedWorkerGroup("cpu"))))
+        found.append(outcome(build_trial(config, data, workers=DistributedWorkerGroup("cpu"))))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -69,28 +69,28 @@ def join_group(rank: int, world_size: int, folder: Path) -> DistributedWorkerGro
 
 
 def run_cases(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
-    world = join_group(rank, world_size, folder)
+    workers = join_group(rank, world_size, folder)
     data = with_text_tower(TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features)))
-    outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, world=world)) for method, knobs in CASES]
+    outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, workers=workers)) for method, knobs in CASES]
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
 
 
 def start_at_unlike_epochs(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
-    world = join_group(rank, world_size, folder)
+    workers = join_group(rank, world_size, folder)
     data = TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features))
-    run = build_trial(tiny_config("linear_probe"), data, world=world)
+    run = build_trial(tiny_config("linear_probe"), data, workers=workers)
     run.epoch = rank
     try:
         next(run.epochs())
     except ImbvlmError as error:
-        answer = {"error": str(error), "reports": reports_behind_a_checkpoint(rank, world, folder, data, features)}
+        answer = {"error": str(error), "reports": reports_behind_a_checkpoint(rank, workers, folder, data, features)}
         Path(folder, f"{rank}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 
 def reports_behind_a_checkpoint(
-    rank: int, world: Any, folder: Path, data: TrialData, features: FeatureSet
+    rank: int, workers: Any, folder: Path, data: TrialData, features: FeatureSet
 ) -> list[dict[str, Any]]:
     """Worker 0's is sound, worker 1's is damaged."""
     config, checkpoint = tiny_config("linear_probe", train__num_epochs=2), f"{folder}/checkpoint-{rank}"
@@ -100,7 +100,7 @@ def reports_behind_a_checkpoint(
     if rank == 1:
         Path(checkpoint, "state.json").write_text("{")
     settings = TrialSettings(config.to_tree(), features, "val/balanced_accuracy", checkpoint)
-    return list(TrialSession(torch.device("cpu"), world).reports(settings))
+    return list(TrialSession(torch.device("cpu"), workers).reports(settings))
 
 
 def in_processes(

@@ -52,7 +52,7 @@ class BatchSource(Protocol):
     def unreadable(self) -> dict[int, str]:
         """Reasons of the images that were left out so far, by their rows in the manifest."""
 
-    def count_unreadable(self, world: WorkerGroup) -> int:
+    def count_unreadable(self, workers: WorkerGroup) -> int:
         """Number of images that any worker has left out so far; every worker must call it."""
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
@@ -76,7 +76,7 @@ class StoredFeatureSource:
         self.numbers_per_example = int(np.prod(info.shapes[output]))
         self.unreadable: dict[int, str] = {}
 
-    def count_unreadable(self, world: WorkerGroup) -> int:
+    def count_unreadable(self, workers: WorkerGroup) -> int:
         return 0
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
@@ -151,13 +151,13 @@ class ImageSource:
         self.numbers_per_example = 3 * preprocess.image_size**2
         self.unreadable: dict[int, str] = {}
 
-    def count_unreadable(self, world: WorkerGroup) -> int:
+    def count_unreadable(self, workers: WorkerGroup) -> int:
         """As the protocol's; several workers may read the same image, whose row counts once."""
         rows = torch.tensor(sorted(self.unreadable), dtype=torch.int64)
-        length = int(world.max(torch.tensor([int(rows[-1]) + 1 if len(rows) else 0]))[0])
+        length = int(workers.max(torch.tensor([int(rows[-1]) + 1 if len(rows) else 0]))[0])
         if not length:
             return 0
-        return int(world.max(torch.zeros(length, dtype=torch.int64).index_fill_(0, rows, 1)).sum())
+        return int(workers.max(torch.zeros(length, dtype=torch.int64).index_fill_(0, rows, 1)).sum())
 
     def train(self, source: RowSource, plan: EpochPlan, shares: Sequence[Index], epoch: int) -> Iterator[Batch]:
         """As the protocol's; the crop at a position of an epoch is the same on every worker."""

@@ -33,17 +33,17 @@ class DistributedWorkerGroup:
 
 
 @torch.no_grad()
-def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: WorkerGroup) -> Tensor:
+def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, workers: WorkerGroup) -> Tensor:
     """Replace every gradient by its mean over workers; returns the mean of their losses (0-d).
 
     One flat sum and not DDP: the loss rides along, so that all workers judge the same number; a worker with an
     empty or shorter batch needs no special case; names in state_dict stay; and what trains here is small.
     """
-    if world.world_size == 1:
+    if workers.world_size == 1:
         return loss.detach()
     gradients = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.detach().float().reshape(1)])
-    flat = world.sum(flat) / world.world_size
+    flat = workers.sum(flat) / workers.world_size
     parts = torch.split(flat, [param.numel() for param in params] + [1])
     for param, gradient, part in zip(params, gradients, parts[:-1], strict=True):
         # In its own memory, which is laid out as the parameter's: fused optimizers count on that.
@@ -52,8 +52,8 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], loss: Tensor, world: Wo
 
 
 @torch.no_grad()
-def broadcast_state(tensors: Mapping[str, Tensor], world: WorkerGroup) -> None:
+def broadcast_state(tensors: Mapping[str, Tensor], workers: WorkerGroup) -> None:
     """Give every worker rank 0's parameters and buffers: workers on unlike machines may round differently."""
-    if world.world_size > 1:
+    if workers.world_size > 1:
         for value in tensors.values():
-            value.copy_(world.sum(value if world.rank == 0 else torch.zeros_like(value)))
+            value.copy_(workers.sum(value if workers.rank == 0 else torch.zeros_like(value)))

@@ -14,7 +14,7 @@ from imbvlm.longtail.worker_group import WorkerGroup
 def backward_in_micro_batches(
     forward: Callable[[Tensor], Tensor],
     loss_function: ConfiguredLoss,
-    world: WorkerGroup,
+    workers: WorkerGroup,
     inputs: Tensor,
     labels: Tensor,
     num_parts: int,
@@ -30,7 +30,7 @@ def backward_in_micro_batches(
         return loss.detach()
     parts = list(zip(inputs.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True))
     parts = [(part, part_labels) for part, part_labels in parts if len(part_labels)]
-    recorder = _Recorder(world)
+    recorder = _Recorder(workers)
     logits, whole = None, loss_function.over(recorder)
     if loss_function.entry.needs_all_logits:
         with torch.no_grad():
@@ -50,16 +50,16 @@ def backward_in_micro_batches(
 class _Recorder:
     """Passes sums and maxima on to the workers, and records their results."""
 
-    def __init__(self, world: WorkerGroup) -> None:
-        self._world, self.rank, self.world_size = world, world.rank, world.world_size
+    def __init__(self, workers: WorkerGroup) -> None:
+        self._workers, self.rank, self.world_size = workers, workers.rank, workers.world_size
         self.sums: list[Tensor] = []
 
     def sum(self, value: Tensor) -> Tensor:
-        self.sums.append(self._world.sum(value))
+        self.sums.append(self._workers.sum(value))
         return self.sums[-1]
 
     def max(self, value: Tensor) -> Tensor:
-        self.sums.append(self._world.max(value))
+        self.sums.append(self._workers.max(value))
         return self.sums[-1]
 
     def replayed(self) -> WorkerGroup:
