@@ -146,6 +146,15 @@ class StageTrainer:
         self.model.train()
         return EpochInProgress(self, plan, epoch, step)
 
+    def split_epoch(self, plan: EpochPlan, first_step: int) -> tuple[list[Index], list[int]]:
+        """This worker's positions in an epoch's plan for each step, and the number of images of each step.
+
+        The epoch begins after `first_step` steps of the trial and ends with the stage at the latest.
+        """
+        size = self.train.batch_size
+        shares = batches(plan, size, self.workers.rank, self.workers.world_size)[: self.span.end_step - first_step]
+        return shares, [min(size, len(plan) - index * size) for index in range(len(shares))]
+
     def epoch_result(
         self,
         epoch: int,
@@ -210,11 +219,10 @@ class EpochInProgress:
     def __init__(self, trainer: StageTrainer, plan: EpochPlan, epoch: int, step: int) -> None:
         self.step = step
         self._trainer, self._epoch, self._record = trainer, epoch, trainer._record
-        size, workers, num_taken = trainer.train.batch_size, trainer.workers, len(self._record.losses)
-        self._first_step, self._num_taken = step - num_taken, num_taken
-        shares = batches(plan, size, workers.rank, workers.world_size)[: trainer.span.end_step - self._first_step]
-        self.shares = shares[num_taken:]
-        self._sizes = [min(size, len(plan.rows) - start * size) for start in range(len(shares))]
+        self._num_taken = len(self._record.losses)
+        self._first_step = step - self._num_taken
+        shares, self._sizes = trainer.split_epoch(plan, self._first_step)
+        self.shares = shares[self._num_taken :]
         self._loss_at = trainer.losses_of(epoch)
 
     @property

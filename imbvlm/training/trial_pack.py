@@ -21,7 +21,6 @@ from imbvlm.base.errors import PackError
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
-from imbvlm.longtail.class_sampling import batches
 from imbvlm.longtail.losses import ConfiguredLoss, stack_losses
 from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, LinearClassifier, l2_normalize
 from imbvlm.models.decoder import num_parameters
@@ -199,8 +198,8 @@ def train_stacked(trainers: Sequence[StageTrainer], epoch: int, step: int) -> li
     A member whose loss or gradient is not finite fails alone, since its numbers reach no other member.
     """
     started, first = time.perf_counter(), trainers[0]
-    plan, size = first.plan_of(epoch), first.train.batch_size
-    shares = batches(plan, size)[: first.span.end_step - step]
+    plan = first.plan_of(epoch)
+    shares, sizes = first.split_epoch(plan, step)
     stacks = _stacks(trainers)
     order = [trainer for stack in stacks for trainer in stack.trainers]
     losses_at = [trainer.losses_of(epoch) for trainer in order]
@@ -227,7 +226,6 @@ def train_stacked(trainers: Sequence[StageTrainer], epoch: int, step: int) -> li
             param.grad = None
     values = torch.stack(records).cpu().double().numpy()
     seconds = (time.perf_counter() - started) / len(trainers)
-    sizes = [min(size, len(plan) - start * size) for start in range(len(shares))]
     results = {
         id(trainer): _result(trainer, values[:, 0, index], values[:, 1, index], epoch, step, sizes, seconds)
         for index, trainer in enumerate(order)
