@@ -62,7 +62,7 @@ class _LossRecord:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.failed_at: int | None = None
+        self.has_failed = False
         self._unread: list[Tensor] = []
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
@@ -72,12 +72,12 @@ class _LossRecord:
 
     def read(self) -> None:
         """Read the pending values; the first step that is not finite ends the record."""
-        if not self._unread or self.failed_at is not None:
+        if not self._unread or self.has_failed:
             return
         for loss, norm in torch.stack(self._unread).tolist():
             self.losses.append(loss)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.failed_at = len(self.losses) - 1
+                self.has_failed = True
                 break
         self._unread.clear()
 
@@ -228,7 +228,7 @@ class EpochInProgress:
     @property
     def failed(self) -> bool:
         """Whether a step's loss or gradient is known not to be finite, so that the epoch can't continue."""
-        return self._record.failed_at is not None
+        return self._record.has_failed
 
     def take(self, batch: Batch) -> None:
         """Take an optimizer step on the next batch."""
