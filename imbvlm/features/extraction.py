@@ -195,7 +195,7 @@ def _compute_in_workers(
             gpus_per_worker=1 if gpus else 0,
             # One block is written while the GPU computes the next. On a CPU this saves no time and takes more memory.
             calls_per_worker=2 if gpus else 1,
-            waits=progress.wait,
+            notify=progress.wait,
         )
 
 

@@ -177,7 +177,7 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
             (location, top, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
             num_encoder_workers=num_encoder_workers,
-            waits=notify,
+            notify=notify,
             cpus_per_worker=1 if use_gpu else threads,
             gpus_per_worker=1.0 if use_gpu else 0.0,
         )

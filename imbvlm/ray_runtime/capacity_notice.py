@@ -60,15 +60,15 @@ def missing_capacity(
 
 
 @contextmanager
-def notify_while(lacks: Callable[[], str | None], say: Callable[[str], None]) -> Iterator[None]:
-    """Within, pass the sentence of `lacks` to `say` while it lasts."""
+def notify_while(lacks: Callable[[], str | None], notify: Callable[[str], None]) -> Iterator[None]:
+    """Within, pass the sentence of `lacks` to `notify` while it lasts."""
     ended = threading.Event()
 
     def watch() -> None:
-        patience = NoticeThrottle()
+        throttle = NoticeThrottle()
         while not ended.wait(LOOK_SECONDS):
-            if sentence := patience.to_say(lacks()):
-                say(sentence)
+            if sentence := throttle.to_say(lacks()):
+                notify(sentence)
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     thread.start()

@@ -48,7 +48,7 @@ def map_images(
     *,
     images_per_block: int,
     num_encoder_workers: int,
-    waits: Callable[[str], None],
+    notify: Callable[[str], None],
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
     calls_per_worker: int = 1,
@@ -57,8 +57,8 @@ def map_images(
 
     `load(descriptor)` runs in tasks and returns a dict of up to `images_per_block` images, whose numpy arrays travel
     without copies (read-only in the worker) and whose other values are pickled. `worker(*worker_args)` is created once
-    per pool member; called with that dict, in up to `calls_per_worker` threads, it returns a small summary. `waits` is
-    called, from another thread, with the reason why nothing goes on while the cluster lacks machines.
+    per pool member; called with that dict, in up to `calls_per_worker` threads, it returns a small summary. `notify`
+    gets, from another thread, the reason why nothing goes on while the cluster lacks machines.
 
     An ImbvlmError of either is raised here. Raises LostProcessesError where several processes in a row are lost at one
     block, whose `name` is in the sentence, or at their start.
@@ -92,7 +92,7 @@ def map_images(
             )
         )
         needed = (cpus.per_worker, gpus_per_worker, cpus.per_task)
-        with notify_while(lambda: missing_capacity(connected_cluster().nodes, *needed), waits):
+        with notify_while(lambda: missing_capacity(connected_cluster().nodes, *needed), notify):
             yield from _summaries(dataset)
 
 

@@ -96,7 +96,9 @@ def streamed(manifest: Manifest, num_processes: int, jpeg_downscale: int) -> Ite
 def extracted(manifest: Manifest, jpeg_downscale: int) -> Iterator[int]:
     """With its start; as on a machine with a GPU the worker holds a CPU of its own, and tasks load on the others."""
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest) * PASSES
-    for summary in map_images(blocks, load_batch, Sink, (), images_per_block=BATCH, num_encoder_workers=1, waits=print):
+    for summary in map_images(
+        blocks, load_batch, Sink, (), images_per_block=BATCH, num_encoder_workers=1, notify=print
+    ):
         yield summary["num_images"]
 
 

@@ -63,7 +63,7 @@ class Tower:
 
 def run(blocks: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     return sorted(
-        map_images(blocks, load, Tower, (2,), images_per_block=300, num_encoder_workers=1, waits=print, **options),
+        map_images(blocks, load, Tower, (2,), images_per_block=300, num_encoder_workers=1, notify=print, **options),
         key=lambda found: found["shard"],
     )
 
@@ -139,7 +139,7 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(
                 (0,),
                 images_per_block=3,
                 num_encoder_workers=1,
-                waits=print,
+                notify=print,
             )
         )
     assert "Traceback" not in capfd.readouterr().err
@@ -151,7 +151,7 @@ def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster: str) -> None:
     blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
     for _ in range(3):
         with pytest.raises(StorageError, match="the tower's file is not there"):
-            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_encoder_workers=1, waits=print))
+            list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_encoder_workers=1, notify=print))
         assert not [one.name for one in threading.enumerate() if one.name.startswith(RAY_DATA_THREADS)]
 
 
@@ -184,7 +184,7 @@ def run_dying(folder: Path, stage: str, number: int) -> list[dict[str, Any]]:
     blocks[1][stage] = (folder, number)
     start = blocks[1].pop("start", (folder, 0))
     return list(
-        map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_encoder_workers=1, waits=print)
+        map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_encoder_workers=1, notify=print)
     )
 
 
