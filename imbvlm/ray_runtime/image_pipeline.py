@@ -96,9 +96,7 @@ def map_images(
             yield from _summaries(dataset)
 
 
-def stream_blocks(
-    blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int, ahead: int = 1
-) -> Iterator[Block]:
+def stream_blocks(blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int) -> Iterator[Block]:
     """Loaded blocks in the given order, some loaded ahead; arrays are read-only and not copied.
 
     The tasks book no CPU, like a DataLoader's workers, so that they run next to Train workers that hold every CPU. An
@@ -112,7 +110,7 @@ def stream_blocks(
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
         ).map_batches(_Load(load, attempts), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
-        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
+        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
             block = _unpack(batch)
             del block[_WHICH]
             if _ERROR in block:
