@@ -215,7 +215,7 @@ class TrialRun:
     def _build_first_stage(self) -> StageTrainer:
         train, optim = require_section(self.config.train), self.config.optim
         assert optim is not None, "TrialConfig gives every method that trains its optim section"
-        objective = LossSchedule(
+        losses = LossSchedule(
             self.config,
             self.data.class_stats.counts,
             self._first.num_epochs,
@@ -241,8 +241,8 @@ class TrialRun:
                 num_views=self.data.train.num_views,
             ),
             read=partial(self.batch_source.train, self.data.train),
-            losses_of=objective.at_epoch,
-            loss_name=objective.name,
+            losses_of=losses.at_epoch,
+            loss_name=losses.name,
             fix="lower optim.lr or raise optim.warmup_fraction",
             device=self.device,
             workers=self.workers,

@@ -88,7 +88,7 @@ class FeatureTransfer:
         # For each giver the first index of its class among the givers, and the size of the class.
         self._starts = np.searchsorted(labels, labels)
         self._sizes = counts[labels]
-        self._drawn: tuple[int, Rows, Rows] | None = None
+        self._sampled: tuple[int, Rows, Rows] | None = None
 
     def add_to(self, inputs: Tensor, output: OutputName, examples: Rows, positions: Rows, epoch: int) -> None:
         """Change inputs (B, ...) in place: outputs of examples (B,) at their positions (B,) in an epoch's plan."""
@@ -106,7 +106,7 @@ class FeatureTransfer:
 
     def _pairs(self, epoch: int) -> tuple[Rows, Rows]:
         """Two examples of one class (2, N) for each position of an epoch, and a view of each (2, N)."""
-        if self._drawn is None or self._drawn[0] != epoch:
+        if self._sampled is None or self._sampled[0] != epoch:
             rng = np.random.default_rng([_TRANSFER_STREAM, self._seed, epoch])
             size = len(self._examples)
             first = rng.integers(len(self._givers), size=size)
@@ -115,5 +115,5 @@ class FeatureTransfer:
             start = self._starts[first]
             second = start + (first - start + step) % self._sizes[first]
             views = rng.integers(self._examples.num_views, size=(2, size))
-            self._drawn = (epoch, np.stack([self._givers[first], self._givers[second]]), views)
-        return self._drawn[1], self._drawn[2]
+            self._sampled = (epoch, np.stack([self._givers[first], self._givers[second]]), views)
+        return self._sampled[1], self._sampled[2]

@@ -41,7 +41,7 @@ class ComputeContext:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within, modules run without gradients."""
+        """As `working`, and within, modules compute in the configured precision."""
         with self.working(), self.autocast():
             yield
 
@@ -54,11 +54,11 @@ class ComputeContext:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of the configured precision."""
         precision = "float32" if self.train is None else self.train.precision
-        is_bfloat16 = self._pays() if precision == "auto" else precision == "bfloat16"
+        is_bfloat16 = self._is_bfloat16_faster() if precision == "auto" else precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
-    def _pays(self) -> bool:
-        """Whether the device has instructions for bfloat16 that make the trial faster.
+    def _is_bfloat16_faster(self) -> bool:
+        """Whether the device has instructions for bfloat16 that speed up this trial.
 
         On a CPU only a decoder gains: an encoder's frozen weights would be converted at each use.
         """
