@@ -13,14 +13,14 @@ from imbvlm.features.trial_data import RowSource
 from imbvlm.training.evaluator import EvalResult
 from imbvlm.training.trial_run import TrialRun
 
-CLASS_RECORD_FILE = "per_class.json"
+PER_CLASS_FILE = "per_class.json"
 FORMAT = 1
 MAX_PAIRS = 200
 # Images of a confused pair that are listed for reports.
 MAX_ROWS = 4
 
 
-def class_record(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]]) -> dict[str, Any]:
+def per_class_results(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]]) -> dict[str, Any]:
     """Plain data of a trained run: class names and counts, and the results of each scored split."""
     return {
         "format": FORMAT,
@@ -34,10 +34,10 @@ def class_record(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]])
     }
 
 
-def write_class_record(folder: str, record: dict[str, Any]) -> None:
+def write_per_class_results(folder: str, results: dict[str, Any]) -> None:
     """Write per_class.json into a refit's folder."""
-    uri = storage.join(folder, CLASS_RECORD_FILE)
-    storage.write_bytes(uri, json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
+    uri = storage.join(folder, PER_CLASS_FILE)
+    storage.write_bytes(uri, json.dumps(results, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _split_results(rows: RowSource, result: EvalResult) -> dict[str, Any]:

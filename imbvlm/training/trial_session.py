@@ -26,7 +26,7 @@ from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
 from imbvlm.training.evaluator import LogitAdjuster
-from imbvlm.training.per_class_results import class_record, write_class_record
+from imbvlm.training.per_class_results import per_class_results, write_per_class_results
 from imbvlm.training.step.compute_context import PeakMemory
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import TrialRun, build_trial
@@ -244,7 +244,7 @@ class TrialSession:
                 scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
         if settings.model_folder is not None and self._workers.rank == 0:
             save_model(settings.model_folder, run.model.eval())
-            write_class_record(settings.model_folder, class_record(run, results))
+            write_per_class_results(settings.model_folder, per_class_results(run, results))
         return scored
 
 

@@ -41,7 +41,7 @@ from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.manifest_path import locate_manifest, with_located_manifest
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
-from imbvlm.training.per_class_results import CLASS_RECORD_FILE
+from imbvlm.training.per_class_results import PER_CLASS_FILE
 from imbvlm.training.trial_session import TrialSession, TrialSettings, default_device
 
 BEST_FILE, MODEL_FOLDER = "best.yaml", "model"
@@ -240,7 +240,7 @@ class _TrialExport:
         )
         weights = storage.join(self.folder, "refits", name)
         # The class record is written last.
-        if self.refits or storage.exists(storage.join(weights, CLASS_RECORD_FILE)):
+        if self.refits or storage.exists(storage.join(weights, PER_CLASS_FILE)):
             yield weights
             return
         changes = data_changes(self.folder, manifest)
@@ -297,7 +297,7 @@ class _TrialExport:
         if adjustment.alpha:
             templates = templates_of(config.prompts or PromptsConfig())
             embeddings = class_embeddings(require_text(encoder), class_names, templates)
-        counts = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))["class_counts"]
+        counts = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))["class_counts"]
         return LogitPostprocessor(adjustment, tuple(counts), embeddings)
 
     def _adjustment(self, config: TrialConfig) -> PostHocAdjustment | None:
@@ -334,7 +334,7 @@ def _write_problem(folder: str) -> str | None:
 
 def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], encoder_fingerprint: str) -> None:
     """Raise ImbvlmError if classes or the encoder's fingerprint differ from those that weights were trained with."""
-    trained = json.loads(storage.read_bytes(storage.join(weights, CLASS_RECORD_FILE)))
+    trained = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))
     trained_names, fix = trained["class_names"], "Restore it, or start a new sweep."
     if list(class_names) != trained_names:
         differences = (

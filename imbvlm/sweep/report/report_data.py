@@ -22,7 +22,7 @@ from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_v
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.per_class_results import CLASS_RECORD_FILE
+from imbvlm.training.per_class_results import PER_CLASS_FILE
 
 
 @dataclass(frozen=True)
@@ -212,5 +212,5 @@ def _adjusted_bins(splits: list[dict[str, Any]]) -> npt.NDArray[np.float64] | No
 
 
 def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:
-    uri = storage.join(folder, "refits", record.trial_id, CLASS_RECORD_FILE)
+    uri = storage.join(folder, "refits", record.trial_id, PER_CLASS_FILE)
     return read_json(uri, dict[str, Any], "Remove it to make a report without its classes.")

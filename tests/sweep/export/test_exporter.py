@@ -34,7 +34,7 @@ from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.per_class_results import write_class_record
+from imbvlm.training.per_class_results import write_per_class_results
 
 ROOT = Path(__file__).parents[3]
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
@@ -172,7 +172,7 @@ def test_what_a_model_was_trained_on_is_what_is_exported_with_it(
     tmp_path: Path, names: tuple[str, ...], tower: str, words: str | None
 ) -> None:
     """A manifest or a tower's folder may have been made anew since."""
-    write_class_record(str(tmp_path), {"class_names": ["cat", "dog"], "tower": "one"})
+    write_per_class_results(str(tmp_path), {"class_names": ["cat", "dog"], "tower": "one"})
     tree = {"data": {"manifest": "m"}, "encoder": {"name": "local-dir:mine"}, "method": "linear_probe"}
     with nullcontext() if words is None else pytest.raises(ImbvlmError, match=words):
         check_trained_on(str(tmp_path), TrialConfig.from_tree(tree), names, tower)
