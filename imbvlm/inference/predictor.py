@@ -99,9 +99,8 @@ class InferenceModule(nn.Module):
         super().__init__()
         self.tower, self.classifier = encoder.image_tower, classifier
         self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
-        is_mixed = post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha
         self.zero_shot = None
-        if is_mixed and post_hoc is not None and post_hoc.class_embeddings is not None:
+        if post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha:
             self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.text_space.logit_scale)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
