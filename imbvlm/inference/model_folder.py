@@ -120,8 +120,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     training.
     """
     location = model_folder(str(folder))
+    # Read before the copy, so that an error names the user's folder.
+    description = read_description(location)
     with _local_copy(location) as local:
-        return _load(local, location, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _load(local, location, description, device)
 
 
 def model_folder(folder: str) -> str:
@@ -169,8 +172,9 @@ def _class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _load(folder: str, name: str, device: torch.device) -> Model:
-    description_file, description = storage.join(name, CONFIG_FILE), read_description(folder)
+def _load(folder: str, name: str, description: Mapping[str, Any], device: torch.device) -> Model:
+    """Load a model from a local folder; `name` is the folder in errors."""
+    description_file = storage.join(name, CONFIG_FILE)
     with _damage_named(description_file):
         class_names, preprocess = _class_names(description), Preprocess.from_dict(description["preprocess"])
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]

@@ -28,6 +28,7 @@ from imbvlm.data.manifest_summary import summary
 from imbvlm.data.sources.folders_and_lists import from_folders
 from imbvlm.data.sources.table_files import from_table
 from imbvlm.inference import batch_prediction as table
+from imbvlm.inference.model_folder import load
 from imbvlm.inference.prediction_files import check_out, parquet_schema, write_lines, write_predictions
 from imbvlm.inference.predictor import Prediction
 
@@ -273,6 +274,9 @@ def test_model_images_and_table_in_s3(
         s3_server.use(monkeypatch, server.settings())
         assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
         client.download_file(s3_server.BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
+        client.put_object(Bucket=s3_server.BUCKET, Key="old/config.json", Body=b'{"format": 1}')
+        with pytest.raises(ImbvlmError, match=f"^{bucket}/old/config.json has format 1, and this version reads 2"):
+            load(f"{bucket}/old")
     local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, use_ray=False, notify=print))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["image"].removeprefix(f"{bucket}/photos") for row in rows] == [
