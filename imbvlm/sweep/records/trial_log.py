@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.objectives import running_maximum, violations
+from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
 TrialKind = Literal["baseline", "search", "confirm", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
@@ -95,13 +94,12 @@ class TrialRecord(BaseModel):
         """
         if self.state not in ENDED or self.state == "failed" or None in self.selected_options.values():
             return None
-        values = [epoch[best_objective] for epoch in self.epochs if math.isfinite(epoch.get(best_objective, math.nan))]
-        return max(values) if values else None
+        best = best_epoch(self.epochs, best_objective)
+        return None if best is None else best[best_objective]
 
-    def best_epoch(self, objective: str) -> dict[str, float] | None:
+    def best_epoch(self, objective: str) -> Mapping[str, float] | None:
         """The metrics of the first epoch with the objective's maximum; None for a failed trial or without a value."""
-        scored = [epoch for epoch in self.epochs if math.isfinite(epoch.get(objective, math.nan))]
-        return max(scored, key=lambda epoch: epoch[objective]) if scored and self.state != "failed" else None
+        return None if self.state == "failed" else best_epoch(self.epochs, objective)
 
     def seconds(self) -> float:
         """Wall time from start to end, or until now while it runs, divided by the number of trials in its pack."""

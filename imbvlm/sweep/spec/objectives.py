@@ -38,14 +38,20 @@ def direction(metric: str) -> str:
     return "minimize" if metric == SECONDS else "maximize"
 
 
+def best_epoch(epochs: Epochs, metric: str) -> Mapping[str, float] | None:
+    """Return the first epoch with a metric's maximum; None if no epoch has a finite value."""
+    finite = [epoch for epoch in epochs if math.isfinite(epoch.get(metric, math.nan))]
+    return max(finite, key=lambda epoch: epoch[metric], default=None)
+
+
 def metric_value(epochs: Epochs, objective: str, metric: str) -> float | None:
     """Return a metric at the first epoch with the objective's maximum, or seconds over all epochs; None without one."""
-    scored = [epoch for epoch in epochs if math.isfinite(epoch.get(objective, math.nan))]
-    if not scored:
+    best = best_epoch(epochs, objective)
+    if best is None:
         return None
     if metric == SECONDS:
         return sum(epoch.get(SECONDS, 0.0) for epoch in epochs)
-    value = max(scored, key=lambda epoch: epoch[objective]).get(metric, math.nan)
+    value = best.get(metric, math.nan)
     return value if math.isfinite(value) else None
 
 

@@ -21,7 +21,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.earlier_sweeps import WarmTrial
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.spec.equivalence import canonical_key
-from imbvlm.sweep.spec.objectives import Epochs, ObjectiveValues, direction, outcome
+from imbvlm.sweep.spec.objectives import Epochs, ObjectiveValues, best_epoch, direction, outcome
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.search_space import ListedSpace, Params
 from imbvlm.sweep.spec.stratification import RandomTrial, Strata
@@ -139,13 +139,14 @@ class StudySearch(UnsavedSearcher):
         The objective's value is its running maximum, which includes the epochs of earlier processes.
         """
         spec, best = self._spec, self._spec.best_objective
-        value = max((epoch[best] for epoch in epochs if math.isfinite(epoch.get(best, math.nan))), default=None)
-        if value is None:
+        epoch = best_epoch(epochs, best)
+        if epoch is None:
             return None
+        value = float(epoch[best])
         if not spec.other_objectives and not spec.constraints:
-            return ObjectiveValues((float(value),), ())
+            return ObjectiveValues((value,), ())
         result = outcome(epochs, spec.objective, spec.other_objectives, spec.constraints)
-        return None if result is None else ObjectiveValues((float(value), *result.values[1:]), result.violations)
+        return None if result is None else ObjectiveValues((value, *result.values[1:]), result.violations)
 
     # -------------------------------------------------------------------------------------- what Optuna does
 
