@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,13 +43,9 @@ def uses_ray_train(sweep: ResolvedSweep) -> bool:
 
 def _reads_images(sweep: ResolvedSweep) -> bool:
     """Return whether some trial of the sweep runs the encoder itself."""
-    base = sweep.spec.base
-    searched: dict[str, list[Any]] = {"method": [], "features.store": []}
-    for parameter in sweep.space.parameters:
-        searched.get(parameter.key, []).extend(parameter.values)
-    methods = searched["method"] or [base.get("method")]
-    stored = searched["features.store"] or [base.get("features", {}).get("store", True)]
-    return not all(stored) or any(name in METHODS and METHODS[name].trains_encoder for name in methods)
+    base, space = sweep.spec.base, sweep.space
+    trains_encoder = any(METHODS[name].trains_encoder for name in space.values_of("method", base) if name in METHODS)
+    return trains_encoder or not all(space.values_of("features.store", base, default=True))
 
 
 def check_shared(folders: Sequence[str]) -> None:
@@ -347,8 +342,7 @@ def untried_methods(sweep: ResolvedSweep, infos: Mapping[str, EncoderInfo]) -> l
 
 
 def _methods_of(sweep: ResolvedSweep) -> set[str]:
-    searched = {value for parameter in sweep.space.of("method") for value in parameter.values}
-    return {str(method) for method in searched or {sweep.spec.base.get("method")}}
+    return set(map(str, sweep.space.values_of("method", sweep.spec.base)))
 
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:

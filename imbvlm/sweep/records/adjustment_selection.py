@@ -93,8 +93,8 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
 def max_logit_files(sweep: ResolvedSweep, num_running: int) -> int:
     """The maximum number of files of validation logits at one time while `num_running` trials run."""
     spec = sweep.spec
-    methods = {value for parameter in sweep.space.of("method") for value in parameter.values}
-    retained = NUM_BEST + spec.confirm_trials + (max(1, len(methods)) if spec.fresh_crops else 0)
+    num_methods = len(set(sweep.space.values_of("method", spec.base)))
+    retained = NUM_BEST + spec.confirm_trials + (num_methods if spec.fresh_crops else 0)
     num_trials = sweep.num_trials if spec.study else min(sweep.num_trials, retained + num_running)
     return len(baselines(sweep)) + num_trials
 

@@ -136,6 +136,23 @@ class SearchSpace:
         """Return the parameters of one key: none, one, or its branches."""
         return [parameter for parameter in self.parameters if parameter.key == key]
 
+    def values_of(self, key: str, base: Tree, default: Any = None) -> list[Any]:
+        """Return all values that trials have for a key with choices.
+
+        Where some trial doesn't sample the key, the last one is the base's value, or else the default.
+        """
+        values = [value for parameter in self.of(key) for value in parameter.values]
+        if values and self.always_samples(key, base):
+            return values
+        own = get_dotted(base, key)
+        own = default if own is MISSING else own
+        return values if is_one_of(own, values) else [*values, own]
+
+    def always_samples(self, key: str, base: Tree) -> bool:
+        """Return whether every trial samples a key."""
+        is_unconditional = any(not parameter.when for parameter in self.of(key))
+        return is_unconditional or all(key in params for params in self.boundary_params(base)[0])
+
     def contains(self, params: Params, base: Tree) -> bool:
         """Return whether the space can sample exactly these keys and values."""
         try:
@@ -301,6 +318,9 @@ class ListedSpace(SearchSpace):
         if name is None:
             raise ConfigError([Problem(f"{dict(params)} is none of the space's listed configurations")])
         return {CONFIGURATION: name}
+
+    def always_samples(self, key: str, base: Tree) -> bool:
+        return all(key in params for params in self.configurations.values())
 
     def name_of(self, params: Mapping[str, Any]) -> str | None:
         """Return the name of the configuration with exactly these keys and values."""

@@ -211,8 +211,7 @@ def _check_study(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
 
 def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     """Return problems of unknown sections, and of sections that no method of the space reads."""
-    chosen = [method for parameter in space.of("method") for method in parameter.values] or [spec.base.get("method")]
-    methods = [str(method) for method in chosen if method in METHODS]
+    methods = [str(method) for method in space.values_of("method", spec.base) if method in METHODS]
     read = frozenset[str]().union(*(METHODS[method].sections for method in methods))
     problems = []
     for key in spec.base:

@@ -93,7 +93,7 @@ def smoke_settings(spec: SweepSpec) -> Mapping[str, Any]:
 
 def _smoke_length(spec: SweepSpec, space: SearchSpace) -> dict[str, int]:
     """Return the length of a smoke trial, up to the sweep's own; nothing where no method of the space trains."""
-    methods = {value for parameter in space.of("method") for value in parameter.values} or {spec.base.get("method")}
+    methods = space.values_of("method", spec.base)
     if not any(method not in METHODS or METHODS[method].trains for method in methods):
         return {}
     lengths = {key: get_dotted(spec.base, key) for key in MAX_SMOKE_LENGTHS}

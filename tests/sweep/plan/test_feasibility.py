@@ -23,6 +23,7 @@ from imbvlm.sweep.plan.feasibility import (
     check_data,
     check_model,
     concurrent_trials,
+    needed_outputs,
     packing,
     trials_at_once,
     untried_methods,
@@ -32,6 +33,8 @@ from imbvlm.sweep.spec.baselines import encoder_configs, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
+# The first one has no method, and takes that of the base.
+LISTED = {"configurations": {"low-rate": {"optim.lr": 0.1}, "probe": {"method": "linear_probe"}}}
 
 
 def sweep(**fields: Any) -> ResolvedSweep:
@@ -51,10 +54,18 @@ def sweep(**fields: Any) -> ResolvedSweep:
         ({"space": {"parameters": {"method": {"choice": ["decoder", "linear_probe"]}}}}, False),
         ({"space": {"parameters": {"features.store": {"choice": [True, False]}}}}, True),
         ({"base": {**BASE, "method": "adapter"}, "driver": "in_process"}, False),
+        ({"base": {**BASE, "method": "adapter"}, "space": LISTED}, True),
     ],
 )
 def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> None:
     assert uses_ray_train(sweep(**fields)) == ray_train
+
+
+def test_what_a_configuration_without_a_method_reads_is_needed() -> None:
+    made = sweep(space=LISTED)
+    assert [config.method for config in made.corner_trials()] == ["decoder", "linear_probe"]
+    assert "tokens" in needed_outputs(made)
+    assert "tokens" not in needed_outputs(sweep(base={**BASE, "method": "linear_probe"}, space=LISTED))
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,27 @@ parameters:
     assert space("parameters: {decoder.depth: {int: [1, 100]}}").size(BASE) is None
 
 
+def test_a_keys_values_are_those_of_the_base_too_where_a_trial_does_not_sample_it() -> None:
+    branches = space("""
+parameters:
+  features.num_views: {choice: [1, 2]}
+  method:
+    - {choice: [linear_probe], when: {features.num_views: 1}}
+    - {choice: [zero_shot], when: {features.num_views: 2}}
+""")
+    assert branches.values_of("method", BASE) == ["linear_probe", "zero_shot"]
+    sometimes = space("""
+parameters:
+  features.num_views: {choice: [1, 2]}
+  method: {choice: [linear_probe, zero_shot], when: {features.num_views: 1}}
+""")
+    assert sometimes.values_of("method", BASE) == ["linear_probe", "zero_shot", "decoder"]
+    assert sometimes.values_of("method", BASE | {"method": "zero_shot"}) == ["linear_probe", "zero_shot"]
+    listed = space("configurations: {a: {method: linear_probe}, b: {optim.lr: 0.1}}")
+    assert listed.values_of("method", BASE) == ["linear_probe", "decoder"]
+    assert listed.values_of("features.store", BASE, default=True) == [True]
+
+
 def test_choices_over_some_keys_are_those_that_trials_can_have() -> None:
     searched = space("""
 parameters:

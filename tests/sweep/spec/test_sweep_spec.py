@@ -291,6 +291,15 @@ def test_sections_that_some_method_of_the_space_reads_may_stand_in_the_base() ->
     assert (require_section(deep.decoder).width, require_section(deep.decoder).depth) == (64, 2)
 
 
+def test_a_listed_configuration_without_a_method_reads_the_sections_of_the_bases() -> None:
+    configurations = {"probe": {"method": "linear_probe"}, "low-rate": {"optim.lr": 0.1}}
+    base = {**BASE, "method": "decoder", "decoder": {"width": 64}}
+    check_spec(spec(base=base, space={"configurations": configurations}))
+    del configurations["low-rate"]
+    (problem,) = refused(spec(base=base, space={"configurations": configurations}))
+    assert "section 'decoder' is read by no method of the space (linear_probe)" in problem
+
+
 def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
     made = spec(confirm_trials=2)
     assert made.more_seeds == [1, 2]
