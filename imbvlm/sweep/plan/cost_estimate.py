@@ -153,29 +153,6 @@ def num_epochs(config: TrialConfig, num_train: int) -> float:
     return float(config.train.num_epochs or 1)
 
 
-def trial_seconds(
-    spec: SweepSpec,
-    configs: Sequence[TrialConfig],
-    speeds: SpeedTable,
-    num_train: int,
-    num_val: int,
-    start: float,
-    packs: PackStatistics = ALONE,
-) -> float | None:
-    """Return the mean seconds of a trial that is not stopped; None if some method has no speed.
-
-    The trials of a pack share its seconds.
-    """
-    total = 0.0
-    for config in configs:
-        pack_size = packs.mean_size(config)
-        epoch = speeds.epoch_seconds(config, num_train, num_val, spec.num_workers, pack_size)
-        if epoch is None:
-            return None
-        total += start / pack_size + epoch * num_epochs(config, num_train)
-    return total / len(configs)
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -211,79 +188,87 @@ class Estimate:
         return self.baselines + self.trials + self.refits + Interval(self.features, self.features)
 
 
-def estimate(
-    sweep: ResolvedSweep,
-    configs: Sequence[TrialConfig],
-    baselines: Sequence[Baseline],
-    speeds: SpeedTable,
-    rows: SplitSizes,
-    concurrent: int,
-    start: float,
-    features: float | None,
-    packs: PackStatistics = ALONE,
-) -> Estimate:
-    """Estimate the wall time with `concurrent` trials, or packs of them, at once, each as fast as it was alone.
+@dataclass(frozen=True)
+class Estimator:
+    """Estimates a sweep with `concurrent` trials, or packs of them, at once, each as fast as it was alone.
 
-    The upper bound is without ASHA, and with baselines that use up their epochs. The lower bound is for ASHA that stops
-    as many trials as it can, and baselines that stop as early as they can. Trials with confirmation seeds are included.
+    `configs` are sampled trials, and every trial takes `start` seconds besides its epochs.
     """
-    spec = sweep.spec
-    alone = trial_seconds(spec, configs, speeds, rows.train, rows.val, start)
-    packed = trial_seconds(spec, configs, speeds, rows.train, rows.val, start, packs)
-    num_trials, trials = min(sweep.num_trials, spec.max_trials or sweep.num_trials), None
-    if alone is not None and packed is not None:
-        search = Interval(packed * expected_asha_fraction(spec), packed).times(num_trials / concurrent)
+
+    sweep: ResolvedSweep
+    configs: Sequence[TrialConfig]
+    baselines: Sequence[Baseline]
+    speeds: SpeedTable
+    rows: SplitSizes
+    concurrent: int
+    start: float
+
+    def estimate(self, features: float | None, packs: PackStatistics) -> Estimate:
+        """Estimate the wall time, of which `features` is that of the passes over all images.
+
+        The upper bound is without ASHA, and with baselines that use up their epochs. The lower bound is for ASHA that
+        stops as many trials as it can, and baselines that stop as early as they can.
+        """
+        return Estimate(features, self._baseline_seconds(), self._search_seconds(packs), self._refit_seconds())
+
+    def _epoch_seconds(self, config: TrialConfig, num_train: int, num_val: int, pack_size: float = 1.0) -> float | None:
+        return self.speeds.epoch_seconds(config, num_train, num_val, self.sweep.spec.num_workers, pack_size)
+
+    def _trial_seconds(self, num_train: int, num_val: int, packs: PackStatistics = ALONE) -> float | None:
+        """Return the mean seconds of a trial that is not stopped; None if some method has no speed.
+
+        The trials of a pack share its seconds.
+        """
+        total = 0.0
+        for config in self.configs:
+            pack_size = packs.mean_size(config)
+            epoch = self._epoch_seconds(config, num_train, num_val, pack_size)
+            if epoch is None:
+                return None
+            total += self.start / pack_size + epoch * num_epochs(config, num_train)
+        return total / len(self.configs)
+
+    def _search_seconds(self, packs: PackStatistics) -> Interval | None:
+        """Estimate the trials of the search and those with confirmation seeds."""
+        spec, rows, num_trials = self.sweep.spec, self.rows, self.sweep.num_trials
+        alone, packed = self._trial_seconds(rows.train, rows.val), self._trial_seconds(rows.train, rows.val, packs)
+        if alone is None or packed is None:
+            return None
+        num_trials = min(num_trials, spec.max_trials or num_trials)
+        search = Interval(packed * expected_asha_fraction(spec), packed).times(num_trials / self.concurrent)
         num_confirmed = spec.confirm_trials * len(spec.more_seeds)
-        confirm = alone * num_confirmed / min(concurrent, max(1, num_confirmed))
-        trials = Interval(max(search.low, alone) + confirm, max(search.high, alone) + confirm)
-    return Estimate(
-        features,
-        _baselines(spec, baselines, speeds, rows, concurrent, start),
-        trials,
-        _refits(sweep, configs, baselines, speeds, rows, concurrent, start),
-    )
+        confirm = alone * num_confirmed / min(self.concurrent, max(1, num_confirmed))
+        return Interval(max(search.low, alone) + confirm, max(search.high, alone) + confirm)
 
+    def _baseline_seconds(self) -> Interval | None:
+        total = Interval(0.0, 0.0)
+        for baseline in self.baselines:
+            epoch = self._epoch_seconds(baseline.config, self.rows.train, self.rows.val)
+            if epoch is None:
+                return None
+            max_epochs = num_epochs(baseline.config, self.rows.train)
+            min_epochs = min(max_epochs, baseline.patience or max_epochs)
+            total += Interval(self.start + epoch * min_epochs, self.start + epoch * max_epochs)
+        return total.times(1 / self.concurrent)
 
-def _baselines(
-    spec: SweepSpec, baselines: Sequence[Baseline], speeds: SpeedTable, rows: SplitSizes, concurrent: int, start: float
-) -> Interval | None:
-    total = Interval(0.0, 0.0)
-    for baseline in baselines:
-        epoch = speeds.epoch_seconds(baseline.config, rows.train, rows.val, spec.num_workers)
-        if epoch is None:
+    def _refit_seconds(self) -> Interval | None:
+        """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
+
+        The winner counts as a mean trial.
+        """
+        spec, num_train = self.sweep.spec, self.rows.refit
+        num_seeds, num_refits = len(spec.refit_seeds), self.sweep.num_trials if spec.study else 1
+        winner = self._trial_seconds(num_train, 0)
+        if winner is None:
             return None
-        max_epochs = num_epochs(baseline.config, rows.train)
-        min_epochs = min(max_epochs, baseline.patience or max_epochs)
-        total += Interval(start + epoch * min_epochs, start + epoch * max_epochs)
-    return total.times(1 / concurrent)
-
-
-def _refits(
-    sweep: ResolvedSweep,
-    configs: Sequence[TrialConfig],
-    baselines: Sequence[Baseline],
-    speeds: SpeedTable,
-    rows: SplitSizes,
-    concurrent: int,
-    start: float,
-) -> Interval | None:
-    """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
-
-    The winner counts as a mean trial.
-    """
-    spec = sweep.spec
-    num_seeds, num_refits = len(spec.refit_seeds), sweep.num_trials if spec.study else 1
-    winner = trial_seconds(spec, configs, speeds, rows.refit, 0, start)
-    if winner is None:
-        return None
-    total = Interval(winner, winner).times(num_seeds * num_refits)
-    for config in {baseline.config.method: baseline.config for baseline in baselines}.values():
-        epoch = speeds.epoch_seconds(config, rows.refit, 0, spec.num_workers)
-        if epoch is None:
-            return None
-        max_epochs, num_runs = num_epochs(config, rows.refit), 1 if config.train is None else num_seeds
-        total += Interval(start + epoch, start + epoch * max_epochs).times(num_runs)
-    return total.times(1 / min(concurrent, (1 + num_refits) * num_seeds + 1))
+        total = Interval(winner, winner).times(num_seeds * num_refits)
+        for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
+            epoch = self._epoch_seconds(config, num_train, 0)
+            if epoch is None:
+                return None
+            max_epochs, num_runs = num_epochs(config, num_train), 1 if config.train is None else num_seeds
+            total += Interval(self.start + epoch, self.start + epoch * max_epochs).times(num_runs)
+        return total.times(1 / min(self.concurrent, (1 + num_refits) * num_seeds + 1))
 
 
 def gpu_hours(seconds: Interval, num_gpus: float) -> Interval:

@@ -34,12 +34,12 @@ from imbvlm.sweep.plan.cost_estimate import (
     PASS_START_SECONDS,
     START_SECONDS,
     Estimate,
+    Estimator,
     Interval,
     PackStatistics,
     SpeedTable,
     SplitSizes,
     cost_key,
-    estimate,
     gpu_hours,
     most_common_shapes,
     num_epochs,
@@ -269,9 +269,8 @@ def _with_times(plan: Plan, measure: Measure, sample: Sequence[TrialConfig], clu
     )
     start = START_SECONDS["ray_train" if uses_ray_train(plan.sweep) else "in_process"]
     features = _feature_seconds(plan.encoders, benchmark, cluster, 2 if plan.rows.test else 1)
-    estimated = estimate(
-        plan.sweep, sample, fixed, speeds, plan.rows, plan.concurrent, start, features, plan.pack_statistics
-    )  # fmt: skip
+    estimator = Estimator(plan.sweep, sample, fixed, speeds, plan.rows, plan.concurrent, start)
+    estimated = estimator.estimate(features, plan.pack_statistics)
     return replace(plan, measured=tuple(measured), benchmark=benchmark, estimate=estimated)
 
 
