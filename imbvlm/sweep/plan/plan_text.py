@@ -8,7 +8,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import between, duration, pluralize, size_text, table
 from imbvlm.config.model_sections import DecoderConfig
-from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.store_sizes import token_size_options
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval
@@ -340,7 +340,7 @@ def _times(plan: Plan) -> list[str]:
 def _describe_price(plan: Plan) -> str:
     per_machine, machines = plan.spec.price_per_machine_hour, plan.num_machines
     if per_machine is not None:
-        return f"at {per_machine:g} an hour, {machines} machine{'s' if machines > 1 else ''} paid for"
+        return f"at {per_machine:g} an hour, {pluralize(machines, 'machine')} paid for"
     return f"at {plan.spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
 
 
@@ -429,7 +429,7 @@ def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dic
     assert rows is not None, "a benchmark has read the manifest"
     return {
         "depth": None if decoder is None else decoder.depth,
-        "batch_size": None if config.train is None else require_section(config.train).batch_size,
+        "batch_size": None if config.train is None else config.train.batch_size,
         "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
         "epoch_seconds_in_pack": None
         if speed.extra_member_seconds is None or plan.pack_statistics is None

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.training_sections import AdamWConfig
@@ -91,7 +92,7 @@ class Machine:
     num_threads: int
 
     def describe(self) -> str:
-        threads = f"{self.num_threads} CPU thread{'s' if self.num_threads > 1 else ''}"
+        threads = pluralize(self.num_threads, "CPU thread")
         return f"{self.host}, {threads if self.device == 'cpu' else self.device}"
 
 
@@ -263,7 +264,8 @@ def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -
     weights += sum(buffer.numel() * buffer.element_size() for buffer in run.model.buffers())
     trained = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
     states = 2 if isinstance(run.config.optim, AdamWConfig) else 1
-    saved = sum(size for pointer, size in clock.saved.items() if pointer not in _storages(run))
+    own = {param.untyped_storage().data_ptr() for param in run.model.parameters()}
+    saved = sum(size for pointer, size in clock.saved.items() if pointer not in own)
     num_classes, scale = len(run.data.class_names), batch_size / max(1, num_images)
     parts = 1 if run.config.memory is None else run.config.memory.accumulation
     logits = 2 * 4 * batch_size * num_classes
@@ -273,10 +275,6 @@ def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -
     rows = len(run.data.val)
     val_logits = 2 * rows * num_classes if EpochValLogits.fits(rows, num_classes) else 0
     return on_device + reading + val_logits, on_device
-
-
-def _storages(run: TrialRun) -> set[int]:
-    return {param.untyped_storage().data_ptr() for param in run.model.parameters()}
 
 
 def _resident_bytes() -> int:

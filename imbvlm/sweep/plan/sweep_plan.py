@@ -337,7 +337,7 @@ def _describe_machine(cluster: Cluster | None, *, is_here: bool) -> str:
     if cluster is not None and not is_here:
         return f"another machine, {pluralize(cluster.num_cpus, 'CPU')} and {pluralize(cluster.num_gpus, 'GPU')}"
     cpus, gpus = (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.num_cpus, cluster.num_gpus)
-    where = "this machine" if cluster is None else f"the cluster that runs ({len(cluster.nodes)} machines)"
+    where = "this machine" if cluster is None else f"the cluster that runs ({pluralize(len(cluster.nodes), 'machine')})"
     return f"{where}, {pluralize(cpus, 'CPU')} and {pluralize(gpus, 'GPU')}"
 
 

@@ -182,6 +182,14 @@ def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
     assert [size_text(size) for size in (0, 2_048, 1_000_000)] == ["0.0 MB", "2.0 kB", "1.0 MB"]
 
 
+def test_a_cluster_of_one_machine_is_counted_in_singular(monkeypatch: pytest.MonkeyPatch) -> None:
+    for nodes, says in ((((4.0, 0.0),), "1 machine"), (((4.0, 0.0), (2.0, 0.0)), "2 machines")):
+        cluster = Cluster("127.0.0.1:8265", sum(cpus for cpus, _ in nodes), 0.0, False, nodes, nodes)
+        monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.existing_cluster", nullcontext)
+        monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.find_cluster", lambda cluster=cluster: cluster)
+        assert f"would run on the cluster that runs ({says}), " in describe_plan(make_plan(spec(), None))
+
+
 def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: 1_000_000)
     found = make_plan(spec(storage=str(tmp_path)), None)
