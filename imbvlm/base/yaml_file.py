@@ -91,6 +91,10 @@ class YamlTree:
         locations = (self.places.get(path[:end]) for end in range(len(path), -1, -1))
         return next((location for location in locations if location is not None), self.file)
 
+    def part(self, key: str | int, data: Any) -> "YamlTree":
+        """The data of one key, with the locations of the keys in it."""
+        return YamlTree(data, self.file, {path[1:]: place for path, place in self.places.items() if path[:1] == (key,)})
+
 
 def _places(node: yaml.Node, file: str) -> dict[KeyPath, str]:
     """The location of each key and list item; raises ConfigError for duplicate keys and unknown tags."""

@@ -242,8 +242,8 @@ class SweepSpec(Section):
 
     def located(self, key: str | int, data: Any) -> YamlTree:
         """Return data of one key with the places of the keys in it."""
-        inside = {path[1:]: place for path, place in self._origin.places.items() if path[:1] == (key,)}
-        return YamlTree(data, self._origin.file or f"{key} of sweep {self.name}", inside)
+        file = self._origin.file or f"{key} of sweep {self.name}"
+        return YamlTree(None, file, self._origin.places).part(key, data)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -304,15 +304,10 @@ class ResolvedSweep:
 def _nested_mistakes(located: YamlTree) -> list[Problem]:
     """Return the mistakes in the base and the space of a file with other mistakes, to report all at once."""
     data = located.data if isinstance(located.data, dict) else {}
-
-    def part(key: str) -> YamlTree:
-        places = {path[1:]: place for path, place in located.places.items() if path[:1] == (key,)}
-        return YamlTree(data.get(key), located.file, places)
-
-    problems = base_mistakes(part("base"))
+    problems = base_mistakes(located.part("base", data.get("base")))
     try:
         if isinstance(data.get("space"), dict):
-            parse_space(part("space"))
+            parse_space(located.part("space", data["space"]))
     except ConfigError as error:
         problems += error.problems
     return problems
