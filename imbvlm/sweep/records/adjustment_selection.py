@@ -135,14 +135,14 @@ def check_logits_fit(folder: str, num_bytes: int) -> None:
 
 
 def select_adjustments(
-    folder: str, refits: Sequence[Refit], log: TrialLog, objective: str
+    folder: str, selected: Sequence[Refit], log: TrialLog, objective: str
 ) -> dict[str, AdjustmentSelection]:
     """The adjustments of each refit that trains, by its name, selected on its trial's validation logits.
 
     Refits on fresh crops and trials without logits have none.
     """
     selections = {}
-    for refit in refits:
+    for refit in selected:
         if refit.config.train is not None and not refit.is_fresh:
             saved = read_logits(logits_file(folder, refit.record.trial_id))
             zero_shot = _zero_shot_logits(folder, refit, log)
@@ -204,13 +204,13 @@ def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogit
     """The logits of the zero-shot baseline of the refit's encoder; None if the encoder itself was trained."""
     if METHODS[refit.config.method].trains_encoder:
         return None
-    baselines = (
+    of_encoder = (
         record
         for record in log.of("baseline")
         if not METHODS[record.config["method"]].trains
         and feature_key(record.trial_config()) == feature_key(refit.config)
     )
-    record = next(baselines, None)
+    record = next(of_encoder, None)
     return None if record is None else read_logits(logits_file(folder, record.trial_id))
 
 
