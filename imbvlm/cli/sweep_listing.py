@@ -64,7 +64,7 @@ def show_text(state: SweepState) -> str:
     if state.best is not None and spec.other_objectives:
         parts += ["", pareto_table(pareto_records(log, spec), spec)]
     if state.scored:
-        parts += ["", scores_table(state.scored, spec)]
+        parts += ["", scores_table(state.scored)]
         on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
         parts += [] if on_test is None else [str(on_test)]
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))

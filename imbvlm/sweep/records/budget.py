@@ -93,9 +93,7 @@ class Budget:
             )
             raise ConfigError([Problem(message, spec.where("max_cost"))])
         started = time.monotonic() if started is None else started
-        return Budget(
-            spec, storage.join(folder, SPENT_FILE), read_spent(folder), num_gpus, num_machines, started
-        )  # fmt: skip
+        return Budget(spec, storage.join(folder, SPENT_FILE), read_spent(folder), num_gpus, num_machines, started)
 
     @property
     def is_limited(self) -> bool:

@@ -182,7 +182,7 @@ def format_value(key: str, value: object) -> str:
     return str(value) if key.startswith("encoder.") or not isinstance(value, str) else value.replace("_", " ")
 
 
-def scores_table(scored: list[TrialRecord], spec: SweepSpec) -> str:
+def scores_table(scored: list[TrialRecord]) -> str:
     """Refits on the test split: means over seeds and their standard deviations; percent."""
     rows = []
     for name in dict.fromkeys(record.name for record in scored):

@@ -90,7 +90,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
-        echo(scores_table(shown, run.spec))
+        echo(scores_table(shown))
         on_test = verdict_on_test(run.log, refits_of(run.log, WINNER), "the winner")
         if on_test is not None:
             echo(str(on_test))

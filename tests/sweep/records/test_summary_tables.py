@@ -134,7 +134,7 @@ def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
         scored.append(one)
     single = record("refit-zero", 0.1, "zero_shot", "refit", "zero-shot")
     single.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.6}]
-    lines = summary_tables.scores_table([*scored, single], SPEC).splitlines()
+    lines = summary_tables.scores_table([*scored, single]).splitlines()
     assert "standard deviation" in lines[0]
     assert lines[3].split("  ")[0] == "winner"
     assert "72.0 ± 2.0" in lines[3]
@@ -145,7 +145,7 @@ def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
 def test_five_crops_have_a_row_of_their_own() -> None:
     one = record("refit-0", 0.1, kind="refit", name="winner")
     one.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.7, "test_tte/top1_accuracy": 0.73}]
-    lines = summary_tables.scores_table([one], SPEC).splitlines()
+    lines = summary_tables.scores_table([one]).splitlines()
     assert [line.split("  ")[0] for line in lines[3:]] == ["winner", "winner, five crops"]
     assert lines[4].split()[-5] == "73.0"
 
