@@ -59,7 +59,7 @@ class InProcessTrial(tune.Trainable):
         pack = TrialPack() if config["together"] else None
         self._stop_file: str = config["stop_file"]
         self._members: dict[str, Generator[TrialReport, None, None]] = {}
-        for name, settings in zip(names, _settings_of(config["settings"]), strict=True):
+        for name, settings in zip(names, _decompress_settings(config["settings"]), strict=True):
             self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
         if pack is not None:
             # All members join the pack before the first of them trains.
@@ -76,7 +76,12 @@ class InProcessTrial(tune.Trainable):
         return names
 
 
-def _settings_of(text: str) -> list[Tree]:
+def compress_settings(settings: list[Tree]) -> str:
+    """Compress members' settings into one string, since Tune keeps a copy of a trial's configuration in each report."""
+    return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
+
+
+def _decompress_settings(text: str) -> list[Tree]:
     settings: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
     return settings
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +70,6 @@ class FixedJobs(UnsavedSearcher):
 
     def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
         """Report nothing to a sampler."""
-
-
-def settings_text(settings: list[Tree]) -> str:
-    """Compress members' settings into one string, since Tune keeps a copy of a trial's configuration in each report."""
-    return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.baselines import BASELINES_PER_ENCODER, feature_key
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
-from imbvlm.sweep.tune.jobs import UnsavedSearcher, settings_text
+from imbvlm.sweep.tune.in_process_trial import compress_settings
+from imbvlm.sweep.tune.jobs import UnsavedSearcher
 from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.trial_pack import pack_key
 
@@ -62,7 +63,7 @@ class Members:
             "record": {"trial_id": members[0].name},
             "names": [member.name for member in members],
             "together": together,
-            "settings": settings_text([member.config["settings"] for member in members]),
+            "settings": compress_settings([member.config["settings"] for member in members]),
             "stop_file": self._stop_file(tune_id),
         }
 
