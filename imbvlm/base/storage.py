@@ -93,6 +93,13 @@ def check_location(location: str) -> None:
         raise StorageError(problem)
 
 
+def check_folder(location: str) -> None:
+    """Raise StorageError for a location that can't be a folder for output."""
+    problem = folder_problem(location)
+    if problem is not None:
+        raise StorageError(problem)
+
+
 def is_local(uri: str) -> bool:
     """Whether a location is on this machine's file systems rather than in S3; raises StorageError for any other."""
     check_location(uri)

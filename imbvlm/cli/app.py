@@ -227,9 +227,7 @@ def _extract_features(options: argparse.Namespace) -> int:
         "method": "zero_shot",
     }
     config = TrialConfig.from_tree(tree).with_overrides(parse_settings(options.set), "--set")
-    problem = storage.folder_problem(options.storage)
-    if problem is not None:
-        raise storage.StorageError(problem)
+    storage.check_folder(options.storage)
     # Checked before the log creates a folder.
     manifest, available = Manifest.read(config.data.manifest), describe_encoder(config.encoder).shapes
     console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))

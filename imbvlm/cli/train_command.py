@@ -29,10 +29,9 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
 
     Training uses this machine. Features are extracted on a cluster only if RAY_ADDRESS names one.
     """
-    for location in (storage_folder, storage_folder if out is None else out):
-        problem = storage.folder_problem(location)
-        if problem is not None:
-            raise storage.StorageError(problem)
+    storage.check_folder(storage_folder)
+    if out is not None:
+        storage.check_folder(out)
     console = Console()
     echo = (lambda text: None) if quiet else console.print
     manifest = Manifest.read(config.data.manifest)
