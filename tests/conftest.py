@@ -1,13 +1,20 @@
-"""What several tests share: one local Ray cluster for those that need it."""
+"""Fixtures of several test files: one local Ray cluster, faults ordered in its processes, and an S3 server."""
 
+from __future__ import annotations
+
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,6 +67,41 @@ def ray_cluster(fault_orders: Path) -> Iterator[str]:
     yield address
     del os.environ["RAY_ADDRESS"]
     ray.shutdown()
+
+
+@pytest.fixture
+def order(fault_orders: Path) -> Callable[..., AbstractContextManager[Callable[[str], list[int]]]]:
+    """Order faults for the length of a `with` block, which gets the ids of the processes of a kind that saw them."""
+
+    @contextmanager
+    def ordered(**orders: Any) -> Iterator[Callable[[str], list[int]]]:
+        for path in fault_orders.parent.glob("*-*"):
+            path.unlink()
+        fault_orders.write_text(json.dumps(orders))
+        try:
+            yield lambda kind: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob(f"{kind}-*")]
+        finally:
+            fault_orders.unlink()
+
+    return ordered
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on this machine, with one empty bucket."""
+    from s3_server import serve
+
+    with serve(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with this process's AWS settings pointing at it."""
+    from s3_server import use
+
+    use(monkeypatch, server.settings())
+    return server
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from apart import free_port
-from s3_server import BUCKET, SECRET, S3Server, program, proxy, serve, use
+from s3_server import BUCKET, SECRET, S3Server, program, proxy, use
 
 from imbvlm.base import outages, storage
 from imbvlm.base.errors import StorageError
@@ -79,12 +78,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_shards_and_goes_on_when_
     for line in lines:
         assert line.startswith(f"can't write {tmp_path}/")
         assert line.endswith("the disk is full; free some space there")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve(tmp_path_factory.mktemp("s3")) as found:
-        yield found
 
 
 def state(epoch: int) -> TrialState:

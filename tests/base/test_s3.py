@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from leases import assert_one_has_it, race, race_of_processes, work_until_ended
 from PIL import Image
-from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy, serve, use
+from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy, use
 
 from imbvlm.base import s3 as s3_module
 from imbvlm.base import storage
@@ -36,18 +36,12 @@ KEYS = ("train/cat/a b.png", "train/cat/é 猫.png", "train/dog/100%.png", "trai
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve(tmp_path_factory.mktemp("s3")) as found:
-        client = found.client()
-        for number, key in enumerate(KEYS):
-            client.put_object(Bucket=BUCKET, Key=f"pets/{key}", Body=picture(number))
-        client.put_object(Bucket="public", Key="open.png", Body=picture(1))
-        yield found
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    use(monkeypatch, server.settings())
+def server(server: S3Server) -> S3Server:
+    """The server with a few images in its buckets."""
+    client = server.client()
+    for number, key in enumerate(KEYS):
+        client.put_object(Bucket=BUCKET, Key=f"pets/{key}", Body=picture(number))
+    client.put_object(Bucket="public", Key="open.png", Body=picture(1))
     return server
 
 

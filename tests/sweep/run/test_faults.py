@@ -15,7 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from faulty_sweep import (
     LOSSES,
     NUM_TRIALS,
     Sweep,
+    assert_same_states,
     assert_same_trials,
     kill,
     runs,
@@ -82,32 +83,13 @@ def sweep(make_sweep: Callable[..., Sweep]) -> Sweep:
     return make_sweep()
 
 
-@pytest.fixture
-def order(fault_orders: Path) -> Callable[..., Any]:
-    """Give orders to the cluster's processes; none are left afterwards."""
-
-    @contextmanager
-    def ordered(**orders: Any) -> Iterator[Callable[[str], list[int]]]:
-        for path in fault_orders.parent.glob("*-*"):
-            path.unlink()
-        fault_orders.write_text(json.dumps(orders))
-        try:
-            yield lambda kind: [int(path.name.partition("-")[2]) for path in fault_orders.parent.glob(f"{kind}-*")]
-        finally:
-            fault_orders.unlink()
-
-    return ordered
-
-
 def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
     """The same trials with the same numbers, none twice, the same best; a baseline and the refits too."""
     assert_same_trials(sweep, quiet)
     assert sweep.best() == quiet.best()
     assert not list((sweep.path / "checkpoints").glob("*"))
     for kind in ("baseline", "refit"):
-        assert {key: one["state"] for key, one in sweep.records(kind).items()} == {
-            key: one["state"] for key, one in quiet.records(kind).items()
-        }
+        assert_same_states(sweep, quiet, kind)
 
 
 # -------------------------------------------------------------------------------------------- processes that die
@@ -144,7 +126,7 @@ def test_a_killed_driver_goes_on(
         assert f"this sweep still runs (host {socket.gethostname()}, process {sweep.process.pid}, since" in beside
         os.kill(sweep.process.pid, signal.SIGKILL)
         sweep.process.wait()
-    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    ended = sweep.finished()
     assert "resuming" in sweep.run("--resume")
     assert {key: sweep.records()[key] for key in ended} == ended
     assert_same_end(sweep, quiet)
@@ -505,7 +487,7 @@ def test_a_disk_that_is_full_while_records_are_written(
         filler = fill(small_disk, tmp_path / "runs")
     printed = sweep.end(1)
     assert_says_what_to_do(printed, tmp_path / "runs" / sweep.path.name)
-    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    ended = sweep.finished()
     assert 2 <= len(ended) < NUM_TRIALS
     filler.unlink()
     sweep.run("--resume", environment=alone)
@@ -533,7 +515,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     assert f"can't write {path}" + ("" if driver == "ray_train" else f"/checkpoints/{trial_id}/state-") in printed
     kept = load_checkpoint(str(saved.parent))
     assert kept.scalars["step"] >= before.scalars["step"] > 0
-    ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    ended = sweep.finished()
     assert 1 <= len(ended) < NUM_TRIALS
     assert trial_id not in ended
     filler.unlink()
@@ -624,7 +606,7 @@ def test_a_moved_folder_goes_on_in_its_new_place(
     moved = (tmp_path / "runs").rename(tmp_path / "elsewhere" / "results")
     assert moved.is_dir()
     sweep.storage = "elsewhere/results"
-    before = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+    before = sweep.finished()
     sweep.begin("sweep", "resume", str(sweep.path)).end()
     assert {key: sweep.records()[key] for key in before} == before
     assert_same_end(sweep, quiet)

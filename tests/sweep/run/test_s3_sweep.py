@@ -7,14 +7,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from apart import Apart, apart_with_ray
-from faulty_sweep import NUM_TRIALS, Sweep, assert_same_trials, undisturbed, write_manifest
-from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy, serve, use
+from faulty_sweep import NUM_TRIALS, Sweep, assert_same_states, assert_same_trials, undisturbed, write_manifest
+from s3_server import BUCKET, KEY, SECRET, S3Server, program, proxy
 
 from imbvlm.base import storage
 from imbvlm.base.outages import OUTAGE_SECONDS
@@ -52,18 +52,10 @@ class S3Sweep(Sweep):
         return "".join(path.read_text()[-6000:] for path in self.folder.rglob("ray.log"))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serve(tmp_path_factory.mktemp("s3")) as found:
-        yield found
-
-
 @pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """This process asks the server itself, its sweeps where they are told to."""
-    use(monkeypatch, server.settings())
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    return server
+def s3(s3: S3Server, own_machine: None) -> S3Server:
+    """This process asks the server itself. A sweep asks the endpoint that it is given, on a Ray of its own."""
+    return s3
 
 
 @pytest.fixture
@@ -90,9 +82,7 @@ def assert_same_end(sweep: Sweep, quiet: Sweep) -> None:
     assert_same_trials(sweep, quiet)
     # But for the manifest's place the same configuration.
     assert sweep.best() == quiet.best()
-    assert {key: one["state"] for key, one in sweep.records("refit").items()} == {
-        key: one["state"] for key, one in quiet.records("refit").items()
-    }
+    assert_same_states(sweep, quiet, "refit")
 
 
 def command_lines(there: Apart) -> list[str]:
@@ -120,7 +110,7 @@ def objects_with(secrets: list[bytes], uri: str) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])
 def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_left(
-    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, there: Apart, fault_orders: Path, driver: str
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, there: Apart, order: Callable[..., Any], driver: str
 ) -> None:
     away_until, refused = [0.0], [0]
 
@@ -134,16 +124,12 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
     token = "0123456789abcdef-a-token-of-ray"
     uri = f"s3://{BUCKET}/away-{driver}"
     sweep = S3Sweep(tmp_path / "home", manifest, uri, there=there, driver=driver)
-    with proxy(s3, answer) as endpoint:
-        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
-        try:
-            sweep.start(environment={**s3.settings(endpoint), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
-            sweep.wait_for(lambda: sweep.num_ended() >= 2)
-            away_until[0] = time.monotonic() + 30
-            seen = command_lines(there)
-            printed = sweep.end()
-        finally:
-            fault_orders.unlink()
+    with proxy(s3, answer) as endpoint, order(loss_seconds=0.1):
+        sweep.start(environment={**s3.settings(endpoint), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+        sweep.wait_for(lambda: sweep.num_ended() >= 2)
+        away_until[0] = time.monotonic() + 30
+        seen = command_lines(there)
+        printed = sweep.end()
     assert time.monotonic() >= away_until[0]
     assert refused[0] > 2
     assert "failed" not in printed
@@ -163,20 +149,17 @@ def test_a_bucket_that_is_away_for_half_a_minute_costs_nothing_and_no_secret_is_
 
 
 def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_with_what_to_do(
-    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, order: Callable[..., Any]
 ) -> None:
     is_gone = [False]
     sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/gone")
     with proxy(s3, lambda number, method, path: (0, "") if is_gone[0] else None) as endpoint:
-        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
-        try:
+        with order(loss_seconds=0.1):
             sweep.start(environment=s3.settings(endpoint))
             sweep.wait_for(lambda: sweep.num_ended() >= 2)
             began, is_gone[0] = time.monotonic(), True
             printed = sweep.end(1)
             seconds = time.monotonic() - began
-        finally:
-            fault_orders.unlink()
         assert printed.count(f"s3://{BUCKET} doesn't answer; it is waited for until ") == 1
         # The call that was under way when the bucket went away.
         assert re.search(rf"can't [a-z ]+ s3://{BUCKET}/gone/", printed)
@@ -184,7 +167,7 @@ def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_wi
         assert "Traceback" not in printed
         # Each call takes a quarter of a minute to fail: the first one, and the last before the store is given up.
         assert seconds < OUTAGE_SECONDS + 45
-        ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+        ended = sweep.finished()
         is_gone[0] = False
         sweep.run("--resume", environment=s3.settings(endpoint))
     assert {key: sweep.records()[key] for key in ended} == ended
@@ -192,7 +175,7 @@ def test_a_bucket_that_is_gone_for_good_is_waited_for_once_and_ends_the_sweep_wi
 
 
 def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(
-    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, order: Callable[..., Any]
 ) -> None:
     read_only = [False]
 
@@ -201,19 +184,16 @@ def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(
 
     sweep = S3Sweep(tmp_path / "home", manifest, f"s3://{BUCKET}/policy-of-a-sweep")
     with proxy(s3, answer) as endpoint:
-        fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
-        try:
+        with order(loss_seconds=0.1):
             sweep.start(environment=s3.settings(endpoint))
             sweep.wait_for(lambda: sweep.num_ended() >= 2)
             read_only[0] = True
             printed = sweep.end(1)
-        finally:
-            fault_orders.unlink()
         assert "check the keys and the bucket's policy" in printed
         assert f"then go on with: imbvlm sweep resume {sweep.path}" in printed
         assert "Traceback" not in printed
         assert SECRET not in printed
-        ended = {key: one for key, one in sweep.records().items() if one["state"] == "finished"}
+        ended = sweep.finished()
         assert 2 <= len(ended) < NUM_TRIALS
         read_only[0] = False
         sweep.run("--resume", environment=s3.settings(endpoint))
@@ -222,19 +202,16 @@ def test_a_bucket_that_turns_read_only_ends_the_sweep_with_what_to_do(
 
 
 def test_another_machine_goes_on_with_a_sweep_in_a_bucket(
-    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, fault_orders: Path
+    manifest: Path, tmp_path: Path, quiet: Sweep, s3: S3Server, order: Callable[..., Any]
 ) -> None:
     uri = f"s3://{BUCKET}/moving"
     first = S3Sweep(tmp_path / "first", manifest, uri)
-    fault_orders.write_text(json.dumps({"loss_seconds": 0.1}))
-    try:
+    with order(loss_seconds=0.1):
         first.start()
         first.wait_for(lambda: first.num_ended() >= 3)
         os.killpg(first.process.pid, signal.SIGKILL)
         first.process.wait()
-    finally:
-        fault_orders.unlink()
-    ended = {key: one for key, one in first.records().items() if one["state"] == "finished"}
+    ended = first.finished()
     assert 3 <= len(ended) < NUM_TRIALS
     # Nothing of the first machine is there.
     (tmp_path / "first").rename(tmp_path / "gone")

@@ -96,14 +96,13 @@ def expected(sweep: Sweep) -> Metrics:
 
 
 def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(
-    ray_cluster: str, fault_orders: Path, tmp_path: Path
+    ray_cluster: str, order: Callable[..., Any], tmp_path: Path
 ) -> None:
     write_manifest(tmp_path / "few.parquet")
     first = [{"loss.name": name, "optim.lr": 0.05} for name in ("cross_entropy", "balanced_softmax", "focal")]
     sweep = Sweep(tmp_path, tmp_path / "few.parquet", first_trials=first)
-    try:
-        # Its third trial stands still, so that what is told can be compared at leisure.
-        fault_orders.write_text(json.dumps({"losses": {"focal": "hang"}}))
+    # The third trial stands still, so that the metrics don't change while they are compared.
+    with order(losses={"focal": "hang"}):
         sweep.start()
         sweep.wait_for(lambda: len(sweep.records()) == 3)
         wanted = expected(sweep)
@@ -112,8 +111,6 @@ def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(
         wait_for(lambda: wanted.items() <= metrics_of(sweep.path.name).items())
         asked = optuna_trials(sweep.path / "optuna.log")
         assert sorted(state for state, _ in asked.values()) == ["COMPLETE", "COMPLETE", "RUNNING"]
-    finally:
-        fault_orders.unlink()
     sweep.end()
     records = sweep.records()
     assert len(records) == NUM_TRIALS
