@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from imbvlm.config.trial_config import TrialConfig
+from trial_records import BASE, log_of, record
+
 from imbvlm.sweep.records.refit_selection import refits
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
-OBJECTIVE = "val/balanced_accuracy"
-BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}, "method": "decoder"}
-SPEC = SweepSpec(name="s", base=BASE, space={"parameters": {}}, refit_seeds=[3, 4])
-
-
-def record(trial_id: str, values: list[float], config: dict[str, Any] | None = None, **fields: Any) -> TrialRecord:
-    epochs = [
-        {"epoch": float(number), OBJECTIVE: value, "val/best_balanced_accuracy": max(values[:number])}
-        for number, value in enumerate(values, 1)
-    ]
-    tree = TrialConfig.from_tree({**BASE, **(config or {})}).to_tree()
-    given = {"kind": "search", "state": "finished", "config": tree, "epochs": epochs, **fields}
-    return TrialRecord(trial_id=trial_id, **given)
-
-
-def log_of(folder: Path, *records: TrialRecord) -> TrialLog:
-    log = TrialLog(str(folder))
-    for one in records:
-        log.save(one)
-    return log
-
-
+SPEC = SweepSpec(name="s", base={**BASE, "method": "decoder"}, space={"parameters": {}}, refit_seeds=[3, 4])
 NORMALIZED = {"classifier": {"kind": "linear"}, "second_stage": {"name": "tau_normalization"}}
 
 

@@ -11,34 +11,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from trial_records import BASE, BEST, OBJECTIVE, log_of, record
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.trial_parquet import results_table, write_results_table
-
-OBJECTIVE, BEST = "val/balanced_accuracy", "val/best_balanced_accuracy"
-BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tower"}}
-
-
-def record(trial_id: str, values: list[float], **fields: Any) -> TrialRecord:
-    """A trial with these values of the objective, epoch by epoch."""
-    config = TrialConfig.from_tree({**BASE, "method": "decoder"})
-    best = -math.inf
-    epochs = []
-    for number, value in enumerate(values, 1):
-        best = max(best, value)
-        epochs.append({"epoch": float(number), OBJECTIVE: value, BEST: best})
-    given = {"kind": "search", "state": "finished", "config": config.to_tree(), "epochs": epochs, **fields}
-    return TrialRecord(trial_id=trial_id, **given)
-
-
-def log_of(folder: Path, *records: TrialRecord) -> TrialLog:
-    log = TrialLog(str(folder))
-    for one in records:
-        log.save(one)
-    return log
-
 
 # ------------------------------------------------------------------------------------------------------- values
 
