@@ -25,17 +25,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = Path(__file__).with_name("slow_seconds.json")
-# Files that are too long for one part: their tests are packed one by one.
+# Files too long for one part. Their tests are packed one by one.
 SPLIT = ("tests/sweep/run/test_faults.py", "tests/sweep/run/test_nodes.py")
 MAX_PART_SECONDS = 20 * 60
-# Of a unit that nobody has measured yet: null in the file.
+# Assumed for a unit that is not measured yet, null in the file.
 ASSUMED_SECONDS = 5 * 60
-# A machine slower than the one that measured starts no further unit then.
+# After this time a part starts no further unit: this machine is slower than the one that measured.
 MAX_START_SECONDS = 25 * 60
 
 
 def slow_units() -> list[str]:
-    """What is measured and packed: files with slow tests, and single tests of the files in SPLIT."""
+    """Names of all units: each file with slow tests, and each test of the files in SPLIT."""
     units = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def slow_units() -> list[str]:
 
 
 def unit_of(node_id: str) -> str:
-    """The unit that a test belongs to, by pytest's name of the test."""
+    """The unit of the test with this pytest node id."""
     return node_id.partition("[")[0] if node_id.startswith(SPLIT) else node_id.partition("::")[0]
 
 
@@ -77,7 +77,7 @@ def pack(seconds: dict[str, float]) -> list[list[str]]:
 
 
 class PartReport:
-    """A pytest plugin: starts no unit after MAX_START_SECONDS, and names what was left out or skipped."""
+    """A pytest plugin: starts no unit after MAX_START_SECONDS, and lists left-out units and skipped tests."""
 
     def __init__(self) -> None:
         self.started_at = time.monotonic()
@@ -90,7 +90,7 @@ class PartReport:
         if unit not in self.started:
             if time.monotonic() - self.started_at > MAX_START_SECONDS:
                 self.left_out[unit] = None
-                # Pytest takes the test for run.
+                # True tells pytest that the test has been run.
                 return True
             self.started.add(unit)
         return None
@@ -137,7 +137,7 @@ def seconds_in(xml: Path) -> dict[str, float]:
 
 
 def record(files: Iterable[Path]) -> None:
-    """Write measured seconds next to the present ones, without units that are gone."""
+    """Merge measured seconds into the file, and drop units that no longer exist."""
     seconds = read_seconds()
     for xml in files:
         seconds |= {unit: round(value, 1) for unit, value in seconds_in(xml).items()}
@@ -146,7 +146,7 @@ def record(files: Iterable[Path]) -> None:
 
 
 def measure(files: list[str]) -> int:
-    """Run the slow tests of files, all by default, and write their seconds; 1 where a test failed."""
+    """Run the slow tests of files, all by default, and write their seconds; return 1 if a test failed."""
     failed = 0
     for file in files or sorted({unit.partition("::")[0] for unit in slow_units()}):
         with tempfile.TemporaryDirectory() as folder:
