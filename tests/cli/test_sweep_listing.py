@@ -42,11 +42,11 @@ def test_list_has_every_sweep_with_its_state_and_best(home: Path, capsys: pytest
     assert len(lines) == 4
     assert lines[2].split()[:3] == [str(home / "made-1"), "finished", "24/24"]
     assert lines[3].split()[:3] == [str(home / "made-2"), "unfinished", "10/24"]
-    found = json.loads(imbvlm(capsys, "sweep", "list", str(home), "--json"))
-    assert [(one["state"], one["num_ended"]) for one in found] == [("finished", 24), ("unfinished", 10)]
-    assert 0.7 < found[0]["best"]["value"] < 0.76
-    assert set(found[0]["test"]) == {"winner", "linear probe", "zero-shot"}
-    assert len(found[0]["test"]["winner"]["few_shot_accuracy"]) == 2
+    sweeps = json.loads(imbvlm(capsys, "sweep", "list", str(home), "--json"))
+    assert [(sweep["state"], sweep["num_ended"]) for sweep in sweeps] == [("finished", 24), ("unfinished", 10)]
+    assert 0.7 < sweeps[0]["best"]["value"] < 0.76
+    assert set(sweeps[0]["test"]) == {"winner", "linear probe", "zero-shot"}
+    assert len(sweeps[0]["test"]["winner"]["few_shot_accuracy"]) == 2
 
 
 def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +65,8 @@ def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: py
     assert "did you mean 'num_trials'" in by_name["odd-key"]
     assert "no UTF-8" in by_name["no-text"]
     assert "t00001.json is not a trial's record" in by_name["damaged-trial"]
-    found = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
-    assert [one["state"] for one in found] == ["unfinished", *["unreadable"] * 5]
+    sweeps = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert [sweep["state"] for sweep in sweeps] == ["unfinished", *["unreadable"] * 5]
     assert "sweep.yaml" in imbvlm(capsys, "sweep", "show", str(tmp_path / "no-text"), code=1)
 
 
@@ -86,8 +86,8 @@ def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_me
     shown = imbvlm(capsys, "sweep", "show", str(folder))
     assert f"{100 * value - 5:.1f} ± 7.1" in shown
     assert f" {100 * value - 5:.1f} " in imbvlm(capsys, "sweep", "list", str(tmp_path))
-    (found,) = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
-    assert found["best"]["value"] == pytest.approx(value - 0.05)
+    (sweep,) = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert sweep["best"]["value"] == pytest.approx(value - 0.05)
     # The linear probe has 50.0 on validation.
     assert (
         f"the best trial's mean of 2 seeds is {100 * value - 55:.1f} points above the baseline linear probe on "
@@ -127,9 +127,9 @@ def test_show_has_the_trials_that_none_beats_where_several_objectives_are_asked_
 ) -> None:
     folder = str(write_sweep(tmp_path / "made", COUNTS, other_objectives=["val/top1_accuracy"]))
     assert "no trial is better in all objectives than these" in imbvlm(capsys, "sweep", "show", folder)
-    found = json.loads(imbvlm(capsys, "sweep", "show", folder, "--json"))
+    shown = json.loads(imbvlm(capsys, "sweep", "show", folder, "--json"))
     # Overall accuracy goes with balanced accuracy in this sweep, so that one trial is the best in both.
-    assert found["pareto"] == [found["best"]["trial_id"]]
+    assert shown["pareto"] == [shown["best"]["trial_id"]]
 
 
 def test_list_says_on_which_data_a_sweep_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,8 +139,8 @@ def test_list_says_on_which_data_a_sweep_was(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / name / "provenance.json").write_text(json.dumps({"code": {}, "torch": "", "data": "", **size}))
     said = imbvlm(capsys, "sweep", "list", str(tmp_path))
     assert "  gone: 5 classes, 1,708 images  " in said
-    found = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
-    assert [(one["manifest"], one["num_classes"], one["num_images"]) for one in found] == [
+    sweeps = json.loads(imbvlm(capsys, "sweep", "list", str(tmp_path), "--json"))
+    assert [(sweep["manifest"], sweep["num_classes"], sweep["num_images"]) for sweep in sweeps] == [
         ("gone.parquet", 5, 1708), ("gone.parquet", None, None),
     ]  # fmt: skip
 
@@ -176,10 +176,10 @@ def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alik
     assert "50.0" in next(row for row in rows if row[:2] == ["a", "linear probe"])
     assert "differ in objectives" in text
     assert "unlike data" not in text
-    found = json.loads(imbvlm(capsys, "compare", *folders, "--json"))
-    assert [one["name"] for one in found] == ["made", "made"]
-    assert found[0]["test_post_hoc"]["winner"] == {"balanced_accuracy": [0.9, 0.9]}
-    assert found[1]["test_post_hoc"] == {}
+    sweeps = json.loads(imbvlm(capsys, "compare", *folders, "--json"))
+    assert [sweep["name"] for sweep in sweeps] == ["made", "made"]
+    assert sweeps[0]["test_post_hoc"]["winner"] == {"balanced_accuracy": [0.9, 0.9]}
+    assert sweeps[1]["test_post_hoc"] == {}
 
 
 @pytest.mark.parametrize("words", [("show",), ("resume",)])

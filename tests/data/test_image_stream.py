@@ -92,18 +92,18 @@ def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_alon
     assert pa.total_allocated_bytes() - before < size
     sent = pickle.dumps(blocks[2])
     assert len(sent) < 9 * size
-    uris, found = pickle.loads(sent)["images"].read()
-    assert found == [contents[8 + row] for row in rows[16:24]]
+    uris, images = pickle.loads(sent)["images"].read()
+    assert images == [contents[8 + row] for row in rows[16:24]]
     assert uris == [None] * 8
 
 
 def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest: Manifest) -> None:
     plan = plan_for(manifest)
-    found = join(read(manifest, plan))
-    assert found["rows"].tolist() == plan.rows.tolist()
-    assert (found["ok"] == (plan.rows != 7)).all()
-    assert not found["images"][~found["ok"]].any()
-    assert found["images"].shape == (NUM_ROWS, 3, SIDE, SIDE)
+    joined = join(read(manifest, plan))
+    assert joined["rows"].tolist() == plan.rows.tolist()
+    assert (joined["ok"] == (plan.rows != 7)).all()
+    assert not joined["images"][~joined["ok"]].any()
+    assert joined["images"].shape == (NUM_ROWS, 3, SIDE, SIDE)
     reasons = [reason for batch in read(manifest, plan) for reason in batch["reasons"]]
     assert {reason for reason in reasons if reason} == {"not an image (starts with <html>...)"}
 
@@ -122,17 +122,17 @@ def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest:
 
 
 def test_an_epoch_is_the_same_again_and_others_differ(manifest: Manifest) -> None:
-    one, again = (join(read(manifest, plan_for(manifest)))["images"] for _ in range(2))
-    assert (one == again).all()
+    first, again = (join(read(manifest, plan_for(manifest)))["images"] for _ in range(2))
+    assert (first == again).all()
     for other in (plan_for(manifest, epoch=2), plan_for(manifest, seed=1)):
-        assert (one != join(read(manifest, other))["images"]).any()
+        assert (first != join(read(manifest, other))["images"]).any()
 
 
 def test_an_epoch_goes_on_in_the_middle(manifest: Manifest) -> None:
     plan = plan_for(manifest)
     whole, rest = read(manifest, plan), read(manifest, replace(plan, batches=plan.batches[2:]))
     assert len(rest) == len(whole) - 2
-    assert all((one["images"] == two["images"]).all() for one, two in zip(whole[2:], rest, strict=True))
+    assert all((batch["images"] == two["images"]).all() for batch, two in zip(whole[2:], rest, strict=True))
 
 
 def test_a_share_without_rows_is_an_empty_batch(manifest: Manifest) -> None:
@@ -148,13 +148,13 @@ def test_ray_data_and_threads_give_the_same_batches_in_order(
 
     plan = plan_for(manifest, batch_size=9)
     wanted = read(manifest, plan)
-    for found in (list(stream_in_ray(location, plan, num_tasks=2)), list(stream_in_threads(location, plan))):
-        assert len(found) == len(wanted) == 12
-        for one, two in zip(found, wanted, strict=True):
-            assert (one.images == two["images"]).all()
-            assert (one.rows == two["rows"]).all()
-            assert (one.ok == two["ok"]).all()
-            assert one.reasons == two["reasons"]
+    for streamed in (list(stream_in_ray(location, plan, num_tasks=2)), list(stream_in_threads(location, plan))):
+        assert len(streamed) == len(wanted) == 12
+        for batch, two in zip(streamed, wanted, strict=True):
+            assert (batch.images == two["images"]).all()
+            assert (batch.rows == two["rows"]).all()
+            assert (batch.ok == two["ok"]).all()
+            assert batch.reasons == two["reasons"]
     assert list(stream_in_ray(location, replace(plan, batches=[]))) == []
 
 
@@ -249,15 +249,15 @@ def test_every_augmentation_gives_the_towers_size_for_every_shape(
 ) -> None:
     image = ramp(*shape)
     for seed in range(20):
-        found = augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), seed / 19)
-        assert found.shape == (3, SIDE, SIDE)
-        assert found.dtype == np.uint8
+        crop = augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), seed / 19)
+        assert crop.shape == (3, SIDE, SIDE)
+        assert crop.dtype == np.uint8
 
 
 def test_no_augmentation_is_the_evaluation_crop() -> None:
     preprocess = Preprocess(SIDE, 8 / 7)
-    found = Augmentation(crop="center", flip=False).apply(ramp(), preprocess, np.random.default_rng(0), 0.5)
-    assert (found == preprocess.apply(ramp())).all()
+    crop = Augmentation(crop="center", flip=False).apply(ramp(), preprocess, np.random.default_rng(0), 0.5)
+    assert (crop == preprocess.apply(ramp())).all()
 
 
 @pytest.mark.parametrize(("progress", "least"), [(0.0, 0.08), (0.6, 0.08 + 0.2 * 0.92), (1.0, 1.0)])
@@ -284,8 +284,8 @@ def test_growing_crops_of_long_images_stay_inside() -> None:
 def test_half_of_the_images_are_flipped() -> None:
     image, preprocess = ramp(), Preprocess(SIDE, 1.0)
     augmentation = Augmentation(crop="center")
-    found = [augmentation.apply(image, preprocess, np.random.default_rng(seed), 0.0)[0, 0] for seed in range(200)]
-    assert 70 < sum(int(row[0]) > int(row[-1]) for row in found) < 130
+    crops = [augmentation.apply(image, preprocess, np.random.default_rng(seed), 0.0)[0, 0] for seed in range(200)]
+    assert 70 < sum(int(row[0]) > int(row[-1]) for row in crops) < 130
 
 
 @pytest.mark.parametrize(
@@ -311,9 +311,9 @@ def test_augmentation_goes_through_plain_data() -> None:
 def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise() -> None:
     """Contrast and saturation leave an even grey as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
     image, augmentation = np.full((40, 40, 3), 100, dtype=np.uint8), Augmentation(crop="center", jitter=0.2)
-    found = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), 0.0) for seed in range(300)]
-    levels = np.array([pixels.mean() for pixels in found])
-    assert max(np.ptp(pixels) for pixels in found) == 0
+    crops = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), 0.0) for seed in range(300)]
+    levels = np.array([pixels.mean() for pixels in crops])
+    assert max(np.ptp(pixels) for pixels in crops) == 0
     assert 79 <= levels.min() < 84
     assert 116 < levels.max() <= 121
 
@@ -322,11 +322,11 @@ def test_rand_augment_draws_all_of_its_operations_alike() -> None:
     """14 operations, one of them none at all: about a fourteenth of the images stay as they are."""
     image, augmentation = ramp(), Augmentation(crop="center", flip=False, rand_ops=1, rand_magnitude=15)
     plain = Augmentation(crop="center", flip=False).apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(0), 0.0)
-    found = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(s), 0.0) for s in range(700)]
-    same = sum(np.array_equal(pixels, plain) for pixels in found)
+    crops = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(s), 0.0) for s in range(700)]
+    same = sum(np.array_equal(pixels, plain) for pixels in crops)
     assert 25 < same < 130
     # Most come in two directions, two of them leave a ramp over the whole range as it is.
-    assert len({pixels.tobytes() for pixels in found}) >= 16
+    assert len({pixels.tobytes() for pixels in crops}) >= 16
 
 
 def test_threads_decode_side_by_side_what_one_largest_image_has_and_no_more(

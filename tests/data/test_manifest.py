@@ -38,11 +38,11 @@ def manifest(counts: Sequence[int], **columns: Any) -> Manifest:
 
 
 def test_embedded_manifests_are_read_by_name() -> None:
-    found = Manifest.read("embedded:fashion_mnist_lt")
-    assert [len(found.rows_of(split)) for split in ("train", "val", "test")] == [2480, 500, 2000]
-    assert found.class_stats().counts.tolist() == [1000, 215, 359, 77, 28, 46, 10, 599, 129, 17]
-    assert found.class_names[0] == "t-shirt"
-    assert found.class_names[9] == "ankle boot"
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    assert [len(manifest.rows_of(split)) for split in ("train", "val", "test")] == [2480, 500, 2000]
+    assert manifest.class_stats().counts.tolist() == [1000, 215, 359, 77, 28, 46, 10, 599, 129, 17]
+    assert manifest.class_names[0] == "t-shirt"
+    assert manifest.class_names[9] == "ankle boot"
     assert len(Manifest.read("embedded:emoji_lt").class_names) == 68
     with pytest.raises(ImbvlmError, match="did you mean 'fashion_mnist_lt'"):
         Manifest.read("embedded:fashion_mnist")
@@ -60,13 +60,13 @@ def test_embedded_images_are_those_of_the_original_files() -> None:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     made = Manifest.build(table(), NAMES, "pets", notes=["made by hand"], label_map={"7": 0, "9": 1, "12": 2})
     made.write(str(tmp_path / "pets.parquet"))
-    found = Manifest.read(str(tmp_path / "pets.parquet"))
-    assert found.class_names == NAMES
-    assert (found.name, found.notes, found.label_map) == (made.name, made.notes, made.label_map)
-    assert found.labels.tolist() == [0, 0, 1, 2]
-    assert found.splits == ("train", "test")
-    assert found.rows_of("test").tolist() == [3]
-    assert len(found.split("train")) == 3
+    manifest = Manifest.read(str(tmp_path / "pets.parquet"))
+    assert manifest.class_names == NAMES
+    assert (manifest.name, manifest.notes, manifest.label_map) == (made.name, made.notes, made.label_map)
+    assert manifest.labels.tolist() == [0, 0, 1, 2]
+    assert manifest.splits == ("train", "test")
+    assert manifest.rows_of("test").tolist() == [3]
+    assert len(manifest.split("train")) == 3
 
 
 def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_uris_are_relative_to_the_manifest_and_move_with_it(tmp_path: Path) -> N
     (tmp_path / "one").mkdir()
     made.write(str(tmp_path / "one" / "pets.parquet"))
     (tmp_path / "one").rename(tmp_path / "two")
-    found = Manifest.read(str(tmp_path / "two" / "pets.parquet")).table.column("uri").to_pylist()
+    absolute = Manifest.read(str(tmp_path / "two" / "pets.parquet")).table.column("uri").to_pylist()
     two = str(tmp_path / "two")
-    assert found == [f"{two}/img/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c d.jpg", f"{two}/img/e é.jpg"]
+    assert absolute == [f"{two}/img/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c d.jpg", f"{two}/img/e é.jpg"]
 
 
 @pytest.mark.parametrize("name", ["~misc/0.jpg", "~", "a/~b/c.jpg", "./x.jpg"])
@@ -138,8 +138,8 @@ def test_a_parquet_file_that_is_no_manifest_says_how_to_make_one(tmp_path: Path)
 
 
 def test_class_names_that_repeat_are_a_warning_with_the_tied_classes() -> None:
-    found = Manifest.build(table(), ["missile", "sunglasses", "Missile"], "imagenet")
-    assert found.warnings == ("1 name of several classes, which text methods can't tell apart: 'missile' (0, 2)",)
+    manifest = Manifest.build(table(), ["missile", "sunglasses", "Missile"], "imagenet")
+    assert manifest.warnings == ("1 name of several classes, which text methods can't tell apart: 'missile' (0, 2)",)
 
 
 def test_classes_without_training_images_are_kept() -> None:
@@ -155,14 +155,14 @@ def test_classes_without_training_images_are_kept() -> None:
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any), st.integers(0, 5))
 def test_carving_takes_what_the_protocol_says(counts: Sequence[int], seed: int) -> None:
     made = manifest(counts)
-    carved = carve_validation(made.label_rows(), seed)
+    val_rows = carve_validation(made.label_rows(), seed)
     wanted = [min(3, n // 5) if n >= 5 else 0 for n in counts]
-    assert np.bincount(made.labels[carved], minlength=len(counts)).tolist() == wanted
-    assert (np.diff(carved) > 0).all()
+    assert np.bincount(made.labels[val_rows], minlength=len(counts)).tolist() == wanted
+    assert (np.diff(val_rows) > 0).all()
     stats = made.class_stats(train_val_rows(made, seed)[0])
     assert stats.split_counts.tolist() == counts
     assert stats.counts.tolist() == [n - w for n, w in zip(counts, wanted, strict=True)]
-    lost = classes_without_validation(made.labels[carved], len(counts)).tolist()
+    lost = classes_without_validation(made.labels[val_rows], len(counts)).tolist()
     assert lost == [label for label, n in enumerate(counts) if n < 5]
 
 
@@ -196,16 +196,18 @@ def test_identical_images_stay_on_one_side() -> None:
     labels = [0] * 15 + [1]
     made = Manifest.build(table(labels, ["train"] * 16, bytes=pa.array(contents)), ["a", "b"], "twins")
     for seed in range(50):
-        carved = set(carve_validation(made.label_rows(), seed).tolist())
-        assert len(carved) == 3
-        assert {contents[row] for row in carved}.isdisjoint({contents[row] for row in range(16) if row not in carved})
-        assert not carved & {14, 15}
+        val_rows = set(carve_validation(made.label_rows(), seed).tolist())
+        assert len(val_rows) == 3
+        assert {contents[row] for row in val_rows}.isdisjoint(
+            {contents[row] for row in range(16) if row not in val_rows}
+        )
+        assert not val_rows & {14, 15}
 
 
 def test_a_class_of_copies_of_one_image_is_not_selectable() -> None:
     made = manifest([20, 20], bytes=pa.array([b"one"] * 20 + [bytes([row]) for row in range(20)]))
-    carved = carve_validation(made.label_rows(), 0)
-    assert classes_without_validation(made.labels[carved], 2).tolist() == [0]
+    val_rows = carve_validation(made.label_rows(), 0)
+    assert classes_without_validation(made.labels[val_rows], 2).tolist() == [0]
 
 
 def test_trials_carve_the_same_rows_without_reading_images(tmp_path: Path) -> None:
@@ -250,11 +252,11 @@ def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     begin = time.perf_counter()
     made = Manifest.build(table(labels, ["train"] * num_rows, uri=uris), [f"c{n}" for n in range(8142)], "big")
     made.write(str(tmp_path / "big.parquet"))
-    found = Manifest.read(str(tmp_path / "big.parquet"))
-    carved = carve_validation(label_rows(str(tmp_path / "big.parquet")), 0)
-    found.class_stats(train_val_rows(found, 0)[0])
+    manifest = Manifest.read(str(tmp_path / "big.parquet"))
+    val_rows = carve_validation(label_rows(str(tmp_path / "big.parquet")), 0)
+    manifest.class_stats(train_val_rows(manifest, 0)[0])
     assert time.perf_counter() - begin < 20
-    assert len(carved) == 3 * 8142
+    assert len(val_rows) == 3 * 8142
 
 
 def pc_format(labels: Any) -> Any:

@@ -135,8 +135,8 @@ class Sweep:
         """Records by trial id; each file is whole or not there."""
         if not self._paths():
             return {}
-        found = {one.stem: json.loads(one.read_text()) for one in (self.path / "trials").glob("*.json")}
-        return {key: found[key] for key in sorted(found) if found[key]["kind"] == kind}
+        records = {path.stem: json.loads(path.read_text()) for path in (self.path / "trials").glob("*.json")}
+        return {key: records[key] for key in sorted(records) if records[key]["kind"] == kind}
 
     def wait_for(self, happened: Callable[[], object], seconds: float = 240) -> None:
         """Wait until something is so, while the sweep runs."""
@@ -157,12 +157,14 @@ class Sweep:
 
     def outcome(self) -> dict[str, list]:
         """Configurations that finished, each with its validation numbers per epoch: the same whatever happened."""
-        found: dict[str, list] = {}
+        epochs: dict[str, list] = {}
         for record in self.finished().values():
             key = json.dumps(record["draw"], sort_keys=True)
-            assert key not in found, f"{key} was trained twice"
-            found[key] = [(one["epoch"], one["train/loss"], one["val/balanced_accuracy"]) for one in record["epochs"]]
-        return found
+            assert key not in epochs, f"{key} was trained twice"
+            epochs[key] = [
+                (epoch["epoch"], epoch["train/loss"], epoch["val/balanced_accuracy"]) for epoch in record["epochs"]
+            ]
+        return epochs
 
     def best(self) -> str:
         """The configuration in best.yaml."""
@@ -207,9 +209,9 @@ def wait_gone(pid: int, seconds: float = 60) -> None:
 
 def kill(pids: Iterable[int]) -> int:
     """End those that run, without a word; how many there were."""
-    found = [pid for pid in pids if runs(pid)]
-    for pid in found:
+    running = [pid for pid in pids if runs(pid)]
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
-    for pid in found:
+    for pid in running:
         wait_gone(pid)
-    return len(found)
+    return len(running)

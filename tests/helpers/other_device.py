@@ -65,29 +65,31 @@ class Computing(TorchDispatchMode):
 def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What an operation gives, computed on the CPU; RuntimeError where a GPU would refuse its devices."""
     name = function._overloadpacket.__name__
-    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    there = [one for one in tensors if isinstance(one, Elsewhere)]
-    here = [one for one in tensors if not isinstance(one, Elsewhere) and one.dim()]
+    tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
     into_here = name in MIXING and name not in ("_to_copy", "copy_") and not isinstance(args[0], Elsewhere)
     if there and here and (name not in MIXING or into_here):
-        raise RuntimeError(f"{function} mixes devices: {[(type(one).__name__, tuple(one.shape)) for one in tensors]}")
+        raise RuntimeError(
+            f"{function} mixes devices: {[(type(tensor).__name__, tuple(tensor.shape)) for tensor in tensors]}"
+        )
     wanted = kwargs.get("device")
     if wanted is not None and torch.device(wanted).type == NAME:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    found = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+    result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
     if name == "copy_":
         return args[0]
     if name == "_local_scalar_dense" or not (there if wanted is None else torch.device(wanted).type == NAME):
-        return found
+        return result
     # An operation in place gives the tensor that it was given.
-    known = {id(one.held): one for one in there}
+    known = {id(tensor.held): tensor for tensor in there}
 
-    def there_too(one: Any) -> Any:
-        if not isinstance(one, torch.Tensor):
-            return one
-        return known[id(one)] if id(one) in known else Elsewhere(one)
+    def there_too(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return known[id(value)] if id(value) in known else Elsewhere(value)
 
-    return tree_map(there_too, found)
+    return tree_map(there_too, result)
 
 
 def _held(value: Any) -> Any:

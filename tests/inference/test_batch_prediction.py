@@ -53,10 +53,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_folders_files_and_manifests_say_which_images(photos: Path, tmp_path: Path) -> None:
-    found = table.find_images([str(photos), str(photos / "a" / "0.png")])
-    assert len(found) == 11
-    assert found.names[0] == str(photos / "a" / "0.png") == found.names[-1]
-    assert not any("notes" in name for name in found.names)
+    images = table.find_images([str(photos), str(photos / "a" / "0.png")])
+    assert len(images) == 11
+    assert images.names[0] == str(photos / "a" / "0.png") == images.names[-1]
+    assert not any("notes" in name for name in images.names)
     manifest = str(tmp_path / "photos.parquet")
     from_folders(str(photos), "photos").write(manifest)
     assert sorted(table.find_images([manifest]).uris) == sorted(table.find_images([str(photos)]).uris)
@@ -75,8 +75,8 @@ def test_folders_files_and_manifests_say_which_images(photos: Path, tmp_path: Pa
 def test_every_form_of_the_table_has_the_same_rows(model: Path, photos: Path, tmp_path: Path) -> None:
     images = table.find_images([str(photos)])
     expected = list(table.predictions(str(model), images, 2, use_ray=False, notify=print))
-    assert [one.source for one in expected] == list(images.names)
-    (broken,) = [one for one in expected if one.error]
+    assert [prediction.source for prediction in expected] == list(images.names)
+    (broken,) = [prediction for prediction in expected if prediction.error]
     for suffix in ("csv", "parquet", "jsonl"):
         write_predictions(iter(expected), str(tmp_path / f"out.{suffix}"), 2)
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
@@ -84,17 +84,17 @@ def test_every_form_of_the_table_has_the_same_rows(model: Path, photos: Path, tm
     with open(tmp_path / "out.csv", newline="", encoding="utf-8") as stream:
         lines = list(csv.DictReader(stream))
     objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    for one, row, line, item in zip(expected, rows, lines, objects, strict=True):
-        assert one.source == row["image"] == line["image"] == item["image"]
-        if one is broken:
+    for prediction, row, line, item in zip(expected, rows, lines, objects, strict=True):
+        assert prediction.source == row["image"] == line["image"] == item["image"]
+        if prediction is broken:
             assert row["error"] == line["error"] == item["error"] == broken.error
             assert (row["class_1"], line["class_1"], item["classes"]) == (None, "", [])
             continue
         assert (row["error"], line["error"], item["error"]) == (None, "", None)
-        assert [row["class_1"], row["class_2"]] == list(one.class_names) == [line["class_1"], line["class_2"]]
-        assert [row["probability_1"], row["probability_2"]] == pytest.approx(one.probabilities)
-        assert float(line["probability_1"]) == pytest.approx(one.probabilities[0], abs=1e-6)
-        assert [each["class"] for each in item["classes"]] == list(one.class_names)
+        assert [row["class_1"], row["class_2"]] == list(prediction.class_names) == [line["class_1"], line["class_2"]]
+        assert [row["probability_1"], row["probability_2"]] == pytest.approx(prediction.probabilities)
+        assert float(line["probability_1"]) == pytest.approx(prediction.probabilities[0], abs=1e-6)
+        assert [each["class"] for each in item["classes"]] == list(prediction.class_names)
 
 
 FORMULAS = ["=1+1", "+1", "-2", "@sum", "\tx", "\rx", "\nx", "'=already", "''-twice", "plain", "it's", "'quoted'"]
@@ -102,9 +102,9 @@ FORMULAS = ["=1+1", "+1", "-2", "@sum", "\tx", "\rx", "\nx", "'=already", "''-tw
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_no_text_in_csv_is_a_formula_and_reading_it_back_gives_it_again(tmp_path: Path, text: str) -> None:
-    found = [Prediction(f"{text}.png", (text,), (0,), (0.5,))]
+    predictions = [Prediction(f"{text}.png", (text,), (0,), (0.5,))]
     for suffix in ("csv", "parquet", "jsonl"):
-        write_predictions(iter(found), str(tmp_path / f"out.{suffix}"), 1)
+        write_predictions(iter(predictions), str(tmp_path / f"out.{suffix}"), 1)
     with open(tmp_path / "out.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.reader(stream))
     assert not any(cell.startswith(tuple("=+-@\t\r\n")) for row in rows for cell in row)
@@ -126,11 +126,11 @@ def test_names_in_a_terminal_forge_no_line_and_move_no_cursor(
 ) -> None:
     """A class or a file may be called anything; files of predictions keep the names as they are."""
     shown = r"cat\nimbvlm: all good\x1b[2K\r\u202e"
-    found = [Prediction(f"{FORGED}.png", (FORGED,), (0,), (0.5,)), Prediction("cut.png", error=FORGED)]
+    predictions = [Prediction(f"{FORGED}.png", (FORGED,), (0,), (0.5,)), Prediction("cut.png", error=FORGED)]
     stream = io.StringIO()
-    write_lines(iter(found), stream, 1)
+    write_lines(iter(predictions), stream, 1)
     assert stream.getvalue().splitlines() == [f"{shown}.png: {shown} 50.0%", f"cut.png: {shown}"]
-    write_predictions(iter(found[:1]), str(tmp_path / "out.parquet"), 1)
+    write_predictions(iter(predictions[:1]), str(tmp_path / "out.parquet"), 1)
     assert pq.read_table(tmp_path / "out.parquet").column("class_1").to_pylist() == [FORGED]
     rows = pa.table({"path": ["a.jpg", "b.jpg"], "label": [FORGED, "dog"]})
     pq.write_table(rows, tmp_path / "rows.parquet")
@@ -161,19 +161,19 @@ def test_what_pillow_warns_of_is_not_for_the_user(model: Path, tmp_path: Path) -
     """The image is read all the same: its EXIF alone is cut."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "odd.jpg", exif=exif)
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert predict(model, tmp_path / "odd.jpg") == 0
-    assert [one for one in found if "PIL" in one.filename] == []
+    assert [warning for warning in caught if "PIL" in warning.filename] == []
 
 
 def test_a_folder_gives_all_images_that_a_manifest_takes(photos: Path, tmp_path: Path) -> None:
     for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / f"{number}{suffix.upper()}").write_bytes(b"any")
-    found = table.find_images([str(tmp_path)])
-    assert list(found.uris) == from_folders(str(tmp_path), "made").table.column("uri").to_pylist()
-    assert len(found) == len(IMAGE_SUFFIXES)
+    images = table.find_images([str(tmp_path)])
+    assert list(images.uris) == from_folders(str(tmp_path), "made").table.column("uri").to_pylist()
+    assert len(images) == len(IMAGE_SUFFIXES)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
@@ -252,11 +252,11 @@ def test_ray_data_gives_the_same_rows_in_the_same_order(
     here, there = (
         list(table.predictions(str(model), images, 2, use_ray=use_ray, notify=print)) for use_ray in (False, True)
     )
-    assert [(one.source, one.labels, one.error) for one in there] == [
-        (one.source, one.labels, one.error) for one in here
+    assert [(prediction.source, prediction.labels, prediction.error) for prediction in there] == [
+        (prediction.source, prediction.labels, prediction.error) for prediction in here
     ]
-    for one, other in zip(here, there, strict=True):
-        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    for prediction, other in zip(here, there, strict=True):
+        assert prediction.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -276,6 +276,8 @@ def test_model_images_and_table_in_s3(model: Path, photos: Path, tmp_path: Path,
     local = list(table.predictions(str(model), table.find_images([str(photos)]), 5, use_ray=False, notify=print))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["image"].removeprefix(f"{bucket}/photos") for row in rows] == [
-        one.source.removeprefix(str(photos)) for one in local
+        prediction.source.removeprefix(str(photos)) for prediction in local
     ]
-    assert [row["class_1"] for row in rows] == [one.class_names[0] if one.class_names else None for one in local]
+    assert [row["class_1"] for row in rows] == [
+        prediction.class_names[0] if prediction.class_names else None for prediction in local
+    ]

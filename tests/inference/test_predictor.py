@@ -47,7 +47,7 @@ def test_every_form_of_an_image_gives_the_same_prediction(folder: Path, tmp_path
     forms = [path, str(path), f"file://{path}", path.read_bytes(), image, np.asarray(image)]
     model = imbvlm.load(folder, "cpu")
     # Each in a call of its own: a row's place in a batch may decide its last bits.
-    first, *others = [one for form in forms for one in model.predict([form], top=3)]
+    first, *others = [prediction for form in forms for prediction in model.predict([form], top=3)]
     assert first.source == str(path)
     assert set(first.class_names) == set(CLASS_NAMES)
     assert sum(first.probabilities) == pytest.approx(1)
@@ -64,8 +64,8 @@ def test_one_image_in_any_form_is_one_image(folder: Path, tmp_path: Path) -> Non
     (expected,) = model.predict([path])
     encoded_forms = (path.read_bytes(), bytearray(path.read_bytes()), memoryview(path.read_bytes()))
     for form in (path, str(path), *encoded_forms, picture(), np.asarray(picture())):
-        for found in (model.predict(form), list(model.predict_stream(form))):
-            assert [one.probabilities for one in found] == [expected.probabilities]
+        for predictions in (model.predict(form), list(model.predict_stream(form))):
+            assert [prediction.probabilities for prediction in predictions] == [expected.probabilities]
     assert len(model.predict(np.stack([np.asarray(picture())] * 3))) == 3
     (grey,) = model.predict(np.zeros((4, 4), np.uint8))
     assert "H x W x 3" in str(grey.error)
@@ -75,8 +75,8 @@ def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder: Path) -
     model = imbvlm.load(folder, "cpu")
     with pytest.raises(ImbvlmError, match=r"predict takes an image or several: a path, .* It got NoneType"):
         model.predict(None)
-    (found,) = model.predict([7])
-    assert str(found.error).endswith("and this is int")
+    (prediction,) = model.predict([7])
+    assert str(prediction.error).endswith("and this is int")
     for top in (0, -1, 1.5, "3", True):
         with pytest.raises(ImbvlmError, match="must be a whole number from 1 up, got"):
             model.predict([], top=top)
@@ -118,12 +118,15 @@ def test_what_cannot_be_read_is_a_row_with_its_reason_and_the_rest_is_classified
     good.write_bytes(encoded(picture(1)))
     model = imbvlm.load(folder, "cpu")
     images = [tmp_path / "cut.png", good, tmp_path / "gone.png", tmp_path / "page.jpg", np.zeros((4, 4), np.uint8)]
-    found = model.predict([*images, b""])
-    assert [one.class_names == () for one in found] == [True, False, True, True, True, True]
-    assert [one.error for one in found[2:4]] == ["file not found", "not an image (starts with <!doctype html...)"]
-    assert "truncated" in found[0].error
-    assert "H x W x 3" in found[4].error
-    assert found[1].probabilities == model.predict([good])[0].probabilities
+    predictions = model.predict([*images, b""])
+    assert [prediction.class_names == () for prediction in predictions] == [True, False, True, True, True, True]
+    assert [prediction.error for prediction in predictions[2:4]] == [
+        "file not found",
+        "not an image (starts with <!doctype html...)",
+    ]
+    assert "truncated" in predictions[0].error
+    assert "H x W x 3" in predictions[4].error
+    assert predictions[1].probabilities == model.predict([good])[0].probabilities
 
 
 def test_a_model_whose_preprocessing_cannot_be_reproduced_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_the_fingerprint_sees_settings_and_pixels(monkeypatch: pytest.MonkeyPatc
     assert plain.fingerprint() == Preprocess(32).fingerprint()
     others = [Preprocess(48), Preprocess(32, resize=8 / 7), Preprocess(32, interpolation="bilinear"),
               Preprocess(32, mean=(0.5, 0.5, 0.5))]  # fmt: skip
-    assert len({one.fingerprint() for one in [plain, *others]}) == 5
+    assert len({preprocess.fingerprint() for preprocess in [plain, *others]}) == 5
     before = plain.fingerprint()
     resize = Image.Image.resize
     monkeypatch.setattr(
@@ -260,10 +263,14 @@ def test_batches_do_not_change_what_is_found(folder: Path, monkeypatch: pytest.M
     whole = model.predict(images)
     monkeypatch.setattr("imbvlm.inference.predictor.BATCH_SIZE", 3)
     parts = model.predict(images)
-    assert [one.source for one in parts] == [one.source for one in whole] == [f"image {number}" for number in range(7)]
-    for one, other in zip(whole, parts, strict=True):
-        assert one.labels == other.labels
-        torch.testing.assert_close(one.probabilities, other.probabilities)
+    assert (
+        [prediction.source for prediction in parts]
+        == [prediction.source for prediction in whole]
+        == [f"image {number}" for number in range(7)]
+    )
+    for prediction, other in zip(whole, parts, strict=True):
+        assert prediction.labels == other.labels
+        torch.testing.assert_close(prediction.probabilities, other.probabilities)
 
 
 def test_an_exported_model_names_no_path_of_the_machine_it_was_made_on(folder: Path, tmp_path: Path) -> None:

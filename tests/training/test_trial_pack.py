@@ -41,7 +41,7 @@ def probe(**overrides: Any) -> TrialConfig:
 
 def members(optim: str) -> list[TrialConfig]:
     """Every loss with unlike knobs, both classifiers, each with a rate and schedule of its own."""
-    found = []
+    configs = []
     losses = [(name, knobs) for name in LOSSES for knobs in KNOBS.get(name, [{}, {}])]
     for number, (name, knobs) in enumerate(losses):
         classifier = {"classifier.kind": "linear"} if number % 3 else {
@@ -50,8 +50,8 @@ def members(optim: str) -> list[TrialConfig]:
             "optim.name": optim, "optim.lr": 0.01 * 1.2**number, "optim.weight_decay": 1e-4 * number,
             "optim.lr_schedule": ("cosine", "half_cosine", "constant")[number % 3], **classifier,
             "loss.name": name, **{f"loss.{key}": value for key, value in knobs.items()}})  # fmt: skip
-        found.append(config)
-    return found
+        configs.append(config)
+    return configs
 
 
 def alone(config: TrialConfig, data: TrialData) -> tuple[list[dict], torch.Tensor]:
@@ -70,8 +70,8 @@ def joined(configs: list[TrialConfig], data: TrialData) -> tuple[TrialPack, list
 def assert_as_alone(results: Iterable[EpochResult], config: TrialConfig, data: TrialData, first: int = 0) -> None:
     """Results of epochs from `first` on are those of the configuration trained alone."""
     expected, _ = alone(config, data)
-    assert [one.metrics["val/loss"] for one in results] == pytest.approx(
-        [one["val/loss"] for one in expected[first:]], rel=1e-5
+    assert [result.metrics["val/loss"] for result in results] == pytest.approx(
+        [epoch["val/loss"] for epoch in expected[first:]], rel=1e-5
     )
 
 
@@ -128,13 +128,13 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
 
     monkeypatch.setattr(pack_module, "to_device", failing)
     session, pack = TrialSession(torch.device("cpu")), TrialPack()
-    members = [session.reports(one, pack) for one in trials]
-    assert [next(one) for one in members] == [{}, {}, {}]
-    assert [next(one)["epoch"] for one in members] == [1, 1, 1]
+    members = [session.reports(trial, pack) for trial in trials]
+    assert [next(member) for member in members] == [{}, {}, {}]
+    assert [next(member)["epoch"] for member in members] == [1, 1, 1]
     left[0] = 2
-    for one in members:
+    for member in members:
         with pytest.raises(PackError, match="stopped in epoch 2: RuntimeError: can't allocate memory"):
-            next(one)
+            next(member)
 
 
 def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path: Path) -> None:
 
 def second_stages() -> list[TrialConfig]:
     """Each with several rates and knobs, on both classifiers where it may be; one of another length, one without."""
-    found = []
+    options = []
     for name in SECOND_STAGES:
         for place in range(2 if SECOND_STAGES[name].reads_weight_norms else 4):
             keys = {"second_stage.name": name, "optim.lr": 0.02 * 2**place}
@@ -161,9 +161,9 @@ def second_stages() -> list[TrialConfig]:
                 keys |= {"second_stage.num_epochs": 2, "second_stage.lr": 0.02 + place / 50}
             if name in ("disalign", "marc"):
                 keys["second_stage.exponent"] = 0.5 + place
-            found.append(keys)
-    found += [{**found[0], "second_stage.num_epochs": 1}, {"optim.lr": 0.05}]
-    return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in found]
+            options.append(keys)
+    options += [{**options[0], "second_stage.num_epochs": 1}, {"optim.lr": 0.05}]
+    return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in options]
 
 
 def test_second_stages_train_together_as_each_does_alone(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_second_stages_train_together_as_each_does_alone(tmp_path: Path) -> None
         assert len(results) == len(expected) == run.num_epochs
         torch.testing.assert_close(weights(run), expected_weights, rtol=1e-4, atol=1e-5, msg=str(config.second_stage))
         for name in ("val/loss", "train/loss", "train/lr", "second_stage/tau"):
-            got, wanted = ([one[name] for one in epochs if name in one] for epochs in (results, expected))
+            got, wanted = ([epoch[name] for epoch in epochs if name in epoch] for epochs in (results, expected))
             assert got == pytest.approx(wanted, rel=1e-5), (config.second_stage, name)
 
 
@@ -248,7 +248,7 @@ def test_decoders_of_a_pack_give_exactly_what_they_give_alone_and_read_each_batc
     for place, (metrics, expected_weights) in enumerate(expected):
         assert torch.equal(weights(runs[place]), expected_weights)
         for name in ("train/loss", "train/lr", "val/loss", "val/best_balanced_accuracy"):
-            assert [turn[place].metrics[name] for turn in together] == [one[name] for one in metrics]
+            assert [turn[place].metrics[name] for turn in together] == [epoch[name] for epoch in metrics]
 
 
 @pytest.mark.parametrize(("most", "kept_on"), [(2**20, "meta"), (0, "cpu")])
@@ -260,8 +260,8 @@ def test_what_members_are_evaluated_on_goes_to_the_device_once_where_it_is_small
     feed = CachedFeatureSource(data.info, "pooled", torch.device("meta"))
     chunks = np.array_split(np.arange(len(data.val)), 3)
     first, second = list(feed.evaluate(data.val, chunks)), list(feed.evaluate(data.val, chunks))
-    assert {one.device.type for batch in first for one in batch[:2]} == {kept_on}
-    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert {tensor.device.type for batch in first for tensor in batch[:2]} == {kept_on}
+    assert all(tensor is other for tensor, other in zip(first, second, strict=True))
     assert np.array_equal(np.concatenate([batch.examples for batch in first]), np.arange(len(data.val)))
 
 
@@ -284,13 +284,13 @@ def test_a_decoder_that_leaves_or_breaks_changes_nothing_for_the_others(tmp_path
 def test_second_stages_behind_decoders_read_each_its_own(tmp_path: Path, stage: str) -> None:
     data, lengths = tiny_data(tmp_path), {} if stage == "tau_normalization" else {"second_stage.num_epochs": 2}
     kind = {"classifier.kind": "linear"} if SECOND_STAGES[stage].reads_weight_norms else {}
-    configs = [one.with_overrides({"second_stage.name": stage, **lengths, **kind}) for one in decoders()]
+    configs = [config.with_overrides({"second_stage.name": stage, **lengths, **kind}) for config in decoders()]
     _, runs = joined(configs, data)
     together = list(zip(*[run.epochs() for run in runs], strict=True))
     for place, config in enumerate(configs):
         metrics, expected_weights = alone(config, data)
         assert torch.equal(weights(runs[place]), expected_weights)
-        assert [turn[place].metrics["val/loss"] for turn in together] == [one["val/loss"] for one in metrics]
+        assert [turn[place].metrics["val/loss"] for turn in together] == [epoch["val/loss"] for epoch in metrics]
 
 
 def test_what_shares_no_stream_of_features_is_not_packed() -> None:
@@ -319,8 +319,8 @@ class Devices(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.ndim]
-        self.seen |= {one.device.type for one in tensors}
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor) and tensor.ndim]
+        self.seen |= {tensor.device.type for tensor in tensors}
         return function(*args, **(kwargs or {}))
 
 
@@ -328,8 +328,8 @@ def test_no_step_of_losses_together_waits_for_a_copy_to_the_device() -> None:
     losses = [build_loss(name, [50, 20, 5, 1, 0]) for name in LOSSES]
     together = stack_losses([*losses, build_loss("focal", [50, 20, 5, 1, 0], gamma=1.0)], "meta")
     with Devices() as devices:
-        found = together(torch.empty(7, len(LOSSES) + 1, 5, device="meta"), torch.empty(7, dtype=int, device="meta"))
-    assert found.shape == (len(LOSSES) + 1,)
+        stacked = together(torch.empty(7, len(LOSSES) + 1, 5, device="meta"), torch.empty(7, dtype=int, device="meta"))
+    assert stacked.shape == (len(LOSSES) + 1,)
     assert devices.seen == {"meta"}
 
 

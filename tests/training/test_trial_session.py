@@ -79,7 +79,7 @@ def a_later_versions(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [cut_index, change_a_byte, another_trials, without_its_epoch, a_later_versions],
-    ids=lambda one: one.__name__,
+    ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(
     settings: TrialSettings, tmp_path: Path, damage: Callable[..., Any]
@@ -116,18 +116,18 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings: TrialSettin
     record = json.loads((tmp_path / "refit" / "per_class.json").read_text())
     assert record["split_counts"] == list(CLASS_COUNTS)
     assert record["num_trained_parameters"] == record["num_parameters"] > 0
-    found = record["splits"]["test"]
-    assert sum(found["correct"]) / sum(found["total"]) == pytest.approx(last["test/top1_accuracy"])
+    results = record["splits"]["test"]
+    assert sum(results["correct"]) / sum(results["total"]) == pytest.approx(last["test/top1_accuracy"])
     assert 0 <= last["test/expected_calibration_error"] <= 1
-    wrong = sum(found["total"]) - sum(found["correct"])
-    assert sum(pair["count"] for pair in found["confusions"]) == wrong > 0
-    counts = [pair["count"] for pair in found["confusions"]]
+    wrong = sum(results["total"]) - sum(results["correct"])
+    assert sum(pair["count"] for pair in results["confusions"]) == wrong > 0
+    counts = [pair["count"] for pair in results["confusions"]]
     assert counts == sorted(counts, reverse=True)
-    for pair in found["confusions"]:
+    for pair in results["confusions"]:
         assert pair["label"] != pair["predicted"]
         assert all(row // VAL_PER_CLASS == pair["label"] for row in pair["rows"])
-    assert sum(found["confidence_bins"][0]) == sum(found["total"])
-    assert "adjusted" not in found
+    assert sum(results["confidence_bins"][0]) == sum(results["total"])
+    assert "adjusted" not in results
 
 
 def test_a_refit_leaves_its_classes_as_adjusted_too(settings: TrialSettings, tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_a_refit_leaves_its_classes_as_adjusted_too(settings: TrialSettings, tmp
     folder = str(tmp_path / "refit")
     refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=folder, post_hoc=post_hoc)
     *_, last = reports_of(refit)
-    found = json.loads((tmp_path / "refit" / "per_class.json").read_text())["splits"]["test"]
-    for counts, split in ((found, "test"), (found["adjusted"], "test_post_hoc")):
+    results = json.loads((tmp_path / "refit" / "per_class.json").read_text())["splits"]["test"]
+    for counts, split in ((results, "test"), (results["adjusted"], "test_post_hoc")):
         assert sum(counts["correct"]) / sum(counts["total"]) == pytest.approx(last[f"{split}/top1_accuracy"])
         wrong = sum(counts["total"]) - sum(counts["correct"])
         assert sum(pair["count"] for pair in counts["confusions"]) == wrong
-    assert found["adjusted"]["predicted"] != found["predicted"]
+    assert results["adjusted"]["predicted"] != results["predicted"]
     # Version 0.1 reads them by this name.
-    assert found["adjusted_confidence_bins"] == found["adjusted"]["confidence_bins"] != found["confidence_bins"]
+    assert results["adjusted_confidence_bins"] == results["adjusted"]["confidence_bins"] != results["confidence_bins"]
 
 
 def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_says_so(
@@ -152,18 +152,18 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     """Two towers, and a disk for the copies of one: neither trial waits for the other, none is lost."""
     monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
     both = [tiny_features(tmp_path / name) for name in ("a", "b")]
-    sizes = [sum(one.size for one in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
+    sizes = [sum(file.size for file in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
     copies = FeatureCacheConfig(
         folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True
     )
     first, second = (
         dataclasses.replace(
             settings,
-            feature_set=dataclasses.replace(one, cache=copies).to_dict(),
+            feature_set=dataclasses.replace(features, cache=copies).to_dict(),
             checkpoint_folder=None,
             score_test=True,
         )
-        for one in both
+        for features in both
     )
     running = reports_of(first)
     next(running)

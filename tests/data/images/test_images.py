@@ -34,37 +34,37 @@ PIXELS = np.asarray(PHOTO).astype(int)
 GREY = np.asarray(PHOTO.convert("L")).astype(int)
 
 
-def off_by(found: np.ndarray, wanted: np.ndarray) -> int:
-    return np.abs(found.astype(int) - wanted).max()
+def off_by(pixels: np.ndarray, wanted: np.ndarray) -> int:
+    return np.abs(pixels.astype(int) - wanted).max()
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "PPM", "QOI", "WEBP", "JPEG", "JPEG2000", "GIF"])
 def test_colour_images_keep_their_colours(format: str) -> None:
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(format, {})
-    found = decode(encode(PHOTO, format, **options))
-    assert found.shape == (40, 60, 3)
-    assert found.dtype == np.uint8
-    assert off_by(found, PIXELS) <= {"JPEG": 6, "GIF": 40}.get(format, 0)
+    pixels = decode(encode(PHOTO, format, **options))
+    assert pixels.shape == (40, 60, 3)
+    assert pixels.dtype == np.uint8
+    assert off_by(pixels, PIXELS) <= {"JPEG": 6, "GIF": 40}.get(format, 0)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
 def test_grey_is_the_same_in_all_channels(format: str) -> None:
-    found = decode(encode(PHOTO.convert("L"), format, **({"quality": 98} if format == "JPEG" else {})))
-    assert off_by(found, GREY[:, :, None]) <= 3
+    pixels = decode(encode(PHOTO.convert("L"), format, **({"quality": 98} if format == "JPEG" else {})))
+    assert off_by(pixels, GREY[:, :, None]) <= 3
 
 
 def test_one_bit_is_black_and_white() -> None:
-    found = decode(encode(PHOTO.convert("1"), "PNG"))
-    assert set(np.unique(found)) == {0, 255}
+    pixels = decode(encode(PHOTO.convert("1"), "PNG"))
+    assert set(np.unique(pixels)) == {0, 255}
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
     ramp = np.linspace(0, 65535, 2400).round().astype(np.uint16).reshape(40, 60)
-    found = decode(encode(Image.fromarray(ramp), format))
-    assert found.min() == 0
-    assert found.max() == 255
-    assert off_by(found, (ramp / 257)[:, :, None]) <= 0.51
+    pixels = decode(encode(Image.fromarray(ramp), format))
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+    assert off_by(pixels, (ramp / 257)[:, :, None]) <= 0.51
 
 
 def test_16_bit_big_endian_and_32_bit_grey_follow_the_same_scale() -> None:
@@ -77,14 +77,14 @@ def test_16_bit_big_endian_and_32_bit_grey_follow_the_same_scale() -> None:
 
 def test_32_bit_grey_beyond_16_bits_spans_its_own_range() -> None:
     values = np.linspace(-100_000, 3_000_000, 2400).astype(np.int32).reshape(40, 60)
-    found = decode(encode(Image.fromarray(values), "TIFF"))
-    assert (found.min(), found.max()) == (0, 255)
+    pixels = decode(encode(Image.fromarray(values), "TIFF"))
+    assert (pixels.min(), pixels.max()) == (0, 255)
 
 
 def test_12_bit_pgm_is_scaled_from_its_own_maximum() -> None:
     values = np.linspace(0, 4095, 24).round().astype(">u2")
-    found = decode(b"P5 6 4 4095\n" + values.tobytes())
-    assert (found.min(), found.max()) == (0, 255)
+    pixels = decode(b"P5 6 4 4095\n" + values.tobytes())
+    assert (pixels.min(), pixels.max()) == (0, 255)
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
@@ -95,24 +95,24 @@ def test_float_tiff_is_scaled_by_the_first_range_that_holds_it(top: float) -> No
 
 def test_float_tiff_outside_every_range_spans_its_own() -> None:
     values = np.linspace(-3, 900, 2400, dtype=np.float32).reshape(40, 60)
-    found = decode(encode(Image.fromarray(values), "TIFF"))
-    assert (found[0, 0, 0], found[-1, -1, 0]) == (0, 255)
+    pixels = decode(encode(Image.fromarray(values), "TIFF"))
+    assert (pixels[0, 0, 0], pixels[-1, -1, 0]) == (0, 255)
 
 
 def test_float_pixels_that_are_not_finite_are_black_and_an_image_of_them_is_refused() -> None:
     values = np.full((4, 4), 0.5, dtype=np.float32)
     values[0, 0], values[1, 1] = np.nan, np.inf
-    found = decode(encode(Image.fromarray(values), "TIFF"))
-    assert found[0, 0, 0] == found[1, 1, 0] == 0
-    assert found[2, 2, 0] == 128
+    pixels = decode(encode(Image.fromarray(values), "TIFF"))
+    assert pixels[0, 0, 0] == pixels[1, 1, 0] == 0
+    assert pixels[2, 2, 0] == 128
     with pytest.raises(ImageError, match="no finite pixel"):
         decode(encode(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)), "TIFF"))
 
 
 @pytest.mark.parametrize("format", ["TIFF", "JPEG"])
 def test_cmyk_has_the_colours_of_its_inks_also_inverted_as_adobe_writes_it(format: str) -> None:
-    found = decode(encode(PHOTO.convert("CMYK"), format, **({"quality": 98} if format == "JPEG" else {})))
-    assert off_by(found, PIXELS) <= 8
+    pixels = decode(encode(PHOTO.convert("CMYK"), format, **({"quality": 98} if format == "JPEG" else {})))
+    assert off_by(pixels, PIXELS) <= 8
 
 
 def test_lab_is_brought_to_rgb() -> None:
@@ -129,14 +129,14 @@ def half_clear(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF")])
 def test_transparent_parts_are_white_and_opaque_ones_unchanged(mode: str, format: str) -> None:
-    found = decode(encode(half_clear(mode), format, **({"lossless": True} if format == "WEBP" else {})))
-    assert (found[:, :30] == 255).all()
-    assert off_by(found[:, 30:], (GREY[:, 30:, None] if mode == "LA" else PIXELS[:, 30:])) <= 1
+    pixels = decode(encode(half_clear(mode), format, **({"lossless": True} if format == "WEBP" else {})))
+    assert (pixels[:, :30] == 255).all()
+    assert off_by(pixels[:, 30:], (GREY[:, 30:, None] if mode == "LA" else PIXELS[:, 30:])) <= 1
 
 
 def test_half_transparent_pixels_are_mixed_with_white() -> None:
-    found = decode(encode(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG"))
-    assert off_by(found, np.full((2, 2, 3), 127)) <= 1
+    pixels = decode(encode(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG"))
+    assert off_by(pixels, np.full((2, 2, 3), 127)) <= 1
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
@@ -148,14 +148,14 @@ def test_a_transparent_colour_or_palette_entry_is_white(mode: str) -> None:
 
 def test_a_transparent_16_bit_grey_is_white() -> None:
     image = Image.fromarray(np.array([[0, 300], [65535, 300]], dtype=np.uint16))
-    found = decode(encode(image, "PNG", transparency=300))[:, :, 0]
-    assert found.tolist() == [[0, 255], [255, 255]]
+    pixels = decode(encode(image, "PNG", transparency=300))[:, :, 0]
+    assert pixels.tolist() == [[0, 255], [255, 255]]
 
 
 def test_a_palette_with_alpha_of_its_own() -> None:
     image = PHOTO.quantize(8)
-    found = decode(encode(image, "PNG", transparency=bytes([0] * 8)))
-    assert (found == 255).all()
+    pixels = decode(encode(image, "PNG", transparency=bytes([0] * 8)))
+    assert (pixels == 255).all()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF", "PNG", "WEBP"])
@@ -170,9 +170,9 @@ def test_images_are_turned_as_their_exif_says(format: str, orientation: int) -> 
     if orientation == 8:
         stored = PHOTO.transpose(Image.Transpose.ROTATE_270)
     options = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}.get(format, {})
-    found = decode(encode(stored, format, exif=exif, **options))
-    assert found.shape == (40, 60, 3)
-    assert off_by(found, PIXELS) <= 8
+    pixels = decode(encode(stored, format, exif=exif, **options))
+    assert pixels.shape == (40, 60, 3)
+    assert off_by(pixels, PIXELS) <= 8
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -189,8 +189,8 @@ def test_a_gif_cut_in_its_palette_is_not_called_something_else() -> None:
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_several_is_taken(format: str) -> None:
     first, second = Image.new("RGB", (8, 6), (250, 0, 0)), Image.new("RGB", (8, 6), (0, 0, 250))
-    found = decode(encode(first, format, save_all=True, append_images=[second]))
-    assert off_by(found, np.asarray(first).astype(int)) <= 6
+    pixels = decode(encode(first, format, save_all=True, append_images=[second]))
+    assert off_by(pixels, np.asarray(first).astype(int)) <= 6
 
 
 def test_one_pixel() -> None:
@@ -229,9 +229,9 @@ def test_an_image_above_the_limit_is_refused_with_the_limit() -> None:
 
 
 def test_a_jpeg_above_the_limit_is_decoded_smaller() -> None:
-    found = decode(encode(photo(400, 300), "JPEG", quality=95), max_pixels=20_000)
-    assert found.shape == (75, 100, 3)
-    assert off_by(found, np.asarray(photo(400, 300).reduce(4)).astype(int)) <= 8
+    pixels = decode(encode(photo(400, 300), "JPEG", quality=95), max_pixels=20_000)
+    assert pixels.shape == (75, 100, 3)
+    assert off_by(pixels, np.asarray(photo(400, 300).reduce(4)).astype(int)) <= 8
 
 
 @pytest.mark.slow
@@ -276,15 +276,15 @@ def assert_decodes_or_says_why(data: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = decode(data, max_pixels=1_000_000)
+            pixels = decode(data, max_pixels=1_000_000)
         except ImageError as error:
-            found, reason = None, error.reason
-    if found is None:
+            pixels, reason = None, error.reason
+    if pixels is None:
         assert 0 < len(reason) < 160
         assert "\n" not in reason
     else:
-        assert found.dtype == np.uint8
-        assert (found.ndim, found.shape[2]) == (3, 3)
+        assert pixels.dtype == np.uint8
+        assert (pixels.ndim, pixels.shape[2]) == (3, 3)
 
 
 @settings(max_examples=300, deadline=None)
@@ -320,11 +320,11 @@ def test_the_evaluation_crop_equals_open_clips_own_transform(
         96, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=resize_mode
     )
     wanted = (transform(image) * 255).round().numpy()
-    found = Preprocess(96, 1.0, interpolation, resize_mode=resize_mode).apply(np.asarray(image), view=0, row_id=3)
-    assert found.shape == (3, 96, 96)
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    assert off_by(found, wanted) <= 1
+    pixels = Preprocess(96, 1.0, interpolation, resize_mode=resize_mode).apply(np.asarray(image), view=0, row_id=3)
+    assert pixels.shape == (3, 96, 96)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert off_by(pixels, wanted) <= 1
 
 
 def test_resizing_before_the_crop_keeps_the_middle() -> None:
@@ -341,7 +341,7 @@ def test_random_crops_depend_on_row_and_view_alone() -> None:
     preprocess = Preprocess(32)
     crops = [preprocess.apply(pixels, view, row) for row in range(3) for view in range(4)]
     again = [preprocess.apply(pixels, view, row) for row in range(3) for view in range(4)]
-    assert all((one == two).all() for one, two in zip(crops, again, strict=True))
+    assert all((first == two).all() for first, two in zip(crops, again, strict=True))
     assert (crops[0] == crops[4]).all()
     different = {crop.tobytes() for index, crop in enumerate(crops) if index % 4}
     assert len(different) == 9
@@ -412,8 +412,8 @@ def test_a_file_that_cannot_be_had_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("min_side", "shape"), [(301, (300, 400)), (150, (150, 200)), (60, (75, 100)), (10, (38, 50))])
 def test_jpegs_are_decoded_smaller_but_never_below_what_is_needed(min_side: int, shape: tuple[int, int]) -> None:
-    found = decode(encode(photo(400, 300), "JPEG", quality=95), min_side=min_side)
-    assert found.shape == (*shape, 3)
+    pixels = decode(encode(photo(400, 300), "JPEG", quality=95), min_side=min_side)
+    assert pixels.shape == (*shape, 3)
 
 
 def test_other_formats_are_not_decoded_smaller() -> None:

@@ -64,8 +64,8 @@ def assert_is_tree(manifest: Manifest, ordered: bool = False) -> None:
     assert list(manifest.class_names) == CLASSES
     rows = manifest.table.to_pylist()
     colours = [int(decode(fetch(row["uri"], row["bytes"]))[0, 0, 0]) // 40 for row in rows]
-    found = dict(zip(colours, ((row["label"], row["split"]) for row in rows), strict=True))
-    assert found == dict(enumerate(TREE.values()))
+    labels = dict(zip(colours, ((row["label"], row["split"]) for row in rows), strict=True))
+    assert labels == dict(enumerate(TREE.values()))
     if ordered:
         assert colours == sorted(colours)
 
@@ -76,32 +76,32 @@ def assert_is_tree(manifest: Manifest, ordered: bool = False) -> None:
 def test_folders_with_splits(tree: Path) -> None:
     (tree / "train" / "cat" / "notes.txt").write_text("no image")
     (tree / "train" / ".hidden.png").write_bytes(picture(9))
-    found = from_folders(str(tree), "pets")
-    assert_is_tree(found)
-    assert found.notes == ("1 file left out by their suffix: .txt",)
+    manifest = from_folders(str(tree), "pets")
+    assert_is_tree(manifest)
+    assert manifest.notes == ("1 file left out by their suffix: .txt",)
 
 
 def test_folders_without_splits_are_training(tree: Path) -> None:
-    found = from_folders(str(tree / "train"), "pets")
-    assert found.class_names == ("cat", "dog")
-    assert found.splits == ("train",)
-    assert len(found) == 3
+    manifest = from_folders(str(tree / "train"), "pets")
+    assert manifest.class_names == ("cat", "dog")
+    assert manifest.splits == ("train",)
+    assert len(manifest) == 3
 
 
 def test_a_folder_without_images_is_a_class_without_images(tree: Path) -> None:
     (tree / "train" / "bat").mkdir()
-    found = from_folders(str(tree), "pets")
-    assert found.class_names == ("bat", "cat", "dog", "owl")
-    assert found.class_stats().zero_train.tolist() == [0, 3]
+    manifest = from_folders(str(tree), "pets")
+    assert manifest.class_names == ("bat", "cat", "dog", "owl")
+    assert manifest.class_stats().zero_train.tolist() == [0, 3]
 
 
 def test_folders_beside_splits_are_left_out_and_named(tree: Path) -> None:
     for path in ("unlabeled/1.png", "unlabeled/deep/er/2.png", "Meta/0.png", "loose.png"):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_bytes(picture(9))
-    found = from_folders(str(tree), "pets")
-    assert_is_tree(found)
-    assert found.notes == (
+    manifest = from_folders(str(tree), "pets")
+    assert_is_tree(manifest)
+    assert manifest.notes == (
         "3 images left out in folders next to the splits: Meta, unlabeled",
         "1 image left out that lie in no class's folder",
     )
@@ -135,12 +135,12 @@ def test_files_whose_names_are_not_utf8_are_left_out_and_named(tree: Path) -> No
     for name in (b"caf\xe9.png", b"notes.\xe9"):
         (tree / "train" / "cat" / os.fsdecode(name)).write_bytes(picture(9))
     (tree / "train" / os.fsdecode(b"\xe9")).mkdir()
-    found = from_folders(str(tree), "pets")
-    assert_is_tree(found)
-    assert found.notes == (
+    manifest = from_folders(str(tree), "pets")
+    assert_is_tree(manifest)
+    assert manifest.notes == (
         f"2 files left out whose path is not UTF-8, such as {tree}/train/cat/caf\\xe9.png; rename what isn't",
     )
-    found.write(str(tree / "pets.parquet"))
+    manifest.write(str(tree / "pets.parquet"))
     bad = os.fsdecode(b"\xe9")
     with pytest.raises(ManifestError, match=r"no image lies.*\n.*5 files left out whose path is not UTF-8"):
         from_folders(str((tree / "train").rename(tree / bad)), "pets")
@@ -211,13 +211,13 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path, mark: byte
 
 def test_ids_with_gaps_are_mapped_and_the_map_is_kept(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x/a.png 7\nx/b.png 3\ny/c.png 12\nx/d.png 7\n")
-    found = from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
-    found.write(str(tmp_path / "pets.parquet"))
-    found = Manifest.read(str(tmp_path / "pets.parquet"))
-    assert found.labels.tolist() == [1, 0, 2, 1]
-    assert found.label_map == {"3": 0, "7": 1, "12": 2}
-    assert found.class_names == ("class 3", "class 7", "class 12")
-    assert not found.named
+    manifest = from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
+    manifest.write(str(tmp_path / "pets.parquet"))
+    manifest = Manifest.read(str(tmp_path / "pets.parquet"))
+    assert manifest.labels.tolist() == [1, 0, 2, 1]
+    assert manifest.label_map == {"3": 0, "7": 1, "12": 2}
+    assert manifest.class_names == ("class 3", "class 7", "class 12")
+    assert not manifest.named
 
 
 def test_ids_outside_the_class_list_are_refused(tmp_path: Path) -> None:
@@ -347,15 +347,15 @@ def test_links_to_nothing_pipes_and_loops_are_named(tree: Path) -> None:
     ):
         (tree / path).symlink_to(target)
     os.mkfifo(tree / images[2])
-    found = from_folders(str(tree), "pets")
+    manifest = from_folders(str(tree), "pets")
     what = "a broken link, a link to a folder above it, a pipe or a device"
-    assert found.notes == (
+    assert manifest.notes == (
         f"3 images that can't be read, each {what}: {', '.join(images)}",
         f"3 names left out, each {what}: {', '.join(others)}",
     )
-    assert list(found.class_names) == CLASSES
-    assert len(found) == len(TREE) + 3
-    (missing,) = [finding for finding in check_manifest(found).findings if "missing" in finding.message]
+    assert list(manifest.class_names) == CLASSES
+    assert len(manifest) == len(TREE) + 3
+    (missing,) = [finding for finding in check_manifest(manifest).findings if "missing" in finding.message]
     assert missing.examples == tuple(str(tree / path) for path in images)
     (tree / "rows.csv").symlink_to("nowhere.csv")
     with pytest.raises(ImbvlmError, match=r"1 name that can't be read, .*: rows\.csv\. Remove or repair"):
@@ -420,13 +420,13 @@ def test_many_embedded_images_go_to_pack_files_that_move_with_the_manifest(
     assert made.table.column("bytes").null_count == len(TREE)
     made.write(str(tmp_path / "one" / "pets.parquet"))
     (tmp_path / "one").rename(tmp_path / "two")
-    found = Manifest.read(str(tmp_path / "two" / "pets.parquet"))
-    assert_is_tree(found, ordered=True)
-    assert check_manifest(found).ok
-    before = found.row_fingerprint("train")
+    manifest = Manifest.read(str(tmp_path / "two" / "pets.parquet"))
+    assert_is_tree(manifest, ordered=True)
+    assert check_manifest(manifest).ok
+    before = manifest.row_fingerprint("train")
     with open(tmp_path / "two" / "pets.images-00000.pack", "ab") as stream:
         stream.write(b"more")
-    assert found.row_fingerprint("train") != before
+    assert manifest.row_fingerprint("train") != before
 
 
 def test_tar_shards_are_read_where_they_lie(tmp_path: Path) -> None:
@@ -439,9 +439,9 @@ def test_tar_shards_are_read_where_they_lie(tmp_path: Path) -> None:
                     members = {"png": picture(number), "json": json.dumps({"label": CLASSES[label]}).encode()}
                     for extension, content in members.items():
                         add_member(archive, f"some folder/{number:05d}.{extension}", content)
-    found = from_shards(paths, "pets")
-    assert_is_tree(found, ordered=True)
-    assert found.notes == ()
+    manifest = from_shards(paths, "pets")
+    assert_is_tree(manifest, ordered=True)
+    assert manifest.notes == ()
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -458,10 +458,10 @@ def test_what_a_shard_loses_is_said(tmp_path: Path) -> None:
             add_member(archive, f"x/._{key}.png", b"of macOS")
         add_member(archive, "x/a.txt", b"a caption")
         add_member(archive, "README", b"of all")
-    found = from_shards([str(tmp_path / "a.tar")], "pets")
-    assert found.labels.tolist() == [1, 0]
-    assert decode(fetch(found.table.column("uri")[0].as_py(), None))[0, 0, 0] == 40
-    assert found.notes == (
+    manifest = from_shards([str(tmp_path / "a.tar")], "pets")
+    assert manifest.labels.tolist() == [1, 0]
+    assert decode(fetch(manifest.table.column("uri")[0].as_py(), None))[0, 0, 0] == 40
+    assert manifest.notes == (
         "2 images left out, such as x/img.1.png: in WebDataset a name's extension begins at its "
         "first dot; rename them without a dot in the key",
         "4 members left out by their extension: no extension, .1.cls, .2.cls, .txt",
@@ -525,9 +525,9 @@ def test_quotes_and_line_ends_that_may_be_are_read(tmp_path: Path) -> None:
     rows = b'path,label,caption\na.jpg,5" pipe,"two\nlines, ""of"" them"\nb.jpg,dog,"x"\n'
     for content in (rows, rows.replace(b"\n", b"\r\n"), rows.replace(b"\n", b"\r")):
         (tmp_path / "rows.csv").write_bytes(content)
-        found = from_table([str(tmp_path / "rows.csv")], "/", "pets")
-        assert found.class_names == ('5" pipe', "dog")
-        assert found.table.column("uri").to_pylist() == ["/a.jpg", "/b.jpg"]
+        manifest = from_table([str(tmp_path / "rows.csv")], "/", "pets")
+        assert manifest.class_names == ('5" pipe', "dog")
+        assert manifest.table.column("uri").to_pylist() == ["/a.jpg", "/b.jpg"]
 
 
 @pytest.mark.parametrize("before", [b"", b"]" * 200_000, b'{"path": "]]]", "label": "\\"[["}\n'])
@@ -588,10 +588,10 @@ def test_photos_in_heic_are_rows_and_name_the_extra_that_reads_them(
     (tree / "train/cat/photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
     monkeypatch.setattr("imbvlm.data.sources.manifest_builder.reads_heif", lambda: False)
     monkeypatch.setattr("imbvlm.data.images.decoding.reads_heif", lambda: False)
-    found = from_folders(str(tree), "pets")
+    manifest = from_folders(str(tree), "pets")
     advice = "HEIC is read with the extra heif: pip install 'imbvlm[heif]'"
-    assert found.notes == (f"1 image in HEIC, such as {tree}/train/cat/photo.HEIC: {advice}",)
-    assert f"photo.HEIC ({advice}; train; cat" in str(check_manifest(found, decode_all=True))
+    assert manifest.notes == (f"1 image in HEIC, such as {tree}/train/cat/photo.HEIC: {advice}",)
+    assert f"photo.HEIC ({advice}; train; cat" in str(check_manifest(manifest, decode_all=True))
 
 
 # ------------------------------------------------------------------------------------------------ iNaturalist
@@ -627,12 +627,12 @@ def test_inaturalist_names_come_from_categories_and_are_lacking_without(tmp_path
     assert not bare.named
     assert "text methods are rejected" in str(check_manifest(bare))
     (tmp_path / "categories.json").write_text(json.dumps(TAXA))
-    found = from_inaturalist(files, str(tmp_path), "inat", categories=str(tmp_path / "categories.json"))
-    assert found.named
-    assert found.class_names == ("Felis catus", "Felis chaus", "Bellis perennis")
-    assert found.labels.tolist() == [0, 0, 2, 1, 1]
-    assert found.splits == ("train", "test")
-    assert found.table.column("uri")[2].as_py() == str(tmp_path / "train_val" / "x" / "2.jpg")
+    manifest = from_inaturalist(files, str(tmp_path), "inat", categories=str(tmp_path / "categories.json"))
+    assert manifest.named
+    assert manifest.class_names == ("Felis catus", "Felis chaus", "Bellis perennis")
+    assert manifest.labels.tolist() == [0, 0, 2, 1, 1]
+    assert manifest.splits == ("train", "test")
+    assert manifest.table.column("uri")[2].as_py() == str(tmp_path / "train_val" / "x" / "2.jpg")
 
 
 def test_inaturalist_common_names_and_higher_ranks(tmp_path: Path) -> None:
@@ -692,21 +692,21 @@ def test_imagenet_lt_by_its_official_lists(tmp_path: Path) -> None:
     sizes = BENCHMARKS["imagenet_lt"].sizes
     counts = spread(sizes["train"], 5, 1280, 1000)
     write_lists(tmp_path, "ImageNet_LT", sizes, counts, lambda split, label: f"{split}/n{label:08d}")
-    found = build_dataset("imagenet_lt", str(tmp_path))
-    assert found.class_names[0] == "tench"
-    assert "missile" in found.warnings[0]
-    assert "sunglasses" in found.warnings[0]
-    assert {split: len(found.rows_of(split)) for split in sizes} == dict(sizes)
-    assert any("image-net.org" in note for note in found.notes)
+    manifest = build_dataset("imagenet_lt", str(tmp_path))
+    assert manifest.class_names[0] == "tench"
+    assert "missile" in manifest.warnings[0]
+    assert "sunglasses" in manifest.warnings[0]
+    assert {split: len(manifest.rows_of(split)) for split in sizes} == dict(sizes)
+    assert any("image-net.org" in note for note in manifest.notes)
 
 
 def test_places_lt_takes_its_names_with_spaces_from_its_folders(tmp_path: Path) -> None:
     sizes = BENCHMARKS["places_lt"].sizes
     counts = spread(sizes["train"], 5, 4980, 365)
     write_lists(tmp_path, "Places_LT", sizes, counts, lambda split, label: f"train/airport_terminal-{label:03d}")
-    found = build_dataset("places_lt", str(tmp_path))
-    assert found.class_names[7] == "airport terminal 007"
-    assert found.named
+    manifest = build_dataset("places_lt", str(tmp_path))
+    assert manifest.class_names[7] == "airport terminal 007"
+    assert manifest.named
 
 
 def test_wrong_sizes_are_said_with_the_right_ones(tmp_path: Path) -> None:
@@ -753,14 +753,14 @@ def balanced(num_classes: int = 10, per_class: int = 200) -> Manifest:
 @pytest.mark.parametrize("shape", ["exponential", "pareto"])
 def test_a_tail_has_the_imbalance_factor_and_leaves_other_splits(shape: str) -> None:
     made = balanced()
-    found = make_imbalanced(made, 50, shape=shape, seed=1)
-    stats = found.class_stats()
+    manifest = make_imbalanced(made, 50, shape=shape, seed=1)
+    stats = manifest.class_stats()
     assert stats.imbalance_factor == 50
     assert sorted(stats.counts)[::-1] == imbalanced_counts(10, 200, 50, shape).tolist()
     assert stats.counts.tolist() == stats.split_counts.tolist()
-    assert len(found.rows_of("test")) == 10
-    assert found.table.equals(make_imbalanced(made, 50, shape=shape, seed=1).table)
-    assert not found.table.equals(make_imbalanced(made, 50, shape=shape, seed=2).table)
+    assert len(manifest.rows_of("test")) == 10
+    assert manifest.table.equals(make_imbalanced(made, 50, shape=shape, seed=1).table)
+    assert not manifest.table.equals(make_imbalanced(made, 50, shape=shape, seed=2).table)
 
 
 def test_the_user_says_which_classes_are_the_tail() -> None:
@@ -847,14 +847,14 @@ def test_a_check_decodes_no_more_at_once_than_one_image_may_have(
     at_once, most, lock = [0], [0], threading.Lock()
 
     def decode_and_count(data: bytes) -> Image.Image:
-        found = decode_picture(data)
+        image = decode_picture(data)
         with lock:
-            at_once[0] += found.width * found.height
+            at_once[0] += image.width * image.height
             most[0] = max(most[0], at_once[0])
         time.sleep(0.02)
         with lock:
-            at_once[0] -= found.width * found.height
-        return found
+            at_once[0] -= image.width * image.height
+        return image
 
     monkeypatch.setattr("imbvlm.data.manifest_check.decode_picture", decode_and_count)
     monkeypatch.setattr("imbvlm.data.images.decode_budget.MAX_PIXELS", 70_000)
@@ -875,17 +875,17 @@ def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path: Path) -
     made = Manifest.build(
         pa.table({"bytes": content, "label": labels, "split": ["train"] * len(labels)}), list("abcde"), "made"
     )
-    found = hold_out_test_split(made, 0.2, seed=1)
-    assert np.bincount(found.labels[found.rows_of("test")], minlength=5).tolist() == [8, 2, 1, 1, 0]
-    assert found.class_stats().split_counts.tolist() == [32, 9, 2, 1, 1]
-    assert len(set(np.array([row in found.rows_of("test") for row in range(3)]))) == 1
-    assert not found.table.equals(hold_out_test_split(made, 0.2, seed=2).table)
-    found.write(str(tmp_path / "made.parquet"))
+    manifest = hold_out_test_split(made, 0.2, seed=1)
+    assert np.bincount(manifest.labels[manifest.rows_of("test")], minlength=5).tolist() == [8, 2, 1, 1, 0]
+    assert manifest.class_stats().split_counts.tolist() == [32, 9, 2, 1, 1]
+    assert len(set(np.array([row in manifest.rows_of("test") for row in range(3)]))) == 1
+    assert not manifest.table.equals(hold_out_test_split(made, 0.2, seed=2).table)
+    manifest.write(str(tmp_path / "made.parquet"))
     read = Manifest.read(str(tmp_path / "made.parquet"))
-    assert read.rows_of("test").tolist() == found.rows_of("test").tolist()
+    assert read.rows_of("test").tolist() == manifest.rows_of("test").tolist()
     assert "20 % of each class's images" in read.notes[0]
     with pytest.raises(ManifestError, match="it has a test split of 12 images"):
-        hold_out_test_split(found, 0.2)
+        hold_out_test_split(manifest, 0.2)
     with pytest.raises(ImbvlmError, match=r"between 0 and 1, got 20"):
         hold_out_test_split(made, 20)
 
@@ -893,9 +893,9 @@ def test_a_share_of_each_class_is_kept_apart_as_the_test_split(tmp_path: Path) -
 def test_a_missing_test_split_is_a_warning_that_says_how_to_give_one(tree: Path) -> None:
     shutil.rmtree(tree / "test")
     report = check_manifest(from_folders(str(tree), "pets"))
-    (found,) = [finding for finding in report.findings if "no test split" in finding.message]
-    assert found.severity == "warning"
-    assert "folder test/ next to train/" in found.message
+    (finding,) = [finding for finding in report.findings if "no test split" in finding.message]
+    assert finding.severity == "warning"
+    assert "folder test/ next to train/" in finding.message
     (tree / "test" / "owl").mkdir(parents=True)
     picture = next((tree / "train").rglob("*.png"))
     (tree / "test" / "owl" / "x.png").write_bytes(picture.read_bytes())
@@ -1026,10 +1026,10 @@ def test_inat2018_by_its_official_annotations(tmp_path: Path) -> None:
         annotations(tmp_path / file, hidden, np.repeat(np.arange(8142), counts[split]).tolist())
     named = [{"id": n, "name": f"Genus species{n}", "supercategory": "Life"} for n in range(8142)]
     (tmp_path / "categories.json").write_text(json.dumps(named))
-    found = build_dataset("inat2018", str(tmp_path))
-    assert {split: len(found.rows_of(split)) for split in sizes} == dict(sizes)
-    assert found.splits == ("train", "test")
-    assert (found.class_names[8141], found.named) == ("Genus species8141", True)
-    carved = carve_validation(found.label_rows(), 0)
-    assert len(carved) > 3 * 8000
-    assert set(carved) <= set(found.rows_of("train"))
+    manifest = build_dataset("inat2018", str(tmp_path))
+    assert {split: len(manifest.rows_of(split)) for split in sizes} == dict(sizes)
+    assert manifest.splits == ("train", "test")
+    assert (manifest.class_names[8141], manifest.named) == ("Genus species8141", True)
+    val_rows = carve_validation(manifest.label_rows(), 0)
+    assert len(val_rows) > 3 * 8000
+    assert set(val_rows) <= set(manifest.rows_of("train"))

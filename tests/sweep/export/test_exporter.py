@@ -54,7 +54,7 @@ def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_
     for number, (overall, few) in enumerate(pairs, 1):
         log.save(trial(number, overall, few))
     records, objectives = pareto_set(log, spec)
-    assert [one.trial_id for one in records] == ["t1", "t3", "t5"]
+    assert [record.trial_id for record in records] == ["t1", "t3", "t5"]
     assert objectives == ("val/balanced_accuracy", "val/few_shot_accuracy")
     without = TrialLog(str(tmp_path / "b"))
     without.save(trial(1, 0.8, None))
@@ -72,7 +72,7 @@ def test_nothing_is_exported_of_a_sweep_without_a_result(tmp_path: Path) -> None
 def card(folder: Path, **changes: Any) -> str:
     spec, log, manifest = read_spec(str(folder)), TrialLog.read(str(folder)), Manifest.read("embedded:fashion_mnist_lt")
     best = log.best(spec.objective)[0]
-    refits = [one for one in log.of("refit") if one.name == "winner"]
+    refits = [record for record in log.of("refit") if record.name == "winner"]
     given = {
         "adjustment": PostHocAdjustment(0.3, 0.1, 1.7),
         "refits": refits,
@@ -88,10 +88,10 @@ def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> 
     (tmp_path / "README.md").write_text(card(folder), encoding="utf-8")
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "imbvlm", "image-classification")
-    values = {one.metric_name: one.metric_value for one in data.eval_results}
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
     log = TrialLog.read(str(folder))
-    refits = [one.epochs[-1] for one in log.of("refit") if one.name == "winner"]
-    few = sum(one["test/few_shot_accuracy"] for one in refits) / len(refits)
+    refits = [record.epochs[-1] for record in log.of("refit") if record.name == "winner"]
+    few = sum(epoch["test/few_shot_accuracy"] for epoch in refits) / len(refits)
     assert values["few accuracy, test"] == pytest.approx(few, abs=1e-4)
     assert data.eval_results[0].dataset_name == "fashion_mnist_lt"
 
@@ -117,7 +117,7 @@ def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: 
     for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
         report, text = build(ReportData.read(str(folder))), card(folder)
-        (line,) = [one for one in text.splitlines() if one.startswith(start)]
+        (line,) = [line for line in text.splitlines() if line.startswith(start)]
         statement = report.verdict.statement.replace("The winner", "This model").replace("the winner", "this model")
         assert line == f"{statement} {report.verdict.details}"
         assert report.verdict.statement in show_text(SweepState.read(str(folder)))
@@ -127,10 +127,10 @@ def test_the_card_has_a_baseline_as_adjusted_too(tmp_path: Path) -> None:
     """A reader would take a model that a plain probe comes up to for better than it is."""
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
-    for one in log.of("refit"):
-        if one.name == "linear probe":
-            one.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.625}
-            log.save(one)
+    for record in log.of("refit"):
+        if record.name == "linear probe":
+            record.epochs[-1] |= {"test_post_hoc/balanced_accuracy": 0.625}
+            log.save(record)
     text = card(folder)
     assert re.search(r"^\| baseline: linear probe, post hoc \| 2 \| - \| 62\.5 ± 0\.0 \|", text, re.MULTILINE)
     assert "Post hoc: logits adjusted after training" in text
@@ -276,18 +276,18 @@ def test_an_export_takes_the_place_of_the_one_before_and_of_nothing_else(searche
     """What an earlier export left would be found by `predict`: a graph, or model/ beside several trials' folders."""
     out, said = tmp_path / "out", []
     export_sweep(str(searched), str(out), say=said.append)
-    one = sorted(["best.yaml", "export.json", *(f"model/{name}" for name in MODEL_FILES)])
-    assert exported_files(out) == one
+    files = sorted(["best.yaml", "export.json", *(f"model/{name}" for name in MODEL_FILES)])
+    assert exported_files(out) == files
     listed = json.loads((out / "export.json").read_text())
-    assert sorted(listed["files"]) == sorted({*one} - {"export.json"})
+    assert sorted(listed["files"]) == sorted({*files} - {"export.json"})
     assert listed["files"]["best.yaml"] == hashlib.sha256((out / "best.yaml").read_bytes()).hexdigest()
     (out / "notes.txt").write_text("mine")
     export_sweep(str(searched), str(out), top=2, say=said.append)
-    two = [f"{number}-t{number}/{name}" for number in (1, 2) for name in one if name != "export.json"]
+    two = [f"{number}-t{number}/{name}" for number in (1, 2) for name in files if name != "export.json"]
     assert exported_files(out) == sorted([*two, "trials.csv", "export.json", "notes.txt"])
     assert [path.name for path in sorted(out.iterdir())] == ["1-t1", "2-t2", "export.json", "notes.txt", "trials.csv"]
     export_sweep(str(searched), str(out), say=said.append)
-    assert exported_files(out) == sorted([*one, "notes.txt"])
+    assert exported_files(out) == sorted([*files, "notes.txt"])
     assert imbvlm.load(out, "cpu").predict([np.zeros((9, 9, 3), np.uint8)])[0].error is None
 
 
@@ -462,8 +462,10 @@ def test_the_best_two_and_the_pareto_set_with_their_graphs(sweep: Path, tmp_path
         assert (folder / "best.yaml").exists()
         assert (folder / "model" / "onnx" / "model.onnx").exists()
         assert ModelCard.load(folder / "model" / "README.md").data.license == "mit"
-        (found,) = imbvlm.load(folder).predict([Manifest.read("embedded:fashion_mnist_lt").table["bytes"][0].as_py()])
-        assert found.error is None
+        (prediction,) = imbvlm.load(folder).predict(
+            [Manifest.read("embedded:fashion_mnist_lt").table["bytes"][0].as_py()]
+        )
+        assert prediction.error is None
     front = command("export", sweep, "-o", tmp_path / "front", "--pareto")
     assert "none better in all of val/balanced_accuracy, val/few_shot_accuracy" in front
     # What was trained again for the best two isn't trained another time.

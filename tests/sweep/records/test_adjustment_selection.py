@@ -74,8 +74,8 @@ def record(trial_id: str, method: str = "linear_probe", kind: str = "search", **
 
 
 def refit(trial_id: str = "t1", name: str = "winner", **fields: Any) -> Refit:
-    one = record(trial_id, **fields)
-    return Refit(name, one, one.trial_config(), (0, 1))
+    trial = record(trial_id, **fields)
+    return Refit(name, trial, trial.trial_config(), (0, 1))
 
 
 @pytest.fixture
@@ -85,9 +85,9 @@ def log(tmp_path: Path) -> TrialLog:
     return log
 
 
-def chosen(tmp_path: Path, log: TrialLog, one: Any = None, objective: str = "val/balanced_accuracy") -> Any:
-    one = refit() if one is None else one
-    return select_adjustments(str(tmp_path), [one], log, objective).get(one.name)
+def chosen(tmp_path: Path, log: TrialLog, source: Any = None, objective: str = "val/balanced_accuracy") -> Any:
+    source = refit() if source is None else source
+    return select_adjustments(str(tmp_path), [source], log, objective).get(source.name)
 
 
 # --------------------------------------------------------------------------------------------------------- choosing
@@ -97,23 +97,23 @@ def test_a_model_that_follows_the_prior_gets_its_tau_and_a_temperature(tmp_path:
     logits, targets = honest()
     biased = adjust_logits(logits, COUNTS, -1.0)
     write_logits(tmp_path, "t1", targets, best=torch.zeros_like(logits), last=biased)
-    found = chosen(tmp_path, log)
-    assert [value for value, _ in found.tau.candidates] == list(TAUS)
-    assert found.adjustment.tau == found.tau.value
-    assert found.tau.value == pytest.approx(1.0, abs=0.4)
-    assert found.alpha is None, "there are no zero-shot logits"
-    assert found.calibration.loss_after < found.calibration.loss_before
-    assert found.calibration.calibration_error_after < found.calibration.calibration_error_before
+    selection = chosen(tmp_path, log)
+    assert [value for value, _ in selection.tau.candidates] == list(TAUS)
+    assert selection.adjustment.tau == selection.tau.value
+    assert selection.tau.value == pytest.approx(1.0, abs=0.4)
+    assert selection.alpha is None, "there are no zero-shot logits"
+    assert selection.calibration.loss_after < selection.calibration.loss_before
+    assert selection.calibration.calibration_error_after < selection.calibration.calibration_error_before
 
 
 def test_the_temperature_undoes_logits_that_are_too_large(tmp_path: Path, log: TrialLog) -> None:
     logits, targets = honest()
-    found = []
+    selections = []
     for factor in (1, 5):
         write_logits(tmp_path, "t1", targets, last=factor * logits)
-        found.append(chosen(tmp_path, log))
-    assert found[0].adjustment.tau == found[1].adjustment.tau == 0
-    assert found[1].adjustment.temperature == pytest.approx(5 * found[0].adjustment.temperature, rel=0.02)
+        selections.append(chosen(tmp_path, log))
+    assert selections[0].adjustment.tau == selections[1].adjustment.tau == 0
+    assert selections[1].adjustment.temperature == pytest.approx(5 * selections[0].adjustment.temperature, rel=0.02)
 
 
 def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says_why(
@@ -124,13 +124,13 @@ def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says
     logits = 10.0 * torch.nn.functional.one_hot(targets, NUM_CLASSES)
     logits[:2] = 6 * logits[:2].roll(1, dims=1)
     write_logits(tmp_path, "t1", targets, last=logits)
-    found = chosen(tmp_path, log)
-    assert found.calibration.temperature > 10
-    assert found.adjustment.temperature == 1
-    text = describe_post_hoc("winner", found, [])
+    selection = chosen(tmp_path, log)
+    assert selection.calibration.temperature > 10
+    assert selection.adjustment.temperature == 1
+    text = describe_post_hoc("winner", selection, [])
     assert "chosen on 15 rows of validation" in text
     assert "lowers the cross entropy and not the calibration error, so that it stays at 1; expected" in text
-    assert text.endswith(f"{100 * found.plain_error:.1f} to {100 * found.plain_error:.1f}")
+    assert text.endswith(f"{100 * selection.plain_error:.1f} to {100 * selection.plain_error:.1f}")
 
 
 def test_a_gain_within_its_standard_error_is_not_taken(tmp_path: Path, log: TrialLog) -> None:
@@ -139,10 +139,10 @@ def test_a_gain_within_its_standard_error_is_not_taken(tmp_path: Path, log: Tria
     for seed in range(12):
         logits, targets = honest(seed)
         write_logits(tmp_path, "t1", targets, last=logits)
-        found = chosen(tmp_path, log)
-        assert found.tau.score >= dict(found.tau.candidates)[0.0]
-        assert (found.adjustment.tau == 0) == (found.tau.gain <= found.tau.standard_error)
-        taken.append(found.adjustment.tau)
+        selection = chosen(tmp_path, log)
+        assert selection.tau.score >= dict(selection.tau.candidates)[0.0]
+        assert (selection.adjustment.tau == 0) == (selection.tau.gain <= selection.tau.standard_error)
+        taken.append(selection.adjustment.tau)
     assert taken.count(0.0) >= 9
 
 
@@ -152,10 +152,10 @@ def test_zero_shot_logits_are_mixed_in_where_they_know_more(tmp_path: Path, log:
     blind[:, 3:] = -9.0
     write_logits(tmp_path, "t1", targets, last=blind)
     write_logits(tmp_path, "b1", targets, best=honest(1)[0])
-    found = chosen(tmp_path, log)
-    assert [value for value, _ in found.alpha.candidates] == list(ALPHAS)
-    assert found.adjustment.alpha == found.alpha.value > 0
-    assert found.alpha.score > found.tau.score + 0.1
+    selection = chosen(tmp_path, log)
+    assert [value for value, _ in selection.alpha.candidates] == list(ALPHAS)
+    assert selection.adjustment.alpha == selection.alpha.value > 0
+    assert selection.alpha.score > selection.tau.score + 0.1
 
 
 def test_zero_shot_logits_of_other_rows_or_of_a_tower_that_was_trained_are_not_mixed_in(
@@ -219,9 +219,9 @@ def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path: Path, log: Tr
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=adjust_logits(logits, COUNTS, -1.0))
     write_logits(tmp_path, "b1", targets, best=logits)
-    found = chosen(tmp_path, log)
-    write_post_hoc(str(tmp_path), {"winner": found})
-    assert read_adjustment(str(tmp_path), "winner") == found.adjustment
+    selection = chosen(tmp_path, log)
+    write_post_hoc(str(tmp_path), {"winner": selection})
+    assert read_adjustment(str(tmp_path), "winner") == selection.adjustment
     assert read_adjustment(str(tmp_path), "linear probe") is None
     assert read_adjustment(str(tmp_path / "nowhere"), "winner") is None
     written = json.loads((tmp_path / POST_HOC_FILE).read_text())["winner"]
@@ -236,21 +236,21 @@ def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_a
 ) -> None:
     logits, targets = honest()
     write_logits(tmp_path, "t1", targets, last=adjust_logits(3 * logits, COUNTS, -3.0))
-    found = chosen(tmp_path, log)
+    selection = chosen(tmp_path, log)
     scored = []
     for seed, (before, after) in enumerate([(0.2, 0.04), (0.3, 0.06)]):
-        one = TrialRecord(trial_id=f"r{seed}", kind="refit", name="winner", config={})
-        one.epochs = [
+        trial = TrialRecord(trial_id=f"r{seed}", kind="refit", name="winner", config={})
+        trial.epochs = [
             {"test/expected_calibration_error": before, "test_post_hoc/expected_calibration_error": after, "epoch": 1.0}
         ]
-        scored.append(one)
-    text = describe_post_hoc("winner", found, scored)
+        scored.append(trial)
+    text = describe_post_hoc("winner", selection, scored)
     assert "chosen on 200 rows of validation, winner" in text
-    assert f"calibration: temperature {found.calibration.temperature:.3g}; expected" in text
-    assert f"tau of 31 values from -1 to 2: tau {found.tau.value:g} gains" in text
+    assert f"calibration: temperature {selection.calibration.temperature:.3g}; expected" in text
+    assert f"tau of 31 values from -1 to 2: tau {selection.tau.value:g} gains" in text
     assert "points of balanced accuracy (standard error" in text
     assert "on test 25.0 to 5.0" in text
-    neutral = dataclasses.replace(found, tau=dataclasses.replace(found.tau, standard_error=1.0))
+    neutral = dataclasses.replace(selection, tau=dataclasses.replace(selection.tau, standard_error=1.0))
     assert "within its standard error 100.0, so that it stays at 0" in describe_post_hoc("winner", neutral, [])
 
 

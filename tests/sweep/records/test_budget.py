@@ -82,12 +82,14 @@ def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path
     log, spec = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False))), sweep_spec()
 
     def refit_all() -> list[str]:
-        made = {one.trial_id(seed, log): (one, config) for one in refits(log, spec) for seed, config in one.seeded()}
-        mark_superseded(log, {key: one.name for key, (one, _) in made.items()})
-        for trial_id, (one, config) in made.items():
+        made = {
+            refit.trial_id(seed, log): (refit, config) for refit in refits(log, spec) for seed, config in refit.seeded()
+        }
+        mark_superseded(log, {key: refit.name for key, (refit, _) in made.items()})
+        for trial_id, (refit, config) in made.items():
             if trial_id not in log.records:
-                fields = {"trial_id": trial_id, "kind": "refit", "name": one.name, "config": config.to_tree()}
-                log.save(one.record.model_copy(update=fields))
+                fields = {"trial_id": trial_id, "kind": "refit", "name": refit.name, "config": config.to_tree()}
+                log.save(refit.record.model_copy(update=fields))
         return list(made)
 
     first = refit_all()
@@ -99,10 +101,10 @@ def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path
     second = refit_all()
     assert second[0] == f"refit-winner-{better.trial_id}-seed0"
     assert second[2:] == first[2:]
-    names = {one.trial_id: one.name for one in log.of("refit")}
+    names = {record.trial_id: record.name for record in log.of("refit")}
     assert names["refit-winner-seed0"] == "earlier winner"
     assert names[second[0]] == "winner"
-    assert {one.name for one in TrialLog.read(log.folder).of("refit")} == set(names.values())
+    assert {record.name for record in TrialLog.read(log.folder).of("refit")} == set(names.values())
 
 
 # ------------------------------------------------------------------------------------------------- end to end
@@ -128,16 +130,18 @@ def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home: Path) -> None:
     assert "used up" not in last
     records = trials(sweep)
     assert sorted(key for key in records if key.startswith("t")) == [f"t{number:05d}" for number in range(1, 10)]
-    drawn = {json.dumps(one["draw"], sort_keys=True) for one in records.values() if one["kind"] == "search"}
+    drawn = {json.dumps(record["draw"], sort_keys=True) for record in records.values() if record["kind"] == "search"}
     assert len(drawn) == 9
     # Each refit has read the test split once, and the readings are all there.
     reading = json.loads((sweep / "test.json").read_text())
-    read = [trial for one in reading["readings"] for trial in one["trials"]]
-    assert sorted(read) == sorted(set(read)) == sorted(key for key, one in records.items() if one["kind"] == "refit")
+    read = [trial for entry in reading["readings"] for trial in entry["trials"]]
+    assert (
+        sorted(read) == sorted(set(read)) == sorted(key for key, record in records.items() if record["kind"] == "refit")
+    )
     # Of equals the earlier one.
-    best = max((one for _, one in sorted(records.items()) if one["kind"] == "search"),
-               key=lambda one: max(epoch["val/balanced_accuracy"] for epoch in one["epochs"]))  # fmt: skip
-    (winner,) = [one for one in records.values() if one["name"] == "winner"]
+    best = max((record for _, record in sorted(records.items()) if record["kind"] == "search"),
+               key=lambda record: max(epoch["val/balanced_accuracy"] for epoch in record["epochs"]))  # fmt: skip
+    (winner,) = [record for record in records.values() if record["name"] == "winner"]
     assert {**winner["config"], "train": 0} == {**best["config"], "train": 0}
 
 
@@ -155,7 +159,7 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
     assert f"max_hours {hours:g} is used up: 0 of 2 trials have ended, 2 paused; go on with: imbvlm" in printed
     assert "no trial has ended yet" in printed
     paused = trials(sweep)
-    assert {one["state"] for one in paused.values() if one["kind"] == "search"} == {"paused"}
+    assert {record["state"] for record in paused.values() if record["kind"] == "search"} == {"paused"}
     assert "test.json" not in {path.name for path in sweep.iterdir()}
     used = json.loads((sweep / "spent.json").read_text())["seconds"]
     assert 10 <= used < 60
@@ -183,4 +187,4 @@ def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home: Pat
     used = json.loads((sweep / "spent.json").read_text())
     assert used["machine_seconds"] == used["seconds"]
     assert 0.7 < 36 * used["machine_seconds"] / 3600 < 1.5
-    assert all(one["state"] in ("finished", "stopped", "paused") for one in trials(sweep).values())
+    assert all(record["state"] in ("finished", "stopped", "paused") for record in trials(sweep).values())

@@ -24,12 +24,12 @@ def test_the_winner_is_refitted_at_its_configured_length_with_each_seed(tmp_path
 
 
 def test_a_tau_that_validation_chose_is_set_in_the_refit(tmp_path: Path) -> None:
-    one = record("t1", [0.2, 0.6], NORMALIZED)
-    one.epochs[-1]["second_stage/tau"] = 0.45
-    (winner,) = refits(log_of(tmp_path, one), SPEC)
+    trial = record("t1", [0.2, 0.6], NORMALIZED)
+    trial.epochs[-1]["second_stage/tau"] = 0.45
+    (winner,) = refits(log_of(tmp_path, trial), SPEC)
     assert winner.config.second_stage.tau == 0.45
     configured = record("t2", [0.7], {**NORMALIZED, "second_stage": {"name": "tau_normalization", "tau": 0.3}})
-    (winner,) = refits(log_of(tmp_path, one, configured), SPEC)
+    (winner,) = refits(log_of(tmp_path, trial, configured), SPEC)
     assert (winner.record.trial_id, winner.config.second_stage.tau) == ("t2", 0.3)
 
 
@@ -43,11 +43,11 @@ def test_baselines_take_as_long_as_their_best_took_and_zero_shot_one_seed(tmp_pa
     probe = record("b2", [0.1, 0.5, 0.4], {"method": "linear_probe"}, kind="baseline", name="linear probe")
     other = record("b3", [0.3], {"method": "linear_probe"}, kind="baseline", name="linear probe b")
     zero_shot = record("b1", [0.2], {"method": "zero_shot"}, kind="baseline", name="zero-shot")
-    found = refits(log_of(tmp_path, record("t1", [0.6]), probe, other, zero_shot), SPEC)
-    assert [(one.name, one.seeds) for one in found] == [
+    selected = refits(log_of(tmp_path, record("t1", [0.6]), probe, other, zero_shot), SPEC)
+    assert [(refit.name, refit.seeds) for refit in selected] == [
         ("winner", (3, 4)),
         ("linear probe", (3, 4)),
         ("zero-shot", (0,)),
     ]
-    assert found[1].config.train.num_epochs == 2
-    assert found[2].seeded() == [(0, found[2].config)]
+    assert selected[1].config.train.num_epochs == 2
+    assert selected[2].seeded() == [(0, selected[2].config)]

@@ -22,9 +22,9 @@ from imbvlm.sweep.records.trial_parquet import results_table, write_results_tabl
 
 
 def test_the_value_is_the_best_epochs_and_not_the_last() -> None:
-    one = record("t1", [0.2, 0.5, 0.4])
-    assert one.best_value(BEST) == 0.5
-    best = one.best_epoch(OBJECTIVE)
+    trial = record("t1", [0.2, 0.5, 0.4])
+    assert trial.best_value(BEST) == 0.5
+    best = trial.best_epoch(OBJECTIVE)
     assert best is not None
     assert best["epoch"] == 2
 
@@ -49,7 +49,7 @@ def test_nan_and_inf_are_never_best(tmp_path: Path) -> None:
     assert strange.best_value(BEST) == 0.3
     assert nothing.best_value(BEST) is None
     assert nothing.best_epoch(OBJECTIVE) is None
-    assert [one.trial_id for one in log.best(OBJECTIVE)] == ["t3", "t1"]
+    assert [trial.trial_id for trial in log.best(OBJECTIVE)] == ["t3", "t1"]
 
 
 def test_the_best_come_first_ties_by_age_and_each_kind_apart(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_the_best_come_first_ties_by_age_and_each_kind_apart(tmp_path: Path) -> 
         record("t00001", [0.5]),
         record("b00001", [0.9], kind="baseline"),
     )
-    assert [one.trial_id for one in log.best(OBJECTIVE)] == ["t00003", "t00001", "t00002"]
-    assert [one.trial_id for one in log.best(OBJECTIVE, "baseline")] == ["b00001"]
-    assert [one.trial_id for one in log.of("search")] == ["t00001", "t00002", "t00003"]
+    assert [trial.trial_id for trial in log.best(OBJECTIVE)] == ["t00003", "t00001", "t00002"]
+    assert [trial.trial_id for trial in log.best(OBJECTIVE, "baseline")] == ["b00001"]
+    assert [trial.trial_id for trial in log.of("search")] == ["t00001", "t00002", "t00003"]
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -73,8 +73,8 @@ def test_with_more_seeds_the_best_mean_wins_and_one_lucky_seed_does_not(tmp_path
     again = [("t1", 1, 0.5), ("t1", 2, 0.6), ("t2", 1, 0.84), ("t2", 2, 0.86)]
     confirmed = [record(f"{name}-seed{seed}", [value], kind="confirm", name=name) for name, seed, value in again]
     log = log_of(tmp_path, lucky, steady, third, *confirmed)
-    assert [one.trial_id for one in log.best(OBJECTIVE)] == ["t2", "t1", "t3"]
-    assert [one.trial_id for one in log.ranked(OBJECTIVE)] == ["t1", "t2", "t3"]
+    assert [trial.trial_id for trial in log.best(OBJECTIVE)] == ["t2", "t1", "t3"]
+    assert [trial.trial_id for trial in log.ranked(OBJECTIVE)] == ["t1", "t2", "t3"]
     assert log.seed_values(lucky, OBJECTIVE) == [0.9, 0.5, 0.6]
     # A seed that fails is no reason to look at the others alone; one that still runs is not there yet.
     failing = log_of(
@@ -85,7 +85,7 @@ def test_with_more_seeds_the_best_mean_wins_and_one_lucky_seed_does_not(tmp_path
         record("t2-seed1", [0.6], kind="confirm", name="t2"),
         record("t2-seed2", [0.1], kind="confirm", name="t2", state="running"),
     )
-    assert [one.trial_id for one in failing.best(OBJECTIVE)] == ["t2", "t1"]
+    assert [trial.trial_id for trial in failing.best(OBJECTIVE)] == ["t2", "t1"]
 
 
 def test_a_run_with_the_trials_own_seed_is_no_further_seed(tmp_path: Path) -> None:
@@ -97,20 +97,20 @@ def test_a_run_with_the_trials_own_seed_is_no_further_seed(tmp_path: Path) -> No
 
 
 def test_records_are_read_back_as_they_were(tmp_path: Path) -> None:
-    one = record("t00001", [0.25, 0.5], draw={"optim.lr": 0.1, "decoder.width": None}, started_at=1.5, ended_at=3.0)
-    log_of(tmp_path, one, record("t00002", [], state="running"))
+    trial = record("t00001", [0.25, 0.5], draw={"optim.lr": 0.1, "decoder.width": None}, started_at=1.5, ended_at=3.0)
+    log_of(tmp_path, trial, record("t00002", [], state="running"))
     again = TrialLog.read(str(tmp_path))
-    assert again.records["t00001"] == one
-    assert again.records["t00001"].trial_config() == one.trial_config()
+    assert again.records["t00001"] == trial
+    assert again.records["t00001"].trial_config() == trial.trial_config()
     assert again.records["t00002"].state == "running"
-    assert one.seconds() == 1.5
+    assert trial.seconds() == 1.5
 
 
 def test_a_diverged_trial_is_read_back_too(tmp_path: Path) -> None:
     """JSON has no NaN: as null the whole sweep could not be resumed any more."""
-    one = record("t00001", [0.5], state="failed")
-    one.epochs.append({"epoch": 2.0, "train/loss": math.nan, "train/grad_norm": math.inf})
-    log_of(tmp_path, one)
+    trial = record("t00001", [0.5], state="failed")
+    trial.epochs.append({"epoch": 2.0, "train/loss": math.nan, "train/grad_norm": math.inf})
+    log_of(tmp_path, trial)
     json.loads((tmp_path / "trials" / "t00001.json").read_text(), parse_constant=pytest.fail)
     read = TrialLog.read(str(tmp_path)).records["t00001"].epochs[1]
     assert math.isnan(read["train/loss"])
@@ -120,7 +120,7 @@ def test_a_diverged_trial_is_read_back_too(tmp_path: Path) -> None:
 def test_an_epoch_that_is_run_again_replaces_its_first_run(tmp_path: Path) -> None:
     log = log_of(tmp_path, record("t00001", [0.1, 0.2, 0.3], state="running"))
     log.add_epoch("t00001", {"epoch": 2.0, OBJECTIVE: 0.25})
-    assert [(one["epoch"], one[OBJECTIVE]) for one in log.records["t00001"].epochs] == [(1.0, 0.1), (2.0, 0.25)]
+    assert [(epoch["epoch"], epoch[OBJECTIVE]) for epoch in log.records["t00001"].epochs] == [(1.0, 0.1), (2.0, 0.25)]
 
 
 def test_left_over_temporary_files_are_no_records(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_lists_and_mixed_values_are_json() -> None:
     plain = TrialConfig.from_tree({**BASE, "method": "decoder"})
     listed = plain.with_overrides({"prompts.templates": ["a {}"], "optim.name": "adamw"})
     table = results_table([record("t1", []), record("t2", [], config=listed.to_tree())])
-    assert [json.loads(one) for one in table.column("config.prompts.templates").to_pylist()] == ["plain", ["a {}"]]
+    assert [json.loads(text) for text in table.column("config.prompts.templates").to_pylist()] == ["plain", ["a {}"]]
     assert table.column("config.optim.betas").to_pylist() == [None, "[0.9, 0.999]"]
 
 

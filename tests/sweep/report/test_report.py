@@ -83,7 +83,7 @@ def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path: Path) -> No
     page = Page(text)
     assert page.open == []
     assert "script" not in page.tags
-    assert all(one.startswith(("#", "data:")) for one in page.references)
+    assert all(reference.startswith(("#", "data:")) for reference in page.references)
     assert "url(" not in text
     assert "@import" not in text
     assert len(text) < 1_000_000
@@ -106,7 +106,7 @@ def test_averages_that_leave_classes_out_say_so(tmp_path: Path) -> None:
         test["correct"][0] = test["total"][0] = 0
         test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
         path.write_text(json.dumps(content))
-    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "scores"]
+    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "scores"]
     num_classes = len(COUNTS)
     assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
 
@@ -120,7 +120,7 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path: Path) -> Non
         r"\(95 % interval \+\d+\.\d to \+\d+\.\d; mean of 2 seeds, their spread \d\.\d\)\.", report.verdict.statement
     )  # fmt: skip
     # The error is 1.0 of each, so that 2.8 points of either side are in the interval.
-    gain, low, high = (float(one) for one in re.findall(r"\d+\.\d", report.verdict.statement)[:3])
+    gain, low, high = (float(number) for number in re.findall(r"\d+\.\d", report.verdict.statement)[:3])
     assert (gain - low, high - gain) == pytest.approx((2.8, 2.8), abs=0.11)
     assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.verdict.details)
     facts = {fact.label: fact for fact in report.facts}
@@ -149,9 +149,9 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path: 
         r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.verdict.statement
     )
     assert "post hoc: logits adjusted after training" in report.verdict.details.lower()
-    (bars,) = [one for one in parts(report)[0] if one.name == "shot_groups"]
+    (bars,) = [figure for figure in parts(report)[0] if figure.name == "shot_groups"]
     assert "linear probe, post hoc" in {row[0] for row in bars.data}
-    (table,) = [one for one in parts(report)[1] if one.name == "margins"]
+    (table,) = [table for table in parts(report)[1] if table.name == "margins"]
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
 
@@ -160,7 +160,7 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     adjusted = {"winner": 0.99, "linear probe": 0.6}
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
     report = build(source)
-    figures, tables = ({one.name: one for one in found} for found in parts(report))
+    figures, tables = ({item.name: item for item in items} for items in parts(report))
     ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
     assert report.facts[0].value == f"{100 * np.mean(ours):.1f} %"
     names = ["as trained", "linear probe", "linear probe, post hoc", "zero-shot"]
@@ -192,7 +192,7 @@ def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(t
         content = json.loads(path.read_text())
         content["splits"]["test"].pop("adjusted", None)
         path.write_text(json.dumps(content))
-    figures = {one.name: one for one in parts(build(ReportData.read(str(folder))))[0]}
+    figures = {figure.name: figure for figure in parts(build(ReportData.read(str(folder))))[0]}
     assert figures["class_size"].data[1][0] == "winner"
     assert "has stored its classes as trained" in figures["class_size"].caption
 
@@ -252,7 +252,7 @@ def test_quarantined_files_are_counted_by_class(tmp_path: Path) -> None:
     lines = ["split,row,path,reason,label,class_name,shot_group"]
     lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
     (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
-    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "quarantine_by_class"]
+    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "quarantine_by_class"]
     assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
     assert "Left out: 3 files that could not be decoded." in page_of(folder)
     (folder / "quarantine.csv").write_text("\n".join(lines[:2]) + "\n")
@@ -268,7 +268,7 @@ def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path: Path) -> Non
     assert (folder / "quarantine.csv").read_text().splitlines()[1] == "train,3,'-x.jpg,cut,1,'+1,many_shot"
     source = ReportData.read(str(folder))
     assert (source.quarantine[0]["path"], source.quarantine[0]["class_name"]) == ("-x.jpg", "+1")
-    tables = {one.name: list(csv.reader(one.csv().splitlines())) for one in parts(build(source))[1]}
+    tables = {table.name: list(csv.reader(table.csv().splitlines())) for table in parts(build(source))[1]}
     assert [row[0] for row in tables["per_class"][1:5]] == ["'=1+1", "'+1", "'-2", "'@sum"]
     assert tables["quarantine_by_class"][1][0] == "'+1"
     assert all(cell.startswith("+") for row in tables["gained"][1:] for cell in row[-1:])
@@ -298,10 +298,10 @@ def test_what_mattered_is_a_hint_unless_trials_had_equal_chances(tmp_path: Path)
 
 
 def test_the_loss_that_makes_the_difference_is_the_most_important(tmp_path: Path) -> None:
-    found = importances(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
-    assert found[0].key == "loss.name"
-    assert sum(one.share for one in found) == pytest.approx(1)
-    assert {one.key for one in found} == {"loss.name", "method", "decoder.depth", "optim.lr"}
+    ranked = importances(ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, num_trials=60))))
+    assert ranked[0].key == "loss.name"
+    assert sum(importance.share for importance in ranked) == pytest.approx(1)
+    assert {importance.key for importance in ranked} == {"loss.name", "method", "decoder.depth", "optim.lr"}
 
 
 def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ def test_compute_saved_by_stopping_and_what_its_rung_foretold(tmp_path: Path) ->
 def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     log = TrialLog.read(str(folder))
-    probes = [one for one in log.records.values() if one.config["method"] != "zero_shot"]
-    (key,) = {throughput_key(one.trial_config()) for one in probes}
+    probes = [record for record in log.records.values() if record.config["method"] != "zero_shot"]
+    (key,) = {throughput_key(record.trial_config()) for record in probes}
     phases = {"start": 10.0, "features": 20.0, "trials": 70.0, "refits": 30.0}
     spent = {"seconds": 130.0, "gpu_seconds": 520.0, "machine_seconds": 130.0, "phases": phases}
     plan = {
@@ -335,7 +335,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
         (folder / f"{name}.json").write_text(json.dumps(content))
     compute = ResourceUsage.read(str(folder), sweep_spec(), log)
     saved = saved_by_store(compute)
-    epochs = sum(len(one.epochs) for one in probes)
+    epochs = sum(len(record.epochs) for record in probes)
     assert (saved.num_read, saved.num_seen) == (500 * epochs, 500)
     assert saved.encoder_seconds == pytest.approx(5 * epochs)
     # Four GPUs stood by all the time.
@@ -345,7 +345,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
         "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
         "and trials 1 min 10 s, refits and test split 30 s"
     )
-    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "time"]
+    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "time"]
     assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
     assert words.replace("saved", "Saved", 1) in page_of(folder)
     # A store that costs more than it spares is no gain.
@@ -400,7 +400,7 @@ def test_a_folder_gets_every_figure_and_table(tmp_path: Path) -> None:
 
 def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    figures = {one.name: list(csv.DictReader(one.csv().splitlines())) for one in parts(build(source))[0]}
+    figures = {figure.name: list(csv.DictReader(figure.csv().splitlines())) for figure in parts(build(source))[0]}
     best = max(value for _, value in source.valued())
     assert max(float(row["objective"]) for row in figures["cost"]) == pytest.approx(best, abs=1e-5)
     front = [float(row["objective"]) for row in figures["cost"] if row["on_front"] == "True"]
@@ -413,11 +413,11 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
 
 def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    (table,) = [one for one in parts(build(source))[1] if one.name == "margins"]
-    (probe,) = [one for one in source.references if one.name == "linear probe"]
+    (table,) = [table for table in parts(build(source))[1] if table.name == "margins"]
+    (probe,) = [reference for reference in source.references if reference.name == "linear probe"]
     row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
     for group, heading in (("top1", "overall"), ("few_shot", "few")):
-        ours, theirs = (one.values(f"test/{group}_accuracy") for one in (source.winner, probe))
+        ours, theirs = (scored.values(f"test/{group}_accuracy") for scored in (source.winner, probe))
         gain, spread_ = (
             100 * (np.mean(ours) - np.mean(theirs)),
             100 * np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)),
@@ -430,23 +430,23 @@ def test_several_objectives_have_their_pareto_set(tmp_path: Path) -> None:
     few = "val/few_shot_accuracy"
     assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
     source = ReportData.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
-    (table,) = [one for one in parts(build(source))[1] if one.name == "pareto"]
+    (table,) = [table for table in parts(build(source))[1] if table.name == "pareto"]
     assert list(table.header[2:]) == ["val/balanced_accuracy", few]
-    found = [one.trial_id for one in pareto_records(source.log, source.spec)]
-    assert [row[0] for row in table.rows] == found
-    assert found[0] == source.log.best("val/balanced_accuracy")[0].trial_id
+    trial_ids = [record.trial_id for record in pareto_records(source.log, source.spec)]
+    assert [row[0] for row in table.rows] == trial_ids
+    assert trial_ids[0] == source.log.best("val/balanced_accuracy")[0].trial_id
 
 
 def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    (table,) = [one for one in parts(build(source))[1] if one.name == "class_groups"]
+    (table,) = [table for table in parts(build(source))[1] if table.name == "class_groups"]
     ours, theirs, *_ = compared_classes(source)
     gain = ours.correct / ours.total - theirs.correct / theirs.total
     for row in table.rows:
         labels = getattr(ours.stats, row[0].replace("-", "_"))
-        never = [int((one.correct[labels] == 0).sum()) for one in (ours, theirs)]
-        found = [len(labels), int((gain[labels] > 0).sum()), int((gain[labels] < 0).sum()), *never]
-        assert [int(cell) for cell in row[1:]] == found
+        never = [int((results.correct[labels] == 0).sum()) for results in (ours, theirs)]
+        expected = [len(labels), int((gain[labels] > 0).sum()), int((gain[labels] < 0).sum()), *never]
+        assert [int(cell) for cell in row[1:]] == expected
     assert sum(int(row[1]) for row in table.rows) == len(COUNTS)
 
 
@@ -462,7 +462,7 @@ def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path: Path) -> No
     again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
     again.epochs = again.epochs[-1:]
     log.save(again)
-    (table,) = [one for one in parts(build(ReportData.read(str(folder))))[1] if one.name == "over_seeds"]
+    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "over_seeds"]
     assert table.rows[0][0] == first.trial_id
     assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
 
@@ -500,12 +500,12 @@ def test_a_figures_file_has_words_of_the_sizes_that_were_drawn() -> None:
 def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path: Path) -> None:
     """The winner's blue was the first method's in Search, and no figure there showed the winner."""
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    figures = {one.name: one.drawing.svg(one.title) for one in parts(build(source))[0]}
+    figures = {figure.name: figure.drawing.svg(figure.title) for figure in parts(build(source))[0]}
     best = source.best.trial_id
     for name in ("history", "cost", "few_shot", "rung", "slice_optim.lr", "slice_method", "parallel"):
         text = figures[name]
         blue = re.findall(r'<(?:path|circle|polygon) class="c0[^>]*>(?:<title>([^<]*))?', text)
-        titles = [one for one in blue if one]
+        titles = [title for title in blue if title]
         assert len(titles) == 1, name
         assert best in titles[0], name
         # The first two colors after the winner's are the baselines', and those of their methods.
@@ -596,6 +596,6 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int) -> None:
         f"f.srcdoc={frame}</script>"
     )
     done = chromium("--dump-dom", "--virtual-time-budget=5000", probe.as_uri())
-    found = re.search(r"widths (\d+) (\d+)", done.stdout)
-    assert found is not None
-    assert int(found[1]) <= int(found[2]) <= width
+    match = re.search(r"widths (\d+) (\d+)", done.stdout)
+    assert match is not None
+    assert int(match[1]) <= int(match[2]) <= width

@@ -208,7 +208,7 @@ def below(pid: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    children = [one for one, parent in parents.items() if parent == pid]
+    children = [child for child, parent in parents.items() if parent == pid]
     return children + [grandchild for child in children for grandchild in below(child)]
 
 
@@ -299,7 +299,7 @@ def test_a_bad_loss_fails_its_trials_alone_and_says_why(
         printed = sweep.run()
     assert "2 trials failed" in printed
     assert sentence in printed
-    states = {one["draw"]["loss.name"]: one["state"] for one in sweep.records().values()}
+    states = {record["draw"]["loss.name"]: record["state"] for record in sweep.records().values()}
     assert states == {"cross_entropy": "finished", "focal": "failed", "balanced_softmax": "finished"}
     assert len(sweep.records()) == NUM_TRIALS
     expected = {key: value for key, value in quiet.outcome().items() if "focal" not in key}
@@ -330,8 +330,8 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(
 def share_of_memory(more_bytes: int) -> float:
     """What is used of this machine's memory, and so many bytes more."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    found = {key: 1024 * int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
-    return (found["MemTotal"] - found["MemAvailable"] + more_bytes) / found["MemTotal"]
+    memory = {key: 1024 * int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
+    return (memory["MemTotal"] - memory["MemAvailable"] + more_bytes) / memory["MemTotal"]
 
 
 def run_with_little_memory(there: Apart, sweep: Sweep, folder: Path, num_bytes: int, **expected: Any) -> str:
@@ -360,7 +360,7 @@ def test_a_machine_without_memory_left_ends_the_trials_that_took_it_and_says_so(
             there=there, driver=driver, cpus_per_worker=0.9, max_failures=1, space=space, num_trials=2 * len(rates)
         )
         printed = run_with_little_memory(there, sweep, tmp_path, 8_000_000_000)
-        states = {(one["draw"]["loss.name"], one["state"]) for one in sweep.records().values()}
+        states = {(record["draw"]["loss.name"], record["state"]) for record in sweep.records().values()}
         outcome, num_records, num_processes = sweep.outcome(), len(sweep.records()), len(ids("trial"))
     sentence = "its machine ran out of memory with train.batch_size 32 over 1 worker, 10 classes"
     assert f"{len(rates)} x {sentence}" in printed
@@ -548,7 +548,7 @@ def test_a_killed_worker_costs_no_trial_of_its_pack(
         time.sleep(5)
         assert kill(ids("trial")) == 1
     printed = sweep.end()
-    assert {one["pack_size"] for one in sweep.records().values()} == {NUM_TRIALS}
+    assert {record["pack_size"] for record in sweep.records().values()} == {NUM_TRIALS}
     assert "failed" not in printed
     assert_nearly_the_same_end(sweep, quiet)
 
@@ -567,7 +567,7 @@ def test_a_killed_worker_costs_no_trial_of_a_pack_of_decoders(
         time.sleep(5)
         assert kill(ids("trial")) == 1
     assert "failed" not in packed.end()
-    assert {one["pack_size"] for one in packed.records().values()} == {NUM_TRIALS}
+    assert {record["pack_size"] for record in packed.records().values()} == {NUM_TRIALS}
     assert_same_end(packed, alone)
 
 
@@ -586,7 +586,9 @@ def test_a_trial_at_fault_in_a_pack_is_ended_alone(
     with order(losses={"focal": fault}):
         printed = sweep.run()
     assert sentence in printed
-    states = {(one["draw"]["loss.name"], one["state"], one["pack_size"]) for one in sweep.records().values()}
+    states = {
+        (record["draw"]["loss.name"], record["state"], record["pack_size"]) for record in sweep.records().values()
+    }
     assert states == {("cross_entropy", "finished", 1), ("balanced_softmax", "finished", 1), ("focal", "failed", 1)}
     assert sweep.outcome() == {key: value for key, value in quiet.outcome().items() if "focal" not in key}
     assert len(sweep.records()) == NUM_TRIALS
@@ -645,9 +647,9 @@ def test_changed_code_is_refused_by_name(sweep: Sweep, order: Callable[..., Any]
         sweep.wait_for(lambda: sweep.num_ended() >= 1)
         sweep.stop()
     path = sweep.path / "provenance.json"
-    found = json.loads(path.read_text())
-    found["code"]["longtail/losses.py"] = "of another version"
-    path.write_text(json.dumps(found))
+    provenance = json.loads(path.read_text())
+    provenance["code"]["longtail/losses.py"] = "of another version"
+    path.write_text(json.dumps(provenance))
     printed = sweep.run("--resume", str(sweep.path), code=1)
     assert "imbvlm/longtail/losses.py has changed since the sweep began" in printed
     printed = sweep.run("--resume", str(sweep.path), "--fork")

@@ -40,10 +40,12 @@ class S3Sweep(Sweep):
         if not self._paths():
             return {}
         trials = storage.join(self.path, "trials")
-        found = {
+        records = {
             name: json.loads(storage.read_bytes(storage.join(trials, name))) for name in storage.list_files(trials)
         }
-        return {name.removesuffix(".json"): one for name, one in sorted(found.items()) if one["kind"] == kind}
+        return {
+            name.removesuffix(".json"): record for name, record in sorted(records.items()) if record["kind"] == kind
+        }
 
     def best(self) -> str:
         return storage.read_bytes(storage.join(self.path, "best.yaml")).decode()
@@ -90,22 +92,22 @@ def command_lines(there: Apart) -> list[str]:
 
 
 def files_with(secrets: list[bytes], folder: Path) -> list[str]:
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return [str(path) for path in found if any(secret in path.read_bytes() for secret in secrets)]
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path) for path in paths if any(secret in path.read_bytes() for secret in secrets)]
 
 
 def objects_with(secrets: list[bytes], uri: str) -> tuple[int, list[str]]:
     """How many objects are below, and which have a secret in them."""
-    number, found = 0, []
+    number, uris = 0, []
     for name in storage.list_files(uri):
         below = storage.join(uri, name)
         if storage.list_files(below):
             more, having = objects_with(secrets, below)
-            number, found = number + more, found + having
+            number, uris = number + more, uris + having
         else:
             number += 1
-            found += [below] if any(secret in storage.read_bytes(below) for secret in secrets) else []
-    return number, found
+            uris += [below] if any(secret in storage.read_bytes(below) for secret in secrets) else []
+    return number, uris
 
 
 @pytest.mark.parametrize("driver", ["in_process", "ray_train"])

@@ -125,13 +125,13 @@ def test_who_breaks_a_constraint_is_not_chosen_and_the_tables_say_so(tmp_path: P
     folder = write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False, constraints={FEW: 0.52})
     log, spec = TrialLog.read(str(folder)), sweep_spec(constraints={FEW: 0.52})
     free = TrialLog.read(str(write_sweep(tmp_path / "b", [120, 60, 30, 12], refits=False)))
-    few = {one.trial_id: metric_value(one.epochs, OVERALL, FEW) for one in log.of("search")}
+    few = {record.trial_id: metric_value(record.epochs, OVERALL, FEW) for record in log.of("search")}
     able = [trial_id for trial_id, value in few.items() if value >= 0.52]
     assert 0 < len(able) < 24
-    ranked = [one.trial_id for one in log.best(OVERALL)]
+    ranked = [record.trial_id for record in log.best(OVERALL)]
     assert set(ranked[: len(able)]) == set(able)
     assert refits(log, spec)[0].record.trial_id == ranked[0]
-    assert sorted(ranked) == sorted(one.trial_id for one in free.best(OVERALL))
+    assert sorted(ranked) == sorted(record.trial_id for record in free.best(OVERALL))
     log.constraints = {FEW: 0.99}
     assert "no trial meets the constraints (val/few_shot_accuracy 0.99)" in verdict(
         log, sweep_spec(constraints={FEW: 0.99})
@@ -146,10 +146,12 @@ def test_the_pareto_set_of_a_sweep_has_its_values_in_a_table(tmp_path: Path) -> 
         value = chance.random()
         few = 1 - value if value > 0.5 else 0.0
         record.epochs = [{"epoch": 1.0, OVERALL: value, spec.best_objective: value, FEW: few}]
-    found = pareto_records(log, spec)
-    assert {one.trial_id for one in found} == {one.trial_id for one in log.of("search") if one.epochs[0][OVERALL] > 0.5}
-    assert found[0].trial_id == log.best(OVERALL)[0].trial_id
-    assert all(one.trial_id in pareto_table(found, spec) for one in found)
+    front = pareto_records(log, spec)
+    assert {record.trial_id for record in front} == {
+        record.trial_id for record in log.of("search") if record.epochs[0][OVERALL] > 0.5
+    }
+    assert front[0].trial_id == log.best(OVERALL)[0].trial_id
+    assert all(record.trial_id in pareto_table(front, spec) for record in front)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +186,14 @@ def test_a_warm_start_tells_what_the_new_space_contains_and_counts_for_nothing(t
     spec = sweep_spec(base=base, space=space, num_trials=5, warm_start=[folder])
     check_spec(spec)
     (start,) = warm_starts(spec.resolve())
-    probes = [one for one in before.of("search") if one.config["method"] == "linear_probe"]
-    inside = [one for one in probes if one.draw["optim.lr"] <= 0.1]
-    assert [one.record.trial_id for one in start.trials] == [one.trial_id for one in inside]
+    probes = [record for record in before.of("search") if record.config["method"] == "linear_probe"]
+    inside = [record for record in probes if record.draw["optim.lr"] <= 0.1]
+    assert [trial.record.trial_id for trial in start.trials] == [trial.trial_id for trial in inside]
     assert 0 < len(inside) < start.num_ended == 24
     assert f"{len(inside)} of 24 trials of {folder}" in start.describe()
     search = searcher(spec, warm=warm_trials([start]))
     values = [trial.value for trial in search.study.trials]
-    assert values == [one.best_value(spec.best_objective) for one in inside]
+    assert values == [record.best_value(spec.best_objective) for record in inside]
     jobs = drive(search)
     assert [job.trial_id for job in jobs] == [f"t{number:05d}" for number in range(1, 6)]
 
@@ -219,10 +221,12 @@ def test_a_sweep_with_two_objectives_a_constraint_and_a_warm_start(ray_cluster: 
     sweep = newest(tmp_path)
     assert f"warm start: 4 of 4 trials of {earlier} lie in this space" in printed
     assert "no trial is better in all objectives than these" in printed
-    records = {name: one for name, one in trials(sweep).items() if one["kind"] == "search"}
+    records = {name: record for name, record in trials(sweep).items() if record["kind"] == "search"}
     for path in (sweep / "pareto").iterdir():
         assert path.stem in records
         TrialConfig.from_yaml(path)
     best = TrialConfig.from_yaml(sweep / "best.yaml")
-    (chosen,) = [one for one in records.values() if {**one["config"], "train": 0} == {**best.to_tree(), "train": 0}]
+    (chosen,) = [
+        record for record in records.values() if {**record["config"], "train": 0} == {**best.to_tree(), "train": 0}
+    ]
     assert metric_value(chosen["epochs"], OVERALL, FEW) >= 0.3

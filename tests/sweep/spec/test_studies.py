@@ -86,7 +86,7 @@ def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_
 
 
 def a_list(number: int) -> dict[str, Any]:
-    return {"configurations": {f"rate-{one}": {"optim.lr": one / 100} for one in range(1, number + 1)}}
+    return {"configurations": {f"rate-{rate}": {"optim.lr": rate / 100} for rate in range(1, number + 1)}}
 
 
 def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
@@ -212,15 +212,15 @@ def record(
 
 def test_every_configuration_is_refitted_and_the_best_one_once(tmp_path: Path) -> None:
     made, log = write_study(tmp_path / "s")
-    found = refits(log, made)
-    assert [(one.name, one.seeds) for one in found] == [
+    selected = refits(log, made)
+    assert [(refit.name, refit.seeds) for refit in selected] == [
         ("winner", (0, 1, 2)),
         ("study: zero-shot", (0,)),
         ("study: probe", (0, 1, 2)),
         ("study: decoder", (0, 1, 2)),
     ]
     assert listed_names(log, made)["t00004"] == "winner"
-    ids = [one.trial_id(seed, log) for one in found for seed in one.seeds]
+    ids = [refit.trial_id(seed, log) for refit in selected for seed in refit.seeds]
     assert len(set(ids)) == len(ids)
 
 
@@ -241,10 +241,10 @@ def test_tables_have_means_spreads_views_and_aliases(tmp_path: Path) -> None:
 
 def test_five_crops_have_a_row_of_their_own(tmp_path: Path) -> None:
     _, log = write_study(tmp_path / "s")
-    for one in log.of("refit"):
-        if one.name == "study: probe":
-            one.epochs[-1]["test_tte/top1_accuracy"] = 0.5
-            log.save(one)
+    for record in log.of("refit"):
+        if record.name == "study: probe":
+            record.epochs[-1]["test_tte/top1_accuracy"] = 0.5
+            log.save(record)
     rows = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))[0].rows
     assert [row[0] for row in rows] == ["Zero-shot", "Probe", "  five crops", "Decoder", "MARC"]
     assert list(rows[2][1:5]) == ["1", "3", "50.0 ± 0.0", "-"]
@@ -275,9 +275,9 @@ def test_a_configuration_that_gave_nothing_has_dashes(tmp_path: Path) -> None:
 def test_fresh_crops_are_compared_with_the_same_configuration_on_stored_views(tmp_path: Path) -> None:
     """The best of all has a second stage, which stands on stored features: its method's next best shows the gap."""
     made, log = write_study(tmp_path / "s", fresh_crops=True)
-    fresh = [one for one in refits(log, made) if one.is_fresh]
-    assert [one.name for one in fresh] == ["study: decoder, fresh crops", "study: probe, fresh crops"]
-    assert all(not one.config.features.store and one.config.reads_images for one in fresh)
+    fresh = [refit for refit in refits(log, made) if refit.is_fresh]
+    assert [refit.name for refit in fresh] == ["study: decoder, fresh crops", "study: probe, fresh crops"]
+    assert all(not refit.config.features.store and refit.config.reads_images for refit in fresh)
     table = study_tables.fresh_gap(ReportData.read(str(tmp_path / "s")))
     assert table is not None
     by_name = {row[0]: row[1:] for row in table.rows[:3]}
@@ -293,7 +293,7 @@ def test_a_search_compares_its_winner_and_each_methods_best_with_fresh_crops(tmp
     for number, method in enumerate(("linear_probe", "decoder", "linear_probe"), 1):
         epochs = [{"epoch": 1.0, "val/balanced_accuracy": number / 10, BEST: number / 10}]
         log.save(record(f"t{number}", "search", made.trial({"method": method}).to_tree(), epochs))
-    assert [one.name for one in refits(log, made)] == [
+    assert [refit.name for refit in refits(log, made)] == [
         "winner", "winner, fresh crops", "best decoder", "best decoder, fresh crops",
     ]  # fmt: skip
 
@@ -310,9 +310,9 @@ def test_published_numbers_stand_only_beside_their_data_and_tower(tmp_path: Path
     renamed.write(str(tmp_path / "m.parquet"))
     assert published_scores(str(tmp_path / "m.parquet")) == []
     recipe = spec().trial({**LIFT, "train.num_epochs": 10})
-    assert {one.dataset for one in PUBLISHED if one.matches(recipe)} == {"imagenet_lt", "places_lt"}
+    assert {entry.dataset for entry in PUBLISHED if entry.matches(recipe)} == {"imagenet_lt", "places_lt"}
     for other in ({"loss.name": "focal"}, {"encoder.name": "laion2b_vit_b16"}, {"classifier.init": "random"}):
-        assert not any(one.matches(recipe.with_overrides(other)) for one in PUBLISHED)
+        assert not any(entry.matches(recipe.with_overrides(other)) for entry in PUBLISHED)
 
 
 # --------------------------------------------------------------------------------------------- sweeps/paper.py
@@ -332,10 +332,13 @@ def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
     assert len({canonical_key(config) for config in configs.values()}) == len(configs)
     rows = {table.name: [configs[row.configuration] for row in table.rows] for table in made.study}
     losses = rows["losses"]
-    assert len(losses) == len({canonical_key(one) for one in losses}) == 12
-    assert all(one.method == "decoder" for one in losses)
-    assert {one.loss.name for one in rows["prompt_losses"]} == set(LOSSES) - {"logit_adjustment", "effective_number"}
-    assert [one.decoder.depth for one in rows["depth"]] == list(range(7))
+    assert len(losses) == len({canonical_key(config) for config in losses}) == 12
+    assert all(config.method == "decoder" for config in losses)
+    assert {config.loss.name for config in rows["prompt_losses"]} == set(LOSSES) - {
+        "logit_adjustment",
+        "effective_number",
+    }
+    assert [config.decoder.depth for config in rows["depth"]] == list(range(7))
     assert rows["cost"] == rows["methods"]
     assert made.refit_seeds == [0, 1, 2]
     if manifest.startswith("embedded:"):
@@ -343,12 +346,12 @@ def test_all_parts_of_the_study_can_be_built(paper: Any, manifest: str) -> None:
         assert "pretraining" not in rows
     else:
         assert left_out == []
-        assert {"adapter", "lora", "bias_tuning"} <= {one.method for one in rows["since"]}
-        assert {one.encoder.name for one in rows["towers"]} == {"openai_vit_b16", "openai_vit_l14"}
-        assert {one.encoder.name for one in rows["pretraining"]} == {
+        assert {"adapter", "lora", "bias_tuning"} <= {config.method for config in rows["since"]}
+        assert {config.encoder.name for config in rows["towers"]} == {"openai_vit_b16", "openai_vit_l14"}
+        assert {config.encoder.name for config in rows["pretraining"]} == {
             "openai_vit_b16", "laion400m_vit_b16", "laion2b_vit_b16",
         }  # fmt: skip
-        steps = {one.train.num_steps for one in losses}
+        steps = {config.train.num_steps for config in losses}
         assert steps == {8192}
 
 
@@ -417,17 +420,17 @@ def test_lifts_recipe_for_each_data_set(
     configs = {name: made.trial(draw) for name, draw in space.configurations.items()}  # type: ignore[attr-defined]
     lengths = {name: configs[name].train.num_epochs for name in ("lift-b16", "lift-l14", "lift-plus-b16")}
     assert lengths == {"lift-b16": epochs, "lift-l14": epochs, "lift-plus-b16": plus}
-    one = configs["lift-b16"]
-    assert (one.optim.lr, one.optim.lr_schedule, one.train.batch_size, one.adapter.width) == (
+    config = configs["lift-b16"]
+    assert (config.optim.lr, config.optim.lr_schedule, config.train.batch_size, config.adapter.width) == (
         0.01,
         "epoch_half_cosine",
         128,
         None,
     )
-    assert one.classifier.temperature == 0.04
+    assert config.classifier.temperature == 0.04
     # LIFT+'s "minimalist" augmentation is its crop alone: its code mirrors nothing, where LIFT's does.
     images = {name: configs[name].augmentation for name in ("lift-b16", "lift-plus-b16")}
-    assert {name: (one.crop, one.flip) for name, one in images.items()} == {
+    assert {name: (augmentation.crop, augmentation.flip) for name, augmentation in images.items()} == {
         "lift-b16": ("random_resized", True),
         "lift-plus-b16": ("growing", False),
     }

@@ -62,8 +62,8 @@ confirm_seeds: [2, 2]
 """
     with pytest.raises(ConfigError) as error:
         SweepSpec.from_tree(parse_yaml(text, "sweep.yaml"))
-    found = sorted(problems(error), key=lambda one: int(one.split(":")[1]))
-    assert found == [
+    messages = sorted(problems(error), key=lambda message: int(message.split(":")[1]))
+    assert messages == [
         "sweep.yaml:1: name is 'my sweep': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$'.",
         "sweep.yaml:2: base must be a section of keys, and is 3.",
         "sweep.yaml:3: space must be a valid string or a section of keys, and is ['a'].",
@@ -141,7 +141,7 @@ def test_another_scheduler_drops_the_old_ones_knobs() -> None:
 def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
     made = with_settings(spec(), {"optim.lr": 0.5, "method": "decoder"})
     space = check_spec(made).space
-    assert [one.key for one in space.parameters] == ["decoder.depth", "loss.name", "loss.gamma"]
+    assert [parameter.key for parameter in space.parameters] == ["decoder.depth", "loss.name", "loss.gamma"]
     draw = {"decoder.depth": 1, "loss.name": "balanced_softmax"}
     assert space.to_optuna_params(draw, made.base) == draw
     trial = made.trial(draw)
@@ -161,7 +161,7 @@ def test_a_knob_that_is_set_holds_where_its_variant_is_drawn() -> None:
 def test_another_space_and_a_fixed_key_of_it_at_once() -> None:
     other = {"parameters": {"optim.momentum": {"uniform": [0, 0.9]}, "optim.lr": {"uniform": [0.1, 1]}}}
     made = with_settings(spec(base={**BASE, "method": "decoder"}), {"optim.momentum": 0.5, "space": other})
-    assert [one.key for one in check_spec(made).space.parameters] == ["optim.lr"]
+    assert [parameter.key for parameter in check_spec(made).space.parameters] == ["optim.lr"]
     assert made.base["optim"] == {"momentum": 0.5}
 
 
@@ -206,8 +206,8 @@ def test_wrong_types_of_settings() -> None:
 
 
 def test_a_setting_that_clashes_with_another_key_is_found_by_the_check() -> None:
-    found = refused(with_settings(spec(), {"decoder.width": 30}))
-    assert found == ["--set: decoder.width must be a multiple of decoder.num_heads (4), got 30."]
+    messages = refused(with_settings(spec(), {"decoder.width": 30}))
+    assert messages == ["--set: decoder.width must be a multiple of decoder.num_heads (4), got 30."]
 
 
 def test_words_of_the_command_line_are_yaml() -> None:
@@ -234,7 +234,7 @@ def test_differences_are_what_would_change_the_search() -> None:
 
 
 def test_a_right_one_is_right() -> None:
-    assert [one.key for one in check_spec(spec()).space.parameters] == list(SPACE["parameters"])
+    assert [parameter.key for parameter in check_spec(spec()).space.parameters] == list(SPACE["parameters"])
 
 
 def test_the_base_is_checked_with_its_lines() -> None:
@@ -251,8 +251,8 @@ base:
 space:
   parameters: {optim.lr: {uniform: [1, 2], when: {decoder.depth: 1}}}
 """
-    found = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
-    assert found == [
+    messages = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
+    assert messages == [
         "sweep.yaml:2: objective 'val/balanced' is not measured; did you mean 'val/balanced_accuracy'?",
         "sweep.yaml:11: the condition of optim.lr names decoder.depth, which neither base nor space sets",
         "sweep.yaml:3: stratify names 'method', which the space doesn't choose from a list; nothing is valid here",
@@ -274,8 +274,8 @@ base:
 space:
   parameters: {method: {choice: [linear_probe, decoder]}}
 """
-    found = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
-    assert sorted(found) == [
+    messages = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
+    assert sorted(messages) == [
         "sweep.yaml:2: 'data' is required and is not given.",
         "sweep.yaml:5: unknown key 'decoder.depht'; did you mean 'depth'?",
         "sweep.yaml:6: train must have either num_epochs or num_steps, got both. Remove one.",
@@ -316,9 +316,9 @@ def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
 
 def test_a_space_that_is_not_there_is_named_where_it_was_asked_for() -> None:
     located = parse_yaml("name: s\nbase: {}\nspace: quikstart\n", "sweep.yaml")
-    found = refused(SweepSpec.from_tree(located))
-    assert len(found) == 1
-    assert found[0].startswith("sweep.yaml:3: no search space is called 'quikstart'; ")
+    messages = refused(SweepSpec.from_tree(located))
+    assert len(messages) == 1
+    assert messages[0].startswith("sweep.yaml:3: no search space is called 'quikstart'; ")
 
 
 def test_wrong_smoke_settings_show_before_they_are_needed() -> None:
@@ -375,9 +375,9 @@ def test_a_fixed_key_shortens_the_pinned_trials_and_leaves_out_what_it_excludes(
 ) -> None:
     spec = SweepSpec.from_tree(parse_yaml(PINNED, "sweep.yaml"))
     check_spec(spec)
-    found = with_settings(spec, settings)
-    check_spec(found)
-    assert found.first_trials == (spec.first_trials if left is None else left)
+    changed = with_settings(spec, settings)
+    check_spec(changed)
+    assert changed.first_trials == (spec.first_trials if left is None else left)
 
 
 def test_a_pinned_trial_outside_the_space_is_refused_whatever_else_is_set() -> None:
@@ -408,9 +408,9 @@ def test_numbers_that_are_none_are_said_as_they_were_written(written: str, said:
     """A whole number of 401 digits was a traceback, and behind a `--set` a .nan was a None."""
     tree = parse_yaml(f"{{parameters: {{optim.lr: {written}}}}}").data
     made = SweepSpec.from_tree({"name": "x", "base": BASE, "space": tree})
-    for one in (made, with_settings(made, {"num_trials": 3})):
+    for sweep in (made, with_settings(made, {"num_trials": 3})):
         with pytest.raises(ConfigError) as error:
-            check_spec(one)
+            check_spec(sweep)
         (problem,) = error.value.problems
         assert problem.message.startswith(said)
 
@@ -455,8 +455,8 @@ def test_all_mistakes_of_a_file_are_shown_at_once_however_deep(tmp_path: Path) -
         path.write_text("\n".join("" if n in left_out else line for n, line in enumerate(lines, 1)))
         with pytest.raises(ConfigError) as error:
             check_spec(SweepSpec.from_yaml(path))
-        found = {int(one.where.rpartition(":")[2]): one.message for one in error.value.problems}
-        assert sorted(found) == [n for n in said if n not in left_out]
-        assert len(found) == len(error.value.problems)
-        for number, message in found.items():
+        by_line = {int(problem.where.rpartition(":")[2]): problem.message for problem in error.value.problems}
+        assert sorted(by_line) == [n for n in said if n not in left_out]
+        assert len(by_line) == len(error.value.problems)
+        for number, message in by_line.items():
             assert said[number].split(";")[0].split(",")[0] in message

@@ -32,23 +32,23 @@ def metrics_of(sweep: str) -> Metrics:
     """What Prometheus would read of a sweep now: (name, labels but Ray's own) -> value."""
     # Where README says that Prometheus finds its targets.
     targets = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
-    found: Metrics = {}
-    for target in {one for group in targets for one in group["targets"]}:
+    metrics: Metrics = {}
+    for target in {address for group in targets for address in group["targets"]}:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as page:
             text = page.read().decode()
         for name, labels, value in SAMPLE.findall(text):
             given = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             if given.get("sweep") == sweep:
-                found[(name, *(given[key] for key in ("kind", "objective", "group", "state") if key in given))] = float(
-                    value
+                metrics[(name, *(given[key] for key in ("kind", "objective", "group", "state") if key in given))] = (
+                    float(value)
                 )
-    return found
+    return metrics
 
 
-def wait_for(found: Callable[..., Any], seconds: float = 90) -> Any:
+def wait_for(read: Callable[..., Any], seconds: float = 90) -> Any:
     """The first answer that isn't empty; Ray tells its metrics every few seconds."""
     deadline = time.monotonic() + seconds
-    while not (answer := found()):
+    while not (answer := read()):
         assert time.monotonic() < deadline, "it didn't come to that"
         time.sleep(1)
     return answer
@@ -58,35 +58,35 @@ def events_of(folder: Path) -> list[tuple[int, str, float]]:
     """(step, tag, value) of TensorBoard's files, which are records of length, check sum, event, check sum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    events = []
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += length + 16
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return found
+            events += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return events
 
 
 def optuna_trials(path: Path) -> dict[str, tuple[str, float | None]]:
     """As optuna-dashboard opens it: parameters -> state and value."""
     (name,) = optuna.get_all_study_names(JournalStorage(JournalFileBackend(str(path))))
     study = optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(path))))
-    return {json.dumps(one.params, sort_keys=True): (one.state.name, one.value) for one in study.trials}
+    return {json.dumps(trial.params, sort_keys=True): (trial.state.name, trial.value) for trial in study.trials}
 
 
 def expected(sweep: Sweep) -> Metrics:
     """What its records say."""
     records, best = sweep.records().values(), "val/best_balanced_accuracy"
-    ended = [one for one in records if one["state"] == "finished"]
-    winner = max(ended, key=lambda one: one["epochs"][-1][best])
-    epoch = max(winner["epochs"], key=lambda one: one["val/balanced_accuracy"])
+    ended = [record for record in records if record["state"] == "finished"]
+    winner = max(ended, key=lambda record: record["epochs"][-1][best])
+    epoch = max(winner["epochs"], key=lambda epoch: epoch["val/balanced_accuracy"])
     groups = [group for group in ("top1", "balanced", *SHOT_GROUPS) if f"val/{group}_accuracy" in epoch]
     assert len(groups) >= 4
     return {
         ("imbvlm_trials", "search", "finished"): len(ended),
-        ("imbvlm_trials", "search", "running"): sum(one["state"] == "running" for one in records),
+        ("imbvlm_trials", "search", "running"): sum(record["state"] == "running" for record in records),
         ("imbvlm_trials", "search", "failed"): 0,
         ("imbvlm_trials", "baseline", "finished"): 2,
         ("imbvlm_best_value", "val/balanced_accuracy"): winner["epochs"][-1][best],
@@ -115,8 +115,8 @@ def test_a_running_sweep_is_seen_in_prometheus_tensorboard_and_optuna(
     records = sweep.records()
     assert len(records) == NUM_TRIALS
     values = {
-        json.dumps(one["draw"], sort_keys=True): ("COMPLETE", one["epochs"][-1]["val/best_balanced_accuracy"])
-        for one in records.values()
+        json.dumps(record["draw"], sort_keys=True): ("COMPLETE", record["epochs"][-1]["val/best_balanced_accuracy"])
+        for record in records.values()
     }
     assert optuna_trials(sweep.path / "optuna.log") == values
     for trial_id, record in {**records, **sweep.records("refit")}.items():
