@@ -7,31 +7,49 @@ from pathlib import Path
 from typing import Any
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.config.input_sections import absolute_encoder_name, absolute_path
 from imbvlm.config.trial_config import apply_overrides
 from imbvlm.data.manifest import EMBEDDED, absolute_manifest
 from imbvlm.sweep.spec.search_space import get_dotted
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
+_ENCODER_PATHS = {"encoder.name": absolute_encoder_name, "encoder.weights": absolute_path}
+
 
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """Return the specification with absolute paths of manifest, storage, features and encoder."""
+    """Return the specification with absolute paths of manifest, storage, features and encoders, also in its space."""
     changes: dict[str, Any] = {"storage": storage.absolute(spec.storage)}
     if spec.feature_folder is not None:
         changes["feature_folder"] = storage.absolute(spec.feature_folder)
-    base = dict(spec.base)
-    manifest, encoder = get_dotted(base, "data.manifest"), base.get("encoder")
+    base = _absolute_encoders(spec.base)
+    manifest = get_dotted(base, "data.manifest")
     if isinstance(manifest, str):
         base = apply_overrides(base, {"data.manifest": absolute_manifest(manifest)})
-    if isinstance(encoder, dict):
-        base["encoder"] = {key: _absolute_encoder_value(key, value) for key, value in encoder.items()}
+    changes["first_trials"] = _absolute_encoders(spec.first_trials)
+    try:
+        tree = spec.read_space().tree
+    except ConfigError:
+        # The check names its mistakes together with all others.
+        return spec.model_copy(update={**changes, "base": base})
+    space = _absolute_encoders(tree)
+    if space != tree:
+        changes["space"] = space
     return spec.model_copy(update={**changes, "base": base})
 
 
-def _absolute_encoder_value(key: str, value: Any) -> Any:
-    to_absolute = {"name": absolute_encoder_name, "weights": absolute_path}.get(key)
-    return value if to_absolute is None or not isinstance(value, str) else to_absolute(value)
+def _absolute_encoders(value: Any, key: str = "") -> Any:
+    """Return a tree of settings with absolute paths in encoder.name and encoder.weights, dotted or nested."""
+    if isinstance(value, dict):
+        return {name: _absolute_encoders(child, _dotted_key(key, name)) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_absolute_encoders(child, key) for child in value]
+    return _ENCODER_PATHS[key](value) if key in _ENCODER_PATHS and isinstance(value, str) else value
+
+
+def _dotted_key(parent: str, name: str) -> str:
+    # A key below encoder.name, such as `choice`, describes its range.
+    return parent if parent in _ENCODER_PATHS else f"encoder.{name}" if parent == "encoder" else name
 
 
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:

@@ -89,6 +89,28 @@ def test_a_sweeps_encoder_is_found_from_any_working_directory(
     assert {key: str(value) for key, value in spec.base["encoder"].items() if value is not None} == texts
 
 
+def test_encoders_of_a_space_are_found_from_any_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    space = {
+        "parameters": {
+            "encoder.name": {"choice": ["tinylit_lite0", "local-dir:mine"]},
+            "loss.tau": {"uniform": [0.5, 1.5], "when": {"encoder.name": ["local-dir:mine"]}},
+        }
+    }
+    tree = {**base("images/manifest.parquet"), "loss": {"name": "logit_adjustment"}}
+    spec = with_absolute_paths(sweep_spec(base=tree, space=space, first_trials=[{"encoder.name": "local-dir:mine"}]))
+    absolute = f"local-dir:{home}/mine"
+    (first,) = spec.first_trials
+    assert first["encoder.name"] == absolute
+    parameters = spec.read_space().tree["parameters"]
+    assert parameters["encoder.name"] == {"choice": ["tinylit_lite0", absolute]}
+    assert parameters["loss.tau"] == {"uniform": [0.5, 1.5], "when": {"encoder.name": [absolute]}}
+
+
+def test_a_space_without_local_encoders_stays_the_file_that_it_is(home: Path) -> None:
+    assert with_absolute_paths(sweep_spec(space="quickstart")).space == "quickstart"
+
+
 def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(
     home: Path, monkeypatch: pytest.MonkeyPatch, ran: list[SweepSpec]
 ) -> None:
