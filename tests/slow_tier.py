@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = Path(__file__).with_name("slow_seconds.json")
 # Files too long for one part. Their tests are packed one by one.
-SPLIT = ("tests/sweep/run/test_faults.py", "tests/sweep/run/test_nodes.py")
+SPLIT = ("tests/sweep/run/test_faults.py", "tests/sweep/run/test_nodes.py", "tests/test_readme.py")
 MAX_PART_SECONDS = 20 * 60
 # Assumed for a unit that is not measured yet, null in the file.
 ASSUMED_SECONDS = 5 * 60
@@ -40,14 +40,21 @@ def slow_units() -> list[str]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         name = path.relative_to(ROOT).as_posix()
-        if name in SPLIT:
-            tests = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
-            units += [f"{name}::{test}" for test in tests if test.startswith("test_")]
-        elif any(
-            isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.slow" for node in ast.walk(tree)
-        ):
+        if not _is_marked_slow(tree):
+            continue
+        if name not in SPLIT:
             units.append(name)
+            continue
+        whole = any(_is_marked_slow(node) for node in tree.body if isinstance(node, ast.Assign))
+        tests = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+        units += [f"{name}::{test.name}" for test in tests if whole or _is_marked_slow(test)]
     return units
+
+
+def _is_marked_slow(node: ast.AST) -> bool:
+    return any(
+        isinstance(child, ast.Attribute) and ast.unparse(child) == "pytest.mark.slow" for child in ast.walk(node)
+    )
 
 
 def unit_of(node_id: str) -> str:

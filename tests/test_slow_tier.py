@@ -31,15 +31,18 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text("import pytest\n\n\n@pytest.mark.slow\ndef test_x(): ...\n")
     (tmp_path / "tests" / "test_b.py").write_text(f"{SLOW}def test_x(): ...\n\n\ndef test_y(): ...\n")
+    mixed = "import pytest\n\n\ndef test_x(): ...\n\n\n@pytest.mark.slow\ndef test_y(): ...\n"
+    (tmp_path / "tests" / "test_mixed.py").write_text(mixed)
     (tmp_path / "tests" / "test_fast.py").write_text("def test_x(): ...\n")
     monkeypatch.setattr(slow_tier, "ROOT", tmp_path)
-    monkeypatch.setattr(slow_tier, "SPLIT", ("tests/test_b.py",))
+    monkeypatch.setattr(slow_tier, "SPLIT", ("tests/test_b.py", "tests/test_mixed.py"))
     monkeypatch.setattr(slow_tier, "SECONDS", tmp_path / "slow_seconds.json")
     return tmp_path
 
 
 def test_files_with_slow_tests_are_units_and_so_is_each_test_of_a_split_file(root: Path) -> None:
-    assert slow_tier.slow_units() == ["tests/test_a.py", "tests/test_b.py::test_x", "tests/test_b.py::test_y"]
+    split = ["tests/test_b.py::test_x", "tests/test_b.py::test_y", "tests/test_mixed.py::test_y"]
+    assert slow_tier.slow_units() == ["tests/test_a.py", *split]
 
 
 def test_the_seconds_of_junit_files_are_added_by_unit_and_merged(root: Path) -> None:
@@ -48,7 +51,8 @@ def test_the_seconds_of_junit_files_are_added_by_unit_and_merged(root: Path) -> 
     xml = "".join(f'<testcase classname="{file}" name="{name}" time="{time}"/>' for file, name, time in cases)
     (root / "junit.xml").write_text(f"<testsuites><testsuite>{xml}</testsuite></testsuites>")
     slow_tier.record([root / "junit.xml"])
-    seconds = {"tests/test_a.py": 5.0, "tests/test_b.py::test_x": 5.0, "tests/test_b.py::test_y": None}
+    seconds = {"tests/test_a.py": 5.0, "tests/test_b.py::test_x": 5.0}
+    seconds |= {"tests/test_b.py::test_y": None, "tests/test_mixed.py::test_y": None}
     assert slow_tier.read_seconds() == seconds
     assert slow_tier.packed_seconds()["tests/test_b.py::test_y"] == slow_tier.ASSUMED_SECONDS
 
