@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,25 +54,41 @@ class StreamPlan:
     progress: float = 0.0
     view: int = 0
 
-    def blocks(self, manifest: Manifest) -> list[dict[str, Any]]:
-        """Descriptors of the batches for `load_batch`; without the first ones a stream resumes within an epoch."""
-        common = {
-            "preprocess": self.preprocess.to_dict(),
-            "augmentation": None if self.augmentation is None else self.augmentation.to_dict(),
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "progress": self.progress,
-            "view": self.view,
-        }
+    def blocks(self, manifest: Manifest) -> list[StreamBlock]:
+        """The batches as blocks for `load_batch`; without the first ones a stream resumes within an epoch."""
         return [
-            {
-                **common,
-                "positions": np.asarray(positions, dtype=np.int64),
-                "rows": self.rows[positions],
-                "images": LazyRows(manifest.table, self.rows[positions]),
-            }
+            StreamBlock(
+                positions=np.asarray(positions, dtype=np.int64),
+                rows=self.rows[positions],
+                images=LazyRows(manifest.table, self.rows[positions]),
+                preprocess=self.preprocess,
+                augmentation=self.augmentation,
+                seed=self.seed,
+                epoch=self.epoch,
+                progress=self.progress,
+                view=self.view,
+            )
             for positions in self.batches
         ]
+
+
+@dataclass(frozen=True)
+class StreamBlock:
+    """One batch of a StreamPlan: positions (B,) in the epoch, rows (B,) of the manifest, and where their images are."""
+
+    positions: Rows
+    rows: Rows
+    images: LazyRows
+    preprocess: Preprocess
+    augmentation: Augmentation | None
+    seed: int
+    epoch: int
+    progress: float
+    view: int
+
+    @property
+    def name(self) -> str:
+        return "images"
 
 
 def map_rows(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
@@ -99,14 +116,13 @@ def read_images(
     return map_rows(lambda n: shared.read(uris[n], contents[n], lambda content: use(n, content)), uris)
 
 
-def load_batch(block: dict[str, Any], budget: DecodeBudget | None = None) -> dict[str, Any]:
+def load_batch(block: StreamBlock, budget: DecodeBudget | None = None) -> ImageBatch:
     """Fetch, decode and change one batch's images; a bad one is black, with its reason. Raises StorageError.
 
     Batches that are loaded in parallel share a `budget`.
     """
-    preprocess = Preprocess.from_dict(block["preprocess"])
-    augmentation = None if block["augmentation"] is None else Augmentation.from_dict(block["augmentation"])
-    (uris, contents), positions = block["images"].read(), block["positions"]
+    preprocess, augmentation = block.preprocess, block.augmentation
+    uris, contents = block.images.read()
     side = preprocess.image_size
     min_crop = 1.0 if augmentation is None else augmentation.min_crop
     images = np.zeros((len(uris), 3, side, side), dtype=np.uint8)
@@ -114,14 +130,14 @@ def load_batch(block: dict[str, Any], budget: DecodeBudget | None = None) -> dic
     def change(number: int, data: bytes) -> None:
         image = preprocess.decode(data, min_crop)
         if augmentation is None:
-            preprocess.apply(image, block["view"], out=images[number])
+            preprocess.apply(image, block.view, out=images[number])
         else:
-            rng = np.random.default_rng((block["seed"], block["epoch"], int(positions[number])))
-            augmentation.apply(image, preprocess, rng, block["progress"], out=images[number])
+            rng = np.random.default_rng((block.seed, block.epoch, int(block.positions[number])))
+            augmentation.apply(image, preprocess, rng, block.progress, out=images[number])
 
     reasons = tuple(read_images(uris, contents, change, budget or DecodeBudget(_REMOTE_THREADS)))
     ok = np.array([reason is None for reason in reasons], dtype=bool)
-    return {"images": images, "rows": block["rows"], "ok": ok, "reasons": reasons}
+    return ImageBatch(images, block.rows, ok, reasons)
 
 
 # A plan's batches in order, of rows of the manifest at a location.
@@ -157,7 +173,7 @@ def stream_in_threads(location: str, plan: StreamPlan) -> Iterator[ImageBatch]:
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     budget = DecodeBudget(num_threads)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="read-images") as pool:
-        pending: deque[list[Future[dict[str, Any]]]] = deque()
+        pending = deque[list[Future[ImageBatch]]]()
         try:
             for positions in plan.batches:
                 parts = [part for part in np.array_split(positions, num_threads) if len(part)] or [positions]
@@ -171,7 +187,6 @@ def stream_in_threads(location: str, plan: StreamPlan) -> Iterator[ImageBatch]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _join(futures: Sequence[Future[dict[str, Any]]]) -> ImageBatch:
-    parts = [future.result() for future in futures]
-    images, rows, ok = (np.concatenate([part[key] for part in parts]) for key in ("images", "rows", "ok"))
-    return ImageBatch(images, rows, ok, tuple(reason for part in parts for reason in part["reasons"]))
+def _join(futures: Sequence[Future[ImageBatch]]) -> ImageBatch:
+    images, rows, ok, reasons = zip(*(future.result() for future in futures), strict=True)
+    return ImageBatch(np.concatenate(images), np.concatenate(rows), np.concatenate(ok), tuple(chain(*reasons)))

@@ -81,6 +81,9 @@ class LazyRows:
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         self._table, self._rows = table.select(["uri", "bytes"]), rows
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def read(self) -> tuple[list[str | None], list[bytes | None]]:
         """Uris and embedded bytes of the rows."""
         rows = self._table.take(pa.array(self._rows))

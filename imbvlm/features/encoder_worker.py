@@ -15,7 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import ComputeDtype, OutputName
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.image_blocks import Block
+from imbvlm.features.image_blocks import BlockSummary, LoadedBlock
 from imbvlm.features.shard_file import as_tensor
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
@@ -36,24 +36,21 @@ class EncoderWorker:
         self.batch_size = BATCH_ON_GPU if encoder.device.type == "cuda" else BATCH_ON_CPU
         self._running = threading.Lock()
 
-    def __call__(self, block: Block) -> Block:
-        """Store the block's missing outputs and return a summary.
-
-        `written` has the bytes of each output's shard, `bad` the reasons of rows without an image.
-        """
-        store = FeatureStore.open(block["folder"])
-        rows, outputs = store.layout.rows_of(block["shard"]), block["outputs"]
+    def __call__(self, block: LoadedBlock) -> BlockSummary:
+        """Store the block's missing outputs."""
+        store = FeatureStore.open(block.folder)
+        rows = store.layout.rows_of(block.shard)
         with self._running:
-            computed = self._run(block["images"], outputs, store)
+            computed = self._run(block.images, block.outputs, store)
+        bad = {number: reason for number, reason in enumerate(block.reasons) if reason is not None}
         written = {}
         for output, values in computed.items():
             shaped = values.reshape(len(rows), store.num_views, *store.layout.shapes[output])
             # The outputs of a missing image mean nothing.
-            shaped[[number for number, reason in enumerate(block["reasons"]) if reason is not None]] = 0
-            written[output] = store.write(output, block["shard"], shaped, block["reasons"])
-        bad = {rows.start + number: reason for number, reason in enumerate(block["reasons"]) if reason is not None}
-        done = {"folder": block["folder"], "shard": block["shard"], "written": written}
-        return {**done, "num_images": len(block["images"]), "bad": bad}
+            shaped[list(bad)] = 0
+            written[output] = store.write(output, block.shard, shaped, block.reasons)
+        bad_rows = {rows.start + number: reason for number, reason in bad.items()}
+        return BlockSummary(block.folder, block.shard, len(block.images), written, bad_rows)
 
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore

@@ -28,7 +28,7 @@ from imbvlm.features.extraction_plan import PendingPart, num_gpus, plan_part, re
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.image_blocks import Block, bad_image_error, load_block
+from imbvlm.features.image_blocks import BlockSummary, ImageBlock, LoadedBlock, bad_image_error, load_block
 from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
 from imbvlm.features.store_sizes import check_cache_size, check_parts_fit, outputs_to_store
 from imbvlm.models.encoders.encoder import Encoder
@@ -120,15 +120,14 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, r
     fits = _fits_here(config, encoder, progress.num_images)
     local = compute_here(encoder, blocks, max_seconds=2 * SECONDS_HERE) if fits else ()
     for summary in chain(local, _compute_in_workers(config, parts, encoder, blocks, progress)):
-        progress.add(summary["num_images"])
+        progress.add(summary.num_images)
         interrupts.check()
-        folder = summary["folder"]
-        for output, num_bytes in summary["written"].items():
-            written.setdefault((folder, output), {})[summary["shard"]] = num_bytes
-        if summary["bad"]:
+        for output, num_bytes in summary.written.items():
+            written.setdefault((summary.folder, output), {})[summary.shard] = num_bytes
+        if summary.bad:
             # Wrong folders or keys must not cost the whole pass.
-            bad[folder].update(summary["bad"])
-            _check_limits(config, by_folder[folder], bad[folder])
+            bad[summary.folder].update(summary.bad)
+            _check_limits(config, by_folder[summary.folder], bad[summary.folder])
     if progress.seconds_per_image is not None:
         pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
         for part in parts:
@@ -152,12 +151,12 @@ def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
     return min(durations) * num_images / BATCH_ON_CPU <= SECONDS_HERE
 
 
-def compute_here(encoder: Encoder, blocks: deque[Block], *, max_seconds: float) -> Iterator[Block]:
+def compute_here(encoder: Encoder, blocks: deque[ImageBlock], *, max_seconds: float) -> Iterator[BlockSummary]:
     """Summaries of the blocks that this process computes, which it takes from the deque's front and threads load.
 
     After `max_seconds`, as where loading takes far longer than the encoder, the remaining blocks stay in the deque.
     """
-    worker, loads = EncoderWorker(encoder), deque[Future[Block]]()
+    worker, loads = EncoderWorker(encoder), deque[Future[LoadedBlock]]()
     num_threads, deadline = min(LOADING_THREADS, os.cpu_count() or 1), time.monotonic() + max_seconds
     with ThreadPoolExecutor(num_threads) as pool:
         while True:
@@ -169,8 +168,12 @@ def compute_here(encoder: Encoder, blocks: deque[Block], *, max_seconds: float) 
 
 
 def _compute_in_workers(
-    config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, blocks: Sequence[Block], progress: _Progress
-) -> Iterator[Block]:
+    config: TrialConfig,
+    parts: Sequence[PendingPart],
+    encoder: Encoder,
+    blocks: Sequence[ImageBlock],
+    progress: _Progress,
+) -> Iterator[BlockSummary]:
     if not blocks:
         return
     dtype, is_chosen = resolve_compute_dtype(config, encoder.info), config.features.computed_in != "auto"

@@ -18,7 +18,7 @@ from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import LazyRows
 from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.image_blocks import Block
+from imbvlm.features.image_blocks import ImageBlock
 from imbvlm.features.store_layout import STORE_FILE, StoreKey, StoreLayout
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines, ray_gpus
@@ -58,21 +58,20 @@ class PendingPart:
         rows = sum(len(layout.rows_of(shard)) for shard, outputs in self.missing.items() if output in outputs)
         return replace(layout, num_rows=rows).num_bytes(output) if rows else 0
 
-    def blocks(self, *, is_strict: bool) -> list[Block]:
-        """Descriptors of the missing shards for `load_block`; `is_strict` raises an error at a bad image."""
+    def blocks(self, *, is_strict: bool) -> list[ImageBlock]:
+        """The missing shards as blocks for `load_block`; `is_strict` raises an error at a bad image."""
         return [
-            {
-                "folder": self.store.folder,
-                "name": f"{self.part.split} images {rows.start} to {rows.stop - 1}",
-                "shard": shard,
-                "outputs": outputs,
-                "split": self.part.split,
-                "first_row": rows.start,
-                "num_views": self.store.num_views,
-                "preprocess": self.part.preprocess.to_dict(),
-                "strict": is_strict,
-                "images": LazyRows(self.rows.table, np.arange(rows.start, rows.stop)),
-            }
+            ImageBlock(
+                folder=self.store.folder,
+                shard=shard,
+                outputs=outputs,
+                split=self.part.split,
+                first_row=rows.start,
+                num_views=self.store.num_views,
+                preprocess=self.part.preprocess,
+                is_strict=is_strict,
+                rows=LazyRows(self.rows.table, np.arange(rows.start, rows.stop)),
+            )
             for shard, outputs in self.missing.items()
             for rows in [self.store.layout.rows_of(shard)]
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.data.files.file_listing import IMAGE_SUFFIXES, list_tree, printable_path
 from imbvlm.data.image_stream import read_images
+from imbvlm.data.images.decoding import Pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.inference.model_folder import described_crops, load, model_folder, read_description
@@ -37,6 +37,38 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class PredictionBlock:
+    """Some of the images, from number `start` on, and how they are read."""
+
+    start: int
+    images: Images
+    preprocess: Preprocess
+    num_crops: int
+
+    @property
+    def name(self) -> str:
+        return "images"
+
+
+@dataclass(frozen=True)
+class LoadedCrops:
+    """The crops (N, V, 3, S, S) of a block's images, with an error or None per image."""
+
+    start: int
+    names: Sequence[str]
+    crops: Pixels
+    reasons: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class PredictedBlock:
+    """The predictions of a block's images, in order."""
+
+    start: int
+    predictions: list[Prediction]
 
 
 def find_images(locations: Sequence[str], split: str | None = None) -> Images:
@@ -100,25 +132,22 @@ def predictions(
         yield from _in_ray(folder, images, top, notify)
         return
     model = load(folder)
-    for start in range(0, len(images), BLOCK_SIZE):
-        block = load_crops(_block(images, start, model.preprocess, model.num_crops))
-        yield from _predicted(model, block, top)
+    worker = ModelWorker(model, top)
+    for block in _blocks(images, model.preprocess, model.num_crops):
+        yield from worker(load_crops(block)).predictions
 
 
-def load_crops(block: dict[str, Any]) -> dict[str, Any]:
-    """Fetch, decode and crop the images of a block: `images` (N, V, 3, S, S), and an error or None per image.
-
-    Raises StorageError if the storage doesn't answer.
-    """
-    preprocess, num_crops = Preprocess.from_dict(block["preprocess"]), block["num_crops"]
-    uris, contents, side = block["uris"], block["contents"], preprocess.image_size
-    crops = np.zeros((len(uris), num_crops, 3, side, side), dtype=np.uint8)
+def load_crops(block: PredictionBlock) -> LoadedCrops:
+    """Fetch, decode and crop the images of a block. Raises StorageError if the storage doesn't answer."""
+    preprocess, num_crops, images = block.preprocess, block.num_crops, block.images
+    side = preprocess.image_size
+    crops = np.zeros((len(images), num_crops, 3, side, side), dtype=np.uint8)
 
     def crop(number: int, data: bytes) -> None:
         crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
 
-    reasons = [reason and printable_path(reason) for reason in read_images(uris, contents, crop)]
-    return {"start": block["start"], "names": block["names"], "images": crops, "reasons": reasons}
+    reasons = [reason and printable_path(reason) for reason in read_images(images.uris, images.contents, crop)]
+    return LoadedCrops(block.start, images.names, crops, reasons)
 
 
 class ModelWorker:
@@ -127,8 +156,10 @@ class ModelWorker:
     def __init__(self, model: Model, top: int) -> None:
         self._model, self._top = model, top
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"start": block["start"], "predictions": _predicted(self._model, block, self._top)}
+    def __call__(self, block: LoadedCrops) -> PredictedBlock:
+        good = np.array([reason is None for reason in block.reasons])
+        predicted = self._model.predictions(block.names, block.crops[good], block.reasons, self._top)
+        return PredictedBlock(block.start, predicted)
 
 
 def make_model_worker(folder: str, top: int, num_threads: int, use_gpu: bool) -> ModelWorker:
@@ -138,21 +169,11 @@ def make_model_worker(folder: str, top: int, num_threads: int, use_gpu: bool) ->
     return ModelWorker(load(folder, "cuda" if use_gpu else "cpu"), top)
 
 
-def _block(images: Images, start: int, preprocess: Preprocess, num_crops: int) -> dict[str, Any]:
-    part = slice(start, start + BLOCK_SIZE)
-    return {
-        "start": start,
-        "names": images.names[part],
-        "uris": images.uris[part],
-        "contents": images.contents[part],
-        "preprocess": preprocess.to_dict(),
-        "num_crops": num_crops,
-    }
-
-
-def _predicted(model: Model, block: dict[str, Any], top: int) -> list[Prediction]:
-    good = np.array([reason is None for reason in block["reasons"]])
-    return model.predictions(block["names"], block["images"][good], block["reasons"], top)
+def _blocks(images: Images, preprocess: Preprocess, num_crops: int) -> Iterator[PredictionBlock]:
+    for start in range(0, len(images), BLOCK_SIZE):
+        part = slice(start, start + BLOCK_SIZE)
+        some = Images(images.names[part], images.uris[part], images.contents[part])
+        yield PredictionBlock(start, some, preprocess, num_crops)
 
 
 def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]) -> Iterator[Prediction]:
@@ -163,7 +184,7 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
     location = storage.absolute(model_folder(folder))
     preprocess, num_crops = described_crops(location)
     located = Images(images.names, [uri and storage.absolute(uri) for uri in images.uris], images.contents)
-    blocks = [_block(located, start, preprocess, num_crops) for start in range(0, len(images), BLOCK_SIZE)]
+    blocks = list(_blocks(located, preprocess, num_crops))
     waiting: dict[int, list[Prediction]] = {}
     written = 0
     with ray_session() as cluster:
@@ -182,7 +203,7 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
             gpus_per_worker=1.0 if use_gpu else 0.0,
         )
         for block in done:
-            waiting[block["start"]] = block["predictions"]
+            waiting[block.start] = block.predictions
             while written in waiting:
                 yield from waiting.pop(written)
                 written += BLOCK_SIZE

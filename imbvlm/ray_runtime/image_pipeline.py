@@ -12,11 +12,13 @@ import math
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import ray.data
 from ray.data.context import DataContext
@@ -28,10 +30,23 @@ from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
 from imbvlm.ray_runtime.cpu_allocation import plan_cpus, plan_tasks
 
-Block = dict[str, Any]
-Load = Callable[[Block], Block]
 
-_DESCRIPTOR, _REST, _ERROR, _WHICH = "descriptor", "rest", "error", "which"
+class Block(Protocol):
+    """What a loading task reads: a value that can be pickled, with a name for sentences about it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+BlockT = TypeVar("BlockT", bound=Block)
+LoadedT = TypeVar("LoadedT")
+SummaryT = TypeVar("SummaryT")
+Row = dict[str, Any]
+
+# Columns of a row: a pickled item, and its arrays by their number.
+_PICKLED, _ARRAY = "pickled", "array"
+# Smaller arrays are pickled: a column of their own takes longer.
+_MIN_ARRAY_BYTES = 1024
 _AT_ONCE, _IN_THREADS = "max_concurrent_calls_per_actor", "enable_true_multi_threading"
 # Name prefixes of the threads in which Ray Data fetches results; they end within a second after the iteration.
 RAY_DATA_THREADS = ("iter_threaded", "map_tp_", "ray-data-")
@@ -41,9 +56,9 @@ _FREE_CPU_WAIT_SECONDS = 2.0
 
 
 def map_images(
-    blocks: Sequence[Block],
-    load: Load,
-    worker: Callable[..., Load],
+    blocks: Sequence[BlockT],
+    load: Callable[[BlockT], LoadedT],
+    worker: Callable[..., Callable[[LoadedT], SummaryT]],
     worker_args: tuple[Any, ...],
     *,
     images_per_block: int,
@@ -52,13 +67,13 @@ def map_images(
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
     calls_per_worker: int = 1,
-) -> Iterator[Block]:
+) -> Iterator[SummaryT]:
     """Summaries of the blocks, in the order in which they are completed.
 
-    `load(descriptor)` runs in tasks and returns a dict of up to `images_per_block` images, whose numpy arrays travel
-    without copies (read-only in the worker) and whose other values are pickled. `worker(*worker_args)` is created once
-    per pool member; called with that dict, in up to `calls_per_worker` threads, it returns a small summary. `notify`
-    gets, from another thread, the reason why nothing goes on while the cluster lacks machines.
+    `load(block)` runs in tasks and returns up to `images_per_block` images, whose numpy arrays travel without copies
+    (read-only in the worker), while all else is pickled. `worker(*worker_args)` is created once per pool member; called
+    with what was loaded, in up to `calls_per_worker` threads, it returns a small summary. `notify` gets, from another
+    thread, the reason why nothing goes on while the cluster lacks machines.
 
     An ImbvlmError of either is raised here. Raises LostProcessesError where several processes in a row are lost at one
     block, whose `name` is in the sentence, or at their start.
@@ -93,10 +108,12 @@ def map_images(
         )
         needed = (cpus.per_worker, gpus_per_worker, cpus.per_task)
         with notify_while(lambda: missing_capacity(connected_cluster().nodes, *needed), notify):
-            yield from _summaries(dataset)
+            yield from _values(dataset)
 
 
-def stream_blocks(blocks: Sequence[Block], load: Load, *, images_per_block: int, num_tasks: int) -> Iterator[Block]:
+def stream_blocks(
+    blocks: Sequence[BlockT], load: Callable[[BlockT], LoadedT], *, images_per_block: int, num_tasks: int
+) -> Iterator[LoadedT]:
     """Loaded blocks in the given order, some loaded ahead; arrays are read-only and not copied.
 
     The tasks book no CPU, like a DataLoader's workers, so that they run next to Train workers that hold every CPU. An
@@ -110,20 +127,14 @@ def stream_blocks(blocks: Sequence[Block], load: Load, *, images_per_block: int,
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
         ).map_batches(_Load(load, attempts), batch_size=1, batch_format="numpy", num_cpus=0, concurrency=num_tasks)
-        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
-            block = _unpack(batch)
-            del block[_WHICH]
-            if _ERROR in block:
-                raise block[_ERROR]
-            yield block
+        yield from _values(dataset)
 
 
 def stream_in_ray(location: str, plan: StreamPlan, *, num_tasks: int = 1) -> Iterator[ImageBatch]:
     """A plan's batches of the manifest at a location, in order, loaded by Ray Data's tasks."""
-    blocks = plan.blocks(cached_manifest(location))
     largest = max(map(len, plan.batches), default=0)
-    for block in stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks):
-        yield ImageBatch(block["images"], block["rows"], block["ok"], block["reasons"])
+    blocks = plan.blocks(cached_manifest(location))
+    return stream_blocks(blocks, load_batch, images_per_block=largest, num_tasks=num_tasks)
 
 
 def _pool(num_encoder_workers: int, calls_per_worker: int) -> dict[str, Any]:
@@ -135,7 +146,25 @@ def _pool(num_encoder_workers: int, calls_per_worker: int) -> dict[str, Any]:
     return {"compute": ray.data.ActorPoolStrategy(size=num_encoder_workers, **overlapping)}
 
 
-class _Descriptors(Sequence[Block]):
+@dataclass(frozen=True)
+class _Item:
+    """A block on its way: what its last stage made of it, or the ImbvlmError of that stage."""
+
+    number: int
+    name: str
+    value: Any
+
+    def advance(self, attempts: AttemptLimiter, step: str, doing: str, stage: Callable[[Any], Any]) -> Row:
+        """Return the row of the item behind a stage; Ray Data would log an error and pass on only its text."""
+        try:
+            with attempts.at(f"{step}-{self.number}", f"{doing} {self.name}"):
+                value = stage(self.value)
+        except ImbvlmError as error:
+            value = error
+        return _pack(replace(self, value=value))
+
+
+class _Descriptors(Sequence[Row]):
     """Blocks as rows of a dataset, pickled one at a time, since they may contain embedded images."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -145,79 +174,71 @@ class _Descriptors(Sequence[Block]):
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return {_DESCRIPTOR: pickle.dumps((index, self.blocks[index]))}
-
-
-def _summaries(dataset: ray.data.Dataset) -> Iterator[Block]:
-    for row in dataset.iter_rows():
-        summary: Block = pickle.loads(row[_REST])
-        if _ERROR in summary:
-            raise summary[_ERROR]
-        yield summary
+        block = self.blocks[index]
+        return {_PICKLED: pickle.dumps(_Item(index, block.name, block))}
 
 
 class _Load:
     """First stage: a descriptor becomes a loaded block."""
 
-    def __init__(self, load: Load, attempts: AttemptLimiter) -> None:
+    def __init__(self, load: Callable[[Any], object], attempts: AttemptLimiter) -> None:
         self.load, self.attempts = load, attempts
 
-    def __call__(self, batch: Mapping[str, Any]) -> Block:
-        number, block = pickle.loads(batch[_DESCRIPTOR][0])
-        name = block.get("name", "images")
-
-        def load() -> Block:
-            with self.attempts.at(f"load-{number}", f"loading {name}"):
-                return self.load(block)
-
-        return _pack({**_guarded(load), _WHICH: (number, name)})
+    def __call__(self, row: Row) -> Row:
+        return _unpack(row).advance(self.attempts, "load", "loading", self.load)
 
 
 class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
-    def __init__(self, worker: Callable[..., Load], worker_args: tuple[Any, ...], attempts: AttemptLimiter) -> None:
+    def __init__(
+        self, worker: Callable[..., Callable[[Any], object]], worker_args: tuple[Any, ...], attempts: AttemptLimiter
+    ) -> None:
         self.attempts = attempts
-        self.failure: Block | None = None
+        self.failure: ImbvlmError | None = None
         try:
             with attempts.at("start", "starting an encoder worker"):
                 self.worker = worker(*worker_args)
         except ImbvlmError as error:
-            self.failure = {_ERROR: error}
+            self.failure = error
 
-    def __call__(self, batch: Mapping[str, Any]) -> Block:
-        block = _unpack(batch)
-        number, name = block.pop(_WHICH)
-
-        def work() -> Block:
-            with self.attempts.at(f"work-{number}", f"running the encoder over {name}"):
-                return self.worker(block)
-
-        return {_REST: [pickle.dumps(self.failure or (block if _ERROR in block else _guarded(work)))]}
+    def __call__(self, row: Row) -> Row:
+        item = _unpack(row)
+        if self.failure is not None:
+            return _pack(replace(item, value=self.failure))
+        if isinstance(item.value, ImbvlmError):
+            return _pack(item)
+        return item.advance(self.attempts, "work", "running the encoder over", self.worker)
 
 
-def _guarded(stage: Callable[[], Block]) -> Block:
-    """Return ImbvlmErrors as values: Ray Data would log them and pass on only their text."""
-    try:
-        return stage()
-    except ImbvlmError as error:
-        return {_ERROR: error}
+def _values(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """What the last stage made of each block; raises the first error."""
+    for row in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
+        value = _unpack(row).value
+        if isinstance(value, ImbvlmError):
+            raise value
+        yield value
 
 
-def _pack(block: Block) -> Block:
-    """Numeric arrays as tensor columns of one row, which are shared without copies; other values are pickled."""
-    arrays = {
-        f"array:{key}": value[None]
-        for key, value in block.items()
-        if isinstance(value, np.ndarray) and value.dtype != object and value.size
-    }
-    rest = {key: value for key, value in block.items() if f"array:{key}" not in arrays}
-    return {**arrays, _REST: [pickle.dumps(rest)]}
+def _pack(item: _Item) -> Row:
+    """Numeric arrays as columns of one row, which are shared without copies; all else is pickled."""
+    arrays: list[npt.NDArray[np.uint8]] = []
+
+    def is_pickled(buffer: pickle.PickleBuffer) -> bool:
+        data = buffer.raw()
+        if data.nbytes < _MIN_ARRAY_BYTES:
+            return True
+        arrays.append(np.frombuffer(data, np.uint8))
+        return False
+
+    pickled = pickle.dumps(item, protocol=5, buffer_callback=is_pickled)
+    return {_PICKLED: [pickled], **{f"{_ARRAY}{number}": array[None] for number, array in enumerate(arrays)}}
 
 
-def _unpack(batch: Mapping[str, Any]) -> Block:
-    arrays = {key.removeprefix("array:"): value[0] for key, value in batch.items() if key.startswith("array:")}
-    return {**arrays, **pickle.loads(batch[_REST][0])}
+def _unpack(row: Row) -> _Item:
+    arrays = [row[f"{_ARRAY}{number}"][0] for number in range(len(row) - 1)]
+    item: _Item = pickle.loads(row[_PICKLED][0], buffers=arrays)
+    return item
 
 
 def _free_cpus(wanted: float) -> float:

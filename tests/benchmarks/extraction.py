@@ -16,8 +16,9 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features import extraction, extraction_plan
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
+from imbvlm.features.image_blocks import BlockSummary
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
-from imbvlm.ray_runtime.image_pipeline import Block, map_images
+from imbvlm.ray_runtime.image_pipeline import map_images
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -51,10 +52,10 @@ def _extract(config: TrialConfig, root: str) -> tuple[float, float]:
     done: list[tuple[float, int]] = []
     workers = []
 
-    def watched(*arguments: Any, num_encoder_workers: int, **named: Any) -> Iterator[Block]:
+    def watched(*arguments: Any, num_encoder_workers: int, **named: Any) -> Iterator[BlockSummary]:
         workers.append(num_encoder_workers)
         for summary in map_images(*arguments, num_encoder_workers=num_encoder_workers, **named):
-            done.append((perf_counter(), summary["num_images"]))
+            done.append((perf_counter(), summary.num_images))
             yield summary
 
     outputs = frozenset({"tokens", "pooled", "image_embedding"})

@@ -23,7 +23,7 @@ from s3_server import BUCKET, delayed, program, serve
 from table import in_turn, limited, rates, shown
 from torch.utils.data import DataLoader
 
-from imbvlm.data.image_stream import StreamPlan, load_batch
+from imbvlm.data.image_stream import ImageBatch, StreamPlan, load_batch
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.ray_runtime.image_pipeline import map_images, stream_blocks
@@ -55,8 +55,9 @@ class Files(torch.utils.data.Dataset):
 class Sink:
     """A tower that takes no time."""
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, int]:
-        return {"num_images": len(block["images"]), "sum": int(block["images"][:, :, 0, 0].sum())}
+    def __call__(self, batch: ImageBatch) -> tuple[int, int]:
+        """The number of images, and a sum of their pixels."""
+        return len(batch.images), int(batch.images[:, :, 0, 0].sum())
 
 
 def make_files(folder: Path, number: int) -> list[Any]:
@@ -89,17 +90,17 @@ def loader_of(paths: list[str], num_processes: int, draft: bool) -> DataLoader:
 
 def streamed(manifest: Manifest, num_processes: int, jpeg_downscale: int) -> Iterator[int]:
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest)
-    for block in stream_blocks(blocks, load_batch, images_per_block=BATCH, num_tasks=num_processes):
-        yield len(block["images"])
+    for batch in stream_blocks(blocks, load_batch, images_per_block=BATCH, num_tasks=num_processes):
+        yield len(batch.images)
 
 
 def extracted(manifest: Manifest, jpeg_downscale: int) -> Iterator[int]:
     """With its start; as on a machine with a GPU the worker holds a CPU of its own, and tasks load on the others."""
     blocks = stream_plan(len(manifest), jpeg_downscale).blocks(manifest) * PASSES
-    for summary in map_images(
+    for number, _ in map_images(
         blocks, load_batch, Sink, (), images_per_block=BATCH, num_encoder_workers=1, notify=print
     ):
-        yield summary["num_images"]
+        yield number
 
 
 def rates_of(sides: dict[str, Callable[..., Any]], num_images: int) -> dict[str, float]:

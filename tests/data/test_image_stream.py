@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.data.image_stream import StreamPlan, load_batch, stream_in_threads
+from imbvlm.data.image_stream import ImageBatch, StreamPlan, load_batch, stream_in_threads
 from imbvlm.data.images.augmentation import Augmentation, growing_crop
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
@@ -69,13 +69,14 @@ def plan_for(
     )
 
 
-def read(manifest: Manifest, plan: StreamPlan) -> list[dict[str, np.ndarray | tuple[Any, ...]]]:
+def read(manifest: Manifest, plan: StreamPlan) -> list[ImageBatch]:
     """Without Ray: what the tasks do."""
     return [load_batch(block) for block in plan.blocks(manifest)]
 
 
-def join(loaded: list[dict[str, np.ndarray | tuple[str | None, ...]]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([batch[key] for batch in loaded]) for key in ("images", "rows", "ok")}
+def join(loaded: list[ImageBatch]) -> ImageBatch:
+    images, rows, ok = (np.concatenate(parts) for parts in list(zip(*loaded, strict=True))[:3])
+    return ImageBatch(images, rows, ok, tuple(reason for batch in loaded for reason in batch.reasons))
 
 
 def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_along() -> None:
@@ -92,7 +93,7 @@ def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_alon
     assert pa.total_allocated_bytes() - before < size
     sent = pickle.dumps(blocks[2])
     assert len(sent) < 9 * size
-    uris, images = pickle.loads(sent)["images"].read()
+    uris, images = pickle.loads(sent).images.read()
     assert images == [contents[8 + row] for row in rows[16:24]]
     assert uris == [None] * 8
 
@@ -100,12 +101,11 @@ def test_planning_blocks_copies_no_embedded_image_and_a_block_takes_its_own_alon
 def test_rows_come_in_the_plans_order_and_bad_ones_are_marked(manifest: Manifest) -> None:
     plan = plan_for(manifest)
     joined = join(read(manifest, plan))
-    assert joined["rows"].tolist() == plan.rows.tolist()
-    assert (joined["ok"] == (plan.rows != 7)).all()
-    assert not joined["images"][~joined["ok"]].any()
-    assert joined["images"].shape == (NUM_ROWS, 3, SIDE, SIDE)
-    reasons = [reason for batch in read(manifest, plan) for reason in batch["reasons"]]
-    assert {reason for reason in reasons if reason} == {"not an image (starts with <html>...)"}
+    assert joined.rows.tolist() == plan.rows.tolist()
+    assert (joined.ok == (plan.rows != 7)).all()
+    assert not joined.images[~joined.ok].any()
+    assert joined.images.shape == (NUM_ROWS, 3, SIDE, SIDE)
+    assert {reason for reason in joined.reasons if reason} == {"not an image (starts with <html>...)"}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -115,29 +115,29 @@ def test_global_batches_are_the_same_pixels_over_any_number_of_workers(manifest:
     assert len({len(share) for share in shares}) == 1
     for number, whole in enumerate(alone):
         parts = [share[number] for share in shares]
-        assert sum(len(part["rows"]) for part in parts) == len(whole["rows"])
+        assert sum(len(part.rows) for part in parts) == len(whole.rows)
         for rank, part in enumerate(parts):
-            assert (part["rows"] == whole["rows"][rank::world_size]).all()
-            assert (part["images"] == whole["images"][rank::world_size]).all()
+            assert (part.rows == whole.rows[rank::world_size]).all()
+            assert (part.images == whole.images[rank::world_size]).all()
 
 
 def test_an_epoch_is_the_same_again_and_others_differ(manifest: Manifest) -> None:
-    first, again = (join(read(manifest, plan_for(manifest)))["images"] for _ in range(2))
+    first, again = (join(read(manifest, plan_for(manifest))).images for _ in range(2))
     assert (first == again).all()
     for other in (plan_for(manifest, epoch=2), plan_for(manifest, seed=1)):
-        assert (first != join(read(manifest, other))["images"]).any()
+        assert (first != join(read(manifest, other)).images).any()
 
 
 def test_an_epoch_goes_on_in_the_middle(manifest: Manifest) -> None:
     plan = plan_for(manifest)
     whole, rest = read(manifest, plan), read(manifest, replace(plan, batches=plan.batches[2:]))
     assert len(rest) == len(whole) - 2
-    assert all((batch["images"] == two["images"]).all() for batch, two in zip(whole[2:], rest, strict=True))
+    assert all((batch.images == two.images).all() for batch, two in zip(whole[2:], rest, strict=True))
 
 
 def test_a_share_without_rows_is_an_empty_batch(manifest: Manifest) -> None:
     plan = plan_for(manifest, rank=3, world_size=4, batch_size=101)
-    assert [len(batch["rows"]) for batch in read(manifest, plan)] == [25, 0]
+    assert [len(batch.rows) for batch in read(manifest, plan)] == [25, 0]
 
 
 @pytest.mark.ray
@@ -151,10 +151,10 @@ def test_ray_data_and_threads_give_the_same_batches_in_order(
     for streamed in (list(stream_in_ray(location, plan, num_tasks=2)), list(stream_in_threads(location, plan))):
         assert len(streamed) == len(wanted) == 12
         for batch, two in zip(streamed, wanted, strict=True):
-            assert (batch.images == two["images"]).all()
-            assert (batch.rows == two["rows"]).all()
-            assert (batch.ok == two["ok"]).all()
-            assert batch.reasons == two["reasons"]
+            assert (batch.images == two.images).all()
+            assert (batch.rows == two.rows).all()
+            assert (batch.ok == two.ok).all()
+            assert batch.reasons == two.reasons
     assert list(stream_in_ray(location, replace(plan, batches=[]))) == []
 
 

@@ -13,6 +13,7 @@ import torch
 
 from imbvlm.features.encoder_worker import EncoderWorker
 from imbvlm.features.feature_store import FeatureStore
+from imbvlm.features.image_blocks import LoadedBlock
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
 LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
@@ -24,10 +25,9 @@ def worker(forward_images: Callable[..., Any]) -> EncoderWorker:
     return made
 
 
-def block(folder: Path, shard: int) -> dict[str, Any]:
+def block(folder: Path, shard: int) -> LoadedBlock:
     images = np.full((3, 3, 4, 4), shard + 1, np.uint8)
-    reasons = [None, None, "truncated"]
-    return {"folder": str(folder), "shard": shard, "outputs": ("pooled",), "images": images, "reasons": reasons}
+    return LoadedBlock(str(folder), shard, ("pooled",), images, [None, None, "truncated"])
 
 
 def mean_pixels(images: torch.Tensor) -> SimpleNamespace:
@@ -59,10 +59,10 @@ def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its
         with pytest.raises(StoreError, match="the first"):
             broken.result()
         summary = good.result()
-    assert (summary["shard"], summary["num_images"], summary["bad"]) == (1, 3, {5: "truncated"})
+    assert (summary.shard, summary.num_images, summary.bad) == (1, 3, {5: "truncated"})
     store = FeatureStore.open(str(tmp_path))
     assert store.missing("pooled") == [0]
-    assert summary["written"] == {"pooled": store.present("pooled")[1].size}
+    assert summary.written == {"pooled": store.present("pooled")[1].size}
     assert store.mapped_shard("pooled", 1).values.flatten().tolist() == [2, 2, 2, 2, 0, 0]
 
 
@@ -78,6 +78,6 @@ def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:
 
     tower = worker(forward)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(tower, [block(tmp_path, shard) for shard in (0, 1)]))
-    assert [one["shard"] for one in found] == [0, 1]
+        summaries = list(pool.map(tower, [block(tmp_path, shard) for shard in (0, 1)]))
+    assert [summary.shard for summary in summaries] == [0, 1]
     assert FeatureStore.open(str(tmp_path)).missing("pooled") == []

@@ -9,6 +9,7 @@ import time
 from collections import deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -35,7 +36,7 @@ from imbvlm.features.extraction import compute_here, ensure_features
 from imbvlm.features.extraction_plan import plan_part, store_parts
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.image_blocks import load_block
+from imbvlm.features.image_blocks import ImageBlock, load_block
 from imbvlm.features.store_sizes import check_disk_space, pending_images, store_bytes, trial_bytes
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
@@ -115,21 +116,20 @@ def shard_times(features: FeatureSet) -> dict[str, int]:
 def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     manifest = make_data(tmp_path, broken=(2,))
     preprocess = Preprocess(SIZE, resize=8 / 7)
-    block = {
-        "preprocess": preprocess.to_dict(), "num_views": 2, "first_row": 1, "strict": False, "split": "train",
-        "images": LazyRows(manifest.table, np.arange(1, 4)),
-    }  # fmt: skip
+    rows = LazyRows(manifest.table, np.arange(1, 4))
+    block = ImageBlock("store", 0, ("pooled",), "train", 1, 2, preprocess, False, rows)
+    assert block.name == "train images 1 to 3"
     loaded = load_block(block)
-    assert loaded["images"].shape == (6, 3, SIZE, SIZE)
-    assert loaded["reasons"] == [None, "truncated", None]
+    assert loaded.images.shape == (6, 3, SIZE, SIZE)
+    assert loaded.reasons == [None, "truncated", None]
     pixels = decode(Path(manifest.table.column("uri")[3].as_py()).read_bytes())
-    assert np.array_equal(loaded["images"][4], preprocess.apply(pixels, 0, 3))
-    assert np.array_equal(loaded["images"][5], preprocess.apply(pixels, 1, 3))
-    assert not loaded["images"][2:4].any()
+    assert np.array_equal(loaded.images[4], preprocess.apply(pixels, 0, 3))
+    assert np.array_equal(loaded.images[5], preprocess.apply(pixels, 1, 3))
+    assert not loaded.images[2:4].any()
     with pytest.raises(
         ImbvlmError, match=r"train image .*2\.png can't be used: truncated. data.on_bad_image is strict"
     ):
-        load_block({**block, "strict": True})
+        load_block(replace(block, is_strict=True))
 
 
 def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path: Path, tower: str) -> None:
@@ -295,7 +295,7 @@ def test_blocks_that_this_process_has_no_time_for_are_left_to_workers(
     done += summaries
     # The first block and the one that is loaded ahead of it are computed.
     assert len(done) == (2 if is_late else num_blocks)
-    assert [block["shard"] for block in blocks] == list(range(len(done), num_blocks))
+    assert [block.shard for block in blocks] == list(range(len(done), num_blocks))
     assert list(pending.store.present("pooled")) == list(range(len(done)))
 
 

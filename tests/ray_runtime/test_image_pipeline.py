@@ -5,7 +5,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,25 @@ SIDE = 16
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def load(descriptor: dict[str, Any]) -> dict[str, Any]:
-    num_images = descriptor["num_images"]
-    if descriptor.get("fail"):
+def block(shard: int, num_images: int, **fields: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"shard": shard, "num_images": num_images, "name": f"shard {shard}"} | fields)
+
+
+def load(descriptor: Any) -> SimpleNamespace:
+    num_images = descriptor.num_images
+    if getattr(descriptor, "fail", False):
         raise StorageError("the bucket doesn't answer")
-    images = np.full((num_images, 3, SIDE, SIDE), descriptor["shard"], np.uint8)
-    return {
-        "shard": descriptor["shard"],
-        "images": images,
-        "ok": np.arange(num_images) % 3 > 0,
-        "reasons": ["truncated", None],
-        "pid": os.getpid(),
-    }
+    images = np.full((num_images, 3, SIDE, SIDE), descriptor.shard, np.uint8)
+    return SimpleNamespace(
+        shard=descriptor.shard,
+        images=images,
+        ok=np.arange(num_images) % 3 > 0,
+        reasons=["truncated", None],
+        nothing=np.zeros((0, 5), np.float32),
+        # In columns, as libraries of linear algebra leave them.
+        turned=np.arange(6000, dtype=np.int64).reshape(2, 3000).T,
+        pid=os.getpid(),
+    )
 
 
 class Tower:
@@ -45,46 +54,57 @@ class Tower:
         self.scale = scale
         self.calls = 0
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, loaded: Any) -> SimpleNamespace:
         self.calls += 1
-        if block["shard"] == 255:
+        if loaded.shard == 255:
             raise StorageError("the disk is full")
-        return {
-            "shard": block["shard"],
-            "shape": block["images"].shape,
-            "sum": int(block["images"].sum()) * self.scale,
-            "num_bad": int((~block["ok"]).sum()),
-            "reasons": block["reasons"],
-            "loaded_here": block["pid"] == os.getpid(),
-            "pid": os.getpid(),
-            "calls": self.calls,
-        }
+        return SimpleNamespace(
+            shard=loaded.shard,
+            shape=loaded.images.shape,
+            sum=int(loaded.images.sum()) * self.scale,
+            num_bad=int((~loaded.ok).sum()),
+            reasons=loaded.reasons,
+            is_copied=loaded.images.flags.writeable or loaded.turned.flags.writeable,
+            others=(loaded.nothing.shape, loaded.turned[:3].tolist()),
+            loaded_here=loaded.pid == os.getpid(),
+            pid=os.getpid(),
+            calls=self.calls,
+        )
 
 
-def run(blocks: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+def run(blocks: Sequence[Any], **options: Any) -> list[Any]:
     return sorted(
         map_images(blocks, load, Tower, (2,), images_per_block=300, num_encoder_workers=1, notify=print, **options),
-        key=lambda found: found["shard"],
+        key=lambda summary: summary.shard,
     )
 
 
 @pytest.mark.ray
 def test_every_block_comes_out_once_and_whole_also_a_short_last_one(ray_cluster: str) -> None:
-    blocks = [{"shard": shard, "num_images": 300 if shard < 7 else 5} for shard in range(8)]
-    found = run(blocks)
-    assert [row["shard"] for row in found] == list(range(8))
-    assert [row["shape"][0] for row in found] == [300] * 7 + [5]
-    assert [row["sum"] for row in found] == [2 * b["shard"] * b["num_images"] * 3 * SIDE * SIDE for b in blocks]
-    assert all(row["reasons"] == ["truncated", None] for row in found)
-    assert {row["pid"] for row in found} == {found[0]["pid"]}
-    assert max(row["calls"] for row in found) == 8
-    assert not any(row["loaded_here"] for row in found)
+    blocks = [block(shard, 300 if shard < 7 else 5) for shard in range(8)]
+    summaries = run(blocks)
+    assert [row.shard for row in summaries] == list(range(8))
+    assert [row.shape[0] for row in summaries] == [300] * 7 + [5]
+    assert [row.sum for row in summaries] == [2 * b.shard * b.num_images * 3 * SIDE * SIDE for b in blocks]
+    assert [row.num_bad for row in summaries] == [100] * 7 + [2]
+    assert all(row.reasons == ["truncated", None] for row in summaries)
+    assert {row.pid for row in summaries} == {summaries[0].pid}
+    assert max(row.calls for row in summaries) == 8
+    assert not any(row.loaded_here for row in summaries)
+
+
+@pytest.mark.ray
+def test_arrays_of_any_shape_and_order_arrive_and_are_not_copied(ray_cluster: str) -> None:
+    """What Ray's memory holds can only be read."""
+    (summary,) = run([block(1, 300)])
+    assert not summary.is_copied
+    assert summary.others == ((0, 5), [[0, 3000], [1, 3001], [2, 3002]])
 
 
 @pytest.mark.ray
 def test_a_block_larger_than_ray_datas_own_block_size_is_not_split(ray_cluster: str) -> None:
     num_images = 150 * 2**20 // (3 * SIDE * SIDE)
-    assert run([{"shard": 1, "num_images": num_images}])[0]["shape"] == (num_images, 3, SIDE, SIDE)
+    assert run([block(1, num_images)])[0].shape == (num_images, 3, SIDE, SIDE)
 
 
 @pytest.mark.ray
@@ -105,7 +125,7 @@ def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster: s
     holder = Holder.remote()
     ray.get(holder.ready.remote(), timeout=30)
     try:
-        assert len(run([{"shard": shard, "num_images": 4} for shard in range(3)])) == 3
+        assert len(run([block(shard, 4) for shard in range(3)])) == 3
     finally:
         ray.kill(holder)
         time.sleep(0.2)
@@ -113,17 +133,14 @@ def test_a_pass_finishes_beside_others_that_hold_most_or_all_cpus(ray_cluster: s
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        ({"shard": 0, "num_images": 3, "fail": True}, "the bucket doesn't answer"),
-        ({"shard": 255, "num_images": 3}, "the disk is full"),
-    ],
+    ("broken", "message"),
+    [(block(0, 3, fail=True), "the bucket doesn't answer"), (block(255, 3), "the disk is full")],
 )
 def test_an_error_of_either_stage_comes_out_as_it_was_raised(
-    ray_cluster: str, block: dict[str, Any], message: str
+    ray_cluster: str, broken: SimpleNamespace, message: str
 ) -> None:
     with pytest.raises(StorageError, match=message):
-        run([{"shard": 1, "num_images": 3}, block])
+        run([block(1, 3), broken])
 
 
 @pytest.mark.ray
@@ -133,7 +150,7 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(
     with pytest.raises(StorageError, match="the tower's file is not there"):
         list(
             map_images(
-                [{"shard": 1, "num_images": 3}],
+                [block(1, 3)],
                 load,
                 Tower,
                 (0,),
@@ -148,7 +165,7 @@ def test_an_error_of_a_worker_that_starts_comes_out_as_it_was_raised(
 @pytest.mark.ray
 def test_behind_an_error_no_thread_asks_ray_for_more(ray_cluster: str) -> None:
     """Where the connection is closed by then, Ray ends the process without a word of the error."""
-    blocks = [{"shard": shard, "num_images": 3} for shard in range(9)]
+    blocks = [block(shard, 3) for shard in range(9)]
     for _ in range(3):
         with pytest.raises(StorageError, match="the tower's file is not there"):
             list(map_images(blocks, load, Tower, (0,), images_per_block=3, num_encoder_workers=1, notify=print))
@@ -163,9 +180,11 @@ def die_at_first(folder: Path, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying_load(descriptor: dict[str, Any]) -> dict[str, Any]:
-    die_at_first(*descriptor.get("load", (None, 0)))
-    return {**load(descriptor), "work": descriptor.get("work", (None, 0))}
+def dying_load(descriptor: Any) -> SimpleNamespace:
+    die_at_first(*descriptor.load)
+    loaded = load(descriptor)
+    loaded.work = descriptor.work
+    return loaded
 
 
 class DyingTower(Tower):
@@ -173,16 +192,17 @@ class DyingTower(Tower):
         die_at_first(*start)
         super().__init__(1)
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        die_at_first(*block["work"])
-        return super().__call__(block)
+    def __call__(self, loaded: Any) -> SimpleNamespace:
+        die_at_first(*loaded.work)
+        return super().__call__(loaded)
 
 
-def run_dying(folder: Path, stage: str, number: int) -> list[dict[str, Any]]:
+def run_dying(folder: Path, stage: str, number: int) -> list[Any]:
     """Three blocks, over one of which so many processes die, or as many as they start."""
-    blocks = [{"shard": shard, "num_images": 3, "name": f"shard {shard}"} for shard in range(3)]
-    blocks[1][stage] = (folder, number)
-    start = blocks[1].pop("start", (folder, 0))
+    deaths = {name: (folder, number if name == stage else 0) for name in ("load", "work", "start")}
+    start = deaths.pop("start")
+    none = dict.fromkeys(deaths, (folder, 0))
+    blocks = [block(shard, 3, **(deaths if shard == 1 else none)) for shard in range(3)]
     return list(
         map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_encoder_workers=1, notify=print)
     )
@@ -206,13 +226,13 @@ def test_process_after_process_lost_over_the_same_work_ends_the_pass(
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["load", "work", "start"])
 def test_a_few_lost_processes_cost_nothing(ray_cluster: str, tmp_path: Path, stage: str) -> None:
-    found = run_dying(tmp_path, stage, MAX_LOST_WORKERS - 1)
-    assert sorted(one["shard"] for one in found) == [0, 1, 2]
+    summaries = run_dying(tmp_path, stage, MAX_LOST_WORKERS - 1)
+    assert sorted(summary.shard for summary in summaries) == [0, 1, 2]
 
 
 @pytest.mark.ray
 def test_ray_data_prints_nothing(ray_cluster: str, capfd: pytest.CaptureFixture[str]) -> None:
-    run([{"shard": shard, "num_images": 4} for shard in range(3)])
+    run([block(shard, 4) for shard in range(3)])
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "Dataset" not in shown.err
