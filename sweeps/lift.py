@@ -5,11 +5,15 @@ The recipe with B/16 and L/14 and LIFT+'s, the steps of its ablation, and its lo
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
 
-from imbvlm.cli.sweep_script import add_arguments, run_command
+import typer
+
+from imbvlm.cli.options import SweepOptions
+from imbvlm.cli.sweep_script import run_command, run_function
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.spec.published_recipes import LIFT, LIFT_PLUS
 from imbvlm.sweep.spec.search_space import Params
@@ -18,7 +22,9 @@ from imbvlm.sweep.spec.studies import Part, Row, study_fields
 # Epochs of LIFT and of LIFT+; the width of the adapters follows from the number of classes.
 EPOCHS = {"imagenet_lt": (10, 5), "places_lt": (10, 5), "inat2018": (20, 15)}
 DEFAULT = "imagenet_lt"
-PARTS = ("recipe", "ablation", "losses", "cost")
+Recipe = StrEnum("Recipe", [*EPOCHS])
+PartName = StrEnum("PartName", ["recipe", "ablation", "losses", "cost"])
+PARTS = tuple(PartName)
 ENCODERS = {"B/16": "openai_vit_b16", "L/14": "openai_vit_l14"}
 # A 24 GB card holds a batch of L/14 in four parts; the numbers stay the same.
 IN_PARTS: Params = {"memory.accumulation": 4}
@@ -93,10 +99,22 @@ def _under(draw: Params, loss: str) -> Params:
 
 spec = study(PARTS)
 
+
+@dataclass(frozen=True, kw_only=True)
+class LiftOptions(SweepOptions):
+    """A sweep's options, the data set and the parts."""
+
+    recipe: Annotated[Recipe, typer.Option(help="the data set whose recipe is run")] = Recipe[DEFAULT]
+    part: Annotated[
+        list[PartName] | None,
+        typer.Option(metavar="PART", help=f"parts to run, of {', '.join(PARTS)}; by default all"),
+    ] = None
+
+
+def run(options: LiftOptions) -> int:
+    """Run the chosen parts."""
+    return run_command(study(options.part or PARTS, options.recipe, options.manifest), options)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--recipe", choices=sorted(EPOCHS), default=DEFAULT, help="the data set whose recipe is run")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all where not given")
-    options = parser.parse_args()
-    sys.exit(run_command(study(options.part, options.recipe, options.manifest), options))
+    run_function(LiftOptions, run, __doc__)

@@ -8,15 +8,17 @@ CPUs, a few epochs.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.cli.sweep_script import add_arguments, run_command
+from imbvlm.cli.options import SweepOptions
+from imbvlm.cli.sweep_script import run_command, run_function
 from imbvlm.sweep.plan.sweep_plan import resources
 from imbvlm.sweep.spec import SweepSpec
 from imbvlm.sweep.spec.search_space import Params
@@ -76,7 +78,10 @@ IN_VIT: Mapping[str, Params] = {
 ENCODERS = {"ViT-B/16": "openai_vit_b16", "ViT-L/14": "openai_vit_l14"}
 PRETRAINING = {"OpenAI": "openai_vit_b16", "LAION-400M": "laion400m_vit_b16", "LAION-2B": "laion2b_vit_b16"}
 DEPTHS = range(7)
-PARTS = ("methods", "losses", "prompt_losses", "since", "towers", "pretraining", "depth", "cost")
+PartName = StrEnum(
+    "PartName", ["methods", "losses", "prompt_losses", "since", "towers", "pretraining", "depth", "cost"]
+)
+PARTS = tuple(PartName)
 
 # CPUs of a trial on a GPU, where the machine has as many; its driver needs a part of one more.
 CPUS_PER_GPU = 4
@@ -220,17 +225,26 @@ def _slug(text: str) -> str:
 
 spec, left_out = study(PARTS)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all where not given")
-    options = parser.parse_args()
-    try:
-        num_cpus, num_gpus = resources() if options.gpus is None else (None, options.gpus)
-    except ImbvlmError as error:
-        sys.exit(f"imbvlm: {error}")
-    spec, left_out = study(options.part, options.manifest or DEFAULT_MANIFEST, num_cpus, num_gpus)
+
+@dataclass(frozen=True, kw_only=True)
+class PaperOptions(SweepOptions):
+    """A sweep's options, and the parts."""
+
+    part: Annotated[
+        list[PartName] | None,
+        typer.Option(metavar="PART", help=f"parts to run, of {', '.join(PARTS)}; by default all"),
+    ] = None
+
+
+def run(options: PaperOptions) -> int:
+    """Run the chosen parts on this machine, in small where it has no GPU."""
+    num_cpus, num_gpus = resources() if options.gpus is None else (None, options.gpus)
+    spec, left_out = study(options.part or PARTS, options.manifest or DEFAULT_MANIFEST, num_cpus, num_gpus)
     print(*left_out, sep="\n", end="\n" if left_out else "")
     if not spec.study:
-        sys.exit("nothing is left of what --part names; name other parts, or give --manifest")
-    sys.exit(run_command(spec, options))
+        raise ImbvlmError("nothing remains of the parts of --part. Name other parts, or give --manifest.")
+    return run_command(spec, options)
+
+
+if __name__ == "__main__":
+    run_function(PaperOptions, run, __doc__)

@@ -63,6 +63,7 @@ PLACES = {
     "huggingface_hub": ("models.encoders", "sweep.export"),
     "optuna": ("sweep.tune", "sweep.report.report_statistics"),
     "resvg_py": ("sweep.report",),
+    "typer": ("cli",),
     "sweeps": (),
     "tests": (),
 }
@@ -216,7 +217,7 @@ def names_of(*folders: str) -> list[str]:
     ("wanted", "unwanted"),
     [
         (["imbvlm"], ("ray", "torch", "pyarrow", "numpy", "pydantic", "yaml", "imbvlm.cli")),
-        (["imbvlm.cli.app"], ("torch", "ray", "open_clip", "optuna")),
+        (["imbvlm.cli.app"], ("torch", "ray", "open_clip", "optuna", "pyarrow", "numpy", "pydantic")),
         (names_of("base", "data", "data.files", "data.images", "data.sources"), ("torch", "ray", "open_clip")),
         (names_of("config"), ("torch", "ray", "open_clip", "optuna", "pyarrow")),
         (names_of("sweep.spec"), ("torch", "ray", "optuna")),

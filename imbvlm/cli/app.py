@@ -8,160 +8,49 @@ from imbvlm.base import interrupts
 interrupts.from_first_line()
 # isort: on
 
-import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Annotated, Any, NoReturn
+
+import typer
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.version import __version__
-from imbvlm.cli.export_command import add_export_command
-from imbvlm.cli.options import Command, add_command, print_to_stderr
-from imbvlm.cli.predict_command import add_predict_command
+from imbvlm.cli.export_command import export
+from imbvlm.cli.manifest_command import build, check, show
+from imbvlm.cli.options import GroupHelp, Json, ManifestPath, add_command, examples, make_app, run_program
+from imbvlm.cli.predict_command import predict
 from imbvlm.cli.sweep_command import (
-    add_compare_command,
-    add_plan_command,
-    add_report_command,
-    add_sweep_command,
+    compare,
+    plan,
+    report,
+    sweep_list,
+    sweep_resume,
+    sweep_run,
+    sweep_show,
     with_sweep_action,
 )
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 1 for a failure (a sentence on stderr), 2 for wrong usage, 130, or 143."""
-    with interrupts.handled() as signals:
-        try:
-            code = signals.outlast(lambda: _run(sys.argv[1:] if arguments is None else arguments))
-        except ImbvlmError as error:
-            print_to_stderr(str(error))
-            code = 1
-        except BrokenPipeError:
-            code = 1
-        if code is None:
-            signals.end()
-            print(f"\nimbvlm: {signals.sentence}", file=sys.stderr)
-            code = signals.exit_code
-        sys.exit(code)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    options = make_parser().parse_args(with_sweep_action(arguments))
-    # Pillow's warnings on images that it can read are not for the user, still less with lines of Pillow's code.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    command: Command = options.command
-    return command(options)
-
-
 EPILOG = """\
+\b
 on your own images, a folder per class:
   imbvlm manifest build --folders photos/ --test-share 0.2 -o photos.parquet
   python sweeps/quickstart.py --manifest photos.parquet
   imbvlm report runs/quickstart-20261124-120000 -o report-files
 
+\b
 exit codes:
-  0    done; a sweep that ended at one of its limits with a result, too
-  1    it failed, with a sentence on standard error; a check found something broken
+  0    done, also for a sweep that ended at one of its limits with a result
+  1    failed, with a sentence on standard error; or a check reports an error
   2    wrong usage
-  130  interrupted (Ctrl-C); what was finished is kept
-  143  interrupted by SIGTERM (scancel, kubectl delete, systemctl stop); likewise
+  130  interrupted (Ctrl-C); finished work is kept
+  143  interrupted by SIGTERM (scancel, kubectl delete, systemctl stop)
 """
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of `imbvlm` with all its commands."""
-    parser = argparse.ArgumentParser(
-        prog="imbvlm",
-        description="Finds the best long-tailed image classifier that a vision-language model can give on your images.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_doctor(commands)
-    _add_manifest(commands)
-    _add_features(commands)
-    _add_train(commands)
-    add_sweep_command(commands)
-    add_plan_command(commands)
-    add_compare_command(commands)
-    add_report_command(commands)
-    add_export_command(commands)
-    add_predict_command(commands)
-    _add_check_cluster(commands)
-    return parser
-
-
-# ------------------------------------------------------------------------------------------------------ doctor
-
-
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
-        commands, "doctor", "Check this machine for everything a sweep needs and suggest fixes.",
-        "imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16",
-    )  # fmt: skip
-    parser.add_argument(
-        "storage", nargs="*", default=["runs"], help="folders and s3:// URIs for sweeps (default: runs)"
-    )
-    parser.add_argument(
-        "--encoder", action="append", metavar="NAME", help="an encoder that is needed (default: tinylit_lite0)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(command=_doctor)
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from imbvlm.cli.doctor import describe, run_checks, to_dicts
-
-    checks = run_checks(options.storage, options.encoder or ["tinylit_lite0"])
-    print(json.dumps(to_dicts(checks), indent=1) if options.json else describe(checks))
-    return int(any(check.state == "broken" for check in checks))
-
-
-# ---------------------------------------------------------------------------------------------------- manifest
-
-
-def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    # Imported here, since the import costs half a second that the other commands need not pay.
-    from imbvlm.cli import manifest_command as manifest
-
-    parser = add_command(
-        commands, "manifest", "Make, show and check the list of your images.",
-        "imbvlm manifest build --folders photos/ -o photos.parquet",
-    )  # fmt: skip
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    for name, summary, example, add_arguments, run in (
-        ("build", "Turn folders, lists, tables, shards or a benchmark into a manifest.",
-         "imbvlm manifest build --folders photos/ -o photos.parquet", manifest.add_build_arguments, manifest.build),
-        ("show", "Classes, counts, shot groups and splits of a manifest.",
-         "imbvlm manifest show photos.parquet", manifest.add_show_arguments, manifest.show),
-        ("check", "All errors and oddities of a manifest, and a verdict.",
-         "imbvlm manifest check photos.parquet --decode", manifest.add_check_arguments, _check_manifest),
-    ):  # fmt: skip
-        action = add_command(actions, name, summary, example)
-        add_arguments(action)
-        action.set_defaults(command=run)
-
-
-def _check_manifest(options: argparse.Namespace) -> int:
-    from imbvlm.cli.manifest_command import check
-
-    def truncated(names: Sequence[str]) -> Sequence[str]:
-        # Imported here, since the import costs seconds.
-        from imbvlm.config.input_sections import EncoderConfig
-        from imbvlm.models.encoders.encoder_registry import has_text, resolve_encoder
-        from imbvlm.models.encoders.open_clip_text import OpenClipTokenizer
-        from imbvlm.models.encoders.text_prompts import truncated_names
-
-        config = EncoderConfig(name=options.encoder)
-        return truncated_names(OpenClipTokenizer(resolve_encoder(config)), names, ["{}"]) if has_text(config) else ()
-
-    return check(options, truncated)
-
-
-# ---------------------------------------------------------------------------------------------------- features
-
-
+# A test compares it with OUTPUT_NAMES; typer takes a list of an enumeration, and not of a Literal.
+Output = StrEnum("Output", ["tokens", "pooled", "image_embedding"])
 # Outputs of another image size or crop are other outputs, which a sweep can't read.
 READ_BY = (
     "A sweep reads these outputs where its encoder, encoder.image_size, eval.resize and features are the same, and "
@@ -170,49 +59,97 @@ READ_BY = (
 )
 
 
-def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
-        commands, "features", "Compute and check the stored outputs of encoders.",
-        "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
-    )  # fmt: skip
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = add_command(
-        actions, "extract", "Run an encoder over a manifest's images and store its outputs for later sweeps.",
-        "imbvlm features extract photos.parquet --encoder openai_vit_b16 --set features.num_views=4",
-    )  # fmt: skip
-    action.description = f"{action.description} {READ_BY}."
-    action.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
-    action.add_argument("--encoder", required=True, metavar="NAME", help="an encoder's name")
-    action.add_argument("--image-size", type=int, metavar="PIXELS", help="side of its input (default: the encoder's)")
-    action.add_argument(
-        "--output", action="append", choices=("tokens", "pooled", "image_embedding"),
-        help="an output to store, repeatable (default: pooled and image_embedding; a decoder reads tokens)",
-    )  # fmt: skip
-    action.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of data, encoder, features or eval",
-    )
-    action.add_argument("--storage", default="runs", help="folder or s3:// URI that sweeps are kept in (default: runs)")
-    action.add_argument("--dry-run", action="store_true", help="only say how many images and bytes are missing")
-    action.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    action.set_defaults(command=_extract_features)
-    action = add_command(
-        actions, "check", "Read every byte of stored features and compare it with its checksum.",
-        "imbvlm features check runs/features",
-    )  # fmt: skip
-    action.add_argument(
-        "folders",
-        nargs="*",
-        default=["runs/features"],
-        help="stores, or folders or s3:// URIs of stores (default: runs/features)",
-    )
-    action.set_defaults(command=_check_features)
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command; exits with 0, 1 for a failure (a sentence on stderr), 2 for wrong usage, 130, or 143."""
+    # Pillow's warnings on images that it can read are not for the user, still less with lines of Pillow's code.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    run_program(APP, "imbvlm", with_sweep_action(sys.argv[1:] if arguments is None else arguments))
 
 
-def _extract_features(options: argparse.Namespace) -> int:
+class _Commands(GroupHelp):
+    """The commands in the order of a user's work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(dict.fromkeys(words.split()[0] for words in COMMANDS))
+
+
+def _make_imbvlm() -> typer.Typer:
+    """`imbvlm` with all its commands."""
+    app = make_app(
+        "Find the best long-tailed image classifier that a vision-language model can give on your images.",
+        EPILOG,
+        cls=_Commands,
+        add_completion=True,
+    )
+    app.callback()(_imbvlm)
+    groups = {name: make_app(summary, examples(example)) for name, (summary, example) in GROUPS.items()}
+    for words, (function, epilog) in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        add_command(groups.get(group, app), name, function, epilog=epilog)
+    for name, actions in groups.items():
+        app.add_typer(actions, name=name)
+    return app
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+def _imbvlm(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def doctor(
+    storage: Annotated[
+        list[str] | None, typer.Argument(metavar="FOLDER", help="folders and s3:// URIs for sweeps; by default runs")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="an encoder that is needed; repeatable; by default tinylit_lite0"),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Check this machine for everything a sweep needs. Each problem has a suggested fix."""
+    from imbvlm.cli.doctor import describe, run_checks, to_dicts
+
+    checks = run_checks(storage or ["runs"], encoder or ["tinylit_lite0"])
+    print(json.dumps(to_dicts(checks), indent=1) if as_json else describe(checks))
+    return int(any(check.state == "broken" for check in checks))
+
+
+def extract_features(
+    manifest: ManifestPath,
+    encoder: Annotated[str, typer.Option(metavar="NAME", help="name of the encoder")],
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="side of the encoder's input; by default the encoder's own")
+    ] = None,
+    output: Annotated[
+        list[Output] | None,
+        typer.Option(
+            metavar="OUTPUT",
+            help="an output to store, of tokens, pooled and image_embedding; repeatable; by default the last two; a "
+            "decoder reads tokens",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a key of data, encoder, features or eval; repeatable"),
+    ] = None,
+    storage_folder: Annotated[
+        str, typer.Option("--storage", metavar="FOLDER", help="folder or s3:// URI for sweeps")
+    ] = "runs",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print how many images and bytes are missing")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Run an encoder over a manifest's images and store its outputs."""
     from imbvlm.base import storage
     from imbvlm.base.console import Console
     from imbvlm.cli.features_command import extract
@@ -222,83 +159,125 @@ def _extract_features(options: argparse.Namespace) -> int:
     from imbvlm.models.encoders.encoder_factory import describe_encoder
 
     tree = {
-        "data": {"manifest": options.manifest},
-        "encoder": {"name": options.encoder, "image_size": options.image_size},
+        "data": {"manifest": manifest},
+        "encoder": {"name": encoder, "image_size": image_size},
         "method": "zero_shot",
     }
-    config = TrialConfig.from_tree(tree).with_overrides(parse_settings(options.set), "--set")
-    storage.check_folder(options.storage)
+    config = TrialConfig.from_tree(tree).with_overrides(parse_settings(settings), "--set")
+    storage.check_folder(storage_folder)
     # Checked before the log creates a folder.
-    manifest, available = Manifest.read(config.data.manifest), describe_encoder(config.encoder).shapes
-    console, outputs = Console(), frozenset(options.output or ("pooled", "image_embedding"))
-    if options.output and not outputs <= available.keys():
-        raise ImbvlmError(f"{options.encoder} is image-only and has no image_embedding; leave out that --output.")
-    outputs &= available.keys()
-    is_local = storage.is_local(options.storage) and not options.dry_run
-    with console.redirect_output(storage.local_path(options.storage) / "features.log" if is_local else None):
-        report = (lambda text: None) if options.json else console.update_live
-        root = storage.join(options.storage, "features")
-        extraction = extract(config, manifest, root, outputs, report=report, dry_run=options.dry_run)
+    images, available = Manifest.read(config.data.manifest), describe_encoder(config.encoder).shapes
+    requested = {*(output or ("pooled", "image_embedding"))}
+    if output and not requested <= available.keys():
+        raise ImbvlmError(f"{encoder} is image-only and has no image_embedding; leave out that --output.")
+    console, outputs = Console(), frozenset(name for name in available if name in requested)
+    is_local = storage.is_local(storage_folder) and not dry_run
+    with console.redirect_output(storage.local_path(storage_folder) / "features.log" if is_local else None):
+        progress = (lambda text: None) if as_json else console.update_live
+        root = storage.join(storage_folder, "features")
+        extraction = extract(config, images, root, outputs, report=progress, dry_run=dry_run)
         console.end_live()
-    print(json.dumps(extraction.to_dict(), indent=1) if options.json else f"{extraction.describe()}\n{READ_BY}")
+    print(json.dumps(extraction.to_dict(), indent=1) if as_json else f"{extraction.describe()}\n{READ_BY}")
     return 0
 
 
-def _check_features(options: argparse.Namespace) -> int:
+def check_features(
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FOLDER", help="stores, or folders or s3:// URIs of stores; by default runs/features"),
+    ] = None,
+) -> int:
+    """Read every byte of stored features and compare it with its checksum."""
     from imbvlm.cli.features_command import check
 
-    return check(options.folders)
+    return check(folders or ["runs/features"])
 
 
-# ------------------------------------------------------------------------------------------------------ train
-
-
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
-        commands,
-        "train",
-        "Train one configuration and score it on validation.",
-        "imbvlm train best.yaml --set optim.lr=0.05",
-    )
-    parser.add_argument("config", help="a trial's YAML, such as an exported best.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted key of the configuration"
-    )
-    parser.add_argument("--storage", default="runs", help="folder or s3:// URI for features (default: runs)")
-    parser.add_argument("-o", "--out", help="folder for the trained weights (model.safetensors)")
-    parser.add_argument("--json", action="store_true", help="print the final metrics as JSON and nothing else")
-    parser.set_defaults(command=_train)
-
-
-def _train(options: argparse.Namespace) -> int:
+def train(
+    config: Annotated[str, typer.Argument(metavar="FILE", help="a trial's YAML, such as an exported best.yaml")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a dotted key of the configuration; repeatable"),
+    ] = None,
+    storage: Annotated[str, typer.Option(metavar="FOLDER", help="folder or s3:// URI for features")] = "runs",
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FOLDER", help="folder for the weights (model.safetensors)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the final metrics as JSON and nothing else")] = False,
+) -> int:
+    """Train one configuration and score it on validation."""
     from imbvlm.cli.sweep_script import parse_settings
     from imbvlm.cli.train_command import train_one
     from imbvlm.config.trial_config import TrialConfig
 
-    config = TrialConfig.from_yaml(options.config).with_overrides(parse_settings(options.set), "--set")
-    metrics = train_one(config, options.storage, options.out, quiet=options.json)
-    if options.json:
+    trial = TrialConfig.from_yaml(config).with_overrides(parse_settings(settings), "--set")
+    metrics = train_one(trial, storage, out, quiet=as_json)
+    if as_json:
         print(json.dumps(metrics, indent=1))
     return 0
 
 
-# ---------------------------------------------------------------------------------------------- check-cluster
-
-
-def _add_check_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = add_command(
-        commands,
-        "check-cluster",
-        "Check a cluster's file before anything is started or paid for.",
-        "imbvlm check-cluster cluster/gpu.yaml && ray up cluster/gpu.yaml",
-    )
-    parser.add_argument("file", help="such as cluster/gpu.yaml or cluster/kuberay.yaml")
-    parser.set_defaults(command=_check_cluster)
-
-
-def _check_cluster(options: argparse.Namespace) -> int:
+def check_cluster(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="such as cluster/gpu.yaml or cluster/kuberay.yaml")],
+) -> int:
+    """Check a cluster's file before anything is paid for."""
     from imbvlm.cli.cluster_file_check import check_cluster_file
 
-    check_cluster_file(options.file)
-    print(f"{options.file}: nothing is missing")
+    check_cluster_file(file)
+    print(f"{file}: nothing is missing")
     return 0
+
+
+GROUPS = {
+    "manifest": (
+        "Make, show and check the list of your images.",
+        "imbvlm manifest build --folders photos/ -o photos.parquet",
+    ),
+    "features": (
+        "Compute and check the stored outputs of encoders.",
+        "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
+    ),
+    "sweep": (
+        "Run, resume, list and show sweeps. `sweep FILE` is `sweep run FILE`.",
+        "imbvlm sweep run my-sweep.yaml --dry-run",
+    ),
+}
+# Each command with the end of its help, in the order of a user's work.
+COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "doctor": (doctor, examples("imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16")),
+    "manifest build": (build, examples("imbvlm manifest build --folders photos/ -o photos.parquet")),
+    "manifest show": (show, examples("imbvlm manifest show photos.parquet")),
+    "manifest check": (check, examples("imbvlm manifest check photos.parquet --decode")),
+    "features extract": (
+        extract_features,
+        f"{READ_BY}.\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),
+    ),
+    "features check": (check_features, examples("imbvlm features check runs/features")),
+    "train": (train, examples("imbvlm train best.yaml --set optim.lr=0.05")),
+    "sweep run": (
+        sweep_run,
+        examples("imbvlm sweep run my-sweep.yaml --dry-run", "imbvlm sweep my-sweep.yaml --smoke"),
+    ),
+    "sweep resume": (sweep_resume, examples("imbvlm sweep resume runs/inat-20261124-120000")),
+    "sweep list": (sweep_list, examples("imbvlm sweep list runs --json")),
+    "sweep show": (sweep_show, examples("imbvlm sweep show runs/inat-20261124-120000")),
+    "plan": (plan, examples("imbvlm plan my-sweep.yaml --price 2.5 --json")),
+    "compare": (compare, examples("imbvlm compare runs/inat-20261124-* --json")),
+    "report": (report, examples("imbvlm report runs/quickstart-20261124-120000 -o report-files")),
+    "export": (
+        export,
+        examples(
+            "imbvlm export runs/quickstart-20261124-120000 -o my-model",
+            "imbvlm export runs/inat-20261124-120000 -o models --top 3 --license mit",
+        ),
+    ),
+    "predict": (
+        predict,
+        examples(
+            "imbvlm predict my-model photos/ --top 3 -o predictions.csv",
+            "imbvlm predict s3://bucket/model s3://bucket/photos -o predictions.parquet",
+        ),
+    ),
+    "check-cluster": (check_cluster, examples("imbvlm check-cluster cluster/gpu.yaml && ray up cluster/gpu.yaml")),
+}
+APP = _make_imbvlm()

@@ -2,173 +2,229 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import PurePosixPath
+from typing import Annotated, Literal, get_args
 
-from imbvlm.base import storage
+import typer
+
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import join_limited, pluralize
-from imbvlm.data.duplicate_files import mark_duplicates
-from imbvlm.data.files.file_listing import list_tree, printable_path
-from imbvlm.data.imbalance import SHAPES, make_imbalanced
-from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_check import check_manifest
-from imbvlm.data.manifest_schema import SPLITS
-from imbvlm.data.manifest_summary import plot_svg, summary, summary_dict
-from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
-from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
-from imbvlm.data.sources.inaturalist import NAMES, RANKS, from_inaturalist
-from imbvlm.data.sources.manifest_builder import read_class_names
-from imbvlm.data.sources.table_files import from_table
-from imbvlm.data.sources.webdataset import from_shards
-from imbvlm.data.splits import hold_out_test_split
+from imbvlm.cli.options import Json, ManifestPath
+
+# Names of BENCHMARKS, RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
+Benchmark = Literal["fashion_mnist_lt", "imagenet_lt", "inat2018", "places_lt"]
+Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
+Names = Literal["scientific", "common"]
+TailShape = Literal["exponential", "pareto"]
+SplitSeed = Annotated[int, typer.Option(metavar="SEED", help="seed of the validation images held out from training")]
 
 _TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"))
+ONE_SOURCE = "Exactly one of --dataset, --folders, --list, --table, --inaturalist and --webdataset is needed"
+_source, _reading, _splits = (
+    partial(typer.Option, rich_help_panel=title)
+    for title in ("Source (one of these)", "Names and columns", "Splits and imbalance")
+)
 
 
-def add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `manifest build`: one source, then names, imbalance and output."""
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source("--dataset", choices=sorted(BENCHMARKS), help="a benchmark by name, its official files in --root")
-    source("--folders", metavar="DIR", help="a folder per class, or train, val and test folders of them")
-    source("--list", nargs="+", metavar="SPLIT=FILE", help="`path label` lists, such as train=train.txt")
-    source("--table", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines or Parquet files, or a folder of them")
-    source("--inaturalist", nargs="+", metavar="SPLIT=FILE", help="iNaturalist's annotation JSON")
-    source("--webdataset", nargs="+", metavar="TAR", help="tar shards, or a folder of them")
-    option = parser.add_argument
-    option("--root", default="", help="folder or s3:// prefix that relative image paths are below")
-    option("--name", help="name of the data (default: the source's)")
-    option("--class-names", metavar="FILE", help="one name a line, in the order of the class ids")
-    option("--column", action="append", default=[], metavar="WHAT=NAME", help="a table's uri, label, split or bytes")
-    option("--categories", metavar="FILE", help="iNaturalist's categories.json, with names and ranks")
-    option("--rank", choices=RANKS, default="species", help="what iNaturalist's classes are")
-    option("--names", choices=NAMES, default="scientific", help="iNaturalist's scientific or common names")
-    option("--test-share", type=float, help="hold out this share of each class as the test split")
-    option("--imbalance-factor", type=float, help="make balanced data long-tailed: largest class over smallest")
-    option("--tail-shape", choices=SHAPES, help="how counts fall (default: exponential)")
-    option("--class-order", metavar="FILE", help="class names from head to tail (default: random by --seed)")
-    option("--seed", type=int, default=0, help="seed of the held-out rows, and of the tail's order and rows")
-    option("-o", "--output", required=True, metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
+def build(
+    ctx: typer.Context,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
+    ],
+    dataset: Annotated[
+        Benchmark | None,
+        _source(metavar="NAME", help=f"a benchmark, its official files below --root: {', '.join(get_args(Benchmark))}"),
+    ] = None,
+    folders: Annotated[
+        str | None, _source(metavar="FOLDER", help="a folder per class, or train, val and test folders of them")
+    ] = None,
+    lists: Annotated[
+        list[str] | None,
+        _source(
+            "--list",
+            metavar="SPLIT=FILE",
+            help="`path label` lists, one or more, such as train=train.txt test=test.txt",
+        ),
+    ] = None,
+    table: Annotated[
+        list[str] | None,
+        _source(metavar="FILE", help="CSV, TSV, JSON lines or Parquet files, one or more, or a folder of them"),
+    ] = None,
+    inaturalist: Annotated[
+        list[str] | None, _source(metavar="SPLIT=FILE", help="iNaturalist's annotation JSON, one or more")
+    ] = None,
+    webdataset: Annotated[
+        list[str] | None, _source(metavar="TAR", help="tar shards, one or more, or a folder of them")
+    ] = None,
+    root: Annotated[
+        str, typer.Option(metavar="FOLDER", help="folder or s3:// prefix that relative image paths are below")
+    ] = "",
+    name: Annotated[str | None, _reading(metavar="NAME", help="name of the data; by default the source's")] = None,
+    class_names: Annotated[
+        str | None, _reading(metavar="FILE", help="one name a line, in the order of the class ids")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        _reading(
+            metavar="KEY=NAME", help="a table's column of uri, label, split or bytes, such as label=species; repeatable"
+        ),
+    ] = None,
+    categories: Annotated[
+        str | None, _reading(metavar="FILE", help="iNaturalist's categories.json, with names and ranks")
+    ] = None,
+    rank: Annotated[
+        Rank, _reading(metavar="RANK", help=f"rank of iNaturalist's classes: {', '.join(get_args(Rank))}")
+    ] = "species",
+    names: Annotated[Names, _reading(help="which names iNaturalist's classes get")] = "scientific",
+    test_share: Annotated[
+        float | None, _splits(metavar="SHARE", help="hold out this share of each class as the test split")
+    ] = None,
+    imbalance_factor: Annotated[
+        float | None,
+        _splits(metavar="FACTOR", help="make balanced data long-tailed: images of the largest class over the smallest"),
+    ] = None,
+    tail_shape: Annotated[
+        TailShape | None,
+        _splits(metavar="SHAPE", help=f"how counts decrease: {', '.join(get_args(TailShape))}; by default the first"),
+    ] = None,
+    class_order: Annotated[
+        str | None, _splits(metavar="FILE", help="class names from head to tail; by default random by --seed")
+    ] = None,
+    seed: Annotated[
+        int, _splits(metavar="SEED", help="seed of the held-out images, and of the tail's order and images")
+    ] = 0,
+) -> int:
+    """Turn folders, lists, tables, shards or a benchmark into a manifest."""
+    from imbvlm.base import storage
+    from imbvlm.data.duplicate_files import mark_duplicates
+    from imbvlm.data.imbalance import make_imbalanced
+    from imbvlm.data.manifest_schema import SPLITS
+    from imbvlm.data.manifest_summary import summary
+    from imbvlm.data.sources.benchmark_registry import build_dataset
+    from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
+    from imbvlm.data.sources.inaturalist import from_inaturalist
+    from imbvlm.data.sources.manifest_builder import read_class_names
+    from imbvlm.data.sources.table_files import from_table
+    from imbvlm.data.sources.webdataset import from_shards
+    from imbvlm.data.splits import hold_out_test_split
 
-
-def build(options: argparse.Namespace) -> int:
-    """Build a manifest, write it, print its summary; raises ImbvlmError."""
-    storage.check_location(options.output)
-    if options.imbalance_factor is None:
-        given = [name for name in ("class_order", "tail_shape") if getattr(options, name) is not None]
-        if given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise ImbvlmError(f"{option} needs --imbalance-factor, which makes a tail. Add one, or leave {option} out.")
-    manifest = _source(options)
-    if options.test_share is not None or "val" not in manifest.splits:
+    if sum(map(bool, (dataset, folders, lists, table, inaturalist, webdataset))) > 1:
+        ctx.fail(ONE_SOURCE)
+    storage.check_location(output)
+    if imbalance_factor is None:
+        for option, value in (("--class-order", class_order), ("--tail-shape", tail_shape)):
+            if value is not None:
+                raise ImbvlmError(
+                    f"{option} needs --imbalance-factor, which makes a tail. Add one, or leave {option} out."
+                )
+    own_names = read_class_names(class_names) if class_names else None
+    if dataset:
+        manifest = build_dataset(dataset, root)
+    elif folders:
+        manifest = from_folders(folders, name or _stem(folders), class_names=own_names)
+    elif lists:
+        paths = _pairs(lists, "--list", SPLITS)
+        manifest = from_lists(paths, root, name or _stem(next(iter(paths.values()))), class_names=own_names)
+    elif table:
+        tables = _files(table, _TABLE_SUFFIXES)
+        manifest = from_table(
+            tables,
+            root or tables[0].rpartition("/")[0],
+            name or _stem(table[0]),
+            columns=_pairs(column or (), "--column", ("uri", "label", "split", "bytes")),
+            class_names=own_names,
+            pack_prefix=output.removesuffix(".parquet") + ".images",
+        )
+    elif inaturalist:
+        annotations = _pairs(inaturalist, "--inaturalist", SPLITS)
+        manifest = from_inaturalist(
+            annotations, root, name or "inaturalist", categories=categories, rank=rank, names=names
+        )
+    elif webdataset:
+        shards = _files(webdataset, frozenset((".tar",)))
+        manifest = from_shards(shards, name or _stem(webdataset[0]), class_names=own_names)
+    else:
+        ctx.fail(ONE_SOURCE)
+    if test_share is not None or "val" not in manifest.splits:
         # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)
-    if options.test_share is not None:
-        manifest = hold_out_test_split(manifest, options.test_share, seed=options.seed)
-    if options.imbalance_factor is not None:
-        order = read_class_names(options.class_order) if options.class_order else None
+    if test_share is not None:
+        manifest = hold_out_test_split(manifest, test_share, seed=seed)
+    if imbalance_factor is not None:
+        order = read_class_names(class_order) if class_order else None
         manifest = make_imbalanced(
-            manifest,
-            options.imbalance_factor,
-            shape=options.tail_shape or SHAPES[0],
-            class_order=order,
-            seed=options.seed,
+            manifest, imbalance_factor, shape=tail_shape or "exponential", class_order=order, seed=seed
         )
-    manifest.write(options.output)
+    manifest.write(output)
     print(summary(manifest))
-    print(f"\nwritten to {options.output}; look for mistakes with: imbvlm manifest check {options.output}")
+    print(f"\nwritten to {output}; look for mistakes with: imbvlm manifest check {output}")
     return 0
 
 
-def _source(options: argparse.Namespace) -> Manifest:
-    names = read_class_names(options.class_names) if options.class_names else None
-    if options.dataset:
-        return build_dataset(options.dataset, options.root)
-    if options.folders:
-        return from_folders(options.folders, options.name or _stem(options.folders), class_names=names)
-    if options.list:
-        lists = _by_split(options.list, "--list")
-        return from_lists(lists, options.root, options.name or _stem(next(iter(lists.values()))), class_names=names)
-    if options.table:
-        tables = _files(options.table, _TABLE_SUFFIXES)
-        columns = _pairs(options.column, "--column", ("uri", "label", "split", "bytes"))
-        prefix = options.output.removesuffix(".parquet") + ".images"
-        root = options.root or tables[0].rpartition("/")[0]
-        name = options.name or _stem(options.table[0])
-        return from_table(tables, root, name, columns=columns, class_names=names, pack_prefix=prefix)
-    if options.inaturalist:
-        return from_inaturalist(
-            _by_split(options.inaturalist, "--inaturalist"),
-            options.root,
-            options.name or "inaturalist",
-            categories=options.categories,
-            rank=options.rank,
-            names=options.names,
-        )
-    shards = _files(options.webdataset, frozenset((".tar",)))
-    return from_shards(shards, options.name or _stem(options.webdataset[0]), class_names=names)
+def show(
+    manifest: ManifestPath,
+    split_seed: SplitSeed = 0,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="write the curve of counts as SVG")] = None,
+    as_json: Json = False,
+) -> int:
+    """Print a manifest's classes, counts, shot groups and splits."""
+    from imbvlm.base import storage
+    from imbvlm.data.manifest import Manifest
+    from imbvlm.data.manifest_summary import plot_svg, summary, summary_dict
 
-
-def add_show_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `manifest show`."""
-    parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
-    parser.add_argument("--split-seed", type=int, default=0, help="seed of the validation rows that are held out")
-    parser.add_argument("--plot", metavar="FILE", help="write the curve of counts as SVG")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-
-
-def show(options: argparse.Namespace) -> int:
-    """Print a manifest's summary and write the plot of its counts."""
-    storage.check_location(options.plot or "")
-    manifest = Manifest.read(options.manifest)
-    if options.json:
-        print(json.dumps(summary_dict(manifest), indent=1))
-    else:
-        print(summary(manifest, split_seed=options.split_seed))
-    if options.plot:
-        storage.write_bytes(options.plot, plot_svg(manifest.class_stats().counts, manifest.name).encode())
-        if not options.json:
-            print(f"\nplot written to {options.plot}")
+    storage.check_location(plot or "")
+    images = Manifest.read(manifest)
+    print(json.dumps(summary_dict(images), indent=1) if as_json else summary(images, split_seed=split_seed))
+    if plot:
+        storage.write_bytes(plot, plot_svg(images.class_stats().counts, images.name).encode())
+        if not as_json:
+            print(f"\nplot written to {plot}")
     return 0
 
 
-def add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `manifest check`."""
-    parser.add_argument("manifest", help="path or s3:// URI of a manifest, or embedded:NAME")
-    parser.add_argument("--decode", action="store_true", help="read and decode every image")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write every finding with all of its rows as CSV")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument(
-        "--encoder",
-        default="openai_vit_b16",
-        metavar="NAME",
-        help="encoder whose text tower must hold the class names (default: openai_vit_b16, as most of them)",
-    )
-    parser.add_argument("--split-seed", type=int, default=0, help="seed of the validation rows that are held out")
+def check(
+    manifest: ManifestPath,
+    decode: Annotated[bool, typer.Option("--decode", help="read and decode every image")] = False,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="write every finding with all of its rows as CSV"),
+    ] = None,
+    as_json: Json = False,
+    encoder: Annotated[
+        str, typer.Option(metavar="NAME", help="encoder whose text tower must hold the class names")
+    ] = "openai_vit_b16",
+    split_seed: SplitSeed = 0,
+) -> int:
+    """Print a manifest's errors, oddities and a verdict. An error gives exit code 1."""
+    from imbvlm.base import storage
+    from imbvlm.data.manifest import Manifest
+    from imbvlm.data.manifest_check import check_manifest
 
+    def truncated(names: Sequence[str]) -> Sequence[str]:
+        # Imported here, since the import costs seconds.
+        from imbvlm.config.input_sections import EncoderConfig
+        from imbvlm.models.encoders.encoder_registry import has_text, resolve_encoder
+        from imbvlm.models.encoders.open_clip_text import OpenClipTokenizer
+        from imbvlm.models.encoders.text_prompts import truncated_names
 
-def check(options: argparse.Namespace, truncated: Callable[[Sequence[str]], Sequence[str]] | None = None) -> int:
-    """Print errors, oddities and a verdict; returns 1 if there is an error."""
-    storage.check_location(options.output or "")
-    report = check_manifest(
-        Manifest.read(options.manifest), decode_all=options.decode, split_seed=options.split_seed, truncated=truncated
-    )
-    print(json.dumps(report.to_dict(), indent=1) if options.json else report)
-    if options.output:
-        storage.write_bytes(options.output, report.to_csv().encode("utf-8", "surrogateescape"))
-        if not options.json:
-            print(f"all of them by name in {options.output}")
+        config = EncoderConfig(name=encoder)
+        return truncated_names(OpenClipTokenizer(resolve_encoder(config)), names, ["{}"]) if has_text(config) else ()
+
+    storage.check_location(output or "")
+    report = check_manifest(Manifest.read(manifest), decode_all=decode, split_seed=split_seed, truncated=truncated)
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+    if output:
+        storage.write_bytes(output, report.to_csv().encode("utf-8", "surrogateescape"))
+        if not as_json:
+            print(f"all of them by name in {output}")
     return 0 if report.ok else 1
 
 
 def _stem(path: str) -> str:
     return PurePosixPath(path.rstrip("/")).stem
-
-
-def _by_split(values: Sequence[str], option: str) -> dict[str, str]:
-    return _pairs(values, option, SPLITS)
 
 
 def _pairs(values: Sequence[str], option: str, keys: Sequence[str]) -> dict[str, str]:
@@ -181,6 +237,9 @@ def _pairs(values: Sequence[str], option: str, keys: Sequence[str]) -> dict[str,
 
 def _files(locations: Sequence[str], suffixes: frozenset[str]) -> list[str]:
     """The given files, and the files of given folders by suffix."""
+    from imbvlm.base import storage
+    from imbvlm.data.files.file_listing import list_tree, printable_path
+
     paths = []
     for location in locations:
         if PurePosixPath(location).suffix.lower() in suffixes:

@@ -1,35 +1,237 @@
-"""Shared parts of the commands: parsers with an example, types of options, and messages on standard error."""
+"""Options that commands share, the look of their help, and how a program runs."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from itertools import zip_longest
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
 
-from imbvlm.base.errors import LINE_BREAKS, printable
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-Command = Callable[[argparse.Namespace], int]
+from imbvlm.base import interrupts
+from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, end_sentence, printable
+
+OptionsT = TypeVar("OptionsT")
+LATEST = "latest"
+# Options that take several values at once, of `manifest build` and of sweeps/*.py.
+SEVERAL_VALUES = frozenset(("--list", "--table", "--inaturalist", "--webdataset", "--part"))
+
+ManifestPath = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="path or s3:// URI of a manifest, or embedded:NAME")
+]
+MovedManifest = Annotated[
+    str | None, typer.Option("--manifest", metavar="FILE", help="the manifest's present location, if it was moved")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+SweepFolder = Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep's folder or s3:// URI")]
+
+_spec, _plan, _resume = (
+    partial(typer.Option, rich_help_panel=title) for title in ("Specification", "Plan and prices", "Resume")
+)
 
 
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, example: str
-) -> argparse.ArgumentParser:
-    """Add a command whose help has a summary and an example."""
-    return commands.add_parser(
-        name,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecOptions:
+    """Options that change a sweep's specification, and those of its plan."""
+
+    manifest: Annotated[
+        str | None, _spec(metavar="MANIFEST", help="another data set: path, s3:// URI or embedded:NAME")
+    ] = None
+    storage: Annotated[str | None, _spec(metavar="FOLDER", help="folder or s3:// URI for sweeps and features")] = None
+    smoke: Annotated[
+        bool,
+        _spec(
+            "--smoke",
+            help="run a small version of the sweep as a test: with the sweep's `smoke` settings, by default four "
+            "trials of two epochs and one seed",
+        ),
+    ] = False
+    settings: Annotated[
+        list[str] | None,
+        _spec("--set", metavar="KEY=VALUE", help="set a key of the sweep, or a dotted key of its trials; repeatable"),
+    ] = None
+    warm_start: Annotated[
+        list[str] | None, _spec(metavar="SWEEP", help="report an earlier sweep's trials to the sampler; repeatable")
+    ] = None
+    measure: Annotated[
+        Literal["here", "cluster", "no"],
+        _plan(
+            help="where a plan measures a few steps of each kind of trial: on this machine, on the running Ray "
+            "cluster, or nowhere"
+        ),
+    ] = "here"
+    gpus: Annotated[
+        int | None,
+        _plan(
+            metavar="N",
+            min=1,
+            help="plan for another machine with N GPUs; by default a plan that can't run here ends with exit code 1",
+        ),
+    ] = None
+    price: Annotated[float | None, _plan(metavar="PER_GPU_HOUR", help="price of one GPU for an hour")] = None
+    machine_price: Annotated[
+        float | None,
+        _plan(metavar="PER_HOUR", help="price of one machine for an hour, with or without GPUs, in place of --price"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(SpecOptions):
+    """Options of every sweep."""
+
+    dry_run: Annotated[bool, _plan("--dry-run", help="show the plan; start and write nothing")] = False
+    plan: Annotated[
+        bool, _plan("--plan", help="show the plan first, and compare it with the actual times at the end")
+    ] = False
+    resume: Annotated[
+        str | None,
+        _resume(metavar="[FOLDER]", help="resume the sweep in FOLDER, by default the newest sweep of this name"),
+    ] = None
+    add_trials: Annotated[int | None, _resume(metavar="N", min=1, help="with --resume: add N trials")] = None
+    fork: Annotated[
+        bool,
+        _resume(
+            "--fork",
+            help="with --resume: start a new sweep after changes of specification, code or data; valid trials are kept",
+        ),
+    ] = False
+
+
+def takes(options: type[OptionsT]) -> Callable[[Callable[[OptionsT], int]], Callable[..., int]]:
+    """Decorate a function of a dataclass as a command whose parameters are the dataclass's fields."""
+
+    def decorate(function: Callable[[OptionsT], int]) -> Callable[..., int]:
+        @wraps(function)
+        def command(**values: Any) -> int:
+            return function(options(**values))
+
+        hints = get_type_hints(options, include_extras=True)
+        # Its own attribute rather than the wrapped function's one parameter is what typer reads.
+        vars(command)["__signature__"] = inspect.Signature(
+            [
+                parameter.replace(annotation=hints[name])
+                for name, parameter in inspect.signature(options).parameters.items()
+            ]
+        )
+        return command
+
+    return decorate
+
+
+# ------------------------------------------------------------------------------------------------------- help
+
+
+class _Help(TyperCommand):
+    """A command whose help is plain text with its options in named groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_groups(self, ctx, formatter)
+
+
+class GroupHelp(TyperGroup):
+    """A group of commands with the same look of its help."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_groups(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _write_groups(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any) -> None:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in sorted(command.get_params(ctx), key=lambda parameter: parameter.param_type_name):
+        record = parameter.get_help_record(ctx)
+        if record is not None:
+            is_argument = parameter.param_type_name == "argument"
+            title = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            # Python's type of an argument tells a user nothing.
+            name = record[0].partition(" <")[0] if is_argument else record[0]
+            groups.setdefault(title, []).append((name, record[1]))
+    for title, rows in groups.items():
+        with formatter.section(title):
+            formatter.write_dl(rows)
+
+
+def make_app(
+    summary: str = "", epilog: str = "", *, cls: type[TyperGroup] = GroupHelp, add_completion: bool = False
+) -> typer.Typer:
+    """An empty group of commands."""
+    return typer.Typer(
+        cls=cls,
         help=summary,
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=add_completion,
     )
 
 
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
+def add_command(
+    app: typer.Typer, name: str, function: Callable[..., int], *, summary: str | None = None, epilog: str = ""
+) -> None:
+    """Add a function as a command, by default with its docstring as the summary; the epilog ends the help."""
+    app.command(name, cls=_Help, help=summary, epilog=epilog)(function)
+
+
+def examples(*commands: str) -> str:
+    """Commands for the end of a help, on lines of their own."""
+    return "\n".join(["\b", "example:" if len(commands) == 1 else "examples:", *(f"  {text}" for text in commands)])
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def run_program(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoReturn:
+    """Run one command; exits with 0, 1 for a failure (a sentence on stderr), 2 for wrong usage, 130, or 143."""
+    with interrupts.handled() as signals:
+        try:
+            code = signals.outlast(
+                lambda: get_command(app).main(spell_out(arguments), prog_name=name, standalone_mode=False)
+            )
+        except typer.TyperException as error:
+            print_to_stderr(usage_sentence(error))
+            code = error.exit_code
+        except ImbvlmError as error:
+            print_to_stderr(str(error))
+            code = 1
+        if code is None:
+            signals.end()
+            print(f"\nimbvlm: {signals.sentence}", file=sys.stderr)
+            code = signals.exit_code
+        sys.exit(code)
+
+
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Give each option one value, as typer needs: `--resume=latest`, and `--list A --list B` for `--list A B`."""
+    words: list[str] = []
+    option = ""
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        # argparse took `-o=FILE`, too.
+        word = re.sub(r"^(-\w)=", r"\1", word)
+        has_value = not following.startswith("-")
+        if not word.startswith("-"):
+            words += [option, word] if option else [word]
+        elif word in SEVERAL_VALUES and has_value:
+            option = word
+        else:
+            option = ""
+            words.append(f"--resume={LATEST}" if word == "--resume" and not has_value else word)
+    return words
+
+
+def usage_sentence(error: typer.TyperException) -> str:
+    """Wrong usage as a sentence with the nearest valid name."""
+    nearest, ctx = getattr(error, "possibilities", None), getattr(error, "ctx", None)
+    text = f"{error.message}; did you mean {nearest[0]}?" if nearest else error.format_message()
+    text = end_sentence(text.replace("Value error, ", "").replace("Input should", "it should"))
+    return text if ctx is None else f"{text} See {ctx.command_path} --help."
 
 
 def print_to_stderr(text: str) -> None:

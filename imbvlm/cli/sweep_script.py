@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -11,16 +10,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.base.schema import flatten
 from imbvlm.base.yaml_file import parse_scalar, parse_yaml
-from imbvlm.cli.options import positive, print_to_stderr
+from imbvlm.cli.options import LATEST, OptionsT, SpecOptions, SweepOptions, add_command, make_app, run_program, takes
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.sweep.records.resource_usage import PLAN_FILE
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
@@ -32,103 +32,26 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 if TYPE_CHECKING:
     from imbvlm.sweep.plan.sweep_plan import Plan
 
-LATEST = "latest"
 
-
-def run_script(spec: SweepSpec, arguments: Sequence[str] | None = None) -> None:
+def run_script(spec: SweepSpec, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a sweep with the options of the command line; exits with 0, or with 1 if it failed or has no result."""
-    parser = argparse.ArgumentParser(
-        description=f"Run the sweep {spec.name}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_arguments(parser)
-    sys.exit(run_command(spec, parser.parse_args(arguments)))
+    run_function(SweepOptions, lambda options: run_command(spec, options), f"Run the sweep {spec.name}.", arguments)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every sweep."""
-    add_setting_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const=LATEST,
-        metavar="FOLDER",
-        help="resume the newest sweep of this name, or the sweep in FOLDER",
-    )
-    parser.add_argument("--add-trials", type=positive, default=0, metavar="N", help="with --resume: add N trials")
-    parser.add_argument(
-        "--fork",
-        action="store_true",
-        help="with --resume: start a new sweep after changes of spec, code or data; valid trials are kept",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show the plan; start and write nothing",
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="show the plan first, and compare it with the actual times at the end"
-    )
-    add_measure_argument(parser)
+def run_function(
+    options: type[OptionsT], run: Callable[[OptionsT], int], summary: str, arguments: Sequence[str] | None = None
+) -> NoReturn:
+    """Run a script's function with the options of a dataclass, such as a subclass of SweepOptions; exits."""
+    app = make_app()
+    add_command(app, "", takes(options)(run), summary=summary)
+    run_program(app, Path(sys.argv[0]).name, sys.argv[1:] if arguments is None else arguments)
 
 
-def add_measure_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where a plan's times come from."""
-    parser.add_argument(
-        "--measure",
-        choices=("here", "cluster", "no"),
-        default="here",
-        help="where a plan measures a few steps of each kind of trial; cluster: the running one (default: here)",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=positive,
-        metavar="N",
-        help="plan for another machine with N GPUs; by default a plan that can't run here ends with exit code 1",
-    )
-
-
-def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that change a sweep's specification."""
-    parser.add_argument("--manifest", help="another data set: a manifest's path, s3:// URI or embedded:NAME")
-    parser.add_argument("--storage", help="folder or s3:// URI for sweeps and features")
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="run a small version of the sweep as a test: with the sweep's `smoke` settings, by default four trials of "
-        "two epochs and one seed",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key of the sweep, or a dotted key of its trials",
-    )
-    parser.add_argument(
-        "--warm-start",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="report an earlier sweep's trials to the sampler",
-    )
-    parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="cost of one GPU for an hour")
-    parser.add_argument(
-        "--machine-price",
-        type=float,
-        metavar="PER_HOUR",
-        help="cost of one machine for an hour, with or without GPUs, in place of --price",
-    )
-
-
-def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
-    """Apply the options, run, and return the exit code; errors are printed as sentences."""
+def run_command(spec: SweepSpec, options: SweepOptions) -> int:
+    """Apply the options, run, and return the exit code; raises ImbvlmError."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with interrupts.handled() as signals:
-        try:
-            code = signals.outlast(lambda: _run(spec, options, signals))
-        except ImbvlmError as error:
-            print_to_stderr(str(error))
-            return 1
+        code = signals.outlast(lambda: _run(spec, options, signals))
         if code is None:
             signals.end()
             print(
@@ -138,7 +61,7 @@ def run_command(spec: SweepSpec, options: argparse.Namespace) -> int:
         return code
 
 
-def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Interrupts) -> int:
+def _run(spec: SweepSpec, options: SweepOptions, signals: interrupts.Interrupts) -> int:
     spec = with_options(spec, options)
     if options.add_trials:
         spec = _with_more_trials(spec, options.resume, options.add_trials)
@@ -157,10 +80,10 @@ def _run(spec: SweepSpec, options: argparse.Namespace, signals: interrupts.Inter
     spec = with_absolute_paths(spec)
     folder = new_folder(spec)
     if options.resume and not options.fork:
-        folder = resumed_folder(spec, options.resume, options.manifest, more_trials=options.add_trials > 0)
+        folder = resumed_folder(spec, options.resume, options.manifest, more_trials=bool(options.add_trials))
     signals.folder = folder
     with _without_hangup(), removed_if_rejected(folder):
-        if options.fork:
+        if options.fork and options.resume:
             fork(spec, existing_folder(spec, options.resume), folder, Console())
         if options.plan:
             _write_plan(spec, options.measure, folder)
@@ -222,24 +145,18 @@ def _interrupted_text(folder: str | None) -> str:
         return f"go on with: imbvlm sweep resume {folder}"
 
 
-def resume_command(folder: str, settings: Sequence[str] = (), add_trials: int = 0, manifest: str | None = None) -> int:
-    """Resume a folder's sweep by its sweep.yaml, with the features next to it; errors are printed as sentences.
+def resume_command(
+    folder: str, settings: Sequence[str] = (), add_trials: int | None = None, manifest: str | None = None
+) -> int:
+    """Resume a folder's sweep by its sweep.yaml, with the features next to it; raises ImbvlmError.
 
     `manifest` is the manifest's present location if it was moved.
     """
-    try:
-        spec = with_located_manifest(read_spec(folder), folder, manifest)
-        parent = storage.absolute(folder).rpartition("/")[0]
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        # All other options have their defaults.
-        options = parser.parse_args(
-            [f"--resume={folder}", f"--storage={parent}", *(f"--set={setting}" for setting in settings)]
-        )
-        options.add_trials, options.manifest = add_trials, manifest
-    except ImbvlmError as error:
-        print_to_stderr(str(error))
-        return 1
+    spec = with_located_manifest(read_spec(folder), folder, manifest)
+    parent = storage.absolute(folder).rpartition("/")[0]
+    options = SweepOptions(
+        resume=folder, storage=parent, settings=[*settings], add_trials=add_trials, manifest=manifest
+    )
     return run_command(spec, options)
 
 
@@ -251,30 +168,27 @@ def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> Sweep
     return with_settings(spec, {"num_trials": before.resolve().num_trials + number}, "--add-trials")
 
 
-def with_options(spec: SweepSpec, options: argparse.Namespace) -> SweepSpec:
+def with_options(spec: SweepSpec, options: SpecOptions) -> SweepSpec:
     """Apply --smoke, --manifest, --storage, --set and the prices to a spec; raises ConfigError."""
     if options.smoke:
         spec = with_settings(spec, smoke_settings(spec), "--smoke")
-    settings = parse_settings(options.set)
-    if options.manifest:
-        settings["data.manifest"] = options.manifest
-    if options.storage is not None:
-        settings["storage"] = options.storage
-    if options.warm_start:
-        settings["warm_start"] = [storage.absolute(folder) for folder in options.warm_start]
-    if options.price is not None:
-        settings["price_per_gpu_hour"] = options.price
-    if options.machine_price is not None:
-        settings["price_per_machine_hour"] = options.machine_price
+    given = {
+        "data.manifest": options.manifest or None,
+        "storage": options.storage,
+        "warm_start": [storage.absolute(folder) for folder in options.warm_start or ()] or None,
+        "price_per_gpu_hour": options.price,
+        "price_per_machine_hour": options.machine_price,
+    }
+    settings = parse_settings(options.settings) | {key: value for key, value in given.items() if value is not None}
     return with_settings(spec, settings) if settings else spec
 
 
-def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
     """Parse KEY=VALUE items into keys and YAML values; raises ConfigError."""
-    problems = [Problem(f"--set takes KEY=VALUE, got {item!r}.") for item in items if "=" not in item]
-    if problems:
+    pairs = [item.partition("=") for item in items or ()]
+    if problems := [Problem(f"--set takes KEY=VALUE, got {key!r}.") for key, equals, _ in pairs if not equals]:
         raise ConfigError(problems)
-    return {key.strip(): parse_scalar(text) for key, _, text in (item.partition("=") for item in items)}
+    return {key.strip(): parse_scalar(text) for key, _, text in pairs}
 
 
 def new_folder(spec: SweepSpec) -> str:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
+import fcntl
 import importlib
 import json
 import os
+import pty
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from sweep_folder import write_sweep
 from tiny_images import image_manifest
+from typer.main import get_command
 
-from imbvlm.cli import app
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.cli import app, manifest_command
+from imbvlm.cli.options import spell_out
 from imbvlm.cli.sweep_command import SWEEP_ACTIONS, with_sweep_action
 from imbvlm.cli.sweep_script import parse_settings
+from imbvlm.config.encoder_info import OUTPUT_NAMES
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.imbalance import SHAPES
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS
+from imbvlm.data.sources.inaturalist import NAMES, RANKS
 from imbvlm.sweep.spec.baselines import encoder_configs
 from imbvlm.sweep.spec.spec_checks import check_spec
 
@@ -30,18 +41,25 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def parsers(
-    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Every command and action by its words."""
-    yield " ".join(words), parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from parsers(below, (*words, name))
+    yield " ".join(words), command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
 
 
-ALL = dict(parsers(app.make_parser()))
+ALL = dict(commands(get_command(app.APP)))
+
+
+def taken(*words: str) -> dict[str, Any]:
+    """The values that a command is called with, without running it; mistakes are raised."""
+    values: list[dict[str, Any]] = []
+    root = get_command(app.APP)
+    for _, command in commands(root):
+        if not hasattr(command, "commands"):
+            command.callback = lambda **given: values.append(given)
+    root.main(spell_out(with_sweep_action(words)), prog_name="imbvlm", standalone_mode=False)
+    return values[0]
 
 
 def leave(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | str | None, str, str]:
@@ -57,33 +75,151 @@ def test_the_commands_are_those_that_are_told_of() -> None:
 
 
 @pytest.mark.parametrize("option", ["--license", "--licence"])
-def test_a_license_is_also_taken_in_the_spelling_of_version_0_1(option: str) -> None:
+def test_a_license_is_also_taken_in_the_spelling_of_version_0_1(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    licenses = []
+
+    def export_sweep(*_: Any, license_id: str, **__: Any) -> None:
+        licenses.append(license_id)
+        raise ImbvlmError("stopped.")
+
+    monkeypatch.setattr("imbvlm.sweep.export.exporter.export_sweep", export_sweep)
     arguments = ["export", "runs/made", "-o", "out"]
-    assert app.make_parser().parse_args([*arguments, option, "mit"]).license == "mit"
-    assert app.make_parser().parse_args(arguments).license == "other"
-    assert "--licence" not in ALL["export"].format_help()
+    leave(capsys, *arguments, option, "mit")
+    leave(capsys, *arguments)
+    assert licenses == ["mit", "other"]
+    assert "--licence" not in leave(capsys, "export", "--help")[1]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_help_says_what_it_does_with_an_example_that_its_own_options_take(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = leave(capsys, *name.split(), "--help")
     assert code == 0
-    assert f"usage: imbvlm {name}".rstrip() in printed
-    examples = [line.strip() for line in printed.splitlines() if line.startswith("  imbvlm ")]
+    assert (code, printed) == leave(capsys, *name.split(), "-h")[:2]
+    assert f"Usage: imbvlm {name}".rstrip() in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\x1b" not in printed
+    examples = [line.strip() for line in printed.splitlines() if line.startswith("    imbvlm ")]
     assert examples
     for example in examples:
-        for one in example.split("&&"):
-            words = shlex.split(one)
+        for part in example.split("&&"):
+            words = shlex.split(part)
             if words[0] == "imbvlm":
-                assert callable(app.make_parser().parse_args(with_sweep_action(words[1:])).command)
+                assert taken(*words[1:])
 
 
-@pytest.mark.parametrize("name", [one for one in ALL if one])
+@pytest.mark.parametrize("name", [name for name in ALL if name])
 def test_every_option_is_explained(name: str) -> None:
-    for action in ALL[name]._actions:
-        assert action.help or isinstance(action, argparse._SubParsersAction), action.option_strings or action.dest
+    assert ALL[name].help
+    for parameter in ALL[name].params:
+        assert parameter.hidden or parameter.help, parameter.name
+
+
+def test_help_of_a_sweep_has_its_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = leave(capsys, "sweep", "run", "--help")[1]
+    titles = [line.rstrip(":") for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Arguments", "Specification", "Plan and prices", "Resume", "Options"]
+
+
+@pytest.mark.parametrize("setting", [{"TERM": "xterm-256color"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_help_is_plain_on_a_terminal_too(setting: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | setting
+    command = [sys.executable, "-m", "imbvlm", "compare", "--help"]
+    subprocess.run(command, stdout=theirs, env=environment, check=True, timeout=60)
+    os.close(theirs)
+    printed = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert printed.startswith("Usage: imbvlm compare")
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["sweep", "--help"], ["sweep", "run", "--help"], ["--version"], ["plna"]]
+)
+def test_help_loads_no_library_that_takes_long(words: list[str]) -> None:
+    heavy = ("torch", "ray", "pyarrow", "numpy", "yaml", "rich")
+    code = f"""
+import sys
+from imbvlm.cli.app import main
+try:
+    main({words})
+except SystemExit:
+    print("loaded:", *(name for name in {heavy} if name in sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("imbvlm pr", ["predict"]),
+        ("imbvlm sweep r", ["run", "resume"]),
+        ("imbvlm sweep run --mea", ["--measure"]),
+        ("imbvlm plan x.yaml --measure ", ["here", "cluster", "no"]),
+        ("imbvlm manifest build --dataset i", ["imagenet_lt", "inat2018"]),
+        ("imbvlm export --lic", ["--license"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(line: str, expected: list[str]) -> None:
+    setting = {"_IMBVLM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-m", "imbvlm"], env={**os.environ, **setting}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, expected, "")
+
+
+def test_values_that_the_command_line_offers_are_those_that_there_are() -> None:
+    """They are written out there, since importing the registries would slow every help."""
+    assert get_args(manifest_command.Benchmark) == tuple(sorted(BENCHMARKS))
+    assert get_args(manifest_command.Rank) == RANKS
+    assert get_args(manifest_command.Names) == NAMES
+    assert get_args(manifest_command.TailShape) == SHAPES
+    assert tuple(app.Output) == OUTPUT_NAMES
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("trian", "No such command 'trian'. Did you mean 'train'? See imbvlm --help."),
+        ("sweep lsit", "No such command 'lsit'. Did you mean 'list'? See imbvlm sweep --help."),
+        ("plan x.yaml --prize 2", "No such option: --prize; did you mean --price? See imbvlm plan --help."),
+        ("sweep x.yaml --dryrun", "No such option: --dryrun; did you mean --dry-run? See imbvlm sweep run --help."),
+        ("sweep show", "Missing argument 'SWEEP'. See imbvlm sweep show --help."),
+        ("export x", "Missing option '--out' / '-o'. See imbvlm export --help."),
+        ("plan x.yaml --price", "Option '--price' requires an argument."),
+        ("predict m p --split tset",
+         "Invalid value for '--split': 'tset' is not one of 'train', 'val', 'test'. See imbvlm predict --help."),
+        ("sweep resume x --add-trials 0",
+         "Invalid value for '--add-trials': it should be greater than or equal to 1. See imbvlm sweep resume --help."),
+        ("export x -o y --top 2 --pareto", "--top and --pareto exclude each other. See imbvlm export --help."),
+        ("manifest build -o m.parquet",
+         "Exactly one of --dataset, --folders, --list, --table, --inaturalist and --webdataset is needed. "
+         "See imbvlm manifest build --help."),
+        ("manifest build --folders a --table b.csv -o m.parquet",
+         "Exactly one of --dataset, --folders, --list, --table, --inaturalist and --webdataset is needed. "
+         "See imbvlm manifest build --help."),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_a_sentence_with_the_nearest_name(
+    capsys: pytest.CaptureFixture[str], words: str, sentence: str
+) -> None:
+    assert leave(capsys, *words.split()) == (2, "", f"imbvlm: {sentence}\n")
+
+
+def test_a_list_of_files_follows_its_option_as_in_version_0_1() -> None:
+    lists = ["train=a.txt", "val=b.txt", "test=c.txt"]
+    assert taken("manifest", "build", "--list", *lists, "-o", "m.parquet")["lists"] == lists
+    assert taken("manifest", "build", "-o", "m.parquet", "--table", "a.csv", "b.csv")["table"] == ["a.csv", "b.csv"]
+    assert taken("manifest", "build", "-o=m.parquet", "--folders=photos")["output"] == "m.parquet"
+    assert taken("doctor", "--encoder", "a", "runs") == {"storage": ["runs"], "encoder": ["a"], "as_json": False}
 
 
 def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(
@@ -109,9 +245,9 @@ def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(
         ("plan", "x.yaml", "--prize", "2"),
         ("sweep", "resume", "x", "--add-trials", "0"),
     ):
-        code, _, err = leave(capsys, *words)
-        assert code == 2, words
-        assert "usage: imbvlm" in err
+        code, out, err = leave(capsys, *words)
+        assert (code, out) == (2, ""), words
+        assert err.startswith("imbvlm: ")
 
 
 def test_ctrl_c_leaves_with_130_and_no_traceback(tmp_path: Path) -> None:
@@ -239,10 +375,11 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     options = shlex.split(app.READ_BY[app.READ_BY.index("--encoder") :])
-    taken = app.make_parser().parse_args(["features", "extract", "embedded:fashion_mnist_lt", *options])
-    tree = {"data": {"manifest": taken.manifest}, "encoder": {"name": taken.encoder, "image_size": taken.image_size},
+    given = taken("features", "extract", "embedded:fashion_mnist_lt", *options)
+    tree = {"data": {"manifest": given["manifest"]},
+            "encoder": {"name": given["encoder"], "image_size": int(given["image_size"])},
             "method": "zero_shot"}  # fmt: skip
-    extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(taken.set))
+    extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(given["settings"]))
     sweeps = [importlib.import_module("sweeps.quickstart").spec, importlib.import_module("sweeps.paper").spec]
     for spec in sweeps:
         for config in encoder_configs(check_spec(spec)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.cli import sweep_script
+from imbvlm.cli.options import SweepOptions
 from imbvlm.sweep.run.run_phases import removed_if_rejected
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.spec_overrides import with_settings
@@ -25,10 +25,17 @@ SPEC = SweepSpec.from_tree(
 )
 
 
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    sweep_script.add_arguments(parser)
-    return parser.parse_args(words)
+def options(*words: str) -> SweepOptions:
+    """What a sweep's script makes of its arguments."""
+    given: list[SweepOptions] = []
+
+    def run(options: SweepOptions) -> int:
+        given.append(options)
+        return 0
+
+    with pytest.raises(SystemExit, match="0"):
+        sweep_script.run_function(SweepOptions, run, "A sweep.", words)
+    return given[0]
 
 
 def sweep_folder(storage: Path, name: str, spec: SweepSpec = SPEC) -> Path:
@@ -48,6 +55,21 @@ def test_options_become_settings_and_set_has_the_last_word() -> None:
     assert spec.base["data"]["manifest"] == "n"
     assert spec.read_space().parameters == ()
     assert sweep_script.with_options(SPEC, options()) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        ((), None),
+        (("--resume",), sweep_script.LATEST),
+        (("--resume", "--smoke"), sweep_script.LATEST),
+        (("--resume", "runs/x", "--smoke"), "runs/x"),
+        (("--resume=runs/x",), "runs/x"),
+    ],
+)
+def test_resume_without_a_folder_is_the_newest_sweep(words: tuple[str, ...], resume: str | None) -> None:
+    given = options(*words)
+    assert (given.resume, given.smoke) == (resume, "--smoke" in words)
 
 
 def test_an_empty_storage_folder_is_rejected() -> None:

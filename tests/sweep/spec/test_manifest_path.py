@@ -1,6 +1,5 @@
 """A sweep's manifest is found from any working directory, and its path may be written in more than one way."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,10 @@ import pytest
 from sweep_folder import sweep_spec, write_sweep
 from tiny_images import PER_CLASS, image_manifest
 
-from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.cli import sweep_script
 from imbvlm.cli.app import main
+from imbvlm.cli.options import SweepOptions
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, warm_starts
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.report.report_writer import write_report
@@ -38,12 +38,6 @@ def base(manifest: str) -> dict[str, Any]:
     return {"data": {"manifest": manifest}, "encoder": {"name": "tinylit_lite0"}, "train": {"num_epochs": 12}}
 
 
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    sweep_script.add_arguments(parser)
-    return parser.parse_args(words)
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[SweepSpec]:
     """The specs of the sweeps that were run."""
@@ -57,7 +51,7 @@ def test_a_sweeps_paths_are_absolute_from_its_start_on(
 ) -> None:
     monkeypatch.chdir(home)
     spec = sweep_spec(base=base("images/manifest.parquet"), feature_folder="features")
-    assert sweep_script.run_command(spec, options()) == 0
+    assert sweep_script.run_command(spec, SweepOptions()) == 0
     (local,) = ran
     remote = with_absolute_paths(sweep_spec(base=base("embedded:fashion_mnist_lt"), storage="s3://b/k"))
     assert local.base["data"]["manifest"] == str(home / "images" / "manifest.parquet")
@@ -118,8 +112,9 @@ def test_a_sweep_of_a_relative_path_is_gone_on_with_from_any_working_directory(
     assert sweep_script.resume_command(folder) == 0
     monkeypatch.chdir(home)
     for typed in ("images/manifest.parquet", manifest):
-        assert sweep_script.run_command(sweep_spec(base=base(typed)), options(f"--resume={folder}")) == 0
-    assert sweep_script.run_command(sweep_spec(base=base("images/other.parquet")), options(f"--resume={folder}")) == 1
+        assert sweep_script.run_command(sweep_spec(base=base(typed)), SweepOptions(resume=folder)) == 0
+    with pytest.raises(ConfigError, match=r"images/other\.parquet"):
+        sweep_script.run_command(sweep_spec(base=base("images/other.parquet")), SweepOptions(resume=folder))
     assert [spec.base["data"]["manifest"] for spec in ran] == [manifest] * 3
 
 
