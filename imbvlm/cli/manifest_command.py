@@ -173,13 +173,17 @@ def show(
     """Print a manifest's classes, counts, shot groups and splits."""
     from imbvlm.base import storage
     from imbvlm.data.manifest import Manifest
-    from imbvlm.data.manifest_summary import plot_svg, summary, summary_dict
+    from imbvlm.data.manifest_summary import summary, summary_dict
 
     storage.check_location(plot or "")
     images = Manifest.read(manifest)
     print(json.dumps(summary_dict(images), indent=1) if as_json else summary(images, split_seed=split_seed))
     if plot:
-        storage.write_bytes(plot, plot_svg(images.class_stats().counts, images.name).encode())
+        # Imported here because it takes a second.
+        from imbvlm.sweep.report.class_plots import class_sizes
+
+        figure = class_sizes(images.class_stats().counts, images.name)
+        storage.write_bytes(plot, figure.svg(alone=True).encode())
         if not as_json:
             print(f"\nplot written to {plot}")
     return 0

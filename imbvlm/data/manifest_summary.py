@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -123,25 +122,3 @@ def plot_counts(counts: npt.NDArray[np.int64], width: int = _PLOT_WIDTH, height:
 def _axis(num_classes: int, width: int) -> str:
     right = f"{num_classes:,} classes"
     return right if len(right) + 2 > width else "1" + right.rjust(width - 1)
-
-
-def plot_svg(counts: Sequence[int] | npt.NDArray[np.int64], title: str) -> str:
-    """The same curve as an SVG image."""
-    from xml.sax.saxutils import escape
-
-    ordered = np.sort(np.asarray(counts))[::-1]
-    top = float(np.log10(max(10, ordered.max())))
-    across = np.linspace(60, 620, len(ordered)) if len(ordered) > 1 else np.array([60.0])
-    down = 300 - 260 * np.log10(np.maximum(ordered, 0.5)).clip(0) / top
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    ticks = "".join(
-        f'<text x="52" y="{300 - 260 * power / top + 4:.0f}" text-anchor="end">{10**power:,}</text>'
-        f'<path d="M56 {300 - 260 * power / top:.1f}H620" stroke="#ddd"/>'
-        for power in range(int(top) + 1)
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340" font-family="sans-serif" font-size="12">'
-        f'<rect width="640" height="340" fill="#fff"/><text x="60" y="22" font-size="14">{escape(title)}</text>{ticks}'
-        f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="2"/>'
-        f'<text x="60" y="326">classes from head to tail ({len(ordered):,}); training images, log scale</text></svg>'
-    )

@@ -4,41 +4,44 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from imbvlm.base.formatting import percent
-from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.longtail.class_stats import MANY_SHOT_ABOVE, MEDIUM_SHOT_FROM, SHOT_GROUPS
 from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy
 from imbvlm.sweep.records.difference import POST_HOC, title_in
 from imbvlm.sweep.report.plotting import (
-    HEIGHT,
-    TOP,
-    WIDTH,
-    WINNER_COLOR,
-    Drawing,
+    MARKERS,
+    PALE,
+    PALETTE,
+    WINNER,
     Figure,
-    Scale,
-    frame,
-    legend,
-    method_color,
-    number,
+    finish,
+    log_axis,
+    method_look,
     percent_tick,
+    titles,
 )
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData, ScoredRefit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Up to this number of classes each one has a mark; above, only the curves of classes of similar size are drawn.
 MAX_MARKS = 120
 NUM_BINS = 14
 MAX_POINTS = 200
+_ACCURACY = "accuracy, test (%)"
 
 
-def color(source: ReportData, scored: ScoredRefit) -> tuple[str, int]:
-    """Color and shape of a refit, the same in every figure."""
-    index = source.headline.index(scored)
-    method = str(scored.records[0].config["method"])
-    return WINNER_COLOR if scored is source.winner else method_color(method, [method]), index
+def _look(source: ReportData, scored: ScoredRefit) -> tuple[str, str]:
+    """Color and marker of a refit, the same in every figure."""
+    return (WINNER, MARKERS[0]) if scored is source.winner else method_look(str(scored.records[0].config["method"]))
 
 
 def shown_splits(source: ReportData) -> list[tuple[ScoredRefit, str]]:
@@ -48,46 +51,44 @@ def shown_splits(source: ReportData) -> list[tuple[ScoredRefit, str]]:
 
 def shot_group_bars(source: ReportData) -> Figure | None:
     """Accuracy of winner and baselines by shot group on the test split; whiskers are the deviation over seeds."""
+    shown = shown_splits(source)
     groups = [
         group for group in ("top1", "balanced", *SHOT_GROUPS)
         if any(refit.values(f"test/{group}_accuracy") for refit in source.headline)
     ]  # fmt: skip
-    if not groups:
+    width = 0.84 / max(1, len(shown))
+    bars = [
+        (place + (index - (len(shown) - 1) / 2) * width, scored, split, _group_name(group), values)
+        for place, group in enumerate(groups) for index, (scored, split) in enumerate(shown)
+        if (values := scored.values_in(split, f"{group}_accuracy"))
+    ]  # fmt: skip
+    if not bars:
         return None
-    drawing = Drawing(WIDTH, HEIGHT)
-    y, step = Scale(0, 1, HEIGHT - 46, TOP), (WIDTH - 60) / len(groups)
-    frame(drawing, Scale(0, 1, 48, WIDTH - 12), y, ("", "accuracy, test (%)"), y_format=percent_tick)
-    shown = shown_splits(source)
-    width, data = min(30.0, step * 0.85 / len(shown)), list[list[object]]()
-    for group_index, group in enumerate(groups):
-        middle = 48 + step * (group_index + 0.5)
-        for index, (scored, split) in enumerate(shown):
-            values = scored.values_in(split, f"{group}_accuracy")
-            if not values:
-                continue
-            mean, name = statistics.fmean(values), title_in(scored.name, split)
-            data.append([name, _group_name(group), mean, _deviation(values), len(values)])
-            left = middle + (index - len(shown) / 2) * width
-            title = f"{name}, {_group_name(group)}: {percent(mean)} %"
-            drawing.bar(left + 1, y(mean), width - 2, y.start - y(mean), _bar_style(source, scored, split), title)
-            deviation, at = _deviation(values), left + width / 2
-            drawing.text(at, y(min(1, mean + deviation)) - 5, f"{100 * mean:.0f}", anchor="middle", size=10.5)
-            if deviation:
-                drawing.rule(at, y(mean - deviation), at, y(min(1, mean + deviation)), "whisker")
-        drawing.text(middle, HEIGHT - 26, _group_name(group), anchor="middle", size=11.5)
-    legend(
-        drawing, 48, 14, [(title_in(refit.name, split), _bar_style(source, refit, split), 1) for refit, split in shown]
-    )
+
+    def draw(axes: Axes) -> None:
+        for x, scored, split, group, values in bars:
+            mean, deviation, title = statistics.fmean(values), _deviation(values), title_in(scored.name, split)
+            is_exported = split == scored.splits[-1]
+            axes.bar(
+                x, mean, 0.92 * width, color=_look(source, scored)[0], alpha=1 if is_exported else PALE,
+                yerr=deviation, error_kw={"ecolor": PALETTE["ink"][0], "elinewidth": 1.4},
+                label=title, gid=titles([f"{title}, {group}: {percent(mean)} %"]),
+            )  # fmt: skip
+            if is_exported:
+                axes.text(x, mean + deviation + 0.012, f"{100 * mean:.0f}", ha="center", fontsize=10)
+        axes.set(ylim=(0, 1), xticks=range(len(groups)), xticklabels=map(_group_name, groups))
+        finish(axes, "", _ACCURACY)
+
+    data = [
+        [title_in(scored.name, split), group, statistics.fmean(values), _deviation(values), len(values)]
+        for _, scored, split, group, values in bars
+    ]
     return Figure(
         "shot_groups", "Accuracy by shot group",
         "Test split, means over seeds. Many: more than 100 training images, medium: 20 to 100, few: 1 to 19."
-        f"{' Pale: as trained, before adjustment.' if len(shown) > len(source.headline) else ''}", drawing,
+        f"{' Pale: as trained, before adjustment.' if len(shown) > len(source.headline) else ''}", draw,
         [["what", "group", "accuracy", "deviation_over_seeds", "seeds"], *data],
     )  # fmt: skip
-
-
-def _bar_style(source: ReportData, scored: ScoredRefit, split: str) -> str:
-    return f"{color(source, scored)[0]}{'' if split == scored.splits[-1] else ' dim'}"
 
 
 def _deviation(values: list[float]) -> float:
@@ -98,36 +99,73 @@ def _group_name(group: str) -> str:
     return {"top1": "overall", "zero_train": "no training"}.get(group, group.removesuffix("_shot"))
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """A refit in a figure: points (x, accuracy, ...) of its line, and marks with their texts."""
+
+    name: str
+    look: tuple[str, str]
+    points: Sequence[Sequence[float]]
+    marks: Sequence[tuple[float, float, str]] = ()
+    alpha: float = 1
+
+
+def _figure_of(
+    curves: Sequence[_Curve], texts: tuple[str, str, str], columns: Sequence[str], x_label: str,
+    draw_ground: Callable[[Axes], object],
+) -> Figure | None:  # fmt: skip
+    """Draw accuracies on the test split on a ground; `texts` are the figure's name, title and caption."""
+    curves = [curve for curve in curves if curve.points]
+
+    def draw(axes: Axes) -> None:
+        draw_ground(axes)
+        for curve in curves:
+            color, marker = curve.look
+            axes.plot(*np.array(curve.points).T[:2], color=color, alpha=curve.alpha, label=curve.name)
+            if curve.marks:
+                *place, notes = zip(*curve.marks, strict=True)
+                axes.plot(*place, marker, color=color, alpha=0.7 * curve.alpha, gid=titles(notes))
+        axes.set_ylim(-0.01, 1.01)
+        finish(axes, x_label, _ACCURACY)
+
+    data = [[curve.name, *point] for curve in curves for point in curve.points]
+    return Figure(*texts, draw, [["what", *columns], *data]) if curves else None
+
+
 def accuracy_over_size(source: ReportData) -> Figure | None:
     """Accuracy against a class's training images; curves are means over classes of similar size."""
     results = [(refit, refit.classes) for refit in source.headline if refit.classes is not None]
-    if not results:
-        return None
-    counts = results[0][1].stats.split_counts
-    drawing = Drawing(WIDTH, HEIGHT)
-    low, high = max(0.5, float(counts.min())), max(2.0, float(counts.max()))
-    x, y = Scale(low * 0.85, high * 1.2, 52, WIDTH - 12, log=True), Scale(0, 1, HEIGHT - 46, TOP)
-    frame(drawing, x, y, ("training images of a class", "accuracy, test (%)"), x_format=number, y_format=percent_tick)
-    for limit in (19.5, 100.5):
-        if low < limit < high:
-            drawing.rule(x(limit), y.start, x(limit), y.end, "grid")
-    for index, (scored, record) in enumerate(results):
-        style, shape = color(source, scored)
-        if len(counts) <= MAX_MARKS:
-            _class_marks(drawing, record, x, y, style, shape)
-        _size_curve(drawing, record, x, y, style, band=index == 0)
-    legend(drawing, 52, 14, _class_legend(source, results))
-    marks = "Marks are classes, curves" if len(counts) <= MAX_MARKS else "Curves"
+    has_marks = bool(results) and len(results[0][1].total) <= MAX_MARKS
+    curves = [
+        _Curve(
+            title_in(refit.name, record.split), _look(source, refit), binned_accuracy(record),
+            _class_marks(record) if has_marks else (),
+        ) for refit, record in results
+    ]  # fmt: skip
+
+    def draw(axes: Axes) -> None:
+        sizes, means, errors = np.array(curves[0].points).T
+        log_axis(axes, "x", sizes)
+        band = np.clip((means - errors, means + errors), 0, 1)
+        axes.fill_between(sizes, *band, color=curves[0].look[0], alpha=0.15, linewidth=0)
+        for limit in (MEDIUM_SHOT_FROM - 0.5, MANY_SHOT_ABOVE + 0.5):
+            if sizes[0] < limit < sizes[-1]:
+                axes.axvline(limit, color=PALETTE["line"][0], linewidth=1, zorder=0)
+
+    marks = "Marks are classes, curves" if has_marks else "Curves"
     caption = f"{marks} are means over classes of similar size, the band the winner's standard error.{_note(source)}"
-    data: list[list[object]] = [
-        [title_in(refit.name, record.split), *point] for refit, record in results for point in binned_accuracy(record)
-    ]
-    header = ["what", "training_images", "accuracy", "standard_error"]
-    return Figure("class_size", "Accuracy against class size", caption, drawing, [header, *data])
+    texts = ("class_size", "Accuracy against class size", caption)
+    return _figure_of(
+        curves, texts, ("training_images", "accuracy", "standard_error"), "training images of a class", draw
+    )
 
 
-def _class_legend(source: ReportData, results: list[tuple[ScoredRefit, PerClassResults]]) -> list[tuple[str, str, int]]:
-    return [(title_in(refit.name, record.split), *color(source, refit)) for refit, record in results]
+def _class_marks(record: PerClassResults) -> list[tuple[float, float, str]]:
+    classes = zip(record.class_names, record.correct, record.total, record.stats.split_counts, strict=True)
+    return [
+        (max(0.5, count), right / total, f"{name} ({count} training images): {percent(right / total)} %")
+        for name, right, total, count in classes if total
+    ]  # fmt: skip
 
 
 def _note(source: ReportData) -> str:
@@ -136,24 +174,6 @@ def _note(source: ReportData) -> str:
     if winner is None or winner.classes is None or winner.classes.split == winner.splits[-1]:
         return ""
     return " This sweep has stored its classes as trained, before adjustment."
-
-
-def _class_marks(drawing: Drawing, record: PerClassResults, x: Scale, y: Scale, style: str, shape: int) -> None:
-    for label, (right, total, count) in enumerate(
-        zip(record.correct, record.total, record.stats.split_counts, strict=True)
-    ):
-        if total:
-            title = f"{record.class_names[label]} ({count} training images): {percent(right / total)} %"
-            drawing.dot(x(max(0.5, count)), y(right / total), f"{style} dim", title, shape=shape, size=3)
-
-
-def _size_curve(drawing: Drawing, record: PerClassResults, x: Scale, y: Scale, style: str, *, band: bool) -> None:
-    points = [(x(size), mean, error) for size, mean, error in binned_accuracy(record)]
-    if band:
-        upper = [(at, y(min(1, mean + error))) for at, mean, error in points]
-        lower = [(at, y(max(0, mean - error))) for at, mean, error in points]
-        drawing.area([*upper, *reversed(lower)], style)
-    drawing.line([(at, y(mean)) for at, mean, _ in points], style)
 
 
 def binned_accuracy(record: PerClassResults) -> list[tuple[float, float, float]]:
@@ -185,64 +205,67 @@ def _groups_of_like_size(sorted_counts: npt.NDArray[np.int64]) -> list[npt.NDArr
 
 def calibration(source: ReportData) -> Figure | None:
     """Accuracy against confidence on the test split: models as exported, and the winner also as trained."""
-    curves: list[tuple[str, tuple[str, int], npt.NDArray[np.float64], int]] = []
+    curves = list[_Curve]()
     for refit in source.headline:
-        if refit.as_trained is None:
+        if (record := refit.as_trained) is None:
             continue
-        (style, shape), seeds = color(source, refit), refit.as_trained.num_seeds
-        if refit.adjusted_bins is not None:
-            curves.append((title_in(refit.name, POST_HOC), (style, shape), refit.adjusted_bins, seeds))
-            style = f"{style} dim"
-        if refit.adjusted_bins is None or refit is source.winner:
-            curves.append((refit.name, (style, shape), refit.as_trained.confidence_bins, seeds))
-    if not curves:
-        return None
-    drawing, data = Drawing(WIDTH, HEIGHT), list[list[object]]()
-    x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
-    frame(drawing, x, y, ("confidence (%)", "accuracy, test (%)"), x_format=percent_tick, y_format=percent_tick)
-    drawing.line([(x(0), y(0)), (x(1), y(1))], "faint", width=1.2, dash="5 4", title="perfect calibration")
-    for name, (style, shape), (rows, right, confidence), num_seeds in curves:
-        # The accuracy of a handful of images is noise.
-        full = rows >= max(5, 0.002 * rows.sum())
-        bins = [(c / n, r / n, int(n)) for n, r, c in zip(rows[full], right[full], confidence[full], strict=True)]
-        drawing.line([(x(sure), y(accuracy)) for sure, accuracy, _ in bins], style, width=1.6)
-        for sure, accuracy, n in bins:
-            title = f"{name}: {n // max(1, num_seeds):,} images"
-            drawing.dot(x(sure), y(accuracy), style, title, shape=shape, size=3.2)
-            data.append([name, float(sure), float(accuracy), n])
-    legend(drawing, 52, 14, [(name, *mark) for name, mark, _, _ in curves])
+        look, before, after = _look(source, refit), record.confidence_bins, refit.adjusted_bins
+        if after is not None:
+            name = title_in(refit.name, POST_HOC)
+            curves.append(_Curve(name, look, *_confidence_points(name, after, record.num_seeds)))
+        if after is None or refit is source.winner:
+            points, marks = _confidence_points(refit.name, before, record.num_seeds)
+            curves.append(_Curve(refit.name, look, points, marks, 1 if after is None else PALE))
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], "--", color=PALETTE["faint"][0], linewidth=1.2, gid=titles(["perfect calibration"]))
+        axes.xaxis.set_major_formatter(percent_tick)
+
     is_adjusted = source.winner is not None and source.winner.adjusted_bins is not None
-    after = " Pale: the winner as trained. Its export has the adjustment, temperature included." if is_adjusted else ""
-    caption = f"Below the diagonal a model is surer than it should be.{after}"
-    header = ["what", "confidence", "accuracy", "images_over_seeds"]
-    return Figure("calibration", "Calibration", caption, drawing, [header, *data])
+    pale = " Pale: the winner as trained. Its export has the adjustment, temperature included." if is_adjusted else ""
+    texts = ("calibration", "Calibration", f"Below the diagonal a model is surer than it should be.{pale}")
+    return _figure_of(curves, texts, ("confidence", "accuracy", "images_over_seeds"), "confidence (%)", draw)
+
+
+def _confidence_points(
+    name: str, bins: npt.NDArray[np.float64], num_seeds: int
+) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, str]]]:
+    rows = bins[0]
+    # The accuracy of a handful of images is noise.
+    full = bins.T[rows >= max(5, 0.002 * rows.sum())]
+    points = [(sure / n, correct / n, int(n)) for n, correct, sure in full.tolist()]
+    return points, [(x, y, f"{name}: {n // max(1, num_seeds):,} images") for x, y, n in points]
 
 
 def sorted_classes(source: ReportData) -> Figure | None:
     """The accuracies of all classes, the worst first, as a curve for each refit."""
-    results = [(refit, refit.classes) for refit in source.headline if refit.classes is not None]
-    if not results:
-        return None
-    drawing = Drawing(WIDTH, HEIGHT)
-    x, y = Scale(0, 1, 52, WIDTH - 12), Scale(0, 1, HEIGHT - 46, TOP)
-    frame(
-        drawing, x, y, ("share of classes, the worst first (%)", "accuracy, test (%)"),
-        x_format=percent_tick, y_format=percent_tick,
-    )  # fmt: skip
-    data = list[list[object]]()
-    for scored, record in results:
+    curves = list[_Curve]()
+    for refit, record in [(refit, refit.classes) for refit in source.headline if refit.classes is not None]:
         accuracy = per_class_accuracy(record.correct, record.total)
         ranked = np.sort(accuracy[~np.isnan(accuracy)])
         ranks = np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), MAX_POINTS)).round().astype(np.int64))
-        points = [(x((rank + 0.5) / len(ranked)), y(ranked[rank])) for rank in ranks]
-        style, shape = color(source, scored)
-        drawing.line(points, style)
-        title = title_in(scored.name, record.split)
-        data += [[title, (rank + 0.5) / len(ranked), float(ranked[rank])] for rank in ranks.tolist()]
-        if len(ranked) <= NUM_BINS:
-            for at, height in points:
-                drawing.dot(at, height, style, shape=shape, size=3)
-    legend(drawing, 52, 14, _class_legend(source, results))
+        points = np.column_stack(((ranks + 0.5) / len(ranked), ranked[ranks])).tolist()
+        curves.append(_Curve(title_in(refit.name, record.split), _look(source, refit), points))
     caption = f"A curve that leaves the bottom early has few classes that it never gets right.{_note(source)}"
-    header = ["what", "share_of_classes", "accuracy"]
-    return Figure("sorted_classes", "Classes by their accuracy", caption, drawing, [header, *data])
+    texts, label = ("sorted_classes", "Classes by their accuracy", caption), "share of classes, the worst first (%)"
+    return _figure_of(
+        curves,
+        texts,
+        ("share_of_classes", "accuracy"),
+        label,
+        lambda axes: axes.xaxis.set_major_formatter(percent_tick),
+    )
+
+
+def class_sizes(counts: npt.NDArray[np.int64], name: str) -> Figure:
+    """The training images of each class of a data set, the largest first."""
+    ordered = np.sort(counts)[::-1]
+
+    def draw(axes: Axes) -> None:
+        heights = np.maximum(ordered, 0.5)
+        log_axis(axes, "y", heights)
+        axes.plot(np.arange(1, len(ordered) + 1), heights, "o-", color=WINNER, markersize=3)
+        axes.set(title=name, xlabel=f"classes from head to tail ({len(ordered):,}); training images, log scale")
+
+    data = [["class_rank", "training_images"], *enumerate(ordered.tolist(), 1)]
+    return Figure("class_sizes", name, "Training images of each class, from head to tail.", draw, data)

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from imbvlm.base.version import __version__
-from imbvlm.sweep.report.plotting import Figure, Table
+from imbvlm.sweep.report.plotting import Figure, Table, figure_css
 from imbvlm.sweep.report.report_content import (
     Block,
     CollapsedTable,
@@ -25,7 +25,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def page(report: ReportContent, spec_yaml: str, commands: Sequence[str]) -> str:
     """The whole page."""
-    style = files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
+    style = figure_css() + files("imbvlm.sweep.report").joinpath("report.css").read_text(encoding="utf-8")
     verdict = report.verdict
     details = f"<p class='muted'>{escape(verdict.details)}</p>" if verdict.details else ""
     facts_note = f"<p class='muted note'>{escape(report.facts_note)}</p>" if report.facts_note else ""
@@ -80,7 +80,7 @@ def _figure(figure: Figure) -> str:
     kind = " class='wide'" if figure.wide else ""
     return (
         f"<figure{kind}><h3>{escape(figure.title)}</h3><div class='scroll' tabindex='0'>"
-        f"{figure.drawing.svg(figure.title)}</div>{caption}</figure>"
+        f"{figure.svg()}</div>{caption}</figure>"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from imbvlm.base import storage
 from imbvlm.sweep.report.html_page import page
-from imbvlm.sweep.report.plotting import Figure, Table, png
+from imbvlm.sweep.report.plotting import Figure, Table
 from imbvlm.sweep.report.report_content import CollapsedTable, Columns, Grid, ReportContent, build
 from imbvlm.sweep.report.report_data import ReportData
 
@@ -55,9 +55,10 @@ def commands(source: ReportData) -> list[str]:
 def _write_parts(report: ReportContent, out: str) -> None:
     figures, tables = parts(report)
     for figure in figures:
-        svg, target = figure.drawing.svg(figure.title, alone=True), storage.join(out, "figures", _file(figure.name))
-        for ending, content in (("svg", svg.encode()), ("png", png(svg)), ("csv", figure.csv().encode())):
-            storage.write_bytes(f"{target}.{ending}", content)
+        target = storage.join(out, "figures", _file(figure.name))
+        storage.write_bytes(f"{target}.svg", figure.svg(alone=True).encode())
+        storage.write_bytes(f"{target}.png", figure.png())
+        storage.write_bytes(f"{target}.csv", figure.csv().encode())
     for table in tables:
         target = storage.join(out, "tables", _file(table.name))
         storage.write_bytes(f"{target}.csv", table.csv().encode())

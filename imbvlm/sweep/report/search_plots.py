@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from imbvlm.base.formatting import duration, percent
 from imbvlm.sweep.records.summary_tables import format_value
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import (
-    HEIGHT,
-    RING,
-    TOP,
+    NUM_LEVELS,
+    PALE,
+    PALETTE,
     WIDTH,
-    WINNER_COLOR,
-    Drawing,
+    WINNER,
     Figure,
-    Point,
-    Scale,
-    frame,
-    legend,
-    method_color,
-    number,
+    finish,
+    log_axis,
+    method_look,
     percent_tick,
-    spread,
+    titles,
 )
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import Importance, rungs
 from imbvlm.sweep.spec.objectives import SECONDS, pareto_indices
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MAX_AXES = 9
-MAX_LINES = 400
+MAX_LINES = 1000
 MAX_SLICES = 12
-NEVER = "–"
+# The height at which lines pass below an axis, in its lengths.
+NOT_SAMPLED = -0.1
+_FAINT, _MUTED = PALETTE["faint"][0], PALETTE["muted"][0]
+_HEADER = ["trial", "method", "state", "objective"]
 
 
 def objective_name(source: ReportData) -> str:
@@ -43,44 +48,44 @@ def objective_name(source: ReportData) -> str:
     return f"{source.spec.objective.removeprefix('val/').replace('_', ' ')}, validation (%)"
 
 
-def methods(source: ReportData) -> list[str]:
-    """The methods of the search's trials; a method's index determines its color and shape."""
-    return sorted({str(record.config["method"]) for record in source.log.of("search")})
-
-
 @dataclass(frozen=True)
-class TrialMarks:
-    """Marks of trials in every figure of the search: color and shape show the method, a ring shows the winner."""
+class _Mark:
+    """A trial in a figure, with a note for its title."""
 
-    methods: Sequence[str]
-    winner_id: str
-
-    @staticmethod
-    def of(source: ReportData) -> TrialMarks:
-        """Marks for the trials of a sweep."""
-        return TrialMarks(methods(source), "" if source.best is None else source.best.trial_id)
-
-    def dot(
-        self, drawing: Drawing, x: float, y: float, record: TrialRecord, value: float, more: str = "", *,
-        size: float = 3.6,
-    ) -> None:  # fmt: skip
-        """Draw a trial."""
-        method = str(record.config["method"])
-        stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
-        title = f"{record.trial_id}: {percent(value)} %{more}{stopped} ({describe_trial(record)})"
-        style = f"{method_color(method, self.methods)}{' dim' if record.state == 'stopped' else ''}"
-        drawing.dot(x, y, style, title, shape=self.methods.index(method), size=size)
-        if record.trial_id == self.winner_id:
-            drawing.dot(x, y, WINNER_COLOR, f"winner, {title}", shape=RING, size=size)
+    record: TrialRecord
+    value: float
+    x: float
+    y: float
+    note: str = ""
 
     @property
-    def legend(self) -> list[tuple[str, str, int]]:
-        """Legend entries of the methods and of the winner's ring."""
-        kinds = [
-            (method.replace("_", " "), method_color(method, self.methods), index)
-            for index, method in enumerate(self.methods)
-        ]
-        return [*kinds, ("winner", WINNER_COLOR, RING)]
+    def title(self) -> str:
+        record = self.record
+        stopped = f", stopped after {len(record.epochs)} epochs" if record.state == "stopped" else ""
+        return f"{record.trial_id}: {percent(self.value)} %{self.note}{stopped} ({describe_trial(record)})"
+
+
+def _row(record: TrialRecord, value: float) -> list[Any]:
+    """The first columns of a trial's row in a figure's CSV."""
+    return [record.trial_id, str(record.config["method"]), record.state, value]
+
+
+def _draw_marks(axes: Axes, source: ReportData, marks: Sequence[_Mark], size: float = 7) -> None:
+    """Draw trials: color and shape show the method, pale ones were stopped, a ring shows the winner."""
+    best, size, series = source.best, min(size, 120 / len(marks) ** 0.5), dict[tuple[bool, str], list[_Mark]]()
+    for mark in marks:
+        series.setdefault((mark.record.state != "stopped", str(mark.record.config["method"])), []).append(mark)
+    for (is_full, method), group in sorted(series.items()):
+        color, marker = method_look(method)
+        axes.plot(
+            [mark.x for mark in group], [mark.y for mark in group], marker, color=color, alpha=1 if is_full else PALE,
+            markersize=size, label=method.replace("_", " "), gid=titles(mark.title for mark in group),
+        )  # fmt: skip
+    for mark in (mark for mark in marks if mark.record is best):
+        axes.plot(
+            mark.x, mark.y, "o", color="none", markeredgecolor=WINNER, markeredgewidth=2.2, markersize=size + 5,
+            zorder=5, label="winner", gid=titles([f"winner, {mark.title}"]),
+        )  # fmt: skip
 
 
 def history(source: ReportData) -> Figure | None:
@@ -88,53 +93,37 @@ def history(source: ReportData) -> Figure | None:
     pairs = source.valued()
     if not pairs:
         return None
-    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
-    numbers = [int(record.trial_id[1:]) for record, _ in pairs]
-    references = [
-        (record, value) for record in source.log.of("baseline") if (value := source.value(record)) is not None
-    ]
-    low, high = min(value for _, value in pairs), max(value for _, value in pairs)
+    values = [value for _, value in pairs]
+    marks = [_Mark(record, value, int(record.trial_id[1:]), value) for record, value in pairs]
     # A baseline far below would compress the trials into a line; tables have its value.
-    references = [(record, value) for record, value in references if value > low - (high - low)]
-    x = spread([*numbers, 1], 52, WIDTH - 12, pad=0.03)
-    y = spread([value for _, value in [*pairs, *references]], HEIGHT - 46, TOP)
-    frame(drawing, x, y, ("trial", objective_name(source)), x_format=_whole, y_format=percent_tick)
-    for record, value in references:
-        style = method_color(str(record.config["method"]), [*marks.methods, str(record.config["method"])])
-        drawing.line([(x.start, y(value)), (x.end, y(value))], style, width=1.4, dash="5 4", title=record.name)
-        drawing.text(x.end - 2, y(value) - 4, record.name, anchor="end", style="muted", size=11)
-    best, steps = -math.inf, list[Point]()
-    for number_, (_, value) in zip(numbers, pairs, strict=True):
-        steps += [(x(number_), y(best))] if steps and value > best else []
-        best = max(best, value)
-        steps.append((x(number_), y(best)))
-    drawing.line(steps, "faint", width=1.8)
-    data = [_row(record, value) for record, value in pairs]
-    data += [[record.trial_id, record.name, record.state, value] for record, value in references]
-    for number_, (record, value) in zip(numbers, pairs, strict=True):
-        marks.dot(drawing, x(number_), y(value), record, value)
-    legend(drawing, 52, 14, marks.legend)
-    caption = (
-        f"Each mark is a trial{_pale(source)}, the line the best so far, dashes the baselines, the ring the winner."
-    )
-    return Figure("history", "Search history", caption, drawing, [_HEADER, *data])
+    lowest = 2 * min(values) - max(values)
+    baselines = [
+        (record, value) for record in source.log.of("baseline")
+        if (value := source.value(record)) is not None and value > lowest
+    ]  # fmt: skip
 
+    def draw(axes: Axes) -> None:
+        _draw_marks(axes, source, marks)
+        axes.step([mark.x for mark in marks], np.maximum.accumulate(values), where="post", color=_MUTED, linewidth=1.4)
+        for record, value in baselines:
+            color, _ = method_look(str(record.config["method"]))
+            axes.axhline(value, color=color, linestyle="--", linewidth=1.4, label=f"{record.name}, baseline")
+        axes.locator_params("x", integer=True)
+        finish(axes, "trial", objective_name(source))
 
-# A trial in a scatter plot: its record and value, its point, and a note for its title.
-_Scattered = tuple[TrialRecord, float, Point, str]
+    data = [_row(*pair) for pair in pairs] + [[r.trial_id, r.name, r.state, value] for r, value in baselines]
+    pale = " (pale: stopped early)" if any(record.state == "stopped" for record, _ in pairs) else ""
+    caption = f"Each mark is a trial{pale}, the line the best so far, dashes the baselines, the ring the winner."
+    return Figure("history", "Search history", caption, draw, [_HEADER, *data])
 
 
 def against_cost(source: ReportData) -> Figure | None:
     """Accuracy against seconds, with the Pareto front."""
     timed = [(record, value, max(0.05, record.seconds())) for record, value in source.valued() if record.ended_at]
-    if not timed:
-        return None
-    trials = [(record, value, (cost, value), f", {duration(cost)}") for record, value, cost in timed]
+    marks = [_Mark(record, value, cost, value, f", {duration(cost)}") for record, value, cost in timed]
+    texts = ("cost", "Accuracy against cost", "The line is the Pareto front: no trial is both faster and better.")
     labels = ("seconds of a trial, its start included", objective_name(source))
-    drawing, front = _scatter(source, trials, labels, (SECONDS, source.spec.objective), is_log=True)
-    data = [[*_row(record, value), cost, index in front] for index, (record, value, cost) in enumerate(timed)]
-    caption = "The line is the Pareto front: no trial is both faster and better."
-    return Figure("cost", "Accuracy against cost", caption, drawing, [[*_HEADER, "seconds", "on_front"], *data])
+    return _scatter(source, marks, texts, labels, ["seconds"], (SECONDS, source.spec.objective))
 
 
 def against_few_shot(source: ReportData) -> Figure | None:
@@ -143,18 +132,16 @@ def against_few_shot(source: ReportData) -> Figure | None:
     groups = [group for group in ("few_shot", "medium_shot") if any(f"val/{group}_accuracy" in e for *_, e in epochs)]
     if not groups:
         return None
-    metrics, name = (f"val/{groups[0]}_accuracy", "val/top1_accuracy"), groups[0].replace("_", "-")
-    trials = list[_Scattered]()
-    for record, value, epoch in epochs:
-        if metrics[0] in epoch:
-            few, top = epoch[metrics[0]], epoch[metrics[1]]
-            trials.append((record, value, (few, top), f", {name} {percent(few)}, overall {percent(top)}"))
+    columns, name = [f"{groups[0]}_accuracy", "top1_accuracy"], groups[0].replace("_", "-")
+    metrics = (f"val/{columns[0]}", f"val/{columns[1]}")
+    marks = [
+        _Mark(record, value, few, top, f", {name} {percent(few)}, overall {percent(top)}")
+        for record, value, epoch in epochs if metrics[0] in epoch
+        for few, top in [(epoch[metrics[0]], epoch[metrics[1]])]
+    ]  # fmt: skip
+    texts = ("few_shot", f"Overall against {name} accuracy", "The trade-off of head and tail, and the Pareto front.")
     labels = (f"{name} accuracy, validation (%)", "overall accuracy, validation (%)")
-    drawing, front = _scatter(source, trials, labels, metrics)
-    data = [[*_row(record, value), *point, i in front] for i, (record, value, point, _) in enumerate(trials)]
-    header = [*_HEADER, *(metric.removeprefix("val/") for metric in metrics), "on_front"]
-    caption = "The trade-off of head and tail, and the Pareto front."
-    return Figure("few_shot", f"Overall against {name} accuracy", caption, drawing, [header, *data])
+    return _scatter(source, marks, texts, labels, columns, metrics)
 
 
 def rung_against_end(source: ReportData) -> Figure | None:
@@ -162,193 +149,175 @@ def rung_against_end(source: ReportData) -> Figure | None:
     rung = next(iter(rungs(source)), None)
     if rung is None or rung.num_trials < 2:
         return None
-    trials = [
-        (record, value, (early, value), f", {percent(early)} % at the rung") for record, early, value in rung.pairs
-    ]
-    labels = (f"at {rung.share:.0%} of its length, validation (%)", objective_name(source))
-    drawing, _ = _scatter(source, trials, labels)
+    marks = [_Mark(record, end, early, end, f", {percent(early)} % at the rung") for record, early, end in rung.pairs]
     correlation = "" if rung.correlation is None else f"Rank correlation {rung.correlation:.2f}. "
     caption = f"{correlation}Finished trials only: it is unknown how stopped trials would have ended."
-    data = [[*_row(record, value), early] for record, early, value in rung.pairs]
-    header = [*_HEADER, "at_the_rung"]
-    return Figure("rung", "Where early stopping decides, and the end", caption, drawing, [header, *data])
+    labels = (f"at {rung.share:.0%} of its length, validation (%)", objective_name(source))
+    return _scatter(
+        source, marks, ("rung", "Where early stopping decides, and the end", caption), labels, ["at_the_rung"]
+    )
 
 
 def _scatter(
-    source: ReportData,
-    trials: Sequence[_Scattered],
-    labels: tuple[str, str],
-    metrics: tuple[str, str] | None = None,
-    *,
-    is_log: bool = False,
-) -> tuple[Drawing, list[int]]:
-    """Draw trials as marks, and the Pareto front of the points' `metrics` as a line; returns the front's indices."""
-    drawing, marks = Drawing(WIDTH, HEIGHT), TrialMarks.of(source)
-    points = [point for _, _, point, _ in trials]
-    x = spread([left for left, _ in points], 52, WIDTH - 12, log=is_log)
-    y = spread([right for _, right in points], HEIGHT - 46, TOP)
-    frame(drawing, x, y, labels, x_format=number if is_log else percent_tick, y_format=percent_tick)
-    front = [] if metrics is None else pareto_indices(points, metrics)
-    if len(front) > 1:
-        line = sorted(points[index] for index in front)
-        drawing.line([(x(left), y(right)) for left, right in line], "faint", width=1.8)
-    for record, value, (left, right), note in trials:
-        marks.dot(drawing, x(left), y(right), record, value, note)
-    legend(drawing, 52, 14, marks.legend)
-    return drawing, front
+    source: ReportData, marks: Sequence[_Mark], texts: tuple[str, str, str], labels: tuple[str, str],
+    columns: Sequence[str], metrics: tuple[str, str] | None = None,
+) -> Figure | None:  # fmt: skip
+    """Draw trials as marks, and the Pareto front of their `metrics` as a line; `texts` are name, title and caption."""
+    points = [(mark.x, mark.y) for mark in marks]
+    front = pareto_indices(points, metrics) if metrics else []
+
+    def draw(axes: Axes) -> None:
+        if metrics and metrics[0] == SECONDS:
+            log_axis(axes, "x", [mark.x for mark in marks])
+        else:
+            axes.xaxis.set_major_formatter(percent_tick)
+        axes.plot(*np.array(sorted(points[index] for index in front)).reshape(-1, 2).T, color=_FAINT)
+        _draw_marks(axes, source, marks)
+        finish(axes, *labels)
+
+    data = [
+        [*_row(mark.record, mark.value), *point[: len(columns)], *([index in front] if metrics else [])]
+        for index, (mark, point) in enumerate(zip(marks, points, strict=True))
+    ]
+    header = [*_HEADER, *columns, *(["on_front"] if metrics else [])]
+    return Figure(*texts, draw, [header, *data]) if marks else None
 
 
 def importance_bars(importances: list[Importance]) -> Figure | None:
     """The importance of each parameter, the largest first."""
-    if not importances:
-        return None
     rows = importances[:12]
-    drawing = Drawing(WIDTH, 40 + 24 * len(rows))
-    left = 12 + 6.6 * max(len(importance.key) for importance in rows)
-    for index, importance in enumerate(rows):
-        top = 12 + 24 * index
-        width = (WIDTH - left - 60) * importance.share / max(rows[0].share, 1e-9)
-        drawing.text(left - 8, top + 13, importance.key, anchor="end")
-        drawing.bar(left, top + 2, max(width, 1), 15, "faint", f"{importance.key}: {percent(importance.share)} %")
-        drawing.text(left + max(width, 1) + 6, top + 14, f"{percent(importance.share)} %", style="muted")
+
+    def draw(axes: Axes) -> None:
+        bars = axes.barh([row.key for row in rows], [row.share for row in rows], 0.62, color=_FAINT)
+        axes.bar_label(bars, [f"{percent(row.share)} %" for row in rows], padding=5, color=_MUTED)
+        axes.set(xlim=(0, 1.25 * rows[0].share + 1e-9), xticks=[], ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(visible=False)
+        axes.spines.bottom.set_visible(False)
+
     caption = "Share in the difference between the best quarter of the trials with the parameter and all of them."
-    data: list[list[object]] = [[importance.key, importance.share, importance.num_trials] for importance in importances]
-    header = ["parameter", "share", "trials"]
-    return Figure("importance", "Parameter importance", caption, drawing, [header, *data])
+    data = [[row.key, row.share, row.num_trials] for row in importances]
+    header, size = ["parameter", "share", "trials"], (WIDTH, 24.0 + 24 * len(rows))
+    return Figure("importance", "Parameter importance", caption, draw, [header, *data], size) if rows else None
 
 
 def slices(source: ReportData, order: Sequence[str]) -> list[Figure]:
     """The objective over the values of each sampled key: a small figure per key, all on one scale."""
     figures = []
-    for key in [*order, *(key for key in _keys(source) if key not in order)][:MAX_SLICES]:
+    for key in _keys(source, order)[:MAX_SLICES]:
         pairs = [(record, value) for record, value in source.valued() if key in record.draw]
         if len({repr(record.draw[key]) for record, _ in pairs}) > 1:
-            data = [[*_row(record, value), record.draw[key]] for record, value in pairs]
-            figures.append(Figure(f"slice_{key}", key, "", _slice(source, key, pairs), [[*_HEADER, key], *data]))
+            figures.append(_slice(source, key, pairs))
     return figures
 
 
-def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]]) -> Drawing:
-    named = {repr(record.draw[key]): format_value(key, record.draw[key]) for record, _ in pairs}
-    crowded = sum(6 * len(word) + 10 for word in named.values()) > 286
-    drawing, marks = Drawing(340, 258 if crowded else 218), TrialMarks.of(source)
-    y = spread([value for _, value in source.valued()], 190, 14)
-    x, positions = _value_axis(source, key, [record.draw[key] for record, _ in pairs], 44, 330)
-    frame(
-        drawing, x, y, ("", ""), x_format=number if positions is None else None, y_format=percent_tick, num_ticks=(4, 4)
-    )
-    for index, (record, value) in enumerate(pairs):
-        # Trials with the same value are drawn side by side, so that they don't hide each other.
-        at = x(record.draw[key]) if positions is None else positions[repr(record.draw[key])] + (index % 7 - 3) * 2.2
-        marks.dot(drawing, at, y(value), record, value, f", {key} {format_value(key, record.draw[key])}", size=3)
-    for name, at in (positions or {}).items():
-        values = [value for record, value in pairs if repr(record.draw[key]) == name]
-        middle = y(statistics.median(values))
-        drawing.line([(at - 14, middle), (at + 14, middle)], "faint", title=f"median of {len(values)}")
-        word = named[name] if len(named[name]) < 24 else f"{named[name][:22]}…"
-        if crowded:
-            drawing.text(at + 6, 206, word, anchor="end", style="muted", size=10.5, turn=-24)
-        else:
-            drawing.text(at, 206, word, anchor="middle", style="muted", size=11)
-    return drawing
+def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]]) -> Figure:
+    best, values = source.best, [value for _, value in source.valued()]
+    assert best is not None
+
+    def draw(axes: Axes) -> None:
+        position, num_choices = _set_scale(axes, "x", source, key, [record.draw[key] for record, _ in pairs], 12)
+        groups = dict[float, list[float]]()
+        marks = list[_Mark]()
+        for index, (record, value) in enumerate(pairs):
+            x = position(record.draw[key])
+            groups.setdefault(x, []).append(value)
+            # Trials with the same value are drawn side by side, so that they don't hide each other.
+            note, shift = f", {key} {format_value(key, record.draw[key])}", (index % 7 - 3) * 0.008 * num_choices
+            marks.append(_Mark(record, value, x + shift, value, note))
+        _draw_marks(axes, source, marks, 6)
+        if key not in best.draw:
+            axes.axhline(source.value(best) or 0, color=WINNER, linestyle=":", linewidth=1.6, gid=titles(["winner"]))
+        for x, group in groups.items() if num_choices else ():
+            text = titles([f"median of {len(group)}"])
+            axes.plot([x - 0.3, x + 0.3], [statistics.median(group)] * 2, color=_FAINT, gid=text)
+        for label in axes.get_xticklabels() if num_choices > 4 else ():
+            label.set(rotation=24, ha="right", rotation_mode="anchor")
+        margin = 0.06 * (max(values) - min(values)) or 0.01
+        axes.set_ylim(min(values) - margin, max(values) + margin)
+        axes.yaxis.set_major_formatter(percent_tick)
+
+    data = [[*_row(record, value), record.draw[key]] for record, value in pairs]
+    has_winner = f"Winner: {format_value(key, best.draw[key])}." if key in best.draw else ""
+    caption = has_winner or "The winner has no such value; the dotted line is its result."
+    return Figure(f"slice_{key}", key, caption, draw, [[*_HEADER, key], *data], (340, 230))
 
 
 def parallel(source: ReportData, order: Sequence[str]) -> Figure | None:
-    """Trials as lines over the sampled keys, the most important first; the winner and the best tenth stand out."""
-    winner = TrialMarks.of(source).winner_id
-    pairs = sorted(source.valued(), key=lambda pair: (pair[0].trial_id == winner, pair[1]))[-MAX_LINES:]
-    keys = [*order, *(key for key in _keys(source) if key not in order)][:MAX_AXES]
+    """Trials as lines over the sampled keys, the most important first; colors show the objective."""
+    best, valued, keys = source.best, source.valued(), _keys(source, order)[:MAX_AXES]
+    pairs = sorted(valued, key=lambda pair: (pair[0] is best, pair[1]))[-MAX_LINES:]
     if len(pairs) < 2 or not keys:
         return None
-    width, height = 1000.0, 360.0
-    drawing, top, bottom = Drawing(width, height), 46.0, height - 44.0
-    # The first name is centered on its axis.
-    left = max(60.0, 3.4 * len(keys[0]))
-    gap = (width - 60 - left) / len(keys)
-    positions = [left + index * gap for index in range(len(keys) + 1)]
-    columns = [_parallel_axis(source, key, pairs, top, bottom - 26) for key in keys]
-    goal = spread([value for _, value in pairs], bottom - 26, top)
-    num_best = max(1, len(pairs) // 10)
-    for rank, (record, value) in enumerate(pairs):
-        points = [
-            (at, column.get(repr(record.draw.get(key, NEVER)), bottom))
-            for at, key, column in zip(positions, keys, columns, strict=False)
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.collections import LineCollection
+
+        axes.set(xlim=(0, len(keys)), ylim=(0, 1), xticks=[], yticks=[])
+        axes.spines.bottom.set_visible(False)
+        columns = [
+            {row: record.draw[key] for row, (record, _) in enumerate(pairs) if key in record.draw} for key in keys
         ]
-        is_best, is_winner = rank >= len(pairs) - num_best, record.trial_id == winner
-        title = f"{record.trial_id}: {percent(value)} % ({describe_trial(record)})"
-        style, line_width = (WINNER_COLOR, 3) if is_winner else ("ink", 1.6) if is_best else ("faint", 1)
-        drawing.line([*points, (positions[-1], goal(value))], f"{style} thread", width=line_width, title=title)
-    for at, key, column in zip(positions, keys, columns, strict=False):
-        drawing.rule(at, top, at, bottom - 26, "axis")
-        drawing.text(at, 22 if keys.index(key) % 2 == 0 else 36, key, anchor="middle", size=11.5)
-        for word, y in _labels(source, key, pairs, column):
-            # Labels end before the next axis: 5.6 pixels is a letter's mean width at this size.
-            drawing.text(at + 5, y + 4, word, style="halo", size=min(10.5, 10.5 * (gap - 8) / (5.6 * len(word))))
-        if any(key not in record.draw for record, _ in pairs):
-            drawing.text(at, bottom + 16, "not sampled", anchor="middle", style="muted", size=10.5)
-    drawing.rule(positions[-1], top, positions[-1], bottom - 26, "axis")
-    drawing.text(width - 4, 22, "objective (%)", anchor="end", size=11.5)
-    for tick in goal.ticks(5):
-        drawing.text(positions[-1] + 6, goal(tick) + 4, percent_tick(tick), style="halo", size=10.5)
+        columns.append({row: 100 * value for row, (_, value) in enumerate(pairs)})
+        heights = np.full((len(pairs), len(columns)), NOT_SAMPLED)
+        for index, (name, values) in enumerate(zip([*keys, "objective (%)"], columns, strict=True)):
+            heights[list(values), index] = _add_axis(axes, source, index, name, values)
+            if len(values) < len(pairs):
+                axes.text(index, NOT_SAMPLED - 0.02, "not sampled", ha="center", va="top", color=_MUTED)
+        levels = [PALETTE[f"r{row * NUM_LEVELS // len(pairs)}"][0] for row in range(len(pairs))]
+        texts = [_Mark(record, value, 0, 0).title for record, value in pairs]
+        lines = [np.column_stack((range(len(columns)), line)) for line in heights]
+        width = min(1.4, max(0.6, 20 / len(lines) ** 0.5))
+        axes.add_collection(
+            LineCollection(lines, colors=levels, linewidths=width, alpha=0.7, clip_on=False, gid=titles(texts))
+        )
+        axes.plot(*lines[-1].T, color=WINNER, linewidth=3, clip_on=False, gid=titles([f"winner, {texts[-1]}"]))
+
+    limit = f" Only the best {MAX_LINES:,} of {len(valued):,} trials are drawn." if len(valued) > MAX_LINES else ""
     caption = (
-        "Each line is a trial; the winner is blue, the best tenth dark. A trial without a parameter is at the bottom."
+        "Each line is a trial, colored by the eighth of all trials that its objective is in; the winner is blue. Lines "
+        f"pass below the axis of a parameter that their trials don't have.{limit}"
     )
     data = [[*_row(record, value), *(record.draw.get(key, "") for key in keys)] for record, value in pairs]
-    return Figure("parallel", "Parallel coordinates", caption, drawing, [[*_HEADER, *keys], *data], wide=True)
+    return Figure(
+        "parallel", "Parallel coordinates", caption, draw, [[*_HEADER, *keys], *data], (1000, 390), wide=True
+    )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ parts
+def _add_axis(axes: Axes, source: ReportData, index: int, name: str, values: Mapping[int, Any]) -> npt.NDArray[Any]:
+    """Add a vertical axis with the `values` of trials; return their heights in the axis's length."""
+    twin = axes.twinx()
+    twin.grid(visible=False)
+    twin.spines.bottom.set_visible(False)
+    twin.spines.right.set(visible=True, position=("data", index))
+    position, num_choices = _set_scale(twin, "y", source, name, list(values.values()), 15)
+    # Trials with the same choice pass next to each other.
+    shifts = [(row * 5 % 11 - 5) * 0.01 * bool(num_choices) for row in values]
+    points = np.array([(0, position(value) + shift) for value, shift in zip(values.values(), shifts, strict=True)])
+    # It draws nothing and sets the limits.
+    twin.plot(*points.reshape(-1, 2).T, linestyle="none")
+    twin.autoscale_view()
+    axes.text(index, 1.03 + 0.07 * (index % 2), name, ha="center")
+    for label in twin.get_yticklabels():
+        label.set_bbox({"facecolor": PALETTE["bg"][0], "alpha": 0.75, "linewidth": 0, "pad": 1})
+    return (twin.transScale + twin.transLimits).transform(points.reshape(-1, 2))[:, 1]
 
 
-_HEADER = ["trial", "method", "state", "objective"]
+def _keys(source: ReportData, order: Sequence[str]) -> list[str]:
+    """The keys of the space, those of `order` first."""
+    return list(dict.fromkeys([*order, *(parameter.key for parameter in source.space.parameters)]))
 
 
-def _pale(source: ReportData) -> str:
-    return " (pale: stopped early)" if any(record.state == "stopped" for record, _ in source.valued()) else ""
-
-
-def _row(record: TrialRecord, value: float) -> list[object]:
-    """The first columns of a trial's row in a figure's CSV."""
-    return [record.trial_id, str(record.config["method"]), record.state, value]
-
-
-def _keys(source: ReportData) -> list[str]:
-    """The keys of the space in its order."""
-    return list(dict.fromkeys(parameter.key for parameter in source.space.parameters))
-
-
-def _value_axis(
-    source: ReportData, key: str, values: Sequence[Any], start: float, end: float
-) -> tuple[Scale, dict[str, float] | None]:
-    """A scale for numbers of a range; for choices also the position of each value by its repr."""
+def _set_scale(
+    axes: Axes, which: Literal["x", "y"], source: ReportData, key: str, values: Sequence[Any], max_letters: int
+) -> tuple[Callable[[Any], float], int]:
+    """Set up an axis for the values of a key; return where on it a value stands, and the number of choices or 0."""
     ranges = source.space.of(key)
     if all(parameter.kind != "choice" for parameter in ranges):
-        return spread(values, start, end, log=any(parameter.kind == "loguniform" for parameter in ranges)), None
-    listed = dict.fromkeys(repr(value) for parameter in ranges for value in (parameter.finite_values() or ()))
-    names = [name for name in listed if name in {repr(value) for value in values}]
-    step = (end - start) / len(names)
-    return Scale(0, 1, start, end), {name: start + step * (index + 0.5) for index, name in enumerate(names)}
-
-
-def _parallel_axis(
-    source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], top: float, bottom: float
-) -> dict[str, float]:
-    values = [record.draw[key] for record, _ in pairs if key in record.draw]
-    if not values:
-        return {}
-    scale, positions = _value_axis(source, key, values, bottom, top)
-    return positions if positions is not None else {repr(value): scale(value) for value in values}
-
-
-def _labels(
-    source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]], column: dict[str, float]
-) -> list[tuple[str, float]]:
-    values = {repr(record.draw[key]): record.draw[key] for record, _ in pairs if key in record.draw}
-    if all(parameter.kind == "choice" for parameter in source.space.of(key)):
-        return [(format_value(key, value), column[name]) for name, value in values.items()]
-    ends = [min(values.values()), max(values.values())] if values else []
-    return [(format_value(key, value), column[repr(value)]) for value in ends]
-
-
-def _whole(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else ""
+        if any(parameter.kind == "loguniform" for parameter in ranges):
+            log_axis(axes, which, values)
+        return float, 0
+    texts = {repr(value): textwrap.fill(format_value(key, value), max_letters) for value in values}
+    listed = [repr(value) for parameter in ranges for value in parameter.finite_values() or ()]
+    names = [name for name in dict.fromkeys([*listed, *texts]) if name in texts]
+    axes.set(**{f"{which}ticks": range(len(names)), f"{which}ticklabels": [texts[name] for name in names]})
+    return lambda value: names.index(repr(value)), len(names)

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from imbvlm.data.images.decoding import decode, decode_picture, fetch
 from imbvlm.data.imbalance import imbalanced_counts, make_imbalanced
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_check import CheckReport, check_manifest
-from imbvlm.data.manifest_summary import plot_counts, plot_svg, summary
+from imbvlm.data.manifest_summary import plot_counts, summary
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
 from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
 from imbvlm.data.sources.inaturalist import from_inaturalist
@@ -34,6 +35,7 @@ from imbvlm.data.sources.manifest_builder import read_class_names
 from imbvlm.data.sources.table_files import from_table
 from imbvlm.data.sources.webdataset import from_shards
 from imbvlm.data.splits import carve_validation, hold_out_test_split
+from imbvlm.sweep.report.class_plots import class_sizes
 
 TREE = {
     "train/cat/a 1.png": (0, "train"),
@@ -808,7 +810,10 @@ def test_plots_hold_any_counts(counts: list[int]) -> None:
     lines = plot_counts(np.array(counts))
     assert len(lines) == 11
     assert max(len(line) for line in lines) <= 84
-    assert plot_svg(counts, "a <name>").count("<svg") == 1
+    root = ElementTree.fromstring(class_sizes(np.array(counts), "a <name>").svg(alone=True))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a <name>" in texts
+    assert f"classes from head to tail ({len(counts):,}); training images, log scale" in texts
 
 
 def test_the_check_names_everything_at_once(tree: Path) -> None:

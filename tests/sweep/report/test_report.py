@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import shutil
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from sweep_folder import sweep_spec, write_sweep
 
@@ -37,7 +34,6 @@ from imbvlm.sweep.records.resource_usage import (
 from imbvlm.sweep.records.summary_tables import pareto_records
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import TrialLog
-from imbvlm.sweep.report.plotting import Drawing, png, spread
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import importances, rank_correlation, rungs
@@ -361,16 +357,6 @@ def test_rank_correlation_takes_ties_and_says_when_it_cannot_tell() -> None:
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5), st.booleans(), st.integers(2, 8))
-def test_axes_have_ticks_inside_whatever_the_values(values: list[float], log: bool, wanted: int) -> None:
-    scale = spread(values, 0, 100, log=log)
-    ticks = scale.ticks(wanted)
-    assert 1 <= len(ticks) <= 3 * wanted
-    assert all(-1 <= scale(tick) <= 101 for tick in ticks)
-    assert all(0 <= scale(value) <= 100 for value in values)
-
-
 def test_a_folder_gets_every_figure_and_table(tmp_path: Path) -> None:
     names = ["50 % & more_or_less", *(f"class {number}" for number in range(1, len(COUNTS)))]
     folder = write_sweep(tmp_path / "made", COUNTS, class_names=names)
@@ -487,33 +473,6 @@ def test_the_command_prints_where_the_page_is(tmp_path: Path) -> None:
     assert note.startswith("imbvlm: Not all images of confused pairs are shown: the manifest gone.parquet of the sweep")
 
 
-def test_a_figures_file_has_words_of_the_sizes_that_were_drawn() -> None:
-    heights = []
-    for size in (6, 24):
-        drawing = Drawing(60, 40)
-        drawing.text(5, 30, "H", size=size)
-        ink = np.asarray(Image.open(io.BytesIO(png(drawing.svg("a letter", alone=True)))).convert("L")) < 128
-        heights.append(ink.any(axis=1).sum())
-    assert 3 * heights[0] < heights[1] < 5 * heights[0]
-
-
-def test_one_color_is_one_thing_and_the_winner_is_marked_in_every_figure_of_the_search(tmp_path: Path) -> None:
-    """The winner's blue was the first method's in Search, and no figure there showed the winner."""
-    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    figures = {figure.name: figure.drawing.svg(figure.title) for figure in parts(build(source))[0]}
-    best = source.best.trial_id
-    for name in ("history", "cost", "few_shot", "rung", "slice_optim.lr", "slice_method", "parallel"):
-        text = figures[name]
-        blue = re.findall(r'<(?:path|circle|polygon) class="c0[^>]*>(?:<title>([^<]*))?', text)
-        titles = [title for title in blue if title]
-        assert len(titles) == 1, name
-        assert best in titles[0], name
-        # The first two colors after the winner's are the baselines', and those of their methods.
-        marks = set(re.findall(r'class="(c[1-9])[^>]*><title>t\d+: [^(]*\((linear probe|decoder)', text))
-        assert marks == (set() if name == "parallel" else {("c1", "linear probe"), ("c3", "decoder")}), name
-    assert re.search(r'<rect class="c1"[^>]*><title>linear probe, overall', figures["shot_groups"])
-
-
 def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path: Path) -> None:
     text = page_of(write_sweep(tmp_path / "made", COUNTS))
     assert "encoder tinylit_lite0 at 128 x 128 pixels" in text[: text.index("<main>")]
@@ -530,19 +489,6 @@ def test_what_scrolls_shows_it() -> None:
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text()
     (rule,) = re.findall(r"\.scroll\{[^}]*\}", style)
     assert rule.count(" local") == rule.count(" scroll") == 2
-
-
-def test_pale_lines_cost_what_solid_ones_do() -> None:
-    """Opacity on a line that crosses the drawing made a picture of its own for each: 45 s for a thousand trials."""
-    seconds = []
-    for style in ("c0 thread", "faint thread"):
-        drawing = Drawing(1000, 360)
-        for number in range(30):
-            drawing.line([(0, number), (500, 350 - number), (1000, 5 * number)], style, width=1)
-        started = time.process_time()
-        png(drawing.svg("lines", alone=True))
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 4 * seconds[0]
 
 
 # ------------------------------------------------------------------------------------------------- in a browser
