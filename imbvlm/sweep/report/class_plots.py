@@ -75,7 +75,7 @@ def shot_group_bars(source: ReportData) -> Figure | None:
                 label=title, gid=titles([f"{title}, {group}: {percent(mean)} %"]),
             )  # fmt: skip
             if is_exported:
-                axes.text(x, mean + deviation + 0.012, f"{100 * mean:.0f}", ha="center", fontsize=10)
+                axes.text(x, mean + deviation + 0.012, f"{100 * mean:.0f}", ha="center", fontsize=10.5)
         axes.set(ylim=(0, 1), xticks=range(len(groups)), xticklabels=map(_group_name, groups))
         finish(axes, "", _ACCURACY)
 

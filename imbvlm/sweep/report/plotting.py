@@ -80,6 +80,7 @@ STYLE: dict[str, Any] = {
     "grid.color": PALETTE["line"][0],
     "xtick.color": PALETTE["axis"][0],
     "xtick.labelcolor": PALETTE["muted"][0],
+    "ytick.color": PALETTE["axis"][0],
     "ytick.left": False,
     "ytick.labelcolor": PALETTE["muted"][0],
     "lines.linewidth": 2,

@@ -298,7 +298,7 @@ def _add_axis(axes: Axes, source: ReportData, index: int, name: str, values: Map
     twin.autoscale_view()
     axes.text(index, 1.03 + 0.07 * (index % 2), name, ha="center")
     for label in twin.get_yticklabels():
-        label.set_bbox({"facecolor": PALETTE["bg"][0], "alpha": 0.75, "linewidth": 0, "pad": 1})
+        label.set_bbox({"facecolor": PALETTE["bg"][0], "alpha": 0.75, "edgecolor": "none", "pad": 1})
     return (twin.transScale + twin.transLimits).transform(points.reshape(-1, 2))[:, 1]
 
 

@@ -110,7 +110,7 @@ def test_no_letter_is_smaller_than_nine_pixels_on_a_phone(figures: dict[str, Fig
     for figure in figures.values():
         shown = (860 if figure.wide else 368) / figure.size[0]
         sizes = [float(size) for size in re.findall(r"font(?:-size)?: ([\d.]+)px", figure.svg())]
-        assert min(sizes) * shown >= 8.5, figure.name
+        assert min(sizes) * shown >= 9, figure.name
 
 
 def test_the_same_data_give_the_same_bytes(source: ReportData, figures: dict[str, Figure]) -> None:
