@@ -60,6 +60,7 @@ ZOOM = 3
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
+    "axes.unicode_minus": False,
     "figure.dpi": DPI,
     "figure.facecolor": PALETTE["bg"][0],
     "figure.constrained_layout.use": True,

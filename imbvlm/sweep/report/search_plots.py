@@ -72,7 +72,11 @@ def _row(record: TrialRecord, value: float) -> list[Any]:
 
 def _draw_marks(axes: Axes, source: ReportData, marks: Sequence[_Mark], size: float = 7) -> None:
     """Draw trials: color and shape show the method, pale ones were stopped, a ring shows the winner."""
-    best, size, series = source.best, min(size, 120 / len(marks) ** 0.5), dict[tuple[bool, str], list[_Mark]]()
+    best, size, series = (
+        source.best,
+        min(size, max(4.5, 120 / len(marks) ** 0.5)),
+        dict[tuple[bool, str], list[_Mark]](),
+    )
     for mark in marks:
         series.setdefault((mark.record.state != "stopped", str(mark.record.config["method"])), []).append(mark)
     for (is_full, method), group in sorted(series.items()):
@@ -291,7 +295,7 @@ def _add_axis(axes: Axes, source: ReportData, index: int, name: str, values: Map
     twin.spines.right.set(visible=True, position=("data", index))
     position, num_choices = _set_scale(twin, "y", source, name, list(values.values()), 15)
     # Trials with the same choice pass next to each other.
-    shifts = [(row * 5 % 11 - 5) * 0.01 * bool(num_choices) for row in values]
+    shifts = [(row * 37 % 101 - 50) / 1000 * bool(num_choices) for row in values]
     points = np.array([(0, position(value) + shift) for value, shift in zip(values.values(), shifts, strict=True)])
     # It draws nothing and sets the limits.
     twin.plot(*points.reshape(-1, 2).T, linestyle="none")
