@@ -168,9 +168,10 @@ def test_a_thousand_trials_are_drawn_in_time_and_more_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1000)
-    started = time.perf_counter()
+    # Of the CPU: other processes of the machine don't count.
+    started = time.process_time()
     page = Path(write_report(str(folder)))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert page.stat().st_size < 3_000_000
     source = ReportData.read(str(folder))
     whole = search_plots.parallel(source, [])
