@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal
 from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section, Tree
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.config.model_sections import AdapterConfig, DecoderConfig, FineTuningConfig, LoraConfig, PromptTuningConfig
+from imbvlm.config.model_sections import (
+    AdapterConfig,
+    ClassMeansConfig,
+    DecoderConfig,
+    DiscriminantConfig,
+    FineTuningConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    PrototypeCacheConfig,
+)
 
 TRAINING_SECTIONS = frozenset({"classifier", "loss", "optim", "train", "mixing"})
 STORED_SECTIONS = TRAINING_SECTIONS | {"prompts", "feature_augmentation"}
@@ -34,6 +43,10 @@ class Method:
     method with it reads images. `refuse(config, info)` lists what the encoder lacks, a sentence each. `needs_text`:
     the model is built from class embeddings.
 
+    `needs_stored`: the model is built from the stored features of all training images, so that `features.store` must be
+    on. `select(model, features (N, D), targets (N,), section)` then gives the model its options `selected` on the
+    validation rows, where they are null, and returns them by name; a trial reports each as the metric METHOD/OPTION.
+
     `packs` says how trials of one shape train together: their products `stacked` into one, or each on a batch
     `in_turns`, which pays off where reading the batch is the larger part.
     """
@@ -51,6 +64,9 @@ class Method:
     refuse: Lazy | None = None
     needs_text: bool = False
     needs_encoder: bool = False
+    needs_stored: bool = False
+    select: Lazy | None = None
+    selected: tuple[str, ...] = ()
     packs: Literal["stacked", "in_turns"] | None = None
 
     @property
@@ -62,6 +78,11 @@ class Method:
     def trains(self) -> bool:
         """Whether anything is trained."""
         return "optim" in self.shared_sections
+
+    @property
+    def learns(self) -> bool:
+        """Whether its model depends on the training images."""
+        return self.trains or self.needs_stored
 
     @property
     def trains_encoder(self) -> bool:
@@ -83,6 +104,43 @@ METHODS: Registry[Method] = Registry(
                 build=Lazy("imbvlm.models.model_builder:build_zero_shot"),
                 restore=Lazy("imbvlm.models.model_builder:restore_zero_shot"),
                 needs_text=True,
+            ),
+            Method(
+                name="class_means",
+                summary="Compares pooled output with the mean of each class's training images; nothing is trained.",
+                paper="Wang et al., arXiv 2019 (SimpleShot)",
+                reads="pooled",
+                section=ClassMeansConfig,
+                shared_sections=frozenset({"prompts"}),
+                build=Lazy("imbvlm.models.training_free:build_class_means"),
+                restore=Lazy("imbvlm.models.training_free:restore_class_means"),
+                needs_stored=True,
+            ),
+            Method(
+                name="discriminant",
+                summary="Linear discriminant analysis of pooled output, with one covariance for all classes, shrunk as "
+                "validation selects; nothing is trained.",
+                paper="Wang et al., ICLR 2024",
+                reads="pooled",
+                section=DiscriminantConfig,
+                shared_sections=frozenset({"prompts"}),
+                build=Lazy("imbvlm.models.training_free:build_discriminant"),
+                restore=Lazy("imbvlm.models.training_free:restore_discriminant"),
+                needs_stored=True,
+                select=Lazy("imbvlm.models.training_free:select_discriminant"),
+                selected=("shrinkage", "temperature"),
+            ),
+            Method(
+                name="prototype_cache",
+                summary="Compares pooled output with up to 16 prototypes of each class's training images "
+                "(Tip-Adapter's cache); nothing is trained.",
+                paper="Zhang et al., ECCV 2022",
+                reads="pooled",
+                section=PrototypeCacheConfig,
+                shared_sections=frozenset({"prompts"}),
+                build=Lazy("imbvlm.models.training_free:build_prototype_cache"),
+                restore=Lazy("imbvlm.models.training_free:restore_prototype_cache"),
+                needs_stored=True,
             ),
             Method(
                 name="prompt_tuning",

@@ -76,6 +76,35 @@ class DecoderConfig(Section):
         return init
 
 
+class ClassMeansConfig(Section):
+    """Cosine similarity to class means."""
+
+    temperature: float = Field(0.04, gt=0, description="divides cosine similarities")
+
+
+class DiscriminantConfig(Section):
+    """Linear discriminant analysis with one covariance for all classes."""
+
+    shrinkage: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="0 keeps the covariance of the images, 1 makes it a multiple of the identity; null: selected on "
+        "validation",
+    )
+    temperature: float | None = Field(
+        None, gt=0, description="divides the log-likelihood ratios, which are too sure; null: fitted on validation"
+    )
+
+
+class PrototypeCacheConfig(Section):
+    """Affinities to the prototypes of each class."""
+
+    num_prototypes: int = Field(16, ge=1, le=16, description="limit of prototypes of a class")
+    sharpness: float = Field(5.5, gt=0, description="larger: only the nearest prototypes count")
+    scale: float = Field(20.0, gt=0, description="factor on affinities, which are between 0 and 1")
+
+
 class LinearClassifierConfig(Section):
     """Weights and bias."""
 

@@ -54,6 +54,16 @@ class _Inputs(Section):
     method: MethodName
     prompts: PromptsConfig | None = None
 
+    @field_validator("method")
+    @classmethod
+    def _method_has_what_it_is_built_from(cls, method: str, info: ValidationInfo) -> str:
+        if METHODS[method].needs_stored and _is_without_store(info.data):
+            raise ValueError(
+                f"method {method} is built from the stored features of all training images. Set features.store: true, "
+                "or choose another method."
+            )
+        return method
+
 
 if TYPE_CHECKING:
     _WithMethods = _Inputs
@@ -306,3 +316,19 @@ def dotted_keys() -> list[str]:
 def needs_text(config: TrialConfig) -> bool:
     """Whether a trial reads the class names' text embeddings."""
     return METHODS[config.method].needs_text or (config.classifier is not None and config.classifier.init == "text")
+
+
+def selected_options(tree: Tree) -> dict[str, float | None]:
+    """A trial's options that validation selects where they are null, by dotted key; a run reports each as a metric.
+
+    `tree` is plain data of a checked configuration.
+    """
+    sections = {tree["method"]: METHODS[tree["method"]].selected}
+    if stage := tree.get("second_stage"):
+        sections["second_stage"] = SECOND_STAGES[stage["name"]].selected
+    return {f"{section}.{option}": tree[section][option] for section, options in sections.items() for option in options}
+
+
+def option_metric(key: str) -> str:
+    """The metric that reports a selected option: second_stage/tau for second_stage.tau."""
+    return key.replace(".", "/")

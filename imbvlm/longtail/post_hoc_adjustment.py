@@ -215,17 +215,17 @@ def select_alpha(
     )
 
 
-def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
+def best_temperature(logits: Tensor, targets: Tensor, start: float = 1.0) -> float:
     """The T from 0.01 to 100 of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
 
-    The loss is convex in 1 / T: Newton's method finds the zero of its slope within a bracket. Raises ImbvlmError
-    without rows, or for logits that aren't finite.
+    The loss is convex in 1 / T: Newton's method finds the zero of its slope within a bracket, sooner from a `start`
+    nearby. Raises ImbvlmError without rows, or for logits that aren't finite.
     """
     _check(logits, targets)
     if not bool(torch.isfinite(logits).all()):
         raise ImbvlmError("logits must be finite for a temperature, got NaN or infinity. Leave those rows out.")
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    inverse = min(max(1.0, low), high)
+    inverse = min(max(1 / start, low), high)
     for _ in range(_MAX_STEPS):
         slope, curvature = _slope(logits, targets, inverse)
         if slope == 0:
@@ -237,13 +237,19 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
         if abs(following - inverse) <= _TOLERANCE * inverse:
             break
         inverse = following
+    return 1 / inverse
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
+    """`best_temperature` of logits (N, C), targets (N,), with loss and calibration before and after."""
+    temperature = best_temperature(logits, targets)
     before, bins_before = _calibration(logits, targets, 1.0)
-    after, bins_after = _calibration(logits, targets, 1 / inverse)
+    after, bins_after = _calibration(logits, targets, temperature)
     # The spread of the differences; one row has none.
     spread = float((before - after).std()) if len(targets) > 1 else math.inf
     num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
     return TemperatureFit(
-        temperature=1 / inverse,
+        temperature=temperature,
         loss_before=float(before.mean()),
         loss_after=float(after.mean()),
         calibration_error_before=bins_before.compute()["expected_calibration_error"],
@@ -257,6 +263,19 @@ def calibration_error(logits: Tensor, targets: Tensor) -> float:
     """Expected calibration error of logits (N, C), targets (N,). Raises ImbvlmError without rows."""
     _check(logits, targets)
     return _calibration(logits, targets, 1.0)[1].compute()["expected_calibration_error"]
+
+
+def balanced_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+    """Mean over the classes with rows of their rows' mean log-likelihood, of logits (N, C), targets (N,).
+
+    Raises ImbvlmError without rows.
+    """
+    _check(logits, targets)
+    chunks = [slice(start, start + CHUNK_SIZE) for start in range(0, len(targets), CHUNK_SIZE)]
+    losses = [F.cross_entropy(at_least_float32(logits[rows]), targets[rows], reduction="none") for rows in chunks]
+    totals = torch.bincount(targets, weights=torch.cat(losses).double(), minlength=logits.shape[1])
+    counts = torch.bincount(targets, minlength=logits.shape[1])
+    return -float((totals[counts > 0] / counts[counts > 0]).mean())
 
 
 def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[slice], Tensor]) -> float:

@@ -18,6 +18,7 @@ from imbvlm.config.second_stage_registry import (
     num_stage_epochs,
 )
 from imbvlm.config.training_sections import SgdConfig, TrainConfig
+from imbvlm.config.trial_config import TrialConfig, selected_options
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_sampling import Rows, epoch_plan
 from imbvlm.longtail.losses import build_loss
@@ -178,13 +179,11 @@ class SecondStageTrainer:
         )
 
 
-def check_can_select(config: StageSection | None, data: TrialData) -> None:
+def check_can_select(config: TrialConfig, data: TrialData) -> None:
     """Raise ImbvlmError, before training, where options are selected on validation rows and there are none."""
-    for option in () if config is None else SECOND_STAGES[config.name].selected:
-        if getattr(config, option) is None and not len(data.val):
-            raise ImbvlmError(
-                f"second_stage.{option} is selected on validation rows, and there are none. Set second_stage.{option}."
-            )
+    for key, value in selected_options(config.to_tree()).items():
+        if value is None and not len(data.val):
+            raise ImbvlmError(f"{key} is selected on validation rows, and there are none. Set {key}.")
 
 
 def _first_stage(classifier: nn.Module) -> LinearClassifier | CosineClassifier:

@@ -19,7 +19,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.second_stage_registry import num_stage_epochs
 from imbvlm.config.training_sections import AugmentationConfig
-from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.config.trial_config import TrialConfig, option_metric, require_section, selected_options
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
 from imbvlm.data.images.augmentation import Augmentation
 from imbvlm.data.images.preprocess import CROP_SCALE
@@ -74,7 +74,7 @@ def build_trial(
     features.
     """
     device, spans = torch.device(device), _spans(config, data)
-    check_can_select(config.second_stage, data)
+    check_can_select(config, data)
     is_decoder = METHODS[config.method].reads == "tokens" and not config.reads_images
     computing = ComputeContext(
         config.train, device, workers.world_size, len(data.class_names), is_decoder,
@@ -176,6 +176,8 @@ class TrialRun:
                 self._begin_second_stage(None)
             else:
                 self._member.pack.begin_second_stages()
+        if self.epoch == 0:
+            metrics |= self._select_options()
         metrics |= self._start_metrics
         self._start_metrics = {}
         if self._second is not None:
@@ -302,6 +304,17 @@ class TrialRun:
         broadcast_state(model.classifier.state_dict(), self.workers)
         self._forward, self._trainer = model, second.trainer
         return second
+
+    def _select_options(self) -> dict[str, float]:
+        """Give a model that nothing trains the options that validation selects; every worker must call it."""
+        val, name = self.data.val, self.config.method
+        if self.entry.select is None or None not in selected_options(self.config.to_tree()).values():
+            return {}
+        assert isinstance(val, StoredRows), "TrialConfig lets only trials on stored features have such a method"
+        features = self._evaluator.all_views(lambda batch: batch, val, self.data.info.pooled_width)
+        targets = torch.from_numpy(val.labels).to(self.device)
+        selected = self.entry.select(self.model, features, targets, getattr(self.config, name))
+        return {option_metric(f"{name}.{option}"): value for option, value in selected.items()}
 
     # ---------------------------------------------------------------------------------------------- evaluation
 

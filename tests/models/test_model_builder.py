@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 NUM_CLASSES = len(CLASS_COUNTS)
 # Every method, and on images also those that may read stored features.
 CASES = [(name, entry.trains_encoder) for name, entry in METHODS.items()]
-CASES += [(name, True) for name, entry in METHODS.items() if not entry.trains_encoder]
+CASES += [(name, True) for name, entry in METHODS.items() if not (entry.trains_encoder or entry.needs_stored)]
 
 
 @pytest.fixture(scope="module")

@@ -137,13 +137,13 @@ def check_logits_fit(folder: str, num_bytes: int) -> None:
 def select_adjustments(
     folder: str, selected: Sequence[Refit], log: TrialLog, objective: str
 ) -> dict[str, AdjustmentSelection]:
-    """The adjustments of each refit that trains, by its name, selected on its trial's validation logits.
+    """The adjustments of each refit but zero-shot ones, by its name, selected on its trial's validation logits.
 
     Refits on fresh crops and trials without logits have none.
     """
     selections = {}
     for refit in selected:
-        if refit.config.train is not None and not refit.is_fresh:
+        if METHODS[refit.config.method].learns and not refit.is_fresh:
             saved = read_logits(logits_file(folder, refit.record.trial_id))
             zero_shot = _zero_shot_logits(folder, refit, log)
             if saved is not None and (selection := _select(refit, saved, zero_shot, objective)) is not None:
@@ -207,7 +207,7 @@ def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogit
     of_encoder = (
         record
         for record in log.of("baseline")
-        if not METHODS[record.config["method"]].trains
+        if not METHODS[record.config["method"]].learns
         and feature_key(record.trial_config()) == feature_key(refit.config)
     )
     record = next(of_encoder, None)

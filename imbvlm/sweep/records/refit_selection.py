@@ -135,11 +135,10 @@ def _can_be_fresh(config: TrialConfig) -> bool:
 def refit_config(record: TrialRecord, spec: SweepSpec) -> TrialConfig:
     """The trial's configuration with the values that its run selected on validation, which a refit does not have.
 
-    A second stage takes the selected options. A baseline that its patience stopped takes the epochs of its best.
+    Options that validation selected are set. A baseline that its patience stopped takes the epochs of its best.
     """
     config, overrides = record.trial_config(), dict[str, float]()
     best = record.best_epoch(spec.objective)
     if record.kind == "baseline" and config.train is not None and best is not None:
         overrides["train.num_epochs"] = int(best["epoch"])
-    selected = {f"second_stage.{option}": value for option, value in record.selected_options.items()}
-    return config.with_overrides({**overrides, **selected})
+    return config.with_overrides({**overrides, **record.selected_options})

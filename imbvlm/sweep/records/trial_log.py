@@ -14,9 +14,9 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import parse_yaml
-from imbvlm.config.second_stage_registry import SECOND_STAGES
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.training_sections import MAX_THREADS
-from imbvlm.config.trial_config import TrialConfig
+from imbvlm.config.trial_config import TrialConfig, option_metric, selected_options
 from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
 TrialKind = Literal["baseline", "search", "confirm", "refit"]
@@ -77,14 +77,10 @@ class TrialRecord(BaseModel):
 
     @property
     def selected_options(self) -> dict[str, float | None]:
-        """The second stage's options that validation selects, such as tau; None where it hasn't selected yet."""
-        stage = self.config.get("second_stage")
-        if not stage:
-            return {}
-        metrics = {option: f"second_stage/{option}" for option in SECOND_STAGES[stage["name"]].selected}
+        """The options that validation selects, such as second_stage.tau; None where it hasn't selected yet."""
         return {
-            option: next((epoch[metric] for epoch in self.epochs if metric in epoch), stage[option])
-            for option, metric in metrics.items()
+            key: next((epoch[option_metric(key)] for epoch in self.epochs if option_metric(key) in epoch), value)
+            for key, value in selected_options(self.config).items()
         }
 
     def best_value(self, best_objective: str) -> float | None:
@@ -223,8 +219,18 @@ def _constraints(folder: str) -> Mapping[str, float]:
 
 
 def describe_trial(record: TrialRecord) -> str:
-    """A trial in a few words: method, loss, classifier, sampling, learning rate, augmentation, second stage."""
+    """A trial in a few words: method, loss, classifier, sampling, learning rate, augmentation, second stage.
+
+    A method that trains nothing is followed by its options.
+    """
     config = record.config
+    method = config["method"]
+    if not METHODS[method].trains:
+        own = {f"{method}.{key}": value for key, value in (config.get(method) or {}).items()} | record.selected_options
+        options = (
+            f"{key.split('.')[1].replace('_', ' ')} {value:.3g}" for key, value in own.items() if value is not None
+        )
+        return ", ".join([method.replace("_", " "), *options])
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
     augmentation = {**(config.get("mixing") or {}), **(config.get("feature_augmentation") or {})}
     loss_options = [
@@ -233,7 +239,7 @@ def describe_trial(record: TrialRecord) -> str:
         if isinstance(value, (int, float)) and key != "label_smoothing"
     ]
     parts = [
-        config["method"].replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else ""),
+        method.replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else ""),
         " ".join([loss.get("name", "").replace("_", " "), *loss_options]),
         classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
         config["data"]["class_sampling"].replace("_", " "),

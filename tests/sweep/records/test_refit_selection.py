@@ -33,6 +33,14 @@ def test_a_tau_that_validation_chose_is_set_in_the_refit(tmp_path: Path) -> None
     assert (winner.record.trial_id, winner.config.second_stage.tau) == ("t2", 0.3)
 
 
+def test_what_validation_chose_for_a_discriminant_is_set_in_the_refit_which_has_one_seed(tmp_path: Path) -> None:
+    trial = record("t1", [0.6], {"method": "discriminant"})
+    trial.epochs[-1] |= {"discriminant/shrinkage": 0.2, "discriminant/temperature": 3.0}
+    (winner,) = refits(log_of(tmp_path, trial), SPEC)
+    section = winner.config.discriminant
+    assert (section.shrinkage, section.temperature, winner.seeds) == (0.2, 3.0, (0,))
+
+
 def test_a_trial_that_was_stopped_before_it_chose_tau_does_not_win(tmp_path: Path) -> None:
     stopped = record("t1", [0.9], NORMALIZED, state="stopped")
     (winner,) = refits(log_of(tmp_path, stopped, record("t2", [0.4])), SPEC)

@@ -89,7 +89,11 @@ def test_a_trial_in_a_few_words() -> None:
     one.config = TrialConfig.from_tree({**BASE, **mixed}).to_tree()
     assert describe_trial(one) == "adapter, cross entropy, cosine 0.04, instance balanced, lr 0.03, cutmix 0.5"
     one.config = TrialConfig.from_tree({**BASE, "method": "zero_shot"}).to_tree()
-    assert describe_trial(one) == "zero shot, instance balanced"
+    assert describe_trial(one) == "zero shot"
+    one.config = TrialConfig.from_tree({**BASE, "method": "discriminant"}).to_tree()
+    assert describe_trial(one) == "discriminant"
+    one.epochs = [{"epoch": 1.0, "discriminant/shrinkage": 0.2}]
+    assert describe_trial(one) == "discriminant, shrinkage 0.2"
 
 
 def failed(*reasons: str) -> list[TrialRecord]:
