@@ -177,7 +177,10 @@ def show(
 
     storage.check_location(plot or "")
     images = Manifest.read(manifest)
-    print(json.dumps(summary_dict(images), indent=1) if as_json else summary(images, split_seed=split_seed))
+    if as_json:
+        print(json.dumps(summary_dict(images, split_seed=split_seed), indent=1))
+    else:
+        print(summary(images, split_seed=split_seed))
     if plot:
         # Imported here because it takes a second.
         from imbvlm.sweep.report.class_plots import class_sizes

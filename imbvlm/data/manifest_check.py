@@ -23,12 +23,15 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
+from imbvlm.data.split_power import MAX_THIN, split_powers
 from imbvlm.data.splits import classes_without_validation, lost_classes, train_val_rows
 
 Severity = Literal["error", "warning", "note"]
 
 _THREADS = 8
 MAX_NAMED = 1000
+# Half-width of the interval of balanced accuracy from which a split is warned of.
+MAX_HALF_WIDTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def check_manifest(
         *_same_content(manifest),
         *_names(manifest, truncated),
         *_splits(manifest, split_seed),
+        *_power(manifest, split_seed),
         *(_undecodable(manifest) if decode_all else ()),
         *(Finding("note", note) for note in manifest.notes),
     ]
@@ -221,6 +225,17 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     elif lost:
         kind = "the validation split" if is_official else "validation held out from training (fewer than 5 images)"
         yield Finding("warning" if is_official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
+
+
+def _power(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
+    for split, power in split_powers(manifest, split_seed).items():
+        severity: Severity = "warning" if power.half_width > MAX_HALF_WIDTH else "note"
+        chooses = f", so that {power.choices()}" if split == "val" else ""
+        yield Finding(severity, f"{split} decides {power.intervals()}{chooses}")
+        if power.thin:
+            names = tuple(manifest.class_names[label] for label in power.thin)
+            what = f"{pluralize(len(names), 'class')} of 1 to {MAX_THIN} images in {split}"
+            yield Finding("note", f"{what}, which can't tell how good a model is on one of them", names)
 
 
 def _absent(manifest: Manifest, rows: Rows) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from imbvlm.base.formatting import pluralize, size_text
 from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.split_power import split_powers
 from imbvlm.data.splits import carve_validation, classes_without_validation
 from imbvlm.longtail.class_stats import ClassStats
 
@@ -28,6 +29,7 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
         f"manifest          {manifest.name}",
         f"classes           {len(manifest.class_names):,}{'' if manifest.named else ' (without names)'}",
         *_split_lines(manifest, split_seed),
+        *_power_lines(manifest, split_seed),
         f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
         f"{int(stats.counts[stats.counts > 0].min()):,} training images a class)",
         *_group_lines(stats),
@@ -41,8 +43,8 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
     return "\n".join(map(printable, lines))
 
 
-def summary_dict(manifest: Manifest) -> dict[str, Any]:
-    """The same for JSON; bytes are None where a store can't be listed."""
+def summary_dict(manifest: Manifest, *, split_seed: int = 0) -> dict[str, Any]:
+    """The same for JSON; bytes are None where a store can't be listed, standard errors at an accuracy of 1/2."""
     stats = manifest.class_stats()
     try:
         size: int | None = num_bytes(manifest)
@@ -57,6 +59,10 @@ def summary_dict(manifest: Manifest) -> dict[str, Any]:
         "class_names": list(manifest.class_names),
         "training_images": stats.counts.tolist(),
         "num_bytes": size,
+        "standard_errors": {
+            split: {"balanced_accuracy": power.error, "few_shot_accuracy": power.few_shot_error}
+            for split, power in split_powers(manifest, split_seed).items()
+        },
         "notes": [*manifest.notes, *manifest.warnings],
     }
 
@@ -90,6 +96,15 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     lost = classes_without_validation(manifest.labels[held_out], len(manifest.class_names))
     note = f"{'val':17} none; {len(held_out):,} training images will be held out (seed {split_seed})"
     return [*lines, f"{note}, {pluralize(len(lost), 'class')} without any" if len(lost) else note]
+
+
+def _power_lines(manifest: Manifest, split_seed: int) -> list[str]:
+    lines = []
+    for split, power in split_powers(manifest, split_seed).items():
+        lines.append(f"{f'{split} decides':17} {power.intervals()}")
+        if split == "val":
+            lines.append(f"{'':17} {power.choices()}")
+    return lines
 
 
 def _group_lines(stats: ClassStats) -> list[str]:

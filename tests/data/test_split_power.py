@@ -1,0 +1,85 @@
+"""What a split can decide, against simulated accuracies, and where a manifest's summary and check say so."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from imbvlm.cli.app import main
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_check import check_manifest
+from imbvlm.data.manifest_summary import summary
+from imbvlm.data.split_power import SplitPower, split_power, split_powers
+from imbvlm.longtail.class_stats import ClassStats
+
+COUNTS = np.array([40, 12, 3, 1, 0])
+
+
+def power(counts: np.ndarray = COUNTS) -> SplitPower:
+    return split_power(np.repeat(np.arange(len(counts)), counts), stats())
+
+
+def stats() -> ClassStats:
+    return folder([500, 200, 15, 9, 4]).class_stats()
+
+
+def folder(train: list[int], val: tuple[int, ...] = ()) -> Manifest:
+    labels = np.concatenate([np.repeat(np.arange(len(train)), train), np.repeat(np.arange(len(val)), val)])
+    splits = ["train"] * sum(train) + ["val"] * sum(val)
+    contents = [str(row).encode() for row in range(len(labels))]
+    table = pa.table({"bytes": contents, "label": labels.astype(np.int32), "split": splits})
+    return Manifest.build(table, [f"class {label}" for label in range(len(train))], "folder")
+
+
+def test_the_errors_are_those_of_accuracies_that_are_drawn() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.binomial(COUNTS[:4], 0.5, size=(20_000, 4)) / COUNTS[:4]
+    assert power().error == pytest.approx(drawn.mean(axis=1).std(), rel=0.02)
+    # Few-shot classes are the third to the last, which has no images.
+    assert power().few_shot_error == pytest.approx(drawn[:, 2:].mean(axis=1).std(), rel=0.02)
+    assert (power().num_scored, power().num_classes, power().thin) == (4, 5, (2, 3))
+
+
+@pytest.mark.parametrize("number", [2, 30, 200])
+def test_the_optimism_is_that_of_the_best_of_equal_choices(number: int) -> None:
+    best = np.random.default_rng(0).normal(scale=power().error, size=(20_000, number)).max(axis=1).mean()
+    assert power().optimism(number) == pytest.approx(best, rel=0.05)
+
+
+def test_without_few_shot_images_nothing_is_said_of_them() -> None:
+    without = power(np.array([40, 12, 0, 0, 0]))
+    assert without.few_shot_error is None
+    assert "few-shot" not in without.intervals()
+
+
+def test_a_folder_without_a_validation_split_has_the_power_of_the_rows_that_will_be_held_out() -> None:
+    """As in most folders: three rows of each class of 15 or more, one of 9, none of 4."""
+    powers = split_powers(folder([500, 200, 15, 9, 4]), split_seed=0)
+    assert list(powers) == ["val"]
+    assert powers["val"].error == pytest.approx(np.sqrt(0.25 * (1 / 3 + 1 / 3 + 1 / 3 + 1)) / 4)
+    text = summary(folder([500, 200, 15, 9, 4]))
+    assert "val decides       balanced accuracy over 4 of 5 classes to ± 34.6 points" in text
+    assert "the best of 30 equally good configurations looks up to 36.1 points better than it is" in text
+
+
+def test_check_warns_of_a_split_that_decides_next_to_nothing_and_names_its_thin_classes() -> None:
+    findings = check_manifest(folder([500, 200, 15, 9, 4])).findings
+    (warning,) = [finding for finding in findings if "val decides" in finding.message]
+    assert (warning.severity, "± 34.6 points" in warning.message) == ("warning", True)
+    (thin,) = [finding for finding in findings if "1 to 3 images in val" in finding.message]
+    assert thin.severity == "note"
+    assert thin.examples == ("class 0", "class 1", "class 2", "class 3")
+    enough = check_manifest(folder([500, 200], (400, 400))).findings
+    (note,) = [finding for finding in enough if "decides" in finding.message]
+    assert note.severity == "note"
+
+
+def test_show_has_the_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["manifest", "show", "embedded:fashion_mnist_lt", "--json"])
+    errors = json.loads(capsys.readouterr().out)["standard_errors"]
+    assert errors["val"]["balanced_accuracy"] == pytest.approx(0.5 / np.sqrt(50 * 10))
+    assert errors["test"]["few_shot_accuracy"] == pytest.approx(0.5 / np.sqrt(200 * 2))
