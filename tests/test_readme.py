@@ -253,8 +253,12 @@ def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_the_python_example_runs_on_an_exported_model(clone: Path) -> None:
     (example,) = code_blocks(section("From Python"), "python")
+    if not (clone / "my-model").exists():
+        sweep = "python sweeps/quickstart.py --smoke --set num_trials=2"
+        run_commands([sweep, "imbvlm export runs/quickstart-... -o my-model"], clone)
     photo = next((clone / "photos").rglob("*.png"))
     (clone / "photo.jpg").write_bytes(photo.read_bytes())
     done = subprocess.run([sys.executable, "-c", example], cwd=clone, capture_output=True, text=True, check=False)
