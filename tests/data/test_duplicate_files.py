@@ -1,14 +1,13 @@
 """Copies of a file stay on one side of every split that is drawn, and are found without reading all files."""
 
-import argparse
 import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from command_line import run_command
 
-from imbvlm.cli import manifest_command
 from imbvlm.data import duplicate_files
 from imbvlm.data.duplicate_files import duplicate_digests, mark_duplicates
 from imbvlm.data.files.object_reader import read_object
@@ -18,9 +17,7 @@ from imbvlm.data.splits import carve_validation
 
 
 def build(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    manifest_command.add_build_arguments(parser)
-    assert manifest_command.build(parser.parse_args([str(argument) for argument in arguments])) == 0
+    assert run_command("manifest", "build", *arguments) == 0
 
 
 @pytest.fixture
