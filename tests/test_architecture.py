@@ -53,6 +53,7 @@ SHIMS = {"sweep.command"}
 MAX_MODULES, MAX_FOLDERS = 16, 14
 # Which files and folders may import a library, by its longest dotted name here.
 PLACES = {
+    "rich": ("base.console", "base.text_tables", "cli"),
     "ray": ("ray_runtime", "training.train_worker", "sweep.tune"),
     "ray.data": ("ray_runtime.image_pipeline",),
     "ray.train": ("training.train_worker", "sweep.tune"),

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleDimensions
+from rich.control import Control
+from rich.live_render import LiveRender
+from rich.segment import ControlType
+from rich.text import Text
 
 from imbvlm.base import storage
 from imbvlm.base.errors import LINE_BREAKS, printable
+from imbvlm.base.text_tables import UNLIMITED, label_grid
 
 # Pauses between live views: on a terminal, in a log file from so many seconds on, and in CI.
-REDRAW_SECONDS = 0.1
+REDRAW_SECONDS = 0.25
 LOG_SECONDS = ((0.0, 15.0), (300.0, 60.0), (3600.0, 300.0))
 CI_SECONDS = 300.0
-LABEL_WIDTH = 8
+LABEL_WIDTH = 6
 # Rows of a narrow terminal over which a long text is wrapped.
 MAX_ROWS = 3
-BOLD, RED, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[0m"
+# The last lines, which are printed again when a terminal is resized.
+MAX_RECENT = 200
 
 
 class Console:
@@ -33,12 +44,19 @@ class Console:
     Colors are for terminals without NO_COLOR; a dumb terminal counts as a log file.
     """
 
-    def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._redraws = self._stream.isatty() and environment.get("TERM") != "dumb"
-        self._has_colors = self._redraws and not environment.get("NO_COLOR")
-        self._is_ci = environment.get("CI", "").lower() not in ("", "0", "false")
-        self._num_live_lines = 0
+        # It renders into a string: rich ends the process where a stream has lost its reader, and a sweep goes on.
+        self._rich = RichConsole(
+            file=io.StringIO(), force_terminal=self._stream.isatty(), force_jupyter=False,
+            color_system=None if os.environ.get("NO_COLOR") else "auto",
+        )  # fmt: skip
+        self._redraws = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._is_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        # Not a `Live`, which hides the cursor: a process that is killed couldn't show it again.
+        self._view: LiveRender | None = None
+        self._lock = threading.RLock()
+        self._recent: deque[str] = deque(maxlen=MAX_RECENT)
         self._terminals, self._is_gone = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)], False
         self._started, self._drawn_at = time.monotonic(), -math.inf
         self._copy: Path | None = None
@@ -46,14 +64,15 @@ class Console:
 
     def copy_to(self, path: Path) -> None:
         """Also write all text, and the live view at intervals, to a file."""
-        _make_parent(path)
+        _open(path).close()
         self._copy = path
 
     def print(self, text: str = "") -> None:
         """Print lines that stay."""
         text = printable(text, keep=LINE_BREAKS)
-        self._clear()
-        self._write(f"{text}\n")
+        with self._screen():
+            self._rich.out(text, highlight=False)
+        self._recent.extend(text.split("\n"))
         self._write_copy(text)
 
     def last_word(self, fix: str) -> LastWord:
@@ -69,26 +88,24 @@ class Console:
         if not self.is_due:
             return
         self._drawn_at = time.monotonic()
-        joined = text if isinstance(text, str) else "; ".join(f"{label}: {line}" for label, line in text.items())
+        lines = {"": text} if isinstance(text, str) else text
+        joined = printable("; ".join(f"{label}: {line}" if label else line for label, line in lines.items()))
         if not self._redraws:
             self.print(joined)
             return
         if self._drawn_at - self._copied_at >= self._log_pause:
             self._copied_at = self._drawn_at
             self._write_copy(joined)
-        self._clear()
-        lines = {"": text} if isinstance(text, str) else text
-        columns, num_rows = self._size()
-        rows = [row for label, line in lines.items() for row in self._rows(label, printable(line), columns - 1)]
-        # Rows that have scrolled away can't be erased.
-        rows = rows[: max(1, num_rows - 1)]
-        # The cursor stays behind the last row, so that the next text begins where the view did.
-        self._write("\n".join(rows))
-        self._num_live_lines = len(rows)
+        max_cells = MAX_ROWS * max(1, self.width - LABEL_WIDTH - 2)
+        grid = label_grid(list(lines.items()), LABEL_WIDTH, max_cells) if any(lines) else Text(joined, overflow="fold")
+        with self._screen():
+            self._view = self._view or LiveRender("")
+            self._view.set_renderable(grid)
 
     def end_live(self) -> None:
         """Erase the live view; the next is drawn at once."""
-        self._clear()
+        with self._screen():
+            self._view = None
         self._drawn_at = -math.inf if self._redraws else self._drawn_at
 
     @property
@@ -98,19 +115,38 @@ class Console:
         return time.monotonic() - self._drawn_at >= pause
 
     @property
+    def width(self) -> int:
+        """Columns of the terminal; UNLIMITED for a file."""
+        return self._size().width if self._stream.isatty() else UNLIMITED
+
+    @property
     def _log_pause(self) -> float:
         since_start = time.monotonic() - self._started
         return next(pause for since, pause in reversed(LOG_SECONDS) if since_start >= since)
 
-    def _rows(self, label: str, text: str, width: int) -> list[str]:
-        """Rows of the view, wrapped here: rows that the terminal wraps can't be erased."""
-        head = f"{label:<{LABEL_WIDTH}}" if label else ""
-        first, *more = textwrap.wrap(text, max(10, width - len(head)), max_lines=MAX_ROWS, placeholder="…") or [""]
-        if self._has_colors and label:
-            first = f"{RED if label == 'failed' else BOLD}{head}{PLAIN}{first}"
-        else:
-            first = head + first
-        return [first, *(" " * len(head) + row for row in more)]
+    @contextmanager
+    def _screen(self) -> Iterator[None]:
+        """Within, rich renders for this console's stream; the view fits the terminal, which the user may resize.
+
+        Some terminals then wrap long rows again or show rows of the scrollback, and others cut rows off. In all of them
+        rich no longer knows where its view begins: every row is erased, and the last sentences are printed again. Rows
+        that are erased one by one don't reach the scrollback, unlike those of a cleared screen.
+        """
+        size = self._size()
+        with self._lock:
+            with self._rich.capture() as captured:
+                if self._view is not None and size != self._rich.size:
+                    erased = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_DOWN, 1)) * size.height
+                    self._rich.control(Control(ControlType.HOME, *erased, ControlType.HOME))
+                    for sentence in list(self._recent)[-(size.height // 2) :]:
+                        self._rich.out(sentence, highlight=False)
+                elif self._view is not None:
+                    self._rich.control(self._view.position_cursor())
+                self._rich.size = size
+                yield
+                if self._view is not None:
+                    self._rich.print(self._view, end="")
+            self._write(captured.get())
 
     def _write(self, text: str) -> None:
         try:
@@ -127,66 +163,59 @@ class Console:
             with suppress(OSError), self._copy.open("a", encoding="utf-8") as stream:
                 stream.write(f"{text}\n")
 
-    def _clear(self) -> None:
-        if self._num_live_lines:
-            up = f"\x1b[{self._num_live_lines - 1}A" if self._num_live_lines > 1 else ""
-            self._write(f"\r{up}\x1b[J")
-            self._num_live_lines = 0
-
-    def _size(self) -> tuple[int, int]:
-        """Columns and rows of the terminal, which the user may resize."""
-        try:
+    def _size(self) -> ConsoleDimensions:
+        columns = rows = 0
+        with suppress(OSError):
             columns, rows = os.get_terminal_size(self._stream.fileno())
-        except OSError:
-            columns = rows = 0
         # A terminal whose size nobody has set reports 0.
-        return columns or 100, rows or 24
+        return ConsoleDimensions(columns or 80, rows or 24)
 
     @contextmanager
     def redirect_output(self, log: Path | None) -> Iterator[None]:
         """Redirect the output of this process and its libraries to a file; this console's own still reaches the user.
 
-        Raises StorageError where the file can't be written.
+        At the end the live view is erased. Raises StorageError where the file can't be written.
         """
-        if log is None:
+        with ExitStack() as at_end:
+            if log is not None:
+                at_end.enter_context(self._output_to(log))
+            at_end.callback(self.end_live)
             yield
-            return
-        _make_parent(log)
-        try:
-            sink = open(log, "ab")  # noqa: SIM115
-        except OSError as error:
-            raise storage.storage_error("write", str(log), error) from None
+
+    @contextmanager
+    def _output_to(self, log: Path) -> Iterator[None]:
+        sink = _open(log)
         sys.stdout.flush()
         sys.stderr.flush()
-        saved_out, saved_err, ours = os.dup(1), os.dup(2), self._stream
+        saved, ours = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}, self._stream
         with sink:
-            os.dup2(sink.fileno(), 1)
-            os.dup2(sink.fileno(), 2)
+            for descriptor in saved:
+                os.dup2(sink.fileno(), descriptor)
         if ours is sys.stdout:
-            self._stream = os.fdopen(os.dup(saved_out), "w", buffering=1, encoding="utf-8")
+            self._stream = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8")
         try:
             yield
         finally:
-            self._clear()
             with suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
             if self._stream is not ours:
                 self._stream.close()
                 self._stream = ours
-            os.dup2(saved_out, 1)
-            os.dup2(saved_err, 2)
-            os.close(saved_out)
-            os.close(saved_err)
+            for descriptor, copy in saved.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)
             if self._is_gone:
                 _discard_output(*self._terminals)
 
 
-def _make_parent(path: Path) -> None:
+def _open(log: Path) -> BinaryIO:
+    """Open a file to append to it, and make its folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open(log, "ab")
     except OSError as error:
-        raise storage.storage_error("write", str(path), error) from None
+        raise storage.storage_error("write", str(log), error) from None
 
 
 def _discard_output(*descriptors: int) -> None:

@@ -1,4 +1,4 @@
-"""Numbers, durations, sizes and tables as text."""
+"""Numbers, durations and sizes as text."""
 
 from __future__ import annotations
 
@@ -28,26 +28,6 @@ def duration(seconds: float) -> str:
 def percent(value: float | None) -> str:
     """A fraction as a percentage with one digit, or a dash where there is none."""
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A text table: words aligned to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    is_numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "  ".join(
-            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(cells, widths, is_numeric, strict=True)
-        ).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
-
-
-_NUMBER_SIGNS = str.maketrans("", "", ".-+± ")
-
-
-def _is_number(text: str) -> bool:
-    return text == "-" or text.translate(_NUMBER_SIGNS).isdigit()
 
 
 def pluralize(number: float, word: str) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from imbvlm.base.formatting import duration, mean_std, percent, table
+from imbvlm.base.console import Console
+from imbvlm.base.errors import printable
+from imbvlm.base.formatting import duration, join_limited, mean_std, percent
+from imbvlm.base.text_tables import table
 from imbvlm.sweep.records.difference import TEST, refits_of, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
     failure_causes,
+    objective_text,
     pareto_records,
     pareto_table,
     scores_table,
@@ -26,50 +30,41 @@ from imbvlm.sweep.records.trial_log import WINNER, describe_trial
 
 def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
     """The sweeps as a table, followed by those that can't be read, with the reasons."""
-    lines = [f"{sweep.folder}  unreadable: {sweep.reason}" for sweep in unreadable]
-    return "\n".join([*([_table(states)] if states else []), *lines])
-
-
-def _table(states: Sequence[SweepState]) -> str:
-    """A row per sweep: folder, state, trials, best trial so far, data, start."""
-    rows = []
-    for state in states:
-        best = state.best
-        rows.append(
-            [
-                state.folder,
-                "finished" if state.is_finished else "unfinished",
-                f"{state.num_ended}/{state.spec.num_trials}",
-                percent(state.best_value),
-                state.spec.objective,
-                "-" if best is None else best.trial_id,
-                state.data,
-                "-" if state.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(state.started_at)),
-            ]
-        )
-    return table(["sweep", "state", "trials", "best", "objective (%)", "trial", "data", "started"], rows)
+    header = ["sweep", "state", "trials", "best (%)", "data", "started"]
+    rows = [
+        [
+            state.folder,
+            "finished" if state.is_finished else "unfinished",
+            f"{state.num_ended}/{state.spec.num_trials}",
+            f"{percent(state.best_value)} {objective_text(state.spec)}, {state.best.trial_id}" if state.best else "-",
+            state.data,
+            "-" if state.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(state.started_at)),
+        ]
+        for state in states
+    ]
+    lines = [f"{printable(sweep.folder)}  unreadable: {sweep.reason}" for sweep in unreadable]
+    return "\n".join([*([table(header, rows, Console().width)] if rows else []), *lines])
 
 
 def show_text(state: SweepState) -> str:
     """The tables of a sweep, as far as it has come."""
-    spec, log = state.spec, state.log
-    progress = "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {state.folder}"
+    spec, log, width = state.spec, state.log, Console().width
+    progress = (
+        "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {printable(state.folder)}"
+    )
     parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {progress}"]
     failed = [record for record in log.of("search") if record.state in ("failed", "error")]
     parts += [failure_causes(failed)] if failed else []
     if state.best is not None:
-        parts += ["", search_table(log, spec)]
-        parts += [seeds_table(log, spec)] if seeds_rows(log, spec) else []
+        parts += ["", search_table(log, spec, width)]
+        parts += [seeds_table(log, spec, width)] if seeds_rows(log, spec) else []
         parts += [verdict(log, spec)]
-    if state.best is not None and spec.other_objectives:
-        parts += ["", pareto_table(pareto_records(log, spec), spec)]
+        parts += ["", pareto_table(pareto_records(log, spec), spec, width)] if spec.other_objectives else []
     if state.scored:
-        parts += ["", scores_table(state.scored)]
         on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
-        parts += [] if on_test is None else [str(on_test)]
+        parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
-    parts += ["", time_and_savings] if time_and_savings else []
-    return "\n".join(parts)
+    return "\n".join([*parts, *(["", time_and_savings] if time_and_savings else [])])
 
 
 def compare_text(states: Sequence[SweepState]) -> str:
@@ -82,12 +77,11 @@ def compare_text(states: Sequence[SweepState]) -> str:
         if (name, split) in state.compared
     ]
     header = ["sweep", "what", "trials", "time", "validation", *HEADINGS, "views", "configuration"]
-    parts = [
+    title = (
         "best on validation by the sweep's objective; refits on the test split, mean ± deviation of seeds (%); an "
         "exported model is the winner, post hoc where there is such a row:"
-    ]
-    parts += [table(header, rows), *_notes(states)]
-    return "\n".join(parts)
+    )
+    return "\n".join([title, table(header, rows, Console().width), *_notes(states)])
 
 
 def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
@@ -110,11 +104,9 @@ def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
 
 def _notes(states: Sequence[SweepState]) -> list[str]:
     """Notes on differences between the sweeps that make their numbers hard to compare."""
-    notes = []
-    for noun, values in (
-        ("data", [state.manifest for state in states]),
-        ("objectives", [state.spec.objective for state in states]),
-    ):
-        if len(set(values)) > 1:
-            notes.append(f"these sweeps differ in {noun} ({', '.join(dict.fromkeys(values))}): compare with care")
-    return notes
+    data, objectives = [state.manifest for state in states], [state.spec.objective for state in states]
+    return [
+        f"these sweeps differ in {noun} ({join_limited(list(dict.fromkeys(values)))}): compare with care"
+        for noun, values in (("data", data), ("objectives", objectives))
+        if len(set(values)) > 1
+    ]

@@ -110,7 +110,7 @@ def print_plan(spec: SweepSpec, measure: str, *, as_json: bool, num_gpus: int | 
 
     plan = _plan(spec, measure, num_gpus)
     problems = obstacles(plan, is_here=num_gpus is None)
-    as_text = f"{describe_plan(plan)}\n{DRY_RUN}"
+    as_text = f"{describe_plan(plan, Console().width)}\n{DRY_RUN}"
     print(json.dumps({**plan_to_dict(plan), "obstacles": problems}, indent=1) if as_json else as_text, flush=True)
     if not problems:
         return 0
@@ -130,7 +130,7 @@ def _write_plan(spec: SweepSpec, measure: str, folder: str) -> None:
     from imbvlm.sweep.plan.plan_text import describe_plan, plan_to_dict
 
     plan = _plan(spec, measure)
-    print(describe_plan(plan), flush=True)
+    print(describe_plan(plan, Console().width), flush=True)
     storage.write_bytes(storage.join(folder, PLAN_FILE), json.dumps(plan_to_dict(plan), indent=1).encode())
 
 

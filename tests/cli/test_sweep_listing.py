@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pty_screen import PtyScreen
 from sweep_folder import OBJECTIVE, write_sweep
 
 from imbvlm.cli import app, sweep_script
@@ -47,6 +50,26 @@ def test_list_has_every_sweep_with_its_state_and_best(home: Path, capsys: pytest
     assert 0.7 < sweeps[0]["best"]["value"] < 0.76
     assert set(sweeps[0]["test"]) == {"winner", "linear probe", "zero-shot"}
     assert len(sweeps[0]["test"]["winner"]["few_shot_accuracy"]) == 2
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_tables_use_the_columns_of_the_terminal(home: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns each folder and number stays whole."""
+    monkeypatch.chdir(home)
+    with PtyScreen(columns, 60) as terminal:
+        for words in (("list", "."), ("show", "made-1")):
+            subprocess.run([sys.executable, "-m", "imbvlm", "sweep", *words], stdout=terminal.descriptor, check=True)
+        terminal.read()
+        lines = terminal.written.decode().split("\r\n")
+    starts = [index for index, line in enumerate(lines) if line.startswith("----")]
+    assert len(starts) == 3
+    assert all(len(line) <= columns for start in starts for line in lines[start - 1 : start + 4])
+    assert [line.split()[:3] for line in lines if "/24" in line[:40]] == [
+        ["made-1", "finished", "24/24"], ["made-2", "unfinished", "10/24"],
+    ]  # fmt: skip
+    best = starts[1] + 1
+    end = next(index for index, line in enumerate(lines[best:], best) if line.startswith("t0") and index > best)
+    assert (end - best > 1) == (columns == 80)
 
 
 def test_one_sweep_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import between, duration, pluralize, size_text, table
+from imbvlm.base.formatting import between, duration, pluralize, size_text
+from imbvlm.base.text_tables import UNLIMITED, labeled, table
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.store_sizes import token_size_options
@@ -18,24 +19,29 @@ from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
 from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.objectives import SECONDS
-from imbvlm.sweep.spec.search_space import ListedSpace, Params
+from imbvlm.sweep.spec.search_space import ListedSpace, SearchSpace
 from imbvlm.sweep.spec.spec_checks import sampler_notes
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, ResolvedSweep, SweepSpec
 
 DRY_RUN = "dry run: nothing was started or written"
+# Labels and texts; a row without a text is left out.
+Rows = list[tuple[str, str]]
 
 
-def describe_plan(plan: Plan) -> str:
-    """Describe trials, space, files, measured times and memory, GPU-hours and money."""
-    return "\n".join(
-        [
-            *_trials(plan.sweep),
-            *_space(plan.sweep),
-            *_files(plan),
-            *_measured(plan),
-            *_times(plan),
-        ]
-    )
+def describe_plan(plan: Plan, width: int = UNLIMITED) -> str:
+    """Describe trials, space, files, measured times and memory, GPU-hours and money, in `width` columns."""
+    spec, space = plan.spec, plan.sweep.space
+    is_list = isinstance(space, ListedSpace)
+    sections = [
+        (f"sweep {spec.name}", _trials(plan.sweep)),
+        ("trained:" if is_list else "searched:", _space(space)),
+        *([("tables:", _tables(spec))] if is_list else []),
+        ("would read:", _inputs(plan)),
+        (f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}", _outputs(plan)),
+    ]
+    lines = [text for title, rows in sections for text in (title, labeled(rows, width))]
+    lines += [_measured(plan, width), labeled(_packs(plan), width), _times_title(plan), labeled(_times(plan), width)]
+    return "\n".join(filter(None, lines))
 
 
 def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
@@ -59,136 +65,106 @@ def _missing_files(plan: Plan) -> list[str]:
     return problems + ([] if plan.fits_logits else [f"logits: {_logit_disk(plan)}"])
 
 
-def _trials(sweep: ResolvedSweep) -> list[str]:
+def _trials(sweep: ResolvedSweep) -> Rows:
     spec, scheduler = sweep.spec, sweep.spec.trial_scheduler
-    stopping = (
-        f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of a trial, "
-        f"one in {scheduler.reduction_factor} goes on)"
-        if isinstance(scheduler, AshaConfig)
-        else "none, every trial runs to its end"
-    )
+    stopping, asha = "none, every trial runs to its end", ""
+    if isinstance(scheduler, AshaConfig):
+        stopping = (
+            f"ASHA for each method (grace {scheduler.grace_fraction:.0%} of a trial, "
+            f"one in {scheduler.reduction_factor} goes on)"
+        )
+        asha = "; ASHA sees the first objective alone"
     driver = "ray_train" if uses_ray_train(sweep) else "in_process"
     refitted = "every configuration" if spec.study else "winner and baselines"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
+    others = f"{', '.join(spec.other_objectives)}: the search looks for what none beats in all{asha}"
+    seeds = (
+        f"the best {spec.confirm_trials} again with {', '.join(map(str, spec.more_seeds))}; the best mean is the winner"
+    )
     return [
-        f"sweep {spec.name}",
-        *_number(sweep),
-        f"  objective   {spec.best_objective}, the running maximum over epochs",
-        *_other_objectives(spec),
-        *_searcher(sweep),
-        *_strata(sweep),
-        f"  stopping    {stopping}",
-        f"  driver      {driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
-        f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
-        *_confirm(spec),
-        f"  refit       {refitted}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}",
+        ("trials", _number(sweep)),
+        *(("not run", sentence) for sentence in untrained_configurations(sweep)),
+        ("objective", f"{spec.best_objective}, the running maximum over epochs"),
+        ("others", others if spec.other_objectives else ""),
+        *(
+            ("constraint", f"{metric} {'at most' if metric == SECONDS else 'at least'} {limit:g}")
+            for metric, limit in spec.constraints.items()
+        ),
+        *(("warm start", folder) for folder in spec.warm_start),
+        ("searcher", "" if isinstance(sweep.space, ListedSpace) else _searcher(sweep)),
+        *(("at random", note) for note in sampler_notes(sweep)),
+        ("strata", _strata(sweep) if spec.stratify else ""),
+        ("stopping", stopping),
+        (
+            "driver",
+            f"{driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
+            f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
+        ),
+        ("seeds", seeds if spec.confirm_trials else ""),
+        ("refit", f"{refitted}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}"),
     ]
 
 
-def _number(sweep: ResolvedSweep) -> list[str]:
+def _number(sweep: ResolvedSweep) -> str:
     num_baselines, space = len(baselines(sweep)), sweep.space
     if isinstance(space, ListedSpace):
-        text = f"{len(space.configurations)} listed configurations, after {num_baselines} baselines"
-        untrained = [f"  not run     {sentence}" for sentence in untrained_configurations(sweep)]
-        return [f"  trials      {text}", *untrained]
+        return f"{len(space.configurations)} listed configurations, after {num_baselines} baselines"
     size = space.size(sweep.spec.base)
     total = "a continuous space" if size is None else f"{size:,} configurations"
     num_pinned = len(sweep.spec.first_trials)
-    return [f"  trials      {sweep.num_trials} of {total}, after {num_baselines} baselines; {num_pinned} pinned first"]
+    return f"{sweep.num_trials} of {total}, after {num_baselines} baselines; {num_pinned} pinned first"
 
 
-def _searcher(sweep: ResolvedSweep) -> list[str]:
-    spec = sweep.spec
-    if isinstance(sweep.space, ListedSpace):
-        return []
+def _searcher(sweep: ResolvedSweep) -> str:
+    spec, number = sweep.spec, sweep.spec.searcher.num_random_trials
+    which = "all" if number >= sweep.num_trials else f"the first {number} of the"
+    at_random = f", {which} trials at random" if number else ""
     strata = f", stratified by {', '.join(spec.stratify)}" if spec.stratify else ""
-    return [
-        f"  searcher    {spec.searcher.name}, seed {spec.searcher.seed}{_random_trials(sweep)}{strata}",
-        *(f"  at random   {note}" for note in sampler_notes(sweep)),
-    ]
+    return f"{spec.searcher.name}, seed {spec.searcher.seed}{at_random}{strata}"
 
 
-def _random_trials(sweep: ResolvedSweep) -> str:
-    number = sweep.spec.searcher.num_random_trials
-    if not number:
-        return ""
-    return f", {'all' if number >= sweep.num_trials else f'the first {number} of the'} trials at random"
-
-
-def _confirm(spec: SweepSpec) -> list[str]:
-    if not spec.confirm_trials:
-        return []
-    seeds = ", ".join(map(str, spec.more_seeds))
-    return [f"  seeds       the best {spec.confirm_trials} again with {seeds}; the best mean is the winner"]
-
-
-def _other_objectives(spec: SweepSpec) -> list[str]:
-    lines = []
-    if spec.other_objectives:
-        asha = "; ASHA sees the first objective alone" if isinstance(spec.trial_scheduler, AshaConfig) else ""
-        others = ", ".join(spec.other_objectives)
-        lines.append(f"  others      {others}: the search looks for what none beats in all{asha}")
-    for metric, limit in spec.constraints.items():
-        lines.append(f"  constraint  {metric} {'at most' if metric == SECONDS else 'at least'} {limit:g}")
-    lines += [f"  warm start  {folder}" for folder in spec.warm_start]
-    return lines
-
-
-def _strata(sweep: ResolvedSweep) -> list[str]:
+def _strata(sweep: ResolvedSweep) -> str:
     """Return how evenly the trials fall on the strata of `stratify`."""
     spec = sweep.spec
-    if not spec.stratify:
-        return []
     num_strata = len(sweep.space.choices_over(spec.stratify, spec.base))
     each, num_larger = divmod(sweep.num_trials, num_strata)
-    text = f"  strata      {num_strata} of {' x '.join(spec.stratify)}"
+    text = f"{num_strata} of {' x '.join(spec.stratify)}"
     if not num_larger:
-        return [f"{text}, {each} trials each"]
+        return f"{text}, {each} trials each"
     below, above = each * num_strata, (each + 1) * num_strata
     even = f"num_trials {above}" if not below else f"num_trials {below} or {above}"
-    return [
+    return (
         f"{text}: num_trials {sweep.num_trials} isn't a multiple, so {num_larger} have "
         f"{pluralize(each + 1, 'trial')} and {num_strata - num_larger} have {each}; {even} gives each the same"
-    ]
+    )
 
 
-def _space(sweep: ResolvedSweep) -> list[str]:
-    spec, space = sweep.spec, sweep.space
+def _space(space: SearchSpace) -> Rows:
     if isinstance(space, ListedSpace):
-        return [
-            "trained:",
-            *(f"  {name}: {_settings(params)}" for name, params in space.configurations.items()),
-            *_tables(spec),
-        ]
-    width = max((len(parameter.key) for parameter in space.parameters), default=0)
-    return ["searched:", *(f"  {parameter.key:<{width}}  {parameter.describe()}" for parameter in space.parameters)]
+        items = space.configurations.items()
+        return [(name, ", ".join(f"{key} {value}" for key, value in params.items())) for name, params in items]
+    return [(parameter.key, parameter.describe()) for parameter in space.parameters]
 
 
-def _settings(params: Params) -> str:
-    return ", ".join(f"{key} {value}" for key, value in params.items())
+def _tables(spec: SweepSpec) -> Rows:
+    return [(shown.title, "; ".join(row.label for row in shown.rows)) for shown in spec.study]
 
 
-def _tables(spec: SweepSpec) -> list[str]:
-    return ["tables:", *(f"  {shown.title}: {'; '.join(row.label for row in shown.rows)}" for shown in spec.study)]
-
-
-def _files(plan: Plan) -> list[str]:
-    spec, manifest = plan.spec, plan.manifest
-    lines = ["would read:"]
-    if manifest is None:
-        lines.append(f"  manifest    {plan.manifest_problem}")
-    else:
-        rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
-        source = spec.base["data"]["manifest"]
-        lines.append(f"  manifest    {source}: {len(manifest.class_names):,} classes, {rows} images")
-    lines += [f"  encoder     {_encoder_line(plan, encoder)}" for encoder in plan.encoders]
-    lines.append(f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}")
+def _inputs(plan: Plan) -> Rows:
+    manifest, text = plan.manifest, plan.manifest_problem
     if manifest is not None:
-        lines.append(f"  features    {_feature_disk(plan)}")
-        lines.append(f"  logits      {_logit_disk(plan)}")
-    if plan.copy_bytes:
-        lines.append(f"  copies      {_copies(plan)}")
-    return lines
+        rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
+        text = f"{plan.spec.base['data']['manifest']}: {len(manifest.class_names):,} classes, {rows} images"
+    return [("manifest", text), *(("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders)]
+
+
+def _outputs(plan: Plan) -> Rows:
+    is_known = plan.manifest is not None
+    return [
+        ("features", _feature_disk(plan) if is_known else ""),
+        ("logits", _logit_disk(plan) if is_known else ""),
+        ("copies", _copies(plan) if plan.copy_bytes else ""),
+    ]
 
 
 def _encoder_line(plan: Plan, encoder: PlannedEncoder) -> str:
@@ -248,31 +224,30 @@ def _copies(plan: Plan) -> str:
     return f"each machine keeps what its trials read, of {size_text(plan.copy_bytes)}, in {cache.root}: {limit}"
 
 
-def _measured(plan: Plan) -> list[str]:
+def _measured(plan: Plan, width: int) -> str:
     if plan.benchmark is None:
-        why = "" if plan.manifest is not None else " without a manifest"
-        return [f"times were not measured{why}"]
+        return f"times were not measured{'' if plan.manifest is not None else ' without a manifest'}"
     benchmark, rows = plan.benchmark, plan.rows
     assert rows is not None, "a benchmark has read the manifest"
     lines = []
     for config, speed in zip(plan.measured, benchmark.trials, strict=True):
-        cells = [*_describe_shape(config), "" if config.train is None else str(config.train.batch_size)]
-        if isinstance(speed, str):
-            lines.append([*cells, "-", "-", speed])
-            continue
-        epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers)
-        memory = size_text(speed.host_bytes)
-        memory += f" and {size_text(speed.device_bytes)} of its GPU" if speed.device_bytes else ""
-        rate = f"{1 / speed.seconds_per_train_image:,.0f}" if speed.seconds_per_train_image else "-"
-        lines.append([*cells, _short(epoch), rate, memory])
+        epoch, rate, memory = "-", "-", str(speed)
+        if isinstance(speed, TrialSpeed):
+            epoch = _short(speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers))
+            rate = f"{1 / speed.seconds_per_train_image:,.0f}" if speed.seconds_per_train_image else "-"
+            memory = _memory(speed, 0)
+        lines.append([*_shape(config), str(config.train.batch_size) if config.train else "", epoch, rate, memory])
     num_classes = len(plan.manifest.class_names) if plan.manifest else 0
-    header = ["method", "encoder", "batch", "an epoch", "images/s", f"memory of a worker with {num_classes:,} classes"]
-    title = f"measured on {benchmark.machine.describe()}, each alone, in {duration(benchmark.seconds)}:"
-    return [title, *(f"  {line}" for line in table(header, lines).splitlines()), *_packs(plan)]
+    header = ["method", "encoder", "batch", "an epoch", "images/s", "memory of a worker"]
+    title = (
+        f"measured with {num_classes:,} classes on {benchmark.machine.describe()}, each alone, in "
+        f"{duration(benchmark.seconds)}:"
+    )
+    return f"{title}\n{table(header, lines, width)}"
 
 
-def _packs(plan: Plan) -> list[str]:
-    """Return the time and memory of trials that train together, a line for each kind."""
+def _packs(plan: Plan) -> Rows:
+    """Return the time and memory of trials that train together, a row for each kind."""
     benchmark, rows, statistics, packs = plan.benchmark, plan.rows, plan.pack_statistics, plan.packing
     if benchmark is None or rows is None or statistics is None or packs is None:
         return []
@@ -282,85 +257,94 @@ def _packs(plan: Plan) -> list[str]:
         if isinstance(speed, TrialSpeed) and number > 1:
             epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, number)
             size = packs.size(config)
-            of_others = (size - 1) * packs.bytes_of(config)
-            if speed.device_bytes:
-                memory = f"{size_text(speed.host_bytes)} and {size_text(speed.device_bytes + of_others)} of its GPU"
-            else:
-                memory = size_text(speed.host_bytes + of_others)
-            lines.append(
-                f"  {' '.join(_describe_shape(config))}: up to {size} train together, {number:.3g} on average; "
-                f"an epoch is then {_short(epoch)} each, and a worker takes up to {memory}"
+            text = (
+                f"up to {size} train together, {number:.3g} on average; an epoch is then {_short(epoch)} each, and a "
+                f"worker takes up to {_memory(speed, (size - 1) * packs.bytes_of(config))}"
             )
+            lines.append((" ".join(_shape(config)), text))
     return lines
 
 
-def _describe_shape(config: TrialConfig) -> list[str]:
-    method = config.method.replace("_", " ")
+def _memory(speed: TrialSpeed, more_bytes: int) -> str:
+    """Describe a worker's memory; further trials of a pack take `more_bytes` of the GPU's, where there is one."""
+    if speed.device_bytes:
+        return f"{size_text(speed.host_bytes)} and {size_text(speed.device_bytes + more_bytes)} of its GPU"
+    return size_text(speed.host_bytes + more_bytes)
+
+
+def _shape(config: TrialConfig) -> tuple[str, str]:
     decoder = config.section(DecoderConfig)
-    if decoder is not None:
-        method += f" depth {decoder.depth}"
-    return [method, config.encoder.name]
+    depth = "" if decoder is None else f" depth {decoder.depth}"
+    return f"{config.method.replace('_', ' ')}{depth}", config.encoder.name
 
 
 def _short(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
-def _times(plan: Plan) -> list[str]:
-    spec, estimate = plan.spec, plan.estimate
-    verb = "would run" if estimate is None else "would take,"
-    lines = [f"{verb} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}:"]
-    if plan.infeasible_reason:
-        lines.append(f"  NOT HERE: {plan.infeasible_reason}")
+def _times_title(plan: Plan) -> str:
+    verb = "would run" if plan.estimate is None else "would take,"
+    colon = ":" if plan.estimate or plan.infeasible_reason else ""
+    return f"{verb} on {plan.machine}, {at_a_time(plan.concurrent, plan.pack_size)}{colon}"
+
+
+def _times(plan: Plan) -> Rows:
+    spec, estimate, hours = plan.spec, plan.estimate, plan.gpu_hours
+    rows = [("NOT HERE", plan.infeasible_reason)]
     if estimate is None:
-        return lines if plan.infeasible_reason else [lines[0].removesuffix(":")]
+        return rows
     unknown = "not known: not every method or encoder could be measured"
-    passes = "nothing to compute" if estimate.features == 0 else None
-    passes = passes or (unknown if estimate.features is None else duration(estimate.features))
-    lines.append(f"  features    {passes}")
+    passes = unknown if estimate.features is None else duration(estimate.features)
+    rows.append(("features", "nothing to compute" if estimate.features == 0 else passes))
     asha = " (less, the more ASHA stops)" if isinstance(spec.trial_scheduler, AshaConfig) else ""
-    for name, value, note in (
-        ("baselines", estimate.baselines, ""),
-        ("trials", estimate.trials, asha),
-        ("refits", estimate.refits, ""),
-    ):
-        lines.append(f"  {name:<10}  {unknown if value is None else between(value.low, value.high) + note}")
-    total, hours = estimate.total, plan.gpu_hours
-    if total is not None and hours is not None:
-        gpus = f"; {hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "; no GPU"
-        lines.append(f"  total       {between(total.low, total.high)}{gpus}")
-    if plan.cost is not None and not plan.cost.high:
+    rows += [
+        (name, unknown if value is None else between(value.low, value.high) + note)
+        for name, value, note in (
+            ("baselines", estimate.baselines, ""),
+            ("trials", estimate.trials, asha),
+            ("refits", estimate.refits, ""),
+        )
+    ]
+    if estimate.total is not None and hours is not None:
+        gpus = f"{hours.low:,.2f} to {hours.high:,.2f} GPU-hours" if plan.num_gpus else "no GPU"
+        rows.append(("total", f"{between(estimate.total.low, estimate.total.high)}; {gpus}"))
+    return [*rows, ("cost", _cost(plan)), *_limits(plan)]
+
+
+def _cost(plan: Plan) -> str:
+    """Return the cost at the prices of the spec; empty without a price."""
+    spec, cost = plan.spec, plan.cost
+    if cost is None:
+        return ""
+    if not cost.high:
         fix = "set price_per_machine_hour in its place"
-        lines.append(f"  cost        nothing: price_per_gpu_hour is set, and no GPU is used; {fix}")
-    elif plan.cost is not None:
-        lines.append(f"  cost        {plan.cost.low:,.2f} to {plan.cost.high:,.2f} {_describe_price(plan)}")
-    return lines + [f"  {line}" for line in _limits(plan)]
+        return f"nothing: price_per_gpu_hour is set, and no GPU is used; {fix}"
+    price = (
+        f"at {spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
+        if spec.price_per_machine_hour is None
+        else f"at {spec.price_per_machine_hour:g} an hour, {pluralize(plan.num_machines, 'machine')} paid for"
+    )
+    return f"{cost.low:,.2f} to {cost.high:,.2f} {price}"
 
 
-def _describe_price(plan: Plan) -> str:
-    per_machine, machines = plan.spec.price_per_machine_hour, plan.num_machines
-    if per_machine is not None:
-        return f"at {per_machine:g} an hour, {pluralize(machines, 'machine')} paid for"
-    return f"at {plan.spec.price_per_gpu_hour:g} per GPU-hour, all {plan.num_gpus:g} GPUs paid for"
-
-
-def _limits(plan: Plan) -> list[str]:
+def _limits(plan: Plan) -> Rows:
     """Return the limits that may end the sweep before its last trial."""
     spec, total = plan.spec, None if plan.estimate is None else plan.estimate.total
-    lines = []
-    if spec.max_trials is not None and spec.max_trials < plan.sweep.num_trials:
-        lines.append(f"max_trials  {spec.max_trials} of {plan.sweep.num_trials} trials")
-    if total is not None and spec.max_hours is not None:
-        lines.append(f"max_hours   {spec.max_hours:g}: {_compare(total.times(1 / 3600), spec.max_hours)}")
-    if plan.cost is not None and spec.max_cost is not None:
-        lines.append(f"max_cost    {spec.max_cost:g}: {_compare(plan.cost, spec.max_cost)}")
-    return lines
+    hours, num_trials = None if total is None else total.times(1 / 3600), plan.sweep.num_trials
+    trials = f"{spec.max_trials} of {num_trials} trials" if (spec.max_trials or num_trials) < num_trials else ""
+    return [
+        ("max_trials", trials),
+        ("max_hours", _compare(hours, spec.max_hours)),
+        ("max_cost", _compare(plan.cost, spec.max_cost)),
+    ]
 
 
-def _compare(needed: Interval, limit: float) -> str:
+def _compare(needed: Interval | None, limit: float | None) -> str:
+    if needed is None or limit is None:
+        return ""
     if needed.high <= limit:
-        return "enough"
-    return "may end the search early" if needed.low <= limit else "will end the search early"
+        return f"{limit:g}: enough"
+    return f"{limit:g}: {'may' if needed.low <= limit else 'will'} end the search early"
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np
 
-from imbvlm.base.formatting import duration, mean_std, percent, pluralize, table
+from imbvlm.base.formatting import duration, mean_std, percent, pluralize
+from imbvlm.base.text_tables import UNLIMITED, table
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
@@ -71,13 +72,13 @@ def failure_causes(failed: list[TrialRecord], noun: str = "trial") -> str:
     return "\n".join(lines)
 
 
-def search_table(log: TrialLog, spec: SweepSpec) -> str:
+def search_table(log: TrialLog, spec: SweepSpec, width: int = UNLIMITED) -> str:
     """The best trials and the baselines on validation, each at its best epoch; percent."""
     best = log.best(spec.objective)[:NUM_BEST]
     rows = [_row(record, spec, log.constraint_violation(record, spec.objective) > 0) for record in best]
     rows += [_row(record, spec) for record in log.of("baseline")]
     header = ["trial", "what", "epochs", "views", *HEADINGS]
-    return f"validation, at each trial's best epoch (%):\n{table(header, rows)}"
+    return f"validation, at each trial's best epoch (%):\n{table(header, rows, width)}"
 
 
 def seeds_rows(log: TrialLog, spec: SweepSpec) -> list[list[str]]:
@@ -90,10 +91,10 @@ def seeds_rows(log: TrialLog, spec: SweepSpec) -> list[list[str]]:
     return rows
 
 
-def seeds_table(log: TrialLog, spec: SweepSpec) -> str:
+def seeds_table(log: TrialLog, spec: SweepSpec, width: int = UNLIMITED) -> str:
     """The best few trials over several seeds, the winner first; percent."""
     header = ["trial", "what", "seeds", objective_text(spec)]
-    return f"validation, the best few over several seeds (%):\n{table(header, seeds_rows(log, spec))}"
+    return f"validation, the best few over several seeds (%):\n{table(header, seeds_rows(log, spec), width)}"
 
 
 def objective_text(spec: SweepSpec) -> str:
@@ -150,9 +151,9 @@ def pareto_rows(records: list[TrialRecord], spec: SweepSpec) -> list[list[str]]:
     return rows
 
 
-def pareto_table(records: list[TrialRecord], spec: SweepSpec) -> str:
+def pareto_table(records: list[TrialRecord], spec: SweepSpec, width: int = UNLIMITED) -> str:
     """The Pareto set with the value of each objective."""
-    text = table(["trial", "what", *spec.objectives], pareto_rows(records, spec))
+    text = table(["trial", "what", *spec.objectives], pareto_rows(records, spec), width)
     return f"no trial is better in all objectives than these (%):\n{text}"
 
 
@@ -182,7 +183,7 @@ def format_value(key: str, value: object) -> str:
     return str(value) if key.startswith("encoder.") or not isinstance(value, str) else value.replace("_", " ")
 
 
-def scores_table(scored: list[TrialRecord]) -> str:
+def scores_table(scored: list[TrialRecord], width: int = UNLIMITED) -> str:
     """Refits on the test split: means over seeds and their standard deviations; percent."""
     rows = []
     for name in dict.fromkeys(record.name for record in scored):
@@ -192,4 +193,4 @@ def scores_table(scored: list[TrialRecord]) -> str:
             views = records[0].views if records else "-"
             rows.append([title_in(name, split), views, str(len(records)), *values])
     title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
-    return f"{title}\n{table(['what', 'views', 'seeds', *HEADINGS], rows)}"
+    return f"{title}\n{table(['what', 'views', 'seeds', *HEADINGS], rows, width)}"

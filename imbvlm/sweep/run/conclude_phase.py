@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from imbvlm.base import interrupts, storage
-from imbvlm.base.formatting import duration, table
+from imbvlm.base.formatting import duration
+from imbvlm.base.text_tables import table
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.sweep.export.exporter import best_config, write_best
 from imbvlm.sweep.plan.feasibility import untried_methods
@@ -26,7 +27,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     """Print the tables, write best.yaml and the report, and print the files and the next commands."""
     echo, best = run.console.print, run.log.best(run.spec.objective)[0]
     echo()
-    echo(search_table(run.log, run.spec))
+    echo(search_table(run.log, run.spec, run.console.width))
     echo(verdict(run.log, run.spec))
     if run.spec.other_objectives:
         _write_pareto(run)
@@ -75,7 +76,7 @@ def _write_pareto(run: SweepRun) -> None:
     """Print the trials that no other trial beats in every objective; write each configuration under pareto/."""
     records = pareto_records(run.log, run.spec)
     run.console.print()
-    run.console.print(pareto_table(records, run.spec))
+    run.console.print(pareto_table(records, run.spec, run.console.width))
     folder = storage.join(run.folder, PARETO_FOLDER)
     for record in records:
         config = best_config(record, run.spec.base["data"]["manifest"])
@@ -90,7 +91,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
-        echo(scores_table(shown))
+        echo(scores_table(shown, run.console.width))
         on_test = verdict_on_test(run.log, refits_of(run.log, WINNER), "the winner")
         if on_test is not None:
             echo(str(on_test))
@@ -113,5 +114,5 @@ def _print_tables(run: SweepRun, data: ReportData) -> None:
     for shown in tables:
         run.console.print()
         run.console.print(f"{shown.title} ({shown.caption}):")
-        run.console.print(table(list(shown.header), [list(row) for row in shown.rows]))
+        run.console.print(table(shown.header, shown.rows, run.console.width))
     write_tables(run.folder, tables)

@@ -36,4 +36,4 @@ def confirm(run: SweepRun) -> None:
         )
         write_results_table(run.log)
     if jobs:
-        run.console.print(seeds_table(run.log, run.spec))
+        run.console.print(seeds_table(run.log, run.spec, run.console.width))

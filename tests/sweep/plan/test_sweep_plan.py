@@ -117,7 +117,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(
     assert content["gpu_hours"] == pytest.approx([0.074008, 0.273658], rel=1e-4)
     assert content["cost"] == pytest.approx([0.148017, 0.547317], rel=1e-4)
     text = describe_plan(plan)
-    assert "NOT HERE: a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
+    assert "NOT HERE    a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
     assert "max_hours   0.01: will end the search early" in text
     assert "at 2 per GPU-hour, all 2 GPUs paid for" in text
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 10.0)
@@ -180,6 +180,15 @@ def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
     assert " and 1 GPU," in text
     assert re.search(r"; features \d+\.\d MB \([a-z_, ]+, 1 view\)", text)
     assert [size_text(size) for size in (0, 2_048, 1_000_000)] == ["0.0 MB", "2.0 kB", "1.0 MB"]
+
+
+def test_a_plan_on_a_terminal_of_80_columns_is_wrapped_below_its_labels() -> None:
+    plan = make_plan(spec(num_trials=14, stratify=["loss.name", "data.class_sampling"]), known_speeds)
+    lines = describe_plan(plan, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(index for index, line in enumerate(lines) if line.startswith("  strata      6 of loss.name"))
+    assert lines[start + 1].startswith(" " * 14 + "multiple, so 2 have 3 trials")
+    assert "".join("".join(lines).split()) == "".join(describe_plan(plan).split())
 
 
 def test_a_cluster_of_one_machine_is_counted_in_singular(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +393,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(
         strict=True,
     ):
         assert line.startswith(f"  {says}")
-    assert "NOT HERE: a trial needs 8 GPUs" in out
+    assert "NOT HERE    a trial needs 8 GPUs" in out
     # Another machine has its own files, and as many GPUs as are asked for.
     code, out, err = leave(capsys, needs_gpu, *everything, "--gpus=16")
     assert (code, err) == (0, "")

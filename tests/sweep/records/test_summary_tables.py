@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from imbvlm.base.console import Console
-from imbvlm.base.formatting import duration, percent, table
+from imbvlm.base.formatting import duration, percent
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records import summary_tables
 from imbvlm.sweep.records.summary_tables import NUM_BEST, search_table
@@ -162,46 +156,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_percent_and_columns() -> None:
+def test_percent() -> None:
     assert percent(0.12345) == "12.3"
     assert percent(None) == "-"
-    assert table(["what", "n"], [["a", "1.0"], ["bcd", "-"]]) == "what    n\n----  ---\na     1.0\nbcd     -"
-    assert table(["what"], []) == "what\n----"
-
-
-def test_libraries_write_to_the_log_and_sentences_to_the_user(tmp_path: Path) -> None:
-    code = """
-import os, subprocess, sys
-from pathlib import Path
-from imbvlm.base.console import Console
-console = Console()
-with console.redirect_output(Path("deep/others.log")):
-    print("chatter")
-    print("more chatter", file=sys.stderr)
-    subprocess.run(["echo", "of another process"])
-    console.print("a sentence")
-console.print("another")
-print("and print is back")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "a sentence\nanother\nand print is back\n"
-    assert done.stderr == ""
-    log = (tmp_path / "deep" / "others.log").read_text()
-    assert sorted(log.splitlines()) == ["chatter", "more chatter", "of another process"]
-
-
-def test_a_stream_of_ones_own_stays_ones_own(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    console = Console(stream)
-    with console.redirect_output(tmp_path / "others.log"):
-        console.print("inside")
-    console.print("outside")
-    assert stream.getvalue() == "inside\noutside\n"
-
-
-def test_a_log_file_gets_the_live_line_only_now_and_then() -> None:
-    stream = io.StringIO()
-    console = Console(stream)
-    for number in range(100):
-        console.update_live(f"{number} done")
-    assert stream.getvalue() in ("", "0 done\n")

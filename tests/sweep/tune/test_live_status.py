@@ -1,17 +1,11 @@
-"""What is seen while a sweep runs: the view's words, its redrawing on a terminal, and quiet in logs and CI."""
+"""What is seen while a sweep runs: trials, the best so far, images a second, and a remaining time to rely on."""
 
 from __future__ import annotations
 
-import codecs
 import fcntl
-import io
 import itertools
 import os
-import pty
 import random
-import re
-import select
-import struct
 import subprocess
 import sys
 import termios
@@ -20,13 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pty_screen import PtyScreen, RewrappingScreen
 from quickstart_sweep import QUICKSTART
 from sweep_folder import sweep_spec, write_sweep
 
-from imbvlm.base import console as console_file
-from imbvlm.base.console import Console
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines, seconds_left
 
@@ -155,183 +146,58 @@ def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once() -> None:
     assert lines["speed"] == "1,800 images a second"
 
 
-class Terminal(io.StringIO):
-    """Says that it is one."""
-
-    def isatty(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        raise OSError
-
-
-def screen(written: str) -> list[str]:
-    """What a terminal shows of it: as much as the console uses of ECMA-48."""
-    lines, row, column = [""], 0, 0
-    for part in re.findall(r"\x1b\[\d*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
-        if part == "\r":
-            column = 0
-        elif part == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row + 1 - len(lines))
-        elif part.endswith("A") and part.startswith("\x1b"):
-            row -= int(part[2:-1])
-        elif part.endswith("J") and part.startswith("\x1b"):
-            lines = [*lines[:row], lines[row][:column]]
-        elif not part.startswith("\x1b"):
-            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
-            column += len(part)
-    return lines
-
-
-WORDS = st.text("abc ", min_size=1, max_size=150)
-VIEW = st.one_of(WORDS, st.dictionaries(st.sampled_from(["trials", "best", "failed"]), WORDS, min_size=1))
-STEPS = st.lists(st.tuples(st.sampled_from(["say", "live"]), WORDS, VIEW), max_size=12)
-
-
-@settings(deadline=None, max_examples=60)
-@given(STEPS)
-def test_on_a_terminal_sentences_stay_and_only_the_last_view_is_there(
-    steps: list[tuple[str, str, str | dict[str, str]]],
-) -> None:
-    stream = Terminal()
-    made = Console(stream, {})
-    said: list[str] = []
-    shown = 0
-    for what, sentence, view in steps:
-        if what == "say":
-            made.print(sentence)
-            said.append(sentence)
-            shown = 0
-        else:
-            made.end_live()  # so that the next is drawn at once
-            made.update_live(view)
-            shown = 1 if isinstance(view, str) else len(view)
-    lines = screen(stream.getvalue())
-    assert [line[:80] for line in lines[: len(said)]] == [line[:80] for line in said]
-    assert max(1, shown) <= len(lines) - len(said) <= max(1, shown * console_file.MAX_ROWS)
-    assert all(len(line) < 100 for line in lines[len(said) :])
-    made.end_live()
-    assert screen(stream.getvalue())[len(said) :] == [""]
-
-
-@pytest.mark.parametrize(
-    ("environment", "colours", "redraws"),
-    [({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
-)
-def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], colours: bool, redraws: bool) -> None:
-    stream = Terminal()
-    made = Console(stream, environment)
-    made.update_live({"trials": "1 of 2", "failed": "t1"})
-    assert ("\x1b[31m" in stream.getvalue()) == colours
-    made.print("done")
-    assert ("\x1b[J" in stream.getvalue()) == redraws
-
-
-@pytest.mark.parametrize(("environment", "num_lines"), [({}, 3), ({"CI": "true"}, 1)])
-def test_a_log_file_gets_whole_lines_now_and_then_and_ci_hardly_any(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], num_lines: int
-) -> None:
-    stream, clock = io.StringIO(), time.monotonic()
-    monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
-    made = Console(stream, environment)
-    for second in range(40):
-        clock += 1.0
-        made.update_live({"trials": f"{second} of 40", "best": "t1"})
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == num_lines
-    assert lines[0] == "trials: 0 of 40; best: t1"
-    assert "\x1b" not in stream.getvalue()
-
-
-def test_a_long_sweep_does_not_fill_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, clock = io.StringIO(), time.monotonic()
-    monkeypatch.setattr(console_file.time, "monotonic", lambda: clock)
-    made = Console(stream, {})
-    for _ in range(12 * 3600 // 5):
-        clock += 5.0
-        made.update_live("line")
-    assert stream.getvalue().count("\n") < 250
-
-
 # ------------------------------------------------------------------------------------------- on a real terminal
-
-
-def window(terminal: int, columns: int) -> None:
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-
-def typed_text(written: str) -> list[str]:
-    """What was written between two movements of the cursor, row by row, without colours."""
-    plain = re.sub(r"\x1b\[\d*m", "", written).replace("\r\n", "\n")
-    return [row for part in re.split(r"\r|\x1b\[\d*[AJ]", plain) for row in part.split("\n")]
-
-
-def test_when_the_terminal_is_gone_the_log_has_what_is_said(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as stream:
-        console = Console(stream, {"TERM": "xterm"})
-        console.copy_to(tmp_path / "progress.log")
-        console.update_live({"trials": "1 of 2 done"})
-        os.close(ours)
-        console.print("2 of 2 done")
-        console.update_live("nobody sees it")
-        stream.write("nor this")
-    assert "2 of 2 done" in (tmp_path / "progress.log").read_text()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_where_the_log_has_no_room_the_user_is_told_all_the_same(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    console = Console(stream, {})
-    (tmp_path / "progress.log").symlink_to("/dev/full")
-    console.copy_to(tmp_path / "progress.log")
-    console.print("1 of 2 done")
-    assert stream.getvalue() == "1 of 2 done\n"
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_sweep_on_a_terminal_that_shrinks_and_is_interrupted_leaves_it_as_it_was(
+def test_a_sweep_on_a_terminal_that_is_resized_and_interrupted_leaves_it_as_it_was(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    ours, theirs = pty.openpty()
-    window(theirs, 80)
-    before = termios.tcgetattr(theirs)
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
-    endless = ["--set", "num_trials=500", "--set", "max_pack_size=1", "--set", "method=linear_probe"]
-    process = subprocess.Popen(
-        [sys.executable, QUICKSTART, "--smoke", *endless], cwd=tmp_path, env={**environment, "TERM": "xterm"},
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
-    written, sizes, decoder = "", dict[str, int](), codecs.getincrementaldecoder("utf-8")()
-    while process.poll() is None or select.select([ours], [], [], 0.5)[0]:
-        if not select.select([ours], [], [], 0.5)[0]:
-            continue
-        written += decoder.decode(os.read(ours, 65536))
-        drawn = written.count("to their end")
-        if drawn > 3 and "shrunk" not in sizes:
-            window(ours, 40)
-            sizes["shrunk"] = len(written)
-        if "shrunk" in sizes and written[sizes["shrunk"] :].count("to their end") > 5 and "interrupted" not in sizes:
-            sizes["interrupted"] = len(written)
-            os.write(ours, b"\x03")
-    assert process.returncode == 130
-    assert termios.tcgetattr(theirs) == before
-    wide, narrow = written[: sizes["shrunk"]], written[sizes["shrunk"] : sizes["interrupted"]]
-    assert "\x1b[1mtrials  \x1b[0m" in wide
-    assert max(len(row) for row in typed_text(wide) if row.startswith("best    ")) > 39
-    # The one view that was being drawn as the window shrank may be wider.
-    rows = [row for row in typed_text(narrow.split("\x1b[J", 2)[2]) if row]
-    assert max(map(len, rows)) < 40
-    assert any("running" in row for row in rows)
-    # The view is gone, and sentences have taken its place.
-    last = typed_text(written)
-    end = last.index("interrupted; finished trials are kept")
-    assert not any(row.startswith(("trials  ", "best    ", "speed   ")) for row in last[end:])
-    assert any("go on with: imbvlm sweep resume" in row for row in last[end:])
+    with PtyScreen(80, 24, RewrappingScreen) as terminal:
+        before = termios.tcgetattr(terminal.descriptor)
+        environment = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
+        endless = ["--set", "num_trials=500", "--set", "max_pack_size=1", "--set", "method=linear_probe"]
+        process = subprocess.Popen(
+            [sys.executable, QUICKSTART, "--smoke", *endless], cwd=tmp_path, env={**environment, "TERM": "xterm"},
+            stdin=terminal.descriptor, stdout=terminal.descriptor, stderr=terminal.descriptor, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+
+        def view(min_trials: int) -> list[str]:
+            """The view's rows when so many trials are done, without the rows above."""
+            while process.poll() is None:
+                terminal.read(0.2)
+                rows = terminal.rows
+                starts = [index for index, row in enumerate(rows) if row.startswith("trials  ")]
+                if starts and int(rows[starts[0]].split()[1]) >= min_trials:
+                    assert len(starts) == 1, rows
+                    return rows[starts[0] :]
+            raise AssertionError("\n".join(terminal.rows))
+
+        rows = view(4)
+        assert any(len(row) > 60 for row in rows)
+        for number, (columns, lines) in enumerate([(200, 40), (40, 24), (80, 20)]):
+            terminal.resize(columns, lines)
+            time.sleep(1.0)
+            rows = view(6 + 2 * number)
+            assert max(map(len, rows)) <= columns
+            labels = [row[:8].strip() for row in rows if row[:8].strip()]
+            assert labels[:2] == ["trials", "best"]
+            assert len(labels) == len(set(labels))
+        terminal.type(b"\x03")
+        while process.poll() is None:
+            terminal.read(0.2)
+        terminal.read(0.5)
+        assert process.returncode == 130
+        assert termios.tcgetattr(terminal.descriptor) == before
+        assert not terminal.screen.cursor.hidden
+        # The view is gone, and sentences have taken its place.
+        rows = terminal.rows
+        assert not any(row.startswith(("trials  ", "best    ", "speed   ", "left    ")) for row in rows)
+        text = "".join(["".join(row.split()) for row in (*terminal.screen.scrollback, *rows)])
+        assert "goonwith:imbvlmsweepresume" in text
 
 
 @pytest.mark.slow
