@@ -16,7 +16,7 @@ from imbvlm.base.errors import DiskFullError, StorageError
 from imbvlm.base.schema import Tree
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, TrialKind, TrialLog, TrialRecord
-from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines
+from imbvlm.sweep.tune.live_status import Countdown, ProgressSnapshot, live_lines, seconds_left
 from imbvlm.sweep.tune.unpickled import Unpickled
 
 NUMBER = (int, float)
@@ -54,7 +54,7 @@ class ProgressCallback(Unpickled, tune.Callback):
         self.storage_error: StorageError | None = None
         self._log, self._console, self._objective = log, console, best_objective
         self._kind, self._total = kind, total
-        self._started = time.monotonic()
+        self._started, self._countdown = time.monotonic(), Countdown()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._has_ended and self.storage_error is None:
@@ -63,6 +63,8 @@ class ProgressCallback(Unpickled, tune.Callback):
                 self._after_step()
             except StorageError as error:
                 self.storage_error = error
+        # Also between events, which may be minutes apart: the terminal may be resized, and time passes.
+        self._show()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = TrialRecord.model_validate({**trial.config["record"], "started_at": time.time()})
@@ -162,7 +164,9 @@ class ProgressCallback(Unpickled, tune.Callback):
             return
         seconds, used = time.monotonic() - self._started, self._budget.describe()
         snapshot = ProgressSnapshot(self._kind, self._total, time.time(), seconds, used)
-        self._console.update_live(live_lines(self._log, self._objective.replace("best_", ""), snapshot))
+        self._countdown.update(seconds_left(self._log, snapshot), snapshot.now)
+        objective = self._objective.replace("best_", "")
+        self._console.update_live(live_lines(self._log, objective, snapshot, self._countdown.seconds))
 
 
 def _id(trial: Trial) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from quickstart_sweep import QUICKSTART
 from sweep_folder import sweep_spec, write_sweep
 
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.tune.live_status import ProgressSnapshot, live_lines, seconds_left
+from imbvlm.sweep.tune.live_status import Countdown, ProgressSnapshot, live_lines, seconds_left
 
 OBJECTIVE = "val/balanced_accuracy"
 
@@ -38,7 +38,9 @@ def log(tmp_path: Path) -> TrialLog:
 
 
 def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log: TrialLog) -> None:
-    lines = live_lines(log, OBJECTIVE, ProgressSnapshot("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min"))
+    snapshot = ProgressSnapshot("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min")
+    lines = live_lines(log, OBJECTIVE, snapshot, 185.0)
+    assert list(lines) == ["trials", "best", "speed", "left", "used", "failed"]
     assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
     best = log.best(OBJECTIVE)[0]
     epoch = best.best_epoch(OBJECTIVE)
@@ -47,13 +49,12 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
         f"few {100 * epoch['val/few_shot_accuracy']:.1f}), "
     )
     assert lines["best"].endswith(f"{100 * (epoch[OBJECTIVE] - 0.5):+.1f} points to linear probe")
-    assert lines["speed"].startswith("1,234 images a second, ")
+    assert lines["speed"] == "1,234 images a second"
+    assert lines["left"] == "about 3 min 5 s"
     assert lines["used"] == "5 min 0 s of 1 h 0 min"
-    log.of("search")[-2].epochs.clear()
-    between = live_lines(log, OBJECTIVE, ProgressSnapshot("search", 30, 1e9 + 100, 100.0, ""))
-    assert between["left"]
-    assert "speed" not in between
     assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
+    log.of("search")[-2].epochs.clear()
+    assert "speed" not in live_lines(log, OBJECTIVE, snapshot)
 
 
 def test_what_is_not_known_yet_is_not_shown(tmp_path: Path) -> None:
@@ -61,39 +62,50 @@ def test_what_is_not_known_yet_is_not_shown(tmp_path: Path) -> None:
     assert only == ("trials", "0 of 8 done, 0 running")
 
 
-def simulated(
-    num_trials: int, num_processes: int, pack_size: int, stopped_share: float, order: int
-) -> Iterator[tuple[float, TrialLog, ProgressSnapshot]]:
-    """A search, moment by moment, with what is truly left: a trial has 12 epochs of 3 s, or of a pack's together 3 s.
+# ------------------------------------------------------------------------------------------------ remaining time
 
+
+def simulated(
+    num_trials: int,
+    pack_size: int = 1,
+    stopped_share: float = 0.0,
+    order: int = 0,
+    seconds_at: Callable[[int, float], float] = lambda number, seconds: 3.0,
+) -> Iterator[tuple[float, TrialLog, ProgressSnapshot]]:
+    """A search of two processes at each moment, with the seconds that are truly left.
+
+    A trial has 12 epochs, and so have those of a pack together. One takes `seconds_at(trial, seconds of the search)`.
     ASHA stops some after 4 epochs, from the first on.
     """
-    chance, log, clock = random.Random(order), TrialLog("nowhere"), 1e9
+    chance, log, began, clock = random.Random(order), TrialLog("nowhere"), 1e9, 1e9
     config = sweep_spec().trial({"method": "linear_probe", "loss.name": "focal", "optim.lr": 0.1}).to_tree()
-    processes: list[list[TrialRecord]] = [[] for _ in range(num_processes)]
-    moments, began, ids = [], clock, iter(range(num_trials))
+    processes: list[list[TrialRecord]] = [[], []]
+    done: dict[str, float] = {}
+    moments, ids = [], iter(range(num_trials))
     stopped = {ten + number for ten in range(0, num_trials, 10)
                for number in chance.sample(range(10), round(10 * stopped_share))}  # fmt: skip
     while True:
         for process in processes:
             if not process:
-                numbers = [number for _, number in zip(range(pack_size), ids, strict=False)]
+                numbers = list(itertools.islice(ids, pack_size))
                 for number in numbers:
                     pack = f"t{numbers[0]}" if len(numbers) > 1 else ""
-                    process.append(TrialRecord(trial_id=f"t{number}", kind="search", config=config, started_at=clock,
-                                               pack_size=len(numbers), pack=pack))  # fmt: skip
+                    process.append(TrialRecord(trial_id=f"t{number:05d}", kind="search", config=config,
+                                               started_at=clock, pack_size=len(numbers), pack=pack))  # fmt: skip
                 log.records |= {record.trial_id: record for record in process}
         if not any(processes):
             break
         clock += 1.5
         for process in processes:
             for record in list(process):
-                done = int((clock - record.started_at) / 3)
+                number = int(record.trial_id[1:])
+                done[record.trial_id] = done.get(record.trial_id, 0.0) + 1.5 / seconds_at(number, clock - began)
                 record.epochs = [
-                    {"epoch": float(epoch), "train/images_per_second": 900.0} for epoch in range(1, done + 1)
+                    {"epoch": float(epoch), "train/images_per_second": 900.0 * record.pack_size}
+                    for epoch in range(1, int(done[record.trial_id] + 1e-9) + 1)
                 ]
-                if done == (4 if int(record.trial_id[1:]) in stopped else 12):
-                    record.state, record.ended_at = ("stopped" if done == 4 else "finished"), clock
+                if len(record.epochs) >= (4 if number in stopped else 12):
+                    record.state, record.ended_at = ("stopped" if number in stopped else "finished"), clock
                     process.remove(record)
         moments.append((clock, log_copy(log), ProgressSnapshot("search", num_trials, clock, clock - began, "")))
     for now, then, moment in moments:
@@ -106,26 +118,78 @@ def log_copy(log: TrialLog) -> TrialLog:
     return copied
 
 
+def shown_times(moments: list[tuple[float, TrialLog, ProgressSnapshot]], every: int) -> list[tuple[float, float]]:
+    """Seconds that are truly left and those that are shown, of each `every`-th moment in which a time is shown."""
+    countdown, times = Countdown(), []
+    for left, log, moment in moments[::every]:
+        countdown.update(seconds_left(log, moment), moment.now)
+        if countdown.seconds is not None:
+            times.append((left, countdown.seconds))
+    return times
+
+
+def largest_jump(times: list[tuple[float, float]]) -> float:
+    """The largest factor by which the shown end of the sweep moves away or comes closer from one time to the next."""
+    jumps = [
+        (after + 10) / (max(0.0, before - (left - later)) + 10)
+        for (left, before), (later, after) in itertools.pairwise(times)
+    ]
+    return max(max(jump, 1 / jump) for jump in jumps)
+
+
+# In a log file a line comes every 15 s.
+@pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("pack_size", [1, 6])
 @pytest.mark.parametrize("stopped_share", [0.0, 0.7])
-def test_the_time_left_is_said_when_it_is_known_and_does_not_jump(pack_size: int, stopped_share: float) -> None:
-    """It was 16 minutes at the first trial, and 3 a minute later."""
+def test_at_a_constant_speed_the_time_left_is_shown_early_is_true_and_does_not_jump(
+    pack_size: int, stopped_share: float, every: int
+) -> None:
     for order in range(2):
-        *moments, (_, _, end) = simulated(48 if pack_size == 1 else 120, 2, pack_size, stopped_share, order)
-        # The last trials may be longer or shorter than most.
-        early = [(left, log, moment) for left, log, moment in moments if left > 75]
-        bounds = [seconds_left(log, log.of("search"), moment) for _, log, moment in early]
-        first = next(index for index, bound in enumerate(bounds) if bound is not None)
-        assert early[first][2].seconds < 0.3 * end.seconds
-        known = [bound for bound in bounds[first:] if bound is not None]
-        assert len(known) == len(bounds[first:])
-        for (low, high), (left, _, _) in zip(known, early[first:], strict=True):
-            assert low / 1.6 < left < 1.6 * high
-        for before, after in itertools.pairwise(map(sum, known)):
-            assert 0.67 < after / before < 1.5
+        moments = list(simulated(48 if pack_size == 1 else 120, pack_size, stopped_share, order))
+        times = shown_times(moments, every)
+        assert len(times) > 0.85 * len(moments[::every])
+        for left, shown in times:
+            assert left / 1.7 - 15 < shown < 1.7 * left + 15
+        assert largest_jump(times) < 1.4
 
 
-def test_a_last_trial_that_outlasts_the_others_has_a_bound() -> None:
+def slow_first(number: int, seconds: float) -> float:
+    """The first trial compiles, imports and fills caches."""
+    return 30.0 if number < 2 else 3.0
+
+
+def slow_later(number: int, seconds: float) -> float:
+    """Another program takes most of the machine."""
+    return 3.0 if seconds < 400 else 12.0
+
+
+def fast_later(number: int, seconds: float) -> float:
+    return 12.0 if seconds < 800 else 3.0
+
+
+def mixed(number: int, seconds: float) -> float:
+    """Every third trial is a large model."""
+    return 12.0 if number % 3 == 0 else 1.5
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(
+    ("speed", "settles_after"), [(slow_first, 400), (slow_later, 1500), (fast_later, 1500), (mixed, 100)]
+)
+def test_where_the_speed_changes_the_time_left_follows_without_a_jump(
+    speed: Callable[[int, float], float], settles_after: float, every: int
+) -> None:
+    """It was 16 minutes at the first trial, and 3 a minute later."""
+    moments = list(simulated(100, seconds_at=speed))
+    times = shown_times(moments, every)
+    total = moments[-1][2].seconds
+    assert largest_jump(times) < 1.6
+    for left, shown in times:
+        if total - left > settles_after:
+            assert left / 2 - 15 < shown < 2 * left + 15
+
+
+def test_a_last_trial_that_outlasts_the_others_is_waited_for() -> None:
     """Ten were stopped after 12 s; it is at 14 s and has 5 of 12 epochs."""
     config = sweep_spec().trial({"method": "linear_probe", "loss.name": "focal", "optim.lr": 0.1}).to_tree()
     log = TrialLog("nowhere")
@@ -136,14 +200,23 @@ def test_a_last_trial_that_outlasts_the_others_has_a_bound() -> None:
             epochs=[{"epoch": float(epoch)} for epoch in range(1, 6 if is_last else 5)],
             started_at=start, ended_at=None if is_last else start + 12,
         )  # fmt: skip
-    assert live_lines(log, OBJECTIVE, ProgressSnapshot("search", 11, 1e9 + 134, 134.0, ""))["left"] == "up to 20 s"
+    assert seconds_left(log, ProgressSnapshot("search", 11, 1e9 + 134, 134.0, "")) == pytest.approx(14 * 7 / 5)
 
 
-def test_trials_of_a_pack_are_one_process_and_its_speed_counts_once() -> None:
-    *_, (_, log, moment) = itertools.islice(simulated(48, 2, 24, 0.0, 0), 10)
+# ----------------------------------------------------------------------------------------------- images a second
+
+
+def test_trials_of_a_pack_are_one_process_and_its_images_count_once() -> None:
+    """Each of 24 members reports 24 times as many, since the time of an epoch is shared among them."""
+    _, log, moment = list(simulated(48, 24))[9]
     lines = live_lines(log, OBJECTIVE, moment)
     assert lines["trials"] == "0 of 48 done, 48 running in 2 processes"
     assert lines["speed"] == "1,800 images a second"
+
+
+def test_members_that_are_stopped_do_not_change_the_images_that_the_others_read() -> None:
+    moments = [(log, moment) for _, log, moment in simulated(12, 6, 0.7) if moment.seconds in (12.0, 13.5)]
+    assert [live_lines(log, OBJECTIVE, moment)["speed"] for log, moment in moments] == ["1,800 images a second"] * 2
 
 
 # ------------------------------------------------------------------------------------------- on a real terminal
