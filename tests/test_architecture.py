@@ -63,6 +63,7 @@ PLACES = {
     "torchvision": ("models",),
     "huggingface_hub": ("models.encoders", "sweep.export"),
     "optuna": ("sweep.tune", "sweep.report.report_statistics"),
+    "jinja2": ("sweep.report.rendering",),
     "matplotlib": ("sweep.report",),
     "typer": ("cli",),
     "sweeps": (),

@@ -68,7 +68,8 @@ def package() -> list[Path]:
 
 
 def texts() -> list[Path]:
-    return [*package(), ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    templates = (ROOT / "imbvlm").rglob("templates/*")
+    return [*package(), *sorted(templates), ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def name(path: Path) -> str:
@@ -90,9 +91,9 @@ def identifiers(module: ast.Module) -> Iterator[str]:
 
 
 def prose(path: Path) -> str:
-    """All of a Markdown file; comments and strings, docstrings among them, of a module."""
+    """All of a text or a template; comments and strings, docstrings among them, of a module."""
     source = path.read_text(encoding="utf-8")
-    if path.suffix == ".md":
+    if path.suffix != ".py":
         return source
     comments = [
         token.string

@@ -1,4 +1,4 @@
-"""Figures and tables of a report: their look, SVG, PNG, CSV and LaTeX."""
+"""Figures and tables of a report: their look, SVG, PNG and CSV."""
 
 from __future__ import annotations
 
@@ -253,20 +253,6 @@ class Table:
         is_number = cell == "-" or (column >= self.first_number and _NUMBER.fullmatch(cell))
         return cell if is_number else escape_cell(cell)
 
-    def latex(self) -> str:
-        """The table in LaTeX, for the package booktabs."""
-        columns = "l" * self.first_number + "c" * (len(self.header) - self.first_number)
-        lines = [
-            f"\\begin{{tabular}}{{{columns}}}",
-            "\\toprule",
-            f"{' & '.join(map(_latex, self.header))} \\\\",
-            "\\midrule",
-            *(f"{' & '.join(map(_latex, row))} \\\\" for row in self.rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
-
 
 # Such as +1,234.5 ± 0.1 or 3e-05.
 _NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ± [\d.]+)?")
@@ -276,15 +262,3 @@ def _figure_cell(cell: object) -> object:
     if isinstance(cell, float):
         return f"{cell:.6g}"
     return escape_cell(cell) if isinstance(cell, str) else cell
-
-
-_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
-    "±": "$\\pm$",
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-}
-
-
-def _latex(cell: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in cell)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from imbvlm.base import storage
-from imbvlm.sweep.report.html_page import page
-from imbvlm.sweep.report.plotting import Figure, Table
-from imbvlm.sweep.report.report_content import CollapsedTable, Columns, Grid, ReportContent, build
+from imbvlm.sweep.report.plotting import Table
+from imbvlm.sweep.report.rendering import latex, page
+from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 
 REPORT_FILE = "report.html"
@@ -31,59 +32,25 @@ def write_report(
 def write_report_of(source: ReportData, out: str | None = None, say: Callable[[str], None] = lambda text: None) -> str:
     """Write the report of a sweep's folder that has been read, as `write_report` does."""
     report = build(source)
-    for note in report.notes:
-        say(note)
+    if report.pairs_problem:
+        say(f"Not all images of confused pairs are shown: {report.pairs_problem}")
     is_page = out is not None and out.endswith((".html", ".htm"))
     uri = out if out is not None and is_page else storage.join(out or source.folder, REPORT_FILE)
-    storage.write_bytes(uri, page(report, source.spec.to_yaml_text(), commands(source)).encode())
+    storage.write_bytes(uri, page(report).encode())
     if out is not None and not is_page:
-        _write_parts(report, out)
+        for figure in report.all_figures:
+            name, svg = re.sub(r"[^a-z0-9]+", "_", figure.name.lower()), figure.svg(alone=True)
+            for ending, content in (("svg", svg.encode()), ("png", figure.png()), ("csv", figure.csv().encode())):
+                storage.write_bytes(storage.join(out, "figures", f"{name.strip('_')}.{ending}"), content)
+        # Papers don't print a row for each of thousands of classes or trials.
+        write_tables(out, report.all_tables, MAX_LATEX_ROWS)
     return uri
 
 
-def commands(source: ReportData) -> list[str]:
-    """Commands with which a reader goes on."""
-    folder = source.folder
-    return [
-        f"imbvlm export {folder} -o my-model",
-        "imbvlm predict my-model PHOTO.jpg",
-        f"imbvlm train {storage.join(folder, 'best.yaml')}",
-        f"imbvlm report {folder} -o report-files    # figures as SVG and PNG, all numbers as CSV, LaTeX",
-    ]
-
-
-def _write_parts(report: ReportContent, out: str) -> None:
-    figures, tables = parts(report)
-    for figure in figures:
-        target = storage.join(out, "figures", _file(figure.name))
-        storage.write_bytes(f"{target}.svg", figure.svg(alone=True).encode())
-        storage.write_bytes(f"{target}.png", figure.png())
-        storage.write_bytes(f"{target}.csv", figure.csv().encode())
+def write_tables(folder: str, tables: Sequence[Table], max_latex_rows: float = math.inf) -> None:
+    """Write each table as CSV into tables/ of a folder, and as LaTeX unless it is longer than `max_latex_rows`."""
     for table in tables:
-        target = storage.join(out, "tables", _file(table.name))
-        storage.write_bytes(f"{target}.csv", table.csv().encode())
-        # Papers don't print a row for each of thousands of classes or trials.
-        if len(table.rows) <= MAX_LATEX_ROWS:
-            storage.write_bytes(f"{target}.tex", table.latex().encode())
-
-
-def parts(report: ReportContent) -> tuple[list[Figure], list[Table]]:
-    """All figures and tables of a report, in the page's order."""
-    figures, tables = list[Figure](), list[Table]()
-    for block in (block for section in report.sections for block in section.blocks):
-        if isinstance(block, Figure):
-            figures.append(block)
-        elif isinstance(block, Grid):
-            figures += block.figures
-        elif isinstance(block, Table):
-            tables.append(block)
-        elif isinstance(block, Columns):
-            tables += block.tables
-        elif isinstance(block, CollapsedTable):
-            tables.append(block.table)
-    names = {table.name for table in tables}
-    return figures, tables + [table for table in report.extra_tables if table.name not in names]
-
-
-def _file(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        uri = storage.join(folder, "tables", re.sub(r"[^a-z0-9_]+", "_", table.name.lower()))
+        storage.write_bytes(f"{uri}.csv", table.csv().encode())
+        if len(table.rows) <= max_latex_rows:
+            storage.write_bytes(f"{uri}.tex", latex(table).encode())

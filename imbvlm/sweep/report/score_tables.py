@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +30,8 @@ NUM_BEST = 12
 NUM_CLASSES = 8
 NUM_PAIRS = 12
 MAX_ROWS = 500
+# Headings of the accuracies on the test split.
+ACCURACIES = {**dict(zip(METRICS, HEADINGS, strict=True)), "zero_train_accuracy": "no training"}
 # The reason in the record of a trial that the scheduler has stopped, and its text for readers.
 BY_SCHEDULER, STOPPED_EARLY = "by the trial scheduler", "early, since others were ahead"
 
@@ -36,18 +40,14 @@ def scores(source: ReportData) -> Table | None:
     """The refits' scores on the test split, in the form that papers use."""
     if not source.has_test:
         return None
-    metrics = [*METRICS, "zero_train_accuracy", "expected_calibration_error"]
-    headings = [*HEADINGS, "no training", "calibration error"]
-    shown = [
-        (metric, heading) for metric, heading in zip(metrics, headings, strict=True)
-        if any(refit.values(f"test/{metric}") for refit in source.scored)
-    ]  # fmt: skip
+    columns = {**ACCURACIES, "expected_calibration_error": "calibration error"}
+    shown = [metric for metric in columns if any(refit.values(f"test/{metric}") for refit in source.scored)]
     rows = []
     for refit in source.scored:
-        for split in splits_of(refit.records, [metric for metric, _ in shown], ALL_SPLITS):
-            values = (mean_std(refit.values(f"{split}/{metric}")) for metric, _ in shown)
+        for split in splits_of(refit.records, shown, ALL_SPLITS):
+            values = (mean_std(refit.values(f"{split}/{metric}")) for metric in shown)
             rows.append([title_in(refit.name, split), *values, str(len(refit.records)), refit.records[0].views])
-    header = ["what", *(heading for _, heading in shown), "seeds", "views"]
+    header = ["what", *(columns[metric] for metric in shown), "seeds", "views"]
     caption = "Percent, means over seeds, ± their standard deviation. Retrained on all training images; test read once."
     if source.classes is not None and source.classes.averaged_over:
         caption += f" {source.classes.averaged_over}"
@@ -59,29 +59,24 @@ def margins(source: ReportData) -> Table | None:
     winner = source.winner
     if winner is None:
         return None
-    metrics, ours = [*METRICS, "zero_train_accuracy"], winner.splits[-1]
-    shown = [
-        (metric, heading) for metric, heading in zip(metrics, [*HEADINGS, "no training"], strict=True)
-        if winner.values(f"test/{metric}")
-    ]  # fmt: skip
-    rows = []
+    shown, rows = [metric for metric in ACCURACIES if winner.values(f"test/{metric}")], []
     for other, split in [(refit, split) for refit in source.references for split in refit.splits]:
         difference = difference_on_test(winner.records, other.records, split, other.name)
         if difference is not None:
-            gains = (_gain(winner.values_in(ours, metric), other.values_in(split, metric)) for metric, _ in shown)
+            gains = (
+                _gain(winner.values_in(winner.splits[-1], metric), other.values_in(split, metric)) for metric in shown
+            )
             interval = (
                 "-"
                 if difference.standard_error is None
                 else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
             )
             rows.append([f"over {difference.other}", *gains, interval])
-    if not rows:
-        return None
     caption = (
         "Points. ± is the standard deviation over the seeds of both models. The number of test images determines the "
         "interval; a win has the whole interval above 0."
     )
-    header = [winner.title, *(heading for _, heading in shown), "95 % interval (balanced)"]
+    header = [winner.title, *(ACCURACIES[metric] for metric in shown), "95 % interval (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)
 
 
@@ -93,31 +88,41 @@ def _gain(left: list[float], right: list[float]) -> str:
     return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
 
 
-def over_seeds(source: ReportData) -> Table | None:
-    """The best few trials over several seeds; None if no trial ran with more than one."""
+def over_seeds(source: ReportData) -> Table:
+    """The best few trials over several seeds; without rows if no trial ran with more than one."""
     rows = seeds_rows(source.log, source.spec)
-    if not rows:
-        return None
     caption = "Percent on validation, best epochs; ± is the standard deviation over seeds. The best mean is the winner."
     header = ["trial", "what", "seeds", objective_text(source.spec)]
     return Table("over_seeds", "The best few over several seeds", header, rows, 2, caption)
 
 
-def best_trials(source: ReportData) -> Table:
-    """The best trials and the baselines on validation, each at its best epoch."""
+def best_trials(source: ReportData) -> Table | None:
+    """The best trials and the baselines on validation, each at its best epoch; None before the first result."""
     best = source.log.best(source.spec.objective)[:NUM_BEST]
-    rows = [_trial_row(source, record) for record in [*best, *_baselines(source)]]
+    if not best:
+        return None
+    rows = [
+        [
+            record.trial_id,
+            record.name or describe_trial(record),
+            *(percent(epoch.get(f"val/{metric}")) for metric in METRICS),
+            str(len(record.epochs)),
+            _time(record.seconds()) if record.ended_at is not None else "-",
+            record.views,
+            record.state,
+        ]
+        for record in [*best, *sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))]
+        for epoch in [record.best_epoch(source.spec.objective) or {}]
+    ]
     header = ["trial", "what", *HEADINGS, "epochs", "time", "views", "state"]
     caption = "Percent, at each trial's best epoch. Selection used these numbers, so compare models on the test split."
     return Table("best_trials", "Best trials", header, rows, 2, caption)
 
 
-def pareto(source: ReportData) -> Table | None:
+def pareto(source: ReportData) -> Table:
     """The Pareto set of a sweep with several objectives."""
     spec = source.spec
     rows = pareto_rows(pareto_records(source.log, spec), spec) if spec.other_objectives else []
-    if not rows:
-        return None
     caption = "Percent on validation. No trial is better in all objectives than one of these."
     return Table("pareto", "Pareto set", ["trial", "what", *spec.objectives], rows, 2, caption)
 
@@ -167,66 +172,59 @@ def strata(source: ReportData) -> list[Table]:
 
 def stops(source: ReportData) -> Table:
     """Reasons why trials ended, counted."""
-    counts = Counter((record.state, _reason(record)) for record in source.log.of("search"))
+    # The record's reason names the epoch, which would make a group for each one.
+    counts = Counter(
+        (record.state, STOPPED_EARLY if record.state == "stopped" else record.stop_reason or "still running")
+        for record in source.log.of("search")
+    )
     rows = [[state, reason, str(count)] for (state, reason), count in counts.most_common(20)]
     return Table("stops", "Why each trial stopped", ["state", "why", "trials"], rows, 2)
 
 
-def class_changes(source: ReportData) -> list[Table]:
-    """The classes with the largest gains and losses against the best trained baseline."""
-    pair = compared_classes(source)
-    if pair is None:
+def class_changes(orders: Sequence[Table]) -> list[Table]:
+    """The ends of the classes' order by change: the largest gains and losses."""
+    if len(orders) < 3:
         return []
-    ours, theirs, title, name = pair
-    gain = per_class_accuracy(ours.correct, ours.total) - per_class_accuracy(theirs.correct, theirs.total)
-    valid = np.flatnonzero(~np.isnan(gain))
-    order = valid[np.argsort(-gain[valid], kind="stable")]
+    title, name = orders[2].header[3:5]
     header = ["class", "training images", name, title, "change"]
-    tables = []
-    for title, key, labels in (
-        (f"Gained most over {name}", "gained", [label for label in order[:NUM_CLASSES] if gain[label] > 0]),
-        (f"Lost most against {name}", "lost", [label for label in order[::-1][:NUM_CLASSES] if gain[label] < 0]),
-    ):
-        rows = [
-            [
-                ours.class_names[label],
-                f"{ours.stats.split_counts[label]:,}",
-                percent(theirs.correct[label] / theirs.total[label]),
-                percent(ours.correct[label] / ours.total[label]),
-                f"{100 * gain[label]:+.1f}",
-            ]
-            for label in labels
-        ]
-        if rows:
-            tables.append(Table(key, title, header, rows))
-    return tables
+    changes = [(float(row[-1]), row) for row in orders[2].rows if row[-1] != "-"]
+    gained = [row for change, row in sorted(changes, key=lambda pair: -pair[0]) if change > 0]
+    lost = [row for change, row in changes if change < 0]
+    return [
+        Table(key, f"{text} {name}", header, [[*row[:2], row[4], row[3], row[5]] for row in rows[:NUM_CLASSES]])
+        for key, text, rows in (("gained", "Gained most over", gained), ("lost", "Lost most against", lost))
+        if rows
+    ]
 
 
 def class_groups(source: ReportData) -> Table | None:
     """Numbers of classes by shot group that gain and lose against the best trained baseline or are never right."""
-    pair = compared_classes(source)
-    if pair is None:
+    shown = compared_classes(source)
+    if len(shown) < 2:
         return None
-    ours, theirs, title, name = pair
+    (title, ours), (name, theirs) = shown
     accuracies = np.stack([per_class_accuracy(results.correct, results.total) for results in (ours, theirs)])
     rows = []
     for group, labels in ours.stats.shot_groups.items():
         our, their = accuracies[:, labels[~np.isnan(accuracies[0, labels])]]
         if len(our):
             counts = (len(our), (our > their).sum(), (our < their).sum(), (our == 0).sum(), (their == 0).sum())
-            rows.append([group.replace("_", "-"), *(f"{count:,}" for count in counts)])
+            rows.append([group_name(group), *(f"{count:,}" for count in counts)])
     header = ["", "classes", "gain", "lose", "never right", f"never right, {name}"]
     caption = f"Classes with test images over all seeds, {title} compared with {name}."
     return Table("class_groups", "Classes that gain and lose", header, rows, caption=caption)
 
 
-def compared_classes(source: ReportData) -> tuple[PerClassResults, PerClassResults, str, str] | None:
-    """Results per class of the winner and of the first baseline that has them, as exported, and both titles."""
-    available = [(refit, refit.classes) for refit in source.headline if refit.classes is not None]
-    if len(available) < 2 or available[0][0] is not source.winner:
-        return None
-    (winner, ours), (other, theirs), *_ = available
-    return ours, theirs, title_in(winner.name, ours.split), title_in(other.name, theirs.split)
+def group_name(group: str) -> str:
+    """The text for a shot group or for all classes."""
+    return {"top1": "overall", "zero_train": "no training"}.get(group, group.replace("_", "-"))
+
+
+def compared_classes(source: ReportData) -> list[tuple[str, PerClassResults]]:
+    """Titles and results per class, as exported, of the winner and the first baseline that have them."""
+    shown = [refit for refit in source.headline if refit.classes is not None]
+    num_compared = 2 if source.winner in shown else 1
+    return [(title_in(item.name, item.classes.split), item.classes) for item in shown[:num_compared] if item.classes]
 
 
 def per_class(source: ReportData) -> Table | None:
@@ -255,71 +253,83 @@ def per_class(source: ReportData) -> Table | None:
     return Table("per_class", "Per class", header, rows)
 
 
-def worst_pairs(record: PerClassResults) -> list[tuple[int, int, int, tuple[int, ...]]]:
-    """(label, predicted, count over seeds, rows) of the most confused pairs; ties go to the larger share of a class."""
-    ranked = sorted(
-        record.confusions.items(),
-        key=lambda item: (-item[1][0], -item[1][0] / max(1, record.total[item[0][0]]), item[0]),
-    )
-    return [(label, predicted, count, rows) for (label, predicted), (count, rows) in ranked[:NUM_PAIRS]]
-
-
-def confused_pairs(source: ReportData) -> Table | None:
-    """The worst pairs as a table."""
-    record = source.classes
-    if record is None or not record.confusions:
-        return None
+def class_orders(source: ReportData) -> list[Table]:
+    """Every class by accuracy, by size, and by change against the best trained baseline if there is one."""
+    shown = compared_classes(source)
+    if not shown:
+        return []
+    record = shown[0][1]
+    accuracies = [per_class_accuracy(results.correct, results.total) for _, results in shown]
+    change = accuracies[0] - accuracies[-1]
     rows = [
         [
-            record.class_names[label],
-            record.class_names[predicted],
-            f"{count / record.num_seeds:.1f}",
-            percent(count / record.total[label]),
+            name,
             f"{record.stats.split_counts[label]:,}",
+            f"{record.total[label] // record.num_seeds:,}",
+            *("-" if np.isnan(accuracy[label]) else percent(accuracy[label]) for accuracy in accuracies),
+            "-" if np.isnan(change[label]) else f"{100 * change[label]:+.1f}",
         ]
-        for label, predicted, count, _ in worst_pairs(record)
+        for label, name in enumerate(record.class_names)
+    ]
+    header = ["class", "training images", "test images", *(title for title, _ in shown), "change"]
+    orders = {"accuracy, lowest first": accuracies[0], "size, largest first": -record.stats.split_counts}
+    orders["change, losses first"] = change
+    # A model without a baseline has no change.
+    end = None if shown[1:] else -1
+    return [
+        Table(f"by-{title.partition(',')[0]}", title, header[:end], [rows[label][:end] for label in order])
+        for title, values in [*orders.items()][:end]
+        for order in [np.argsort(values, kind="stable")]
+    ]
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """A class and the class that it is taken for: images per seed, their share of the class, and some rows."""
+
+    class_names: tuple[str, str]
+    num_images: float
+    share: float
+    num_trained: int
+    rows: Sequence[int]
+
+
+def worst_pairs(source: ReportData) -> list[ConfusedPair]:
+    """The most confused pairs; ties go to the larger share of a class."""
+    record = source.classes
+    if record is None:
+        return []
+    names, total, trained = record.class_names, record.total, record.stats.split_counts
+    ranked = sorted(
+        record.confusions.items(), key=lambda item: (-item[1][0], -item[1][0] / max(1, total[item[0][0]]), item[0])
+    )
+    return [
+        ConfusedPair((names[a], names[b]), count / record.num_seeds, count / total[a], int(trained[a]), rows)
+        for (a, b), (count, rows) in ranked[:NUM_PAIRS]
+    ]
+
+
+def confused_pairs(pairs: Sequence[ConfusedPair]) -> Table:
+    """Confused pairs as a table."""
+    rows = [
+        [*pair.class_names, f"{pair.num_images:.1f}", percent(pair.share), f"{pair.num_trained:,}"] for pair in pairs
     ]
     header = ["class", "taken for", "images", "share of class", "training images"]
     return Table("confused", "Confused most, as a table", header, rows, 2)
 
 
-def quarantine(source: ReportData) -> Table | None:
+def quarantine(source: ReportData) -> Table:
     """Files that could not be decoded, by class."""
-    if not source.quarantine:
-        return None
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in source.quarantine:
         groups[row["class_name"], row["shot_group"]].append(row["reason"])
     rows = [
-        [name, group.replace("_", "-"), str(len(reasons)), Counter(reasons).most_common(1)[0][0]]
+        [name, group_name(group), str(len(reasons)), Counter(reasons).most_common(1)[0][0]]
         for (name, group), reasons in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
     header = ["class", "shot group", "files", "most common reason"]
     return Table("quarantine_by_class", "Left out, by class", header, rows[:MAX_ROWS], 4)
 
 
-def _baselines(source: ReportData) -> list[TrialRecord]:
-    """The baselines, the best first, those without a value last."""
-    return sorted(source.log.of("baseline"), key=lambda record: -(source.value(record) or 0.0))
-
-
 def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
-
-
-def _trial_row(source: ReportData, record: TrialRecord) -> list[str]:
-    best = record.best_epoch(source.spec.objective) or {}
-    return [
-        record.trial_id,
-        record.name or describe_trial(record),
-        *(percent(best.get(f"val/{metric}")) for metric in METRICS),
-        str(len(record.epochs)),
-        _time(record.seconds()) if record.ended_at is not None else "-",
-        record.views,
-        record.state,
-    ]
-
-
-def _reason(record: TrialRecord) -> str:
-    # The record's reason names the epoch, which would make a group for each one.
-    return STOPPED_EARLY if record.state == "stopped" else record.stop_reason or "still running"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from imbvlm.base import storage
 from imbvlm.base.formatting import mean_std
 from imbvlm.sweep.records.difference import FIVE_CROPS, TEST, splits_of
 from imbvlm.sweep.records.refit_selection import fresh_name, listed_names
@@ -14,7 +13,7 @@ from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import ReportData, ScoredRefit
 from imbvlm.sweep.spec.equivalence import canonical_key
-from imbvlm.sweep.spec.published_recipes import Published, published_scores
+from imbvlm.sweep.spec.published_recipes import published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.sweep_spec import StudyTable
 
@@ -27,7 +26,6 @@ SCORES = {
     "macro_recall": "recall",
     "macro_f1": "F1",
 }
-FOLDER = "tables"
 _Configurations = Mapping[str, tuple[TrialRecord | None, ScoredRefit | None]]
 NUM_WORDS = 2
 
@@ -42,25 +40,15 @@ def study_tables(source: ReportData) -> list[Table]:
     ]
 
 
-def write_tables(folder: str, tables: Sequence[Table]) -> None:
-    """Write each table as CSV and as LaTeX into tables/ of a sweep's folder."""
-    for table in tables:
-        for ending, text in (("csv", table.csv()), ("tex", table.latex())):
-            storage.write_bytes(storage.join(folder, FOLDER, f"{table.name}.{ending}"), text.encode())
-
-
-def fresh_gap(source: ReportData) -> Table | None:
-    """The effect of fresh crops in place of stored views by shot group, in points; None without such runs."""
+def fresh_gap(source: ReportData) -> Table:
+    """The effect of fresh crops in place of stored views by shot group, in points; without rows without such runs."""
+    refits = {refit.name: refit for refit in source.scored}
     rows = []
-    for stored in source.scored:
-        fresh = next((other for other in source.scored if other.name == fresh_name(stored.name)), None)
-        if fresh is None:
-            continue
-        rows.append([stored.name, stored.records[0].views, str(len(stored.records)), *_means(stored)])
-        rows.append([fresh.name, fresh.records[0].views, str(len(fresh.records)), *_means(fresh)])
-        rows.append(["difference", "", "", *(_difference(stored, fresh, metric) for metric in METRICS)])
-    if not rows:
-        return None
+    for pair in [(refit, refits[fresh]) for name, refit in refits.items() if (fresh := fresh_name(name)) in refits]:
+        for refit in pair:
+            means = (mean_std(refit.values(f"test/{metric}")) for metric in METRICS)
+            rows.append([refit.name, refit.records[0].views, str(len(refit.records)), *means])
+        rows.append(["difference", "", "", *(_difference(*pair, metric) for metric in METRICS)])
     caption = (
         "Percent, test split; the difference in points, fresh crops minus stored views, ± the standard deviation over "
         "the seeds of both."
@@ -81,15 +69,17 @@ def _scores(source: ReportData, table: StudyTable, configurations: _Configuratio
             label = row.label if split == TEST else "  five crops"
             rows.append([label, views, str(len(scored.records)), *values])
         rows += [
-            _published_row(entry) for entry in published if record is not None and entry.matches(record.trial_config())
+            [
+                f"  {entry.source}",
+                "-",
+                "-",
+                *(f"{entry.scores[key]:.1f}" if key in entry.scores else "-" for key in SCORES),
+            ]
+            for entry in published
+            if record is not None and entry.matches(record.trial_config())
         ]
     caption = "Percent, test split, read once. ± is the standard deviation over seeds. Precision, recall, F1: macro."
     return Table(table.name, table.title, ["what", "views", "seeds", *SCORES.values()], rows, NUM_WORDS, caption)
-
-
-def _published_row(published: Published) -> list[str]:
-    values = [published.scores.get(metric) for metric in SCORES]
-    return [f"  {published.source}", "-", "-", *("-" if value is None else f"{value:.1f}" for value in values)]
 
 
 def _cost(source: ReportData, table: StudyTable, configurations: _Configurations) -> Table:
@@ -122,11 +112,9 @@ def _cost(source: ReportData, table: StudyTable, configurations: _Configurations
     return Table(table.name, table.title, header, rows, NUM_WORDS, caption)
 
 
-def parameters(source: ReportData) -> Table | None:
+def parameters(source: ReportData) -> Table:
     """Parameters of each refit: in total with the encoder's, trained ones, their share."""
     rows = [[refit.name, *_parameter_cells(refit)] for refit in source.scored if refit.classes is not None]
-    if not rows:
-        return None
     return Table("parameters", "What trains", ["what", "parameters", "trained", "share (%)"], rows)
 
 
@@ -150,10 +138,6 @@ def _configurations(source: ReportData) -> _Configurations:
         record = records.get(canonical_key(source.spec.trial(draw)))
         configurations[name] = (record, None if record is None else scored.get(names[record.trial_id]))
     return configurations
-
-
-def _means(scored: ScoredRefit) -> list[str]:
-    return [mean_std(scored.values(f"test/{metric}")) for metric in METRICS]
 
 
 def _difference(stored: ScoredRefit, fresh: ScoredRefit, metric: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -18,7 +19,7 @@ SIDE = 72
 MAX_PER_PAIR = 3
 
 
-def thumbnails(manifest: Manifest, split: str, rows: tuple[int, ...]) -> tuple[list[str], list[str]]:
+def thumbnails(manifest: Manifest, split: str, rows: Sequence[int]) -> tuple[list[str], list[str]]:
     """data: URIs of the first readable images among a split's rows, and the errors of unreadable ones."""
     numbers, uris, reasons = manifest.rows_of(split), list[str](), list[str]()
     for row in rows[:MAX_PER_PAIR]:

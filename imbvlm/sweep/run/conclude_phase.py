@@ -16,8 +16,8 @@ from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, sc
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
 from imbvlm.sweep.records.trial_log import WINNER
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.report_writer import write_report_of
-from imbvlm.sweep.report.study_tables import fresh_gap, study_tables, write_tables
+from imbvlm.sweep.report.report_writer import write_report_of, write_tables
+from imbvlm.sweep.report.study_tables import fresh_gap, study_tables
 from imbvlm.sweep.run.sweep_run import SweepRun
 
 PARETO_FOLDER = "pareto"
@@ -109,8 +109,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
 
 def _print_tables(run: SweepRun, data: ReportData) -> None:
     """Print and write a study's tables, and the table of stored views against fresh crops."""
-    gap = fresh_gap(data)
-    tables = [*study_tables(data), *([] if gap is None else [gap])]
+    tables = [table for table in (*study_tables(data), fresh_gap(data)) if table.rows]
     for shown in tables:
         run.console.print()
         run.console.print(f"{shown.title} ({shown.caption}):")

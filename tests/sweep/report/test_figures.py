@@ -23,7 +23,7 @@ from imbvlm.sweep.report import search_plots
 from imbvlm.sweep.report.plotting import PALETTE, WINNER, Figure, figure_css, finish, log_axis, method_look
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.report_writer import parts, write_report
+from imbvlm.sweep.report.report_writer import write_report
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
 
 @pytest.fixture(scope="module")
 def figures(source: ReportData) -> dict[str, Figure]:
-    return {figure.name: figure for figure in parts(build(source))[0]}
+    return {figure.name: figure for figure in build(source).all_figures}
 
 
 def titles_by_color(svg: str) -> dict[str, list[str]]:
@@ -114,7 +114,7 @@ def test_no_letter_is_smaller_than_nine_pixels_on_a_phone(figures: dict[str, Fig
 
 
 def test_the_same_data_give_the_same_bytes(source: ReportData, figures: dict[str, Figure]) -> None:
-    again = {figure.name: figure for figure in parts(build(source))[0]}
+    again = {figure.name: figure for figure in build(source).all_figures}
     for name in ("history", "parallel", "calibration"):
         assert figures[name].svg() == again[name].svg()
         assert figures[name].svg(alone=True) == again[name].svg(alone=True)
@@ -206,5 +206,5 @@ def test_a_key_with_a_branch_of_choices_and_one_of_numbers_is_drawn(tmp_path: Pa
         if record.draw["method"] == "decoder":
             record.draw["optim.lr"] = [0.1, 0.2][index % 2]
             log.save(record)
-    drawn = {figure.name: figure.svg() for figure in parts(build(ReportData.read(str(folder))))[0]}
+    drawn = {figure.name: figure.svg() for figure in build(ReportData.read(str(folder))).all_figures}
     assert {"slice_optim.lr", "parallel"} <= drawn.keys()

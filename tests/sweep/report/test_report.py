@@ -37,8 +37,8 @@ from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import importances, rank_correlation, rungs
-from imbvlm.sweep.report.report_writer import parts, write_report
-from imbvlm.sweep.report.score_tables import compared_classes
+from imbvlm.sweep.report.report_writer import write_report
+from imbvlm.sweep.report.score_tables import compared_classes, group_name
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
@@ -74,6 +74,11 @@ def page_of(folder: Path) -> str:
     return Path(write_report(str(folder))).read_text(encoding="utf-8")
 
 
+def first_screen(text: str) -> str:
+    """What stands above the verdict."""
+    return text[text.index("<header>") : text.index('<div class="statement')]
+
+
 def test_a_page_refers_to_nothing_outside_and_runs_nothing(tmp_path: Path) -> None:
     text = page_of(write_sweep(tmp_path / "made", COUNTS))
     page = Page(text)
@@ -102,7 +107,7 @@ def test_averages_that_leave_classes_out_say_so(tmp_path: Path) -> None:
         test["correct"][0] = test["total"][0] = 0
         test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
         path.write_text(json.dumps(content))
-    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "scores"]
+    (table,) = [table for table in build(ReportData.read(str(folder))).all_tables if table.name == "scores"]
     num_classes = len(COUNTS)
     assert f"over the {num_classes - 1} of {num_classes} classes that have test images" in table.caption
 
@@ -145,9 +150,9 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path: 
         r"No win is shown: the winner is \d+\.\d points below linear probe, post hoc,", report.verdict.statement
     )
     assert "post hoc: logits adjusted after training" in report.verdict.details.lower()
-    (bars,) = [figure for figure in parts(report)[0] if figure.name == "shot_groups"]
+    (bars,) = [figure for figure in report.all_figures if figure.name == "shot_groups"]
     assert "linear probe, post hoc" in {row[0] for row in bars.data}
-    (table,) = [table for table in parts(report)[1] if table.name == "margins"]
+    (table,) = [table for table in report.all_tables if table.name == "margins"]
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
 
@@ -156,16 +161,17 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     adjusted = {"winner": 0.99, "linear probe": 0.6}
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
     report = build(source)
-    figures, tables = ({item.name: item for item in items} for items in parts(report))
+    figures, tables = ({item.name: item for item in items} for items in (report.all_figures, report.all_tables))
     ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
     assert report.facts[0].value == f"{100 * np.mean(ours):.1f} %"
     names = ["as trained", "linear probe", "linear probe, post hoc", "zero-shot"]
     assert [note.rpartition(" ")[0] for note in report.facts[0].notes] == names
     assert report.verdict.statement.startswith("The winner, post hoc, is ")
     # A user who counts what predict says of the test images has one seed's model.
+    text = page_of(tmp_path / "made")
     assert (
         f"those of seed 0: counting what imbvlm predict gives for the test images finds balanced {100 * ours[0]:.1f}"
-        in (report.facts_note)
+        in text
     )
     for name in ("class_size", "sorted_classes"):
         assert [*dict.fromkeys(row[0] for row in figures[name].data[1:])] == (
@@ -178,7 +184,6 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     after = source.winner.classes
     assert (after.correct / after.total).mean() == pytest.approx(np.mean(ours))
     assert source.classes is after
-    text = page_of(tmp_path / "made")
     assert text.count("Post hoc: logits adjusted after training") == 1
 
 
@@ -188,7 +193,7 @@ def test_a_sweep_that_kept_no_adjusted_classes_says_what_its_class_figures_are(t
         content = json.loads(path.read_text())
         content["splits"]["test"].pop("adjusted", None)
         path.write_text(json.dumps(content))
-    figures = {figure.name: figure for figure in parts(build(ReportData.read(str(folder))))[0]}
+    figures = {figure.name: figure for figure in build(ReportData.read(str(folder))).all_figures}
     assert figures["class_size"].data[1][0] == "winner"
     assert "has stored its classes as trained" in figures["class_size"].caption
 
@@ -226,13 +231,84 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_page_of_8142_classes_is_small_and_quick(tmp_path: Path) -> None:
-    """Aggregated: no mark, row or name for each class."""
-    folder = write_sweep(tmp_path / "made", LONG_TAIL)
+    """With names as long as those of iNaturalist; outside of the tables of all classes none has a mark or a row."""
+    names = [f"{number:05d}_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae" for number in range(8142)]
+    folder = write_sweep(tmp_path / "made", LONG_TAIL, class_names=names)
     started = time.perf_counter()
     text = page_of(folder)
     assert time.perf_counter() - started < 20
-    assert len(text) < 1_000_000
-    assert sum(f">class {number}<" in text for number in range(len(LONG_TAIL))) < 60
+    assert len(text) < 5_000_000
+    rest = re.sub('<div class="order".*?</div>', "", text, flags=re.DOTALL)
+    assert len(rest) < 1_000_000
+    assert sum(f">{name}<" in rest for name in names) < 60
+
+
+def test_a_page_of_1000_trials_is_quick(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1000)
+    started = time.perf_counter()
+    page_of(folder)
+    assert time.perf_counter() - started < 10
+
+
+def test_links_lead_to_every_class_by_accuracy_by_size_and_by_change(tmp_path: Path) -> None:
+    """Each order is a table that a link shows, since a page without a script can't sort one."""
+    source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
+    report = build(source)
+    text = page_of(tmp_path / "made")
+    head = text[: text.index("<main>")]
+    orders = {table.name: table for table in report.class_orders}
+    assert list(orders) == ["by-accuracy", "by-size", "by-change"]
+    for name in orders:
+        assert f'<a href="#{name}">' in head
+        assert f'<div class="order" id="{name}">' in text
+    results, baseline = source.classes, source.references[0].classes
+    accuracy, change = (
+        results.correct / results.total,
+        results.correct / results.total - baseline.correct / baseline.total,
+    )
+    assert [row[3] for row in orders["by-accuracy"].rows] == [f"{100 * value:.1f}" for value in sorted(accuracy)]
+    assert [row[5] for row in orders["by-change"].rows] == [f"{100 * value:+.1f}" for value in sorted(change)]
+    assert [int(row[1]) for row in orders["by-size"].rows] == COUNTS
+    for table in orders.values():
+        assert sorted(row[0] for row in table.rows) == sorted(results.class_names)
+    # The same rows are in per_class.csv, so that no order has a file of its own.
+    assert not {table.name for table in report.all_tables} & orders.keys()
+
+
+def test_a_class_without_test_images_has_dashes_and_comes_last(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    for path in (folder / "refits").glob("*/per_class.json"):
+        content = json.loads(path.read_text())
+        test = content["splits"]["test"]
+        test["correct"][0] = test["total"][0] = 0
+        test["confusions"] = [pair for pair in test["confusions"] if pair["label"]]
+        path.write_text(json.dumps(content))
+    by_accuracy, _, by_change = build(ReportData.read(str(folder))).class_orders
+    assert list(by_accuracy.rows[-1]) == list(by_change.rows[-1]) == ["class 0", "500", "0", "-", "-", "-"]
+
+
+def test_words_are_explained_where_they_first_stand_and_once(tmp_path: Path) -> None:
+    text = page_of(write_sweep(tmp_path / "made", COUNTS))
+    sections = re.split("<main>|<section", text)
+    first = {
+        term: index
+        for index, section in reversed([*enumerate(sections)])
+        for term in re.findall("<dt>([^<]*)</dt><dd>", section)
+    }
+    for term in ("balanced accuracy", "many-, medium-, few-shot", "95 % interval", "points", "encoder", "linear probe"):
+        assert first[term] == 0, term
+    for term in ("lr", "views", "balanced softmax", "decoder", "Pareto front", "rung", "imbalance factor"):
+        assert first[term] > 0, term
+    terms = [
+        term
+        for block in re.findall('<dl class="terms">(.*?)</dl>', text, flags=re.DOTALL)
+        for term in re.findall("<dt>(.*?)</dt>", block)
+    ]
+    assert len(terms) == len(set(terms))
+    # A definition's own words are explained, too.
+    assert first["pooled output"] == first["linear probe"]
+    # A word that the page doesn't use takes no room.
+    assert "focal" not in first
 
 
 def test_hostile_names_are_words(tmp_path: Path) -> None:
@@ -248,7 +324,9 @@ def test_quarantined_files_are_counted_by_class(tmp_path: Path) -> None:
     lines = ["split,row,path,reason,label,class_name,shot_group"]
     lines += [f"train,{row},p{row}.jpg,truncated file,8,rare bird,few_shot" for row in range(3)]
     (folder / "quarantine.csv").write_text("\n".join(lines) + "\n")
-    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "quarantine_by_class"]
+    (table,) = [
+        table for table in build(ReportData.read(str(folder))).all_tables if table.name == "quarantine_by_class"
+    ]
     assert list(table.rows) == [["rare bird", "few-shot", "3", "truncated file"]]
     assert "Left out: 3 files that could not be decoded." in page_of(folder)
     (folder / "quarantine.csv").write_text("\n".join(lines[:2]) + "\n")
@@ -264,7 +342,7 @@ def test_texts_of_tables_are_no_formulas_and_numbers_stay(tmp_path: Path) -> Non
     assert (folder / "quarantine.csv").read_text().splitlines()[1] == "train,3,'-x.jpg,cut,1,'+1,many_shot"
     source = ReportData.read(str(folder))
     assert (source.quarantine[0]["path"], source.quarantine[0]["class_name"]) == ("-x.jpg", "+1")
-    tables = {table.name: list(csv.reader(table.csv().splitlines())) for table in parts(build(source))[1]}
+    tables = {table.name: list(csv.reader(table.csv().splitlines())) for table in build(source).all_tables}
     assert [row[0] for row in tables["per_class"][1:5]] == ["'=1+1", "'+1", "'-2", "'@sum"]
     assert tables["quarantine_by_class"][1][0] == "'+1"
     assert all(cell.startswith("+") for row in tables["gained"][1:] for cell in row[-1:])
@@ -341,7 +419,7 @@ def test_where_the_time_went_what_the_store_spared_and_what_a_plan_had_said(tmp_
         "time: planned 1 min 6 s to 1 min 44 s, took 2 min 10 s: start of Ray, checks 10 s, features 20 s, baselines "
         "and trials 1 min 10 s, refits and test split 30 s"
     )
-    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "time"]
+    (table,) = [table for table in build(ReportData.read(str(folder))).all_tables if table.name == "time"]
     assert table.rows[2] == ["baselines and trials", "42 s to 1 min 20 s", "1 min 10 s"]
     assert words.replace("saved", "Saved", 1) in page_of(folder)
     # A store that costs more than it spares is no gain.
@@ -386,7 +464,7 @@ def test_a_folder_gets_every_figure_and_table(tmp_path: Path) -> None:
 
 def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    figures = {figure.name: list(csv.DictReader(figure.csv().splitlines())) for figure in parts(build(source))[0]}
+    figures = {figure.name: list(csv.DictReader(figure.csv().splitlines())) for figure in build(source).all_figures}
     best = max(value for _, value in source.valued())
     assert max(float(row["objective"]) for row in figures["cost"]) == pytest.approx(best, abs=1e-5)
     front = [float(row["objective"]) for row in figures["cost"] if row["on_front"] == "True"]
@@ -399,7 +477,7 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
 
 def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    (table,) = [table for table in parts(build(source))[1] if table.name == "margins"]
+    (table,) = [table for table in build(source).all_tables if table.name == "margins"]
     (probe,) = [reference for reference in source.references if reference.name == "linear probe"]
     row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
     for group, heading in (("top1", "overall"), ("few_shot", "few")):
@@ -416,7 +494,7 @@ def test_several_objectives_have_their_pareto_set(tmp_path: Path) -> None:
     few = "val/few_shot_accuracy"
     assert "Pareto set" not in page_of(write_sweep(tmp_path / "one", COUNTS))
     source = ReportData.read(str(write_sweep(tmp_path / "two", COUNTS, other_objectives=[few])))
-    (table,) = [table for table in parts(build(source))[1] if table.name == "pareto"]
+    (table,) = [table for table in build(source).all_tables if table.name == "pareto"]
     assert list(table.header[2:]) == ["val/balanced_accuracy", few]
     trial_ids = [record.trial_id for record in pareto_records(source.log, source.spec)]
     assert [row[0] for row in table.rows] == trial_ids
@@ -425,11 +503,12 @@ def test_several_objectives_have_their_pareto_set(tmp_path: Path) -> None:
 
 def test_classes_that_gain_lose_and_are_never_right_are_counted_by_group(tmp_path: Path) -> None:
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))
-    (table,) = [table for table in parts(build(source))[1] if table.name == "class_groups"]
-    ours, theirs, *_ = compared_classes(source)
+    (table,) = [table for table in build(source).all_tables if table.name == "class_groups"]
+    (_, ours), (_, theirs) = compared_classes(source)
     gain = ours.correct / ours.total - theirs.correct / theirs.total
+    groups = {group_name(group): labels for group, labels in ours.stats.shot_groups.items()}
     for row in table.rows:
-        labels = getattr(ours.stats, row[0].replace("-", "_"))
+        labels = groups[row[0]]
         never = [int((results.correct[labels] == 0).sum()) for results in (ours, theirs)]
         expected = [len(labels), int((gain[labels] > 0).sum()), int((gain[labels] < 0).sum()), *never]
         assert [int(cell) for cell in row[1:]] == expected
@@ -448,7 +527,7 @@ def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path: Path) -> No
     again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
     again.epochs = again.epochs[-1:]
     log.save(again)
-    (table,) = [table for table in parts(build(ReportData.read(str(folder))))[1] if table.name == "over_seeds"]
+    (table,) = [table for table in build(ReportData.read(str(folder))).all_tables if table.name == "over_seeds"]
     assert table.rows[0][0] == first.trial_id
     assert table.rows[0][2:] == ["2", f"{100 * value - 1:.1f} ± 1.4"]
 
@@ -474,21 +553,31 @@ def test_the_command_prints_where_the_page_is(tmp_path: Path) -> None:
 
 
 def test_the_first_screen_names_the_encoder_and_the_page_has_no_jargon(tmp_path: Path) -> None:
-    text = page_of(write_sweep(tmp_path / "made", COUNTS))
-    assert "encoder tinylit_lite0 at 128 x 128 pixels" in text[: text.index("<main>")]
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    text = page_of(folder)
+    numbers = dict(re.findall("<div><dt>([a-z ]*)</dt><dd>([^<]*)</dd></div>", first_screen(text)))
+    # The manifest is gone, and the refits have counted the test images.
+    assert numbers == {"encoder": "tinylit_lite0", "image size": "128 x 128 pixels", "test images": "50"}
+    spec = (folder / "sweep.yaml").read_text()
+    (folder / "sweep.yaml").write_text(spec.replace("gone.parquet", "embedded:fashion_mnist_lt"))
+    report = build(ReportData.read(str(folder)))
+    assert report.num_images == {"training": 2480, "validation": 500, "test": 2000}
+    assert "<dt>validation images</dt><dd>500</dd>" in page_of(folder)
     words = re.sub("<pre.*?</pre>|<style.*?</style>", "", text, flags=re.DOTALL)
     assert not re.findall("PED-ANOVA|by the trial scheduler|linear_probe|cross_entropy", words)
     folder = write_sweep(tmp_path / "gone", COUNTS, num_trials=1)
     record = folder / "trials" / "t00001.json"
     record.write_text(record.read_text().replace("tinylit_lite0", "local-dir:gone"))
-    assert build(ReportData.read(str(folder))).subtitle.endswith("; encoder local-dir:gone")
+    assert "<dd>local-dir:gone</dd>" in first_screen(page_of(folder))
+    assert "image size" not in first_screen(page_of(folder))
 
 
 def test_what_scrolls_shows_it() -> None:
-    """On a phone tables were cut off without a sign: a shadow stays at the edge where there is more."""
+    """On a phone tables were cut off without a sign: a shadow stays at the edge where there is more, and names stay."""
     style = files("imbvlm.sweep.report").joinpath("report.css").read_text()
-    (rule,) = re.findall(r"\.scroll\{[^}]*\}", style)
+    (rule,) = re.findall(r"^\.scroll\{[^}]*\}", style, flags=re.MULTILINE)
     assert rule.count(" local") == rule.count(" scroll") == 2
+    assert "tr>:first-child{position:sticky;left:0" in style
 
 
 # ------------------------------------------------------------------------------------------------- in a browser

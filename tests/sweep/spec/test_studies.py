@@ -26,7 +26,7 @@ from imbvlm.sweep.plan.sweep_plan import make_plan
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import listed_names, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.report import study_tables
+from imbvlm.sweep.report import report_writer, study_tables
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.equivalence import canonical_key, untrained_configurations
 from imbvlm.sweep.spec.published_recipes import LIFT, PUBLISHED, published_scores
@@ -259,7 +259,7 @@ def test_cost_counts_every_gpu(tmp_path: Path) -> None:
 
 def test_tables_lie_beside_as_csv_and_latex(tmp_path: Path) -> None:
     write_study(tmp_path / "s")
-    study_tables.write_tables(str(tmp_path / "s"), study_tables.study_tables(ReportData.read(str(tmp_path / "s"))))
+    report_writer.write_tables(str(tmp_path / "s"), study_tables.study_tables(ReportData.read(str(tmp_path / "s"))))
     rows = list(csv.reader((tmp_path / "s" / "tables" / "scores.csv").open()))
     assert rows[1][:4] == ["Zero-shot", "1", "1", "10.0"]
     assert "$\\pm$" in (tmp_path / "s" / "tables" / "scores.tex").read_text()
