@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
+from imbvlm.base.csv_cells import csv_line
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent
 from imbvlm.base.yaml_file import dump_yaml
@@ -137,16 +136,13 @@ def pareto_set(log: TrialLog, spec: SweepSpec) -> tuple[list[TrialRecord], tuple
 
 
 def _trials_csv(exported: Sequence[Exported], spec: SweepSpec) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "trial", "seconds", *(f"{heading}_accuracy_validation" for heading in HEADINGS)])
+    rows = [["folder", "trial", "seconds", *(f"{heading}_accuracy_validation" for heading in HEADINGS)]]
     for export in exported:
-        best = export.record.best_epoch(spec.objective) or {}
+        best, name = export.record.best_epoch(spec.objective) or {}, export.folder.rstrip("/").rpartition("/")[2]
         values = [best.get(f"val/{metric}") for metric in METRICS]
         cells = ["" if value is None else f"{value:.4f}" for value in values]
-        name = export.folder.rstrip("/").rpartition("/")[2]
-        writer.writerow([name, export.record.trial_id, f"{export.record.seconds():.1f}", *cells])
-    return text.getvalue()
+        rows.append([name, export.record.trial_id, f"{export.record.seconds():.1f}", *cells])
+    return "".join(map(csv_line, rows))
 
 
 @dataclass(frozen=True)
@@ -181,38 +177,26 @@ class _TrialExport:
         manifest = Manifest.read(config.data.manifest)
         encoder = create_encoder(config.encoder, config.eval)
         check_encoder_weights(self.folder, config.encoder, encoder.info, keep=False)
+        folder, names = storage.join(out, MODEL_FOLDER), manifest.class_names
         with self._weights(config, manifest) as weights:
-            return self._write_model(out, config, manifest, encoder, weights, onnx, license_id)
-
-    def _write_model(
-        self,
-        out: str,
-        config: TrialConfig,
-        manifest: Manifest,
-        encoder: Encoder,
-        weights: str,
-        onnx: bool,
-        license_id: str,
-    ) -> float | None:
-        check_trained_on(weights, config, manifest.class_names, encoder.info.weights_fingerprint)
-        post_hoc = self._post_hoc(config, weights, manifest.class_names, encoder)
-        folder, tensors = storage.join(out, MODEL_FOLDER), load_model_tensors(weights)
-        names, ids = manifest.class_names, manifest.label_map
-        write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, ids)
+            check_trained_on(weights, config, names, encoder.info.weights_fingerprint)
+            post_hoc = self._post_hoc(config, weights, names, encoder)
+            tensors = load_model_tensors(weights)
+            write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, manifest.label_map)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
-        context = CardContext(
-            self.spec,
-            self.log,
-            manifest,
-            self.record,
-            without_paths(config),
-            None if post_hoc is None else post_hoc.adjustment,
-            [record for record in self.refits if last_values([record], "test/top1_accuracy")],
-            license_id,
-            difference is not None,
-            encoder.info.has_text,
+        card = CardContext(
+            spec=self.spec,
+            log=self.log,
+            manifest=manifest,
+            record=self.record,
+            config=without_paths(config),
+            adjustment=None if post_hoc is None else post_hoc.adjustment,
+            refits=[record for record in self.refits if last_values([record], "test/top1_accuracy")],
+            license_id=license_id,
+            has_onnx=difference is not None,
+            has_text=encoder.info.has_text,
         )
-        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(context).encode())
+        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
         return difference
 
     def _config(self) -> TrialConfig:

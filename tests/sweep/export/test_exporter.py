@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,14 @@ def card(folder: Path, **changes: Any) -> str:
     best = log.best(spec.objective)[0]
     refits = [record for record in log.of("refit") if record.name == "winner"]
     given = {
+        "manifest": manifest,
         "adjustment": PostHocAdjustment(0.3, 0.1, 1.7),
         "refits": refits,
         "license_id": "apache-2.0",
         "has_onnx": True,
         "has_text": True,
     }
-    return model_card(CardContext(spec, log, manifest, best, best.trial_config(), **{**given, **changes}))
+    return model_card(CardContext(spec=spec, log=log, record=best, config=best.trial_config(), **{**given, **changes}))
 
 
 def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> None:
@@ -94,6 +96,34 @@ def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> 
     few = sum(epoch["test/few_shot_accuracy"] for epoch in refits) / len(refits)
     assert values["few accuracy, test"] == pytest.approx(few, abs=1e-4)
     assert data.eval_results[0].dataset_name == "fashion_mnist_lt"
+
+
+def test_the_cards_metadata_keep_adjusted_scores_apart_from_plain_ones(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, adjusted={"winner": 0.99})
+    (tmp_path / "README.md").write_text(card(folder), encoding="utf-8")
+    results = {
+        result.metric_name: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
+    }
+    epochs = [record.epochs[-1] for record in TrialLog.read(str(folder)).of("refit") if record.name == "winner"]
+    for name, split in (("", "test_post_hoc"), (", before its adjustments", "test")):
+        mean = np.mean([epoch[f"{split}/balanced_accuracy"] for epoch in epochs])
+        assert results[f"balanced accuracy, test{name}"] == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["5e-4", "no", "0x1f", "a: b"])
+def test_the_hub_reads_a_data_set_s_name_as_text(tmp_path: Path, name: str) -> None:
+    """The hub reads YAML 1.2, in which 5e-4 is a number."""
+    manifest = replace(Manifest.read("embedded:fashion_mnist_lt"), name=name)
+    text = card(write_sweep(tmp_path / "made", COUNTS), manifest=manifest)
+    data = parse_yaml(text.split("---\n")[1], "").data
+    assert data["model-index"][0]["results"][0]["dataset"] == {"name": name, "type": name, "split": "test"}
+
+
+def test_a_name_in_the_card_is_text_and_no_markup(tmp_path: Path) -> None:
+    manifest = replace(Manifest.read("embedded:fashion_mnist_lt"), name="<img src=x>")
+    body = card(write_sweep(tmp_path / "made", COUNTS), manifest=manifest).split("---\n", 2)[2]
+    assert "<img" not in body
+    assert "classes of &lt;img src=x&gt; (" in body
 
 
 def test_the_card_says_data_selection_adjustments_and_limits(tmp_path: Path) -> None:
