@@ -9,8 +9,6 @@ from importlib import import_module
 from operator import or_
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field
-
 from imbvlm.base.errors import ImbvlmError, suggest_name
 
 EntryT = TypeVar("EntryT")
@@ -63,5 +61,8 @@ class Registry(Mapping[str, EntryT], Generic[EntryT]):
 
     def union(self, discriminator: str = "name") -> Any:
         """The annotation of a configuration's field that holds any entry's `config`, told apart by `discriminator`."""
+        # Pydantic takes a tenth of a second, and tables are listed without it.
+        from pydantic import Field
+
         sections = [getattr(entry, "config") for entry in self._entries.values()]  # noqa: B009
         return Annotated[reduce(or_, sections), Field(discriminator=discriminator)]

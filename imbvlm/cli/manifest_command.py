@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from enum import StrEnum
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.cli.options import Json, ManifestPath
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 
-# Names of BENCHMARKS, RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
-Benchmark = Literal["fashion_mnist_lt", "imagenet_lt", "inat2018", "places_lt"]
+if TYPE_CHECKING:
+    Benchmark = str
+else:
+    # Typer takes an option's values from an enumeration.
+    Benchmark = StrEnum("Benchmark", list(BENCHMARKS))
+# Names of RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
 Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
 Names = Literal["scientific", "common"]
 TailShape = Literal["exponential", "pareto"]
@@ -36,7 +42,7 @@ def build(
     ],
     dataset: Annotated[
         Benchmark | None,
-        _source(metavar="NAME", help=f"a benchmark, its official files below --root: {', '.join(get_args(Benchmark))}"),
+        _source(metavar="NAME", help=f"a benchmark, its official files below --root: {', '.join(BENCHMARKS)}"),
     ] = None,
     folders: Annotated[
         str | None, _source(metavar="FOLDER", help="a folder per class, or train, val and test folders of them")
@@ -103,7 +109,7 @@ def build(
     from imbvlm.data.imbalance import make_imbalanced
     from imbvlm.data.manifest_schema import SPLITS
     from imbvlm.data.manifest_summary import summary
-    from imbvlm.data.sources.benchmark_registry import build_dataset
+    from imbvlm.data.sources.benchmarks import build_dataset
     from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
     from imbvlm.data.sources.inaturalist import from_inaturalist
     from imbvlm.data.sources.manifest_builder import read_class_names

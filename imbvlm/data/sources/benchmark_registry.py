@@ -1,26 +1,22 @@
-"""BENCHMARKS: public data sets by name, read from their official files and checked against their official sizes."""
+"""BENCHMARKS: public data sets by name, with their official files and sizes."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from imbvlm.base import storage
-from imbvlm.base.registry import Registry
-from imbvlm.data.class_list import plain_name
-from imbvlm.data.manifest import EMBEDDED, Manifest, ManifestError
-from imbvlm.data.sources.folders_and_lists import from_lists
-from imbvlm.data.sources.inaturalist import from_inaturalist
+from imbvlm.base.registry import Lazy, Registry
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its official files below a root folder, how they are read, and the sizes to find in them."""
+    """One benchmark: its official files below a root folder, how they are read, and the sizes to find in them.
 
-    build: Callable[[str], Manifest]
+    `build(root)` returns the Manifest.
+    """
+
+    build: Callable[[str], Any]
     # Annotation files and image folders below the root.
     files: tuple[str, ...]
     folders: tuple[str, ...]
@@ -33,93 +29,11 @@ class Benchmark:
     class_range: tuple[int, int]
 
 
-def build_dataset(name: str, root: str) -> Manifest:
-    """Read a benchmark's official files below `root`.
-
-    Raises ManifestError where files are missing, with all of them and their source, or where sizes differ.
-    """
-    benchmark = BENCHMARKS[name]
-    missing = [uri for file in benchmark.files if not storage.exists(uri := storage.join(root, file))]
-    if missing:
-        raise ManifestError(name, [*(f"{uri} is missing" for uri in missing), f"Download {benchmark.download}."])
-    manifest = benchmark.build(root)
-    findings = _size_findings(manifest, benchmark)
-    if findings:
-        raise ManifestError(name, findings)
-    absent = [uri for folder in benchmark.folders if not storage.exists(uri := storage.join(root, folder))]
-    notes = [f"{uri} is missing. Download {benchmark.download}." for uri in absent]
-    return replace(manifest, notes=(*manifest.notes, *notes))
-
-
-def benchmark_of(manifest: Manifest) -> str | None:
-    """Return the benchmark with a manifest's name and sizes; None for other data."""
-    benchmark = BENCHMARKS.get(manifest.name)
-    return manifest.name if benchmark is not None and not _size_findings(manifest, benchmark) else None
-
-
-def _size_findings(manifest: Manifest, benchmark: Benchmark) -> list[str]:
-    sizes = {split: len(manifest.rows_of(split)) for split in benchmark.sizes}
-    findings = [
-        f"{split} has {sizes[split]:,} images, and the official list has {size:,}"
-        for split, size in benchmark.sizes.items()
-        if sizes[split] != size
-    ]
-    num_classes, counts = len(manifest.class_names), manifest.class_stats().counts
-    if num_classes != benchmark.num_classes:
-        findings.append(f"there are {num_classes:,} classes, and the official list has {benchmark.num_classes:,}")
-    (low, high), smallest, largest = benchmark.class_range, int(counts.min()), int(counts.max())
-    if (smallest, largest) != (low, high):
-        findings.append(
-            f"classes have {smallest:,} to {largest:,} training images, and the official list has {low:,} to {high:,}"
-        )
-    return findings
-
-
-def _inat2018(root: str) -> Manifest:
-    # The official validation set is the test split: selection must never see it.
-    annotations = {"train": storage.join(root, "train2018.json"), "test": storage.join(root, "val2018.json")}
-    categories = storage.join(root, "categories.json")
-    return from_inaturalist(
-        annotations, root, "inat2018", categories=categories if storage.exists(categories) else None
-    )
-
-
-def _imagenet_lt(root: str) -> Manifest:
-    return from_lists(_lists(root, "ImageNet_LT"), root, "imagenet_lt", class_names=_imagenet_names())
-
-
-def _places_lt(root: str) -> Manifest:
-    manifest = from_lists(_lists(root, "Places_LT"), root, "places_lt")
-    # The lists name classes by their folders, such as `arena-hockey`.
-    return Manifest.build(manifest.table, [*map(plain_name, manifest.class_names)], "places_lt", notes=manifest.notes)
-
-
-def _lists(root: str, prefix: str) -> dict[str, str]:
-    return {split: storage.join(root, f"{prefix}_{split}.txt") for split in ("train", "val", "test")}
-
-
-def _imagenet_names() -> list[str]:
-    """Return open_clip's names of ImageNet's classes, read from their file alone: importing open_clip takes seconds."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise ManifestError(
-            "imagenet_lt",
-            ["ImageNet's class names come from open_clip, which is not installed. Run `pip install open_clip_torch`."],
-        )
-    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("imbvlm_imagenet_names", path)
-    if spec is None or spec.loader is None:
-        raise ManifestError("imagenet_lt", [f"{path} can't be read. Install open_clip_torch again."])
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.IMAGENET_CLASSNAMES)
-
-
 BENCHMARKS = Registry(
     "benchmark",
     {
         "fashion_mnist_lt": Benchmark(
-            build=lambda root: Manifest.read(f"{EMBEDDED}fashion_mnist_lt"),
+            build=Lazy("imbvlm.data.sources.benchmarks:read_fashion_mnist_lt"),
             files=(),
             folders=(),
             download="nothing: it is part of the package",
@@ -128,7 +42,7 @@ BENCHMARKS = Registry(
             class_range=(10, 1_000),
         ),
         "inat2018": Benchmark(
-            build=_inat2018,
+            build=Lazy("imbvlm.data.sources.benchmarks:build_inat2018"),
             files=("train2018.json", "val2018.json"),
             folders=("train_val2018",),
             download="train2018.json, val2018.json, categories.json and train_val2018.tar.gz (120 GB) of iNaturalist "
@@ -138,7 +52,7 @@ BENCHMARKS = Registry(
             class_range=(2, 1_000),
         ),
         "imagenet_lt": Benchmark(
-            build=_imagenet_lt,
+            build=Lazy("imbvlm.data.sources.benchmarks:build_imagenet_lt"),
             files=("ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt"),
             folders=("train", "val"),
             download="the lists ImageNet_LT_train.txt, ..._val.txt, ..._test.txt from "
@@ -149,7 +63,7 @@ BENCHMARKS = Registry(
             class_range=(5, 1_280),
         ),
         "places_lt": Benchmark(
-            build=_places_lt,
+            build=Lazy("imbvlm.data.sources.benchmarks:build_places_lt"),
             files=("Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt"),
             folders=("train", "val"),
             download="the lists Places_LT_train.txt, ..._val.txt, ..._test.txt from "

@@ -10,7 +10,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.schema import flatten
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.sources.benchmark_registry import benchmark_of
+from imbvlm.data.sources.benchmarks import benchmark_of
 from imbvlm.sweep.spec.search_space import Params
 
 # LIFT [Shi et al., ICML 2024]: adapters, a cosine classifier initialized from text, and the logit-adjusted loss. The

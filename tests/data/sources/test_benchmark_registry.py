@@ -10,8 +10,9 @@ from PIL import Image
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.registry import Registry
 from imbvlm.data.manifest import ManifestError
-from imbvlm.data.sources import benchmark_registry
-from imbvlm.data.sources.benchmark_registry import BENCHMARKS, Benchmark, benchmark_of, build_dataset
+from imbvlm.data.sources import benchmarks
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS, Benchmark
+from imbvlm.data.sources.benchmarks import benchmark_of, build_dataset
 from imbvlm.data.sources.folders_and_lists import from_lists
 from imbvlm.sweep.spec.published_recipes import PUBLISHED
 
@@ -41,7 +42,7 @@ def test_another_benchmark_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
         files=("train.txt", "test.txt"), folders=("images",), download="both lists from https://example.org",
         sizes={"train": 3, "test": 2}, num_classes=2, class_range=(1, 2),
     )  # fmt: skip
-    monkeypatch.setattr(benchmark_registry, "BENCHMARKS", Registry("benchmark", {**BENCHMARKS, "mine": mine}))
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", Registry("benchmark", {**BENCHMARKS, "mine": mine}))
     with pytest.raises(ManifestError, match=r"(?s)train\.txt is missing.*test\.txt is missing.*Download both lists"):
         build_dataset("mine", str(tmp_path))
     (tmp_path / "images").mkdir()

@@ -27,7 +27,8 @@ from imbvlm.data.imbalance import imbalanced_counts, make_imbalanced
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_check import CheckReport, check_manifest
 from imbvlm.data.manifest_summary import plot_counts, summary
-from imbvlm.data.sources.benchmark_registry import BENCHMARKS, build_dataset
+from imbvlm.data.sources.benchmark_registry import BENCHMARKS
+from imbvlm.data.sources.benchmarks import build_dataset
 from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
 from imbvlm.data.sources.inaturalist import from_inaturalist
 from imbvlm.data.sources.manifest_builder import read_class_names
