@@ -1,4 +1,4 @@
-"""What the images of a split can decide, computed from its counts before anything is trained."""
+"""The power of a split to decide, computed from its counts before anything is trained."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class SplitPower:
         return self.error * NormalDist().inv_cdf((num_choices - 0.375) / (num_choices + 0.25))
 
     def intervals(self) -> str:
-        """What an accuracy over the split is good for."""
+        """A sentence on the limits of accuracies over the split."""
         few = "" if self.few_shot_error is None else f", few-shot to ± {100 * WIDTH_95 * self.few_shot_error:.1f}"
         classes = f"{self.num_scored:,} of {pluralize(self.num_classes, 'class')}"
         return f"balanced accuracy over {classes} to ± {100 * self.half_width:.1f} points{few} (95 %, at worst)"
 
     def choices(self) -> str:
-        """What a choice by the split is good for."""
+        """A sentence on the limits of a choice by the split."""
         small, large = (f"{100 * self.optimism(number):.1f}" for number in NUM_CHOICES)
         return (
             f"the best of {NUM_CHOICES[0]} equally good configurations looks up to {small} points better than it is, "

@@ -32,7 +32,7 @@ from imbvlm.ray_runtime.cpu_allocation import plan_cpus, plan_tasks
 
 
 class Block(Protocol):
-    """What a loading task reads: a value that can be pickled, with a name for sentences about it."""
+    """The input of a loading task: a value that can be pickled, with a name for sentences about it."""
 
     @property
     def name(self) -> str: ...
@@ -212,7 +212,7 @@ class _Worker:
 
 
 def _values(dataset: ray.data.Dataset) -> Iterator[Any]:
-    """What the last stage made of each block; raises the first error."""
+    """The last stage's result of each block; raises the first error."""
     for row in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
         value = _unpack(row).value
         if isinstance(value, ImbvlmError):

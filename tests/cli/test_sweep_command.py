@@ -26,7 +26,7 @@ SPEC = SweepSpec.from_tree(
 
 
 def options(*words: str) -> SweepOptions:
-    """What a sweep's script makes of its arguments."""
+    """The options that a sweep's script reads from its arguments."""
     given: list[SweepOptions] = []
 
     def run(options: SweepOptions) -> int:

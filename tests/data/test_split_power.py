@@ -1,4 +1,4 @@
-"""What a split can decide, against simulated accuracies, and where a manifest's summary and check say so."""
+"""Standard errors of a split against simulated accuracies, and where a manifest's summary and check show them."""
 
 from __future__ import annotations
 
