@@ -43,7 +43,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------- on a terminal
 
 WORD = st.text("abcde", min_size=1, max_size=9)
-WORDS = st.lists(WORD, min_size=1, max_size=8).map(" ".join)
+# At 24 columns a view shows 48 letters of a text.
+WORDS = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
 VIEWS = st.one_of(WORDS, st.dictionaries(st.sampled_from(["trials", "best", "failed"]), WORDS, min_size=1))
 STEPS = st.lists(
     st.one_of(

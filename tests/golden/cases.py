@@ -24,6 +24,9 @@ SWEEP, TRIALS = "golden-sweep.yaml", "trials"
 _METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {},
     "linear_probe": {},
+    "class_means": {},
+    "discriminant": {},
+    "prototype_cache": {"prototype_cache": {"num_prototypes": 4}},
     "decoder": {"decoder": {"depth": 2, "num_heads": 2}},
     "prompt_tuning": {"prompt_tuning": {"num_tokens": 4}, "train": {"num_epochs": 2}},
     "adapter": {"adapter": {"width": 4}},
@@ -106,7 +109,7 @@ def _config(method: str, sections: dict[str, Any]) -> dict[str, Any]:
         "features": {"computed_in": "float32"},
         "method": method,
     }
-    if method != "zero_shot":
+    if method not in ("zero_shot", "class_means", "discriminant", "prototype_cache"):
         tree["train"] = {"num_epochs": 3, "batch_size": 16, "precision": "float32"}
         tree["loss"] = {"name": "balanced_softmax"}
     if sections.get("features", {}).get("store") is False or method in (

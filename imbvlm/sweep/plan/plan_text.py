@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 from imbvlm.base import storage
@@ -39,9 +40,14 @@ def describe_plan(plan: Plan, width: int = UNLIMITED) -> str:
         ("would read:", _inputs(plan)),
         (f"would write:  {storage.join(spec.storage, spec.name)}-... and {spec.feature_root}", _outputs(plan)),
     ]
-    lines = [text for title, rows in sections for text in (title, labeled(rows, width))]
-    lines += [_measured(plan, width), labeled(_packs(plan), width), _times_title(plan), labeled(_times(plan), width)]
+    lines = [text for title, rows in sections for text in (_wrapped(title, width), labeled(rows, width))]
+    lines += [_measured(plan, width), labeled(_packs(plan), width)]
+    lines += [_wrapped(_times_title(plan), width), labeled(_times(plan), width)]
     return "\n".join(filter(None, lines))
+
+
+def _wrapped(title: str, width: int) -> str:
+    return fill(title, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def obstacles(plan: Plan, *, is_here: bool) -> list[str]:
@@ -243,7 +249,7 @@ def _measured(plan: Plan, width: int) -> str:
         f"measured with {num_classes:,} classes on {benchmark.machine.describe()}, each alone, in "
         f"{duration(benchmark.seconds)}:"
     )
-    return f"{title}\n{table(header, lines, width)}"
+    return f"{_wrapped(title, width)}\n{table(header, lines, width)}"
 
 
 def _packs(plan: Plan) -> Rows:

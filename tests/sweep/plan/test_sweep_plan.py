@@ -184,6 +184,8 @@ def test_a_plan_counts_in_singular_and_small_sizes_in_kilobytes() -> None:
 
 def test_a_plan_on_a_terminal_of_80_columns_is_wrapped_below_its_labels() -> None:
     plan = make_plan(spec(num_trials=14, stratify=["loss.name", "data.class_sampling"]), known_speeds)
+    # Whether or not a test before this one has left a cluster running.
+    plan = replace(plan, machine="a running Ray cluster of 12 machines, 96 CPUs and 24 GPUs of two kinds")
     lines = describe_plan(plan, 80).splitlines()
     assert max(map(len, lines)) <= 80
     start = next(index for index, line in enumerate(lines) if line.startswith("  strata      6 of loss.name"))
