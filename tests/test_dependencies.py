@@ -88,7 +88,7 @@ def undeclared(imports: dict[str, str], declared: set[str]) -> dict[str, str]:
 
 
 def provided(name: str) -> set[str]:
-    """What a distribution installs under a name: modules, programs, plugins of pytest; types stand for their module."""
+    """The modules, programs and pytest plugins that a distribution installs; types stand for their module."""
     modules = {module for module, names in DISTRIBUTIONS.items() if name in map(canonicalize_name, names)}
     try:
         distribution = metadata.distribution(name)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from imbvlm.base.errors import printable
 
+# 95 % of a normal distribution lie within this many standard errors of its mean.
+Z95 = 1.96
+
 
 def size_text(num_bytes: float) -> str:
     """A size for people: 1.2 kB, 57.1 MB, 230.2 GB."""

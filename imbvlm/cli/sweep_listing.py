@@ -1,4 +1,4 @@
-"""Sweeps as text: a list of a storage folder's sweeps, one sweep in full, several side by side."""
+"""Sweeps as text: a list of a storage folder's sweeps, a sweep in full, several side by side."""
 
 from __future__ import annotations
 

@@ -8,13 +8,11 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from imbvlm.base.formatting import pluralize
+from imbvlm.base.formatting import Z95, pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import ClassStats
 
-# Half-width of a 95 % interval in standard errors.
-WIDTH_95 = NormalDist().inv_cdf(0.975)
 # Numbers of choices for which the optimism is shown: of a small sweep and a large one.
 NUM_CHOICES = (30, 200)
 # A class of so few images can have a handful of accuracies.
@@ -37,7 +35,7 @@ class SplitPower:
     @property
     def half_width(self) -> float:
         """Half-width of a 95 % interval of balanced accuracy."""
-        return WIDTH_95 * self.error
+        return Z95 * self.error
 
     def optimism(self, num_choices: int) -> float:
         """How much too good the best of so many equally good configurations looks, on average, if all err apart.
@@ -48,7 +46,7 @@ class SplitPower:
 
     def intervals(self) -> str:
         """A sentence on the limits of accuracies over the split."""
-        few = "" if self.few_shot_error is None else f", few-shot to ± {100 * WIDTH_95 * self.few_shot_error:.1f}"
+        few = "" if self.few_shot_error is None else f", few-shot to ± {100 * Z95 * self.few_shot_error:.1f}"
         classes = f"{self.num_scored:,} of {pluralize(self.num_classes, 'class')}"
         return f"balanced accuracy over {classes} to ± {100 * self.half_width:.1f} points{few} (95 %, at worst)"
 

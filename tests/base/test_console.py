@@ -1,4 +1,4 @@
-"""What a user sees of a running command: one view on a terminal of any size, and quiet logs."""
+"""A running command shows one view on a terminal of any size, and writes quiet logs."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def test_a_bucket_is_tried_and_left_as_it_was(s3: S3Server, monkeypatch: pytest.
     client = s3.client()
     client.put_object(Bucket=BUCKET, Key="sweeps/there.txt", Body=b"x")
     assert check_storage(f"s3://{BUCKET}/sweeps").state == "ok"
-    found = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")
-    assert [one["Key"] for one in found["Contents"] if not one["Key"].endswith("/")] == ["sweeps/there.txt"]
+    objects = client.list_objects_v2(Bucket=BUCKET, Prefix="sweeps/")["Contents"]
+    assert [item["Key"] for item in objects if not item["Key"].endswith("/")] == ["sweeps/there.txt"]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     refused = check_storage(f"s3://{BUCKET}/sweeps")
     assert refused.state == "broken"

@@ -178,7 +178,7 @@ def test_before_the_first_pass_the_disk_must_hold_all_towers_and_splits_together
     manifest, outputs, root = make_data(tmp_path), frozenset({"pooled"}), str(tmp_path / "features")
     towers = [trial(tmp_path, tower, {"precision": precision}) for precision in ("float16", "float32")]
     info = describe_encoder(towers[0].encoder)
-    sizes = [store_bytes(one, info, manifest, outputs, SPLITS)["pooled"] for one in towers]
+    sizes = [store_bytes(config, info, manifest, outputs, SPLITS)["pooled"] for config in towers]
     usage = namedtuple("usage", "free")
     free = [1.1 * sizes[1]]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free[0]))

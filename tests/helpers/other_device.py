@@ -82,12 +82,12 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "_local_scalar_dense" or not (there if wanted is None else torch.device(wanted).type == NAME):
         return result
     # An operation in place gives the tensor that it was given.
-    known = {id(tensor.held): tensor for tensor in there}
+    by_id = {id(tensor.held): tensor for tensor in there}
 
     def there_too(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return known[id(value)] if id(value) in known else Elsewhere(value)
+        return by_id[id(value)] if id(value) in by_id else Elsewhere(value)
 
     return tree_map(there_too, result)
 

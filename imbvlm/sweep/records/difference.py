@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from imbvlm.base.formatting import Z95
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
 
 # The test split as trained, over five crops per image, and with adjusted logits: first parts of metrics' names.
 TEST, FIVE_CROPS, POST_HOC = ALL_SPLITS = ("test", "test_tte", "test_post_hoc")
 POST_HOC_MEANS = "Post hoc: logits adjusted after training by what validation chose."
-# 95 % of a normal distribution lie within this many standard errors of its mean.
-Z95 = 1.96
 
 
 @dataclass(frozen=True)

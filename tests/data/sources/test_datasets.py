@@ -65,11 +65,11 @@ def assert_is_tree(manifest: Manifest, ordered: bool = False) -> None:
     """The rows of TREE, each with the pixels of its number."""
     assert list(manifest.class_names) == CLASSES
     rows = manifest.table.to_pylist()
-    colours = [int(decode(fetch(row["uri"], row["bytes"]))[0, 0, 0]) // 40 for row in rows]
-    labels = dict(zip(colours, ((row["label"], row["split"]) for row in rows), strict=True))
+    colors = [int(decode(fetch(row["uri"], row["bytes"]))[0, 0, 0]) // 40 for row in rows]
+    labels = dict(zip(colors, ((row["label"], row["split"]) for row in rows), strict=True))
     assert labels == dict(enumerate(TREE.values()))
     if ordered:
-        assert colours == sorted(colours)
+        assert colors == sorted(colors)
 
 
 # ------------------------------------------------------------------------------------------------ sources

@@ -168,7 +168,7 @@ def test_a_thousand_trials_are_drawn_in_time_and_more_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1000)
-    # Of the CPU: other processes of the machine don't count.
+    # CPU seconds leave out the machine's other processes.
     started = time.process_time()
     page = Path(write_report(str(folder)))
     assert time.process_time() - started < 10

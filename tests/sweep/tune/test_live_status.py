@@ -1,4 +1,4 @@
-"""What is seen while a sweep runs: trials, the best so far, images a second, and a remaining time to rely on."""
+"""A running sweep shows trials, the best so far, images a second, and a remaining time to rely on."""
 
 from __future__ import annotations
 
