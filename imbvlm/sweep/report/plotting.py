@@ -38,6 +38,9 @@ PALETTE = {
     "c6": ("#c2255c", "#f783ac"),
     "c7": ("#0b7285", "#66d9e8"),
     "c8": ("#7a4a1e", "#d9a06b"),
+    "c9": ("#5f7d1f", "#b5d16b"),
+    "c10": ("#8f2d21", "#e58c7d"),
+    "c11": ("#4a3aa8", "#a99cf0"),
     "r0": ("#f2dfb3", "#3a2f4a"),
     "r1": ("#eec68a", "#54375c"),
     "r2": ("#e7a66d", "#74406a"),
@@ -48,7 +51,7 @@ PALETTE = {
     "r7": ("#471c4b", "#f6cf7d"),
 }
 NUM_LEVELS = 8
-WINNER = PALETTE["c0"][0]
+WINNER, *METHOD_COLORS = (light for name, (light, _) in PALETTE.items() if name.startswith("c"))
 MARKERS = "osD^vPX"
 # Opacity of what is shown next to something more important.
 PALE = 0.45
@@ -108,7 +111,7 @@ def figure_css() -> str:
 def method_look(method: str) -> tuple[str, str]:
     """Color and marker of a method, the same in every report."""
     index = list(METHODS).index(method)
-    return PALETTE[f"c{1 + index % 8}"][0], MARKERS[index % len(MARKERS)]
+    return METHOD_COLORS[index % len(METHOD_COLORS)], MARKERS[index % len(MARKERS)]
 
 
 def titles(texts: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sweep_folder import SPACE, sweep_spec, write_sweep
 
+from imbvlm.config.method_registry import METHODS
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.report import search_plots
 from imbvlm.sweep.report.plotting import PALETTE, WINNER, Figure, figure_css, finish, log_axis, method_look
@@ -63,6 +64,10 @@ def test_the_winner_is_marked_in_every_figure_of_the_search(source: ReportData, 
         (title,) = titles_by_color(figures[name].svg())["c0"]
         assert title == "winner" if name == "slice_decoder.depth" else title.startswith("winner, "), name
         assert source.best.trial_id in title or name == "slice_decoder.depth"
+
+
+def test_every_method_has_a_color_of_its_own_and_none_has_the_winners() -> None:
+    assert len({method_look(method)[0] for method in METHODS} | {WINNER}) == len(METHODS) + 1
 
 
 def test_one_color_is_one_thing_in_all_figures(figures: dict[str, Figure]) -> None:
