@@ -34,14 +34,14 @@ def with_sweep_action(arguments: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRun(SweepOptions):
+class RunOptions(SweepOptions):
     """Options of `sweep run`."""
 
     spec: SpecFile
 
 
-@takes(SweepRun)
-def sweep_run(options: SweepRun) -> int:
+@takes(RunOptions)
+def sweep_run(options: RunOptions) -> int:
     """Run a sweep from its YAML."""
     from imbvlm.cli.sweep_script import run_command
 
