@@ -1,0 +1,72 @@
+"""Folds of the training images, by which models are scored on images that they never saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.data.manifest import LabelRows
+from imbvlm.data.manifest_schema import Rows, seeded
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Manifest row numbers that a fold's models train on, and those that validate them, in manifest order."""
+
+    train: Rows
+    val: Rows
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The folds that have validation rows, and the ids of the classes that they validate."""
+
+    folds: tuple[Fold, ...]
+    validated: Rows
+
+    @property
+    def val_rows(self) -> Rows:
+        """Manifest row numbers of all validation rows, fold after fold."""
+        return np.concatenate([fold.val for fold in self.folds]) if self.folds else np.empty(0, dtype=np.int64)
+
+    @property
+    def parts(self) -> Rows:
+        """The fold (N,) of each of `val_rows`."""
+        return np.repeat(np.arange(len(self.folds)), [len(fold.val) for fold in self.folds])
+
+
+def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:
+    """Divide the training rows into folds by class (docs/protocol.md, Splits, counts, selection).
+
+    Copies of an image are one unit. A class with two or more units is validated once, each unit by models that never
+    saw it. A class with one unit, and copies that several classes share, are trained on in every fold. Raises
+    ImbvlmError for fewer than two folds.
+    """
+    if num_folds < 2:
+        raise ImbvlmError(f"folds must be 2 or more, got {num_folds}. A model that saw all images can't be scored.")
+    train = rows.rows_of("train")
+    labels, groups = rows.labels[train], rows.groups[train]
+    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    unit_labels = labels[first]
+    is_shared = np.zeros(len(first), dtype=np.bool_)
+    is_shared[unit[labels != unit_labels[unit]]] = True
+    num_units = np.bincount(unit_labels[~is_shared], minlength=len(rows.class_names))
+    is_dealt = (~is_shared & (num_units[unit_labels] > 1))[unit]
+    parts = np.full(len(train), -1)
+    parts[is_dealt] = deal_units(labels[is_dealt], groups[is_dealt], num_folds, seed)
+    folds = [Fold(train[parts != part], train[parts == part]) for part in range(num_folds)]
+    return Folds(tuple(fold for fold in folds if len(fold.val)), np.flatnonzero(num_units > 1))
+
+
+def deal_units(labels: Rows, groups: Rows, num_parts: int, seed: int) -> Rows:
+    """The part (N,) of each row: a class's groups in random order, one to each part in turn.
+
+    Each class goes on where the class before it stopped, so that parts of many small classes have equal sizes.
+    """
+    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.lexsort((seeded(seed).random(len(first)), labels[first]))
+    parts = np.empty(len(first), dtype=np.int64)
+    parts[order] = np.arange(len(first)) % num_parts
+    return parts[unit]
