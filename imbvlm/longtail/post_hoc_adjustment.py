@@ -215,11 +215,11 @@ def select_alpha(
     )
 
 
-def best_temperature(logits: Tensor, targets: Tensor, start: float = 1.0) -> float:
+def best_temperature(logits: Tensor, targets: Tensor, start: float = 1.0, row_weights: Tensor | None = None) -> float:
     """The T from 0.01 to 100 of least cross entropy of z / T on logits (N, C), targets (N,) [Guo et al. 2017].
 
-    The loss is convex in 1 / T: Newton's method finds the zero of its slope within a bracket, sooner from a `start`
-    nearby. Raises ImbvlmError without rows, or for logits that aren't finite.
+    Rows count alike, or by `row_weights` (N,). The loss is convex in 1 / T: Newton's method finds the zero of its slope
+    within a bracket, sooner from a `start` nearby. Raises ImbvlmError without rows, or for logits that aren't finite.
     """
     _check(logits, targets)
     if not bool(torch.isfinite(logits).all()):
@@ -227,7 +227,7 @@ def best_temperature(logits: Tensor, targets: Tensor, start: float = 1.0) -> flo
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     inverse = min(max(1 / start, low), high)
     for _ in range(_MAX_STEPS):
-        slope, curvature = _slope(logits, targets, inverse)
+        slope, curvature = _slope(logits, targets, inverse, row_weights)
         if slope == 0:
             break
         low, high = (inverse, high) if slope < 0 else (low, inverse)
@@ -270,12 +270,22 @@ def balanced_log_likelihood(logits: Tensor, targets: Tensor) -> float:
 
     Raises ImbvlmError without rows.
     """
+    row_weights = balanced_row_weights(targets).to(logits.device)
+    return float((row_weights * log_likelihoods(logits, targets)).sum())
+
+
+def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-likelihood (N,) in float64 of each row's class, of logits (N, C), targets (N,). Raises ImbvlmError."""
     _check(logits, targets)
     chunks = [slice(start, start + CHUNK_SIZE) for start in range(0, len(targets), CHUNK_SIZE)]
     losses = [F.cross_entropy(at_least_float32(logits[rows]), targets[rows], reduction="none") for rows in chunks]
-    totals = torch.bincount(targets, weights=torch.cat(losses).double(), minlength=logits.shape[1])
-    counts = torch.bincount(targets, minlength=logits.shape[1])
-    return -float((totals[counts > 0] / counts[counts > 0]).mean())
+    return -torch.cat(losses).double()
+
+
+def balanced_row_weights(targets: Tensor) -> Tensor:
+    """Weights (N,) in float64 that give each class with rows the same sum, 1 in total: 1 / (C n_c)."""
+    counts = torch.bincount(targets)
+    return 1 / (counts[targets].double() * max(int((counts > 0).sum()), 1))
 
 
 def balanced_accuracy(targets: Tensor, num_classes: int, logits_of: Callable[[slice], Tensor]) -> float:
@@ -336,18 +346,21 @@ def _score(right: Tensor, targets: Tensor, weights: Tensor) -> float:
     return float((weights * correct / total).sum() / weights.sum())
 
 
-def _slope(logits: Tensor, targets: Tensor, inverse: float) -> tuple[float, float]:
+def _slope(logits: Tensor, targets: Tensor, inverse: float, row_weights: Tensor | None = None) -> tuple[float, float]:
     """First and second derivative of the mean cross entropy of inverse * z by `inverse`, summed in float64."""
+    if row_weights is None:
+        row_weights = torch.full((len(targets),), 1 / len(targets), dtype=torch.float64, device=logits.device)
     slope = curvature = 0.0
     for start in range(0, len(targets), CHUNK_SIZE):
-        part = at_least_float32(logits[start : start + CHUNK_SIZE])
-        part = part - part.gather(1, targets[start : start + CHUNK_SIZE, None])
+        rows = slice(start, start + CHUNK_SIZE)
+        part = at_least_float32(logits[rows])
+        part = part - part.gather(1, targets[rows, None])
         probs = torch.softmax(inverse * part, dim=1)
         mean = (probs * part).sum(dim=1, keepdim=True)
-        slope += float(mean.sum(dtype=torch.float64))
+        slope += float(row_weights[rows] @ mean[:, 0].double())
         part -= mean
-        curvature += float((probs * part.square_()).sum(dtype=torch.float64))
-    return slope / len(targets), curvature / len(targets)
+        curvature += float(row_weights[rows] @ (probs * part.square_()).sum(dim=1, dtype=torch.float64))
+    return slope, curvature
 
 
 def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, CalibrationBins]:
