@@ -1,0 +1,176 @@
+"""Accuracies that may be claimed of what was chosen, and of two predictors on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import Z95
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.metrics import balanced_standard_error
+
+NUM_RESAMPLES = 200
+# Of a percentile at 2.5 %: 50 resamples lie beyond it.
+NUM_PAIRED_RESAMPLES = 2000
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A macro accuracy with its class-stratified standard error, and the classes and images that it rests on."""
+
+    value: float
+    standard_error: float
+    num_classes: int
+    num_rows: int
+
+    @property
+    def half_width(self) -> float:
+        """Half-width of the 95 % interval."""
+        return Z95 * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval, within 0 and 1."""
+        return max(self.value - self.half_width, 0.0), min(self.value + self.half_width, 1.0)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """One predictor's macro accuracy minus another's on the same images, with a 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+    num_classes: int
+    num_rows: int
+
+    @property
+    def is_win(self) -> bool:
+        """Whether the whole interval is above 0."""
+        return self.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """`a win`, `a loss`, or `no win is shown` where the interval includes 0."""
+        return "a win" if self.is_win else "a loss" if self.high < 0 else "no win is shown"
+
+
+def bias_corrected_claims(
+    choose: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    stats: ClassStats,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Claim]:
+    """Claims of balanced accuracy and of each shot group's accuracy, for those that have rows.
+
+    `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
+    predictor has correct. Each bootstrap chooses on its own rows and is scored on the others (BBC-CV)
+    [Tsamardinos et al. 2018]. targets (N,). Raises ImbvlmError for fewer than two rows.
+    """
+    correct = out_of_bag_accuracy(choose, targets, num_resamples=num_resamples, seed=seed)
+    labels = targets.numpy()
+    groups = {"balanced_accuracy": np.arange(stats.num_classes)}
+    groups |= {f"{group}_accuracy": members for group, members in stats.shot_groups.items()}
+    is_in = {name: np.isin(labels, members) for name, members in groups.items()}
+    return {name: macro_claim(correct[rows], labels[rows]) for name, rows in is_in.items() if rows.any()}
+
+
+def out_of_bag_accuracy(
+    choose: Callable[[Tensor], Tensor], targets: Tensor, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Floats:
+    """Share (N,) of the bootstraps without a row whose choice has the row correct; rows of `bias_corrected_claims`.
+
+    Averages by row give each class its weight. Averages by bootstrap would count small classes less, which often have
+    no row outside. A row of a class of one is outside as often as any other.
+    """
+    labels = targets.numpy()
+    if len(labels) < 2:
+        raise ImbvlmError(f"a claim needs 2 validation rows or more, got {len(labels)}.")
+    rng = np.random.default_rng(seed)
+    sums, times = np.zeros(len(labels)), np.zeros(len(labels))
+    while num_resamples > 0 or not times.all():
+        num_resamples -= 1
+        counts = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels))
+        in_class = np.bincount(labels, weights=counts)
+        row_weights = counts / np.maximum(in_class[labels], 1) / (in_class > 0).sum()
+        is_out = counts == 0
+        sums[is_out] += choose(torch.from_numpy(row_weights)).numpy()[is_out]
+        times[is_out] += 1
+    return sums / times
+
+
+def macro_claim(correct: Floats, labels: Labels) -> Claim:
+    """The mean over classes with rows of their mean correctness (N,) from 0 to 1."""
+    totals = np.bincount(labels)
+    sums = np.bincount(labels, weights=correct)
+    present = totals > 0
+    return Claim(
+        value=float((sums[present] / totals[present]).mean()),
+        standard_error=balanced_standard_error(sums, totals),
+        num_classes=int(present.sum()),
+        num_rows=len(labels),
+    )
+
+
+def paired_difference(
+    ours: npt.ArrayLike,
+    theirs: npt.ArrayLike,
+    labels: Labels,
+    *,
+    num_resamples: int = NUM_PAIRED_RESAMPLES,
+    seed: int = 0,
+) -> PairedDifference:
+    """The difference in macro accuracy with the interval of a paired bootstrap within classes.
+
+    Correctness (N,) or (seeds, N) of each predictor on the same rows; seeds are averaged inside. Raises ImbvlmError
+    without rows.
+    """
+    if not len(labels):
+        raise ImbvlmError("a comparison needs rows, got none.")
+    gains = _mean_over_seeds(ours) - _mean_over_seeds(theirs)
+    totals = np.bincount(labels)
+    num_classes = int((totals > 0).sum())
+    row_weights = 1 / totals[labels] / num_classes
+    difference = float(row_weights @ gains)
+    if len(labels) == 1:
+        return PairedDifference(difference, -1.0, 1.0, num_classes, 1)
+    rng = np.random.default_rng(seed)
+    resampled = np.full(num_resamples, difference)
+    strata = _strata(labels, totals)
+    for rows in np.split(np.argsort(strata, kind="stable"), np.cumsum(np.bincount(strata))[:-1]):
+        number = len(rows)
+        # Of n rows a bootstrap's variance has the divisor n; the factor gives it n - 1.
+        deviations = (gains[rows] - gains[rows].mean()) * np.sqrt(number / (number - 1)) if number else gains[rows]
+        for weight, times in zip(*np.unique(row_weights[rows], return_counts=True), strict=True):
+            counts = rng.multinomial(times, np.full(number, 1 / number), size=num_resamples)
+            resampled += weight * (counts @ deviations)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return PairedDifference(difference, float(low), float(high), num_classes, len(labels))
+
+
+def _strata(labels: Labels, totals: npt.NDArray[np.int64]) -> Labels:
+    """Each row's class; classes of one row share a stratum, since resampled alone each would seem to be certain.
+
+    The only such class joins the smallest of the others.
+    """
+    strata = labels.copy()
+    is_single = totals[labels] == 1
+    if is_single.any():
+        others = np.where(totals > 1, totals, totals.max() + 1)
+        joins_other = is_single.sum() == 1 and (totals > 1).any()
+        strata[is_single] = others.argmin() if joins_other else labels[is_single][0]
+    return strata
+
+
+def _mean_over_seeds(correct: npt.ArrayLike) -> Floats:
+    return np.atleast_2d(np.asarray(correct, dtype=np.float64)).mean(axis=0)

@@ -1,0 +1,182 @@
+"""Claims against simulated truth: of the best of many heads, of classes of one image, and of pairs of predictors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import Z95
+from imbvlm.longtail.claims import (
+    Claim,
+    bias_corrected_claims,
+    macro_claim,
+    out_of_bag_accuracy,
+    paired_difference,
+)
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.metrics import balanced_standard_error
+
+COUNTS = np.array([60, 30, 12, 8, 5, 2])
+
+
+def labels_of(counts: np.ndarray = COUNTS) -> np.ndarray:
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def best_of(correct: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
+    """Correctness (N,) of the head with the best weighted accuracy, of heads (K, N)."""
+    return correct[int((correct.double() @ row_weights).argmax())]
+
+
+def simulated(rng: np.random.Generator, num_heads: int = 30, spread: float = 0.03) -> tuple[torch.Tensor, np.ndarray]:
+    """Correctness (K, N) of heads whose true accuracies (K, C) differ little, so that luck chooses among them."""
+    accuracy = np.clip(np.linspace(0.8, 0.45, len(COUNTS)) + rng.normal(0, spread, (num_heads, len(COUNTS))), 0, 1)
+    return torch.from_numpy(rng.random((num_heads, COUNTS.sum())) < accuracy[:, labels_of()]), accuracy
+
+
+def test_the_interval_of_the_best_of_thirty_covers_its_truth_and_the_naive_value_flatters() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(labels_of())
+    weights = torch.from_numpy(1 / COUNTS[labels_of()] / len(COUNTS))
+    stats = ClassStats.from_counts([300, 150, 60, 30, 15, 10])
+    claims, naive, truths, few_truths, few_claims = [], [], [], [], []
+    for _ in range(120):
+        correct, accuracy = simulated(rng)
+        result = bias_corrected_claims(lambda rows: best_of(correct, rows), labels, stats, num_resamples=60)  # noqa: B023
+        best = int((correct.double() @ weights).argmax())
+        claims.append(result["balanced_accuracy"])
+        few_claims.append(result["few_shot_accuracy"])
+        naive.append(macro_claim(correct[best].double().numpy(), labels_of()).value)
+        truths.append(accuracy[best].mean())
+        few_truths.append(accuracy[best][[4, 5]].mean())
+    errors = np.array([claim.value for claim in claims]) - truths
+    assert np.mean(np.array(naive) - truths) > 0.05
+    assert abs(errors.mean()) < 0.02
+    assert np.mean([abs(error) <= claim.half_width for error, claim in zip(errors, claims, strict=True)]) >= 0.93
+    inside = [
+        claim.interval[0] <= truth <= claim.interval[1] for claim, truth in zip(few_claims, few_truths, strict=True)
+    ]
+    assert np.mean(inside) >= 0.9
+    assert (claims[0].num_classes, claims[0].num_rows) == (6, 117)
+    assert (few_claims[0].num_classes, few_claims[0].num_rows) == (2, 7)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(lambda counts: sum(counts) > 1), st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_without_a_choice_the_claim_is_the_accuracy_itself(counts: list[int], seed: int) -> None:
+    """Whatever the classes: none left out, none counted twice, classes of one image among them."""
+    rng = np.random.default_rng(seed)
+    labels = labels_of(np.array(counts))
+    correct = rng.random(len(labels)) < 0.6
+    stats = ClassStats.from_counts(np.array(counts) * 10)
+    result = bias_corrected_claims(
+        lambda _: torch.from_numpy(correct), torch.from_numpy(labels), stats, num_resamples=5
+    )
+    by_class = {label: correct[labels == label].mean() for label in set(labels.tolist())}
+    claim = result["balanced_accuracy"]
+    assert claim.value == pytest.approx(np.mean(list(by_class.values())))
+    assert claim.num_rows == len(labels)
+    assert claim.num_classes == len(by_class)
+    right = np.bincount(labels[correct], minlength=len(counts))
+    assert claim.standard_error == pytest.approx(balanced_standard_error(right, np.array(counts)))
+    few = [accuracy for label, accuracy in by_class.items() if counts[label] * 10 < 20]
+    assert ("few_shot_accuracy" in result) == bool(few)
+    if few:
+        assert result["few_shot_accuracy"].value == pytest.approx(np.mean(few))
+
+
+def test_each_choice_sees_its_own_rows_alone_and_weighs_classes_alike() -> None:
+    labels = labels_of()
+    seen = []
+
+    def choose(row_weights: torch.Tensor) -> torch.Tensor:
+        weights = row_weights.numpy()
+        in_class = np.bincount(labels, weights=weights)
+        present = in_class[in_class > 0]
+        np.testing.assert_allclose(present, 1 / len(present))
+        seen.append(weights > 0)
+        return torch.from_numpy(weights > 0)
+
+    # A choice that has exactly its own rows correct has none of the others.
+    assert out_of_bag_accuracy(choose, torch.from_numpy(labels), num_resamples=30).tolist() == [0.0] * len(labels)
+    assert np.mean(seen) == pytest.approx(1 - np.exp(-1), abs=0.03)
+
+
+def test_a_half_width_has_1_96_standard_errors_and_intervals_end_at_0_and_1() -> None:
+    claim = Claim(0.95, 0.05, 3, 20)
+    assert claim.half_width == pytest.approx(Z95 * 0.05)
+    assert claim.interval == (pytest.approx(0.95 - Z95 * 0.05), 1.0)
+
+
+def test_a_claim_needs_two_rows() -> None:
+    for labels in ([], [0]):
+        with pytest.raises(ImbvlmError, match="2 validation rows or more"):
+            out_of_bag_accuracy(lambda rows: rows > 0, torch.tensor(labels, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------------------------------------- two predictors
+
+
+def pairs(rng: np.random.Generator, counts: np.ndarray, gain: float, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Correctness (seeds, N) of two predictors that share how hard an image is."""
+    hardness = rng.random(counts.sum())
+    noise = rng.normal(0, 0.2, (2, seeds, counts.sum()))
+    return hardness + noise[0] < 0.6 + gain, hardness + noise[1] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_wins"),
+    [
+        pytest.param(np.array([60, 30, 12, 8, 5, 2]), 0.05, id="long tail"),
+        pytest.param(np.array([40, 20] + [1] * 40), 0.05, id="many of one image"),
+        pytest.param(np.full(60, 2), 0.05, id="all of two"),
+        # A third of the difference is one image's, which six others speak for.
+        pytest.param(np.array([30, 6, 1]), 0.1, id="one of one"),
+    ],
+)
+def test_equal_predictors_seldom_win(counts: np.ndarray, max_wins: float) -> None:
+    """The hard case is classes of one image, which a bootstrap within classes takes for certain."""
+    rng = np.random.default_rng(0)
+    labels = labels_of(counts)
+    results = [paired_difference(*pairs(rng, counts, 0), labels, num_resamples=400) for _ in range(300)]
+    assert np.mean([result.is_win for result in results]) <= max_wins
+    assert np.mean([result.low <= 0 <= result.high for result in results]) >= 1 - 2 * max_wins
+
+
+def test_the_interval_is_that_of_a_formula_in_float64() -> None:
+    rng = np.random.default_rng(1)
+    counts = np.array([400, 200, 100])
+    labels = labels_of(counts)
+    ours, theirs = pairs(rng, counts, 0.1)
+    result = paired_difference(ours, theirs, labels)
+    gains = ours.mean(axis=0) - theirs.mean(axis=0)
+    expected = np.mean([gains[labels == label].mean() for label in range(3)])
+    error = np.sqrt(sum(gains[labels == label].var(ddof=1) / counts[label] for label in range(3))) / 3
+    assert result.difference == pytest.approx(expected)
+    assert result.high - result.low == pytest.approx(2 * Z95 * error, rel=0.08)
+    assert result.is_win
+    assert result.verdict == "a win"
+    assert (result.num_classes, result.num_rows) == (3, 700)
+    swapped = paired_difference(theirs, ours, labels)
+    assert swapped.difference == pytest.approx(-expected)
+    assert swapped.verdict == "a loss"
+
+
+def test_the_same_predictor_shows_no_win() -> None:
+    correct = np.array([True, False, True, True])
+    result = paired_difference(correct, correct, np.array([0, 0, 1, 4]))
+    assert (result.difference, result.low, result.high) == (0, 0, 0)
+    assert result.verdict == "no win is shown"
+    assert result.num_classes == 3
+
+
+def test_one_image_shows_nothing() -> None:
+    """One row has no spread; an interval without width must not call it a win."""
+    result = paired_difference([True], [False], np.array([2]))
+    assert result.verdict == "no win is shown"
+    with pytest.raises(ImbvlmError, match="needs rows"):
+        paired_difference([], [], np.empty(0, dtype=np.int64))
