@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -35,6 +36,14 @@ class Folds:
     def parts(self) -> Rows:
         """The fold (N,) of each of `val_rows`."""
         return np.repeat(np.arange(len(self.folds)), [len(fold.val) for fold in self.folds])
+
+
+def fold_pairs(folds: Folds) -> tuple[Fold, ...]:
+    """A fold for each two of the folds, whose models see neither: how accuracy grows with the training images."""
+    return tuple(
+        Fold(np.intersect1d(first.train, second.train), np.union1d(first.val, second.val))
+        for first, second in combinations(folds.folds, 2)
+    )
 
 
 def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:

@@ -68,6 +68,7 @@ def bias_corrected_claims(
     targets: Tensor,
     stats: ClassStats,
     *,
+    correction: Floats | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Claim]:
@@ -75,14 +76,18 @@ def bias_corrected_claims(
 
     `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
     predictor has correct. Each bootstrap chooses on its own rows and is scored on the others (BBC-CV)
-    [Tsamardinos et al. 2018]. targets (N,). Raises ImbvlmError for fewer than two rows.
+    [Tsamardinos et al. 2018]. targets (N,). `correction` (N,) is that of `size_correction`. Raises ImbvlmError for
+    fewer than two rows.
     """
     correct = out_of_bag_accuracy(choose, targets, num_resamples=num_resamples, seed=seed)
     labels = targets.numpy()
     groups = {"balanced_accuracy": np.arange(stats.num_classes)}
     groups |= {f"{group}_accuracy": members for group, members in stats.shot_groups.items()}
     is_in = {name: np.isin(labels, members) for name, members in groups.items()}
-    return {name: macro_claim(correct[rows], labels[rows]) for name, rows in is_in.items() if rows.any()}
+    correction = np.zeros(len(labels)) if correction is None else correction
+    return {
+        name: macro_claim(correct[rows], labels[rows], correction[rows]) for name, rows in is_in.items() if rows.any()
+    }
 
 
 def out_of_bag_accuracy(
@@ -109,17 +114,32 @@ def out_of_bag_accuracy(
     return sums / times
 
 
-def macro_claim(correct: Floats, labels: Labels) -> Claim:
-    """The mean over classes with rows of their mean correctness (N,) from 0 to 1."""
+def size_correction(by_folds: npt.ArrayLike, by_pairs: npt.ArrayLike, num_folds: int) -> Floats:
+    """What rows (N,) gain in expected correctness when a fold's models train on all images instead.
+
+    `by_folds` (N,) is a predictor's correctness without a row's fold, `by_pairs` (N,) its mean without that fold and
+    another one. An accuracy of A - B / n images rises by (K - 2) / K of their difference. Raises ImbvlmError for fewer
+    than three folds.
+    """
+    if num_folds < 3:
+        raise ImbvlmError(f"a correction for the size of training needs 3 folds or more, got {num_folds}.")
+    gains = np.asarray(by_folds, dtype=np.float64) - np.asarray(by_pairs, dtype=np.float64)
+    return (num_folds - 2) / num_folds * gains
+
+
+def macro_claim(correct: Floats, labels: Labels, correction: Floats | None = None) -> Claim:
+    """The mean over classes with rows of their mean correctness (N,) from 0 to 1, and of its correction (N,)."""
     totals = np.bincount(labels)
     sums = np.bincount(labels, weights=correct)
     present = totals > 0
-    return Claim(
-        value=float((sums[present] / totals[present]).mean()),
-        standard_error=balanced_standard_error(sums, totals),
-        num_classes=int(present.sum()),
-        num_rows=len(labels),
-    )
+    value = float((sums[present] / totals[present]).mean())
+    error = balanced_standard_error(sums, totals)
+    if correction is not None:
+        row_weights = 1 / totals[labels] / present.sum()
+        mean = float(row_weights @ correction)
+        value = min(max(value + mean, 0.0), 1.0)
+        error = float(np.hypot(error, np.linalg.norm(row_weights * (correction - mean))))
+    return Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
 
 
 def paired_difference(

@@ -25,7 +25,7 @@ from table import HEADING, Options  # noqa: E402
 # Each is a file beside this one with a function `lines`. What a sweep costs, in the order in which it runs:
 TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "tokens", "search", "sweep")
 # And what its defaults rest on:
-MORE = ("arms", "attention", "precision", "views", "starts", "images")
+MORE = ("arms", "attention", "choice", "precision", "views", "starts", "images")
 
 
 def main() -> int:
@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--images", type=int, metavar="N", help="training images of the section sweep")
     parser.add_argument("--script-trials", type=int, default=2, metavar="N", choices=range(2, 17, 2),
                         help="how many of the 16 trials of a Ray Tune script are run (the section sweep)")  # fmt: skip
+    parser.add_argument("--features", type=Path, metavar="FOLDER",
+                        help="where the section choice keeps the encoder's outputs for the next time")  # fmt: skip
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(HEADING)
@@ -47,7 +49,12 @@ def main() -> int:
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="imbvlm-bench-") as folder:
             options = Options(
-                arguments.device, arguments.large, Path(folder), arguments.images, arguments.script_trials
+                arguments.device,
+                arguments.large,
+                Path(folder),
+                arguments.images,
+                arguments.script_trials,
+                arguments.features,
             )
             for line in importlib.import_module(name).lines(options):
                 print(line.text(), flush=True)

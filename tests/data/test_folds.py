@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.data.folds import Folds, deal_folds, deal_units
+from imbvlm.data.folds import Folds, deal_folds, deal_units, fold_pairs
 from imbvlm.data.manifest import LabelRows, Manifest
 from imbvlm.data.manifest_schema import SPLITS
 
@@ -82,6 +82,17 @@ def test_copies_stay_together_whatever_their_classes(pairs: list[tuple[int, int]
     # Copies with two labels say nothing about a model, and a class of copies of one image can't be validated.
     expected = [row for row, (_, group) in enumerate(pairs) if len(of_group[group]) == 1 and of_group[group] <= large]
     assert sorted(folds.val_rows.tolist()) == expected
+
+
+def test_each_pair_of_folds_is_held_out_together() -> None:
+    folds = deal_folds(of_counts([9, 4, 2, 1]), 4, 0)
+    pairs = fold_pairs(folds)
+    assert len(pairs) == 6
+    for pair in pairs:
+        assert sorted([*pair.train, *pair.val]) == list(range(16))
+        assert sum(set(fold.val) <= set(pair.val) for fold in folds.folds) == 2
+    times = np.bincount(np.concatenate([pair.val for pair in pairs]), minlength=16)
+    assert times.tolist() == [3] * 15 + [0]
 
 
 def test_folds_depend_on_the_seed_and_on_nothing_else() -> None:

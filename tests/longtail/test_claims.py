@@ -16,6 +16,7 @@ from imbvlm.longtail.claims import (
     macro_claim,
     out_of_bag_accuracy,
     paired_difference,
+    size_correction,
 )
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import balanced_standard_error
@@ -116,6 +117,52 @@ def test_a_claim_needs_two_rows() -> None:
     for labels in ([], [0]):
         with pytest.raises(ImbvlmError, match="2 validation rows or more"):
             out_of_bag_accuracy(lambda rows: rows > 0, torch.tensor(labels, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------------------------------- size of training
+
+
+@pytest.mark.parametrize("num_folds", [3, 5, 10])
+def test_an_accuracy_that_falls_with_one_over_n_is_corrected_to_that_of_all_images(num_folds: int) -> None:
+    labels = np.repeat([0, 1], 50)
+    limit, slope = np.array([0.9, 0.7]), np.array([0.1, 0.2])
+
+    def at(share: float) -> np.ndarray:
+        return (limit - slope / share)[labels]
+
+    folds, pairs = at(1 - 1 / num_folds), at(1 - 2 / num_folds)
+    claim = macro_claim(folds, labels, size_correction(folds, pairs, num_folds))
+    assert claim.value == pytest.approx(np.mean(limit - slope))
+    assert claim.standard_error >= macro_claim(folds, labels).standard_error
+
+
+def test_a_correction_has_an_error_of_its_own_and_no_claim_is_above_1() -> None:
+    labels = labels_of()
+    correct = np.ones(len(labels))
+    flat = macro_claim(correct, labels, np.full(len(labels), 0.1))
+    assert flat.value == 1.0
+    # A gain that is the same on all rows adds no error.
+    assert flat.standard_error == pytest.approx(macro_claim(correct, labels).standard_error)
+    gains = np.random.default_rng(0).normal(0, 0.3, len(labels))
+    weights = 1 / COUNTS[labels] / len(COUNTS)
+    spread = np.sqrt(np.sum((weights * (gains - weights @ gains)) ** 2))
+    expected = np.hypot(macro_claim(correct, labels).standard_error, spread)
+    assert macro_claim(correct, labels, gains).standard_error == pytest.approx(expected)
+
+
+def test_the_correction_reaches_each_claim_and_needs_three_folds() -> None:
+    labels = labels_of()
+    correct = torch.from_numpy(np.arange(len(labels)) % 2 == 0)
+    stats = ClassStats.from_counts([300, 150, 60, 30, 15, 10])
+    gains = np.where(labels >= 4, 0.2, 0.05)
+    plain, corrected = (
+        bias_corrected_claims(lambda _: correct, torch.from_numpy(labels), stats, num_resamples=3, correction=of)
+        for of in (None, gains)
+    )
+    assert corrected["few_shot_accuracy"].value == pytest.approx(plain["few_shot_accuracy"].value + 0.2)
+    assert corrected["balanced_accuracy"].value == pytest.approx(plain["balanced_accuracy"].value + 0.1)
+    with pytest.raises(ImbvlmError, match="3 folds or more, got 2"):
+        size_correction(gains, gains, 2)
 
 
 # ------------------------------------------------------------------------------------------------- two predictors
