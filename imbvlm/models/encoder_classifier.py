@@ -43,7 +43,8 @@ class EncoderClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The tower's output that `on_features` reads."""
-        if len(images) == 0:
+        # `len` would fix the size of batches in an ONNX graph.
+        if images.shape[0] == 0:
             # A worker's share of a batch may be empty, which towers can't reshape.
             return self.features(images.new_zeros((1, *images.shape[1:])))[:0]
         if self._channels_last:

@@ -195,7 +195,8 @@ class PrototypeCache(nn.Module):
         with autocast_disabled(features):
             directions = l2_normalize(features.float())
             # One product for each k needs memory for (B, C) alone.
-            logits = directions.new_zeros(len(directions), self.shares.shape[1])
+            # `len` would fix the size of batches in an ONNX graph.
+            logits = directions.new_zeros(directions.shape[0], self.shares.shape[1])
             for prototypes, share in zip(self.prototypes, self.shares, strict=True):
                 logits = logits + share * torch.exp(self.sharpness * (F.linear(directions, prototypes) - 1))
             return self.scale * logits
