@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,32 @@ from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifie
 
 # A shorter vector counts as zero and gets no gradient, which would grow as 1 / length.
 MIN_NORM = 1e-6
+
+
+class AffineMap(NamedTuple):
+    """Logits W x + b: weight (C, D) and bias (C,) in float64; with `is_normalized` x is a feature of length 1."""
+
+    weight: Tensor
+    bias: Tensor
+    is_normalized: bool
+
+    def scaled(self, scale: float | Tensor) -> AffineMap:
+        """The map to logits times a number or a factor for each class (C,)."""
+        factor = torch.as_tensor(scale, dtype=torch.float64, device=self.bias.device)
+        return self._replace(weight=factor.view(-1, 1) * self.weight, bias=factor * self.bias)
+
+
+@runtime_checkable
+class AffineHead(Protocol):
+    """A classifier whose logits may be an affine map of the feature, or of its direction."""
+
+    def affine(self) -> AffineMap | None:
+        """The classifier as a map; None where its logits are none."""
+
+
+def affine_map(model: nn.Module) -> AffineMap | None:
+    """A classifier's logits as an affine map of its input; None where they are none."""
+    return model.affine() if isinstance(model, AffineHead) else None
 
 
 class LinearClassifier(nn.Module):
@@ -25,6 +53,9 @@ class LinearClassifier(nn.Module):
         with autocast_disabled(features):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
+    def affine(self) -> AffineMap:
+        return AffineMap(self.weight.detach().double(), self.bias.detach().double(), is_normalized=False)
+
 
 class CosineClassifier(nn.Module):
     """cos(w_c, x) / temperature; weight (C, D), no bias. A zero vector has similarity 0 with everything."""
@@ -37,6 +68,10 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with autocast_disabled(features):
             return F.linear(l2_normalize(features.to(self.weight.dtype)), l2_normalize(self.weight)) / self.temperature
+
+    def affine(self) -> AffineMap:
+        weight = l2_normalize(self.weight.detach().double()) / self.temperature
+        return AffineMap(weight, weight.new_zeros(len(weight)), is_normalized=True)
 
 
 def build_classifier(
@@ -98,6 +133,9 @@ class FeatureClassifier(nn.Module):
         logits: Tensor = self.classifier(self.decoder(features))
         return logits
 
+    def affine(self) -> AffineMap | None:
+        return affine_map(self.classifier) if isinstance(self.decoder, nn.Identity) else None
+
 
 class ZeroShotClassifier(nn.Module):
     """Scaled cosine similarity of image and text embeddings, nothing trained [Radford 2021, "CLIP"]."""
@@ -113,3 +151,7 @@ class ZeroShotClassifier(nn.Module):
     def forward(self, image_embedding: Tensor) -> Tensor:
         """Logits (B, C) of image embeddings (B, E)."""
         return self.logit_scale * F.normalize(image_embedding, dim=-1) @ self.class_embeddings.T
+
+    def affine(self) -> AffineMap:
+        weight = self.logit_scale.double() * self.class_embeddings.double()
+        return AffineMap(weight, weight.new_zeros(len(weight)), is_normalized=True)

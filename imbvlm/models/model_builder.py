@@ -91,11 +91,35 @@ def restore_model(
 
     A model of a trial on images takes over the image tower of `encoder`.
     """
+    on_features = _restore(config, info, num_classes, _of_head(config, tensors))
+    return _filled(config, _with_encoder(config, on_features, encoder, num_classes), tensors)
+
+
+def restore_head(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A trained model as `restore_model` gives it, but on the encoder's output, even if its trial read images."""
+    own = _of_head(config, tensors)
+    return _filled(config, _restore(config, info, num_classes, own), own)
+
+
+def _of_head(config: TrialConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Exported tensors by their names in the model on the encoder's output."""
+    if not config.reads_images:
+        return tensors
+    return {name.removeprefix(ON_FEATURES_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _restore(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model of the exported shapes on the encoder's output; raises ImbvlmError for tensors of others."""
     restore = METHODS[config.method].restore
     # Shapes are compared before memory is taken: a description may ask for more than its weights hold.
     with torch.device("meta"):
         _check_fits(config, restore(config, info, num_classes, tensors), tensors, num_classes)
-    model = _with_encoder(config, restore(config, info, num_classes, tensors), encoder, num_classes)
+    model: nn.Module = restore(config, info, num_classes, tensors)
+    return model
+
+
+def _filled(config: TrialConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model with its exported tensors, ready to predict; raises ImbvlmError where they don't fit."""
     try:
         load_own_state_dict(model, tensors)
     except RuntimeError as error:
@@ -116,9 +140,7 @@ def _with_encoder(config: TrialConfig, model: nn.Module, encoder: Encoder | None
 
 def _check_fits(config: TrialConfig, model: nn.Module, tensors: Mapping[str, Tensor], num_classes: int) -> None:
     """Raise ImbvlmError where a model's tensors have other shapes than the exported ones."""
-    prefix = ON_FEATURES_PREFIX if config.reads_images else ""
-    for name, tensor in model.state_dict().items():
-        key = prefix + name
+    for key, tensor in model.state_dict().items():
         shape = tuple(tensors[key].shape) if key in tensors else None
         if shape != tuple(tensor.shape):
             raise ImbvlmError(

@@ -14,6 +14,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.model_sections import PromptTuningConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
+from imbvlm.models.classifier import AffineMap
 from imbvlm.models.encoders.encoder import Encoder, TextTokenizer, require_text
 from imbvlm.models.model_inputs import ModelInputs
 from imbvlm.models.text_tower import TextTower, unsupported_text_tower
@@ -82,6 +83,10 @@ class PromptClassifier(nn.Module):
             classes = self._text.encode(self.context)
         with torch.autocast(image_embedding.device.type, enabled=False):
             return self.logit_scale * F.normalize(image_embedding.float(), dim=-1) @ classes.float().T
+
+    def affine(self) -> AffineMap:
+        weight = self.logit_scale.double() * self.class_embeddings.double()
+        return AffineMap(weight, weight.new_zeros(len(weight)), is_normalized=True)
 
     def train(self, mode: bool = True) -> PromptClassifier:
         """As torch's; `eval()` brings `class_embeddings` up to date."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.second_stage_registry import SECOND_STAGES, StageSection, TauNormalizationConfig
 from imbvlm.longtail.post_hoc_adjustment import ValueSelection, balanced_accuracy, select_best
-from imbvlm.models.classifier import MIN_NORM, CosineClassifier, LinearClassifier, autocast_disabled
+from imbvlm.models.classifier import MIN_NORM, AffineMap, CosineClassifier, LinearClassifier, autocast_disabled
 
 Classifier = LinearClassifier | CosineClassifier
 
@@ -48,6 +48,9 @@ class LearnableWeightScaling(LogitTransform):
 
     def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
         return self.scale * logits
+
+    def affine(self) -> AffineMap:
+        return self.first_stage.affine().scaled(self.scale.detach())
 
 
 class DisAlign(LogitTransform):
@@ -84,6 +87,10 @@ class Marc(LogitTransform):
 
     def adjust(self, logits: Tensor, features: Tensor) -> Tensor:
         return self.scale * logits + self.bias * self.norms
+
+    def affine(self) -> AffineMap:
+        scaled = self.first_stage.affine().scaled(self.scale.detach())
+        return scaled._replace(bias=scaled.bias + (self.bias.detach().double() * self.norms))
 
 
 def fresh_classifier(classifier: Classifier) -> Classifier:

@@ -18,7 +18,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.model_sections import ClassMeansConfig, DiscriminantConfig, PrototypeCacheConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.longtail.post_hoc_adjustment import balanced_log_likelihood, best_temperature
-from imbvlm.models.classifier import CosineClassifier, FeatureClassifier, autocast_disabled, l2_normalize
+from imbvlm.models.classifier import AffineMap, CosineClassifier, FeatureClassifier, autocast_disabled, l2_normalize
 from imbvlm.models.classifier_init import class_means
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.model_inputs import ModelInputs, StoredFeatures
@@ -104,6 +104,9 @@ class Discriminant(nn.Module):
         """Logits (B, C) of features (B, D)."""
         with autocast_disabled(features):
             return F.linear(l2_normalize(features.float()), self.weight, self.bias)
+
+    def affine(self) -> AffineMap:
+        return AffineMap(self.weight.double(), self.bias.double(), is_normalized=True)
 
 
 def build_discriminant(

@@ -9,8 +9,20 @@ import torch.nn.functional as F
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.schema import Section
-from imbvlm.config.model_sections import CosineClassifierConfig, LinearClassifierConfig
-from imbvlm.models.classifier import CosineClassifier, LinearClassifier, build_classifier, l2_normalize
+from imbvlm.config.model_sections import CosineClassifierConfig, DecoderConfig, LinearClassifierConfig
+from imbvlm.models.classifier import (
+    CosineClassifier,
+    FeatureClassifier,
+    LinearClassifier,
+    ZeroShotClassifier,
+    affine_map,
+    build_classifier,
+    l2_normalize,
+)
+from imbvlm.models.decoder import Decoder
+from imbvlm.models.prompt_learner import PromptClassifier
+from imbvlm.models.second_stage_modules import DisAlign, LearnableWeightScaling, Marc
+from imbvlm.models.training_free import Discriminant, PrototypeCache
 
 LINEAR, COSINE = LinearClassifierConfig(), CosineClassifierConfig(temperature=0.04)
 both = pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -145,3 +157,51 @@ def test_it_learns(build: Callable[..., Any]) -> None:
         loss.backward()
         optimizer.step()
     assert (classifier(x).argmax(dim=1) == labels).float().mean() > 0.97
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """With random numbers in every tensor, so that nothing stays 0 or 1."""
+    generator = torch.Generator().manual_seed(3)
+    for tensor in module.state_dict().values():
+        tensor.add_(torch.rand(tensor.shape, generator=generator))
+    return module.eval()
+
+
+HEADS: dict[str, Callable[[], torch.nn.Module]] = {
+    "linear": lambda: FeatureClassifier(torch.nn.Identity(), LinearClassifier(12, 7)),
+    "cosine": lambda: FeatureClassifier(torch.nn.Identity(), CosineClassifier(12, 7, 0.04)),
+    "zero-shot": lambda: ZeroShotClassifier(torch.randn(7, 12), 50.0),
+    "prompts": lambda: PromptClassifier(torch.zeros(2, 3), torch.randn(7, 12), 50.0, None),
+    "discriminant": lambda: Discriminant(12, 7),
+    "scaled linear": lambda: LearnableWeightScaling(LinearClassifier(12, 7)),
+    "scaled cosine": lambda: FeatureClassifier(
+        torch.nn.Identity(), LearnableWeightScaling(CosineClassifier(12, 7, 0.1))
+    ),
+    "marc": lambda: Marc(LinearClassifier(12, 7)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_as_a_matrix_has_its_logits(name: str) -> None:
+    head, x = shaken(HEADS[name]()), features().float()
+    affine = affine_map(head)
+    assert affine is not None
+    given = F.normalize(x.double(), dim=1) if affine.is_normalized else x.double()
+    with torch.no_grad():
+        expected = head(x).double()
+    torch.testing.assert_close(given @ affine.weight.T + affine.bias, expected, rtol=1e-5, atol=1e-4)
+    halved = affine.scaled(0.5)
+    torch.testing.assert_close(given @ halved.weight.T + halved.bias, expected / 2, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        FeatureClassifier(Decoder(12, DecoderConfig(depth=0), has_class_token=True), LinearClassifier(12, 7)),
+        FeatureClassifier(torch.nn.Identity(), DisAlign(LinearClassifier(12, 7))),
+        PrototypeCache(torch.zeros(2, 7, 12), torch.zeros(2, 7), 5.0, 10.0),
+    ],
+    ids=["decoder", "disalign", "prototypes"],
+)
+def test_a_head_that_is_no_matrix_says_so(head: torch.nn.Module) -> None:
+    assert affine_map(head) is None
