@@ -16,8 +16,8 @@ from imbvlm.data.image_stream import read_images
 from imbvlm.data.images.decoding import Pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
-from imbvlm.inference.model_folder import described_crops, load, model_folder, read_description
-from imbvlm.inference.predictor import Model, Prediction, crops_of
+from imbvlm.inference.model_folder import load, model_folder, read_description, read_record
+from imbvlm.inference.predictor import Model, Prediction, crops_of_file
 
 # With fewer images the start of Ray Data's processes takes longer than it saves.
 MIN_RAY_IMAGES = 5_000
@@ -41,12 +41,11 @@ class Images:
 
 @dataclass(frozen=True)
 class PredictionBlock:
-    """Some of the images, from number `start` on, and how they are read."""
+    """Some of the images, from number `start` on, and how they are read for each input of a model."""
 
     start: int
     images: Images
-    preprocess: Preprocess
-    num_crops: int
+    inputs: tuple[Preprocess, ...]
 
     @property
     def name(self) -> str:
@@ -55,11 +54,11 @@ class PredictionBlock:
 
 @dataclass(frozen=True)
 class LoadedCrops:
-    """The crops (N, V, 3, S, S) of a block's images, with an error or None per image."""
+    """The crops (N, V, 3, S, S) of a block's images for each input, with an error or None per image."""
 
     start: int
     names: Sequence[str]
-    crops: Pixels
+    crops: Sequence[Pixels]
     reasons: Sequence[str | None]
 
 
@@ -133,18 +132,19 @@ def predictions(
         return
     model = load(folder)
     worker = ModelWorker(model, top)
-    for block in _blocks(images, model.preprocess, model.num_crops):
+    for block in _blocks(images, model.inputs):
         yield from worker(load_crops(block)).predictions
 
 
 def load_crops(block: PredictionBlock) -> LoadedCrops:
     """Fetch, decode and crop the images of a block. Raises StorageError if the storage doesn't answer."""
-    preprocess, num_crops, images = block.preprocess, block.num_crops, block.images
-    side = preprocess.image_size
-    crops = np.zeros((len(images), num_crops, 3, side, side), dtype=np.uint8)
+    images = block.images
+    shapes = [(each.num_crops, 3, each.image_size, each.image_size) for each in block.inputs]
+    crops = [np.zeros((len(images), *shape), dtype=np.uint8) for shape in shapes]
 
     def crop(number: int, data: bytes) -> None:
-        crops[number] = crops_of(preprocess, num_crops, preprocess.decode(data))
+        for part, pixels in zip(crops, crops_of_file(block.inputs, data), strict=True):
+            part[number] = pixels
 
     reasons = [reason and printable_path(reason) for reason in read_images(images.uris, images.contents, crop)]
     return LoadedCrops(block.start, images.names, crops, reasons)
@@ -158,7 +158,8 @@ class ModelWorker:
 
     def __call__(self, block: LoadedCrops) -> PredictedBlock:
         good = np.array([reason is None for reason in block.reasons])
-        predicted = self._model.predictions(block.names, block.crops[good], block.reasons, self._top)
+        crops = [part[good] for part in block.crops]
+        predicted = self._model.predictions(block.names, crops, block.reasons, self._top)
         return PredictedBlock(block.start, predicted)
 
 
@@ -169,11 +170,11 @@ def make_model_worker(folder: str, top: int, num_threads: int, use_gpu: bool) ->
     return ModelWorker(load(folder, "cuda" if use_gpu else "cpu"), top)
 
 
-def _blocks(images: Images, preprocess: Preprocess, num_crops: int) -> Iterator[PredictionBlock]:
+def _blocks(images: Images, inputs: tuple[Preprocess, ...]) -> Iterator[PredictionBlock]:
     for start in range(0, len(images), BLOCK_SIZE):
         part = slice(start, start + BLOCK_SIZE)
         some = Images(images.names[part], images.uris[part], images.contents[part])
-        yield PredictionBlock(start, some, preprocess, num_crops)
+        yield PredictionBlock(start, some, inputs)
 
 
 def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]) -> Iterator[Prediction]:
@@ -182,9 +183,9 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
     from imbvlm.ray_runtime.image_pipeline import map_images
 
     location = storage.absolute(model_folder(folder))
-    preprocess, num_crops = described_crops(location)
+    inputs = read_record(location).inputs
     located = Images(images.names, [uri and storage.absolute(uri) for uri in images.uris], images.contents)
-    blocks = list(_blocks(located, preprocess, num_crops))
+    blocks = list(_blocks(located, inputs))
     waiting: dict[int, list[Prediction]] = {}
     written = 0
     with ray_session() as cluster:

@@ -1,4 +1,4 @@
-"""Exported models as ONNX graphs of encoder and classifier, whose logits are checked with onnxruntime."""
+"""Exported models as ONNX graphs of encoders and classifiers, whose logits are checked with onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.inference.predictor import InferenceModule, Model
+from imbvlm.inference.model_record import input_names
+from imbvlm.inference.predictor import Model, Network
 
 ONNX_FILE = "onnx/model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -25,14 +26,14 @@ _MAX_GRAPH_BYTES = 1_500_000_000
 
 
 class _Graph(nn.Module):
-    """Maps crops in bytes (B, 3, S, S) to adjusted logits and probabilities, (B, C)."""
+    """Maps crops in bytes of each input to adjusted logits and probabilities, (B, C)."""
 
-    def __init__(self, network: InferenceModule) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        adjusted = self.network(images)[1]
+    def forward(self, *images: Tensor) -> tuple[Tensor, Tensor]:
+        adjusted = self.network(*images)[1]
         return adjusted, adjusted.softmax(dim=1)
 
 
@@ -46,9 +47,12 @@ def require_onnx() -> None:
 def write_onnx(model: Model, folder: str) -> float:
     """Write onnx/model.onnx into a model's folder and return the largest difference of its logits from `model`'s.
 
-    The input `images` (B, 3, S, S) is crops in bytes, as the model's preprocessing makes them. The outputs `logits` and
-    `probabilities` (B, C) are adjusted as validation selected. `model` must be on the CPU. Raises ImbvlmError if the
-    encoder can't be written as a graph, or if onnxruntime computes other logits.
+    The input `images` (B, 3, S, S) is crops in bytes, as the model's preprocessing makes them: of five crops it takes
+    each, whose logits a caller averages. A blend of several sizes has inputs `images_1`, `images_2`, ..., since no
+    graph resizes as Pillow does; of five crops such an input takes all, (B, 5, 3, S, S), since the graph adds up what
+    other inputs give. The outputs `logits` and `probabilities` (B, C) are adjusted as validation selected. `model` must
+    be on the CPU. Raises ImbvlmError if an encoder can't be written as a graph, or if onnxruntime computes other
+    logits.
     """
     require_onnx()
     with TemporaryDirectory() as temporary:
@@ -69,11 +73,11 @@ def _export(model: Model, path: Path) -> None:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 _Graph(model.network).eval(),
-                (_crops(model, 2),),
+                _crops(model, 2),
                 str(path),
-                input_names=["images"],
+                input_names=input_names(model.inputs),
                 output_names=["logits", "probabilities"],
-                dynamic_shapes={"images": {0: "batch"}},
+                dynamic_shapes={"images": ({0: torch.export.Dim("batch")},) * len(model.inputs)},
                 dynamo=True,
                 external_data=size > _MAX_GRAPH_BYTES,
                 verbose=False,
@@ -98,9 +102,10 @@ def _largest_difference(model: Model, path: Path) -> float:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     crops = _crops(model, 5)
-    logits = session.run(["logits"], {"images": crops.numpy()})[0]
+    feeds = {name: part.numpy() for name, part in zip(input_names(model.inputs), crops, strict=True)}
+    logits = session.run(["logits"], feeds)[0]
     with torch.inference_mode():
-        expected = model.network(crops)[1].numpy()
+        expected = model.network(*crops)[1].numpy()
     difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise ImbvlmError(
@@ -110,7 +115,7 @@ def _largest_difference(model: Model, path: Path) -> float:
     return difference
 
 
-def _crops(model: Model, num_crops: int) -> Tensor:
-    side = model.preprocess.image_size
-    generator = torch.Generator().manual_seed(num_crops)
-    return torch.randint(0, 256, (num_crops, 3, side, side), dtype=torch.uint8, generator=generator)
+def _crops(model: Model, num_images: int) -> tuple[Tensor, ...]:
+    """Random crops of each input; of five crops a graph with one input takes each alone."""
+    crops = [model.random_crops(number, num_images) for number in range(len(model.inputs))]
+    return (crops[0].flatten(0, -4)[:num_images],) if len(crops) == 1 else tuple(crops)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
-from imbvlm.data.images.decoding import ImageError, picture_pixels
+from imbvlm.data.images.decoding import ImageError, Pixels, decode_picture, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.classifier import ZeroShotClassifier
@@ -32,6 +32,7 @@ from imbvlm.training.checkpoint import read_tensors
 
 ZERO_SHOT_FILE = "zero_shot.safetensors"
 BATCH_SIZE = 64
+Precision = Literal["float16", "float32"]
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
 _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
 
@@ -90,8 +91,30 @@ class LogitPostprocessor:
         return LogitPostprocessor(adjustment, counts, embeddings)
 
 
-class InferenceModule(nn.Module):
-    """Encoder, classifier and logit adjustment in one module: maps crops in bytes to logits."""
+class Network(nn.Module):
+    """Maps crops in bytes to two logits (B, C) in float32: without and with the adjustments.
+
+    It takes a tensor for each of its inputs: crops (B, 3, S, S), or (B, V, 3, S, S) whose logits are averaged.
+    """
+
+    @property
+    def passes(self) -> Sequence[tuple[nn.Module, int]]:
+        """The runs of an encoder with all that reads its output, each with the number of the input that it takes."""
+        raise NotImplementedError
+
+
+def as_stored(features: Tensor, precision: Precision) -> Tensor:
+    """An encoder output in the precision of the stored features that a classifier was trained on."""
+    return features.half().float() if precision == "float16" else features
+
+
+def crop_means(logits: Tensor, images: Tensor) -> Tensor:
+    """Logits of all crops as the mean (B, C) of each image's, for crops (B, 3, S, S) or (B, V, 3, S, S)."""
+    return logits if images.ndim == 4 else logits.view(*images.shape[:2], -1).mean(dim=1)
+
+
+class InferenceModule(Network):
+    """Encoder, classifier and logit adjustment in one module, with one input."""
 
     def __init__(
         self, encoder: Encoder, classifier: nn.Module, config: TrialConfig, post_hoc: LogitPostprocessor | None
@@ -103,41 +126,40 @@ class InferenceModule(nn.Module):
         if post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha:
             self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.text_space.logit_scale)
 
+    @property
+    def passes(self) -> Sequence[tuple[nn.Module, int]]:
+        return [(self, 0)]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The classifier's own logits and the adjusted ones, both (B, C) in float32, of crops (B, 3, S, S)."""
-        outputs = None
+        logits, adjusted = self._logits(images.flatten(0, -4))
+        return crop_means(logits, images), crop_means(adjusted, images)
+
+    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier's own logits and the adjusted ones of crops (B, 3, S, S)."""
+        outputs, precision = None, self._config.features.precision
         if self.zero_shot is not None or not self._config.reads_images:
             outputs = self._encoder.outputs(images)
         if self._config.reads_images:
             logits = self.classifier(images)
         else:
-            logits = self.classifier(self._as_stored(getattr(outputs, METHODS[self._config.method].reads)))
+            logits = self.classifier(as_stored(getattr(outputs, METHODS[self._config.method].reads), precision))
         logits = logits.float()
         if self._post_hoc is None:
             return logits, logits
         zero_shot = None
         if self.zero_shot is not None and outputs is not None and outputs.image_embedding is not None:
-            zero_shot = self.zero_shot(self._as_stored(outputs.image_embedding))
+            zero_shot = self.zero_shot(as_stored(outputs.image_embedding, precision))
         counts = torch.tensor(self._post_hoc.class_counts, device=logits.device)
         return logits, self._post_hoc.adjustment.apply(logits, counts, zero_shot)
 
-    def _as_stored(self, features: Tensor) -> Tensor:
-        """An encoder output in the precision of the stored features that the classifier was trained on."""
-        return features.half().float() if self._config.features.precision == "float16" else features
-
 
 class Model:
-    """An exported classifier with its encoder, preprocessing and class names."""
+    """An exported classifier with its encoders, class names, and the preprocessing of each of its inputs."""
 
     def __init__(
-        self,
-        network: InferenceModule,
-        preprocess: Preprocess,
-        num_crops: int,
-        class_names: tuple[str, ...],
-        device: torch.device,
+        self, network: Network, inputs: Sequence[Preprocess], class_names: tuple[str, ...], device: torch.device
     ) -> None:
-        self.network, self.preprocess, self.num_crops = network.eval(), preprocess, num_crops
+        self.network, self.inputs = network.eval(), tuple(inputs)
         self.class_names, self._device = class_names, device
 
     def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
@@ -153,36 +175,37 @@ class Model:
         return self._stream(enumerate(_several(images)), _checked_top(top))
 
     def _stream(self, iterator: Iterator[tuple[int, ImageLike]], top: int) -> Iterator[Prediction]:
-        while batch := list(islice(iterator, max(1, BATCH_SIZE // self.num_crops))):
+        num_crops = max(preprocess.num_crops for preprocess in self.inputs)
+        while batch := list(islice(iterator, max(1, BATCH_SIZE // num_crops))):
             yield from self._predict_batch(batch, top)
 
-    def classify(self, crops: npt.NDArray[np.uint8], top: int = 5) -> list[tuple[list[int], list[float]]]:
-        """Labels and probabilities of the most probable classes, the best first, of crops from `crops_of`."""
+    def classify(self, crops: Sequence[Pixels], top: int = 5) -> list[tuple[list[int], list[float]]]:
+        """Labels and probabilities of the most probable classes, the best first, of each input's crops (B, ...)."""
         top = _checked_top(top)
-        if not len(crops):
+        if not len(crops[0]):
             return []
-        probabilities = self.probabilities(torch.from_numpy(crops)).cpu()
+        probabilities = self.probabilities(*map(torch.from_numpy, crops)).cpu()
         values, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
         return list(zip(labels.tolist(), values.tolist(), strict=True))
 
-    def logits(self, crops: Tensor) -> Tensor:
-        """Unadjusted logits (B, C) of crops (B, 3, S, S) in bytes, or their means over views (B, V, 3, S, S)."""
-        return self._run(crops, 0)
+    def logits(self, *crops: Tensor) -> Tensor:
+        """Logits (B, C) before adjustments; those of a blend have its members' adjustments.
 
-    def probabilities(self, crops: Tensor) -> Tensor:
+        Each input's crops are (B, 3, S, S) in bytes, or (B, V, 3, S, S) with the mean over V crops.
+        """
+        return self._run(crops)[0]
+
+    def probabilities(self, *crops: Tensor) -> Tensor:
         """Adjusted probabilities (B, C) of crops as `logits` takes them."""
-        return self._run(crops, 1).softmax(dim=1)
+        return self._run(crops)[1].softmax(dim=1)
 
     @torch.inference_mode()
-    def _run(self, crops: Tensor, output: int) -> Tensor:
-        if crops.ndim == 4:
-            logits: Tensor = self.network(crops.to(self._device))[output]
-            return logits
-        num_images, num_crops = crops.shape[:2]
-        return self._run(crops.flatten(0, 1), output).view(num_images, num_crops, -1).mean(dim=1)
+    def _run(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        logits, adjusted = self.network(*(part.to(self._device) for part in crops))
+        return logits, adjusted
 
     def _predict_batch(self, batch: Sequence[tuple[int, ImageLike]], top: int) -> list[Prediction]:
-        crops: list[npt.NDArray[np.uint8] | None] = [None] * len(batch)
+        crops: list[list[Pixels] | None] = [None] * len(batch)
         budget = DecodeBudget()
 
         def load(number: int) -> str | None:
@@ -195,19 +218,30 @@ class Model:
         names = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else None for _, image in batch]
         reasons = map_rows(load, names)
         sources = [name or f"image {index}" for name, (index, _) in zip(names, batch, strict=True)]
-        good = [crop for crop in crops if crop is not None]
-        return self.predictions(sources, np.stack(good) if good else np.empty(0, np.uint8), reasons, top)
+        good = [parts for parts in crops if parts is not None]
+        batches = [np.stack(parts) for parts in zip(*good, strict=True)] or [np.empty(0, np.uint8)]
+        return self.predictions(sources, batches, reasons, top)
 
-    def _crops(self, image: ImageLike, budget: DecodeBudget) -> npt.NDArray[np.uint8]:
+    def _crops(self, image: ImageLike, budget: DecodeBudget) -> list[Pixels]:
         if isinstance(image, (str, os.PathLike)):
             with budget.fetched(os.fspath(image), None) as data:
-                return crops_of(self.preprocess, self.num_crops, self.preprocess.decode(data))
-        return crops_of(self.preprocess, self.num_crops, _decoded(image, self.preprocess))
+                return crops_of_file(self.inputs, data)
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return crops_of_file(self.inputs, bytes(image))
+        picture = _checked_picture(image)
+        return [crops_of(preprocess, picture) for preprocess in self.inputs]
+
+    def random_crops(self, number: int, num_images: int) -> Tensor:
+        """Random crops of images for an input, (B, 3, S, S) or (B, V, 3, S, S), on the model's device."""
+        preprocess, generator = self.inputs[number], torch.Generator().manual_seed(num_images)
+        several = () if preprocess.num_crops == 1 else (preprocess.num_crops,)
+        shape = (num_images, *several, 3, preprocess.image_size, preprocess.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(self._device)
 
     def predictions(
-        self, sources: Sequence[str], crops: npt.NDArray[np.uint8], reasons: Sequence[str | None], top: int
+        self, sources: Sequence[str], crops: Sequence[Pixels], reasons: Sequence[str | None], top: int
     ) -> list[Prediction]:
-        """A prediction for each source: its error if it has a reason, else the classes of the next crops."""
+        """A prediction for each source: its error if it has a reason, else the classes of each input's next crops."""
         classified = iter(self.classify(crops, top))
         return [
             self._prediction(source, *next(classified)) if reason is None else Prediction(source, error=reason)
@@ -221,11 +255,18 @@ class Model:
         )
 
 
-def crops_of(
-    preprocess: Preprocess, num_crops: int, image: npt.NDArray[np.uint8] | Image.Image
-) -> npt.NDArray[np.uint8]:
-    """The crops (V, 3, S, S) of one image that a model reads."""
-    return np.stack([preprocess.apply(image, crop) for crop in range(num_crops)])
+def crops_of(preprocess: Preprocess, image: Pixels | Image.Image) -> Pixels:
+    """The crops (V, 3, S, S) of one image that a model's input takes."""
+    return np.stack([preprocess.apply(image, crop) for crop in range(preprocess.num_crops)])
+
+
+def crops_of_file(inputs: Sequence[Preprocess], data: bytes) -> list[Pixels]:
+    """The crops of an image's file for each input; raises ImageError.
+
+    Inputs that need the same pixels share a decoded image.
+    """
+    pictures = {side: decode_picture(data, min_side=side) for side in {each.min_side() for each in inputs}}
+    return [crops_of(preprocess, pictures[preprocess.min_side()]) for preprocess in inputs]
 
 
 def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
@@ -245,15 +286,12 @@ def _checked_top(top: int) -> int:
     return operator.index(top)
 
 
-def _decoded(
-    image: bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess
-) -> npt.NDArray[np.uint8] | Image.Image:
+def _checked_picture(image: Image.Image | npt.NDArray[np.uint8]) -> Pixels | Image.Image:
+    """A Pillow image or an array as crops are made from it; raises ImageError for anything else."""
     if isinstance(image, Image.Image):
         return picture_pixels(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ImageError(f"an array must be H x W x 3 of uint8, got {image.shape} of {image.dtype}")
-        return image
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return preprocess.decode(bytes(image))
-    raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ImageError(f"an array must be H x W x 3 of uint8, got {image.shape} of {image.dtype}")
+    return image

@@ -139,7 +139,7 @@ def exported(problem: TinyImages, config: TrialConfig, folder: Path, device: tor
     write_model(str(folder / "model"), config, saved, tower, run.data.class_names, {})
     model = load(folder / "model", device)
     crops = torch.randint(0, 256, (4, 3, tower.info.image_size, tower.info.image_size), dtype=torch.uint8)
-    return [value for _, values in model.classify(crops.numpy(), 3) for value in values]
+    return [value for _, values in model.classify([crops.numpy()], 3) for value in values]
 
 
 def outcome(case: Case, device: torch.device) -> Numbers | str:

@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from blend_members import blend, member
 from exported_model import write_model_folder
 from PIL import Image
 from s3_server import BUCKET, S3Server, program
+from tiny_images import TinyImages
 
 from imbvlm.base.console import Console
 from imbvlm.base.csv_cells import escape_cell
@@ -36,6 +38,16 @@ from imbvlm.inference.predictor import Prediction
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A blend with two inputs: one crop of 32 pixels, and five of 48."""
+    folder = tmp_path_factory.mktemp("blend")
+    problem = TinyImages(folder / "problem")
+    larger = {"encoder__image_size": 48, "eval__tte": "five_crop", "eval__expand": 8}
+    blend(folder / "model", [member(problem, "linear_probe"), member(problem, "class_means", **larger)])
+    return folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +254,26 @@ def test_the_command_says_how_many_could_not_be_read(
     assert "is no exported model" in capsys.readouterr().err
 
 
+def test_the_command_does_not_know_that_a_model_is_a_blend(
+    blended: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(blended, photos, "--json", "--top", "2") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    images = table.find_images([str(photos)])
+    for row, prediction in zip(rows, load(blended, "cpu").predict_stream(images.uris, top=2), strict=True):
+        assert row["image"] == prediction.source
+        assert (row["error"] is None) == (prediction.error is None)
+        expected = [{"class": name, "probability": pytest.approx(value)} for name, value in prediction.ranked]
+        assert row["classes"] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize("kind", ["model", "blended"])
 def test_ray_data_gives_the_same_rows_in_the_same_order(
-    ray_cluster: str, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, kind: str, photos: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model: Path = request.getfixturevalue(kind)
     images = table.find_images([str(photos)] * 3)
     monkeypatch.setattr(table, "BLOCK_SIZE", 4)
     here, there = (

@@ -21,6 +21,7 @@ import imbvlm
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
+from imbvlm.inference import predictor
 from imbvlm.models.encoders.encoder_factory import create_encoder
 
 
@@ -242,6 +243,28 @@ def test_the_fingerprint_sees_settings_and_pixels(monkeypatch: pytest.MonkeyPatc
         lambda self, *given, **named: resize(self, *given, **named).point(lambda value: value ^ 1),
     )
     assert plain.fingerprint() != before
+
+
+def test_inputs_of_a_file_share_a_decoded_image_where_they_need_the_same_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode, sides = predictor.decode_picture, list[int | None]()
+
+    def counted(data: bytes, *, min_side: int | None = None) -> Image.Image:
+        sides.append(min_side)
+        return decode(data, min_side=min_side)
+
+    monkeypatch.setattr(predictor, "decode_picture", counted)
+    data = encoded(picture().resize((400, 300)), "JPEG")
+    exact, reduced = (Preprocess(32), Preprocess(48).five_crop(8)), (Preprocess(32, jpeg_downscale=1.0),)
+    for inputs, expected in ((exact, [None]), ((*exact, *reduced), [None, 32])):
+        sides.clear()
+        crops = predictor.crops_of_file(inputs, data)
+        assert sorted(sides, key=str, reverse=True) == expected
+        for preprocess, part in zip(inputs, crops, strict=True):
+            image = preprocess.decode(data)
+            assert (part == np.stack([preprocess.apply(image, view) for view in range(preprocess.num_crops)])).all()
+    assert [part.shape for part in crops] == [(1, 3, 32, 32), (5, 3, 48, 48), (1, 3, 32, 32)]
 
 
 def test_classifying_needs_no_ray(folder: Path, tmp_path: Path) -> None:

@@ -82,13 +82,24 @@ class Preprocess(PlainSettings):
         settings = json.dumps(self.to_dict(), sort_keys=True).encode()
         return hashlib.sha256(settings + crop.tobytes()).hexdigest()
 
+    @property
+    def num_crops(self) -> int:
+        """Number of an image's evaluation crops: five with `expand`, else one."""
+        return 1 if self.expand is None else len(FIVE_CROPS)
+
+    def min_side(self, min_crop: float = 1.0) -> int | None:
+        """The shorter side that decoding must leave an image, for crops whose own is at least `min_crop` of it.
+
+        None where images are decoded at their own size.
+        """
+        if self.jpeg_downscale is None:
+            return None
+        resize = self.resize if self.expand is None else 1 + self.expand / self.image_size
+        return math.ceil(self.image_size * max(resize, 1 / min_crop) * self.jpeg_downscale)
+
     def decode(self, data: bytes, min_crop: float = 1.0) -> Image.Image:
         """Decode an image for crops whose shorter side is at least `min_crop` of its own; raises ImageError."""
-        if self.jpeg_downscale is None:
-            return decode_picture(data)
-        resize = self.resize if self.expand is None else 1 + self.expand / self.image_size
-        needed = self.image_size * max(resize, 1 / min_crop)
-        return decode_picture(data, min_side=math.ceil(needed * self.jpeg_downscale))
+        return decode_picture(data, min_side=self.min_side(min_crop))
 
     def apply(
         self, image: Pixels | Image.Image, view: int = 0, row_id: int = 0, *, out: Pixels | None = None

@@ -21,7 +21,8 @@ from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.extraction import ensure_features
-from imbvlm.inference.model_folder import load, without_paths, write_model
+from imbvlm.inference.model_folder import load, write_model
+from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import require_onnx, write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment

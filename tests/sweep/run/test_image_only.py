@@ -108,7 +108,7 @@ def test_an_exported_model_and_its_graph_predict_the_same(folder: Path, model: P
     assert json.loads((model / "config.json").read_text())["encoder"]["embedding_width"] is None
     assert "clip" not in (model / "README.md").read_text().split("---")[1]
     loaded = imbvlm.load(model, "cpu")
-    side = loaded.preprocess.image_size
+    side = loaded.inputs[0].image_size
     crops = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(str(model / "onnx" / "model.onnx"))
     probabilities = session.run(["probabilities"], {"images": crops.numpy()})[0]
