@@ -45,21 +45,17 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
         features = _extract(config, manifest, storage.join(storage_folder, "features"), echo)
     threads = config.train.num_threads if config.train else None
     settings = TrialSettings(
-        config=config.to_tree(),
-        feature_set=features.to_dict(),
+        config=config,
+        feature_set=features,
         objective=OBJECTIVE,
         num_threads=threads,
         model_folder=out,
     )
     last: dict[str, float] = {}
     for report in TrialSession(default_device()).reports(settings):
-        if report.get("failure"):
-            raise ImbvlmError(str(report["failure"]))
-        last = {
-            key: float(value)
-            for key, value in report.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
+        if report.failure is not None:
+            raise ImbvlmError(report.failure)
+        last = {**report.values, "progress": report.progress}
         loss = f"train loss {last['train/loss']:.4f}, " if "train/loss" in last else ""
         echo(
             f"epoch {int(last['epoch'])}: {loss}validation balanced {percent(last.get(OBJECTIVE))}, "

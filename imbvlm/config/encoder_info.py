@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from imbvlm.base.errors import ImbvlmError
 
@@ -69,12 +68,3 @@ class EncoderInfo:
             "pooled": (self.pooled_width,),
         }
         return shapes if self.embedding_width is None else {**shapes, "image_embedding": (self.embedding_width,)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> EncoderInfo:
-        """The inverse of `to_dict`, also after a round trip through JSON."""
-        return EncoderInfo(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})

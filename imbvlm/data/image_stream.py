@@ -56,17 +56,13 @@ class StreamPlan:
 
     def blocks(self, manifest: Manifest) -> list[StreamBlock]:
         """The batches as blocks for `load_batch`; without the first ones a stream resumes within an epoch."""
+        common = replace(self, rows=self.rows[:0], batches=())
         return [
             StreamBlock(
                 positions=np.asarray(positions, dtype=np.int64),
                 rows=self.rows[positions],
                 images=LazyRows(manifest.table, self.rows[positions]),
-                preprocess=self.preprocess,
-                augmentation=self.augmentation,
-                seed=self.seed,
-                epoch=self.epoch,
-                progress=self.progress,
-                view=self.view,
+                plan=common,
             )
             for positions in self.batches
         ]
@@ -74,21 +70,15 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class StreamBlock:
-    """One batch of a StreamPlan: positions (B,) in the epoch, rows (B,) of the manifest, and where their images are."""
+    """One batch of a plan: positions (B,) in the epoch, rows (B,) of the manifest, and where their images are.
+
+    `plan` has how they are read, without its own rows and batches.
+    """
 
     positions: Rows
     rows: Rows
     images: LazyRows
-    preprocess: Preprocess
-    augmentation: Augmentation | None
-    seed: int
-    epoch: int
-    progress: float
-    view: int
-
-    @property
-    def name(self) -> str:
-        return "images"
+    plan: StreamPlan
 
 
 def map_rows(load: Callable[[int], str | None], uris: Sequence[str | None]) -> list[str | None]:
@@ -121,7 +111,7 @@ def load_batch(block: StreamBlock, budget: DecodeBudget | None = None) -> ImageB
 
     Batches that are loaded in parallel share a `budget`.
     """
-    preprocess, augmentation = block.preprocess, block.augmentation
+    plan, preprocess, augmentation = block.plan, block.plan.preprocess, block.plan.augmentation
     uris, contents = block.images.read()
     side = preprocess.image_size
     min_crop = 1.0 if augmentation is None else augmentation.min_crop
@@ -130,10 +120,10 @@ def load_batch(block: StreamBlock, budget: DecodeBudget | None = None) -> ImageB
     def change(number: int, data: bytes) -> None:
         image = preprocess.decode(data, min_crop)
         if augmentation is None:
-            preprocess.apply(image, block.view, out=images[number])
+            preprocess.apply(image, plan.view, out=images[number])
         else:
-            rng = np.random.default_rng((block.seed, block.epoch, int(block.positions[number])))
-            augmentation.apply(image, preprocess, rng, block.progress, out=images[number])
+            rng = np.random.default_rng((plan.seed, plan.epoch, int(block.positions[number])))
+            augmentation.apply(image, preprocess, rng, plan.progress, out=images[number])
 
     reasons = tuple(read_images(uris, contents, change, budget or DecodeBudget(_REMOTE_THREADS)))
     ok = np.array([reason is None for reason in reasons], dtype=bool)

@@ -97,11 +97,10 @@ def ensure_features(
         for is_five_crop in (False, True)
     )
     location = absolute_manifest(config.data.manifest)
-    encoder_tree = config.encoder.absolute().model_dump(mode="json")
     cache = cache or FeatureCacheConfig()
     is_cached = FeatureCache(cache).is_needed_for(root, has_many_machines=has_many_machines())
     used_cache = cache if is_cached else None
-    return FeatureSet(location, folders, stored, encoder.info, embeddings, encoder_tree, crops, used_cache)
+    return FeatureSet(location, folders, stored, encoder.info, embeddings, config.encoder.absolute(), crops, used_cache)
 
 
 # -------------------------------------------------------------------------------------------------- filling
@@ -199,6 +198,7 @@ def _compute_in_workers(
             # One block is written while the GPU computes the next. On a CPU this saves no time and takes more memory.
             calls_per_worker=2 if gpus else 1,
             notify=progress.wait,
+            name=ImageBlock.describe,
         )
 
 

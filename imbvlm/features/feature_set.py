@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
 
 from imbvlm.base import storage
-from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
-from imbvlm.config.input_sections import FeatureCacheConfig
+from imbvlm.config.input_sections import EncoderConfig, FeatureCacheConfig
 from imbvlm.features.feature_cache import FeatureCache, PinnedCopy
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreError
@@ -35,29 +33,9 @@ class FeatureSet:
     outputs: tuple[OutputName, ...]
     info: EncoderInfo
     class_embeddings: str | None = None
-    encoder: Tree | None = None
+    encoder: EncoderConfig | None = None
     five_crop: Mapping[str, str] = field(default_factory=dict)
     cache: FeatureCacheConfig | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        folders = {"folders": dict(self.folders), "five_crop": dict(self.five_crop)}
-        cache = None if self.cache is None else self.cache.model_dump()
-        return {**asdict(replace(self, cache=None)), **folders, "info": self.info.to_dict(), "cache": cache}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> FeatureSet:
-        """The inverse of `to_dict`, also after JSON."""
-        return FeatureSet(
-            data["manifest"],
-            dict(data["folders"]),
-            tuple(data["outputs"]),
-            EncoderInfo.from_dict(data["info"]),
-            data["class_embeddings"],
-            data["encoder"],
-            dict(data["five_crop"]),
-            None if data["cache"] is None else FeatureCacheConfig.model_validate(data["cache"]),
-        )
 
     def store(self, split: str) -> FeatureStore:
         """The store of an official split; raises StoreError where it was not extracted."""

@@ -32,8 +32,8 @@ class ImageBlock:
     is_strict: bool
     rows: LazyRows
 
-    @property
-    def name(self) -> str:
+    def describe(self) -> str:
+        """Name the block's images."""
         return f"{self.split} images {self.first_row} to {self.first_row + len(self.rows) - 1}"
 
 

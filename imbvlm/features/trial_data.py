@@ -108,7 +108,7 @@ class TrialData:
             class_embeddings=_class_embeddings(features),
             warnings=_warnings(table, train_store),
             stored=stored,
-            encoder=config.encoder if features.encoder is None else EncoderConfig.model_validate(features.encoder),
+            encoder=features.encoder or config.encoder,
         )
 
     @staticmethod

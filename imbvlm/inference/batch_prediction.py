@@ -47,10 +47,6 @@ class PredictionBlock:
     images: Images
     inputs: tuple[Preprocess, ...]
 
-    @property
-    def name(self) -> str:
-        return "images"
-
 
 @dataclass(frozen=True)
 class LoadedCrops:

@@ -133,7 +133,7 @@ def _describe_pass(group: Sequence[TrainedMember], merged: MergedHeads, info: En
     configs = [without_paths(member.config) for member in group]
     heads = {member: index for index, member in enumerate(merged.scales, 1)}
     return {
-        "encoder": {**info.to_dict(), "name": configs[0].encoder.name},
+        "encoder": {**asdict(info), "name": configs[0].encoder.name},
         "matrices": [form._asdict() for form in merged.weights],
         "members": [
             {

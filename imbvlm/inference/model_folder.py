@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_model(
         "preprocess": written.preprocess.to_dict(),
         "preprocess_fingerprint": written.preprocess.fingerprint(),
         "pillow": PIL.__version__,
-        "encoder": {**written.info.to_dict(), "name": config.encoder.name},
+        "encoder": {**asdict(written.info), "name": config.encoder.name},
         "config": config.to_tree(),
         "scores": scores,
         "post_hoc": None if post_hoc is None else post_hoc.write(folder, digests),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,15 +30,7 @@ from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
 from imbvlm.ray_runtime.cpu_allocation import plan_cpus, plan_tasks
 
-
-class Block(Protocol):
-    """The input of a loading task: a value that can be pickled, with a name for sentences about it."""
-
-    @property
-    def name(self) -> str: ...
-
-
-BlockT = TypeVar("BlockT", bound=Block)
+BlockT = TypeVar("BlockT")
 LoadedT = TypeVar("LoadedT")
 SummaryT = TypeVar("SummaryT")
 Row = dict[str, Any]
@@ -67,6 +59,7 @@ def map_images(
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
     calls_per_worker: int = 1,
+    name: Callable[[BlockT], str] = lambda block: "images",
 ) -> Iterator[SummaryT]:
     """Summaries of the blocks, in the order in which they are completed.
 
@@ -76,7 +69,7 @@ def map_images(
     thread, the reason why nothing goes on while the cluster lacks machines.
 
     An ImbvlmError of either is raised here. Raises LostProcessesError where several processes in a row are lost at one
-    block, whose `name` is in the sentence, or at their start.
+    block, whose `name(block)` is in the sentence, or at their start.
     """
     if not blocks:
         return
@@ -84,7 +77,7 @@ def map_images(
     nodes = _cpus_of_nodes()
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_encoder_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
-    rows = _Descriptors(blocks)
+    rows = _Descriptors(blocks, name)
     with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
@@ -121,7 +114,7 @@ def stream_blocks(
     """
     if not blocks:
         return
-    rows = _Descriptors(blocks)
+    rows = _Descriptors(blocks, lambda block: "images")
     with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
@@ -167,15 +160,14 @@ class _Item:
 class _Descriptors(Sequence[Row]):
     """Blocks as rows of a dataset, pickled one at a time, since they may contain embedded images."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[BlockT], name: Callable[[BlockT], str]) -> None:
+        self.blocks, self.name = blocks, name
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        block = self.blocks[index]
-        return {_PICKLED: pickle.dumps(_Item(index, block.name, block))}
+        return {_PICKLED: pickle.dumps(_Item(index, self.name(self.blocks[index]), self.blocks[index]))}
 
 
 class _Load:

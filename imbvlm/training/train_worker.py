@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import ray
 import ray.train
@@ -12,11 +12,11 @@ import ray.train.torch
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.ray_runtime.image_pipeline import stream_in_ray
 from imbvlm.training.step.distributed import DistributedWorkerGroup
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.trial_session import TrialSession, TrialSettings, to_result
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Run the trial that TrialSettings.to_dict() describes, as `train_loop_per_worker` of a TorchTrainer.
+def train_worker(config: Mapping[str, TrialSettings]) -> None:
+    """Run the trial of `config["settings"]`, as `train_loop_per_worker` of a TorchTrainer.
 
     Every worker reports each epoch, as Ray Train requires. All report the same metrics, since counts and losses are
     summed over workers.
@@ -25,8 +25,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     is_single = ray.train.get_context().get_world_size() == 1
     workers: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
-    for report in TrialSession(device, workers, stream).reports(TrialSettings.from_dict(settings)):
-        ray.train.report(report)
+    for report in TrialSession(device, workers, stream).reports(config["settings"]):
+        ray.train.report(to_result([report]))
 
 
 def _loading_tasks() -> int:

@@ -6,7 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, LostProcessesError, PackError, StorageError
-from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
@@ -32,21 +31,65 @@ from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.validation_logits import ValLogitsWriter
 
-TrialReport = dict[str, Any]
+
+@dataclass(frozen=True)
+class TrialReport:
+    """An epoch of a trial; `progress` is the fraction of the trial, and names of `metrics` have a slash.
+
+    `restart` is the reason why a trial with a damaged checkpoint has started again from its first epoch. A last report
+    `has_finished`, or has a `failure` with a sentence: a retry would fail again.
+    """
+
+    trial_id: str
+    epoch: int
+    step: int | None = None
+    progress: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    restart: str | None = None
+    failure: str | None = None
+    has_finished: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        return self.has_finished or self.failure is not None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers that a trial's record has of an epoch: `epoch`, `step` and the metrics."""
+        step = {} if self.step is None else {"step": float(self.step)}
+        return {"epoch": float(self.epoch), **step, **{name: float(value) for name, value in self.metrics.items()}}
+
+
+def to_result(reports: Sequence[TrialReport]) -> dict[str, Any]:
+    """The result for Ray Tune of an epoch of some trials, which ends their process if it is the last one of all.
+
+    Reports are plain data there: Tune keeps the text of every object that JSON can't hold.
+    """
+    epoch = max((report.epoch for report in reports), default=0)
+    return {"reports": list(map(vars, reports)), "epoch": epoch, "done": all(report.is_last for report in reports)}
+
+
+def from_result(result: Mapping[str, Any]) -> list[TrialReport]:
+    """The reports of a result."""
+    return [TrialReport(**report) for report in result["reports"]]
+
+
+# What a trial that trains with a pack reports when it has joined, before its first epoch.
+HAS_JOINED = TrialReport("", 0)
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """A driver's settings for one trial; plain data for JSON.
+    """A driver's settings for one trial.
 
     A baseline ends after `patience` epochs without a new maximum of `objective`. A refit writes its weights and its
     results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
-    logits adjusted by `post_hoc` (a PostHocAdjustment). Validation logits go to `logits_file`. `marker` is a file of
+    logits adjusted by `post_hoc`. Validation logits go to `logits_file`. `marker` is a file of
     the sweep; a machine that lacks it doesn't share the sweep's folder.
     """
 
-    config: Tree
-    feature_set: Tree
+    config: TrialConfig
+    feature_set: FeatureSet
     objective: str
     checkpoint_folder: str | None = None
     checkpoint_seconds: float = 60.0
@@ -55,25 +98,17 @@ class TrialSettings:
     refit: bool = False
     score_test: bool = False
     model_folder: str | None = None
-    post_hoc: dict[str, float] | None = None
+    post_hoc: PostHocAdjustment | None = None
     logits_file: str | None = None
     marker: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> TrialSettings:
-        """The inverse of `to_dict`."""
-        return TrialSettings(**data)
+    trial_id: str = ""
 
 
 @dataclass(frozen=True)
 class _Opened:
     """The data of all trials with the same `key`; `pinned` are this machine's copies of it."""
 
-    key: str
+    key: tuple[object, ...]
     features: FeatureSet
     data: TrialData
     pinned: Sequence[PinnedCopy]
@@ -94,11 +129,7 @@ class TrialSession:
         self._opened: _Opened | None = None
 
     def reports(self, settings: TrialSettings, pack: TrialPack | None = None) -> Generator[TrialReport, None, None]:
-        """One report an epoch with `epoch`, `progress` (fraction of the trial) and metrics.
-
-        A trial that trains with a pack has an empty report before its first epoch, when it has joined. A trial with a
-        damaged checkpoint starts again from its first epoch; its first report has the reason as `restart`. The last
-        report has `done_training`, or `failure` with a sentence: a retry would fail again.
+        """One report an epoch; a trial that trains with a pack first reports that it `HAS_JOINED`.
 
         Errors that a retry may avoid are raised: OSError, StorageError, LostProcessesError, and PackError, after which
         each trial of the pack may continue alone.
@@ -106,7 +137,7 @@ class TrialSession:
         epoch = 0
         try:
             for report in self._reports(settings, pack):
-                epoch = int(report.get("epoch", 0))
+                epoch = report.epoch
                 yield report
         except (OSError, StorageError, LostProcessesError, PackError):
             raise
@@ -114,10 +145,10 @@ class TrialSession:
             # Other workers may be waiting in a sum for this one; only an exception ends them.
             if self._workers.world_size > 1:
                 raise
-            yield {"epoch": epoch, "failure": _sentence(error), "done": True}
+            yield TrialReport(settings.trial_id, epoch, failure=_sentence(error))
 
     def _reports(self, settings: TrialSettings, pack: TrialPack | None) -> Iterator[TrialReport]:
-        config = TrialConfig.from_tree(settings.config)
+        config = settings.config
         if settings.marker is not None and not storage.exists(settings.marker):
             host = socket.gethostname()
             raise StorageError(f"{host} doesn't see {settings.marker}; all nodes must share the sweep's folder")
@@ -126,8 +157,7 @@ class TrialSession:
         memory = PeakMemory.start(self._device)
         opened = self._open(config, settings)
         data, feature_set = opened.data, opened.features
-        run, damage = self._restored(config, data, settings.checkpoint_folder)
-        restart: TrialReport = {} if damage is None else {"restart": damage}
+        run, restart = self._restored(config, data, settings.checkpoint_folder)
         logits_writer = (
             None
             if settings.logits_file is None
@@ -136,10 +166,11 @@ class TrialSession:
         try:
             if pack is not None:
                 run.join(pack)
-                yield {}
+                yield HAS_JOINED
             for report in self._reports_of(run, feature_set, settings, logits_writer):
-                yield {**report, **restart, **self._peak(memory)} if report.get("done_training") else report | restart
-                restart = {}
+                peak = self._peak(memory) if report.has_finished else {}
+                yield replace(report, restart=restart, metrics={**report.metrics, **peak})
+                restart = None
         finally:
             # Also reached when the scheduler stops the trial.
             run.leave_pack()
@@ -179,22 +210,25 @@ class TrialSession:
 
         for result in run.epochs(save_when_due):
             progress = result.epoch / run.num_epochs
-            report: TrialReport = {"epoch": result.epoch, "step": result.step, "progress": progress, **result.metrics}
+            report = TrialReport(
+                settings.trial_id, result.epoch, result.step, progress, result.metrics, None, result.failure
+            )
             best_epoch = run.best_epoch.get(objective, 0)
             has_patience = settings.patience is None or result.epoch - best_epoch < settings.patience
             if result.failure is not None:
-                yield {**report, "failure": result.failure, "done": True}
+                yield report
                 return
             is_last = result.epoch == run.num_epochs or not has_patience
             if logits_writer is not None:
                 self._keep_logits(logits_writer, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
             if is_last:
-                yield {**report, **self._finish(run, feature_set, settings), "done_training": True, "done": True}
+                scores = self._finish(run, feature_set, settings)
+                yield replace(report, metrics={**result.metrics, **scores}, has_finished=True)
                 return
             save_when_due()
-            yield {**report, "done": False}
+            yield report
 
-    def _peak(self, memory: PeakMemory) -> TrialReport:
+    def _peak(self, memory: PeakMemory) -> dict[str, float]:
         """The peak memory of the worker with the largest; every worker must call it."""
         largest = int(self._workers.max(torch.tensor(memory.bytes() or 0)))
         return {"memory/peak_bytes": largest} if largest else {}
@@ -210,12 +244,12 @@ class TrialSession:
 
     def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
         outputs, of_test = stored_outputs(config), list[OutputName]()
-        if settings.score_test and (settings.post_hoc or {}).get("alpha"):
+        if settings.score_test and settings.post_hoc is not None and settings.post_hoc.alpha:
             of_test.append("image_embedding")
-        features = FeatureSet.from_dict(settings.feature_set)
+        features = settings.feature_set
         # Pinned copies of outputs that the next trial doesn't read would keep their space.
-        copied = "" if features.cache is None else f"{sorted(outputs)} {of_test}"
-        key = f"{config.data.model_dump_json()} {config.reads_images} {features.to_dict()} {settings.refit} {copied}"
+        copied = None if features.cache is None else (outputs, of_test)
+        key = (config.data, config.reads_images, features, settings.refit, copied)
         if self._opened is None or self._opened.key != key:
             # Released first: this machine may have no space for copies of both.
             self._opened = None
@@ -223,15 +257,15 @@ class TrialSession:
             self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), pinned)
         return self._opened
 
-    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> TrialReport:
-        scored: TrialReport = {}
+    def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> dict[str, float]:
+        scored: dict[str, float] = {}
         results = {}
         if settings.score_test:
             examples = TrialData.open_split(run.config, feature_set, "test")
             adjust = None
             if settings.post_hoc is not None:
                 stored = TrialData.open_stored(run.config, feature_set, "test")
-                adjust = LogitAdjuster(PostHocAdjustment(**settings.post_hoc), run.data, stored, self._device)
+                adjust = LogitAdjuster(settings.post_hoc, run.data, stored, self._device)
             result = run.evaluate_full(examples, adjust)
             scored = {f"test/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
             if result.adjusted is not None:

@@ -114,8 +114,8 @@ def _run_through(folder: Path, num_trials: int, device: str) -> float:
     spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
     sweep, journal = check_spec(spec), folder / "optuna.log"
 
-    def searching(make: Callable[..., object], budget: Budget) -> StudySearch:
-        return StudySearch.open(sweep, [], [], make, budget, journal=journal)
+    def searching(budget: Budget) -> StudySearch:
+        return StudySearch.open(sweep, [], [], budget, journal=journal)
 
     log, taken = made.run_through(folder, spec, features, num_trials, searching)
     finished = sum(record.state == "finished" for record in log.of("search"))
@@ -127,23 +127,19 @@ def _run_through(folder: Path, num_trials: int, device: str) -> float:
 def _searched(folder: Path, num_trials: int) -> float:
     spec = _spec(num_trials, {"data": {"manifest": "made"}}, "cpu")
     log = TrialLog(str(folder))
-
-    def payload(job: object) -> dict[str, object]:
-        record = TrialRecord(trial_id=job.trial_id, kind="search", config=job.config.to_tree(), draw=job.draw)
-        return {"record": record}
-
     begin = time.perf_counter()
     searcher = StudySearch.open(
-        check_spec(spec), [], [], payload, Budget.open(spec, str(folder), 0.0), journal=folder / "optuna.log"
+        check_spec(spec), [], [], Budget.open(spec, str(folder), 0.0), journal=folder / "optuna.log"
     )
-    for number in range(num_trials):
-        record = searcher.suggest(str(number))["record"]
+    for _ in range(num_trials):
+        job = searcher.next_job()
+        record = TrialRecord(trial_id=job.trial_id, kind="search", config=job.config.to_tree(), draw=job.draw)
         value = record.draw["optim.lr"]
         for epoch in range(1, 11):
             record.epochs.append({"epoch": float(epoch), "val/best_balanced_accuracy": value})
         record.state = "finished"
         log.save(record)
-        searcher.on_trial_complete(str(number), {"val/best_balanced_accuracy": value})
+        searcher.finished(job, record.epochs)
     write_results_table(log)
     return time.perf_counter() - begin
 

@@ -10,13 +10,11 @@ import open_clip
 import pyarrow as pa
 import torch
 from PIL import Image
-from ray.tune.search import Searcher
 from safetensors.torch import save_file
 from torch import Tensor, from_numpy, nn
 from towers import write_config
 
 from imbvlm.base.console import Console
-from imbvlm.base.schema import Tree
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -28,7 +26,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import Job, RunContext, payload
+from imbvlm.sweep.tune.jobs import Job, JobSource, RunContext
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
 
@@ -104,7 +102,7 @@ def run_through(
     spec: SweepSpec,
     features: FeatureSet,
     num_trials: int,
-    searcher: Callable[[Callable[[Job], Tree], Budget], Searcher],
+    source: Callable[[Budget], JobSource],
 ) -> tuple[TrialLog, float]:
     """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
     console, budget = Console(io.StringIO()), Budget.open(spec, str(folder), 0.0)
@@ -112,11 +110,11 @@ def run_through(
     lane = RunContext(spec.resolve(), str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
 
     def settings(job: Job) -> TrialSettings:
-        return TrialSettings(job.config.to_tree(), features.to_dict(), spec.objective, num_threads=1)
+        return TrialSettings(job.config, features, spec.objective, num_threads=1, trial_id=job.trial_id)
 
     with console.redirect_output(folder / "ray.log"), ray_session():
         begin = time.perf_counter()
-        run_jobs(lane, searcher(payload(lane, settings), budget), None, "search", num_trials)
+        run_jobs(lane, source(budget), settings, None, "search", num_trials)
         write_results_table(lane.log)
         taken = time.perf_counter() - begin
     return lane.log, taken

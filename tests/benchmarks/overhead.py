@@ -27,7 +27,7 @@ def lines(options: Options) -> Iterator[Line]:
         spec,
         features,
         number,
-        lambda make, budget: FixedJobs(jobs, make, budget),
+        lambda budget: FixedJobs(jobs, budget),
     )
     records = log.of("search")
     ends = np.array([record.ended_at for record in records])

@@ -6,7 +6,6 @@ they train is looked up in the grid: the same numbers, and no waiting.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import embedded
 import numpy as np
@@ -21,10 +20,12 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
-from imbvlm.sweep.tune.asha_brackets import asha
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
+from imbvlm.sweep.tune.jobs import Job
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_session import TrialReport
 
 BEST = "val/best_balanced_accuracy"
 SEEDS = range(5)
@@ -137,34 +138,36 @@ def search(curves: Curves, spec: SweepSpec, stops: bool, counts: Callable[[Trial
     """Regret of what the search finds among what counts, in balanced accuracy of the last epoch, and its share of the
     grid's epochs.
     """
-    study = StudySearch.open(spec.resolve(), [], [], lambda job: {"job": job}, Budget.open(spec, "nowhere", 0.0))
-    scheduler = asha(AshaConfig(), BEST)
+    study = StudySearch.open(spec.resolve(), [], [], Budget.open(spec, "nowhere", 0.0))
+    brackets = AshaBrackets(AshaConfig(), BEST)
     scores: dict[str, float] = {}
     num_epochs = 0
-    running: dict[str, SimpleNamespace] = {}
-    for number in range(10 * spec.resolve().num_trials * embedded.NUM_EPOCHS):
-        while len(running) < AT_ONCE and isinstance(asked := study.suggest(f"{number}.{len(running)}"), dict):
-            job, name = asked["job"], f"{number}.{len(running)}"
-            record = {"kind": "search", "config": job.config.to_tree()}
-            running[name] = SimpleNamespace(trial_id=name, config={"record": record}, job=job, epoch=0)
-            scheduler.on_trial_add(None, running[name])
+    # Each running trial, and its epochs so far.
+    running: list[tuple[Job, int]] = []
+    for _ in range(10 * spec.resolve().num_trials * embedded.NUM_EPOCHS):
+        while len(running) < AT_ONCE and (job := study.next_job()) is not None:
+            running.append((job, 0))
+            brackets.add(job)
         if not running:
             break
-        for name, trial in list(running.items()):
-            key = canonical_key(trial.job.config)
-            trial.epoch += 1
+        still_running = []
+        for job, epochs_before in running:
+            key, epoch = canonical_key(job.config), epochs_before + 1
             num_epochs += 1
-            report = {BEST: curves[key][trial.epoch - 1], "progress": trial.epoch / embedded.NUM_EPOCHS}
-            ended = trial.epoch == embedded.NUM_EPOCHS
+            value = curves[key][epoch - 1]
+            report = TrialReport(job.trial_id, epoch, epoch, epoch / embedded.NUM_EPOCHS, {BEST: value})
+            ended = epoch == embedded.NUM_EPOCHS
             if ended:
-                scheduler.on_trial_complete(None, trial, report)
+                brackets.complete(job, report)
             elif stops:
-                ended = scheduler.on_trial_result(None, trial, report) == "STOP"
-            if ended:
-                del running[name]
-                study.on_trial_complete(name, report)
-                if counts(trial.job.config):
-                    scores[key] = report[BEST]
+                ended = brackets.should_stop(job, report)
+            if not ended:
+                still_running.append((job, epoch))
+                continue
+            study.finished(job, [report.values])
+            if counts(job.config):
+                scores[key] = value
+        running = still_running
     keys = [canonical_key(config) for config in grid(spec, spec.read_space()) if counts(config)]
     chosen = max(scores, key=scores.__getitem__)
     regret = max(curves[key][-1] for key in keys) - curves[chosen][-1]

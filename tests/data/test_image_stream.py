@@ -303,11 +303,6 @@ def test_values_that_mean_nothing_are_refused(options: dict[str, str | float | t
         Augmentation(**options)
 
 
-def test_augmentation_goes_through_plain_data() -> None:
-    augmentation = Augmentation(crop="growing", jitter=0.3, rand_ops=2)
-    assert Augmentation.from_dict(augmentation.to_dict()) == augmentation
-
-
 def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise() -> None:
     """Contrast and saturation leave an even grey as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
     image, augmentation = np.full((40, 40, 3), 100, dtype=np.uint8), Augmentation(crop="center", jitter=0.2)

@@ -118,7 +118,7 @@ def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     preprocess = Preprocess(SIZE, resize=8 / 7)
     rows = LazyRows(manifest.table, np.arange(1, 4))
     block = ImageBlock("store", 0, ("pooled",), "train", 1, 2, preprocess, False, rows)
-    assert block.name == "train images 1 to 3"
+    assert block.describe() == "train images 1 to 3"
     loaded = load_block(block)
     assert loaded.images.shape == (6, 3, SIZE, SIZE)
     assert loaded.reasons == [None, "truncated", None]

@@ -1,6 +1,6 @@
 """What a trial reads: the right rows for training, validation and test, and the two kinds of counts."""
 
-import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,9 @@ def test_quarantined_rows_are_left_out_and_a_lost_class_is_named(tmp_path: Path)
     assert "'alone'" in data.warnings[0]
 
 
-def test_feature_set_goes_through_json(tmp_path: Path) -> None:
+def test_feature_set_goes_to_other_processes(tmp_path: Path) -> None:
     stored = features(tmp_path, {"train": TRAIN})
-    assert FeatureSet.from_dict(json.loads(json.dumps(stored.to_dict()))) == stored
+    assert pickle.loads(pickle.dumps(stored)) == stored
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

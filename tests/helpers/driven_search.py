@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray.tune.search import Searcher
-
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -35,18 +33,13 @@ def searcher(
     journal: Path | None = None,
 ) -> StudySearch:
     budget = Budget.open(of, "nowhere", 0.0)
-    return StudySearch.open(of.resolve(), jobs or [], known or [], lambda job: {"job": job}, budget, journal=journal)
-
-
-def next_job(search: Searcher, trial_id: str) -> Job | None:
-    suggested = search.suggest(trial_id)
-    return None if suggested == Searcher.FINISHED else suggested["job"]  # type: ignore[index]
+    return StudySearch.open(of.resolve(), jobs or [], known or [], budget, journal=journal)
 
 
 def drive(search: StudySearch, value: Callable[[Job], float] = lambda job: 0.5) -> list[Job]:
     """One trial at a time to the end."""
     jobs: list[Job] = []
-    while (job := next_job(search, f"tune{len(jobs)}")) is not None:
-        search.on_trial_complete(f"tune{len(jobs)}", {BEST: value(job)})
+    while (job := search.next_job()) is not None:
+        search.finished(job, [{"epoch": 1.0, BEST: value(job)}])
         jobs.append(job)
     return jobs

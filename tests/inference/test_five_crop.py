@@ -126,11 +126,11 @@ def test_a_trial_scores_both_ways_and_selects_by_neither(images: TinyImages, met
     config, features = prepared(images, method)
     plain = config.with_overrides({"eval.tte": "none", "eval.expand": 24})
 
-    def last(config: TrialConfig, features: FeatureSet, **settings: Any) -> dict[str, Any]:
-        settings = TrialSettings(config.to_tree(), features.to_dict(), "val/balanced_accuracy", **settings)
+    def last(config: TrialConfig, features: FeatureSet, **settings: Any) -> dict[str, float]:
+        settings = TrialSettings(config, features, "val/balanced_accuracy", **settings)
         reports = list(TrialSession(torch.device("cpu")).reports(settings))
-        assert "failure" not in reports[-1], reports[-1]
-        return reports[-1]
+        assert reports[-1].has_finished, reports[-1]
+        return dict(reports[-1].metrics)
 
     scored = last(config, features, score_test=True)
     assert {"test/balanced_accuracy", "test_tte/balanced_accuracy", "val_tte/top1_accuracy"} <= set(scored)

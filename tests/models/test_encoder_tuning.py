@@ -25,10 +25,8 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli.train_command import train_one
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
-from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
-from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference.model_folder import CONFIG_FILE, load, write_model
 from imbvlm.models.adapters import Adapter, adapter_width, add_adapters
@@ -391,9 +389,8 @@ def run_worker(rank: int, world_size: int, folder: Path, cases: list[Any]) -> No
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     found = []
-    for tree, features in cases:
-        config = TrialConfig.from_tree(tree)
-        data = TrialData.open(config, FeatureSet.from_dict(features))
+    for config, features in cases:
+        data = TrialData.open(config, features)
         found.append(outcome(build_trial(config, data, workers=DistributedWorkerGroup("cpu"))))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -409,7 +406,7 @@ def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
         (kind, images[kind].config(method, train__num_epochs=2, **overrides))
         for kind, method, overrides in WORKER_CASES
     ]
-    cases = [(config.to_tree(), images[kind].features(config).to_dict()) for kind, config in configs]
+    cases = [(config, images[kind].features(config)) for kind, config in configs]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=run_worker, args=(rank, 2, str(tmp_path), cases)) for rank in range(2)]
     for worker in workers:

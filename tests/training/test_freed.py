@@ -24,7 +24,7 @@ from imbvlm.features.trial_data import TrialData
 from imbvlm.training import trial_session
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import build_trial
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.trial_session import HAS_JOINED, TrialSession, TrialSettings
 
 Built = list[weakref.ref[Any]]
 
@@ -84,12 +84,12 @@ def test_a_process_has_nothing_of_trials_that_finished_failed_or_were_stopped(
 
     monkeypatch.setattr(trial_session, "build_trial", noted)
     config = tiny_config("linear_probe", classifier__kind="linear", train__clip_grad_norm=None, **overrides)
-    features, pack = tiny_features(tmp_path / "features").to_dict(), TrialPack() if together else None
+    features, pack = tiny_features(tmp_path / "features"), TrialPack() if together else None
     process = TrialSession(torch.device("cpu"))
     members = [
         process.reports(
             TrialSettings(
-                config.to_tree(), features, "val/balanced_accuracy", checkpoint_folder=str(tmp_path / str(number)),
+                config, features, "val/balanced_accuracy", checkpoint_folder=str(tmp_path / str(number)),
                 checkpoint_seconds=0.0, logits_file=str(tmp_path / f"{number}.safetensors"),
             ),
             pack,
@@ -97,11 +97,11 @@ def test_a_process_has_nothing_of_trials_that_finished_failed_or_were_stopped(
         for number in range(3)
     ]  # fmt: skip
     if together:
-        assert [next(member) for member in members] == [{}] * 3
+        assert [next(member) for member in members] == [HAS_JOINED] * 3
     next(members[0])
     members.pop(0).close()
     for member in members:
-        assert list(member)[-1]["done"]
+        assert list(member)[-1].is_last
     del members, member, pack
     assert len(built) == 6
     assert not [one() for one in built if one() is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from imbvlm.features.trial_data import TrialData
 from imbvlm.training.checkpoint import save_checkpoint
 from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_run import TrialRun, build_trial
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings, from_result
 
 # What a machine, not a seed, decides: times, and the memory of a process that did other things before.
 TIMES = ("seconds", "per_second", "peak_bytes")
@@ -70,7 +71,7 @@ def join_group(rank: int, world_size: int, folder: Path) -> DistributedWorkerGro
 
 def run_cases(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
     workers = join_group(rank, world_size, folder)
-    data = with_text_tower(TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features)))
+    data = with_text_tower(TrialData.open(tiny_config("zero_shot"), features))
     outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, workers=workers)) for method, knobs in CASES]
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
@@ -78,7 +79,7 @@ def run_cases(rank: int, world_size: int, folder: Path, features: FeatureSet) ->
 
 def start_at_unlike_epochs(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
     workers = join_group(rank, world_size, folder)
-    data = TrialData.open(tiny_config("zero_shot"), FeatureSet.from_dict(features))
+    data = TrialData.open(tiny_config("zero_shot"), features)
     run = build_trial(tiny_config("linear_probe"), data, workers=workers)
     run.epoch = rank
     try:
@@ -99,8 +100,8 @@ def reports_behind_a_checkpoint(
     save_checkpoint(checkpoint, run.state_dict())
     if rank == 1:
         Path(checkpoint, "state.json").write_text("{")
-    settings = TrialSettings(config.to_tree(), features, "val/balanced_accuracy", checkpoint)
-    return list(TrialSession(torch.device("cpu"), workers).reports(settings))
+    settings = TrialSettings(config, features, "val/balanced_accuracy", checkpoint)
+    return list(map(asdict, TrialSession(torch.device("cpu"), workers).reports(settings)))
 
 
 def in_processes(
@@ -108,7 +109,7 @@ def in_processes(
 ) -> list[dict[str, str | list[dict]] | list[dict[str, dict | int | list]]]:
     """What each of the workers wrote."""
     context = multiprocessing.get_context("spawn")
-    arguments = (world_size, str(folder), features.to_dict())
+    arguments = (world_size, str(folder), features)
     workers = [context.Process(target=target, args=(rank, *arguments)) for rank in range(world_size)]
     for worker in workers:
         worker.start()
@@ -158,8 +159,8 @@ def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_
 def settings_for(tmp_path: Path, method: str, **overrides: Any) -> TrialSettings:
     config = tiny_config(method, train__num_threads=1, **overrides)
     return TrialSettings(
-        config=config.to_tree(),
-        feature_set=tiny_features(tmp_path / "features").to_dict(),
+        config=config,
+        feature_set=tiny_features(tmp_path / "features"),
         checkpoint_folder=str(tmp_path / "checkpoint"),
         objective="val/best_balanced_accuracy",
         checkpoint_seconds=0.0,
@@ -169,11 +170,14 @@ def settings_for(tmp_path: Path, method: str, **overrides: Any) -> TrialSettings
     )
 
 
-def without_times(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in report.items() if not key.endswith(TIMES)} for report in reports]
+def without_times(reports: Iterable[TrialReport]) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in report.values.items() if not key.endswith(TIMES)} | {"progress": report.progress}
+        for report in reports
+    ]
 
 
-def under_ray_train(settings: TrialSettings, folder: Path, num_workers: int, cpus: float = 0.5) -> list[dict[str, Any]]:
+def under_ray_train(settings: TrialSettings, folder: Path, num_workers: int, cpus: float = 0.5) -> list[TrialReport]:
     """The reports of worker 0."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -189,12 +193,16 @@ def under_ray_train(settings: TrialSettings, folder: Path, num_workers: int, cpu
 
     TorchTrainer(
         train_worker,
-        train_loop_config=settings.to_dict(),
+        train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": cpus}),
         run_config=train.RunConfig(name="tiny", storage_path=str(folder), callbacks=[Keep()]),
     ).fit()
-    return [json.loads(line) for line in written.read_text().splitlines()]
+    results = [json.loads(line) for line in written.read_text().splitlines()]
+    reports = [report for result in results for report in from_result(result)]
+    # What ends the trial under Ray Tune.
+    assert [result["done"] for result in results] == [report.is_last for report in reports]
+    return reports
 
 
 @pytest.mark.ray
@@ -205,8 +213,8 @@ def test_ray_train_gives_the_numbers_of_the_same_process(tmp_path: Path, ray_clu
     torch.set_num_threads(1)
     alone = list(TrialSession(torch.device("cpu")).reports(settings))
     assert without_times(reports) == without_times(alone)
-    assert reports[-1]["done"] is True
-    assert "test/balanced_accuracy" in reports[-1]
+    assert reports[-1].has_finished
+    assert "test/balanced_accuracy" in reports[-1].metrics
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
@@ -229,7 +237,7 @@ def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path: 
     )
     reports = under_ray_train(settings, tmp_path / "ray", 1)
     assert len(reports) == 1
-    assert "wasn't finite" in reports[0]["failure"]
+    assert "wasn't finite" in reports[0].failure
 
 
 @pytest.mark.ray
@@ -241,8 +249,8 @@ def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(
     problem = TinyImages(tmp_path, files=True, bad=(7,))
     config = problem.config("adapter", train__num_epochs=2, train__num_threads=1, train__batch_size=25)
     settings = TrialSettings(
-        config=config.to_tree(),
-        feature_set=problem.features(config).to_dict(),
+        config=config,
+        feature_set=problem.features(config),
         objective="val/best_balanced_accuracy",
         num_threads=1,
         score_test=True,
@@ -253,5 +261,5 @@ def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(
     alone = list(TrialSession(torch.device("cpu")).reports(settings))
     for mine, reference in zip(without_times(reports), without_times(alone), strict=True):
         assert mine == pytest.approx(reference, abs=1e-3 if num_workers > 1 else 1e-6)
-    assert reports[-1]["data/unreadable_images"] == 1
-    assert "test/balanced_accuracy" in reports[-1]
+    assert reports[-1].metrics["data/unreadable_images"] == 1
+    assert "test/balanced_accuracy" in reports[-1].metrics

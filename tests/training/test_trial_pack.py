@@ -23,7 +23,7 @@ from imbvlm.training.evaluator import Evaluator
 from imbvlm.training.step.batch_source import CachedFeatureSource
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import EpochResult, TrialRun, build_trial
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.trial_session import HAS_JOINED, TrialSession, TrialSettings
 
 KNOBS = {
     "focal": [{"gamma": 0.5}, {"gamma": 2.5}],
@@ -116,7 +116,7 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
     """Such as memory that runs out: all have moved on by a part of the epoch, and each may go on alone."""
     features, left, brought = tiny_features(tmp_path), [1000], pack_module.to_device
     trials = [
-        TrialSettings(tiny_config(method, train__num_epochs=3, optim__lr=lr).to_tree(), features.to_dict(), "val/loss")
+        TrialSettings(tiny_config(method, train__num_epochs=3, optim__lr=lr), features, "val/loss")
         for lr in (0.02, 0.03, 0.05)
     ]
 
@@ -129,8 +129,8 @@ def test_an_error_in_the_middle_of_an_epoch_is_everybodys_and_no_number_comes_of
     monkeypatch.setattr(pack_module, "to_device", failing)
     session, pack = TrialSession(torch.device("cpu")), TrialPack()
     members = [session.reports(trial, pack) for trial in trials]
-    assert [next(member) for member in members] == [{}, {}, {}]
-    assert [next(member)["epoch"] for member in members] == [1, 1, 1]
+    assert [next(member) for member in members] == [HAS_JOINED] * 3
+    assert [next(member).epoch for member in members] == [1, 1, 1]
     left[0] = 2
     for member in members:
         with pytest.raises(PackError, match="stopped in epoch 2: RuntimeError: can't allocate memory"):

@@ -14,14 +14,15 @@ from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 from imbvlm.base import storage
 from imbvlm.base.errors import DiskFullError
 from imbvlm.config.input_sections import FeatureCacheConfig
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TrialSettings:
     return TrialSettings(
-        config=tiny_config("linear_probe", train__num_epochs=30, optim__lr=0.3).to_tree(),
-        feature_set=tiny_features(tmp_path / "features").to_dict(),
+        config=tiny_config("linear_probe", train__num_epochs=30, optim__lr=0.3),
+        feature_set=tiny_features(tmp_path / "features"),
         checkpoint_folder=str(tmp_path / "checkpoint"),
         objective="val/balanced_accuracy",
         checkpoint_seconds=0.0,
@@ -29,24 +30,25 @@ def settings(tmp_path: Path) -> TrialSettings:
     )
 
 
-def reports_of(settings: TrialSettings) -> Generator[dict[str, Any], None, None]:
+def reports_of(settings: TrialSettings) -> Generator[TrialReport, None, None]:
     return TrialSession(torch.device("cpu")).reports(settings)
 
 
 def test_patience_ends_a_trial_early_and_survives_a_restart(settings: TrialSettings) -> None:
     whole = [
-        report["val/balanced_accuracy"] for report in reports_of(dataclasses.replace(settings, checkpoint_folder=None))
+        report.metrics["val/balanced_accuracy"]
+        for report in reports_of(dataclasses.replace(settings, checkpoint_folder=None))
     ]
     best = max(range(len(whole)), key=whole.__getitem__)
     assert len(whole) == best + 1 + 4 < 30
     for stop in (1, best + 2):
         stopped = reports_of(settings)
-        started = [next(stopped)["val/balanced_accuracy"] for _ in range(stop)]
+        started = [next(stopped).metrics["val/balanced_accuracy"] for _ in range(stop)]
         stopped.close()
         resumed = list(reports_of(settings))
-        assert started + [report["val/balanced_accuracy"] for report in resumed] == whole
-        assert resumed[-1]["done_training"]
-        assert [report["done"] for report in resumed] == [False] * (len(resumed) - 1) + [True]
+        assert started + [report.metrics["val/balanced_accuracy"] for report in resumed] == whole
+        assert resumed[-1].has_finished
+        assert [report.is_last for report in resumed] == [False] * (len(resumed) - 1) + [True]
         shutil.rmtree(settings.checkpoint_folder)
 
 
@@ -92,21 +94,21 @@ def test_a_damaged_checkpoint_starts_its_trial_again_which_says_so_once(
     before.close()
     damage(tmp_path / "checkpoint")
     again = list(reports_of(settings))
-    values = [[report["val/balanced_accuracy"] for report in reports] for reports in (again, undamaged)]
+    values = [[report.metrics["val/balanced_accuracy"] for report in reports] for reports in (again, undamaged)]
     assert values[0] == values[1]
-    assert again[-1]["done_training"]
-    assert "checkpoint" in again[0]["restart"]
-    assert not any("restart" in report for report in again[1:])
+    assert again[-1].has_finished
+    assert "checkpoint" in again[0].restart
+    assert not any(report.restart for report in again[1:])
     # The second run has replaced it.
-    assert "restart" not in next(reports_of(settings))
+    assert next(reports_of(settings)).restart is None
 
 
 def test_a_diverging_trial_ends_with_a_failure(settings: TrialSettings) -> None:
-    tree = tiny_config("linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None).to_tree()
-    (report,) = reports_of(dataclasses.replace(settings, config=tree))
-    assert report["done"]
-    assert "wasn't finite" in report["failure"]
-    assert not [key for key in report if key.startswith("val/")]
+    config = tiny_config("linear_probe", classifier__kind="linear", optim__lr=1e38, train__clip_grad_norm=None)
+    (report,) = reports_of(dataclasses.replace(settings, config=config))
+    assert report.is_last
+    assert "wasn't finite" in report.failure
+    assert not [key for key in report.metrics if key.startswith("val/")]
 
 
 def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings: TrialSettings, tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings: TrialSettin
     assert record["split_counts"] == list(CLASS_COUNTS)
     assert record["num_trained_parameters"] == record["num_parameters"] > 0
     results = record["splits"]["test"]
-    assert sum(results["correct"]) / sum(results["total"]) == pytest.approx(last["test/top1_accuracy"])
-    assert 0 <= last["test/expected_calibration_error"] <= 1
+    assert sum(results["correct"]) / sum(results["total"]) == pytest.approx(last.metrics["test/top1_accuracy"])
+    assert 0 <= last.metrics["test/expected_calibration_error"] <= 1
     wrong = sum(results["total"]) - sum(results["correct"])
     assert sum(pair["count"] for pair in results["confusions"]) == wrong > 0
     counts = [pair["count"] for pair in results["confusions"]]
@@ -132,13 +134,13 @@ def test_a_refit_leaves_what_a_report_shows_of_its_classes(settings: TrialSettin
 
 def test_a_refit_leaves_its_classes_as_adjusted_too(settings: TrialSettings, tmp_path: Path) -> None:
     """An export is adjusted, and a report shows the classes of the export."""
-    post_hoc = {"tau": 1.5, "alpha": 0.0, "temperature": 2.0}
+    post_hoc = PostHocAdjustment(tau=1.5, alpha=0.0, temperature=2.0)
     folder = str(tmp_path / "refit")
     refit = dataclasses.replace(settings, refit=True, score_test=True, model_folder=folder, post_hoc=post_hoc)
     *_, last = reports_of(refit)
     results = json.loads((tmp_path / "refit" / "per_class.json").read_text())["splits"]["test"]
     for counts, split in ((results, "test"), (results["adjusted"], "test_post_hoc")):
-        assert sum(counts["correct"]) / sum(counts["total"]) == pytest.approx(last[f"{split}/top1_accuracy"])
+        assert sum(counts["correct"]) / sum(counts["total"]) == pytest.approx(last.metrics[f"{split}/top1_accuracy"])
         wrong = sum(counts["total"]) - sum(counts["correct"])
         assert sum(pair["count"] for pair in counts["confusions"]) == wrong
     assert results["adjusted"]["predicted"] != results["predicted"]
@@ -159,7 +161,7 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     first, second = (
         dataclasses.replace(
             settings,
-            feature_set=dataclasses.replace(features, cache=copies).to_dict(),
+            feature_set=dataclasses.replace(features, cache=copies),
             checkpoint_folder=None,
             score_test=True,
         )
@@ -169,13 +171,13 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     next(running)
     assert len(list((tmp_path / "copies").glob("*/bytes"))) == 3, "training, validation and test rows at once"
     *_, last = reports_of(second)
-    assert last["done_training"]
-    assert "test/top1_accuracy" in last
+    assert last.has_finished
+    assert "test/top1_accuracy" in last.metrics
     (said,) = caplog.messages
     assert said.startswith("features are read in place, which may be slower: the feature cache on ")
-    assert list(running)[-1]["done_training"]
+    assert list(running)[-1].has_finished
     caplog.clear()
-    assert list(reports_of(second))[-1]["done_training"]
+    assert list(reports_of(second))[-1].has_finished
     assert not caplog.messages, "now there is room"
 
 
@@ -187,8 +189,8 @@ def test_a_machine_without_a_disk_for_copies_reads_a_shared_folder_in_place(
     features = dataclasses.replace(
         tiny_features(tmp_path / "shared"), cache=FeatureCacheConfig(folder=str(tmp_path / "copies"))
     )
-    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
-    assert last["done_training"]
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features))
+    assert last.has_finished
     assert not (tmp_path / "copies").exists()
     assert "is not on a disk of this machine" in caplog.text
 
@@ -204,6 +206,6 @@ def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(
     monkeypatch.setattr("imbvlm.base.storage.download", full)
     copies = FeatureCacheConfig(folder=str(tmp_path / "copies"), of_shared_folders=True)
     features = dataclasses.replace(tiny_features(tmp_path / "shared"), cache=copies)
-    *_, last = reports_of(dataclasses.replace(settings, feature_set=features.to_dict()))
-    assert last["done_training"]
+    *_, last = reports_of(dataclasses.replace(settings, feature_set=features))
+    assert last.has_finished
     assert "the disk is full" in caplog.text

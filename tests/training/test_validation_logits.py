@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.training import validation_logits
 from imbvlm.training.trial_run import build_trial
-from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings
 from imbvlm.training.validation_logits import EpochValLogits, ValLogitsWriter, read_logits
 
 NUM_CLASSES = len(CLASS_COUNTS)
@@ -33,14 +32,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
 @pytest.fixture
 def settings(tmp_path: Path) -> TrialSettings:
     return TrialSettings(
-        config=tiny_config("linear_probe", train__num_epochs=6, optim__lr=0.3).to_tree(),
-        feature_set=tiny_features(tmp_path / "features").to_dict(),
+        config=tiny_config("linear_probe", train__num_epochs=6, optim__lr=0.3),
+        feature_set=tiny_features(tmp_path / "features"),
         objective="val/balanced_accuracy",
         logits_file=str(tmp_path / "logits.safetensors"),
     )
 
 
-def reports_of(settings: TrialSettings) -> Generator[dict[str, Any], None, None]:
+def reports_of(settings: TrialSettings) -> Generator[TrialReport, None, None]:
     return TrialSession(torch.device("cpu")).reports(settings)
 
 
@@ -102,20 +101,20 @@ def test_they_are_those_that_the_metrics_are_of(data: TrialData, second_stage: s
 def test_a_trial_leaves_its_best_and_its_last_epoch(settings: TrialSettings, data: TrialData) -> None:
     reports = list(reports_of(settings))
     kept = read_logits(settings.logits_file)
-    values = [report["val/balanced_accuracy"] for report in reports]
+    values = [report.metrics["val/balanced_accuracy"] for report in reports]
     best = int(np.argmax(values)) + 1
     assert kept.epochs == {"best": best, "last": 6}
     assert kept.targets.tolist() == data.val.labels.tolist()
     assert kept.stats.counts.tolist() == list(CLASS_COUNTS)
     for logits, report in ((kept.best(), reports[best - 1]), (kept.last(), reports[-1])):
         accuracy = (logits.argmax(dim=1) == kept.targets).double().mean()
-        assert report["val/top1_accuracy"] == pytest.approx(float(accuracy))
+        assert report.metrics["val/top1_accuracy"] == pytest.approx(float(accuracy))
     assert ("last" in kept.logits) == (best != 6), "one copy where they are the same"
 
 
 def test_a_trial_that_is_stopped_leaves_its_best_so_far(settings: TrialSettings) -> None:
     running = reports_of(settings)
-    values = [next(running)["val/balanced_accuracy"] for _ in range(3)]
+    values = [next(running).metrics["val/balanced_accuracy"] for _ in range(3)]
     running.close()
     kept = read_logits(settings.logits_file)
     assert kept.epochs == {"best": int(np.argmax(values)) + 1}

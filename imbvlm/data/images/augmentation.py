@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.data.images.decoding import Pixels
-from imbvlm.data.images.preprocess import Box, PlainSettings, Preprocess, channels_first, random_crop
+from imbvlm.data.images.preprocess import Box, Preprocess, channels_first, random_crop
 
 CropName = Literal["center", "random_resized", "growing"]
 CROPS: tuple[CropName, ...] = get_args(CropName)
@@ -21,7 +21,7 @@ MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
-class Augmentation(PlainSettings):
+class Augmentation:
     """The random changes of an image in each epoch. Raises ImbvlmError for invalid values.
 
     `growing` is LIFT+'s crop: a square whose minimum area grows from `crop_scale[0]` to the whole image over training,

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,21 +25,7 @@ FIVE_CROPS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 
 
 @dataclass(frozen=True)
-class PlainSettings:
-    """Settings that are plain values and tuples; a tuple becomes a list in JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
-
-
-@dataclass(frozen=True)
-class Preprocess(PlainSettings):
+class Preprocess:
     """Makes an encoder's input of an image: the evaluation crop (view 0), or a random crop fixed by (row, view).
 
     With `expand` the views are five crops of the image at `image_size` + `expand`: the center and the four corners.
@@ -67,6 +53,16 @@ class Preprocess(PlainSettings):
             raise ImbvlmError(f"eval.resize must be at least 1, got {self.resize}.")
         if self.jpeg_downscale is not None and self.jpeg_downscale < 1:
             raise ImbvlmError(f"jpeg_downscale must be at least 1, got {self.jpeg_downscale}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, in which a tuple becomes a list."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`."""
+        fields: dict[str, Any] = {key: tuple(value) if type(value) is list else value for key, value in data.items()}
+        return Preprocess(**fields)
 
     def five_crop(self, expand: int) -> Preprocess:
         """The preprocessing for five crops of an image at `image_size` + `expand`."""

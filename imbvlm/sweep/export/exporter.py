@@ -260,16 +260,16 @@ class _TrialExport:
             )  # fmt: skip
         console.end_live()
         settings = TrialSettings(
-            config=config.to_tree(),
-            feature_set=features.to_dict(),
+            config=config,
+            feature_set=features,
             objective=self.spec.objective,
             num_threads=self.record.num_threads,
             refit=True,
             model_folder=weights,
         )
         for report in TrialSession(default_device()).reports(settings):
-            if report.get("failure"):
-                raise ImbvlmError(f"{self.record.trial_id} could not be retrained: {report['failure']}")
+            if report.failure is not None:
+                raise ImbvlmError(f"{self.record.trial_id} could not be retrained: {report.failure}")
 
     def _post_hoc(
         self, config: TrialConfig, weights: str, class_names: Sequence[str], encoder: Encoder

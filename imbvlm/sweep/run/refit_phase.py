@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
@@ -68,7 +68,7 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
         refit=True,
         score_test=test is not None,
         model_folder=storage.join(run.folder, "refits", job.trial_id),
-        post_hoc=None if selection is None else asdict(selection.adjustment),
+        post_hoc=None if selection is None else selection.adjustment,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from imbvlm.base.errors import ImbvlmError
@@ -16,8 +16,8 @@ from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.run.sweep_run import SweepRun, trial_settings
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
-from imbvlm.sweep.tune.asha_brackets import AshaBrackets, asha
-from imbvlm.sweep.tune.jobs import Job, payload
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
+from imbvlm.sweep.tune.jobs import Job
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
@@ -67,25 +67,23 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
     jobs = [*_baseline_jobs(run), *_unfinished_jobs(run)]
     ended = [record for record in run.log.of("search") if record.state in ENDED]
     run.context.count_spent()
-    searcher = StudySearch.open(
-        run.sweep,
-        jobs,
-        ended,
-        payload(run.context, lambda job: _search_settings(run, job)),
-        run.budget,
-        lambda trial_id: _epochs_of(run, trial_id),
-        warm,
-        run.context.local_folder / OPTUNA_FILE,
-    )
+    searcher = StudySearch.open(run.sweep, jobs, ended, run.budget, warm, run.context.local_folder / OPTUNA_FILE)
     is_complete = not jobs and len(ended) >= run.sweep.num_trials
     if is_complete or run.budget.exhausted(keep_for_refits=True):
         return searcher, 0
     size = packing(run.sweep, run.encoder_infos, run.manifest, run.context.max_concurrent).size
-    return searcher, run_jobs(run.context, searcher, _scheduler(run), "search", run.sweep.num_trials, size)
-
-
-def _epochs_of(run: SweepRun, trial_id: str) -> Sequence[Mapping[str, float]]:
-    return run.log.records[trial_id].epochs if trial_id in run.log.records else ()
+    config = run.spec.trial_scheduler
+    brackets = AshaBrackets(config, run.spec.best_objective) if isinstance(config, AshaConfig) else None
+    num_lost = run_jobs(
+        run.context,
+        searcher,
+        lambda job: _search_settings(run, job),
+        brackets,
+        "search",
+        run.sweep.num_trials,
+        size,
+    )
+    return searcher, num_lost
 
 
 def _baseline_jobs(run: SweepRun) -> list[Job]:
@@ -111,11 +109,6 @@ def _search_settings(run: SweepRun, job: Job) -> TrialSettings:
         patience=None if baseline is None else baseline.patience,
         logits_file=logits_file(run.folder, job.trial_id),
     )
-
-
-def _scheduler(run: SweepRun) -> AshaBrackets | None:
-    config = run.spec.trial_scheduler
-    return asha(config, run.spec.best_objective) if isinstance(config, AshaConfig) else None
 
 
 def _report_limit(run: SweepRun, num_ended: int) -> None:

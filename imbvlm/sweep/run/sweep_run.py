@@ -16,7 +16,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.baselines import Baseline
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
-from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext, payload
+from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
 
@@ -81,12 +81,13 @@ class SweepRun:
 def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettings:
     """Make the settings that trials of every kind share."""
     return TrialSettings(
-        config=job.config.to_tree(),
-        feature_set=features.to_dict(),
+        config=job.config,
+        feature_set=features,
         checkpoint_folder=storage.join(run.folder, CHECKPOINTS_FOLDER, job.trial_id),
         objective=run.spec.objective,
         num_threads=run.context.num_threads,
         marker=storage.join(run.folder, SPEC_FILE),
+        trial_id=job.trial_id,
     )
 
 
@@ -94,9 +95,8 @@ def run_fixed_jobs(
     run: SweepRun, waiting: list[Job], settings: Callable[[Job], TrialSettings], kind: TrialKind, total: int
 ) -> None:
     """Run given jobs, and repeat those that Tune gave up before their restarts were spent."""
-    make = payload(run.context, settings)
     for _ in range(1 + run.spec.max_failures):
-        num_lost = run_jobs(run.context, FixedJobs(waiting, make, run.budget), None, kind, total)
+        num_lost = run_jobs(run.context, FixedJobs(waiting, run.budget), settings, None, kind, total)
         waiting = run.unfinished(waiting)
         if not num_lost:
             break

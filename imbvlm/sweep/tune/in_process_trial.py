@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import zlib
 from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
 
 from ray import tune
 
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
 from imbvlm.training.trial_pack import TrialPack
-from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings, default_device
+from imbvlm.training.trial_session import (
+    HAS_JOINED,
+    TrialReport,
+    TrialSession,
+    TrialSettings,
+    default_device,
+    to_result,
+)
+
+
+@dataclass(frozen=True)
+class PackPayload:
+    """What a process receives: its trials' settings, whether they train as one pack, and the file of ended trials."""
+
+    settings: tuple[TrialSettings, ...]
+    trains_together: bool
+    ended_file: str
+
+    def encode(self) -> str:
+        """Compress the payload, since Tune keeps a copy of a trial's configuration in each report."""
+        return base64.b85encode(zlib.compress(pickle.dumps(self))).decode()
+
+    @staticmethod
+    def decode(text: str) -> PackPayload:
+        """The inverse of `encode`."""
+        payload: PackPayload = pickle.loads(zlib.decompress(base64.b85decode(text)))
+        return payload
 
 
 class InProcessTrial(tune.Trainable):
@@ -23,25 +52,18 @@ class InProcessTrial(tune.Trainable):
 
     def setup(self, config: Tree) -> None:
         self._session = TrialSession(default_device())
-        self._start(config)
+        self._start(PackPayload.decode(config["payload"]))
 
     def reset_config(self, new_config: Tree) -> bool:
         self.cleanup()
-        self._start(new_config)
+        self._start(PackPayload.decode(new_config["payload"]))
         return True
 
-    def step(self) -> TrialReport:
-        for name in self._stopped():
-            if name in self._members:
-                self._members.pop(name).close()
-        reports = []
-        for name, member in list(self._members.items()):
-            report = next(member)
-            reports.append({**report, "member": name})
-            if report.get("done"):
-                self._members.pop(name).close()
-        epoch = max((report.get("epoch", 0) for report in reports), default=0)
-        return {"reports": reports, "epoch": epoch, "done": not self._members}
+    def step(self) -> dict[str, Any]:
+        self._close(self._ended())
+        reports = [next(member) for member in self._members.values()]
+        self._close([report.trial_id for report in reports if report.is_last])
+        return to_result(reports)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: each member's session writes its own checkpoint."""
@@ -50,40 +72,34 @@ class InProcessTrial(tune.Trainable):
         """Load nothing: the sessions have read their own checkpoints."""
 
     def cleanup(self) -> None:
-        for member in self._members.values():
-            member.close()
-        self._members.clear()
+        self._close(list(self._members))
 
-    def _start(self, config: Tree) -> None:
-        names: list[str] = config["names"]
-        pack = TrialPack() if config["together"] else None
-        self._stop_file: str = config["stop_file"]
-        self._members: dict[str, Generator[TrialReport, None, None]] = {}
-        for name, settings in zip(names, _decompress_settings(config["settings"]), strict=True):
-            self._members[name] = self._session.reports(TrialSettings.from_dict(settings), pack)
+    def _start(self, payload: PackPayload) -> None:
+        pack = TrialPack() if payload.trains_together else None
+        self._ended_file = payload.ended_file
+        self._members: dict[str, Generator[TrialReport, None, None]] = {
+            settings.trial_id: self._session.reports(settings, pack) for settings in payload.settings
+        }
+        # A process that is started again after a loss leaves out what has ended.
+        self._close(self._ended())
         if pack is not None:
             # All members join the pack before the first of them trains.
-            for name, reports in self._members.items():
+            for trial_id, reports in self._members.items():
                 first = next(reports)
-                if first:
-                    self._members[name] = _only(first)
+                if first is not HAS_JOINED:
+                    self._members[trial_id] = _only(first)
 
-    def _stopped(self) -> list[str]:
-        """Return the members that the trial scheduler has stopped; the driver writes them before it asks for a step."""
-        if len(self._members) < 2 or not storage.exists(self._stop_file):
+    def _ended(self) -> list[str]:
+        """Return the members that have ended; the driver writes them before it asks for a step."""
+        if len(self._members) < 2 or not storage.exists(self._ended_file):
             return []
-        names: list[str] = json.loads(storage.read_bytes(self._stop_file))
-        return names
+        trial_ids: list[str] = json.loads(storage.read_bytes(self._ended_file))
+        return trial_ids
 
-
-def compress_settings(settings: list[Tree]) -> str:
-    """Compress members' settings into one string, since Tune keeps a copy of a trial's configuration in each report."""
-    return base64.b85encode(zlib.compress(json.dumps(settings).encode())).decode()
-
-
-def _decompress_settings(text: str) -> list[Tree]:
-    settings: list[Tree] = json.loads(zlib.decompress(base64.b85decode(text)))
-    return settings
+    def _close(self, trial_ids: list[str]) -> None:
+        for trial_id in trial_ids:
+            if trial_id in self._members:
+                self._members.pop(trial_id).close()
 
 
 def _only(report: TrialReport) -> Generator[TrialReport, None, None]:

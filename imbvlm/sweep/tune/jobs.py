@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import optuna
-from ray.tune.search import Searcher
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
-from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.feasibility import uses_ray_train
 from imbvlm.sweep.records.adjustment_selection import prune_logits
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import refit_seconds
-from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog
+from imbvlm.sweep.spec.objectives import Epochs
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
-from imbvlm.sweep.tune.unpickled import Unpickled
-from imbvlm.training.trial_session import TrialSettings
 
 
 @dataclass
@@ -45,31 +43,27 @@ class Job:
     alone: bool = False
 
 
-class UnsavedSearcher(Unpickled, Searcher):
-    """A searcher without saved state: a resumed sweep reads its trials' records instead."""
+class JobSource(Protocol):
+    """Where the jobs of a run come from."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing."""
+    def next_job(self) -> Job | None:
+        """The next job; None if there is none now."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing."""
+    def finished(self, job: Job, epochs: Epochs) -> None:
+        """Receive the epochs of a job that has ended, none if it failed."""
 
 
-class FixedJobs(UnsavedSearcher):
+class FixedJobs:
     """Hands out given jobs until time or money is used up; the sampler does not learn from them."""
 
-    def __init__(self, jobs: list[Job], payload: Callable[[Job], Tree], budget: Budget) -> None:
-        super().__init__(metric="epoch", mode="max")
-        self._jobs = list(jobs)
-        self._payload, self._budget = payload, budget
+    def __init__(self, jobs: Sequence[Job], budget: Budget) -> None:
+        self._jobs, self._budget = list(jobs), budget
 
-    def suggest(self, trial_id: str) -> Tree | str:
-        if not self._jobs or self._budget.exhausted():
-            return str(Searcher.FINISHED)
-        return self._payload(self._jobs.pop(0))
+    def next_job(self) -> Job | None:
+        return self._jobs.pop(0) if self._jobs and not self._budget.exhausted() else None
 
-    def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
-        """Report nothing to a sampler."""
+    def finished(self, job: Job, epochs: Epochs) -> None:
+        """Learn nothing."""
 
 
 @dataclass(frozen=True)
@@ -117,31 +111,3 @@ class RunContext:
 def local_folder(folder: str) -> Path:
     """Return a local sweep's own folder, or a local folder of its name for a sweep in an object store."""
     return storage.local_path(folder) if storage.is_local(folder) else Path(folder.rstrip("/").rpartition("/")[2])
-
-
-def payload(context: RunContext, settings: Callable[[Job], TrialSettings]) -> Callable[[Job], Tree]:
-    """Return the function that makes a job's Tune configuration, which carries it to the trial's process."""
-
-    def of(job: Job) -> Tree:
-        record = TrialRecord(
-            trial_id=job.trial_id,
-            kind=job.kind,
-            name=job.name,
-            config=job.config.to_tree(),
-            draw=job.draw,
-            driver=context.driver,
-            num_threads=context.num_threads,
-        )
-        spec = context.spec
-        return {
-            "record": record.model_dump(mode="json"),
-            "settings": settings(job).to_dict(),
-            "resources": {
-                "num_workers": spec.num_workers,
-                "cpus_per_worker": spec.cpus_per_worker,
-                "gpus_per_worker": spec.gpus_per_worker,
-            },
-            "alone": job.alone,
-        }
-
-    return of

@@ -16,10 +16,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
-from imbvlm.base.schema import Tree
 from imbvlm.longtail.class_stats import SHOT_GROUPS
-from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, TrialState
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialState
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.pack_members import MemberEvent
 from imbvlm.sweep.tune.unpickled import Unpickled
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -31,7 +31,7 @@ FLUSH_SECONDS = 5.0
 
 
 class MetricsExporter(Unpickled, tune.Callback):
-    """Exports a trial log's metrics; the callback that updates the log must be called before this one."""
+    """Exports a trial log's metrics; what updates the log must be called before this one."""
 
     def __init__(self, spec: SweepSpec, log: TrialLog, folder: Path, sweep: str) -> None:
         self._spec, self._log, self._folder = spec, log, folder
@@ -54,35 +54,21 @@ class MetricsExporter(Unpickled, tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._has_changed = True
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
-        record = self._record(trial)
-        if not record.epochs:
-            return
-        if record.trial_id not in self._curves:
-            self._curves[record.trial_id] = TensorBoardWriter(self._folder / TENSORBOARD_FOLDER / record.trial_id)
-        self._curves[record.trial_id].add(record.epochs[-1])
-        self._has_changed = True
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._end(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._end(trial)
+    def update(self, event: MemberEvent) -> None:
+        """Write a trial's new epoch, and close its files at its end."""
+        trial_id, self._has_changed = event.member.trial_id, True
+        if event.report is not None:
+            if trial_id not in self._curves:
+                self._curves[trial_id] = TensorBoardWriter(self._folder / TENSORBOARD_FOLDER / trial_id)
+            self._curves[trial_id].add(event.report.values)
+        if event.end is not None and trial_id in self._curves:
+            self._curves.pop(trial_id).close()
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         for curves in self._curves.values():
             curves.close()
         self._curves.clear()
         self._export()
-
-    def _end(self, trial: Trial) -> None:
-        curves = self._curves.pop(self._record(trial).trial_id, None)
-        if curves is not None:
-            curves.close()
-        self._has_changed = True
-
-    def _record(self, trial: Trial) -> TrialRecord:
-        return self._log.records[str(trial.config["record"]["trial_id"])]
 
     def _export(self) -> None:
         self._has_changed, self._exported_at = False, time.monotonic()

@@ -1,261 +1,123 @@
-"""Packs: several trials as one Tune trial, while searcher, scheduler and records see each of them.
+"""The trials in each process of a run: who trains with whom, who has reported, and who has ended.
 
-The adapters between Tune and them are a searcher that groups trials, a scheduler and a callback that pass on each
-member, and the file by which a member that the scheduler stops leaves its pack.
+Each Tune trial is a pack of one or several trials of the sweep. What its searcher, scheduler and callback need to know
+of them stands here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from typing import Literal
 
 from imbvlm.base import storage
-from imbvlm.base.schema import Tree
-from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.spec.baselines import BASELINES_PER_ENCODER, feature_key
-from imbvlm.sweep.tune.asha_brackets import AshaBrackets
-from imbvlm.sweep.tune.in_process_trial import compress_settings
-from imbvlm.sweep.tune.jobs import UnsavedSearcher
-from imbvlm.sweep.tune.unpickled import Unpickled
-from imbvlm.training.trial_pack import pack_key
+from imbvlm.sweep.tune.in_process_trial import PackPayload
+from imbvlm.sweep.tune.jobs import Job
+from imbvlm.training.trial_session import TrialReport, TrialSettings
 
-
-@dataclass
-class MemberTrial:
-    """A trial of a pack, with the attributes of a Tune trial that searcher, scheduler and records read."""
-
-    trial_id: str
-    config: Tree
-    last_result: Tree = field(default_factory=dict)
-    stopped: bool = False
-    error_file: str | None = None
-    run_metadata: Any = None
-    max_failures: int = 0
-
-    @property
-    def name(self) -> str:
-        return str(self.config["record"]["trial_id"])
-
-
-class Members:
-    """The members of every Tune trial that runs, by the Tune trial's id, then by their own."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._members: dict[str, dict[str, MemberTrial]] = {}
-        self._stopped: dict[str, list[str]] = {}
-
-    def open(self, tune_id: str, members: list[MemberTrial]) -> Tree:
-        """Register a new group and return its Tune configuration."""
-        self._members[tune_id] = {member.name: member for member in members}
-        together = len(members) > 1 and all(_trains_with_others(member.config) for member in members)
-        for member in members:
-            member.config["record"]["pack_size"] = len(members) if together else 1
-            member.config["record"]["pack"] = members[0].name if len(members) > 1 else ""
-        return {
-            "record": {"trial_id": members[0].name},
-            "names": [member.name for member in members],
-            "together": together,
-            "settings": compress_settings([member.config["settings"] for member in members]),
-            "stop_file": self._stop_file(tune_id),
-        }
-
-    def of(self, tune_id: str) -> list[MemberTrial]:
-        """Return the members that have not ended."""
-        return list(self._members.get(tune_id, {}).values())
-
-    def reporting(self, tune_id: str, result: Tree) -> Iterator[tuple[MemberTrial, Tree]]:
-        """Iterate over the members that have not ended, each with its report."""
-        members = self._members.get(tune_id, {})
-        for report in result.get("reports", []):
-            if report["member"] in members:
-                yield members[report["member"]], report
-
-    def end(self, tune_id: str, member: MemberTrial) -> None:
-        """Remove a member that has ended."""
-        self._members[tune_id].pop(member.name, None)
-
-    def write_stopped(self, tune_id: str) -> None:
-        """Write for the trial's process which members have been stopped so far."""
-        names = self._stopped.setdefault(tune_id, [])
-        names += [member.name for member in self.of(tune_id) if member.stopped]
-        storage.write_bytes(self._stop_file(tune_id), json.dumps(names).encode())
-
-    def _stop_file(self, tune_id: str) -> str:
-        return storage.join(self._folder, f"stopped-{tune_id}.json")
+End = Literal["finished", "failed", "stopped", "closed", "lost"]
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A suggested trial that is not handed out yet; up to `size` trials of its `key` may train together."""
+class MemberTrial:
+    """A trial in a process: `pack_size` trials train together, and the first in a process of several is `pack`."""
 
-    member: MemberTrial
-    key: str | None
-    size: int
+    job: Job
+    pack_size: int = 1
+    pack: str = ""
+
+    @property
+    def trial_id(self) -> str:
+        return self.job.trial_id
 
 
-class TuneSearcher(UnsavedSearcher):
-    """Asks another searcher for trials in advance, and hands out those of one `pack_key` as one group.
+@dataclass(frozen=True)
+class MemberEvent:
+    """A member has reported, has ended, or both.
 
-    `size` gives the size of a configuration's pack. The baselines of an encoder are a group too, although each trains
-    alone: they take seconds, and Tune would start a process for each of them.
+    The scheduler has `stopped` it, its process was `closed` from outside, or `lost`.
     """
 
-    def __init__(self, inner: Searcher, packs: Members, size: Callable[[TrialConfig], int]) -> None:
-        super().__init__(metric=inner.metric, mode=inner.mode)
-        self._inner, self._packs, self._size = inner, packs, size
-        self._waiting: list[_Waiting] = []
-        self._open: dict[str, dict[str, str]] = {}
-        self._num_asked = 0
-
-    def suggest(self, trial_id: str) -> Tree | str:
-        if not self._waiting and not self._ask():
-            return str(Searcher.FINISHED)
-        first = self._waiting[0]
-        while first.key is not None and len(self._waiting) < first.size and self._ask():
-            pass
-        together = [trial for trial in self._waiting[1:] if first.key is not None and trial.key == first.key]
-        group = [first, *together[: first.size - 1]]
-        self._waiting = [trial for trial in self._waiting if not any(trial is member for member in group)]
-        self._open[trial_id] = {trial.member.name: trial.member.trial_id for trial in group}
-        return self._packs.open(trial_id, [trial.member for trial in group])
-
-    def _ask(self) -> bool:
-        """Put one more trial into the waiting list; return False if there is none."""
-        inner_id = f"member-{self._num_asked}"
-        suggested = self._inner.suggest(inner_id)
-        if not isinstance(suggested, dict):
-            return False
-        self._num_asked += 1
-        record = suggested["record"]
-        config = TrialConfig.from_tree(record["config"])
-        if record["kind"] == "baseline" and not suggested["alone"]:
-            size = BASELINES_PER_ENCODER
-            key: str | None = f"baselines of {feature_key(config)}"
-        else:
-            size = self._size(config) if _trains_with_others(suggested) else 1
-            key = pack_key(config) if size > 1 else None
-        self._waiting.append(_Waiting(MemberTrial(inner_id, suggested), key, size))
-        return True
-
-    def on_trial_result(self, trial_id: str, result: Tree) -> None:
-        for member, report in self._packs.reporting(trial_id, result):
-            if report.get("done") or member.stopped:
-                self._complete(trial_id, member.name, report)
-
-    def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
-        reports = {report["member"]: report for report in (result or {}).get("reports", [])}
-        for name in list(self._open.get(trial_id, {})):
-            self._complete(trial_id, name, reports.get(name), error)
-
-    def _complete(self, trial_id: str, name: str, report: Tree | None, error: bool = False) -> None:
-        inner_id = self._open[trial_id].pop(name, None)
-        if inner_id is not None:
-            self._inner.on_trial_complete(inner_id, report, error)
+    member: MemberTrial
+    report: TrialReport | None = None
+    end: End | None = None
 
 
-class TuneScheduler(Unpickled, FIFOScheduler):
-    """Passes each member's reports to another scheduler; a pack ends with its last member."""
+@dataclass
+class _Pack:
+    """The members that have not ended by their trial ids, those that are to end with their next report, and ended."""
 
-    def __init__(self, inner: AshaBrackets, packs: Members) -> None:
-        super().__init__()
-        self._inner, self._packs = inner, packs
-        self._open: dict[str, dict[str, MemberTrial]] = {}
-
-    def on_trial_add(self, tune_controller: object, trial: Trial) -> None:
-        self._open[trial.trial_id] = {member.name: member for member in self._packs.of(trial.trial_id)}
-        for member in self._packs.of(trial.trial_id):
-            self._inner.on_trial_add(tune_controller, member)
-
-    def on_trial_result(self, tune_controller: object, trial: Trial, result: Tree) -> str:
-        remaining, newly_stopped = self._open[trial.trial_id], False
-        for member, report in self._packs.reporting(trial.trial_id, result):
-            if report.get("done"):
-                self._complete(tune_controller, trial.trial_id, member.name, report)
-            elif self._inner.on_trial_result(tune_controller, member, report) == TrialScheduler.STOP:
-                remaining.pop(member.name)
-                member.stopped = newly_stopped = True
-        if not remaining:
-            return str(TrialScheduler.STOP)
-        if newly_stopped:
-            self._packs.write_stopped(trial.trial_id)
-        return str(TrialScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: object, trial: Trial, result: Tree) -> None:
-        for report in result.get("reports", []):
-            self._complete(tune_controller, trial.trial_id, report["member"], report)
-
-    def _complete(self, tune_controller: object, tune_id: str, name: str, report: Tree) -> None:
-        member = self._open[tune_id].pop(name, None)
-        if member is not None:
-            self._inner.on_trial_complete(tune_controller, member, report)
+    members: dict[str, MemberTrial]
+    stopped: set[str] = field(default_factory=set)
+    ended: list[str] = field(default_factory=list)
 
 
-class TuneCallback(Unpickled, tune.Callback):
-    """Passes each member to other callbacks; a member ends at once, while its pack continues."""
+class Members:
+    """The members of every Tune trial, by the Tune trial's id; `folder` has the files of ended members."""
 
-    def __init__(self, inner: Sequence[tune.Callback], packs: Members) -> None:
-        self._inner, self._packs = inner, packs
+    def __init__(self, folder: str, settings: Callable[[Job], TrialSettings]) -> None:
+        self._folder, self._settings = folder, settings
+        self._packs: dict[str, _Pack] = {}
 
-    def setup(self, **info: Any) -> None:
-        for callback in self._inner:
-            callback.setup(**info)
+    def open(self, tune_id: str, jobs: Sequence[Job]) -> PackPayload:
+        """Register the jobs of a new process."""
+        together = len(jobs) > 1 and all(may_train_with_others(job) for job in jobs)
+        size, pack = len(jobs) if together else 1, jobs[0].trial_id if len(jobs) > 1 else ""
+        self._packs[tune_id] = _Pack({job.trial_id: MemberTrial(job, size, pack) for job in jobs})
+        return PackPayload(tuple(map(self._settings, jobs)), together, self._ended_file(tune_id))
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        for callback in self._inner:
-            callback.on_step_end(iteration, trials)
+    def of(self, tune_id: str) -> list[MemberTrial]:
+        """Return the members that have not ended."""
+        return list(self._packs[tune_id].members.values()) if tune_id in self._packs else []
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        for member in self._packs.of(trial.trial_id):
-            for callback in self._inner:
-                callback.on_trial_start(iteration, trials, member)
+    def stop(self, tune_id: str, trial_id: str) -> None:
+        """End a member with the report that is taken next."""
+        if tune_id in self._packs:
+            self._packs[tune_id].stopped.add(trial_id)
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Tree, **info: Any) -> None:
-        for member, report in list(self._packs.reporting(trial.trial_id, result)):
-            member.last_result = report
-            for callback in self._inner:
-                callback.on_trial_result(iteration, trials, member, report)
-            if report.get("done") or member.stopped:
-                self._complete(iteration, trials, trial, member)
+    def take(self, tune_id: str, reports: Sequence[TrialReport]) -> list[MemberEvent]:
+        """Return what the reports of a process mean; those of members that have ended before mean nothing.
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        for member in self._packs.of(trial.trial_id):
-            self._complete(iteration, trials, trial, member)
+        The process reads from a file which members have ended, before its next epoch and after a restart.
+        """
+        pack = self._packs.get(tune_id)
+        if pack is None:
+            return []
+        events = [
+            MemberEvent(pack.members[report.trial_id], report, _end(report, is_stopped=report.trial_id in pack.stopped))
+            for report in reports
+            if report.trial_id in pack.members
+        ]
+        ended = [event.member.trial_id for event in events if event.end is not None]
+        for trial_id in ended:
+            del pack.members[trial_id]
+        pack.ended += ended
+        if ended and pack.members:
+            storage.write_bytes(self._ended_file(tune_id), json.dumps(pack.ended).encode())
+        return events
 
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        for member in self._packs.of(trial.trial_id):
-            member.error_file = trial.error_file
-            for callback in self._inner:
-                callback.on_trial_recover(iteration, trials, member)
+    def close(self, tune_id: str, *, is_lost: bool = False) -> list[MemberEvent]:
+        """Return the ends of all members that have not ended."""
+        pack = self._packs.pop(tune_id, None)
+        return (
+            []
+            if pack is None
+            else [MemberEvent(member, end="lost" if is_lost else "closed") for member in pack.members.values()]
+        )
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        for member in self._packs.of(trial.trial_id):
-            self._packs.end(trial.trial_id, member)
-            member.run_metadata, member.max_failures = trial.run_metadata, trial.max_failures
-            if len(trial.config["names"]) > 1:
-                # Another member may be the cause, so this one counts as lost before its restarts were spent.
-                member.max_failures = trial.run_metadata.num_failures
-            member.error_file = trial.error_file
-            for callback in self._inner:
-                callback.on_trial_error(iteration, trials, member)
-
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        for callback in self._inner:
-            callback.on_experiment_end(trials, **info)
-
-    def _complete(self, iteration: int, trials: list[Trial], trial: Trial, member: MemberTrial) -> None:
-        self._packs.end(trial.trial_id, member)
-        for callback in self._inner:
-            callback.on_trial_complete(iteration, trials, member)
+    def _ended_file(self, tune_id: str) -> str:
+        return storage.join(self._folder, f"ended-{tune_id}.json")
 
 
-def _trains_with_others(payload: Tree) -> bool:
+def may_train_with_others(job: Job) -> bool:
     """Return whether a trial may join a pack: baselines end by their patience, restarted trials are at any epoch."""
-    return payload["record"]["kind"] == "search" and not payload["alone"]
+    return job.kind == "search" and not job.alone
+
+
+def _end(report: TrialReport, *, is_stopped: bool) -> End | None:
+    if report.failure is not None:
+        return "failed"
+    if report.has_finished:
+        return "finished"
+    return "stopped" if is_stopped else None

@@ -18,6 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from imbvlm.base.schema import Tree
+from imbvlm.sweep.tune.in_process_trial import PackPayload
 from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.train_worker import train_worker
 
@@ -41,7 +42,7 @@ def ray_train_trial(config: Tree) -> None:
     folder = tempfile.mkdtemp(prefix="imbvlm-train-", dir=Path(here.get_temp_dir(), here.get_session_name()))
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=config["settings"],
+        train_loop_config={"settings": PackPayload.decode(config["payload"]).settings[0]},
         torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=resources["num_workers"], use_gpu=uses_gpu, resources_per_worker=per_worker

@@ -1,11 +1,10 @@
-"""The search: Optuna as a searcher of Ray Tune, which trains no configuration twice and ends an exhausted space."""
+"""The search: Optuna as a source of jobs, which trains no configuration twice and ends an exhausted space."""
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
 
-from imbvlm.base.schema import Tree
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.earlier_sweeps import WarmTrial
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -26,7 +23,7 @@ from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.search_space import ListedSpace, Params
 from imbvlm.sweep.spec.stratification import RandomTrial, Strata
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
-from imbvlm.sweep.tune.jobs import AskedTrial, Job, UnsavedSearcher
+from imbvlm.sweep.tune.jobs import AskedTrial, Job
 from imbvlm.sweep.tune.samplers import VIOLATIONS, make_sampler
 
 # Proposals in a row that may repeat earlier ones. A sampler may propose the best configuration forever. After that many
@@ -42,7 +39,7 @@ def silence_optuna() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-class StudySearch(UnsavedSearcher):
+class StudySearch:
     """Hands out the given jobs (baselines, unfinished trials), then `num_trials` configurations that Optuna proposes.
 
     A repeated proposal takes the value of the earlier trial, once that has ended, and doesn't count. Under `stratify`
@@ -55,16 +52,12 @@ class StudySearch(UnsavedSearcher):
         sweep: ResolvedSweep,
         jobs: list[Job],
         records: list[TrialRecord],
-        payload: Callable[[Job], Tree],
         budget: Budget,
-        epochs_of: Callable[[str], Epochs],
         study: optuna.Study,
         journal: OptunaJournal | None,
     ) -> None:
         spec, space = sweep.spec, sweep.space
-        super().__init__(metric=spec.best_objective, mode="max")
-        self._epochs_of, self._num_trials = epochs_of, sweep.num_trials
-        self._spec, self._space, self._payload, self._budget = spec, space, payload, budget
+        self._spec, self._space, self._budget, self._num_trials = spec, space, budget, sweep.num_trials
         self._sampler = SAMPLERS[spec.searcher.name]
         self._jobs = list(jobs)
         self._listed = space.configurations if isinstance(space, ListedSpace) else {}
@@ -87,16 +80,14 @@ class StudySearch(UnsavedSearcher):
         sweep: ResolvedSweep,
         jobs: list[Job],
         records: list[TrialRecord],
-        payload: Callable[[Job], Tree],
         budget: Budget,
-        epochs_of: Callable[[str], Epochs] = lambda trial_id: (),
         warm: Sequence[WarmTrial] = (),
         journal: Path | None = None,
     ) -> StudySearch:
         """Open a search that has learned from other sweeps' trials, `warm`, and from the ended ones of its own."""
         optuna_journal = None if journal is None else OptunaJournal.create(journal, sweep.spec)
         study = _new_study(sweep.spec, len(records))
-        search = StudySearch(sweep, jobs, records, payload, budget, epochs_of, study, optuna_journal)
+        search = StudySearch(sweep, jobs, records, budget, study, optuna_journal)
         for trial in warm:
             search._add_finished(trial.draw, search._outcome(trial.record.epochs))
         for record in records:
@@ -104,34 +95,28 @@ class StudySearch(UnsavedSearcher):
         search.trim_history()
         return search
 
-    # ------------------------------------------------------------------------------------ what Tune asks
+    # ------------------------------------------------------------------------------------ what a run asks
 
-    def suggest(self, trial_id: str) -> Tree | str:
+    def next_job(self) -> Job | None:
+        """Return the next job; None while a limit is used up, and once the space or the number of trials is."""
         if self._budget.exhausted(keep_for_refits=True):
-            return str(Searcher.FINISHED)
+            return None
         job = self._jobs.pop(0) if self._jobs else self._next_search_job()
-        if job is None:
-            return str(Searcher.FINISHED)
-        if job.kind == "search" and job.asked is None:
-            self._adopt(job)
-        self._running[trial_id] = job
-        return self._payload(job)
+        if job is not None:
+            if job.kind == "search" and job.asked is None:
+                self._adopt(job)
+            self._running[job.trial_id] = job
+        return job
 
-    def on_trial_complete(self, trial_id: str, result: Tree | None = None, error: bool = False) -> None:
-        job = self._running.pop(trial_id, None)
-        if job is None or job.asked is None:
+    def finished(self, job: Job, epochs: Epochs) -> None:
+        """Report a trial's value to the sampler; a trial without epochs has failed."""
+        if self._running.pop(job.trial_id, None) is None or job.asked is None:
             return
-        value = None if error or not result or result.get("failure") else self._outcome(self._epochs(job, result))
-        key = canonical_key(job.config)
+        value, key = self._outcome(epochs), canonical_key(job.config)
         self._values[key] = value
         for asked in [job.asked, *self._waiting.pop(key, [])]:
             self._tell(asked, value)
         self.trim_history()
-
-    def _epochs(self, job: Job, result: Tree) -> list[Mapping[str, float]]:
-        """Return all epochs of a trial, whose record may not have the last one yet."""
-        before = [epoch for epoch in self._epochs_of(job.trial_id) if epoch["epoch"] < result.get("epoch", math.inf)]
-        return [*before, result]
 
     def _outcome(self, epochs: Epochs) -> ObjectiveValues | None:
         """Return the values of a trial; None for NaN, with which Optuna keeps a trial running, and for infinity.

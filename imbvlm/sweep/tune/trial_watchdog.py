@@ -56,12 +56,12 @@ class TrialTimeout(FIFOScheduler):
         self._running_since = {trial.trial_id: self._running_since.get(trial.trial_id, now) for trial in running}
         for trial in running:
             # The trials of a pack share its time.
-            if now - self._running_since[trial.trial_id] > 60 * minutes * len(_names(trial)):
+            if now - self._running_since[trial.trial_id] > 60 * minutes * len(trial.config["trial_ids"]):
                 self._end(tune_controller, trial, minutes)
 
     def _end(self, tune_controller: Any, trial: Trial, minutes: float) -> None:
         epoch = int((trial.last_result or {}).get("epoch", 0))
-        names = _names(trial)
+        names = trial.config["trial_ids"]
         pack = f"its pack of {len(names)} " if len(names) > 1 else ""
         reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
         if not pack:
@@ -73,11 +73,6 @@ class TrialTimeout(FIFOScheduler):
         # No restart: the trial would hang again. Tune's public stop_trial would keep the process for reuse.
         trial.max_failures = 0
         tune_controller._tune_controller._process_trial_failure(trial, TuneError(reason))
-
-
-def _names(trial: Trial) -> list[str]:
-    """Return the ids of a Tune trial's members, or its own id under Ray Train."""
-    return trial.config.get("names") or [str(trial.config["record"]["trial_id"])]
 
 
 class CapacityWatch(Unpickled, tune.Callback):

@@ -12,12 +12,9 @@ from ray.air.execution._internal import RayActorManager
 from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.execution import class_cache, tune_controller
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
 from imbvlm.base import interrupts, storage
-from imbvlm.base.formatting import pluralize
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
@@ -26,12 +23,14 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialKind
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial
-from imbvlm.sweep.tune.jobs import RunContext
+from imbvlm.sweep.tune.jobs import Job, JobSource, RunContext
 from imbvlm.sweep.tune.monitoring import MetricsExporter
-from imbvlm.sweep.tune.pack_members import Members, TuneCallback, TuneScheduler, TuneSearcher
+from imbvlm.sweep.tune.pack_members import MemberEvent, Members
 from imbvlm.sweep.tune.progress_callback import ProgressCallback
 from imbvlm.sweep.tune.ray_train_trial import PlacementGroupCleaner, ray_train_trial
 from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialTimeout
+from imbvlm.sweep.tune.tune_adapters import TuneScheduler, TuneSearcher
+from imbvlm.training.trial_session import TrialSettings
 
 RAY_FOLDER = "ray"
 TUNE_SETTINGS = (
@@ -45,39 +44,40 @@ TUNE_SETTINGS = (
 
 def run_jobs(
     context: RunContext,
-    searcher: Searcher,
-    scheduler: AshaBrackets | None,
+    source: JobSource,
+    settings: Callable[[Job], TrialSettings],
+    brackets: AshaBrackets | None,
     kind: TrialKind,
     total: int,
     pack_size: Callable[[TrialConfig], int] = lambda config: 1,
 ) -> int:
-    """Run the searcher's jobs and write their records; progress shows trials of `kind`, of which there are `total`.
+    """Run a source's jobs and write their records; progress shows trials of `kind`, of which there are `total`.
 
     In process up to `pack_size(config)` trials train together. Returns the number of trials that need another run,
     since Tune gave them up before their restarts were spent.
     """
     spec = context.spec
-    packs = Members(storage.join(context.folder, RAY_FOLDER))
-    inner: TrialScheduler | None = scheduler
-    if context.driver == "in_process":
-        searcher = TuneSearcher(searcher, packs, pack_size)
-        inner = None if scheduler is None else TuneScheduler(scheduler, packs)
-    timeout = TrialTimeout(spec.max_trial_minutes, inner)
+    members = Members(storage.join(context.folder, RAY_FOLDER), settings)
+    timeout = TrialTimeout(spec.max_trial_minutes, None if brackets is None else TuneScheduler(brackets, members))
+    metrics = MetricsExporter(spec, context.log, context.local_folder, context.folder.rpartition("/")[2])
     progress = ProgressCallback(
-        context.log, context.console, spec.best_objective, kind, total, context.budget, context.count_spent,
-        context.prune_logits, timeout.reasons,
-        f"{pluralize(spec.num_workers, 'worker')}, {pluralize(context.num_classes, 'class')}",
-    )  # fmt: skip
+        context, members, kind, total, timeout.reasons, [metrics.update, end_listener(context, source, brackets)]
+    )
+    resources = {
+        "num_workers": spec.num_workers,
+        "cpus_per_worker": spec.cpus_per_worker,
+        "gpus_per_worker": spec.gpus_per_worker,
+    }
     _patch_tune()
     tuner = tune.Tuner(
         tune.with_resources(*_trainable(context)),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=TuneSearcher(source, members, pack_size if context.driver == "in_process" else None, resources),
             scheduler=timeout,
             num_samples=-1,
             max_concurrent_trials=context.max_concurrent,
             reuse_actors=context.driver == "in_process",
-            trial_dirname_creator=lambda trial: str(trial.config["record"]["trial_id"]),
+            trial_dirname_creator=lambda trial: str(trial.config["trial_ids"][0]),
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -85,7 +85,13 @@ def run_jobs(
             stop=CombinedStopper(
                 StopOnStorageError(progress), *([StopOnBudget(context.budget)] if kind == "search" else [])
             ),
-            callbacks=_callbacks(context, progress, packs),
+            callbacks=[
+                progress,
+                metrics,
+                *([PlacementGroupCleaner()] if context.driver == "ray_train" else []),
+                EndAtSignal(),
+                CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
+            ],
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             verbose=0,
         ),
@@ -109,15 +115,19 @@ def run_jobs(
     return progress.num_lost
 
 
-def _callbacks(context: RunContext, progress: ProgressCallback, packs: Members) -> list[tune.Callback]:
-    sweep_name = context.folder.rpartition("/")[2]
-    metrics = MetricsExporter(context.spec, context.log, context.local_folder, sweep_name)
-    in_process: list[tune.Callback] = [TuneCallback([progress, metrics], packs)]
-    return [
-        *(in_process if context.driver == "in_process" else [progress, metrics, PlacementGroupCleaner()]),
-        EndAtSignal(),
-        CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
-    ]
+def end_listener(
+    context: RunContext, source: JobSource, brackets: AshaBrackets | None
+) -> Callable[[MemberEvent], None]:
+    """Return a function that reports ended trials to their source and to ASHA."""
+
+    def report_end(event: MemberEvent) -> None:
+        job = event.member.job
+        if event.end == "finished" and event.report is not None and brackets is not None:
+            brackets.complete(job, event.report)
+        if event.end is not None:
+            source.finished(job, [] if event.end in ("failed", "lost") else context.log.records[job.trial_id].epochs)
+
+    return report_end
 
 
 def _patch_tune() -> None:

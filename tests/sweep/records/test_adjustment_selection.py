@@ -19,7 +19,6 @@ from towers import write_tower
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.inference import predictor
 from imbvlm.inference.model_folder import load, write_model
@@ -325,20 +324,20 @@ def test_a_refit_scores_the_test_split_with_and_without_in_one_look(tmp_path: Pa
     config = tiny_config("linear_probe")
     adjustment = PostHocAdjustment(tau=0.7, alpha=0.25, temperature=2.0)
     settings = TrialSettings(
-        config=config.to_tree(),
-        feature_set=features.to_dict(),
+        config=config,
+        feature_set=features,
         objective="val/balanced_accuracy",
         score_test=True,
         model_folder=str(tmp_path / "model"),
-        post_hoc=dataclasses.asdict(adjustment),
+        post_hoc=adjustment,
     )
-    last = list(TrialSession(torch.device("cpu")).reports(settings))[-1]
-    plain = list(TrialSession(torch.device("cpu")).reports(dataclasses.replace(settings, post_hoc=None)))[-1]
+    last = list(TrialSession(torch.device("cpu")).reports(settings))[-1].metrics
+    plain = list(TrialSession(torch.device("cpu")).reports(dataclasses.replace(settings, post_hoc=None)))[-1].metrics
     assert {key: value for key, value in last.items() if key.startswith("test/")} == {
         key: value for key, value in plain.items() if key.startswith("test/")
     }
     assert not [key for key in plain if key.startswith("test_post_hoc/")]
-    data = TrialData.open(config, FeatureSet.from_dict(features.to_dict()))
+    data = TrialData.open(config, features)
     test = TrialData.open_split(config, features, "test")
     index = np.arange(len(test))
     model = build_model(config, data.model_inputs, torch.device("cpu"))

@@ -64,7 +64,7 @@ def test_the_pareto_set_is_optunas(points: list[tuple[float, float, float]]) -> 
 
 def searcher(spec: SweepSpec, known: list[TrialRecord] | None = None, warm: Any = ()) -> StudySearch:
     budget = Budget.open(spec, "nowhere", 0.0)
-    return StudySearch.open(spec.resolve(), [], known or [], lambda job: {"job": job}, budget, warm=warm)
+    return StudySearch.open(spec.resolve(), [], known or [], budget, warm=warm)
 
 
 def report(job: Job, spec: SweepSpec) -> dict[str, float]:
@@ -75,10 +75,9 @@ def report(job: Job, spec: SweepSpec) -> dict[str, float]:
 
 def run(search: StudySearch, spec: SweepSpec) -> list[TrialRecord]:
     records = []
-    while isinstance(suggested := search.suggest(f"tune{len(records)}"), dict):
-        job = suggested["job"]
+    while (job := search.next_job()) is not None:
         epoch = report(job, spec)
-        search.on_trial_complete(f"tune{len(records)}", epoch)
+        search.finished(job, [epoch])
         records.append(
             TrialRecord(
                 trial_id=job.trial_id,

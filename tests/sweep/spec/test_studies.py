@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.tune.search import Searcher
 from towers import write_tower
 
 from imbvlm.base.errors import ConfigError
@@ -74,14 +73,14 @@ def test_what_trains_the_same_stands_once_and_in_every_table() -> None:
 
 def test_every_listed_trial_comes_once_in_its_order_and_a_resumed_study_repeats_none() -> None:
     made = spec()
-    search = StudySearch.open(made.resolve(), [], [], lambda job: {"job": job}, Budget.open(made, "nowhere", 0.0))
+    search = StudySearch.open(made.resolve(), [], [], Budget.open(made, "nowhere", 0.0))
     jobs = drive(search)
     assert [made.read_space().to_optuna_params(job.draw, BASE)["configuration"] for job in jobs] == [
         "zero-shot", "probe", "decoder", "marc",
     ]  # fmt: skip
     assert not search.exhausted
     known = [finished(job) for job in jobs[:2]]
-    going_on = StudySearch.open(made.resolve(), [], known, lambda job: {"job": job}, Budget.open(made, "nowhere", 0.0))
+    going_on = StudySearch.open(made.resolve(), [], known, Budget.open(made, "nowhere", 0.0))
     assert [job.trial_id for job in drive(going_on)] == ["t00003", "t00004"]
     assert going_on.num_repeats == 0
 
@@ -93,7 +92,7 @@ def a_list(number: int) -> dict[str, Any]:
 def test_a_list_is_run_whole_however_long_it_is(tmp_path: Path) -> None:
     base = {**BASE, "method": "linear_probe"}
     made = SweepSpec(name="s", base=base, space=a_list(30))
-    search = StudySearch.open(made.resolve(), [], [], lambda job: {"job": job}, Budget.open(made, "nowhere", 0.0))
+    search = StudySearch.open(made.resolve(), [], [], Budget.open(made, "nowhere", 0.0))
     assert len(drive(search)) == 30
     (tmp_path / "list.yaml").write_text(json.dumps(a_list(30)))
     from_file = SweepSpec(name="s", base=base, space=str(tmp_path / "list.yaml"))
@@ -117,9 +116,9 @@ def test_listed_configurations_that_are_not_run_are_named() -> None:
 
 def drive(search: StudySearch) -> list[Job]:
     jobs: list[Job] = []
-    while (suggested := search.suggest(f"tune{len(jobs)}")) != Searcher.FINISHED:
-        search.on_trial_complete(f"tune{len(jobs)}", {BEST: 0.5})
-        jobs.append(suggested["job"])  # type: ignore[index]
+    while (job := search.next_job()) is not None:
+        search.finished(job, [{"epoch": 1.0, BEST: 0.5}])
+        jobs.append(job)
     return jobs
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,13 @@ from typing import Any
 
 import optuna
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from ray.tune import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from tiny_data import tiny_config, tiny_features
+from tiny_data import tiny_config, tiny_features, tiny_info
 
 from imbvlm.base.console import Console
 from imbvlm.base.errors import DiskFullError
@@ -26,16 +31,17 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.summary_tables import NUM_BEST
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
-from imbvlm.sweep.tune.asha_brackets import asha
-from imbvlm.sweep.tune.in_process_trial import InProcessTrial
-from imbvlm.sweep.tune.jobs import Job, RunContext, payload
-from imbvlm.sweep.tune.pack_members import Members, TuneCallback, TuneScheduler, TuneSearcher
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
+from imbvlm.sweep.tune.in_process_trial import InProcessTrial, PackPayload
+from imbvlm.sweep.tune.jobs import Job, RunContext
+from imbvlm.sweep.tune.pack_members import Members
 from imbvlm.sweep.tune.progress_callback import ProgressCallback, failure_cause, read_failures
 from imbvlm.sweep.tune.study_search import StudySearch
-from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, find_storage_error, tune_settings
-from imbvlm.training.trial_session import TrialSettings
+from imbvlm.sweep.tune.tune_adapters import TuneScheduler, TuneSearcher
+from imbvlm.sweep.tune.tune_runner import TUNE_SETTINGS, end_listener, find_storage_error, tune_settings
+from imbvlm.training.trial_session import TrialReport, TrialSettings, from_result
 
 BEST = "val/best_balanced_accuracy"
 STOP = TrialScheduler.STOP
@@ -62,47 +68,53 @@ class Tune:
     def __init__(
         self, folder: Path, features: FeatureSet, spec: SweepSpec, size: int, jobs: Sequence[Job] = ()
     ) -> None:
-        self.log, self.packs = TrialLog(str(folder)), Members(str(folder / "ray"))
+        self.log = TrialLog(str(folder))
         budget = Budget.open(spec, str(folder), 0.0)
         self.printed = io.StringIO()
-        lane = RunContext(spec.resolve(), str(folder), self.log, Console(self.printed), 1, budget, 10)
+        context = RunContext(spec.resolve(), str(folder), self.log, Console(self.printed), 1, budget, 10)
 
-        def settings(job: Job) -> TrialSettings:
-            checkpoints = str(folder / "checkpoints" / job.trial_id)
-            logits = logits_file(str(folder), job.trial_id)
+        def settings_of(job: Job) -> TrialSettings:
             return TrialSettings(
-                job.config.to_tree(), features.to_dict(), spec.objective, checkpoints, logits_file=logits
+                job.config,
+                features,
+                spec.objective,
+                checkpoint_folder=str(folder / "checkpoints" / job.trial_id),
+                logits_file=logits_file(str(folder), job.trial_id),
+                trial_id=job.trial_id,
             )
 
-        self.study = StudySearch.open(spec.resolve(), list(jobs), [], payload(lane, settings), budget)
-        self.searcher = TuneSearcher(self.study, self.packs, lambda config: size)
-        self.scheduler = TuneScheduler(asha(AshaConfig(), BEST), self.packs)
-        progress = ProgressCallback(
-            self.log, lane.console, BEST, "search", 12, budget, lambda: None, lane.prune_logits, {}, ""
-        )
-        self.callback = TuneCallback([progress], self.packs)
+        self.study = StudySearch.open(spec.resolve(), list(jobs), [], budget)
+        members, brackets = Members(str(folder / "ray"), settings_of), AshaBrackets(AshaConfig(), BEST)
+        self.searcher = TuneSearcher(self.study, members, lambda config: size, {})
+        self.scheduler = TuneScheduler(brackets, members)
+        listeners = [end_listener(context, self.study, brackets)]
+        self.callback = ProgressCallback(context, members, "search", 12, {}, listeners)
         self.sizes: list[int] = []
         self.logits, self.num_logits = folder / "logits", list[int]()
         self.ids = (f"tune{number}" for number in itertools.count())
 
     def run(self, at_once: int = 1) -> None:
         """So many Tune trials step by turns; the next ones start when all of them have ended."""
-        while trials := [one for one in (self.start() for _ in range(at_once)) if one is not None]:
+        while trials := [trial for trial in (self.start() for _ in range(at_once)) if trial is not None]:
             while trials:
-                trials = [one for one in trials if not self.step(one)]
+                trials = [trial for trial in trials if not self.step(trial)]
 
     def start(self) -> SimpleNamespace | None:
         trial_id = next(self.ids)
         config = self.searcher.suggest(trial_id)
         if config == Searcher.FINISHED:
             return None
-        trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={})
-        self.sizes.append(len(config["names"]))
+        trial = SimpleNamespace(trial_id=trial_id, config=config)
+        self.sizes.append(len(config["trial_ids"]))
         self.scheduler.on_trial_add(None, trial)
-        trial.run = InProcessTrial.__new__(InProcessTrial)
-        trial.run.setup(config)
-        self.callback.on_trial_start(0, [], trial)
+        self.launch(trial)
         return trial
+
+    def launch(self, trial: SimpleNamespace) -> None:
+        """In a process of its own, also after one was lost."""
+        trial.run = InProcessTrial.__new__(InProcessTrial)
+        trial.run.setup(trial.config)
+        self.callback.on_trial_start(0, [], trial)
 
     def step(self, trial: SimpleNamespace) -> bool:
         result: Tree = trial.run.step()
@@ -110,7 +122,6 @@ class Tune:
         if decision != STOP:
             self.searcher.on_trial_result(trial.trial_id, result)
         self.callback.on_trial_result(0, [], trial, result)
-        trial.last_result = result
         if decision == STOP:
             self.scheduler.on_trial_complete(None, trial, result)
             self.searcher.on_trial_complete(trial.trial_id, result)
@@ -136,6 +147,136 @@ def told(tune: Tune) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     return tiny_features(tmp_path_factory.mktemp("features"))
+
+
+# ------------------------------------------------------------------------------------------------- the members
+
+
+def job(trial_id: str, kind: TrialKind = "search", alone: bool = False) -> Job:
+    return Job(trial_id, kind, "", tiny_config("linear_probe"), alone=alone)
+
+
+FEATURES = FeatureSet("m", {"train": "store"}, ("pooled",), tiny_info())
+
+
+def members_of(folder: Path) -> Members:
+    return Members(str(folder), lambda job: TrialSettings(job.config, FEATURES, "val/loss", trial_id=job.trial_id))
+
+
+ENDS = {"epoch": {}, "finished": {"has_finished": True}, "failed": {"failure": "the loss is NaN"}}
+
+
+class PackMachine(RuleBasedStateMachine):
+    """Packs of which anything may be heard in any order: each trial ends once, and what it says afterwards is nothing.
+
+    The model knows who runs, who is to stop, and who has ended, in each pack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.members = members_of(Path(self.folder.name))
+        self.running: dict[str, list[str]] = {}
+        self.stopped: dict[str, set[str]] = {}
+        self.ended: dict[str, list[str]] = {}
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @rule(size=st.integers(1, 4), alone=st.booleans())
+    def open(self, size: int, alone: bool) -> None:
+        pack = f"tune{len(self.running)}"
+        ids = [f"{pack}-t{number}" for number in range(size)]
+        payload = self.members.open(pack, [job(trial_id, alone=alone) for trial_id in ids])
+        self.running[pack], self.stopped[pack], self.ended[pack] = ids, set(), []
+        assert PackPayload.decode(payload.encode()) == payload
+        assert [settings.trial_id for settings in payload.settings] == ids
+        assert payload.trains_together == (size > 1 and not alone)
+        assert {(member.pack_size, member.pack) for member in self.members.of(pack)} == {
+            (1 if alone else size, ids[0] if size > 1 else "")
+        }
+
+    packs = st.integers(0, 5).map(lambda number: f"tune{number}")
+
+    @rule(pack=packs, number=st.integers(0, 4))
+    def stop(self, pack: str, number: int) -> None:
+        self.members.stop(pack, f"{pack}-t{number}")
+        self.stopped.setdefault(pack, set()).add(f"{pack}-t{number}")
+
+    @rule(
+        pack=packs,
+        heard=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(sorted(ENDS))), unique_by=lambda one: one[0]),
+    )
+    def report(self, pack: str, heard: list[tuple[int, str]]) -> None:
+        reports = [TrialReport(f"{pack}-t{number}", 1, **ENDS[kind]) for number, kind in heard]
+        expected = []
+        for (_, kind), report in zip(heard, reports, strict=True):
+            if report.trial_id in self.running.get(pack, ()):
+                is_stopped = report.trial_id in self.stopped[pack]
+                end = "stopped" if kind == "epoch" and is_stopped else None if kind == "epoch" else kind
+                expected.append((report.trial_id, report, end))
+        events = self.members.take(pack, reports)
+        assert [(event.member.trial_id, event.report, event.end) for event in events] == expected
+        ended = [trial_id for trial_id, _, end in expected if end is not None]
+        if ended:
+            self.running[pack] = [trial_id for trial_id in self.running[pack] if trial_id not in ended]
+            self.ended[pack] += ended
+            if self.running[pack]:
+                # What the process reads before its next epoch, and a new one before its first.
+                assert json.loads((Path(self.folder.name) / f"ended-{pack}.json").read_text()) == self.ended[pack]
+
+    @rule(pack=packs, is_lost=st.booleans())
+    def close(self, pack: str, is_lost: bool) -> None:
+        events = self.members.close(pack, is_lost=is_lost)
+        end = "lost" if is_lost else "closed"
+        assert [(event.member.trial_id, event.report, event.end) for event in events] == [
+            (trial_id, None, end) for trial_id in self.running.get(pack, ())
+        ]
+        if pack in self.running:
+            self.running[pack] = []
+
+    @invariant()
+    def those_that_have_not_ended_run(self) -> None:
+        for pack, running in self.running.items():
+            assert [member.trial_id for member in self.members.of(pack)] == running
+
+
+PackMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+test_each_member_ends_once_in_any_order_of_reports_stops_and_losses = PackMachine.TestCase
+
+
+@pytest.mark.parametrize(("kind", "alone"), [("baseline", False), ("refit", False), ("search", True)])
+def test_what_has_a_reason_to_train_alone_does_and_still_shares_a_process(
+    tmp_path: Path, kind: TrialKind, alone: bool
+) -> None:
+    members = members_of(tmp_path)
+    payload = members.open("tune0", [job("t1"), job("t2", kind, alone)])
+    assert not payload.trains_together
+    assert [(member.pack_size, member.pack) for member in members.of("tune0")] == [(1, "t1")] * 2
+
+
+def test_a_process_that_is_started_again_leaves_out_what_has_ended(tmp_path: Path, features: FeatureSet) -> None:
+    """It would train from its first epoch once more: its checkpoint is gone."""
+    first = [{"loss.name": "focal", "classifier.kind": "linear", "optim.lr": lr} for lr in (1e35, 0.1, 0.2)]
+    spec = SweepSpec.from_tree(
+        {**make_spec(3, first_trials=first).to_tree(),
+         "space": {"parameters": {**SPACE, "optim.lr": {"loguniform": [1e-4, 1e36]}}}}
+    )  # fmt: skip
+    tune = Tune(tmp_path, features, spec, 3)
+    trial = tune.start()
+    assert trial is not None
+    tune.step(trial)
+    failed = tune.log.records["t00001"]
+    assert failed.state == "failed"
+    tune.launch(trial)
+    assert [report.trial_id for report in from_result(trial.run.step())] == ["t00002", "t00003"]
+    while not tune.step(trial):
+        pass
+    assert {record.state for record in tune.log.of("search")[1:]} <= {"finished", "stopped"}
+    assert (tune.log.records["t00001"].state, len(failed.epochs)) == ("failed", 1)
+
+
+# --------------------------------------------------------------------------------------------- a search in packs
 
 
 @pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.packs])

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.samplers import BaseSampler
-from test_study_search import BASE, TWELVE, WIDE, drive, next_job, record, searcher, spec, storage_of
+from test_study_search import BASE, TWELVE, WIDE, drive, record, searcher, spec, storage_of
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.registry import Registry
@@ -137,7 +137,7 @@ def test_the_seed_decides(name: str) -> None:
 def test_a_resumed_search_goes_on(name: str, tmp_path: Path) -> None:
     made, journal = spec(CONDITIONAL, num_trials=20, searcher=options(name)), tmp_path / "optuna.log"
     before = searcher(made, journal=journal)
-    jobs = [next_job(before, f"tune{number}") for number in range(12)]
+    jobs = [before.next_job() for _ in range(12)]
     known = [record(job, "finished", 0.1) for job in jobs[:10] if job is not None]
     known.append(record(jobs[10], "failed", None))
     unfinished = [Job(job.trial_id, "search", "", job.config, job.draw) for job in jobs[11:] if job is not None]
@@ -179,12 +179,12 @@ def test_a_sequence_goes_on_where_it_was() -> None:
 def test_several_objectives_and_a_constraint(name: str) -> None:
     made = spec(WIDE, num_trials=14, other_objectives=[FEW], constraints={SECONDS: 2.0}, searcher=options(name))
     search = searcher(made)
-    for number in range(14):
-        job = next_job(search, f"tune{number}")
+    for _ in range(14):
+        job = search.next_job()
         assert job is not None
         rate = job.draw["optim.lr"]
         result = {"epoch": 1.0, made.objective: rate, made.best_objective: rate, FEW: 1 - rate, SECONDS: 4 * rate}
-        search.on_trial_complete(f"tune{number}", result)
+        search.finished(job, [result])
     assert all(len(trial.values) == 2 for trial in search.study.trials)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
-from driven_search import BASE, BEST, TWELVE, drive, next_job, searcher, spec
+from driven_search import BASE, BEST, TWELVE, drive, searcher, spec
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -63,7 +63,7 @@ def test_a_finite_space_is_tried_once_all_over_and_ends_early(name: str) -> None
     assert len({job.config.key() for job in jobs}) == 12
     assert [job.trial_id for job in jobs] == [f"t{number:05d}" for number in range(1, 13)]
     assert search.exhausted
-    assert next_job(search, "again") is None
+    assert search.next_job() is None
 
 
 def test_untried_ones_are_found_though_the_sampler_proposes_nothing_but_the_best() -> None:
@@ -158,22 +158,22 @@ def test_a_repeat_takes_the_known_value_and_does_not_count() -> None:
         assert trial.value == trial.params["decoder.depth"] / 10
 
 
-@pytest.mark.parametrize(("result", "state", "value"), [({BEST: 0.7}, COMPLETE, 0.7), ({"failure": "NaN"}, FAIL, None)])
+@pytest.mark.parametrize(("epochs", "state", "value"), [([{"epoch": 1.0, BEST: 0.7}], COMPLETE, 0.7), ([], FAIL, None)])
 def test_a_repeat_of_a_running_trial_waits_for_its_value(
-    result: dict[str, Any], state: Any, value: float | None
+    epochs: list[dict[str, float]], state: Any, value: float | None
 ) -> None:
     search = searcher(spec("{decoder.depth: {choice: [1, 2]}}", num_trials=3))
-    first, second = next_job(search, "a"), next_job(search, "b")
+    first, second = search.next_job(), search.next_job()
     assert first is not None
     assert second is not None
-    assert next_job(search, "c") is None
+    assert search.next_job() is None
     assert search.exhausted
     running = [trial for trial in search.study.trials if trial.state == optuna.trial.TrialState.RUNNING]
     assert len(running) == len(search.study.trials) > 2
-    search.on_trial_complete("a", result)
+    search.finished(first, epochs)
     same = [trial for trial in search.study.trials if trial.params == first.draw]
     assert {(trial.state, trial.value) for trial in same} == {(state, value)}
-    search.on_trial_complete("b", {BEST: 0.1})
+    search.finished(second, [{"epoch": 1.0, BEST: 0.1}])
     assert all(trial.state.is_finished() for trial in search.study.trials)
 
 
@@ -181,29 +181,22 @@ def test_a_repeat_of_a_running_trial_waits_for_its_value(
 
 
 @pytest.mark.parametrize(
-    ("result", "error"),
-    [
-        ({"failure": "the loss is NaN", BEST: 0.9}, False),
-        ({BEST: math.nan}, False),
-        ({BEST: math.inf}, False),
-        ({"epoch": 1}, False),
-        (None, False),
-        ({BEST: 0.9}, True),
-    ],
+    "epochs", [[], [{"epoch": 1.0}], [{"epoch": 1.0, BEST: math.nan}], [{"epoch": 1.0, BEST: math.inf}]]
 )
-def test_what_has_no_value_is_told_as_failed_and_never_best(result: dict[str, Any] | None, error: bool) -> None:
+def test_what_has_no_value_is_told_as_failed_and_never_best(epochs: list[dict[str, float]]) -> None:
     search = searcher(spec(WIDE, num_trials=3))
-    next_job(search, "a")
-    search.on_trial_complete("a", result, error)
-    next_job(search, "b")
-    search.on_trial_complete("b", {BEST: 0.2})
+    for of_trial in (epochs, [{"epoch": 1.0, BEST: 0.2}]):
+        job = search.next_job()
+        assert job is not None
+        search.finished(job, of_trial)
     assert told(search) == [(FAIL, None), (COMPLETE, 0.2)]
     assert search.study.best_value == 0.2
 
 
 def test_trials_that_nobody_knows_are_ignored() -> None:
     search = searcher(spec(WIDE))
-    search.on_trial_complete("never started", {BEST: 0.9})
+    never_started = Job("t00009", "search", "", config())
+    search.finished(never_started, [{"epoch": 1.0, BEST: 0.9}])
     assert search.study.trials == []
 
 
@@ -235,8 +228,8 @@ def test_baselines_go_out_first_and_optuna_does_not_know_them() -> None:
 
 def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
     jobs = [Job(f"refit-{number}", "refit", "winner", config()) for number in range(2)]
-    search = FixedJobs(jobs, lambda job: {"job": job}, Budget.open(spec(TWELVE), "nowhere", 0.0))
-    assert [next_job(search, name) for name in "abc"] == [*jobs, None]
+    search = FixedJobs(jobs, Budget.open(spec(TWELVE), "nowhere", 0.0))
+    assert [search.next_job() for _ in range(3)] == [*jobs, None]
 
 
 # ---------------------------------------------------------------------------------------------------- resuming
@@ -245,7 +238,7 @@ def test_a_fixed_searcher_hands_out_its_jobs_and_ends() -> None:
 def test_going_on_ends_with_the_same_number_and_repeats_none() -> None:
     of = spec(TWELVE, num_trials=10)
     before = searcher(of)
-    jobs = [next_job(before, f"a{number}") for number in range(6)]
+    jobs = [before.next_job() for _ in range(6)]
     known = [record(job, "finished", 0.1 * number) for number, job in enumerate(jobs[:3])]
     known.append(record(jobs[3], "failed", None))
     unfinished = [Job(job.trial_id, "search", "", job.config, job.draw) for job in jobs[4:6]]
@@ -264,7 +257,7 @@ def test_an_unfinished_trial_keeps_its_own_values_beside_pinned_ones() -> None:
     first = [{"decoder.depth": depth, "optim.lr": 0.5} for depth in (1, 2, 3)]
     of = spec(WIDE, num_trials=4, first_trials=first)
     before = searcher(of)
-    jobs = [next_job(before, name) for name in "ab"]
+    jobs = [before.next_job() for _ in range(2)]
     unfinished = [Job(job.trial_id, "search", "", job.config, job.draw) for job in jobs if job is not None]
     after = searcher(of, unfinished)
     more = drive(after, lambda job: job.draw["decoder.depth"] / 10)
@@ -276,7 +269,7 @@ def test_an_unfinished_trial_keeps_its_own_values_beside_pinned_ones() -> None:
 
 def test_new_ids_do_not_take_those_of_kept_records() -> None:
     of = spec(WIDE, num_trials=4)
-    jobs = [next_job(searcher(of), "a") for _ in range(1)]
+    jobs = [searcher(of).next_job()]
     kept = record(jobs[0], "finished", 0.5)
     kept.trial_id = "t00003"  # records 1 and 2 were removed to be run again
     assert [job.trial_id for job in drive(searcher(of, [], [kept]))] == ["t00004", "t00005", "t00006"]
@@ -286,7 +279,7 @@ def test_a_finished_sweep_has_nothing_more_to_do() -> None:
     of = spec(WIDE, num_trials=3)
     known = [record(job, "finished", 0.5) for job in drive(searcher(of))]
     search = searcher(of, [], known)
-    assert next_job(search, "a") is None
+    assert search.next_job() is None
     assert not search.exhausted
 
 
@@ -393,9 +386,10 @@ def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
 def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path: Path) -> None:
     of, journal = spec(TWELVE, num_trials=5), tmp_path / "new" / "optuna.log"
     search = searcher(of, journal=journal)
-    assert next_job(search, "a") is not None
-    search.on_trial_complete("a", {BEST: 0.5})
-    running = next_job(search, "b")
+    first = search.next_job()
+    assert first is not None
+    search.finished(first, [{"epoch": 1.0, BEST: 0.5}])
+    running = search.next_job()
     seen = optuna.load_study(study_name="s", storage=storage_of(journal))
     assert [one.state.name for one in seen.trials] == ["COMPLETE", "RUNNING"]
     assert seen.trials[0].value == 0.5
@@ -421,17 +415,17 @@ def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(
     of, journal = spec(WIDE, num_trials=150), tmp_path / "optuna.log"
     search = searcher(of, journal=journal)
     values: dict[str, float | None] = {}
-    running: list[tuple[str, Job]] = []
-    for number in range(150):
-        job = next_job(search, f"tune{number}")
+    running: list[Job] = []
+    for _ in range(150):
+        job = search.next_job()
         assert job is not None
-        running.append((f"tune{number}", job))
+        running.append(job)
         if len(running) > 3:
-            tune_id, job = running.pop(0)
+            job = running.pop(0)
             # Far off it fails, so that failed ones are among what is forgotten.
             off = abs(math.log10(job.draw["optim.lr"] / 0.1)) + abs(job.draw["decoder.depth"] - 3)
             values[job.trial_id] = None if off > 3 else 1.0 - off / 10
-            search.on_trial_complete(tune_id, None if off > 3 else {BEST: values[job.trial_id]})
+            search.finished(job, [] if off > 3 else [{"epoch": 1.0, BEST: 1.0 - off / 10}])
         assert len(search.study.get_trials(deepcopy=False)) < 40 + 4
         assert sum(trial.state is RUNNING for trial in search.study.get_trials(deepcopy=False)) == len(running)
     assert len(values) == 147
@@ -439,7 +433,7 @@ def test_of_many_trials_the_best_are_kept_and_what_runs_is_still_told(
     known = sorted((trial.value for trial in search.study.trials if trial.state is COMPLETE), reverse=True)
     assert known[:10] == finished[:10]
     assert known != finished[: len(known)], "some of the worse ones are kept as well, so that TPE knows where not to go"
-    open_draws = [job.draw for _, job in running]
+    open_draws = [job.draw for job in running]
     assert [trial.params for trial in search.study.trials if trial.state is RUNNING] == open_draws
     assert finished[0] > 0.97, "it has gone on learning"
 
