@@ -384,3 +384,122 @@ def test_no_code_compares_the_name_of_an_entry() -> None:
     """What is special to an entry stands in it, so that adding one changes no other place."""
     lines = {name: comparisons_with_names(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
     assert {name: numbers for name, numbers in lines.items() if numbers} == {}
+
+
+# ----------------------------------------------------------------------------------------- private names of Ray
+
+
+# Parts of Ray that aren't for its users, beside all names with an underscore.
+INTERNAL = re.compile(
+    r"ray\.(.+\.)?(_[a-zA-Z]\w*|internal_kv)(\.|$)"
+    r"|ray\.(core|experimental|air|autoscaler|dashboard|tune\.execution|train\.v2|cluster_utils|scripts)(\.|$)"
+)
+IN_TEXT = re.compile(r"\bray\.[\w.]*(\b_[a-z]|internal_kv|tune\.execution|train\.v2|autoscaler\.)")
+
+
+def names_of_ray(tree: ast.Module) -> dict[str, str]:
+    """What a file's imports call Ray and its parts."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return {name: path for name, path in names.items() if path.split(".")[0] == "ray"}
+
+
+def private_names_of_ray(source: str) -> list[str]:
+    """Private names of Ray that a file uses, and globals of Ray that it overwrites."""
+    tree = ast.parse(source)
+    names, private = names_of_ray(tree), []
+    if not names and "ray." not in source:
+        return []
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
+    }
+
+    def path_of(node: ast.AST) -> str:
+        match node:
+            case ast.Name(id=name):
+                return names.get(name, name)
+            case ast.Attribute(value=value, attr=attribute):
+                return f"{path_of(value)}.{attribute}"
+        return "()"
+
+    ours = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    ours |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and path_of(node.value) == "self"}
+
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                private += [alias.name for alias in aliases if INTERNAL.match(alias.name)]
+            case ast.ImportFrom(module=module, names=aliases):
+                private += [path for alias in aliases if INTERNAL.match(path := f"{module}.{alias.name}")]
+            case ast.Attribute(attr=attribute):
+                path = path_of(node)
+                of_an_object = names and attribute[0] == "_" and attribute[:2] != "__" and attribute not in ours
+                if INTERNAL.match(path) or of_an_object:
+                    private.append(path)
+                if isinstance(node.ctx, ast.Store | ast.Del) and path.startswith("ray."):
+                    private.append(f"{path} =")
+            case ast.Constant(value=str(text)) if id(node) not in docstrings and IN_TEXT.search(text):
+                private.append(text)
+            case ast.Call(func=function, args=arguments, keywords=keywords):
+                private += [f"{key.arg}=" for key in keywords if (key.arg or "").startswith("_")]
+                if path_of(function).split(".")[-1] in ("getattr", "setattr", "delattr", "attrgetter", "methodcaller"):
+                    texts = [part.value for part in arguments if isinstance(part, ast.Constant)]
+                    private += [text for text in texts if isinstance(text, str) and re.search(r"(^|\.)_[a-z]", text)]
+                    if path_of(function) in ("setattr", "delattr") and path_of(arguments[0]).startswith("ray."):
+                        private.append(f"{path_of(arguments[0])} =")
+    return private
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ray._private import services",
+        "from ray.experimental import internal_kv",
+        "def f():\n    import ray.core.generated.gcs_pb2",
+        "from ray.autoscaler import _private",
+        "from ray.tune.execution import class_cache",
+        "import ray\nray._private.worker.global_worker",
+        "import ray as r\nr._private.worker.global_worker",
+        "from ray import tune\ntune.execution.class_cache.DEFAULT_ENV_VARS",
+        "from ray import tune\ndef f(controller):\n    controller._actor_manager.clear()",
+        "from ray import tune\nclass A(tune.Callback):\n    def f(self):\n        super()._save()",
+        "import ray\ngetattr(ray, '_private')",
+        "from operator import attrgetter\nimport ray\nattrgetter('tune._x')(ray)",
+        "import importlib\nimportlib.import_module('ray._private.services')",
+        "import importlib\nimportlib.import_module(f'ray.tune.execution.{name}')",
+        "import ray\nray.init(_temp_dir='/tmp')",
+        "from ray import tune\ntune.Callback = None",
+        "from ray import tune\nsetattr(tune, 'Callback', None)",
+    ],
+)
+def test_a_private_name_of_ray_is_noticed(source: str) -> None:
+    assert private_names_of_ray(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import ray\nclass A:\n    def f(self):\n        self._x = ray.nodes()",
+        "import ray\nray.init(address='auto').dashboard_url",
+        "from ray.util.state import get_worker\nget_worker.__name__",
+        "import torch\ntorch._dynamo.reset()",
+    ],
+)
+def test_public_names_and_other_libraries_are_left_alone(source: str) -> None:
+    assert not private_names_of_ray(source)
+
+
+def test_private_names_of_ray_stand_in_one_module() -> None:
+    """Each has a fallback there and a test, so that another version of Ray is one file's affair."""
+    names = {name: private_names_of_ray(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert names.pop("ray_runtime.ray_private")
+    assert {name: private for name, private in names.items() if private} == {}

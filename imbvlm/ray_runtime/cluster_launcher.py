@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import jsonschema
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from imbvlm.base.schema import Tree
+from imbvlm.ray_runtime.ray_private import check_launcher_file
 
 
 def launcher_problem(tree: Tree) -> str | None:
     """Return Ray's objection to the content of a launcher file, or None; values that are not set yet are ignored."""
     try:
-        validate_config(prepare_config(_without_nulls(tree)))
+        check_launcher_file(_without_nulls(tree))
     except jsonschema.ValidationError as error:
         key = ".".join(str(part) for part in error.absolute_path)
         return f"{f'{key}: ' if key else ''}{error.message}"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
-from ray.experimental import internal_kv
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.yaml_file import read_foreign_yaml
+from imbvlm.ray_runtime.ray_private import dashboard_address, has_autoscaler, is_own_cluster
 
 # Path of the cluster's file on the head after `ray up`.
 BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
@@ -65,21 +64,16 @@ def has_many_machines() -> bool:
     return ray.is_initialized() and len(connected_cluster().max_nodes) > 1
 
 
-def is_own_cluster() -> bool:
-    """Whether the connected cluster was started by this process."""
-    return bool(ray._private.worker._global_node.is_head())
-
-
 def connected_cluster() -> Cluster:
     """The present state of the connected cluster."""
     total, is_own = ray.cluster_resources(), is_own_cluster()
-    url = ray._private.worker.get_dashboard_url() or ""
+    address = dashboard_address()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = tuple((resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive)
     heads = [node for node, resources in zip(nodes, alive, strict=True) if "node:__internal_head__" in resources]
     workers = [] if is_own else _autoscaled_workers()
     return Cluster(
-        f"http://{url}" if url else "",
+        f"http://{address}" if address else "",
         total.get("CPU", 0.0),
         total.get("GPU", 0.0),
         is_own,
@@ -100,9 +94,8 @@ def _autoscaled_workers() -> list[tuple[float, float]]:
         except (ValueError, TypeError):
             example = "[[8, 16, 1]] for 8 workers of 16 CPUs and a GPU"
             raise ImbvlmError(f"{AUTOSCALER_SETTING} is {text!r}; it should look like {example}.") from None
-    has_autoscaler = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
     path = Path(BOOTSTRAP_FILE).expanduser()
-    if not has_autoscaler or not path.exists():
+    if not path.exists() or not has_autoscaler():
         return []
     config = read_foreign_yaml(path).data
     max_workers = int(config.get("max_workers", 0))

@@ -13,13 +13,22 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray
-from ray._private import ray_constants, services
 
 from imbvlm.base import interrupts
 from imbvlm.base.console import LastWord
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.ray_runtime.capacity_notice import ended_when
-from imbvlm.ray_runtime.cluster_resources import Cluster, connected_cluster, is_own_cluster
+from imbvlm.ray_runtime.cluster_resources import Cluster, connected_cluster
+from imbvlm.ray_runtime.ray_private import (
+    OPEN_PORTS_SETTING,
+    address_on_network,
+    address_to_join,
+    dead_processes,
+    is_own_cluster,
+    local_addresses,
+    ports_closed,
+    sigterm_kept,
+)
 
 # glibc reads it at a process's start; other C libraries ignore it. Blocks of up to 64 MB come from huge pages, and as
 # much freed memory is kept. Otherwise each tensor of a step takes new small pages, 10 to 50 % of a decoder's time.
@@ -34,7 +43,7 @@ _ANSWER_SECONDS = 5.0
 _HEAD_SECONDS, _HEAD_LOOK_SECONDS = 45.0, 5.0
 _ASKED_SECONDS = 15.0
 # Ray's names of the processes that a cluster needs.
-_VITAL = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
+_VITAL = ("raylet", "gcs_server")
 
 Result = TypeVar("Result")
 
@@ -92,7 +101,7 @@ class _Watch:
 
     def _lost_process(self, failed: bool) -> str | None:
         # No process of a joined cluster was started by this one.
-        dead = [pair for pair in ray._private.worker._global_node.dead_processes() if pair[0] in _VITAL]
+        dead = [pair for pair in dead_processes() if pair[0] in _VITAL]
         if not dead:
             return None
         (name, process), now = dead[0], time.monotonic()
@@ -150,13 +159,8 @@ def _on_loopback() -> Iterator[None]:
     That is Ray's default on Windows and macOS, where it expects no other machines; elsewhere all its ports but the
     dashboard's are open. Ray reads the setting when it is imported, and its processes do so again.
     """
-    expected = ray_constants.ENABLE_RAY_CLUSTER
-    with _unless_set(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0") as is_ours:
-        ray_constants.ENABLE_RAY_CLUSTER = expected and not is_ours
-        try:
-            yield
-        finally:
-            ray_constants.ENABLE_RAY_CLUSTER = expected
+    with ports_closed() as holds, _unless_set(OPEN_PORTS_SETTING, "0") if holds else nullcontext():
+        yield
 
 
 @contextmanager
@@ -165,15 +169,14 @@ def _own_signals() -> Iterator[None]:
 
     Ray sets two handlers in Python, which end the process without a message, and one in C++, which ends it by SIGABRT.
     """
-    ours, set_handler = interrupts.current(), ray._private.utils.set_sigterm_handler
+    ours = interrupts.current()
     if ours is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
-        yield
+        with sigterm_kept():
+            yield
     finally:
-        ray._private.utils.set_sigterm_handler = set_handler
         ours.own()
 
 
@@ -246,13 +249,13 @@ def _address_that_answers() -> str | None:
     Raises ImbvlmError where RAY_ADDRESS is a Ray client's address.
     """
     try:
-        address = services.get_ray_address_from_environment("auto", None)
+        address = address_to_join()
         if address.startswith("ray://"):
             raise ImbvlmError(
                 f"RAY_ADDRESS is {address}, and a sweep can't run behind Ray's client. Run it on a machine of the "
                 "cluster, by `ray submit` or `ray job submit`, or unset RAY_ADDRESS for a cluster of its own."
             )
-        on_network = services.canonicalize_bootstrap_address(address)
+        on_network = address_on_network(address)
     except ConnectionError:
         return None
     if on_network is None:
@@ -273,7 +276,7 @@ def _answers(address: str) -> bool:
 
 def _clusters_here() -> list[str]:
     """Addresses of the clusters whose heads run on this machine and answer."""
-    return sorted(filter(_answers, services.find_gcs_addresses()))
+    return sorted(filter(_answers, local_addresses()))
 
 
 def _runtime_env(address: str) -> dict[str, Any] | None:

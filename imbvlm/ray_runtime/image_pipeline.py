@@ -78,7 +78,7 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_encoder_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks, name)
-    with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
+    with _quiet_context(), _threads_ended(), closing(AttemptLimiter.open()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
@@ -90,7 +90,7 @@ def map_images(
             )
             .map_batches(
                 _Worker,
-                fn_constructor_args=(worker, worker_args, attempts),
+                fn_constructor_args=(worker, worker_args, attempts, num_encoder_workers),
                 batch_size=1,
                 batch_format="numpy",
                 zero_copy_batch=True,
@@ -115,7 +115,7 @@ def stream_blocks(
     if not blocks:
         return
     rows = _Descriptors(blocks, lambda block: "images")
-    with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter()) as attempts:
+    with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter.open()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
@@ -184,12 +184,16 @@ class _Worker:
     """Second stage: a loaded block becomes a summary."""
 
     def __init__(
-        self, worker: Callable[..., Callable[[Any], object]], worker_args: tuple[Any, ...], attempts: AttemptLimiter
+        self,
+        worker: Callable[..., Callable[[Any], object]],
+        worker_args: tuple[Any, ...],
+        attempts: AttemptLimiter,
+        num_workers: int,
     ) -> None:
         self.attempts = attempts
         self.failure: ImbvlmError | None = None
         try:
-            with attempts.at("start", "starting an encoder worker"):
+            with attempts.at("start", "starting an encoder worker", num_at_once=num_workers):
                 self.worker = worker(*worker_args)
         except ImbvlmError as error:
             self.failure = error

@@ -11,6 +11,7 @@ import ray.train.torch
 
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.ray_runtime.image_pipeline import stream_in_ray
+from imbvlm.ray_runtime.job_records import record_workers
 from imbvlm.training.step.distributed import DistributedWorkerGroup
 from imbvlm.training.trial_session import TrialSession, TrialSettings, to_result
 
@@ -21,8 +22,10 @@ def train_worker(config: Mapping[str, TrialSettings]) -> None:
     Every worker reports each epoch, as Ray Train requires. All report the same metrics, since counts and losses are
     summed over workers.
     """
-    device = ray.train.torch.get_device()
-    is_single = ray.train.get_context().get_world_size() == 1
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if context.get_world_rank() == 0:
+        record_workers(context.get_experiment_name())
+    is_single = context.get_world_size() == 1
     workers: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
     for report in TrialSession(device, workers, stream).reports(config["settings"]):

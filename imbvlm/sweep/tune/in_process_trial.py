@@ -14,6 +14,7 @@ from ray import tune
 
 from imbvlm.base import storage
 from imbvlm.base.schema import Tree
+from imbvlm.ray_runtime.job_records import record_process
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_session import (
     HAS_JOINED,
@@ -75,6 +76,7 @@ class InProcessTrial(tune.Trainable):
         self._close(list(self._members))
 
     def _start(self, payload: PackPayload) -> None:
+        record_process(self.trial_id)
         pack = TrialPack() if payload.trains_together else None
         self._ended_file = payload.ended_file
         self._members: dict[str, Generator[TrialReport, None, None]] = {

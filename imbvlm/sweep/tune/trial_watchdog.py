@@ -1,4 +1,4 @@
-"""Ends trials that hang, and reports a cluster that is too small for any trial; Tune waits for both in silence."""
+"""Ends trials that hang, frees what ended ones held, and reports a cluster that is too small for any trial."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from ray import tune
 from ray.tune import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.util import remove_placement_group
 
 from imbvlm.base.console import Console
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
+from imbvlm.ray_runtime.job_records import JobRecords, process_key, workers_key
 from imbvlm.sweep.tune.unpickled import Unpickled
+
+# Workers of an ended trial may still write their files. Ray's own cleaner frees them within seconds.
+FREE_AFTER_SECONDS = 10.0
 
 
 class TrialTimeout(FIFOScheduler):
@@ -26,10 +31,12 @@ class TrialTimeout(FIFOScheduler):
     they are lost, and continue alone.
     """
 
-    def __init__(self, minutes: float | None, scheduler: TrialScheduler | None) -> None:
+    def __init__(self, minutes: float | None, scheduler: TrialScheduler | None, records: JobRecords) -> None:
         super().__init__()
-        self._minutes, self._scheduler = minutes, scheduler or FIFOScheduler()
+        self._minutes, self._scheduler, self._records = minutes, scheduler or FIFOScheduler(), records
         self._running_since: dict[str, float] = {}
+        # By Tune's id of the trial or pack, until Tune has noticed that its process is dead.
+        self._killed: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
@@ -48,6 +55,9 @@ class TrialTimeout(FIFOScheduler):
         self._scheduler.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: object, trial: Trial) -> None:
+        if reason := self._killed.pop(trial.trial_id, None):
+            # The last failure of its file, instead of Ray's sentence on a killed actor.
+            trial.handle_error(TuneError(reason))
         self._scheduler.on_trial_error(tune_controller, trial)
 
     def _check(self, tune_controller: Any, minutes: float) -> None:
@@ -56,23 +66,23 @@ class TrialTimeout(FIFOScheduler):
         self._running_since = {trial.trial_id: self._running_since.get(trial.trial_id, now) for trial in running}
         for trial in running:
             # The trials of a pack share its time.
-            if now - self._running_since[trial.trial_id] > 60 * minutes * len(trial.config["trial_ids"]):
-                self._end(tune_controller, trial, minutes)
+            is_late = now - self._running_since[trial.trial_id] > 60 * minutes * len(trial.config["trial_ids"])
+            if is_late and trial.trial_id not in self._killed:
+                self._kill(trial, minutes)
 
-    def _end(self, tune_controller: Any, trial: Trial, minutes: float) -> None:
+    def _kill(self, trial: Trial, minutes: float) -> None:
         epoch = int((trial.last_result or {}).get("epoch", 0))
         names = trial.config["trial_ids"]
         pack = f"its pack of {len(names)} " if len(names) > 1 else ""
         reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; its last report was of epoch {epoch}"
         if not pack:
             self.reasons[names[0]] = reason
-        # Tune would wait for a hanging process that it asks to stop, and then reuse it for the next trial.
-        actor = trial.temporary_state.ray_actor
-        if actor is not None:
-            ray.kill(actor)
-        # No restart: the trial would hang again. Tune's public stop_trial would keep the process for reuse.
+        # No restart: the trial would hang again.
         trial.max_failures = 0
-        tune_controller._tune_controller._process_trial_failure(trial, TuneError(reason))
+        # Tune would wait for a hanging process that it asks to stop, and then reuse it for the next trial.
+        for process in self._records.get(process_key(trial.trial_id)):
+            ray.kill(process)
+            self._killed[trial.trial_id] = reason
 
 
 class CapacityWatch(Unpickled, tune.Callback):
@@ -93,3 +103,36 @@ class CapacityWatch(Unpickled, tune.Callback):
         self._checked_at = now
         if sentence := self._throttle.to_say(self._shortage()):
             self._console.print(sentence)
+
+
+class TrialCleaner(Unpickled, tune.Callback):
+    """Forgets the processes of ended trials, and frees the placement groups of their workers.
+
+    Ray Train has a process for that after Tune has ended a trial. A machine without memory kills that process too, and
+    the trial's CPUs and GPUs would stay reserved.
+    """
+
+    def __init__(self, records: JobRecords) -> None:
+        self._records = records
+        self._ended_at: dict[str, float] = {}
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._clean(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._clean(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._ended_at[trial.trial_id] = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        now = time.monotonic()
+        for trial_id in [key for key, at in self._ended_at.items() if now - at > FREE_AFTER_SECONDS]:
+            self._clean(trial_id)
+            del self._ended_at[trial_id]
+
+    def _clean(self, trial_id: str) -> None:
+        for group in self._records.get(workers_key(trial_id)):
+            remove_placement_group(group)
+        for key in (process_key(trial_id), workers_key(trial_id)):
+            self._records.delete(key)

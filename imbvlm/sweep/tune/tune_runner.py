@@ -8,9 +8,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from ray import tune
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import RayActorError, RayTaskError
-from ray.tune.execution import class_cache, tune_controller
 from ray.tune.experiment import Trial
 from ray.tune.stopper import CombinedStopper
 
@@ -18,6 +15,8 @@ from imbvlm.base import interrupts, storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
+from imbvlm.ray_runtime.job_records import JobRecords
+from imbvlm.ray_runtime.ray_private import tune_patches
 from imbvlm.sweep.plan.feasibility import DRIVER_CPUS, shortage
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialKind
@@ -27,8 +26,8 @@ from imbvlm.sweep.tune.jobs import Job, JobSource, RunContext
 from imbvlm.sweep.tune.monitoring import MetricsExporter
 from imbvlm.sweep.tune.pack_members import MemberEvent, Members
 from imbvlm.sweep.tune.progress_callback import ProgressCallback
-from imbvlm.sweep.tune.ray_train_trial import PlacementGroupCleaner, ray_train_trial
-from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialTimeout
+from imbvlm.sweep.tune.ray_train_trial import ray_train_trial
+from imbvlm.sweep.tune.trial_watchdog import CapacityWatch, TrialCleaner, TrialTimeout
 from imbvlm.sweep.tune.tune_adapters import TuneScheduler, TuneSearcher
 from imbvlm.training.trial_session import TrialSettings
 
@@ -58,7 +57,10 @@ def run_jobs(
     """
     spec = context.spec
     members = Members(storage.join(context.folder, RAY_FOLDER), settings)
-    timeout = TrialTimeout(spec.max_trial_minutes, None if brackets is None else TuneScheduler(brackets, members))
+    scheduler = None if brackets is None else TuneScheduler(brackets, members)
+    # Opened before the trials: their processes must not start the actor.
+    records = JobRecords.open()
+    timeout = TrialTimeout(spec.max_trial_minutes, scheduler, records)
     metrics = MetricsExporter(spec, context.log, context.local_folder, context.folder.rpartition("/")[2])
     progress = ProgressCallback(
         context, members, kind, total, timeout.reasons, [metrics.update, end_listener(context, source, brackets)]
@@ -68,7 +70,6 @@ def run_jobs(
         "cpus_per_worker": spec.cpus_per_worker,
         "gpus_per_worker": spec.gpus_per_worker,
     }
-    _patch_tune()
     tuner = tune.Tuner(
         tune.with_resources(*_trainable(context)),
         tune_config=tune.TuneConfig(
@@ -88,7 +89,7 @@ def run_jobs(
             callbacks=[
                 progress,
                 metrics,
-                *([PlacementGroupCleaner()] if context.driver == "ray_train" else []),
+                TrialCleaner(records),
                 EndAtSignal(),
                 CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
             ],
@@ -97,7 +98,7 @@ def run_jobs(
         ),
     )
     try:
-        with tune_settings(), interrupts.held():
+        with tune_settings(), tune_patches(), interrupts.held():
             tuner.fit()
     except (OSError, tune.TuneError) as error:
         progress.storage_error = progress.storage_error or find_storage_error(error, context.folder)
@@ -130,16 +131,6 @@ def end_listener(
     return report_end
 
 
-def _patch_tune() -> None:
-    # Tune sends these variables with each trial, and Ray logs them: AWS keys must not be among them.
-    class_cache.ENV_VARS_TO_PROPAGATE = {
-        name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")
-    }
-    # A variable for Lightning, which keeps trials out of the processes that Ray has started in advance.
-    class_cache.DEFAULT_ENV_VARS = {}
-    tune_controller.RayActorManager = _ActorManager
-
-
 @contextmanager
 def tune_settings() -> Iterator[None]:
     """Within, the environment has Tune's settings; afterwards it is as before."""
@@ -164,19 +155,6 @@ def find_storage_error(error: BaseException | None, folder: str) -> storage.Stor
             return storage.storage_error("write", folder, error)
         error = error.__cause__ or error.__context__
     return None
-
-
-class _ActorManager(RayActorManager):
-    """Tune's manager, for which a trial's process is lost whatever error Ray gives.
-
-    Tune expects a dead process or an error in it. Ray gives another error for a process that it killed on a machine
-    without memory, and Tune would end the whole sweep.
-    """
-
-    def _actor_task_failed(self, tracked_actor_task: object, exception: Exception) -> None:
-        if not isinstance(exception, (RayActorError, RayTaskError)):
-            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
-        super()._actor_task_failed(tracked_actor_task, exception)
 
 
 class EndAtSignal(tune.Callback):

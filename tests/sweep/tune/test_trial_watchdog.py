@@ -1,4 +1,4 @@
-"""A cluster that has become too small for any trial: it is said once it has lasted, seldom again, and what to do."""
+"""Trials that hang, what ended ones held, and a cluster that is too small: when it is said, and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.feasibility import shortage
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune import trial_watchdog as module
-from imbvlm.sweep.tune.trial_watchdog import CapacityWatch
+from imbvlm.sweep.tune.trial_watchdog import FREE_AFTER_SECONDS, CapacityWatch, TrialCleaner, TrialTimeout
 
 BASE = {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "decoder"}
 
@@ -79,3 +79,92 @@ def test_it_is_said_when_it_lasts_and_seldom_again(monkeypatch: pytest.MonkeyPat
     assert said_within(60) == 0
     lacks.append("too small")
     assert said_within(PATIENCE_SECONDS + 30) == 1
+
+
+class Records:
+    """Stands for the records of a job, which need Ray."""
+
+    def __init__(self, **values: list[str]) -> None:
+        self.values = {key.replace("_", "/", 1): value for key, value in values.items()}
+
+    def get(self, key: str) -> list[str]:
+        return self.values.get(key, [])
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
+
+
+class Running:
+    """Stands for a trial of Tune that runs, and for its controller."""
+
+    status, last_result = "RUNNING", {"epoch": 3}
+
+    def __init__(self, trial_id: str, *names: str) -> None:
+        self.trial_id, self.max_failures = trial_id, 2
+        self.config = {"record": {"trial_id": names[0]}, "names": list(names)}
+        self.failures: list[str] = []
+
+    def get_live_trials(self) -> list[Running]:
+        return [self]
+
+    def handle_error(self, error: Exception) -> None:
+        self.failures.append(str(error))
+
+
+@pytest.mark.parametrize("names", [("t1",), ("t1", "t2", "t3")])
+def test_the_process_of_a_late_trial_is_killed_once_and_its_failure_says_why(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    now, killed = 1000.0, []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module.ray, "kill", killed.append)
+    records, trial = Records(), Running("a1", *names)
+    timeout = TrialTimeout(2.0, None, records)
+    monkeypatch.setattr(timeout._scheduler, "choose_trial_to_run", lambda controller: None)
+
+    def step(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        timeout.choose_trial_to_run(trial)
+
+    step(0)
+    # The trials of a pack share its time.
+    step(120 * len(names))
+    assert trial.max_failures == 2
+    # Its process is recorded late: it is killed then.
+    step(1)
+    assert killed == []
+    records.values["process/a1"] = ["the process"]
+    step(1)
+    step(1)
+    assert killed == ["the process"]
+    assert trial.max_failures == 0
+    timeout.on_trial_error(None, trial)
+    timeout.on_trial_error(None, trial)
+    what = "ran longer than max_trial_minutes 2; its last report was of epoch 3"
+    assert trial.failures == [what if len(names) == 1 else f"its pack of 3 {what}"]
+    # Any trial of a pack may hang: none of them is at fault before it has run alone.
+    assert timeout.reasons == ({"t1": what} if len(names) == 1 else {})
+
+
+def test_what_ended_trials_held_is_freed_at_once_after_an_error_and_later_after_a_regular_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, freed = 1000.0, []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "remove_placement_group", freed.append)
+    groups = {f"workers_{name}": [f"group of {name}"] for name in ("lost", "failed", "done", "next")}
+    records = Records(**groups, process_lost=["process"], process_done=["process"])
+    cleaner = TrialCleaner(records)
+    cleaner.on_trial_recover(0, [], Running("lost", "t1"))
+    cleaner.on_trial_error(0, [], Running("failed", "t2"))
+    assert freed == ["group of lost", "group of failed"]
+    cleaner.on_trial_complete(0, [], Running("done", "t3"))
+    now += FREE_AFTER_SECONDS
+    cleaner.on_step_end(0, [])
+    assert len(freed) == 2
+    now += 1
+    cleaner.on_step_end(0, [])
+    cleaner.on_step_end(0, [])
+    assert freed == ["group of lost", "group of failed", "group of done"]
+    assert list(records.values) == ["workers/next"]
