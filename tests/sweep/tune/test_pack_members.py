@@ -33,6 +33,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
+from imbvlm.sweep.tune import in_process_trial
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.in_process_trial import InProcessTrial, PackPayload
 from imbvlm.sweep.tune.jobs import Job, RunContext
@@ -60,6 +61,18 @@ def make_spec(num_trials: int = 12, method: str = "linear_probe", **fields: Any)
         {"name": "packs", "base": base, "space": {"parameters": SPACE}, "num_trials": num_trials,
          "searcher": {"name": "random"}, **fields}
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No actor of Ray keeps a record of the processes."""
+    monkeypatch.setattr(in_process_trial, "record_process", lambda trial_id: None)
+
+
+class DrivenTrial(InProcessTrial):
+    """A process's trainable without Tune, which would give it an id."""
+
+    trial_id = "driven"
 
 
 class Tune:
@@ -112,7 +125,7 @@ class Tune:
 
     def launch(self, trial: SimpleNamespace) -> None:
         """In a process of its own, also after one was lost."""
-        trial.run = InProcessTrial.__new__(InProcessTrial)
+        trial.run = DrivenTrial.__new__(DrivenTrial)
         trial.run.setup(trial.config)
         self.callback.on_trial_start(0, [], trial)
 

@@ -101,7 +101,7 @@ class Running:
 
     def __init__(self, trial_id: str, *names: str) -> None:
         self.trial_id, self.max_failures = trial_id, 2
-        self.config = {"record": {"trial_id": names[0]}, "names": list(names)}
+        self.config = {"trial_ids": list(names)}
         self.failures: list[str] = []
 
     def get_live_trials(self) -> list[Running]:
