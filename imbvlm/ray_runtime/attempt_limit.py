@@ -12,7 +12,7 @@ from ray.util.state import get_worker
 from ray.util.state.exception import RayStateApiException
 
 from imbvlm.base.errors import LostProcessesError
-from imbvlm.ray_runtime.job_records import JobRecords
+from imbvlm.ray_runtime.ray_private import add_record, delete_records
 
 # Random machine failures rarely hit the same work several times in a row.
 MAX_LOST_WORKERS = 5
@@ -27,12 +27,11 @@ class AttemptLimiter:
     """
 
     path: str
-    records: JobRecords
 
     @classmethod
     def open(cls) -> AttemptLimiter:
         """A limiter without records."""
-        return cls(f"attempt/{uuid.uuid4().hex}", JobRecords.open())
+        return cls(f"imbvlm-attempt/{uuid.uuid4().hex}")
 
     @contextmanager
     def at(self, key: str, work: str, *, num_at_once: int = 1) -> Iterator[None]:
@@ -41,9 +40,9 @@ class AttemptLimiter:
         Raises LostProcessesError where MAX_LOST_WORKERS processes in a row were lost at it.
         """
         key, worker_id = f"{self.path}/{key}", ray.get_runtime_context().get_worker_id()
-        others = set(self.records.add(key, worker_id)) - {worker_id}
-        # The first attempt, usually the only one, makes a single call. Its record stays, and counts once if its process
-        # is lost later and the work must be repeated.
+        others = set(add_record(key, worker_id)) - {worker_id}
+        # The record of the first attempt, usually the only one, stays, and counts once if its process is lost later and
+        # the work must be repeated.
         if not others:
             yield
             return
@@ -53,12 +52,12 @@ class AttemptLimiter:
         try:
             yield
         finally:
-            self.records.delete(key)
+            delete_records(key)
 
     def close(self) -> None:
         """Delete the records of the pass, which may outlive the connection."""
         if ray.is_initialized():
-            self.records.delete(self.path)
+            delete_records(self.path)
 
 
 def _was_out_of_memory(worker_id: str) -> bool:

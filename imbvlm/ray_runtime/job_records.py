@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -25,8 +25,8 @@ class _Values:
     def get(self, key: str) -> list[Any]:
         return self._values.get(key, [])
 
-    def delete(self, path: str) -> None:
-        self._values = {key: self._values[key] for key in self._values if not f"{key}/".startswith(f"{path}/")}
+    def delete(self, key: str) -> None:
+        self._values.pop(key, None)
 
 
 class JobRecords:
@@ -54,14 +54,14 @@ class JobRecords:
         """A key's values."""
         return self._ask("get", key)
 
-    def delete(self, path: str) -> None:
-        """Delete a key and those below it, which begin with it and a slash; returns at once."""
-        self._actor.delete.remote(path)
+    def delete(self, key: str) -> None:
+        """Delete a key; returns at once."""
+        self._actor.delete.remote(key)
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments), timeout=_ANSWER_SECONDS)
-        except (RayActorError, GetTimeoutError):
+        except (RayActorError, OutOfMemoryError, GetTimeoutError):
             return []
 
 

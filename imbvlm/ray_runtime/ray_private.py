@@ -20,6 +20,7 @@ OPEN_PORTS_SETTING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 _ADDRESS = "A running cluster is joined only if RAY_ADDRESS names it."
 _AUTOSCALER = "A head with a launcher's file counts as autoscaled, unless IMBVLM_AUTOSCALER is set."
+_ATTEMPTS = "Work at which processes are lost again and again is repeated without end."
 _LAUNCHER = "Ray's launcher does not check the cluster file."
 _MEMORY = "A trial that uses up a machine's memory may end the sweep, which a resume then continues."
 # MODULE:ATTRIBUTE of each name, and what is missing without it.
@@ -51,6 +52,9 @@ NAMES: Mapping[str, tuple[str, str]] = {
         "A SIGTERM while Ray starts ends this process without a message.",
     ),
     "stored_value": ("ray.experimental.internal_kv:_internal_kv_get", _AUTOSCALER),
+    "put_value": ("ray.experimental.internal_kv:_internal_kv_put", _ATTEMPTS),
+    "stored_keys": ("ray.experimental.internal_kv:_internal_kv_list", _ATTEMPTS),
+    "delete_values": ("ray.experimental.internal_kv:_internal_kv_del", _ATTEMPTS),
     "autoscaler_key": ("ray._private.ray_constants:DEBUG_AUTOSCALING_STATUS", _AUTOSCALER),
     "prepare_launcher": ("ray.autoscaler._private.util:prepare_config", _LAUNCHER),
     "check_launcher": ("ray.autoscaler._private.util:validate_config", _LAUNCHER),
@@ -154,6 +158,21 @@ def has_autoscaler() -> bool:
     """Whether an autoscaler has reported its state to the connected cluster."""
     key = _private("autoscaler_key", None)
     return key is None or bool(_private("stored_value", lambda key: True)(key.encode()))
+
+
+def add_record(path: str, name: str) -> list[str]:
+    """Add a name below a path of the cluster's key-value store, and return all names there.
+
+    The store is part of the cluster's head. An actor in its place was killed on a machine without memory.
+    """
+    _private("put_value", lambda key, value: None)(f"{path}/{name}", b"")
+    keys = _private("stored_keys", lambda prefix: [])(f"{path}/")
+    return [key.decode().removeprefix(f"{path}/") for key in keys]
+
+
+def delete_records(path: str) -> None:
+    """Delete the names below a path and its parts."""
+    _private("delete_values", lambda key, del_by_prefix: None)(f"{path}/", del_by_prefix=True)
 
 
 def check_launcher_file(tree: Tree) -> None:

@@ -145,6 +145,30 @@ def test_the_report_of_an_autoscaler(
         assert ray_private.has_autoscaler()
 
 
+@pytest.mark.ray
+def test_records_of_a_path_are_names_once_each_until_they_are_deleted(ray_cluster: str) -> None:
+    path = f"imbvlm-test/{os.getpid()}"
+    assert ray_private.add_record(f"{path}/a", "first") == ["first"]
+    assert sorted(ray_private.add_record(f"{path}/a", "second")) == ["first", "second"]
+    assert sorted(ray_private.add_record(f"{path}/a", "second")) == ["first", "second"]
+    assert ray_private.add_record(f"{path}/a b", "other") == ["other"]
+    ray_private.delete_records(f"{path}/a")
+    assert ray_private.add_record(f"{path}/a", "anew") == ["anew"]
+    assert sorted(ray_private.add_record(f"{path}/a b", "more")) == ["more", "other"]
+    ray_private.delete_records(path)
+    assert ray_private.add_record(f"{path}/a b", "last") == ["last"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("key", ["put_value", "stored_keys", "delete_values"])
+def test_without_the_store_nothing_is_limited(ray_cluster: str, without: Callable[[str], Any], key: str) -> None:
+    path = f"imbvlm-test/without/{key}"
+    with without(key):
+        for number in range(3):
+            ray_private.add_record(path, str(number))
+            ray_private.delete_records(path)
+
+
 # ------------------------------------------------------------------------------------------- globals and functions
 
 
