@@ -87,7 +87,7 @@ def compare_text(states: Sequence[SweepState]) -> str:
 def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
     is_winner = name == WINNER
     log, objective = state.log, state.spec.objective
-    ranked = log.best(objective, "search" if is_winner else "baseline")
+    ranked = log.winner_first(objective) if is_winner else log.best(objective, "baseline")
     record = next((record for record in ranked if is_winner or record.name == name), None)
     return [
         state.folder.rstrip("/").rpartition("/")[2],

@@ -23,8 +23,8 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
-from imbvlm.data.split_power import MAX_THIN, split_powers
-from imbvlm.data.splits import classes_without_validation, lost_classes, train_val_rows
+from imbvlm.data.split_power import MAX_THIN, resolve_folds, split_powers, validation_rows
+from imbvlm.data.splits import classes_without_validation, lost_classes
 
 Severity = Literal["error", "warning", "note"]
 
@@ -214,16 +214,17 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
             "no test split: a sweep can select, but not score its selection; hold images out for it by --test-share "
             "0.2, in a folder test/ next to train/, or as rows of that split",
         )
-    is_official = "val" in manifest.splits
-    lost = _absent(manifest, train_val_rows(manifest, split_seed)[1])
+    is_official, num_folds = "val" in manifest.splits, resolve_folds(None, manifest, split_seed)
+    lost = _absent(manifest, validation_rows(manifest, split_seed, num_folds))
     if len(lost) == len(names):
         message = (
-            "no class has a validation image, so that nothing can be selected: only classes of 5 or more training "
-            "images have images held out; give more, or a validation split"
+            "no class has a validation image, so that nothing can be selected: only classes of 2 or more training "
+            "images have images that a model hasn't seen; give more, or a validation split"
         )
         yield Finding("error", message)
     elif lost:
-        kind = "the validation split" if is_official else "validation held out from training (fewer than 5 images)"
+        held_out = "held out from training (fewer than 5 images)" if num_folds == 1 else "over folds (a single image)"
+        kind = "the validation split" if is_official else f"validation {held_out}"
         yield Finding("warning" if is_official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
 
 

@@ -14,8 +14,8 @@ from imbvlm.base.formatting import pluralize, size_text
 from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.split_power import split_powers
-from imbvlm.data.splits import carve_validation, classes_without_validation
+from imbvlm.data.split_power import resolve_folds, split_powers, validation_rows
+from imbvlm.data.splits import classes_without_validation
 from imbvlm.longtail.class_stats import ClassStats
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 72, 10
@@ -92,9 +92,12 @@ def _split_lines(manifest: Manifest, split_seed: int) -> list[str]:
     lines = [f"{split:17} {len(manifest.rows_of(split)):,} images" for split in manifest.splits]
     if "val" in manifest.splits:
         return lines
-    held_out = carve_validation(manifest.label_rows(), split_seed)
-    lost = classes_without_validation(manifest.labels[held_out], len(manifest.class_names))
-    note = f"{'val':17} none; {len(held_out):,} training images will be held out (seed {split_seed})"
+    num_folds = resolve_folds(None, manifest, split_seed)
+    scored = validation_rows(manifest, split_seed, num_folds)
+    lost = classes_without_validation(manifest.labels[scored], len(manifest.class_names))
+    note = f"{'val':17} none; {len(scored):,} training images will be held out (seed {split_seed})"
+    if num_folds > 1:
+        note = f"{'val':17} none; {num_folds} folds of the training images score trials, on {len(scored):,} images"
     return [*lines, f"{note}, {pluralize(len(lost), 'class')} without any" if len(lost) else note]
 
 

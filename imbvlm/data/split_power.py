@@ -9,12 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm.base.formatting import Z95, pluralize
+from imbvlm.data.folds import deal_folds
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import Rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import ClassStats
 
 # Numbers of choices for which the optimism is shown: of a small sweep and a large one.
 NUM_CHOICES = (30, 200)
+# Larger standard errors of held-out validation, of balanced and of few-shot accuracy, call for folds.
+MAX_ERROR, MAX_FEW_SHOT_ERROR = 0.01, 0.02
+# Folds where they are called for.
+NUM_FOLDS = 5
 # A class of so few images can have a handful of accuracies.
 MAX_THIN = 3
 
@@ -36,6 +42,11 @@ class SplitPower:
     def half_width(self) -> float:
         """Half-width of a 95 % interval of balanced accuracy."""
         return Z95 * self.error
+
+    @property
+    def calls_for_folds(self) -> bool:
+        """Whether a choice by the split is mostly chance (docs/protocol.md, Splits, counts, selection)."""
+        return self.error > MAX_ERROR or (self.few_shot_error or 0.0) > MAX_FEW_SHOT_ERROR
 
     def optimism(self, num_choices: int) -> float:
         """How much too good the best of so many equally good configurations looks, on average, if all err apart.
@@ -59,10 +70,32 @@ class SplitPower:
         )
 
 
+def resolve_folds(num_folds: int | None, manifest: Manifest, split_seed: int) -> int:
+    """The folds that score trials on stored features; 1 where official or held-out validation images do.
+
+    None stands for NUM_FOLDS where images held out from training would decide too little.
+    """
+    if len(manifest.rows_of("val")):
+        return 1
+    if num_folds is not None:
+        return num_folds
+    held_out = manifest.labels[train_val_rows(manifest, split_seed)[1]]
+    is_enough = len(held_out) > 0 and not split_power(held_out, manifest.class_stats()).calls_for_folds
+    return 1 if is_enough else NUM_FOLDS
+
+
+def validation_rows(manifest: Manifest, split_seed: int, num_folds: int) -> Rows:
+    """Manifest row numbers that score trials on stored features: the official split, held-out rows, or all folds'."""
+    if num_folds == 1:
+        return train_val_rows(manifest, split_seed)[1]
+    return deal_folds(manifest.label_rows(), num_folds, split_seed).val_rows
+
+
 def split_powers(manifest: Manifest, split_seed: int) -> dict[str, SplitPower]:
-    """The power of validation, official or held out from training, and of test, where they have images."""
+    """The power of validation, official, held out from training or over folds, and of test, where they have images."""
     stats = manifest.class_stats()
-    rows = {"val": train_val_rows(manifest, split_seed)[1], "test": manifest.rows_of("test")}
+    num_folds = resolve_folds(None, manifest, split_seed)
+    rows = {"val": validation_rows(manifest, split_seed, num_folds), "test": manifest.rows_of("test")}
     return {split: split_power(manifest.labels[rows[split]], stats) for split in rows if len(rows[split])}
 
 

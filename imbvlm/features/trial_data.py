@@ -13,6 +13,7 @@ from imbvlm.base.formatting import join_limited
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.folds import deal_folds
 from imbvlm.data.image_stream import ImageRows
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
@@ -39,6 +40,10 @@ class StoredRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def subset(self, keep: npt.NDArray[np.bool_], num_views: int) -> StoredRows:
+        """The rows that a mask (N,) keeps."""
+        return replace(self, rows=self.rows[keep], labels=self.labels[keep], num_views=num_views)
 
     def batch(self, output: OutputName, index: Rows, views: Rows | None = None, pinned: bool = False) -> Tensor:
         """Outputs (B, ...) of rows (B,) in the store's precision; views (B,), by default the evaluation crops."""
@@ -110,6 +115,25 @@ class TrialData:
             stored=stored,
             encoder=features.encoder or config.encoder,
         )
+
+    @staticmethod
+    def open_folds(config: TrialConfig, features: FeatureSet, num_folds: int) -> tuple[TrialData, ...]:
+        """The data of each fold of the training rows (data/folds.py), for a trial on stored features.
+
+        Raises StoreError, StorageError.
+        """
+        whole = TrialData.open(config, features, refit=True)
+        assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
+        table = label_rows(features.manifest)
+        row_numbers = table.rows_of("train")[whole.train.rows]
+        opened = []
+        for fold in deal_folds(table, num_folds, config.data.split_seed).folds:
+            is_val = np.isin(row_numbers, fold.val)
+            train, val = whole.train.subset(~is_val, whole.train.num_views), whole.train.subset(is_val, 1)
+            counts = np.bincount(train.labels, minlength=len(table.class_names))
+            stats = ClassStats.from_counts(counts, table.split_counts)
+            opened.append(replace(whole, class_stats=stats, train=train, val=val, stored=train))
+        return tuple(opened)
 
     @staticmethod
     def open_split(config: TrialConfig, features: FeatureSet, split: str) -> RowSource:

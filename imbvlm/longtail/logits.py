@@ -15,17 +15,17 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def floored_counts(class_counts: npt.ArrayLike | Tensor, device: torch.device) -> Tensor:
-    """Class counts (C,) in float64; an empty class counts as half an image."""
+    """Class counts (..., C) in float64; an empty class counts as half an image."""
     return torch.as_tensor(class_counts, dtype=torch.float64, device=device).clamp(min=PRIOR_FLOOR)
 
 
 def log_prior(class_counts: npt.ArrayLike | Tensor, device: torch.device) -> Tensor:
-    """Logarithm of each class's share of the images (C,) in float64; an empty class counts as half an image."""
+    """Logarithm of each class's share of the images (..., C) in float64; an empty class counts as half an image."""
     counts = floored_counts(class_counts, device)
-    return torch.log(counts / counts.sum())
+    return torch.log(counts / counts.sum(dim=-1, keepdim=True))
 
 
 def add_log_prior(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float | Tensor) -> Tensor:
-    """z + tau log prior for logits (B, C) and class counts (C,) [Menon et al. 2021]."""
+    """z + tau log prior for logits (B, C) and class counts, (C,) or each row's (B, C) [Menon et al. 2021]."""
     logits = at_least_float32(logits)
     return logits + (tau * log_prior(class_counts, logits.device)).to(logits.dtype)

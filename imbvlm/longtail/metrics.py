@@ -44,6 +44,12 @@ class ClassCounters:
         losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
         self.nll += losses.sum(dtype=torch.float64)
 
+    def add(self, other: ClassCounters) -> None:
+        """Add the counts of other rows."""
+        self._to(other.total.device)
+        self.correct, self.total = self.correct + other.correct, self.total + other.total
+        self.predicted, self.nll = self.predicted + other.predicted, self.nll + other.nll
+
     def reduced(self, workers: WorkerGroup) -> ClassCounters:
         """The sum over workers; every worker must call it."""
         result = ClassCounters(self.num_classes)

@@ -160,7 +160,7 @@ def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
 
 
 def adjust_logits(logits: Tensor, class_counts: npt.ArrayLike | Tensor, tau: float) -> Tensor:
-    """z - tau log prior for logits (B, C) and the class counts (C,) of training [Menon et al. 2021, eq. 9].
+    """z - tau log prior for logits (B, C) and class counts of training, (C,) or (B, C) [Menon et al. 2021, eq. 9].
 
     A class without images has the prior of half an image.
     """
@@ -176,12 +176,16 @@ def select_tau(
 ) -> ValueSelection:
     """tau of `adjust_logits` on validation logits (N, C), targets (N,), by per-class accuracy under `weights` (C,).
 
-    The default weights are those of balanced accuracy. Raises ImbvlmError.
+    The class counts are (C,), or those of each row's fold (N, C). The default weights are those of balanced accuracy.
+    Raises ImbvlmError.
     """
     _check(logits, targets)
-    return _select_by_rows(
-        taus, targets, weights, logits.shape[1], lambda tau, rows: adjust_logits(logits[rows], class_counts, tau)
-    )
+    counts = torch.as_tensor(class_counts)
+
+    def adjusted(tau: float, rows: slice) -> Tensor:
+        return adjust_logits(logits[rows], counts if counts.ndim == 1 else counts[rows], tau)
+
+    return _select_by_rows(taus, targets, weights, logits.shape[1], adjusted)
 
 
 def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor:

@@ -88,6 +88,11 @@ class TrialPack:
     def __init__(self) -> None:
         self.members: list[PackMember] = []
         self.broken_by: Exception | None = None
+        self._folds: dict[int, TrialPack] = {}
+
+    def of_fold(self, number: int) -> TrialPack:
+        """The pack in which the members' runs of one fold train together."""
+        return self._folds.setdefault(number, TrialPack())
 
     def add(
         self,

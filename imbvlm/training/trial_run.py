@@ -115,8 +115,9 @@ class TrialRun:
         self.best: dict[str, float] = {}
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
-        # Validation logits of the last epoch; None where they would take too much memory.
+        # Of the last epoch; the logits are None where they would take too much memory.
         self.val_logits: EpochValLogits | None = None
+        self.val_counters = ClassCounters(len(data.class_names))
         self.first_losses: list[float] = []
         self._first, self._last = spans
         self._computing, self.model = computing, model
@@ -336,6 +337,13 @@ class TrialRun:
         self.model.eval()
         return self._evaluator.evaluate_full(self._forward, examples, views=range(examples.num_views))
 
+    def gathered_logits(self, workers: WorkerGroup) -> Tensor | None:
+        """Validation logits (N, C) of the last epoch; None where they would take too much memory.
+
+        Every worker must call it, since each has only its share of them.
+        """
+        return None if self.val_logits is None else self.val_logits.gathered(workers)
+
     def _validate(self) -> dict[str, float]:
         """`val/` metrics and running maxima of the accuracies; empty without validation rows (in a refit)."""
         if len(self.data.val.labels) == 0:
@@ -348,6 +356,7 @@ class TrialRun:
             counters = self._evaluator.counters(self._forward, self.data.val, self.val_logits)
         else:
             counters = self._second.validate(self.val_logits)
+        self.val_counters = counters
         metrics = counters.compute(self.data.class_stats)
         for name, value in metrics.items():
             if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):

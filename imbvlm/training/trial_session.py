@@ -25,6 +25,7 @@ from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
 from imbvlm.training.evaluator import LogitAdjuster
+from imbvlm.training.folded_run import FoldedRun
 from imbvlm.training.per_class_results import per_class_results, write_per_class_results
 from imbvlm.training.step.compute_context import PeakMemory
 from imbvlm.training.trial_pack import TrialPack
@@ -85,7 +86,8 @@ class TrialSettings:
     A baseline ends after `patience` epochs without a new maximum of `objective`. A refit writes its weights and its
     results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
     logits adjusted by `post_hoc`. Validation logits go to `logits_file`. `marker` is a file of
-    the sweep; a machine that lacks it doesn't share the sweep's folder.
+    the sweep; a machine that lacks it doesn't share the sweep's folder. A trial on stored features is scored over
+    `num_folds` of the training rows if they are more than one.
     """
 
     config: TrialConfig
@@ -98,6 +100,7 @@ class TrialSettings:
     refit: bool = False
     score_test: bool = False
     model_folder: str | None = None
+    num_folds: int = 1
     post_hoc: PostHocAdjustment | None = None
     logits_file: str | None = None
     marker: str | None = None
@@ -106,11 +109,11 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The data of all trials with the same `key`; `pinned` are this machine's copies of it."""
+    """The data of all trials with the same `key`, one for each fold; `pinned` are this machine's copies of it."""
 
     key: tuple[object, ...]
     features: FeatureSet
-    data: TrialData
+    data: tuple[TrialData, ...]
     pinned: Sequence[PinnedCopy]
 
 
@@ -158,11 +161,7 @@ class TrialSession:
         opened = self._open(config, settings)
         data, feature_set = opened.data, opened.features
         run, restart = self._restored(config, data, settings.checkpoint_folder)
-        logits_writer = (
-            None
-            if settings.logits_file is None
-            else ValLogitsWriter.open(settings.logits_file, data.val, data.class_stats)
-        )
+        logits_writer = None if settings.logits_file is None else ValLogitsWriter.open(settings.logits_file, data)
         try:
             if pack is not None:
                 run.join(pack)
@@ -177,11 +176,14 @@ class TrialSession:
             if logits_writer is not None and self._workers.rank == 0:
                 logits_writer.flush()
 
-    def _restored(self, config: TrialConfig, data: TrialData, folder: str | None) -> tuple[TrialRun, str | None]:
+    def _restored(
+        self, config: TrialConfig, data: Sequence[TrialData], folder: str | None
+    ) -> tuple[TrialRun | FoldedRun, str | None]:
         """A run in its checkpoint's state; a new one, with the reason, if any worker finds the checkpoint damaged."""
 
-        def new_run() -> TrialRun:
-            return build_trial(config, data, self._device, self._workers, self._stream)
+        def new_run() -> TrialRun | FoldedRun:
+            runs = [build_trial(config, fold, self._device, self._workers, self._stream) for fold in data]
+            return runs[0] if len(runs) == 1 else FoldedRun(runs)
 
         run, damage = new_run(), None
         if folder is not None and has_checkpoint(folder):
@@ -196,7 +198,11 @@ class TrialSession:
         return new_run(), damage or f"another worker of the trial found the checkpoint in {folder} damaged"
 
     def _reports_of(
-        self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings, logits_writer: ValLogitsWriter | None
+        self,
+        run: TrialRun | FoldedRun,
+        feature_set: FeatureSet,
+        settings: TrialSettings,
+        logits_writer: ValLogitsWriter | None,
     ) -> Iterator[TrialReport]:
         objective, folder = settings.objective.removeprefix("val/"), settings.checkpoint_folder
         saved_at = time.monotonic()
@@ -222,7 +228,8 @@ class TrialSession:
             if logits_writer is not None:
                 self._keep_logits(logits_writer, run, result.epoch, is_best=result.epoch == best_epoch, is_last=is_last)
             if is_last:
-                scores = self._finish(run, feature_set, settings)
+                # Folds score a search, and no model of theirs is kept.
+                scores = self._finish(run, feature_set, settings) if isinstance(run, TrialRun) else {}
                 yield replace(report, metrics={**result.metrics, **scores}, has_finished=True)
                 return
             save_when_due()
@@ -234,12 +241,12 @@ class TrialSession:
         return {"memory/peak_bytes": largest} if largest else {}
 
     def _keep_logits(
-        self, logits_writer: ValLogitsWriter, run: TrialRun, epoch: int, *, is_best: bool, is_last: bool
+        self, logits_writer: ValLogitsWriter, run: TrialRun | FoldedRun, epoch: int, *, is_best: bool, is_last: bool
     ) -> None:
         """Save an epoch's logits; every worker must call it, since each has only its share of them."""
-        if run.val_logits is not None and (is_best or is_last):
-            logits = run.val_logits.gathered(self._workers)
-            if self._workers.rank == 0:
+        if is_best or is_last:
+            logits = run.gathered_logits(self._workers)
+            if logits is not None and self._workers.rank == 0:
                 logits_writer.keep(epoch, logits, is_best=is_best, is_last=is_last)
 
     def _open(self, config: TrialConfig, settings: TrialSettings) -> _Opened:
@@ -249,12 +256,17 @@ class TrialSession:
         features = settings.feature_set
         # Pinned copies of outputs that the next trial doesn't read would keep their space.
         copied = None if features.cache is None else (outputs, of_test)
-        key = (config.data, config.reads_images, features, settings.refit, copied)
+        num_folds = 1 if config.reads_images or settings.refit else settings.num_folds
+        key = (config.data, config.reads_images, features, settings.refit, num_folds, copied)
         if self._opened is None or self._opened.key != key:
             # Released first: this machine may have no space for copies of both.
             self._opened = None
             features, pinned = pin_features(features, outputs, of_test)
-            self._opened = _Opened(key, features, TrialData.open(config, features, refit=settings.refit), pinned)
+            if num_folds > 1:
+                data = TrialData.open_folds(config, features, num_folds)
+            else:
+                data = (TrialData.open(config, features, refit=settings.refit),)
+            self._opened = _Opened(key, features, data, pinned)
         return self._opened
 
     def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from imbvlm.base import storage
-from imbvlm.features.trial_data import RowSource
+from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.worker_group import WorkerGroup
 
@@ -62,13 +62,20 @@ class EpochValLogits:
 class SavedValLogits:
     """A trial's saved logits (N, C) in half precision: of its best epoch, and of its last if it was completed.
 
-    `targets` (N,) are the rows' classes; `stats` has the class counts of training.
+    `targets` (N,) are the rows' classes, and `folds` (N,) the folds that scored them, all 0 without folds. `stats` has
+    the class counts of each fold's training.
     """
 
     epochs: Mapping[str, int]
     logits: Mapping[str, Tensor]
     targets: Tensor
-    stats: ClassStats
+    folds: Tensor
+    stats: tuple[ClassStats, ...]
+
+    def class_counts(self, rows: Tensor) -> Tensor:
+        """The class counts with which the selected `rows` were trained: of all, (C,), or with folds of each, (N, C)."""
+        counts = torch.stack([torch.from_numpy(stats.counts) for stats in self.stats])
+        return counts[0] if len(self.stats) == 1 else counts[self.folds[rows]]
 
     def best(self) -> Tensor | None:
         """Logits of the best epoch by the objective."""
@@ -89,17 +96,21 @@ def read_logits(uri: str) -> SavedValLogits | None:
         tensors = load_safetensors(storage.read_bytes(uri))
     except SafetensorError:
         return None
-    counts = [tensors.pop(name).numpy() for name in ("class_counts", "split_counts")]
+    class_counts, split_counts = tensors.pop("class_counts"), tensors.pop("split_counts").numpy()
     targets, (best, last) = tensors.pop("targets").long(), tensors.pop("epochs").tolist()
+    folds = tensors.pop("folds", torch.zeros_like(targets)).long()
     epochs = {name: epoch for name, epoch in (("best", best), ("last", last)) if epoch > 0}
-    return SavedValLogits(epochs, tensors, targets, ClassStats.from_counts(*counts))
+    by_fold = class_counts.view(-1, len(split_counts)).numpy()
+    stats = tuple(ClassStats.from_counts(counts, split_counts) for counts in by_fold)
+    return SavedValLogits(epochs, tensors, targets, folds, stats)
 
 
-def file_bytes(num_rows: int, num_classes: int) -> int:
-    """Limit on the size of one trial's file: two epochs' logits, targets and counts."""
+def file_bytes(num_rows: int, num_classes: int, num_folds: int = 1) -> int:
+    """Limit on the size of one trial's file: two epochs' logits, targets, folds and counts."""
     if not EpochValLogits.fits(num_rows, num_classes):
         return 0
-    return 4 * num_rows * num_classes + 4 * num_rows + 16 * num_classes
+    of_rows = 4 if num_folds == 1 else 8
+    return 4 * num_rows * num_classes + of_rows * num_rows + 8 * (1 + num_folds) * num_classes
 
 
 class ValLogitsWriter:
@@ -108,24 +119,31 @@ class ValLogitsWriter:
     The file of an earlier run of the same trial counts as its start.
     """
 
-    def __init__(
-        self, uri: str, val: RowSource, stats: ClassStats, before: SavedValLogits | None, seconds: float
-    ) -> None:
+    def __init__(self, uri: str, data: Sequence[TrialData], before: SavedValLogits | None, seconds: float) -> None:
         self._uri, self._seconds = uri, seconds
+        labels = [fold.val.labels.astype(np.int32) for fold in data]
+        counts = [fold.class_stats.counts for fold in data]
         self._fixed = {
-            "targets": torch.from_numpy(val.labels.astype(np.int32)),
+            "targets": torch.from_numpy(np.concatenate(labels)),
             # Copied, since both may be the same array, which safetensors rejects.
-            "class_counts": torch.tensor(stats.counts),
-            "split_counts": torch.tensor(stats.split_counts),
+            "class_counts": torch.tensor(counts[0] if len(data) == 1 else np.stack(counts)),
+            "split_counts": torch.tensor(data[0].class_stats.split_counts),
         }
+        if len(data) > 1:
+            self._fixed["folds"] = torch.arange(len(data), dtype=torch.int32).repeat_interleave(
+                torch.tensor([len(of_fold) for of_fold in labels])
+            )
         self._epochs = {} if before is None else dict(before.epochs)
         self._logits = {} if before is None else dict(before.logits)
         self._written_at, self._is_dirty = -seconds, False
 
     @staticmethod
-    def open(uri: str, val: RowSource, stats: ClassStats, seconds: float = WRITE_SECONDS) -> ValLogitsWriter:
-        """Go on with what an earlier run of the trial has left, and write at most every `seconds`."""
-        return ValLogitsWriter(uri, val, stats, read_logits(uri), seconds)
+    def open(uri: str, data: Sequence[TrialData], seconds: float = WRITE_SECONDS) -> ValLogitsWriter:
+        """Go on with what an earlier run of the trial has left, and write at most every `seconds`.
+
+        `data` is the trial's, or that of each of its folds.
+        """
+        return ValLogitsWriter(uri, data, read_logits(uri), seconds)
 
     def keep(self, epoch: int, logits: Tensor, *, is_best: bool, is_last: bool) -> None:
         """Keep an epoch's logits (N, C) as the best, the last, or both."""

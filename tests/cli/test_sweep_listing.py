@@ -113,7 +113,7 @@ def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_me
     assert sweep["best"]["value"] == pytest.approx(value - 0.05)
     # The linear probe has 50.0 on validation.
     assert (
-        f"the best trial's mean of 2 seeds is {100 * value - 55:.1f} points above the baseline linear probe on "
+        f"the winner's mean of 2 seeds is {100 * value - 55:.1f} points above the baseline linear probe on "
         f"validation (95 % interval {100 * value - 55 - 5.54:+.1f} to {100 * value - 55 + 5.54:+.1f})" in shown
     )
 

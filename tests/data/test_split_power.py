@@ -12,7 +12,7 @@ from imbvlm.cli.app import main
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_check import check_manifest
 from imbvlm.data.manifest_summary import summary
-from imbvlm.data.split_power import SplitPower, split_power, split_powers
+from imbvlm.data.split_power import NUM_FOLDS, SplitPower, resolve_folds, split_power, split_powers
 from imbvlm.longtail.class_stats import ClassStats
 
 COUNTS = np.array([40, 12, 3, 1, 0])
@@ -55,23 +55,44 @@ def test_without_few_shot_images_nothing_is_said_of_them() -> None:
     assert "few-shot" not in without.intervals()
 
 
-def test_a_folder_without_a_validation_split_has_the_power_of_the_rows_that_will_be_held_out() -> None:
-    """As in most folders: three rows of each class of 15 or more, one of 9, none of 4."""
-    powers = split_powers(folder([500, 200, 15, 9, 4]), split_seed=0)
+def test_a_folder_without_a_validation_split_has_the_power_of_its_folds() -> None:
+    """As in most folders: held out would be three rows of each class of 15 or more, one of 9, none of 4."""
+    counts = [500, 200, 15, 9, 4, 1]
+    powers = split_powers(folder(counts), split_seed=0)
     assert list(powers) == ["val"]
-    assert powers["val"].error == pytest.approx(np.sqrt(0.25 * (1 / 3 + 1 / 3 + 1 / 3 + 1)) / 4)
-    text = summary(folder([500, 200, 15, 9, 4]))
-    assert "val decides       balanced accuracy over 4 of 5 classes to ± 34.6 points" in text
-    assert "the best of 30 equally good configurations looks up to 36.1 points better than it is" in text
+    assert powers["val"].error == pytest.approx(np.sqrt(0.25 * sum(1 / number for number in counts[:5])) / 5)
+    text = summary(folder(counts))
+    assert (
+        "val               none; 5 folds of the training images score trials, on 728 images, 1 class without any"
+        in text
+    )
+    assert "val decides       balanced accuracy over 5 of 6 classes to ± 12.9 points" in text
+    assert "the best of 30 equally good configurations looks up to 13.5 points better than it is" in text
+
+
+def test_folds_are_for_data_whose_held_out_rows_decide_too_little() -> None:
+    few, many = folder([500, 200, 15, 9, 4]), folder([30] * 1000)
+    assert resolve_folds(None, few, 0) == NUM_FOLDS
+    assert resolve_folds(1, few, 0) == 1
+    assert resolve_folds(3, few, 0) == 3
+    assert resolve_folds(None, many, 0) == 1, "3 rows of each of 1,000 classes: a standard error of 0.9 points"
+    assert resolve_folds(10, many, 0) == 10
+    assert resolve_folds(10, folder([30, 3], (2, 2)), 0) == 1, "an official split"
+    assert resolve_folds(None, folder([4, 3, 2]), 0) == NUM_FOLDS, "nothing would be held out"
+
+
+def test_a_class_of_single_images_alone_can_select_nothing() -> None:
+    findings = check_manifest(folder([1, 1, 1])).findings
+    assert any("nothing can be selected" in finding.message for finding in findings if finding.severity == "error")
 
 
 def test_check_warns_of_a_split_that_decides_next_to_nothing_and_names_its_thin_classes() -> None:
-    findings = check_manifest(folder([500, 200, 15, 9, 4])).findings
+    findings = check_manifest(folder([500, 200, 15, 3, 2])).findings
     (warning,) = [finding for finding in findings if "val decides" in finding.message]
-    assert (warning.severity, "± 34.6 points" in warning.message) == ("warning", True)
+    assert (warning.severity, "± 18.7 points" in warning.message) == ("warning", True)
     (thin,) = [finding for finding in findings if "1 to 3 images in val" in finding.message]
     assert thin.severity == "note"
-    assert thin.examples == ("class 0", "class 1", "class 2", "class 3")
+    assert thin.examples == ("class 3", "class 4")
     enough = check_manifest(folder([500, 200], (400, 400))).findings
     (note,) = [finding for finding in enough if "decides" in finding.message]
     assert note.severity == "note"

@@ -25,7 +25,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def block(shard: int, num_images: int, **fields: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"shard": shard, "num_images": num_images, "name": f"shard {shard}"} | fields)
+    return SimpleNamespace(**{"shard": shard, "num_images": num_images} | fields)
 
 
 def load(descriptor: Any) -> SimpleNamespace:
@@ -204,7 +204,16 @@ def run_dying(folder: Path, stage: str, number: int) -> list[Any]:
     none = dict.fromkeys(deaths, (folder, 0))
     blocks = [block(shard, 3, **(deaths if shard == 1 else none)) for shard in range(3)]
     return list(
-        map_images(blocks, dying_load, DyingTower, start, images_per_block=3, num_encoder_workers=1, notify=print)
+        map_images(
+            blocks,
+            dying_load,
+            DyingTower,
+            start,
+            images_per_block=3,
+            num_encoder_workers=1,
+            notify=print,
+            name=lambda block: f"shard {block.shard}",
+        )
     )
 
 

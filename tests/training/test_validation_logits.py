@@ -105,7 +105,7 @@ def test_a_trial_leaves_its_best_and_its_last_epoch(settings: TrialSettings, dat
     best = int(np.argmax(values)) + 1
     assert kept.epochs == {"best": best, "last": 6}
     assert kept.targets.tolist() == data.val.labels.tolist()
-    assert kept.stats.counts.tolist() == list(CLASS_COUNTS)
+    assert [stats.counts.tolist() for stats in kept.stats] == [list(CLASS_COUNTS)]
     for logits, report in ((kept.best(), reports[best - 1]), (kept.last(), reports[-1])):
         accuracy = (logits.argmax(dim=1) == kept.targets).double().mean()
         assert report.metrics["val/top1_accuracy"] == pytest.approx(float(accuracy))
@@ -142,7 +142,7 @@ def test_what_was_left_before_a_restart_counts(settings: TrialSettings, tmp_path
 
 def test_better_epochs_in_a_row_are_not_written_one_by_one(tmp_path: Path, data: TrialData) -> None:
     uri = tmp_path / "l.safetensors"
-    keeper = ValLogitsWriter.open(str(uri), data.val, data.class_stats, seconds=3600)
+    keeper = ValLogitsWriter.open(str(uri), [data], seconds=3600)
     shape = len(data.val.labels), NUM_CLASSES
     keeper.keep(1, torch.zeros(shape).half(), is_best=True, is_last=False)
     written = uri.stat().st_mtime_ns
@@ -161,6 +161,8 @@ def test_nothing_or_a_damaged_file_is_none(tmp_path: Path) -> None:
 
 
 def test_counts_that_are_one_array_are_written(tmp_path: Path, data: TrialData) -> None:
-    keeper = ValLogitsWriter.open(str(tmp_path / "l"), data.val, ClassStats.from_counts(CLASS_COUNTS))
+    keeper = ValLogitsWriter.open(
+        str(tmp_path / "l"), [dataclasses.replace(data, class_stats=ClassStats.from_counts(CLASS_COUNTS))]
+    )
     keeper.keep(1, torch.zeros(len(data.val.labels), NUM_CLASSES).half(), is_best=True, is_last=True)
-    assert read_logits(str(tmp_path / "l")).stats.split_counts.tolist() == list(CLASS_COUNTS)
+    assert read_logits(str(tmp_path / "l")).stats[0].split_counts.tolist() == list(CLASS_COUNTS)

@@ -98,7 +98,7 @@ def export_sweep(
     if onnx:
         require_onnx()
     spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
-    ranked = log.best(spec.objective)
+    ranked = log.winner_first(spec.objective)
     if not ranked:
         raise ImbvlmError(f"no trial of {folder} has a result yet. Go on with: imbvlm sweep resume {folder}")
     records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
@@ -290,7 +290,7 @@ class _TrialExport:
             return read_adjustment(self.folder, self.refit_name)
         name = self.record.trial_id
         refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
-        selection = select_adjustments(self.folder, [refit], self.log, self.spec.objective).get(name)
+        selection = select_adjustments(self.folder, [refit], self.log, self.spec).get(name)
         return None if selection is None else selection.adjustment
 
 

@@ -59,7 +59,7 @@ def model_card(card: CardContext) -> str:
     scores = [[title, str(len(records)), *map(mean_std, _scores(records, split))] for title, records, split in rows]
     on_validation = [["split", *HEADINGS], ["validation", *(percent(best.get(f"val/{metric}")) for metric in METRICS)]]
     is_baseline = bool(card.refits) and card.refits[0].name in {record.name for record in card.log.of("baseline")}
-    manifest, ranked = card.manifest, [record.trial_id for record in card.log.best(card.spec.objective)]
+    manifest, ranked = card.manifest, [record.trial_id for record in card.log.winner_first(card.spec.objective)]
     templates = environment("imbvlm.sweep.export")
     templates.filters["pluralize"] = pluralize
     return templates.get_template("README.md").render(

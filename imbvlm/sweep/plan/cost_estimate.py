@@ -44,12 +44,36 @@ class Interval:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Numbers of images; a refit also trains on those held out from training for validation."""
+    """Numbers of images; a refit also trains on those held out from training for validation.
+
+    With folds a trial on stored features has `num_folds` runs, which together evaluate `folds_val` images.
+    """
 
     train: int
     val: int
     refit: int
     test: int
+    num_folds: int = 1
+    folds_val: int = 0
+
+    def of_trial(self, config: TrialConfig) -> EpochSizes:
+        """Return what a trial of the search reads in an epoch."""
+        if self.num_folds == 1 or config.reads_images:
+            return EpochSizes(self.train, self.val)
+        return EpochSizes(self.refit - self.folds_val // self.num_folds, self.folds_val, self.num_folds)
+
+    def of_refit(self, config: TrialConfig) -> EpochSizes:
+        """Return what a refit reads in an epoch."""
+        return EpochSizes(self.refit, 0)
+
+
+@dataclass(frozen=True)
+class EpochSizes:
+    """Numbers of images in a trial's epoch: what each of its runs trains on, and what all of them evaluate."""
+
+    train: int
+    val: int
+    num_runs: int = 1
 
 
 def cost_key(config: TrialConfig) -> str:
@@ -137,11 +161,12 @@ class SpeedTable:
         }
 
     def epoch_seconds(
-        self, config: TrialConfig, num_train: int, num_val: int, num_workers: int, pack_size: float = 1.0
+        self, config: TrialConfig, sizes: EpochSizes, num_workers: int, pack_size: float = 1.0
     ) -> float | None:
         """Return a trial's seconds of one epoch with its validation; None if its method was not measured."""
         speed = self._measured.get(cost_key(config)) or self._means.get(config.method)
-        return None if speed is None else speed.epoch_seconds(num_train, num_val, num_workers, pack_size)
+        num_train = sizes.num_runs * sizes.train
+        return None if speed is None else speed.epoch_seconds(num_train, sizes.val, num_workers, pack_size)
 
 
 def num_epochs(config: TrialConfig, num_train: int) -> float:
@@ -211,27 +236,29 @@ class Estimator:
         """
         return Estimate(features, self._baseline_seconds(), self._search_seconds(packs), self._refit_seconds())
 
-    def _epoch_seconds(self, config: TrialConfig, num_train: int, num_val: int, pack_size: float = 1.0) -> float | None:
-        return self.speeds.epoch_seconds(config, num_train, num_val, self.sweep.spec.num_workers, pack_size)
+    def _epoch_seconds(self, config: TrialConfig, sizes: EpochSizes, pack_size: float = 1.0) -> float | None:
+        return self.speeds.epoch_seconds(config, sizes, self.sweep.spec.num_workers, pack_size)
 
-    def _trial_seconds(self, num_train: int, num_val: int, packs: PackStatistics = ALONE) -> float | None:
+    def _trial_seconds(
+        self, sizes_of: Callable[[TrialConfig], EpochSizes], packs: PackStatistics = ALONE
+    ) -> float | None:
         """Return the mean seconds of a trial that is not stopped; None if some method has no speed.
 
         The trials of a pack share its seconds.
         """
         total = 0.0
         for config in self.configs:
-            pack_size = packs.mean_size(config)
-            epoch = self._epoch_seconds(config, num_train, num_val, pack_size)
+            pack_size, sizes = packs.mean_size(config), sizes_of(config)
+            epoch = self._epoch_seconds(config, sizes, pack_size)
             if epoch is None:
                 return None
-            total += self.start / pack_size + epoch * num_epochs(config, num_train)
+            total += self.start / pack_size + epoch * num_epochs(config, sizes.train)
         return total / len(self.configs)
 
     def _search_seconds(self, packs: PackStatistics) -> Interval | None:
         """Estimate the trials of the search and those with confirmation seeds."""
-        spec, rows, num_trials = self.sweep.spec, self.rows, self.sweep.num_trials
-        alone, packed = self._trial_seconds(rows.train, rows.val), self._trial_seconds(rows.train, rows.val, packs)
+        spec, of_trial, num_trials = self.sweep.spec, self.rows.of_trial, self.sweep.num_trials
+        alone, packed = self._trial_seconds(of_trial), self._trial_seconds(of_trial, packs)
         if alone is None or packed is None:
             return None
         num_trials = min(num_trials, spec.max_trials or num_trials)
@@ -243,10 +270,11 @@ class Estimator:
     def _baseline_seconds(self) -> Interval | None:
         total = Interval(0.0, 0.0)
         for baseline in self.baselines:
-            epoch = self._epoch_seconds(baseline.config, self.rows.train, self.rows.val)
+            sizes = self.rows.of_trial(baseline.config)
+            epoch = self._epoch_seconds(baseline.config, sizes)
             if epoch is None:
                 return None
-            max_epochs = num_epochs(baseline.config, self.rows.train)
+            max_epochs = num_epochs(baseline.config, sizes.train)
             min_epochs = min(max_epochs, baseline.patience or max_epochs)
             total += Interval(self.start + epoch * min_epochs, self.start + epoch * max_epochs)
         return total.times(1 / self.concurrent)
@@ -256,17 +284,17 @@ class Estimator:
 
         The winner counts as a mean trial.
         """
-        spec, num_train = self.sweep.spec, self.rows.refit
+        spec, of_refit = self.sweep.spec, self.rows.of_refit
         num_seeds, num_refits = len(spec.refit_seeds), self.sweep.num_trials if spec.study else 1
-        winner = self._trial_seconds(num_train, 0)
+        winner = self._trial_seconds(of_refit)
         if winner is None:
             return None
         total = Interval(winner, winner).times(num_seeds * num_refits)
         for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
-            epoch = self._epoch_seconds(config, num_train, 0)
+            epoch = self._epoch_seconds(config, of_refit(config))
             if epoch is None:
                 return None
-            max_epochs, num_runs = num_epochs(config, num_train), 1 if config.train is None else num_seeds
+            max_epochs, num_runs = num_epochs(config, self.rows.refit), 1 if config.train is None else num_seeds
             total += Interval(self.start + epoch, self.start + epoch * max_epochs).times(num_runs)
         return total.times(1 / min(self.concurrent, (1 + num_refits) * num_seeds + 1))
 

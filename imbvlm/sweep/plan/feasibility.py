@@ -15,6 +15,7 @@ from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.split_power import resolve_folds, validation_rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.models.encoders.encoder_factory import describe_encoder
@@ -121,11 +122,15 @@ class Packing:
     num_classes: int
     num_train: int
     num_val: int
+    num_folds: int
     packs_in_turns: bool
 
     def bytes_of(self, config: TrialConfig) -> int:
         """Return the bytes that one more such trial adds to its process, or to its GPU's memory."""
-        return member_bytes(config, self.token_width, self.pooled_width, self.num_classes, self.num_train, self.num_val)
+        num_val = self.num_val // self.num_folds
+        return self.num_folds * member_bytes(
+            config, self.token_width, self.pooled_width, self.num_classes, self.num_train, num_val
+        )
 
     def largest(self, sweep: ResolvedSweep) -> int:
         """Return the size of the largest pack of a sweep."""
@@ -163,6 +168,7 @@ def packing(sweep: ResolvedSweep, encoders: Iterable[EncoderInfo], manifest: Man
         num_train=num_train,
         # Rows held out for validation are among the training rows.
         num_val=len(manifest.rows_of("val")) if "val" in manifest.splits else num_train,
+        num_folds=num_folds(spec, manifest),
         packs_in_turns=bool(spec.gpus_per_worker) or spec.max_pack_size is not None,
     )
 
@@ -242,9 +248,18 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
     return sum(_workers_on(sweep, cpus, gpus) for cpus, gpus in nodes) // sweep.spec.num_workers
 
 
-def data_counts(manifest: Manifest, split_seed: int) -> tuple[ClassStats, list[int]]:
-    """Return the counts of the images that train, and the number of validation images of each class."""
-    train, val = train_val_rows(manifest, split_seed)
+def num_folds(spec: SweepSpec, manifest: Manifest) -> int:
+    """Return the folds that score the sweep's trials on stored features; 1 without folds."""
+    return resolve_folds(spec.num_folds, manifest, spec.split_seed)
+
+
+def data_counts(manifest: Manifest, split_seed: int, num_folds: int = 1) -> tuple[ClassStats, list[int]]:
+    """Return the counts of the images that train, and the number of validation images of each class.
+
+    With folds every image trains, and most classes are scored on all of theirs.
+    """
+    train = manifest.rows_of("train") if num_folds > 1 else train_val_rows(manifest, split_seed)[0]
+    val = validation_rows(manifest, split_seed, num_folds)
     counts = np.bincount(manifest.labels[val], minlength=len(manifest.class_names))
     return manifest.class_stats(train), counts.tolist()
 
@@ -279,8 +294,8 @@ def validation_problem(stats: ClassStats, val_labels_per_class: list[int], metri
     ]
     if not sum(val_labels_per_class):
         return (
-            "no class has a validation image (they are held out from classes of 5 or more training images), so that "
-            "nothing can be selected"
+            "no class has a validation image (folds need two training images of a class, and images are held out from "
+            "classes of 5 or more), so that nothing can be selected"
         )
     if missing:
         return (
@@ -318,12 +333,15 @@ def needed_outputs(sweep: ResolvedSweep) -> frozenset[OutputName]:
 def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, concurrent: int) -> int:
     """Return the most bytes that validation logits take at one time."""
     num_running = concurrent * packs.largest(sweep)
-    return max_logit_files(sweep, num_running) * logit_file_bytes(sweep.spec, manifest)
+    num_bytes = logit_file_bytes(sweep.spec, manifest)
+    return max_logit_files(sweep, num_running, num_bytes) * num_bytes
 
 
 def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     """Return the bytes of one trial's validation logits."""
-    return file_bytes(sum(data_counts(manifest, spec.split_seed)[1]), len(manifest.class_names))
+    folds = num_folds(spec, manifest)
+    num_rows = sum(data_counts(manifest, spec.split_seed, folds)[1])
+    return file_bytes(num_rows, len(manifest.class_names), folds)
 
 
 def untried_methods(sweep: ResolvedSweep, infos: Mapping[str, EncoderInfo]) -> list[str]:
@@ -347,4 +365,8 @@ def _methods_of(sweep: ResolvedSweep) -> set[str]:
 
 def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
     """Reject a sweep whose data has nothing to train on or to select by; raises ConfigError."""
-    check_data(spec, *data_counts(manifest, spec.split_seed))
+    folds = num_folds(spec, manifest)
+    check_data(spec, *data_counts(manifest, spec.split_seed, folds))
+    if folds > 1 and any(config.reads_images for config in spec.resolve().corner_trials()):
+        # Folds score trials on stored features alone.
+        check_data(spec, *data_counts(manifest, spec.split_seed))

@@ -161,7 +161,19 @@ def _inputs(plan: Plan) -> Rows:
     if manifest is not None:
         rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
         text = f"{plan.spec.base['data']['manifest']}: {len(manifest.class_names):,} classes, {rows} images"
-    return [("manifest", text), *(("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders)]
+    encoders = [("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders]
+    return [("manifest", text), ("validation", _validation(plan)), *encoders]
+
+
+def _validation(plan: Plan) -> str:
+    """Describe the folds, and what they cost; empty where official or held-out images score trials."""
+    rows = plan.rows
+    if rows is None or rows.num_folds == 1:
+        return ""
+    return (
+        f"{rows.num_folds} folds of the training images score trials on stored features, on {rows.folds_val:,} images "
+        f"in place of {rows.val:,} held-out ones, and take {rows.num_folds} times as long; num_folds: 1 turns them off"
+    )
 
 
 def _outputs(plan: Plan) -> Rows:
@@ -233,13 +245,12 @@ def _copies(plan: Plan) -> str:
 def _measured(plan: Plan, width: int) -> str:
     if plan.benchmark is None:
         return f"times were not measured{'' if plan.manifest is not None else ' without a manifest'}"
-    benchmark, rows = plan.benchmark, plan.rows
-    assert rows is not None, "a benchmark has read the manifest"
+    benchmark = plan.benchmark
     lines = []
     for config, speed in zip(plan.measured, benchmark.trials, strict=True):
         epoch, rate, memory = "-", "-", str(speed)
         if isinstance(speed, TrialSpeed):
-            epoch = _short(speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers))
+            epoch = _short(_epoch_seconds(plan, config, speed))
             rate = f"{1 / speed.seconds_per_train_image:,.0f}" if speed.seconds_per_train_image else "-"
             memory = _memory(speed, 0)
         lines.append([*_shape(config), str(config.train.batch_size) if config.train else "", epoch, rate, memory])
@@ -254,14 +265,14 @@ def _measured(plan: Plan, width: int) -> str:
 
 def _packs(plan: Plan) -> Rows:
     """Return the time and memory of trials that train together, a row for each kind."""
-    benchmark, rows, statistics, packs = plan.benchmark, plan.rows, plan.pack_statistics, plan.packing
-    if benchmark is None or rows is None or statistics is None or packs is None:
+    benchmark, statistics, packs = plan.benchmark, plan.pack_statistics, plan.packing
+    if benchmark is None or statistics is None or packs is None:
         return []
     lines = []
     for config, speed in zip(plan.measured, benchmark.trials, strict=True):
         number = statistics.mean_size(config)
         if isinstance(speed, TrialSpeed) and number > 1:
-            epoch = speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, number)
+            epoch = _epoch_seconds(plan, config, speed, number)
             size = packs.size(config)
             text = (
                 f"up to {size} train together, {number:.3g} on average; an epoch is then {_short(epoch)} each, and a "
@@ -269,6 +280,12 @@ def _packs(plan: Plan) -> Rows:
             )
             lines.append((" ".join(_shape(config)), text))
     return lines
+
+
+def _epoch_seconds(plan: Plan, config: TrialConfig, speed: TrialSpeed, pack_size: float = 1.0) -> float:
+    assert plan.rows is not None, "a benchmark has read the manifest"
+    sizes = plan.rows.of_trial(config)
+    return speed.epoch_seconds(sizes.num_runs * sizes.train, sizes.val, plan.spec.num_workers, pack_size)
 
 
 def _memory(speed: TrialSpeed, more_bytes: int) -> str:
@@ -415,15 +432,14 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 def _speed_dict(plan: Plan, config: TrialConfig, speed: TrialSpeed | str) -> dict[str, Any]:
     if isinstance(speed, str):
         return {"problem": speed}
-    rows, decoder = plan.rows, config.section(DecoderConfig)
-    assert rows is not None, "a benchmark has read the manifest"
+    decoder = config.section(DecoderConfig)
     return {
         "depth": None if decoder is None else decoder.depth,
         "batch_size": None if config.train is None else config.train.batch_size,
-        "epoch_seconds": speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers),
+        "epoch_seconds": _epoch_seconds(plan, config, speed),
         "epoch_seconds_in_pack": None
         if speed.extra_member_seconds is None or plan.pack_statistics is None
-        else speed.epoch_seconds(rows.train, rows.val, plan.spec.num_workers, plan.pack_statistics.size(config)),
+        else _epoch_seconds(plan, config, speed, plan.pack_statistics.size(config)),
         "host_bytes": speed.host_bytes,
         "device_bytes": speed.device_bytes,
     }

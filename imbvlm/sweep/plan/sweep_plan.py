@@ -51,8 +51,10 @@ from imbvlm.sweep.plan.feasibility import (
     check_manifest,
     check_models,
     concurrent_trials,
+    data_counts,
     max_logit_bytes,
     needed_outputs,
+    num_folds,
     packing,
     trials_at_once,
     uses_ray_train,
@@ -304,7 +306,15 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
 
 def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
     train, val = train_val_rows(manifest, spec.split_seed)
-    return SplitSizes(len(train), len(val), len(manifest.rows_of("train")), len(manifest.rows_of("test")))
+    folds = num_folds(spec, manifest)
+    return SplitSizes(
+        train=len(train),
+        val=len(val),
+        refit=len(manifest.rows_of("train")),
+        test=len(manifest.rows_of("test")),
+        num_folds=folds,
+        folds_val=sum(data_counts(manifest, spec.split_seed, folds)[1]),
+    )
 
 
 def resources() -> tuple[float, float]:

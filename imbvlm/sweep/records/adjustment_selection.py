@@ -6,9 +6,11 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
@@ -16,15 +18,18 @@ from imbvlm.base.formatting import percent, size_text
 from imbvlm.base.json_file import read_json
 from imbvlm.config.method_registry import METHODS
 from imbvlm.longtail.post_hoc_adjustment import (
+    ALPHAS,
     PostHocAdjustment,
     TemperatureFit,
     ValueSelection,
     accuracy_weights,
     calibration_error,
     fit_temperature,
+    mix_logits,
     select_alpha,
     select_tau,
 )
+from imbvlm.longtail.prior_fit import select_by_likelihood, select_tau_by_likelihood
 from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
@@ -35,6 +40,10 @@ from imbvlm.training.validation_logits import SavedValLogits, read_logits
 
 LOGITS_FOLDER = "logits"
 POST_HOC_FILE = "post_hoc.json"
+# The metric of adjustments that are selected by class-balanced log-likelihood.
+LIKELIHOOD = "log_likelihood"
+# Limits on the trials with the highest objectives among which the log-likelihood selects, and on their logits.
+MAX_CANDIDATES, MAX_CANDIDATE_BYTES = 30, 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -77,26 +86,37 @@ def logits_file(folder: str, trial_id: str) -> str:
     return storage.join(folder, LOGITS_FOLDER, f"{trial_id}.safetensors")
 
 
-def trials_to_choose_from(log: TrialLog, spec: SweepSpec) -> set[str]:
-    """Ids of the trials whose validation logits `select_adjustments` may still read, now or after others have ended.
+def max_candidates(spec: SweepSpec, file_bytes: int) -> int:
+    """How many trials the log-likelihood selects among, each with so many bytes of logits; 0 if the objective does."""
+    if not spec.selects_by_likelihood:
+        return 0
+    return min(MAX_CANDIDATES, max(NUM_BEST, MAX_CANDIDATE_BYTES // max(1, file_bytes)))
 
-    These are the baselines, the trials that would be refitted now, and the best few: further seeds may change their
-    order, and `export --top` reads them. A trial that falls behind them stays behind, because no other trial's end
-    changes its value.
+
+def trials_to_choose_from(log: TrialLog, spec: SweepSpec, file_bytes: int) -> set[str]:
+    """Ids of the trials whose validation logits a selection may still read, now or after others have ended.
+
+    These are the baselines, the trials that would be refitted now, and the best by the objective: among
+    `max_candidates` of those that ran to their end the log-likelihood selects the winner, further seeds may change the
+    order of the best few, and `export --top` reads them. A trial that falls behind them stays behind, because no other
+    trial's end changes its value.
     """
-    best = log.best(spec.objective)
-    needed = [*log.of("baseline"), *best[:NUM_BEST], *log.ranked(spec.objective)[: spec.confirm_trials]]
+    best, ranked = log.best(spec.objective), log.ranked(spec.objective)
+    needed = [*log.of("baseline"), *log.of("confirm"), *best[:NUM_BEST], *ranked[: spec.confirm_trials]]
+    needed += [record for record in ranked if record.state == "finished"][: max_candidates(spec, file_bytes)]
     needed += [refit.record for refit in refits(log, spec)] if best else []
     return {record.trial_id for record in needed}
 
 
-def max_logit_files(sweep: ResolvedSweep, num_running: int) -> int:
+def max_logit_files(sweep: ResolvedSweep, num_running: int, file_bytes: int) -> int:
     """The maximum number of files of validation logits at one time while `num_running` trials run."""
     spec = sweep.spec
     num_methods = len(set(sweep.space.values_of("method", spec.base)))
     retained = NUM_BEST + spec.confirm_trials + (num_methods if spec.fresh_crops else 0)
+    retained += max_candidates(spec, file_bytes)
     num_trials = sweep.num_trials if spec.study else min(sweep.num_trials, retained + num_running)
-    return len(baselines(sweep)) + num_trials
+    num_seeds = spec.confirm_trials * len(spec.more_seeds) if spec.selects_by_likelihood else 0
+    return len(baselines(sweep)) + num_trials + num_seeds
 
 
 def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool = False) -> None:
@@ -108,7 +128,10 @@ def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool =
     names = storage.list_files(storage.join(folder, LOGITS_FOLDER))
     ended = [name for name in names if (record := log.records.get(_trial_of(name))) and record.state in ENDED]
     unfinished = [name for name in names if is_over and _trial_of(name) not in log.records]
-    needed = trials_to_choose_from(log, spec) if ended else set()
+    largest = max(
+        (state.size for state in storage.file_states(storage.join(folder, LOGITS_FOLDER)).values()), default=0
+    )
+    needed = trials_to_choose_from(log, spec, largest) if ended else set()
     for name in [*unfinished, *(name for name in ended if _trial_of(name) not in needed)]:
         storage.delete(storage.join(folder, LOGITS_FOLDER, name))
 
@@ -135,7 +158,7 @@ def check_logits_fit(folder: str, num_bytes: int) -> None:
 
 
 def select_adjustments(
-    folder: str, selected: Sequence[Refit], log: TrialLog, objective: str
+    folder: str, selected: Sequence[Refit], log: TrialLog, spec: SweepSpec
 ) -> dict[str, AdjustmentSelection]:
     """The adjustments of each refit but zero-shot ones, by its name, selected on its trial's validation logits.
 
@@ -144,10 +167,9 @@ def select_adjustments(
     selections = {}
     for refit in selected:
         if METHODS[refit.config.method].learns and not refit.is_fresh:
-            saved = read_logits(logits_file(folder, refit.record.trial_id))
-            zero_shot = _zero_shot_logits(folder, refit, log)
-            if saved is not None and (selection := _select(refit, saved, zero_shot, objective)) is not None:
-                selections[refit.name] = selection
+            validation = read_validation(folder, refit.record, log)
+            if validation is not None:
+                selections[refit.name] = select_adjustment(validation, spec)[0]
     return selections
 
 
@@ -170,7 +192,8 @@ def read_adjustment(folder: str, name: str) -> PostHocAdjustment | None:
 
 def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequence[TrialRecord]) -> str:
     """Lines on a refit's adjustments: candidates, gains, calibration before and after."""
-    metric, calibration = selection.metric.replace("_", " "), selection.calibration
+    calibration = selection.calibration
+    metric = selection.metric if selection.metric == LIKELIHOOD else selection.metric.replace("_", " ")
     lines = [
         f"after training, chosen on {selection.num_rows:,} rows of validation, {name}:",
         f"  logit adjustment: {_describe_value('tau', selection.tau, metric)}",
@@ -191,50 +214,91 @@ def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequenc
 def _describe_value(name: str, selection: ValueSelection, metric: str) -> str:
     values = [value for value, _ in selection.candidates]
     candidates = f"{name} of {len(values)} values from {min(values):g} to {max(values):g}"
+    if metric == LIKELIHOOD and name == "tau":
+        candidates = f"{name} of highest log-likelihood"
     if selection.value == selection.neutral:
         return f"{candidates}: none is better than {selection.neutral:g}"
-    gain = f"{name} {selection.value:g} gains {100 * selection.gain:.1f} points of {metric}"
-    error = f"standard error {100 * selection.standard_error:.1f}"
+    scale, digits, unit = (1, 3, "log-likelihood") if metric == LIKELIHOOD else (100, 1, f"points of {metric}")
+    gain = f"{name} {selection.value:.3g} gains {scale * selection.gain:.{digits}f} {unit}"
+    error = f"standard error {scale * selection.standard_error:.{digits}f}"
     if selection.accepted == selection.value:
         return f"{candidates}: {gain} ({error})"
     return f"{candidates}: {gain}, within its {error}, so that it stays at {selection.neutral:g}"
 
 
-def _zero_shot_logits(folder: str, refit: Refit, log: TrialLog) -> SavedValLogits | None:
-    """The logits of the zero-shot baseline of the refit's encoder; None if the encoder itself was trained."""
-    if METHODS[refit.config.method].trains_encoder:
+@dataclass(frozen=True)
+class Validation:
+    """A trial's validation rows of the epoch at which its refit ends: a baseline's best epoch, a trial's last one.
+
+    `logits` (N, C) and `zero_shot` (N, C), None without text, are of the rows of both; `class_counts` are those of the
+    training, (C,), or of each row's fold (N, C). `saved` has all rows.
+    """
+
+    saved: SavedValLogits
+    logits: Tensor
+    targets: Tensor
+    class_counts: Tensor
+    zero_shot: Tensor | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row has logits."""
+        return len(self.targets) == len(self.saved.targets)
+
+
+def read_validation(folder: str, record: TrialRecord, log: TrialLog) -> Validation | None:
+    """A trial's validation rows with those of its encoder's zero-shot baseline; None without logits."""
+    saved = read_logits(logits_file(folder, record.trial_id))
+    if saved is None:
         return None
-    of_encoder = (
-        record
-        for record in log.of("baseline")
-        if not METHODS[record.config["method"]].learns
-        and feature_key(record.trial_config()) == feature_key(refit.config)
-    )
-    record = next(of_encoder, None)
-    return None if record is None else read_logits(logits_file(folder, record.trial_id))
-
-
-def _select(
-    refit: Refit, saved: SavedValLogits, zero_shot: SavedValLogits | None, objective: str
-) -> AdjustmentSelection | None:
-    """Select on the logits of the epoch where a refit ends: a baseline's best epoch, a finished trial's last one."""
-    logits = saved.best() if refit.record.kind == "baseline" or saved.last() is None else saved.last()
+    logits = saved.best() if record.kind == "baseline" or saved.last() is None else saved.last()
     if logits is None:
         return None
+    zero_shot = _zero_shot_logits(folder, record, log)
     other = None if zero_shot is None or not torch.equal(zero_shot.targets, saved.targets) else zero_shot.best()
     seen = ~logits.isnan().any(dim=1)
     if other is not None:
         seen &= ~other.isnan().any(dim=1)
     if not seen.any():
         return None
-    logits, targets, metric = logits[seen].float(), saved.targets[seen], objective.removeprefix("val/")
-    weights = accuracy_weights(metric, targets, saved.stats)
-    counts = torch.from_numpy(saved.stats.counts)
-    tau = select_tau(logits, targets, counts, weights=weights)
     mixed = None if other is None else other[seen].float()
-    adjusted = PostHocAdjustment(tau=tau.accepted).apply(logits, counts)
-    alpha = None if mixed is None else select_alpha(adjusted, mixed, targets, weights=weights)
-    if mixed is not None and alpha is not None and alpha.accepted:
-        adjusted = PostHocAdjustment(alpha=alpha.accepted).apply(adjusted, counts, mixed)
+    return Validation(saved, logits[seen].float(), saved.targets[seen], saved.class_counts(seen), mixed)
+
+
+def select_adjustment(rows: Validation, spec: SweepSpec) -> tuple[AdjustmentSelection, Tensor]:
+    """The adjustments that validation supports, by likelihood or by the objective, and the logits that they give.
+
+    The logits (N, C) are without the temperature.
+    """
+    metric = LIKELIHOOD if spec.selects_by_likelihood else spec.objective.removeprefix("val/")
+    logits, targets, other = rows.logits, rows.targets, rows.zero_shot
+    if spec.selects_by_likelihood:
+        tau = select_tau_by_likelihood(logits, targets, rows.class_counts)
+    else:
+        weights = accuracy_weights(metric, targets, rows.saved.stats[0])
+        tau = select_tau(logits, targets, rows.class_counts, weights=weights)
+    adjusted = PostHocAdjustment(tau=tau.accepted).apply(logits, rows.class_counts)
+    alpha = None
+    if other is not None and spec.selects_by_likelihood:
+        alpha = select_by_likelihood(ALPHAS, targets, partial(mix_logits, adjusted, other))
+    elif other is not None:
+        alpha = select_alpha(adjusted, other, targets, weights=weights)
+    if alpha is not None and alpha.accepted and other is not None:
+        adjusted = mix_logits(adjusted, other, alpha.accepted)
     plain = calibration_error(logits, targets)
-    return AdjustmentSelection(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))
+    selection = AdjustmentSelection(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))
+    return selection, adjusted
+
+
+def _zero_shot_logits(folder: str, record: TrialRecord, log: TrialLog) -> SavedValLogits | None:
+    """The logits of the zero-shot baseline of the trial's encoder; None if the encoder itself was trained."""
+    config = record.trial_config()
+    if METHODS[config.method].trains_encoder or not METHODS[config.method].learns:
+        return None
+    of_encoder = (
+        other
+        for other in log.of("baseline")
+        if not METHODS[other.config["method"]].learns and feature_key(other.trial_config()) == feature_key(config)
+    )
+    baseline = next(of_encoder, None)
+    return None if baseline is None else read_logits(logits_file(folder, baseline.trial_id))

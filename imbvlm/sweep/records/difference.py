@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imbvlm.base.formatting import Z95
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
 
 # The test split as trained, over five crops per image, and with adjusted logits: first parts of metrics' names.
 TEST, FIVE_CROPS, POST_HOC = ALL_SPLITS = ("test", "test_tte", "test_post_hoc")
@@ -125,6 +125,9 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Ver
     A plain probe's logits can be adjusted without training, so a winner must beat the adjusted probe too.
     """
     names = dict.fromkeys(record.name for record in log.of("baseline"))
+    winner = None if log.winner_id is None else log.records.get(log.winner_id)
+    if winner is not None and winner.kind == "baseline" and ours and ours[0].name == WINNER:
+        return Verdict(f"No win is shown: validation selected the baseline {winner.name} itself.", "", False)
     others = [(name, refits_of(log, name)) for name in names]
     differences = [
         difference

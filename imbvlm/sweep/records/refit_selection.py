@@ -50,7 +50,7 @@ class Refit:
 
 def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
     """Estimated seconds of the refits, from the seconds of their trials; 0 before there is a best trial."""
-    if not log.best(spec.objective):
+    if log.winner(spec.objective) is None:
         return 0.0
     seconds = [refit.record.seconds() for refit in refits(log, spec) for _ in refit.seeds]
     return max(sum(seconds) / concurrent, max(seconds))
@@ -73,7 +73,7 @@ def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
 
     With `fresh_crops` the winner and the best trial of each method are refitted a second time, on fresh crops.
     """
-    best, *others = log.best(spec.objective)
+    best, *others = log.winner_first(spec.objective)
     selected = [_refit(WINNER, best, spec)]
     ranked = log.best(spec.objective, "baseline")
     best_baselines = {record.config["method"]: record for record in reversed(ranked)}
@@ -98,7 +98,7 @@ def listed_names(log: TrialLog, spec: SweepSpec) -> dict[str, str]:
     space = spec.read_space()
     assert isinstance(space, ListedSpace), "check_spec lets only such a space have a study"
     names = {record.trial_id: f"study: {require_section(space.name_of(record.draw))}" for record in log.of("search")}
-    return names | {record.trial_id: WINNER for record in log.best(spec.objective)[:1]}
+    return names | {record.trial_id: WINNER for record in log.winner_first(spec.objective)[:1]}
 
 
 def fresh_name(name: str) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from imbvlm.base.formatting import duration, mean_std, percent, pluralize
 from imbvlm.base.text_tables import UNLIMITED, table
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.splits import carve_validation
+from imbvlm.data.split_power import resolve_folds, validation_rows
+from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
@@ -37,20 +38,31 @@ def run_header(spec: SweepSpec, manifest: Manifest, folder: str, log: TrialLog) 
         f"imbalance factor {stats.imbalance_factor:.3g}",
     ]
     if "val" not in manifest.splits:
-        held_out = carve_validation(manifest.label_rows(), spec.split_seed)
-        coverage = ", ".join(
-            f"{len(np.intersect1d(labels, manifest.labels[held_out]))} of {len(labels)} {group.replace('_', '-')}"
-            for group, labels in stats.shot_groups.items()
-            if len(labels)
-        )
-        lines.append(
-            f"no validation split: {len(held_out):,} training images are held out for selection and returned for the "
-            f"refit; they cover {coverage} classes"
-        )
+        lines.append(f"no validation split: {_describe_validation(spec, manifest, stats)}")
     if log.records:
         ended = sum(record.state in ENDED for record in log.records.values())
         lines.append(f"resuming: {ended} of {len(log.records)} started trials have ended and stay")
     return "\n".join(lines)
+
+
+def _describe_validation(spec: SweepSpec, manifest: Manifest, stats: ClassStats) -> str:
+    """A clause on the training images that score trials, and on the classes that they cover."""
+    num_folds = resolve_folds(spec.num_folds, manifest, spec.split_seed)
+    held_out, scored = (validation_rows(manifest, spec.split_seed, number) for number in (1, num_folds))
+    coverage = ", ".join(
+        f"{len(np.intersect1d(labels, manifest.labels[scored]))} of {len(labels)} {group.replace('_', '-')}"
+        for group, labels in stats.shot_groups.items()
+        if len(labels)
+    )
+    if num_folds == 1:
+        return (
+            f"{len(held_out):,} training images are held out for selection and returned for the refit; they cover "
+            f"{coverage} classes"
+        )
+    return (
+        f"trials on stored features are scored over {num_folds} folds of the training images, on {len(scored):,} of "
+        f"them in {coverage} classes; trials that train the encoder are scored on {len(held_out):,} held-out ones"
+    )
 
 
 def failure_causes(failed: list[TrialRecord], noun: str = "trial") -> str:
@@ -103,11 +115,13 @@ def objective_text(spec: SweepSpec) -> str:
 
 
 def verdict(log: TrialLog, spec: SweepSpec) -> str:
-    """A sentence: whether the best trial beats the best baseline on validation, by the interval of their difference.
+    """A sentence: whether the winner beats the best baseline on validation, by the interval of their difference.
 
     A trial with several seeds counts by their mean, as in the selection.
     """
-    best, baselines = log.best(spec.objective)[0], log.best(spec.objective, "baseline")
+    best, baselines = log.winner_first(spec.objective)[0], log.best(spec.objective, "baseline")
+    if best.kind == "baseline":
+        return f"validation selects the baseline {best.name} by log-likelihood; try more trials or another space"
     if log.constraint_violation(best, spec.objective):
         limits = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
         return f"no trial meets the constraints ({limits}); {best.trial_id} comes nearest: try more trials"
@@ -115,7 +129,7 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
         return "no baseline gave a result"
     name, values = baselines[0].name, log.seed_values(best, spec.objective)
     gain = log.mean_value(best, spec.objective) - log.mean_value(baselines[0], spec.objective)
-    which = "the best trial is" if len(values) == 1 else f"the best trial's mean of {len(values)} seeds is"
+    which = "the winner is" if len(values) == 1 else f"the winner's mean of {len(values)} seeds is"
     # Trials report the standard error of balanced accuracy only.
     has_error = spec.objective == "val/balanced_accuracy"
     epochs = [record.best_epoch(spec.objective) or {} for record in (best, baselines[0])]
@@ -123,7 +137,7 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     difference = Difference.of(f"the baseline {name}", gain, errors)
     if gain <= 0:
         return (
-            f"no trial beats the baseline {name} on validation ({100 * gain:+.1f} points, "
+            f"the winner does not beat the baseline {name} on validation ({100 * gain:+.1f} points, "
             f"{difference.interval_text}); try more trials or another space"
         )
     sentence = f"{which} {difference.text} on validation ({difference.interval_text})"

@@ -34,7 +34,10 @@ def read_spec(folder: str) -> SweepSpec:
         text = storage.read_bytes(uri).decode()
     except UnicodeDecodeError as error:
         raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8") from None
-    return SweepSpec.from_tree(parse_yaml(text, uri))
+    tree = parse_yaml(text, uri)
+    spec = SweepSpec.from_tree(tree)
+    # In sweeps of version 0.1 held-out images score trials, and the objective selects.
+    return spec if "num_folds" in tree.data else spec.model_copy(update={"num_folds": 1, "select_by": "objective"})
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class SweepState:
 
     @cached_property
     def best(self) -> TrialRecord | None:
-        """The best trial on validation so far."""
-        return next(iter(self.log.best(self.spec.objective)), None)
+        """The winner, or the best trial on validation so far."""
+        return self.log.winner(self.spec.objective)
 
     @property
     def best_value(self) -> float | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
+from imbvlm.base.json_file import read_json
 from imbvlm.base.schema import Tree
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.method_registry import METHODS
@@ -23,6 +24,7 @@ TrialKind = Literal["baseline", "search", "confirm", "refit"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 WINNER = "winner"
 SPEC_FILE = "sweep.yaml"
+SELECTION_FILE = "selection.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
@@ -114,13 +116,15 @@ class TrialLog:
         self.folder = folder
         # The sweep's constraints: trials that violate one are ranked after all others.
         self.constraints: Mapping[str, float] = {}
+        # The trial or baseline that validation has selected; None before, and where the objective selects.
+        self.winner_id: str | None = None
         self.records: dict[str, TrialRecord] = {}
 
     @staticmethod
     def read(folder: str) -> TrialLog:
         """Read all records of a sweep; raises ImbvlmError for an unreadable one."""
         log = TrialLog(folder)
-        log.constraints = _constraints(folder)
+        log.constraints, log.winner_id = _constraints(folder), _winner_id(folder)
         for name in storage.list_files(storage.join(folder, "trials")):
             if not name.endswith(".json"):
                 continue
@@ -170,6 +174,22 @@ class TrialLog:
                 ranked.append((violation, not further, -statistics.fmean([value, *further]), record))
         return [record for *_, record in sorted(ranked, key=lambda entry: entry[:3])]
 
+    def winner(self, objective: str) -> TrialRecord | None:
+        """The selected trial or baseline; before the selection the best trial by the objective, None without one."""
+        if self.winner_id is not None and self.winner_id in self.records:
+            return self.records[self.winner_id]
+        return next(iter(self.best(objective)), None)
+
+    def best_trial(self, objective: str) -> TrialRecord | None:
+        """The winner, or the best trial by the objective where a baseline is the winner."""
+        winner = self.winner(objective)
+        return winner if winner is not None and winner.kind == "search" else next(iter(self.best(objective)), None)
+
+    def winner_first(self, objective: str) -> list[TrialRecord]:
+        """The winner, then the other trials in the order of `best`."""
+        best, winner = self.best(objective), self.winner(objective)
+        return best if winner is None else [winner, *(record for record in best if record is not winner)]
+
     def constraint_violation(self, record: TrialRecord, objective: str) -> float:
         """The sum by which a trial violates the sweep's constraints; 0 if it meets them."""
         return sum(max(0.0, excess) for excess in violations(record.epochs, objective, self.constraints))
@@ -207,6 +227,12 @@ class TrialLog:
             if record.state in ENDED and record.trial_id != own:
                 values.setdefault(record.name, []).append(record.best_value(running_maximum(objective)) or 0.0)
         return values
+
+
+def _winner_id(folder: str) -> str | None:
+    """The selected trial's id in a sweep's folder; None before the selection. Raises ImbvlmError."""
+    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
+    return read_json(storage.join(folder, SELECTION_FILE), lambda content: str(content["winner"]), fix)
 
 
 def _constraints(folder: str) -> Mapping[str, float]:

@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import duration, join_limited, percent
+from imbvlm.base.formatting import duration, join_limited, percent, pluralize
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.splits import train_val_rows
+from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.sweep.plan.feasibility import data_counts, num_folds
 from imbvlm.sweep.records.difference import Verdict, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import verdict
 from imbvlm.sweep.records.trial_log import TrialRecord
+from imbvlm.sweep.records.winner_selection import MAX_HALF_WIDTH
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
 from imbvlm.sweep.report.plotting import Figure, Table
 from imbvlm.sweep.report.report_data import ReportData
@@ -137,8 +139,14 @@ def _image_size(record: TrialRecord) -> int | None:
 
 def _num_images(source: ReportData, record: TrialRecord, manifest: Manifest | str) -> dict[str, int]:
     if not isinstance(manifest, str):
-        train, val = train_val_rows(manifest, record.trial_config().data.split_seed)
-        return {"training": len(train), "validation": len(val), "test": len(manifest.rows_of("test"))}
+        spec, config = source.spec, record.trial_config()
+        folds = 1 if config.reads_images else num_folds(spec, manifest)
+        stats, num_val = data_counts(manifest, spec.split_seed, folds)
+        return {
+            "training": int(stats.counts.sum()),
+            "validation": sum(num_val),
+            "test": len(manifest.rows_of("test")),
+        }
     return {} if source.classes is None else {"test": int(source.classes.total.sum()) // source.classes.num_seeds}
 
 
@@ -155,7 +163,12 @@ def _verdict(source: ReportData) -> Verdict:
 
 
 def _facts(source: ReportData) -> list[HeadlineNumber]:
-    """The winner's accuracies on the test split, or before it is scored the best trial's on validation."""
+    """The winner's accuracies on the test split; without one what may be claimed of it, or the best trial's validation.
+
+    A validation score of the best of many trials is too high, and a claim is not.
+    """
+    if not source.has_test and source.selection is not None and source.selection.claims:
+        return [_claimed(metric, claim, source.selection.basis) for metric, claim in source.selection.claims.items()]
     groups, objective = ("balanced", "top1", *SHOT_GROUPS), source.spec.objective
     if source.winner is not None and source.has_test:
         exported = (source.winner, source.winner.splits[-1])
@@ -179,6 +192,14 @@ def _facts(source: ReportData) -> list[HeadlineNumber]:
         for group in groups
         if models and group in models[0][1]
     ]  # fmt: skip
+
+
+def _claimed(metric: str, claim: Claim, basis: str) -> HeadlineNumber:
+    is_number = claim.half_width <= MAX_HALF_WIDTH
+    value = f"{percent(claim.value)} ± {percent(claim.half_width)} %" if is_number else "not known"
+    rows = f"to expect, over {pluralize(claim.num_classes, 'class')} and {claim.num_rows:,} validation images"
+    notes = (rows, basis, *([] if is_number else [f"they tell it to ± {percent(claim.half_width)} points"]))
+    return HeadlineNumber(score_tables.group_name(metric.removesuffix("_accuracy")), value, notes)
 
 
 def _images(pairs: Sequence[ConfusedPair], manifest: Manifest | str) -> tuple[list[list[str]], list[str]]:

@@ -19,6 +19,7 @@ from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -140,10 +141,15 @@ class ReportData:
         """Results per class of the winner as exported, or of the first refit that has them."""
         return next((refit.classes for refit in self.scored if refit.classes is not None), None)
 
+    @cached_property
+    def selection(self) -> Selection | None:
+        """What validation has selected; None before, and where the objective selects."""
+        return read_selection(self.folder)
+
     @property
     def best(self) -> TrialRecord | None:
-        """The best trial of the search."""
-        return next(iter(self.log.best(self.spec.objective)), None)
+        """The winner, or the best trial of the search where a baseline is the winner."""
+        return self.log.best_trial(self.spec.objective)
 
     def value(self, record: TrialRecord) -> float | None:
         """A trial's highest running maximum of the objective."""

@@ -24,6 +24,7 @@ from imbvlm.sweep.plan.feasibility import (
     logit_file_bytes,
     max_logit_bytes,
     needed_outputs,
+    num_folds,
     packing,
     trials_at_once,
 )
@@ -108,6 +109,7 @@ def open_run(
         checked.encoders,
         needed_outputs(sweep),
         {f"b{number:05d}": baseline for number, baseline in enumerate(baselines(sweep), 1)},
+        num_folds(spec, manifest),
     )
     # An earlier run may have been killed before it could prune.
     context.prune_logits(is_over=True)

@@ -15,6 +15,7 @@ from imbvlm.sweep.records.resource_usage import compute_text
 from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, scores_table, search_table, verdict
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
 from imbvlm.sweep.records.trial_log import WINNER
+from imbvlm.sweep.records.winner_selection import describe_selection
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_writer import write_report_of, write_tables
 from imbvlm.sweep.report.study_tables import fresh_gap, study_tables
@@ -25,9 +26,11 @@ PARETO_FOLDER = "pareto"
 
 def conclude(run: SweepRun, seconds: float) -> None:
     """Print the tables, write best.yaml and the report, and print the files and the next commands."""
-    echo, best = run.console.print, run.log.best(run.spec.objective)[0]
+    echo, best = run.console.print, run.log.winner_first(run.spec.objective)[0]
     echo()
     echo(search_table(run.log, run.spec, run.console.width))
+    if run.selection is not None:
+        echo(describe_selection(run.selection, run.log, run.spec, "test" in run.manifest.splits))
     echo(verdict(run.log, run.spec))
     if run.spec.other_objectives:
         _write_pareto(run)

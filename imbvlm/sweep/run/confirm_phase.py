@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from imbvlm.base.formatting import pluralize
+from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.summary_tables import seeds_table
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
@@ -30,7 +33,10 @@ def confirm(run: SweepRun) -> None:
         run_fixed_jobs(
             run,
             waiting,
-            lambda job: trial_settings(run, job, run.features[feature_key(job.config)]),
+            lambda job: replace(
+                trial_settings(run, job, run.features[feature_key(job.config)]),
+                logits_file=logits_file(run.folder, job.trial_id) if run.spec.selects_by_likelihood else None,
+            ),
             "confirm",
             len(jobs),
         )

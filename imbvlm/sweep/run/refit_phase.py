@@ -16,6 +16,7 @@ from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
 from imbvlm.sweep.records.trial_log import ENDED
 from imbvlm.sweep.records.trial_parquet import write_results_table
+from imbvlm.sweep.records.winner_selection import select_winner, write_selection
 from imbvlm.sweep.run.extract_phase import extract_splits
 from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
 from imbvlm.sweep.spec.baselines import feature_key
@@ -28,6 +29,10 @@ def refit(run: SweepRun) -> None:
     run.budget.enter("features")
     test_features = extract_splits(run, ("test",)) if "test" in run.manifest.splits else {}
     run.budget.enter("refits")
+    run.selection = select_winner(run.folder, run.log, run.spec)
+    if run.selection is not None:
+        write_selection(run.folder, run.selection)
+        run.log.winner_id = run.selection.winner
     selected = refits(run.log, run.spec)
     jobs = [
         Job(chosen.trial_id(seed, run.log), "refit", chosen.name, config)
@@ -36,7 +41,7 @@ def refit(run: SweepRun) -> None:
     ]
     mark_superseded(run.log, {job.trial_id: job.name for job in jobs})
     waiting = run.unfinished(jobs)
-    run.adjustments = select_adjustments(run.folder, selected, run.log, run.spec.objective)
+    run.adjustments = select_adjustments(run.folder, selected, run.log, run.spec)
     write_post_hoc(run.folder, run.adjustments)
     if waiting and run.budget.exhausted() is None:
         models = "everything" if run.spec.study else "the winner and the baselines"

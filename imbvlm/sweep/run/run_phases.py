@@ -11,10 +11,12 @@ from imbvlm.base.console import Console
 from imbvlm.base.errors import LostProcessesError, StorageError
 from imbvlm.data.manifest import Manifest
 from imbvlm.ray_runtime.connection import ray_session
+from imbvlm.sweep.plan.feasibility import num_folds
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
 from imbvlm.sweep.records.provenance import encoder_fingerprints, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.records.summary_tables import run_header
+from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
 from imbvlm.sweep.run.check_phase import check, check_provenance, open_run
 from imbvlm.sweep.run.conclude_phase import conclude
@@ -64,8 +66,13 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
 def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     """Create a sweep's folder with the trials of another sweep that are still valid; raises ConfigError."""
     sweep = check_spec(spec)
-    current = provenance(Manifest.read(spec.base["data"]["manifest"]))
-    selected = select_fork_trials(source, sweep, provenance_changes(source, current))
+    manifest = Manifest.read(spec.base["data"]["manifest"])
+    current = provenance(manifest)
+    changes = provenance_changes(source, current)
+    before, now = num_folds(read_spec(source), manifest), num_folds(spec, manifest)
+    if before != now:
+        changes.append(f"trials were scored over {before} folds and are over {now} now")
+    selected = select_fork_trials(source, sweep, changes)
     # The retained trials read features of these encoders.
     encoders = {"towers": encoder_fingerprints(source)} if selected.retained else {}
     write_provenance(folder, {**current, **encoders})

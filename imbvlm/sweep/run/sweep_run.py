@@ -14,6 +14,7 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import AdjustmentSelection
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.baselines import Baseline
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext
@@ -39,9 +40,13 @@ class SweepRun:
     encoders: tuple[TrialConfig, ...]
     outputs: frozenset[OutputName]
     baselines: Mapping[str, Baseline]
+    # Folds that score trials on stored features; 1 without folds.
+    num_folds: int
     # Training and validation features by `feature_key`.
     features: dict[str, FeatureSet] = field(default_factory=dict)
     quarantined: list[dict[str, str | int]] = field(default_factory=list)
+    # None where the objective selects the winner.
+    selection: Selection | None = None
     # By the refits' names.
     adjustments: dict[str, AdjustmentSelection] = field(default_factory=dict)
     scored: list[TrialRecord] = field(default_factory=list)
@@ -88,6 +93,7 @@ def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettin
         num_threads=run.context.num_threads,
         marker=storage.join(run.folder, SPEC_FILE),
         trial_id=job.trial_id,
+        num_folds=run.num_folds,
     )
 
 

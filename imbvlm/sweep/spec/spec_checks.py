@@ -80,6 +80,12 @@ def _check_objectives_together(spec: SweepSpec) -> list[Problem]:
             "remove them"
         )
         problems.append(Problem(message, spec.where("study")))
+    if spec.select_by == "log_likelihood" and (spec.study or spec.other_objectives):
+        message = (
+            "select_by log_likelihood selects one winner, and a study and a search of several objectives have others; "
+            "remove it"
+        )
+        problems.append(Problem(message, spec.where("select_by")))
     return [*problems, *_check_sampler(spec)]
 
 

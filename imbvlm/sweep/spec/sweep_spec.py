@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 else:
     SearcherConfig = SAMPLERS.union()
 
+DEFAULT_OBJECTIVE = "val/balanced_accuracy"
 # The default folder of sweeps and features.
 LOCAL_STORAGE = "runs"
 # Trials of a search whose specification gives no number.
@@ -87,7 +88,14 @@ class SweepSpec(Section):
         description="configuration of a trial; it may have sections for any method of the space"
     )
     space: str | dict[str, Any] = Field(description="name of a shipped space, path of a YAML file, or the space itself")
-    objective: str = "val/balanced_accuracy"
+    objective: str = Field(
+        DEFAULT_OBJECTIVE, description="what the sampler and ASHA see, and what tables are sorted by"
+    )
+    select_by: Literal["log_likelihood", "objective"] | None = Field(
+        None,
+        description="what selects winner and adjustments: the class-balanced log-likelihood of calibrated validation "
+        "logits, or the objective; null: the likelihood for val/balanced_accuracy, else the objective",
+    )
     other_objectives: list[str] = Field(
         [],
         description="further objectives of the search, which looks for the Pareto set; `objective` selects the winner",
@@ -130,6 +138,12 @@ class SweepSpec(Section):
         [], description="sampled values to try first; the space must contain them"
     )
     warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials are reported to the sampler")
+    num_folds: int | None = Field(
+        None,
+        ge=1,
+        description="folds of the training images that score trials on stored features where the data has no "
+        "validation split; null: 5 where held-out images decide too little, else 1; 1: images held out from training",
+    )
     confirm_trials: int = Field(
         0,
         ge=0,
@@ -249,6 +263,13 @@ class SweepSpec(Section):
     def objectives(self) -> tuple[str, ...]:
         """The metric that selects the winner, then the others."""
         return (self.objective, *self.other_objectives)
+
+    @property
+    def selects_by_likelihood(self) -> bool:
+        """Whether the log-likelihood selects the winner; in a study and among several objectives the first one does."""
+        if self.select_by is not None or self.study or self.other_objectives:
+            return self.select_by == "log_likelihood"
+        return self.objective == DEFAULT_OBJECTIVE
 
     @property
     def cpus_per_trial(self) -> float:

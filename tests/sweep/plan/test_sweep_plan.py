@@ -211,8 +211,9 @@ def test_a_store_that_the_disk_cannot_hold_is_said(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("counts", "fields", "says"),
     [
-        ([4, 4, 4], {}, "no class has a validation image"),
-        ([40, 4], {"objective": "val/few_shot_accuracy"}, "no few_shot class has a validation image here"),
+        ([1, 1, 1], {}, "no class has a validation image"),
+        ([4, 4, 4], {"num_folds": 1}, "no class has a validation image"),
+        ([40, 1], {"objective": "val/few_shot_accuracy"}, "no few_shot class has a validation image here"),
         ([40], {}, "training images are of 1 class"),
     ],
 )
@@ -257,12 +258,15 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
     made = spec(**settings, max_pack_size=5)
     plan = make_plan(made, None)
-    # Two baselines, the best 8, and two running packs of 5. Each file has two epochs' logits (500 x 10) in half
-    # precision, 500 targets and 10 pairs of counts.
-    assert plan_to_dict(plan)["logit_bytes"] == 20 * (20_000 + 2_000 + 160)
+    # Two baselines, the best 8, 30 candidates, and two running packs of 5. Each file has two epochs' logits (500 x 10)
+    # in half precision, 500 targets and 10 pairs of counts.
+    assert plan_to_dict(plan)["logit_bytes"] == 50 * (20_000 + 2_000 + 160)
+    assert plan_to_dict(make_plan(spec(**settings, max_pack_size=5, select_by="objective"), None))["logit_bytes"] == (
+        20 * (20_000 + 2_000 + 160)
+    )
     few = spec(**{**settings, "num_trials": 4})
-    assert max_logit_files(few.resolve(), 10) == 6
-    assert "logits      of validation, up to 0.4 MB" in describe_plan(plan)
+    assert max_logit_files(few.resolve(), 10, 1) == 6
+    assert "logits      of validation, up to 1.1 MB" in describe_plan(plan)
     features = plan.missing_bytes * DISK_MARGIN
     assert plan.fits_disk
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(features + 0.9 * plan.logit_bytes))
@@ -272,8 +276,8 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
-    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 0.4 MB"),
-                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 0.4 MB")):  # fmt: skip
+    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 1.1 MB"),
+                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 1.1 MB")):  # fmt: skip
         monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri, room=room: int(room))
         with pytest.raises(ImbvlmError, match=says):
             run_sweep(made, str(tmp_path / "sweep"), Console(io.StringIO()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.sweep.records.adjustment_selection import (
+    LIKELIHOOD,
     POST_HOC_FILE,
     describe_post_hoc,
     logits_file,
@@ -84,9 +86,16 @@ def log(tmp_path: Path) -> TrialLog:
     return log
 
 
-def chosen(tmp_path: Path, log: TrialLog, source: Any = None, objective: str = "val/balanced_accuracy") -> Any:
+def chosen(
+    tmp_path: Path,
+    log: TrialLog,
+    source: Any = None,
+    objective: str = "val/balanced_accuracy",
+    select_by: str = "objective",
+) -> Any:
     source = refit() if source is None else source
-    return select_adjustments(str(tmp_path), [source], log, objective).get(source.name)
+    spec = sweep_spec(objective=objective, select_by=select_by)
+    return select_adjustments(str(tmp_path), [source], log, spec).get(source.name)
 
 
 # --------------------------------------------------------------------------------------------------------- choosing
@@ -143,6 +152,22 @@ def test_a_gain_within_its_standard_error_is_not_taken(tmp_path: Path, log: Tria
         assert (selection.adjustment.tau == 0) == (selection.tau.gain <= selection.tau.standard_error)
         taken.append(selection.adjustment.tau)
     assert taken.count(0.0) >= 9
+
+
+def test_by_likelihood_tau_is_that_of_the_prior_and_its_gain_is_in_log_likelihood(
+    tmp_path: Path, log: TrialLog
+) -> None:
+    logits, targets = honest()
+    write_logits(tmp_path, "t1", targets, last=adjust_logits(logits, COUNTS, -1.0))
+    write_logits(tmp_path, "b1", targets, best=honest(1)[0])
+    selection = chosen(tmp_path, log, select_by="log_likelihood")
+    assert selection.metric == LIKELIHOOD
+    assert selection.adjustment.tau == pytest.approx(1.0, abs=0.15)
+    assert selection.adjustment.alpha == pytest.approx(0.5, abs=0.15), "as much is known of either's noise"
+    text = describe_post_hoc("winner", selection, [])
+    assert re.search(r"tau of highest log-likelihood: tau \S+ gains 0\.\d{3} log-likelihood \(standard error 0\.", text)
+    write_logits(tmp_path, "t1", targets, last=logits)
+    assert chosen(tmp_path, log, select_by="log_likelihood").adjustment.tau == 0
 
 
 def test_zero_shot_logits_are_mixed_in_where_they_know_more(tmp_path: Path, log: TrialLog) -> None:
@@ -207,11 +232,11 @@ def test_rows_without_logits_are_left_out(tmp_path: Path, log: TrialLog) -> None
 
 
 def test_a_trial_without_logits_or_without_training_is_absent(tmp_path: Path, log: TrialLog) -> None:
-    assert select_adjustments(str(tmp_path), [refit()], log, "val/balanced_accuracy") == {}
+    assert select_adjustments(str(tmp_path), [refit()], log, sweep_spec()) == {}
     logits, targets = honest()
     write_logits(tmp_path, "b1", targets, best=logits)
     zero_shot = refit("b1", "zero-shot", method="zero_shot", kind="baseline")
-    assert select_adjustments(str(tmp_path), [zero_shot], log, "val/balanced_accuracy") == {}
+    assert select_adjustments(str(tmp_path), [zero_shot], log, sweep_spec()) == {}
 
 
 def test_what_was_chosen_is_kept_with_all_that_was_tried(tmp_path: Path, log: TrialLog) -> None:
@@ -268,7 +293,7 @@ def with_logits(folder: str) -> set[str]:
 
 
 def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_path: Path) -> None:
-    folder, log, spec = sweep_with_logits(tmp_path)
+    folder, log, spec = sweep_with_logits(tmp_path, select_by="objective")
     best = [record.trial_id for record in log.best(spec.objective)]
     # They go on, from what they have left.
     log.records[best[-1]].state, log.records[best[-2]].state, log.records[best[-3]].state = "running", "paused", "error"
@@ -279,7 +304,7 @@ def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_pa
 
 def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path: Path) -> None:
     """With fresh crops each method's best is refitted, and any of those with more seeds may be the winner."""
-    folder, log, spec = sweep_with_logits(tmp_path, fresh_crops=True, confirm_trials=10)
+    folder, log, spec = sweep_with_logits(tmp_path, fresh_crops=True, confirm_trials=10, select_by="objective")
     best = list(log.best(spec.objective))
     second = next(record for record in best if record.config["method"] != best[0].config["method"])
     for epoch in second.epochs:
@@ -291,7 +316,7 @@ def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path: Path) ->
     prune_logits(folder, log, spec)
     assert len(with_logits(folder)) == 10 + 1 + 2
     assert second.trial_id in with_logits(folder)
-    assert len(with_logits(folder)) <= max_logit_files(spec.resolve(), 0)
+    assert len(with_logits(folder)) <= max_logit_files(spec.resolve(), 0, 6)
 
 
 def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -> None:
@@ -306,9 +331,10 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -
 
 def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path) -> None:
     rows, classes = 50, 20
-    keeper = ValLogitsWriter.open(
-        str(tmp_path / "l"), SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
+    data = SimpleNamespace(
+        val=SimpleNamespace(labels=np.zeros(rows, int)), class_stats=ClassStats.from_counts([9] * classes)
     )
+    keeper = ValLogitsWriter.open(str(tmp_path / "l"), [data])
     keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)
     keeper.keep(2, torch.zeros(rows, classes).half(), is_best=False, is_last=True)
     header = 1000

@@ -60,10 +60,10 @@ def test_a_stopped_trial_among_the_best_is_marked() -> None:
     [
         (
             0.04,
-            "the best trial is +4.0 points from the baseline probe on validation (95 % interval -1.5 to +9.5): no win",
+            "the winner is +4.0 points from the baseline probe on validation (95 % interval -1.5 to +9.5): no win",
         ),
-        (0.06, "the best trial is 6.0 points above the baseline probe on validation (95 % interval +0.5 to +11.5)"),
-        (-0.01, "no trial beats the baseline probe on validation (-1.0 points, 95 % interval -6.5 to +4.5)"),
+        (0.06, "the winner is 6.0 points above the baseline probe on validation (95 % interval +0.5 to +11.5)"),
+        (-0.01, "the winner does not beat the baseline probe on validation (-1.0 points, 95 % interval -6.5 to +4.5)"),
     ],
 )
 def test_a_win_on_validation_is_beyond_the_95_percent_interval(gain: float, words: str) -> None:

@@ -22,6 +22,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.data.manifest import Manifest
+from imbvlm.longtail.claims import Claim
 from imbvlm.sweep.records.difference import Difference
 from imbvlm.sweep.records.quarantine_list import write_quarantine
 from imbvlm.sweep.records.resource_usage import (
@@ -34,6 +35,7 @@ from imbvlm.sweep.records.resource_usage import (
 from imbvlm.sweep.records.summary_tables import pareto_records
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.records.winner_selection import Selection, write_selection
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import importances, rank_correlation, rungs
@@ -217,6 +219,20 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path: P
     assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
     assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")
     assert "Test split" not in page_of(folder)
+
+
+def test_without_a_test_split_the_large_numbers_are_claims_and_none_where_too_little_is_known(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    claims = {"balanced_accuracy": Claim(0.641, 0.03, 5, 300), "few_shot_accuracy": Claim(0.44, 0.08, 1, 6)}
+    write_selection(str(folder), Selection("t00003", {"t00003": -0.5}, claims, 300, 5))
+    facts = build(ReportData.read(str(folder))).facts
+    assert [(fact.label, fact.value) for fact in facts] == [("balanced", "64.1 ± 5.9 %"), ("few-shot", "not known")]
+    assert facts[0].notes == (
+        "to expect, over 5 classes and 300 validation images",
+        "corrected for the selection, by models of 80 % of the training images",
+    )
+    assert facts[1].notes[2] == "they tell it to ± 15.7 points"
+    assert "64.1 ± 5.9 %" in page_of(folder)
 
 
 def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def made_run(folder: str) -> SweepRun:
     sweep, budget = spec.resolve(), Budget.open(spec, folder, 0.0)
     context = RunContext(sweep, folder, log, console, 1, budget, 5)
     manifest = Manifest.read("embedded:fashion_mnist_lt")
-    return SweepRun(sweep, manifest, folder, log, console, budget, context, (), frozenset(), {})
+    return SweepRun(sweep, manifest, folder, log, console, budget, context, (), frozenset(), {}, 1)
 
 
 def test_a_sweep_that_a_signal_ends_during_its_report_is_unfinished_until_it_is_resumed(

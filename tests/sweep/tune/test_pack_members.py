@@ -329,7 +329,7 @@ def test_one_whose_checkpoint_is_damaged_starts_again_and_the_console_and_its_re
 @pytest.mark.parametrize("size", [1, 5])
 def test_validation_logits_are_pruned_as_trials_end(tmp_path: Path, features: FeatureSet, size: int) -> None:
     """Else 64 trials of iNaturalist's size leave 8.5 GB until the search is over."""
-    tune = Tune(tmp_path, features, make_spec(40), size)
+    tune = Tune(tmp_path, features, make_spec(40, select_by="objective"), size)
     tune.run()
     best = [record.trial_id for record in tune.log.best("val/balanced_accuracy")[:NUM_BEST]]
     assert {path.stem for path in tune.logits.iterdir()} == set(best)

@@ -1,0 +1,192 @@
+"""The winner by class-balanced log-likelihood: of trials and baselines alike, and what may be claimed of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sweep_folder import sweep_spec
+
+from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.longtail.metrics import balanced_standard_error
+from imbvlm.sweep.records.adjustment_selection import logits_file
+from imbvlm.sweep.records.difference import verdict_on_test
+from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.trial_log import SELECTION_FILE, WINNER, TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import (
+    describe_selection,
+    read_selection,
+    select_winner,
+    write_selection,
+)
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+
+COUNTS = (300, 80, 30, 12, 5)
+BEST = "val/best_balanced_accuracy"
+
+
+def logits(seed: int, noise: float, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(targets()), len(COUNTS))
+    return scale * (
+        2 * torch.nn.functional.one_hot(targets(), len(COUNTS)) + noise * torch.randn(shape, generator=generator)
+    )
+
+
+def targets() -> torch.Tensor:
+    return torch.arange(len(COUNTS)).repeat(40)
+
+
+def add(
+    log: TrialLog,
+    trial_id: str,
+    value: float,
+    last: torch.Tensor,
+    kind: TrialKind = "search",
+    name: str = "",
+    state: str = "finished",
+    **fields: Any,
+) -> TrialRecord:
+    config = TrialConfig.from_tree({"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "linear_probe"})
+    record = TrialRecord(trial_id=trial_id, kind=kind, state=state, name=name, config=config.to_tree(), **fields)
+    epoch = {"epoch": 1.0, "val/balanced_accuracy": value, BEST: value}
+    record.epochs = [epoch]
+    log.save(record)
+    path = Path(logits_file(log.folder, trial_id))
+    path.parent.mkdir(exist_ok=True)
+    counts = {"class_counts": torch.tensor(COUNTS), "split_counts": torch.tensor(COUNTS)}
+    which = "best" if kind == "baseline" else "last"
+    epochs = torch.tensor([1, 0] if kind == "baseline" else [0, 1])
+    save_file({which: last.half(), "targets": targets().int()[: len(last)], "epochs": epochs, **counts}, path)
+    return record
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> TrialLog:
+    return TrialLog(str(tmp_path))
+
+
+@pytest.fixture
+def spec() -> SweepSpec:
+    return sweep_spec()
+
+
+def selected(log: TrialLog, spec: SweepSpec) -> Any:
+    return select_winner(log.folder, log, spec)
+
+
+def test_the_log_likelihood_selects_and_the_objective_does_not(log: TrialLog, spec: SweepSpec) -> None:
+    """A lucky trial has the highest accuracy of its best epoch, and the other one the better probabilities."""
+    add(log, "t00001", 0.9, logits(0, 2.0))
+    add(log, "t00002", 0.8, logits(1, 1.0))
+    selection = selected(log, spec)
+    assert selection.winner == "t00002"
+    assert selection.log_likelihoods["t00002"] > selection.log_likelihoods["t00001"]
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+    again = TrialLog.read(log.folder)
+    assert again.winner(spec.objective).trial_id == "t00002"
+    assert [record.trial_id for record in again.winner_first(spec.objective)] == ["t00002", "t00001"]
+    assert [record.trial_id for record in again.best(spec.objective)] == ["t00001", "t00002"], "tables stay sorted"
+    assert refits(again, spec)[0].record.trial_id == "t00002"
+    text = describe_selection(selection, again, spec, has_test=True)
+    assert "selected by class-balanced log-likelihood on 200 validation images: t00002" in text
+    assert "the best trial by balanced_accuracy is t00001" in text
+
+
+def test_the_scale_of_logits_and_the_prior_of_training_decide_nothing(log: TrialLog, spec: SweepSpec) -> None:
+    plain = logits(0, 1.0)
+    add(log, "t00001", 0.8, plain)
+    add(log, "t00002", 0.8, 7 * plain)
+    add(log, "t00003", 0.5, plain + torch.tensor(COUNTS).log())
+    likelihoods = selected(log, spec).log_likelihoods
+    assert likelihoods["t00002"] == pytest.approx(likelihoods["t00001"], abs=0.02)
+    assert likelihoods["t00003"] == pytest.approx(likelihoods["t00001"], abs=0.02)
+
+
+def test_a_baseline_may_win_and_then_no_win_is_shown(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "b00001", 0.8, logits(0, 1.0), "baseline", "linear probe")
+    add(log, "t00001", 0.9, logits(1, 3.0))
+    selection = selected(log, spec)
+    assert selection.winner == "b00001"
+    assert "the baseline b00001" in describe_selection(selection, log, spec, has_test=True)
+    log.winner_id = selection.winner
+    assert log.best_trial(spec.objective).trial_id == "t00001"
+    chosen = refits(log, spec)
+    assert [(refit.name, refit.record.trial_id) for refit in chosen] == [(WINNER, "b00001"), ("linear probe", "b00001")]
+    refit = add(log, "refit-winner-seed0", 0.9, logits(0, 1.0), "refit", WINNER)
+    verdict = verdict_on_test(log, [refit], "the winner")
+    assert not verdict.is_win
+    assert verdict.statement == "No win is shown: validation selected the baseline linear probe itself."
+
+
+def test_trials_that_did_not_end_or_violate_a_constraint_are_no_candidates(log: TrialLog) -> None:
+    spec = sweep_spec(constraints={"val/few_shot_accuracy": 0.5})
+    log.constraints = spec.constraints
+    add(log, "t00001", 0.9, logits(0, 0.5), state="stopped").epochs[0]["val/few_shot_accuracy"] = 0.9
+    add(log, "t00002", 0.9, logits(1, 0.5)).epochs[0]["val/few_shot_accuracy"] = 0.2
+    add(log, "t00003", 0.7, logits(2, 2.0)).epochs[0]["val/few_shot_accuracy"] = 0.6
+    assert list(selected(log, spec).log_likelihoods) == ["t00003"]
+
+
+def test_further_seeds_count_by_their_mean(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.1))
+    assert selected(log, spec).winner == "t00001"
+    add(log, "t00001-seed1", 0.5, logits(2, 3.0), "confirm", "t00001")
+    add(log, "t00002-seed1", 0.8, logits(3, 1.1), "confirm", "t00002")
+    selection = selected(log, spec)
+    assert selection.winner == "t00002"
+    assert set(selection.log_likelihoods) == {"t00001", "t00002"}
+
+
+@pytest.mark.parametrize("fields", [{"select_by": "objective"}, {"objective": "val/few_shot_accuracy"}])
+def test_a_user_may_select_by_the_objective(log: TrialLog, fields: dict[str, str]) -> None:
+    record = add(log, "t00001", 0.9, logits(0, 1.0))
+    record.epochs[0]["val/best_few_shot_accuracy"] = 0.5
+    assert selected(log, sweep_spec(**fields)) is None
+    assert selected(log, sweep_spec(objective="val/few_shot_accuracy", select_by="log_likelihood")) is not None
+
+
+def test_without_logits_the_objective_selects(log: TrialLog, spec: SweepSpec) -> None:
+    record = add(log, "t00001", 0.9, logits(0, 1.0))
+    Path(logits_file(log.folder, "t00001")).unlink()
+    assert selected(log, spec) is None
+    assert log.winner(spec.objective) is record
+
+
+def test_claims_are_of_the_selection_and_below_the_best_of_many(log: TrialLog, spec: SweepSpec) -> None:
+    """Twenty equally good trials: the best one's own accuracy is luck, and the claim isn't."""
+    accuracies = []
+    for number in range(20):
+        values = logits(number, 2.0)
+        add(log, f"t{number:05d}", 0.5, values)
+        accuracies.append(float((values.argmax(dim=1) == targets()).double().mean()))
+    claim = selected(log, spec).claims["balanced_accuracy"]
+    truth = sum(accuracies) / len(accuracies)
+    assert claim.value == pytest.approx(truth, abs=0.03)
+    assert claim.value < max(accuracies)
+    right = torch.full((len(COUNTS),), int(40 * truth)).numpy()
+    assert claim.standard_error == pytest.approx(balanced_standard_error(right, 0 * right + 40), rel=0.1)
+    assert claim.num_rows == len(targets())
+
+
+def test_a_claim_wider_than_ten_points_is_no_number(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.9, logits(0, 1.0)[:15])
+    selection = selected(log, spec)
+    text = describe_selection(selection, log, spec, has_test=False)
+    assert "to expect of images like these (95 %, corrected for the selection): balanced not known (± " in text
+    assert "over 5 classes)" in text
+    assert "to expect" not in describe_selection(selection, log, spec, has_test=True)
+
+
+def test_a_damaged_file_says_how_to_go_on(log: TrialLog) -> None:
+    assert read_selection(log.folder) is None
+    Path(log.folder, SELECTION_FILE).write_text(json.dumps({"winner": "t1"}))
+    with pytest.raises(ImbvlmError, match=r"is damaged .* imbvlm sweep resume "):
+        read_selection(log.folder)

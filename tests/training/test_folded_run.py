@@ -1,0 +1,177 @@
+"""A trial over folds: each fold's numbers are those of training on its rows alone, and its scores are of all rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_data import tiny_config, tiny_features
+from trial_logits import trial_logits
+
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import TrialData
+from imbvlm.longtail.post_hoc_adjustment import adjust_logits, select_tau
+from imbvlm.longtail.worker_group import SINGLE_WORKER
+from imbvlm.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from imbvlm.training.folded_run import FoldedRun
+from imbvlm.training.trial_pack import TrialPack
+from imbvlm.training.trial_run import build_trial
+from imbvlm.training.trial_session import HAS_JOINED, TrialReport, TrialSession, TrialSettings
+from imbvlm.training.validation_logits import SavedValLogits, read_logits
+
+NUM_FOLDS = 3
+# A class of one image is trained on and never scored.
+COUNTS = (40, 12, 4, 2, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
+    return tiny_features(tmp_path_factory.mktemp("features"), COUNTS)
+
+
+def folded(config: TrialConfig, features: FeatureSet) -> FoldedRun:
+    return FoldedRun([build_trial(config, data) for data in TrialData.open_folds(config, features, NUM_FOLDS)])
+
+
+def settings_of(config: TrialConfig, features: FeatureSet, folder: Path, **options: object) -> TrialSettings:
+    logits = str(folder / "logits.safetensors")
+    return TrialSettings(config, features, "val/balanced_accuracy", logits_file=logits, num_folds=NUM_FOLDS, **options)
+
+
+def session() -> TrialSession:
+    return TrialSession(torch.device("cpu"))
+
+
+def saved(settings: TrialSettings) -> SavedValLogits:
+    logits = read_logits(str(settings.logits_file))
+    assert logits is not None
+    return logits
+
+
+def test_every_image_of_a_class_of_two_or_more_is_scored_by_a_model_that_never_saw_it(features: FeatureSet) -> None:
+    config = tiny_config("linear_probe")
+    folds = TrialData.open_folds(config, features, NUM_FOLDS)
+    everything = np.arange(sum(COUNTS))
+    for fold in folds:
+        assert not np.intersect1d(fold.train.rows, fold.val.rows).size
+        assert np.array_equal(np.union1d(fold.train.rows, fold.val.rows), everything)
+        assert fold.class_stats.counts.tolist() == np.bincount(fold.train.labels, minlength=len(COUNTS)).tolist()
+        assert fold.class_stats.split_counts.tolist() == list(COUNTS)
+    scored = np.concatenate([fold.val.rows for fold in folds])
+    assert sorted(scored) == everything[: sum(COUNTS[:4])].tolist()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "class_means", "discriminant", "zero_shot"])
+def test_its_scores_are_of_all_folds_rows_and_its_models_those_of_each_fold(
+    features: FeatureSet, tmp_path: Path, method: str
+) -> None:
+    config = tiny_config(method)
+    settings = settings_of(config, features, tmp_path)
+    last = list(session().reports(settings))[-1]
+    assert last.has_finished
+    logits, targets = [], []
+    for data in TrialData.open_folds(config, features, NUM_FOLDS):
+        alone = build_trial(config, data)
+        list(alone.epochs())
+        logits.append(trial_logits(alone, data.val))
+        targets.append(torch.from_numpy(data.val.labels))
+    kept, expected, labels = saved(settings), torch.cat(logits), torch.cat(targets)
+    relative = expected - expected.amax(dim=1, keepdim=True)
+    torch.testing.assert_close(kept.last().float(), relative.float(), atol=0.02, rtol=2e-3)
+    assert torch.equal(kept.targets, labels)
+    assert kept.folds.bincount().tolist() == [len(of_fold) for of_fold in targets]
+    right = expected.argmax(dim=1) == labels
+    by_class = [right[labels == label].double().mean() for label in labels.unique()]
+    assert last.metrics["val/balanced_accuracy"] == pytest.approx(float(torch.stack(by_class).mean()))
+    assert last.metrics["val/top1_accuracy"] == pytest.approx(float(right.double().mean()))
+
+
+def test_the_best_epoch_is_that_of_all_folds_together(features: FeatureSet, tmp_path: Path) -> None:
+    config = tiny_config("linear_probe", train__num_epochs=6, optim__lr=0.3)
+    settings = settings_of(config, features, tmp_path)
+    reports = list(session().reports(settings))
+    values = [report.metrics["val/balanced_accuracy"] for report in reports]
+    assert reports[-1].metrics["val/best_balanced_accuracy"] == max(values)
+    assert saved(settings).epochs == {"best": int(np.argmax(values)) + 1, "last": 6}
+
+
+def test_each_fold_is_adjusted_by_the_counts_of_its_own_training(features: FeatureSet, tmp_path: Path) -> None:
+    settings = settings_of(tiny_config("linear_probe"), features, tmp_path)
+    list(session().reports(settings))
+    kept = saved(settings)
+    logits, counts = kept.last().float(), kept.class_counts(torch.ones(len(kept.targets), dtype=torch.bool))
+    by_fold = [adjust_logits(logits[kept.folds == fold], stats.counts, 1.0) for fold, stats in enumerate(kept.stats)]
+    assert torch.equal(adjust_logits(logits, counts, 1.0), torch.cat(by_fold))
+    accuracy = dict(select_tau(logits, kept.targets, counts).candidates)[1.0]
+    right = torch.cat(by_fold).argmax(dim=1) == kept.targets
+    present = kept.targets.unique()
+    assert accuracy == pytest.approx(
+        float(torch.stack([right[kept.targets == c].double().mean() for c in present]).mean())
+    )
+
+
+def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(features: FeatureSet, tmp_path: Path) -> None:
+    config = tiny_config("linear_probe", train__num_epochs=4)
+    whole = [result.metrics for result in folded(config, features).epochs(lambda: None)]
+    begun = folded(config, features)
+    epochs = begun.epochs(lambda: None)
+    next(epochs)
+    next(epochs)
+    save_checkpoint(str(tmp_path), begun.state_dict())
+    resumed = folded(config, features)
+    resumed.load_state_dict(load_checkpoint(str(tmp_path)))
+    rest = [result.metrics for result in resumed.epochs(lambda: None)]
+    numbers = ("val/", "train/loss")
+    for before, after in zip(whole[2:], rest, strict=True):
+        assert {k: v for k, v in before.items() if k.startswith(numbers)} == {
+            k: v for k, v in after.items() if k.startswith(numbers)
+        }
+    assert next(resumed.epochs(lambda: None)).metrics == rest[-1], "its last result, once it has ended"
+    other = FoldedRun([build_trial(config, data) for data in TrialData.open_folds(config, features, 2)])
+    with pytest.raises(CheckpointError, match="3 folds, and not 2"):
+        other.load_state_dict(load_checkpoint(str(tmp_path)))
+
+
+def test_trials_that_train_together_have_the_numbers_of_each_alone(features: FeatureSet, tmp_path: Path) -> None:
+    configs = [tiny_config("linear_probe", optim__lr=rate) for rate in (0.01, 0.3)]
+    pack, together = TrialPack(), []
+    running = [
+        session().reports(settings_of(config, features, tmp_path / str(number)), pack)
+        for number, config in enumerate(configs)
+    ]
+    assert [next(reports) for reports in running] == [HAS_JOINED, HAS_JOINED]
+    for _ in range(3):
+        together.append([next(reports) for reports in running])
+    for number, config in enumerate(configs):
+        alone: list[TrialReport] = list(session().reports(settings_of(config, features, tmp_path / f"alone{number}")))
+        for epoch, report in enumerate(alone):
+            assert together[epoch][number].metrics["val/balanced_accuracy"] == pytest.approx(
+                report.metrics["val/balanced_accuracy"]
+            )
+            assert together[epoch][number].metrics["val/loss"] == pytest.approx(report.metrics["val/loss"], rel=1e-4)
+
+
+def test_a_fold_whose_numbers_run_away_ends_the_trial_with_its_sentence(features: FeatureSet, tmp_path: Path) -> None:
+    config = tiny_config("linear_probe", optim__lr=1e30, train__clip_grad_norm=None)
+    last = list(session().reports(settings_of(config, features, tmp_path)))[-1]
+    assert last.failure is not None
+    assert "lower optim.lr" in last.failure
+
+
+def test_a_refit_trains_on_all_images(features: FeatureSet, tmp_path: Path) -> None:
+    settings = settings_of(tiny_config("linear_probe"), features, tmp_path, refit=True, score_test=True)
+    last = list(session().reports(settings))[-1]
+    assert "test/balanced_accuracy" in last.metrics
+
+
+def test_a_longer_fold_of_a_fixed_number_of_steps_ends_last(features: FeatureSet) -> None:
+    """Folds of unequal size pass over their rows in unequal steps, and all take the same number of steps."""
+    config = tiny_config("linear_probe").with_overrides({"train.num_epochs": None, "train.num_steps": 5})
+    run = folded(config, features)
+    results = list(run.epochs(lambda: None))
+    assert len(results) == run.num_epochs
+    assert {of_fold.step for of_fold in run.runs} == {5}
+    assert run.gathered_logits(SINGLE_WORKER).shape == (sum(COUNTS[:4]), len(COUNTS))
