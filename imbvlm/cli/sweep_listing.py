@@ -26,6 +26,7 @@ from imbvlm.sweep.records.summary_tables import (
 )
 from imbvlm.sweep.records.sweep_folder import SweepState, Unreadable
 from imbvlm.sweep.records.trial_log import WINNER, describe_trial
+from imbvlm.sweep.records.winner_selection import describe_selection, read_selection
 
 
 def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
@@ -58,6 +59,8 @@ def show_text(state: SweepState) -> str:
     if state.best is not None:
         parts += ["", search_table(log, spec, width)]
         parts += [seeds_table(log, spec, width)] if seeds_rows(log, spec) else []
+        selection = read_selection(state.folder)
+        parts += [] if selection is None else [describe_selection(selection, log, spec, bool(state.scored))]
         parts += [verdict(log, spec)]
         parts += ["", pareto_table(pareto_records(log, spec), spec, width)] if spec.other_objectives else []
     if state.scored:

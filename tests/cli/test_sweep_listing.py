@@ -17,6 +17,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.sweep.records.provenance import data_size, provenance, write_provenance
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import TrialLog
+from imbvlm.sweep.records.winner_selection import Selection, write_selection
 
 COUNTS = [500, 120, 60, 20, 8]
 
@@ -131,6 +132,17 @@ def test_show_has_the_tables_that_there_are(home: Path, capsys: pytest.CaptureFi
     unfinished = imbvlm(capsys, "sweep", "show", str(home / "made-2"))
     assert f"imbvlm sweep resume {home / 'made-2'}" in unfinished
     assert "test split" not in unfinished
+
+
+def test_show_has_the_selection_by_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    write_selection(str(folder), Selection("t00003", {"t00003": -0.5}, {}, 300))
+    shown = imbvlm(capsys, "sweep", "show", str(folder))
+    assert (
+        "selected by class-balanced log-likelihood on 300 validation images: t00003 (-0.500); the best trial by"
+        in shown
+    )
+    assert json.loads(imbvlm(capsys, "sweep", "show", str(folder), "--json"))["best"]["trial_id"] == "t00003"
 
 
 def test_a_finished_sweep_that_is_gone_on_with_is_unfinished_until_that_ends(

@@ -24,6 +24,7 @@ from imbvlm.sweep.records.difference import (
 )
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, describe_trial, last_values
+from imbvlm.sweep.records.winner_selection import describe_claim, read_selection
 from imbvlm.sweep.report.rendering import environment
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
@@ -59,7 +60,7 @@ def model_card(card: CardContext) -> str:
     scores = [[title, str(len(records)), *map(mean_std, _scores(records, split))] for title, records, split in rows]
     on_validation = [["split", *HEADINGS], ["validation", *(percent(best.get(f"val/{metric}")) for metric in METRICS)]]
     is_baseline = bool(card.refits) and card.refits[0].name in {record.name for record in card.log.of("baseline")}
-    manifest, ranked = card.manifest, [record.trial_id for record in card.log.winner_first(card.spec.objective)]
+    manifest = card.manifest
     templates = environment("imbvlm.sweep.export")
     templates.filters["pluralize"] = pluralize
     return templates.get_template("README.md").render(
@@ -72,8 +73,8 @@ def model_card(card: CardContext) -> str:
         table=[["what", "seeds", *HEADINGS], *scores] if card.refits else on_validation,
         has_adjusted_baseline=any(split == POST_HOC for title, _, split in rows if title.startswith("baseline")),
         verdict=None if is_baseline else verdict_on_test(card.log, card.refits, "this model"),
-        rank=ranked.index(card.record.trial_id) + 1,
-        num_ended=sum(record.is_over for record in card.log.of("search")),
+        selected=_selected(card),
+        claims=_claims(card),
         adjustment=adjustment,
         is_plain=adjustment in (None, PostHocAdjustment()),
         config_yaml=dump_yaml(card.config.to_tree()),
@@ -85,6 +86,29 @@ def model_card(card: CardContext) -> str:
 
 def _name(card: CardContext) -> str:
     return f"{card.spec.name}-{card.record.trial_id}"
+
+
+def _selected(card: CardContext) -> str:
+    """How the model was selected, the beginning of a sentence."""
+    log, record = card.log, card.record
+    num_trials = sum(trial.is_over for trial in log.of("search"))
+    if record.trial_id == log.winner_id:
+        own = f"the baseline {record.name}, the winner" if record.kind == "baseline" else "the winner"
+        number = pluralize(len(log.of("baseline")), "baseline")
+        return (
+            f"{own[0].upper()}{own[1:]} of {pluralize(num_trials, 'trial')} and {number} by class-balanced "
+            "log-likelihood on validation images"
+        )
+    rank = [trial.trial_id for trial in log.best(card.spec.objective)].index(record.trial_id) + 1
+    return f"Number {rank} of {pluralize(num_trials, 'trial')} by {card.spec.best_objective} on validation images"
+
+
+def _claims(card: CardContext) -> tuple[str, str] | None:
+    """What the winner's claims rest on, and the claims; None for other trials."""
+    selection = read_selection(card.log.folder) if card.record.trial_id == card.log.winner_id else None
+    if selection is None or not selection.claims:
+        return None
+    return selection.basis, ", ".join(describe_claim(metric, claim) for metric, claim in selection.claims.items())
 
 
 def _rows(card: CardContext) -> list[tuple[str, Sequence[TrialRecord], str]]:

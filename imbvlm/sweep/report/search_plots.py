@@ -248,8 +248,10 @@ def _slice(source: ReportData, key: str, pairs: list[tuple[TrialRecord, float]])
 
 def parallel(source: ReportData, order: Sequence[str]) -> Figure | None:
     """Trials as lines over the sampled keys, the most important first; colors show the objective."""
-    best, valued, keys = source.best, source.valued(), _keys(source, order)[:MAX_AXES]
+    best, valued = source.best, source.valued()
     pairs = sorted(valued, key=lambda pair: (pair[0] is best, pair[1]))[-MAX_LINES:]
+    # No trial may have sampled a parameter that depends on another's value.
+    keys = [key for key in _keys(source, order) if any(key in record.draw for record, _ in pairs)][:MAX_AXES]
     if len(pairs) < 2 or not keys:
         return None
 

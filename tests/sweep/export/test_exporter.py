@@ -26,12 +26,14 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.cli.sweep_listing import show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.export.exporter import check_trained_on, export_sweep, pareto_set
 from imbvlm.sweep.export.model_card import CardContext, model_card
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import Selection, write_selection
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -82,6 +84,7 @@ def card(folder: Path, **changes: Any) -> str:
         "has_onnx": True,
         "has_text": True,
     }
+    best = changes.pop("record", best)
     return model_card(CardContext(spec=spec, log=log, record=best, config=best.trial_config(), **{**given, **changes}))
 
 
@@ -126,9 +129,29 @@ def test_a_name_in_the_card_is_text_and_no_markup(tmp_path: Path) -> None:
     assert "classes of &lt;img src=x&gt; (" in body
 
 
+@pytest.mark.parametrize(
+    ("winner", "words"),
+    [
+        ("t00003", "The winner of 24 trials and 2 baselines by class-balanced log-likelihood on validation images, in"),
+        ("b00002", "The baseline linear probe, the winner of 24 trials and 2 baselines by class-balanced log-"),
+    ],
+)
+def test_the_card_of_a_winner_by_likelihood_says_so_and_what_to_expect(tmp_path: Path, winner: str, words: str) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
+    claims = {"balanced_accuracy": Claim(0.641, 0.03, 5, 300), "few_shot_accuracy": Claim(0.44, 0.08, 1, 6)}
+    write_selection(str(folder), Selection(winner, {winner: -0.5}, claims, 300, 5))
+    log = TrialLog.read(str(folder))
+    text = card(folder, record=log.records[winner], refits=[])
+    assert words in text
+    assert "of 80 % of the training images): balanced 64.1 ± 5.9 over 5 classes, few shot not known (± 15.7" in text
+    other = card(folder, refits=[])
+    assert "Number 1 of 24 trials by val/best_balanced_accuracy" in other
+    assert "To expect" not in other
+
+
 def test_the_card_says_data_selection_adjustments_and_limits(tmp_path: Path) -> None:
     text = card(write_sweep(tmp_path / "made", COUNTS))
-    assert "Number 1 of 24 trials of the sweep `made`" in text
+    assert "Number 1 of 24 trials by val/best_balanced_accuracy on validation images, in the sweep `made`" in text
     assert "tau 0.3, zero-shot logits mixed in with alpha 0.1, temperature 1.7" in text
     assert "2,480 train, 500 val, 2,000 test images; 10 classes (5 many-shot, 3 medium-shot, 2 few-shot)" in text
     assert "| baseline: linear probe | 2 |" in text

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sweep_folder import sweep_spec, write_sweep
+from sweep_folder import SPACE, sweep_spec, write_sweep
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration
@@ -219,6 +219,15 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path: P
     assert list(facts) == ["balanced, validation", "overall, validation", "few-shot, validation"]
     assert facts["balanced, validation"].notes == ("linear probe 50.0", "zero-shot 30.0")
     assert "Test split" not in page_of(folder)
+
+
+def test_a_page_is_there_though_no_trial_sampled_a_parameter_that_depends_on_another(tmp_path: Path) -> None:
+    space = {
+        **SPACE["parameters"],
+        "classifier.temperature": {"loguniform": [0.01, 0.1], "when": {"method": "decoder"}},
+    }
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=2, space={"parameters": space})
+    assert "Parallel coordinates" in page_of(folder)
 
 
 def test_without_a_test_split_the_large_numbers_are_claims_and_none_where_too_little_is_known(tmp_path: Path) -> None:
