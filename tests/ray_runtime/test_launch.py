@@ -195,7 +195,7 @@ def test_ray_up_submit_export_job_and_down(
     assert len(re.findall(r"trials .*\d+ of 8 done", without_styles)) >= 3
     assert shown.count("\x1b[2K") >= 3
 
-    assert f"{sweep.name} " in ray.on_terminal("attach", str(file), typed="imbvlm sweep list ~/runs\nexit\n")
+    assert f"{sweep.name} " in ray.on_terminal("attach", str(file), typed="cd ~; imbvlm sweep list runs\nexit\n")
 
     # The user's machine goes to sleep, the sweep goes on.
     brief = ["--set", "num_trials=2", "--set", "method=linear_probe"]

@@ -222,11 +222,10 @@ def test_before_the_test_split_is_read_validation_speaks_and_says_so(tmp_path: P
 
 
 def test_a_page_is_there_though_no_trial_sampled_a_parameter_that_depends_on_another(tmp_path: Path) -> None:
-    space = {
-        **SPACE["parameters"],
-        "classifier.temperature": {"loguniform": [0.01, 0.1], "when": {"method": "decoder"}},
-    }
-    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=2, space={"parameters": space})
+    folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=2)
+    other = {"classifier.temperature": {"loguniform": [0.01, 0.1], "when": {"loss.name": "lade"}}}
+    losses = {"loss.name": {"choice": ["cross_entropy", "balanced_softmax", "lade"]}}
+    sweep_spec(space={"parameters": {**SPACE["parameters"], **losses, **other}}).to_yaml(folder / "sweep.yaml")
     assert "Parallel coordinates" in page_of(folder)
 
 
