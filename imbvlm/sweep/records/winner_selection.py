@@ -141,7 +141,7 @@ def describe_selection(selection: Selection, log: TrialLog, spec: SweepSpec, has
 
 def describe_claim(metric: str, claim: Claim) -> str:
     """A claim such as `balanced 64.1 ± 5.0 over 9 classes`, or how little is known."""
-    name = metric.removesuffix("_accuracy").replace("_", " ")
+    name = metric.removesuffix("_accuracy").replace("_", "-")
     width = f"± {100 * claim.half_width:.1f} over {pluralize(claim.num_classes, 'class')}"
     if claim.half_width > MAX_HALF_WIDTH:
         return f"{name} not known ({width})"

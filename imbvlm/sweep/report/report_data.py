@@ -146,7 +146,7 @@ class ReportData:
         """What validation has selected; None before, and where the objective selects."""
         return read_selection(self.folder)
 
-    @property
+    @cached_property
     def best(self) -> TrialRecord | None:
         """The winner, or the best trial of the search where a baseline is the winner."""
         return self.log.best_trial(self.spec.objective)

@@ -143,7 +143,7 @@ def test_the_card_of_a_winner_by_likelihood_says_so_and_what_to_expect(tmp_path:
     log = TrialLog.read(str(folder))
     text = card(folder, record=log.records[winner], refits=[])
     assert words in text
-    assert "of 80 % of the training images): balanced 64.1 ± 5.9 over 5 classes, few shot not known (± 15.7" in text
+    assert "of 80 % of the training images): balanced 64.1 ± 5.9 over 5 classes, few-shot not known (± 15.7" in text
     other = card(folder, refits=[])
     assert "Number 1 of 24 trials by val/best_balanced_accuracy" in other
     assert "To expect" not in other
