@@ -398,7 +398,8 @@ def test_a_part_of_which_nothing_is_left_ends_in_a_sentence() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "leaves out OpenAI" in done.stdout
-    assert done.stderr.strip() == "nothing is left of what --part names; name other parts, or give --manifest"
+    what = "imbvlm: nothing remains of the parts of --part. Name other parts, or give --manifest."
+    assert done.stderr.strip() == what
 
 
 # ---------------------------------------------------------------------------------------------- sweeps/lift.py
