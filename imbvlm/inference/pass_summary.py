@@ -1,4 +1,4 @@
-"""What is in an exported model, and what each of its passes costs."""
+"""The members of an exported model, and the time of each of its passes."""
 
 from __future__ import annotations
 

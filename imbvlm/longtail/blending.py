@@ -119,8 +119,8 @@ class BlendPool:
             raise ImbvlmError("a blend needs a candidate with finite logits, got none.")
         row_weights = balanced_row_weights(targets)
         temperatures = [best_temperature(candidate.logits, targets, row_weights=row_weights) for candidate in finite]
-        kept = {candidate.name for candidate in finite}
-        return BlendPool(finite, targets, temperatures, [name for name in names if name not in kept])
+        finite_names = {candidate.name for candidate in finite}
+        return BlendPool(finite, targets, temperatures, [name for name in names if name not in finite_names])
 
     def select(self, row_weights: Tensor, num_passes: int, max_members: int = MAX_MEMBERS) -> Picks:
         """The best candidate by weighted log-likelihood for `num_passes` 0, else the best blend of so many passes.

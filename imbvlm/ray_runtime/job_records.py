@@ -1,4 +1,4 @@
-"""What the processes of one Ray job record for each other: lists of values by key, in an actor next to the driver."""
+"""Records that processes of one Ray job keep for each other: lists of values by key, in an actor beside the driver."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class TrialRun:
         self.best: dict[str, float] = {}
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
-        # Of the last epoch; the logits are None where they would take too much memory.
+        # Both are of the last epoch; the logits are None where they would take too much memory.
         self.val_logits: EpochValLogits | None = None
         self.val_counters = ClassCounters(len(data.class_names))
         self.first_losses: list[float] = []

@@ -75,7 +75,7 @@ def from_result(result: Mapping[str, Any]) -> list[TrialReport]:
     return [TrialReport(**report) for report in result["reports"]]
 
 
-# What a trial that trains with a pack reports when it has joined, before its first epoch.
+# A trial that trains with a pack reports this when it has joined, before its first epoch.
 HAS_JOINED = TrialReport("", 0)
 
 

@@ -58,7 +58,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a draw takes of an embedded set: a share of each class, one image at least; None: 250 to 5 images.
+    """The part of an embedded set that a draw takes: a share of each class, one image at least; None: 250 to 5 images.
 
     Those fall by equal ratios from the set's largest class to its smallest.
     """
@@ -277,7 +277,7 @@ def on_folds(fits: Sequence[Fit], pool: Pool, sample: Sample) -> Scores:
     return scores(fits, pool, [(sample.train[fold.train], sample.train[fold.val]) for fold in folds])
 
 
-def on_carved(fits: Sequence[Fit], pool: Pool, sample: Sample) -> Scores:
+def on_held_out(fits: Sequence[Fit], pool: Pool, sample: Sample) -> Scores:
     """Logits of the rows that a sweep holds out from training where there is no validation split."""
     held_out = carve_validation(sample.rows, 0)
     train = np.setdiff1d(np.arange(len(sample.train)), held_out)
@@ -299,14 +299,14 @@ def accuracy(logits: Tensor, targets: Tensor, classes: Array | None = None) -> f
 # ------------------------------------------------------------------------------------------- regret, and blends
 
 
-TODAY = "balanced accuracy, the carved split"
+TODAY = "balanced accuracy, held-out rows"
 OURS = "log-likelihood, five folds"
 
 
-def criteria(carved: Scores, folds: Scores) -> dict[str, dict[str, float]]:
+def criteria(held_out: Scores, folds: Scores) -> dict[str, dict[str, float]]:
     """Four numbers of each head that could choose."""
     result = {}
-    for where, rows in (("the carved split", carved), ("five folds", folds)):
+    for where, rows in (("held-out rows", held_out), ("five folds", folds)):
         pool = BlendPool.fit(candidates({"": rows}), rows.targets)
         likelihoods = pool.extensions(()) @ balanced_row_weights(rows.targets).float()
         result[f"balanced accuracy, {where}"] = {
@@ -351,8 +351,8 @@ def choice_lines(name: str, plan: Plan, pools: Mapping[int, Pool]) -> Iterator[L
         folds = {f", {size} px": on_folds(FITS, pool, sample) for size, pool in pools.items()}
         truth = {f", {size} px": on_truth(FITS, pool, sample) for size, pool in pools.items()}
         first = next(iter(folds))
-        carved = on_carved(FITS, pools[SIZES[0]], sample)
-        for criterion, regret in regrets(truth[first], criteria(carved, folds[first])).items():
+        held_out = on_held_out(FITS, pools[SIZES[0]], sample)
+        for criterion, regret in regrets(truth[first], criteria(held_out, folds[first])).items():
             found.setdefault(criterion, []).append(regret)
         gains.setdefault("one pass", []).append(blend_gain({first: folds[first]}, {first: truth[first]}))
         gains.setdefault("two sizes", []).append(blend_gain(folds, truth))

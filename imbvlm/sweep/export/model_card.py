@@ -104,7 +104,7 @@ def _selected(card: CardContext) -> str:
 
 
 def _claims(card: CardContext) -> tuple[str, str] | None:
-    """What the winner's claims rest on, and the claims; None for other trials."""
+    """The basis of the winner's claims, and the claims; None for other trials."""
     selection = read_selection(card.log.folder) if card.record.trial_id == card.log.winner_id else None
     if selection is None or not selection.claims:
         return None

@@ -43,7 +43,7 @@ class Selection:
 
     @property
     def basis(self) -> str:
-        """What the claims rest on."""
+        """The basis of the claims, as a clause."""
         share = (
             f", by models of {100 - 100 / self.num_folds:.0f} % of the training images" if self.num_folds > 1 else ""
         )

@@ -28,7 +28,7 @@ from imbvlm.training.trial_session import (
 
 @dataclass(frozen=True)
 class PackPayload:
-    """What a process receives: its trials' settings, whether they train as one pack, and the file of ended trials."""
+    """Input of a process: its trials' settings, whether they train as one pack, and the file of ended trials."""
 
     settings: tuple[TrialSettings, ...]
     trains_together: bool
