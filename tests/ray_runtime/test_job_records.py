@@ -72,6 +72,11 @@ def test_lost_records_are_empty_and_the_next_ones_start_anew(records: JobRecords
 
     records.add("kept", "by the lost actor")
     ray.kill(records._actor)
+    # Ray answers before the actor is dead.
+    deadline = time.monotonic() + 30
+    while records.get("kept"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert records.add("kept", "in vain") == []
     assert records.get("kept") == []
     records.delete("kept")
