@@ -284,6 +284,7 @@ def test_a_sweep_runs_to_its_end_without_any_private_name_and_says_what_is_missi
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner " in done.stdout
     assert "Ray: 2 CPUs, 0 GPUs (a cluster that was running already)" in done.stdout
-    said = done.stderr + "".join(path.read_text() for path in (tmp_path / "runs").rglob("ray.log"))
+    # Python shows a sentence once, and again where a library has changed its filters.
+    shown = done.stderr + "".join(path.read_text() for path in (tmp_path / "runs").rglob("ray.log"))
     for key in ("is_head", "local_addresses", "has_open_ports", "sent_variables"):
-        assert said.count("Ray has no {}. {}".format(*NAMES[key])) == 1
+        assert shown.count("Ray has no {}. {}".format(*NAMES[key])) in (1, 2)
