@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import PIL
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from imbvlm.base import storage
@@ -33,7 +31,7 @@ from imbvlm.inference.model_parts import (
 from imbvlm.inference.model_record import BLEND_FORMAT, ModelRecord, PassRecord, input_names
 from imbvlm.inference.predictor import Model
 from imbvlm.models.model_builder import restore_head, restore_model
-from imbvlm.training.checkpoint import CheckpointError, read_tensors
+from imbvlm.training.checkpoint import CheckpointError, read_tensors, write_tensors
 
 MERGED_FILE = "merged.safetensors"
 
@@ -75,18 +73,14 @@ def write_blend(
             inputs.append(preprocess)
         passes.append((inputs.index(preprocess), _describe_pass(group, merged, encoder.info)))
     names = input_names(inputs)
-    description = {
-        "format": BLEND_FORMAT,
-        "library_name": "imbvlm",
-        "class_names": list(class_names),
-        "label_map": None if label_map is None else dict(label_map),
+    rest = {
         "inputs": [_describe_input(name, preprocess) for name, preprocess in zip(names, inputs, strict=True)],
         "pillow": PIL.__version__,
         "passes": [{"input": names[index], **described} for index, described in passes],
         "scores": dict(scores),
         "digests": digests,
     }
-    write_description(folder, description)
+    write_description(folder, BLEND_FORMAT, class_names, label_map, rest)
 
 
 def _check_members(members: Sequence[TrainedMember]) -> None:
@@ -123,10 +117,7 @@ def _write_tensors(
     files: dict[str, Mapping[str, Tensor]] = {MERGED_FILE: {**tensors, "scales": scales}}
     files |= {head_file(index): group[member].refits[0] for index, member in enumerate(merged.scales, 1)}
     for name, content in files.items():
-        data = save_safetensors({key: tensor.cpu().contiguous() for key, tensor in content.items()})
-        path = f"{pass_folder(number)}/{name}"
-        storage.write_bytes(storage.join(folder, path), data)
-        digests[path] = hashlib.sha256(data).hexdigest()
+        write_tensors(folder, f"{pass_folder(number)}/{name}", content, digests)
 
 
 def _describe_pass(group: Sequence[TrainedMember], merged: MergedHeads, info: EncoderInfo) -> dict[str, Any]:
@@ -142,18 +133,12 @@ def _describe_pass(group: Sequence[TrainedMember], merged: MergedHeads, info: En
                 "temperature": member.temperature,
                 "num_refits": 1 if number in heads else len(member.refits),
                 "head": heads.get(number),
-                "post_hoc": _describe_adjustment(member),
+                "post_hoc": None if member.post_hoc is None else member.post_hoc.to_dict(),
                 "config": config.to_tree(),
             }
             for number, (member, config) in enumerate(zip(group, configs, strict=True))
         ],
     }
-
-
-def _describe_adjustment(member: TrainedMember) -> dict[str, Any] | None:
-    if member.post_hoc is None:
-        return None
-    return {**asdict(member.post_hoc.adjustment), "class_counts": list(member.post_hoc.class_counts)}
 
 
 def _describe_input(name: str, preprocess: Preprocess) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from imbvlm.models.model_builder import restore_head
 class TrainedMember:
     """A trained classifier in a blend, as it would be exported alone.
 
-    `refits` has its own tensors from each refit, without those of the frozen encoder. Where it is an affine map its
-    logits are the mean of all refits', otherwise those of the first. Adjusted, they are divided by `temperature` and
-    count by `weight`, both above 0.
+    `refits` has the classifier's own tensors from each refit, without those of the frozen encoder. The logits of an
+    affine map are the mean of all refits', other logits those of the first. Adjusted, they are divided by
+    `temperature` and count by `weight`, both above 0.
     """
 
     name: str

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.inference.predictor import Network, Precision, as_stored, crop_means
+from imbvlm.features.store_layout import Precision
+from imbvlm.inference.predictor import Network, as_stored, crop_means
 from imbvlm.models.classifier import l2_normalize
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_outputs import EncoderOutput
@@ -70,15 +71,17 @@ class FrozenPass(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
         self.classifiers = nn.ModuleList(head.classifier for head in heads)
         self.heads = tuple((head.form, head.scale) for head in heads)
+        self._distinct_forms = tuple(dict.fromkeys([*forms, *(head.form for head in heads)]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of crops (B, 3, S, S), or their means over crops (B, V, 3, S, S)."""
         outputs = self._encoder.outputs(images.flatten(0, -4))
+        features = {form: form.of(outputs) for form in self._distinct_forms}
         logits = self.bias
         for form, weight in zip(self.forms, self.weights, strict=True):
-            logits = logits + F.linear(form.of(outputs), weight)
+            logits = logits + F.linear(features[form], weight)
         for (form, scale), classifier in zip(self.heads, self.classifiers, strict=True):
-            logits = logits + scale * classifier(form.of(outputs)).float()
+            logits = logits + scale * classifier(features[form]).float()
         return crop_means(logits, images)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from typing import Any
 
 import PIL
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from imbvlm.base import storage
@@ -37,7 +35,7 @@ from imbvlm.inference.model_record import BLEND_FORMAT, SINGLE_FORMAT, ModelReco
 from imbvlm.inference.predictor import InferenceModule, LogitPostprocessor, Model
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.model_builder import restore_model
-from imbvlm.training.checkpoint import MODEL_FILE, read_tensors
+from imbvlm.training.checkpoint import MODEL_FILE, read_tensors, write_tensors
 
 # The names of the folders that an export of several trials writes.
 _NUMBERED = re.compile(r"\d+-")
@@ -58,15 +56,10 @@ def write_model(
     `label_map` maps the source's class ids to classes if those ids are not 0, 1, 2, ...
     """
     written = write_encoder(folder, config, encoder)
-    weights = save_safetensors(tensors)
-    storage.write_bytes(storage.join(folder, MODEL_FILE), weights)
-    digests = {MODEL_FILE: hashlib.sha256(weights).hexdigest()}
+    digests = dict[str, str]()
+    write_tensors(folder, MODEL_FILE, tensors, digests)
     config = without_paths(config)
-    description = {
-        "format": SINGLE_FORMAT,
-        "library_name": "imbvlm",
-        "class_names": list(class_names),
-        "label_map": None if label_map is None else dict(label_map),
+    rest = {
         "preprocess": written.preprocess.to_dict(),
         "preprocess_fingerprint": written.preprocess.fingerprint(),
         "pillow": PIL.__version__,
@@ -76,7 +69,7 @@ def write_model(
         "post_hoc": None if post_hoc is None else post_hoc.write(folder, digests),
         "digests": digests,
     }
-    write_description(folder, description)
+    write_description(folder, SINGLE_FORMAT, class_names, label_map, rest)
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import PurePosixPath
 from tempfile import TemporaryDirectory
@@ -45,8 +45,21 @@ def evaluation_input(preprocess: Preprocess, config: TrialConfig) -> Preprocess:
 # ---------------------------------------------------------------------------------------------------- description
 
 
-def write_description(folder: str, description: Mapping[str, Any]) -> None:
-    """Write config.json, which makes a folder a model."""
+def write_description(
+    folder: str,
+    version: int,
+    class_names: Sequence[str],
+    label_map: Mapping[str, int] | None,
+    rest: Mapping[str, Any],
+) -> None:
+    """Write config.json, which makes a folder a model; `rest` has the keys that differ between formats."""
+    description = {
+        "format": version,
+        "library_name": "imbvlm",
+        "class_names": list(class_names),
+        "label_map": None if label_map is None else dict(label_map),
+        **rest,
+    }
     text = json.dumps(description, indent=1, ensure_ascii=False)
     storage.write_bytes(storage.join(folder, CONFIG_FILE), text.encode())
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from imbvlm.base import storage
@@ -25,14 +23,14 @@ from imbvlm.data.image_stream import map_rows
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, Pixels, decode_picture, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
+from imbvlm.features.store_layout import Precision
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.encoder import Encoder
-from imbvlm.training.checkpoint import read_tensors
+from imbvlm.training.checkpoint import read_tensors, write_tensors
 
 ZERO_SHOT_FILE = "zero_shot.safetensors"
 BATCH_SIZE = 64
-Precision = Literal["float16", "float32"]
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
 _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
 
@@ -68,9 +66,11 @@ class LogitPostprocessor:
     def write(self, folder: str, digests: dict[str, str]) -> dict[str, Any]:
         """Write the class embeddings into a model's folder, add their digest, and return the rest as plain data."""
         if self.class_embeddings is not None:
-            data = save_safetensors({"class_embeddings": self.class_embeddings.float().cpu().contiguous()})
-            storage.write_bytes(storage.join(folder, ZERO_SHOT_FILE), data)
-            digests[ZERO_SHOT_FILE] = hashlib.sha256(data).hexdigest()
+            write_tensors(folder, ZERO_SHOT_FILE, {"class_embeddings": self.class_embeddings.float()}, digests)
+        return self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Adjustment and class counts as plain data, without the class embeddings."""
         return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
 
     @staticmethod

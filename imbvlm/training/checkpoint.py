@@ -96,6 +96,13 @@ def load_model_tensors(folder: str) -> dict[str, Tensor]:
     return read_tensors(folder, MODEL_FILE, {})
 
 
+def write_tensors(folder: str, name: str, tensors: Mapping[str, Tensor], digests: dict[str, str]) -> None:
+    """Write a file that `read_tensors` reads, and add its digest by its name."""
+    data = save_safetensors(_portable(tensors))
+    storage.write_bytes(storage.join(folder, name), data)
+    digests[name] = hashlib.sha256(data).hexdigest()
+
+
 def read_tensors(folder: str, name: str, digests: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a file in an exported model's folder; raises CheckpointError.
 
