@@ -83,14 +83,16 @@ class TrialData:
         )
 
     @staticmethod
-    def open(config: TrialConfig, features: FeatureSet, *, refit: bool = False) -> TrialData:
+    def open(
+        config: TrialConfig, features: FeatureSet, *, refit: bool = False, table: LabelRows | None = None
+    ) -> TrialData:
         """Open the training and validation rows that have an image; raises StoreError, StorageError.
 
         Validation is the official split, or else held out from training. A `refit` trains on held-out rows too, and its
-        `val` is then empty.
+        `val` is then empty. `table` has the manifest's rows where they were read already.
         """
         _check_encoder(config, features)
-        table = label_rows(features.manifest)
+        table = label_rows(features.manifest) if table is None else table
         train_store = features.store("train")
         train_rows = table.rows_of("train")
         is_val = np.isin(train_rows, carve_validation(table, config.data.split_seed))
@@ -101,11 +103,9 @@ class TrialData:
             held_out = _stored_rows(train_store, table, train_rows, is_val & (not refit), 1)
             val = _row_source(config, features, held_out, train_rows)
         train = _row_source(config, features, stored, train_rows)
-        counts = np.bincount(train.labels, minlength=len(table.class_names))
-        stats = ClassStats.from_counts(counts, table.split_counts)
         return TrialData(
             class_names=table.class_names,
-            class_stats=stats,
+            class_stats=_class_stats(table, train),
             train=train,
             val=val,
             info=features.info,
@@ -122,17 +122,15 @@ class TrialData:
 
         Raises StoreError, StorageError.
         """
-        whole = TrialData.open(config, features, refit=True)
-        assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         table = label_rows(features.manifest)
+        whole = TrialData.open(config, features, refit=True, table=table)
+        assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         row_numbers = table.rows_of("train")[whole.train.rows]
         opened = []
         for fold in deal_folds(table, num_folds, config.data.split_seed).folds:
             is_val = np.isin(row_numbers, fold.val)
             train, val = whole.train.subset(~is_val, whole.train.num_views), whole.train.subset(is_val, 1)
-            counts = np.bincount(train.labels, minlength=len(table.class_names))
-            stats = ClassStats.from_counts(counts, table.split_counts)
-            opened.append(replace(whole, class_stats=stats, train=train, val=val, stored=train))
+            opened.append(replace(whole, class_stats=_class_stats(table, train), train=train, val=val, stored=train))
         return tuple(opened)
 
     @staticmethod
@@ -153,6 +151,11 @@ class TrialData:
     def open_stored(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
         """As `open_split`, but always as stored, also for a trial that runs the encoder itself; in the same order."""
         return _stored_split(config, features, label_rows(features.manifest), split)
+
+
+def _class_stats(table: LabelRows, train: RowSource) -> ClassStats:
+    counts = np.bincount(train.labels, minlength=len(table.class_names))
+    return ClassStats.from_counts(counts, table.split_counts)
 
 
 def _split_source(config: TrialConfig, features: FeatureSet, table: LabelRows, split: str) -> RowSource:

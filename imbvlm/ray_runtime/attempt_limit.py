@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 from ray.util.state import get_worker
@@ -23,15 +23,10 @@ OUT_OF_MEMORY = "NODE_OUT_OF_MEMORY"
 class AttemptLimiter:
     """Records which work the processes of a pass have begun.
 
-    The driver of the pass opens it; its processes get a copy.
+    The driver of the pass creates it; its processes get a copy.
     """
 
-    path: str
-
-    @classmethod
-    def open(cls) -> AttemptLimiter:
-        """A limiter without records."""
-        return cls(f"imbvlm-attempt/{uuid.uuid4().hex}")
+    path: str = field(default_factory=lambda: f"imbvlm-attempt/{uuid.uuid4().hex}")
 
     @contextmanager
     def at(self, key: str, work: str, *, num_at_once: int = 1) -> Iterator[None]:

@@ -181,14 +181,14 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _unless_set(setting: str, value: str) -> Iterator[bool]:
-    """Within, a setting has a value in the environment, unless the user has set it; gives whether the value is ours."""
+def _unless_set(setting: str, value: str) -> Iterator[None]:
+    """Within, a setting has a value in the environment, unless the user has set it."""
     if setting in os.environ:
-        yield False
+        yield
         return
     os.environ[setting] = value
     try:
-        yield True
+        yield
     finally:
         del os.environ[setting]
 

@@ -78,7 +78,7 @@ def map_images(
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_encoder_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
     rows = _Descriptors(blocks, name)
-    with _quiet_context(), _threads_ended(), closing(AttemptLimiter.open()) as attempts:
+    with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
             .map_batches(
@@ -115,7 +115,7 @@ def stream_blocks(
     if not blocks:
         return
     rows = _Descriptors(blocks, lambda block: "images")
-    with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter.open()) as attempts:
+    with _quiet_context() as context, _threads_ended(), closing(AttemptLimiter()) as attempts:
         context.execution_options.preserve_order = True
         dataset = ray.data.from_items(
             rows, override_num_blocks=plan_tasks(len(rows), images_per_block, num_tasks)
@@ -167,7 +167,8 @@ class _Descriptors(Sequence[Row]):
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return {_PICKLED: pickle.dumps(_Item(index, self.name(self.blocks[index]), self.blocks[index]))}
+        block = self.blocks[index]
+        return {_PICKLED: pickle.dumps(_Item(index, self.name(block), block))}
 
 
 class _Load:

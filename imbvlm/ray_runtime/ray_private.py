@@ -7,7 +7,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -185,16 +185,14 @@ def check_launcher_file(tree: Tree) -> None:
 @contextmanager
 def tune_patches() -> Iterator[None]:
     """Within, globals of Tune have other values; afterwards, also after an error, they are as before."""
-    with ExitStack() as patches:
+    is_patched = _private("task_failed", None) is not None
+    with (
         # Tune sends these variables with each trial, and Ray logs them: AWS keys must not be among them.
-        without_keys = _replaced(
-            "sent_variables", lambda names: {name for name in names if not name.startswith("AWS_")}
-        )
-        patches.enter_context(without_keys)
+        _replaced("sent_variables", lambda names: {name for name in names if not name.startswith("AWS_")}),
         # A variable for Lightning, which keeps trials out of the processes that Ray has started in advance.
-        patches.enter_context(_replaced("added_variables", lambda variables: {}))
-        if _private("task_failed", None) is not None:
-            patches.enter_context(_replaced("actor_manager", _surviving))
+        _replaced("added_variables", lambda variables: {}),
+        _replaced("actor_manager", _surviving) if is_patched else nullcontext(),
+    ):
         yield
 
 
