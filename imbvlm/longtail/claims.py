@@ -16,7 +16,7 @@ from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import balanced_standard_error
 
 NUM_RESAMPLES = 200
-# So many that 50 resamples lie beyond a percentile of 2.5 %.
+# 50 of these resamples lie beyond a percentile of 2.5 %.
 NUM_PAIRED_RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

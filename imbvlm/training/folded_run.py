@@ -15,7 +15,7 @@ from imbvlm.longtail.metrics import ClassCounters
 from imbvlm.longtail.worker_group import WorkerGroup
 from imbvlm.training.checkpoint import CheckpointError, TrialState
 from imbvlm.training.trial_pack import TrialPack
-from imbvlm.training.trial_run import EpochResult, TrialRun
+from imbvlm.training.trial_run import EpochResult, TrialRun, validation_metrics
 
 
 class FoldedRun:
@@ -107,11 +107,7 @@ class FoldedRun:
             total.add(run.val_counters)
         # The shot groups of all folds are those of the official counts.
         metrics = total.compute(self.runs[0].data.class_stats)
-        for name, value in metrics.items():
-            if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):
-                self.best[name], self.best_epoch[name] = value, epoch
-        best = {f"val/best_{name}": value for name, value in self.best.items()}
-        return {f"val/{name}": value for name, value in metrics.items()} | best
+        return validation_metrics(metrics, epoch, self.best, self.best_epoch)
 
     def state_dict(self) -> TrialState:
         """The state with which a trial of the same configuration and folds resumes to the same numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -358,14 +358,8 @@ class TrialRun:
             counters = self._second.validate(self.val_logits)
         self.val_counters = counters
         metrics = counters.compute(self.data.class_stats)
-        for name, value in metrics.items():
-            if name.endswith("_accuracy") and value > self.best.get(name, -math.inf):
-                self.best[name], self.best_epoch[name] = value, self.epoch
-        return {
-            **{f"val/{name}": value for name, value in metrics.items()},
-            **{f"val/best_{name}": value for name, value in self.best.items()},
-            "time/eval_seconds": time.perf_counter() - started,
-        }
+        validation = validation_metrics(metrics, self.epoch, self.best, self.best_epoch)
+        return {**validation, "time/eval_seconds": time.perf_counter() - started}
 
     # -------------------------------------------------------------------------------------------------- state
 
@@ -434,6 +428,20 @@ class TrialRun:
     @property
     def _seed(self) -> int:
         return _seed_of(self.config)
+
+
+def validation_metrics(
+    metrics: Mapping[str, float], epoch: int, best: dict[str, float], best_epoch: dict[str, int]
+) -> dict[str, float]:
+    """`val/` metrics of an epoch, with the running maxima of the accuracies.
+
+    Updates `best`, the largest accuracies so far, and `best_epoch`, the epochs that first had them.
+    """
+    for name, value in metrics.items():
+        if name.endswith("_accuracy") and value > best.get(name, -math.inf):
+            best[name], best_epoch[name] = value, epoch
+    running = {f"val/best_{name}": value for name, value in best.items()}
+    return {f"val/{name}": value for name, value in metrics.items()} | running
 
 
 def _augmentation(section: AugmentationConfig | None) -> Augmentation:

@@ -78,11 +78,11 @@ def test_its_scores_are_of_all_folds_rows_and_its_models_those_of_each_fold(
         list(alone.epochs())
         logits.append(trial_logits(alone, data.val))
         targets.append(torch.from_numpy(data.val.labels))
-    kept, expected, labels = saved(settings), torch.cat(logits), torch.cat(targets)
+    stored, expected, labels = saved(settings), torch.cat(logits), torch.cat(targets)
     relative = expected - expected.amax(dim=1, keepdim=True)
-    torch.testing.assert_close(kept.last().float(), relative.float(), atol=0.02, rtol=2e-3)
-    assert torch.equal(kept.targets, labels)
-    assert kept.folds.bincount().tolist() == [len(of_fold) for of_fold in targets]
+    torch.testing.assert_close(stored.last().float(), relative.float(), atol=0.02, rtol=2e-3)
+    assert torch.equal(stored.targets, labels)
+    assert stored.folds.bincount().tolist() == [len(of_fold) for of_fold in targets]
     right = expected.argmax(dim=1) == labels
     by_class = [right[labels == label].double().mean() for label in labels.unique()]
     assert last.metrics["val/balanced_accuracy"] == pytest.approx(float(torch.stack(by_class).mean()))
@@ -101,15 +101,17 @@ def test_the_best_epoch_is_that_of_all_folds_together(features: FeatureSet, tmp_
 def test_each_fold_is_adjusted_by_the_counts_of_its_own_training(features: FeatureSet, tmp_path: Path) -> None:
     settings = settings_of(tiny_config("linear_probe"), features, tmp_path)
     list(session().reports(settings))
-    kept = saved(settings)
-    logits, counts = kept.last().float(), kept.class_counts(torch.ones(len(kept.targets), dtype=torch.bool))
-    by_fold = [adjust_logits(logits[kept.folds == fold], stats.counts, 1.0) for fold, stats in enumerate(kept.stats)]
+    stored = saved(settings)
+    logits, counts = stored.last().float(), stored.class_counts(torch.ones(len(stored.targets), dtype=torch.bool))
+    by_fold = [
+        adjust_logits(logits[stored.folds == fold], stats.counts, 1.0) for fold, stats in enumerate(stored.stats)
+    ]
     assert torch.equal(adjust_logits(logits, counts, 1.0), torch.cat(by_fold))
-    accuracy = dict(select_tau(logits, kept.targets, counts).candidates)[1.0]
-    right = torch.cat(by_fold).argmax(dim=1) == kept.targets
-    present = kept.targets.unique()
+    accuracy = dict(select_tau(logits, stored.targets, counts).candidates)[1.0]
+    right = torch.cat(by_fold).argmax(dim=1) == stored.targets
+    present = stored.targets.unique()
     assert accuracy == pytest.approx(
-        float(torch.stack([right[kept.targets == c].double().mean() for c in present]).mean())
+        float(torch.stack([right[stored.targets == c].double().mean() for c in present]).mean())
     )
 
 

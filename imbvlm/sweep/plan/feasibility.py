@@ -363,10 +363,11 @@ def _methods_of(sweep: ResolvedSweep) -> set[str]:
     return set(map(str, sweep.space.values_of("method", sweep.spec.base)))
 
 
-def check_manifest(spec: SweepSpec, manifest: Manifest) -> None:
+def check_manifest(sweep: ResolvedSweep, manifest: Manifest) -> None:
     """Reject a sweep whose data has nothing to train on or to select by; raises ConfigError."""
+    spec = sweep.spec
     folds = num_folds(spec, manifest)
     check_data(spec, *data_counts(manifest, spec.split_seed, folds))
-    if folds > 1 and any(config.reads_images for config in spec.resolve().corner_trials()):
+    if folds > 1 and any(config.reads_images for config in sweep.corner_trials()):
         # Folds score trials on stored features alone.
         check_data(spec, *data_counts(manifest, spec.split_seed))

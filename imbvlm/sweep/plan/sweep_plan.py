@@ -214,7 +214,7 @@ def make_plan(spec: SweepSpec, measure: Measure | None, num_gpus: int | None = N
     warm_starts(sweep)
     manifest, problem = _read_manifest(spec)
     if manifest is not None:
-        check_manifest(spec, manifest)
+        check_manifest(sweep, manifest)
     is_here = num_gpus is None
     # The cluster is joined once for all questions about it.
     with existing_cluster() if is_here else nullcontext():

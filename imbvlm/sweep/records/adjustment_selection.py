@@ -17,6 +17,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, size_text
 from imbvlm.base.json_file import read_json
 from imbvlm.config.method_registry import METHODS
+from imbvlm.longtail.likelihood_selection import select_by_likelihood, select_tau_by_likelihood
 from imbvlm.longtail.post_hoc_adjustment import (
     ALPHAS,
     PostHocAdjustment,
@@ -29,7 +30,6 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_alpha,
     select_tau,
 )
-from imbvlm.longtail.prior_fit import select_by_likelihood, select_tau_by_likelihood
 from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
@@ -125,12 +125,10 @@ def prune_logits(folder: str, log: TrialLog, spec: SweepSpec, *, is_over: bool =
     They are large: 133 MB for one epoch of iNaturalist's validation. `is_over` says that no trial runs, so that
     unfinished files of killed writers are deleted too.
     """
-    names = storage.list_files(storage.join(folder, LOGITS_FOLDER))
-    ended = [name for name in names if (record := log.records.get(_trial_of(name))) and record.state in ENDED]
-    unfinished = [name for name in names if is_over and _trial_of(name) not in log.records]
-    largest = max(
-        (state.size for state in storage.file_states(storage.join(folder, LOGITS_FOLDER)).values()), default=0
-    )
+    files = storage.file_states(storage.join(folder, LOGITS_FOLDER))
+    ended = [name for name in files if (record := log.records.get(_trial_of(name))) and record.state in ENDED]
+    unfinished = [name for name in files if is_over and _trial_of(name) not in log.records]
+    largest = max((state.size for state in files.values()), default=0)
     needed = trials_to_choose_from(log, spec, largest) if ended else set()
     for name in [*unfinished, *(name for name in ended if _trial_of(name) not in needed)]:
         storage.delete(storage.join(folder, LOGITS_FOLDER, name))
@@ -272,19 +270,20 @@ def select_adjustment(rows: Validation, spec: SweepSpec) -> tuple[AdjustmentSele
     """
     metric = LIKELIHOOD if spec.selects_by_likelihood else spec.objective.removeprefix("val/")
     logits, targets, other = rows.logits, rows.targets, rows.zero_shot
-    if spec.selects_by_likelihood:
+    weights = None if metric == LIKELIHOOD else accuracy_weights(metric, targets, rows.saved.stats[0])
+    if weights is None:
         tau = select_tau_by_likelihood(logits, targets, rows.class_counts)
     else:
-        weights = accuracy_weights(metric, targets, rows.saved.stats[0])
         tau = select_tau(logits, targets, rows.class_counts, weights=weights)
     adjusted = PostHocAdjustment(tau=tau.accepted).apply(logits, rows.class_counts)
     alpha = None
-    if other is not None and spec.selects_by_likelihood:
-        alpha = select_by_likelihood(ALPHAS, targets, partial(mix_logits, adjusted, other))
-    elif other is not None:
-        alpha = select_alpha(adjusted, other, targets, weights=weights)
-    if alpha is not None and alpha.accepted and other is not None:
-        adjusted = mix_logits(adjusted, other, alpha.accepted)
+    if other is not None:
+        if weights is None:
+            alpha = select_by_likelihood(ALPHAS, targets, partial(mix_logits, adjusted, other))
+        else:
+            alpha = select_alpha(adjusted, other, targets, weights=weights)
+        if alpha.accepted:
+            adjusted = mix_logits(adjusted, other, alpha.accepted)
     plain = calibration_error(logits, targets)
     selection = AdjustmentSelection(metric, tau, alpha, fit_temperature(adjusted, targets), plain, len(targets))
     return selection, adjusted

@@ -176,18 +176,15 @@ class TrialLog:
 
     def winner(self, objective: str) -> TrialRecord | None:
         """The selected trial or baseline; before the selection the best trial by the objective, None without one."""
-        if self.winner_id is not None and self.winner_id in self.records:
-            return self.records[self.winner_id]
-        return next(iter(self.best(objective)), None)
+        return next(iter(self.winner_first(objective)), None)
 
     def best_trial(self, objective: str) -> TrialRecord | None:
         """The winner, or the best trial by the objective where a baseline is the winner."""
-        winner = self.winner(objective)
-        return winner if winner is not None and winner.kind == "search" else next(iter(self.best(objective)), None)
+        return next((record for record in self.winner_first(objective) if record.kind == "search"), None)
 
     def winner_first(self, objective: str) -> list[TrialRecord]:
         """The winner, then the other trials in the order of `best`."""
-        best, winner = self.best(objective), self.winner(objective)
+        best, winner = self.best(objective), self.records.get(self.winner_id or "")
         return best if winner is None else [winner, *(record for record in best if record is not winner)]
 
     def constraint_violation(self, record: TrialRecord, objective: str) -> float:

@@ -49,10 +49,6 @@ class Selection:
         )
         return f"corrected for the selection{share}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for selection.json."""
-        return asdict(self)
-
 
 @dataclass
 class _Pool:
@@ -86,12 +82,8 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec) -> Selection | No
     if not spec.selects_by_likelihood:
         return None
     pools = _read_pools(folder, log, spec)
-    likelihoods, fitted = dict[str, float](), [(pool, pool.fit()) for pool in pools]
-    for pool, blend_pool in fitted:
-        weights = balanced_row_weights(pool.targets)
-        scores = blend_pool.extensions(()).double() @ weights
-        names = [candidate.name for candidate in blend_pool.candidates]
-        likelihoods |= dict(zip(names, scores.tolist(), strict=True))
+    fitted = [(pool, pool.fit()) for pool in pools]
+    likelihoods = {trial_id: value for _, blend_pool in fitted for trial_id, value in _likelihoods(blend_pool).items()}
     if not likelihoods:
         return None
     means = {trial_id: _mean_over_seeds(folder, log, spec, trial_id, value) for trial_id, value in likelihoods.items()}
@@ -104,7 +96,7 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec) -> Selection | No
 
 def write_selection(folder: str, selection: Selection) -> None:
     """Write selection.json into a sweep's folder."""
-    storage.write_bytes(storage.join(folder, SELECTION_FILE), json.dumps(selection.to_dict(), indent=1).encode())
+    storage.write_bytes(storage.join(folder, SELECTION_FILE), json.dumps(asdict(selection), indent=1).encode())
 
 
 def read_selection(folder: str) -> Selection | None:
@@ -165,6 +157,12 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec) -> list[_Pool]:
     return pools
 
 
+def _likelihoods(pool: BlendPool) -> dict[str, float]:
+    """The class-balanced log-likelihood of each candidate by its name."""
+    scores = pool.extensions(()).double() @ balanced_row_weights(pool.targets)
+    return {candidate.name: float(score) for candidate, score in zip(pool.candidates, scores, strict=True)}
+
+
 def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str, value: float) -> float:
     """The mean of a trial's log-likelihood and those of its runs with more seeds."""
     values = [value]
@@ -172,8 +170,7 @@ def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str,
         rows = read_validation(folder, record, log) if record.name == trial_id else None
         if rows is not None:
             _, logits = select_adjustment(rows, spec)
-            pool = BlendPool.fit([Candidate(record.trial_id, "", logits)], rows.targets)
-            values.append(float(pool.extensions(())[0].double() @ balanced_row_weights(rows.targets)))
+            values += _likelihoods(BlendPool.fit([Candidate(record.trial_id, "", logits)], rows.targets)).values()
     return statistics.fmean(values)
 
 

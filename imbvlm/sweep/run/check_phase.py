@@ -59,7 +59,7 @@ def check(spec: SweepSpec) -> CheckedSweep:
     """Check a sweep and download missing weights; writes nothing else. Raises ConfigError, ImbvlmError."""
     sweep = check_spec(spec)
     manifest = Manifest.read(spec.base["data"]["manifest"])
-    check_manifest(spec, manifest)
+    check_manifest(sweep, manifest)
     infos = check_models(sweep)
     # A folder that isn't a sweep's is reported here, before features are computed for hours.
     starts = warm_starts(sweep)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imbvlm.longtail.likelihood_selection import fit_prior, select_by_likelihood, select_tau_by_likelihood
 from imbvlm.longtail.post_hoc_adjustment import (
     TAUS,
     adjust_logits,
@@ -15,7 +16,6 @@ from imbvlm.longtail.post_hoc_adjustment import (
     balanced_row_weights,
     best_temperature,
 )
-from imbvlm.longtail.prior_fit import fit_prior, select_by_likelihood, select_tau_by_likelihood
 
 COUNTS = torch.tensor([400, 100, 20, 5, 1])
 
