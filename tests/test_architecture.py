@@ -398,7 +398,7 @@ IN_TEXT = re.compile(r"\bray\.[\w.]*(\b_[a-z]|internal_kv|tune\.execution|train\
 
 
 def names_of_ray(tree: ast.Module) -> dict[str, str]:
-    """What a file's imports call Ray and its parts."""
+    """Names by which a file imports Ray and its parts, with their paths in Ray."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -113,7 +113,7 @@ def test_classifiers_of_one_form_are_one_matrix_also_behind_second_stages(
     model = blend(tmp_path / "blend", parts)
     assert_close(adjusted_logits(model, images), weighted_mean(tmp_path, parts, images))
     ((network, _),) = model.network.passes
-    # What a trial on images has seen was not rounded.
+    # A trial on images has seen features that were not rounded.
     assert [form.precision for form in network.forms] == ["float16", "float32"]
     assert [type(each).__name__ for each in network.classifiers] == ["FeatureClassifier"], "DisAlign is no matrix"
 

@@ -28,10 +28,10 @@ def owner(key: str) -> tuple[Any, str]:
     """The object with the attribute that a name ends with, and the attribute."""
     module, _, path = NAMES[key][0].partition(":")
     *parts, attribute = path.split(".")
-    found = importlib.import_module(module)
+    holder = importlib.import_module(module)
     for part in parts:
-        found = getattr(found, part)
-    return found, attribute
+        holder = getattr(holder, part)
+    return holder, attribute
 
 
 @pytest.fixture
@@ -235,9 +235,9 @@ def test_tune_s_globals_are_as_before_after_a_run_and_after_an_error(error: type
 @pytest.mark.parametrize("key", ["sent_variables", "added_variables", "task_failed"])
 def test_tune_runs_without_one_of_them(without: Callable[[str], Any], key: str) -> None:
     with without(key), ray_private.tune_patches():
-        kept = [other for other in TUNE if other != key and (key, other) != ("task_failed", "actor_manager")]
-        changed = [value_of(other) for other in kept]
-    assert all(value_of(other) is not value for other, value in zip(kept, changed, strict=True))
+        others = [other for other in TUNE if other != key and (key, other) != ("task_failed", "actor_manager")]
+        changed = [value_of(other) for other in others]
+    assert all(value_of(other) is not value for other, value in zip(others, changed, strict=True))
 
 
 def test_a_process_that_ray_ended_for_its_memory_is_a_lost_one_for_tune() -> None:
@@ -284,7 +284,7 @@ def test_a_sweep_runs_to_its_end_without_any_private_name_and_says_what_is_missi
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner " in done.stdout
     assert "Ray: 2 CPUs, 0 GPUs (a cluster that was running already)" in done.stdout
-    # Python shows a sentence once, and again where a library has changed its filters.
+    # Python shows a warning once, and again after a library has changed its filters.
     shown = done.stderr + "".join(path.read_text() for path in (tmp_path / "runs").rglob("ray.log"))
     for key in ("is_head", "local_addresses", "has_open_ports", "sent_variables"):
         assert shown.count("Ray has no {}. {}".format(*NAMES[key])) in (1, 2)

@@ -235,7 +235,7 @@ class PackMachine(RuleBasedStateMachine):
             self.running[pack] = [trial_id for trial_id in self.running[pack] if trial_id not in ended]
             self.ended[pack] += ended
             if self.running[pack]:
-                # What the process reads before its next epoch, and a new one before its first.
+                # The process reads this file before its next epoch, and a new process before its first.
                 assert json.loads((Path(self.folder.name) / f"ended-{pack}.json").read_text()) == self.ended[pack]
 
     @rule(pack=packs, is_lost=st.booleans())
