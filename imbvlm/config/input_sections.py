@@ -52,7 +52,9 @@ def absolute_encoder_name(name: str) -> str:
 class EncoderConfig(Section):
     """The pretrained encoder: a name of ENCODERS, an open_clip MODEL/TAG, timm:NAME, or local-dir:PATH."""
 
-    name: str
+    name: str = Field(
+        description="a short name such as openai_vit_b16, open_clip's MODEL/TAG, timm:NAME, or local-dir:PATH"
+    )
     image_size: int | None = Field(None, ge=8, le=MAX_IMAGE_SIZE, description="pixels a side; null: the encoder's own")
     weights: str | None = Field(None, description="path of a weights file that replaces the tag's download")
     quick_gelu: bool | None = Field(
@@ -84,7 +86,7 @@ class FeaturesConfig(Section):
     num_views: int = Field(
         1, ge=1, le=64, description="stored crops per training image; the first is the evaluation crop"
     )
-    precision: Literal["float16", "float32"] = "float16"
+    precision: Literal["float16", "float32"] = Field("float16", description="precision of stored outputs")
     int8_tokens: bool = Field(
         False, description="store tokens as bytes with a scale per channel and shard, half of float16's size"
     )

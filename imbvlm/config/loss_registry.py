@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section
 
-PriorCounts = Literal["sampled", "train"]
+Prior = Annotated[
+    Literal["sampled", "train"],
+    Field(description="sampled: the class counts that class sampling gives; train: those of the training rows"),
+]
 
 
 class LossSection(Section):
@@ -49,7 +52,7 @@ class CrossEntropyConfig(SmoothedLoss):
 
 class FocalConfig(LossSection):
     name: Literal["focal"] = "focal"
-    gamma: float = Field(2.0, ge=0)
+    gamma: float = Field(2.0, ge=0, description="exponent of an image's weight 1 - p; 0: cross_entropy")
 
     def simplify(self) -> LossSection:
         return self if self.gamma else CrossEntropyConfig()
@@ -61,7 +64,9 @@ class InverseFrequencyConfig(SmoothedLoss):
 
 class EffectiveNumberConfig(SmoothedLoss):
     name: Literal["effective_number"] = "effective_number"
-    beta: float = Field(0.9999, ge=0, lt=1)
+    beta: float = Field(
+        0.9999, ge=0, lt=1, description="a class of n images has weight (1 - beta) / (1 - beta^n); 0: cross_entropy"
+    )
 
     def simplify(self) -> LossSection:
         return self if self.beta else CrossEntropyConfig(label_smoothing=self.label_smoothing)
@@ -69,7 +74,9 @@ class EffectiveNumberConfig(SmoothedLoss):
 
 class GeneralizedReweightConfig(SmoothedLoss):
     name: Literal["generalized_reweight"] = "generalized_reweight"
-    exponent: float = Field(1.2, ge=0)
+    exponent: float = Field(
+        1.2, ge=0, description="a class of n images has weight n^-exponent; 0: cross_entropy, 1: inverse_frequency"
+    )
 
     def simplify(self) -> LossSection:
         if self.exponent == 0:
@@ -79,15 +86,15 @@ class GeneralizedReweightConfig(SmoothedLoss):
 
 class BalancedSoftmaxConfig(SmoothedLoss):
     name: Literal["balanced_softmax"] = "balanced_softmax"
-    prior: PriorCounts = Field(
-        "sampled", description="sampled: the class counts that class sampling gives; train: those of the training rows"
-    )
+    prior: Prior = "sampled"
 
 
 class LogitAdjustmentConfig(SmoothedLoss):
     name: Literal["logit_adjustment"] = "logit_adjustment"
-    tau: float = 1.0
-    prior: PriorCounts = "sampled"
+    tau: float = Field(
+        1.0, description="factor on the logarithm of the class prior; 0: cross_entropy, 1: balanced_softmax"
+    )
+    prior: Prior = "sampled"
 
     def simplify(self) -> LossSection:
         if self.tau == 0:
@@ -98,7 +105,9 @@ class LogitAdjustmentConfig(SmoothedLoss):
 
 class LdamConfig(LossSection):
     name: Literal["ldam"] = "ldam"
-    max_margin: float = Field(0.5, gt=0)
+    max_margin: float = Field(
+        0.5, gt=0, description="margin of the smallest class; others have less, in proportion to n^-1/4 for n images"
+    )
     margin_scale: float | None = Field(None, gt=0, description="null: the scale of the classifier's logits")
     reweight_from: float | None = Field(
         None,
@@ -113,9 +122,9 @@ class LdamConfig(LossSection):
 
 class LadeConfig(LossSection):
     name: Literal["lade"] = "lade"
-    remine_lambda: float = Field(0.1, ge=0)
-    weight: float = Field(0.1, ge=0)
-    prior: PriorCounts = "sampled"
+    remine_lambda: float = Field(0.1, ge=0, description="strength of the estimate's own regularization")
+    weight: float = Field(0.1, ge=0, description="factor on the estimate that is added; 0: balanced_softmax")
+    prior: Prior = "sampled"
 
     def simplify(self) -> LossSection:
         return self if self.weight else BalancedSoftmaxConfig(prior=self.prior)

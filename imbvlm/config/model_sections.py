@@ -20,7 +20,7 @@ class AdapterConfig(Section):
 class LoraConfig(Section):
     """Low-rank updates of query, key, value and output in the attention of every block."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, description="rank of each update")
     alpha: float = Field(16.0, gt=0, description="scales the update by alpha / rank")
 
 
@@ -52,8 +52,8 @@ class DecoderConfig(Section):
     """The study's transformer decoder over all tokens."""
 
     depth: int = Field(3, ge=0, le=32, description="number of blocks; 0 keeps the (normalized) class token")
-    num_heads: int = Field(4, ge=1)
-    mlp_ratio: float = Field(0.5, gt=0)
+    num_heads: int = Field(4, ge=1, description="attention heads of each block, which must divide its width")
+    mlp_ratio: float = Field(0.5, gt=0, description="hidden width of each block's MLP, as a multiple of its width")
     width: int | None = Field(None, ge=1, description="narrower width after a linear projection; null: the encoder's")
     input_norm: Literal["layer_norm", "none"] = Field(
         "layer_norm", description="layer_norm: initialized from the encoder's final norm"
@@ -105,11 +105,20 @@ class PrototypeCacheConfig(Section):
     scale: float = Field(20.0, gt=0, description="factor on affinities, which are between 0 and 1")
 
 
+ClassifierInit = Annotated[
+    Literal["random", "text", "class_mean"],
+    Field(
+        description="initial weights: random, the class names' text embeddings, or the mean features of each class's "
+        "training images"
+    ),
+]
+
+
 class LinearClassifierConfig(Section):
     """Weights and bias."""
 
     kind: Literal["linear"] = "linear"
-    init: Literal["random", "text", "class_mean"] = "random"
+    init: ClassifierInit = "random"
 
     @property
     def logit_scale(self) -> float:
@@ -122,7 +131,7 @@ class CosineClassifierConfig(Section):
 
     kind: Literal["cosine"] = "cosine"
     temperature: float = Field(0.04, gt=0, description="0.04 is LIFT's scale of 25")
-    init: Literal["random", "text", "class_mean"] = "random"
+    init: ClassifierInit = "random"
 
     @property
     def logit_scale(self) -> float:

@@ -11,6 +11,7 @@ from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section
 from imbvlm.config.input_sections import ClassSampling
 from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.training_sections import LearningRate, WeightDecay
 
 
 class StageSection(Section):
@@ -24,21 +25,21 @@ class TrainedStage(StageSection):
     """A stage with its own length and learning rate: SGD with momentum, no warm-up, half a cosine down."""
 
     num_epochs: int = Field(10, ge=1, description="epochs after those of the first stage, with its batch size")
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(5e-4, ge=0)
+    lr: LearningRate
+    weight_decay: WeightDecay = 5e-4
 
 
 class ClassifierRetrainingConfig(TrainedStage):
     name: Literal["classifier_retraining"] = "classifier_retraining"
     # Class-balanced batches repeat the few images of the tail: at 0.1 a fresh classifier memorizes them.
-    lr: float = Field(0.03, gt=0)
+    lr: LearningRate = 0.03
 
 
 class LearnableWeightScalingConfig(TrainedStage):
     name: Literal["learnable_weight_scaling"] = "learnable_weight_scaling"
-    lr: float = Field(0.1, gt=0)
+    lr: LearningRate = 0.1
     # It learns factors around 1, not weights around 0.
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: WeightDecay = 0.0
 
 
 class TauNormalizationConfig(StageSection):
@@ -50,15 +51,15 @@ class TauNormalizationConfig(StageSection):
 
 class DisAlignConfig(TrainedStage):
     name: Literal["disalign"] = "disalign"
-    lr: float = Field(0.1, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: LearningRate = 0.1
+    weight_decay: WeightDecay = 0.0
     exponent: float = Field(1.2, ge=0, description="exponent of the loss generalized_reweight")
 
 
 class MarcConfig(TrainedStage):
     name: Literal["marc"] = "marc"
-    lr: float = Field(0.1, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: LearningRate = 0.1
+    weight_decay: WeightDecay = 0.0
     exponent: float = Field(1.2, ge=0, description="exponent of the loss generalized_reweight")
 
 

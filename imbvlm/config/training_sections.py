@@ -47,9 +47,13 @@ class FeatureAugmentationConfig(Section):
 MAX_THREADS = 1024
 
 
+LearningRate = Annotated[float, Field(gt=0, description="highest learning rate of the schedule")]
+WeightDecay = Annotated[float, Field(ge=0, description="weight decay of all trained parameters; 0: none")]
+
+
 class _OptimBase(Section):
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(5e-4, ge=0)
+    lr: LearningRate
+    weight_decay: WeightDecay = 5e-4
     warmup_fraction: float = Field(
         0.0625, ge=0, lt=1, description="share of the steps over which the learning rate rises linearly"
     )
@@ -83,19 +87,25 @@ class _OptimBase(Section):
 
 
 class SgdConfig(_OptimBase):
+    """Stochastic gradient descent."""
+
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.03, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
+    lr: LearningRate = 0.03
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of each update that is carried into the next")
+    nesterov: bool = Field(True, description="Nesterov's momentum")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(_OptimBase):
+    """Adam with decoupled weight decay [Loshchilov and Hutter, ICLR 2019]."""
+
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    lr: LearningRate = 1e-3
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        (0.9, 0.999), description="decay rates of the running means of the gradient and of its square"
+    )
 
 
 OptimConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
@@ -111,7 +121,7 @@ class TrainConfig(Section):
         "auto",
         description="auto: bfloat16 on GPUs that support it and, for decoders, on such CPUs; else float32",
     )
-    clip_grad_norm: float | None = Field(1.0, gt=0)
+    clip_grad_norm: float | None = Field(1.0, gt=0, description="limit of the gradient's norm; null: no limit")
     compile: bool = Field(False, description="compile the model with torch.compile")
     num_threads: int | None = Field(
         None, ge=1, le=MAX_THREADS, description="CPU threads, which change rounding; null: the process's own"

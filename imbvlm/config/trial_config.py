@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import ValidationError, ValidationInfo, create_model, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.schema import (
@@ -51,7 +51,7 @@ class _Inputs(Section):
     data: DataConfig
     encoder: EncoderConfig
     features: FeaturesConfig = FeaturesConfig()
-    method: MethodName
+    method: MethodName = Field(description="what is trained, and on which output of the encoder")
     prompts: PromptsConfig | None = None
 
     @field_validator("method")

@@ -18,7 +18,7 @@ class SamplerSection(Section):
     """The options that every sampler has; a subclass adds its own and fixes `name`."""
 
     name: str
-    seed: Seed = 0
+    seed: Seed = Field(0, description="seed of the sampled values")
 
     @property
     def num_random_trials(self) -> int:

@@ -67,23 +67,27 @@ class Origin:
 class StudyRow(Section):
     """One row of a study's table: its label and the listed configuration that it shows."""
 
-    label: str
-    configuration: str
+    label: str = Field(description="the row's name in the table")
+    configuration: str = Field(description="a name of the space's `configurations`")
 
 
 class StudyTable(Section):
     """One table of a study; several tables may show the same configuration."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="name of the table's files")
-    title: str
-    columns: Literal["scores", "cost"] = "scores"
-    rows: list[StudyRow]
+    title: str = Field(description="heading of the table")
+    columns: Literal["scores", "cost"] = Field(
+        "scores", description="scores: accuracies by shot group, precision and F1; cost: parameters, memory and time"
+    )
+    rows: list[StudyRow] = Field(description="rows in their order")
 
 
 class SweepSpec(Section):
     """The specification of one sweep, which its folder keeps as sweep.yaml with the space written out."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the sweep; its folder is NAME-DATE in `storage`"
+    )
     base: dict[str, Any] = Field(
         description="configuration of a trial; it may have sections for any method of the space"
     )
@@ -121,9 +125,13 @@ class SweepSpec(Section):
         "auto", description="auto: in process for one worker on stored features, otherwise Ray Train"
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers of one trial")
-    cpus_per_worker: float = Field(1.0, gt=0, le=MAX_THREADS)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit the cluster")
+    cpus_per_worker: float = Field(1.0, gt=0, le=MAX_THREADS, description="CPUs that Ray reserves for each worker")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="GPUs that Ray reserves for each worker; a fraction lets several trials share a GPU"
+    )
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="trials that run at once; null: as many as fit the cluster"
+    )
     max_pack_size: int | None = Field(
         None,
         ge=1,
@@ -150,7 +158,9 @@ class SweepSpec(Section):
         description="number of the best trials that run again with confirm_seeds; the best validation mean wins",
     )
     confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="without a trial's own seed")
-    refit_seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    refit_seeds: list[Seed] = Field(
+        [0, 1, 2], min_length=1, description="seeds of the winner's and the baselines' refits on all training images"
+    )
     study: list[StudyTable] = Field(
         [], description="tables of listed configurations, each refitted and scored as the winner is"
     )
