@@ -19,6 +19,7 @@ import typer
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.version import __version__
+from imbvlm.cli.encoder_command import fetch
 from imbvlm.cli.export_command import export
 from imbvlm.cli.manifest_command import build, check, show
 from imbvlm.cli.options import GroupHelp, Json, ManifestPath, add_command, examples, make_app, run_program
@@ -237,6 +238,10 @@ GROUPS = {
         "Compute and check the stored outputs of encoders.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     ),
+    "encoder": (
+        "Bring encoders to machines without a network.",
+        "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
+    ),
     "sweep": (
         "Run, resume, list and show sweeps. `sweep FILE` is `sweep run FILE`.",
         "imbvlm sweep run my-sweep.yaml --dry-run",
@@ -248,6 +253,13 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "manifest build": (build, examples("imbvlm manifest build --folders photos/ -o photos.parquet")),
     "manifest show": (show, examples("imbvlm manifest show photos.parquet")),
     "manifest check": (check, examples("imbvlm manifest check photos.parquet --decode")),
+    "encoder fetch": (
+        fetch,
+        examples(
+            "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
+            "imbvlm encoder fetch hf-hub:imageomics/bioclip-2 -o bioclip-2",
+        ),
+    ),
     "features extract": (
         extract_features,
         f"{READ_BY}.\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),

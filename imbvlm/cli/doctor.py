@@ -211,11 +211,12 @@ def check_encoder(name: str) -> Check:
     except ImbvlmError as error:
         return Check(title, "broken", str(error), 'see README, "A tower of your own"')
     if state.present:
-        return Check(title, "ok", "weights are here")
-    if state.cause is None:
-        return Check(title, "ok", f"weights will be fetched from {state.address}")
-    fix = (
-        "fetch the weights where there is a network and name them as encoder.weights or local-dir:PATH; "
-        "behind a mirror or proxy set HF_ENDPOINT or HTTPS_PROXY"
+        return Check(title, "ok", "its files are here")
+    if state.problem is None:
+        return Check(title, "ok", f"its files will be fetched from {state.address}")
+    return Check(
+        title,
+        "broken",
+        state.problem,
+        f"where there is a network: imbvlm encoder fetch {name} -o DIR; here: local-dir:DIR",
     )
-    return Check(title, "broken", f"weights are not here, and {state.address} doesn't answer ({state.cause})", fix)

@@ -47,6 +47,8 @@ class EncoderInfo:
     num_parameters: int = 0
     # Side of the square of the encoder's tokens whose mean is one token here.
     token_pooling: int = 1
+    # The commit of the hub that the weights come from; empty for files of the user's own.
+    revision: str = ""
 
     @property
     def has_text(self) -> bool:

@@ -35,8 +35,8 @@ class DataConfig(Section):
     max_bad_share: float = Field(0.5, ge=0, le=1, description="share of a split above which the run stops, too")
 
 
-# Prefixes of encoder.name: a local folder, and an image-only model of timm.
-LOCAL_DIR, TIMM = "local-dir:", "timm:"
+# Prefixes of encoder.name: a local folder, an image-only model of timm, and a repository of the Hugging Face hub.
+LOCAL_DIR, TIMM, HF_HUB = "local-dir:", "timm:", "hf-hub:"
 
 
 def absolute_path(path: str) -> str:
@@ -50,7 +50,10 @@ def absolute_encoder_name(name: str) -> str:
 
 
 class EncoderConfig(Section):
-    """The pretrained encoder: a name of ENCODERS, an open_clip MODEL/TAG, timm:NAME, or local-dir:PATH."""
+    """The pretrained encoder.
+
+    A name of ENCODERS, an open_clip MODEL/TAG, timm:NAME, hf-hub:OWNER/REPO[@REVISION], or local-dir:PATH.
+    """
 
     name: str = Field(
         description="a short name such as openai_vit_b16, open_clip's MODEL/TAG, timm:NAME, or local-dir:PATH"

@@ -304,7 +304,7 @@ def encoders_page() -> str:
     return page(
         "Encoders",
         "Short names for [`encoder.name`](config.md#encoder), entries of ENCODERS. Any `MODEL/TAG` of open_clip, "
-        "`timm:NAME` and `local-dir:PATH` work, too.",
+        "`timm:NAME`, `hf-hub:OWNER/REPO[@REVISION]` and `local-dir:PATH` work, too.",
         table(["name", "what it is", "library", "model", "weights"], rows),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,40 @@ from typing import Any, Literal
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import LOCAL_DIR
-from imbvlm.models.encoders.encoder_weights import (
-    WeightsState,
-    cached_weights,
-    download_weights,
-    unreachable,
-    weights_address,
-)
+from imbvlm.models.encoders.hub_files import HubFile, offline_sentence, unreachable
 
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
+# The key of a folder's description.
+ORIGIN_KEY = "origin"
+_PUBLISHED, _COMMIT = re.compile(r"[A-Za-z0-9][\w.:@/-]*"), re.compile(r"[0-9a-f]{40}")
 Loader = Literal["open_clip", "timm"]
+
+
+@dataclass(frozen=True)
+class WeightsState:
+    """Whether an encoder's files are on this machine, where they come from, and why they can't be had."""
+
+    present: bool
+    address: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The published encoder that a folder was written from: its name, and the commit of the hub."""
+
+    name: str
+    revision: str
+
+
+def read_origin(description: Mapping[str, Any]) -> Origin | None:
+    """The origin in the description of a folder that `Encoder.save` wrote, None without a well-formed one."""
+    match description.get(ORIGIN_KEY):
+        case {"name": str(name), "revision": str(revision)} if _PUBLISHED.fullmatch(name) and _COMMIT.fullmatch(
+            revision
+        ):
+            return Origin(name, revision)
+    return None
 
 
 @dataclass(frozen=True)
@@ -27,17 +52,21 @@ class EncoderSource:
     """An encoder's name resolved to everything but its weights.
 
     `model` is what the library builds: an architecture, or for open_clip a local folder behind LOCAL_DIR. `weights` is
-    the user's own file, and `published` says where the weights are fetched from without one (`hf_hub` or `url`).
+    the user's own file; without one `hub` is the file of the published weights, and `tokenizer` one of the tokenizer's
+    where it is on the hub, too.
     """
 
     name: str
     loader: Loader
     model: str
     weights: str | None
-    published: Mapping[str, Any]
+    hub: HubFile | None
     model_config: Mapping[str, Any]
     preprocess: Mapping[str, Any]
     quick_gelu: bool
+    tokenizer: HubFile | None = None
+    # From the description of a local folder.
+    stated_origin: Origin | None = None
 
     @property
     def is_local(self) -> bool:
@@ -51,25 +80,27 @@ class EncoderSource:
         """
         if self.weights is not None:
             return self.weights
-        if self.is_local:
-            if not self._folder_files():
-                raise ImbvlmError(
-                    f"encoder.name is {self.name!r}, and {self.model.removeprefix(LOCAL_DIR)} has no weights "
-                    f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)})."
-                )
-            return None
-        return download_weights(self.name, self.published)
+        if self.hub is not None:
+            path = self.hub.fetch(self.name)
+            return None if self.is_local else path
+        if not self._folder_files():
+            raise ImbvlmError(
+                f"encoder.name is {self.name!r}, and {self.model.removeprefix(LOCAL_DIR)} has no weights "
+                f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)})."
+            )
+        return None
 
     def weights_bytes(self) -> int | None:
-        """Bytes of the user's own file, or of the largest file in a folder; None without one, or for published ones."""
-        if self.weights is not None:
-            return os.path.getsize(self.weights)
+        """Bytes of the weights, of the largest file in a folder; None where they aren't on this machine."""
+        path = self.weights if self.hub is None or self.weights is not None else self.hub.cached()
+        if path is not None:
+            return os.path.getsize(path)
         return max((path.stat().st_size for path in self._folder_files()), default=None)
 
     def _folder_files(self) -> list[Path]:
-        """Weights in a local folder; none where there is no folder. Raises ImbvlmError for a pipe or a device."""
+        """Weights in a user's folder; none where there is no folder. Raises ImbvlmError for a pipe or a device."""
         folder = Path(self.model.removeprefix(LOCAL_DIR))
-        if not self.is_local or not folder.is_dir():
+        if not self.is_local or self.hub is not None or not folder.is_dir():
             return []
         paths = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
         for path in paths:
@@ -79,17 +110,27 @@ class EncoderSource:
         return paths
 
     @property
+    def origin(self) -> Origin | None:
+        """The published encoder that the weights on this machine are of; None for the user's own."""
+        path = None if self.hub is None or self.weights is not None else self.hub.cached()
+        return self.stated_origin if path is None else Origin(self.name, Path(path).parent.name)
+
+    @property
     def has_weights(self) -> bool:
         """Whether the weights are on this machine; asks no network, raises ImbvlmError for a folder without."""
-        if self.weights is not None or self.is_local:
-            self.weights_file()
-            return True
-        return cached_weights(self.published) is not None
+        if self.weights is None and self.hub is not None:
+            return self.hub.cached() is not None
+        self.weights_file()
+        return True
 
     def weights_state(self) -> WeightsState:
-        """Where the weights are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
-        if self.weights is not None or self.is_local:
+        """Where the files are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
+        needed = [None if self.weights is not None else self.hub, self.tokenizer]
+        missing = [file for file in needed if file is not None and file.cached() is None]
+        if not missing:
             self.weights_file()
-            return WeightsState(True, self.weights or self.model, None)
-        is_cached, address = cached_weights(self.published) is not None, weights_address(self.published)
-        return WeightsState(is_cached, address, None if is_cached else unreachable(address))
+            return WeightsState(True, self.weights or (self.model if self.hub is None else self.hub.address))
+        address = missing[0].address
+        cause = unreachable(address)
+        problem = None if cause is None else offline_sentence(self.name, missing, address, cause)
+        return WeightsState(False, address, problem)

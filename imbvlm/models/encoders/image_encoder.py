@@ -7,7 +7,7 @@ import json
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pickle import UnpicklingError
 from typing import Any, Self
@@ -24,7 +24,7 @@ from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConf
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.models.encoders.encoder import TextEncoder
 from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, visual_rules
-from imbvlm.models.encoders.encoder_source import EncoderSource
+from imbvlm.models.encoders.encoder_source import ORIGIN_KEY, EncoderSource, Origin
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # What open_clip, timm and torch raise when weights and architecture don't go together.
@@ -109,8 +109,10 @@ class ImageEncoder(ABC):
         with_text: bool,
     ) -> Self:
         """The encoder with its weights on a device; raises ImbvlmError where they are missing or don't fit."""
+        # The weights come first: a description that asks for more than they hold is refused.
+        weights = source.weights_file()
         described, token_pool = cls.describe(source, config, with_text=with_text)
-        model = cls.build(source, source.weights_file(), "cpu", with_text)
+        model = cls.build(source, weights, "cpu", with_text)
         image_tower = cls.image_tower_of(model)
         _resize(image_tower, config.image_size, source.name)
         model.eval().requires_grad_(False)
@@ -118,6 +120,7 @@ class ImageEncoder(ABC):
             described,
             logit_scale=cls.logit_scale(source, model),
             weights_fingerprint=fingerprint(image_tower.state_dict(), cls.switches(source, image_tower)),
+            revision="" if source.origin is None else source.origin.revision,
         )
         model.to(device)
         if described.kind == "convolution":
@@ -279,9 +282,16 @@ def fingerprint(state: Mapping[str, Tensor], switches: Mapping[str, Any]) -> str
 
 
 def write_model(
-    folder: str, weights_file: str, state: Mapping[str, Tensor], config_file: str, description: Mapping[str, Any]
+    folder: str,
+    weights_file: str,
+    state: Mapping[str, Tensor],
+    config_file: str,
+    description: Mapping[str, Any],
+    origin: Origin | None,
 ) -> None:
-    """Write a model's weights and its library's description of it."""
+    """Write a model's weights, and its library's description of it with its origin."""
+    if origin is not None:
+        description = {**description, ORIGIN_KEY: asdict(origin)}
     # safetensors takes no tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     storage.write_bytes(storage.join(folder, weights_file), save(tensors))

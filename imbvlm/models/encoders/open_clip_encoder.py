@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.encoder import TextEncoder
 from imbvlm.models.encoders.encoder_source import EncoderSource
-from imbvlm.models.encoders.encoder_weights import require_transformers
 from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, ImageEncoder, build_error, write_model
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE
-from imbvlm.models.encoders.open_clip_text import OpenClipText, quiet_logging
+from imbvlm.models.encoders.open_clip_text import OpenClipText, quiet_logging, require_transformers
 
 # Stands in for the text tower of a model folder, which is loaded without one.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -47,6 +46,7 @@ class OpenClipEncoder(ImageEncoder):
                     load_weights=loads and with_text,
                     require_pretrained=loads and with_text,
                     force_quick_gelu=source.quick_gelu,
+                    pretrained_text=False,
                     device=device,
                     **({} if with_text else {"text_cfg": dict(_NO_TEXT)}),
                 )
@@ -99,7 +99,7 @@ class OpenClipEncoder(ImageEncoder):
         if "timm_model_name" in model_config["vision_cfg"]:
             model_config["vision_cfg"]["timm_model_pretrained"] = False
         description = {"model_cfg": model_config, "preprocess_cfg": dict(source.preprocess)}
-        write_model(folder, HF_SAFE_WEIGHTS_NAME, self.model.state_dict(), CONFIG_FILE, description)
+        write_model(folder, HF_SAFE_WEIGHTS_NAME, self.model.state_dict(), CONFIG_FILE, description, source.origin)
 
 
 def _load_image_side(model: Any, folder: str) -> None:

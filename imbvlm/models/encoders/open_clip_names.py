@@ -9,24 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
-from imbvlm.config.input_sections import LOCAL_DIR, TIMM, EncoderConfig
-from imbvlm.models.encoders.encoder_source import EncoderSource
+from imbvlm.config.input_sections import HF_HUB, LOCAL_DIR, TIMM, EncoderConfig
+from imbvlm.models.encoders.encoder_source import EncoderSource, read_origin
+from imbvlm.models.encoders.hub_files import HubFile
 
 CONFIG_FILE = "open_clip_config.json"
 SUFFIX = "-quickgelu"
+# Those of tags are open_clip's own choice, and are read as safetensors or as tensors without code.
+SAFE_WEIGHTS, ANY_WEIGHTS = (HF_SAFE_WEIGHTS_NAME,), (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+# Every tokenizer has one of these, and OTHER_TOKENIZER_FILES as its kind needs.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+OTHER_TOKENIZER_FILES = (
+    "tokenizer.json", "special_tokens_map.json", "config.json", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
 # Far above any existing encoder; a larger one would fill memory before its weights are read.
 _MAX_LAYERS = 1000
 # timm takes other names for addresses of the hub, or for folders.
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def folder_source(config: EncoderConfig, folder: str) -> EncoderSource:
-    """An open_clip model in a local folder, by the description that comes with it; raises ImbvlmError."""
+def folder_source(config: EncoderConfig, folder: str, hub: HubFile | None = None) -> EncoderSource:
+    """An open_clip model in a local folder, by the description that comes with it; raises ImbvlmError.
+
+    `hub` is its file of weights where the folder is one of the hub's cache. There a description that doesn't name an
+    activation means the plain one, as to open_clip.
+    """
     path = Path(folder) / CONFIG_FILE
     if not path.exists():
         raise ImbvlmError(
@@ -71,15 +87,17 @@ def folder_source(config: EncoderConfig, folder: str) -> EncoderSource:
             f"encoder.quick_gelu is {_yaml(stated)} and {path} says {_yaml(described)}; remove encoder.quick_gelu, or "
             "correct the file if it is wrong."
         )
-    if described is None and stated is None and _needs_quick_gelu_stated(model_config):
+    if hub is None and described is None and stated is None and _needs_quick_gelu_stated(model_config):
         raise ImbvlmError(
             f"{path} doesn't say which activation its weights were trained with; set encoder.quick_gelu to true "
             "(OpenAI's and DFN's weights) or false (most others), or add quick_gelu to its model_cfg."
         )
     quick_gelu = bool(described) if described is not None else bool(stated)
+    tokenizer = None if hub is None else _tokenizer(config, model_config)
     return EncoderSource(
-        config.name, "open_clip", LOCAL_DIR + folder, None, {}, model_config, _with_defaults(preprocess), quick_gelu
-    )
+        config.name, "open_clip", LOCAL_DIR + folder, None, hub, model_config, _with_defaults(preprocess), quick_gelu,
+        tokenizer, read_origin(data),
+    )  # fmt: skip
 
 
 def _num_layers(side: Mapping[str, Any]) -> int:
@@ -114,7 +132,24 @@ def tag_source(config: EncoderConfig, name: str, short_names: Collection[str]) -
         raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file.")
     quick_gelu = _quick_gelu(config, model, tag, bool(tag_config.get("quick_gelu")), model_config)
     preprocess = _with_defaults(tag_config) if tag else _common_preprocess(config, model)
-    return EncoderSource(config.name, "open_clip", model, weights, tag_config, model_config, preprocess, quick_gelu)
+    repository, filename = os.path.split(tag_config.get("hf_hub", ""))
+    names = (str(Path(filename).with_suffix(".safetensors")), filename) if filename else ANY_WEIGHTS
+    hub = HubFile(repository, names) if repository else None
+    tokenizer = _tokenizer(config, model_config)
+    return EncoderSource(config.name, "open_clip", model, weights, hub, model_config, preprocess, quick_gelu, tokenizer)
+
+
+def _tokenizer(config: EncoderConfig, model_config: Mapping[str, Any]) -> HubFile | None:
+    """The file that every tokenizer of the hub has, None for open_clip's own; raises ImbvlmError for a path."""
+    repository = model_config["text_cfg"].get("hf_tokenizer_name")
+    if not repository:
+        return None
+    if not (isinstance(repository, str) and _REPOSITORY.fullmatch(repository)):
+        raise ImbvlmError(
+            f"encoder.name is {config.name!r}, whose description has hf_tokenizer_name {repository!r}, which is no "
+            "repository of the hub; choose another encoder."
+        )
+    return HubFile(repository, TOKENIZER_FILES)
 
 
 def _common_preprocess(config: EncoderConfig, model: str) -> dict[str, Any]:
@@ -165,16 +200,15 @@ def _plain_model(model: str, offered: bool) -> str:
 
 
 def _unknown_model(config: EncoderConfig, model: str, short_names: Collection[str]) -> ImbvlmError:
-    if config.name.startswith("hf-hub:"):
-        return ImbvlmError(
-            f"encoder.name is {config.name!r}: download that repository and name its folder, {LOCAL_DIR}PATH."
-        )
+    if timm.is_model(config.name.partition(".")[0]):
+        return ImbvlmError(f"encoder.name is {config.name!r}, a model of timm; write {TIMM}{config.name}.")
     valid = open_clip.list_models() if "/" in config.name else [*short_names, *open_clip.list_models()]
     closest = suggest_name(model, valid)
     return ImbvlmError(
         f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; "
         f"{closest}{'' if closest.endswith('?') else '.'} "
-        f"It is one of {', '.join(short_names)}, or open_clip's MODEL/TAG, or {TIMM}NAME, or {LOCAL_DIR}PATH."
+        f"It is one of {', '.join(short_names)}, or open_clip's MODEL/TAG, or {TIMM}NAME, or "
+        f"{HF_HUB}OWNER/REPO, or {LOCAL_DIR}PATH."
     )
 
 

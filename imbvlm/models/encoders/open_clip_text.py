@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.encoder_source import EncoderSource
-from imbvlm.models.encoders.encoder_weights import cached_file, require_transformers, unreachable
 from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, fingerprint
+from imbvlm.models.encoders.open_clip_names import OTHER_TOKENIZER_FILES
 
 TEXTS_AT_ONCE = 256
+# open_clip's key for a tokenizer of the hub.
+_ON_HUB = "hf_tokenizer_name"
 
 
 class OpenClipTokenizer:
@@ -78,20 +84,42 @@ def quiet_logging() -> Iterator[None]:
         root.removeHandler(handler)
 
 
+def tokenizer_folder(source: EncoderSource) -> Path | None:
+    """A local folder with the files of the tokenizer, which are fetched unless cached; None for open_clip's own.
+
+    Raises ImbvlmError.
+    """
+    if source.tokenizer is None:
+        return Path(source.model.removeprefix(LOCAL_DIR)) if source.model_config["text_cfg"].get(_ON_HUB) else None
+    if source.tokenizer.cached() is None:
+        for name in OTHER_TOKENIZER_FILES:
+            source.tokenizer.fetch_alternative(name, source.name)
+    return Path(source.tokenizer.fetch(source.name)).parent
+
+
+def require_transformers(name: str, side: str) -> None:
+    """Raise ImbvlmError with the fix where the text side needs a package that isn't installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ImbvlmError(
+            f"{side} of {name} needs the package transformers; install it with pip install 'imbvlm[siglip]'."
+        )
+
+
 def _tokenizer(source: EncoderSource) -> Callable[..., Tensor]:
-    hub_name = source.model_config["text_cfg"].get("hf_tokenizer_name")
-    if hub_name or ("siglip" in source.model.lower() and not source.is_local):
+    text_config = source.model_config["text_cfg"]
+    if text_config.get(_ON_HUB):
         require_transformers(source.name, "the tokenizer")
-    if hub_name and not source.is_local and cached_file(hub_name, ["tokenizer_config.json", "tokenizer.json"]) is None:
-        cause = unreachable(f"https://huggingface.co/{hub_name}")
-        if cause is not None:
-            raise ImbvlmError(
-                f"can't download the tokenizer of {source.name}, {hub_name} ({cause}); fetch it beforehand where there "
-                "is a network, or use a method that needs no text."
-            )
+    folder = tokenizer_folder(source)
     try:
         with quiet_logging():
-            tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(source.model)
-            return tokenizer
+            if folder is None:
+                tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(source.model)
+                return tokenizer
+            length = text_config.get("context_length", DEFAULT_CONTEXT_LENGTH)
+            mode, options = text_config.get("tokenizer_mode"), text_config.get("tokenizer_kwargs") or {}
+            # Without the last a repository's own code would be offered at the terminal.
+            return HFTokenizer(
+                str(folder), context_length=length, tokenizer_mode=mode, **options, trust_remote_code=False
+            )
     except BUILD_ERRORS as error:
         raise ImbvlmError(f"can't load the tokenizer of {source.name}: {error}") from None

@@ -73,7 +73,8 @@ class TimmEncoder(ImageEncoder):
                 "num_classes": 0,
             },
         }
-        write_model(folder, TIMM_WEIGHTS_FILE, self.model.trunk.state_dict(), TIMM_CONFIG_FILE, description)
+        state = self.model.trunk.state_dict()
+        write_model(folder, TIMM_WEIGHTS_FILE, state, TIMM_CONFIG_FILE, description, self.source.origin)
 
 
 def _global_pool(tower: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from timm.models import get_pretrained_cfg
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import TIMM, EncoderConfig
-from imbvlm.models.encoders.encoder_source import EncoderSource
+from imbvlm.models.encoders.encoder_source import EncoderSource, read_origin
+from imbvlm.models.encoders.hub_files import HubFile
 
 # timm's own names, so that its folders on the hub are read too.
 TIMM_CONFIG_FILE, TIMM_WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -62,12 +63,14 @@ def timm_source(config: EncoderConfig, name: str) -> EncoderSource:
     hub = get_pretrained_cfg(name).hf_hub_id if tag else None
     if weights is None and hub is None:
         raise ImbvlmError(f"encoder.name is {config.name!r}, and the hub has no such weights; set encoder.weights.")
-    published = {} if hub is None else {"hf_hub": f"{hub}/{TIMM_WEIGHTS_FILE}"}
-    return _source(config, architecture, weights, published, first)
+    return _source(config, architecture, weights, None if hub is None else HubFile(hub, (TIMM_WEIGHTS_FILE,)), first)
 
 
-def timm_folder_source(config: EncoderConfig, folder: str) -> EncoderSource:
-    """A timm model in a local folder, by the description that comes with it; raises ImbvlmError."""
+def timm_folder_source(config: EncoderConfig, folder: str, hub: HubFile | None = None) -> EncoderSource:
+    """A timm model in a local folder, by the description that comes with it; raises ImbvlmError.
+
+    `hub` is its file of weights where the folder is one of the hub's cache.
+    """
     path, weights = Path(folder) / TIMM_CONFIG_FILE, Path(folder) / TIMM_WEIGHTS_FILE
     try:
         data = storage.read_json(str(path))
@@ -89,9 +92,10 @@ def timm_folder_source(config: EncoderConfig, folder: str) -> EncoderSource:
             f"encoder.weights is {config.weights!r}, which has no effect with {config.name!r}: the folder has its own "
             "weights; remove encoder.weights."
         )
-    if not weights.is_file():
+    if hub is None and not weights.is_file():
         raise ImbvlmError(f"encoder.name is {config.name!r}, and {folder} has no weights ({TIMM_WEIGHTS_FILE}).")
-    return _source(config, architecture, str(weights), {}, images)
+    source = _source(config, architecture, str(weights) if hub is None else None, hub, images)
+    return replace(source, stated_origin=read_origin(data))
 
 
 def _check(config: EncoderConfig, architecture: object) -> None:
@@ -110,12 +114,12 @@ def _source(
     config: EncoderConfig,
     architecture: str,
     weights: str | None,
-    published: Mapping[str, Any],
+    hub: HubFile | None,
     images: Mapping[str, Any],
 ) -> EncoderSource:
     preprocess = {key: images[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     model_config = {"global_pool": images.get("global_pool"), "image_size": images["image_size"]}
-    return EncoderSource(config.name, "timm", architecture, weights, published, model_config, preprocess, False)
+    return EncoderSource(config.name, "timm", architecture, weights, hub, model_config, preprocess, False)
 
 
 def _input(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:

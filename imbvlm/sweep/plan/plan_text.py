@@ -66,7 +66,7 @@ def _missing_files(plan: Plan) -> list[str]:
             problem = resolve_encoder(encoder.config.encoder).weights_state().problem
         except ImbvlmError as error:
             problem = str(error)
-        problems += [] if problem is None else [f"encoder {encoder.config.encoder.name}: {problem}"]
+        problems += [] if problem is None else [f"encoder {problem}"]
     problems += [] if plan.fits_features is not False else [f"features: {_feature_disk(plan)}"]
     return problems + ([] if plan.fits_logits else [f"logits: {_logit_disk(plan)}"])
 

@@ -99,18 +99,23 @@ def check_encoder_weights(folder: str, encoder: EncoderConfig, info: EncoderInfo
     Raises ImbvlmError if the provenance file is damaged.
     """
     before = _written(folder) or {}
-    towers, name = before.get("towers", {}), " ".join(filter(None, (encoder.name, encoder.weights)))
+    name = " ".join(filter(None, (encoder.name, encoder.weights)))
+    towers, revisions = before.get("towers", {}), before.get("revisions", {})
     if towers.get(name, info.weights_fingerprint) != info.weights_fingerprint:
+        began = f": revision {revisions[name]} of the hub" if name in revisions else ""
         raise ConfigError([Problem(
-            f"the weights of the encoder {name} are not those that the sweep began with. Restore them, or start a new "
-            "sweep.", folder)])  # fmt: skip
+            f"the weights of the encoder {name} are not those that the sweep began with{began}. Restore them, or start "
+            "a new sweep.", folder)])  # fmt: skip
     if keep and name not in towers:
-        write_provenance(folder, {**before, "towers": {**towers, name: info.weights_fingerprint}})
+        revisions = {**revisions, name: info.revision} if info.revision else revisions
+        towers = {**towers, name: info.weights_fingerprint}
+        write_provenance(folder, {**before, "towers": towers, "revisions": revisions})
 
 
-def encoder_fingerprints(folder: str) -> dict[str, str]:
-    """Fingerprints of the encoders that a sweep has used, by name; raises ImbvlmError."""
-    return dict((_written(folder) or {}).get("towers", {}))
+def encoders_used(folder: str) -> dict[str, dict[str, str]]:
+    """Fingerprints and revisions of a sweep's encoders by name, as provenance.json has them; raises ImbvlmError."""
+    before = _written(folder) or {}
+    return {key: dict(before.get(key, {})) for key in ("towers", "revisions")}
 
 
 def data_size(folder: str) -> tuple[int, int] | None:

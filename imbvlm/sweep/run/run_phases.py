@@ -14,7 +14,7 @@ from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.plan.feasibility import num_folds
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
-from imbvlm.sweep.records.provenance import encoder_fingerprints, provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.provenance import encoders_used, provenance, provenance_changes, write_provenance
 from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
@@ -74,7 +74,7 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
         changes.append(f"trials were scored over {before} folds and are over {now} now")
     selected = select_fork_trials(source, sweep, changes)
     # The retained trials read features of these encoders.
-    encoders = {"towers": encoder_fingerprints(source)} if selected.retained else {}
+    encoders = encoders_used(source) if selected.retained else {}
     write_provenance(folder, {**current, **encoders})
     write_fork(selected, source, folder)
     console.print(selected.describe(source))

@@ -327,7 +327,8 @@ def test_tags_that_need_quick_gelu_get_it(name: str) -> None:
         ("ViT-B-33/openai", "did you mean 'ViT-B-32'"),
         ("ViT-B-32/opnai", "did you mean 'openai'"),
         ("ViT-B-32", "write ViT-B-32/TAG with one of openai"),
-        ("hf-hub:org/repo", "local-dir:PATH"),
+        ("hf-hub:org/repo", "encoder fetch hf-hub:org/repo"),
+        ("vit_base_patch16_dinov3.lvd1689m", "a model of timm; write timm:vit_base_patch16_dinov3.lvd1689m"),
         ("local-dir:/nowhere", "/nowhere/open_clip_config.json is not there"),
         ("ViT-S-16/openai", "has no weights"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "attentional pooler"),
@@ -396,7 +397,7 @@ def test_weights_file_for_a_tags_architecture(tmp_path: Path) -> None:
 
 def test_weights_that_can_not_be_downloaded_are_a_sentence_and_quick() -> None:
     start = time.monotonic()
-    with pytest.raises(ImbvlmError, match=r"can't download the weights of openai_vit_b32 .*encoder\.weights"):
+    with pytest.raises(ImbvlmError, match=r"openai_vit_b32 needs open_clip_model\.safetensors .*encoder fetch"):
         load("openai_vit_b32")
     assert time.monotonic() - start < 30
 

@@ -21,6 +21,7 @@ from imbvlm.inference.model_folder import load as load_model
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.models.encoders.hub_files import HubFile
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_a_short_name_is_one_entry() -> None:
     info = describe_encoder(EncoderConfig(name="dinov2_vit_s14", image_size=224))
     assert info.shapes == {"tokens": (257, 384), "pooled": (384,)}
     assert (info.embedding_width, info.logit_scale) == (None, None)
-    assert resolve_encoder(EncoderConfig(name="dinov2_vit_s14")).published == {
-        "hf_hub": "timm/vit_small_patch14_dinov2.lvd142m/model.safetensors"
-    }
+    assert resolve_encoder(EncoderConfig(name="dinov2_vit_s14")).hub == HubFile(
+        "timm/vit_small_patch14_dinov2.lvd142m", ("model.safetensors",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,8 @@ def test_weights_that_do_not_fit_are_refused(weights: str, tmp_path: Path) -> No
 
 def test_weights_that_can_not_be_downloaded_are_a_sentence() -> None:
     with pytest.raises(
-        ImbvlmError, match=r"can't download the weights of timm:test_vit\.r160_in1k from .*encoder\.weights to a file"
+        ImbvlmError,
+        match=r"timm:test_vit\.r160_in1k needs model\.safetensors of timm/test_vit\.r160_in1k, not cached here",
     ):
         load("timm:test_vit.r160_in1k")
 

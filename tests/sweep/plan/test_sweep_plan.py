@@ -392,7 +392,7 @@ def test_a_plan_of_what_cannot_run_here_is_printed_whole_and_leaves_with_1(
     for says, line in zip(
         (
             "manifest none.parquet (NOT THERE",
-            "encoder openai_vit_b32: its weights are not here",
+            "encoder openai_vit_b32 needs open_clip_model.safetensors or ",
             "a trial needs 8 GPUs",
         ),
         lacking,

@@ -24,7 +24,7 @@ from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.provenance import (
     check_encoder_weights,
-    encoder_fingerprints,
+    encoders_used,
     provenance,
     provenance_changes,
     write_provenance,
@@ -157,7 +157,13 @@ def test_a_tower_with_other_weights_is_refused(tmp_path: Path, manifest: Manifes
     check_encoder_weights(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
     with pytest.raises(ConfigError, match="weights of the encoder local-dir:mine are not those that the sweep began"):
         check_encoder_weights(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
-    assert encoder_fingerprints(str(tmp_path)) == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
+    assert encoders_used(str(tmp_path))["towers"] == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
+    published, of_hub = EncoderConfig(name="hf-hub:org/repo"), dataclasses.replace(info, revision="abc")
+    check_encoder_weights(str(tmp_path), published, of_hub)
+    assert encoders_used(str(tmp_path))["revisions"] == {"hf-hub:org/repo": "abc"}
+    moved = dataclasses.replace(of_hub, weights_fingerprint="other", revision="def")
+    with pytest.raises(ConfigError, match="not those that the sweep began with: revision abc of the hub"):
+        check_encoder_weights(str(tmp_path), published, moved)
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
 
