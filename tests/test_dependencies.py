@@ -37,7 +37,7 @@ RUNTIME = expand(PYPROJECT["project"]["dependencies"])
 EXTRAS: dict[str, set[str]] = {}
 for extra, requirements in PYPROJECT["project"]["optional-dependencies"].items():
     EXTRAS[extra] = expand(requirements)
-OPTIONAL = {name for extra, names in EXTRAS.items() if extra != "test" for name in names}
+OPTIONAL = {name for extra, names in EXTRAS.items() if extra not in ("test", "docs") for name in names}
 
 
 class Uses:

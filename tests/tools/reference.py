@@ -104,10 +104,11 @@ LIMITS = {
 }
 
 
-def limit_text(info: FieldInfo) -> str:
-    """A field's limits as comparisons."""
+def values_text(info: FieldInfo) -> str:
+    """A field's type with its limits."""
     limits = [(text, getattr(item, name, None)) for item in info.metadata for name, text in LIMITS.items()]
-    return ", ".join(text.format(limit) for text, limit in limits if limit is not None)
+    texts = [text.format(limit) for text, limit in limits if limit is not None]
+    return type_text(info.annotation) + (f" ({', '.join(texts)})" if texts else "")
 
 
 def value_text(value: Any) -> str:
@@ -127,10 +128,10 @@ def default_text(info: FieldInfo) -> str:
 
 def key_table(section: type[Section], path: str) -> str:
     rows = [
-        [f"`{path}{name}`", type_text(info.annotation), default_text(info), limit_text(info), info.description or ""]
+        [f"`{path}{name}`", info.description or "", values_text(info), default_text(info)]
         for name, info in plain_fields(section).items()
     ]
-    return table(["key", "type", "default", "limits", "meaning"], rows)
+    return table(["key", "meaning", "values", "default"], rows)
 
 
 def sections_text(root: type[Section], notes: Mapping[str, str]) -> str:
