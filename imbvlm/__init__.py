@@ -9,6 +9,7 @@ from imbvlm.base.interrupts import from_first_line
 from imbvlm.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from imbvlm.base.plugin_files import use_plugins as use_plugins
     from imbvlm.cli.sweep_script import run_script as run_script
     from imbvlm.config.trial_config import TrialConfig as TrialConfig
     from imbvlm.data.manifest import Manifest as Manifest
@@ -22,6 +23,7 @@ _MODULES = {
     "TrialConfig": "imbvlm.config.trial_config",
     "load": "imbvlm.inference.model_folder",
     "run_script": "imbvlm.cli.sweep_script",
+    "use_plugins": "imbvlm.base.plugin_files",
 }
 
 

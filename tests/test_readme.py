@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,18 +100,17 @@ RUN_HERE = (
     "Your own images",
     "On a GPU box",
     "Images in S3, and a cluster",
+    "A loss of your own",
     "A tower of your own",
     "Sweeps",
 )
-# An edited copy of the package is needed.
-RUN_IN_A_COPY = ("A loss of your own",)
 # Launching has a page of its own, whose commands need a cluster.
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 
 def test_every_command_is_in_a_section_that_a_test_runs() -> None:
     sections = [part.split("\n", 1) for part in README.split("\n## ")[1:]]
-    assert {title for title, text in sections if code_blocks(text)} == {*RUN_HERE, *RUN_IN_A_COPY}
+    assert {title for title, text in sections if code_blocks(text)} == {*RUN_HERE}
 
 
 def test_commands_that_launch_are_those_of_the_clusters_page() -> None:
@@ -164,8 +162,12 @@ def run_commands(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("title", ["On a laptop", "Your own images", "A tower of your own", "Sweeps"])
+@pytest.mark.parametrize(
+    "title", ["On a laptop", "Your own images", "A loss of your own", "A tower of your own", "Sweeps"]
+)
 def test_commands_run(clone: Path, title: str) -> None:
+    for code in code_blocks(section(title), "python"):
+        (clone / "my_losses.py").write_text(code, encoding="utf-8")
     run_commands(commands(section(title)), clone)
 
 
@@ -218,37 +220,6 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone: Path, t
         written |= {str(path): path.read_bytes() for path in clone.rglob("*") if path.is_file()}
         for secret in (s3_server.KEY, s3_server.SECRET):
             assert [place for place, content in written.items() if secret.encode() in content] == []
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_a_loss_of_ones_own_takes_what_the_readme_says(ray_cluster: str, tmp_path: Path) -> None:
-    """The four blocks where the text puts them, then the contract tests and a sweep in the edited copy."""
-    for name in ("imbvlm", "sweeps", "search_spaces", "tests", "README.md", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    text = section("A loss of your own")
-    function, options, entry, formula = code_blocks(text, "python")
-    row = "| `poly1` | `epsilon` | polynomial | 9 ms | it is one's own |\n| `focal`"
-    for name, edits in {
-        "imbvlm/longtail/losses.py": {"def inverse_frequency(": f"{function}\n\ndef inverse_frequency("},
-        "imbvlm/config/loss_registry.py": {
-            "@dataclass": f"{options}\n\n@dataclass",
-            '        "focal": Loss(': f'{entry}        "focal": Loss(',
-        },
-        "tests/longtail/test_losses.py": {'    "focal": ({"gamma"': f'{formula}    "focal": ({{"gamma"'},
-        "README.md": {"| `focal`": row},
-    }.items():
-        source = (tmp_path / name).read_text(encoding="utf-8")
-        for old, new in edits.items():
-            assert source.count(old) == 1, (name, old)
-            source = source.replace(old, new)
-        (tmp_path / name).write_text(source, encoding="utf-8")
-    own = {"PYTHONPATH": str(tmp_path), "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(
-        {"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}
-    )}  # fmt: skip
-    run_commands([*commands(text), "python -m pytest tests/test_readme.py -k tables"], tmp_path, own)
 
 
 @pytest.mark.slow

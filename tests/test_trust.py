@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -255,6 +256,44 @@ def test_a_model_folder_is_loaded_without_a_request_whatever_its_text_side_names
     monkeypatch.setattr("open_clip.hf_model.HFTextEncoder.__init__", asked)
     (found,) = load(folder, "cpu").predict([np.zeros((40, 40, 3), np.uint8)])
     assert found.error is None
+
+
+def write_evil(path: Path, mark: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"open({str(mark)!r}, 'w')\n")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("listed", ["evil.py", "../evil.py", "evil", 3])
+def test_a_model_folder_does_not_run_the_plug_in_that_it_brings(tmp_path: Path, mark: Path, listed: str | int) -> None:
+    folder = write_model_folder(tmp_path)
+    code = write_evil(folder / "plugins" / "evil.py", mark)
+    for name in ("evil.py", "plugins/evil/__init__.py", "../evil.py"):
+        write_evil(folder / name, mark)
+    path = folder / "config.json"
+    description = json.loads(path.read_text())
+    description["plugins"] = {str(listed): hashlib.sha256(code).hexdigest() if isinstance(listed, str) else listed}
+    for method in ("linear_probe", "evil"):
+        path.write_text(json.dumps({**description, "config": {**description["config"], "method": method}}))
+        with pytest.raises(ImbvlmError, match=r"evil|no plug-in's name"):
+            load(folder, "cpu")
+    assert not mark.exists()
+
+
+def test_a_sweeps_folder_does_not_run_the_plug_in_that_it_brings(tmp_path: Path, mark: Path) -> None:
+    folder = write_sweep(tmp_path / "made", CLASS_COUNTS, num_trials=2)
+    code = write_evil(folder / "plugins" / "evil.py", mark)
+    spec = (folder / "sweep.yaml").read_text()
+    (folder / "sweep.yaml").write_text(spec.replace("plugins: []", f"plugins: ['{folder / 'plugins' / 'evil.py'}']"))
+    assert SweepState.read(str(folder)).spec.plugins == []
+    origin = {"code": {}, "torch": "", "data": "", "plugins": {"evil.py": hashlib.sha256(code).hexdigest()}}
+    (folder / "provenance.json").write_text(json.dumps(origin))
+    with pytest.raises(ImbvlmError, match=r"needs the plug-in evil.py, and its code runs only where you name it"):
+        SweepState.read(str(folder))
+    (folder / "provenance.json").write_text(json.dumps({**origin, "plugins": {"../plugins/evil.py": "0"}}))
+    with pytest.raises(ImbvlmError, match=r"is no plug-in's name"):
+        SweepState.read(str(folder))
+    assert not mark.exists()
 
 
 def test_a_description_nested_without_end_or_too_large_is_refused(tmp_path: Path) -> None:

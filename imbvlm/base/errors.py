@@ -52,6 +52,17 @@ class PackError(ImbvlmError):
     """A pack of trials stopped in the middle of an epoch; none of them can continue from there."""
 
 
+class PluginNeededError(ImbvlmError):
+    """A sweep or model needs plug-ins that the caller hasn't named as they were; `copies` of them would do."""
+
+    def __init__(self, sentence: str, copies: Iterable[str]) -> None:
+        super().__init__(sentence)
+        self.copies = tuple(copies)
+
+    def __reduce__(self) -> tuple[type["PluginNeededError"], tuple[str, tuple[str, ...]]]:
+        return (PluginNeededError, (str(self), self.copies))
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake and its location (`file:line`, or the option that set it)."""

@@ -22,7 +22,7 @@ from imbvlm.base.version import __version__
 from imbvlm.cli.encoder_command import fetch
 from imbvlm.cli.export_command import export
 from imbvlm.cli.manifest_command import build, check, show
-from imbvlm.cli.options import GroupHelp, Json, ManifestPath, add_command, examples, make_app, run_program
+from imbvlm.cli.options import GroupHelp, Json, ManifestPath, add_command, examples, make_app, run_program, with_plugins
 from imbvlm.cli.predict_command import predict
 from imbvlm.cli.sweep_command import (
     compare,
@@ -249,8 +249,8 @@ GROUPS = {
 }
 # Each command with the end of its help, in the order of a user's work.
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
-    "doctor": (doctor, examples("imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16")),
-    "manifest build": (build, examples("imbvlm manifest build --folders photos/ -o photos.parquet")),
+    "doctor": (with_plugins(doctor), examples("imbvlm doctor s3://my-bucket/sweeps --encoder openai_vit_b16")),
+    "manifest build": (with_plugins(build), examples("imbvlm manifest build --folders photos/ -o photos.parquet")),
     "manifest show": (show, examples("imbvlm manifest show photos.parquet")),
     "manifest check": (check, examples("imbvlm manifest check photos.parquet --decode")),
     "encoder fetch": (
@@ -261,30 +261,30 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
         ),
     ),
     "features extract": (
-        extract_features,
+        with_plugins(extract_features),
         f"{READ_BY}.\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),
     ),
     "features check": (check_features, examples("imbvlm features check runs/features")),
-    "train": (train, examples("imbvlm train best.yaml --set optim.lr=0.05")),
+    "train": (with_plugins(train), examples("imbvlm train best.yaml --set optim.lr=0.05")),
     "sweep run": (
         sweep_run,
         examples("imbvlm sweep run my-sweep.yaml --dry-run", "imbvlm sweep my-sweep.yaml --smoke"),
     ),
-    "sweep resume": (sweep_resume, examples("imbvlm sweep resume runs/inat-20261124-120000")),
-    "sweep list": (sweep_list, examples("imbvlm sweep list runs --json")),
-    "sweep show": (sweep_show, examples("imbvlm sweep show runs/inat-20261124-120000")),
+    "sweep resume": (with_plugins(sweep_resume), examples("imbvlm sweep resume runs/inat-20261124-120000")),
+    "sweep list": (with_plugins(sweep_list), examples("imbvlm sweep list runs --json")),
+    "sweep show": (with_plugins(sweep_show), examples("imbvlm sweep show runs/inat-20261124-120000")),
     "plan": (plan, examples("imbvlm plan my-sweep.yaml --price 2.5 --json")),
-    "compare": (compare, examples("imbvlm compare runs/inat-20261124-* --json")),
-    "report": (report, examples("imbvlm report runs/quickstart-20261124-120000 -o report-files")),
+    "compare": (with_plugins(compare), examples("imbvlm compare runs/inat-20261124-* --json")),
+    "report": (with_plugins(report), examples("imbvlm report runs/quickstart-20261124-120000 -o report-files")),
     "export": (
-        export,
+        with_plugins(export),
         examples(
             "imbvlm export runs/quickstart-20261124-120000 -o my-model",
             "imbvlm export runs/inat-20261124-120000 -o models --top 3 --license mit",
         ),
     ),
     "predict": (
-        predict,
+        with_plugins(predict),
         examples(
             "imbvlm predict my-model photos/ --top 3 -o predictions.csv",
             "imbvlm predict s3://bucket/model s3://bucket/photos -o predictions.parquet",

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 
-from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.cli.options import Json, ManifestPath
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 
-if TYPE_CHECKING:
-    Benchmark = str
-else:
-    # Typer takes an option's values from an enumeration.
-    Benchmark = StrEnum("Benchmark", list(BENCHMARKS))
 # Names of RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
 Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
 Names = Literal["scientific", "common"]
@@ -41,8 +35,12 @@ def build(
         str, typer.Option("--output", "-o", metavar="FILE", help="the manifest: a .parquet path or s3:// URI")
     ],
     dataset: Annotated[
-        Benchmark | None,
-        _source(metavar="NAME", help=f"a benchmark, its official files below --root: {', '.join(BENCHMARKS)}"),
+        str | None,
+        _source(
+            metavar="NAME",
+            help=f"a benchmark, its official files below --root: {', '.join(BENCHMARKS)}, or a plug-in's",
+            autocompletion=lambda: list(BENCHMARKS),
+        ),
     ] = None,
     folders: Annotated[
         str | None, _source(metavar="FOLDER", help="a folder per class, or train, val and test folders of them")
@@ -119,6 +117,10 @@ def build(
 
     if sum(map(bool, (dataset, folders, lists, table, inaturalist, webdataset))) > 1:
         ctx.fail(ONE_SOURCE)
+    if dataset is not None and dataset not in BENCHMARKS:
+        raise typer.BadParameter(
+            f"{dataset!r} is no benchmark; {suggest_name(dataset, BENCHMARKS)}", param_hint="--dataset"
+        )
     storage.check_location(output)
     if imbalance_factor is None:
         for option, value in (("--class-order", class_order), ("--tail-shape", tail_shape)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -16,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from imbvlm.base import interrupts
-from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, end_sentence, printable
+from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, PluginNeededError, end_sentence, printable
 
 OptionsT = TypeVar("OptionsT")
 LATEST = "latest"
@@ -30,6 +31,14 @@ MovedManifest = Annotated[
     str | None, typer.Option("--manifest", metavar="FILE", help="the manifest's present location, if it was moved")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+PluginFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="a plug-in to run, a Python file or package folder; repeatable; needed where a sweep or model used it",
+    ),
+]
 SweepFolder = Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep's folder or s3:// URI")]
 
 _spec, _plan, _resume = (
@@ -53,6 +62,14 @@ class SpecOptions:
             "trials of two epochs and one seed",
         ),
     ] = False
+    plugins: Annotated[
+        list[str] | None,
+        _spec(
+            "--plugin",
+            metavar="FILE",
+            help="a Python file or package folder of your own to run, with losses, methods, ...; repeatable",
+        ),
+    ] = None
     settings: Annotated[
         list[str] | None,
         _spec("--set", metavar="KEY=VALUE", help="set a key of the sweep, or a dotted key of its trials; repeatable"),
@@ -123,6 +140,26 @@ def takes(options: type[OptionsT]) -> Callable[[Callable[[OptionsT], int]], Call
         return command
 
     return decorate
+
+
+def with_plugins(function: Callable[..., int]) -> Callable[..., int]:
+    """A command with the option --plugin, which runs with these plug-ins active."""
+
+    @wraps(function)
+    def command(*, plugin: list[str] | None, **values: Any) -> int:
+        if not plugin:
+            return function(**values)
+        # A command without plug-ins starts without this.
+        from imbvlm.base.plugin_files import use_plugins
+
+        with use_plugins(*plugin):
+            return function(**values)
+
+    signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
+    parameters = [each.replace(annotation=hints[each.name]) for each in signature.parameters.values()]
+    option = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=PluginFiles)
+    vars(command)["__signature__"] = signature.replace(parameters=[*parameters, option])
+    return command
 
 
 # ------------------------------------------------------------------------------------------------------- help
@@ -200,12 +237,22 @@ def run_program(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoRetu
             code = error.exit_code
         except ImbvlmError as error:
             print_to_stderr(str(error))
+            if isinstance(error, PluginNeededError):
+                print_to_stderr(f"then run: {_with_copies(name, arguments, error.copies)}")
             code = 1
         if code is None:
             signals.end()
             print(f"\nimbvlm: {signals.sentence}", file=sys.stderr)
             code = signals.exit_code
         sys.exit(code)
+
+
+def _with_copies(program: str, arguments: Sequence[str], copies: Sequence[str]) -> str:
+    """A command again, with these plug-ins in place of those that it named."""
+    words = [word for word in spell_out(arguments) if not word.startswith("--plugin=")]
+    remaining = [word for before, word in pairwise(["", *words]) if word != "--plugin" and before != "--plugin"]
+    options = [text for copy in copies for text in ("--plugin", copy)]
+    return shlex.join([*(["python", sys.argv[0]] if program.endswith(".py") else [program]), *remaining, *options])
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:

@@ -45,16 +45,17 @@ def sweep_run(options: RunOptions) -> int:
     """Run a sweep from its YAML."""
     from imbvlm.cli.sweep_script import run_command
 
-    return run_command(_spec(options.spec, "" if not options.dry_run else " --dry-run"), options)
+    return run_command(_spec(options, "" if not options.dry_run else " --dry-run"), options)
 
 
-def _spec(path: str, more: str) -> SweepSpec:
+def _spec(options: RunOptions | PlanOptions, more: str) -> SweepSpec:
     """A sweep's YAML; raises ImbvlmError for a script, which runs itself."""
     from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
+    path = options.spec
     if path.endswith(".py"):
         raise ImbvlmError(f"{path} is a script and no sweep's YAML; run: python {path}{more}")
-    return SweepSpec.from_yaml(path)
+    return SweepSpec.from_yaml(path, options.plugins or ())
 
 
 def sweep_resume(
@@ -116,10 +117,12 @@ def plan(options: PlanOptions) -> int:
 
     Nothing of the sweep is started or written.
     """
+    from imbvlm.base.plugin_files import use_plugins
     from imbvlm.cli.sweep_script import print_plan, with_options
 
-    spec = with_options(_spec(options.spec, " --dry-run"), options)
-    return print_plan(spec, options.measure, as_json=options.as_json, num_gpus=options.gpus)
+    spec = _spec(options, " --dry-run")
+    with use_plugins(*spec.plugins):
+        return print_plan(with_options(spec, options), options.measure, as_json=options.as_json, num_gpus=options.gpus)
 
 
 def compare(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from imbvlm.base.console import Console
 from imbvlm.base.errors import printable
 from imbvlm.base.formatting import duration, join_limited, mean_std, percent
+from imbvlm.base.plugin_files import plugin_options
 from imbvlm.base.text_tables import table
 from imbvlm.sweep.records.difference import TEST, refits_of, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
@@ -50,9 +51,8 @@ def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) ->
 def show_text(state: SweepState) -> str:
     """The tables of a sweep, as far as it has come."""
     spec, log, width = state.spec, state.log, Console().width
-    progress = (
-        "finished" if state.is_finished else f"unfinished; go on with: imbvlm sweep resume {printable(state.folder)}"
-    )
+    resume = f"imbvlm sweep resume {printable(state.folder + plugin_options())}"
+    progress = "finished" if state.is_finished else f"unfinished; go on with: {resume}"
     parts = [f"sweep {spec.name}: {state.num_ended} of {spec.num_trials} trials, {progress}"]
     failed = [record for record in log.of("search") if record.state in ("failed", "error")]
     parts += [failure_causes(failed)] if failed else []

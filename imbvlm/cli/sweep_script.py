@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
+from imbvlm.base.plugin_files import use_plugins
 from imbvlm.base.schema import flatten
 from imbvlm.base.yaml_file import parse_scalar, parse_yaml
 from imbvlm.cli.options import LATEST, OptionsT, SpecOptions, SweepOptions, add_command, make_app, run_program, takes
@@ -50,7 +51,7 @@ def run_function(
 def run_command(spec: SweepSpec, options: SweepOptions) -> int:
     """Apply the options, run, and return the exit code; raises ImbvlmError."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with interrupts.handled() as signals:
+    with interrupts.handled() as signals, use_plugins(*spec.plugins, *(options.plugins or ())):
         code = signals.outlast(lambda: _run(spec, options, signals))
         if code is None:
             signals.end()
@@ -152,7 +153,7 @@ def resume_command(
 
     `manifest` is the manifest's present location if it was moved.
     """
-    spec = with_located_manifest(read_spec(folder), folder, manifest)
+    spec = with_located_manifest(read_spec(folder, check_plugins=False), folder, manifest)
     parent = storage.absolute(folder).rpartition("/")[0]
     options = SweepOptions(
         resume=folder, storage=parent, settings=[*settings], add_trials=add_trials, manifest=manifest
@@ -164,7 +165,7 @@ def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> Sweep
     """Add trials to those of the resumed sweep; raises ConfigError."""
     if resume is None:
         raise ConfigError([Problem("--add-trials needs --resume.", "--add-trials")])
-    before = read_spec(resume if resume != LATEST else _latest(spec))
+    before = read_spec(resume if resume != LATEST else _latest(spec), check_plugins=False)
     return with_settings(spec, {"num_trials": before.resolve().num_trials + number}, "--add-trials")
 
 
@@ -175,6 +176,7 @@ def with_options(spec: SweepSpec, options: SpecOptions) -> SweepSpec:
     given = {
         "data.manifest": options.manifest or None,
         "storage": options.storage,
+        "plugins": [*spec.plugins, *options.plugins] if options.plugins else None,
         "warm_start": [storage.absolute(folder) for folder in options.warm_start or ()] or None,
         "price_per_gpu_hour": options.price,
         "price_per_machine_hour": options.machine_price,
@@ -211,7 +213,7 @@ def resumed_folder(spec: SweepSpec, resume: str, manifest: str | None = None, *,
     The specification does not tell whether a `manifest` at another location has the sweep's data; its digests do.
     """
     folder = existing_folder(spec, resume)
-    before = with_located_manifest(read_spec(folder), folder, manifest)
+    before = with_located_manifest(read_spec(folder, check_plugins=False), folder, manifest)
     differences = [
         difference
         for difference in spec_differences(before, spec)
@@ -240,6 +242,8 @@ def spec_differences(before: SweepSpec, now: SweepSpec) -> list[tuple[str, Any, 
     """Return the dotted keys that differ between two specs, with both values; locations and limits don't count."""
     old, new = (flatten(parse_yaml(with_absolute_paths(spec).to_yaml_text()).data) for spec in (before, now))
     ignored = (
+        # Their code is compared with the provenance.
+        "plugins",
         *("storage", "feature_folder", "feature_copies", "max_concurrent_trials", "max_failures", "max_trial_minutes"),
         *("smoke", "max_trials", "max_hours", "max_cost", "price_per_gpu_hour", "price_per_machine_hour", "warm_start"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -136,15 +137,17 @@ class Loss:
 
     `function(logits (B, C), targets, class_counts (C,), *, workers, **options)` gives a scalar. `needs_all_logits`:
     its sums over workers depend on logits, not on targets alone. `adjustment_tau`: the tau at which logit_adjustment
-    is the same loss, so that a pack computes both at once.
+    is the same loss, so that a pack computes both at once. `is_mappable`: options may be tensors and the function may
+    run under `torch.func.vmap`, so that a pack computes the losses of several trials at once.
     """
 
     config: type[LossSection]
-    function: Lazy
+    function: Callable[..., Any]
     summary: str
     paper: str
     needs_all_logits: bool = False
     adjustment_tau: float | None = None
+    is_mappable: bool = False
 
     @property
     def takes_soft_targets(self) -> bool:
@@ -160,6 +163,7 @@ LOSSES = Registry(
             Lazy("imbvlm.longtail.losses:cross_entropy"),
             summary="Softmax cross entropy, every image alike.",
             paper="Szegedy et al., CVPR 2016 (label smoothing)",
+            is_mappable=True,
             adjustment_tau=0.0,
         ),
         "focal": Loss(
@@ -167,30 +171,35 @@ LOSSES = Registry(
             Lazy("imbvlm.longtail.losses:focal"),
             summary="Gives easy examples less weight.",
             paper="Lin et al., ICCV 2017",
+            is_mappable=True,
         ),
         "inverse_frequency": Loss(
             InverseFrequencyConfig,
             Lazy("imbvlm.longtail.losses:inverse_frequency"),
             summary="Weights each class by the inverse of its number of images.",
             paper="Wang et al., IJCV 2023",
+            is_mappable=True,
         ),
         "effective_number": Loss(
             EffectiveNumberConfig,
             Lazy("imbvlm.longtail.losses:effective_number"),
             summary="Weights each class by the inverse of its effective number of images.",
             paper="Cui et al., CVPR 2019",
+            is_mappable=True,
         ),
         "generalized_reweight": Loss(
             GeneralizedReweightConfig,
             Lazy("imbvlm.longtail.losses:generalized_reweight"),
             summary="Weights each class by a power of its number of images.",
             paper="Zhang et al., CVPR 2021",
+            is_mappable=True,
         ),
         "balanced_softmax": Loss(
             BalancedSoftmaxConfig,
             Lazy("imbvlm.longtail.losses:balanced_softmax"),
             summary="Adds the logarithm of the class prior to the logits.",
             paper="Ren et al., NeurIPS 2020",
+            is_mappable=True,
             adjustment_tau=1.0,
         ),
         "logit_adjustment": Loss(
@@ -198,18 +207,21 @@ LOSSES = Registry(
             Lazy("imbvlm.longtail.losses:logit_adjustment"),
             summary="Adds tau times the logarithm of the class prior to the logits.",
             paper="Menon et al., ICLR 2021",
+            is_mappable=True,
         ),
         "ldam": Loss(
             LdamConfig,
             Lazy("imbvlm.longtail.losses:ldam"),
             summary="Demands a larger margin of rarer classes.",
             paper="Cao et al., NeurIPS 2019",
+            is_mappable=True,
         ),
         "lade": Loss(
             LadeConfig,
             Lazy("imbvlm.longtail.losses:lade"),
             summary="Adds to balanced_softmax a regularized estimate of the prior in the logits.",
             paper="Hong et al., CVPR 2021",
+            is_mappable=True,
             needs_all_logits=True,
         ),
     },
@@ -218,4 +230,4 @@ LOSSES = Registry(
 if TYPE_CHECKING:
     LossConfig = LossSection
 else:
-    LossConfig = LOSSES.union()
+    LossConfig = LOSSES.union(is_own=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section, Tree
@@ -58,14 +58,14 @@ class Method:
     section: type[Section] | None = None
     shared_sections: frozenset[str] = STORED_SECTIONS
     defaults: Mapping[str, Tree] = field(default_factory=dict)
-    build: Lazy = _BUILD_CLASSIFIER
-    restore: Lazy = _RESTORE_CLASSIFIER
-    install: Lazy | None = None
-    refuse: Lazy | None = None
+    build: Callable[..., Any] = _BUILD_CLASSIFIER
+    restore: Callable[..., Any] = _RESTORE_CLASSIFIER
+    install: Callable[..., Any] | None = None
+    refuse: Callable[..., Any] | None = None
     needs_text: bool = False
     needs_encoder: bool = False
     needs_stored: bool = False
-    select: Lazy | None = None
+    select: Callable[..., Any] | None = None
     selected: tuple[str, ...] = ()
     packs: Literal["stacked", "in_turns"] | None = None
 
@@ -230,21 +230,28 @@ METHODS: Registry[Method] = Registry(
 if TYPE_CHECKING:
     MethodName = str
 else:
-    MethodName = Literal[tuple(METHODS)]
+    MethodName = Literal[tuple(METHODS.own)]
 
-# Sections that a method may read or not; the others stand in every trial.
-OPTIONAL_SECTIONS = frozenset[str]().union(*(method.sections for method in METHODS.values()))
-OWN_SECTIONS: Mapping[str, type[Section]] = {
-    name: method.section for name, method in METHODS.items() if method.section is not None
-}
-# Defaults of the sections that a method reads. Sections that are missing here are absent unless a file has them.
-DEFAULT_SECTIONS: Mapping[str, Tree] = {
-    "prompts": {},
-    **{name: {} for name in OWN_SECTIONS},
-    "augmentation": {},
-    "memory": {},
-    "classifier": {"kind": "cosine"},
-    "loss": {"name": "balanced_softmax"},
-    "optim": {"name": "sgd"},
-    "train": {"num_epochs": 10},
-}
+
+def own_sections(methods: Mapping[str, Method] = METHODS) -> dict[str, type[Section]]:
+    """The sections that one method has to itself, by their name, the method's."""
+    return {name: method.section for name, method in methods.items() if method.section is not None}
+
+
+def optional_sections() -> frozenset[str]:
+    """Sections that a method may read or not; the others stand in every trial."""
+    return frozenset[str]().union(*(method.sections for method in METHODS.values()))
+
+
+def default_sections() -> dict[str, Tree]:
+    """Defaults of the sections that a method reads. Others are absent unless a file has them."""
+    return {
+        "prompts": {},
+        **{name: {} for name in own_sections()},
+        "augmentation": {},
+        "memory": {},
+        "classifier": {"kind": "cosine"},
+        "loss": {"name": "balanced_softmax"},
+        "optim": {"name": "sgd"},
+        "train": {"num_epochs": 10},
+    }

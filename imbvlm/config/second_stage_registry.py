@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,10 +76,10 @@ class SecondStage:
     config: type[StageSection]
     summary: str
     paper: str
-    build: Lazy | None = None
+    build: Callable[..., Any] | None = None
     class_sampling: ClassSampling | None = None
     loss: str | None = None
-    select: Lazy | None = None
+    select: Callable[..., Any] | None = None
     selected: tuple[str, ...] = ()
     reads_weight_norms: bool = False
 
@@ -133,7 +134,7 @@ SECOND_STAGES = Registry(
 if TYPE_CHECKING:
     SecondStageConfig = StageSection
 else:
-    SecondStageConfig = SECOND_STAGES.union()
+    SecondStageConfig = SECOND_STAGES.union(is_own=True)
 
 
 def num_stage_epochs(config: StageSection | None) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex, TypeVar
 
 from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from imbvlm.base.errors import ConfigError, Problem
+from imbvlm.base.plugins import Plugins, active_plugins, plugin_error
 from imbvlm.base.schema import (
     DROP_RETIRED_KEYS,
     NULL_NAME_REMOVES,
@@ -24,12 +26,12 @@ from imbvlm.base.yaml_file import YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, EncoderConfig, EvalConfig, FeaturesConfig, PromptsConfig
 from imbvlm.config.loss_registry import LOSSES, LossConfig, LossSection
 from imbvlm.config.method_registry import (
-    DEFAULT_SECTIONS,
     METHODS,
-    OPTIONAL_SECTIONS,
-    OWN_SECTIONS,
     Method,
     MethodName,
+    default_sections,
+    optional_sections,
+    own_sections,
 )
 from imbvlm.config.model_sections import ClassifierConfig, CosineClassifierConfig, DecoderConfig
 from imbvlm.config.second_stage_registry import SECOND_STAGES, SecondStageConfig, StageSection
@@ -69,15 +71,19 @@ if TYPE_CHECKING:
     _WithMethods = _Inputs
 else:
     _WithMethods = create_model(
-        "_WithMethods", __base__=_Inputs, **{name: (section | None, None) for name, section in OWN_SECTIONS.items()}
+        "_WithMethods",
+        __base__=_Inputs,
+        **{name: (section | None, None) for name, section in own_sections(METHODS.own).items()},
     )
 
 
 class TrialConfig(_WithMethods):
     """One trial. `imbvlm train`, a sweep's base and an export share this file format.
 
-    `section` reads the section of a method.
+    `section` reads the section of a method. `plugins` are those whose entries its class has, beside ours.
     """
+
+    plugins: ClassVar[Plugins] = Plugins()
 
     augmentation: AugmentationConfig | None = None
     memory: MemoryConfig | None = None
@@ -176,12 +182,12 @@ class TrialConfig(_WithMethods):
     def from_tree(tree: YamlTree | Tree, *, drop_retired_keys: bool = False) -> TrialConfig:
         """Check plain data and fill in the defaults of the sections that the method reads. Raises ConfigError."""
         located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
-        data = _complete(located.data)
+        data, cls = _complete(located.data), trial_class()
         problems = _unread_sections(located)
         try:
-            config = TrialConfig.model_validate(data, context={DROP_RETIRED_KEYS: drop_retired_keys})
+            config = cls.model_validate(data, context={DROP_RETIRED_KEYS: drop_retired_keys})
         except ValidationError as error:
-            raise ConfigError([*problems, *to_problems(TrialConfig, error, located, data)]) from None
+            raise ConfigError([*problems, *to_problems(cls, error, located, data)]) from None
         if problems:
             raise ConfigError(problems)
         return config
@@ -193,8 +199,7 @@ class TrialConfig(_WithMethods):
 
     def to_tree(self) -> Tree:
         """Plain data that `from_tree` reads back to an equal configuration; unused sections are left out."""
-        dumped = self.model_dump(mode="json")
-        return {key: value for key, value in dumped.items() if value is not None or key not in OPTIONAL_SECTIONS}
+        return _without_null_sections(self.model_dump(mode="json"))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the whole configuration, defaults included."""
@@ -211,8 +216,41 @@ class TrialConfig(_WithMethods):
         """Canonical JSON: equal for equal configurations, and the same as in version 0.1, whose retired key it has."""
         tree = digest_tree(self)
         tree["features"]["tail_views"] = None
-        sections = {key: value for key, value in tree.items() if value is not None or key not in OPTIONAL_SECTIONS}
-        return json.dumps(sections, sort_keys=True)
+        return json.dumps(_without_null_sections(tree), sort_keys=True)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # No process can import a class that was made for plug-ins.
+        return (_restore, (self.plugins, self.to_tree())) if self.plugins.sources else super().__reduce_ex__(protocol)
+
+
+def trial_class() -> type[TrialConfig]:
+    """TrialConfig as it takes the entries of the active plug-ins, too: the class that checks configurations."""
+    return _trial_class(active_plugins())
+
+
+@cache
+def _trial_class(plugins: Plugins) -> type[TrialConfig]:
+    if not plugins.sources:
+        return TrialConfig
+    with plugins.active():
+        for name in plugins.entries.get(METHODS.kind, {}).keys() & TrialConfig.model_fields.keys():
+            location = plugins.adding(METHODS.kind, name).location
+            raise plugin_error(location, f"{METHODS.kind} {name!r} has the name of a trial's section. Rename it")
+        own = {name: section for name, section in own_sections().items() if name not in TrialConfig.model_fields}
+        fields: dict[str, Any] = {
+            "method": (Literal[tuple(METHODS)], ...),
+            "loss": (LOSSES.union() | None, None),
+            "second_stage": (Annotated[SECOND_STAGES.union() | None, NULL_NAME_REMOVES], None),
+            **{name: (section | None, None) for name, section in own.items()},
+        }
+        made = create_model("TrialConfig", __base__=TrialConfig, **fields)
+    made.plugins = plugins
+    return made
+
+
+def _restore(plugins: Plugins, tree: Tree) -> TrialConfig:
+    with plugins.active():
+        return TrialConfig.from_tree(tree)
 
 
 def require_section(section: T | None) -> T:
@@ -220,6 +258,11 @@ def require_section(section: T | None) -> T:
     if section is None:
         raise AssertionError("this method doesn't read that section; METHODS says which it reads")
     return section
+
+
+def _without_null_sections(tree: Tree) -> Tree:
+    optional = optional_sections()
+    return {key: value for key, value in tree.items() if value is not None or key not in optional}
 
 
 def _reads_images(data: Tree) -> bool:
@@ -247,10 +290,10 @@ def _complete(data: Any) -> Any:
     """Plain data with the defaults of its method; what isn't a section stays, and the check rejects it."""
     if not isinstance(data, dict):
         return data
-    complete: Tree = {key: value for key, value in data.items() if value is not None or key not in OPTIONAL_SECTIONS}
+    complete = _without_null_sections(data)
     method = _method(data)
     own = {} if method is None else method.defaults
-    for key, general in DEFAULT_SECTIONS.items():
+    for key, general in default_sections().items():
         default = {**general, **own.get(key, {})}
         section = complete.get(key, {} if key in _read_by(data) else None)
         if isinstance(section, dict):
@@ -270,7 +313,7 @@ def _unread_sections(located: YamlTree) -> list[Problem]:
     if not isinstance(data, dict) or not _read_by(data):
         return []
     message = "method {} doesn't read the section {!r}. Remove it, or choose another method."
-    unread = [key for key in data if key in OPTIONAL_SECTIONS - _read_by(data) and data[key] is not None]
+    unread = [key for key in data if key in optional_sections() - _read_by(data) and data[key] is not None]
     return [Problem(message.format(data["method"], key), located.where((key,))) for key in unread]
 
 
@@ -298,19 +341,19 @@ RESETS: Mapping[str, tuple[str, ...]] = {
 
 def apply_overrides(tree: Tree, overrides: Mapping[str, Any]) -> Tree:
     """A deep copy of plain data with dotted keys set; choosing another variant drops the old one's options."""
-    return with_dotted_keys(TrialConfig, tree, overrides, RESETS)
+    return with_dotted_keys(trial_class(), tree, overrides, RESETS)
 
 
 def drop_unused_sections(tree: Tree, keep: Iterable[str] = ()) -> Tree:
     """A copy without sections that the tree's method doesn't read, except those of the dotted keys in `keep`."""
-    read = _read_by(tree)
+    read, optional = _read_by(tree), optional_sections()
     retained = read | {key.split(".")[0] for key in keep}
-    return {key: value for key, value in tree.items() if not read or key not in OPTIONAL_SECTIONS or key in retained}
+    return {key: value for key, value in tree.items() if not read or key not in optional or key in retained}
 
 
 def dotted_keys() -> list[str]:
     """Every dotted key of a trial's configuration, over all variants."""
-    return dotted_keys_of(TrialConfig)
+    return dotted_keys_of(trial_class())
 
 
 def needs_text(config: TrialConfig) -> bool:

@@ -27,6 +27,7 @@ from imbvlm.inference.model_parts import (
     without_paths,
     write_description,
     write_encoder,
+    write_plugins,
 )
 from imbvlm.inference.model_record import BLEND_FORMAT, ModelRecord, PassRecord, input_names
 from imbvlm.inference.predictor import Model
@@ -79,6 +80,7 @@ def write_blend(
         "passes": [{"input": names[index], **described} for index, described in passes],
         "scores": dict(scores),
         "digests": digests,
+        **write_plugins(folder, [member.config for member in members]),
     }
     write_description(folder, BLEND_FORMAT, class_names, label_map, rest)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.yaml_file import YamlTree
+from imbvlm.base.plugin_files import read_digests, require_plugins, use_plugins
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.inference.blend_folder import load_blend
@@ -27,9 +27,11 @@ from imbvlm.inference.model_parts import (
     evaluation_input,
     load_encoder,
     local_copy,
+    read_config,
     without_paths,
     write_description,
     write_encoder,
+    write_plugins,
 )
 from imbvlm.inference.model_record import BLEND_FORMAT, SINGLE_FORMAT, ModelRecord
 from imbvlm.inference.predictor import InferenceModule, LogitPostprocessor, Model
@@ -68,16 +70,21 @@ def write_model(
         "scores": scores,
         "post_hoc": None if post_hoc is None else post_hoc.write(folder, digests),
         "digests": digests,
+        **write_plugins(folder, [config]),
     }
     write_description(folder, SINGLE_FORMAT, class_names, label_map, rest)
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+def load(folder: str | Path, device: str | torch.device | None = None, *, plugins: Sequence[str | Path] = ()) -> Model:
     """Load a model that `imbvlm export` wrote, also from s3://, by default onto a GPU if there is one.
 
-    Raises ImbvlmError if the folder is incomplete or damaged, or if images would be prepared differently than in
-    training.
+    A model that needs plug-ins is loaded where they are named, or active, and have the code that it was exported with.
+    Its own copies don't run by themselves. Raises ImbvlmError if the folder is incomplete or damaged, or if images
+    would be prepared differently than in training.
     """
+    if plugins:
+        with use_plugins(*map(str, plugins)):
+            return load(folder, device)
     location = model_folder(str(folder))
     # Read before the copy, so that an error names the user's folder.
     description = read_description(location)
@@ -103,16 +110,20 @@ def model_folder(folder: str) -> str:
 
 
 def read_description(folder: str) -> dict[str, Any]:
-    """The content of a model's config.json; raises ImbvlmError for a damaged one or another format."""
+    """The content of a model's config.json; raises ImbvlmError for a damaged one or another format.
+
+    Raises PluginNeededError where a plug-in that the model needs isn't active, or has other code.
+    """
     location = storage.join(folder, CONFIG_FILE)
     with description_damage_named(location):
         description: dict[str, Any] = storage.read_json(location)
-        version = description["format"]
+        version, plugins = description["format"], read_digests(description.get("plugins", {}))
     if version not in (SINGLE_FORMAT, BLEND_FORMAT):
         raise ImbvlmError(
             f"{location} has format {version}, and this version reads {SINGLE_FORMAT} and {BLEND_FORMAT}. "
             f"{EXPORT_AGAIN}"
         )
+    require_plugins(folder, plugins)
     return description
 
 
@@ -130,7 +141,7 @@ def _load(folder: str, name: str, description: Mapping[str, Any], device: torch.
         preprocess_fingerprint, pillow = description["preprocess_fingerprint"], description["pillow"]
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
         post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
-    config = TrialConfig.from_record(YamlTree(tree, description_file))
+    config = read_config(tree, description_file)
     encoder = load_encoder(folder, name, config, fingerprint, device)
     check_preprocess(encoder.preprocess, preprocess, preprocess_fingerprint, pillow, name)
     weights = read_tensors(folder, MODEL_FILE, digests)

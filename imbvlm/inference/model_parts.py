@@ -15,7 +15,12 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.json_file import damage_named
+from imbvlm.base.plugin_files import write_copies
+from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.files.file_listing import list_tree
 from imbvlm.data.images.preprocess import Preprocess
@@ -67,6 +72,31 @@ def write_description(
 def description_damage_named(location: str) -> AbstractContextManager[None]:
     """Within, what a damaged description makes Python raise becomes an ImbvlmError."""
     return damage_named(f"{location} is not a model's description", EXPORT_AGAIN)
+
+
+def write_plugins(folder: str, configs: Sequence[TrialConfig]) -> dict[str, Any]:
+    """Write the code of the plug-ins that predictions need; return their digests as an entry of the description.
+
+    A loss isn't needed: the weights are trained.
+    """
+    methods = [(config.plugins, METHODS.kind, config.method) for config in configs]
+    stages = [(config.plugins, SECOND_STAGES.kind, each.name) for config in configs if (each := config.second_stage)]
+    needed = {
+        plugins.adding(kind, name)
+        for plugins, kind, name in [*methods, *stages]
+        if name in plugins.entries.get(kind, {})
+    }
+    sources = sorted(needed, key=lambda source: source.name)
+    write_copies(folder, sources)
+    return {"plugins": {source.name: source.digest for source in sources}} if sources else {}
+
+
+def read_config(tree: Any, location: str) -> TrialConfig:
+    """A configuration in a description, with the default in place of a plug-in's loss. Raises ConfigError."""
+    loss = tree.get("loss") if isinstance(tree, dict) else None
+    if isinstance(loss, dict) and loss.get("name") not in LOSSES:
+        tree = {key: section for key, section in tree.items() if key != "loss"}
+    return TrialConfig.from_record(YamlTree(tree, location))
 
 
 def class_names_of(description: Mapping[str, Any]) -> tuple[str, ...]:

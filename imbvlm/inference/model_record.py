@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.inference.blend_network import FeatureForm
-from imbvlm.inference.model_parts import class_names_of, description_damage_named, evaluation_input
+from imbvlm.inference.model_parts import class_names_of, description_damage_named, evaluation_input, read_config
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 
 # Formats of config.json: a model of one classifier, and a blend.
@@ -119,7 +118,7 @@ def _read_single(
 
 
 def _config(data: Mapping[str, Any], location: str) -> TrialConfig:
-    return TrialConfig.from_record(YamlTree(data["config"], location))
+    return read_config(data["config"], location)
 
 
 def _adjustment(data: Mapping[str, Any]) -> PostHocAdjustment | None:

@@ -122,6 +122,7 @@ class InferenceModule(Network):
         super().__init__()
         self.tower, self.classifier = encoder.image_tower, classifier
         self._encoder, self._config, self._post_hoc = encoder, config, post_hoc
+        self._reads = METHODS[config.method].reads
         self.zero_shot = None
         if post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha:
             self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.text_space.logit_scale)
@@ -142,7 +143,7 @@ class InferenceModule(Network):
         if self._config.reads_images:
             logits = self.classifier(images)
         else:
-            logits = self.classifier(as_stored(getattr(outputs, METHODS[self._config.method].reads), precision))
+            logits = self.classifier(as_stored(getattr(outputs, self._reads), precision))
         logits = logits.float()
         if self._post_hoc is None:
             return logits, logits

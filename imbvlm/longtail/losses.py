@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.registry import definition
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.longtail.class_stats import PRIOR_FLOOR
 from imbvlm.longtail.logits import add_log_prior, at_least_float32, floored_counts, log_prior
@@ -61,8 +62,8 @@ def focal(
     """
     log_probs = F.log_softmax(at_least_float32(logits), dim=-1)
     others = log_probs.masked_fill(_is_target(log_probs, targets), torch.finfo(log_probs.dtype).min)
-    return _weighted_mean(
-        torch.exp(gamma * torch.logsumexp(others, dim=-1)) * _nll(log_probs, targets),
+    return weighted_mean(
+        torch.exp(gamma * torch.logsumexp(others, dim=-1)) * log_losses(log_probs, targets),
         None,
         workers,
     )
@@ -156,7 +157,7 @@ def ldam(
     margins = (max_margin * margin_scale * _margin_shares(class_counts, logits)).to(logits.dtype)
     log_probs = F.log_softmax(torch.where(_is_target(logits, targets), logits - margins, logits), dim=-1)
     weights = None if reweight is None else reweight.to(logits.device)[targets]
-    return _weighted_mean(_nll(log_probs, targets), weights, workers)
+    return weighted_mean(log_losses(log_probs, targets), weights, workers)
 
 
 def lade(
@@ -186,7 +187,7 @@ def lade(
 
 def default_options(name: str) -> dict[str, Any]:
     """A loss's keyword options with their defaults; raises UnknownEntryError."""
-    parameters = inspect.signature(LOSSES[name].function.load()).parameters.values()
+    parameters = inspect.signature(definition(LOSSES[name].function)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "workers"}
 
 
@@ -267,12 +268,16 @@ def stack_losses(
 
 def _stack_one_form(losses: Sequence[ConfiguredLoss], device: str | torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """`stack_losses` for losses with the same `form`, on logits (M, B, C)."""
+    if not losses[0].entry.is_mappable:
+        return lambda logits, targets: torch.stack(
+            [loss(member_logits, targets) for loss, member_logits in zip(losses, logits, strict=True)]
+        ).to(logits.dtype)
     numbers = [loss.numbers() for loss in losses]
     stacks = {
         name: torch.stack([torch.as_tensor(of_loss[name], dtype=torch.float64) for of_loss in numbers]).to(device)
         for name in numbers[0]
     }
-    function = losses[0].entry.function.load()
+    function = definition(losses[0].entry.function)
 
     def stacked(logits: Tensor, targets: Tensor) -> Tensor:
         def member_loss(member_logits: Tensor, options: dict[str, Tensor]) -> Tensor:
@@ -328,7 +333,8 @@ def _is_target(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
 
 
-def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
+def log_losses(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """-log p_y (B,) of log-probabilities (B, C)."""
     return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
@@ -339,17 +345,17 @@ def _cross_entropy(
     log_probs = F.log_softmax(at_least_float32(logits), dim=-1)
     if targets.ndim == 1:
         weights = None if class_weights is None else class_weights[targets]
-        nll = _nll(log_probs, targets)
+        nll = log_losses(log_probs, targets)
     else:
         shares = targets.to(log_probs.dtype)
         shares = shares if class_weights is None else shares * class_weights.to(log_probs.dtype)
         weights = shares.sum(dim=-1)
         nll = -(shares * log_probs).sum(dim=-1) / weights
     losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
-    return _weighted_mean(losses, weights, workers)
+    return weighted_mean(losses, weights, workers)
 
 
-def _weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup) -> Tensor:
+def weighted_mean(losses: Tensor, weights: Tensor | None, workers: WorkerGroup) -> Tensor:
     """This worker's share of the global sum(w l) / sum(w), whose average over workers is the whole; 0 without rows."""
     weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
     total = workers.sum(weights.sum().detach()).clamp(min=torch.finfo(losses.dtype).tiny)

@@ -17,6 +17,7 @@ import ray
 from imbvlm.base import interrupts
 from imbvlm.base.console import LastWord
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.plugins import active_plugins, call_with
 from imbvlm.ray_runtime.capacity_notice import ended_when
 from imbvlm.ray_runtime.cluster_resources import Cluster, connected_cluster
 from imbvlm.ray_runtime.ray_private import (
@@ -202,7 +203,8 @@ def on_this_machine() -> Iterator[None]:
 
 def run_on_worker(function: Callable[..., Result], *arguments: Any, num_cpus: float, num_gpus: float) -> Result:
     """The result of a module's function on a machine of the connected cluster with free CPUs and GPUs."""
-    return ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function).remote(*arguments))
+    remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(call_with)
+    return ray.get(remote.remote(active_plugins(), function, *arguments))
 
 
 def owns_machine() -> bool:

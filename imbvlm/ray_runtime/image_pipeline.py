@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ import ray.data
 from ray.data.context import DataContext
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.plugins import active_plugins, call_with
 from imbvlm.data.image_stream import ImageBatch, StreamPlan, cached_manifest, load_batch
 from imbvlm.ray_runtime.attempt_limit import AttemptLimiter
 from imbvlm.ray_runtime.capacity_notice import missing_capacity, notify_while
@@ -77,7 +79,7 @@ def map_images(
     nodes = _cpus_of_nodes()
     smallest = min(nodes, default=math.inf)
     cpus = plan_cpus(free, num_encoder_workers, cpus_per_worker, gpus_per_worker, smallest, len(nodes))
-    rows = _Descriptors(blocks, name)
+    rows, make = _Descriptors(blocks, name), partial(call_with, active_plugins(), worker)
     with _quiet_context(), _threads_ended(), closing(AttemptLimiter()) as attempts:
         dataset = (
             ray.data.from_items(rows, override_num_blocks=plan_tasks(len(rows), images_per_block, cpus.num_tasks))
@@ -90,7 +92,7 @@ def map_images(
             )
             .map_batches(
                 _Worker,
-                fn_constructor_args=(worker, worker_args, attempts, num_encoder_workers),
+                fn_constructor_args=(make, worker_args, attempts, num_encoder_workers),
                 batch_size=1,
                 batch_format="numpy",
                 zero_copy_batch=True,

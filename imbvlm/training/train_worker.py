@@ -28,8 +28,9 @@ def train_worker(config: Mapping[str, TrialSettings]) -> None:
     is_single = context.get_world_size() == 1
     workers: WorkerGroup = SINGLE_WORKER if is_single else DistributedWorkerGroup(device)
     stream = partial(stream_in_ray, num_tasks=_loading_tasks())
-    for report in TrialSession(device, workers, stream).reports(config["settings"]):
-        ray.train.report(to_result([report]))
+    with config["settings"].config.plugins.active():
+        for report in TrialSession(device, workers, stream).reports(config["settings"]):
+            ray.train.report(to_result([report]))
 
 
 def _loading_tasks() -> int:

@@ -17,7 +17,7 @@ from imbvlm.base.errors import ConfigError
 from imbvlm.base.schema import ADDED_LATER, Section, digest_tree, flatten, tag_of, violated_rule
 from imbvlm.base.yaml_file import dump_yaml, parse_yaml
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, optional_sections
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, require_section
 
 LOSS_CONFIGS = [entry.config for entry in LOSSES.values()]
@@ -192,7 +192,7 @@ def test_whole_numbers_are_numbers_and_equal_to_their_floats() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("section", sorted(OPTIONAL_SECTIONS))
+@pytest.mark.parametrize("section", sorted(optional_sections()))
 def test_a_section_is_there_exactly_where_its_method_reads_it(method: str, section: str) -> None:
     read = section in METHODS[method].sections
     # What follows training or changes its examples is there only where it is asked for.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imbvlm.config.method_registry import OWN_SECTIONS
+from imbvlm.config.method_registry import own_sections
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.spec.baselines import Baseline
@@ -23,8 +23,6 @@ START_SECONDS = {"in_process": 0.4, "ray_train": 15.0}
 PASS_START_SECONDS = 8.0
 # The number of sampled trials that make up a sweep's mean trial.
 NUM_SAMPLES = 200
-# Sections that decide the time and the memory of an image. Learning rates, losses and seeds do not.
-SHAPE_SECTIONS = ("encoder", "eval", "method", *OWN_SECTIONS, "memory")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,9 @@ class EpochSizes:
 def cost_key(config: TrialConfig) -> str:
     """Return a key that configurations of equal time and memory per image share."""
     tree = config.to_tree()
-    shape = {key: tree[key] for key in SHAPE_SECTIONS if tree.get(key) is not None}
+    # They decide the time and the memory of an image. Learning rates, losses and seeds do not.
+    sections = ("encoder", "eval", "method", *own_sections(), "memory")
+    shape = {key: tree[key] for key in sections if tree.get(key) is not None}
     train = config.train
     numbers = None if train is None else (train.batch_size, train.precision, train.compile)
     return json.dumps({**shape, "stored": config.features.store, "train": numbers}, sort_keys=True)

@@ -105,7 +105,7 @@ def select_fork_trials(source: str, sweep: ResolvedSweep, changes: list[str]) ->
 
     Refits are not taken over: the end of the new search decides which ones are needed.
     """
-    fork, before, spec = Fork(), read_spec(source), sweep.spec
+    fork, before, spec = Fork(), read_spec(source, check_plugins=False), sweep.spec
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)
     own = {_key(baseline.config): f"b{number:05d}" for number, baseline in enumerate(baselines(sweep), 1)}
     log = TrialLog.read(source)

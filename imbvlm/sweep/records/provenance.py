@@ -15,6 +15,8 @@ import imbvlm
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem
 from imbvlm.base.json_file import read_json
+from imbvlm.base.plugin_files import plugin_change, read_digests, require_plugins, write_copies
+from imbvlm.base.plugins import active_plugins
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.data.files.file_listing import file_states
@@ -51,7 +53,9 @@ def provenance(manifest: Manifest) -> dict[str, Any]:
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
     size = {"num_classes": len(manifest.class_names), "num_images": len(manifest)}
-    return {"code": code, "torch": torch.__version__, **_of_data(manifest), **size}
+    origin = {"code": code, "torch": torch.__version__, **_of_data(manifest), **size}
+    plugins = active_plugins().digests
+    return {**origin, "plugins": plugins} if plugins else origin
 
 
 def code_digest(code: Mapping[str, str]) -> str:
@@ -69,6 +73,17 @@ def write_provenance(folder: str, content: dict[str, Any]) -> None:
     storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(content, indent=1).encode())
 
 
+def begin_provenance(folder: str, content: dict[str, Any]) -> None:
+    """Write provenance.json and the code of the active plug-ins into the folder of a sweep that begins."""
+    write_provenance(folder, content)
+    write_copies(folder, active_plugins().sources)
+
+
+def require_sweep_plugins(folder: str, *, check: bool = True) -> None:
+    """Raise PluginNeededError where a plug-in of a sweep isn't active, or, with `check`, has other code."""
+    require_plugins(folder, (_written(folder) or {}).get("plugins", {}), check=check)
+
+
 def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
     """A clause for each change since a sweep began; raises ImbvlmError if its file is damaged."""
     before = _written(folder)
@@ -81,6 +96,14 @@ def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:
         f"imbvlm/{name} {_change(name in code, name in now['code'])}"
         for name in sorted({*code, *now["code"]})
         if code.get(name) != now["code"].get(name)
+    ]
+    plugins, active = before.get("plugins", {}), now.get("plugins", {})
+    changes += [f"the plug-in {name} is gone" for name in plugins.keys() - active]
+    changes += [f"the plug-in {name} is new" for name in active.keys() - plugins]
+    changes += [
+        f"the plug-in {plugin_change(folder, name)}"
+        for name in plugins
+        if plugins[name] != active.get(name, plugins[name])
     ]
     if before["torch"] != now["torch"]:
         changes.append(f"torch was {before['torch']} and is {now['torch']}")
@@ -130,7 +153,8 @@ def _written(folder: str) -> dict[str, Any] | None:
 
     def parse(content: Any) -> dict[str, Any]:
         required = {"code": dict(content["code"]), "torch": str(content["torch"]), "data": str(content["data"])}
-        return {**content, **required, "towers": dict(content.get("towers", {}))}
+        plugins = {"plugins": read_digests(content["plugins"])} if "plugins" in content else {}
+        return {**content, **required, "towers": dict(content.get("towers", {})), **plugins}
 
     return read_json(storage.join(folder, PROVENANCE_FILE), parse, "Start a new sweep.")
 

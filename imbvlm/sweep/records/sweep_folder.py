@@ -11,10 +11,11 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.json_file import read_json
+from imbvlm.base.plugins import active_plugins
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import POST_HOC, TEST, splits_of
-from imbvlm.sweep.records.provenance import data_size
+from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
 from imbvlm.sweep.records.summary_tables import METRICS, pareto_records
 from imbvlm.sweep.records.trial_log import SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -25,8 +26,11 @@ BEST_FILE, TEST_FILE = "best.yaml", "test.json"
 UNFINISHED_FILE = "unfinished"
 
 
-def read_spec(folder: str) -> SweepSpec:
-    """The spec in a sweep's folder; raises ImbvlmError if there is none."""
+def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
+    """The spec in a sweep's folder, with the active plug-ins; raises ImbvlmError if there is none.
+
+    Raises PluginNeededError where a plug-in of the sweep isn't active, or, with `check_plugins`, has other code.
+    """
     uri = storage.join(folder, SPEC_FILE)
     if not storage.exists(uri):
         raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")
@@ -35,7 +39,9 @@ def read_spec(folder: str) -> SweepSpec:
     except UnicodeDecodeError as error:
         raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8") from None
     tree = parse_yaml(text, uri)
-    spec = SweepSpec.from_tree(tree)
+    require_sweep_plugins(folder, check=check_plugins)
+    # Its own list names files that the caller may not mean.
+    spec = SweepSpec.from_tree(tree).model_copy(update={"plugins": active_plugins().locations})
     # In sweeps of version 0.1 held-out images score trials, and the objective selects.
     return spec if "num_folds" in tree.data else spec.model_copy(update={"num_folds": 1, "select_by": "objective"})
 

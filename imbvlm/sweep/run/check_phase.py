@@ -31,7 +31,7 @@ from imbvlm.sweep.plan.feasibility import (
 from imbvlm.sweep.records.adjustment_selection import check_logits_fit, logit_bytes
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.earlier_sweeps import WarmStart, warm_starts
-from imbvlm.sweep.records.provenance import provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.provenance import begin_provenance, provenance, provenance_changes
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
 from imbvlm.sweep.records.trial_log import ENDED, SPEC_FILE, TrialKind, TrialLog
 from imbvlm.sweep.run.sweep_run import SweepRun
@@ -74,7 +74,7 @@ def check_provenance(folder: str, manifest: Manifest, log: TrialLog) -> None:
     """Raise ConfigError if code or data differ from those that the sweep began with."""
     current = provenance(manifest)
     if not log.records:
-        write_provenance(folder, current)
+        begin_provenance(folder, current)
         return
     changes = provenance_changes(folder, current)
     if changes:

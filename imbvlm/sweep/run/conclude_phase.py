@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from imbvlm.base import interrupts, storage
 from imbvlm.base.formatting import duration
+from imbvlm.base.plugin_files import plugin_options
 from imbvlm.base.text_tables import table
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.sweep.export.exporter import best_config, write_best
@@ -54,9 +55,9 @@ def conclude(run: SweepRun, seconds: float) -> None:
         echo(f"  {storage.join(run.folder, name)}  {content}")
     echo(compute_text(data.compute))
     echo("next:")
-    echo(f"  imbvlm export {run.folder} -o my-model")
+    echo(f"  imbvlm export {run.folder} -o my-model{plugin_options()}")
     echo("  imbvlm predict my-model PHOTO.jpg")
-    echo(f"  imbvlm train {storage.join(run.folder, 'best.yaml')}")
+    echo(f"  imbvlm train {storage.join(run.folder, 'best.yaml')}{plugin_options()}")
     untried = untried_methods(run.sweep, {key: features.info for key, features in run.features.items()})
     if untried:
         echo(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')

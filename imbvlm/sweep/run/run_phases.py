@@ -9,12 +9,13 @@ from contextlib import contextmanager, suppress
 from imbvlm.base import interrupts, storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import LostProcessesError, StorageError
+from imbvlm.base.plugin_files import plugin_options
 from imbvlm.data.manifest import Manifest
 from imbvlm.ray_runtime.connection import ray_session
 from imbvlm.sweep.plan.feasibility import num_folds
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
-from imbvlm.sweep.records.provenance import encoders_used, provenance, provenance_changes, write_provenance
+from imbvlm.sweep.records.provenance import begin_provenance, encoders_used, provenance, provenance_changes
 from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
@@ -69,13 +70,13 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     manifest = Manifest.read(spec.base["data"]["manifest"])
     current = provenance(manifest)
     changes = provenance_changes(source, current)
-    before, now = num_folds(read_spec(source), manifest), num_folds(spec, manifest)
+    before, now = num_folds(read_spec(source, check_plugins=False), manifest), num_folds(spec, manifest)
     if before != now:
         changes.append(f"trials were scored over {before} folds and are over {now} now")
     selected = select_fork_trials(source, sweep, changes)
     # The retained trials read features of these encoders.
     encoders = encoders_used(source) if selected.retained else {}
-    write_provenance(folder, {**current, **encoders})
+    begin_provenance(folder, {**current, **encoders})
     write_fork(selected, source, folder)
     console.print(selected.describe(source))
 
@@ -114,4 +115,4 @@ def _resume_hint_in_errors(folder: str) -> Iterator[None]:
 
 
 def _resume_hint(folder: str) -> str:
-    return f"go on with: imbvlm sweep resume {folder}"
+    return f"go on with: imbvlm sweep resume {folder}{plugin_options()}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
+from imbvlm.base.plugin_files import plugin_options
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
@@ -80,7 +81,7 @@ class SweepRun:
     def raise_limit_hint(self) -> str:
         """Return the command that resumes the sweep with a higher limit."""
         name = "max_hours" if self.exhausted_limit is None else self.exhausted_limit.split()[0]
-        return f"go on with: imbvlm sweep resume {self.folder} --set {name}=MORE"
+        return f"go on with: imbvlm sweep resume {self.folder}{plugin_options()} --set {name}=MORE"
 
 
 def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettings:

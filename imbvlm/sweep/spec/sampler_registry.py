@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -129,7 +129,7 @@ class Sampler:
     # Its name in sentences.
     title: str
     # build(config, seed, constraints_func) -> optuna.samplers.BaseSampler
-    build: Lazy
+    build: Callable[..., Any]
     # It ignores results, so that its trials show fairly which values matter.
     independent: bool = False
     multi_objective: bool = False

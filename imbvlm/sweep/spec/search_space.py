@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.schema import Tree
-from imbvlm.config.method_registry import OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import optional_sections
 from imbvlm.config.trial_config import apply_overrides, drop_unused_sections
 
 Params = dict[str, Any]
@@ -73,7 +73,7 @@ class Parameter:
         """Return the keys that decide whether it is active: its conditions' keys, and keys that can remove those."""
         sections = {key.split(".")[0] for key in self.when}
         tags = {f"{section}.{tag}" for section in sections for tag in ("name", "kind")}
-        keys = set(self.when) | tags | ({"method"} if sections & OPTIONAL_SECTIONS else set())
+        keys = set(self.when) | tags | ({"method"} if sections & optional_sections() else set())
         return keys if self.key in self.when else keys - {self.key}
 
     def describe(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.schema import Tree, shown, violated_rule
 from imbvlm.base.yaml_file import KeyPath, YamlTree, read_yaml
-from imbvlm.config.trial_config import TrialConfig, dotted_keys
+from imbvlm.config.trial_config import dotted_keys, trial_class
 from imbvlm.sweep.spec.search_space import KINDS, Kind, ListedSpace, Parameter, SearchSpace, is_one_of
 
 FOLDER = "search_spaces"
@@ -121,7 +121,7 @@ def _key_mistake(key: str, valid: list[str]) -> str | None:
 
 
 def _value_mistake(key: str, value: Any) -> str | None:
-    rule = violated_rule(TrialConfig, key, value)
+    rule = violated_rule(trial_class(), key, value)
     return f"{key} must be {rule}, and is {value!r}" if rule else None
 
 
@@ -195,7 +195,7 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
         return f"{kind} of {key} is empty: low {low} is not below high {high}"
     if kind == "loguniform" and low <= 0:
         return f"loguniform of {key} must start above 0, and starts at {low}"
-    if kind != "int" and "integer" in (violated_rule(TrialConfig, key, (low + high) / 2) or ""):
+    if kind != "int" and "integer" in (violated_rule(trial_class(), key, (low + high) / 2) or ""):
         return f"{kind} of {key} has fractions, and {key} must be a whole number; use int"
     return None
 
@@ -243,7 +243,7 @@ def _condition_mistakes(key: str, values: tuple[Any, ...], ranges: list[Paramete
     reachable = [value for parameter in ranges for value in parameter.finite_values() or ()]
     mistakes = []
     for value in values:
-        rule = violated_rule(TrialConfig, key, value)
+        rule = violated_rule(trial_class(), key, value)
         if rule is not None:
             mistakes.append(f"has {key} = {value!r}, and {key} must be {rule}")
         elif ranges and not is_one_of(value, reachable):

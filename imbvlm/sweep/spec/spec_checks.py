@@ -5,9 +5,10 @@ from __future__ import annotations
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.formatting import join_limited
+from imbvlm.base.plugin_files import use_plugins
 from imbvlm.base.yaml_file import YamlTree
-from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
-from imbvlm.config.trial_config import TrialConfig
+from imbvlm.config.method_registry import METHODS, optional_sections
+from imbvlm.config.trial_config import TrialConfig, trial_class
 from imbvlm.sweep.spec.objectives import ACCURACIES, SECONDS
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted, is_active
@@ -17,6 +18,11 @@ from imbvlm.sweep.spec.sweep_spec import NoSchedulerConfig, ResolvedSweep, Sweep
 
 def check_spec(spec: SweepSpec) -> ResolvedSweep:
     """Resolve a specification; raises ConfigError with all mistakes that show without data and cluster."""
+    with use_plugins(*spec.plugins):
+        return _check_spec(spec)
+
+
+def _check_spec(spec: SweepSpec) -> ResolvedSweep:
     try:
         sweep = spec.resolve()
     except ConfigError as error:
@@ -221,10 +227,10 @@ def _check_base(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     read = frozenset[str]().union(*(METHODS[method].sections for method in methods))
     problems = []
     for key in spec.base:
-        if key not in TrialConfig.model_fields:
-            message = f"unknown key {key!r}; {suggest_name(key, TrialConfig.model_fields)}"
+        if key not in trial_class().model_fields:
+            message = f"unknown key {key!r}; {suggest_name(key, trial_class().model_fields)}"
             problems.append(Problem(message, spec.where("base", key)))
-        elif key in OPTIONAL_SECTIONS and methods and key not in read:
+        elif key in optional_sections() and methods and key not in read:
             message = f"section {key!r} is read by no method of the space ({', '.join(methods)}); remove it"
             problems.append(Problem(message, spec.where("base", key)))
     manifest = get_dotted(spec.base, "data.manifest")
@@ -256,7 +262,7 @@ def _unread_keys(params: Params, space: SearchSpace, method: str) -> list[Proble
     problems = []
     for key in params:
         section = key.split(".")[0]
-        if method in METHODS and section in OPTIONAL_SECTIONS - METHODS[method].sections:
+        if method in METHODS and section in optional_sections() - METHODS[method].sections:
             readers = [name for name, entry in METHODS.items() if section in entry.sections]
             names = readers[0] if len(readers) == 1 else f"[{', '.join(readers)}]"
             fix = "remove it" if isinstance(space, ListedSpace) else f"add when: {{method: {names}}}"

@@ -9,9 +9,9 @@ from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.schema import Tree, dotted_keys_of, violated_rule, with_dotted_keys
 from imbvlm.base.yaml_file import YamlTree
 from imbvlm.config.method_registry import METHODS
-from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
+from imbvlm.config.trial_config import apply_overrides, dotted_keys, drop_unused_sections, trial_class
 from imbvlm.sweep.spec.search_space import ListedSpace, Params, SearchSpace, get_dotted
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import SweepSpec, spec_class
 
 MAX_SMOKE_TRIALS = 4
 # The longest smoke trial, in the unit that the sweep counts in.
@@ -26,7 +26,7 @@ def with_settings(spec: SweepSpec, settings: Mapping[str, Any], origin: str = "-
     A key that the space searches is fixed instead, and leaves the space and `first_trials`. Raises ConfigError with all
     unknown keys and invalid values.
     """
-    of_trials = {key: value for key, value in settings.items() if key.split(".")[0] in TrialConfig.model_fields}
+    of_trials = {key: value for key, value in settings.items() if key.split(".")[0] in trial_class().model_fields}
     of_sweep = {key: value for key, value in settings.items() if key not in of_trials}
     problems = [Problem(mistake, origin) for key, value in settings.items() if (mistake := setting_mistake(key, value))]
     if problems:
@@ -34,7 +34,7 @@ def with_settings(spec: SweepSpec, settings: Mapping[str, Any], origin: str = "-
     file, places = spec.origin.file, dict(spec.origin.places)
     places |= {(*key.split("."),): origin for key in of_sweep}
     places |= {("base", *key.split(".")): origin for key in of_trials}
-    changed = SweepSpec.from_tree(YamlTree(with_dotted_keys(SweepSpec, spec.to_tree(), of_sweep), file, places))
+    changed = SweepSpec.from_tree(YamlTree(with_dotted_keys(spec_class(), spec.to_tree(), of_sweep), file, places))
     if not of_trials:
         return changed
     space = changed.read_space()
@@ -67,12 +67,12 @@ def setting_mistake(key: str, value: Any) -> str | None:
     first, _, rest = key.partition(".")
     if first in WHOLE_KEYS and rest:
         return f"{key!r} is set as {rest!r}" if first == "base" else f"{first} is set as a whole, not {key!r}"
-    is_of_trial = first in TrialConfig.model_fields
-    valid = dotted_keys() if is_of_trial else [*SweepSpec.model_fields, *dotted_keys_of(SweepSpec)]
+    is_of_trial = first in trial_class().model_fields
+    valid = dotted_keys() if is_of_trial else [*SweepSpec.model_fields, *dotted_keys_of(spec_class())]
     if key not in valid:
         owner, names = ("a trial", valid) if is_of_trial else ("a sweep or trial", [*valid, *dotted_keys()])
         return f"{key!r} is no key of {owner}; {suggest_name(key, names)}"
-    rule = violated_rule(TrialConfig if is_of_trial else SweepSpec, key, value)
+    rule = violated_rule(trial_class() if is_of_trial else spec_class(), key, value)
     return f"{key} must be {rule}, and is {value!r}" if rule else None
 
 

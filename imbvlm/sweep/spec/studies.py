@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from imbvlm.base.schema import Tree
-from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, optional_sections
 from imbvlm.config.trial_config import TrialConfig, apply_overrides, drop_unused_sections
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.search_space import Params
@@ -53,7 +53,7 @@ def study_fields(parts: Sequence[Part], base: Tree) -> dict[str, Any]:
             rows.append(StudyRow(label=row.label, configuration=name))
         tables.append(StudyTable(name=part.name, title=part.title, columns=part.columns, rows=rows))
     return {
-        "base": {key: value for key, value in base.items() if key in read or key not in OPTIONAL_SECTIONS},
+        "base": {key: value for key, value in base.items() if key in read or key not in optional_sections()},
         "space": {"configurations": configurations},
         "study": [table.model_dump() for table in tables],
         "num_trials": max(1, len(configurations)),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, create_model, field_validator
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, Problem, suggest_name
+from imbvlm.base.plugin_files import use_plugins
+from imbvlm.base.plugins import Plugins, active_plugins
 from imbvlm.base.schema import (
     Section,
     Tree,
@@ -22,7 +25,7 @@ from imbvlm.base.schema import (
 from imbvlm.base.yaml_file import KeyPath, YamlTree, dump_yaml, read_yaml
 from imbvlm.config.input_sections import DataConfig, FeatureCacheConfig, Seed
 from imbvlm.config.training_sections import MAX_THREADS, TrainConfig
-from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections
+from imbvlm.config.trial_config import TrialConfig, apply_overrides, dotted_keys, drop_unused_sections, trial_class
 from imbvlm.sweep.spec.objectives import running_maximum
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS, SamplerSection, TpeConfig
 from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, SearchSpace, get_dotted
@@ -47,7 +50,7 @@ TrialSchedulerConfig = Annotated[AshaConfig | NoSchedulerConfig, Field(discrimin
 if TYPE_CHECKING:
     SearcherConfig = SamplerSection
 else:
-    SearcherConfig = SAMPLERS.union()
+    SearcherConfig = SAMPLERS.union(is_own=True)
 
 DEFAULT_OBJECTIVE = "val/balanced_accuracy"
 # The default folder of sweeps and features.
@@ -174,6 +177,11 @@ class SweepSpec(Section):
     storage: str = Field(LOCAL_STORAGE, description="folder or s3:// URI of sweeps and features")
     feature_folder: str | None = Field(None, description="folder or s3:// URI of features; null: `features` in storage")
     feature_copies: FeatureCacheConfig = FeatureCacheConfig()
+    plugins: list[str] = Field(
+        [],
+        description="Python files and package folders of your own with further losses, methods, second stages, "
+        "encoders, benchmarks and samplers; running the sweep runs their code",
+    )
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("searcher", mode="before")
@@ -181,7 +189,7 @@ class SweepSpec(Section):
     def _with_sampler_name(cls, value: Any) -> Any:
         return {"name": TpeConfig().name, **value} if isinstance(value, Mapping) else value
 
-    @field_validator("storage", "feature_folder", "warm_start")
+    @field_validator("storage", "feature_folder", "warm_start", "plugins")
     @classmethod
     def _check_locations(cls, value: Any, info: ValidationInfo) -> Any:
         locations = value if isinstance(value, list) else [value] if value is not None else []
@@ -198,18 +206,24 @@ class SweepSpec(Section):
         return seeds
 
     @staticmethod
-    def from_yaml(path: str | Path) -> SweepSpec:
-        """Read a specification; raises ConfigError with all mistakes and their lines."""
-        return SweepSpec.from_tree(read_yaml(path))
+    def from_yaml(path: str | Path, plugins: Sequence[str] = ()) -> SweepSpec:
+        """Read a specification with the plug-ins that it names and others; raises ConfigError with all mistakes."""
+        tree = read_yaml(path)
+        named = tree.data.get("plugins") if isinstance(tree.data, dict) else None
+        if isinstance(named, list) and all(isinstance(location, str) for location in named):
+            plugins = [*named, *plugins]
+        with use_plugins(*plugins):
+            spec = SweepSpec.from_tree(tree)
+        return spec.model_copy(update={"plugins": list(plugins)})
 
     @staticmethod
     def from_tree(tree: YamlTree | Tree) -> SweepSpec:
-        """Check plain data; raises ConfigError with all mistakes."""
-        located = tree if isinstance(tree, YamlTree) else YamlTree(tree, "")
+        """Check plain data with the active plug-ins; raises ConfigError with all mistakes."""
+        located, cls = tree if isinstance(tree, YamlTree) else YamlTree(tree, ""), spec_class()
         try:
-            spec = SweepSpec.model_validate(located.data)
+            spec = cls.model_validate(located.data)
         except ValidationError as error:
-            problems = to_problems(SweepSpec, error, located, located.data)
+            problems = to_problems(cls, error, located, located.data)
             raise ConfigError(dict.fromkeys([*problems, *_nested_mistakes(located)])) from None
         spec._origin = Origin(located.file, located.places)
         return spec
@@ -237,19 +251,21 @@ class SweepSpec(Section):
 
     def read_space(self) -> SearchSpace:
         """Read the search space; raises ConfigError with all mistakes."""
-        if not isinstance(self.space, str):
-            return parse_space(self.located("space", self.space))
-        try:
-            return read_space(self.space)
-        except ConfigError as error:
-            where = self.where("space")
-            raise ConfigError(
-                problem if problem.where else Problem(problem.message, where) for problem in error.problems
-            ) from None
+        with use_plugins(*self.plugins):
+            if not isinstance(self.space, str):
+                return parse_space(self.located("space", self.space))
+            try:
+                return read_space(self.space)
+            except ConfigError as error:
+                where = self.where("space")
+                raise ConfigError(
+                    problem if problem.where else Problem(problem.message, where) for problem in error.problems
+                ) from None
 
     def trial(self, params: Params) -> TrialConfig:
         """Return the configuration of sampled values; raises ConfigError."""
-        return TrialConfig.from_tree(YamlTree(self.trial_tree(params), f"sweep {self.name}"))
+        with use_plugins(*self.plugins):
+            return TrialConfig.from_tree(YamlTree(self.trial_tree(params), f"sweep {self.name}"))
 
     def trial_tree(self, params: Params) -> Tree:
         """Return the base with sampled values, without the sections that their method doesn't read."""
@@ -319,6 +335,20 @@ class SweepSpec(Section):
         return running_maximum(self.objective)
 
 
+def spec_class() -> type[SweepSpec]:
+    """SweepSpec as it takes the samplers of the active plug-ins, too."""
+    return _spec_class(active_plugins())
+
+
+@cache
+def _spec_class(plugins: Plugins) -> type[SweepSpec]:
+    if not plugins.entries.get(SAMPLERS.kind):
+        return SweepSpec
+    with plugins.active():
+        fields: dict[str, Any] = {"searcher": (SAMPLERS.union(), TpeConfig())}
+        return create_model("SweepSpec", __base__=SweepSpec, **fields)
+
+
 @dataclass(frozen=True)
 class ResolvedSweep:
     """A specification with its search space, read once; `spec` has the space written out and `num_trials` set."""
@@ -351,7 +381,7 @@ def base_mistakes(located: YamlTree) -> list[Problem]:
     valid, problems = dotted_keys(), []
     for key, value in flatten(located.data).items():
         if key in valid:
-            rule = violated_rule(TrialConfig, key, value)
+            rule = violated_rule(trial_class(), key, value)
             mistake = f"{key} must be {rule}, and is {shown(value)}" if rule else None
         else:
             is_section = any(name.startswith(f"{key}.") for name in valid)

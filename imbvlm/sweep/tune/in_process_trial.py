@@ -53,17 +53,18 @@ class InProcessTrial(tune.Trainable):
 
     def setup(self, config: Tree) -> None:
         self._session = TrialSession(default_device())
-        self._start(PackPayload.decode(config["payload"]))
+        self._begin(PackPayload.decode(config["payload"]))
 
     def reset_config(self, new_config: Tree) -> bool:
         self.cleanup()
-        self._start(PackPayload.decode(new_config["payload"]))
+        self._begin(PackPayload.decode(new_config["payload"]))
         return True
 
     def step(self) -> dict[str, Any]:
-        self._close(self._ended())
-        reports = [next(member) for member in self._members.values()]
-        self._close([report.trial_id for report in reports if report.is_last])
+        with self._plugins.active():
+            self._close(self._ended())
+            reports = [next(member) for member in self._members.values()]
+            self._close([report.trial_id for report in reports if report.is_last])
         return to_result(reports)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -73,7 +74,13 @@ class InProcessTrial(tune.Trainable):
         """Load nothing: the sessions have read their own checkpoints."""
 
     def cleanup(self) -> None:
-        self._close(list(self._members))
+        with self._plugins.active():
+            self._close(list(self._members))
+
+    def _begin(self, payload: PackPayload) -> None:
+        self._plugins = payload.settings[0].config.plugins
+        with self._plugins.active():
+            self._start(payload)
 
     def _start(self, payload: PackPayload) -> None:
         record_process(self.trial_id)

@@ -15,7 +15,7 @@ import pytest
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.base.yaml_file import parse_yaml
-from imbvlm.config.method_registry import METHODS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, optional_sections
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.spec.search_space import Params, SearchSpace
 from imbvlm.sweep.spec.space_file import NOT_SEARCHED, find_space, parse_space, read_space
@@ -437,7 +437,7 @@ def test_shipped_sweeps_are_right_and_all_their_draws_are_trials(name: str, monk
     for draw, kept in draws(searched, 100, spec.base):
         assert searched.to_optuna_params(draw, spec.base) == kept
         trial = spec.trial(draw)
-        assert {key.split(".")[0] for key in draw} & OPTIONAL_SECTIONS <= METHODS[trial.method].sections
+        assert {key.split(".")[0] for key in draw} & optional_sections() <= METHODS[trial.method].sections
         assert TrialConfig.from_tree(trial.to_tree()) == trial
     check_spec(with_settings(spec, spec.smoke, "--smoke"))
 

@@ -1,0 +1,58 @@
+"""A sweep with a loss of one's own on a local Ray: killed, gone on with, refused after an edit, reported, exported."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from documented_plugins import documented
+from faulty_sweep import NUM_TRIALS, Sweep, wait_gone, write_manifest
+from quickstart_sweep import imbvlm
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+SPACE = {"parameters": {"loss.name": {"choice": ["poly1", "focal"]}, "optim.lr": {"choice": [0.05, 0.2, 0.5]}}}
+ALONE = {"RAY_ADDRESS": "local"}
+
+
+def test_a_sweep_with_a_plug_in_is_killed_resumed_refused_and_read(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "manifest.parquet")
+    code = tmp_path / "own" / "losses.py"
+    code.parent.mkdir()
+    code.write_text(documented("losses.py"))
+    sweep = Sweep(tmp_path, tmp_path / "manifest.parquet", space=SPACE, plugins=[str(code)], max_pack_size=2)
+    sweep.start(environment=ALONE)
+    sweep.wait_for(lambda: sweep.num_ended() >= 1)
+    assert sweep.process is not None
+    os.kill(sweep.process.pid, signal.SIGKILL)
+    wait_gone(sweep.process.pid)
+    assert (sweep.path / "plugins" / "losses.py").read_text() == documented("losses.py")
+    # An edit is refused with its line.
+    code.write_text(documented("losses.py").replace("(1 - torch.exp", "(2 - torch.exp"))
+    refused = sweep.run("--resume", code=1, environment=ALONE)
+    assert "the plug-in losses.py has changed (@@" in refused
+    assert "(2 - torch.exp(-losses))" in refused
+    refused = sweep.begin("sweep", "resume", str(sweep.path), environment=ALONE).end(code=1)
+    assert "its code runs only where you name it" in refused
+    # The file of the user may be gone: the printed command names the folder's copy.
+    code.unlink()
+    command = shlex.split(refused.splitlines()[-1].removeprefix("imbvlm: then run: imbvlm "))
+    assert "go on with" not in sweep.begin(*command, environment=ALONE).end()
+    losses = [record["config"]["loss"]["name"] for record in sweep.finished().values()]
+    assert len(losses) == NUM_TRIALS
+    assert losses.count("poly1") == 3
+    for words in (("sweep", "show"), ("report",), ("compare",), ("export", "-o", str(tmp_path / "model"))):
+        asked = [*words, str(sweep.path)]
+        assert "--plugin" in imbvlm(*asked, cwd=tmp_path, code=1)
+        imbvlm(*asked, "--plugin", str(sweep.path / "plugins" / "losses.py"), cwd=tmp_path)
+    # Prediction needs no loss.
+    assert "0.png" in imbvlm("predict", str(tmp_path / "model"), str(_photo(tmp_path)), cwd=tmp_path)
+
+
+def _photo(folder: Path) -> Path:
+    from PIL import Image
+
+    Image.new("RGB", (28, 28)).save(folder / "0.png")
+    return folder / "0.png"
