@@ -254,7 +254,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "manifest show": (show, examples("imbvlm manifest show photos.parquet")),
     "manifest check": (check, examples("imbvlm manifest check photos.parquet --decode")),
     "encoder fetch": (
-        fetch,
+        with_plugins(fetch),
         examples(
             "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
             "imbvlm encoder fetch hf-hub:imageomics/bioclip-2 -o bioclip-2",

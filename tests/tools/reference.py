@@ -25,7 +25,7 @@ from imbvlm.base.schema import Section, flatten, tag_of, variants
 from imbvlm.cli.app import APP
 from imbvlm.cli.options import SweepOptions, add_command, make_app, takes
 from imbvlm.config.loss_registry import LOSSES
-from imbvlm.config.method_registry import DEFAULT_SECTIONS, METHODS, OPTIONAL_SECTIONS
+from imbvlm.config.method_registry import METHODS, default_sections, optional_sections
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
@@ -148,9 +148,9 @@ def sections_text(root: type[Section], notes: Mapping[str, str]) -> str:
 
 def config_page() -> str:
     notes = {}
-    for name in OPTIONAL_SECTIONS:
+    for name in optional_sections():
         methods = [method for method in METHODS if name in METHODS[method].sections]
-        defaults = DEFAULT_SECTIONS.get(name)
+        defaults = default_sections().get(name)
         default = "No default. " if defaults is None else ""
         default += "".join(f"Default: `{key}: {value}`. " for key, value in (defaults or {}).items())
         readers = "all methods" if len(methods) == len(METHODS) else code_list(methods)
@@ -352,6 +352,7 @@ FILES: dict[str, str] = {
     "spent.json": "time and money used, over all resumptions",
     "paces.json": "measured speeds, for estimates of later sweeps",
     "provenance.json": "versions, code, machine, data and encoder at the beginning; resuming compares them",
+    "plugins/": "the code of the plug-ins that the sweep began with; resuming compares it, and never runs it unnamed",
     "progress.log": "what the terminal showed, with times",
     "ray.log": "what Ray and Optuna printed",
     "optuna.log": "the search's journal, which optuna-dashboard reads",
@@ -387,6 +388,7 @@ PYTHON: dict[str, tuple[Any, tuple[str, ...]]] = {
     "imbvlm.TrialConfig": (imbvlm.TrialConfig, ("from_yaml", "from_tree", "to_yaml", "to_tree", "with_overrides")),
     "imbvlm.SweepSpec": (imbvlm.SweepSpec, ("from_yaml", "from_tree", "to_yaml", "trial")),
     "imbvlm.run_script": (imbvlm.run_script, ()),
+    "imbvlm.use_plugins": (imbvlm.use_plugins, ()),
 }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from ray import tune
 
 from imbvlm.base import storage
+from imbvlm.base.errors import ConfigError
+from imbvlm.base.plugins import Plugins
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.job_records import record_process
 from imbvlm.training.trial_pack import TrialPack
@@ -51,13 +53,17 @@ class InProcessTrial(tune.Trainable):
     Tune's checkpoints are not used, since the members' sessions write their own without pickling.
     """
 
+    _plugins: Plugins
+    _ended_file: str | None
+    _members: dict[str, Generator[TrialReport, None, None]]
+
     def setup(self, config: Tree) -> None:
         self._session = TrialSession(default_device())
-        self._begin(PackPayload.decode(config["payload"]))
+        self._begin(config)
 
     def reset_config(self, new_config: Tree) -> bool:
         self.cleanup()
-        self._begin(PackPayload.decode(new_config["payload"]))
+        self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -77,7 +83,15 @@ class InProcessTrial(tune.Trainable):
         with self._plugins.active():
             self._close(list(self._members))
 
-    def _begin(self, payload: PackPayload) -> None:
+    def _begin(self, config: Tree) -> None:
+        self._plugins, self._ended_file = Plugins(), None
+        try:
+            payload = PackPayload.decode(config["payload"])
+        except ConfigError as error:
+            # A plug-in that doesn't run on this machine, which may lack a library, won't run in a retry.
+            failed = [TrialReport(trial_id, 0, failure=str(error)) for trial_id in config["trial_ids"]]
+            self._members = {report.trial_id: _only(report) for report in failed}
+            return
         self._plugins = payload.settings[0].config.plugins
         with self._plugins.active():
             self._start(payload)
@@ -86,9 +100,7 @@ class InProcessTrial(tune.Trainable):
         record_process(self.trial_id)
         pack = TrialPack() if payload.trains_together else None
         self._ended_file = payload.ended_file
-        self._members: dict[str, Generator[TrialReport, None, None]] = {
-            settings.trial_id: self._session.reports(settings, pack) for settings in payload.settings
-        }
+        self._members = {settings.trial_id: self._session.reports(settings, pack) for settings in payload.settings}
         # A process that is started again after a loss leaves out what has ended.
         self._close(self._ended())
         if pack is not None:
@@ -100,7 +112,7 @@ class InProcessTrial(tune.Trainable):
 
     def _ended(self) -> list[str]:
         """Return the members that have ended; the driver writes them before it asks for a step."""
-        if len(self._members) < 2 or not storage.exists(self._ended_file):
+        if len(self._members) < 2 or self._ended_file is None or not storage.exists(self._ended_file):
             return []
         trial_ids: list[str] = json.loads(storage.read_bytes(self._ended_file))
         return trial_ids

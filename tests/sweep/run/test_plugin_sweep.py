@@ -51,6 +51,20 @@ def test_a_sweep_with_a_plug_in_is_killed_resumed_refused_and_read(tmp_path: Pat
     assert "0.png" in imbvlm("predict", str(tmp_path / "model"), str(_photo(tmp_path)), cwd=tmp_path)
 
 
+def test_a_plug_in_that_does_not_run_in_workers_fails_each_trial_once_with_the_cause(tmp_path: Path) -> None:
+    """As on machines that lack a library of it."""
+    write_manifest(tmp_path / "manifest.parquet")
+    code = tmp_path / "losses.py"
+    alone = "import sys\nif 'default_worker' in sys.argv[0]:\n    import not_there\n"
+    code.write_text(documented("losses.py").replace("from typing", f"{alone}from typing", 1))
+    space = {"parameters": {"loss.name": {"choice": ["poly1"]}, "optim.lr": {"choice": [0.05, 0.5]}}}
+    sweep = Sweep(tmp_path, tmp_path / "manifest.parquet", space=space, plugins=[str(code)], num_trials=2)
+    printed = sweep.run(code=1, environment=ALONE)
+    assert "no trial of 2 gave a result" in printed
+    assert "losses.py:5: the plug-in can't be imported: ModuleNotFoundError: No module named 'not_there'" in printed
+    assert {record["state"] for record in sweep.records().values()} == {"failed"}
+
+
 def _photo(folder: Path) -> Path:
     from PIL import Image
 
