@@ -198,7 +198,11 @@ def train(
     config: Annotated[str, typer.Argument(metavar="FILE", help="a trial's YAML, such as an exported best.yaml")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="a dotted key of the configuration; repeatable"),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="a dotted key of the configuration; repeatable; docs/reference/config.md lists all",
+        ),
     ] = None,
     storage: Annotated[str, typer.Option(metavar="FOLDER", help="folder or s3:// URI for features")] = "runs",
     out: Annotated[

@@ -16,7 +16,8 @@ def export(
         str, typer.Option("--out", "-o", metavar="FOLDER", help="folder or s3:// URI for best.yaml and model/")
     ],
     top: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="the N best trials by validation; by default 1")
+        int | None,
+        typer.Option(metavar="N", min=1, help="number of trials to export, the best on validation first; by default 1"),
     ] = None,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="the trials that no other trial beats in all objectives, in place of --top")

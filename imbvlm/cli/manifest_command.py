@@ -19,7 +19,9 @@ from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
 Names = Literal["scientific", "common"]
 TailShape = Literal["exponential", "pareto"]
-SplitSeed = Annotated[int, typer.Option(metavar="SEED", help="seed of the validation images held out from training")]
+SplitSeed = Annotated[
+    int, typer.Option(metavar="SEED", help="seed of the images held out for validation where there is no such split")
+]
 
 _TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"))
 ONE_SOURCE = "Exactly one of --dataset, --folders, --list, --table, --inaturalist and --webdataset is needed"
@@ -73,7 +75,8 @@ def build(
     column: Annotated[
         list[str] | None,
         _reading(
-            metavar="KEY=NAME", help="a table's column of uri, label, split or bytes, such as label=species; repeatable"
+            metavar="KEY=NAME",
+            help="the table's column that has uri, label, split or bytes, such as label=species; repeatable",
         ),
     ] = None,
     categories: Annotated[
@@ -88,11 +91,17 @@ def build(
     ] = None,
     imbalance_factor: Annotated[
         float | None,
-        _splits(metavar="FACTOR", help="make balanced data long-tailed: images of the largest class over the smallest"),
+        _splits(
+            metavar="FACTOR",
+            help="make balanced data long-tailed: images of the largest class divided by those of the smallest",
+        ),
     ] = None,
     tail_shape: Annotated[
         TailShape | None,
-        _splits(metavar="SHAPE", help=f"how counts decrease: {', '.join(get_args(TailShape))}; by default the first"),
+        _splits(
+            metavar="SHAPE",
+            help="how counts fall from the largest class to the smallest: exponential (the default) or pareto",
+        ),
     ] = None,
     class_order: Annotated[
         str | None, _splits(metavar="FILE", help="class names from head to tail; by default random by --seed")

@@ -72,10 +72,15 @@ class SpecOptions:
     ] = None
     settings: Annotated[
         list[str] | None,
-        _spec("--set", metavar="KEY=VALUE", help="set a key of the sweep, or a dotted key of its trials; repeatable"),
+        _spec(
+            "--set",
+            metavar="KEY=VALUE",
+            help="set a key of the sweep, or a dotted key of its trials; repeatable; docs/reference lists all keys",
+        ),
     ] = None
     warm_start: Annotated[
-        list[str] | None, _spec(metavar="SWEEP", help="report an earlier sweep's trials to the sampler; repeatable")
+        list[str] | None,
+        _spec(metavar="SWEEP", help="folder of an earlier sweep, with whose results the sampler begins; repeatable"),
     ] = None
     measure: Annotated[
         Literal["here", "cluster", "no"],

@@ -22,7 +22,9 @@ def predict(
     split: Annotated[
         Literal["train", "val", "test"] | None, typer.Option(help="a split of manifests; by default all images")
     ] = None,
-    top: Annotated[int, typer.Option(metavar="N", min=1, help="classes per image")] = 5,
+    top: Annotated[
+        int, typer.Option(metavar="N", min=1, help="number of classes for each image, the most probable first")
+    ] = 5,
     out: Annotated[
         str | None,
         typer.Option(

@@ -36,7 +36,7 @@ from imbvlm.sweep.spec.spec_checks import check_spec
 
 COMMANDS = {
     "doctor", "manifest", "features", "train", "sweep", "plan", "compare", "report", "export", "predict",
-    "check-cluster",
+    "check-cluster", "encoder",
 }  # fmt: skip
 
 
