@@ -28,7 +28,9 @@ def check_cluster_file(path: str | Path) -> None:
     located = read_foreign_yaml(path)
     tree = located.data
     if not isinstance(tree, dict):
-        raise ConfigError([Problem("a cluster's file is a mapping of keys", located.file)])
+        raise ConfigError(
+            [Problem("a cluster's file must be a section of keys. cluster/gpu.yaml is one.", located.file)]
+        )
     problems = list(_check_kuberay(located, tree) if "apiVersion" in tree else _check_launcher(located, tree))
     if problems:
         raise ConfigError(problems)
@@ -84,7 +86,7 @@ def _check_node_types(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     types, max_workers = tree.get("available_node_types", {}), tree.get("max_workers")
     if not types or max_workers is None:
         if tree["provider"].get("type") == "aws":
-            yield Problem("max_workers and available_node_types are needed", located.file)
+            yield Problem("max_workers and available_node_types must be set. cluster/gpu.yaml has both.", located.file)
         return
     head = tree["head_node_type"]
     for name, node_type in types.items():
@@ -95,10 +97,16 @@ def _check_node_types(located: YamlTree, tree: Tree) -> Iterator[Problem]:
             message = f"node type {name} may have {own_max} workers, and all together {max_workers}; raise max_workers"
             yield Problem(message, where)
         if min_workers > own_max:
-            yield Problem(f"node type {name} has min_workers {min_workers} above its max_workers {own_max}", where)
+            yield Problem(
+                f"min_workers of {name} must be at most its max_workers, {own_max}, got {min_workers}. Lower it.",
+                where,
+            )
     worker_types = [node_type for name, node_type in types.items() if name != head]
     if max_workers < 1 or not any(node_type.get("max_workers", max_workers) for node_type in worker_types):
-        yield Problem("no node type may have workers, so trials would wait for ever", located.where(("max_workers",)))
+        yield Problem(
+            "no node type may have workers, so trials would wait forever. Raise max_workers.",
+            located.where(("max_workers",)),
+        )
 
 
 def _check_mounts(located: YamlTree, tree: Tree) -> Iterator[Problem]:
@@ -113,7 +121,10 @@ def _check_mounts(located: YamlTree, tree: Tree) -> Iterator[Problem]:
 
 def _check_kuberay(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     if tree.get("kind") != "RayJob" or not str(tree["apiVersion"]).startswith("ray.io/"):
-        yield Problem(f"this is a {tree.get('kind')} of {tree['apiVersion']}, not a RayJob of ray.io", located.file)
+        yield Problem(
+            f"kind must be RayJob of ray.io, got {tree.get('kind')} of {tree['apiVersion']}. See cluster/kuberay.yaml.",
+            located.file,
+        )
         return
     annotations = (tree.get("metadata") or {}).get("annotations") or {}
     yield from _check_settings(located, annotations, ("metadata", "annotations"))
@@ -123,11 +134,11 @@ def _check_kuberay(located: YamlTree, tree: Tree) -> Iterator[Problem]:
         if not min_replicas <= replicas <= max_replicas or max_replicas < 1:
             where = located.where(("spec", "rayClusterSpec", "workerGroupSpecs", index))
             counts = f"minReplicas {min_replicas}, replicas {replicas} and maxReplicas {max_replicas}"
-            yield Problem(f"worker group {group.get('groupName')}: {counts} don't fit", where)
+            yield Problem(f"worker group {group.get('groupName')}: {counts} must not decrease, nor end at 0.", where)
     yield from _check_head_setting(located, cluster)
     if not cluster.get("workerGroupSpecs"):
         where = located.where(("spec", "rayClusterSpec"))
-        yield Problem("there is no worker group, so trials would wait for ever", where)
+        yield Problem("there is no worker group, so trials would wait forever. Add one to workerGroupSpecs.", where)
 
 
 def _check_head_setting(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
@@ -146,7 +157,10 @@ def _check_head_setting(located: YamlTree, cluster: Tree) -> Iterator[Problem]:
         is_same = False
     if not is_same:
         expected = json.dumps(worker_groups)
-        yield Problem(f"the head's {AUTOSCALER_SETTING} is {given!r}, and the workers make it '{expected}'", where)
+        yield Problem(
+            f"the head's {AUTOSCALER_SETTING} must be that of the workers, got {given!r}. Set it to '{expected}'.",
+            where,
+        )
 
 
 def _container(group: Tree) -> Tree:

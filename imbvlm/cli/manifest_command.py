@@ -271,7 +271,9 @@ def _files(locations: Sequence[str], suffixes: frozenset[str]) -> list[str]:
         else:
             files = [file for file in list_tree(location) if PurePosixPath(file.path).suffix.lower() in suffixes]
             if not files:
-                raise ImbvlmError(f"{location} has no {', '.join(sorted(suffixes))} file")
+                raise ImbvlmError(
+                    f"{location} has no {', '.join(sorted(suffixes))} file. Name the files, or their folder."
+                )
             broken = [printable_path(file.path) for file in files if file.num_bytes < 0]
             if broken:
                 problem = f"{pluralize(len(broken), 'name')} that can't be read, each a broken link, a pipe or a device"

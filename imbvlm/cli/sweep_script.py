@@ -164,7 +164,7 @@ def resume_command(
 def _with_more_trials(spec: SweepSpec, resume: str | None, number: int) -> SweepSpec:
     """Add trials to those of the resumed sweep; raises ConfigError."""
     if resume is None:
-        raise ConfigError([Problem("--add-trials needs --resume.", "--add-trials")])
+        raise ConfigError([Problem("--add-trials needs --resume. Add it.", "--add-trials")])
     before = read_spec(resume if resume != LATEST else _latest(spec), check_plugins=False)
     return with_settings(spec, {"num_trials": before.resolve().num_trials + number}, "--add-trials")
 
@@ -188,7 +188,11 @@ def with_options(spec: SweepSpec, options: SpecOptions) -> SweepSpec:
 def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
     """Parse KEY=VALUE items into keys and YAML values; raises ConfigError."""
     pairs = [item.partition("=") for item in items or ()]
-    if problems := [Problem(f"--set takes KEY=VALUE, got {key!r}.") for key, equals, _ in pairs if not equals]:
+    if problems := [
+        Problem(f"--set takes KEY=VALUE, got {key!r}. An example is optim.lr=0.05.")
+        for key, equals, _ in pairs
+        if not equals
+    ]:
         raise ConfigError(problems)
     return {key.strip(): parse_scalar(text) for key, _, text in pairs}
 
@@ -203,7 +207,9 @@ def existing_folder(spec: SweepSpec, resume: str) -> str:
     """Return the folder that --resume names; raises ConfigError if it isn't a sweep's."""
     folder = resume if resume != LATEST else _latest(spec)
     if not storage.exists(storage.join(folder, SPEC_FILE)):
-        raise ConfigError([Problem(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}.")])
+        raise ConfigError(
+            [Problem(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}. `imbvlm sweep list` shows them.")]
+        )
     return storage.absolute(folder)
 
 
@@ -234,7 +240,13 @@ def _latest(spec: SweepSpec) -> str:
     stamped = re.compile(rf"{re.escape(spec.name)}-\d{{8}}-\d{{6}}(-[0-9a-f]{{4}})?")
     names = [name for name in storage.list_files(spec.storage) if stamped.fullmatch(name)]
     if not names:
-        raise ConfigError([Problem(f"there is no sweep {spec.name} under {spec.storage} to resume.")])
+        raise ConfigError(
+            [
+                Problem(
+                    f"there is no sweep {spec.name} under {spec.storage} to resume. Name its folder, or give --storage."
+                )
+            ]
+        )
     return storage.join(spec.storage, names[-1])
 
 

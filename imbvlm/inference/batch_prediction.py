@@ -90,7 +90,9 @@ def find_images(locations: Sequence[str], split: str | None = None) -> Images:
         uris += paths
         contents += [None] * len(paths)
     if not names:
-        raise ImbvlmError(f"no image in {', '.join(locations)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ImbvlmError(
+            f"no image in {', '.join(locations)}. Name files or folders with {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
     return Images([printable_path(name) for name in names], uris, contents)
 
 
@@ -102,7 +104,7 @@ def _check_split(location: str, manifest: Manifest, split: str) -> None:
 def _files(location: str) -> list[str]:
     if storage.is_local(location):
         if not storage.exists(location):
-            raise ImbvlmError(f"{location} does not exist.")
+            raise ImbvlmError(f"{location} does not exist. Name an image, a folder, a manifest or an s3:// prefix.")
         if not storage.local_path(location).is_dir():
             # A file by any name: its content shows whether it is an image.
             return [location]

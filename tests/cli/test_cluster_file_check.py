@@ -190,13 +190,14 @@ def test_kuberay_names_what_must_be_set(tmp_path: Path) -> None:
         assert pod["spec"]["containers"][0]["image"] == "me/imbvlm:1"
         assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "shared"
     path.write_text(text.replace("maxReplicas: 8", "maxReplicas: 0"))
-    assert "don't fit" in problems_of(path)[0]
+    assert "must not decrease" in problems_of(path)[0]
     path.write_text(
         text.replace('nvidia.com/gpu: "1"', 'nvidia.com/gpu: "2"').replace("maxReplicas: 8", "maxReplicas: 6")
     )
-    assert "IMBVLM_AUTOSCALER is '[[8, 8, 1]]', and the workers make it '[[6, 8, 2]]'" in problems_of(path)[0]
+    wrong = "IMBVLM_AUTOSCALER must be that of the workers, got '[[8, 8, 1]]'. Set it to '[[6, 8, 2]]'."
+    assert wrong in problems_of(path)[0]
     path.write_text(text.replace("kind: RayJob", "kind: Pod"))
-    assert "not a RayJob" in problems_of(path)[0]
+    assert "kind must be RayJob" in problems_of(path)[0]
 
 
 def test_every_dependency_is_pinned_as_the_project_allows_and_one_ray_everywhere() -> None:

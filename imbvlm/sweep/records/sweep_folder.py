@@ -33,7 +33,7 @@ def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
     """
     uri = storage.join(folder, SPEC_FILE)
     if not storage.exists(uri):
-        raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}")
+        raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}. `imbvlm sweep list` shows them.")
     try:
         text = storage.read_bytes(uri).decode()
     except UnicodeDecodeError as error:
