@@ -28,7 +28,7 @@ CHUNK_SIZE = 4096
 # Candidates of the discriminant's shrinkage. Below the first a covariance of few images is close to singular.
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 # Elements of the logits by which a shrinkage is selected; of more validation rows evenly spaced ones are taken.
-MAX_LOGITS = 2**28
+MAX_LOGITS = 2**25
 # Images of a class from which its prototypes are made: evenly spaced rows of a larger class.
 MAX_CLASS_ROWS = 4096
 NUM_ITERATIONS = 10
