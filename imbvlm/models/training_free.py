@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -69,11 +70,15 @@ class ClassStatistics:
     eigenvalues: Tensor
     eigenvectors: Tensor
 
+    @cached_property
+    def _rotated(self) -> Tensor:
+        return self.means @ self.eigenvectors
+
     def weights(self, shrinkage: float) -> tuple[Tensor, Tensor]:
         """Weight (C, D) and bias (C,) of the discriminant with the covariance (1 - s) S + s tr(S) / D."""
         spread = (1 - shrinkage) * self.eigenvalues + shrinkage * self.eigenvalues.mean()
         spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
-        weight = self.means @ self.eigenvectors / spread @ self.eigenvectors.T
+        weight = self._rotated / spread @ self.eigenvectors.T
         bias = -(weight * (self.means / 2 + self.center)).sum(dim=1)
         return weight.float(), bias.float()
 

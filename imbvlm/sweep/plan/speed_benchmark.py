@@ -52,13 +52,18 @@ SAMPLE_BYTES = 64_000_000
 PACK_MEMBERS, PACK_SECONDS, MAX_PACK_STEPS = 4, 0.1, 16
 # On a CPU trials on images are measured with smaller batches: their time is proportional to the number of images.
 IMAGES_ON_CPU = 8
+# A head that nothing trains is built from so many images, and selects its options by so many logits.
+HEAD_ROWS, HEAD_LOGITS = 2**14, 2**23
 
 Speed = TypeVar("Speed")
 
 
 @dataclass(frozen=True)
 class TrialSpeed:
-    """Seconds of one image in training and in evaluation, and bytes of one worker on its host and on its GPU."""
+    """Seconds of one image in training and in evaluation, and bytes of one worker on its host and on its GPU.
+
+    A head that nothing trains is built from its training images, and selects its options on those of validation.
+    """
 
     seconds_per_train_image: float
     eval_seconds: float
@@ -191,7 +196,13 @@ def trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> Tr
         data = make_up_data(config, Path(folder))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        is_head = num_images == 0 and METHODS[config.method].learns
+        if is_head:
+            val, max_val = data.val if len(data.val) else data.train, HEAD_LOGITS // len(data.class_names)
+            data = replace(data, train=_spaced(data.train, HEAD_ROWS), val=_spaced(val, max_val))
+        started = time.perf_counter()
         run, clock = build_trial(config, data, device), _StepClock()
+        build_seconds = time.perf_counter() - started
         if num_images:
             clock.start()
             try:
@@ -199,8 +210,15 @@ def trial_speed(own_bytes: int, config: TrialConfig, device: torch.device) -> Tr
                     pass
             except _EnoughSteps:
                 pass
-        eval_seconds = _eval_seconds(run, data.val, num_images or 256)
-        step_seconds = clock.step_seconds / num_images if num_images else 0.0
+        if is_head:
+            started = time.perf_counter()
+            # An epoch also selects options.
+            next(run.epochs())
+            step_seconds = build_seconds / len(data.train)
+            eval_seconds = (time.perf_counter() - started) / len(data.val)
+        else:
+            eval_seconds = _eval_seconds(run, data.val, num_images or 256)
+            step_seconds = clock.step_seconds / num_images if num_images else 0.0
         host, on_device = _bytes(run, clock, batch, num_images)
         if device.type == "cuda":
             host, on_device = host - on_device, torch.cuda.max_memory_allocated()
@@ -219,7 +237,7 @@ def _extra_member_seconds(config: TrialConfig, data: TrialData, device: torch.de
     num_epochs = 2 if num_steps > 1 else 1
     config = config.with_overrides({"train.num_epochs": num_epochs, "second_stage": None})
     rows = np.arange(min(len(data.train), num_steps * require_section(config.train).batch_size))
-    part = replace(data, train=_first(data.train, rows), val=_first(data.val, rows[:0]))
+    part = replace(data, train=_take(data.train, rows), val=_take(data.val, rows[:0]))
     runs, pack = [build_trial(config, part, device) for _ in range(PACK_MEMBERS)], TrialPack()
     for run in runs:
         run.join(pack)
@@ -239,7 +257,7 @@ def _eval_seconds(run: TrialRun, val: RowSource, batch_size: int) -> float:
         return 0.0
     rows = np.arange(min(len(val), batch_size))
     while True:
-        part = _first(val, rows)
+        part = _take(val, rows)
         started = time.perf_counter()
         run.counters(part)
         seconds = time.perf_counter() - started
@@ -248,7 +266,13 @@ def _eval_seconds(run: TrialRun, val: RowSource, batch_size: int) -> float:
         rows = np.arange(min(len(val), 4 * len(rows)))
 
 
-def _first(source: RowSource, rows: Rows) -> RowSource:
+def _spaced(source: RowSource, max_rows: int) -> RowSource:
+    """Return at most so many evenly spaced rows."""
+    num_rows = min(len(source), max_rows)
+    return _take(source, np.arange(num_rows) * len(source) // num_rows)
+
+
+def _take(source: RowSource, rows: Rows) -> RowSource:
     if isinstance(source, StoredRows):
         return StoredRows(source.store, source.rows[rows], source.labels[rows])
     return ImageRows(source.manifest, source.rows[rows], source.manifest_rows[rows], source.labels[rows])

@@ -257,10 +257,10 @@ def _with_times(plan: Plan, measure: Measure, sample: Sequence[TrialConfig], clu
     """Measure the most common kinds of trials and the baselines, and estimate all phases from them."""
     assert plan.rows is not None, "times are estimated with a manifest alone"
     assert plan.pack_statistics is not None, "packs are planned with the manifest"
-    measured, fixed = most_common_shapes(sample, MAX_SHAPES), baselines(plan.sweep)
+    measured, fixed = most_common_shapes(sample, MAX_SHAPES), list(baselines(plan.sweep).values())
     keys = set(map(cost_key, measured))
-    if len(fixed) <= MAX_SHAPES:
-        measured += [baseline.config for baseline in fixed if cost_key(baseline.config) not in keys]
+    baseline_shapes = most_common_shapes([baseline.config for baseline in fixed], MAX_SHAPES)
+    measured += [config for config in baseline_shapes if cost_key(config) not in keys]
     benchmark = measure(plan.spec, measured, [encoder.config for encoder in plan.encoders])
     speeds = SpeedTable(
         {

@@ -147,7 +147,8 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Ver
         f"{subject} is {first.text}{comma} in balanced accuracy on the test split ({first.interval_text}{seeds})."
     )
     statement = f"{sentence[0].upper()}{sentence[1:]}" if first.is_win else f"No win is shown: {sentence}"
-    other_texts = " and ".join(f"{difference.text} ({difference.interval_text})" for difference in rest)
+    # The report's table has all of them.
+    other_texts = " and ".join(f"{difference.text} ({difference.interval_text})" for difference in rest[:2])
     details = f"It is {other_texts}." if rest else ""
     if split == POST_HOC or any(difference.other.endswith("post hoc") for difference in differences):
         details = f"{details} {POST_HOC_MEANS}".strip()

@@ -107,7 +107,7 @@ def select_fork_trials(source: str, sweep: ResolvedSweep, changes: list[str]) ->
     """
     fork, before, spec = Fork(), read_spec(source, check_plugins=False), sweep.spec
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)
-    own = {_key(baseline.config): f"b{number:05d}" for number, baseline in enumerate(baselines(sweep), 1)}
+    own = {_key(baseline.config): trial_id for trial_id, baseline in baselines(sweep).items()}
     log = TrialLog.read(source)
     for record in [*log.of("baseline"), *log.of("search")]:
         reason, trial_id = "; ".join(changes), record.trial_id

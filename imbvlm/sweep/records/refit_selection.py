@@ -77,9 +77,10 @@ def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
     selected = [_refit(WINNER, best, spec)]
     ranked = log.best(spec.objective, "baseline")
     best_baselines = {record.config["method"]: record for record in reversed(ranked)}
-    # The probe first, then zero-shot.
-    for record in sorted(best_baselines.values(), key=lambda record: not METHODS[record.config["method"]].trains):
-        selected.append(_refit(record.name, record, spec))
+    # The probe first, then the heads, then zero-shot.
+    methods = {name: METHODS[name] for name in best_baselines}
+    for name in sorted(methods, key=lambda name: (not methods[name].trains, not methods[name].learns)):
+        selected.append(_refit(best_baselines[name].name, best_baselines[name], spec))
     names = listed_names(log, spec) if spec.study else {best.trial_id: WINNER}
     if spec.study:
         ordered = sorted(others, key=lambda record: record.trial_id)

@@ -51,7 +51,7 @@ class TrialRecord(BaseModel):
     ended_at: float | None = None
     driver: str = ""
     num_threads: int | None = Field(None, ge=1, le=MAX_THREADS)
-    # Number of trials that trained together when this one began.
+    # Number of trials that trained together when this one began, or of baselines that train nothing in its process.
     pack_size: int = 1
     # Id of the first trial in its process; empty for a trial that has a process of its own.
     pack: str = ""

@@ -20,6 +20,7 @@ from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
 from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
+from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -127,14 +128,19 @@ class ReportData:
 
     @property
     def references(self) -> list[ScoredRefit]:
-        """The baselines' refits."""
-        names = {record.name for record in self.log.of("baseline")}
-        return [refit for refit in self.scored if refit.name in names]
+        """The baselines' refits, the best on validation first."""
+        names = [record.name for record in self.log.best(self.spec.objective, "baseline")]
+        return sorted(
+            (refit for refit in self.scored if refit.name in names), key=lambda refit: names.index(refit.name)
+        )
 
     @property
     def headline(self) -> list[ScoredRefit]:
-        """The refits in figures: the winner and the baselines."""
-        return [*([] if self.winner is None else [self.winner]), *self.references]
+        """The refits in figures: the winner and the baselines, of heads the best one."""
+        references = self.references
+        heads = [refit for refit in references if refit.records[0].config["method"] in HEADS]
+        shown = [refit for refit in references if refit not in heads[1:]]
+        return [*([] if self.winner is None else [self.winner]), *shown]
 
     @property
     def classes(self) -> PerClassResults | None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_AXES = 9
 MAX_LINES = 1000
 MAX_SLICES = 12
+NUM_BASELINES = 3
 # The height at which lines pass below an axis, in its lengths.
 NOT_SAMPLED = -0.1
 _FAINT, _MUTED = PALETTE["faint"][0], PALETTE["muted"][0]
@@ -102,7 +103,7 @@ def history(source: ReportData) -> Figure | None:
     # A baseline far below would compress the trials into a line; tables have its value.
     lowest = 2 * min(values) - max(values)
     baselines = [
-        (record, value) for record in source.log.of("baseline")
+        (record, value) for record in source.log.best(source.spec.objective, "baseline")[:NUM_BASELINES]
         if (value := source.value(record)) is not None and value > lowest
     ]  # fmt: skip
 
@@ -117,7 +118,7 @@ def history(source: ReportData) -> Figure | None:
 
     data = [_row(*pair) for pair in pairs] + [[r.trial_id, r.name, r.state, value] for r, value in baselines]
     pale = " (pale: stopped early)" if any(record.state == "stopped" for record, _ in pairs) else ""
-    caption = f"Each mark is a trial{pale}, the line the best so far, dashes the baselines, the ring the winner."
+    caption = f"Each mark is a trial{pale}, the line the best so far, dashes the best baselines, the ring the winner."
     return Figure("history", "Search history", caption, draw, [_HEADER, *data])
 
 

@@ -108,7 +108,7 @@ def open_run(
         context,
         checked.encoders,
         needed_outputs(sweep),
-        {f"b{number:05d}": baseline for number, baseline in enumerate(baselines(sweep), 1)},
+        baselines(sweep),
         num_folds(spec, manifest),
     )
     # An earlier run may have been killed before it could prune.

@@ -91,7 +91,7 @@ def _write_pareto(run: SweepRun) -> None:
 def _print_scores(run: SweepRun, data: ReportData) -> None:
     """Print the test scores of winner and baselines, and what is adjusted after training."""
     echo = run.console.print
-    names = [scored.name for scored in data.headline]
+    names = [WINNER, *(scored.name for scored in data.references)]
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
@@ -107,7 +107,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
             "`imbvlm manifest build --test-share 0.2`, in a folder test/ next to train/, or as rows of that split"
         )
     for name, selection in run.adjustments.items():
-        if name in names:
+        if name in {scored.name for scored in data.headline}:
             echo(describe_post_hoc(name, selection, run.scored))
 
 

@@ -87,11 +87,13 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
 
 
 def _baseline_jobs(run: SweepRun) -> list[Job]:
-    return [
+    jobs = [
         Job(trial_id, "baseline", baseline.name, baseline.config, alone=run.was_lost(trial_id))
         for trial_id, baseline in run.baselines.items()
         if not run.has_ended(trial_id)
     ]
+    # Those of an encoder are next to each other, because they share a process.
+    return sorted(jobs, key=lambda job: feature_key(job.config))
 
 
 def _unfinished_jobs(run: SweepRun) -> list[Job]:

@@ -1,17 +1,21 @@
-"""The baselines of a sweep: zero-shot and a plain linear softmax probe for each encoder."""
+"""The baselines of a sweep: for each encoder zero-shot, a plain linear probe, and heads that need no training."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
-from imbvlm.base.schema import Tree
+from imbvlm.base.schema import Tree, flatten
 from imbvlm.base.yaml_file import YamlTree
+from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig, apply_overrides
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
-BASELINES_PER_ENCODER = 2
+# Methods whose models are made from stored features and trained no further.
+HEADS = tuple(name for name, method in METHODS.items() if method.learns and not method.trains)
+# Zero-shot, the probe, and the heads.
+BASELINES_PER_ENCODER = 2 + len(HEADS)
 # The probe stops after this many epochs without a better validation score.
 PROBE_PATIENCE = 10
 PROBE_EPOCHS = 100
@@ -68,19 +72,51 @@ def _zero_shot(spec: SweepSpec, params: Params) -> TrialConfig:
     return TrialConfig.from_tree(YamlTree({**sections, "method": "zero_shot"}, f"sweep {spec.name}"))
 
 
-def baselines(sweep: ResolvedSweep) -> list[Baseline]:
-    """Return the linear probe for each encoder, and zero-shot where it has text, named by it if there are several."""
+def baselines(sweep: ResolvedSweep) -> dict[str, Baseline]:
+    """Return the baselines by their trial ids: the linear probe, zero-shot where there is text, and HEADS.
+
+    A head that the space searches is left out, because its trial would be the same run. Heads come last, so that those
+    of sweeps that began without them keep their ids.
+    """
     # Imported here because the specification of a sweep starts without torch.
     from imbvlm.models.encoders.encoder_registry import has_text
 
     configs, own_train = encoder_configs(sweep), sweep.spec.base.get("train", {})
-    rows = []
-    for zero_shot in configs:
-        suffix = f" {zero_shot.encoder.name}" if len(configs) > 1 else ""
+    searched = sweep.space.values_of("method", sweep.spec.base)
+    rows, heads = [], []
+    for zero_shot, suffix in zip(configs, _suffixes(configs), strict=True):
         train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
         probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
         if has_text(zero_shot.encoder):
             rows.append(Baseline(f"zero-shot{suffix}", zero_shot, None))
         config = TrialConfig.from_tree(YamlTree(probe, "baseline"))
         rows.append(Baseline(f"linear probe{suffix}", config, PROBE_PATIENCE))
-    return rows
+        if zero_shot.features.store:
+            heads += [
+                Baseline(f"{name.replace('_', ' ')}{suffix}", zero_shot.with_overrides({"method": name}), None)
+                for name in HEADS
+                if name not in searched
+            ]
+    return {f"b{number:05d}": baseline for number, baseline in enumerate([*rows, *heads], 1)}
+
+
+def _suffixes(configs: list[TrialConfig]) -> list[str]:
+    """Return what tells each configuration from the others, such as ` openai_vit_b16 at 128 px`.
+
+    Other keys than the encoder's name and size are named where these two are equal.
+    """
+    trees = [flatten(json.loads(feature_key(config))) for config in configs]
+    differing = [key for key in trees[0] if any(tree[key] != trees[0][key] for tree in trees)]
+    is_named, is_sized = ("encoder.name" in differing), ("encoder.image_size" in differing)
+    suffixes = []
+    for tree in trees:
+        size = tree["encoder.image_size"]
+        name = f" {tree['encoder.name']}" if is_named else ""
+        suffixes.append(name + (f" at {f'{size} px' if size else 'its own size'}" if is_sized else ""))
+    if len(set(suffixes)) == len(suffixes):
+        return suffixes
+    others = [key for key in differing if key not in ("encoder.name", "encoder.image_size")]
+    return [
+        f"{suffix} with " + " and ".join(f"{key.split('.')[1].replace('_', ' ')} {tree[key]}" for key in others)
+        for suffix, tree in zip(suffixes, trees, strict=True)
+    ]

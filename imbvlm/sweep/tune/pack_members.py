@@ -21,7 +21,7 @@ End = Literal["finished", "failed", "stopped", "closed", "lost"]
 
 @dataclass(frozen=True)
 class MemberTrial:
-    """A trial in a process: `pack_size` trials train together, and the first in a process of several is `pack`."""
+    """A trial in a process: `pack_size` trials share its seconds, and the first in a process of several is `pack`."""
 
     job: Job
     pack_size: int = 1
@@ -63,8 +63,13 @@ class Members:
     def open(self, tune_id: str, jobs: Sequence[Job]) -> PackPayload:
         """Register the jobs of a new process."""
         together = len(jobs) > 1 and all(may_train_with_others(job) for job in jobs)
-        size, pack = len(jobs) if together else 1, jobs[0].trial_id if len(jobs) > 1 else ""
-        self._packs[tune_id] = _Pack({job.trial_id: MemberTrial(job, size, pack) for job in jobs})
+        pack = jobs[0].trial_id if len(jobs) > 1 else ""
+        # Baselines that train nothing end together, after the turn of the last one.
+        num_untrained = sum(job.config.train is None for job in jobs)
+        sizes = [len(jobs) if together else num_untrained if job.config.train is None else 1 for job in jobs]
+        self._packs[tune_id] = _Pack(
+            {job.trial_id: MemberTrial(job, size, pack) for job, size in zip(jobs, sizes, strict=True)}
+        )
         return PackPayload(tuple(map(self._settings, jobs)), together, self._ended_file(tune_id))
 
     def of(self, tune_id: str) -> list[MemberTrial]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.cost_estimate import cost_key, expected_asha_fraction, most_common_shapes, sample_trials
 from imbvlm.sweep.plan.plan_text import DRY_RUN, describe_plan, plan_to_dict
 from imbvlm.sweep.plan.speed_benchmark import EncoderSpeed, Machine, SpeedBenchmark, TrialSpeed, measure_speeds
-from imbvlm.sweep.plan.sweep_plan import make_plan, measure_here
+from imbvlm.sweep.plan.sweep_plan import MAX_SHAPES, make_plan, measure_here
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
 from imbvlm.sweep.run.run_phases import run_sweep
+from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.spec_checks import check_spec
 from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -100,22 +102,22 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan._cpus", lambda: 2)
     plan = make_plan(spec(**settings), known_speeds)
     content = plan_to_dict(plan)
-    # 2.48 s of training and 0.05 s of evaluation; zero-shot evaluates alone.
-    assert [measured["epoch_seconds"] for measured in content["measured"]] == pytest.approx([2.53, 0.05])
+    # 2.48 s of training and 0.05 s of evaluation; zero-shot and the heads evaluate alone.
+    assert [measured["epoch_seconds"] for measured in content["measured"]] == pytest.approx([2.53, *[0.05] * 4])
     assert content["mean_epochs"] == 5
     seconds = content["seconds"]
     # 12 trials, two at a time, of 0.4 + 5 x 2.53 = 13.05 s.
     assert seconds["trials"] == pytest.approx([78.3, 78.3])
-    # Zero-shot in 0.45 s, and the probe in 0.4 s and 10 epochs (its patience) to 100 epochs.
-    assert seconds["baselines"] == pytest.approx([13.075, 126.925])
-    # The winner twice in 12.8 s; the probe twice, in 2.88 s (one epoch) to 248.4 s; zero-shot in 0.4 s.
-    assert seconds["refits"] == pytest.approx([15.88, 261.4])
+    # Zero-shot and three heads in 0.45 s each, and the probe in 0.4 s and 10 epochs (its patience) to 100 epochs.
+    assert seconds["baselines"] == pytest.approx([13.75, 127.6])
+    # The winner twice in 12.8 s; the probe twice, in 2.88 s (one epoch) to 248.4 s; the others in 0.4 s each.
+    assert seconds["refits"] == pytest.approx([16.48, 262.0])
     # Two passes that start in 8 s, and 4,980 images of 4 ms on two CPUs.
     assert seconds["features"] == pytest.approx(25.96)
-    assert seconds["total"] == pytest.approx([133.215, 492.585])
+    assert seconds["total"] == pytest.approx([134.49, 493.86])
     # Two GPUs at 2 an hour.
-    assert content["gpu_hours"] == pytest.approx([0.074008, 0.273658], rel=1e-4)
-    assert content["cost"] == pytest.approx([0.148017, 0.547317], rel=1e-4)
+    assert content["gpu_hours"] == pytest.approx([0.074717, 0.274367], rel=1e-4)
+    assert content["cost"] == pytest.approx([0.149433, 0.548733], rel=1e-4)
     text = describe_plan(plan)
     assert "NOT HERE    a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
     assert "max_hours   0.01: will end the search early" in text
@@ -258,15 +260,15 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
     made = spec(**settings, max_pack_size=5)
     plan = make_plan(made, None)
-    # Two baselines, the best 8, 30 candidates, and two running packs of 5. Each file has two epochs' logits (500 x 10)
+    # Five baselines, the best 8, 30 candidates, and two running packs of 5. Each file has two epochs' logits (500 x 10)
     # in half precision, 500 targets and 10 pairs of counts.
-    assert plan_to_dict(plan)["logit_bytes"] == 50 * (20_000 + 2_000 + 160)
+    assert plan_to_dict(plan)["logit_bytes"] == 53 * (20_000 + 2_000 + 160)
     assert plan_to_dict(make_plan(spec(**settings, max_pack_size=5, select_by="objective"), None))["logit_bytes"] == (
-        20 * (20_000 + 2_000 + 160)
+        23 * (20_000 + 2_000 + 160)
     )
     few = spec(**{**settings, "num_trials": 4})
-    assert max_logit_files(few.resolve(), 10, 1) == 6
-    assert "logits      of validation, up to 1.1 MB" in describe_plan(plan)
+    assert max_logit_files(few.resolve(), 10, 1) == 9
+    assert "logits      of validation, up to 1.2 MB" in describe_plan(plan)
     features = plan.missing_bytes * DISK_MARGIN
     assert plan.fits_disk
     monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri: int(features + 0.9 * plan.logit_bytes))
@@ -276,8 +278,8 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
     monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
-    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 1.1 MB"),
-                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 1.1 MB")):  # fmt: skip
+    for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 1.2 MB"),
+                       (0.9 * plan.logit_bytes, "the validation logits of trials need up to 1.2 MB")):  # fmt: skip
         monkeypatch.setattr("imbvlm.base.storage.free_bytes", lambda uri, room=room: int(room))
         with pytest.raises(ImbvlmError, match=says):
             run_sweep(made, str(tmp_path / "sweep"), Console(io.StringIO()))
@@ -318,12 +320,45 @@ def test_every_method_is_measured_before_any_has_two_kinds() -> None:
     assert len({cost_key(one) for one in most_common_shapes(sample, 9)}) == 5
 
 
+def test_times_of_many_encoders_are_estimated_from_one_of_each_method() -> None:
+    """Five baselines of each of seven sizes: the phase was unknown where all of them were too many to measure."""
+    sizes = {"encoder.image_size": {"choice": list(range(64, 120, 8))}}
+    plan = make_plan(spec(space={"parameters": {**SPACE["parameters"], **sizes}}), known_speeds)
+    assert "after 35 baselines" in describe_plan(plan)
+    assert {config.method for config in plan.measured} == {"linear_probe", "zero_shot", *HEADS}
+    assert len(plan.measured) <= 2 * MAX_SHAPES
+    assert plan.estimate is not None
+    assert plan.estimate.total is not None
+
+
+def test_a_head_takes_time_for_each_image_that_it_is_built_from(tmp_path: Path) -> None:
+    """Also where no class has enough images to hold some out: folds score it there."""
+    labels = np.repeat(np.arange(5, dtype=np.int32), 4)
+    table = pa.table({"bytes": [b""] * 20, "label": labels, "split": ["train"] * 20})
+    Manifest.build(table, [f"class {n}" for n in range(5)], "made").write(str(tmp_path / "few.parquet"))
+    for manifest in (BASE["data"]["manifest"], str(tmp_path / "few.parquet")):
+        base = {**BASE, "data": {"manifest": manifest}}
+        for speed in measure_speeds([TrialConfig.from_tree({**base, "method": name}) for name in HEADS], [], 1).trials:
+            assert isinstance(speed, TrialSpeed)
+            assert speed.seconds_per_train_image > 0
+            assert speed.eval_seconds > 0
+
+
+def measure_first(
+    apart: ProcessPoolExecutor, spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]
+) -> SpeedBenchmark:
+    """Measure the first trial, and make up the others' speeds."""
+    (speed,) = apart.submit(measure_here, spec, trials[:1], []).result().trials
+    benchmark = known_speeds(spec, trials, encoders)
+    return replace(benchmark, trials=(speed, *benchmark.trials[1:]))
+
+
 def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path: Path) -> None:
     """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
     sizes = []
-    # In a process of its own: what tests have left of this one's heap would be taken before any new memory.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        for num_classes in (10, 8142):
+    for num_classes in (10, 8142):
+        # In a process of its own: what others have left of this one's heap would be taken before any new memory.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
             labels = np.resize(np.arange(num_classes, dtype=np.int32), 10_000)
             table = pa.table({"bytes": [str(n).encode() for n in range(12_000)],
                               "label": np.concatenate([labels, labels[:2000]]),
@@ -331,8 +366,9 @@ def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(t
             path = str(tmp_path / f"{num_classes}.parquet")
             Manifest.build(table, [f"class {n}" for n in range(num_classes)], "made").write(path)
             made = with_settings(spec(storage=str(tmp_path / "runs")), {"data.manifest": path, "train.batch_size": 256})
-            plan = make_plan(made, lambda *arguments: apart.submit(measure_here, *arguments).result())
-            (probe,) = [one for one in plan_to_dict(plan)["measured"] if one["method"] == "linear_probe"]
+            plan = make_plan(made, partial(measure_first, apart))
+            probe = plan_to_dict(plan)["measured"][0]
+            assert probe["method"] == "linear_probe"
             assert probe["epoch_seconds"] > 0
             sizes.append(probe["host_bytes"])
     width, batch, rows = 1280, 256, 2000

@@ -47,6 +47,21 @@ def test_a_trial_that_was_stopped_before_it_chose_tau_does_not_win(tmp_path: Pat
     assert winner.record.trial_id == "t2"
 
 
+def test_the_best_baseline_of_each_method_is_refitted_the_heads_between_probe_and_zero_shot(tmp_path: Path) -> None:
+    baselines = [
+        record("b1", [0.2], {"method": "zero_shot"}, kind="baseline", name="zero-shot"),
+        record("b2", [0.3], {"method": "class_means"}, kind="baseline", name="class means at 64 px"),
+        record("b3", [0.5], {"method": "class_means"}, kind="baseline", name="class means at 96 px"),
+        record("b4", [0.1], {"method": "linear_probe"}, kind="baseline", name="linear probe at 64 px"),
+    ]
+    selected = refits(log_of(tmp_path, record("t1", [0.6]), *baselines), SPEC)
+    assert [(refit.name, refit.seeds) for refit in selected[1:]] == [
+        ("linear probe at 64 px", (3, 4)),
+        ("class means at 96 px", (0,)),
+        ("zero-shot", (0,)),
+    ]
+
+
 def test_baselines_take_as_long_as_their_best_took_and_zero_shot_one_seed(tmp_path: Path) -> None:
     probe = record("b2", [0.1, 0.5, 0.4], {"method": "linear_probe"}, kind="baseline", name="linear probe")
     other = record("b3", [0.3], {"method": "linear_probe"}, kind="baseline", name="linear probe b")

@@ -162,6 +162,29 @@ def test_a_probe_that_an_adjustment_brings_up_to_the_winner_is_no_win(tmp_path: 
     assert [row[0] for row in table.rows] == ["over linear probe", "over linear probe, post hoc", "over zero-shot"]
 
 
+def test_figures_show_the_best_head_and_tables_all(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, gain=0.4)
+    log = TrialLog.read(str(folder))
+    for number, (name, method, value) in enumerate(
+        [("class means", "class_means", 0.41), ("discriminant", "discriminant", 0.45)], 3
+    ):
+        for source_id, trial_id in (("b00001", f"b{number:05d}"), ("refit-zero-shot-seed0", f"refit-{method}-seed0")):
+            record = log.records[source_id].model_copy(update={"trial_id": trial_id, "name": name}, deep=True)
+            record.config = record.trial_config().with_overrides({"method": method}).to_tree()
+            record.epochs[-1] |= {"val/best_balanced_accuracy": value, f"{method}/shrinkage": 0.1}
+            record.epochs[-1] |= {f"{method}/temperature": 1.0, "val/balanced_accuracy": value}
+            log.save(record)
+        shutil.copytree(folder / "refits" / "refit-zero-shot-seed0", folder / "refits" / f"refit-{method}-seed0")
+    source = ReportData.read(str(folder))
+    assert [refit.name for refit in source.references] == ["linear probe", "discriminant", "class means", "zero-shot"]
+    assert [refit.name for refit in source.headline] == ["winner", "linear probe", "discriminant", "zero-shot"]
+    report = build(source)
+    tables = {table.name: [row[0] for row in table.rows] for table in report.all_tables}
+    assert {"class means", "discriminant"} <= set(tables["scores"])
+    assert {"over class means", "over discriminant"} <= set(tables["margins"])
+    assert report.verdict.details.count("95 % interval") == 2
+
+
 def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp_path: Path) -> None:
     """Tiles and class figures had the winner as trained while the verdict and `imbvlm export` have it adjusted."""
     adjusted = {"winner": 0.99, "linear probe": 0.6}

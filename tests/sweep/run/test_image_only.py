@@ -91,11 +91,14 @@ def test_what_needs_text_is_refused_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_sweep_has_the_probe_as_its_only_baseline_and_a_report(sweep: Path) -> None:
+def test_a_sweep_has_all_baselines_but_zero_shot_and_a_report(sweep: Path) -> None:
     records = [json.loads(path.read_text()) for path in (sweep / "trials").glob("*.json")]
     assert {record["state"] for record in records} == {"finished"}
-    assert {record["name"] for record in records if record["kind"] == "baseline"} == {"linear probe"}
-    assert {record["config"]["method"] for record in records} == {"linear_probe", "decoder"}
+    heads = ["class means", "discriminant", "prototype cache"]
+    baselines = {record["name"] for record in records if record["kind"] == "baseline"}
+    assert baselines == {"linear probe", *heads}
+    methods = {"linear_probe", "decoder", *(name.replace(" ", "_") for name in heads)}
+    assert {record["config"]["method"] for record in records} == methods
     page = (sweep / "report.html").read_text()
     assert "linear probe" in page
     assert "zero-shot" not in page.lower().replace("zero-shot logits", "")

@@ -49,7 +49,7 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke: tuple[Path,
     # A convolution tower takes neither adapters nor low-rank updates.
     assert "not tried: prompt_tuning, bias_tuning, fine_tuning; README" in printed
     chosen = json.loads((sweep / "post_hoc.json").read_text())
-    assert set(chosen) == {"winner", "linear probe"}
+    assert set(chosen) == {"winner", "linear probe", "class means", "discriminant", "prototype cache"}
     assert "after training, chosen on 500 rows of validation, winner:" in test
     assert re.search(r"expected calibration error \(%\) on validation [\d.]+ to [\d.]+, on test [\d.]+ to [\d.]+", test)
 
@@ -75,7 +75,7 @@ def test_the_table_of_results_is_typed_and_has_every_trial(smoke: tuple[Path, st
     sweep, _ = smoke
     table = pq.read_table(sweep / "results.parquet")
     kinds = table.column("kind").to_pylist()
-    assert (kinds.count("baseline"), kinds.count("search"), kinds.count("refit")) == (2, 8, 3)
+    assert (kinds.count("baseline"), kinds.count("search"), kinds.count("refit")) == (5, 8, 6)
     assert str(table.schema.field("config.optim.lr").type) == "double"
     assert str(table.schema.field("val/best_balanced_accuracy").type) == "double"
     row = table.slice(kinds.index("search"), 1).to_pylist()[0]

@@ -88,7 +88,7 @@ def expected(sweep: Sweep) -> Metrics:
         ("imbvlm_trials", "search", "finished"): len(ended),
         ("imbvlm_trials", "search", "running"): sum(record["state"] == "running" for record in records),
         ("imbvlm_trials", "search", "failed"): 0,
-        ("imbvlm_trials", "baseline", "finished"): 2,
+        ("imbvlm_trials", "baseline", "finished"): 5,
         ("imbvlm_best_value", "val/balanced_accuracy"): winner["epochs"][-1][best],
         **{("imbvlm_best_accuracy", group): epoch[f"val/{group}_accuracy"] for group in groups},
         ("imbvlm_gpu_hours",): 0.0,

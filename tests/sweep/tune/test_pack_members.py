@@ -361,18 +361,26 @@ def test_baselines_of_a_tower_share_a_process_and_other_shapes_dont(tmp_path: Pa
     jobs = [
         Job("b00001", "baseline", "zero-shot", tiny_config("zero_shot")),
         Job("b00002", "baseline", "linear probe", probe),
+        Job("b00004", "baseline", "class means", tiny_config("class_means")),
         Job("b00003", "baseline", "linear probe", probe, alone=True),
     ]
     tune = Tune(tmp_path, features, spec, 4, jobs)
     tune.run()
-    assert tune.sizes[:2] == [2, 1]
-    assert sum(tune.sizes) == 11
+    assert tune.sizes[:2] == [3, 1]
+    assert sum(tune.sizes) == 12
     assert max(tune.sizes[2:]) > 1
-    assert sorted(tune.log.records) == ["b00001", "b00002", "b00003", *(f"t{number:05d}" for number in range(1, 9))]
+    assert sorted(tune.log.records) == [
+        "b00001",
+        "b00002",
+        "b00003",
+        "b00004",
+        *(f"t{number:05d}" for number in range(1, 9)),
+    ]
     assert all(record.state in ("finished", "stopped") for record in tune.log.records.values())
     beside, alone = (tune.log.records[trial_id] for trial_id in ("b00002", "b00003"))
-    # Nothing is divided among them, and nothing of the probe's is batched with another's.
+    # The probe's seconds are its own, and nothing of it is batched with another's. The others end together.
     assert (beside.pack_size, alone.pack_size) == (1, 1)
+    assert [tune.log.records[trial_id].pack_size for trial_id in ("b00001", "b00004")] == [2, 2]
     assert [epoch[BEST] for epoch in beside.epochs] == [epoch[BEST] for epoch in alone.epochs]
     assert [epoch["val/loss"] for epoch in beside.epochs] == [epoch["val/loss"] for epoch in alone.epochs]
 
