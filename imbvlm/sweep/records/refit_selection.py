@@ -44,8 +44,12 @@ class Refit:
                     return record.trial_id
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.name.lower())
         plain = f"refit-{slug}-seed{seed}"
-        is_free = plain not in log.records or self.record.kind == "baseline"
-        return plain if is_free else f"refit-{slug}-{self.record.trial_id}-seed{seed}"
+        existing = log.records.get(plain)
+        return (
+            plain
+            if existing is None or existing.trial_config() == config
+            else f"refit-{slug}-{self.record.trial_id}-seed{seed}"
+        )
 
 
 def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:

@@ -62,6 +62,26 @@ def test_the_best_baseline_of_each_method_is_refitted_the_heads_between_probe_an
     ]
 
 
+def test_a_baseline_that_wins_after_a_resumption_is_not_taken_for_the_earlier_winner(tmp_path: Path) -> None:
+    """A sweep that is resumed may have heads that it had not, and the refit of its old winner stays."""
+    trial = record("t1", [0.6])
+    head = record("b3", [0.5], {"method": "class_means"}, kind="baseline", name="class means")
+    log = log_of(tmp_path, trial, head)
+    before = refits(log, SPEC)[0]
+    config = dict(before.seeded())[3]
+    old = record("refit-winner-seed3", [0.6], kind="refit", name="winner").model_copy(
+        update={"config": config.to_tree()}
+    )
+    log.records[old.trial_id] = old
+    assert before.trial_id(3, log) == old.trial_id
+    log.winner_id = head.trial_id
+    winner, baseline = refits(log, SPEC)
+    assert (winner.name, winner.seeds, winner.trial_id(0, log)) == ("winner", (0,), "refit-winner-seed0")
+    log.records["refit-winner-seed0"] = old.model_copy(update={"trial_id": "refit-winner-seed0"})
+    assert winner.trial_id(0, log) == "refit-winner-b3-seed0"
+    assert baseline.trial_id(0, log) == "refit-class-means-seed0"
+
+
 def test_baselines_take_as_long_as_their_best_took_and_zero_shot_one_seed(tmp_path: Path) -> None:
     probe = record("b2", [0.1, 0.5, 0.4], {"method": "linear_probe"}, kind="baseline", name="linear probe")
     other = record("b3", [0.3], {"method": "linear_probe"}, kind="baseline", name="linear probe b")
