@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from imbvlm.config.encoder_entries import ENCODERS
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
-from imbvlm.models.encoders.encoder_registry import ENCODERS
 from imbvlm.sweep.records.provenance import has_part
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 

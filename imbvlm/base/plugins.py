@@ -36,7 +36,7 @@ TABLES = {
     "LOSSES": "imbvlm.config.loss_registry:LOSSES",
     "METHODS": "imbvlm.config.method_registry:METHODS",
     "SECOND_STAGES": "imbvlm.config.second_stage_registry:SECOND_STAGES",
-    "ENCODERS": "imbvlm.models.encoders.encoder_registry:ENCODERS",
+    "ENCODERS": "imbvlm.config.encoder_entries:ENCODERS",
     "BENCHMARKS": "imbvlm.data.sources.benchmark_registry:BENCHMARKS",
     "SAMPLERS": "imbvlm.sweep.spec.sampler_registry:SAMPLERS",
 }

@@ -7,6 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,9 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.version import __version__
-from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.config.encoder_entries import NON_COMMERCIAL, find_entry
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 
 State = Literal["ok", "warning", "broken"]
@@ -202,21 +205,39 @@ def check_local_folder(name: str, path: Path) -> Check:
 
 
 def check_encoder(name: str) -> Check:
-    """Check that an encoder exists and that its weights are here or can be downloaded."""
+    """Check that an encoder exists and that its files are here or can be downloaded; describe it and its sizes."""
+    from imbvlm.models.encoders.encoder_factory import describe_encoder
     from imbvlm.models.encoders.encoder_registry import resolve_encoder
 
-    title = f"encoder {name}"
+    title, config = f"encoder {name}", EncoderConfig(name=name)
     try:
-        state = resolve_encoder(EncoderConfig(name=name)).weights_state()
+        state, info = resolve_encoder(config).weights_state(), describe_encoder(config)
     except ImbvlmError as error:
-        return Check(title, "broken", str(error), 'see README, "A tower of your own"')
-    if state.present:
-        return Check(title, "ok", "its files are here")
-    if state.problem is None:
-        return Check(title, "ok", f"its files will be fetched from {state.address}")
-    return Check(
-        title,
-        "broken",
-        state.problem,
-        f"where there is a network: imbvlm encoder fetch {name} -o DIR; here: local-dir:DIR",
-    )
+        return Check(title, "broken", "; ".join([str(error), *_facts(name)]), 'see README, "A tower of your own"')
+    text = "its files are here" if state.present else f"its files will be fetched from {state.address}"
+    result = "; ".join([state.problem or text, *_sizes(config, info), *_facts(name)])
+    return Check(title, "ok" if state.problem is None else "broken", result, state.fix)
+
+
+def _sizes(config: EncoderConfig, info: EncoderInfo) -> list[str]:
+    """The encoder's own image size, and the tokens and the time of one about half as large again."""
+    from imbvlm.models.encoders.encoder_factory import describe_encoder
+
+    own = f"{info.image_size} px of its own, {info.num_tokens} tokens, {info.num_parameters / 1e6:,.0f} M parameters"
+    # Patches have 14, 16 or 32 pixels.
+    for step in (32, 28) if info.kind == "convolution" else (28, 32):
+        size = min(MAX_IMAGE_SIZE, step * round(1.5 * info.image_size / step))
+        with suppress(ImbvlmError):
+            larger = describe_encoder(config.model_copy(update={"image_size": size})).num_tokens
+            times = larger / info.num_tokens
+            return [own, f"encoder.image_size {size} gives {larger} tokens, at {times:.1f} times the cost"]
+    return [own, "no larger encoder.image_size was found"]
+
+
+def _facts(name: str) -> list[str]:
+    entry = find_entry(name)
+    if entry is None:
+        return []
+    license_id = f"{entry.license} (non-commercial)" if entry.license in NON_COMMERCIAL else entry.license
+    facts = {"license": license_id, "pretrained on": entry.pretraining, "has seen": ", ".join(entry.seen)}
+    return [f"{label} {value}" for label, value in facts.items() if value]

@@ -15,6 +15,7 @@ from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
+    encoder_notes,
     failure_causes,
     objective_text,
     pareto_records,
@@ -44,7 +45,8 @@ def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) ->
         ]
         for state in states
     ]
-    lines = [f"{printable(sweep.folder)}  unreadable: {sweep.reason}" for sweep in unreadable]
+    lines = list(dict.fromkeys(note for state in states for note in encoder_notes(state.log, state.spec)))
+    lines += [f"{printable(sweep.folder)}  unreadable: {sweep.reason}" for sweep in unreadable]
     return "\n".join([*([table(header, rows, Console().width)] if rows else []), *lines])
 
 
@@ -66,6 +68,7 @@ def show_text(state: SweepState) -> str:
     if state.scored:
         on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
         parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
+    parts += encoder_notes(log, spec)
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
     return "\n".join([*parts, *(["", time_and_savings] if time_and_savings else [])])
 
@@ -106,10 +109,14 @@ def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
 
 
 def _notes(states: Sequence[SweepState]) -> list[str]:
-    """Notes on differences between the sweeps that make their numbers hard to compare."""
+    """Notes on encoders, and on differences between the sweeps, that make their numbers hard to compare."""
+    notes = dict.fromkeys(note for state in states for note in encoder_notes(state.log, state.spec))
     data, objectives = [state.manifest for state in states], [state.spec.objective for state in states]
     return [
-        f"these sweeps differ in {noun} ({join_limited(list(dict.fromkeys(values)))}): compare with care"
-        for noun, values in (("data", data), ("objectives", objectives))
-        if len(set(values)) > 1
+        *notes,
+        *(
+            f"these sweeps differ in {noun} ({join_limited(list(dict.fromkeys(values)))}): compare with care"
+            for noun, values in (("data", data), ("objectives", objectives))
+            if len(set(values)) > 1
+        ),
     ]

@@ -18,6 +18,7 @@ from imbvlm.sweep.records.provenance import data_size, provenance, write_provena
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.winner_selection import Selection, write_selection
+from imbvlm.sweep.report.report_writer import write_report
 
 COUNTS = [500, 120, 60, 20, 8]
 
@@ -248,3 +249,38 @@ def test_a_sweeps_time_is_that_of_its_runs_without_what_lay_between(tmp_path: Pa
     spent = {"seconds": 100.0, "gpu_seconds": 0.0, "machine_seconds": 100.0, "phases": {}}
     (folder / "spent.json").write_text(json.dumps(spent))
     assert SweepState.read(str(folder)).seconds == 100
+
+
+NOTES = ("note: bioclip was pretrained on TreeOfLife-10M", "note: metaclip_vit_b16 is licensed for non-commercial use")
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Path:
+    """A sweep of version 0.1 on iNaturalist, whose provenance doesn't name its data."""
+    folder = write_sweep(tmp_path / "runs" / "made", COUNTS, num_trials=6)
+    for number, path in enumerate(sorted((folder / "trials").iterdir())):
+        record = json.loads(path.read_text())
+        record["config"]["encoder"]["name"] = ("bioclip", "metaclip_vit_b16")[number % 2]
+        path.write_text(json.dumps(record))
+    spec = folder / "sweep.yaml"
+    spec.write_text(spec.read_text().replace("gone.parquet", "data/inat2018.parquet"))
+    return folder
+
+
+def test_scores_of_an_encoder_that_has_seen_the_data_carry_a_note(
+    seen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (("sweep", "show", str(seen)), ("sweep", "list", str(seen.parent)), ("compare", str(seen))):
+        text = " ".join(imbvlm(capsys, *arguments).split())
+        assert all(note in text for note in NOTES), arguments
+    write_report(str(seen))
+    # In the headline, and beside the results.
+    assert (seen / "report.html").read_text().count("bioclip was pretrained on TreeOfLife-10M") >= 2
+
+
+def test_other_data_has_no_such_note(seen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"code": {}, "torch": "2", "data": "x", "data_name": "photos"}
+    (seen / "provenance.json").write_text(json.dumps(content))
+    text = imbvlm(capsys, "sweep", "show", str(seen))
+    assert "TreeOfLife" not in text
+    assert "non-commercial" in text

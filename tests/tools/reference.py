@@ -24,13 +24,14 @@ import imbvlm
 from imbvlm.base.schema import Section, flatten, tag_of, variants
 from imbvlm.cli.app import APP
 from imbvlm.cli.options import SweepOptions, add_command, make_app, takes
+from imbvlm.config.encoder_entries import ENCODERS, NON_COMMERCIAL
+from imbvlm.config.input_sections import HF_HUB
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS, default_sections, optional_sections
 from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 from imbvlm.inference.predictor import Model, Prediction
-from imbvlm.models.encoders.encoder_registry import ENCODERS
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.space_file import NOT_SEARCHED
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -299,14 +300,22 @@ def samplers_page() -> str:
 
 def encoders_page() -> str:
     rows = [
-        [f"`{name}`", entry.summary, entry.loader, f"`{entry.model}`", entry.tag or "in the package"]
+        [
+            f"`{name}`",
+            entry.summary,
+            entry.pretraining,
+            str(entry.image_size),
+            entry.license + (" (non-commercial)" if entry.license in NON_COMMERCIAL else ""),
+            ", ".join(entry.seen),
+            f"`{entry.name}`" if entry.tag is not None or entry.name.startswith(HF_HUB) else "in the package",
+        ]
         for name, entry in ENCODERS.items()
     ]
     return page(
         "Encoders",
         "Short names for [`encoder.name`](config.md#encoder), entries of ENCODERS. Any `MODEL/TAG` of open_clip, "
         "`timm:NAME`, `hf-hub:OWNER/REPO[@REVISION]` and `local-dir:PATH` work, too.",
-        table(["name", "what it is", "library", "model", "weights"], rows),
+        table(["name", "what it is", "pretraining", "px", "license", "has seen", "weights"], rows),
     )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from imbvlm.config.encoder_entries import Loader
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
-from imbvlm.models.encoders.encoder_source import Loader
 from imbvlm.models.encoders.image_encoder import ImageEncoder
 from imbvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from imbvlm.models.encoders.timm_encoder import TimmEncoder

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_entries import ORIGIN_KEY, Loader
 from imbvlm.config.input_sections import LOCAL_DIR
-from imbvlm.models.encoders.hub_files import HubFile, offline_sentence, unreachable
+from imbvlm.models.encoders.hub_files import HubFile, fetch_command, offline_sentence, unreachable
 
+TRANSFORMERS_FIX = "pip install 'imbvlm[siglip]'"
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
-# The key of a folder's description.
-ORIGIN_KEY = "origin"
 _PUBLISHED, _COMMIT = re.compile(r"[A-Za-z0-9][\w.:@/-]*"), re.compile(r"[0-9a-f]{40}")
-Loader = Literal["open_clip", "timm"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class WeightsState:
     present: bool
     address: str
     problem: str | None = None
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ class EncoderSource:
         return self.stated_origin if path is None else Origin(self.name, Path(path).parent.name)
 
     @property
+    def needs_transformers(self) -> bool:
+        """Whether the text side is one of transformers: its tower or its tokenizer."""
+        text_config = self.model_config.get("text_cfg", {})
+        return bool(text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name"))
+
+    @property
     def has_weights(self) -> bool:
         """Whether the weights are on this machine; asks no network, raises ImbvlmError for a folder without."""
         if self.weights is None and self.hub is not None:
@@ -127,10 +134,13 @@ class EncoderSource:
         """Where the files are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
         needed = [None if self.weights is not None else self.hub, self.tokenizer]
         missing = [file for file in needed if file is not None and file.cached() is None]
+        if self.needs_transformers and importlib.util.find_spec("transformers") is None:
+            return WeightsState(False, "", f"the texts of {self.name} need the package transformers", TRANSFORMERS_FIX)
         if not missing:
             self.weights_file()
             return WeightsState(True, self.weights or (self.model if self.hub is None else self.hub.address))
         address = missing[0].address
         cause = unreachable(address)
         problem = None if cause is None else offline_sentence(self.name, missing, address, cause)
-        return WeightsState(False, address, problem)
+        fix = f"where there is a network: {fetch_command(self.name)}; here: local-dir:DIR"
+        return WeightsState(False, address, problem, fix)

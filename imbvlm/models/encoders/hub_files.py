@@ -134,12 +134,17 @@ def unreachable(address: str) -> str | None:
         return str(error)
 
 
+def fetch_command(encoder: str) -> str:
+    """The command that writes an encoder into a folder, to be carried to a machine without a network."""
+    return f"imbvlm encoder fetch {encoder} -o DIR"
+
+
 def offline_sentence(encoder: str, files: Sequence[HubFile], address: str, cause: str) -> str:
     """Which files of an encoder are missing, why they can't be fetched, and both ways to bring them here."""
     folders = dict.fromkeys(f"models--{file.repository.replace('/', '--')}" for file in files)
     return (
         f"{encoder} needs {'; '.join(map(str, files))}, not cached here, and {address} doesn't answer ({cause}). "
-        f"Where there is a network run `imbvlm encoder fetch {encoder} -o DIR`, copy DIR here, and set encoder.name: "
+        f"Where there is a network run `{fetch_command(encoder)}`, copy DIR here, and set encoder.name: "
         f"local-dir:DIR. Or copy {' and '.join(folders)} of that machine's cache to {constants.HF_HUB_CACHE} "
         "(HF_HOME sets another place; HF_HUB_OFFLINE=1 then asks no server). Behind a mirror or a proxy set "
         "HF_ENDPOINT or HTTPS_PROXY."

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.config.encoder_entries import ORIGIN_KEY
 from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.models.encoders.encoder import TextEncoder
 from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, visual_rules
-from imbvlm.models.encoders.encoder_source import ORIGIN_KEY, EncoderSource, Origin
+from imbvlm.models.encoders.encoder_source import EncoderSource, Origin
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # What open_clip, timm and torch raise when weights and architecture don't go together.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import LOCAL_DIR
-from imbvlm.models.encoders.encoder_source import EncoderSource
+from imbvlm.models.encoders.encoder_source import TRANSFORMERS_FIX, EncoderSource
 from imbvlm.models.encoders.image_encoder import BUILD_ERRORS, fingerprint
 from imbvlm.models.encoders.open_clip_names import OTHER_TOKENIZER_FILES
 
@@ -100,15 +100,19 @@ def tokenizer_folder(source: EncoderSource) -> Path | None:
 def require_transformers(name: str, side: str) -> None:
     """Raise ImbvlmError with the fix where the text side needs a package that isn't installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise ImbvlmError(
-            f"{side} of {name} needs the package transformers; install it with pip install 'imbvlm[siglip]'."
-        )
+        raise ImbvlmError(f"{side} of {name} needs the package transformers; install it with {TRANSFORMERS_FIX}.")
+
+
+def require_tokenizer(source: EncoderSource) -> None:
+    """Fetch an encoder's tokenizer unless it is here; raises ImbvlmError where it or the package for it is missing."""
+    if source.needs_transformers:
+        require_transformers(source.name, "the tokenizer")
+        tokenizer_folder(source)
 
 
 def _tokenizer(source: EncoderSource) -> Callable[..., Tensor]:
     text_config = source.model_config["text_cfg"]
-    if text_config.get(_ON_HUB):
-        require_transformers(source.name, "the tokenizer")
+    require_tokenizer(source)
     folder = tokenizer_folder(source)
     try:
         with quiet_logging():

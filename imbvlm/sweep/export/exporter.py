@@ -17,6 +17,7 @@ from imbvlm.base.csv_cells import csv_line
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent
 from imbvlm.base.yaml_file import dump_yaml
+from imbvlm.config.encoder_entries import find_entry, score_notes
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest, absolute_manifest
@@ -185,6 +186,7 @@ class _TrialExport:
             tensors = load_model_tensors(weights)
             write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, manifest.label_map)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
+        entry = find_entry(config.encoder.name)
         card = CardContext(
             spec=self.spec,
             log=self.log,
@@ -196,6 +198,9 @@ class _TrialExport:
             license_id=license_id,
             has_onnx=difference is not None,
             has_text=encoder.info.has_text,
+            revision=encoder.info.revision,
+            encoder_license="" if entry is None else entry.license,
+            encoder_notes=score_notes([config.encoder.name], manifest.name),
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
         return difference

@@ -46,6 +46,10 @@ class CardContext:
     license_id: str
     has_onnx: bool
     has_text: bool
+    # The commit of the hub that the encoder is from, its license, and notes that belong beside its scores.
+    revision: str
+    encoder_license: str
+    encoder_notes: Sequence[str]
 
     @property
     def is_adjusted(self) -> bool:

@@ -9,6 +9,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import between, duration, pluralize, size_text
 from imbvlm.base.text_tables import UNLIMITED, labeled, table
+from imbvlm.config.encoder_entries import find_entry, score_notes
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.store_sizes import token_size_options
@@ -162,7 +163,9 @@ def _inputs(plan: Plan) -> Rows:
         rows = ", ".join(f"{len(manifest.rows_of(split)):,} {split}" for split in manifest.splits)
         text = f"{plan.spec.base['data']['manifest']}: {len(manifest.class_names):,} classes, {rows} images"
     encoders = [("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders]
-    return [("manifest", text), ("validation", _validation(plan)), *encoders]
+    names = [encoder.config.encoder.name for encoder in plan.encoders]
+    notes = [("note", note) for note in ([] if manifest is None else score_notes(names, manifest.name))]
+    return [("manifest", text), ("validation", _validation(plan)), *encoders, *notes]
 
 
 def _validation(plan: Plan) -> str:
@@ -188,10 +191,14 @@ def _outputs(plan: Plan) -> Rows:
 def _encoder_line(plan: Plan, encoder: PlannedEncoder) -> str:
     info = encoder.info
     outputs = ", ".join(sorted(needed_outputs(plan.sweep) & info.shapes.keys()))
+    name, entry = encoder.config.encoder.name, find_entry(encoder.config.encoder.name)
+    own_size = None if entry is None else entry.image_size
+    own = f" (its own: {own_size} px; `imbvlm doctor --encoder {name}` compares sizes)"
     text = (
-        f"{encoder.config.encoder.name} at {info.image_size} px: {info.num_tokens} tokens of {info.token_width}, "
-        f"pooled {info.pooled_width}"
+        f"{name} at {info.image_size} px{'' if own_size in (None, info.image_size) else own}: "
+        f"{info.num_tokens} tokens of {info.token_width}, pooled {info.pooled_width}"
     )
+    text += "" if entry is None or not entry.license else f", license {entry.license}"
     if plan.manifest is None:
         return f"{text}; {encoder.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
     views = pluralize(encoder.config.features.num_views, "view")

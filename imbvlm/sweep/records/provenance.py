@@ -53,7 +53,8 @@ def provenance(manifest: Manifest) -> dict[str, Any]:
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     code = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if has_part(name)}
     size = {"num_classes": len(manifest.class_names), "num_images": len(manifest)}
-    origin = {"code": code, "torch": torch.__version__, **_of_data(manifest), **size}
+    data = {**_of_data(manifest), **size, "data_name": manifest.name}
+    origin = {"code": code, "torch": torch.__version__, **data}
     plugins = active_plugins().digests
     return {**origin, "plugins": plugins} if plugins else origin
 
@@ -139,6 +140,11 @@ def encoders_used(folder: str) -> dict[str, dict[str, str]]:
     """Fingerprints and revisions of a sweep's encoders by name, as provenance.json has them; raises ImbvlmError."""
     before = _written(folder) or {}
     return {key: dict(before.get(key, {})) for key in ("towers", "revisions")}
+
+
+def data_name(folder: str) -> str:
+    """The name of a sweep's data; empty if an earlier version has begun it. Raises ImbvlmError."""
+    return str((_written(folder) or {}).get("data_name", ""))
 
 
 def data_size(folder: str) -> tuple[int, int] | None:

@@ -9,10 +9,12 @@ import numpy as np
 
 from imbvlm.base.formatting import duration, mean_std, percent, pluralize
 from imbvlm.base.text_tables import UNLIMITED, table
+from imbvlm.config.encoder_entries import score_notes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_folds, validation_rows
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
+from imbvlm.sweep.records.provenance import data_name
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -63,6 +65,14 @@ def _describe_validation(spec: SweepSpec, manifest: Manifest, stats: ClassStats)
         f"trials on stored features are scored over {num_folds} folds of the training images, on {len(scored):,} of "
         f"them in {coverage} classes; trials that train the encoder are scored on {len(held_out):,} held-out ones"
     )
+
+
+def encoder_notes(log: TrialLog, spec: SweepSpec) -> list[str]:
+    """Notes that belong beside a sweep's scores: encoders that have seen its data, and non-commercial licenses."""
+    location = str(spec.base["data"]["manifest"]).rstrip("/").rpartition("/")[2]
+    data = data_name(log.folder) or location.rpartition(":")[2].removesuffix(".parquet")
+    names = (str(record.config["encoder"]["name"]) for record in log.records.values() if record.epochs)
+    return [f"note: {note}" for note in score_notes(names, data)]
 
 
 def failure_causes(failed: list[TrialRecord], noun: str = "trial") -> str:

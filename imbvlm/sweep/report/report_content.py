@@ -15,7 +15,7 @@ from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.sweep.plan.feasibility import data_counts, num_folds
 from imbvlm.sweep.records.difference import Verdict, title_in, verdict_on_test
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
-from imbvlm.sweep.records.summary_tables import verdict
+from imbvlm.sweep.records.summary_tables import encoder_notes, verdict
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.records.winner_selection import MAX_HALF_WIDTH
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
@@ -47,6 +47,7 @@ class ReportContent:
     source: ReportData
     encoder: str
     image_size: int | None
+    encoder_notes: Sequence[str]
     num_images: Mapping[str, int]
     verdict: Verdict
     facts: Sequence[HeadlineNumber]
@@ -115,6 +116,7 @@ def build(source: ReportData) -> ReportContent:
         source=source,
         encoder=record.trial_config().encoder.name,
         image_size=_image_size(record),
+        encoder_notes=encoder_notes(source.log, source.spec),
         num_images=_num_images(source, record, manifest),
         verdict=_verdict(source),
         facts=_facts(source),

@@ -14,6 +14,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.store_sizes import check_disk_space
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.models.encoders.open_clip_text import require_tokenizer
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.sweep.plan.feasibility import (
     Packing,
@@ -65,8 +66,10 @@ def check(spec: SweepSpec) -> CheckedSweep:
     starts = warm_starts(sweep)
     encoders = tuple(encoder_configs(sweep))
     for config in encoders:
-        # The weights are fetched before the folder exists: without them there is no sweep.
-        resolve_encoder(config.encoder).weights_file()
+        # Everything is fetched before the folder exists: without it there is no sweep.
+        source = resolve_encoder(config.encoder)
+        source.weights_file()
+        require_tokenizer(source)
     return CheckedSweep(sweep, manifest, infos, encoders, starts)
 
 

@@ -13,7 +13,14 @@ from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
 from imbvlm.sweep.records.difference import refits_of, verdict_on_test
 from imbvlm.sweep.records.refit_selection import SUPERSEDED
 from imbvlm.sweep.records.resource_usage import compute_text
-from imbvlm.sweep.records.summary_tables import pareto_records, pareto_table, scores_table, search_table, verdict
+from imbvlm.sweep.records.summary_tables import (
+    encoder_notes,
+    pareto_records,
+    pareto_table,
+    scores_table,
+    search_table,
+    verdict,
+)
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
 from imbvlm.sweep.records.trial_log import WINNER
 from imbvlm.sweep.records.winner_selection import describe_selection
@@ -29,7 +36,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     """Print the tables, write best.yaml and the report, and print the files and the next commands."""
     echo, best = run.console.print, run.log.winner_first(run.spec.objective)[0]
     echo()
-    echo(search_table(run.log, run.spec, run.console.width))
+    echo("\n".join([search_table(run.log, run.spec, run.console.width), *encoder_notes(run.log, run.spec)]))
     if run.selection is not None:
         echo(describe_selection(run.selection, run.log, run.spec, "test" in run.manifest.splits))
     echo(verdict(run.log, run.spec))
@@ -95,7 +102,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
-        echo(scores_table(shown, run.console.width))
+        echo("\n".join([scores_table(shown, run.console.width), *encoder_notes(run.log, run.spec)]))
         on_test = verdict_on_test(run.log, refits_of(run.log, WINNER), "the winner")
         if on_test is not None:
             echo(str(on_test))

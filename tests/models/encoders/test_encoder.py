@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from towers import CONFIGS, write_config, write_tower
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.input_sections import EncoderConfig, EvalConfig
+from imbvlm.config.encoder_entries import ENCODERS
+from imbvlm.config.input_sections import HF_HUB, EncoderConfig, EvalConfig
 from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_outputs import OUTPUTS
-from imbvlm.models.encoders.encoder_registry import ENCODERS, resolve_encoder
+from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # Other image sizes that each kind can be given.
@@ -265,8 +266,10 @@ def test_mean_and_size_of_tags_are_the_tags() -> None:
 
 def test_every_named_tower_is_described_in_seconds() -> None:
     start = time.monotonic()
-    infos = {name: describe_encoder(EncoderConfig(name=name)) for name in ENCODERS}
-    assert time.monotonic() - start < 20
+    # The description of the others lies on the hub.
+    names = [name for name, entry in ENCODERS.items() if not entry.name.startswith(HF_HUB)]
+    infos = {name: describe_encoder(EncoderConfig(name=name)) for name in names}
+    assert time.monotonic() - start < 2 * len(names)
     assert infos["openai_rn50"].shapes["tokens"] == (49, 2048)
     assert infos["openai_rn50"].shapes["pooled"] == (1024,)
     assert infos["openai_vit_l14"].shapes["tokens"] == (257, 1024)

@@ -83,6 +83,9 @@ def card(folder: Path, **changes: Any) -> str:
         "license_id": "apache-2.0",
         "has_onnx": True,
         "has_text": True,
+        "revision": "",
+        "encoder_license": "",
+        "encoder_notes": (),
     }
     best = changes.pop("record", best)
     return model_card(CardContext(spec=spec, log=log, record=best, config=best.trial_config(), **{**given, **changes}))
