@@ -25,7 +25,7 @@ def _timm(name: str, **vision: Any) -> dict[str, Any]:
 
 _VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 
-# One of each kind that open_clip has: its own ViT and ResNet, and timm's ViTs and feature maps.
+# One of each kind that open_clip has: its own ViT and ResNet, and timm's ViTs (PE-Core's with RoPE), FastViT and maps.
 CONFIGS: dict[str, dict[str, Any]] = {
     "vit": _native(**_VIT),
     "vit_avg": _native(**_VIT, pool_type="avg", final_ln_after_pool=True),
@@ -33,6 +33,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "timm_vit": _timm("test_vit", image_size=160, timm_pool="token"),
     "timm_vit_registers": _timm("test_vit2", image_size=160, timm_pool="avg"),
     "timm_siglip": {**_timm("test_vit3", image_size=160, timm_pool="map", timm_proj="none"), "embed_dim": 96},
+    "timm_eva_map": _timm("vit_pe_core_tiny_patch16_384", image_size=384, timm_pool="map", timm_proj=None),
+    "timm_fastvit": _timm("fastvit_t8", image_size=256, timm_pool="avg", timm_proj=None),
     "timm_efficientnet": _timm("test_efficientnet", image_size=64, timm_pool="avg", timm_proj_bias=True),
     "timm_convnext": _timm("test_convnext", image_size=64, timm_pool="avg", timm_proj="mlp"),
     "timm_swin": _timm("swin_tiny_patch4_window7_224", image_size=224, timm_pool="avg"),
@@ -40,7 +42,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # timm's architectures without text.
-IMAGE_ONLY = {"image_only_vit": "test_vit", "image_only_convnext": "test_convnext"}
+IMAGE_ONLY = {
+    "image_only_vit": "test_vit",
+    "image_only_convnext": "test_convnext",
+    "image_only_dinov3": "vit_tiny_patch16_dinov3_qkvb",
+}
 
 
 def write_tower(folder: Path, kind: str, *, half: bool = False, **changes: Any) -> str:

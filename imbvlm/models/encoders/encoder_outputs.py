@@ -13,6 +13,7 @@ from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentio
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva, EvaBlock
+from timm.models.naflexvit import NaFlexVit
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -167,7 +168,16 @@ def _image_only_outputs(tower: Any, images: Tensor) -> EncoderOutput:
     return EncoderOutput(tokens, pooled.flatten(1), None)
 
 
+def _timm_refusal(image_tower: Any) -> str | None:
+    if isinstance(image_tower.trunk, NaFlexVit):
+        return "it is timm's NaFlexVit, which reads patches of images in sizes of their own; here all are squares"
+    return None
+
+
 def _trunk_refusal(tower: Any) -> str | None:
+    reason = _timm_refusal(tower)
+    if reason is not None:
+        return reason
     if isinstance(tower.trunk, TIMM_TRUNKS):
         return None
     return f"it is timm's {type(tower.trunk).__name__}; known without text are timm's {_names(TIMM_TRUNKS)}"
@@ -181,7 +191,9 @@ def _trunk_outputs(image_tower: Any, images: Tensor) -> tuple[Tensor, Tensor, Te
             images, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True
         )
         patches, prefix = last[0] if isinstance(last[0], tuple) else (last[0], None)
-        tokens = patches if prefix is None else torch.cat([prefix, patches], dim=1)
+        # Registers, behind the class token, are scratch space of the blocks and stand for no part of the image.
+        has_class = prefix is not None and _timm_has_class_token(image_tower)
+        tokens = torch.cat([prefix[:, :1], patches], dim=1) if has_class else patches
     else:
         features = trunk.forward_features(images)
         tokens = _flat_positions(trunk, features)
@@ -199,6 +211,12 @@ def _flat_positions(trunk: Any, features: Tensor) -> Tensor:
 
 def _timm_is_vit(image_tower: Any) -> bool:
     return hasattr(image_tower.trunk, "num_prefix_tokens") and hasattr(image_tower.trunk, "forward_intermediates")
+
+
+def num_registers(image_tower: Any) -> int:
+    """Number of an image tower's register tokens, which are no part of its outputs."""
+    num_prefix = int(getattr(getattr(image_tower, "trunk", None), "num_prefix_tokens", 0))
+    return num_prefix - int(_timm_has_class_token(image_tower)) if num_prefix else 0
 
 
 def _timm_has_class_token(image_tower: Any) -> bool:
@@ -322,7 +340,7 @@ OUTPUTS: dict[type[nn.Module], VisualRules] = {
         is_vit=_timm_is_vit,
         blocks=_timm_blocks,
         resize=_timm_resize,
-        refusal=_none,
+        refusal=_timm_refusal,
     ),
     TimmTower: VisualRules(
         outputs=_image_only_outputs,

@@ -24,7 +24,7 @@ from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.models.encoders.encoder import TextEncoder
-from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, visual_rules
+from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, num_registers, visual_rules
 from imbvlm.models.encoders.encoder_source import EncoderSource, Origin
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
@@ -117,10 +117,13 @@ class ImageEncoder(ABC):
         image_tower = cls.image_tower_of(model)
         _resize(image_tower, config.image_size, source.name)
         model.eval().requires_grad_(False)
+        # Outputs had registers among their tokens once, and another fingerprint.
+        left_out = {"registers": "left out"} if num_registers(image_tower) else {}
+        switches = {**cls.switches(source, image_tower), **left_out}
         info = replace(
             described,
             logit_scale=cls.logit_scale(source, model),
-            weights_fingerprint=fingerprint(image_tower.state_dict(), cls.switches(source, image_tower)),
+            weights_fingerprint=fingerprint(image_tower.state_dict(), switches),
             revision="" if source.origin is None else source.origin.revision,
         )
         model.to(device)
@@ -147,9 +150,8 @@ class ImageEncoder(ABC):
             norm = rules.final_norm(image_tower)
         has_class_token, token_pool = rules.has_class_token(image_tower), None
         if config.token_pooling > 1:
-            # Class token and registers, which lie on no grid.
-            num_prefix = int(getattr(getattr(image_tower, "trunk", None), "num_prefix_tokens", has_class_token))
-            token_pool = pooling_matrix(tokens.shape[1], num_prefix, config.token_pooling, source.name)
+            # The class token lies on no grid.
+            token_pool = pooling_matrix(tokens.shape[1], int(has_class_token), config.token_pooling, source.name)
         info = EncoderInfo(
             name=source.name,
             kind="vit" if rules.is_vit(image_tower) else "convolution",

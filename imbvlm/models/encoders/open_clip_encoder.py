@@ -11,7 +11,9 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
+from open_clip.factory import _find_checkpoint_in_dir, load_checkpoint
 from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from imbvlm.config.input_sections import LOCAL_DIR
@@ -39,17 +41,22 @@ class OpenClipEncoder(ImageEncoder):
             require_transformers(source.name, "the text tower")
         loads = device != "meta"
         try:
+            is_resized = _is_resized(source)
             with quiet_logging():
                 model = open_clip.create_model(
                     source.model,
                     pretrained=weights,
-                    load_weights=loads and with_text,
-                    require_pretrained=loads and with_text,
+                    load_weights=loads and with_text and not is_resized,
+                    require_pretrained=loads and with_text and not is_resized,
                     force_quick_gelu=source.quick_gelu,
                     pretrained_text=False,
                     device=device,
                     **({} if with_text else {"text_cfg": dict(_NO_TEXT)}),
                 )
+                if is_resized:
+                    model.visual.set_input_size(source.model_config["vision_cfg"]["image_size"])
+                if loads and with_text and is_resized:
+                    load_checkpoint(model, _find_checkpoint_in_dir(Path(source.model.removeprefix(LOCAL_DIR))))
                 if loads and not with_text:
                     _load_image_side(model, source.model.removeprefix(LOCAL_DIR))
                 return model
@@ -100,6 +107,15 @@ class OpenClipEncoder(ImageEncoder):
             model_config["vision_cfg"]["timm_model_pretrained"] = False
         description = {"model_cfg": model_config, "preprocess_cfg": dict(source.preprocess)}
         write_model(folder, HF_SAFE_WEIGHTS_NAME, self.model.state_dict(), CONFIG_FILE, description, source.origin)
+
+
+def _is_resized(source: EncoderSource) -> bool:
+    """Whether a folder has a timm trunk at another size than its architecture's, which open_clip would build."""
+    vision = source.model_config["vision_cfg"]
+    if not source.is_local or "timm_model_name" not in vision:
+        return False
+    own = get_pretrained_cfg(vision["timm_model_name"])
+    return own is not None and vision.get("image_size", own.input_size[-1]) != own.input_size[-1]
 
 
 def _load_image_side(model: Any, folder: str) -> None:

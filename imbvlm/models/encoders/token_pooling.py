@@ -14,7 +14,7 @@ from imbvlm.base.errors import ImbvlmError
 def pooling_matrix(num_tokens: int, num_prefix: int, side: int, name: str) -> Tensor:
     """Matrix (T', T) that averages side x side neighbors of the encoder's square grid, row by row.
 
-    The `num_prefix` tokens in front (class token, registers) stay as they are; at the edge of a grid that `side`
+    The `num_prefix` tokens in front (a class token) stay as they are; at the edge of a grid that `side`
     doesn't divide, fewer neighbors are averaged. Raises ImbvlmError where the tokens are no square.
     """
     grid = math.isqrt(num_tokens - num_prefix)

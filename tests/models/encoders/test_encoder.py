@@ -1,5 +1,6 @@
 """Towers: the three outputs of every visual class, QuickGELU, names, sizes, identity."""
 
+import json
 import math
 import time
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from imbvlm.models.encoders.token_pooling import pooling_matrix
 # Other image sizes that each kind can be given.
 OTHER_SIZE = {
     "vit": 48, "vit_avg": 16, "resnet": 96, "timm_vit": 96, "timm_vit_registers": 96, "timm_siglip": 96,
-    "timm_efficientnet": 96, "timm_convnext": 96,
+    "timm_eva_map": 96, "timm_fastvit": 128, "timm_efficientnet": 96, "timm_convnext": 96,
 }  # fmt: skip
 
 
@@ -111,8 +112,7 @@ def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[
     assert tuple(pooled.tokens.shape[1:]) == encoder.info.shapes["tokens"]
     described = describe_encoder(EncoderConfig(name=folders[kind], token_pooling=2))
     assert (described.num_tokens, described.token_pooling) == (encoder.info.num_tokens, 2)
-    # In front: the class token, and timm_vit_registers' registers.
-    front = {"vit": 1, "vit_avg": 1, "timm_vit": 1, "timm_vit_registers": 1, "timm_siglip": 1}.get(kind, 0)
+    front = int(encoder.info.has_class_token)
     torch.testing.assert_close(pooled.tokens[:, :front], whole.tokens[:, :front])
     side = math.isqrt(whole.tokens.shape[1] - front)
     grid = whole.tokens[:, front:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
@@ -169,7 +169,7 @@ def test_resnet_gives_the_last_maps_positions_and_the_attention_pool(folders: di
     assert (encoder.info.kind, encoder.info.has_class_token, encoder.final_norm()) == ("convolution", False, None)
 
 
-@pytest.mark.parametrize("kind", ["timm_vit", "timm_vit_registers", "timm_siglip"])
+@pytest.mark.parametrize("kind", ["timm_vit", "timm_vit_registers", "timm_siglip", "timm_eva_map"])
 def test_timm_tokens_come_before_the_norm(folders: dict[str, str], kind: str) -> None:
     encoder = load(folders[kind])
     crops = images(encoder)
@@ -177,13 +177,42 @@ def test_timm_tokens_come_before_the_norm(folders: dict[str, str], kind: str) ->
     trunk = encoder.image_tower.trunk
     with torch.no_grad():
         features = trunk.forward_features(normalised(encoder, crops))
-        torch.testing.assert_close(trunk.norm(output.tokens), features, atol=1e-5, rtol=1e-5)
+        is_class = trunk.cls_token is not None
+        # Without the registers behind the class token.
+        kept = torch.cat([features[:, :is_class], features[:, trunk.num_prefix_tokens :]], dim=1)
+        torch.testing.assert_close(trunk.norm(output.tokens), kept, atol=1e-5, rtol=1e-5)
         pooled = trunk.forward_head(features, pre_logits=True)
     torch.testing.assert_close(output.pooled, pooled, atol=1e-5, rtol=1e-5)
     assert encoder.info.kind == "vit"
     assert encoder.info.has_class_token == (trunk.cls_token is not None)
     assert encoder.final_norm() is not None
-    torch.testing.assert_close(output.pooled @ encoder.projection(), output.image_embedding, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_stands_for_a_patch_or_the_class(folders: dict[str, str]) -> None:
+    counts = {"vit": (16, 1), "timm_vit_registers": (100, 0), "timm_eva_map": (576, 1), "timm_fastvit": (64, 0)}
+    for kind, (num_patches, num_class) in counts.items():
+        info = describe_encoder(EncoderConfig(name=folders[kind]))
+        assert (info.num_tokens, info.has_class_token) == (num_patches + num_class, bool(num_class)), kind
+
+
+def test_an_encoder_for_images_of_any_shape_is_refused_with_the_reason(tmp_path: Path) -> None:
+    config = {**CONFIGS["timm_siglip"], "embed_dim": 768}
+    vision = {**config["vision_cfg"], "timm_model_name": "naflexvit_base_patch16_siglip", "image_size": 384}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "vision_cfg": vision}}))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(bytes(8))
+    for name in (f"local-dir:{tmp_path}", "timm:naflexvit_base_patch16_siglip.v2_webli"):
+        with pytest.raises(ImbvlmError, match=r"NaFlexVit, which reads patches of images in sizes of their own"):
+            describe_encoder(EncoderConfig(name=name))
+
+
+@pytest.mark.parametrize("kind", ["timm_vit", "timm_vit_registers", "timm_siglip", "timm_eva_map", "timm_fastvit"])
+def test_the_embedding_is_the_pooled_vector_through_the_projection(folders: dict[str, str], kind: str) -> None:
+    encoder = load(folders[kind])
+    output, projection = encoder.forward_images(images(encoder, 3)), encoder.projection()
+    assert projection is not None
+    # Up to the constant of a bias.
+    difference = output.image_embedding - output.pooled @ projection
+    torch.testing.assert_close(difference, difference[:1].expand_as(difference), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["timm_efficientnet", "timm_convnext", "timm_swin"])
@@ -198,7 +227,7 @@ def test_timm_feature_maps_are_flattened_row_by_row(folders: dict[str, str], kin
     assert (encoder.projection() is None) == (kind == "timm_convnext")
 
 
-@pytest.mark.parametrize("kind", ["vit", "timm_siglip"])
+@pytest.mark.parametrize("kind", ["vit", "timm_siglip", "timm_eva_map"])
 def test_another_size_is_what_open_clip_would_make_of_it(folders: dict[str, str], kind: str) -> None:
     encoder = load(folders[kind], OTHER_SIZE[kind])
     model = open_clip.create_model(folders[kind], force_image_size=OTHER_SIZE[kind]).eval()

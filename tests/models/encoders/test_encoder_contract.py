@@ -16,8 +16,11 @@ from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import has_text
 
-KINDS = ["vit", "timm_efficientnet", *IMAGE_ONLY]
-SIZES = {"vit": 48, "timm_efficientnet": 96, "image_only_vit": 96, "image_only_convnext": 96}
+KINDS = ["vit", "timm_efficientnet", "timm_eva_map", *IMAGE_ONLY]
+SIZES = {
+    "vit": 48, "timm_efficientnet": 96, "timm_eva_map": 96, "image_only_vit": 96, "image_only_convnext": 96,
+    "image_only_dinov3": 96,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
