@@ -9,6 +9,7 @@ from imbvlm.base import storage
 from imbvlm.base.console import Console
 from imbvlm.base.errors import ConfigError, ImbvlmError, Problem
 from imbvlm.base.formatting import percent, pluralize
+from imbvlm.config.encoder_entries import score_notes
 from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest
@@ -62,7 +63,7 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             f"overall {percent(last.get('val/top1_accuracy'))}"
         )
     echo(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
-    for line in _notes(config, last):
+    for line in [*_notes(config, last), *score_notes([config.encoder.name], manifest.name)]:
         echo(line)
     return last
 

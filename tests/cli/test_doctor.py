@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,20 @@ def test_what_is_broken_has_its_fix_below_it(tmp_path: Path) -> None:
     assert lines[1].startswith("broken ")
     assert lines[2].strip().startswith("-> ")
     assert lines[-1] == "1 broken"
+
+
+def test_an_encoder_is_described_with_or_without_its_weights() -> None:
+    here, elsewhere = check_encoder("tinylit_lite0").result, check_encoder("metaclip_vit_b16").result
+    assert "128 px of its own, 16 tokens, 4 M parameters; encoder.image_size 192 gives 36 tokens, at 2.2 times" in here
+    assert "has seen imagenet_lt" in here
+    assert "224 px of its own, 197 tokens, 86 M parameters; encoder.image_size 336 gives 442 tokens" in elsewhere
+    assert "license cc-by-nc-4.0 (non-commercial); pretrained on MetaCLIP's 2.5 B pairs" in elsewhere
+    assert "license mit" in check_encoder("bioclip2").result
+
+
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
+def test_a_missing_package_for_an_encoders_texts_is_named() -> None:
+    check = check_encoder("siglip2_vit_b16")
+    assert check.state == "broken"
+    assert "siglip2_vit_b16 needs the package transformers for its texts" in check.result
+    assert check.fix == "pip install 'imbvlm[siglip]'"

@@ -135,12 +135,14 @@ class EncoderSource:
         needed = [None if self.weights is not None else self.hub, self.tokenizer]
         missing = [file for file in needed if file is not None and file.cached() is None]
         if self.needs_transformers and importlib.util.find_spec("transformers") is None:
-            return WeightsState(False, "", f"the texts of {self.name} need the package transformers", TRANSFORMERS_FIX)
+            problem = f"{self.name} needs the package transformers for its texts; {TRANSFORMERS_FIX} installs it"
+            return WeightsState(False, "", problem, TRANSFORMERS_FIX)
         if not missing:
             self.weights_file()
             return WeightsState(True, self.weights or (self.model if self.hub is None else self.hub.address))
         address = missing[0].address
         cause = unreachable(address)
-        problem = None if cause is None else offline_sentence(self.name, missing, address, cause)
+        if cause is None:
+            return WeightsState(False, address)
         fix = f"where there is a network: {fetch_command(self.name)}; here: local-dir:DIR"
-        return WeightsState(False, address, problem, fix)
+        return WeightsState(False, address, offline_sentence(self.name, missing, address, cause), fix)

@@ -59,7 +59,7 @@ def test_a_description_fetches_no_weights(hub: Hub, towers: dict[str, Path]) -> 
     assert describe_encoder(EncoderConfig(name="hf-hub:org/repo")).shapes["tokens"] == (17, 32)
     assert not any(WEIGHTS in request for request in hub.requests)
     state = resolve_encoder(EncoderConfig(name="hf-hub:org/repo")).weights_state()
-    assert (state.present, state.address, state.problem) == (False, f"{hub.endpoint}/org/repo", None)
+    assert (state.present, state.address, state.problem, state.fix) == (False, f"{hub.endpoint}/org/repo", None, "")
 
 
 def test_what_is_cached_is_used_without_a_request(

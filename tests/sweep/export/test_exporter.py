@@ -169,6 +169,15 @@ def test_the_card_of_an_encoder_without_text_names_neither_clip_nor_zero_shot_lo
     assert "long-tail, clip, onnx" in card(folder)
 
 
+def test_the_card_names_the_encoders_revision_license_and_what_it_has_seen(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    text = card(folder, revision="a" * 40, encoder_license="cc-by-nc-4.0", encoder_notes=["It has seen the data."])
+    metrics, _, rest = text.partition("## How it was selected")
+    assert metrics.rstrip().endswith("It has seen the data.")
+    assert f"(tinylit_lite0, revision {'a' * 40} of the hub, license cc-by-nc-4.0)" in rest
+    assert "revision" not in card(folder)
+
+
 def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: Path) -> None:
     for gain, start in ((0.4, "This model"), (0.0, "No win is shown: this model")):
         folder = write_sweep(tmp_path / f"made{gain}", COUNTS, gain=gain, adjusted={"winner": 0.92} if gain else None)
