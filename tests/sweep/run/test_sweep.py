@@ -203,7 +203,8 @@ def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves
 def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(
     smoke: tuple[Path, str], home: Path
 ) -> None:
-    printed = run(QUICKSTART, "--smoke", "--set", "confirm_trials=2", "--set", "num_trials=3", cwd=home)
+    settings = [f"--set={setting}" for setting in ("confirm_trials=2", "num_trials=3", "select_by=objective")]
+    printed = run(QUICKSTART, "--smoke", *settings, cwd=home)
     sweep, found = newest(home), trials(newest(home))
     again = [record for record in found.values() if record["kind"] == "confirm"]
     assert sorted(record["config"]["train"]["seed"] for record in again) == [1, 1, 2, 2]
@@ -217,7 +218,7 @@ def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(
     assert found["refit-winner-seed0"]["config"]["optim"]["lr"] == found[winner]["config"]["optim"]["lr"]
     assert "The best few over several seeds" in (sweep / "report.html").read_text()
     before = len(found)
-    run(QUICKSTART, "--smoke", "--set", "confirm_trials=2", "--set", "num_trials=3", "--resume", str(sweep), cwd=home)
+    run(QUICKSTART, "--smoke", *settings, "--resume", str(sweep), cwd=home)
     assert len(trials(sweep)) == before
 
 
