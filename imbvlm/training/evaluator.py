@@ -19,7 +19,7 @@ from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.worker_group import WorkerGroup
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.training.step.batch_source import Batch, BatchSource, Index, to_device
-from imbvlm.training.validation_logits import EpochValLogits
+from imbvlm.training.validation_logits import RowLogits
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -31,13 +31,15 @@ EVAL_BYTES = 32 * 2**20
 class EvalResult:
     """The evaluation of a split: per-class counts, confidence bins, and every example's predicted class (N,).
 
-    The class is -1 for an unreadable image. `adjusted` is the evaluation of adjusted logits, if any.
+    The class is -1 for an unreadable image. `adjusted` is the evaluation of adjusted logits, if any. `logits` (N, C)
+    are NaN for an unreadable image; None where they weren't kept.
     """
 
     counters: ClassCounters
     bins: CalibrationBins
     predicted: Tensor
     adjusted: EvalResult | None = None
+    logits: Tensor | None = None
 
     def metrics(self, stats: ClassStats) -> dict[str, float]:
         """Accuracies, loss, macro precision, recall and F1, and calibration error by their plain names."""
@@ -45,12 +47,21 @@ class EvalResult:
 
 
 class LogitAdjuster:
-    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store."""
+    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store.
+
+    With several `views` those of an image are averaged, as its logits are.
+    """
 
     def __init__(
-        self, adjustment: PostHocAdjustment, data: TrialData, stored: StoredRows, device: torch.device
+        self,
+        adjustment: PostHocAdjustment,
+        data: TrialData,
+        stored: StoredRows,
+        device: torch.device,
+        views: Sequence[int | None] = (None,),
     ) -> None:
         self._adjustment, self._counts, self._stored = adjustment, data.class_stats.counts, stored
+        self._views = views
         self._zero_shot: ZeroShotClassifier | None = None
         if adjustment.alpha:
             if data.class_embeddings is None:
@@ -61,16 +72,25 @@ class LogitAdjuster:
         """Adjusted logits (B, C) of the examples (B,)."""
         zero_shot = None
         if self._zero_shot is not None:
-            embedding = self._stored.batch("image_embedding", examples)
-            zero_shot = self._zero_shot(embedding.to(logits.device).float())
+            zero_shot = torch.stack([self._zero_shot_logits(examples, view, logits) for view in self._views]).mean(
+                dim=0
+            )
         return self._adjustment.apply(logits, self._counts, zero_shot)
+
+    def _zero_shot_logits(self, examples: Index, view: int | None, logits: Tensor) -> Tensor:
+        assert self._zero_shot is not None, "alpha is not 0"
+        views = None if view is None else np.full(len(examples), view)
+        embedding = self._stored.batch("image_embedding", examples, views)
+        logits_of_view: Tensor = self._zero_shot(embedding.to(logits.device).float())
+        return logits_of_view
 
 
 class EvalAccumulator:
     """Collects an EvalResult over this worker's examples."""
 
-    def __init__(self, num_rows: int, num_classes: int) -> None:
+    def __init__(self, num_rows: int, num_classes: int, keeps_logits: bool) -> None:
         self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
+        self._logits = RowLogits(num_rows, num_classes) if keeps_logits else None
         # Each example belongs to one worker: the sum over workers is its class plus 1, or 0 for an unreadable image.
         self._predicted = torch.zeros(num_rows, dtype=torch.int64)
 
@@ -79,10 +99,13 @@ class EvalAccumulator:
         self._counters.update(logits, labels)
         self._bins.update(logits, labels)
         self._predicted[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
+        if self._logits is not None:
+            self._logits.add(batch.examples, logits)
 
     def result(self, workers: WorkerGroup) -> EvalResult:
         counters, bins = self._counters.reduced(workers), self._bins.reduced(workers)
-        return EvalResult(counters, bins, workers.sum(self._predicted).cpu() - 1)
+        logits = None if self._logits is None else self._logits.gathered(workers)
+        return EvalResult(counters, bins, workers.sum(self._predicted).cpu() - 1, logits=logits)
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,7 @@ class Evaluator:
         """Indices of this worker's examples, every world_size-th."""
         return np.arange(self.workers.rank, len(examples.labels), self.workers.world_size)
 
-    def counters(self, forward: Forward, examples: RowSource, keep: EpochValLogits | None = None) -> ClassCounters:
+    def counters(self, forward: Forward, examples: RowSource, keep: RowLogits | None = None) -> ClassCounters:
         """Per-class counts over the examples, summed over workers; every worker must call it.
 
         `keep` collects this worker's logits.
@@ -142,13 +165,17 @@ class Evaluator:
         examples: RowSource,
         adjust: Callable[[Tensor, Index], Tensor] | None = None,
         views: Sequence[int | None] = (None,),
+        *,
+        keeps_logits: bool = False,
     ) -> EvalResult:
         """As `counters`, with the further results that reports show; every worker must call it.
 
         `adjust` returns adjusted logits from logits and their examples. With several `views` the mean logits count.
+        `keeps_logits` keeps the adjusted ones, or those as trained without `adjust`.
         """
-        plain = EvalAccumulator(len(examples.labels), len(self.data.class_names))
-        adjusted = EvalAccumulator(len(examples.labels), len(self.data.class_names))
+        shape = len(examples.labels), len(self.data.class_names)
+        plain = EvalAccumulator(*shape, keeps_logits and adjust is None)
+        adjusted = EvalAccumulator(*shape, keeps_logits and adjust is not None)
         for logits, batch in self.mean_outputs(forward, examples, self.share(examples), views):
             plain.add(logits, batch)
             if adjust is not None:

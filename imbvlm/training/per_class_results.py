@@ -30,7 +30,7 @@ def per_class_results(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResu
         "class_counts": run.data.class_stats.counts.tolist(),
         "num_parameters": run.parameters.total,
         "num_trained_parameters": run.parameters.trained,
-        "splits": {split: _split_results(rows, result) for split, (rows, result) in scored.items()},
+        "splits": {split: split_results(rows.labels, rows.rows, result) for split, (rows, result) in scored.items()},
     }
 
 
@@ -40,15 +40,16 @@ def write_per_class_results(folder: str, results: dict[str, Any]) -> None:
     storage.write_bytes(uri, json.dumps(results, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _split_results(rows: RowSource, result: EvalResult) -> dict[str, Any]:
+def split_results(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], result: EvalResult) -> dict[str, Any]:
+    """Plain data of a split's results, with the labels (N,) and rows (N,) of its images."""
     if result.adjusted is None:
-        return _counts(rows, result)
-    after = _counts(rows, result.adjusted)
+        return _counts(labels, rows, result)
+    after = _counts(labels, rows, result.adjusted)
     # Version 0.1 reads the bins under a key of their own.
-    return {**_counts(rows, result), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
+    return {**_counts(labels, rows, result), "adjusted_confidence_bins": after["confidence_bins"], "adjusted": after}
 
 
-def _counts(rows: RowSource, result: EvalResult) -> dict[str, Any]:
+def _counts(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], result: EvalResult) -> dict[str, Any]:
     counters = result.counters
     return {
         "correct": counters.correct.tolist(),
@@ -56,7 +57,7 @@ def _counts(rows: RowSource, result: EvalResult) -> dict[str, Any]:
         "predicted": counters.predicted.tolist(),
         # Rows, correct rows and summed confidence, per bin of confidence.
         "confidence_bins": result.bins.counts.tolist(),
-        "confusions": confusions(rows.labels, result.predicted.numpy(), rows.rows),
+        "confusions": confusions(labels, result.predicted.numpy(), rows),
     }
 
 

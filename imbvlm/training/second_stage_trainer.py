@@ -28,7 +28,7 @@ from imbvlm.models.second_stage_modules import stage_module
 from imbvlm.training.evaluator import Evaluator
 from imbvlm.training.stage_trainer import Span, StageTrainer
 from imbvlm.training.step.batch_source import Batch
-from imbvlm.training.validation_logits import EpochValLogits
+from imbvlm.training.validation_logits import RowLogits
 
 # Validation features whose logits are in memory at once.
 CHUNK_SIZE = 4096
@@ -109,7 +109,7 @@ class SecondStageTrainer:
         self._model.classifier, metrics = self._entry.select(self._first, self.features.val, targets, self._config)
         return metrics
 
-    def validate(self, keep: EpochValLogits | None = None) -> ClassCounters:
+    def validate(self, keep: RowLogits | None = None) -> ClassCounters:
         """Per-class counts of validation, the same for every worker; every worker must call it.
 
         `keep` is given this worker's share of the logits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ from imbvlm.training.step.compute_context import ComputeContext
 from imbvlm.training.step.distributed import broadcast_state
 from imbvlm.training.step.loss_schedule import LossSchedule
 from imbvlm.training.trial_pack import PackMember, TrialPack
-from imbvlm.training.validation_logits import EpochValLogits
+from imbvlm.training.validation_logits import RowLogits
 
 NUM_FIRST_LOSSES = 8
 # Separates a second stage's random numbers from its first stage's.
@@ -116,7 +116,7 @@ class TrialRun:
         self.best_epoch: dict[str, int] = {}
         self.result: EpochResult | None = None
         # Both are of the last epoch; the logits are None where they would take too much memory.
-        self.val_logits: EpochValLogits | None = None
+        self.val_logits: RowLogits | None = None
         self.val_counters = ClassCounters(len(data.class_names))
         self.first_losses: list[float] = []
         self._first, self._last = spans
@@ -324,18 +324,21 @@ class TrialRun:
         self.model.eval()
         return self._evaluator.counters(self._forward, examples)
 
-    def evaluate_full(self, examples: RowSource, adjust: Callable[[Tensor, Index], Tensor] | None = None) -> EvalResult:
+    def evaluate_full(
+        self,
+        examples: RowSource,
+        adjust: Callable[[Tensor, Index], Tensor] | None = None,
+        views: Sequence[int | None] = (None,),
+        *,
+        keeps_logits: bool = False,
+    ) -> EvalResult:
         """As `counters`, with the further results that reports show; every worker must call it.
 
-        `adjust` gives adjusted logits, which are evaluated too.
+        `adjust` gives adjusted logits, which are evaluated too. With several `views` the mean logits of each example
+        count. `keeps_logits` keeps those of the model as exported.
         """
         self.model.eval()
-        return self._evaluator.evaluate_full(self._forward, examples, adjust)
-
-    def evaluate_views(self, examples: RowSource) -> EvalResult:
-        """As `evaluate_full` by the mean logits of all views of each example; every worker must call it."""
-        self.model.eval()
-        return self._evaluator.evaluate_full(self._forward, examples, views=range(examples.num_views))
+        return self._evaluator.evaluate_full(self._forward, examples, adjust, views, keeps_logits=keeps_logits)
 
     def gathered_logits(self, workers: WorkerGroup) -> Tensor | None:
         """Validation logits (N, C) of the last epoch; None where they would take too much memory.
@@ -350,7 +353,7 @@ class TrialRun:
             return {}
         started = time.perf_counter()
         shape = len(self.data.val.labels), len(self.data.class_names)
-        self.val_logits = EpochValLogits(*shape) if EpochValLogits.fits(*shape) else None
+        self.val_logits = RowLogits(*shape) if RowLogits.fits(*shape) else None
         self.model.eval()
         if self._second is None:
             counters = self._evaluator.counters(self._forward, self.data.val, self.val_logits)

@@ -19,18 +19,19 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
 from imbvlm.features.feature_cache import PinnedCopy
 from imbvlm.features.feature_set import FeatureSet, pin_features
-from imbvlm.features.trial_data import TrialData
+from imbvlm.features.trial_data import RowSource, TrialData
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
-from imbvlm.training.evaluator import LogitAdjuster
+from imbvlm.training.evaluator import EvalResult, LogitAdjuster
 from imbvlm.training.folded_run import FoldedRun
 from imbvlm.training.per_class_results import per_class_results, write_per_class_results
 from imbvlm.training.step.compute_context import PeakMemory
+from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import TrialRun, build_trial
-from imbvlm.training.validation_logits import ValLogitsWriter
+from imbvlm.training.validation_logits import RowLogits, ValLogitsWriter
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class TrialSettings:
     results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
     logits adjusted by `post_hoc`. Validation logits go to `logits_file`. `marker` is a file of
     the sweep; a machine that lacks it doesn't share the sweep's folder. A trial on stored features is scored over
-    `num_folds` of the training rows if they are more than one.
+    `num_folds` of the training rows if they are more than one. `keeps_test_logits` also writes the test split's logits
+    to `model_folder`, if they aren't too large.
     """
 
     config: TrialConfig
@@ -99,6 +101,7 @@ class TrialSettings:
     patience: int | None = None
     refit: bool = False
     score_test: bool = False
+    keeps_test_logits: bool = False
     model_folder: str | None = None
     num_folds: int = 1
     post_hoc: PostHocAdjustment | None = None
@@ -271,27 +274,58 @@ class TrialSession:
 
     def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> dict[str, float]:
         scored: dict[str, float] = {}
-        results = {}
+        results, predictions = {}, None
         if settings.score_test:
             examples = TrialData.open_split(run.config, feature_set, "test")
-            adjust = None
-            if settings.post_hoc is not None:
-                stored = TrialData.open_stored(run.config, feature_set, "test")
-                adjust = LogitAdjuster(settings.post_hoc, run.data, stored, self._device)
-            result = run.evaluate_full(examples, adjust)
-            scored = {f"test/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
+            result = self._test(run, feature_set, settings, examples)
+            scored = {f"{TEST}/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
+            predicted = {TEST: result.predicted}
             if result.adjusted is not None:
                 adjusted = result.adjusted.metrics(run.data.class_stats)
-                scored |= {f"test_post_hoc/{name}": value for name, value in adjusted.items()}
-            results["test"] = (examples, result)
+                scored |= {f"{POST_HOC}/{name}": value for name, value in adjusted.items()}
+                predicted[POST_HOC] = result.adjusted.predicted
+            results[TEST] = (examples, result)
+            labels, rows = torch.from_numpy(examples.labels), torch.from_numpy(examples.rows)
+            predictions = TestPredictions(labels, rows, predicted, _exported(result).logits)
         for split in feature_set.five_crop:
-            if split != "test" or settings.score_test:
-                crops = run.evaluate_views(TrialData.open_five_crops(run.config, feature_set, split))
-                scored |= {f"{split}_tte/{name}": value for name, value in crops.metrics(run.data.class_stats).items()}
+            if split != TEST or settings.score_test:
+                crops = TrialData.open_five_crops(run.config, feature_set, split)
+                result = self._test(run, feature_set, settings, crops, five_crop=True)
+                scored |= {f"{split}_tte/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
+                if split == TEST and predictions is not None:
+                    # The exported model predicts over five crops.
+                    predictions = replace(predictions, logits=_exported(result).logits)
         if settings.model_folder is not None and self._workers.rank == 0:
             save_model(settings.model_folder, run.model.eval())
+            if predictions is not None:
+                predictions.write(settings.model_folder)
             write_per_class_results(settings.model_folder, per_class_results(run, results))
         return scored
+
+    def _test(
+        self,
+        run: TrialRun,
+        feature_set: FeatureSet,
+        settings: TrialSettings,
+        examples: RowSource,
+        *,
+        five_crop: bool = False,
+    ) -> EvalResult:
+        """The evaluation of a split's examples, in all their views where they are five crops."""
+        views: Sequence[int | None] = range(examples.num_views) if five_crop else (None,)
+        keeps_logits = settings.keeps_test_logits and RowLogits.fits(len(examples), len(run.data.class_names))
+        adjust = None
+        if settings.score_test and settings.post_hoc is not None and (keeps_logits or not five_crop):
+            stored = TrialData.open_stored(run.config, feature_set, TEST)
+            if five_crop:
+                stored = replace(stored, store=feature_set.five_crops(TEST))
+            adjust = LogitAdjuster(settings.post_hoc, run.data, stored, self._device, views)
+        return run.evaluate_full(examples, adjust, views, keeps_logits=keeps_logits)
+
+
+def _exported(result: EvalResult) -> EvalResult:
+    """The result of the model as it would be exported."""
+    return result if result.adjusted is None else result.adjusted
 
 
 def _sentence(error: Exception) -> str:

@@ -26,8 +26,8 @@ WRITE_SECONDS = 30.0
 _LOWEST = torch.finfo(torch.float16).min
 
 
-class EpochValLogits:
-    """Collects one epoch's validation logits (N, C) in half precision, relative to each row's largest.
+class RowLogits:
+    """Collects logits (N, C) of a split's rows in half precision, relative to each row's largest.
 
     Differences between likely classes are thus exact, however large a cosine classifier's logits are. No softmax,
     adjustment or mixture depends on a constant that is subtracted from a whole row.
@@ -107,7 +107,7 @@ def read_logits(uri: str) -> SavedValLogits | None:
 
 def file_bytes(num_rows: int, num_classes: int, num_folds: int = 1) -> int:
     """Limit on the size of one trial's file: two epochs' logits, targets, folds and counts."""
-    if not EpochValLogits.fits(num_rows, num_classes):
+    if not RowLogits.fits(num_rows, num_classes):
         return 0
     of_rows = 4 if num_folds == 1 else 8
     return 4 * num_rows * num_classes + of_rows * num_rows + 8 * (1 + num_folds) * num_classes

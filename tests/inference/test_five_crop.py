@@ -84,7 +84,7 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
     run = build_trial(config, TrialData.open(config, features))
     list(run.epochs())
     source = TrialData.open_five_crops(config, features, "test")
-    found = run.evaluate_views(source)
+    found = run.evaluate_full(source, views=range(source.num_views))
     assert found.counters.total.sum() == len(source.labels) == 15
 
     run.model.eval()

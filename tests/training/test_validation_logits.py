@@ -19,7 +19,7 @@ from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.training import validation_logits
 from imbvlm.training.trial_run import build_trial
 from imbvlm.training.trial_session import TrialReport, TrialSession, TrialSettings
-from imbvlm.training.validation_logits import EpochValLogits, ValLogitsWriter, read_logits
+from imbvlm.training.validation_logits import RowLogits, ValLogitsWriter, read_logits
 
 NUM_CLASSES = len(CLASS_COUNTS)
 
@@ -54,7 +54,7 @@ def test_large_logits_keep_their_probabilities_and_predictions() -> None:
     """Half precision has steps of 64 at 1e5: relative to the largest, what counts is near 0 and exact."""
     logits = 1e5 + 3 * torch.randn(50, 20, dtype=torch.float64)
     logits[0, 3] = 9e5
-    kept = EpochValLogits(50, 20)
+    kept = RowLogits(50, 20)
     kept.add(np.arange(50), logits)
     found = kept.gathered(SINGLE_WORKER)
     assert found.dtype == torch.float16
@@ -65,7 +65,7 @@ def test_large_logits_keep_their_probabilities_and_predictions() -> None:
 
 def test_rows_may_come_in_any_order_and_those_never_seen_are_nan() -> None:
     logits = torch.randn(5, 3)
-    kept = EpochValLogits(6, 3)
+    kept = RowLogits(6, 3)
     kept.add(np.array([4, 0]), logits[[4, 0]])
     kept.add(np.array([2, 1, 3]), logits[[2, 1, 3]])
     found = kept.gathered(SINGLE_WORKER)
@@ -74,10 +74,10 @@ def test_rows_may_come_in_any_order_and_those_never_seen_are_nan() -> None:
 
 
 def test_more_than_fits_is_not_kept(monkeypatch: pytest.MonkeyPatch, data: TrialData) -> None:
-    assert EpochValLogits.fits(20_000, 1000)
-    assert EpochValLogits.fits(24_000, 8142), "iNaturalist's carved validation"
-    assert not EpochValLogits.fits(10**6, 1000)
-    assert not EpochValLogits.fits(0, 10)
+    assert RowLogits.fits(20_000, 1000)
+    assert RowLogits.fits(24_000, 8142), "iNaturalist's carved validation"
+    assert not RowLogits.fits(10**6, 1000)
+    assert not RowLogits.fits(0, 10)
     monkeypatch.setattr(validation_logits, "MAX_BYTES", 10)
     run = build_trial(tiny_config("linear_probe"), data)
     assert "val/loss" in next(run.epochs()).metrics

@@ -40,7 +40,7 @@ from imbvlm.training.step.batch_source import READ_AHEAD
 from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.trial_session import default_device
-from imbvlm.training.validation_logits import EpochValLogits
+from imbvlm.training.validation_logits import RowLogits
 
 # Steps run for STEP_SECONDS, at least three of them. After SLOW_STEP_SECONDS two are enough.
 STEP_SECONDS = 1.0
@@ -297,7 +297,7 @@ def _bytes(run: TrialRun, clock: _StepClock, batch_size: int, num_images: int) -
     numbers = run.batch_source.numbers_per_example * batch_size
     reading = numbers * (2 * (READ_AHEAD + 1) + 4)
     rows = len(run.data.val)
-    val_logits = 2 * rows * num_classes if EpochValLogits.fits(rows, num_classes) else 0
+    val_logits = 2 * rows * num_classes if RowLogits.fits(rows, num_classes) else 0
     return on_device + reading + val_logits, on_device
 
 
