@@ -22,6 +22,7 @@ def export(
     pareto: Annotated[
         bool, typer.Option("--pareto", help="the trials that no other trial beats in all objectives, in place of --top")
     ] = False,
+    single: Annotated[bool, typer.Option("--single", help="the best single trial in place of a blend")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="also write encoder and classifier as one ONNX graph")] = False,
     manifest: MovedManifest = None,
     license_id: Annotated[
@@ -35,12 +36,20 @@ def export(
 
     if pareto and top is not None:
         ctx.fail("--top and --pareto exclude each other")
+    if single and (pareto or top is not None):
+        ctx.fail("--single exports the best trial alone, and --top and --pareto export several single ones")
     exported = export_sweep(
-        sweep, out, top=top or 1, pareto=pareto, onnx=onnx, license_id=old_spelling or license_id, manifest=manifest
+        sweep,
+        out,
+        top=top or 1,
+        pareto=pareto,
+        single=single or top is not None,
+        onnx=onnx,
+        license_id=old_spelling or license_id,
+        manifest=manifest,
     )
     for model in exported:
-        trial_id, folder = model.record.trial_id, model.folder
-        print(f"{trial_id} written to {folder}: best.yaml and model/, with its card in model/README.md")
+        print(f"{model.name} written to {model.folder}: best.yaml and model/, with its card in model/README.md")
         if model.onnx_difference is not None:
             print(f"  model/onnx/model.onnx gives its logits to {model.onnx_difference:.1g}")
     print(f"next: imbvlm predict {exported[0].folder} PHOTO.jpg")

@@ -10,7 +10,7 @@ from imbvlm.base.errors import printable
 from imbvlm.base.formatting import duration, join_limited, mean_std, percent
 from imbvlm.base.plugin_files import plugin_options
 from imbvlm.base.text_tables import table
-from imbvlm.sweep.records.difference import TEST, refits_of, title_in, verdict_on_test
+from imbvlm.sweep.records.difference import delivered_verdict, title_in
 from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
@@ -27,8 +27,9 @@ from imbvlm.sweep.records.summary_tables import (
     verdict,
 )
 from imbvlm.sweep.records.sweep_folder import SweepState, Unreadable
-from imbvlm.sweep.records.trial_log import WINNER, describe_trial
+from imbvlm.sweep.records.trial_log import DELIVERED, WINNER, TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.records.winner_selection import describe_selection, read_selection
+from imbvlm.training.test_predictions import TEST
 
 
 def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) -> str:
@@ -66,7 +67,7 @@ def show_text(state: SweepState) -> str:
         parts += [verdict(log, spec)]
         parts += ["", pareto_table(pareto_records(log, spec), spec, width)] if spec.other_objectives else []
     if state.scored:
-        on_test = verdict_on_test(log, refits_of(log, WINNER), "the winner")
+        on_test = delivered_verdict(log, spec.objective)
         parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
     parts += encoder_notes(log, spec)
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
@@ -78,15 +79,14 @@ def compare_text(states: Sequence[SweepState]) -> str:
     keys = {row for state in states for row in state.compared}
     rows = [
         _compared_row(state, name, split)
-        for name, split in sorted(keys, key=lambda row: (row[0] != WINNER, row[0] == "zero-shot", row))
+        for name, split in sorted(
+            keys, key=lambda row: (row[0] != DELIVERED, row[0] != WINNER, row[0] == "zero-shot", row)
+        )
         for state in states
         if (name, split) in state.compared
     ]
     header = ["sweep", "what", "trials", "time", "validation", *HEADINGS, "views", "configuration"]
-    title = (
-        "best on validation by the sweep's objective; refits on the test split, mean ± deviation of seeds (%); an "
-        "exported model is the winner, post hoc where there is such a row:"
-    )
+    title = "the delivered model as exported; refits on the test split, mean ± deviation of seeds (%):"
     return "\n".join([title, table(header, rows, Console().width), *_notes(states)])
 
 
@@ -104,8 +104,15 @@ def _compared_row(state: SweepState, name: str, split: str) -> list[str]:
         percent(None if record is None or split != TEST else log.mean_value(record, objective)),
         *(mean_std(state.test_values(name, metric, split)) for metric in METRICS),
         "-" if record is None else record.views,
-        "-" if record is None or not is_winner else describe_trial(record),
+        _configuration(log, name, record),
     ]
+
+
+def _configuration(log: TrialLog, name: str, record: TrialRecord | None) -> str:
+    """The winner in a few words, and the members of a delivered blend."""
+    if name == DELIVERED and log.selected is not None and log.selected.members:
+        return f"blend of {', '.join(log.selected.members)}"
+    return "-" if record is None or name != WINNER else describe_trial(record)
 
 
 def _notes(states: Sequence[SweepState]) -> list[str]:

@@ -84,6 +84,13 @@ def merge_heads(
     return MergedHeads(bias, weights, scales)
 
 
+def is_affine(config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the logits of a mean of weights are the mean of the logits; raises ImbvlmError for other tensors."""
+    if METHODS[config.method].trains_encoder:
+        return False
+    return affine_map(restore_head(config, info, num_classes, tensors)) is not None
+
+
 def feature_form(config: TrialConfig) -> FeatureForm:
     """The form that a head on a frozen encoder reads."""
     return _form_of(config, is_normalized=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,17 @@ class Blend:
     decisions: tuple[BlendDecision, ...]
     left_out: tuple[str, ...]
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Blend:
+        """Read what `dataclasses.asdict` gives; raises KeyError or TypeError."""
+        return Blend(
+            members=tuple(BlendMember(**member) for member in data["members"]),
+            log_likelihood=data["log_likelihood"],
+            num_passes=data["num_passes"],
+            decisions=tuple(BlendDecision(**decision) for decision in data["decisions"]),
+            left_out=tuple(data["left_out"]),
+        )
+
     def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
         """The blend's logits (B, C) of its members' logits (B, C) by name, adjusted as the candidates' were."""
         parts = [member.weight / member.temperature * at_least_float32(logits[member.name]) for member in self.members]
@@ -121,6 +133,17 @@ class BlendPool:
         temperatures = [best_temperature(candidate.logits, targets, row_weights=row_weights) for candidate in finite]
         finite_names = {candidate.name for candidate in finite}
         return BlendPool(finite, targets, temperatures, [name for name in names if name not in finite_names])
+
+    def strongest(self, number: int) -> BlendPool:
+        """The pool of so many candidates with the highest class-balanced log-likelihood."""
+        if number >= len(self.candidates):
+            return self
+        scores = self.extensions(()) @ balanced_row_weights(self.targets).float()
+        kept = sorted(scores.topk(number).indices.tolist())
+        candidates, temperatures = (
+            [values[index] for index in kept] for values in (self.candidates, self.temperatures)
+        )
+        return BlendPool(candidates, self.targets, temperatures, self.left_out)
 
     def select(self, row_weights: Tensor, num_passes: int, max_members: int = MAX_MEMBERS) -> Picks:
         """The best candidate by weighted log-likelihood for `num_passes` 0, else the best blend of so many passes.

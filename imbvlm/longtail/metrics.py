@@ -123,7 +123,7 @@ class CalibrationBins:
         return {"expected_calibration_error": float((right - confidence).abs().sum() / rows.sum())}
 
 
-def balanced_standard_error(correct: npt.NDArray[np.int64], total: npt.NDArray[np.int64]) -> float:
+def balanced_standard_error(correct: npt.NDArray[np.int64 | np.float64], total: npt.NDArray[np.int64]) -> float:
     """Standard error of the macro accuracy over classes with rows: sqrt(sum p (1 - p) / n) / C.
 
     p is (correct + 1) / (rows + 2) [Agresti and Coull 1998]: a class with three correct rows of three isn't certain.

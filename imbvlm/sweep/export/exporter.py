@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from imbvlm.base import storage
-from imbvlm.base.console import Console
 from imbvlm.base.csv_cells import csv_line
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import percent
-from imbvlm.base.yaml_file import dump_yaml
-from imbvlm.config.encoder_entries import find_entry, score_notes
-from imbvlm.config.input_sections import PromptsConfig
-from imbvlm.config.trial_config import TrialConfig, needs_text
-from imbvlm.data.manifest import Manifest, absolute_manifest
-from imbvlm.features.extraction import ensure_features
-from imbvlm.inference.model_folder import load, write_model
-from imbvlm.inference.model_parts import without_paths
-from imbvlm.inference.onnx_export import require_onnx, write_onnx
-from imbvlm.inference.predictor import LogitPostprocessor
-from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.models.encoders.encoder import Encoder, require_text
-from imbvlm.models.encoders.encoder_factory import create_encoder
-from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of
-from imbvlm.models.model_builder import stored_outputs
+from imbvlm.inference.onnx_export import require_onnx
+from imbvlm.sweep.export.delivered_export import BLEND_FILE, DeliveredExport
 from imbvlm.sweep.export.export_folder import ExportFolder
-from imbvlm.sweep.export.model_card import CARD_FILE, UNSTATED, CardContext, model_card
-from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
-from imbvlm.sweep.records.provenance import check_encoder_weights, data_changes
-from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
+from imbvlm.sweep.export.model_card import UNSTATED
+from imbvlm.sweep.export.trial_export import BEST_FILE, MODEL_FOLDER, Say, TrialExport
+from imbvlm.sweep.records.delivered_model import delivered_members
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS, pareto_records
 from imbvlm.sweep.records.sweep_folder import read_spec
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
-from imbvlm.sweep.spec.manifest_path import locate_manifest, with_located_manifest
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import read_selection
+from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.checkpoint import load_model_tensors
-from imbvlm.training.per_class_results import PER_CLASS_FILE
-from imbvlm.training.trial_session import TrialSession, TrialSettings, default_device
 
-BEST_FILE, MODEL_FOLDER = "best.yaml", "model"
 TRIALS_FILE = "trials.csv"
-LOG_FILE = "export.log"
 FEW_SHOT = "val/few_shot_accuracy"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,26 +30,9 @@ class Exported:
     """An exported model and the folder of its best.yaml and model/."""
 
     record: TrialRecord
+    name: str
     folder: str
     onnx_difference: float | None = None
-
-
-def best_config(record: TrialRecord, manifest: str) -> TrialConfig:
-    """A trial's configuration with which `imbvlm train` repeats it, including the number of threads.
-
-    `manifest` is the manifest's present location.
-    """
-    config = record.trial_config()
-    if config.train is not None and config.train.num_threads is None and record.num_threads is not None:
-        config = config.with_overrides({"train.num_threads": record.num_threads})
-    return config.with_overrides({"data.manifest": absolute_manifest(manifest)})
-
-
-def write_best(folder: str, record: TrialRecord, manifest: str) -> str:
-    """Write best.yaml into a folder and return its location."""
-    uri = storage.join(folder, BEST_FILE)
-    storage.write_bytes(uri, dump_yaml(best_config(record, manifest).to_tree()).encode())
-    return uri
 
 
 def export_sweep(
@@ -85,13 +41,15 @@ def export_sweep(
     *,
     top: int = 1,
     pareto: bool = False,
+    single: bool = False,
     onnx: bool = False,
     license_id: str = UNSTATED,
     manifest: str | None = None,
     say: Say = print,
 ) -> list[Exported]:
-    """Write best.yaml and model/ of the best trial; of the `top` best or the Pareto set in a folder for each trial.
+    """Write the delivered model: best.yaml, blend.yaml where it is a blend, and model/; `single`: the best trial.
 
+    The `top` best trials or the Pareto set have a folder each.
     Trials without a refit are first retrained on all training images, from stored features and without reading the
     test split. `manifest` is the manifest's present location if it was moved. Raises ImbvlmError without a result.
     """
@@ -106,21 +64,40 @@ def export_sweep(
     has_folders = pareto or top > 1
     names = [f"{number}-{record.trial_id}" for number, record in enumerate(records, 1)] if has_folders else [""]
     target = ExportFolder.open(out)
-    target.check([*names, TRIALS_FILE] if has_folders else [BEST_FILE, MODEL_FOLDER])
+    target.check([*names, TRIALS_FILE] if has_folders else [BEST_FILE, BLEND_FILE, MODEL_FOLDER])
     if has_folders:
         none = f", none better in all of {', '.join(objectives)}" if pareto else ""
         say(f"{len(records)} of {len(ranked)} trials{none}")
+    delivered = None if has_folders or single else _delivered(folder, spec, log, say)
     exported = []
     with target.staging() as staged:
         for name, record in zip(names, records, strict=True):
-            difference = _TrialExport(folder, spec, log, record, say).write(
-                storage.join(staged, name), onnx, license_id
-            )
-            exported.append(Exported(record, storage.join(out, name) if name else out, difference))
+            path, location = storage.join(staged, name), storage.join(out, name) if name else out
+            if delivered is None:
+                difference = TrialExport(folder, spec, log, record, say).write(path, onnx, license_id)
+                exported.append(Exported(record, record.trial_id, location, difference))
+            else:
+                difference = delivered.write(path, record, onnx, license_id)
+                exported.append(Exported(record, delivered.name, location, difference))
         if has_folders:
             storage.write_bytes(storage.join(staged, TRIALS_FILE), _trials_csv(exported, spec).encode())
         target.put(staged)
     return exported
+
+
+def _delivered(folder: str, spec: SweepSpec, log: TrialLog, say: Say) -> DeliveredExport | None:
+    """The export of the delivered model; None before its members are refitted, so that the best trial is exported."""
+    selection = read_selection(folder)
+    members = delivered_members(folder, log, spec, selection)
+    delivered = DeliveredExport(folder, spec, log, selection, members, say)
+    if not delivered.missing:
+        return delivered
+    if len(members) > 1:
+        say(
+            f"the best single trial is exported, since members of the blend aren't refitted: "
+            f"{', '.join(delivered.missing)}. Refit them with: imbvlm sweep resume {folder}"
+        )
+    return None
 
 
 def pareto_set(log: TrialLog, spec: SweepSpec) -> tuple[list[TrialRecord], tuple[str, ...]]:
@@ -145,196 +122,3 @@ def _trials_csv(exported: Sequence[Exported], spec: SweepSpec) -> str:
         cells = ["" if value is None else f"{value:.4f}" for value in values]
         rows.append([name, export.record.trial_id, f"{export.record.seconds():.1f}", *cells])
     return "".join(map(csv_line, rows))
-
-
-@dataclass(frozen=True)
-class _TrialExport:
-    """The export of one trial of a sweep."""
-
-    folder: str
-    spec: SweepSpec
-    log: TrialLog
-    record: TrialRecord
-    say: Say
-
-    @cached_property
-    def refit_name(self) -> str | None:
-        """The name of the trial's refit, None if the sweep does not select the trial for a refit."""
-        for refit in refits(self.log, self.spec):
-            if refit.record.trial_id == self.record.trial_id and not refit.is_fresh:
-                return refit.name
-        return None
-
-    @cached_property
-    def refits(self) -> list[TrialRecord]:
-        """The trial's finished refits, one per seed."""
-        records = self.log.of("refit")
-        return [record for record in records if record.name == self.refit_name and record.state == "finished"]
-
-    def write(self, out: str, onnx: bool, license_id: str) -> float | None:
-        """Write best.yaml and model/ into a folder; returns the largest difference of an ONNX graph's logits."""
-        location = locate_manifest(self.spec, self.folder)
-        write_best(out, self.record, location)
-        config = self._config().with_overrides({"data.manifest": location})
-        manifest = Manifest.read(config.data.manifest)
-        encoder = create_encoder(config.encoder, config.eval)
-        check_encoder_weights(self.folder, config.encoder, encoder.info, keep=False)
-        folder, names = storage.join(out, MODEL_FOLDER), manifest.class_names
-        with self._weights(config, manifest) as weights:
-            check_trained_on(weights, config, names, encoder.info.weights_fingerprint)
-            post_hoc = self._post_hoc(config, weights, names, encoder)
-            tensors = load_model_tensors(weights)
-            write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, manifest.label_map)
-        difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
-        entry = find_entry(config.encoder.name)
-        card = CardContext(
-            spec=self.spec,
-            log=self.log,
-            manifest=manifest,
-            record=self.record,
-            config=without_paths(config),
-            adjustment=None if post_hoc is None else post_hoc.adjustment,
-            refits=[record for record in self.refits if last_values([record], "test/top1_accuracy")],
-            license_id=license_id,
-            has_onnx=difference is not None,
-            has_text=encoder.info.has_text,
-            revision=encoder.info.revision,
-            encoder_license="" if entry is None else entry.license,
-            encoder_notes=score_notes([config.encoder.name], manifest.name),
-        )
-        storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
-        return difference
-
-    def _config(self) -> TrialConfig:
-        if self.refits:
-            return self.refits[0].trial_config()
-        config = refit_config(self.record, self.spec)
-        return config if config.train is None else config.with_overrides({"train.seed": self.spec.refit_seeds[0]})
-
-    def _scores(self) -> dict[str, object]:
-        return {
-            "validation": self.record.best_epoch(self.spec.objective),
-            "refit": self.refits[0].epochs[-1] if self.refits and self.refits[0].epochs else None,
-            "selected_by": self.spec.best_objective,
-            "sweep": self.spec.name,
-        }
-
-    @contextmanager
-    def _weights(self, config: TrialConfig, manifest: Manifest) -> Iterator[str]:
-        """Within, the folder of the refit's weights, which are trained now if the sweep has not done so.
-
-        New weights are stored in the sweep's folder for later exports, or in a temporary folder if it is read-only.
-        """
-        name = (
-            self.refits[0].trial_id if self.refits else f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}"
-        )
-        weights = storage.join(self.folder, "refits", name)
-        # The class record is written last.
-        if self.refits or storage.exists(storage.join(weights, PER_CLASS_FILE)):
-            yield weights
-            return
-        changes = data_changes(self.folder, manifest)
-        if changes:
-            raise ImbvlmError(
-                f"{self.record.trial_id} can't be retrained: {changes[0]} since the sweep began. Restore the data."
-            )
-        self.say(
-            f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
-            "is retrained on all training images"
-        )
-        problem = _write_problem(weights)
-        if problem is None:
-            self._train(config, manifest, weights)
-            yield weights
-            return
-        self.say(f"its weights aren't kept for another export: {problem}")
-        with TemporaryDirectory() as temporary:
-            self._train(config, manifest, temporary)
-            yield temporary
-
-    def _train(self, config: TrialConfig, manifest: Manifest, weights: str) -> None:
-        # The features lie next to the sweep, which may have been moved.
-        parent = storage.absolute(self.folder).rpartition("/")[0]
-        root = self.spec.model_copy(update={"storage": parent}).feature_root
-        splits = tuple(split for split in manifest.splits if split != "test")
-        console = Console()
-        with console.redirect_output(_log_file(self.folder)):
-            features = ensure_features(
-                config, manifest, root, stored_outputs(config), splits, report=console.update_live,
-                text=needs_text(config), cache=self.spec.feature_copies,
-            )  # fmt: skip
-        console.end_live()
-        settings = TrialSettings(
-            config=config,
-            feature_set=features,
-            objective=self.spec.objective,
-            num_threads=self.record.num_threads,
-            refit=True,
-            model_folder=weights,
-        )
-        for report in TrialSession(default_device()).reports(settings):
-            if report.failure is not None:
-                raise ImbvlmError(f"{self.record.trial_id} could not be retrained: {report.failure}")
-
-    def _post_hoc(
-        self, config: TrialConfig, weights: str, class_names: Sequence[str], encoder: Encoder
-    ) -> LogitPostprocessor | None:
-        """The adjustment of the trial's logits with the data that it needs; None if there was no selection."""
-        adjustment = self._adjustment(config)
-        if adjustment is None:
-            return None
-        embeddings = None
-        if adjustment.alpha:
-            templates = templates_of(config.prompts or PromptsConfig())
-            embeddings = class_embeddings(require_text(encoder), class_names, templates)
-        counts = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))["class_counts"]
-        return LogitPostprocessor(adjustment, tuple(counts), embeddings)
-
-    def _adjustment(self, config: TrialConfig) -> PostHocAdjustment | None:
-        if self.refits and self.refit_name is not None:
-            return read_adjustment(self.folder, self.refit_name)
-        name = self.record.trial_id
-        refit = Refit(name, self.record, config, (self.spec.refit_seeds[0],))
-        selection = select_adjustments(self.folder, [refit], self.log, self.spec).get(name)
-        return None if selection is None else selection.adjustment
-
-
-def _log_file(folder: str) -> Path | None:
-    """The file for libraries' output: in a local sweep's folder, or the null device if that is read-only."""
-    if not storage.is_local(folder):
-        return None
-    path = storage.local_path(folder) / LOG_FILE
-    try:
-        with path.open("ab"):
-            return path
-    except OSError:
-        return Path(os.devnull)
-
-
-def _write_problem(folder: str) -> str | None:
-    """The error of writing into a folder; None if it succeeds."""
-    probe = storage.join(folder, LOG_FILE)
-    try:
-        storage.write_bytes(probe, b"")
-        storage.delete(probe)
-    except storage.StorageError as error:
-        return str(error)
-    return None
-
-
-def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], encoder_fingerprint: str) -> None:
-    """Raise ImbvlmError if classes or the encoder's fingerprint differ from those that weights were trained with."""
-    trained = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))
-    trained_names, fix = trained["class_names"], "Restore it, or start a new sweep."
-    if list(class_names) != trained_names:
-        differences = (
-            f"class {label} is {now!r} in place of {then!r}"
-            for label, (now, then) in enumerate(zip(class_names, trained_names, strict=False))
-            if now != then
-        )
-        difference = next(differences, f"{len(class_names):,} in place of {len(trained_names):,}")
-        manifest = config.data.manifest
-        raise ImbvlmError(f"the manifest {manifest} has other classes than in the training: {difference}. {fix}")
-    # The first versions did not write the encoder's fingerprint.
-    if trained.get("tower", encoder_fingerprint) != encoder_fingerprint:
-        raise ImbvlmError(f"the encoder {config.encoder.name} has other weights than in the training. {fix}")

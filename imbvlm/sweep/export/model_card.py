@@ -12,11 +12,13 @@ from imbvlm.base.formatting import mean_std, percent, pluralize
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.inference.blend_merging import TrainedMember
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.records.difference import (
-    POST_HOC,
     POST_HOC_MEANS,
-    TEST,
+    Verdict,
+    delivered_runs,
+    delivered_verdict,
     refits_of,
     splits_of,
     title_in,
@@ -27,6 +29,7 @@ from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.records.winner_selection import describe_claim, read_selection
 from imbvlm.sweep.report.rendering import environment
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.test_predictions import POST_HOC, TEST
 
 CARD_FILE = "README.md"
 UNSTATED = "other"
@@ -34,7 +37,10 @@ UNSTATED = "other"
 
 @dataclass(frozen=True)
 class CardContext:
-    """The data of a card; `refits` are the records that were scored on the test split, one per seed."""
+    """The data of a card; `refits` are the records that were scored on the test split, one per seed.
+
+    `members` are those of the model as delivered; none for a trial's first refit.
+    """
 
     spec: SweepSpec
     log: TrialLog
@@ -50,6 +56,7 @@ class CardContext:
     revision: str
     encoder_license: str
     encoder_notes: Sequence[str]
+    members: Sequence[TrainedMember] = ()
 
     @property
     def is_adjusted(self) -> bool:
@@ -76,7 +83,8 @@ def model_card(card: CardContext) -> str:
         stats=manifest.class_stats(),
         table=[["what", "seeds", *HEADINGS], *scores] if card.refits else on_validation,
         has_adjusted_baseline=any(split == POST_HOC for title, _, split in rows if title.startswith("baseline")),
-        verdict=None if is_baseline else verdict_on_test(card.log, card.refits, "this model"),
+        verdict=None if is_baseline else _verdict(card),
+        members=_members(card),
         selected=_selected(card),
         claims=_claims(card),
         adjustment=adjustment,
@@ -88,6 +96,28 @@ def model_card(card: CardContext) -> str:
     )
 
 
+def _is_winner(card: CardContext) -> bool:
+    return card.log.selected is not None and card.record.trial_id == card.log.selected.winner
+
+
+def _verdict(card: CardContext) -> Verdict | None:
+    """The comparison with the baselines: of the delivered model that of its runs."""
+    if card.members:
+        return delivered_verdict(card.log, card.spec.objective)
+    return verdict_on_test(card.log, card.refits, "this model", card.spec.objective)
+
+
+def _members(card: CardContext) -> list[list[str]]:
+    """Rows on a blend's members; none for a single trial."""
+    rows = []
+    for member in card.members if card.members[1:] else ():
+        record = card.log.records[member.name]
+        adjustment = PostHocAdjustment() if member.post_hoc is None else member.post_hoc.adjustment
+        numbers = (member.weight, member.temperature * adjustment.temperature, adjustment.tau, adjustment.alpha)
+        rows.append([member.name, record.name or describe_trial(record), *(f"{number:.3g}" for number in numbers)])
+    return rows
+
+
 def _name(card: CardContext) -> str:
     return f"{card.spec.name}-{card.record.trial_id}"
 
@@ -96,8 +126,9 @@ def _selected(card: CardContext) -> str:
     """How the model was selected, the beginning of a sentence."""
     log, record = card.log, card.record
     num_trials = sum(trial.is_over for trial in log.of("search"))
-    if record.trial_id == log.winner_id:
+    if card.members[1:] or _is_winner(card):
         own = f"the baseline {record.name}, the winner" if record.kind == "baseline" else "the winner"
+        own = f"a blend of {len(card.members)}" if card.members[1:] else own
         number = pluralize(len(log.of("baseline")), "baseline")
         return (
             f"{own[0].upper()}{own[1:]} of {pluralize(num_trials, 'trial')} and {number} by class-balanced "
@@ -108,9 +139,9 @@ def _selected(card: CardContext) -> str:
 
 
 def _claims(card: CardContext) -> tuple[str, str] | None:
-    """The basis of the winner's claims, and the claims; None for other trials."""
-    selection = read_selection(card.log.folder) if card.record.trial_id == card.log.winner_id else None
-    if selection is None or not selection.claims:
+    """The basis of the delivered model's claims, and the claims; None for other trials."""
+    selection = read_selection(card.log.folder) if _is_winner(card) else None
+    if selection is None or not selection.claims or (selection.members and not card.members):
         return None
     return selection.basis, ", ".join(describe_claim(metric, claim) for metric, claim in selection.claims.items())
 
@@ -121,6 +152,9 @@ def _rows(card: CardContext) -> list[tuple[str, Sequence[TrialRecord], str]]:
     rows = [("this model", ours, POST_HOC if card.is_adjusted else TEST)]
     if card.is_adjusted and POST_HOC in splits_of(ours, METRICS):
         rows.append(("before its adjustments", ours, TEST))
+    runs = delivered_runs(card.log) if card.members else []
+    if len(runs) > 1 and ours:
+        rows.append((f"each of its {len(runs)} seeds", runs, splits_of(runs)[-1]))
     for name in dict.fromkeys(record.name for record in card.log.of("baseline") if record.name != own_name):
         theirs = refits_of(card.log, name)
         splits = splits_of(theirs, METRICS) if theirs else []

@@ -282,14 +282,16 @@ class Estimator:
     def _refit_seconds(self) -> Interval | None:
         """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
 
-        The winner counts as a mean trial.
+        The winner and the members of a blend count as mean trials. There may be as many members as `blend` allows.
         """
         spec, of_refit = self.sweep.spec, self.rows.of_refit
         num_seeds, num_refits = len(spec.refit_seeds), self.sweep.num_trials if spec.study else 1
         winner = self._trial_seconds(of_refit)
         if winner is None:
             return None
-        total = Interval(winner, winner).times(num_seeds * num_refits)
+        members = 0 if spec.blends is None else min(spec.blends.max_members, self.sweep.num_trials)
+        most = max(num_refits, members)
+        total = Interval(num_refits * winner, most * winner).times(num_seeds)
         for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
             epoch = self._epoch_seconds(config, of_refit(config))
             if epoch is None:

@@ -82,7 +82,8 @@ def _trials(sweep: ResolvedSweep) -> Rows:
         )
         asha = "; ASHA sees the first objective alone"
     driver = "ray_train" if uses_ray_train(sweep) else "in_process"
-    refitted = "every configuration" if spec.study else "winner and baselines"
+    blend = "" if spec.blends is None else f" and up to {spec.blends.max_members} members of a blend"
+    refitted = "every configuration" if spec.study else f"winner, baselines{blend}"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
     others = f"{', '.join(spec.other_objectives)}: the search looks for what none beats in all{asha}"
     seeds = (

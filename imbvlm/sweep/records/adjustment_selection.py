@@ -30,12 +30,12 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_alpha,
     select_tau,
 )
-from imbvlm.sweep.records.difference import POST_HOC, TEST
 from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
+from imbvlm.training.test_predictions import POST_HOC, TEST
 from imbvlm.training.validation_logits import SavedValLogits, read_logits
 
 LOGITS_FOLDER = "logits"
@@ -90,7 +90,8 @@ def max_candidates(spec: SweepSpec, file_bytes: int) -> int:
     """How many trials the log-likelihood selects among, each with so many bytes of logits; 0 if the objective does."""
     if not spec.selects_by_likelihood:
         return 0
-    return min(MAX_CANDIDATES, max(NUM_BEST, MAX_CANDIDATE_BYTES // max(1, file_bytes)))
+    limit = MAX_CANDIDATE_BYTES if spec.blend is None else int(1e9 * spec.blend.max_gigabytes)
+    return min(MAX_CANDIDATES, max(NUM_BEST, limit // max(1, file_bytes)))
 
 
 def trials_to_choose_from(log: TrialLog, spec: SweepSpec, file_bytes: int) -> set[str]:

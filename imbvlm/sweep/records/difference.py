@@ -7,37 +7,36 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imbvlm.base.formatting import Z95
-from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
+import torch
 
-# The test split as trained, over five crops per image, and with adjusted logits: first parts of metrics' names.
-TEST, FIVE_CROPS, POST_HOC = ALL_SPLITS = ("test", "test_tte", "test_post_hoc")
+from imbvlm.base import storage
+from imbvlm.base.formatting import Z95
+from imbvlm.longtail.claims import PairedDifference, paired_difference
+from imbvlm.sweep.records.trial_log import BLEND, WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
+
+# The test split over five crops per image.
+FIVE_CROPS = "test_tte"
+ALL_SPLITS = (TEST, FIVE_CROPS, POST_HOC)
 POST_HOC_MEANS = "Post hoc: logits adjusted after training by what validation chose."
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A gain over another model (fractions) and the standard error of the difference, None if unknown."""
+    """A gain over another model (fractions) and its 95 % interval, infinite if unknown."""
 
     other: str
     gain: float
-    standard_error: float | None
+    low: float = -math.inf
+    high: float = math.inf
 
     @staticmethod
     def of(other: str, gain: float, errors: Sequence[float | None]) -> Difference:
-        """Make a difference from the standard errors of both accuracies."""
-        available = [error for error in errors if error is not None]
-        return Difference(other, gain, math.hypot(*available) if len(available) == len(errors) else None)
-
-    @property
-    def low(self) -> float:
-        """The lower end of the 95 % interval."""
-        return -math.inf if self.standard_error is None else self.gain - Z95 * self.standard_error
-
-    @property
-    def high(self) -> float:
-        """The upper end of the 95 % interval."""
-        return math.inf if self.standard_error is None else self.gain + Z95 * self.standard_error
+        """Make a difference from the standard errors of both accuracies, as of independent images."""
+        if None in errors:
+            return Difference(other, gain)
+        half_width = Z95 * math.hypot(*(error or 0.0 for error in errors))
+        return Difference(other, gain, gain - half_width, gain + half_width)
 
     @property
     def is_win(self) -> bool:
@@ -54,7 +53,7 @@ class Difference:
     @property
     def interval_text(self) -> str:
         """The interval, such as `95 % interval +0.4 to +5.8`."""
-        if self.standard_error is None:
+        if math.isinf(self.low):
             return "its 95 % interval isn't known"
         return f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
 
@@ -106,38 +105,81 @@ def title_in(name: str, split: str) -> str:
 
 
 def difference_on_test(
-    ours: Sequence[TrialRecord], theirs: Sequence[TrialRecord], split: str, name: str
+    log: TrialLog, ours: Sequence[TrialRecord], theirs: Sequence[TrialRecord], split: str, name: str
 ) -> Difference | None:
-    """Balanced accuracy of a model as exported, minus another's on `split`; None if one of them was not scored."""
-    pairs = ((ours, splits_of(ours)[-1]), (theirs, split))
-    accuracies = [values_in(records, side, "balanced_accuracy") for records, side in pairs]
+    """Balanced accuracy of a model as exported, minus another's on `split`; None if one of them was not scored.
+
+    The interval is that of a paired bootstrap within classes, seeds averaged inside; of sweeps of version 0.1, which
+    kept no predictions, that of independent images.
+    """
+    own_split, title = splits_of(ours)[-1], title_in(name, split)
+    accuracies = [
+        values_in(records, side, "balanced_accuracy") for records, side in ((ours, own_split), (theirs, split))
+    ]
     if not all(accuracies):
         return None
+    paired = _paired(log, ours, own_split, theirs, split)
+    if paired is not None:
+        return Difference(title, paired.difference, paired.low, paired.high)
     # All seeds score the same images, so more seeds don't reduce the error.
-    errors = [next(iter(values_in(records, side, "balanced_standard_error")), None) for records, side in pairs]
-    gain = statistics.fmean(accuracies[0]) - statistics.fmean(accuracies[1])
-    return Difference.of(title_in(name, split), gain, errors)
+    errors = [
+        next(iter(values_in(records, side, "balanced_standard_error")), None)
+        for records, side in ((ours, own_split), (theirs, split))
+    ]
+    return Difference.of(title, statistics.fmean(accuracies[0]) - statistics.fmean(accuracies[1]), errors)
 
 
-def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str) -> Verdict | None:
-    """Compare an exported model with each baseline, as trained and as adjusted; None without a test split.
+def _paired(
+    log: TrialLog, ours: Sequence[TrialRecord], own_split: str, theirs: Sequence[TrialRecord], split: str
+) -> PairedDifference | None:
+    """The difference on the images that all runs could read; None where predictions are missing."""
+    read = [TestPredictions.read(storage.join(log.folder, "refits", record.trial_id)) for record in (*ours, *theirs)]
+    predicted = [predictions for predictions in read if predictions is not None]
+    if len(predicted) < len(read) or not all(predictions.has_rows_of(predicted[0]) for predictions in predicted):
+        return None
+    is_read = torch.stack([predictions.predicted[TEST] >= 0 for predictions in predicted]).all(dim=0)
+    if not is_read.any():
+        return None
+    own, other = (
+        torch.stack([predictions.correct(side)[is_read] for predictions in runs]).numpy()
+        for runs, side in ((predicted[: len(ours)], own_split), (predicted[len(ours) :], split))
+    )
+    return paired_difference(own, other, predicted[0].labels[is_read].numpy())
 
-    A plain probe's logits can be adjusted without training, so a winner must beat the adjusted probe too.
+
+def delivered_runs(log: TrialLog) -> list[TrialRecord]:
+    """The delivered model's runs, one per seed: a blend's, or the winner's refits."""
+    return [record for record in log.of("delivered") if record.name == BLEND] or refits_of(log, WINNER)
+
+
+def delivered_verdict(log: TrialLog, objective: str) -> Verdict | None:
+    """Compare the delivered model's runs with the baselines; None without a test split."""
+    runs = delivered_runs(log)
+    return verdict_on_test(log, runs, "the blend" if runs and runs[0].name == BLEND else "the winner", objective)
+
+
+def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str, objective: str) -> Verdict | None:
+    """Compare an exported model with the best baseline on validation, and with all others; None without a test split.
+
+    Logits can be adjusted without training, so a winner must beat the best baseline as adjusted.
     """
-    names = dict.fromkeys(record.name for record in log.of("baseline"))
-    winner = None if log.winner_id is None else log.records.get(log.winner_id)
-    if winner is not None and winner.kind == "baseline" and ours and ours[0].name == WINNER:
+    if not ours:
+        return None
+    winner = None if log.selected is None else log.records.get(log.selected.winner)
+    if winner is not None and winner.kind == "baseline" and ours[0].name == WINNER:
         return Verdict(f"No win is shown: validation selected the baseline {winner.name} itself.", "", False)
-    others = [(name, refits_of(log, name)) for name in names]
+    best = next(iter(log.best_baselines(objective)), None)
     differences = [
         difference
-        for name, theirs in others
+        for name in dict.fromkeys(record.name for record in log.of("baseline"))
+        for theirs in [refits_of(log, name)]
         for split in splits_of(theirs)
-        if (difference := difference_on_test(ours, theirs, split, name)) is not None
+        if (difference := difference_on_test(log, ours, theirs, split, name)) is not None
     ]
-    if not differences:
+    if best is None or not differences:
         return None
-    first, *rest = sorted(differences, key=lambda difference: difference.low)
+    reference = title_in(best.name, splits_of(refits_of(log, best.name))[-1])
+    first, *rest = sorted(differences, key=lambda difference: (difference.other != reference, difference.low))
     split = splits_of(ours)[-1]
     values = values_in(ours, split, "balanced_accuracy")
     seeds = f"; mean of {len(values)} seeds, their spread {100 * statistics.stdev(values):.1f}" if values[1:] else ""

@@ -56,7 +56,12 @@ def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
     """Estimated seconds of the refits, from the seconds of their trials; 0 before there is a best trial."""
     if log.winner(spec.objective) is None:
         return 0.0
-    seconds = [refit.record.seconds() for refit in refits(log, spec) for _ in refit.seeds]
+    selected = refits(log, spec)
+    if log.selected is None and spec.blends is not None:
+        # A blend's members are unknown before the selection, and the best trials are like them.
+        likely = log.ranked(spec.objective)[: spec.blends.max_members - 1]
+        selected += [_refit(record.trial_id, record, spec) for record in likely]
+    seconds = [refit.record.seconds() for refit in selected for _ in refit.seeds]
     return max(sum(seconds) / concurrent, max(seconds))
 
 
@@ -73,18 +78,22 @@ def mark_superseded(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
 
 
 def refits(log: TrialLog, spec: SweepSpec) -> list[Refit]:
-    """The winner, the best baseline of each kind over all encoders, and in a study every listed configuration.
+    """The winner, the best baseline of each kind over all encoders, a blend's members, and all of a study.
 
     With `fresh_crops` the winner and the best trial of each method are refitted a second time, on fresh crops.
     """
     best, *others = log.winner_first(spec.objective)
     selected = [_refit(WINNER, best, spec)]
-    ranked = log.best(spec.objective, "baseline")
+    ranked = log.best_baselines(spec.objective)
     best_baselines = {record.config["method"]: record for record in reversed(ranked)}
     # The probe first, then the heads, then zero-shot.
     methods = {name: METHODS[name] for name in best_baselines}
     for name in sorted(methods, key=lambda name: (not methods[name].trains, not methods[name].learns)):
         selected.append(_refit(best_baselines[name].name, best_baselines[name], spec))
+    members = () if log.selected is None else log.selected.members
+    refitted = {refit.record.trial_id for refit in selected}
+    for record in (log.records[member] for member in members if member not in refitted):
+        selected.append(_refit(record.name or f"member {record.trial_id}", record, spec))
     names = listed_names(log, spec) if spec.study else {best.trial_id: WINNER}
     if spec.study:
         ordered = sorted(others, key=lambda record: record.trial_id)

@@ -14,11 +14,12 @@ from imbvlm.base.json_file import read_json
 from imbvlm.base.plugins import active_plugins
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
-from imbvlm.sweep.records.difference import POST_HOC, TEST, splits_of
+from imbvlm.sweep.records.difference import splits_of
 from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
 from imbvlm.sweep.records.summary_tables import METRICS, pareto_records
-from imbvlm.sweep.records.trial_log import SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.test_predictions import POST_HOC, TEST
 
 SPLITS = (TEST, POST_HOC)
 BEST_FILE, TEST_FILE = "best.yaml", "test.json"
@@ -84,11 +85,11 @@ class SweepState:
 
     @property
     def scored(self) -> list[TrialRecord]:
-        """The refits that have read the test split, the winner's first."""
-        read = [
-            record for record in self.log.of("refit") if record.epochs and "test/top1_accuracy" in record.epochs[-1]
-        ]
-        return sorted(read, key=lambda record: record.name != WINNER)
+        """The delivered model and the refits that have read the test split, the winner's first."""
+        records = [*self.log.of("delivered"), *self.log.of("refit")]
+        read = [record for record in records if record.epochs and "test/top1_accuracy" in record.epochs[-1]]
+        first = (DELIVERED, BLEND, WINNER)
+        return sorted(read, key=lambda record: first.index(record.name) if record.name in first else len(first))
 
     @property
     def started_at(self) -> float | None:
@@ -117,8 +118,8 @@ class SweepState:
 
     @property
     def compared(self) -> list[tuple[str, str]]:
-        """(name, split) of the refits of winner and baselines: as trained, and as adjusted if that changes accuracy."""
-        names = [WINNER, *sorted({record.name for record in self.log.of("baseline")})]
+        """(name, split) of delivered model, winner, baselines: as trained, and as adjusted if that changes accuracy."""
+        names = [DELIVERED, WINNER, *sorted({record.name for record in self.log.of("baseline")})]
         refits = {name: [record for record in self.scored if record.name == name] for name in names}
         return [
             (name, split)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,9 +22,11 @@ from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig, option_metric, selected_options
 from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
-TrialKind = Literal["baseline", "search", "confirm", "refit"]
+TrialKind = Literal["baseline", "search", "confirm", "refit", "delivered"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 WINNER = "winner"
+# The names of the model that a sweep delivers, and of a blend by seed.
+DELIVERED, BLEND = "delivered", "blend"
 SPEC_FILE = "sweep.yaml"
 SELECTION_FILE = "selection.json"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -109,6 +113,24 @@ def last_values(records: Iterable[TrialRecord], metric: str) -> list[float]:
     return [record.epochs[-1][metric] for record in records if record.epochs and metric in record.epochs[-1]]
 
 
+@dataclass(frozen=True)
+class Selected:
+    """The ids that validation has selected: the winner, and the members of a blend.
+
+    `log_likelihoods` are those of all candidates, trials and baselines.
+    """
+
+    winner: str
+    members: tuple[str, ...]
+    log_likelihoods: Mapping[str, float]
+
+    @staticmethod
+    def from_dict(content: Any) -> Selected:
+        """Read the content of selection.json; raises the error of a missing or malformed value."""
+        members = [member["name"] for member in (content.get("blend") or {"members": ()})["members"]]
+        return Selected(str(content["winner"]), tuple(members), dict(content["log_likelihoods"]))
+
+
 class TrialLog:
     """The records of a sweep's folder: `trials/<id>.json`, each rewritten whole when its trial starts and ends."""
 
@@ -116,15 +138,15 @@ class TrialLog:
         self.folder = folder
         # The sweep's constraints: trials that violate one are ranked after all others.
         self.constraints: Mapping[str, float] = {}
-        # The trial or baseline that validation has selected; None before, and where the objective selects.
-        self.winner_id: str | None = None
+        # None before validation has selected, and where the objective selects.
+        self.selected: Selected | None = None
         self.records: dict[str, TrialRecord] = {}
 
     @staticmethod
     def read(folder: str) -> TrialLog:
         """Read all records of a sweep; raises ImbvlmError for an unreadable one."""
         log = TrialLog(folder)
-        log.constraints, log.winner_id = _constraints(folder), _winner_id(folder)
+        log.constraints, log.selected = _constraints(folder), _read_selected(folder)
         for name in storage.list_files(storage.join(folder, "trials")):
             if not name.endswith(".json"):
                 continue
@@ -184,8 +206,17 @@ class TrialLog:
 
     def winner_first(self, objective: str) -> list[TrialRecord]:
         """The winner, then the other trials in the order of `best`."""
-        best, winner = self.best(objective), self.records.get(self.winner_id or "")
+        best = self.best(objective)
+        winner = None if self.selected is None else self.records.get(self.selected.winner)
         return best if winner is None else [winner, *(record for record in best if record is not winner)]
+
+    def best_baselines(self, objective: str) -> list[TrialRecord]:
+        """Baselines that have a value in the order of `best`, or of what has selected the winner."""
+        best = self.best(objective, "baseline")
+        if self.selected is None:
+            return best
+        values = self.selected.log_likelihoods
+        return sorted(best, key=lambda record: -values.get(record.trial_id, -math.inf))
 
     def constraint_violation(self, record: TrialRecord, objective: str) -> float:
         """The sum by which a trial violates the sweep's constraints; 0 if it meets them."""
@@ -226,10 +257,10 @@ class TrialLog:
         return values
 
 
-def _winner_id(folder: str) -> str | None:
-    """The selected trial's id in a sweep's folder; None before the selection. Raises ImbvlmError."""
+def _read_selected(folder: str) -> Selected | None:
+    """The content of a sweep's selection.json; None before the selection. Raises ImbvlmError."""
     fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, SELECTION_FILE), lambda content: str(content["winner"]), fix)
+    return read_json(storage.join(folder, SELECTION_FILE), Selected.from_dict, fix)
 
 
 def _constraints(folder: str) -> Mapping[str, float]:

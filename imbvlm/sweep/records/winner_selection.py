@@ -8,21 +8,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.json_file import read_json
-from imbvlm.longtail.blending import BlendPool, Candidate
+from imbvlm.config.method_registry import METHODS
+from imbvlm.data.folds import deal_units
+from imbvlm.longtail.blending import Blend, BlendMember, BlendPool, Candidate, decide_blend
 from imbvlm.longtail.claims import Claim, bias_corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights
+from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
 from imbvlm.sweep.records.adjustment_selection import read_validation, select_adjustment
-from imbvlm.sweep.records.trial_log import SELECTION_FILE, TrialLog, TrialRecord
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.training.validation_logits import SavedValLogits
+from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog
+from imbvlm.sweep.spec.baselines import pass_key
+from imbvlm.sweep.spec.sweep_spec import BlendConfig, SweepSpec
+from imbvlm.training.validation_logits import RowLogits, SavedValLogits
 
+# Parts of the validation rows by which a blend is decided on where there are no folds.
+NUM_PARTS = 10
+# Logits (rows x classes x candidates) among which a blend is sought: seconds for each of its picks. Claims repeat the
+# selection on resampled rows, on fewer.
+MAX_ELEMENTS, MAX_CLAIM_ELEMENTS, MIN_CANDIDATES = 2**28, 2**25, 4
 # Half-width of a claim's interval above which no number is shown.
 MAX_HALF_WIDTH = 0.1
 
@@ -31,8 +40,10 @@ MAX_HALF_WIDTH = 0.1
 class Selection:
     """The winner's trial id, log-likelihoods of all candidates as adjusted, by trial id, and claims by metric.
 
-    A log-likelihood is the mean over seeds where a trial ran with several. Claims are of the winner's accuracies as
-    adjusted, over `num_rows` validation rows of so many folds.
+    A log-likelihood is the mean over seeds where a trial ran with several. Without a test split, claims are of the
+    delivered predictor's accuracies, over `num_rows` validation rows of so many folds. `blend` is the decision for or
+    against a blend, whose logits are divided by `temperature`; None where none was sought, for the reason in
+    `objection`.
     """
 
     winner: str
@@ -40,6 +51,14 @@ class Selection:
     claims: Mapping[str, Claim]
     num_rows: int
     num_folds: int = 1
+    blend: Blend | None = None
+    temperature: float = 1.0
+    objection: str = ""
+
+    @property
+    def members(self) -> tuple[BlendMember, ...]:
+        """The members of the delivered blend; none where the winner alone is delivered."""
+        return self.blend.members if self.blend is not None and len(self.blend.members) > 1 else ()
 
     @property
     def basis(self) -> str:
@@ -49,6 +68,11 @@ class Selection:
         )
         return f"corrected for the selection{share}"
 
+    @property
+    def selected(self) -> Selected:
+        """The ids that a log keeps."""
+        return Selected(self.winner, tuple(member.name for member in self.members), self.log_likelihoods)
+
 
 @dataclass
 class _Pool:
@@ -57,41 +81,46 @@ class _Pool:
     targets: Tensor
     folds: Tensor
     stats: ClassStats
-    records: list[TrialRecord] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
 
     def has_rows_of(self, saved: SavedValLogits) -> bool:
         """Whether saved logits are of the same rows."""
         return torch.equal(self.targets, saved.targets) and torch.equal(self.folds, saved.folds)
 
-    def fit(self) -> BlendPool:
-        """Give each candidate its temperature."""
-        candidates = [
-            Candidate(record.trial_id, record.trial_id, logits)
-            for record, logits in zip(self.records, self.logits, strict=True)
-        ]
-        return BlendPool.fit(candidates, self.targets)
+    @property
+    def num_folds(self) -> int:
+        return int(self.folds.max()) + 1
+
+    def parts(self, seed: int) -> Tensor:
+        """The folds, or else ten parts, of the rows (N,), by which a blend is decided on."""
+        if self.num_folds > 1:
+            return self.folds
+        rows = np.arange(len(self.targets))
+        return torch.from_numpy(deal_units(self.targets.numpy(), rows, NUM_PARTS, seed))
 
 
-def select_winner(folder: str, log: TrialLog, spec: SweepSpec) -> Selection | None:
+def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0) -> Selection | None:
     """Select among the trials and baselines that ran to their end and have logits; None if the objective selects.
 
     Trials that violate a constraint are no candidates. Methods that train the encoder may be scored on other rows than
-    the others: each is compared by the log-likelihood of its own rows.
+    the others: each is compared by the log-likelihood of its own rows. Claims are made without test images only.
     """
     if not spec.selects_by_likelihood:
         return None
-    pools = _read_pools(folder, log, spec)
-    fitted = [(pool, pool.fit()) for pool in pools]
-    likelihoods = {trial_id: value for _, blend_pool in fitted for trial_id, value in _likelihoods(blend_pool).items()}
+    pools = [(pool, BlendPool.fit(pool.candidates, pool.targets)) for pool in _read_pools(folder, log, spec)]
+    likelihoods = {trial_id: value for _, blend_pool in pools for trial_id, value in _likelihoods(blend_pool).items()}
     if not likelihoods:
         return None
     means = {trial_id: _mean_over_seeds(folder, log, spec, trial_id, value) for trial_id, value in likelihoods.items()}
     # Ties go to the earlier trial, and to a baseline.
     winner = max(sorted(means), key=lambda trial_id: means[trial_id])
-    pool, blend_pool = next(pair for pair in fitted if winner in {record.trial_id for record in pair[0].records})
-    num_folds = int(pool.folds.max()) + 1
-    return Selection(winner, means, _claims(pool, blend_pool), len(pool.targets), num_folds)
+    pool, blend_pool = next(pair for pair in pools if winner in {candidate.name for candidate in pair[0].candidates})
+    objection = _objection(pool, spec, num_test)
+    blend, temperature = None, 1.0
+    if spec.blends is not None and not objection:
+        blend, temperature = _decide_blend(pool, blend_pool, spec.blends, spec.split_seed)
+    claims = {} if num_test else _claims(pool, blend_pool, spec, blend)
+    return Selection(winner, means, claims, len(pool.targets), pool.num_folds, blend, temperature, objection)
 
 
 def write_selection(folder: str, selection: Selection) -> None:
@@ -104,7 +133,8 @@ def read_selection(folder: str) -> Selection | None:
 
     def parse(content: Any) -> Selection:
         claims = {metric: Claim(**claim) for metric, claim in content["claims"].items()}
-        return Selection(**{**content, "claims": claims})
+        blend = None if content["blend"] is None else Blend.from_dict(content["blend"])
+        return Selection(**{**content, "claims": claims, "blend": blend})
 
     fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
     return read_json(storage.join(folder, SELECTION_FILE), parse, fix)
@@ -125,10 +155,26 @@ def describe_selection(selection: Selection, log: TrialLog, spec: SweepSpec, has
         likelihood = selection.log_likelihoods.get(best.trial_id)
         value = "which has no logits of its last epoch" if likelihood is None else f"{likelihood:.3f}"
         lines[0] += f"; the best trial by {spec.objective.removeprefix('val/')} is {best.trial_id} ({value})"
+    lines += [] if spec.blends is None else [_describe_blend(selection)]
     if not has_test and selection.claims:
         claims = ", ".join(describe_claim(metric, claim) for metric, claim in selection.claims.items())
         lines.append(f"to expect of images like these (95 %, {selection.basis}): {claims}")
     return "\n".join(lines)
+
+
+def _describe_blend(selection: Selection) -> str:
+    """A line on the decision for or against a blend."""
+    if selection.blend is None:
+        return f"no blend was sought: {selection.objection}"
+    gains = ", ".join(
+        f"{decision.gain:+.3f} ± {decision.standard_error:.3f} over {pluralize(decision.num_passes, 'pass')}"
+        for decision in selection.blend.decisions
+    )
+    gain = f"log-likelihood on images that chose neither {gains}"
+    if not selection.members:
+        return f"no blend, since it doesn't gain: {gain}"
+    members = ", ".join(f"{member.name} {member.weight:.2f}" for member in selection.members)
+    return f"delivered is a blend of {members}; {gain}"
 
 
 def describe_claim(metric: str, claim: Claim) -> str:
@@ -145,16 +191,33 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec) -> list[_Pool]:
     eligible = [record for record in best if not log.constraint_violation(record, spec.objective)]
     pools: list[_Pool] = []
     for record in [*log.of("baseline"), *eligible]:
-        rows = read_validation(folder, record, log)
+        rows, config = read_validation(folder, record, log), record.trial_config()
         if rows is None or not rows.is_whole:
             continue
-        _, logits = select_adjustment(rows, spec)
+        # As in `select_adjustments`, what has learned nothing isn't adjusted.
+        logits = select_adjustment(rows, spec)[1] if METHODS[config.method].learns else rows.logits
         pool = next((pool for pool in pools if pool.has_rows_of(rows.saved)), None)
         if pool is None:
             pools.append(pool := _Pool(rows.saved.targets, rows.saved.folds, rows.saved.stats[0]))
-        pool.records.append(record)
-        pool.logits.append(logits.half())
+        pool.candidates.append(Candidate(record.trial_id, pass_key(config), logits.half()))
     return pools
+
+
+def _objection(pool: _Pool, spec: SweepSpec, num_test: int) -> str:
+    """Why no blend can be decided on or scored; empty if nothing speaks against it."""
+    if len(set(pool.parts(spec.split_seed).tolist())) < 2:
+        return "a single validation image can't decide"
+    if num_test and not RowLogits.fits(num_test, pool.stats.num_classes):
+        return f"the logits of {num_test:,} test images in {pool.stats.num_classes:,} classes take too much memory"
+    return ""
+
+
+def _decide_blend(pool: _Pool, blend_pool: BlendPool, limits: BlendConfig, seed: int) -> tuple[Blend, float]:
+    """The blend among the strongest candidates, and the temperature that its logits need."""
+    candidates = blend_pool.strongest(max(MIN_CANDIDATES, MAX_ELEMENTS // pool.candidates[0].logits.numel()))
+    blend = decide_blend(candidates, pool.parts(seed), max_members=limits.max_members, max_passes=limits.max_passes)
+    logits = blend.combine({candidate.name: candidate.logits for candidate in candidates.candidates})
+    return blend, fit_temperature(logits, pool.targets).accepted
 
 
 def _likelihoods(pool: BlendPool) -> dict[str, float]:
@@ -174,12 +237,16 @@ def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str,
     return statistics.fmean(values)
 
 
-def _claims(pool: _Pool, blend_pool: BlendPool) -> dict[str, Claim]:
+def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, blend: Blend | None) -> dict[str, Claim]:
     """Bias-corrected claims of what the whole selection delivers; none for a single row."""
     if len(pool.targets) < 2:
         return {}
+    num_passes, max_members = (
+        (0, 1) if blend is None or spec.blend is None else (blend.num_passes, spec.blend.max_members)
+    )
+    strongest = blend_pool.strongest(max(MIN_CANDIDATES, MAX_CLAIM_ELEMENTS // pool.candidates[0].logits.numel()))
 
     def correct_of_selected(row_weights: Tensor) -> Tensor:
-        return blend_pool.correct(blend_pool.select(row_weights, 0))
+        return strongest.correct(strongest.select(row_weights, num_passes, max_members))
 
     return bias_corrected_claims(correct_of_selected, pool.targets, pool.stats)

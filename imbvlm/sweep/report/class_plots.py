@@ -14,7 +14,7 @@ import numpy.typing as npt
 from imbvlm.base.formatting import percent
 from imbvlm.longtail.class_stats import MANY_SHOT_ABOVE, MEDIUM_SHOT_FROM, SHOT_GROUPS
 from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy
-from imbvlm.sweep.records.difference import POST_HOC, title_in
+from imbvlm.sweep.records.difference import title_in
 from imbvlm.sweep.report.plotting import (
     MARKERS,
     PALE,
@@ -28,6 +28,7 @@ from imbvlm.sweep.report.plotting import (
     titles,
 )
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData, ScoredRefit
+from imbvlm.training.test_predictions import POST_HOC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ _ACCURACY = "accuracy, test (%)"
 
 def _look(source: ReportData, scored: ScoredRefit) -> tuple[str, str]:
     """Color and marker of a refit, the same in every figure."""
-    return (WINNER, MARKERS[0]) if scored is source.winner else method_look(str(scored.records[0].config["method"]))
+    return (WINNER, MARKERS[0]) if scored is source.delivered else method_look(str(scored.records[0].config["method"]))
 
 
 def shown_splits(source: ReportData) -> list[tuple[ScoredRefit, str]]:
@@ -170,7 +171,7 @@ def _class_marks(record: PerClassResults) -> list[tuple[float, float, str]]:
 
 def _note(source: ReportData) -> str:
     """A note if a figure shows the winner as trained although the headline shows it as adjusted, else empty."""
-    winner = source.winner
+    winner = source.delivered
     if winner is None or winner.classes is None or winner.classes.split == winner.splits[-1]:
         return ""
     return " This sweep has stored its classes as trained, before adjustment."
@@ -213,7 +214,7 @@ def calibration(source: ReportData) -> Figure | None:
         if after is not None:
             name = title_in(refit.name, POST_HOC)
             curves.append(_Curve(name, look, *_confidence_points(name, after, record.num_seeds)))
-        if after is None or refit is source.winner:
+        if after is None or refit is source.delivered:
             points, marks = _confidence_points(refit.name, before, record.num_seeds)
             curves.append(_Curve(refit.name, look, points, marks, 1 if after is None else PALE))
 
@@ -221,7 +222,7 @@ def calibration(source: ReportData) -> Figure | None:
         axes.plot([0, 1], [0, 1], "--", color=PALETTE["faint"][0], linewidth=1.2, gid=titles(["perfect calibration"]))
         axes.xaxis.set_major_formatter(percent_tick)
 
-    is_adjusted = source.winner is not None and source.winner.adjusted_bins is not None
+    is_adjusted = source.delivered is not None and source.delivered.adjusted_bins is not None
     pale = " Pale: the winner as trained. Its export has the adjustment, temperature included." if is_adjusted else ""
     texts = ("calibration", "Calibration", f"Below the diagonal a model is surer than it should be.{pale}")
     return _figure_of(curves, texts, ("confidence", "accuracy", "images_over_seeds"), "confidence (%)", draw)

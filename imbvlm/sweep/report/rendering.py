@@ -14,13 +14,14 @@ from imbvlm.base.version import __version__
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.second_stage_registry import SECOND_STAGES
-from imbvlm.sweep.records.difference import POST_HOC, title_in
+from imbvlm.sweep.records.difference import title_in
 from imbvlm.sweep.records.trial_log import describe_trial
 from imbvlm.sweep.report.plotting import Table, figure_css
 from imbvlm.sweep.report.report_content import ReportContent
 from imbvlm.sweep.report.report_statistics import search_bias_note
 from imbvlm.sweep.report.score_tables import MAX_ROWS
 from imbvlm.sweep.report.search_plots import objective_name
+from imbvlm.training.test_predictions import POST_HOC
 
 _FOLDER = "imbvlm.sweep.report"
 _TEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {

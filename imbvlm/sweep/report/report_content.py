@@ -7,23 +7,29 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import duration, join_limited, percent, pluralize
+from imbvlm.base.formatting import Z95, duration, join_limited, mean_std, percent, pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.longtail.metrics import balanced_standard_error
 from imbvlm.sweep.plan.feasibility import data_counts, num_folds
-from imbvlm.sweep.records.difference import Verdict, title_in, verdict_on_test
+from imbvlm.sweep.records.difference import Verdict, delivered_verdict, title_in
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import encoder_notes, verdict
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.records.winner_selection import MAX_HALF_WIDTH
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
 from imbvlm.sweep.report.plotting import Figure, Table
-from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.report.report_data import PerClassResults, ReportData, ScoredRefit
 from imbvlm.sweep.report.report_statistics import importances, rungs
 from imbvlm.sweep.report.score_tables import ConfusedPair
 from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
+
+# Classes whose accuracies stand in large type.
+GROUPS = ("balanced", "top1", *SHOT_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def build(source: ReportData) -> ReportContent:
         "study": [] if source.best is None else study_tables.study_tables(source),
         "result": [
             score_tables.scores(source),
+            score_tables.blend(source),
             score_tables.margins(source),
             study_tables.fresh_gap(source),
             score_tables.over_seeds(source),
@@ -156,7 +163,7 @@ def _verdict(source: ReportData) -> Verdict:
     """The winner against the baselines: on the test split if it was scored, else on validation."""
     if source.best is None:
         return Verdict("No trial has given a result yet.", "", False)
-    on_test = None if source.winner is None else verdict_on_test(source.log, source.winner.records, "the winner")
+    on_test = delivered_verdict(source.log, source.spec.objective)
     if on_test is not None:
         return on_test
     sentence = verdict(source.log, source.spec)
@@ -165,35 +172,61 @@ def _verdict(source: ReportData) -> Verdict:
 
 
 def _facts(source: ReportData) -> list[HeadlineNumber]:
-    """The winner's accuracies on the test split; without one what may be claimed of it, or the best trial's validation.
+    """Accuracies of the delivered model on the test split; without one what may be claimed of it, or a validation.
 
     A validation score of the best of many trials is too high, and a claim is not.
     """
-    if not source.has_test and source.selection is not None and source.selection.claims:
+    if source.has_test and source.delivered is not None:
+        return _test_facts(source, source.delivered)
+    if source.selection is not None and source.selection.claims:
         return [_claimed(metric, claim, source.selection.basis) for metric, claim in source.selection.claims.items()]
-    groups, objective = ("balanced", "top1", *SHOT_GROUPS), source.spec.objective
-    if source.winner is not None and source.has_test:
-        exported = (source.winner, source.winner.splits[-1])
-        models = []
-        for refit, split in [exported, *(shown for shown in class_plots.shown_splits(source) if shown != exported)]:
-            scores = {group: refit.values_in(split, f"{group}_accuracy") for group in groups}
-            name = "as trained" if refit is source.winner else title_in(refit.name, split)
-            models.append((name, {group: statistics.fmean(values) for group, values in scores.items() if values}))
-        where = ""
-    else:
-        records = [source.best, *source.log.best(objective, "baseline")[:2]] if source.best is not None else []
-        epochs = [(record.name, record.best_epoch(objective) or {}) for record in records]
-        keys = {group: f"val/{group}_accuracy" for group in groups}
-        models = [(name, {group: epoch[key] for group, key in keys.items() if key in epoch}) for name, epoch in epochs]
-        where = ", validation"
+    objective = source.spec.objective
+    records = [source.best, *source.log.best(objective, "baseline")[:2]] if source.best is not None else []
+    epochs = [(record.name, record.best_epoch(objective) or {}) for record in records]
     return [
         HeadlineNumber(
-            f"{score_tables.group_name(group)}{where}", f"{percent(models[0][1][group])} %",
-            tuple(f"{name} {percent(values[group])}" for name, values in models[1:] if group in values),
+            f"{score_tables.group_name(group)}, validation",
+            f"{percent(epochs[0][1][key])} %",
+            tuple(f"{name} {percent(epoch[key])}" for name, epoch in epochs[1:] if key in epoch),
         )
-        for group in groups
-        if models and group in models[0][1]
-    ]  # fmt: skip
+        for group, key in ((group, f"val/{group}_accuracy") for group in GROUPS)
+        if epochs and key in epochs[0][1]
+    ]
+
+
+def _test_facts(source: ReportData, delivered: ScoredRefit) -> list[HeadlineNumber]:
+    """The delivered model's accuracies with their 95 % intervals; as notes those of its seeds and of the baselines."""
+    split = delivered.splits[-1]
+    others = [(refit, side) for refit, side in class_plots.shown_splits(source) if (refit, side) != (delivered, split)]
+    facts = []
+    for group in GROUPS:
+        metric = f"{group}_accuracy"
+        values = delivered.values_in(split, metric)
+        if not values:
+            continue
+        half_width, rows = _interval(delivered.classes, group)
+        runs = source.delivered_runs
+        seeds = [] if runs is None or runs is delivered else runs.values_in(runs.splits[-1], metric)
+        notes = [rows, *([f"over {len(seeds)} seeds {mean_std(seeds)}"] if len(seeds) > 1 else [])]
+        for refit, side in others:
+            name = "as trained" if refit is delivered else title_in(refit.name, side)
+            theirs = refit.values_in(side, metric)
+            notes += [f"{name} {percent(statistics.fmean(theirs))}"] if theirs else []
+        value = f"{percent(statistics.fmean(values))}{half_width} %"
+        facts.append(HeadlineNumber(score_tables.group_name(group), value, [note for note in notes if note]))
+    return facts
+
+
+def _interval(classes: PerClassResults | None, group: str) -> tuple[str, str]:
+    """A 95 % interval's half-width such as ` ± 2.1`, by the sampling of images in each class, and their number."""
+    if classes is None:
+        return "", ""
+    members = classes.stats.shot_groups.get(group, np.arange(len(classes.total)))
+    correct, total = classes.correct[members] / classes.num_seeds, classes.total[members] // classes.num_seeds
+    if group == "top1":
+        correct, total = correct.sum(keepdims=True), total.sum(keepdims=True)
+    rows = f"{total.sum():,} test images in {pluralize(int((classes.total[members] > 0).sum()), 'class')}"
+    return f" ± {percent(Z95 * balanced_standard_error(correct, total))}", rows
 
 
 def _claimed(metric: str, claim: Claim, basis: str) -> HeadlineNumber:

@@ -13,18 +13,20 @@ import numpy.typing as npt
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.json_file import read_json
+from imbvlm.longtail.blending import BlendMember
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.sweep.records.difference import POST_HOC, TEST, splits_of, title_in, values_in
+from imbvlm.sweep.records.difference import splits_of, title_in, values_in
 from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
-from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.per_class_results import PER_CLASS_FILE
+from imbvlm.training.test_predictions import POST_HOC, TEST
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,29 @@ class ReportData:
         if not log.records:
             raise ImbvlmError(f"{folder} has no trial yet, so there is nothing to report.")
         by_name: dict[str, list[TrialRecord]] = {}
-        for record in log.of("refit"):
+        for record in [*log.of("delivered"), *log.of("refit")]:
             if record.epochs and record.state == "finished":
                 by_name.setdefault(record.name, []).append(record)
-        order = sorted(by_name, key=lambda name: (name != WINNER, name == "zero-shot", name))
+        first = (DELIVERED, BLEND, WINNER)
+        order = sorted(by_name, key=lambda name: (name not in first, name == "zero-shot", name))
+        order.sort(key=lambda name: first.index(name) if name in first else len(first))
         scored = tuple(_scored(folder, name, by_name[name]) for name in order)
         readings = read_readings(folder)
         read_at = None if readings is None else readings["read_at"]
         return ReportData(folder, spec, log, scored, read_quarantine(folder), read_at)
 
     @property
-    def winner(self) -> ScoredRefit | None:
-        """The winner's refits; None if there are none."""
-        return next((refit for refit in self.scored if refit.name == WINNER), None)
+    def delivered(self) -> ScoredRefit | None:
+        """The delivered model as exported, or the winner's refits in sweeps of version 0.1; None without them."""
+        return self._named(DELIVERED) or self._named(WINNER)
+
+    @property
+    def delivered_runs(self) -> ScoredRefit | None:
+        """The delivered model's runs, one per seed: a blend's, or the winner's refits; None without them."""
+        return self._named(BLEND) or self._named(WINNER)
+
+    def _named(self, name: str) -> ScoredRefit | None:
+        return next((refit for refit in self.scored if refit.name == name), None)
 
     @property
     def references(self) -> list[ScoredRefit]:
@@ -136,21 +148,26 @@ class ReportData:
 
     @property
     def headline(self) -> list[ScoredRefit]:
-        """The refits in figures: the winner and the baselines, of heads the best one."""
+        """What figures show: the delivered model and the baselines, of heads the best one."""
         references = self.references
         heads = [refit for refit in references if refit.records[0].config["method"] in HEADS]
         shown = [refit for refit in references if refit not in heads[1:]]
-        return [*([] if self.winner is None else [self.winner]), *shown]
+        return [*([] if self.delivered is None else [self.delivered]), *shown]
 
     @property
     def classes(self) -> PerClassResults | None:
-        """Results per class of the winner as exported, or of the first refit that has them."""
+        """Results per class of the delivered model, or of the first refit that has them."""
         return next((refit.classes for refit in self.scored if refit.classes is not None), None)
 
     @cached_property
     def selection(self) -> Selection | None:
         """What validation has selected; None before, and where the objective selects."""
         return read_selection(self.folder)
+
+    @property
+    def members(self) -> tuple[BlendMember, ...]:
+        """The members of the delivered blend; none where a single trial is delivered."""
+        return () if self.selection is None else self.selection.members
 
     @cached_property
     def best(self) -> TrialRecord | None:

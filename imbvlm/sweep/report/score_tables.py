@@ -12,7 +12,8 @@ import numpy as np
 
 from imbvlm.base.formatting import duration, mean_std, percent
 from imbvlm.longtail.metrics import per_class_accuracy
-from imbvlm.sweep.records.difference import ALL_SPLITS, POST_HOC, difference_on_test, splits_of, title_in
+from imbvlm.sweep.records.difference import ALL_SPLITS, difference_on_test, splits_of, title_in
+from imbvlm.sweep.records.resource_usage import throughput_key
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
@@ -25,6 +26,7 @@ from imbvlm.sweep.records.summary_tables import (
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData
+from imbvlm.training.test_predictions import POST_HOC
 
 NUM_BEST = 12
 NUM_CLASSES = 8
@@ -54,22 +56,38 @@ def scores(source: ReportData) -> Table | None:
     return Table("scores", "Test split", header, rows, caption=caption)
 
 
+def blend(source: ReportData) -> Table:
+    """The members of the delivered blend, the largest weight first, with what each adds and what its pass costs."""
+    paces = {} if source.compute.paces is None else source.compute.paces.seconds
+    rows = []
+    for member in source.members:
+        record = source.log.records[member.name]
+        key = throughput_key(record.trial_config())
+        cost = f"{1000 * paces[key]:.3g}" if key in paces else "-"
+        numbers = (f"{member.weight:.2f}", f"{member.gain:+.3f}")
+        rows.append([member.name, record.name or describe_trial(record), *numbers, key, cost])
+    caption = (
+        "Logits of members, averaged by weight. `adds`: class-balanced log-likelihood on validation above the blend "
+        "without it. Members of one encoder and size share its pass over an image; milliseconds are those of the "
+        "sweep's whole cluster."
+    )
+    return Table("blend", "The blend", ["member", "what", "weight", "adds", "pass", "ms an image"], rows, 2, caption)
+
+
 def margins(source: ReportData) -> Table | None:
-    """The gain of the winner as exported over each baseline by shot group, with its 95 % interval."""
-    winner = source.winner
+    """The gain of the delivered model over each baseline by shot group, over seeds, with its 95 % interval."""
+    winner = source.delivered_runs
     if winner is None:
         return None
     shown, rows = [metric for metric in ACCURACIES if winner.values(f"test/{metric}")], []
     for other, split in [(refit, split) for refit in source.references for split in refit.splits]:
-        difference = difference_on_test(winner.records, other.records, split, other.name)
+        difference = difference_on_test(source.log, winner.records, other.records, split, other.name)
         if difference is not None:
             gains = (
                 _gain(winner.values_in(winner.splits[-1], metric), other.values_in(split, metric)) for metric in shown
             )
             interval = (
-                "-"
-                if difference.standard_error is None
-                else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+                "-" if math.isinf(difference.low) else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
             )
             rows.append([f"over {difference.other}", *gains, interval])
     caption = (
@@ -223,7 +241,7 @@ def group_name(group: str) -> str:
 def compared_classes(source: ReportData) -> list[tuple[str, PerClassResults]]:
     """Titles and results per class, as exported, of the winner and the first baseline that have them."""
     shown = [refit for refit in source.headline if refit.classes is not None]
-    num_compared = 2 if source.winner in shown else 1
+    num_compared = 2 if source.delivered in shown else 1
     return [(title_in(item.name, item.classes.split), item.classes) for item in shown[:num_compared] if item.classes]
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from imbvlm.base.formatting import mean_std
-from imbvlm.sweep.records.difference import FIVE_CROPS, TEST, splits_of
+from imbvlm.sweep.records.difference import FIVE_CROPS, splits_of
 from imbvlm.sweep.records.refit_selection import fresh_name, listed_names
 from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -16,6 +16,7 @@ from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.published_recipes import published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
 from imbvlm.sweep.spec.sweep_spec import StudyTable
+from imbvlm.training.test_predictions import TEST
 
 SCORES = {
     "top1_accuracy": "overall",

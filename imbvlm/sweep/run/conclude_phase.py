@@ -7,10 +7,11 @@ from imbvlm.base.formatting import duration
 from imbvlm.base.plugin_files import plugin_options
 from imbvlm.base.text_tables import table
 from imbvlm.base.yaml_file import dump_yaml
-from imbvlm.sweep.export.exporter import best_config, write_best
+from imbvlm.sweep.export.delivered_export import BLEND_FILE, write_blend_file
+from imbvlm.sweep.export.trial_export import best_config, write_best
 from imbvlm.sweep.plan.feasibility import untried_methods
 from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
-from imbvlm.sweep.records.difference import refits_of, verdict_on_test
+from imbvlm.sweep.records.difference import delivered_verdict
 from imbvlm.sweep.records.refit_selection import SUPERSEDED
 from imbvlm.sweep.records.resource_usage import compute_text
 from imbvlm.sweep.records.summary_tables import (
@@ -22,7 +23,7 @@ from imbvlm.sweep.records.summary_tables import (
     verdict,
 )
 from imbvlm.sweep.records.sweep_folder import UNFINISHED_FILE
-from imbvlm.sweep.records.trial_log import WINNER
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER
 from imbvlm.sweep.records.winner_selection import describe_selection
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_writer import write_report_of, write_tables
@@ -46,6 +47,9 @@ def conclude(run: SweepRun, seconds: float) -> None:
     _print_scores(run, data)
     _print_tables(run, data)
     write_best(run.folder, best, run.spec.base["data"]["manifest"])
+    is_blend = run.selection is not None and bool(run.selection.members)
+    if run.selection is not None and is_blend:
+        write_blend_file(run.folder, run.selection, run.log)
     page = report(run, data)
     # Deleted last: a signal before this point leaves a sweep that can be resumed.
     if not run.num_refits_left:
@@ -54,6 +58,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     echo(f"best: {best.trial_id} of {run.folder}, after {duration(seconds)}")
     for name, content in (
         ("best.yaml", "its configuration"),
+        *([(BLEND_FILE, "the delivered blend's members")] if is_blend else []),
         *([(page.rpartition("/")[2], "the report, one page for a browser")] if page else []),
         ("results.parquet", "every trial"),
         *([("tables/", "the tables above as CSV and LaTeX")] if run.spec.study else []),
@@ -98,12 +103,12 @@ def _write_pareto(run: SweepRun) -> None:
 def _print_scores(run: SweepRun, data: ReportData) -> None:
     """Print the test scores of winner and baselines, and what is adjusted after training."""
     echo = run.console.print
-    names = [WINNER, *(scored.name for scored in data.references)]
+    names = [DELIVERED, BLEND, WINNER, *(scored.name for scored in data.references)]
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
         echo("\n".join([scores_table(shown, run.console.width), *encoder_notes(run.log, run.spec)]))
-        on_test = verdict_on_test(run.log, refits_of(run.log, WINNER), "the winner")
+        on_test = delivered_verdict(run.log, run.spec.objective)
         if on_test is not None:
             echo(str(on_test))
         if data.classes is not None and data.classes.averaged_over:
@@ -114,7 +119,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
             "`imbvlm manifest build --test-share 0.2`, in a folder test/ next to train/, or as rows of that split"
         )
     for name, selection in run.adjustments.items():
-        if name in {scored.name for scored in data.headline}:
+        if name in {WINNER, *(scored.name for scored in data.headline)}:
             echo(describe_post_hoc(name, selection, run.scored))
 
 

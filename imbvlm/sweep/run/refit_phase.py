@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import select_adjustments, write_post_hoc
+from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members, score_delivered
 from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
@@ -29,10 +30,10 @@ def refit(run: SweepRun) -> None:
     run.budget.enter("features")
     test_features = extract_splits(run, ("test",)) if "test" in run.manifest.splits else {}
     run.budget.enter("refits")
-    run.selection = select_winner(run.folder, run.log, run.spec)
+    run.selection = select_winner(run.folder, run.log, run.spec, len(run.manifest.rows_of("test")))
     if run.selection is not None:
         write_selection(run.folder, run.selection)
-        run.log.winner_id = run.selection.winner
+        run.log.selected = run.selection.selected
     selected = refits(run.log, run.spec)
     jobs = [
         Job(chosen.trial_id(seed, run.log), "refit", chosen.name, config)
@@ -43,10 +44,19 @@ def refit(run: SweepRun) -> None:
     waiting = run.unfinished(jobs)
     run.adjustments = select_adjustments(run.folder, selected, run.log, run.spec)
     write_post_hoc(run.folder, run.adjustments)
+    members = delivered_members(run.folder, run.log, run.spec, run.selection)
+    member_names = {member.refit.name for member in members}
     if waiting and run.budget.exhausted() is None:
-        models = "everything" if run.spec.study else "the winner and the baselines"
+        blend = ", the blend's members" if len(members) > 1 else ""
+        models = "everything" if run.spec.study else f"the winner{blend} and the baselines"
         run.console.print(f"refitting {models} on all training images: {pluralize(len(waiting), 'run')}")
-        run_fixed_jobs(run, waiting, lambda job: _refit_settings(run, job, test_features), "refit", len(jobs))
+        run_fixed_jobs(
+            run,
+            waiting,
+            lambda job: _refit_settings(run, job, test_features, keeps_logits=job.name in member_names),
+            "refit",
+            len(jobs),
+        )
     run.num_refits_left = len(run.unfinished(jobs))
     _report_left(run, len(jobs))
     failed = [record for record in run.log.of("refit") if record.state == "failed"]
@@ -56,13 +66,26 @@ def refit(run: SweepRun) -> None:
     run.scored += [
         record for record in run.log.of("refit") if record.name.startswith(SUPERSEDED) and record.state in ENDED
     ]
-    write_results_table(run.log)
     if test_features:
         _write_reading(run)
+        _score_delivered(run, members)
+    write_results_table(run.log)
     run.budget.keep(now=True)
 
 
-def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet]) -> TrialSettings:
+def _score_delivered(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
+    """Score the model that the sweep delivers, once all its refits are there."""
+    if run.num_refits_left:
+        return
+    reason = score_delivered(run.folder, run.log, members, lambda config: run.features[feature_key(config)].info)
+    if reason is not None:
+        run.console.print(f"the delivered model isn't scored on the test split: {reason}")
+    run.scored = [*run.log.of("delivered"), *run.scored]
+
+
+def _refit_settings(
+    run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet], *, keeps_logits: bool
+) -> TrialSettings:
     features = run.features[feature_key(job.config)]
     test = test_features.get(feature_key(job.config))
     if test is not None:
@@ -72,6 +95,7 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
         trial_settings(run, job, features),
         refit=True,
         score_test=test is not None,
+        keeps_test_logits=keeps_logits,
         model_folder=storage.join(run.folder, "refits", job.trial_id),
         post_hoc=None if selection is None else selection.adjustment,
     )

@@ -65,6 +65,15 @@ def feature_key(config: TrialConfig) -> str:
     return json.dumps(sections, sort_keys=True)
 
 
+def pass_key(config: TrialConfig) -> str:
+    """Return a key that is equal for configurations that share one pass over an image at prediction.
+
+    A method that trains in the encoder has a pass of its own.
+    """
+    trained = config.to_tree() if METHODS[config.method].trains_encoder else None
+    return json.dumps([config.encoder.model_dump(), config.eval.model_dump(), trained], sort_keys=True)
+
+
 def _zero_shot(spec: SweepSpec, params: Params) -> TrialConfig:
     tree = apply_overrides(spec.base, params)
     sections = {key: tree[key] for key in ("data", *FEATURE_SECTIONS) if key in tree}

@@ -52,6 +52,17 @@ if TYPE_CHECKING:
 else:
     SearcherConfig = SAMPLERS.union(is_own=True)
 
+
+class BlendConfig(Section):
+    """Limits of the blend of trials and baselines that a sweep delivers where it beats its best single one."""
+
+    max_members: int = Field(
+        8, ge=1, description="most trials and baselines in the blend; each is refitted over refit_seeds"
+    )
+    max_passes: int = Field(1, ge=1, description="most encoder passes over an image at prediction")
+    max_gigabytes: float = Field(4.0, gt=0, description="most validation logits of trials that are kept as candidates")
+
+
 DEFAULT_OBJECTIVE = "val/balanced_accuracy"
 # The default folder of sweeps and features.
 LOCAL_STORAGE = "runs"
@@ -163,6 +174,10 @@ class SweepSpec(Section):
     confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="without a trial's own seed")
     refit_seeds: list[Seed] = Field(
         [0, 1, 2], min_length=1, description="seeds of the winner's and the baselines' refits on all training images"
+    )
+    blend: BlendConfig | None = Field(
+        BlendConfig(),
+        description="the blend of trials and baselines, where the log-likelihood selects; null: the best single one",
     )
     study: list[StudyTable] = Field(
         [], description="tables of listed configurations, each refitted and scored as the winner is"
@@ -296,6 +311,11 @@ class SweepSpec(Section):
         if self.select_by is not None or self.study or self.other_objectives:
             return self.select_by == "log_likelihood"
         return self.objective == DEFAULT_OBJECTIVE
+
+    @property
+    def blends(self) -> BlendConfig | None:
+        """The limits of a blend; None where the sweep delivers a single trial."""
+        return self.blend if self.selects_by_likelihood else None
 
     @property
     def cpus_per_trial(self) -> float:

@@ -28,8 +28,9 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.sweep.export.exporter import check_trained_on, export_sweep, pareto_set
+from imbvlm.sweep.export.exporter import export_sweep, pareto_set
 from imbvlm.sweep.export.model_card import CardContext, model_card
+from imbvlm.sweep.export.trial_export import check_trained_on
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
@@ -434,7 +435,7 @@ def test_an_export_that_is_cut_off_leaves_the_one_before_or_can_be_repeated(
     before = {path: (out / path).read_bytes() for path in exported_files(out)}
     with monkeypatch.context() as patch:
         if step == "write_model":
-            patch.setattr("imbvlm.sweep.export.exporter.write_model", interrupt)
+            patch.setattr("imbvlm.sweep.export.trial_export.write_model", interrupt)
         else:
             patch.setattr("imbvlm.sweep.export.export_folder.storage.delete", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -468,7 +469,7 @@ def test_a_sweep_that_cannot_be_written_to_is_exported_all_the_same(searched: Pa
 def test_nothing_is_left_where_an_export_could_not_be_written(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imbvlm.sweep.export.exporter.write_model", interrupt)
+    monkeypatch.setattr("imbvlm.sweep.export.trial_export.write_model", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_sweep(str(searched), str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -71,11 +71,14 @@ def test_no_trial_starts_beyond_max_trials() -> None:
 
 def test_the_refits_share_is_what_their_trials_took(tmp_path: Path) -> None:
     log = TrialLog.read(str(write_sweep(tmp_path / "a", [120, 60, 30, 12], refits=False)))
-    spec = sweep_spec()
+    spec = sweep_spec(blend=None)
     winner, probe, zero_shot = refits(log, spec)
     each = [winner.record.seconds()] * 2 + [probe.record.seconds()] * 2 + [zero_shot.record.seconds()]
     assert refit_seconds(log, spec, 2) == max(sum(each) / 2, max(each))
     assert refit_seconds(TrialLog("nowhere"), spec, 2) == 0
+    blended = sweep_spec(blend={"max_members": 3})
+    each += [record.seconds() for record in log.ranked(spec.objective)[:2] for _ in spec.refit_seeds]
+    assert refit_seconds(log, blended, 2) == max(sum(each) / 2, max(each)), "members that may join the winner"
 
 
 def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path: Path) -> None:

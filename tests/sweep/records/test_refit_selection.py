@@ -7,6 +7,7 @@ from pathlib import Path
 from trial_records import BASE, log_of, record
 
 from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.trial_log import Selected
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
 SPEC = SweepSpec(name="s", base={**BASE, "method": "decoder"}, space={"parameters": {}}, refit_seeds=[3, 4])
@@ -74,7 +75,7 @@ def test_a_baseline_that_wins_after_a_resumption_is_not_taken_for_the_earlier_wi
     )
     log.records[old.trial_id] = old
     assert before.trial_id(3, log) == old.trial_id
-    log.winner_id = head.trial_id
+    log.selected = Selected(head.trial_id, (), {head.trial_id: -1.0})
     winner, baseline = refits(log, SPEC)
     assert (winner.name, winner.seeds, winner.trial_id(0, log)) == ("winner", (0,), "refit-winner-seed0")
     log.records["refit-winner-seed0"] = old.model_copy(update={"trial_id": "refit-winner-seed0"})

@@ -115,12 +115,12 @@ def test_a_baseline_may_win_and_then_no_win_is_shown(log: TrialLog, spec: SweepS
     selection = selected(log, spec)
     assert selection.winner == "b00001"
     assert "the baseline b00001" in describe_selection(selection, log, spec, has_test=True)
-    log.winner_id = selection.winner
+    log.selected = selection.selected
     assert log.best_trial(spec.objective).trial_id == "t00001"
     chosen = refits(log, spec)
     assert [(refit.name, refit.record.trial_id) for refit in chosen] == [(WINNER, "b00001"), ("linear probe", "b00001")]
     refit = add(log, "refit-winner-seed0", 0.9, logits(0, 1.0), "refit", WINNER)
-    verdict = verdict_on_test(log, [refit], "the winner")
+    verdict = verdict_on_test(log, [refit], "the winner", spec.objective)
     assert not verdict.is_win
     assert verdict.statement == "No win is shown: validation selected the baseline linear probe itself."
 
@@ -167,7 +167,7 @@ def test_claims_are_of_the_selection_and_below_the_best_of_many(log: TrialLog, s
         values = logits(number, 2.0)
         add(log, f"t{number:05d}", 0.5, values)
         accuracies.append(float((values.argmax(dim=1) == targets()).double().mean()))
-    claim = selected(log, spec).claims["balanced_accuracy"]
+    claim = selected(log, sweep_spec(blend=None)).claims["balanced_accuracy"]
     truth = sum(accuracies) / len(accuracies)
     assert claim.value == pytest.approx(truth, abs=0.03)
     assert claim.value < max(accuracies)

@@ -132,7 +132,10 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path: Path) -> Non
     assert re.fullmatch(r"It is \d+\.\d points above zero-shot \(95 % interval .*\)\.", report.verdict.details)
     facts = {fact.label: fact for fact in report.facts}
     assert list(facts) == ["balanced", "overall", "many-shot", "medium-shot", "few-shot", "no training"]
-    assert [note.rpartition(" ")[0] for note in facts["few-shot"].notes] == ["linear probe", "zero-shot"]
+    few = facts["few-shot"]
+    assert re.fullmatch(r"\d+\.\d ± \d+\.\d %", few.value)
+    assert re.fullmatch(r"\d+ test images in \d+ classes", few.notes[0])
+    assert [note.rpartition(" ")[0] for note in few.notes[1:]] == ["linear probe", "zero-shot"]
     shown = show_text(SweepState.read(str(folder)))
     assert f"{report.verdict.statement} {report.verdict.details}" in shown
 
@@ -191,10 +194,10 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS, gain=0.2, adjusted=adjusted)))
     report = build(source)
     figures, tables = ({item.name: item for item in items} for items in (report.all_figures, report.all_tables))
-    ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.winner.records]
-    assert report.facts[0].value == f"{100 * np.mean(ours):.1f} %"
+    ours = [record.epochs[-1]["test_post_hoc/balanced_accuracy"] for record in source.delivered.records]
+    assert report.facts[0].value.startswith(f"{100 * np.mean(ours):.1f} ± ")
     names = ["as trained", "linear probe", "linear probe, post hoc", "zero-shot"]
-    assert [note.rpartition(" ")[0] for note in report.facts[0].notes] == names
+    assert [note.rpartition(" ")[0] for note in report.facts[0].notes[1:]] == names
     assert report.verdict.statement.startswith("The winner, post hoc, is ")
     # A user who counts what predict says of the test images has one seed's model.
     text = page_of(tmp_path / "made")
@@ -209,8 +212,8 @@ def test_large_numbers_classes_and_verdict_are_of_the_model_that_is_exported(tmp
     assert tables["class_groups"].caption.endswith("winner, post hoc compared with linear probe, post hoc.")
     mean = np.mean([float(cell) for cell in (row[4] for row in tables["per_class"].rows)])
     assert list(tables["per_class"].header[4:6]) == ["winner_accuracy", "winner, post hoc_accuracy"]
-    assert mean == pytest.approx(np.mean(source.winner.values("test/balanced_accuracy")), abs=1e-4)
-    after = source.winner.classes
+    assert mean == pytest.approx(np.mean(source.delivered.values("test/balanced_accuracy")), abs=1e-4)
+    after = source.delivered.classes
     assert (after.correct / after.total).mean() == pytest.approx(np.mean(ours))
     assert source.classes is after
     assert text.count("Post hoc: logits adjusted after training") == 1
@@ -517,7 +520,7 @@ def test_a_figures_numbers_are_those_of_the_records(tmp_path: Path) -> None:
     assert max(front) == pytest.approx(best, abs=1e-5)
     winner = [row for row in figures["shot_groups"] if row["what"] == "winner" and row["group"] == "few"]
     assert float(winner[0]["accuracy"]) == pytest.approx(
-        sum(source.winner.values("test/few_shot_accuracy")) / 2, abs=1e-5
+        sum(source.delivered.values("test/few_shot_accuracy")) / 2, abs=1e-5
     )
 
 
@@ -527,7 +530,7 @@ def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path: Path) 
     (probe,) = [reference for reference in source.references if reference.name == "linear probe"]
     row = dict(zip(table.header, next(row for row in table.rows if row[0] == "over linear probe"), strict=True))
     for group, heading in (("top1", "overall"), ("few_shot", "few")):
-        ours, theirs = (scored.values(f"test/{group}_accuracy") for scored in (source.winner, probe))
+        ours, theirs = (scored.values(f"test/{group}_accuracy") for scored in (source.delivered, probe))
         gain, spread_ = (
             100 * (np.mean(ours) - np.mean(theirs)),
             100 * np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)),

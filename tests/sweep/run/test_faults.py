@@ -132,6 +132,28 @@ def test_a_killed_driver_goes_on(
     assert_same_end(sweep, quiet)
 
 
+def test_a_driver_killed_between_refits_delivers_the_same_model(
+    quiet: Sweep, sweep: Sweep, order: Callable[..., Any]
+) -> None:
+    """The members of its blend are chosen again, and no refit reads the test split twice."""
+    with order(loss_seconds=0.1):
+        sweep.start()
+        sweep.wait_for(lambda: any(record["state"] == "finished" for record in sweep.records("refit").values()))
+        os.kill(sweep.process.pid, signal.SIGKILL)
+        sweep.process.wait()
+    read = [key for key, record in sweep.records("refit").items() if record["state"] == "finished"]
+    assert not sweep.records("delivered")
+    before = sweep.records("refit")
+    assert "resuming" in sweep.run("--resume")
+    assert {key: sweep.records("refit")[key] for key in read} == {key: before[key] for key in read}
+    assert_same_end(sweep, quiet)
+    delivered, expected = (
+        {key: record["epochs"] for key, record in each.records("delivered").items()} for each in (sweep, quiet)
+    )
+    assert delivered == expected
+    assert delivered
+
+
 def children(pid: int, name: str) -> list[int]:
     """Processes of that name which a process has started."""
     pids = [int(text) for path in Path(f"/proc/{pid}/task").glob("*/children") for text in path.read_text().split()]

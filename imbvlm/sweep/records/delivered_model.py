@@ -1,0 +1,202 @@
+"""The model that a sweep delivers: the winner, or a blend of trials and baselines, and its scores on the test split.
+
+Its logits are the weighted sum of its members' adjusted logits. A member counts as it is exported: by the mean of its
+refits where that is the mean of their logits, else by the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbvlm.base import storage
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.inference.blend_merging import is_affine
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.logits import at_least_float32
+from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
+from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
+from imbvlm.sweep.records.adjustment_selection import read_adjustment
+from imbvlm.sweep.records.difference import refits_of
+from imbvlm.sweep.records.refit_selection import SUPERSEDED, Refit, refits
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import Selection
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.checkpoint import load_model_tensors
+from imbvlm.training.evaluator import EvalResult
+from imbvlm.training.per_class_results import PER_CLASS_FILE, split_results, write_per_class_results
+from imbvlm.training.test_predictions import TEST, TestPredictions
+
+
+@dataclass(frozen=True)
+class DeliveredMember:
+    """A member by its refit, whose logits as adjusted are divided by `temperature` and count by `weight`."""
+
+    refit: Refit
+    adjustment: PostHocAdjustment | None
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+def delivered_members(
+    folder: str, log: TrialLog, spec: SweepSpec, selection: Selection | None
+) -> list[DeliveredMember]:
+    """The members of a sweep's delivered model, the largest weight first; of a single trial the winner."""
+    chosen: dict[str, Refit] = {}
+    for refit in refits(log, spec):
+        if not refit.is_fresh:
+            chosen.setdefault(refit.record.trial_id, refit)
+    if selection is None or not selection.members:
+        winner = next(iter(chosen.values()))
+        return [DeliveredMember(winner, read_adjustment(folder, winner.name))]
+    members = []
+    for member in selection.members:
+        adjustment = read_adjustment(folder, chosen[member.name].name)
+        own = 1.0 if adjustment is None else adjustment.temperature
+        # A blend's temperatures take the place of the members' own.
+        temperature = member.temperature * selection.temperature / own
+        members.append(DeliveredMember(chosen[member.name], adjustment, member.weight, temperature))
+    return members
+
+
+def score_delivered(
+    folder: str, log: TrialLog, members: Sequence[DeliveredMember], info_of: Callable[[TrialConfig], EncoderInfo]
+) -> str | None:
+    """Score the delivered model on the test split from its refits' logits, and add it to the sweep's records.
+
+    A blend is also scored for each seed. Returns the reason where it can't be scored.
+    """
+    runs = [refits_of(log, member.refit.name) for member in members]
+    parts = [_predictions(folder, records) for records in runs]
+    for member, predicted in zip(members, parts, strict=True):
+        if not predicted:
+            return f"{member.refit.name} has no refit with logits of the test split"
+    first, labels = parts[0][0], parts[0][0].labels
+    if not all(part.has_rows_of(first) for predicted in parts for part in predicted):
+        return "its members were scored on different images"
+    key, num_seeds = _key(members), max(map(len, parts))
+    names = {f"{DELIVERED}-{key}": DELIVERED}
+    names |= {f"{BLEND}-{key}-{number}": BLEND for number in range(num_seeds if len(members) > 1 else 0)}
+    if not names.keys() <= log.records.keys():
+        descriptions = [_class_file(folder, records[0]) for records in runs]
+        stats = ClassStats.from_counts(descriptions[0]["class_counts"], descriptions[0]["split_counts"])
+        totals = [torch.zeros(len(labels), stats.num_classes) for _ in range(1 + num_seeds)]
+        for member, records, predicted in zip(members, runs, parts, strict=True):
+            _add(totals, folder, member, records, predicted, info_of)
+        for (trial_id, name), logits in zip(names.items(), totals, strict=False):
+            _save(folder, log, members[0], trial_id, name, logits, first, stats, _summed(descriptions))
+    # An earlier run of the sweep may have delivered another model, whose scores stay.
+    for record in log.of("delivered"):
+        name = names.get(record.trial_id, f"{SUPERSEDED}{record.name.removeprefix(SUPERSEDED)}")
+        if record.name != name:
+            record.name = name
+            log.save(record)
+    return None
+
+
+def _add(
+    totals: Sequence[Tensor],
+    folder: str,
+    member: DeliveredMember,
+    records: Sequence[TrialRecord],
+    predicted: Sequence[TestPredictions],
+    info_of: Callable[[TrialConfig], EncoderInfo],
+) -> None:
+    """Add a member's logits to those of the model as exported, the first of the totals, and of each seed."""
+    logits = [_logits(part) for part in predicted]
+    tensors = load_model_tensors(storage.join(folder, "refits", records[0].trial_id))
+    config, num_classes = records[0].trial_config(), totals[0].shape[1]
+    is_mean = len(logits) > 1 and is_affine(config, info_of(config), num_classes, tensors)
+    exported = torch.stack(logits).mean(dim=0) if is_mean else logits[0]
+    by_seed = [logits[number % len(logits)] for number in range(len(totals) - 1)]
+    for total, own in zip(totals, (exported, *by_seed), strict=True):
+        total += member.weight / member.temperature * own
+
+
+def _key(members: Sequence[DeliveredMember]) -> str:
+    """A short key that differs for other members, weights or temperatures."""
+    content = [[member.refit.record.trial_id, member.weight, member.temperature] for member in members]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+def _save(
+    folder: str,
+    log: TrialLog,
+    member: DeliveredMember,
+    trial_id: str,
+    name: str,
+    logits: Tensor,
+    rows: TestPredictions,
+    stats: ClassStats,
+    description: Mapping[str, Any],
+) -> None:
+    """Write a record with scores, and results by row and by class; the record has the first member's configuration."""
+    result, own_folder = _evaluated(logits, rows.labels), storage.join(folder, "refits", trial_id)
+    replace(rows, predicted={TEST: result.predicted}, logits=None).write(own_folder)
+    results = {TEST: split_results(rows.labels.numpy(), rows.rows.numpy(), result)}
+    write_per_class_results(own_folder, {**description, "splits": results})
+    scores = {f"{TEST}/{metric}": value for metric, value in result.metrics(stats).items()}
+    now = time.time()
+    log.save(
+        TrialRecord(
+            trial_id=trial_id,
+            kind="delivered",
+            name=name,
+            state="finished",
+            config=member.refit.config.to_tree(),
+            epochs=[{"epoch": 1.0, **scores}],
+            started_at=now,
+            ended_at=now,
+        )
+    )
+
+
+def _evaluated(logits: Tensor, labels: Tensor) -> EvalResult:
+    """Counts and predictions of logits (N, C); rows of NaN are unreadable images."""
+    counters, bins = ClassCounters(logits.shape[1]), CalibrationBins()
+    predicted = torch.full((len(labels),), -1)
+    for start in range(0, len(labels), CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
+        classes, is_valid = predictions(logits[rows])
+        counters.update(logits[rows][is_valid], labels[rows][is_valid])
+        bins.update(logits[rows][is_valid], labels[rows][is_valid])
+        predicted[rows] = torch.where(is_valid, classes, -1)
+    return EvalResult(counters, bins, predicted)
+
+
+def _logits(predicted: TestPredictions) -> Tensor:
+    assert predicted.logits is not None, "score_delivered leaves out refits without logits"
+    return at_least_float32(predicted.logits)
+
+
+def _predictions(folder: str, records: Sequence[TrialRecord]) -> list[TestPredictions]:
+    """The predictions of all runs, with logits; [] if a run has none."""
+    read = [TestPredictions.read(storage.join(folder, "refits", record.trial_id)) for record in records]
+    predicted = [predictions for predictions in read if predictions is not None and predictions.logits is not None]
+    return predicted if len(predicted) == len(read) else []
+
+
+def _class_file(folder: str, record: TrialRecord) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(
+        storage.read_bytes(storage.join(folder, "refits", record.trial_id, PER_CLASS_FILE))
+    )
+    return content
+
+
+def _summed(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The description of a model with all members: each encoder counts once, and all that was trained."""
+    encoders = {own["tower"]: own["num_parameters"] - own["num_trained_parameters"] for own in descriptions}
+    num_trained = sum(own["num_trained_parameters"] for own in descriptions)
+    return {
+        **descriptions[0],
+        "num_parameters": sum(encoders.values()) + num_trained,
+        "num_trained_parameters": num_trained,
+    }

@@ -1,0 +1,234 @@
+"""The delivered model from a search's logits to predictions: blends and single winners, scored as they are exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_images import TinyImages, extraction_in_this_process
+
+import imbvlm
+from imbvlm.base import storage
+from imbvlm.base.yaml_file import read_yaml
+from imbvlm.cli.sweep_listing import compare_text, show_text
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
+from imbvlm.longtail.blending import Blend, BlendDecision, BlendMember
+from imbvlm.longtail.metrics import per_class_accuracy
+from imbvlm.sweep.export.exporter import export_sweep
+from imbvlm.sweep.records.adjustment_selection import logits_file, select_adjustments, write_post_hoc
+from imbvlm.sweep.records.delivered_model import delivered_members, score_delivered
+from imbvlm.sweep.records.provenance import provenance, write_provenance
+from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.records.winner_selection import Selection, select_winner, write_selection
+from imbvlm.sweep.report.report_content import build
+from imbvlm.sweep.report.report_data import ReportData
+from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.test_predictions import TestPredictions
+from imbvlm.training.trial_session import TrialSession, TrialSettings
+
+OBJECTIVE = "val/balanced_accuracy"
+SEEDS = [0, 1]
+CANDIDATES: list[tuple[str, TrialKind, str, str, dict[str, Any]]] = [
+    ("b00001", "baseline", "zero-shot", "zero_shot", {}),
+    ("b00002", "baseline", "linear probe", "linear_probe", {"optim__lr": 0.05}),
+    ("t00001", "search", "", "linear_probe", {"optim__lr": 0.3, "classifier__kind": "cosine"}),
+    ("t00002", "search", "", "decoder", {"decoder__width": 32, "decoder__num_heads": 2, "decoder__depth": 1}),
+]
+
+
+@dataclass(frozen=True)
+class MadeSweep:
+    """A sweep's folder after its refits, with the problem that it was run on."""
+
+    folder: str
+    problem: TinyImages
+    spec: SweepSpec
+    log: TrialLog
+
+    def settings(self, config: TrialConfig, **fields: Any) -> TrialSettings:
+        return TrialSettings(config, self.problem.features(config), OBJECTIVE, **fields)
+
+    def run(self, trial_id: str, kind: TrialKind, name: str, config: TrialConfig, **fields: Any) -> None:
+        """Run a trial in this process and keep its record."""
+        draw = {} if config.optim is None or kind != "search" else {"optim.lr": config.optim.lr}
+        tree = config.to_tree()
+        record = TrialRecord(trial_id=trial_id, kind=kind, name=name, config=tree, draw=draw, started_at=1.0)
+        for report in TrialSession(torch.device("cpu")).reports(self.settings(config, **fields)):
+            assert report.failure is None
+            record.epochs.append(report.values)
+        record.state, record.ended_at = "finished", 2.0
+        self.log.save(record)
+
+    def deliver(self, members: dict[str, float] | None = None, winner: str = "t00002") -> Selection:
+        """Select, refit and score as a sweep does; winner and members, a blend's weights, are given."""
+        num_test = 15
+        selection = select_winner(self.folder, self.log, self.spec, num_test)
+        assert selection is not None
+        blend = None
+        if members is not None:
+            parts = tuple(BlendMember(name, "", weight, 1.5, 0.1) for name, weight in members.items())
+            blend = Blend(parts, -0.5, 1, (BlendDecision(1, 0.02, 0.01),), ())
+        selection = replace(selection, winner=winner, blend=blend, temperature=0.8)
+        write_selection(self.folder, selection)
+        self.log.selected = selection.selected
+        chosen = refits(self.log, self.spec)
+        adjustments = select_adjustments(self.folder, chosen, self.log, self.spec)
+        write_post_hoc(self.folder, adjustments)
+        delivered = delivered_members(self.folder, self.log, self.spec, selection)
+        names = {member.refit.name for member in delivered}
+        for refit in chosen:
+            for seed, config in refit.seeded():
+                trial_id = refit.trial_id(seed, self.log)
+                if trial_id not in self.log.records:
+                    adjustment = adjustments.get(refit.name)
+                    self.run(
+                        trial_id,
+                        "refit",
+                        refit.name,
+                        config,
+                        refit=True,
+                        score_test=True,
+                        keeps_test_logits=refit.name in names,
+                        model_folder=storage.join(self.folder, "refits", trial_id),
+                        post_hoc=None if adjustment is None else adjustment.adjustment,
+                    )
+        reason = score_delivered(self.folder, self.log, delivered, lambda config: self.problem.features(config).info)
+        assert reason is None
+        return selection
+
+    def record(self, name: str) -> TrialRecord:
+        """The delivered model's record of a name, of several the first."""
+        return next(record for record in self.log.of("delivered") if record.name == name)
+
+
+def made_sweep(home: Path, **fields: Any) -> MadeSweep:
+    problem = TinyImages(home)
+    base = problem.config("linear_probe").to_tree()
+    space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
+    tree = {"name": "made", "base": base, "space": space, "refit_seeds": SEEDS, "storage": str(home / "runs"), **fields}
+    spec, folder = SweepSpec.from_tree(tree), str(home / "runs" / "made-1")
+    Path(folder).mkdir(parents=True)
+    spec.to_yaml(Path(folder) / "sweep.yaml")
+    write_provenance(folder, provenance(Manifest.read(problem.manifest)))
+    made = MadeSweep(folder, problem, spec, TrialLog(folder))
+    for trial_id, kind, name, method, overrides in CANDIDATES:
+        config = problem.config(method, **overrides)
+        made.run(trial_id, kind, name, config, logits_file=logits_file(folder, trial_id))
+    return made
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeSweep]:
+    """A sweep that delivers a blend of a baseline, a cosine probe and a decoder."""
+    with extraction_in_this_process():
+        made = made_sweep(tmp_path_factory.mktemp("blended"))
+        made.deliver({"t00002": 0.5, "t00001": 0.3, "b00002": 0.2})
+        yield made
+
+
+def predicted(model: imbvlm.Model, manifest: Manifest) -> list[int]:
+    images = [row.as_py() for row in manifest.table["bytes"]]
+    return [prediction.labels[0] for prediction in model.predict(images)]
+
+
+def balanced(labels: np.ndarray, classes: list[int]) -> float:
+    right = np.bincount(labels[labels == np.array(classes)], minlength=5)
+    return float(np.nanmean(per_class_accuracy(right, np.bincount(labels, minlength=5))))
+
+
+def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_path: Path) -> None:
+    """Counted from predictions of the test images, as a user would."""
+    said: list[str] = []
+    (exported,) = export_sweep(blended.folder, str(tmp_path / "out"), onnx=True, say=said.append)
+    assert said == []
+    assert exported.name == "a blend of t00002, t00001, b00002"
+    assert exported.onnx_difference is not None
+    assert exported.onnx_difference < 1e-3
+    model, test = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("test")
+    classes = predicted(model, test)
+    record = blended.record(DELIVERED)
+    kept = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
+    assert kept is not None
+    assert kept.predicted["test"].tolist() == classes
+    value = record.epochs[-1]["test/balanced_accuracy"]
+    assert value == pytest.approx(balanced(test.labels, classes))
+    report = build(ReportData.read(blended.folder))
+    assert report.facts[0].value.startswith(f"{100 * value:.1f} ± ")
+    assert report.facts[0].notes[0] == "15 test images in 5 classes"
+    assert report.facts[0].notes[1].startswith("over 2 seeds ")
+    (table,) = [table for table in report.all_tables if table.name == "blend"]
+    assert [row[0] for row in table.rows] == ["t00002", "t00001", "b00002"]
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "A blend of 3 of 2 trials and 2 baselines" in card
+    assert "| b00002 | linear probe | 0.2 | 1.2 |" in card
+    members = read_yaml(tmp_path / "out" / "blend.yaml").data["members"]
+    assert [(member["trial"], member["weight"]) for member in members] == [
+        ("t00002", 0.5), ("t00001", 0.3), ("b00002", 0.2)
+    ]  # fmt: skip
+
+
+def test_each_seed_of_a_blend_is_scored_and_the_comparison_is_of_seeds(blended: MadeSweep) -> None:
+    seeds = [record for record in blended.log.of("delivered") if record.name == BLEND]
+    assert len(seeds) == len(SEEDS)
+    state = SweepState.read(blended.folder)
+    text = show_text(state)
+    assert "delivered is a blend of t00002 0.50, t00001 0.30, b00002 0.20" in text
+    assert "the blend is " in text.lower()
+    assert "mean of 2 seeds" in text
+    assert "blend of t00002, t00001, b00002" in compare_text([state])
+    assert set(state.to_dict()["test"]) >= {DELIVERED, BLEND, "winner", "linear probe"}
+
+
+def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSweep, tmp_path: Path) -> None:
+    (exported,) = export_sweep(blended.folder, str(tmp_path / "out"), single=True)
+    assert exported.name == "t00002"
+    assert not (tmp_path / "out" / "blend.yaml").exists()
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_a_blend_without_its_refits_says_how_to_get_them(blended: MadeSweep, tmp_path: Path) -> None:
+    lost = [record for record in blended.log.of("refit") if record.name == "member t00001"]
+    kept = {record.trial_id: record.model_copy() for record in lost}
+    try:
+        for record in lost:
+            blended.log.save(record.model_copy(update={"state": "error"}))
+        said: list[str] = []
+        (exported,) = export_sweep(blended.folder, str(tmp_path / "out"), say=said.append)
+    finally:
+        for record in kept.values():
+            blended.log.save(record)
+    assert said == [
+        "the best single trial is exported, since members of the blend aren't refitted: t00001. Refit them with: "
+        f"imbvlm sweep resume {blended.folder}"
+    ]
+    assert exported.name == "t00002"
+
+
+def test_a_single_winner_with_a_matrix_is_the_mean_of_its_refits_and_scored_as_such(tmp_path: Path) -> None:
+    with extraction_in_this_process():
+        made = made_sweep(tmp_path, blend=None)
+        made.deliver(winner="t00001")
+        export_sweep(made.folder, str(tmp_path / "out"))
+    test = Manifest.read(made.problem.manifest).split("test")
+    classes = predicted(imbvlm.load(tmp_path / "out", "cpu"), test)
+    assert made.record(DELIVERED).epochs[-1]["test/balanced_accuracy"] == pytest.approx(balanced(test.labels, classes))
+    assert not [record for record in made.log.of("delivered") if record.name == BLEND]
+
+
+def test_another_blend_leaves_the_scores_of_the_one_before(tmp_path: Path) -> None:
+    """They were read on the test split, so they stay and are shown."""
+    with extraction_in_this_process():
+        made = made_sweep(tmp_path)
+        made.deliver({"t00001": 0.5, "b00002": 0.5})
+        before = made.record(DELIVERED).trial_id
+        made.deliver({"t00001": 0.6, "b00002": 0.4})
+    assert made.log.records[before].name == f"earlier {DELIVERED}"
+    assert made.record(DELIVERED).trial_id != before
