@@ -286,6 +286,7 @@ def test_a_sweeps_folder_does_not_run_the_plug_in_that_it_brings(tmp_path: Path,
     spec = (folder / "sweep.yaml").read_text()
     (folder / "sweep.yaml").write_text(spec.replace("plugins: []", f"plugins: ['{folder / 'plugins' / 'evil.py'}']"))
     assert SweepState.read(str(folder)).spec.plugins == []
+    assert SweepSpec.from_yaml(folder / "sweep.yaml").plugins == [str(folder / "plugins" / "evil.py")]
     origin = {"code": {}, "torch": "", "data": "", "plugins": {"evil.py": hashlib.sha256(code).hexdigest()}}
     (folder / "provenance.json").write_text(json.dumps(origin))
     with pytest.raises(ImbvlmError, match=r"needs the plug-in evil.py, and its code runs only where you name it"):

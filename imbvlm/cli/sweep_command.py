@@ -49,13 +49,21 @@ def sweep_run(options: RunOptions) -> int:
 
 
 def _spec(options: RunOptions | PlanOptions, more: str) -> SweepSpec:
-    """A sweep's YAML; raises ImbvlmError for a script, which runs itself."""
+    """A sweep's YAML, with the plug-ins of options and file; raises ImbvlmError for a script, which runs itself."""
+    from imbvlm.base.plugin_files import use_plugins
+    from imbvlm.base.yaml_file import read_yaml
     from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
     path = options.spec
     if path.endswith(".py"):
         raise ImbvlmError(f"{path} is a script and no sweep's YAML; run: python {path}{more}")
-    return SweepSpec.from_yaml(path, options.plugins or ())
+    tree = read_yaml(path)
+    named = tree.data.get("plugins") if isinstance(tree.data, dict) else None
+    # The check of the specification rejects anything else.
+    own = [location for location in named if isinstance(location, str)] if isinstance(named, list) else []
+    plugins = [*own, *(options.plugins or ())]
+    with use_plugins(*plugins):
+        return SweepSpec.from_tree(tree).model_copy(update={"plugins": plugins})
 
 
 def sweep_resume(

@@ -89,10 +89,10 @@ def test_a_benchmark_of_ones_own_is_built_and_its_sizes_are_checked(tmp_path: Pa
 def test_a_sampler_of_ones_own_proposes() -> None:
     base = {"data": {"manifest": "m"}, "encoder": {"name": "tinylit_lite0"}, "method": "linear_probe"}
     space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
-    tree = {"name": "s", "base": base, "space": space, "searcher": {"name": "narrow_tpe", "gamma": 3}}
+    tree = {"name": "s", "base": base, "space": space, "searcher": {"name": "wide_tpe", "candidates": 3}}
     spec = SweepSpec.from_tree({**tree, "plugins": ["samplers.py"]})
-    assert spec.searcher.model_dump() == {"name": "narrow_tpe", "seed": 0, "gamma": 3}
+    assert spec.searcher.model_dump() == {"name": "wide_tpe", "seed": 0, "candidates": 3}
     assert check_spec(spec).spec == spec.resolve().spec
     assert type(make_sampler(spec, 0)).__name__ == "TPESampler"
-    with pytest.raises(Exception, match=r"searcher.gamma must be greater than or equal to 1"):
-        SweepSpec.from_tree({**tree, "searcher": {"name": "narrow_tpe", "gamma": 0}})
+    with pytest.raises(Exception, match=r"searcher.candidates must be greater than or equal to 1"):
+        SweepSpec.from_tree({**tree, "searcher": {"name": "wide_tpe", "candidates": 0}})

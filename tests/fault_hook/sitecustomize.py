@@ -82,16 +82,19 @@ def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_losses(module: ModuleType) -> None:
-    from imbvlm.base.registry import Lazy
+    from imbvlm.base.registry import Lazy, Registry
 
     class FaultyLoss(Lazy):
         def load(self) -> Callable[..., Any]:
             return faulty_loss(self.path.rpartition(":")[2], super().load())
 
-    module.LOSSES = {
-        name: dataclasses.replace(entry, function=FaultyLoss(entry.function.path))
-        for name, entry in module.LOSSES.items()
-    }
+    module.LOSSES = Registry(
+        module.LOSSES.kind,
+        {
+            name: dataclasses.replace(entry, function=FaultyLoss(entry.function.path))
+            for name, entry in module.LOSSES.own.items()
+        },
+    )
 
 
 def patch_tower(module: ModuleType) -> None:

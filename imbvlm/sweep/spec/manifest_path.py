@@ -26,7 +26,7 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     manifest = get_dotted(base, "data.manifest")
     if isinstance(manifest, str):
         base = apply_overrides(base, {"data.manifest": absolute_manifest(manifest)})
-    changes["plugins"] = [storage.absolute(location) for location in spec.plugins]
+    changes["plugins"] = [*dict.fromkeys(map(storage.absolute, spec.plugins))]
     changes["first_trials"] = _absolute_encoders(spec.first_trials)
     try:
         tree = spec.read_space().tree

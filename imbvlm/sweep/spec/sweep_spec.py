@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -221,15 +221,12 @@ class SweepSpec(Section):
         return seeds
 
     @staticmethod
-    def from_yaml(path: str | Path, plugins: Sequence[str] = ()) -> SweepSpec:
-        """Read a specification with the plug-ins that it names and others; raises ConfigError with all mistakes."""
-        tree = read_yaml(path)
-        named = tree.data.get("plugins") if isinstance(tree.data, dict) else None
-        if isinstance(named, list) and all(isinstance(location, str) for location in named):
-            plugins = [*named, *plugins]
-        with use_plugins(*plugins):
-            spec = SweepSpec.from_tree(tree)
-        return spec.model_copy(update={"plugins": list(plugins)})
+    def from_yaml(path: str | Path) -> SweepSpec:
+        """Read a specification; raises ConfigError with all mistakes and their lines.
+
+        Plug-ins that it names run where it is checked or run, not here.
+        """
+        return SweepSpec.from_tree(read_yaml(path))
 
     @staticmethod
     def from_tree(tree: YamlTree | Tree) -> SweepSpec:
