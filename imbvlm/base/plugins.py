@@ -155,16 +155,18 @@ def _entries(source: PluginSource) -> dict[str, dict[str, Any]]:
 
 
 def _entry_problem(name: Any, entry: Any, own: Mapping[str, Any]) -> str | None:
-    kind = type(next(iter(own.values())))
+    key, example = next(iter(own.items()))
+    kind = type(example)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return "is no name: small letters, digits and underscores are. Rename it"
     if name in own:
         return "exists in imbvlm. Rename it"
     if not isinstance(entry, kind):
         return f"must be a {kind.__module__}.{kind.__name__}, and is {type(entry).__name__}"
-    # The name that configurations select an entry by.
+    # The name that configurations select an entry by, which ours have too. An encoder's `name` is another one.
     fields = getattr(getattr(entry, "config", None), "model_fields", {})
-    selected_by = fields["name"].default if "name" in fields else getattr(entry, "name", name)
+    own_name = entry.name if getattr(example, "name", None) == key else name
+    selected_by = fields["name"].default if "name" in fields else own_name
     return None if selected_by == name else f"must have its own name in its options, and has {selected_by!r}"
 
 
