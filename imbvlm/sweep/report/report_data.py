@@ -141,7 +141,7 @@ class ReportData:
     @property
     def references(self) -> list[ScoredRefit]:
         """The baselines' refits, the best on validation first."""
-        names = [record.name for record in self.log.best(self.spec.objective, "baseline")]
+        names = [record.name for record in self.log.best_baselines(self.spec.objective)]
         return sorted(
             (refit for refit in self.scored if refit.name in names), key=lambda refit: names.index(refit.name)
         )
