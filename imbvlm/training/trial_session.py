@@ -285,7 +285,7 @@ class TrialSession:
                 scored |= {f"{POST_HOC}/{name}": value for name, value in adjusted.items()}
                 predicted[POST_HOC] = result.adjusted.predicted
             results[TEST] = (examples, result)
-            labels, rows = torch.from_numpy(examples.labels), torch.from_numpy(examples.rows)
+            labels, rows = torch.tensor(examples.labels), torch.tensor(examples.rows)
             predictions = TestPredictions(labels, rows, predicted, _exported(result).logits)
         for split in feature_set.five_crop:
             if split != TEST or settings.score_test:
