@@ -130,6 +130,8 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     A trial with several seeds counts by their mean, as in the selection.
     """
     best, baselines = log.winner_first(spec.objective)[0], log.best(spec.objective, "baseline")
+    if best.kind == "baseline" and log.selected is not None and log.selected.members:
+        return f"the best single model by log-likelihood is the baseline {best.name}, and the blend beats it"
     if best.kind == "baseline":
         return f"validation selects the baseline {best.name} by log-likelihood; try more trials or another space"
     if log.constraint_violation(best, spec.objective):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from imbvlm.longtail.metrics import balanced_standard_error
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.difference import verdict_on_test
 from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.summary_tables import verdict
 from imbvlm.sweep.records.trial_log import SELECTION_FILE, WINNER, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import (
     describe_selection,
@@ -116,13 +118,17 @@ def test_a_baseline_may_win_and_then_no_win_is_shown(log: TrialLog, spec: SweepS
     assert selection.winner == "b00001"
     assert "the baseline b00001" in describe_selection(selection, log, spec, has_test=True)
     log.selected = selection.selected
+    assert verdict(log, spec).startswith("validation selects the baseline linear probe by log-likelihood; try more")
+    log.selected = replace(selection.selected, members=("b00001", "t00001"))
+    assert verdict(log, spec).endswith("is the baseline linear probe, and the blend beats it")
+    log.selected = selection.selected
     assert log.best_trial(spec.objective).trial_id == "t00001"
     chosen = refits(log, spec)
     assert [(refit.name, refit.record.trial_id) for refit in chosen] == [(WINNER, "b00001"), ("linear probe", "b00001")]
     refit = add(log, "refit-winner-seed0", 0.9, logits(0, 1.0), "refit", WINNER)
-    verdict = verdict_on_test(log, [refit], "the winner", spec.objective)
-    assert not verdict.is_win
-    assert verdict.statement == "No win is shown: validation selected the baseline linear probe itself."
+    on_test = verdict_on_test(log, [refit], "the winner", spec.objective)
+    assert not on_test.is_win
+    assert on_test.statement == "No win is shown: validation selected the baseline linear probe itself."
 
 
 def test_trials_that_did_not_end_or_violate_a_constraint_are_no_candidates(log: TrialLog) -> None:
