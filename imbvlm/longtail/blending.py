@@ -139,9 +139,9 @@ class BlendPool:
         if number >= len(self.candidates):
             return self
         scores = self.extensions(()) @ balanced_row_weights(self.targets).float()
-        kept = sorted(scores.topk(number).indices.tolist())
+        chosen = sorted(scores.topk(number).indices.tolist())
         candidates, temperatures = (
-            [values[index] for index in kept] for values in (self.candidates, self.temperatures)
+            [values[index] for index in chosen] for values in (self.candidates, self.temperatures)
         )
         return BlendPool(candidates, self.targets, temperatures, self.left_out)
 

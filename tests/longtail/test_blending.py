@@ -212,6 +212,22 @@ def test_rows_in_blocks_and_forgotten_selections_change_nothing(monkeypatch: pyt
     assert blocks.log_likelihood == pytest.approx(whole.log_likelihood, abs=1e-6)
 
 
+def test_the_strongest_candidates_are_those_of_highest_likelihood() -> None:
+    targets = targets_of()
+    pool = BlendPool.fit(heads(targets, 6), targets)
+    row_weights = balanced_row_weights(targets)
+    scores = {
+        candidate.name: float(row_weights @ pool.log_likelihoods((number,)).double())
+        for number, candidate in enumerate(pool.candidates)
+    }
+    strongest = pool.strongest(2)
+    assert {candidate.name for candidate in strongest.candidates} == set(sorted(scores, key=scores.__getitem__)[-2:])
+    assert strongest.select(row_weights, 0) == (
+        [candidate.name for candidate in strongest.candidates].index(max(scores, key=scores.__getitem__)),
+    )
+    assert pool.strongest(6) is pool
+
+
 def test_rows_that_are_predicted_correctly_are_those_of_the_combined_logits() -> None:
     targets = targets_of()
     candidates = heads(targets, noise=3)

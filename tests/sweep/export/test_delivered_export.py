@@ -155,9 +155,9 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     model, test = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("test")
     classes = predicted(model, test)
     record = blended.record(DELIVERED)
-    kept = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
-    assert kept is not None
-    assert kept.predicted["test"].tolist() == classes
+    scored = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
+    assert scored is not None
+    assert scored.predicted["test"].tolist() == classes
     value = record.epochs[-1]["test/balanced_accuracy"]
     assert value == pytest.approx(balanced(test.labels, classes))
     report = build(ReportData.read(blended.folder))
@@ -196,14 +196,14 @@ def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSw
 
 def test_a_blend_without_its_refits_says_how_to_get_them(blended: MadeSweep, tmp_path: Path) -> None:
     lost = [record for record in blended.log.of("refit") if record.name == "member t00001"]
-    kept = {record.trial_id: record.model_copy() for record in lost}
+    originals = [record.model_copy() for record in lost]
     try:
         for record in lost:
             blended.log.save(record.model_copy(update={"state": "error"}))
         said: list[str] = []
         (exported,) = export_sweep(blended.folder, str(tmp_path / "out"), say=said.append)
     finally:
-        for record in kept.values():
+        for record in originals:
             blended.log.save(record)
     assert said == [
         "the best single trial is exported, since members of the blend aren't refitted: t00001. Refit them with: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,35 @@ def test_a_baseline_may_win_and_then_no_win_is_shown(log: TrialLog, spec: SweepS
     on_test = verdict_on_test(log, [refit], "the winner", spec.objective)
     assert not on_test.is_win
     assert on_test.statement == "No win is shown: validation selected the baseline linear probe itself."
+
+
+def test_trials_that_err_apart_are_delivered_as_a_blend(log: TrialLog, spec: SweepSpec) -> None:
+    for number in range(3):
+        add(log, f"t{number:05d}", 0.8, logits(number, 1.0))
+    selection = selected(log, spec)
+    assert {member.name for member in selection.members} == {"t00000", "t00001", "t00002"}
+    assert selection.blend.decisions[0].gain > 0
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+    again = TrialLog.read(log.folder)
+    assert again.selected == selection.selected
+    assert {refit.record.trial_id for refit in refits(again, spec)} == {"t00000", "t00001", "t00002"}
+    text = describe_selection(selection, again, spec, has_test=True)
+    assert re.search(
+        r"delivered is a blend of t0000\d 0\.\d\d, .*; log-likelihood on images that chose neither \+", text
+    )
+    alone = selected(log, sweep_spec(blend=None))
+    assert (alone.members, alone.blend) == ((), None)
+    assert selection.claims["balanced_accuracy"].value > alone.claims["balanced_accuracy"].value
+
+
+def test_a_blend_whose_test_logits_take_too_much_memory_is_not_sought(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.8, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.0))
+    selection = select_winner(log.folder, log, spec, num_test=10**9)
+    assert selection.blend is None
+    text = describe_selection(selection, log, spec, has_test=True)
+    assert "no blend was sought: the logits of 1,000,000,000 test images in 5 classes take too much memory" in text
 
 
 def test_trials_that_did_not_end_or_violate_a_constraint_are_no_candidates(log: TrialLog) -> None:
