@@ -138,7 +138,7 @@ class Sweep:
         records = {path.stem: json.loads(path.read_text()) for path in (self.path / "trials").glob("*.json")}
         return {key: records[key] for key in sorted(records) if records[key]["kind"] == kind}
 
-    def wait_for(self, happened: Callable[[], object], seconds: float = 240) -> None:
+    def wait_for(self, happened: Callable[[], object], seconds: float = 480) -> None:
         """Wait until something is so, while the sweep runs."""
         deadline = time.monotonic() + seconds
         while not happened():
