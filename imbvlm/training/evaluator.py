@@ -16,7 +16,7 @@ from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
-from imbvlm.longtail.worker_group import WorkerGroup
+from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.training.step.batch_source import Batch, BatchSource, Index, to_device
 from imbvlm.training.validation_logits import RowLogits
@@ -88,21 +88,23 @@ class LogitAdjuster:
 class EvalAccumulator:
     """Collects an EvalResult over this worker's examples."""
 
-    def __init__(self, num_rows: int, num_classes: int, keeps_logits: bool) -> None:
+    def __init__(self, num_rows: int, num_classes: int, *, keeps_logits: bool = False) -> None:
         self._counters, self._bins = ClassCounters(num_classes), CalibrationBins()
         self._logits = RowLogits(num_rows, num_classes) if keeps_logits else None
         # Each example belongs to one worker: the sum over workers is its class plus 1, or 0 for an unreadable image.
         self._predicted = torch.zeros(num_rows, dtype=torch.int64)
 
-    def add(self, logits: Tensor, batch: Batch) -> None:
-        labels = batch.labels.to(logits.device)
+    def add(self, logits: Tensor, labels: Tensor, examples: Index) -> None:
+        """Add the logits (B, C) and labels (B,) of examples (B,)."""
+        labels = labels.to(logits.device)
         self._counters.update(logits, labels)
         self._bins.update(logits, labels)
-        self._predicted[torch.from_numpy(batch.examples)] = predictions(logits)[0].cpu() + 1
+        self._predicted[torch.from_numpy(examples)] = predictions(logits)[0].cpu() + 1
         if self._logits is not None:
-            self._logits.add(batch.examples, logits)
+            self._logits.add(examples, logits)
 
-    def result(self, workers: WorkerGroup) -> EvalResult:
+    def result(self, workers: WorkerGroup = SINGLE_WORKER) -> EvalResult:
+        """The result over all workers; every worker must call it."""
         counters, bins = self._counters.reduced(workers), self._bins.reduced(workers)
         logits = None if self._logits is None else self._logits.gathered(workers)
         return EvalResult(counters, bins, workers.sum(self._predicted).cpu() - 1, logits=logits)
@@ -174,12 +176,12 @@ class Evaluator:
         `keeps_logits` keeps the adjusted ones, or those as trained without `adjust`.
         """
         shape = len(examples.labels), len(self.data.class_names)
-        plain = EvalAccumulator(*shape, keeps_logits and adjust is None)
-        adjusted = EvalAccumulator(*shape, keeps_logits and adjust is not None)
+        plain = EvalAccumulator(*shape, keeps_logits=keeps_logits and adjust is None)
+        adjusted = EvalAccumulator(*shape, keeps_logits=keeps_logits and adjust is not None)
         for logits, batch in self.mean_outputs(forward, examples, self.share(examples), views):
-            plain.add(logits, batch)
+            plain.add(logits, batch.labels, batch.examples)
             if adjust is not None:
-                adjusted.add(adjust(logits, batch.examples), batch)
+                adjusted.add(adjust(logits, batch.examples), batch.labels, batch.examples)
         result = plain.result(self.workers)
         return result if adjust is None else replace(result, adjusted=adjusted.result(self.workers))
 

@@ -22,7 +22,6 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.inference.blend_merging import is_affine
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import at_least_float32
-from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.difference import refits_of
@@ -31,7 +30,7 @@ from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialReco
 from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
-from imbvlm.training.evaluator import EvalResult
+from imbvlm.training.evaluator import EvalAccumulator, EvalResult
 from imbvlm.training.per_class_results import PER_CLASS_FILE, split_results, write_per_class_results
 from imbvlm.training.test_predictions import TEST, TestPredictions
 
@@ -161,15 +160,10 @@ def _save(
 
 def _evaluated(logits: Tensor, labels: Tensor) -> EvalResult:
     """Counts and predictions of logits (N, C); rows of NaN are unreadable images."""
-    counters, bins = ClassCounters(logits.shape[1]), CalibrationBins()
-    predicted = torch.full((len(labels),), -1)
-    for start in range(0, len(labels), CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        classes, is_valid = predictions(logits[rows])
-        counters.update(logits[rows][is_valid], labels[rows][is_valid])
-        bins.update(logits[rows][is_valid], labels[rows][is_valid])
-        predicted[rows] = torch.where(is_valid, classes, -1)
-    return EvalResult(counters, bins, predicted)
+    evaluated = EvalAccumulator(*logits.shape)
+    for rows in torch.split(torch.nonzero(~logits.isnan().any(dim=1)).flatten(), CHUNK_SIZE):
+        evaluated.add(logits[rows], labels[rows], rows.numpy())
+    return evaluated.result()
 
 
 def _logits(predicted: TestPredictions) -> Tensor:
