@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,17 +78,6 @@ class Blend:
     num_passes: int
     decisions: tuple[BlendDecision, ...]
     left_out: tuple[str, ...]
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Blend:
-        """Read what `dataclasses.asdict` gives; raises KeyError or TypeError."""
-        return Blend(
-            members=tuple(BlendMember(**member) for member in data["members"]),
-            log_likelihood=data["log_likelihood"],
-            num_passes=data["num_passes"],
-            decisions=tuple(BlendDecision(**decision) for decision in data["decisions"]),
-            left_out=tuple(data["left_out"]),
-        )
 
     def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
         """The blend's logits (B, C) of its members' logits (B, C) by name, adjusted as the candidates' were."""

@@ -42,12 +42,12 @@ def write_blend_file(folder: str, selection: Selection, log: TrialLog) -> None:
         }
         for member in selection.members
     ]
-    decisions = [] if selection.blend is None else selection.blend.decisions
-    gains = [
+    decisions = [
         {"passes": decision.num_passes, "gain": decision.gain, "standard_error": decision.standard_error}
-        for decision in decisions
+        for decision in selection.decisions
     ]
-    storage.write_bytes(storage.join(folder, BLEND_FILE), dump_yaml({"members": members, "decisions": gains}).encode())
+    content = {"members": members, "decisions": decisions}
+    storage.write_bytes(storage.join(folder, BLEND_FILE), dump_yaml(content).encode())
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,8 @@ class Selected:
     @staticmethod
     def from_dict(content: Any) -> Selected:
         """Read the content of selection.json; raises the error of a missing or malformed value."""
-        members = [member["name"] for member in (content.get("blend") or {"members": ()})["members"]]
-        return Selected(str(content["winner"]), tuple(members), dict(content["log_likelihoods"]))
+        members = tuple(str(member["name"]) for member in content["members"])
+        return Selected(str(content["winner"]), members, dict(content["log_likelihoods"]))
 
 
 class TrialLog:

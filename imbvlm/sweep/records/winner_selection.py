@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.base.json_file import read_json
 from imbvlm.config.method_registry import METHODS
 from imbvlm.data.folds import deal_units
-from imbvlm.longtail.blending import Blend, BlendMember, BlendPool, Candidate, decide_blend
+from imbvlm.longtail.blending import Blend, BlendDecision, BlendMember, BlendPool, Candidate, decide_blend
 from imbvlm.longtail.claims import Claim, bias_corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
@@ -41,9 +41,9 @@ class Selection:
     """The winner's trial id, log-likelihoods of all candidates as adjusted, by trial id, and claims by metric.
 
     A log-likelihood is the mean over seeds where a trial ran with several. Without a test split, claims are of the
-    delivered predictor's accuracies, over `num_rows` validation rows of so many folds. `blend` is the decision for or
-    against a blend, whose logits are divided by `temperature`; None where none was sought, for the reason in
-    `objection`.
+    delivered predictor's accuracies, over `num_rows` validation rows of so many folds. `members` are those of the
+    delivered blend, whose logits are divided by `temperature`; none where the winner alone is delivered. `decisions`
+    were for or against blends, and `objection` says why none was sought.
     """
 
     winner: str
@@ -51,14 +51,10 @@ class Selection:
     claims: Mapping[str, Claim]
     num_rows: int
     num_folds: int = 1
-    blend: Blend | None = None
+    members: tuple[BlendMember, ...] = ()
+    decisions: tuple[BlendDecision, ...] = ()
     temperature: float = 1.0
     objection: str = ""
-
-    @property
-    def members(self) -> tuple[BlendMember, ...]:
-        """The members of the delivered blend; none where the winner alone is delivered."""
-        return self.blend.members if self.blend is not None and len(self.blend.members) > 1 else ()
 
     @property
     def basis(self) -> str:
@@ -115,12 +111,16 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
     # Ties go to the earlier trial, and to a baseline.
     winner = max(sorted(means), key=lambda trial_id: means[trial_id])
     pool, blend_pool = next(pair for pair in pools if winner in {candidate.name for candidate in pair[0].candidates})
-    objection = _objection(pool, spec, num_test)
-    blend, temperature = None, 1.0
-    if spec.blends is not None and not objection:
-        blend, temperature = _decide_blend(pool, blend_pool, spec.blends, spec.split_seed)
-    claims = {} if num_test else _claims(pool, blend_pool, spec, blend)
-    return Selection(winner, means, claims, len(pool.targets), pool.num_folds, blend, temperature, objection)
+    selection = Selection(winner, means, {}, len(pool.targets), pool.num_folds)
+    num_passes, parts = 0, pool.parts(spec.split_seed)
+    objection = _objection(pool, parts, num_test)
+    if objection:
+        selection = replace(selection, objection=objection)
+    elif spec.blends is not None:
+        blend, temperature = _decide_blend(pool, blend_pool, parts, spec.blends)
+        num_passes, members = blend.num_passes, blend.members if len(blend.members) > 1 else ()
+        selection = replace(selection, members=members, decisions=blend.decisions, temperature=temperature)
+    return selection if num_test else replace(selection, claims=_claims(pool, blend_pool, spec, num_passes))
 
 
 def write_selection(folder: str, selection: Selection) -> None:
@@ -133,8 +133,9 @@ def read_selection(folder: str) -> Selection | None:
 
     def parse(content: Any) -> Selection:
         claims = {metric: Claim(**claim) for metric, claim in content["claims"].items()}
-        blend = None if content["blend"] is None else Blend.from_dict(content["blend"])
-        return Selection(**{**content, "claims": claims, "blend": blend})
+        members = tuple(BlendMember(**member) for member in content["members"])
+        decisions = tuple(BlendDecision(**decision) for decision in content["decisions"])
+        return Selection(**{**content, "claims": claims, "members": members, "decisions": decisions})
 
     fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
     return read_json(storage.join(folder, SELECTION_FILE), parse, fix)
@@ -164,11 +165,11 @@ def describe_selection(selection: Selection, log: TrialLog, spec: SweepSpec, has
 
 def _describe_blend(selection: Selection) -> str:
     """A line on the decision for or against a blend."""
-    if selection.blend is None:
+    if selection.objection:
         return f"no blend was sought: {selection.objection}"
     gains = ", ".join(
         f"{decision.gain:+.3f} ± {decision.standard_error:.3f} over {pluralize(decision.num_passes, 'pass')}"
-        for decision in selection.blend.decisions
+        for decision in selection.decisions
     )
     gain = f"log-likelihood on images that chose neither {gains}"
     if not selection.members:
@@ -203,19 +204,19 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec) -> list[_Pool]:
     return pools
 
 
-def _objection(pool: _Pool, spec: SweepSpec, num_test: int) -> str:
+def _objection(pool: _Pool, parts: Tensor, num_test: int) -> str:
     """Why no blend can be decided on or scored; empty if nothing speaks against it."""
-    if len(set(pool.parts(spec.split_seed).tolist())) < 2:
+    if len(torch.unique(parts)) < 2:
         return "a single validation image can't decide"
     if num_test and not RowLogits.fits(num_test, pool.stats.num_classes):
         return f"the logits of {num_test:,} test images in {pool.stats.num_classes:,} classes take too much memory"
     return ""
 
 
-def _decide_blend(pool: _Pool, blend_pool: BlendPool, limits: BlendConfig, seed: int) -> tuple[Blend, float]:
+def _decide_blend(pool: _Pool, blend_pool: BlendPool, parts: Tensor, limits: BlendConfig) -> tuple[Blend, float]:
     """The blend among the strongest candidates, and the temperature that its logits need."""
     candidates = blend_pool.strongest(max(MIN_CANDIDATES, MAX_ELEMENTS // pool.candidates[0].logits.numel()))
-    blend = decide_blend(candidates, pool.parts(seed), max_members=limits.max_members, max_passes=limits.max_passes)
+    blend = decide_blend(candidates, parts, max_members=limits.max_members, max_passes=limits.max_passes)
     logits = blend.combine({candidate.name: candidate.logits for candidate in candidates.candidates})
     return blend, fit_temperature(logits, pool.targets).accepted
 
@@ -237,13 +238,11 @@ def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str,
     return statistics.fmean(values)
 
 
-def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, blend: Blend | None) -> dict[str, Claim]:
+def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int) -> dict[str, Claim]:
     """Bias-corrected claims of what the whole selection delivers; none for a single row."""
     if len(pool.targets) < 2:
         return {}
-    num_passes, max_members = (
-        (0, 1) if blend is None or spec.blend is None else (blend.num_passes, spec.blend.max_members)
-    )
+    max_members = 1 if spec.blends is None else spec.blends.max_members
     strongest = blend_pool.strongest(max(MIN_CANDIDATES, MAX_CLAIM_ELEMENTS // pool.candidates[0].logits.numel()))
 
     def correct_of_selected(row_weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.longtail.blending import Blend, BlendDecision, BlendMember
+from imbvlm.longtail.blending import BlendDecision, BlendMember
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.sweep.export.exporter import export_sweep
 from imbvlm.sweep.records.adjustment_selection import logits_file, select_adjustments, write_post_hoc
@@ -72,11 +72,9 @@ class MadeSweep:
         num_test = 15
         selection = select_winner(self.folder, self.log, self.spec, num_test)
         assert selection is not None
-        blend = None
-        if members is not None:
-            parts = tuple(BlendMember(name, "", weight, 1.5, 0.1) for name, weight in members.items())
-            blend = Blend(parts, -0.5, 1, (BlendDecision(1, 0.02, 0.01),), ())
-        selection = replace(selection, winner=winner, blend=blend, temperature=0.8)
+        blend = tuple(BlendMember(name, "", weight, 1.5, 0.1) for name, weight in (members or {}).items())
+        decisions = (BlendDecision(1, 0.02, 0.01),)
+        selection = replace(selection, winner=winner, members=blend, decisions=decisions, temperature=0.8)
         write_selection(self.folder, selection)
         self.log.selected = selection.selected
         chosen = refits(self.log, self.spec)

@@ -137,7 +137,7 @@ def test_trials_that_err_apart_are_delivered_as_a_blend(log: TrialLog, spec: Swe
         add(log, f"t{number:05d}", 0.8, logits(number, 1.0))
     selection = selected(log, spec)
     assert {member.name for member in selection.members} == {"t00000", "t00001", "t00002"}
-    assert selection.blend.decisions[0].gain > 0
+    assert selection.decisions[0].gain > 0
     write_selection(log.folder, selection)
     assert read_selection(log.folder) == selection
     again = TrialLog.read(log.folder)
@@ -148,15 +148,29 @@ def test_trials_that_err_apart_are_delivered_as_a_blend(log: TrialLog, spec: Swe
         r"delivered is a blend of t0000\d 0\.\d\d, .*; log-likelihood on images that chose neither \+", text
     )
     alone = selected(log, sweep_spec(blend=None))
-    assert (alone.members, alone.blend) == ((), None)
+    assert (alone.members, alone.decisions) == ((), ())
     assert selection.claims["balanced_accuracy"].value > alone.claims["balanced_accuracy"].value
+
+
+def test_where_nothing_is_gained_the_winner_is_delivered_alone(log: TrialLog, spec: SweepSpec) -> None:
+    """Readers of the folder took the best single trial for a blend of one."""
+    add(log, "b00001", 0.8, logits(0, 1.0), "baseline", "linear probe")
+    add(log, "t00001", 0.8, 7 * logits(0, 1.0))
+    selection = selected(log, spec)
+    assert selection.members == ()
+    assert "no blend, since it doesn't gain: log-likelihood" in describe_selection(selection, log, spec, has_test=True)
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+    again = TrialLog.read(log.folder)
+    assert again.selected == selection.selected
+    assert "the blend beats it" not in verdict(again, spec)
 
 
 def test_a_blend_whose_test_logits_take_too_much_memory_is_not_sought(log: TrialLog, spec: SweepSpec) -> None:
     add(log, "t00001", 0.8, logits(0, 1.0))
     add(log, "t00002", 0.8, logits(1, 1.0))
     selection = select_winner(log.folder, log, spec, num_test=10**9)
-    assert selection.blend is None
+    assert selection.members == ()
     text = describe_selection(selection, log, spec, has_test=True)
     assert "no blend was sought: the logits of 1,000,000,000 test images in 5 classes take too much memory" in text
 
