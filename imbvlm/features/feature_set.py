@@ -68,10 +68,10 @@ def pin_features(
     requests = [
         store.cache_request(output) for store in stores if store.cache is not None for output in sorted(set(outputs))
     ]
-    tests = [features.store("test")] if "test" in features.folders else []
-    tests += [features.five_crops("test")] if "test" in features.five_crop else []
-    more = sorted(set(of_test) - set(outputs))
-    requests += [store.cache_request(output) for store in tests if store.cache is not None for output in more]
+    if "test" in features.folders:
+        test = features.store("test")
+        more = sorted(set(of_test) - set(outputs))
+        requests += [test.cache_request(output) for output in more if test.cache is not None]
     cache = stores[0].cache
     if cache is None or not requests:
         return features, []

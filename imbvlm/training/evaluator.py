@@ -47,21 +47,12 @@ class EvalResult:
 
 
 class LogitAdjuster:
-    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store.
-
-    With several `views` those of an image are averaged, as its logits are.
-    """
+    """Adjusts the logits of a split's examples; mixing reads the image embeddings of the same rows in the store."""
 
     def __init__(
-        self,
-        adjustment: PostHocAdjustment,
-        data: TrialData,
-        stored: StoredRows,
-        device: torch.device,
-        views: Sequence[int | None] = (None,),
+        self, adjustment: PostHocAdjustment, data: TrialData, stored: StoredRows, device: torch.device
     ) -> None:
         self._adjustment, self._counts, self._stored = adjustment, data.class_stats.counts, stored
-        self._views = views
         self._zero_shot: ZeroShotClassifier | None = None
         if adjustment.alpha:
             if data.class_embeddings is None:
@@ -72,17 +63,9 @@ class LogitAdjuster:
         """Adjusted logits (B, C) of the examples (B,)."""
         zero_shot = None
         if self._zero_shot is not None:
-            zero_shot = torch.stack([self._zero_shot_logits(examples, view, logits) for view in self._views]).mean(
-                dim=0
-            )
+            embedding = self._stored.batch("image_embedding", examples)
+            zero_shot = self._zero_shot(embedding.to(logits.device).float())
         return self._adjustment.apply(logits, self._counts, zero_shot)
-
-    def _zero_shot_logits(self, examples: Index, view: int | None, logits: Tensor) -> Tensor:
-        assert self._zero_shot is not None, "alpha is not 0"
-        views = None if view is None else np.full(len(examples), view)
-        embedding = self._stored.batch("image_embedding", examples, views)
-        logits_of_view: Tensor = self._zero_shot(embedding.to(logits.device).float())
-        return logits_of_view
 
 
 class EvalAccumulator:

@@ -19,16 +19,16 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.image_stream import ImageStream, stream_in_threads
 from imbvlm.features.feature_cache import PinnedCopy
 from imbvlm.features.feature_set import FeatureSet, pin_features
-from imbvlm.features.trial_data import RowSource, TrialData
+from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.training.checkpoint import CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint, save_model
-from imbvlm.training.evaluator import EvalResult, LogitAdjuster
+from imbvlm.training.evaluator import LogitAdjuster
 from imbvlm.training.folded_run import FoldedRun
 from imbvlm.training.per_class_results import per_class_results, write_per_class_results
 from imbvlm.training.step.compute_context import PeakMemory
-from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
+from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions, write_test_logits
 from imbvlm.training.trial_pack import TrialPack
 from imbvlm.training.trial_run import TrialRun, build_trial
 from imbvlm.training.validation_logits import RowLogits, ValLogitsWriter
@@ -274,58 +274,36 @@ class TrialSession:
 
     def _finish(self, run: TrialRun, feature_set: FeatureSet, settings: TrialSettings) -> dict[str, float]:
         scored: dict[str, float] = {}
-        results, predictions = {}, None
+        results, predictions, logits = {}, None, None
         if settings.score_test:
-            examples = TrialData.open_split(run.config, feature_set, "test")
-            result = self._test(run, feature_set, settings, examples)
+            examples = TrialData.open_split(run.config, feature_set, TEST)
+            adjust = None
+            if settings.post_hoc is not None:
+                stored = TrialData.open_stored(run.config, feature_set, TEST)
+                adjust = LogitAdjuster(settings.post_hoc, run.data, stored, self._device)
+            keeps_logits = settings.keeps_test_logits and RowLogits.fits(len(examples), len(run.data.class_names))
+            result = run.evaluate_full(examples, adjust, keeps_logits=keeps_logits)
             scored = {f"{TEST}/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
-            predicted = {TEST: result.predicted}
+            predicted, logits = {TEST: result.predicted}, result.logits
             if result.adjusted is not None:
                 adjusted = result.adjusted.metrics(run.data.class_stats)
                 scored |= {f"{POST_HOC}/{name}": value for name, value in adjusted.items()}
-                predicted[POST_HOC] = result.adjusted.predicted
+                predicted[POST_HOC], logits = result.adjusted.predicted, result.adjusted.logits
             results[TEST] = (examples, result)
-            labels, rows = torch.tensor(examples.labels), torch.tensor(examples.rows)
-            predictions = TestPredictions(labels, rows, predicted, _exported(result).logits)
+            predictions = TestPredictions(torch.tensor(examples.labels), torch.tensor(examples.rows), predicted)
         for split in feature_set.five_crop:
             if split != TEST or settings.score_test:
                 crops = TrialData.open_five_crops(run.config, feature_set, split)
-                result = self._test(run, feature_set, settings, crops, five_crop=True)
+                result = run.evaluate_full(crops, views=range(crops.num_views))
                 scored |= {f"{split}_tte/{name}": value for name, value in result.metrics(run.data.class_stats).items()}
-                if split == TEST and predictions is not None:
-                    # The exported model predicts over five crops.
-                    predictions = replace(predictions, logits=_exported(result).logits)
         if settings.model_folder is not None and self._workers.rank == 0:
             save_model(settings.model_folder, run.model.eval())
             if predictions is not None:
                 predictions.write(settings.model_folder)
+            if logits is not None:
+                write_test_logits(settings.model_folder, logits)
             write_per_class_results(settings.model_folder, per_class_results(run, results))
         return scored
-
-    def _test(
-        self,
-        run: TrialRun,
-        feature_set: FeatureSet,
-        settings: TrialSettings,
-        examples: RowSource,
-        *,
-        five_crop: bool = False,
-    ) -> EvalResult:
-        """The evaluation of a split's examples, in all their views where they are five crops."""
-        views: Sequence[int | None] = range(examples.num_views) if five_crop else (None,)
-        keeps_logits = settings.keeps_test_logits and RowLogits.fits(len(examples), len(run.data.class_names))
-        adjust = None
-        if settings.score_test and settings.post_hoc is not None and (keeps_logits or not five_crop):
-            stored = TrialData.open_stored(run.config, feature_set, TEST)
-            if five_crop:
-                stored = replace(stored, store=feature_set.five_crops(TEST))
-            adjust = LogitAdjuster(settings.post_hoc, run.data, stored, self._device, views)
-        return run.evaluate_full(examples, adjust, views, keeps_logits=keeps_logits)
-
-
-def _exported(result: EvalResult) -> EvalResult:
-    """The result of the model as it would be exported."""
-    return result if result.adjusted is None else result.adjusted
 
 
 def _sentence(error: Exception) -> str:

@@ -23,10 +23,10 @@ from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
-from imbvlm.sweep.spec.baselines import encoder_configs, feature_key
+from imbvlm.sweep.spec.baselines import baselines, encoder_configs, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
-from imbvlm.training.validation_logits import file_bytes
+from imbvlm.training.validation_logits import RowLogits, file_bytes
 
 # CPUs of the process that starts a Ray Train trial's workers, which mostly waits.
 DRIVER_CPUS = 0.01
@@ -335,6 +335,16 @@ def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, co
     num_running = concurrent * packs.largest(sweep)
     num_bytes = logit_file_bytes(sweep.spec, manifest)
     return max_logit_files(sweep, num_running, num_bytes) * num_bytes
+
+
+def max_test_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:
+    """Return the most bytes of test logits: those of the winner's refits, or of all refits where there are blends."""
+    num_test, num_classes, limits = len(manifest.rows_of("test")), len(manifest.class_names), sweep.spec.blends
+    if not RowLogits.fits(num_test, num_classes):
+        return 0
+    num_baselines = len({baseline.config.method for baseline in baselines(sweep).values()})
+    num_refits = 1 if limits is None else limits.max_members + num_baselines
+    return 2 * num_test * num_classes * num_refits * len(sweep.spec.refit_seeds)
 
 
 def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:

@@ -12,10 +12,11 @@ from imbvlm.base.text_tables import UNLIMITED, labeled, table
 from imbvlm.config.encoder_entries import find_entry, score_notes
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
 from imbvlm.features.store_sizes import token_size_options
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval
-from imbvlm.sweep.plan.feasibility import at_a_time, needed_outputs, uses_ray_train
+from imbvlm.sweep.plan.feasibility import at_a_time, max_test_logit_bytes, needed_outputs, uses_ray_train
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
 from imbvlm.sweep.spec.baselines import baselines
@@ -185,6 +186,7 @@ def _outputs(plan: Plan) -> Rows:
     return [
         ("features", _feature_disk(plan) if is_known else ""),
         ("logits", _logit_disk(plan) if is_known else ""),
+        ("logits", "" if plan.manifest is None else _test_logit_disk(plan.sweep, plan.manifest)),
         ("copies", _copies(plan) if plan.copy_bytes else ""),
     ]
 
@@ -220,6 +222,11 @@ def _feature_disk(plan: Plan) -> str:
         f"{text}, and ONLY {size_text(plan.free_bytes)} free: reduce features.num_views or features.precision"
         f"{options}, or choose another --storage"
     )
+
+
+def _test_logit_disk(sweep: ResolvedSweep, manifest: Manifest) -> str:
+    num_bytes = max_test_logit_bytes(sweep, manifest)
+    return f"of the test split by refits, up to {size_text(num_bytes)}" if num_bytes else ""
 
 
 def _logit_disk(plan: Plan) -> str:

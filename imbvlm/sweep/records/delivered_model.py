@@ -25,14 +25,14 @@ from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.difference import refits_of
-from imbvlm.sweep.records.refit_selection import SUPERSEDED, Refit, refits
+from imbvlm.sweep.records.refit_selection import Refit, refits
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
 from imbvlm.training.evaluator import EvalAccumulator, EvalResult
 from imbvlm.training.per_class_results import PER_CLASS_FILE, split_results, write_per_class_results
-from imbvlm.training.test_predictions import TEST, TestPredictions
+from imbvlm.training.test_predictions import TEST, TestPredictions, has_test_logits, read_test_logits
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ def delivered_members(
     return members
 
 
+def delivered_names(members: Sequence[DeliveredMember]) -> dict[str, str]:
+    """The names of the delivered model's records by their ids: one as exported, and one for each seed of a blend.
+
+    The ids differ for other members, weights or temperatures.
+    """
+    content = [[member.refit.record.trial_id, member.weight, member.temperature] for member in members]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    num_seeds = max(len(member.refit.seeds) for member in members) if len(members) > 1 else 0
+    return {f"{DELIVERED}-{key}": DELIVERED, **{f"{BLEND}-{key}-{number}": BLEND for number in range(num_seeds)}}
+
+
 def score_delivered(
     folder: str, log: TrialLog, members: Sequence[DeliveredMember], info_of: Callable[[TrialConfig], EncoderInfo]
 ) -> str | None:
@@ -73,31 +84,24 @@ def score_delivered(
 
     A blend is also scored for each seed. Returns the reason where it can't be scored.
     """
+    names = delivered_names(members)
+    if names.keys() <= log.records.keys():
+        return None
     runs = [refits_of(log, member.refit.name) for member in members]
-    parts = [_predictions(folder, records) for records in runs]
-    for member, predicted in zip(members, parts, strict=True):
-        if not predicted:
+    for member, records in zip(members, runs, strict=True):
+        if not records or not all(has_test_logits(_refit_folder(folder, record)) for record in records):
             return f"{member.refit.name} has no refit with logits of the test split"
-    first, labels = parts[0][0], parts[0][0].labels
-    if not all(part.has_rows_of(first) for predicted in parts for part in predicted):
+    scored = [TestPredictions.read(_refit_folder(folder, record)) for records in runs for record in records]
+    rows = scored[0]
+    if rows is None or any(other is None or not other.has_rows_of(rows) for other in scored):
         return "its members were scored on different images"
-    key, num_seeds = _key(members), max(map(len, parts))
-    names = {f"{DELIVERED}-{key}": DELIVERED}
-    names |= {f"{BLEND}-{key}-{number}": BLEND for number in range(num_seeds if len(members) > 1 else 0)}
-    if not names.keys() <= log.records.keys():
-        descriptions = [_class_file(folder, records[0]) for records in runs]
-        stats = ClassStats.from_counts(descriptions[0]["class_counts"], descriptions[0]["split_counts"])
-        totals = [torch.zeros(len(labels), stats.num_classes) for _ in range(1 + num_seeds)]
-        for member, records, predicted in zip(members, runs, parts, strict=True):
-            _add(totals, folder, member, records, predicted, info_of)
-        for (trial_id, name), logits in zip(names.items(), totals, strict=False):
-            _save(folder, log, members[0], trial_id, name, logits, first, stats, _summed(descriptions))
-    # An earlier run of the sweep may have delivered another model, whose scores stay.
-    for record in log.of("delivered"):
-        name = names.get(record.trial_id, f"{SUPERSEDED}{record.name.removeprefix(SUPERSEDED)}")
-        if record.name != name:
-            record.name = name
-            log.save(record)
+    descriptions = [_class_file(folder, records[0]) for records in runs]
+    stats = ClassStats.from_counts(descriptions[0]["class_counts"], descriptions[0]["split_counts"])
+    totals = [torch.zeros(len(rows.labels), stats.num_classes) for _ in names]
+    for member, records in zip(members, runs, strict=True):
+        _add(totals, folder, member, records, info_of)
+    for (trial_id, name), logits in zip(names.items(), totals, strict=True):
+        _save(folder, log, members[0], trial_id, name, logits, rows, stats, _summed(descriptions))
     return None
 
 
@@ -106,24 +110,17 @@ def _add(
     folder: str,
     member: DeliveredMember,
     records: Sequence[TrialRecord],
-    predicted: Sequence[TestPredictions],
     info_of: Callable[[TrialConfig], EncoderInfo],
 ) -> None:
     """Add a member's logits to those of the model as exported, the first of the totals, and of each seed."""
-    logits = [_logits(part) for part in predicted]
-    tensors = load_model_tensors(storage.join(folder, "refits", records[0].trial_id))
+    folders = [_refit_folder(folder, record) for record in records]
+    logits = [at_least_float32(read_test_logits(own)) for own in folders]
     config, num_classes = records[0].trial_config(), totals[0].shape[1]
-    is_mean = len(logits) > 1 and is_affine(config, info_of(config), num_classes, tensors)
+    is_mean = len(logits) > 1 and is_affine(config, info_of(config), num_classes, load_model_tensors(folders[0]))
     exported = torch.stack(logits).mean(dim=0) if is_mean else logits[0]
     by_seed = [logits[number % len(logits)] for number in range(len(totals) - 1)]
     for total, own in zip(totals, (exported, *by_seed), strict=True):
         total += member.weight / member.temperature * own
-
-
-def _key(members: Sequence[DeliveredMember]) -> str:
-    """A short key that differs for other members, weights or temperatures."""
-    content = [[member.refit.record.trial_id, member.weight, member.temperature] for member in members]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def _save(
@@ -138,24 +135,23 @@ def _save(
     description: Mapping[str, Any],
 ) -> None:
     """Write a record with scores, and results by row and by class; the record has the first member's configuration."""
-    result, own_folder = _evaluated(logits, rows.labels), storage.join(folder, "refits", trial_id)
-    replace(rows, predicted={TEST: result.predicted}, logits=None).write(own_folder)
+    result = _evaluated(logits, rows.labels)
+    now = time.time()
+    record = TrialRecord(
+        trial_id=trial_id,
+        kind="delivered",
+        name=name,
+        state="finished",
+        config=member.refit.config.to_tree(),
+        epochs=[{"epoch": 1.0, **{f"{TEST}/{metric}": value for metric, value in result.metrics(stats).items()}}],
+        started_at=now,
+        ended_at=now,
+    )
+    own_folder = _refit_folder(folder, record)
+    replace(rows, predicted={TEST: result.predicted}).write(own_folder)
     results = {TEST: split_results(rows.labels.numpy(), rows.rows.numpy(), result)}
     write_per_class_results(own_folder, {**description, "splits": results})
-    scores = {f"{TEST}/{metric}": value for metric, value in result.metrics(stats).items()}
-    now = time.time()
-    log.save(
-        TrialRecord(
-            trial_id=trial_id,
-            kind="delivered",
-            name=name,
-            state="finished",
-            config=member.refit.config.to_tree(),
-            epochs=[{"epoch": 1.0, **scores}],
-            started_at=now,
-            ended_at=now,
-        )
-    )
+    log.save(record)
 
 
 def _evaluated(logits: Tensor, labels: Tensor) -> EvalResult:
@@ -166,21 +162,13 @@ def _evaluated(logits: Tensor, labels: Tensor) -> EvalResult:
     return evaluated.result()
 
 
-def _logits(predicted: TestPredictions) -> Tensor:
-    assert predicted.logits is not None, "score_delivered leaves out refits without logits"
-    return at_least_float32(predicted.logits)
-
-
-def _predictions(folder: str, records: Sequence[TrialRecord]) -> list[TestPredictions]:
-    """The predictions of all runs, with logits; [] if a run has none."""
-    read = [TestPredictions.read(storage.join(folder, "refits", record.trial_id)) for record in records]
-    predicted = [predictions for predictions in read if predictions is not None and predictions.logits is not None]
-    return predicted if len(predicted) == len(read) else []
+def _refit_folder(folder: str, record: TrialRecord) -> str:
+    return storage.join(folder, "refits", record.trial_id)
 
 
 def _class_file(folder: str, record: TrialRecord) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(
-        storage.read_bytes(storage.join(folder, "refits", record.trial_id, PER_CLASS_FILE))
+        storage.read_bytes(storage.join(_refit_folder(folder, record), PER_CLASS_FILE))
     )
     return content
 

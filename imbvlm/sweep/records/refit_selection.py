@@ -66,11 +66,11 @@ def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:
 
 
 def mark_superseded(log: TrialLog, trial_ids: Mapping[str, str]) -> None:
-    """Rename refits that are no longer selected; `trial_ids` maps the ids of the selected ones to their names.
+    """Rename refits and delivered models that are no longer selected; `trial_ids` maps the others' ids to their names.
 
     They have read the test split, so they stay and are shown.
     """
-    for record in log.of("refit"):
+    for record in [*log.of("refit"), *log.of("delivered")]:
         name = trial_ids.get(record.trial_id, f"{SUPERSEDED}{record.name.removeprefix(SUPERSEDED)}")
         if record.name != name:
             record.name = name

@@ -11,11 +11,11 @@ from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import select_adjustments, write_post_hoc
-from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members, score_delivered
+from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members, delivered_names, score_delivered
 from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
-from imbvlm.sweep.records.trial_log import ENDED
+from imbvlm.sweep.records.trial_log import ENDED, WINNER
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.records.winner_selection import select_winner, write_selection
 from imbvlm.sweep.run.extract_phase import extract_splits
@@ -40,23 +40,16 @@ def refit(run: SweepRun) -> None:
         for chosen in selected
         for seed, config in chosen.seeded()
     ]
-    mark_superseded(run.log, {job.trial_id: job.name for job in jobs})
     waiting = run.unfinished(jobs)
     run.adjustments = select_adjustments(run.folder, selected, run.log, run.spec)
     write_post_hoc(run.folder, run.adjustments)
     members = delivered_members(run.folder, run.log, run.spec, run.selection)
-    member_names = {member.refit.name for member in members}
+    mark_superseded(run.log, {**{job.trial_id: job.name for job in jobs}, **delivered_names(members)})
     if waiting and run.budget.exhausted() is None:
         blend = ", the blend's members" if len(members) > 1 else ""
         models = "everything" if run.spec.study else f"the winner{blend} and the baselines"
         run.console.print(f"refitting {models} on all training images: {pluralize(len(waiting), 'run')}")
-        run_fixed_jobs(
-            run,
-            waiting,
-            lambda job: _refit_settings(run, job, test_features, keeps_logits=job.name in member_names),
-            "refit",
-            len(jobs),
-        )
+        run_fixed_jobs(run, waiting, lambda job: _refit_settings(run, job, test_features), "refit", len(jobs))
     run.num_refits_left = len(run.unfinished(jobs))
     _report_left(run, len(jobs))
     failed = [record for record in run.log.of("refit") if record.state == "failed"]
@@ -83,9 +76,7 @@ def _score_delivered(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
     run.scored = [*run.log.of("delivered"), *run.scored]
 
 
-def _refit_settings(
-    run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet], *, keeps_logits: bool
-) -> TrialSettings:
+def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet]) -> TrialSettings:
     features = run.features[feature_key(job.config)]
     test = test_features.get(feature_key(job.config))
     if test is not None:
@@ -95,7 +86,8 @@ def _refit_settings(
         trial_settings(run, job, features),
         refit=True,
         score_test=test is not None,
-        keeps_test_logits=keeps_logits,
+        # After a resumption any refit may be a member of another blend.
+        keeps_test_logits=job.name == WINNER or run.spec.blends is not None,
         model_folder=storage.join(run.folder, "refits", job.trial_id),
         post_hoc=None if selection is None else selection.adjustment,
     )

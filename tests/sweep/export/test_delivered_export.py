@@ -22,9 +22,9 @@ from imbvlm.longtail.blending import BlendDecision, BlendMember
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.sweep.export.exporter import export_sweep
 from imbvlm.sweep.records.adjustment_selection import logits_file, select_adjustments, write_post_hoc
-from imbvlm.sweep.records.delivered_model import delivered_members, score_delivered
+from imbvlm.sweep.records.delivered_model import delivered_members, delivered_names, score_delivered
 from imbvlm.sweep.records.provenance import provenance, write_provenance
-from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.refit_selection import mark_superseded, refits
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection, select_winner, write_selection
@@ -80,11 +80,11 @@ class MadeSweep:
         chosen = refits(self.log, self.spec)
         adjustments = select_adjustments(self.folder, chosen, self.log, self.spec)
         write_post_hoc(self.folder, adjustments)
-        delivered = delivered_members(self.folder, self.log, self.spec, selection)
-        names = {member.refit.name for member in delivered}
+        delivered, names = delivered_members(self.folder, self.log, self.spec, selection), {}
         for refit in chosen:
             for seed, config in refit.seeded():
                 trial_id = refit.trial_id(seed, self.log)
+                names[trial_id] = refit.name
                 if trial_id not in self.log.records:
                     adjustment = adjustments.get(refit.name)
                     self.run(
@@ -94,10 +94,11 @@ class MadeSweep:
                         config,
                         refit=True,
                         score_test=True,
-                        keeps_test_logits=refit.name in names,
+                        keeps_test_logits=True,
                         model_folder=storage.join(self.folder, "refits", trial_id),
                         post_hoc=None if adjustment is None else adjustment.adjustment,
                     )
+        mark_superseded(self.log, {**names, **delivered_names(delivered)})
         reason = score_delivered(self.folder, self.log, delivered, lambda config: self.problem.features(config).info)
         assert reason is None
         return selection
@@ -230,3 +231,23 @@ def test_another_blend_leaves_the_scores_of_the_one_before(tmp_path: Path) -> No
         made.deliver({"t00001": 0.6, "b00002": 0.4})
     assert made.log.records[before].name == f"earlier {DELIVERED}"
     assert made.record(DELIVERED).trial_id != before
+
+
+def test_a_delivered_model_that_cannot_be_scored_leaves_no_score_of_another(tmp_path: Path) -> None:
+    """The report showed the earlier model's numbers as those of the present one."""
+    with extraction_in_this_process():
+        made = made_sweep(tmp_path)
+        made.deliver({"t00001": 0.5, "b00002": 0.5})
+        selection = made.deliver({"t00002": 0.5, "b00002": 0.5})
+        members = delivered_members(made.folder, made.log, made.spec, selection)
+        for path in Path(made.folder).glob("refits/refit-winner-*/test_logits.safetensors"):
+            path.unlink()
+        other = [replace(members[0], weight=0.7), members[1]]
+        present = {record.trial_id: record.name for record in made.log.of("refit")}
+        mark_superseded(made.log, {**present, **delivered_names(other)})
+        reason = score_delivered(made.folder, made.log, other, lambda config: made.problem.features(config).info)
+    assert reason == "winner has no refit with logits of the test split"
+    assert {record.name for record in made.log.of("delivered")} == {f"earlier {DELIVERED}", f"earlier {BLEND}"}
+    shown = ReportData.read(made.folder).delivered
+    assert shown is not None
+    assert shown.name == "winner"
