@@ -12,6 +12,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_folder import write_blend
 from imbvlm.inference.blend_merging import TrainedMember, is_affine
 from imbvlm.inference.model_folder import load
+from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
@@ -93,7 +94,7 @@ class DeliveredExport:
             log=self.log,
             manifest=manifest,
             record=winner,
-            config=trained[0].config,
+            config=without_paths(trained[0].config),
             adjustment=None,
             refits=[record for record in self.log.of("delivered") if record.name == DELIVERED],
             license_id=license_id,

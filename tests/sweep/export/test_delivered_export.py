@@ -168,6 +168,7 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "A blend of 3 of 2 trials and 2 baselines" in card
     assert "| b00002 | linear probe | 0.2 | 1.2 |" in card
+    assert str(blended.problem.folder) not in card, "a card is published"
     members = read_yaml(tmp_path / "out" / "blend.yaml").data["members"]
     assert [(member["trial"], member["weight"]) for member in members] == [
         ("t00002", 0.5), ("t00001", 0.3), ("b00002", 0.2)
