@@ -13,7 +13,7 @@ from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 # Methods whose models are made from stored features and trained no further.
-HEADS = tuple(name for name, method in METHODS.items() if method.learns and not method.trains)
+HEADS = tuple(name for name, method in METHODS.own.items() if method.learns and not method.trains)
 # Zero-shot, the probe, and the heads.
 BASELINES_PER_ENCODER = 2 + len(HEADS)
 # The probe stops after this many epochs without a better validation score.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +133,25 @@ def test_heads_need_stored_features() -> None:
         "zero-shot",
         "linear probe",
     ]
+
+
+def test_a_plug_ins_head_is_no_baseline_of_other_sweeps(tmp_path: Path) -> None:
+    """Wherever the plug-in is active when the module is imported."""
+    plugin = tmp_path / "my_heads.py"
+    plugin.write_text(
+        "from imbvlm.config.method_registry import Method\n"
+        "METHODS = {'my_head': Method('my_head', 'A head.', 'mine', 'pooled', shared_sections=frozenset(), "
+        "needs_stored=True)}\n"
+    )
+    code = (
+        "from imbvlm.base.plugin_files import use_plugins\n"
+        f"with use_plugins({str(plugin)!r}):\n"
+        "    from imbvlm.config.method_registry import METHODS\n"
+        "    from imbvlm.sweep.spec.baselines import HEADS\n"
+        "    print('my_head' in METHODS, *HEADS)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == ["True", *HEADS]
 
 
 def test_a_head_leaves_to_validation_what_a_trial_leaves_to_it() -> None:
