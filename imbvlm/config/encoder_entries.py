@@ -58,6 +58,10 @@ def _open_clip(
     return EncoderEntry(model, tag, summary, "open_clip", license_id, pretraining, image_size)
 
 
+def _siglip(model: str, summary: str, image_size: int = 224) -> EncoderEntry:
+    return _open_clip(model, "webli", f"{summary}, no class token", "apache-2.0", "WebLI", image_size)
+
+
 def _dino(model: str, tag: str, summary: str, license_id: str, size: int) -> EncoderEntry:
     data = f"{tag[:3].upper()}-{tag[3:].upper()}"
     seen = {"imagenet_lt": f"{data}, which has {_IMAGENET}'s training images"}
@@ -80,21 +84,11 @@ ENCODERS = Registry(
         "dfn2b_vit_b16": _open_clip("ViT-B-16", "dfn2b", "DFN's ViT-B/16", "apple-amlr", "DFN-2B"),
         "dfn2b_vit_l14": _open_clip("ViT-L-14", "dfn2b", "DFN's ViT-L/14", "apple-amlr", "DFN-2B"),
         "dfn5b_vit_h14": _open_clip("ViT-H-14", "dfn5b", "DFN's ViT-H/14", "apple-amlr", "DFN-5B"),
-        "siglip_vit_b16": _open_clip(
-            "ViT-B-16-SigLIP", "webli", "SigLIP's ViT-B/16, no class token", "apache-2.0", "WebLI"
-        ),
-        "siglip_vit_l16_256": _open_clip(
-            "ViT-L-16-SigLIP-256", "webli", "SigLIP's ViT-L/16, no class token", "apache-2.0", "WebLI", 256
-        ),
-        "siglip2_vit_b16": _open_clip(
-            "ViT-B-16-SigLIP2", "webli", "SigLIP 2's ViT-B/16, no class token", "apache-2.0", "WebLI"
-        ),
-        "siglip2_vit_l16_256": _open_clip(
-            "ViT-L-16-SigLIP2-256", "webli", "SigLIP 2's ViT-L/16, no class token", "apache-2.0", "WebLI", 256
-        ),
-        "siglip2_vit_so400m": _open_clip(
-            "ViT-SO400M-14-SigLIP2", "webli", "SigLIP 2's ViT-SO400M/14, no class token", "apache-2.0", "WebLI"
-        ),
+        "siglip_vit_b16": _siglip("ViT-B-16-SigLIP", "SigLIP's ViT-B/16"),
+        "siglip_vit_l16_256": _siglip("ViT-L-16-SigLIP-256", "SigLIP's ViT-L/16", 256),
+        "siglip2_vit_b16": _siglip("ViT-B-16-SigLIP2", "SigLIP 2's ViT-B/16"),
+        "siglip2_vit_l16_256": _siglip("ViT-L-16-SigLIP2-256", "SigLIP 2's ViT-L/16", 256),
+        "siglip2_vit_so400m": _siglip("ViT-SO400M-14-SigLIP2", "SigLIP 2's ViT-SO400M/14"),
         "pe_core_b16": _open_clip(
             "PE-Core-B-16", "meta", "Perception Encoder's ViT-B/16", "apache-2.0", "Meta's image-text pairs"
         ),

@@ -56,7 +56,8 @@ class EncoderConfig(Section):
     """
 
     name: str = Field(
-        description="a short name such as openai_vit_b16, open_clip's MODEL/TAG, timm:NAME, or local-dir:PATH"
+        description="a short name such as openai_vit_b16, open_clip's MODEL/TAG, timm:NAME, "
+        "hf-hub:OWNER/REPO[@REVISION], or local-dir:PATH"
     )
     image_size: int | None = Field(None, ge=8, le=MAX_IMAGE_SIZE, description="pixels a side; null: the encoder's own")
     weights: str | None = Field(None, description="path of a weights file that replaces the tag's download")
