@@ -27,7 +27,7 @@ from imbvlm.sweep.records.summary_tables import (
     verdict,
 )
 from imbvlm.sweep.records.sweep_folder import SweepState, Unreadable
-from imbvlm.sweep.records.trial_log import DELIVERED, WINNER, TrialLog, TrialRecord, describe_trial
+from imbvlm.sweep.records.trial_log import DELIVERED, WINNER, TrialLog, TrialRecord, describe_trial, name_rank
 from imbvlm.sweep.records.winner_selection import describe_selection, read_selection
 from imbvlm.training.test_predictions import TEST
 
@@ -79,9 +79,7 @@ def compare_text(states: Sequence[SweepState]) -> str:
     keys = {row for state in states for row in state.compared}
     rows = [
         _compared_row(state, name, split)
-        for name, split in sorted(
-            keys, key=lambda row: (row[0] != DELIVERED, row[0] != WINNER, row[0] == "zero-shot", row)
-        )
+        for name, split in sorted(keys, key=lambda row: (name_rank(row[0]), row[0] == "zero-shot", row))
         for state in states
         if (name, split) in state.compared
     ]

@@ -17,7 +17,7 @@ from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import splits_of
 from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
 from imbvlm.sweep.records.summary_tables import METRICS, pareto_records
-from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
 
@@ -88,8 +88,7 @@ class SweepState:
         """The delivered model and the refits that have read the test split, the winner's first."""
         records = [*self.log.of("delivered"), *self.log.of("refit")]
         read = [record for record in records if record.epochs and "test/top1_accuracy" in record.epochs[-1]]
-        first = (DELIVERED, BLEND, WINNER)
-        return sorted(read, key=lambda record: first.index(record.name) if record.name in first else len(first))
+        return sorted(read, key=lambda record: name_rank(record.name))
 
     @property
     def started_at(self) -> float | None:

@@ -108,6 +108,12 @@ class TrialRecord(BaseModel):
         return ((self.ended_at or time.time()) - self.started_at) / self.pack_size
 
 
+def name_rank(name: str) -> int:
+    """The place of scores in tables by their name: delivered model, seeds of a blend, winner, then the others."""
+    first = (DELIVERED, BLEND, WINNER)
+    return first.index(name) if name in first else len(first)
+
+
 def last_values(records: Iterable[TrialRecord], metric: str) -> list[float]:
     """A metric of each record's last epoch; records without it are left out."""
     return [record.epochs[-1][metric] for record in records if record.epochs and metric in record.epochs[-1]]

@@ -19,7 +19,7 @@ from imbvlm.sweep.records.difference import splits_of, title_in, values_in
 from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
-from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
@@ -117,9 +117,7 @@ class ReportData:
         for record in [*log.of("delivered"), *log.of("refit")]:
             if record.epochs and record.state == "finished":
                 by_name.setdefault(record.name, []).append(record)
-        first = (DELIVERED, BLEND, WINNER)
-        order = sorted(by_name, key=lambda name: (name not in first, name == "zero-shot", name))
-        order.sort(key=lambda name: first.index(name) if name in first else len(first))
+        order = sorted(by_name, key=lambda name: (name_rank(name), name == "zero-shot", name))
         scored = tuple(_scored(folder, name, by_name[name]) for name in order)
         readings = read_readings(folder)
         read_at = None if readings is None else readings["read_at"]
