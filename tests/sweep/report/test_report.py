@@ -140,6 +140,14 @@ def test_a_win_is_stated_with_its_interval_and_its_spread(tmp_path: Path) -> Non
     assert f"{report.verdict.statement} {report.verdict.details}" in shown
 
 
+def test_a_baseline_that_wins_is_named_as_the_winner(tmp_path: Path) -> None:
+    """The page called the best trial of the search the winner."""
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    likelihoods = {"b00002": -0.5, "t00001": -0.6}
+    write_selection(str(folder), Selection("b00002", likelihoods, {}, num_rows=100))
+    assert "Winner: the baseline linear probe (b00002); the best trial is t0" in page_of(folder)
+
+
 @pytest.mark.parametrize(
     ("points", "words"), [(2.05, "+2.0 points from"), (2.9, "2.9 points above"), (-2.9, "2.9 points below")]
 )
