@@ -169,10 +169,14 @@ def paired_difference(
     strata = _strata(labels, totals)
     for rows in np.split(np.argsort(strata, kind="stable"), np.cumsum(np.bincount(strata))[:-1]):
         number = len(rows)
+        if number == 0:
+            continue
+        # Few values occur, so that drawing these by their shares is drawing rows.
+        values, num_rows = np.unique(gains[rows], return_counts=True)
         # Of n rows a bootstrap's variance has the divisor n; the factor gives it n - 1.
-        deviations = (gains[rows] - gains[rows].mean()) * np.sqrt(number / (number - 1)) if number else gains[rows]
+        deviations = (values - gains[rows].mean()) * np.sqrt(number / (number - 1))
         for weight, times in zip(*np.unique(row_weights[rows], return_counts=True), strict=True):
-            counts = rng.multinomial(times, np.full(number, 1 / number), size=num_resamples)
+            counts = rng.multinomial(times, num_rows / number, size=num_resamples)
             resampled += weight * (counts @ deviations)
     low, high = np.quantile(resampled, [0.025, 0.975])
     return PairedDifference(difference, float(low), float(high), num_classes, len(labels))
