@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,13 +152,36 @@ def delivered_runs(log: TrialLog) -> list[TrialRecord]:
     return [record for record in log.of("delivered") if record.name == BLEND] or refits_of(log, WINNER)
 
 
-def delivered_verdict(log: TrialLog, objective: str) -> Verdict | None:
-    """Compare the delivered model's runs with the baselines; None without a test split."""
+def baseline_differences(log: TrialLog, ours: Sequence[TrialRecord]) -> dict[tuple[str, str], Difference]:
+    """A model's differences from each baseline that was scored, as trained and as adjusted, by name and split."""
+    return {
+        (name, split): difference
+        for name in dict.fromkeys(record.name for record in log.of("baseline"))
+        for theirs in [refits_of(log, name)]
+        for split in splits_of(theirs)
+        if (difference := difference_on_test(log, ours, theirs, split, name)) is not None
+    }
+
+
+def delivered_verdict(
+    log: TrialLog, objective: str, differences: Mapping[tuple[str, str], Difference] | None = None
+) -> Verdict | None:
+    """Compare the delivered model's runs with the baselines; None without a test split.
+
+    `differences` are those of the runs where they were computed already, which takes seconds for many classes.
+    """
     runs = delivered_runs(log)
-    return verdict_on_test(log, runs, "the blend" if runs and runs[0].name == BLEND else "the winner", objective)
+    who = "the blend" if runs and runs[0].name == BLEND else "the winner"
+    return verdict_on_test(log, runs, who, objective, differences)
 
 
-def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str, objective: str) -> Verdict | None:
+def verdict_on_test(
+    log: TrialLog,
+    ours: Sequence[TrialRecord],
+    who: str,
+    objective: str,
+    differences: Mapping[tuple[str, str], Difference] | None = None,
+) -> Verdict | None:
     """Compare an exported model with the best baseline on validation, and with all others; None without a test split.
 
     Logits can be adjusted without training, so a winner must beat the best baseline as adjusted.
@@ -169,17 +192,12 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str, object
     if winner is not None and winner.kind == "baseline" and ours[0].name == WINNER:
         return Verdict(f"No win is shown: validation selected the baseline {winner.name} itself.", "", False)
     best = next(iter(log.best_baselines(objective)), None)
-    differences = [
-        difference
-        for name in dict.fromkeys(record.name for record in log.of("baseline"))
-        for theirs in [refits_of(log, name)]
-        for split in splits_of(theirs)
-        if (difference := difference_on_test(log, ours, theirs, split, name)) is not None
-    ]
+    differences = baseline_differences(log, ours) if differences is None else differences
     if best is None or not differences:
         return None
-    reference = title_in(best.name, splits_of(refits_of(log, best.name))[-1])
-    first, *rest = sorted(differences, key=lambda difference: (difference.other != reference, difference.low))
+    reference = best.name, splits_of(refits_of(log, best.name))[-1]
+    ranked = sorted(differences, key=lambda key: (key != reference, differences[key].low))
+    first, *rest = (differences[key] for key in ranked)
     split = splits_of(ours)[-1]
     values = values_in(ours, split, "balanced_accuracy")
     seeds = f"; mean of {len(values)} seeds, their spread {100 * statistics.stdev(values):.1f}" if values[1:] else ""
@@ -192,6 +210,6 @@ def verdict_on_test(log: TrialLog, ours: Sequence[TrialRecord], who: str, object
     # The report's table has all of them.
     other_texts = " and ".join(f"{difference.text} ({difference.interval_text})" for difference in rest[:2])
     details = f"It is {other_texts}." if rest else ""
-    if split == POST_HOC or any(difference.other.endswith("post hoc") for difference in differences):
+    if split == POST_HOC or any(other == POST_HOC for _, other in differences):
         details = f"{details} {POST_HOC_MEANS}".strip()
     return Verdict(statement, details, first.is_win)

@@ -16,7 +16,7 @@ from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.class_stats import SHOT_GROUPS
 from imbvlm.longtail.metrics import balanced_standard_error
 from imbvlm.sweep.plan.feasibility import data_counts, num_folds
-from imbvlm.sweep.records.difference import Verdict, delivered_verdict, title_in
+from imbvlm.sweep.records.difference import Verdict, title_in
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import encoder_notes, verdict
 from imbvlm.sweep.records.trial_log import TrialRecord
@@ -163,9 +163,8 @@ def _verdict(source: ReportData) -> Verdict:
     """The winner against the baselines: on the test split if it was scored, else on validation."""
     if source.best is None:
         return Verdict("No trial has given a result yet.", "", False)
-    on_test = delivered_verdict(source.log, source.spec.objective)
-    if on_test is not None:
-        return on_test
+    if source.verdict_on_test is not None:
+        return source.verdict_on_test
     sentence = verdict(source.log, source.spec)
     details = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
     return Verdict(f"{sentence[0].upper()}{sentence[1:]}.", details, False)

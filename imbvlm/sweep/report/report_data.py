@@ -15,7 +15,15 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.json_file import read_json
 from imbvlm.longtail.blending import BlendMember
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.sweep.records.difference import splits_of, title_in, values_in
+from imbvlm.sweep.records.difference import (
+    Difference,
+    Verdict,
+    baseline_differences,
+    delivered_verdict,
+    splits_of,
+    title_in,
+    values_in,
+)
 from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
 from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
@@ -132,6 +140,16 @@ class ReportData:
     def delivered_runs(self) -> ScoredRefit | None:
         """The delivered model's runs, one per seed: a blend's, or the winner's refits; None without them."""
         return self._named(BLEND) or self._named(WINNER)
+
+    @cached_property
+    def differences(self) -> Mapping[tuple[str, str], Difference]:
+        """Differences of the delivered model's runs from the baselines, by name and split."""
+        return {} if self.delivered_runs is None else baseline_differences(self.log, self.delivered_runs.records)
+
+    @cached_property
+    def verdict_on_test(self) -> Verdict | None:
+        """The delivered model against the baselines; None without a test split."""
+        return delivered_verdict(self.log, self.spec.objective, self.differences)
 
     def _named(self, name: str) -> ScoredRefit | None:
         return next((refit for refit in self.scored if refit.name == name), None)

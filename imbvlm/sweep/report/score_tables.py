@@ -12,7 +12,7 @@ import numpy as np
 
 from imbvlm.base.formatting import duration, mean_std, percent
 from imbvlm.longtail.metrics import per_class_accuracy
-from imbvlm.sweep.records.difference import ALL_SPLITS, difference_on_test, splits_of, title_in
+from imbvlm.sweep.records.difference import ALL_SPLITS, splits_of, title_in
 from imbvlm.sweep.records.resource_usage import throughput_key
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
@@ -81,7 +81,7 @@ def margins(source: ReportData) -> Table | None:
         return None
     shown, rows = [metric for metric in ACCURACIES if winner.values(f"test/{metric}")], []
     for other, split in [(refit, split) for refit in source.references for split in refit.splits]:
-        difference = difference_on_test(source.log, winner.records, other.records, split, other.name)
+        difference = source.differences.get((other.name, split))
         if difference is not None:
             gains = (
                 _gain(winner.values_in(winner.splits[-1], metric), other.values_in(split, metric)) for metric in shown

@@ -11,7 +11,6 @@ from imbvlm.sweep.export.delivered_export import BLEND_FILE, write_blend_file
 from imbvlm.sweep.export.trial_export import best_config, write_best
 from imbvlm.sweep.plan.feasibility import untried_methods
 from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
-from imbvlm.sweep.records.difference import delivered_verdict
 from imbvlm.sweep.records.refit_selection import SUPERSEDED
 from imbvlm.sweep.records.resource_usage import compute_text
 from imbvlm.sweep.records.summary_tables import (
@@ -108,9 +107,8 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
         echo("\n".join([scores_table(shown, run.console.width), *encoder_notes(run.log, run.spec)]))
-        on_test = delivered_verdict(run.log, run.spec.objective)
-        if on_test is not None:
-            echo(str(on_test))
+        if data.verdict_on_test is not None:
+            echo(str(data.verdict_on_test))
         if data.classes is not None and data.classes.averaged_over:
             echo(data.classes.averaged_over)
     if "test" not in run.manifest.splits:
