@@ -149,6 +149,6 @@ def test_a_page_asks_no_other_host_and_is_no_wider_than_the_window(
     match = re.search(r"widths (\d+) (\d+)", shown)
     assert match is not None
     assert int(match[1]) <= int(match[2]) <= width
-    # What a page asks for has this annotation (blink_resource_loader); chromium asks for things of its own besides.
+    # Chromium marks requests of pages by this annotation (blink_resource_loader), and also makes others.
     asked = set(re.findall(r'"traffic_annotation":101845102,"url":"(https?://[^/"]+)', log.read_text()))
     assert asked == {origin}

@@ -84,8 +84,8 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
     run = build_trial(config, TrialData.open(config, features))
     list(run.epochs())
     source = TrialData.open_five_crops(config, features, "test")
-    found = run.evaluate_full(source, views=range(source.num_views))
-    assert found.counters.total.sum() == len(source.labels) == 15
+    result = run.evaluate_full(source, views=range(source.num_views))
+    assert result.counters.total.sum() == len(source.labels) == 15
 
     run.model.eval()
     checkpoint.save_model(str(tmp_path / "trained"), run.model)
@@ -96,7 +96,7 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
     pixels = pixels_of(images, "test", tower.preprocess.five_crop(6))
     one_by_one = torch.stack([model.logits(pixels[:, crop]) for crop in range(5)]).mean(dim=0)
     torch.testing.assert_close(model.logits(pixels), one_by_one, atol=1e-5, rtol=1e-5)
-    assert found.predicted.tolist() == one_by_one.argmax(dim=1).tolist()
+    assert result.predicted.tolist() == one_by_one.argmax(dim=1).tolist()
     manifest = Manifest.read(images.manifest)
     contents = [manifest.table.column("bytes")[int(row)].as_py() for row in manifest.rows_of("test")]
     predicted = model.predict(contents, top=1)

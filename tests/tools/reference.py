@@ -386,7 +386,7 @@ def files_page() -> str:
     )
 
 
-# What a user calls, with the members of classes that the page describes.
+# Names that a user calls, with the members of classes that the page describes.
 PYTHON: dict[str, tuple[Any, tuple[str, ...]]] = {
     "imbvlm.load": (imbvlm.load, ()),
     "Model": (Model, ("predict", "predict_stream", "logits", "probabilities")),

@@ -61,7 +61,7 @@ def try_quickstart(python: Path, folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Build, install and run; any failure ends it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="a folder that is not there yet; by default one in /tmp")
+    parser.add_argument("--folder", type=Path, help="a new folder; by default in /tmp")
     parser.add_argument("--tag", help="the release's tag, which must be that of the version")
     options = parser.parse_args(arguments)
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

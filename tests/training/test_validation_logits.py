@@ -54,28 +54,28 @@ def test_large_logits_keep_their_probabilities_and_predictions() -> None:
     """Half precision has steps of 64 at 1e5: relative to the largest, what counts is near 0 and exact."""
     logits = 1e5 + 3 * torch.randn(50, 20, dtype=torch.float64)
     logits[0, 3] = 9e5
-    kept = RowLogits(50, 20)
-    kept.add(np.arange(50), logits)
-    found = kept.gathered(SINGLE_WORKER)
-    assert found.dtype == torch.float16
-    assert torch.isfinite(found).all()
-    assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
-    torch.testing.assert_close(F.softmax(found.double(), dim=1), F.softmax(logits, dim=1), atol=0.01, rtol=0)
+    row_logits = RowLogits(50, 20)
+    row_logits.add(np.arange(50), logits)
+    gathered = row_logits.gathered(SINGLE_WORKER)
+    assert gathered.dtype == torch.float16
+    assert torch.isfinite(gathered).all()
+    assert torch.equal(gathered.argmax(dim=1), logits.argmax(dim=1))
+    torch.testing.assert_close(F.softmax(gathered.double(), dim=1), F.softmax(logits, dim=1), atol=0.01, rtol=0)
 
 
 def test_rows_may_come_in_any_order_and_those_never_seen_are_nan() -> None:
     logits = torch.randn(5, 3)
-    kept = RowLogits(6, 3)
-    kept.add(np.array([4, 0]), logits[[4, 0]])
-    kept.add(np.array([2, 1, 3]), logits[[2, 1, 3]])
-    found = kept.gathered(SINGLE_WORKER)
-    torch.testing.assert_close(found[:5].float(), relative(logits), atol=2e-3, rtol=1e-3)
-    assert found[5].isnan().all()
+    row_logits = RowLogits(6, 3)
+    row_logits.add(np.array([4, 0]), logits[[4, 0]])
+    row_logits.add(np.array([2, 1, 3]), logits[[2, 1, 3]])
+    gathered = row_logits.gathered(SINGLE_WORKER)
+    torch.testing.assert_close(gathered[:5].float(), relative(logits), atol=2e-3, rtol=1e-3)
+    assert gathered[5].isnan().all()
 
 
 def test_more_than_fits_is_not_kept(monkeypatch: pytest.MonkeyPatch, data: TrialData) -> None:
     assert RowLogits.fits(20_000, 1000)
-    assert RowLogits.fits(24_000, 8142), "iNaturalist's carved validation"
+    assert RowLogits.fits(24_000, 8142), "iNaturalist's held-out validation"
     assert not RowLogits.fits(10**6, 1000)
     assert not RowLogits.fits(0, 10)
     monkeypatch.setattr(validation_logits, "MAX_BYTES", 10)

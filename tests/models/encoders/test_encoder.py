@@ -179,8 +179,8 @@ def test_timm_tokens_come_before_the_norm(folders: dict[str, str], kind: str) ->
         features = trunk.forward_features(normalised(encoder, crops))
         is_class = trunk.cls_token is not None
         # Without the registers behind the class token.
-        kept = torch.cat([features[:, :is_class], features[:, trunk.num_prefix_tokens :]], dim=1)
-        torch.testing.assert_close(trunk.norm(output.tokens), kept, atol=1e-5, rtol=1e-5)
+        expected = torch.cat([features[:, :is_class], features[:, trunk.num_prefix_tokens :]], dim=1)
+        torch.testing.assert_close(trunk.norm(output.tokens), expected, atol=1e-5, rtol=1e-5)
         pooled = trunk.forward_head(features, pre_logits=True)
     torch.testing.assert_close(output.pooled, pooled, atol=1e-5, rtol=1e-5)
     assert encoder.info.kind == "vit"
