@@ -50,7 +50,8 @@ class Registry(Mapping[str, EntryT], Generic[EntryT]):
         self.own = dict(entries)
 
     def _all(self) -> Mapping[str, EntryT]:
-        return {**self.own, **active_plugins().entries.get(self.kind, {})}
+        added = active_plugins().entries.get(self.kind)
+        return {**self.own, **added} if added else self.own
 
     def __getitem__(self, name: str) -> EntryT:
         """Raises UnknownEntryError, which names the nearest valid name."""

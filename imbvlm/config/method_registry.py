@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from imbvlm.base.plugins import Plugins, active_plugins
 from imbvlm.base.registry import Lazy, Registry
 from imbvlm.base.schema import Section, Tree
 from imbvlm.config.encoder_info import OutputName
@@ -240,14 +242,27 @@ def own_sections(methods: Mapping[str, Method] = METHODS) -> dict[str, type[Sect
 
 def optional_sections() -> frozenset[str]:
     """Sections that a method may read or not; the others stand in every trial."""
-    return frozenset[str]().union(*(method.sections for method in METHODS.values()))
+    return _optional_sections(active_plugins())
 
 
-def default_sections() -> dict[str, Tree]:
+@cache
+def _optional_sections(plugins: Plugins) -> frozenset[str]:
+    with plugins.active():
+        return frozenset[str]().union(*(method.sections for method in METHODS.values()))
+
+
+def default_sections() -> Mapping[str, Tree]:
     """Defaults of the sections that a method reads. Others are absent unless a file has them."""
+    return _default_sections(active_plugins())
+
+
+@cache
+def _default_sections(plugins: Plugins) -> Mapping[str, Tree]:
+    with plugins.active():
+        own: dict[str, Tree] = {name: {} for name in own_sections()}
     return {
         "prompts": {},
-        **{name: {} for name in own_sections()},
+        **own,
         "augmentation": {},
         "memory": {},
         "classifier": {"kind": "cosine"},
