@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import sysconfig
 import textwrap
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +20,6 @@ from sweep_folder import sweep_spec
 
 from imbvlm.base import interrupts
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.ray_runtime import connection
 from imbvlm.sweep.tune import study_search
 
 CODES = {signal.SIGINT: (130, "imbvlm: interrupted"), signal.SIGTERM: (143, "imbvlm: interrupted by SIGTERM")}
@@ -214,20 +213,31 @@ def test_waiting_for_a_store_that_is_away_ends_at_a_signal() -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_signal_of_which_ray_makes_nothing_while_it_starts_is_heeded_once_it_is_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The sweep went on, and only a second Ctrl-C ended it."""
-
-    def start_here() -> None:
+SWALLOWED = """
+    import signal
+    from contextlib import suppress
+    from imbvlm.base import interrupts
+    from imbvlm.ray_runtime import connection
+    def start_here():
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    connection._start_here = start_here
+    connection._Watch.begin = lambda self: None
+    connection.connected_cluster = lambda: None
+    with interrupts.handled():
+        try:
+            with connection.ray_session():
+                print("it goes on")
+        except KeyboardInterrupt:
+            print("heeded")
+    """
 
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setattr(connection, "_start_here", start_here)
-    monkeypatch.setattr(connection._Watch, "begin", lambda self: None)
-    with interrupts.handled(), pytest.raises(KeyboardInterrupt), connection.ray_session():
-        pytest.fail("it goes on")
+
+def test_a_signal_of_which_ray_makes_nothing_while_it_starts_is_heeded_once_it_is_up(tmp_path: Path) -> None:
+    """The sweep went on, and only a second Ctrl-C ended it."""
+    # In a process of its own: where tests share a Ray that is up, none would start.
+    process = start(program(tmp_path, SWALLOWED), cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": "local"})
+    assert process.communicate(timeout=60)[0] == "heeded\n"
 
 
 STUCK = """
